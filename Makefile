@@ -1,0 +1,80 @@
+# Every target does its own set-up: virtual environment, dependencies, extension (rebuilt when its sources change).
+#
+#   PYTHON=python3.12     the Python to make the environment with (3.11 or newer)
+#   VENV=.venv            the environment; one that exists is used as it is, with the torch it has
+#   REUSE_TORCH=1         use the torch that PYTHON already has
+#   TORCH=torch==2.13.0   what pip installs where there is no torch yet
+#   ARGS=...              passed on to pytest, the demo or the benchmark
+
+PYTHON ?= python3
+VENV ?= .venv
+REUSE_TORCH ?= 0
+ASKED := $(if $(filter command line environment override,$(origin TORCH)),--torch-asked)
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+EXT := build/extension.txt
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
+
+help: ## this list
+	@echo "gradkern: make <target>"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo "Variables (PYTHON, VENV, REUSE_TORCH, TORCH, ARGS) are explained at the top of the Makefile."
+
+demo: $(EXT) ## train two small networks on real data, explain them, write an HTML report
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(EXT) ## all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
+	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/test_random_programs.py -k "kernels or splits" $(ARGS)
+
+bench: $(EXT) ## benchmarks against what torch and Captum offer
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.networks
+
+gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
+	@PYTHON='$(PYTHON)' tools/gpu.sh
+
+cuda-check: ## build, link and import the whole extension with CUDA, without a GPU (an environment of 5 GB)
+	@$(PYTHON) tools/cuda_check.py $(ARGS)
+
+sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/python -m tests.sanitizers $(ARGS)
+
+lint: env ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: env ## format everything in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+build: $(EXT) ## the environment and the compiled extension
+
+env: build/env.txt ## the environment alone
+
+clean: ## remove what was built (not the environment)
+	rm -rf build report *.egg-info gradkern/_C*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+# Runs always and touches its file only when the environment changed, so that nothing is rebuilt in vain.
+build/env.txt: FORCE
+	@$(PYTHON) tools/setup_env.py --venv '$(VENV)' --torch '$(TORCH)' $(ASKED) $(REUSE)
+
+$(EXT): build/env.txt $(SOURCES)
+	@echo "building the extension (a minute or two the first time)"
+	@GRADKERN_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace > build/extension.log 2>&1 \
+		|| { tail -n 60 build/extension.log; echo "The extension did not build; the whole log: build/extension.log"; exit 1; }
+	@grep -h '^gradkern: ' build/extension.log || true
+	@touch $@
+
+FORCE:

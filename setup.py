@@ -1,0 +1,155 @@
+"""Builds ``gradkern._C``: the CPU part always, the CUDA part where torch has CUDA and a toolkit is found.
+
+Metadata lives in ``pyproject.toml``; this file is only about the extension.  Environment:
+
+``GRADKERN_REQUIRE_EXT=1``  a failed extension build fails the install (the tests and CI set it).  Otherwise the
+                            package installs without it and runs on its reference path.
+``GRADKERN_BUILD_EXT=0``    do not try to build the extension.
+``USE_CUDA=0``              CPU part alone, whatever is found.
+``MAX_JOBS``                number of compile jobs (torch's own variable).
+
+Nothing here depends on the machine it runs on: every instruction set is compiled in by ``#pragma GCC target``
+inside the sources and chosen at run time, so one build serves every x86-64, and no GPU needs to be visible.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext as plain_build_ext
+
+MODULE = "gradkern._C"
+HOW_TO = "pip install --no-build-isolation ."
+
+
+def say(text: str) -> None:
+    print(f"gradkern: {text}", file=sys.stderr, flush=True)
+
+
+def env_is(name: str, value: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in {value, {"1": "true", "0": "false"}[value]}
+
+
+STRICT = env_is("GRADKERN_REQUIRE_EXT", "1")
+
+
+def without_extension(why: str) -> None:
+    """Carry on without the extension, or stop where the caller asked for strictness."""
+    if STRICT:
+        raise SystemExit(f"gradkern: {why}\ngradkern: GRADKERN_REQUIRE_EXT is set, so this is an error.")
+    say(f"{why} Installing without compiled kernels: results are the same, the speed is not. To build: {HOW_TO}")
+
+
+def cuda_sources(torch, cpp_extension) -> tuple[list[str], str]:
+    """The CUDA sources to build, and otherwise why there are none."""
+    sources = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+    if env_is("USE_CUDA", "0"):
+        return [], "USE_CUDA=0"
+    if not sources:
+        return [], "this version has no CUDA sources"
+    if torch.version.cuda is None:
+        return [], f"torch {torch.__version__} has no CUDA"
+    home = cuda_toolkit(cpp_extension.CUDA_HOME)
+    if home is None:
+        return [], "no CUDA toolkit found (set CUDA_HOME)"
+    cpp_extension.CUDA_HOME = home
+    return sources, ""
+
+
+def cuda_toolkit(guess: str | None) -> str | None:
+    """The folder of a whole toolkit: compiler and headers.
+
+    torch's guess is the folder above that of the nvcc on the PATH, which is wrong where that nvcc is a link.
+    """
+    nvcc = shutil.which("nvcc")
+    linked = str(Path(nvcc).resolve().parent.parent) if nvcc else None
+    for home in (os.environ.get("CUDA_HOME"), guess, linked, "/usr/local/cuda"):
+        if home and Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def compile_flags() -> list[str]:
+    if sys.platform == "win32":
+        return ["/O2", "/openmp"]
+    # -fopenmp: torch adds none, and without it at::parallel_for in an extension is silently serial.
+    # No -std: torch appends the one that its headers need.  No -march, no -ffast-math: see the module docstring.
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    return flags if sys.platform == "darwin" else [*flags, "-fopenmp"]
+
+
+def extensions() -> tuple[list, type[plain_build_ext]]:
+    """The extension modules and the command that builds them; empty, with a line that says why, where impossible."""
+    if env_is("GRADKERN_BUILD_EXT", "0"):
+        return [], plain_build_ext
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        without_extension(f"torch cannot be imported where the build runs ({error}).")
+        return [], plain_build_ext
+
+    # A ninja installed beside this Python is found even where its environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    if not sources:
+        without_extension("no C++ sources under csrc/.")
+        return [], plain_build_ext
+    cuda, why_not = cuda_sources(torch, cpp_extension)
+    if cuda:
+        say(f"building the CPU and the CUDA part (torch {torch.__version__}, toolkit {cpp_extension.CUDA_HOME}).")
+        if torch.cuda.device_count() == 0:  # torch asks the visible GPUs for their architectures, and there are none
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    else:
+        say(f"building the CPU part alone ({platform.machine()}): {why_not}.")
+
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    openmp = [] if sys.platform in ("darwin", "win32") else ["-fopenmp"]
+    module = make(
+        MODULE,
+        sources + cuda,
+        include_dirs=[str(Path("csrc").resolve())],
+        define_macros=[("GRADKERN_WITH_CUDA", "1")] if cuda else [],
+        extra_compile_args={"cxx": compile_flags(), "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+        extra_link_args=openmp,
+    )
+    hint = " With USE_CUDA=0 the CPU part alone is built." if cuda else ""
+    return [module], forgiving(cpp_extension.BuildExtension, hint)
+
+
+def forgiving(base: type, hint: str) -> type:
+    """torch's build command, but a build that fails leaves an installable package unless strictness was asked for.
+
+    setuptools' own ``optional=True`` cannot do this: torch raises RuntimeError, which it does not catch.
+    """
+
+    class BuildExt(base):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:  # setuptools would compile into a temporary folder, so everything anew each time
+                self.build_temp = str(Path("build") / "editable")
+
+        def run(self) -> None:
+            inplace = self.inplace
+            try:
+                super().run()
+            except Exception as error:
+                # A library of an older build must not be taken for this one's.
+                for stale in glob("gradkern/_C*.so") if inplace else ():
+                    os.remove(stale)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+                without_extension(f"the extension could not be built: {reason}.{hint}")
+                self.inplace, self.extensions = inplace, []
+
+    return BuildExt
+
+
+ext_modules, build_command = extensions()
+setup(license="BSD-3-Clause", ext_modules=ext_modules, cmdclass={"build_ext": build_command})

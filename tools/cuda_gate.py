@@ -1,0 +1,94 @@
+"""Compiles the CUDA kernels and looks at what came out.  Needs nvcc, no GPU and no torch.
+
+    python tools/cuda_gate.py [--nvcc PATH] [--jobs 2]
+
+Fails where a kernel does not compile for sm_80 and sm_90 (files named ``*_sm90a.cu``: for sm_90a alone), where the
+compiler warns, where a kernel spills registers, and where a kernel file reaches a header of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = re.compile(r"#\s*include\s*[<\"](torch/|ATen/|c10/|pybind11/|Python\.h)")
+PLAIN = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90")
+HOPPER = ("arch=compute_90a,code=sm_90a",)
+FLAGS = ("-O3", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings")
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the PATH, in CUDA_HOME or in its usual place."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    return shutil.which("nvcc") or (str(home) if home.exists() else None)
+
+
+def reached(source: Path) -> list[Path]:
+    """The file and every header of this repository that it includes."""
+    found, todo = [], [source]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text()):
+            for base in (path.parent, ROOT / "csrc"):
+                if (base / name).exists():
+                    todo.append((base / name).resolve())
+                    break
+    return found
+
+
+def check(nvcc: str, source: Path, target: str, folder: Path) -> tuple[str, list[str]]:
+    """One line of facts, and what is wrong."""
+    out = folder / f"{source.stem}.{target[-6:]}.o"
+    command = [nvcc, *FLAGS, "-gencode", target, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    wrong = []
+    if done.returncode:
+        wrong.append(f"does not compile:\n{text}")
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
+    if any(spills):
+        wrong.append(f"spills {max(spills)} bytes: use fewer registers or threads")
+    name = f"{source.relative_to(ROOT)} {target.split('=')[-1]}"
+    return f"{name}: {max(registers, default=0)} registers, {sum(spills)} bytes spilled", [
+        f"{name}: {w}" for w in wrong
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nvcc", default=find_nvcc())
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    args = parser.parse_args()
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    wrong = [
+        f"{path.relative_to(ROOT)} includes a header of torch; kernels know nothing of it"
+        for path in sorted({p for source in sources for p in reached(source)})
+        if TORCH.search(path.read_text())
+    ]
+    if args.nvcc is None:
+        print(f"nvcc not found: {len(sources)} CUDA kernel files NOT compiled")
+    else:
+        work = [(s, t) for s in sources for t in (HOPPER if s.stem.endswith("_sm90a") else PLAIN)]
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+            for line, problems in pool.map(lambda w: check(args.nvcc, *w, Path(folder)), work):
+                print(line, flush=True)
+                wrong += problems
+    for problem in wrong:
+        print(problem, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
