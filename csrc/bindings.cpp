@@ -1,0 +1,79 @@
+// What is not a tensor op: build facts, CPU capabilities, and the record layout that Python checks itself against.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "scale.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Large results come fresh from the system, and faulting them in page by page can cost as much as computing them.
+void advise_huge(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is no error
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+#ifdef GRADKERN_WITH_CUDA
+namespace gradkern::cuda {
+int shared_bytes(int device);  // csrc/cuda/launch.cpp
+}
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gradkern's compiled part: registers the ops torch.ops.gradkern.* and tells what was built";
+  m.def("op_fields", [] {
+    return std::vector<std::string>{
+#define X(name) #name,
+        GRADKERN_OP_FIELDS(X)
+#undef X
+    };
+  });
+  m.def("op_kinds", [] {
+    return std::vector<std::string>{
+#define X(name) #name,
+        GRADKERN_OP_KINDS(X)
+#undef X
+    };
+  });
+  m.def("functions", [] {
+    return std::vector<std::string>{
+#define X(name) #name,
+        GRADKERN_FUNCTIONS(X)
+#undef X
+    };
+  });
+  m.def("isa", [] { return std::string(gradkern::current_isa().name); }, "The instruction set in use");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (auto isa = gradkern::isa_table(); *isa; ++isa)
+          if ((*isa)->supported()) names.emplace_back((*isa)->name);
+        return names;
+      },
+      "The instruction sets that this processor can run, best first");
+  m.def("vector_bytes", [] { return gradkern::current_isa().vector_bytes; });
+  m.def("registers", [] { return gradkern::current_isa().registers; });
+  m.def("advise_huge", advise_huge, "Ask the system for huge pages behind a fresh allocation");
+#ifdef GRADKERN_WITH_CUDA
+  m.attr("cuda") = true;
+  m.def("cuda_shared_bytes", gradkern::cuda::shared_bytes, "Shared memory that one block of a GPU may have");
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,38 @@
+// The interpreter compiled for AVX2.
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <immintrin.h>
+
+#include "../scale.h"
+#include "isa.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt")
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#endif
+#define GK_ISA 2
+#define GK_VECTOR_BYTES 32
+#define GK_REGISTERS 16
+#define GK_INLINE inline __attribute__((always_inline))
+
+namespace gradkern {
+namespace avx2 {
+#include "body.h"
+#include "shares.h"
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace avx2
+const Isa kAvx2{"avx2",
+                GK_VECTOR_BYTES,
+                GK_REGISTERS,
+                avx2::supported,
+                {avx2::run_chain<float>, avx2::run_shares<float>, avx2::run_secant<float>},
+                {avx2::run_chain<double>, avx2::run_shares<double>, avx2::run_secant<double>}};
+}  // namespace gradkern
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,42 @@
+// The interpreter compiled for AVX-512.
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <immintrin.h>
+
+#include "../scale.h"
+#include "isa.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt")
+#ifdef __clang__
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#endif
+#define GK_ISA 512
+#define GK_VECTOR_BYTES 64
+#define GK_REGISTERS 32
+#define GK_INLINE inline __attribute__((always_inline))
+
+namespace gradkern {
+namespace avx512 {
+#include "body.h"
+#include "shares.h"
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+}  // namespace avx512
+const Isa kAvx512{"avx512",
+                  GK_VECTOR_BYTES,
+                  GK_REGISTERS,
+                  avx512::supported,
+                  {avx512::run_chain<float>, avx512::run_shares<float>, avx512::run_secant<float>},
+                  {avx512::run_chain<double>, avx512::run_shares<double>, avx512::run_secant<double>}};
+}  // namespace gradkern
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,26 @@
+// The interpreter for whatever the compiler targets by default: 16-byte vectors, which every x86-64 and Arm64 has.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../scale.h"
+#include "isa.h"
+
+#define GK_ISA 0
+#define GK_VECTOR_BYTES 16
+#define GK_REGISTERS 16
+#define GK_INLINE inline __attribute__((always_inline))
+
+namespace gradkern {
+namespace portable {
+#include "body.h"
+#include "shares.h"
+bool supported() { return true; }
+}  // namespace portable
+const Isa kPortable{"portable",
+                    GK_VECTOR_BYTES,
+                    GK_REGISTERS,
+                    portable::supported,
+                    {portable::run_chain<float>, portable::run_shares<float>, portable::run_secant<float>},
+                    {portable::run_chain<double>, portable::run_shares<double>, portable::run_secant<double>}};
+}  // namespace gradkern

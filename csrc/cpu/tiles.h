@@ -1,0 +1,205 @@
+// The two register-blocked inner loops that nearly all arithmetic runs through, and their dispatch tables.
+namespace {
+
+constexpr int kRegisters = GK_REGISTERS;
+
+// ---- forward: PB positions × NV vectors of output channels ---------------------------------------------------
+//   y[p][o] = bias[o] + Σ_r Σ_j x[p·px + rowoff[r] + j] · w[r·L + j][o]
+template <class T>
+struct WindowArgs {
+  const T* x;
+  int64_t px;
+  const int32_t* rowoff;
+  int64_t R, L;
+  const T* w;     // [K][NV·VL] of this tile
+  const T* bias;  // [NV·VL]
+  T* y;
+  int64_t py;
+  int64_t tail;  // live lanes of the last vector
+};
+
+template <class T, int PB, int NV>
+void window_tile(const WindowArgs<T>& a) {
+  constexpr int VL = Simd<T>::VL;
+  Vec<T> acc[PB][NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> b = load<T>(a.bias + v * VL);
+#pragma GCC unroll 16
+    for (int p = 0; p < PB; ++p) acc[p][v] = b;
+  }
+  const T* w = a.w;
+  for (int64_t r = 0; r < a.R; ++r) {
+    const T* x = a.x + a.rowoff[r];
+    for (int64_t j = 0; j < a.L; ++j, ++x, w += NV * VL) {
+      Vec<T> wv[NV];
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) wv[v] = load<T>(w + v * VL);
+#pragma GCC unroll 16
+      for (int p = 0; p < PB; ++p) {
+        const Vec<T> xb = bcast<T>(x[p * a.px]);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[p][v] += xb * wv[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < PB; ++p) {
+#pragma GCC unroll 16
+    for (int v = 0; v + 1 < NV; ++v) store<T>(a.y + p * a.py + v * VL, acc[p][v]);
+    if (a.tail == VL) store<T>(a.y + p * a.py + (NV - 1) * VL, acc[p][NV - 1]);
+    else store_n<T>(a.y + p * a.py + (NV - 1) * VL, acc[p][NV - 1], a.tail);
+  }
+}
+
+// The most positions that fit the register file beside NV weight vectors and one broadcast.
+constexpr int max_positions(int nv) {
+  int p = (kRegisters - nv - 1) / nv;
+  return p > 12 ? 12 : (p < 1 ? 1 : p);
+}
+constexpr int kMaxNV = 4;
+
+template <class T, int NV, int PB>
+GK_INLINE void window_tail(const WindowArgs<T>& a, int64_t count) {
+  if constexpr (PB > 0) {
+    if (count == PB) window_tile<T, PB, NV>(a);
+    else window_tail<T, NV, PB - 1>(a, count);
+  }
+}
+
+template <class T, int NV>
+void window_positions(WindowArgs<T> a, int64_t count) {
+  constexpr int PB = max_positions(NV);
+  while (count > 0) {
+    // Two even halves beat one full block and a short rest.
+    const int64_t step = count >= 2 * PB ? PB : (count > PB ? (count + 1) / 2 : count);
+    window_tail<T, NV, PB>(a, step);
+    a.x += step * a.px;
+    a.y += step * a.py;
+    count -= step;
+  }
+}
+
+template <class T>
+GK_INLINE void window_dispatch(const WindowArgs<T>& a, int nv, int64_t count) {
+  switch (nv) {
+    case 1: return window_positions<T, 1>(a, count);
+    case 2: return window_positions<T, 2>(a, count);
+    case 3: return window_positions<T, 3>(a, count);
+    default: return window_positions<T, 4>(a, count);
+  }
+}
+
+// ---- backward: S seeds × NV vectors of the window, over the live channels of each segment --------------------
+//   out[s][dst + slot] += Σ_{c live} g[s][src + c] · w[row(c)][slot]
+template <class T>
+struct ScatterArgs {
+  const Segment* segs;
+  int64_t nsegs;
+  const uint16_t* idx;   // live channels
+  const uint16_t* rows;  // and their weight rows
+  const T* g;
+  int64_t gs;  // seed stride of g
+  T* out;
+  int64_t os;  // seed stride of out
+  const T* w;
+  int64_t ldw;
+  const int32_t* slots;  // pairs (destination offset, live lanes)
+  bool assign;
+};
+
+template <class T, int S, int NV>
+void scatter_tile(const ScatterArgs<T>& a) {
+  constexpr int VL = Simd<T>::VL;
+  for (int64_t k = 0; k < a.nsegs; ++k) {
+    const Segment seg = a.segs[k];
+    if (seg.count == 0 && !a.assign) continue;
+    Vec<T> acc[S][NV];
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) acc[s][v] = Vec<T>{};
+    const T* g = a.g + seg.src;
+    const uint16_t *idx = a.idx + seg.start, *rows = a.rows + seg.start;
+    const int64_t gs = a.gs;
+    for (int64_t i = 0; i < seg.count; ++i) {
+      const int64_t c = idx[i];
+      const T* w = a.w + rows[i] * a.ldw;
+      Vec<T> gb[S];
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) gb[s] = bcast<T>(g[s * gs + c]);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> wv = load<T>(w + v * VL);
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) acc[s][v] += gb[s] * wv;
+      }
+    }
+    T* out = a.out + seg.dst;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      T* o = out + a.slots[2 * v];
+      const int32_t n = a.slots[2 * v + 1];
+      if (a.assign) {
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s)
+          n == VL ? store<T>(o + s * a.os, acc[s][v]) : store_n<T>(o + s * a.os, acc[s][v], n);
+      } else {
+        const IVec<T> mask = lanes<T>(n);  // dead lanes add an exact zero, even beside NaN
+#pragma GCC unroll 16
+        for (int s = 0; s < S; ++s) store<T>(o + s * a.os, load<T>(o + s * a.os) + keep<T>(acc[s][v], mask));
+      }
+    }
+  }
+}
+
+constexpr int kMaxSeeds = GK_REGISTERS >= 32 ? 6 : 4;  // seeds per tile
+// Vectors per tile for S seeds: accumulators, S broadcasts and one weight vector share the register file.
+constexpr int max_vectors(int s) {
+  int v = (kRegisters - 1 - s) / s;
+  return v > 8 ? 8 : (v < 1 ? 1 : v);
+}
+
+template <class T, int S, int NV>
+GK_INLINE void scatter_vectors(const ScatterArgs<T>& a, int nv) {
+  if constexpr (NV > 0) {
+    if (nv == NV) scatter_tile<T, S, NV>(a);
+    else scatter_vectors<T, S, NV - 1>(a, nv);
+  }
+}
+
+template <class T, int S>
+GK_INLINE void scatter_seeds(const ScatterArgs<T>& a, int seeds, int nv) {
+  if constexpr (S > 0) {
+    if (seeds == S) scatter_vectors<T, S, max_vectors(S)>(a, nv);
+    else scatter_seeds<T, S - 1>(a, seeds, nv);
+  }
+}
+
+// All seeds and all vectors of the window, tile by tile.
+template <class T>
+void scatter(ScatterArgs<T> a, int64_t seeds, int64_t slots) {
+  constexpr int VL = Simd<T>::VL;
+  const T* g = a.g;
+  T* out = a.out;
+  const int64_t blocks = (seeds + kMaxSeeds - 1) / kMaxSeeds;
+  const T* w = a.w;
+  const int32_t* table = a.slots;
+  for (int64_t b = 0, s0 = 0; b < blocks; ++b) {
+    const int64_t sb = (seeds - s0 + (blocks - b) - 1) / (blocks - b);
+    const int64_t most = max_vectors(static_cast<int>(sb));
+    const int64_t tiles = (slots + most - 1) / most;
+    for (int64_t t = 0, v0 = 0; t < tiles; ++t) {
+      const int64_t nv = (slots - v0 + (tiles - t) - 1) / (tiles - t);
+      a.g = g + s0 * a.gs;
+      a.out = out + s0 * a.os;
+      a.w = w + v0 * VL;
+      a.slots = table + 2 * v0;
+      scatter_seeds<T, kMaxSeeds>(a, static_cast<int>(sb), static_cast<int>(nv));
+      v0 += nv;
+    }
+    s0 += sb;
+  }
+}
+
+}  // namespace

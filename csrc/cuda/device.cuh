@@ -1,0 +1,74 @@
+// What a kernel needs of its surroundings: CUDA's own words, or their host twins of ../host/shim.h.
+#pragma once
+#include <cstdint>
+
+#include "../program.h"
+#include "../scale.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define GK_DEVICE __device__ __forceinline__
+#define GK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define GK_SHARED_ARENA(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace gradkern::cuda {
+GK_DEVICE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+GK_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+// c += a · b, 16 × 8 × 8, fragments as PTX numbers them.
+GK_DEVICE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+}  // namespace gradkern::cuda
+#else
+#include "../host/shim.h"
+#endif
+
+namespace gradkern::cuda {
+
+constexpr int kWarp = 32;
+
+// Four neighbours, moved as 16-byte pieces.
+template <class T>
+struct Four {
+  T v[4];
+};
+
+GK_DEVICE Four<float> load4(const float* p) {
+  const float4 a = *reinterpret_cast<const float4*>(p);
+  return {{a.x, a.y, a.z, a.w}};
+}
+GK_DEVICE Four<double> load4(const double* p) {
+  const double2 a = *reinterpret_cast<const double2*>(p), b = *reinterpret_cast<const double2*>(p + 2);
+  return {{a.x, a.y, b.x, b.y}};
+}
+GK_DEVICE void store4(float* p, const Four<float>& x) {
+  *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+}
+GK_DEVICE void store4(double* p, const Four<double>& x) {
+  *reinterpret_cast<double2*>(p) = make_double2(x.v[0], x.v[1]);
+  *reinterpret_cast<double2*>(p + 2) = make_double2(x.v[2], x.v[3]);
+}
+
+// Constant for the whole launch: through the read-only path.
+template <class T>
+GK_DEVICE T fixed(const T* p) {
+  return __ldg(p);
+}
+GK_DEVICE Four<float> fixed4(const float* p) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(p));
+  return {{a.x, a.y, a.z, a.w}};
+}
+GK_DEVICE Four<double> fixed4(const double* p) {
+  const double2 a = __ldg(reinterpret_cast<const double2*>(p)), b = __ldg(reinterpret_cast<const double2*>(p + 2));
+  return {{a.x, a.y, b.x, b.y}};
+}
+
+}  // namespace gradkern::cuda

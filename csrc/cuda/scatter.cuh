@@ -1,0 +1,266 @@
+// Transposed contractions for all seeds.
+//
+// Convolutions: a worker (a warp, or an even part of one) walks the live channels of one position after the other,
+// read off the bits, and adds that channel's weights, times the seeds' cotangents, to the window.  What the pattern
+// says is zero costs nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions:
+// bands of one colour touch disjoint memory (gradkern/device.py chooses their size), and a barrier parts the colours.
+//
+// Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
+#pragma once
+#include "mma.cuh"
+#include "tile.cuh"
+
+namespace gradkern::cuda {
+
+constexpr int kMaxSlots = 5;  // window elements per lane
+template <class T>
+constexpr int kMaxSeeds = sizeof(T) == 4 ? 5 : 2;  // seeds per walk: what the registers hold beside them
+
+// Lanes of a worker: as few as leave no lane idle, since a walk costs the same for one element as for five.
+GK_DEVICE int worker_lanes(int slots) {
+  int best = kWarp;
+  if (slots > kWarp * kMaxSlots) return best;
+  const auto work = [&](int lanes) { return lanes * ((slots + lanes - 1) / lanes); };
+  for (int lanes = kWarp / 2; lanes >= 4; lanes /= 2)
+    if ((slots + lanes - 1) / lanes <= kMaxSlots && work(lanes) <= work(best)) best = lanes;
+  return best;
+}
+
+// Channels c0 … c0 + 31 of a plane that are alive and lie in [low, high).
+GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int high) {
+  uint32_t word = 0xffffffffu;
+  if (plane) {
+    word = *reinterpret_cast<const uint16_t*>(plane + c0 / 8);
+    if (c0 / 8 + 2 < nb) word |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(plane + c0 / 8 + 2)) << 16;
+  }
+  if (c0 < low) word &= 0xffffffffu << (low - c0);
+  if (high - c0 < 32) word &= (1u << (high - c0)) - 1;
+  return word;
+}
+
+// One walk: out[s][slot] += Σ_j Σ_{c live in plane j} g[s][c] · w[j][c][slot], for the slots of this lane.  Several
+// planes are the taps of a pool that share one window.
+template <class T, int NV, int S>
+GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int low, int high, const T* g, int stride,
+                    int seeds, const T* w, int ldw, int lanes, T* out, int os, const int (&offset)[NV]) {
+  T acc[S][NV] = {};
+  bool any = false;
+  for (int c0 = low & ~31, j = 0; j < planes;) {
+    uint32_t word = live_word(plane, nb, c0, low, high);
+    any |= word != 0;
+    constexpr int kPair = NV * S <= 16 ? 2 : 1;  // channels at a time: loads overlap, while the registers last
+    while (word) {
+      T ws[kPair][NV], gs[kPair][S];
+#pragma unroll
+      for (int p = 0; p < kPair; ++p) {
+        const bool on = word != 0;
+        const int c = on ? c0 + __ffs(static_cast<int>(word)) - 1 : c0;
+        word &= word - 1;
+#pragma unroll
+        for (int v = 0; v < NV; ++v) ws[p][v] = fixed(w + c * ldw + v * lanes);
+#pragma unroll
+        for (int s = 0; s < S; ++s) gs[p][s] = on && s < seeds ? g[s * stride + c] : T(0);
+      }
+#pragma unroll
+      for (int p = 0; p < kPair; ++p)
+#pragma unroll
+        for (int v = 0; v < NV; ++v)
+#pragma unroll
+          for (int s = 0; s < S; ++s) acc[s][v] += gs[p][s] * ws[p][v];
+    }
+    if ((c0 += 32) >= high) {
+      c0 = low & ~31;
+      ++j;
+      w += channels * ldw;
+      if (plane) plane += nb;
+    }
+  }
+  if (!any) return;
+#pragma unroll
+  for (int v = 0; v < NV; ++v)
+    if (offset[v] >= 0)
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (s < seeds) out[s * os + offset[v]] += acc[s][v];
+}
+
+// A convolution.  Bands are rectangles of R × L positions, in four colours like a chessboard of two by two.
+template <class T, int NV, int S>
+GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
+  const int H = op.H, W = op.W, slots = op.K, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
+  const int all = op.taps ? op.taps : 1, planes = op.merged ? all : 1, taps = all / planes;
+  const int high = op.R, wide = op.L, down = (H + high - 1) / high, across = (W + wide - 1) / wide;
+  const int seed_groups = (t.seeds + S - 1) / S;
+  const int per_warp = kWarp / lanes, sub = t.lane() / lanes, mine = t.lane() % lanes;
+  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw;
+  const int32_t* table = t.args.tables + op.table2;
+  for (int chunk = 0; chunk < slots; chunk += lanes * NV) {
+    int offset[NV];
+#pragma unroll
+    for (int v = 0; v < NV; ++v) {
+      const int k = chunk + v * lanes + mine;
+      offset[v] = k < slots ? fixed(table + k) : -1;
+    }
+    const T* weights = t.args.packed + op.wb + chunk + mine;
+    for (int colour = 0; colour < 4; ++colour) {
+      const int ch = colour / 2, cw = colour % 2, rows = (down + 1 - ch) / 2, columns = (across + 1 - cw) / 2;
+      const int each = rows * columns, total = t.count * seed_groups * each;
+      if (!total) continue;
+      for (int base = t.warp() * per_warp; base < total; base += t.warps() * per_warp) {
+        const bool active = base + sub < total;
+        const int item = active ? base + sub : 0, rest = item / each, band = item - rest * each;
+        const int h0 = (band / columns * 2 + ch) * high, w0 = (band % columns * 2 + cw) * wide;
+        const int m = rest / seed_groups, s0 = (rest - m * seed_groups) * S;
+        const int seeds = t.seeds - s0 < S ? t.seeds - s0 : S;
+        const T* from = op.rows ? t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s
+                                : t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
+        const int gs = op.rows ? static_cast<int>(t.args.seed_rows_s) : static_cast<int>(op.src_s);
+        T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
+        const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
+        for (int i = 0; i < high * wide * taps; ++i) {  // the same number of rounds for all lanes
+          const int j = i % taps, q = i / taps, h = h0 + q / wide, w = w0 + q % wide;
+          int hi = h, wi = w;
+          const bool inside =
+              active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, j / kw, j % kw, hi, wi));
+          for (int group = 0; group < groups; ++group) {
+            if (inside)
+              walk<T, NV, S>(bits ? bits + ((h * W + w) * all + j) * nb : nullptr, nb, planes, op.O, group * per_group,
+                             (group + 1) * per_group,
+                             from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px), gs, seeds,
+                             weights, ldw, lanes,
+                             to + hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px) +
+                                 group * static_cast<int>(op.C),
+                             static_cast<int>(op.dst_s), offset);
+            __syncwarp();
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+template <class T, int NV, int S>
+GK_DEVICE void scatter_seeds(const Op& op, const Tile<T>& t, int lanes, int seeds) {
+  if constexpr (S > 1)
+    if (seeds < S) return scatter_seeds<T, NV, S - 1>(op, t, lanes, seeds);
+  scatter<T, NV, S>(op, t, lanes);
+}
+
+template <class T, int NV>
+GK_DEVICE void scatter_slots(const Op& op, const Tile<T>& t, int lanes, int slots) {
+  if constexpr (NV > 1)
+    if (slots < NV) return scatter_slots<T, NV - 1>(op, t, lanes, slots);
+  const int walks = (t.seeds + kMaxSeeds<T> - 1) / kMaxSeeds<T>;
+  scatter_seeds<T, NV, kMaxSeeds<T>>(op, t, lanes, (t.seeds + walks - 1) / walks);
+}
+
+template <class T>
+GK_DEVICE void run_scatter(const Op& op, const Tile<T>& t) {
+  const int lanes = worker_lanes(op.K);
+  scatter_slots<T, kMaxSlots>(op, t, lanes, (static_cast<int>(op.K) + lanes - 1) / lanes);
+}
+
+// ---- linear layers ---------------------------------------------------------------------------------------------
+
+constexpr int kColumns = 16;  // lanes along the columns, four columns each; two lanes along the rows
+
+// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].
+template <class T, int Rows>
+GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
+  const int columns = op.K, ldw = op.ldw;
+  const int down = (rows + 2 * Rows - 1) / (2 * Rows), across = (columns + 4 * kColumns - 1) / (4 * kColumns);
+  const int32_t* table = t.args.tables + op.table2;
+  const bool joined = op.size && ((op.dst | op.dst_n | op.dst_s | columns) & 3) == 0;
+  for (int item = t.warp(); item < down * across; item += t.warps()) {
+    const int col = item / down * (4 * kColumns) + t.lane() % kColumns * 4;
+    const int r0 = item % down * (2 * Rows) + t.lane() / kColumns * Rows;
+    const T* w = t.args.packed + op.wb + c0 * ldw + (col < columns ? col : 0);
+    const T* g = t.buf + (r0 < stride ? r0 : 0);
+    T acc[Rows][4] = {};
+#pragma unroll 2
+    for (int c = 0; c < channels; ++c) {
+      const Four<T> ws = fixed4(w + c * ldw);
+#pragma unroll
+      for (int r = 0; r < Rows; r += 4) {
+        const Four<T> gs = load4(g + c * stride + r);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int o = 0; o < 4; ++o) acc[r + k][o] += gs.v[k] * ws.v[o];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+      if (r0 + r >= rows || col >= columns) continue;
+      const int m = (r0 + r) / t.seeds, s = r0 + r - m * t.seeds;
+      T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s);
+      if (joined) {
+        Four<T> sum = assign ? Four<T>{} : load4(y + col);
+#pragma unroll
+        for (int o = 0; o < 4; ++o) sum.v[o] += acc[r][o];
+        store4(y + col, sum);
+        continue;
+      }
+#pragma unroll
+      for (int o = 0; o < 4; ++o)
+        if (col + o < columns) {
+          T* at = y + fixed(table + col + o);
+          *at = assign ? acc[r][o] : *at + acc[r][o];
+        }
+    }
+  }
+}
+
+// The tallest tile that wastes the fewest rows.
+template <class T, int Rows>
+GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
+  const auto padded = [&](int height) { return (rows + 2 * height - 1) / (2 * height) * height; };
+  if constexpr (Rows > 4) {
+    bool tallest = true;
+    for (int height = Rows - 4; height >= 4; height -= 4) tallest &= padded(Rows) <= padded(height);
+    if (!tallest) return product_rows<T, Rows - 4>(op, t, rows, stride, c0, channels, assign);
+  }
+  product<T, Rows>(op, t, rows, stride, c0, channels, assign);
+}
+
+template <class T, int Products>
+GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
+  const int rows = t.count * t.seeds, O = op.O;
+  // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on; for the tensor cores as
+  // [row][channel], rows half a round of banks apart.
+  const int most = Products ? (t.args.region / rows - 16) / 32 * 32 : (t.args.region - 32) / ((rows + 3) / 4 * 4);
+  const int chunk = most < O ? most : O;
+  const int stride = Products ? (chunk + 31) / 32 * 32 + 16 : (rows + 3) / 4 * 4, filled = Products ? rows : stride;
+  for (int c0 = 0; c0 < O; c0 += chunk) {
+    const int channels = O - c0 < chunk ? O - c0 : chunk;
+    for (int i = t.tid(); i < channels * filled; i += t.threads()) {
+      const int r = i / channels, c = i - r * channels;
+      T value = T(0);
+      if (r < rows) {
+        const int m = r / t.seeds, s = r - m * t.seeds;
+        const bool alive = !op.taps || (t.planes(op, m)[(c0 + c) / 8] >> ((c0 + c) % 8) & 1);
+        if (alive)
+          value = op.rows ? fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n +
+                                  (t.s0 + s) * t.args.seed_rows_s + c0 + c)
+                          : t.at(op.src, op.src_n, m)[s * static_cast<int>(op.src_s) + c0 + c];
+      }
+      t.buf[Products ? r * stride + c : c * stride + r] = value;
+    }
+    __syncthreads();
+    const bool assign = op.assign && c0 == 0;
+    if constexpr (Products > 0)
+      rows <= 16 ? product_mma<Products, 1, 4>(op, t, rows, stride, c0, channels, assign)
+                 : product_mma<Products, 2, 4>(op, t, rows, stride, c0, channels, assign);
+    else if (sizeof(T) == 8) product<T, 4>(op, t, rows, stride, c0, channels, assign);
+    else product_rows<T, 16>(op, t, rows, stride, c0, channels, assign);
+    __syncthreads();
+  }
+}
+
+template <class T, int Products>
+GK_DEVICE void run_window_t(const Op& op, const Tile<T>& t) {
+  op.block ? run_product<T, Products>(op, t) : run_scatter<T>(op, t);
+}
+
+}  // namespace gradkern::cuda

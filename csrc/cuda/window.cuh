@@ -1,0 +1,140 @@
+// Forward contractions: convolutions, and linear layers over all samples of the tile.
+//
+// A warp makes `LP·4` positions × `LO·4` channels, a thread 4 × 4 of them: positions LP apart, so that neighbours
+// read neighbouring addresses, channels side by side, so that a weight is one 16-byte load.  Where there are fewer
+// such tiles than warps, the contraction is cut between warps and the parts are added in a fixed order.
+#pragma once
+#include "tile.cuh"
+
+namespace gradkern::cuda {
+
+constexpr int kPositions = 4;
+
+struct WindowShape {
+  int lo, lp;                // lanes along the channels and along the positions
+  int across, along, tiles;  // tiles along the channels, along the positions, in all
+  int split;                 // parts of the contraction
+};
+
+GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int K, int warps, int room) {
+  WindowShape s;
+  s.lo = channels > 16 ? 8 : channels > 8 ? 4 : channels > 4 ? 2 : 1;
+  s.lp = kWarp / s.lo;
+  s.across = (channels + s.lo * 4 - 1) / (s.lo * 4);
+  s.along = (positions + s.lp * kPositions - 1) / (s.lp * kPositions);
+  s.tiles = s.across * s.along * groups;
+  s.split = warps / s.tiles;
+  if (s.split > K / 16) s.split = K / 16;
+  if (s.split > room / (s.tiles * kWarp * 16)) s.split = room / (s.tiles * kWarp * 16);
+  if (s.split < 1) s.split = 1;
+  return s;
+}
+
+// acc[p][o] += Σ_{k0 ≤ k < k1} x[offset[p] + run(k)] · w[k][o].
+template <class T>
+GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&offset)[kPositions], bool aligned,
+                          const int32_t* runs, int L, const T* w, int ldf, int k0, int k1) {
+  w += k0 * ldf;
+  for (int r = k0 / L; r * L < k1; ++r) {
+    const int run = fixed(runs + r);
+    int j = k0 > r * L ? k0 - r * L : 0;
+    const int end = k1 < (r + 1) * L ? k1 - r * L : L;
+    const T* x[kPositions];
+#pragma unroll
+    for (int p = 0; p < kPositions; ++p) x[p] = buf + offset[p] + run;
+    if (aligned && run % 4 == 0 && j % 4 == 0) {
+#pragma unroll(sizeof(T) == 4 ? 2 : 1)
+      for (; j + 4 <= end; j += 4, w += 4 * ldf) {
+        Four<T> xs[kPositions];
+#pragma unroll
+        for (int p = 0; p < kPositions; ++p) xs[p] = load4(x[p] + j);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const Four<T> ws = fixed4(w + k * ldf);
+#pragma unroll
+          for (int p = 0; p < kPositions; ++p)
+#pragma unroll
+            for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * ws.v[o];
+        }
+      }
+    }
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)
+    for (; j < end; ++j, w += ldf) {
+      const Four<T> ws = fixed4(w);
+#pragma unroll
+      for (int p = 0; p < kPositions; ++p) {
+        const T xs = x[p][j];
+#pragma unroll
+        for (int o = 0; o < 4; ++o) acc[p][o] += xs * ws.v[o];
+      }
+    }
+  }
+}
+
+template <class T>
+GK_DEVICE void run_window(const Op& op, const Tile<T>& t) {
+  const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.block ? 1 : HW, positions = t.count * each;
+  const int O = op.O, groups = op.groups, K = op.K, L = op.L, ldf = op.ldw;
+  const int px = op.block ? 0 : op.sw * op.src_px, row = op.block ? 0 : op.sh * op.src_row;
+  // A block op has the region to itself; the others have their scratch there.
+  const WindowShape s = window_shape(positions, O, groups, K, t.warps(), op.block ? t.args.region : 0);
+  const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
+  const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
+  const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
+  T* parts = t.buf;  // [part][tile][4 · 4][lane]
+
+  for (int item = t.warp(); item < s.tiles * s.split; item += t.warps()) {
+    const int tile = item % s.tiles, part = item / s.tiles;
+    const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
+    const int o = rest % s.across * (s.lo * 4) + lane_o * 4, p0 = rest / s.across * (s.lp * kPositions) + lane_p;
+    const bool on = o < O;
+    int offset[kPositions];
+#pragma unroll
+    for (int p = 0; p < kPositions; ++p) {
+      const int at = p0 + p * s.lp < positions ? p0 + p * s.lp : 0;
+      const int m = at / each, q = at - m * each, h = q / W;
+      offset[p] = static_cast<int>(t.at(op.src, op.src_n, m) - t.buf) + h * row + (q - h * W) * px +
+                  group * static_cast<int>(op.C);
+    }
+    T acc[kPositions][4] = {};
+    const T* w = t.args.packed + op.wf + group * K * ldf + (on ? o : 0);
+    const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
+    if (k0 < k1) window_sum<T>(acc, t.buf, offset, aligned, t.args.tables + op.table, L, w, ldf, k0, k1);
+    if (s.split > 1) {
+#pragma unroll
+      for (int p = 0; p < kPositions; ++p)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) parts[((part * s.tiles + tile) * 16 + p * 4 + k) * kWarp + t.lane()] = acc[p][k];
+      continue;
+    }
+    if (!on) continue;
+    const T* bias = t.args.packed + op.bias + group * ldf + o;
+#pragma unroll
+    for (int p = 0; p < kPositions; ++p) {
+      const int at = p0 + p * s.lp;
+      if (at >= positions) continue;
+      const int m = at / each, q = at - m * each, h = q / W;
+      T* y = t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + (q - h * W) * static_cast<int>(op.dst_px) +
+             group * O + o;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (o + k < O) y[k] = acc[p][k] + fixed(bias + k);
+    }
+  }
+  if (s.split == 1) return;
+  __syncthreads();
+  for (int i = t.tid(); i < s.tiles * 16 * kWarp; i += t.threads()) {
+    const int lane = i % kWarp, slot = i / kWarp % 16, tile = i / (16 * kWarp);
+    const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
+    const int o = rest % s.across * (s.lo * 4) + lane % s.lo * 4 + slot % 4;
+    const int at = rest / s.across * (s.lp * kPositions) + lane / s.lo + slot / 4 * s.lp;
+    if (o >= O || at >= positions) continue;
+    T sum = fixed(t.args.packed + op.bias + group * ldf + o);
+    for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];
+    const int m = at / each, q = at - m * each, h = q / W;
+    t.at(op.dst, op.dst_n,
+         m)[h * static_cast<int>(op.dst_row) + (q - h * W) * static_cast<int>(op.dst_px) + group * O + o] = sum;
+  }
+}
+
+}  // namespace gradkern::cuda

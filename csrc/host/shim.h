@@ -1,0 +1,124 @@
+// CUDA's words for a host compiler: one host thread per CUDA thread of a block, barriers for __syncthreads and for
+// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers see the very code.
+#pragma once
+#include <pthread.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define GK_DEVICE inline
+#define GK_KERNEL(threads) void
+#define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
+#define __grid_constant__
+
+struct float4 {
+  float x, y, z, w;
+};
+struct double2 {
+  double x, y;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+
+namespace gradkern::host {
+
+struct Dim {
+  unsigned x, y = 1, z = 1;
+};
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  uint32_t word[32];
+  uint32_t a[4][32], b[2][32];  // fragments of an mma
+};
+
+struct Block {
+  unsigned char* arena;
+  Barrier barrier;
+  Warp* warps;
+};
+
+// What a CUDA thread knows of itself.
+struct Self {
+  Block* block;
+  Warp* warp;
+  unsigned lane;
+};
+
+inline thread_local Self self;
+inline thread_local Dim thread_index, block_index, block_size, grid_size;
+
+}  // namespace gradkern::host
+
+#define threadIdx (::gradkern::host::thread_index)
+#define blockIdx (::gradkern::host::block_index)
+#define blockDim (::gradkern::host::block_size)
+#define gridDim (::gradkern::host::grid_size)
+
+inline void __syncthreads() { gradkern::host::self.block->barrier.wait(); }
+inline void __syncwarp(uint32_t = 0xffffffffu) { gradkern::host::self.warp->barrier.wait(); }
+
+// Every lane of the warp must come here, as the kernels always see to.
+inline uint32_t __ballot_sync(uint32_t, bool vote) {
+  auto& me = gradkern::host::self;
+  me.warp->word[me.lane] = vote;
+  me.warp->barrier.wait();
+  uint32_t found = 0;
+  for (int l = 0; l < 32; ++l) found |= me.warp->word[l] << l;
+  me.warp->barrier.wait();
+  return found;
+}
+
+namespace gradkern::cuda {
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// Ten bits of mantissa, ties away from zero.
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+// The twin of mma.sync.m16n8k8 with TF32 operands: the same lanes hold the same elements; the sum of eight products
+// and c is exact but for one rounding.
+inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  auto& me = host::self;
+  auto& warp = *me.warp;
+  const unsigned l = me.lane, g = l / 4, t = l % 4;
+  warp.a[0][l] = a0, warp.a[1][l] = a1, warp.a[2][l] = a2, warp.a[3][l] = a3;
+  warp.b[0][l] = b0, warp.b[1][l] = b1;
+  warp.barrier.wait();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned half = i / 2, column = 2 * t + i % 2;  // c0, c1: row g; c2, c3: row g + 8
+    double sum = c[i];
+    for (unsigned k = 0; k < 8; ++k)
+      sum += static_cast<double>(bits_float(warp.a[half + k / 4 * 2][g * 4 + k % 4])) *
+             static_cast<double>(bits_float(warp.b[k / 4][column * 4 + k % 4]));
+    c[i] = static_cast<float>(sum);
+  }
+  warp.barrier.wait();
+}
+
+}  // namespace gradkern::cuda
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class T>
+inline T __ldg(const T* p) {
+  return *p;
+}
