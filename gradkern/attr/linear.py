@@ -1,0 +1,422 @@
+"""Rules on the kernels: a Program whose derivatives a rule has replaced is linear, and its transpose is one chain.
+
+`build` writes the rule's maps as a Program of linear forms: contractions keep their weight, every elementwise
+derivative becomes a `Given` slope, a pool becomes one gather and slope per place of its window.  Slopes that follow
+each other are multiplied, and those at either end are left to the caller.  The kernels then need no forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import engine, ops, reference
+from ..chain import Chain, lower
+from ..plan import NATIVE_DTYPES, cached_plan
+from ..program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
+from ..units import why_not
+from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
+
+MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
+Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """One external value of the linear Program: a product of factors, each a tensor of a `Local`."""
+
+    shape: Shape
+    refs: tuple[Ref, ...]
+    tap: tuple[int, int] | None = None  # (step, place): the share of a pool's place, times `refs` at that place
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A rule as a Program: its inputs are the network's, then the slopes.  ``outer`` multiplies at the output."""
+
+    program: Program
+    slopes: tuple[Slope, ...]
+    outer: tuple[Ref, ...]
+    weights: tuple[tuple[str, int], ...]  # name in the linear Program → step whose rule changes the weight
+
+
+Pattern = tuple[tuple[Any, ...], ...]
+
+
+def pattern_of(locals_: Sequence[Local]) -> Pattern | None:
+    """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
+    if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
+        return None
+    return tuple(
+        (
+            x.after is not None,
+            x.through,
+            0 if x.taps is None else len(x.taps),
+            x.weight is not None,
+            tuple(b is not None for b in x.before),
+        )
+        for x in locals_
+    )
+
+
+class _Writer:
+    """Steps of the linear Program with symbolic numbers: inputs as they are, slopes and steps counted apart."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
+        self.slopes: list[Slope] = []
+        self.weights: list[tuple[str, int]] = []
+        # per value of the network: where it is, and the factors still to be multiplied
+        self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
+            v: (("in", v), ()) for v in range(len(program.inputs))
+        }
+
+    def emit(self, form: Any, reads: list[tuple[str, int]], shape: Shape, of: Step) -> tuple[str, int]:
+        self.steps.append((form, reads, shape, of))
+        return ("step", len(self.steps) - 1)
+
+    def scaled(self, node: tuple[str, int], refs: tuple[Ref, ...], shape: Shape, of: Step) -> tuple[str, int]:
+        if not refs:
+            return node
+        self.slopes.append(Slope(shape, refs))
+        return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], shape, of)
+
+    def pool(self, i: int, step: Step, places: int) -> tuple[str, int]:
+        node, refs = self.at[step.inputs[0]]
+        spatial = self.program.shape(step.inputs[0])[1:]
+        parts = []
+        for t in range(places):
+            gather = Contract(tap_positions(step.form.windows, t, spatial, step.shape[1:]))
+            here = self.emit(gather, [node], step.shape, step)
+            self.slopes.append(Slope(step.shape, refs, (i, t)))
+            parts.append(self.emit(Given(), [here, ("slope", len(self.slopes) - 1)], step.shape, step))
+        return parts[0] if len(parts) == 1 else self.emit(Sum(), parts, step.shape, step)
+
+    def step(self, i: int, step: Step, shape: tuple[Any, ...]) -> None:
+        after, through, places, weight, before = shape
+        v = len(self.program.inputs) + i
+        rest: tuple[Ref, ...] = (("after", i, 0),) if after else ()
+        node, refs = self.at[step.inputs[0]]
+        if places:
+            self.at[v] = (self.pool(i, step, places), rest)
+        elif through:
+            self.at[v] = (node, refs + rest)
+        elif isinstance(step.form, View):
+            self.at[v] = (self.emit(step.form, [node], step.shape, step), refs + rest)
+        else:
+            reads = []
+            for k, u in enumerate(step.inputs):
+                node, refs = self.at[u]
+                more: tuple[Ref, ...] = (("before", i, k),) if k < len(before) and before[k] else ()
+                reads.append(self.scaled(node, refs + more, self.program.shape(u), step))
+            self.at[v] = (self.emit(self.weighted(i, step.form, weight), reads, step.shape, step), rest)
+
+    def weighted(self, i: int, form: Any, changed: bool) -> Any:
+        """The contraction without its bias, and with the rule's weight under a name of its own."""
+        if not isinstance(form, Contract):
+            return form
+        if changed:
+            name = f"rule#{i}"
+            self.weights.append((name, i))
+            return Contract(form.map, Param(name))
+        return replace(form, bias=None)
+
+    def finish(self) -> Linear | None:
+        node, outer = self.at[self.program.output]
+        if node[0] != "step":
+            return None
+        n, s = len(self.program.inputs), len(self.slopes)
+        first = {"in": 0, "slope": n, "step": n + s}
+        steps = tuple(
+            Step(form, tuple(first[kind] + k for kind, k in reads), shape, of.op, of.module)
+            for form, reads, shape, of in self.steps
+        )
+        inputs = (*self.program.inputs, *(slope.shape for slope in self.slopes))
+        return Linear(Program(inputs, steps, n + s + node[1]), tuple(self.slopes), outer, tuple(self.weights))
+
+
+def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Positions:
+    """The constant map that takes every window's t-th place (zero where that is padding)."""
+    axes = []
+    for cut, n, (before, _) in zip(tap_slices(w, t, counts), spatial, w.padding, strict=True):
+        places = [p - before for p in range(cut.start, cut.stop, cut.step)]
+        axes.append(tuple((p, (1.0,)) if 0 <= p < n else (0, (0.0,)) for p in places))
+    return Positions(tuple(axes))
+
+
+def build(program: Program, pattern: Pattern) -> Linear | None:
+    """The linear Program of a rule; None where nothing is left of it."""
+    writer = _Writer(program)
+    for i, step in enumerate(program.steps):
+        writer.step(i, step, pattern[i])
+    return writer.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Caches of pure results
+
+_KEEP = 64
+_lock = threading.Lock()
+_linear: OrderedDict[Any, Linear | None] = OrderedDict()
+_chains: OrderedDict[Any, Chain] = OrderedDict()
+
+
+def _remembered(table: OrderedDict[Any, Any], key: Any, make: Any) -> Any:
+    with _lock:
+        if key in table:
+            table.move_to_end(key)
+            return table[key]
+    made = make()
+    with _lock:
+        table[key] = made
+        while len(table) > _KEEP:
+            table.popitem(last=False)
+    return made
+
+
+def linear_of(program: Program, pattern: Pattern) -> Linear | None:
+    """`build`, remembered, where kernels run every step of it."""
+
+    def make() -> Linear | None:
+        found = build(program, pattern)
+        if found is None or any(why_not(found.program, s) is not None for s in found.program.steps):
+            return None
+        return found
+
+    return _remembered(_linear, (program.key, pattern), make)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape) -> Tensor | None:
+    """The factors multiplied, ``[N, *shape]``."""
+    total = None
+    for kind, i, k in slope.refs if isinstance(slope, Slope) else slope:
+        factor = locals_[i].after if kind == "after" else locals_[i].before[k]
+        assert factor is not None
+        factor = factor.reshape(factor.shape[0], *shape)
+        total = factor if total is None else total * factor
+    return total
+
+
+def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
+    """The values of one slope, ``[N, *shape]``, in one piece."""
+    if slope.tap is None:
+        found = product(slope, locals_, slope.shape)
+        assert found is not None
+        return found.contiguous()
+    i, t = slope.tap
+    step = program.steps[i]
+    share = locals_[i].taps[t]  # type: ignore[index]
+    factor = product(slope, locals_, program.shape(step.inputs[0]))
+    if factor is not None:
+        windows: Windows = step.form.windows  # type: ignore[union-attr]
+        share = share * padded(windows, factor, 0.0)[(..., *tap_slices(windows, t, slope.shape[1:]))]
+    return share.contiguous()
+
+
+def transposed(
+    linear: Linear,
+    program: Program,
+    params: Params,
+    locals_: Sequence[Local],
+    inputs: Sequence[Tensor],
+    wrt: Sequence[int],
+    targets: Tensor | None = None,
+    cotangent: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The rule's maps, transposed, on the kernels: one ``[N, S, *in]`` per input of ``wrt``.
+
+    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``) or given as ``cotangent [N, S, C]``.
+    """
+    lp = linear.program
+    n, dtype = inputs[0].shape[0], inputs[0].dtype
+    outer = product(linear.outer, locals_, (math.prod(lp.output_shape),)) if linear.outer else None  # [N, C]
+    if cotangent is not None:
+        seeds = cotangent.shape[1]
+        if outer is not None:
+            cotangent = cotangent * outer.unsqueeze(1)
+    else:
+        assert targets is not None
+        seeds = targets.shape[-1]
+    machine = ops.machine()
+    assert machine is not None
+    key = (lp.key, machine, dtype, seeds, tuple(wrt), cotangent is None)
+    size = NATIVE_DTYPES[dtype]
+    steps = list(range(len(lp.steps)))
+    chain = _remembered(
+        _chains,
+        key,
+        lambda: lower(lp, steps, [lp.output], machine, size, seeds, tuple(wrt), cotangent is None, linear=True),
+    )
+    bound = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
+    packed = engine.packed_for(chain, bound, inputs[0])
+    base = len(program.inputs)
+    given = [
+        inputs[v].contiguous() if v < base else slope_tensor(linear.slopes[v - base], program, locals_)
+        for v in chain.inputs
+    ]
+    results = [inputs[v].new_empty(n, seeds, *inputs[v].shape[1:]) for v in chain.wrt]
+    rows = None
+    if cotangent is None:
+        targets = targets.contiguous()  # type: ignore[union-attr]
+        rows = packed.seed_rows(targets, lp.outputs)
+        engine.call(packed, given or [inputs[0].contiguous()], targets, rows, [], results)
+    else:
+        dense = [cotangent.reshape(n, seeds, -1).contiguous()]
+        engine.call(packed, given or [inputs[0].contiguous()], None, None, dense, results)
+    found = dict(zip(chain.wrt, results, strict=True))
+    if outer is not None and cotangent is None:
+        picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)  # type: ignore[union-attr]
+        for r in found.values():
+            r.mul_(picked.view(n, seeds, *(1,) * (r.dim() - 2)))
+    return tuple(found[w] if w in found else inputs[w].new_zeros(n, seeds, *inputs[w].shape[1:]) for w in wrt)
+
+
+def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
+    """The wanted values of a forward pass, by the kernels where one chain runs the whole Program."""
+    found = dict(enumerate(inputs))
+    n, dtype = inputs[0].shape[0], inputs[0].dtype
+    wanted = [v for v in wanted if v >= len(inputs)]
+    if n and wanted and dtype in NATIVE_DTYPES and all(x.device.type == "cpu" for x in inputs):
+        p = cached_plan(program, 1, dtype)
+        if p.whole:
+            with suppress(engine.NoKernel):
+                found |= _native_values(program, params, inputs, wanted)
+    return Values(program, params, found)
+
+
+def _native_values(
+    program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]
+) -> dict[int, Tensor]:
+    machine, dtype = ops.machine(), inputs[0].dtype
+    assert machine is not None
+    last = max(wanted) - len(program.inputs)
+    needed = _steps_to(program, wanted)
+    key = (program.key, "values", machine, dtype, tuple(wanted), last)
+    chain = _remembered(
+        _chains,
+        key,
+        lambda: lower(program, needed, list(wanted), machine, NATIVE_DTYPES[dtype], 0, (), False),
+    )
+    packed = engine.packed_for(chain, params, inputs[0])
+    ins = [inputs[v].contiguous() for v in chain.inputs]
+    found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
+    return {v: y.view(y.shape[0], *program.shape(v)) for v, y in zip(wanted, found, strict=True)}
+
+
+def _steps_to(program: Program, wanted: Sequence[int]) -> list[int]:
+    base, needed, stack = len(program.inputs), set(), list(wanted)
+    while stack:
+        v = stack.pop()
+        if v >= base and v - base not in needed:
+            needed.add(v - base)
+            stack.extend(program.steps[v - base].inputs)
+    return sorted(needed)
+
+
+def looked_at(program: Program, outputs_too: bool) -> list[int]:
+    """The values that a rule needs and that cannot be had cheaply from others.
+
+    ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
+    """
+    base = len(program.inputs)
+    wanted = set()
+    for i, step in enumerate(program.steps):
+        if is_linear(step.form) and not isinstance(step.form, View):
+            if outputs_too:
+                wanted.add(base + i)
+        elif not is_linear(step.form):
+            wanted.update(step.inputs)
+
+    def source(v: int) -> int:
+        """Elementwise functions, views and pools of a stored value are computed from it."""
+        while (v >= base and isinstance(program.steps[v - base].form, (View, Select))) or (v >= base and is_scale(v)):
+            v = program.steps[v - base].inputs[0]
+        return v
+
+    def is_scale(v: int) -> bool:
+        return type(program.steps[v - base].form).__name__ == "Scale"
+
+    return sorted({source(v) for v in wanted} - set(range(base)))
+
+
+def one_hot(program: Program, like: Tensor, targets: Tensor) -> Tensor:
+    """Dense seeds ``[N, S, *out]``."""
+    return reference.one_hot(program, like.new_empty(like.shape[0], *program.output_shape), targets)
+
+
+def attribute(
+    rule: Rule,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    wrt: Sequence[int],
+    *,
+    native: bool,
+    memo: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, ...]:
+    """The rule's multipliers of the outputs ``targets`` for the inputs ``wrt``: one ``[N, S, *in]`` each.
+
+    On the kernels where every map is made of slopes and contractions, a tail of the network (a softmax) aside.
+    """
+    from .rules import pull
+
+    program = rule.program
+    locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
+    if native:
+        head = _head(program, locals_)
+        if head is not None:
+            cut, cotangent = head, None
+            if cut is not program:
+                tail = _TailRule(rule, locals_)
+                g = one_hot(program, inputs[0], targets)
+                held = pull(tail, g, [cut.output])
+                cotangent = held[cut.output].flatten(2)
+            pattern = pattern_of(locals_[: len(cut.steps)])
+            linear = None if pattern is None else linear_of(cut, pattern)
+            if linear is not None:
+                with suppress(engine.NoKernel):
+                    return transposed(linear, cut, rule.params, locals_, inputs, wrt, targets, cotangent)
+    held = pull(_TailRule(rule, locals_), one_hot(program, inputs[0], targets), wrt)
+    shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
+    return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
+
+
+class _TailRule(Rule):
+    """A rule whose maps are known already."""
+
+    def __init__(self, rule: Rule, locals_: Sequence[Local]) -> None:
+        super().__init__(rule.program, rule.params, rule.values)
+        self.locals_ = locals_
+
+    def at(self, i: int) -> Local:
+        return self.locals_[i]
+
+
+def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
+    """The Program without a straight tail of steps that the kernels cannot run; None where too little is left."""
+    base = len(program.inputs)
+    steps, output = list(program.steps), program.output
+    while steps and any(x.own is not None for x in locals_[: len(steps)]):
+        last = steps[-1]
+        if output != base + len(steps) - 1 or len(last.inputs) != 1:
+            return None
+        steps.pop()
+        output = last.inputs[0]
+        if any(output in s.inputs for s in steps):
+            return None
+    if not steps or output < base:
+        return None
+    return (
+        program if len(steps) == len(program.steps) else Program(program.inputs, tuple(steps), output, program.derived)
+    )

@@ -1,0 +1,191 @@
+"""Gradients at many points: the engine under every method that averages over a path, over noise or over baselines.
+
+A path method looks at ``steps`` points for each of N samples.  `Points` differentiates them block by block, all seeds
+at once, so that what is held at a time does not grow with the number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from captum._utils.common import _format_additional_forward_args
+from torch import Tensor
+
+from .. import api, cache, execute, options, refusal
+from ..job import Job, model_of
+from ..program import Program
+from ..targets import Seeds, Shape, TopSeeds
+
+BLOCK_BYTES = 8 << 20  # gradients held at a time: what the last-level cache of a core or two holds
+LEAST_BLOCK = 64  # points, below which the cost of a call shows
+
+
+class Points:
+    """One model, to be differentiated with respect to its ``inputs`` at points like these.
+
+    ``more``: tensors ``[N, ...]`` that the model takes after the inputs.  ``engine`` as in `gradkern.use`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        more: Sequence[Tensor] = (),
+        engine: str | None = None,
+        *,
+        ahead: int = 0,
+    ) -> None:
+        self.fn, self.module, self.engine = fn, model_of(fn), engine
+        self.inputs, self.more = tuple(inputs), tuple(more)
+        self.wrt = tuple(range(len(self.inputs)))
+        self.samples = self.inputs[0].shape[0]
+        self.ahead = ahead  # points still to come, for the decision to trace
+
+    def job(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Job:
+        return Job(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
+
+    @property
+    def mixes(self) -> bool:
+        """Must one forward see all points of a call (batch statistics, random draws)?"""
+        return api.samples_mix(self.job(self.inputs, self.more, Seeds(1, (1,), torch.zeros(1, dtype=torch.int64))))
+
+    def program(self) -> Program | None:
+        """The model's Program where it is known already."""
+        if self.module is None or options.engine(self.engine) == "autograd":
+            return None
+        given = (*self.inputs, *self.more)
+        if refusal.at_once(self.fn, given) is not None:
+            return None
+        verdict = cache.entry(self.module).verdict(cache.key_of(self.module, given))
+        return None if verdict is None else verdict.program
+
+    def traced(self) -> Program | None:
+        """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
+        known = self.program()
+        if known is not None or self.module is None or options.engine(self.engine) == "autograd":
+            return known
+        verdict = api.verdict_of(self.job(self.inputs, self.more, Seeds(0, (0,), None)))
+        return None if verdict is None else verdict.program
+
+    def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
+        """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
+        job = Job(self.fn, (*self.inputs, *self.more), self.wrt, choice)
+        out = execute.output_shape(job)
+        seeds = choice(self.samples, out)
+        if isinstance(seeds, TopSeeds):
+            with torch.inference_mode(False), torch.no_grad():
+                y = self.fn(*[x.detach().clone() for x in (*self.inputs, *self.more)])
+            seeds.rows(0, self.samples, y)
+        return seeds, out
+
+    def gradients(
+        self,
+        points: Sequence[Tensor],
+        more: Sequence[Tensor],
+        index: Tensor | None,
+        seeds: int,
+        *,
+        strict: bool = False,
+        program: Program | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One ``[R, S, *in]`` per input at the points ``[R, *in]``; ``index``: None, ``[S]`` or ``[R, S]``.
+
+        ``program`` takes the place of the model's own.
+        """
+        job = self.job(points, more, Seeds(seeds, (seeds,), index))
+        program = program or self.program()
+        if program is None:
+            api.solve(job, self.engine, strict=strict)
+        else:
+            execute.run(job, program, 0, options.engine(self.engine), strict=strict)
+        self.ahead = max(0, self.ahead - points[0].shape[0])
+        return job.results
+
+    def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
+        """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
+        each = max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in self.inputs)
+        rows = max(LEAST_BLOCK, BLOCK_BYTES // max(each, 1))
+        rows = max(1, min(rows, options.memory_budget() // (2 * max(each, 1))))
+        samples = max(1, min(self.samples, rows // steps))
+        for a in range(0, self.samples, samples):
+            b = min(a + samples, self.samples)
+            count = max(1, rows // (b - a))
+            for first in range(0, steps, count):
+                yield a, b, first, min(first + count, steps)
+
+
+def part(seeds: Seeds, a: int, b: int) -> Tensor | None:
+    """Flat indices of the samples ``a:b``: None, ``[S]`` or ``[b - a, S]``."""
+    if isinstance(seeds, TopSeeds):
+        found = seeds._found  # [N, k]
+        return None if found is None else found[a:b]
+    return seeds.rows(a, b)
+
+
+def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
+    """``additional_forward_args`` where all of them are tensors with a row per sample, else None."""
+    more = _format_additional_forward_args(extra) or ()
+    if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in more):
+        return tuple(more)
+    return None
+
+
+def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, alphas: Tensor) -> list[Tensor]:
+    """The points ``baseline + α (input - baseline)`` of the samples ``a:b``, ``[K (b - a), *in]``, steps first."""
+    found = []
+    for x, base in zip(inputs, baselines, strict=True):
+        base = rows_of(base, a, b)
+        here = x[a:b].detach()
+        steps = alphas.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * here.dim())
+        points = base + steps * (here - base)  # [K, b - a, *in]
+        found.append(points.reshape(-1, *x.shape[1:]))
+    return found
+
+
+def rows_of(baseline: Any, a: int, b: int) -> Any:
+    """The rows ``a:b`` of a baseline: a number, one row for all samples, or a row for each."""
+    if not isinstance(baseline, Tensor):
+        return baseline
+    baseline = baseline.detach()
+    return baseline[a:b] if baseline.dim() and baseline.shape[0] > 1 else baseline
+
+
+def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k w_k g_k`` for ``grads [K · n, ...]``, steps first; scaled in place and added in Captum's order."""
+    steps = len(weights)
+    w = weights.to(device=grads.device, dtype=grads.dtype).view(steps, 1)
+    return grads.view(steps, -1).mul_(w).view(steps, -1, *grads.shape[1:]).sum(0)
+
+
+def path_sum(
+    points: Points,
+    baselines: Sequence[Any],
+    seeds: Seeds,
+    weights: Tensor,
+    alphas: Tensor,
+    *,
+    strict: bool = False,
+) -> tuple[Tensor, ...]:
+    """``Σ_k w_k ∂y_s/∂x (baseline + α_k (input - baseline))``: one ``[N, S, *in]`` per input.
+
+    ``weights``, ``alphas``: ``[steps]``.  Steps of a block are summed as they come; nothing is kept of them.
+    """
+    totals = tuple(
+        torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
+    )
+    points.ahead = len(alphas) * points.samples
+    with torch.no_grad():
+        for a, b, first, last in points.blocks(len(alphas), seeds.count):
+            at = between(points.inputs, baselines, a, b, alphas[first:last])
+            steps = last - first
+            more = [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in points.more]
+            index = part(seeds, a, b)
+            if index is not None and index.dim() == 2:
+                index = index.repeat(steps, 1)  # [K (b - a), S]
+            found = points.gradients(at, more, index, seeds.count, strict=strict)
+            for total, grads in zip(totals, found, strict=True):
+                total[a:b] += weighted_sum(grads, weights[first:last])
+    return totals

@@ -1,0 +1,262 @@
+"""A Program cut at a layer: forward to the layer's value, and all-seed gradients from the outputs back to it.
+
+The layer's value is found by what it holds: the live model runs a few samples with a hook on the layer, and the value
+of the Program that equals what the hook saw is the one (module paths decide between equals).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import binding, cache, engine, execute, options, reference
+from ..autograd import buffers_kept
+from ..layers.builder import renumbered
+from ..program import Program
+from ..targets import Seeds
+from .linear import forward_values
+from .points import Points
+from .rules import Values
+
+SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
+_KEEP = 256
+_lock = threading.Lock()
+_found: OrderedDict[Any, int | None] = OrderedDict()
+_tails: OrderedDict[Any, Tail] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The part of a Program behind a value.  Its inputs are that value, then the others that cross the cut."""
+
+    program: Program
+    crossing: tuple[int, ...]
+
+
+def layer_value(points: Points, program: Program, layer: Any, to_input: bool) -> int | None:
+    """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none."""
+    model = points.module
+    if not isinstance(layer, nn.Module) or model is None:
+        return None
+    path = next((p for p, m in model.named_modules() if m is layer), None)
+    if path is None:
+        return None
+    key = (program.key, path, to_input, type(model))
+    with _lock:
+        if key in _found:
+            return _found[key]
+    value = _locate(points, program, layer, path, to_input)
+    with _lock:
+        _found[key] = value
+        while len(_found) > _KEEP:
+            _found.popitem(last=False)
+    return value
+
+
+def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
+    model, job = points.module, points.job(points.inputs, points.more, Seeds(0, (0,), None))
+    assert model is not None
+    picked = job.pick(SAMPLES)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for x in picked:
+        if x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            spread = x.std() if x.numel() > 1 else x.new_ones(())
+            x = torch.cat([x, x + (spread + 0.1) * noise])
+        else:
+            x = torch.cat([x, x])
+        rows.append(x)
+    seen: list[Any] = []
+
+    def look(_: Any, inputs: Any, output: Any = None) -> None:
+        got = inputs if to_input else output
+        got = got[0] if isinstance(got, tuple) and len(got) == 1 else got
+        seen.append(got.detach().clone() if isinstance(got, Tensor) else None)
+
+    handle = layer.register_forward_pre_hook(look) if to_input else layer.register_forward_hook(look)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
+            model(*[x.clone() for x in rows])
+            params = binding.bind(program, model)
+            values = reference.forward(program, params, rows)
+    finally:
+        handle.remove()
+    if not seen or seen[-1] is None:
+        return None
+    return _best(program, path, to_input, [v for v, y in enumerate(values) if _equal(y, seen[-1])])
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    tolerance = 1e-10 if a.dtype == torch.float64 else 1e-4
+    size = b.abs().nan_to_num(0.0, 0.0, 0.0).max() if b.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * size), equal_nan=True))
+
+
+def _best(program: Program, path: str, to_input: bool, candidates: list[int]) -> int | None:
+    """The candidate that belongs to the module; one alone is taken as it is."""
+    base = len(program.inputs)
+    if to_input:
+        own = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
+    else:
+        own = [v for v in candidates if v >= base and _inside(program, path, v - base)]
+    if own:
+        return own[0] if to_input else own[-1]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def tail_of(program: Program, value: int) -> Tail:
+    """What stands between ``value`` and the output, remembered."""
+    key = (program.key, value)
+    with _lock:
+        if key in _tails:
+            return _tails[key]
+    base = len(program.inputs)
+    needed, stack = set(), [program.output]
+    while stack:
+        v = stack.pop()
+        if v not in needed and v != value:
+            needed.add(v)
+            stack.extend(program.steps[v - base].inputs if v >= base else ())
+    behind = {value}
+    steps = []
+    for i, step in enumerate(program.steps):
+        if base + i in needed and base + i != value and any(v in behind for v in step.inputs):
+            behind.add(base + i)
+            steps.append(i)
+    crossing = sorted({v for i in steps for v in program.steps[i].inputs} - behind)
+    number = {value: 0} | {v: 1 + k for k, v in enumerate(crossing)}
+    number |= {base + i: 1 + len(crossing) + k for k, i in enumerate(steps)}
+    shapes = tuple(program.shape(v) for v in (value, *crossing))
+    cut = tuple(renumbered(program.steps[i], number) for i in steps)
+    tail = Tail(Program(shapes, cut, number.get(program.output, -1), program.derived), tuple(crossing))
+    with _lock:
+        _tails[key] = tail
+        while len(_tails) > _KEEP:
+            _tails.popitem(last=False)
+    return tail
+
+
+def head_of(program: Program, value: int) -> Program:
+    """The Program with ``value`` as its output."""
+    base, needed, stack = len(program.inputs), set(), [value]
+    while stack:
+        v = stack.pop()
+        if v >= base and v not in needed:
+            needed.add(v)
+            stack.extend(program.steps[v - base].inputs)
+    kept = sorted(needed)
+    number = {v: v for v in range(base)} | {v: base + k for k, v in enumerate(kept)}
+    steps = tuple(renumbered(program.steps[v - base], number) for v in kept)
+    return Program(program.inputs, steps, number[value], program.derived)
+
+
+class LayerView:
+    """One model seen from one layer: activations there, and gradients of the outputs with respect to them."""
+
+    def __init__(self, points: Points, program: Program, value: int) -> None:
+        self.points, self.program, self.value = points, program, value
+        self.tail = tail_of(program, value)
+        self.exclusive = True  # whether all that reads the value reads it from the layer
+        with torch.inference_mode(False), torch.no_grad():
+            self.params = binding.bind(program, points.module)  # type: ignore[arg-type]
+        self.plain = options.engine(points.engine) == "reference" or any(
+            execute.not_native(x) for x in (*points.inputs, *points.more)
+        )
+
+    @property
+    def reaches(self) -> bool:
+        """Does the output depend on the layer?"""
+        return self.tail.program.output >= 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.program.shape(self.value)
+
+    def forward(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The layer's value ``[R, *layer]``, and the others that cross the cut."""
+        rows = [x.detach().contiguous() for x in (*inputs, *more)]
+        wanted = [self.value, *self.tail.crossing]
+        with torch.inference_mode(False), torch.no_grad():
+            if self.plain:
+                values = Values(self.program, self.params, dict(enumerate(rows)))
+            else:
+                values = forward_values(self.program, self.params, rows, wanted)
+            return tuple(values[v] for v in wanted)
+
+    def gradients(self, held: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
+        """``[R, S, *layer]`` at the values that `forward` gives."""
+        tail, at = self.tail.program, held[0]
+        index = torch.arange(tail.outputs) if index is None else index
+        with torch.inference_mode(False), torch.no_grad():
+            if not tail.steps:  # the layer is the output
+                return reference.one_hot(tail, at, index)
+            if self.plain:
+                return reference.jacobian(tail, self.params, held, index, (0,))[1][0]
+            out = at.new_empty(at.shape[0], seeds, *at.shape[1:])
+            step = self._chunk(seeds, at.dtype)
+            for a in range(0, at.shape[0], step):
+                rows = tuple(x[a : a + step].contiguous() for x in held)
+                chosen = index[a : a + step] if index.dim() == 2 else index
+                engine.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a : a + step],))
+            return out
+
+    def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
+        tail = self.tail.program
+        if engine.bounded(tail, seeds, dtype, self.points.inputs[0].device):
+            return 1 << 30
+        numels = [math.prod(tail.shape(v)) for v in range(len(tail.inputs) + len(tail.steps))]
+        need = dtype.itemsize * (sum(numels) + 3 * seeds * max(numels))
+        return max(1, options.memory_budget() // max(need, 1))
+
+
+def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
+    """The model seen from ``layer``; None where it has no Program (or none yet, without ``now``) or no such value."""
+    name = options.engine(points.engine)
+    program = points.traced() if now or name in ("kernel", "reference") or _paid(points) else points.program()
+    if program is None:
+        return None
+    value = layer_value(points, program, layer, to_input)
+    if value is None:
+        if points.module is not None:
+            cache.entry(points.module).warn(
+                f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
+                "network, so Captum's own hooks run it."
+            )
+        return None
+    found = LayerView(points, program, value)
+    if not found.reaches:
+        return None
+    found.exclusive = _only_there(points, program, layer, value, to_input)
+    return found
+
+
+def _only_there(points: Points, program: Program, layer: nn.Module, value: int, to_input: bool) -> bool:
+    """Does putting another tensor in the layer's place change this value for every reader?"""
+    base = len(program.inputs)
+    path = next(p for p, m in points.module.named_modules() if m is layer)  # type: ignore[union-attr]
+    if not to_input and value >= base and _inside(program, path, value - base):
+        return True
+    readers = program.consumers[value]
+    return len(readers) <= 1 if not to_input else all(_inside(program, path, i) for i in readers)
+
+
+def _inside(program: Program, path: str, i: int) -> bool:
+    module = program.steps[i].module
+    return not path or module == path or module.startswith(path + ".")
+
+
+def _paid(points: Points) -> bool:
+    if points.module is None:
+        return False
+    key = cache.key_of(points.module, (*points.inputs, *points.more))
+    return cache.entry(points.module).worth_tracing(key, 0.0)

@@ -1,0 +1,117 @@
+"""`check`: how far gradkern is from autograd in float64, on the caller's own model and samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import api, autograd
+from .job import Job, jacobian_choice, model_of, read_inputs
+from .options import BadValue
+from .targets import TopK
+
+TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
+
+
+@dataclass(frozen=True)
+class Check:
+    """The error against autograd, per output: largest absolute difference, the same relative to the largest
+    gradient of that output, and the share of samples off by more than 1e-5 of their own largest gradient
+    (in float32 a unit within rounding of its kink gives such a sample: neither side is wrong)."""
+
+    against: str
+    outputs: tuple[str, ...]
+    absolute: tuple[float, ...]
+    relative: tuple[float, ...]
+    off_share: tuple[float, ...]
+    samples: int
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of all outputs."""
+        return max(self.relative, default=0.0)
+
+    def __str__(self) -> str:
+        width = max([len("output"), *map(len, self.outputs)])
+        rows = [
+            f"gradkern against {self.against}, {self.samples} samples",
+            f"{'output':>{width}}  {'max |error|':>12}  {'relative':>9}  {'samples off by > 1e-5':>22}",
+        ]
+        for name, a, r, s in zip(self.outputs, self.absolute, self.relative, self.off_share, strict=True):
+            rows.append(f"{name:>{width}}  {a:12.3e}  {r:9.1e}  {s:22.2%}")
+        return "\n".join(rows)
+
+
+def check(model: Callable[..., Tensor], inputs: Tensor | Sequence[Tensor], targets: Any = None) -> Check:
+    """Compare what ``engine="auto"`` gives (once it has traced the model) with autograd on a float64 copy.
+
+    Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
+    A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
+    """
+    given, numbers = read_inputs(inputs, None)
+    state = torch.get_rng_state()
+    found = api.jacobian(model, given, targets, engine="kernel")
+    if isinstance(targets, TopK):
+        found, targets = found
+    torch.set_rng_state(state)
+    job, against = _exact_job(model, given, numbers, targets)
+    expected, names = _reference(job)
+    torch.set_rng_state(state)
+    return _compare([f.reshape(e.shape) for f, e in zip(found, expected, strict=True)], expected, names, against)
+
+
+def _exact_job(model: Any, given: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any) -> tuple[Job, str]:
+    module = model_of(model)
+    exact = tuple(x.double() if x.is_floating_point() else x for x in given)
+    try:
+        if module is None:
+            raise BadValue("a callable that is no module")
+        twin = copy.deepcopy(module).double()
+        job = Job(twin, exact, numbers, jacobian_choice(targets))
+        with torch.no_grad(), autograd.buffers_kept(twin):
+            twin(*[x[:2].clone() for x in exact])
+        return job, "autograd in float64"
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        dtype = given[numbers[0]].dtype
+        return Job(model, given, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {why})"
+
+
+def _reference(job: Job) -> tuple[tuple[Tensor, ...], list[str]]:
+    api.solve(job, "autograd")
+    assert job.seeds is not None
+    seeds = job.seeds
+    if seeds.indices is not None and seeds.indices.dim() == 1:
+        numbers = seeds.indices
+    elif seeds.indices is not None:
+        return job.results, [f"#{s}" for s in range(seeds.count)]  # another output in each sample
+    else:
+        numbers = torch.arange(seeds.count)
+    if len(job.out_shape) < 2:
+        return job.results, [str(int(n)) for n in numbers]
+    return job.results, [str(tuple(int(i) for i in torch.unravel_index(n, job.out_shape))) for n in numbers]
+
+
+def _compare(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], against: str) -> Check:
+    absolute, relative, off = [], [], []
+    samples = expected[0].shape[0]
+    for s in range(len(names)):
+        error = torch.zeros(samples, dtype=torch.float64)
+        scale = torch.zeros(samples, dtype=torch.float64)
+        for f, e in zip(found, expected, strict=True):
+            want, got = e[:, s].double().flatten(1).cpu(), f[:, s].double().flatten(1).cpu()  # [N, F]
+            same = (want == got) | (want.isnan() & got.isnan())
+            gap = torch.where(same, 0.0, (want - got).abs()).nan_to_num(torch.inf)
+            if want.shape[1]:
+                error = torch.maximum(error, gap.amax(1))
+                scale = torch.maximum(scale, want.abs().nan_to_num(0.0, 0.0, 0.0).amax(1))
+        top = float(scale.max()) if samples else 0.0
+        absolute.append(float(error.max()) if samples else 0.0)
+        relative.append(absolute[-1] / top if top > 0 else absolute[-1])
+        off.append(float((error > TOLERANCE * scale).double().mean()) if samples else 0.0)
+    return Check(against, tuple(names), tuple(absolute), tuple(relative), tuple(off), samples)

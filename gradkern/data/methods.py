@@ -1,0 +1,188 @@
+"""Attribution methods of dataset runs: a registry of functions from a batch to maps.
+
+A method is a few lines: take a `Batch`, return an `Outcome`.  The ones that need more than one gradient come from
+`gradkern.attr`: any class there with ``attribute_all`` can be named.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from captum.attr import LayerAttribution, NeuronAttribution, NoiseTunnel
+from torch import Tensor, nn
+
+from .. import api
+from ..job import Job, jacobian_choice, read_inputs
+from ..options import BadType, BadValue
+from ..targets import TopSeeds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive samples: ``inputs`` [n, *in] each, ``targets`` as `gradkern.jacobian` reads them."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    targets: Any
+    engine: str
+    arguments: Mapping[str, Any]
+    first: int = 0  # the number of the first sample in the source: what random draws are seeded with
+    out: tuple[Tensor, ...] | None = None  # memory for the maps that a method may use, and need not
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``maps`` [n, S, *in] per floating input, ``outputs`` [n, *out], ``rows`` [n, S] (or None: the same targets for
+    all samples), ``deltas`` [n, S] where the method has them."""
+
+    maps: tuple[Tensor, ...]
+    outputs: Tensor
+    rows: Tensor | None = None
+    deltas: Tensor | None = None
+
+
+Method = Callable[[Batch], Outcome]
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str) -> Callable[[Method], Method]:
+    """Enter a function into the registry under ``name``."""
+
+    def enter(function: Method) -> Method:
+        METHODS[name] = function
+        return function
+
+    return enter
+
+
+def find(name: str, arguments: Mapping[str, Any]) -> Method:
+    """The method of that name, its arguments checked as far as they can be."""
+    if name in METHODS:
+        if arguments:
+            raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
+        return METHODS[name]
+    from .. import attr
+
+    kind = next((getattr(attr, k) for k in dir(attr) if k.lower() == name.replace("_", "").lower()), None)
+    if kind is None or not _of_model_alone(kind):
+        raise BadValue(f"method: got {name!r}, expected one of {', '.join(known())}.")
+    parameters = inspect.signature(kind.attribute_all).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [a for a in arguments if a not in parameters and not open_ended]
+    if unknown:
+        raise BadValue(
+            f"arguments: got {unknown[0]!r}, but {kind.__name__}.attribute_all takes {list(parameters)[1:]}."
+        )
+    return FromCaptum(kind)
+
+
+def known() -> list[str]:
+    """Names of all methods."""
+    from .. import attr
+
+    classes = [k for k in dir(attr) if not k.startswith("_") and _of_model_alone(getattr(attr, k))]
+    lower = {m.replace("_", "") for m in METHODS}
+    return [*METHODS, *(k for k in classes if k.lower() not in lower)]
+
+
+def _of_model_alone(kind: Any) -> bool:
+    """A class with ``attribute_all`` that is made from a model and nothing else (no layer, no other method)."""
+    if not isinstance(kind, type) or not hasattr(kind, "attribute_all"):
+        return False
+    if issubclass(kind, (LayerAttribution, NeuronAttribution, NoiseTunnel)):
+        return False  # their maps belong to a layer, or they wrap another method
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # without self and the model
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One gradient
+
+
+def gradients(batch: Batch) -> Outcome:
+    """The Jacobian rows of the targets, with the model's outputs from the same forward pass."""
+    floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
+    given, numbers = read_inputs(batch.inputs, floating)
+    job = Job(batch.model, given, numbers, jacobian_choice(batch.targets), out=batch.out)
+    job.keep_outputs = True
+    api.solve(job, batch.engine)
+    assert job.seeds is not None
+    assert job.outputs is not None
+    rows = job.seeds.rows(0, job.samples, job.outputs) if isinstance(job.seeds, TopSeeds) else job.seeds.indices
+    return Outcome(job.results, job.outputs, rows if rows is not None and rows.dim() == 2 else None)
+
+
+@method("jacobian")
+def jacobian(batch: Batch) -> Outcome:
+    """∂y/∂x, with its sign."""
+    return gradients(batch)
+
+
+@method("saliency")
+def saliency(batch: Batch) -> Outcome:
+    """|∂y/∂x|."""
+    found = gradients(batch)
+    for j in found.maps:
+        j.abs_()
+    return found
+
+
+@method("input_x_gradient")
+def input_x_gradient(batch: Batch) -> Outcome:
+    """x · ∂y/∂x."""
+    found = gradients(batch)
+    for j, x in zip(found.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
+        j.mul_(x[:, None])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Those of gradkern.attr
+
+
+@contextmanager
+def _seeded(first: int) -> Iterator[None]:
+    """Torch's and numpy's random state by the sample's number, so that a resumed run draws what the first one drew."""
+    state = np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(first)
+        np.random.seed(first % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+class FromCaptum:
+    """A class with ``attribute_all(inputs, targets, ...)``; deltas where it takes ``return_convergence_delta``."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.deltas = "return_convergence_delta" in inspect.signature(kind.attribute_all).parameters
+
+    def __call__(self, batch: Batch) -> Outcome:
+        if not all(x.is_floating_point() for x in batch.inputs):
+            raise BadType(f"source: {self.kind.__name__} needs floating inputs, got {[x.dtype for x in batch.inputs]}.")
+        options = dict(batch.arguments)
+        if self.deltas:
+            options["return_convergence_delta"] = True
+        inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
+        with api.options.use(batch.engine), _seeded(batch.first):
+            found = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
+        deltas = None
+        if self.deltas:
+            found, deltas = found
+        maps = found if isinstance(found, tuple) else (found,)
+        with torch.no_grad():
+            outputs = batch.model(*batch.inputs)
+        n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
+        seeds = jacobian_choice(batch.targets)(n, tuple(outputs.shape[1:]))
+        rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
+        maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)
+        return Outcome(maps, outputs.detach(), rows, None if deltas is None else deltas.reshape(n, -1))

@@ -1,0 +1,136 @@
+"""Dataset runs on a Ray cluster: the same store, filled by one actor per GPU or CPU slot.
+
+Needs the ``ray`` extra.  The store must be on a file system that all machines see, or an object store.  Ray restarts
+a killed actor and tries its chunks again; a chunk that was finished before the kill is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..options import BadType, BadValue
+from . import methods
+from .results import Results
+from .runner import work
+from .sources import open_source, travels
+from .task import Settings, Task
+
+
+class Attribute:
+    """A callable for `ray.data.Dataset.map_batches`: adds maps and predictions to batches of named numpy arrays.
+
+        dataset.map_batches(Attribute, fn_constructor_args=(model,), fn_constructor_kwargs={"columns": "x"},
+                            batch_size=1024, concurrency=4)
+
+    ``columns`` names the model's inputs; the batch comes back with ``attributions`` [n, S, *in] (``attributions_0``,
+    … where there are several inputs) and ``predictions`` [n, *out].
+    """
+
+    def __init__(
+        self, model: nn.Module, method: str = "saliency", targets: Any = None, *, columns: str | Sequence[str] = "data",
+        arguments: Mapping[str, Any] | None = None, engine: str = "kernel", threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.targets, self.engine = model, targets, engine
+        self.arguments = dict(arguments or {})
+        self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
+        self.method = methods.find(method, self.arguments)
+        self.device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+        self.threads = threads
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        missing = [c for c in self.columns if c not in batch]
+        if missing:
+            raise BadValue(f"columns: got {list(self.columns)}, but the batch has {list(batch)}.")
+        inputs = tuple(torch.from_numpy(np.array(batch[c])).to(self.device) for c in self.columns)
+        found = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
+        names = ["attributions"] if len(found.maps) == 1 else [f"attributions_{i}" for i in range(len(found.maps))]
+        rows = {name: maps.cpu().numpy() for name, maps in zip(names, found.maps, strict=True)}
+        return batch | rows | {"predictions": found.outputs.cpu().numpy()}
+
+
+class FillChunks:
+    """One actor: opens the store once, then finishes the chunks that it is handed."""
+
+    def __init__(self, given: Any, out: str, settings: Settings) -> None:
+        import ray
+
+        model, source = ray.get(given)
+        self.task = Task.prepare(model, source, out, settings)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``batch["id"]``: numbers of ranges of chunks; ``first`` and ``last`` their ends."""
+        done = []
+        for number in batch["id"]:
+            mine = spread(self.task.results.chunks, int(batch["pieces"][0]))[int(number)]
+            done.append(work(self.task, mine, progress=False))
+        return {"id": batch["id"], "computed": np.array(done)}
+
+
+def spread(chunks: int, pieces: int) -> list[range]:
+    """Consecutive ranges of chunks, as even as they go."""
+    return [range(chunks * i // pieces, chunks * (i + 1) // pieces) for i in range(pieces)]
+
+
+def run_on_ray(
+    model: nn.Module,
+    source: Any,
+    out: str | Path,
+    method: str = "saliency",
+    targets: Any = None,
+    *,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    pieces: int | None = None,
+    columns: Any = None,
+    input_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Results:
+    """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
+
+    ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is handed
+    out in ``pieces`` ranges of chunks (by default eight per worker).  ``threads`` defaults to ``cpus``.
+    ``options`` as in `gradkern.run`.  Connects to a running cluster or starts a local one.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    options.setdefault("threads", max(1, int(cpus)))
+    made = {name: options.pop(name) for name in list(options) if name not in Settings.__dataclass_fields__}
+    if made:
+        raise BadValue(f"run_on_ray: got {', '.join(made)}, which gradkern.run_on_ray does not take.")
+    settings = Settings(method, targets, **options)
+    rows = open_source(source, columns, input_dtype)
+    if not travels(rows):
+        raise BadType(
+            f"source: {type(source).__name__} cannot be sent to other processes. Pass a path, a memory map, a zarr "
+            "array or a tensor."
+        )
+    place = str(out) if "://" in str(out) else str(Path(out).absolute())
+    task = Task.prepare(model, rows, place, settings)
+    total = ray.cluster_resources()
+    slots = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cpus
+    workers = workers or max(1, int(slots))
+    pieces = min(task.results.chunks, pieces or 8 * workers)
+    plan = ray.data.from_items([{"id": i, "pieces": pieces} for i in range(pieces)], override_num_blocks=pieces)
+    given = ray.put((model, rows))  # once per machine, not once per actor
+    done = plan.map_batches(  # by Ray Data's own defaults, killed actors restart and their tasks are tried again
+        FillChunks,
+        fn_constructor_args=(given, place, settings),
+        batch_size=1,
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    done.materialize()
+    task.finish()
+    return Results.open(place)

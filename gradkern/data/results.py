@@ -1,0 +1,258 @@
+"""The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of what is finished.
+
+    attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
+    predictions   [N, *out]     the model's outputs
+    targets       [S] or [N, S] which outputs, as flat indices
+    deltas        [N, S]        where the method has them
+    top_features  [N, S, k]     where asked for: flat indices of the features with the largest |attribution|
+    chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
+    reductions/   [C, *in]      once the run is complete
+
+bfloat16, which zarr has no name for, is stored as the uint16 of its bits; the attribute ``dtype`` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.abc.store import Store
+
+from ..options import BadValue
+from . import durable
+from .ledger import Ledger
+
+FORMAT = 1
+ABANDONED = 3600  # seconds
+NAMES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
+BFLOAT16_NAN = 0x7FC0
+ENCODING = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array to be made.  ``chunk`` is the number of rows per chunk; None: all in one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dimensions: tuple[str, ...]
+    chunk: int | None = None
+    compressed: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    content: np.ndarray | None = None
+
+
+def codecs(compression: str) -> Any:
+    """``none``, ``zstd`` or ``blosc``, each with an optional level: ``zstd:3``."""
+    name, _, level = compression.partition(":")
+    if name not in ("none", "zstd", "blosc") or (level and not level.isdigit()):
+        raise BadValue(f"compression: got {compression!r}, expected 'none', 'zstd' or 'blosc' (a level: 'zstd:3').")
+    if name == "none":
+        return None
+    if name == "zstd":
+        return zarr.codecs.ZstdCodec(level=int(level or 1))
+    return zarr.codecs.BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
+
+
+class Results:
+    """A store, open.  ``about`` are its attributes: fingerprint, what is pinned, versions."""
+
+    def __init__(self, place: str, store: Store, group: zarr.Group) -> None:
+        self.place = place
+        self.store = store
+        self.group = group
+        self.about: dict[str, Any] = dict(group.attrs["gradkern"])
+        self.samples = int(self.about["fingerprint"]["source"]["samples"])
+        self.chunk = int(self.about["pinned"]["chunk"])
+        self.chunks = -(-self.samples // self.chunk)
+        self.ledger = Ledger(store, self.chunks)
+        self._arrays: dict[str, Any] = {}
+
+    # ---- making and opening
+
+    @classmethod
+    def exists(cls, place: str | Path) -> bool:
+        """Is there a run at this place?  Raises `BadValue` where there is something else."""
+        text = str(place)
+        if "://" in text and not text.startswith("file://"):
+            return durable.get(durable.store_at(text), "zarr.json") is not None
+        path = Path(text.removeprefix("file://"))
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return False
+        if not (path / "zarr.json").exists():
+            raise BadValue(f"out: {text} exists and is no zarr store. Choose another place; nothing was changed.")
+        return True
+
+    @classmethod
+    def open(cls, place: str | Path, *, read_only: bool = True) -> Results:
+        """Open a run.  Raises `BadValue` where there is none."""
+        text = str(place)
+        if not cls.exists(text):
+            raise BadValue(f"there is no store at {text}.")
+        store = durable.store_at(text, read_only=read_only)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            group = zarr.open_group(store, mode="r" if read_only else "r+", use_consolidated=False)
+        about = group.attrs.get("gradkern")
+        if not isinstance(about, Mapping) or about.get("format") != FORMAT:
+            raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
+        return cls(text, store, group)
+
+    @classmethod
+    def create(cls, place: str | Path, arrays: list[Array], about: Mapping[str, Any], compression: str) -> Results:
+        """Make a store, all of it or nothing; where another process was faster, open that one's."""
+        text = str(place)
+        if "://" in text and not text.startswith("file://"):
+            _fill(durable.store_at(text), arrays, about, compression)
+            return cls.open(text, read_only=False)
+        path = Path(text.removeprefix("file://")).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
+        made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+        try:
+            _fill(durable.DurableStore(made), arrays, about, compression)
+            with contextlib.suppress(OSError):  # somebody else's is there already
+                os.rename(made, path)
+                durable.sync_folder(path.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return cls.open(text, read_only=False)
+
+    # ---- writing
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """The samples of a chunk."""
+        return chunk * self.chunk, min((chunk + 1) * self.chunk, self.samples)
+
+    def write(self, chunk: int, parts: Mapping[str, np.ndarray]) -> None:
+        """Write a chunk's rows of some arrays: on disk and whole when this returns, but not yet finished."""
+        start, stop = self.span(chunk)
+        for name, rows in parts.items():
+            array = self.array(name)
+            if self._plain(array, rows):
+                key = f"{name}/c.{chunk}" + ".0" * (rows.ndim - 1)
+                durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
+            else:
+                array[start:stop] = rows
+
+    def _plain(self, array: Any, rows: np.ndarray) -> bool:
+        """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
+        return (
+            rows.shape == array.chunks
+            and rows.dtype == array.dtype
+            and rows.dtype.byteorder in ("=", "|")
+            and sys.byteorder == "little"
+            and rows.flags.c_contiguous
+            and not array.compressors
+            and not array.filters
+        )
+
+    def set(self, name: str, content: np.ndarray) -> None:
+        """Write a whole array."""
+        self.array(name)[...] = content
+
+    def note(self, **facts: Any) -> None:
+        """Change the store's attributes."""
+        self.about |= facts
+        self.group.attrs.update({"gradkern": self.about})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(self.store)
+
+    # ---- reading
+
+    def array(self, name: str) -> Any:
+        """An array of the store, as zarr has it."""
+        if name not in self._arrays:
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                self._arrays[name] = self.group[name]
+        return self._arrays[name]
+
+    def arrays(self) -> list[str]:
+        """Names of the arrays that are written chunk by chunk."""
+        return [n for n, a in self.group.arrays() if (a.metadata.dimension_names or ("",))[0] == "sample"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.group
+
+    def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
+        """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
+        array = self.array(name)
+        found = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
+        return found.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else found
+
+    def reduction(self, name: str, of: int = 0) -> np.ndarray:
+        """The result of a reduction ``[C, *in]``, of the input numbered ``of``.  The run must be complete."""
+        if not self.about.get("finished"):
+            raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
+        names = self.about["inputs"]
+        key = f"reductions/{name}" if len(names) == 1 else f"reductions/{name}_{of}"
+        if key not in self.group:
+            raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
+        return np.asarray(self.array(key)[...])
+
+    @property
+    def done(self) -> int:
+        """How many chunks are finished."""
+        return len(self.ledger.finished())
+
+    def __repr__(self) -> str:
+        return f"Results({self.place!r}, {self.done} of {self.chunks} chunks, {self.samples} samples)"
+
+
+def _tidy(path: Path) -> None:
+    """Remove stores that were killed while they were made, an hour ago or more: younger ones may be alive."""
+    for old in path.parent.glob(f".{path.name}.*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old)
+
+
+def _fill(store: Store, arrays: list[Array], about: Mapping[str, Any], compression: str) -> None:
+    group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
+    for a in arrays:
+        kind = NAMES.get(a.dtype, a.dtype)
+        made = group.create_array(
+            a.name,
+            shape=a.shape,
+            chunks=(a.chunk or max(a.shape[0], 1), *(max(s, 1) for s in a.shape[1:])) if a.shape else (),
+            dtype=kind,
+            compressors=codecs(compression) if a.compressed else None,
+            fill_value=_fill_value(a.dtype),
+            dimension_names=list(a.dimensions),
+            chunk_key_encoding=ENCODING,
+            attributes={**({"dtype": "bfloat16"} if a.dtype == "bfloat16" else {}), **a.attributes},
+        )
+        if a.content is not None:
+            made[...] = a.content
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # consolidated metadata is not in the specification yet, readers know it
+        zarr.consolidate_metadata(store)
+
+
+def _fill_value(dtype: str) -> Any:
+    if dtype == "bfloat16":
+        return BFLOAT16_NAN
+    return float("nan") if dtype.startswith("float") else -1 if dtype == "int64" else 0
+
+
+def blocks(results: Results, name: str = "attributions") -> Iterator[tuple[int, Tensor]]:
+    """The finished chunks of an array, one after the other: first sample, and maps ``[n, S, *in]``."""
+    for chunk in sorted(results.ledger.finished()):
+        start, stop = results.span(chunk)
+        yield start, results.maps(start, stop, name)

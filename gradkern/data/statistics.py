@@ -1,0 +1,196 @@
+"""Statistics of attributions over samples, taken chunk by chunk, merged exactly, and what users make of them.
+
+A *statistic* is an array that two parts of the data merge into one: ``sum``s and ``count``s add (in float64 or
+int64), ``max``ima take the larger.  The name's first word says which.  A *reduction* is what is reported: the mean
+absolute attribution, the variance, …; it says which statistics it needs and makes its result of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..options import BadValue
+
+GROUPS = 32  # samples are dealt into as many groups, by their number: the bootstrap draws groups
+RANK_BINS = 10
+
+Sums = Mapping[str, np.ndarray]
+
+
+def merge(a: Sums, b: Sums) -> dict[str, np.ndarray]:
+    """The statistics of two neighbouring parts together."""
+    if set(a) != set(b):
+        raise ValueError(f"parts with different statistics: {sorted(a)} and {sorted(b)}")
+    joined = {}
+    for name, left in a.items():
+        kind = name.rsplit("/", 1)[-1].split("_")[0]
+        joined[name] = np.maximum(left, b[name]) if kind == "max" else left + b[name]
+    return joined
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """``needs``: names of statistics.  ``make(sums) -> [C, *in]`` (or more axes), from the statistics of one input."""
+
+    about: str
+    needs: tuple[str, ...]
+    make: Callable[[Sums], np.ndarray]
+
+
+def _per_sample(sums: Sums, name: str) -> np.ndarray:
+    count = sums["count"].reshape(-1, *[1] * (sums[name].ndim - 1))  # [C, 1, …]
+    return sums[name] / np.where(count > 0, count, np.nan)
+
+
+def _variance(sums: Sums) -> np.ndarray:
+    mean = _per_sample(sums, "sum")
+    return np.maximum(_per_sample(sums, "sum_square") - mean * mean, 0.0)
+
+
+def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
+    """Standard deviation of the inputs ``[*in]`` with every group counted ``weights`` [G] times."""
+    n = weights @ sums["count_group_inputs"]
+    mean = np.tensordot(weights, sums["sum_group_inputs"], 1) / n
+    square = np.tensordot(weights, sums["sum_group_inputs_square"], 1) / n
+    return np.sqrt(np.maximum(square - mean * mean, 0.0))
+
+
+def scores(sums: Sums, weights: np.ndarray) -> np.ndarray:
+    """Mean |attribution| × spread of the feature ``[C, *in]``, every group counted ``weights`` [G] times.
+
+    NaN for a class that no sample belongs to.
+    """
+    total = np.tensordot(weights, sums["sum_group_abs"], 1)
+    n = (weights @ sums["count_group"]).reshape(-1, *[1] * (total.ndim - 1))
+    return total / np.where(n > 0, n, np.nan) * spread(sums, weights)
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _per_sample(s, "sum_abs")),
+    "mean": Reduction("mean attribution", ("sum",), lambda s: _per_sample(s, "sum")),
+    "variance": Reduction("variance of the attribution", ("sum", "sum_square"), _variance),
+    "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
+    "ranks": Reduction(
+        f"how often a feature's |attribution| is in each of {RANK_BINS} equal classes of rank, highest first",
+        ("count_ranks",),
+        lambda s: s["count_ranks"],
+    ),
+    "importance": Reduction(
+        "mean |attribution| × standard deviation of the feature",
+        ("sum_group_abs", "sum_group_inputs"),
+        lambda s: scores(s, np.ones(GROUPS)),
+    ),
+}  # fmt: skip
+
+
+def check(names: Iterable[str]) -> tuple[str, ...]:
+    """The reductions asked for, in a fixed order."""
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [n for n in wanted if n not in REDUCTIONS]
+    if unknown:
+        raise BadValue(f"reductions: got {unknown[0]!r}, expected some of {', '.join(REDUCTIONS)}.")
+    return tuple(n for n in REDUCTIONS if n in wanted)
+
+
+class Accumulator:
+    """The statistics of one chunk of one input.
+
+    ``classes`` is C where targets are outputs common to all samples (the rows are those targets), or the number of
+    the model's outputs where every sample has its own: a row then goes to its output's class.
+    """
+
+    def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> None:
+        self.needs = {n for r in wanted for n in REDUCTIONS[r].needs}
+        self.classes, self.shape = classes, shape
+        full = (classes, *shape)
+        self.sums: dict[str, Tensor] = {"count": torch.zeros(classes, dtype=torch.int64)}
+        zero = {"dtype": torch.float64}
+        for name in sorted(self.needs & {"sum_abs", "sum", "sum_square"}):
+            self.sums[name] = torch.zeros(full, **zero)
+        if "max_abs" in self.needs:
+            self.sums["max_abs"] = torch.zeros(full)
+        if "count_ranks" in self.needs:
+            self.sums["count_ranks"] = torch.zeros(*full, RANK_BINS, dtype=torch.int64)
+        if "sum_group_abs" in self.needs:
+            self.sums["sum_group_abs"] = torch.zeros(GROUPS, *full, **zero)
+            self.sums["count_group"] = torch.zeros(GROUPS, classes, dtype=torch.int64)
+        if "sum_group_inputs" in self.needs:
+            for name in ("sum_group_inputs", "sum_group_inputs_square"):
+                self.sums[name] = torch.zeros(GROUPS, *shape, **zero)
+            self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
+
+    def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None) -> None:
+        """Add samples numbered from ``first`` on: ``maps`` [n, S, *in], ``x`` [n, *in], ``rows`` [n, S] or None."""
+        if "sum_group_inputs" in self.needs:
+            group, wide = (torch.arange(len(x)) + first) % GROUPS, x.double()
+            self.sums["sum_group_inputs"].index_add_(0, group, wide)
+            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square_())
+            self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
+        if rows is None:
+            self._add(slice(None), first, maps)
+            return
+        for c in rows.unique().tolist():
+            for s in range(maps.shape[1]):
+                chosen = (rows[:, s] == c).nonzero()[:, 0]
+                if len(chosen):
+                    self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], chosen)
+
+    def _add(self, at: slice, first: int, maps: Tensor, numbers: Tensor | None = None) -> None:
+        """``maps`` [n, C or 1, *in] of the classes ``at``; ``numbers`` [n] within the batch where not all are there."""
+        n = maps.shape[0]
+        group = ((torch.arange(n) if numbers is None else numbers) + first) % GROUPS  # [n]
+        rows = {k: v[at] for k, v in self.sums.items() if k in ("sum", "sum_square", "sum_abs", "max_abs")}
+        groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
+        self.sums["count"][at] += n
+        if groups is not None:
+            self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
+        if "count_ranks" in self.sums:
+            self.sums["count_ranks"][at] += ranks(maps.abs())
+        picked = [rows.get(k) for k in ("sum", "sum_square", "sum_abs", "max_abs")]
+        if not ops.accumulate(maps, group, *picked, groups):
+            _plainly(maps, group, *picked, groups)
+
+    def result(self, prefix: str) -> dict[str, np.ndarray]:
+        return {f"{prefix}/{name}": value.numpy() for name, value in self.sums.items()}
+
+
+def _plainly(
+    maps: Tensor, group: Tensor, sum: Tensor | None, square: Tensor | None, size: Tensor | None,
+    largest: Tensor | None, groups: Tensor | None,
+) -> None:  # fmt: skip
+    """What `ops.accumulate` does, in plain torch."""
+    wide = maps.double()
+    if sum is not None:
+        sum += wide.sum(0)
+    if square is not None:
+        square += wide.square().sum(0)
+    wide.abs_()
+    if size is not None:
+        size += wide.sum(0)
+    if largest is not None:
+        largest.copy_(torch.maximum(largest, wide.amax(0).float()))
+    if groups is not None:
+        groups.index_add_(0, group, wide)
+
+
+def ranks(size: Tensor) -> Tensor:
+    """How many samples have each feature in each class of rank: ``[n, C, *in]`` → int64 ``[C, *in, RANK_BINS]``."""
+    flat = size.flatten(2)  # [n, C, F]
+    features = flat.shape[2]
+    order = flat.argsort(dim=2, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(2, order, torch.arange(features).expand_as(order))
+    bins = place * RANK_BINS // features  # [n, C, F]
+    counts = torch.stack([(bins == b).sum(0) for b in range(RANK_BINS)], dim=-1)  # [C, F, bins]
+    return counts.view(*size.shape[1:], RANK_BINS)
+
+
+def finish(wanted: Iterable[str], sums: Sums, prefix: str) -> dict[str, np.ndarray]:
+    """The results of the reductions for one input, by name."""
+    own = {name.removeprefix(prefix + "/"): value for name, value in sums.items() if name.startswith(prefix + "/")}
+    return {name: REDUCTIONS[name].make(own) for name in wanted}

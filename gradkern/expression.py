@@ -1,0 +1,122 @@
+"""Calls as data: what is in them, the same with other leaves, and running them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .program import Batch, Call, Contract, Form, Opaque, Param, Value
+
+LITERAL = "gradkern.literal"  # a tensor written down in a network's code; args are dtype, shape, bytes and device
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Walking
+
+
+def arguments(call: Call) -> tuple[Any, ...]:
+    """Positional and keyword arguments of a call."""
+    return (*call.args, *(value for _, value in call.kwargs))
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of an argument tree: of tuples, and of calls' arguments."""
+    if isinstance(tree, tuple):
+        return [leaf for item in tree for leaf in leaves(item)]
+    return leaves(arguments(tree)) if isinstance(tree, Call) else [tree]
+
+
+def calls_in(tree: Any) -> list[Call]:
+    """A call and those inside its arguments, innermost first."""
+    if isinstance(tree, tuple):
+        return [call for item in tree for call in calls_in(item)]
+    return [*calls_in(arguments(tree)), tree] if isinstance(tree, Call) else []
+
+
+def params_in(tree: Any) -> tuple[Param, ...]:
+    """Every `Param` in an expression, once each, in order of appearance."""
+    return tuple(dict.fromkeys(leaf for leaf in leaves(tree) if isinstance(leaf, Param)))
+
+
+def values_in(tree: Any) -> tuple[Value, ...]:
+    """Every `Value` in an expression, once each, in order of appearance."""
+    return tuple(dict.fromkeys(leaf for leaf in leaves(tree) if isinstance(leaf, Value)))
+
+
+def form_params(form: Form) -> tuple[Param, ...]:
+    """Every `Param` that a form reads."""
+    if isinstance(form, Contract):
+        return tuple(p for p in (form.weight, form.bias) if p is not None)
+    return params_in(form.call) if isinstance(form, Opaque) else ()
+
+
+def rewritten(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The tree with every leaf replaced."""
+    if isinstance(tree, tuple):
+        return tuple(rewritten(item, leaf) for item in tree)
+    if isinstance(tree, Call):
+        kwargs = tuple((k, rewritten(v, leaf)) for k, v in tree.kwargs)
+        return Call(tree.op, rewritten(tree.args, leaf), kwargs, tree.index)
+    return leaf(tree)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running
+
+
+@cache
+def operator_of(name: str) -> Callable[..., Any]:
+    """The torch op of a full name such as ``"aten.conv1d.default"``."""
+    namespace, packet, overload = name.rsplit(".", 2)
+    at: Any = torch.ops
+    for part in namespace.split("."):
+        at = getattr(at, part)
+    return getattr(getattr(at, packet), overload)
+
+
+def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
+    """Run a call.  ``leaf`` gives the tensor or number of each `Param`, `Value` and `Batch`."""
+    done: dict[Call, Any] = {}  # a nested call may be read twice, and several results come from one run
+
+    def run(call: Call) -> Any:
+        if call.op == LITERAL:
+            return literal_tensor(*call.args)
+        whole = call if call.index is None else Call(call.op, call.args, call.kwargs)
+        if whole not in done:
+            args = [item(x) for x in call.args]
+            done[whole] = operator_of(call.op)(*args, **{k: item(v) for k, v in call.kwargs})
+        return done[whole] if call.index is None else done[whole][call.index]
+
+    def item(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [item(y) for y in x]
+        if isinstance(x, Call):
+            return run(x)
+        return leaf(x) if isinstance(x, (Param, Value, Batch)) else x
+
+    return run(call)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Literals
+
+
+def literal(value: Tensor) -> Call:
+    """The call that gives ``value`` back."""
+    flat = value.detach().cpu().contiguous()
+    data = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if flat.numel() else b""
+    return Call(LITERAL, (value.dtype, tuple(value.shape), data, value.device))
+
+
+@lru_cache(maxsize=256)
+def literal_tensor(dtype: torch.dtype, shape: tuple[int, ...], data: bytes, device: torch.device) -> Tensor:
+    """The tensor of a literal; one per value, never written to."""
+    with torch.inference_mode(False):
+        if not data:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).to(device)

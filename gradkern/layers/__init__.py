@@ -1,0 +1,22 @@
+"""ATen ops to forms, one file per family.  Importing this package fills `LOWERINGS`."""
+
+from . import activation, arithmetic, attention, conv, index, linear, norm, pool, shape
+from .builder import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm, lowers
+
+__all__ = [
+    "LOWERINGS",
+    "SEVERAL",
+    "Builder",
+    "MixesSamples",
+    "NoForm",
+    "activation",
+    "arithmetic",
+    "attention",
+    "conv",
+    "index",
+    "linear",
+    "lowers",
+    "norm",
+    "pool",
+    "shape",
+]

@@ -1,0 +1,83 @@
+"""Choices of the caller: which engine, how much memory; and the warnings and errors that gradkern raises.
+
+The engine is chosen by, in this order: the ``engine=`` argument, :func:`use` in this thread, the environment
+variable ``GRADKERN_ENGINE`` (read at every call), ``"auto"``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+ENGINES = ("auto", "kernel", "reference", "autograd")
+ENVIRONMENT = "GRADKERN_ENGINE"
+DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
+
+_engine: ContextVar[str | None] = ContextVar("gradkern_engine", default=None)
+_budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
+
+
+class GradkernWarning(UserWarning):
+    """Something is right but slower than it could be: what, where, and what to do about it."""
+
+
+class Complaint(Exception):
+    """Base of the errors about what the caller handed over; always also a ValueError or a TypeError."""
+
+
+class BadValue(Complaint, ValueError):
+    """A shape, an index, a device or a name that does not fit."""
+
+
+class BadType(Complaint, TypeError):
+    """A dtype or a Python type that does not fit."""
+
+
+def _valid_engine(name: str, source: str) -> str:
+    if name not in ENGINES:
+        raise BadValue(f"{source}: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}.")
+    return name
+
+
+def _valid_budget(size: int) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise BadValue(f"memory_budget: got {size!r}, expected a positive number of bytes, such as {128 << 20}.")
+    return size
+
+
+def engine(argument: str | None = None) -> str:
+    """The engine that holds here and now: the argument, else `use`, else the environment, else ``"auto"``."""
+    if argument is not None:
+        return _valid_engine(argument, "engine=")
+    chosen = _engine.get()
+    if chosen is not None:
+        return chosen
+    return _valid_engine(os.environ.get(ENVIRONMENT) or "auto", f"environment variable {ENVIRONMENT}")
+
+
+def memory_budget() -> int:
+    """Bytes that a call may allocate beside its result (one sample's need where that is more)."""
+    return _budget.get() or DEFAULT_MEMORY_BUDGET
+
+
+@contextmanager
+def use(engine: str | None = None, *, memory_budget: int | None = None) -> Iterator[None]:
+    """Choose the engine and the memory budget for the calls inside, Captum classes included.
+
+    ``engine``: ``"auto"`` (the fastest way that pays, the default), ``"kernel"`` (trace at once, whatever that
+    costs), ``"reference"`` (plain torch per step, no compiled code) or ``"autograd"`` (never trace).
+    ``memory_budget``: bytes beside the result, 128 MiB by default.  Both hold for this thread (and context) only;
+    ``None`` leaves what holds outside.
+    """
+    reset = []
+    if engine is not None:
+        reset.append((_engine, _engine.set(_valid_engine(engine, "gradkern.use(engine)"))))
+    if memory_budget is not None:
+        reset.append((_budget, _budget.set(_valid_budget(memory_budget))))
+    try:
+        yield
+    finally:
+        for variable, token in reversed(reset):
+            variable.reset(token)

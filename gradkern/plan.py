@@ -1,0 +1,279 @@
+"""Plan: which way each step of a Program goes, as a pure function of the program, the machine and the seeds.
+
+A plan cuts the DAG into groups.  A native group is one chain: forward pattern and all-seed backward of a block of
+samples without leaving the cache.  The other steps run through :mod:`gradkern.reference`, the seeds folded into the
+batch; `Opaque` ones are differentiated by torch.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from . import ops
+from .chain import Chain, Machine, lower
+from .cost import forward_macs, total_macs
+from .device import Device, TooLarge, lower_device
+from .device import why_not as device_why_not
+from .program import Opaque, Program, View, describe
+from .recurrent import recognise
+from .seedcut import SeedCut, ancestors, choose
+from .units import Builder, why_not
+
+CPU = torch.device("cpu")
+NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Steps that run together.  ``live_in`` and ``live_out`` are the values that cross its border."""
+
+    native: bool
+    steps: tuple[int, ...]
+    live_in: tuple[int, ...]
+    live_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One row of the table."""
+
+    value: int
+    form: str
+    shape: tuple[int, ...]
+    path: str  # what runs it
+    why: str  # why not something faster; empty where there is nothing faster
+    op: str
+    module: str
+    macs: int  # dense multiply-adds per sample, forward and all seeds
+    group: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups in execution order, and a row per step."""
+
+    program: Program
+    machine: Machine | None
+    itemsize: int
+    seeds: int
+    groups: tuple[Group, ...]
+    steps: tuple[PlanStep, ...]
+    cut: SeedCut | None = None  # where seeds start instead of at the outputs
+
+    @property
+    def whole(self) -> bool:
+        """One native group runs everything: nothing between the input and its gradient is written to memory."""
+        return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == (self.program.output,)
+
+    @cached_property
+    def fused_share(self) -> float:
+        """Share of the dense multiply-adds on kernels or on ATen calls with all seeds folded into the batch."""
+        return self._share(lambda s: not s.path.startswith("autograd"))
+
+    @cached_property
+    def native_share(self) -> float:
+        """Share of the dense multiply-adds on gradkern's own kernels."""
+        return self._share(lambda s: s.path.startswith("kernel") or s.path in ("folded", "view"))
+
+    def _share(self, counted) -> float:
+        total = sum(s.macs for s in self.steps)
+        return sum(s.macs for s in self.steps if counted(s)) / total if total else 1.0
+
+    def __str__(self) -> str:
+        rows = [("value", "form", "shape", "path", "MMAC", "from")]
+        for s in self.steps:
+            shape = "×".join(map(str, s.shape)) or "()"
+            rows.append((f"v{s.value}", s.form, shape, s.path, f"{s.macs / 1e6:.3g}", s.module or s.op))
+        widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        for s in self.steps:
+            if s.why:
+                lines.append(f"v{s.value} ({s.module or s.op}): {s.why}")
+        if self.cut is not None:
+            lines.append(str(self.cut))
+        lines.append(
+            f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
+            f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    program: Program,
+    seeds: int,
+    dtype: torch.dtype = torch.float32,
+    machine: Machine | None = None,
+    opaque_macs: Mapping[int, int] | None = None,
+    device: torch.device = CPU,
+) -> Plan:
+    """The plan of ``program`` for ``seeds`` seeds per sample.
+
+    ``machine`` defaults to what there is for ``device`` (None where there is no compiled extension).
+    ``opaque_macs`` gives the multiply-adds per sample of opaque steps, by step, where they were measured.
+    """
+    machine = machine or ops.machine(device)
+    blocked = None
+    if machine is None:
+        blocked = f"the compiled extension {'is missing' if device.type == 'cpu' else f'has no {device.type} part'}"
+    elif dtype not in NATIVE_DTYPES:
+        blocked = f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
+    reasons = [blocked or why_not(program, step) for step in program.steps]
+    if isinstance(machine, Device):
+        reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
+        groups = fit(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
+    else:
+        groups = cut(program, [r is None for r in reasons])
+    folded = {i for g in groups if g.native for u in units_of(program, g) for i in u.steps[1:]}
+    rows = []
+    base = len(program.inputs)
+    known = opaque_macs or {}
+    narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
+    before = ancestors(program, narrow.value) if narrow else set()
+    for i, step in enumerate(program.steps):
+        path, why = row(program, i, reasons[i], machine, folded)
+        own = narrow.width if narrow and base + i in before else seeds
+        macs = total_macs(program, i, own, known.get(i))
+        if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
+            macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
+        group = next(k for k, g in enumerate(groups) if i in g.steps)
+        rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
+    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow)
+
+
+def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
+    """The path that a step takes, and why not a faster one."""
+    step = program.steps[i]
+    if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
+        return "aten, seeds folded", step.form.reason
+    if isinstance(step.form, Opaque):
+        return "autograd, per op", f"{step.op or step.form.call.op}: {step.form.reason}"
+    if isinstance(step.form, View):
+        return "view", ""
+    if reason is not None:
+        return "aten, seeds folded", reason
+    if i in folded:
+        return "folded", ""
+    return f"kernel {machine.isa if machine else ''}".strip(), ""
+
+
+def units_of(program: Program, group: Group):
+    return Builder(program, list(group.steps), list(group.live_out)).build().units
+
+
+def cut(program: Program, native: list[bool]) -> tuple[Group, ...]:
+    """Groups of one kind, in execution order.
+
+    A step's level is the number of changes of kind on the worst path to it, so steps of one level and kind can run
+    together, and every edge leads to the same or a later group.
+    """
+    base = len(program.inputs)
+    level: list[int] = []
+    for i, step in enumerate(program.steps):
+        producers = [v - base for v in step.inputs if v >= base]
+        level.append(max((level[p] + (native[p] != native[i]) for p in producers), default=0))
+    keys = sorted({(level[i], native[i]) for i in range(len(native))})
+    chosen = [[i for i in range(len(native)) if (level[i], native[i]) == key] for key in keys]
+    return tuple(group_of(program, steps, key[1]) for steps, key in zip(chosen, keys, strict=True))
+
+
+def group_of(program: Program, steps: list[int], native: bool) -> Group:
+    """The group of these steps, with the values that cross its border."""
+    base = len(program.inputs)
+    inside = {base + i for i in steps}
+    live_in = sorted({v for i in steps for v in program.steps[i].inputs} - inside)
+    leaves = {v for v in inside if any(base + j not in inside for j in program.consumers[v])}
+    live_out = sorted(leaves | ({program.output} & inside))
+    # torch views are free, and what nobody reads needs no kernel
+    worthwhile = native and bool(live_out) and not all(isinstance(program.steps[i].form, View) for i in steps)
+    return Group(worthwhile, tuple(steps), tuple(live_in), tuple(live_out))
+
+
+# ---- a GPU's shared memory
+
+
+def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:
+    """Groups as `cut` makes them, native ones split where they need more shared memory than a block has.
+
+    A step that does not fit even alone gets its reason in ``reasons``, and the cut is made again.
+    """
+    while True:
+        groups: list[Group] = []
+        for group in cut(program, [r is None for r in reasons]):
+            pieces, failed = split(program, group, machine, itemsize, seeds) if group.native else ([group], None)
+            if failed is not None:
+                reasons[failed[0]] = failed[1]
+                break
+            groups += pieces
+        else:
+            return tuple(groups)
+
+
+def split(
+    program: Program, group: Group, machine: Device, itemsize: int, seeds: int
+) -> tuple[list[Group], tuple[int, str] | None]:
+    """The longest runs of a group's steps that fit, or the step that does not and why."""
+    pieces: list[Group] = []
+    steps = list(group.steps)
+    while steps:
+        low, high, best = 1, len(steps), None
+        size, why = len(steps), ""
+        while low <= high:
+            piece = group_of(program, steps[:size], True)
+            try:
+                if piece.native:
+                    onehot = piece.live_out == (program.output,)
+                    args = (program, steps[:size], list(piece.live_out), machine, itemsize, seeds, piece.live_in)
+                    lower_device(*args, onehot=onehot)
+                best, low = piece, size + 1
+            except TooLarge as error:
+                why, high = str(error), size - 1
+            size = (low + high) // 2
+        if best is None:
+            return [], (steps[0], why)
+        pieces.append(best)
+        steps = steps[len(best.steps) :]
+    return pieces, None
+
+
+# ---- caches of pure results, by the program's key
+
+_lock = threading.Lock()
+_chains: dict[tuple, Chain] = {}
+_plans: dict[tuple, Plan] = {}
+_KEEP = 256
+
+
+def cached_plan(program: Program, seeds: int, dtype: torch.dtype, device: torch.device = CPU) -> Plan:
+    """`plan` on this machine and device, remembered."""
+    machine = ops.machine(device)
+    key = (program.key, seeds, dtype, machine)
+    found = _plans.get(key)
+    if found is None:
+        found = _remember(_plans, key, plan(program, seeds, dtype, machine, device=device))
+    return found
+
+
+def chain_of(plan: Plan, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
+    """The lowered chain of a native group, remembered."""
+    assert plan.machine is not None
+    key = (plan.program.key, group, plan.machine, plan.itemsize, seeds, wrt, onehot)
+    found = _chains.get(key)
+    if found is None:
+        g = plan.groups[group]
+        make = lower_device if isinstance(plan.machine, Device) else lower
+        chain = make(plan.program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt, onehot)
+        found = _remember(_chains, key, chain)
+    return found
+
+
+def _remember(store: dict, key: tuple, value):
+    with _lock:
+        if len(store) >= _KEEP:
+            store.pop(next(iter(store)))
+        return store.setdefault(key, value)

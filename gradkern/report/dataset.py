@@ -1,0 +1,286 @@
+"""The report of a dataset run: how much is done, what the outputs depend on, and the maps worth looking at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradkern.report import datafigures
+from gradkern.report.page import Report, Section
+from gradkern.report.places import place
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradkern.data import Results, Source
+
+TOP = 10
+SHOWN_CLASSES = 6
+LOOKED_AT = 1 << 30  # bytes of maps that are read for the typical and atypical samples
+
+
+def report(
+    results: Results | str | Path,
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    source: Source | None = None,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the report of a run to one HTML file that loads nothing; returns its absolute path.
+
+    ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
+    insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
+    """
+    from gradkern.data import open as open_results
+
+    found = open_results(results) if isinstance(results, (str, Path)) else results
+    view = View(found, model, source, names)
+    page = Report(title or f"Attributions: {Path(found.place).name}", view.summary())
+    view.coverage(page.section("Coverage"))
+    view.importance(page.section("What the outputs depend on"))
+    if "attributions" in found:
+        view.samples(page.section("Typical and atypical samples"))
+    if view.stability is not None and view.stability.curve is not None:
+        view.curves(page.section("What the ranking is worth"))
+    view.settings(page.section("How it was made"))
+    return page.write(path)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Per output, the most and the least typical sample predicted as it, with their cosine to the mean |map|."""
+
+    output: int
+    count: int
+    numbers: tuple[int, int]
+    cosines: tuple[float, float]
+    maps: np.ndarray  # [2, *in]
+
+
+class View:
+    """A store as sections of a report."""
+
+    def __init__(
+        self, results: Results, model: nn.Module | None, source: Source | None, names: Sequence[str] | None
+    ) -> None:
+        self.results, self.model, self.source = results, model, source
+        self.about = results.about
+        self.nodes = [results.ledger.read(n) for n in sorted(results.ledger.nodes())]
+        self.finished = results.ledger.finished()
+        self.samples_done = sum(n.facts["samples"] for n in self.nodes)
+        self.seconds = sum(n.facts["seconds"] for n in self.nodes)
+        self.stability = self._stability()
+        scores = self._scores()
+        self.scores, self.scored_by = scores
+        count = 0 if self.scores is None else len(self.scores)
+        if names is not None and count and len(names) != count:
+            raise ValueError(f"names: got {len(names)}, expected one for each of {count} outputs.")
+        self.names = list(names) if names is not None else self._numbered(count)
+
+    def _numbered(self, count: int) -> list[str]:
+        targets = np.asarray(self.results.array("targets")[...])
+        shared = targets.ndim == 1 and len(targets) == count
+        return [f"output {targets[c] if shared else c}" for c in range(count)]
+
+    def _stability(self) -> Any:
+        if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
+            return None
+        from gradkern.data.importance import of_results
+
+        return of_results(self.results, self.model, self.source)
+
+    def _scores(self) -> tuple[np.ndarray | None, str]:
+        """Scores ``[C, *in]``, and what they are: from the reductions, else from the maps that are stored."""
+        if self.stability is not None:
+            return self.stability.scores, "mean |attribution| times the feature's standard deviation"
+        if self.about["finished"] and "mean_abs" in self.about["reductions"]:
+            return self.results.reduction("mean_abs"), "mean |attribution|"
+        if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
+            total, count = 0.0, 0
+            for start, stop in self._spans():
+                maps = self.results.maps(start, stop).double().abs()
+                total, count = total + maps.sum(0).numpy(), count + len(maps)
+            return total / count, f"mean |attribution| over {count:,} samples"
+        return None, ""
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Finished chunks, evenly thinned out to `LOOKED_AT` bytes."""
+        array = self.results.array("attributions")
+        most = max(1, LOOKED_AT // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
+        chunks = sorted(self.finished)
+        if len(chunks) > most:
+            chunks = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))]
+        return [self.results.span(c) for c in chunks]
+
+    # ---- sections
+
+    def summary(self) -> str:
+        method = self.about["fingerprint"]["method"]["method"]
+        state = "complete" if self.about["finished"] else f"{self.results.done} of {self.results.chunks} chunks done"
+        return f"{method} of {self.results.samples:,} samples, {state}."
+
+    def coverage(self, section: Section) -> None:
+        source = self.about["fingerprint"]["source"]
+        shape = " + ".join("×".join(map(str, s)) or "1" for s in source["shapes"])
+        section.facts([
+            (f"{self.samples_done / self.results.samples:.0%}", "of the samples are finished"),
+            (f"{self.samples_done:,}", f"samples of {shape}"),
+            (f"{self.samples_done / self.seconds:,.0f}" if self.seconds else "–", "samples per second while computing"),
+            ("yes" if self.about.get("exact") else "no" if self.about["finished"] else "–",
+             "bit-equal to an uninterrupted run"),
+        ])  # fmt: skip
+        if self.about["finished"] and not self.about["exact"]:
+            section.text(
+                f"Equal within {self.about['tolerance']:.0e} of the largest attribution, not to the last bit: "
+                + "; ".join(self.about["notes"]) + "."
+            )  # fmt: skip
+        if not self.about["finished"]:
+            missing = sorted(set(range(self.results.chunks)) - self.finished)
+            section.text(f"{len(missing):,} chunks are missing. Run the same call again to continue.")
+            section.picture(
+                datafigures.coverage(self.finished, self.results.chunks), "Finished chunks, in the order of the data."
+            )
+        predictions = np.asarray(self.results.array("predictions")[...])
+        if predictions.ndim == 2 and predictions.shape[1] > 1 and self.finished:
+            rows = np.concatenate([np.arange(*self.results.span(c)) for c in sorted(self.finished)])
+            counts = np.bincount(predictions[rows].argmax(1), minlength=predictions.shape[1])
+            shown = np.argsort(-counts, kind="stable")[:20]
+            labels = [self._name(c) for c in shown]
+            section.picture(
+                datafigures.counts(labels, counts[shown]), "How many samples are predicted as what.", vector=True
+            )
+
+    def _name(self, output: int) -> str:
+        targets = np.asarray(self.results.array("targets")[...])
+        if targets.ndim == 1 and len(targets) == len(self.names) and output in targets:
+            return self.names[int(np.flatnonzero(targets == output)[0])]
+        return self.names[output] if output < len(self.names) and targets.ndim > 1 else f"output {output}"
+
+    def importance(self, section: Section) -> None:
+        if self.scores is None:
+            section.text("Neither reductions nor maps with common targets are stored, so there is nothing to show.")
+            return
+        low = high = None
+        words = f"Per output: {self.scored_by}."
+        if self.stability is not None:
+            low, high = self.stability.low, self.stability.high
+            words += f" The band is the {self.stability.level:.0%} bootstrap interval over groups of samples."
+        shown = self._shown()
+        figure = datafigures.scores(
+            self.scores[shown], [self.names[c] for c in shown], low if low is None else low[shown],
+            high if high is None else high[shown],
+        )  # fmt: skip
+        section.picture(figure, words)
+        shape = self.scores.shape[1:]
+        rows = []
+        for c in shown:
+            order = np.argsort(-np.nan_to_num(self.scores[c].ravel(), nan=-1.0), kind="stable")[:TOP]
+            cells = [place(np.unravel_index(i, shape), shape) for i in order]
+            cells += [""] * (TOP - len(cells))
+            agreement = [] if self.stability is None else [f"{self.stability.agreement[c]:.2f}"]
+            rows.append([self.names[c], *agreement, *cells])
+        head = ["output", *([] if self.stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]
+        caption = f"The {TOP} most important features of each output, by position in the sample."
+        if self.stability is not None:
+            caption += " “Halves agree” is the rank correlation between two halves of the data: 1 is perfect."
+        section.table(head, rows, caption)
+
+    def _shown(self) -> list[int]:
+        assert self.scores is not None
+        return list(range(min(len(self.scores), SHOWN_CLASSES)))
+
+    def samples(self, section: Section) -> None:
+        found = self._extremes()
+        if not found:
+            section.text("No two finished samples are predicted as one of the attributed outputs.")
+            return
+        behind = None
+        if self.source is not None:
+            behind = np.stack([
+                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in found
+            ])  # fmt: skip
+        kinds = ("typical", "atypical")
+        titles = [[f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in found]
+        figure = datafigures.extremes(
+            np.stack([e.maps for e in found]), behind, titles, [self._name(e.output) for e in found]
+        )
+        section.picture(
+            figure,
+            "Per output, of the samples predicted as it: the map nearest to the mean |map| (by cosine) and the one "
+            "farthest from it, which is where to look for odd data or shortcuts. Red raises the output, blue lowers it "
+            "(a magnitude has no sign)." + ("" if behind is None else " The line is the sample itself."),
+        )
+
+    def _extremes(self) -> list[Extremes]:
+        """Two passes over the maps: the mean |map| of each predicted output, then every sample's cosine with it."""
+        results = self.results
+        targets = np.asarray(results.array("targets")[...])
+        predictions = results.array("predictions")
+        if targets.ndim != 1 or predictions.ndim != 2:
+            return []
+        column = {int(t): s for s, t in enumerate(targets)}
+        means: dict[int, Any] = {}
+        counts: dict[int, int] = {}
+        pieces = []
+        for start, stop in self._spans():
+            rows = np.asarray(predictions[start:stop]).argmax(1) if predictions.shape[1] > 1 else np.zeros(stop - start)
+            pieces.append((start, stop, rows.astype(int)))
+            maps = results.maps(start, stop).float().abs()
+            for c in sorted({int(r) for r in rows} & set(column)):
+                mine = maps[rows == c, column[c]]
+                means[c] = means.get(c, 0) + mine.sum(0)
+                counts[c] = counts.get(c, 0) + len(mine)
+        wanted = sorted((c for c in means if counts[c] > 1), key=lambda c: -counts[c])[:SHOWN_CLASSES]
+        best: dict[int, list[tuple[float, int, np.ndarray]]] = {c: [] for c in wanted}
+        for start, stop, rows in pieces:
+            maps = results.maps(start, stop).float()
+            for c in wanted:
+                numbers = np.flatnonzero(rows == c)
+                if len(numbers) == 0:
+                    continue
+                mine = maps[numbers, column[c]]
+                flat, mean = mine.abs().flatten(1), means[c].flatten()
+                norm = flat.norm(dim=1) * mean.norm()
+                cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
+                for i in {int(cosines.argmax()), int(cosines.argmin())}:
+                    best[c].append((float(cosines[i]), start + int(numbers[i]), mine[i].numpy()))
+        found = []
+        for c in sorted(wanted):
+            low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])
+            pair = np.stack([high[2], low[2]])
+            found.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
+        return found
+
+    def curves(self, section: Section) -> None:
+        curve = self.stability.curve
+        deletion, insertion = curve.gain
+        section.facts([
+            (f"{deletion:+.3f}", "deletion: area between ranking and random order"),
+            (f"{insertion:+.3f}", "insertion: the same"),
+        ])  # fmt: skip
+        section.picture(
+            datafigures.curves(curve),
+            f"{curve.samples} samples, each by the ranking of its predicted output. Deletion: the most important "
+            "features are replaced by their mean; the faster the fall, the better. Insertion: they are put into a "
+            "sample of means; the faster the rise, the better. A ranking worth nothing lies on the random order.",
+            vector=True,
+        )
+
+    def settings(self, section: Section) -> None:
+        fingerprint, pinned = self.about["fingerprint"], self.about["pinned"]
+        rows = [(f"{part}: {key}", value) for part, values in fingerprint.items() for key, value in values.items()]
+        rows += [(f"pinned: {key}", value) for key, value in pinned.items()]
+        section.table(["", "value"], [(k, _short(v)) for k, v in rows], "What makes this run this run.")
+        if self.about["program"]:
+            section.printed(self.about["program"], "The network as gradkern sees it")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 90 else text[:87] + "..."

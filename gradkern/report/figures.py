@@ -1,0 +1,176 @@
+"""Matplotlib figures of gradients.  Each function takes arrays, draws, and returns a figure; nothing is shown.
+
+Figures are made without pyplot, so they need no display and may be drawn from any thread.  Arrays are NumPy or
+anything ``numpy.asarray`` takes.  Colours: orange for magnitudes; blue to red, symmetric about zero, for signed
+values.  All panels of one figure share one scale where they are to be compared, and say so where not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+MAGNITUDE, SIGNED = "Oranges", "RdBu_r"
+INK, ACCENT, PALE = "#1d2329", "#c2560c", "#b8c4cf"
+
+
+def bars(labels: Sequence[str], values: Sequence[float], unit: str, *, highlight: int = 0) -> Figure:
+    """Horizontal bars with their values written at the ends; bar ``highlight`` stands out."""
+    figure = Figure(figsize=(8.5, 0.55 * len(labels) + 0.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = [ACCENT if i == highlight else PALE for i in range(len(labels))]
+    drawn = axes.barh(range(len(labels)), values, color=colours, height=0.62)
+    axes.bar_label(drawn, [f" {value:,.0f}" for value in values], padding=2, color=INK)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.margins(x=0.12)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def signal_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
+    """Per class, the importance of every time step behind the mean signal of that class.
+
+    Args:
+        x: signals ``[N, T]``.
+        importance: ``[C, T]``, not negative.
+        labels: the class of each signal ``[N]``.
+        names: ``C`` names.
+    """
+    x, importance, labels = np.asarray(x), np.asarray(importance), np.asarray(labels)
+    figure = Figure(figsize=(9, 1.75 * len(names) + 0.4), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    top = float(importance.max()) or 1.0
+    low, high = _limits(x)
+    for c, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        shade = _background(axes, importance[c], low, high, MAGNITUDE, 0.0, top)
+        mine = x[labels == c]  # [n, T]
+        if len(mine):
+            mean, spread = mine.mean(0), mine.std(0)
+            axes.fill_between(np.arange(x.shape[1]), mean - spread, mean + spread, color=INK, alpha=0.12, linewidth=0)
+            axes.plot(mean, color=INK, linewidth=1.5)
+        axes.set_title(f"{name} (n = {len(mine)})", fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("time step")
+    figure.colorbar(shade, ax=list(panels), label="importance", fraction=0.03, pad=0.01)
+    return figure
+
+
+def image_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
+    """Per class, the importance of every pixel, with the outline of the mean image of that class over it.
+
+    Args:
+        x: images ``[N, H, W]``.
+        importance: ``[C, H, W]``, not negative.
+        labels: the class of each image ``[N]``.
+        names: ``C`` names.
+    """
+    x, importance, labels = np.asarray(x), np.asarray(importance), np.asarray(labels)
+    columns = min(5, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(1.8 * columns + 0.6, 1.95 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    top = float(importance.max()) or 1.0
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for c, name in enumerate(names):
+        axes = panels.flat[c]
+        shade = axes.imshow(importance[c], cmap=MAGNITUDE, vmin=0.0, vmax=top)
+        mean = x[labels == c].mean(0) if (labels == c).any() else np.zeros(x.shape[1:])  # [H, W]
+        if np.ptp(mean) > 0:
+            axes.contour(mean, levels=[mean.min() + 0.5 * np.ptp(mean)], colors=INK, linewidths=1.0)
+        axes.set_title(name, fontsize=10)
+    figure.colorbar(shade, ax=panels, label="importance", fraction=0.03, pad=0.01)
+    return figure
+
+
+def signal_samples(
+    x: np.ndarray, gradients: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
+) -> Figure:
+    """Single signals (rows) and the gradient of every class (columns) behind them; a row shares one scale.
+
+    Args:
+        x: signals ``[S, T]``.
+        gradients: ``[S, C, T]``.
+        labels, predicted: classes ``[S]``.
+        names: ``C`` names.
+    """
+    x, gradients = np.asarray(x), np.asarray(gradients)
+    figure = Figure(figsize=(3.1 * len(names), 1.55 * len(x) + 0.4), layout="constrained")
+    panels = figure.subplots(len(x), len(names), sharex=True, sharey=True, squeeze=False)
+    low, high = _limits(x)
+    for row, signal in enumerate(x):
+        top = float(np.abs(gradients[row]).max()) or 1.0
+        for c, name in enumerate(names):
+            axes = panels[row, c]
+            _background(axes, gradients[row, c], low, high, SIGNED, -top, top)
+            axes.plot(signal, color=INK, linewidth=1.1)
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(f"gradient of “{name}”", fontsize=10)
+            _frame(axes, c == predicted[row])
+        panels[row, 0].set_ylabel(f"sample {row + 1}\ntrue: {names[labels[row]]}", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("time step")
+    return figure
+
+
+def image_samples(
+    x: np.ndarray, gradients: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
+) -> Figure:
+    """Single images (rows): the image, then the gradient of every class; a row shares one scale.
+
+    Args:
+        x: images ``[S, H, W]``.
+        gradients: ``[S, C, H, W]``.
+        labels, predicted: classes ``[S]``.
+        names: ``C`` names.
+    """
+    x, gradients = np.asarray(x), np.asarray(gradients)
+    figure = Figure(figsize=(0.98 * (len(names) + 1), 1.02 * len(x) + 0.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
+    panels = figure.subplots(len(x), len(names) + 1, squeeze=False)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    for row, image in enumerate(x):
+        top = float(np.abs(gradients[row]).max()) or 1.0
+        panels[row, 0].imshow(image, cmap="gray_r")
+        panels[row, 0].set_ylabel(f"true: {names[labels[row]]}", fontsize=9)
+        for c, name in enumerate(names):
+            axes = panels[row, c + 1]
+            axes.imshow(gradients[row, c], cmap=SIGNED, vmin=-top, vmax=top)
+            _frame(axes, c == predicted[row])
+            if row == 0:
+                axes.set_title(name, fontsize=10)
+    panels[0, 0].set_title("image", fontsize=10)
+    return figure
+
+
+def _background(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str, vmin: float, vmax: float):
+    """Colours the area behind a signal, one stripe per time step (values ``[T]``), between ``low`` and ``high``."""
+    steps = len(values)
+    axes.set_xlim(-0.5, steps - 0.5)
+    extent = (-0.5, steps - 0.5, low, high)
+    return axes.imshow(
+        values[None], cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto", extent=extent, interpolation="nearest", zorder=0
+    )
+
+
+def _limits(x: np.ndarray) -> tuple[float, float]:
+    low, high = float(x.min()), float(x.max())
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _frame(axes: Axes, predicted: bool) -> None:
+    """A heavy frame marks the class that the network predicts."""
+    for spine in axes.spines.values():
+        spine.set_visible(predicted or spine.get_visible())
+        spine.set(linewidth=2.2 if predicted else 0.6, edgecolor=ACCENT if predicted else PALE)

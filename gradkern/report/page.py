@@ -1,0 +1,101 @@
+"""The report as data (sections of text, tables and pictures) and its way into one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("template.html")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of a section; ``kind`` is the name of its branch in the template."""
+
+    kind: str
+    content: object
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """A heading and what stands under it, in the order of the calls."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+    def text(self, text: str) -> Section:
+        """A paragraph of plain text."""
+        self.blocks.append(Block("text", text))
+        return self
+
+    def facts(self, items: Iterable[tuple[str, str]]) -> Section:
+        """A row of figures to be seen first: ``(value, what it is)``."""
+        self.blocks.append(Block("facts", list(items)))
+        return self
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Section:
+        """A table; cells are shown as ``str`` gives them."""
+        body = [[str(cell) for cell in row] for row in rows]
+        ragged = [row for row in body if len(row) != len(head)]
+        if ragged:
+            raise ValueError(
+                f"a row has {len(ragged[0])} cells under {len(head)} headings: {ragged[0]}; give one per heading"
+            )
+        self.blocks.append(Block("table", {"head": list(head), "body": body}, caption))
+        return self
+
+    def picture(self, figure: Figure, caption: str, *, vector: bool = False) -> Section:
+        """A matplotlib figure, embedded: as PNG, or as SVG with ``vector`` (for lines and bars)."""
+        self.blocks.append(Block("picture", data_uri(figure, "svg" if vector else "png"), caption))
+        return self
+
+    def printed(self, text: str, caption: str = "", *, folded: bool = True) -> Section:
+        """Text in columns, as a terminal shows it; ``folded`` away under its caption until it is opened."""
+        self.blocks.append(Block("folded" if folded else "printed", text, caption))
+        return self
+
+
+@dataclass
+class Report:
+    """A report of several sections.  `write` makes one HTML file that loads nothing from anywhere."""
+
+    title: str
+    summary: str = ""
+    sections: list[Section] = field(default_factory=list)
+
+    def section(self, title: str) -> Section:
+        """Appends a new section and returns it to be filled."""
+        self.sections.append(Section(title))
+        return self.sections[-1]
+
+    def html(self) -> str:
+        """The whole page."""
+        from jinja2 import Environment
+
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=self)
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the page, making folders as needed; returns its absolute path."""
+        path = Path(path).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+
+def data_uri(figure: Figure, kind: str) -> str:
+    """The figure as an address that carries the picture itself; ``kind`` is ``png`` or ``svg``."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format=kind, dpi=150, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None
+    )
+    mime = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
