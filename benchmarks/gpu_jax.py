@@ -1,0 +1,88 @@
+"""The same networks in JAX, where it is installed: ``jit(vmap(jacrev))`` on arrays shared with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import dlpack
+
+
+def chunk(model: nn.Module, outputs: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The Jacobian of one chunk.  Raises ImportError without JAX, TypeError for a network that is not a sequence of
+    convolutions, linear layers, ReLU, max pools and flattens."""
+    import jax
+
+    high = torch.get_float32_matmul_precision() != "highest"
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if high else "highest")
+    layers = [layer_of(module) for module in modules_of(model)]
+
+    def network(x: Any) -> Any:  # [*in] -> [C]
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    jacobian = jax.jit(jax.vmap(jax.jacrev(network)))
+
+    def run(x: Tensor, out: Tensor | None) -> Tensor:
+        found = jacobian(jax.dlpack.from_dlpack(x.contiguous()))
+        found.block_until_ready()
+        result = dlpack.from_dlpack(found)
+        return result if out is None else out.copy_(result)
+
+    return run
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    if isinstance(model, nn.Sequential):
+        return list(model)
+    if type(model).__name__ == "LeNet5":
+        relu, pool = nn.ReLU(), nn.MaxPool2d(2)
+        convolutions = [model.conv1, relu, pool, model.conv2, relu, pool, nn.Flatten()]
+        return [*convolutions, model.fc1, relu, model.fc2, relu, model.fc3]
+    raise TypeError(f"no JAX twin of {type(model).__name__}")
+
+
+def layer_of(module: nn.Module) -> Callable[[Any], Any]:
+    """A torch layer as a function of one sample."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    def array(t: Tensor | None) -> Any:
+        return None if t is None else jnp.asarray(t.detach().cpu().numpy())
+
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        w, b = array(module.weight), array(module.bias)
+        axes = w.ndim - 2
+        if isinstance(module.padding, str):
+            reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            padding = [(r // 2, r - r // 2) for r in reach]
+        else:
+            padding = [(p, p) for p in module.padding]
+
+        def convolution(x: Any) -> Any:
+            y = lax.conv_general_dilated(x[None], w, module.stride, padding, rhs_dilation=module.dilation)[0]
+            return y if b is None else y + b.reshape(-1, *[1] * axes)
+
+        return convolution
+    if isinstance(module, nn.Linear):
+        w, b = array(module.weight), array(module.bias)
+        return lambda x: w @ x + b
+    if isinstance(module, nn.ReLU):
+        return jax.nn.relu
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)):
+        axes = 1 if isinstance(module, nn.MaxPool1d) else 2
+        k = module.kernel_size if isinstance(module.kernel_size, tuple) else (module.kernel_size,) * axes
+        return lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, *k), (1, *k), "VALID")
+    if isinstance(module, nn.BatchNorm1d):
+        scale = module.weight / (module.running_var + module.eps).sqrt()
+        a, c = array(scale), array(module.bias - module.running_mean * scale)
+        return lambda x: a[:, None] * x + c[:, None]
+    if isinstance(module, nn.AdaptiveAvgPool1d):
+        return lambda x: x.mean(-1, keepdims=True)
+    if isinstance(module, nn.Flatten):
+        return lambda x: x.reshape(-1)
+    raise TypeError(f"no JAX twin of {type(module).__name__}")

@@ -1,0 +1,170 @@
+"""Real networks: fused share, ratio to the best peer, and error, one line each.
+
+The networks are `tests.networks`, in full size.  Where a network has very many outputs, everybody gets the gradients
+of the same random few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gradkern
+from benchmarks import accuracy, machine, measure, report
+from benchmarks.measure import Contender
+from tests.networks import NETWORKS, Network
+
+PEERS = ("loop_classes", "grads_batched", "vmap_jacrev")
+RESULTS = Path(__file__).parent / "results"
+
+
+class Picked(nn.Module):
+    """The chosen outputs of a network, flat."""
+
+    def __init__(self, net: nn.Module, targets: Tensor) -> None:
+        super().__init__()
+        self.net, self.targets = net, targets
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, *in] -> [N, S]
+        return self.net(x).flatten(1)[:, self.targets]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One network as `benchmarks.measure` wants it."""
+
+    network: Network
+    samples: int
+
+    @property
+    def name(self) -> str:
+        return self.network.name
+
+    def fresh(self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(n, *self.network.full.shapes[0], generator=generator, dtype=dtype)
+
+
+def chosen(network: Network, model: nn.Module, generator: torch.Generator) -> Tensor:
+    """The flat outputs that are asked for: all of them, or a random few in order."""
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, *network.full.shapes[0])).numel()
+    if network.seeds is None:
+        return torch.arange(outputs)
+    return torch.randperm(outputs, generator=generator)[: network.seeds].sort().values
+
+
+def places(network: Network, model: nn.Module, targets: Tensor) -> Tensor | list[tuple[int, ...]]:
+    """Flat outputs as the public interface takes them: tuples where an output has several axes."""
+    with torch.no_grad():
+        shape = tuple(model(torch.zeros(1, *network.full.shapes[0])).shape[1:])
+    if len(shape) == 1:
+        return targets
+    return [tuple(int(i) for i in place) for place in torch.stack(torch.unravel_index(targets, shape), 1)]
+
+
+def measure_network(problem: Problem, rounds: int, seconds: float, say: measure.Say) -> dict[str, Any]:
+    network = problem.network
+    generator = torch.Generator().manual_seed(20)
+    model = network.full.build().requires_grad_(False)
+    targets = chosen(network, model, generator)
+    picked = Picked(model, targets)
+    asked = None if network.seeds is None else places(network, model, targets)
+
+    def ours(x: Tensor, out: Tensor | None = None) -> Tensor:
+        return gradkern.jacobian(model, x, targets=asked, engine="kernel", out=out)
+
+    say(f"{network.name}: first call")
+    with measure.quiet():
+        first, _ = measure.timed(ours, problem.fresh(problem.samples, generator))
+        plan = gradkern.explain(model, problem.fresh(1, generator), targets=asked, show=False)
+    screening = measure.screen(problem, picked, problem.samples, len(targets), generator, seconds, PEERS, say)  # type: ignore[arg-type]
+    finalists = measure.finalists(screening)
+    rivals = [measure.contender(row, picked, len(targets)) for row in finalists]
+    mine = Contender(report.OURS, report.OURS, problem.samples, ours)
+    last = measure.duel([mine, *rivals], problem, problem.samples, len(targets), rounds, generator, say)  # type: ignore[arg-type]
+    say(f"{network.name}: accuracy")
+    x, result = last[f"{mine.name}@{mine.batch}"]
+    checked = accuracy.compare(picked, x[:2], result[:2])
+    best = min(rivals, key=lambda r: measure.paired_ratio(r.seconds, mine.seconds)["median"])
+    return {
+        "net": network.name,
+        "samples": problem.samples,
+        "seeds": len(targets),
+        "fused_share": plan.fused_share,
+        "native_share": plan.native_share,
+        "ratio": measure.paired_ratio(best.seconds, mine.seconds),
+        "floor": network.floor,
+        "best_peer": best.title,
+        "batch": best.batch,
+        "us": statistics.median(mine.seconds) / problem.samples * 1e6,
+        "peer_us": statistics.median(best.seconds) / problem.samples * 1e6,
+        "first_call_ms": first * 1e3,
+        "error": asdict(checked) | {"max_error": report.finite(checked.max_error)},
+        "screening": [asdict(row) for row in screening],
+    }
+
+
+HEAD = ("network", "N", "seeds", "fused", "own", "µs/sample", "best peer", "µs", "ratio", "floor", "error", "first ms")
+
+
+def row(r: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        r["net"], str(r["samples"]), str(r["seeds"]),
+        f"{100 * r['fused_share']:.0f} %", f"{100 * r['native_share']:.0f} %",
+        f"{r['us']:.0f}", f"{r['best_peer']}, {r['batch']}", f"{r['peer_us']:.0f}", f"{r['ratio']['median']:.2f}",
+        f"{r['floor']:g}", f"{r['error']['max_error']:.1e}", f"{r['first_call_ms']:.0f}",
+    )  # fmt: skip
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    rows = [HEAD, *map(row, results)]
+    widths = [max(len(r[k]) for r in rows) for k in range(len(HEAD))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
+    parser.add_argument("--nets", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NET",
+                        help=f"networks to measure: {', '.join(NETWORKS)} (default: all)")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=2, help="threads for everybody (default: 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of the duel (default: 7)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time per peer and batch size in the screening")
+    parser.add_argument("--quick", action="store_true", help="2 samples, 1 round: shows that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS / "networks.json", help="the JSON file")
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    print(report.one_line(machine.describe(options.threads)), flush=True)
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}"[:118], end="", file=sys.stderr, flush=True)
+
+    results = []
+    for name in options.nets:
+        network = NETWORKS[name]
+        problem = Problem(network, 2 if options.quick else network.samples)
+        rounds, seconds = (1, 0.01) if options.quick else (options.rounds, options.seconds)
+        results.append(measure_network(problem, rounds, seconds, say))
+        print(table(results[-1:]) if name == options.nets[0] else table(results).splitlines()[-1], flush=True)
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(
+            json.dumps({"machine": machine.describe(options.threads), "networks": results}, indent=1)
+        )
+    print(f"\n{table(results)}\n\n{options.out}")
+    wrong = [r["net"] for r in results if r["error"]["wrong"]]
+    if wrong:
+        print(f"WRONG: gradkern disagrees with float64 away from every kink on {', '.join(wrong)}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The CUDA kernels on the host: a "GPU" for tests, of which every thread is a host thread (csrc/host).
+
+`HostDevice` builds the shim with g++ (no nvcc, no torch headers) and runs chains on it; `installed` makes the engine
+take it for the machine that CPU tensors live on, so that the plan, the packing and the launch order are the GPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gradkern import ops
+from gradkern.device import MAX_PORTS, PRODUCTS, Device
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")
+THREADS = 64
+
+
+class Args(ctypes.Structure):
+    """csrc/cuda/args.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("forward", "backward", "packed", "tables")),
+        *((name, ctypes.c_void_p * MAX_PORTS) for name in ("inputs", "outputs", "cotangents", "results")),
+        *((name, ctypes.c_void_p) for name in ("targets", "seed_rows")),
+        *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
+        *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
+        *((name, ctypes.c_int) for name in ("region", "sample", "bits", "slots", "block", "planned")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shim, compiled; one build per content of the sources."""
+    sources = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp") and "cpu" not in p.parts)
+    digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    built = Path(tempfile.gettempdir()) / f"gradkern-host-{digest}.so"
+    if not built.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "host.so"
+            command = [
+                "g++",
+                "-O1",
+                "-g",
+                *FLAGS,
+                "-fPIC",
+                "-shared",
+                str(CSRC / "host/run.cpp"),
+                "-o",
+                str(part),
+            ]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            part.replace(built) if part.stat().st_dev == built.parent.stat().st_dev else built.write_bytes(
+                part.read_bytes()
+            )
+    found = ctypes.CDLL(str(built))
+    assert found.gk_args_size() == ctypes.sizeof(Args)
+    return found
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * MAX_PORTS)(*[t.data_ptr() for t in tensors])
+
+
+class Recording:
+    """A launch as `csrc/host/replay.cpp` reads it."""
+
+    def __init__(self, args: Args, tensors: list[Tensor], products: int, blocks: int, threads: int, shared: int):
+        self.results = tensors
+        words = (ctypes.c_int64 * (ctypes.sizeof(Args) // 8)).from_buffer_copy(args)
+        number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}
+        for i in range(Args.target_n.offset // 8):
+            words[i] = number.get(words[i], 0)
+        head = (tensors[2].element_size(), products, blocks, threads, shared, ctypes.sizeof(Args), len(tensors))
+        blobs = b"".join(t.nbytes.to_bytes(8, "little") + bytes_of(t) for t in tensors)
+        self.content = b"".join(n.to_bytes(8, "little") for n in head) + bytes(words) + blobs
+
+    def expected(self) -> bytes:
+        """What the replay must write, once the launch has run."""
+        return b"".join(t.nbytes.to_bytes(8, "little") + bytes_of(t) for t in self.results)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+class HostDevice:
+    """Chains on the host, with the ops' signatures.  ``blocks`` run one after the other."""
+
+    def __init__(self, shared_bytes: int = 232448, blocks: int = 2, threads: int = THREADS, precision: str = "highest"):
+        ops.extension()  # the other ops
+        self.library = library()
+        self.machine = Device("cuda", 16, 0, shared_bytes, threads, PRODUCTS[precision])
+        self.blocks = blocks
+        self.launches = 0
+        self.record: list[Recording] | None = None  # set to a list to keep what was launched
+
+    def chain_forward(self, inputs, packed, tables, forward, sizes, outputs) -> list[Tensor]:
+        return self.chain_vjp(inputs, packed, tables, forward, forward[:0], sizes, outputs, None, None, [], 1, [])
+
+    def chain_vjp(
+        self,
+        inputs,
+        packed,
+        tables,
+        forward,
+        backward,
+        sizes,
+        outputs,
+        targets,
+        seed_rows,
+        cotangents,
+        seed_tile,
+        results,
+    ) -> list[Tensor]:
+        n = inputs[0].shape[0]
+        found = [torch.full((n, size), float("nan"), dtype=packed.dtype) for size in outputs]
+        for r in results:
+            r.fill_(float("nan"))  # so that a number that nobody wrote shows
+        if n == 0:
+            return found
+        seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
+        region, sample, products, bits, slots, shared, block = sizes
+        assert shared <= self.machine.shared_bytes
+        args = Args(
+            forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
+            pointers(found), pointers(cotangents), pointers(results),
+        )  # fmt: skip
+        if targets is not None:
+            args.targets, args.target_n = targets.data_ptr(), seeds if targets.dim() == 2 else 0
+        if seed_rows is not None:
+            row = seed_rows.shape[-1]
+            args.seed_rows, args.seed_rows_s = seed_rows.data_ptr(), row
+            args.seed_rows_n = seeds * row if seed_rows.dim() == 3 else 0
+        args.samples, args.forward_count, args.backward_count = n, len(forward), len(backward)
+        args.seeds, args.seed_tile = seeds, seed_tile
+        args.region, args.sample, args.bits, args.slots = region, sample, bits, slots
+        args.block, args.planned = min(block, -(-n // self.blocks)), block
+        if self.record is not None:
+            tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]
+            tensors += [t for t in (targets, seed_rows) if t is not None]
+            self.record.append(Recording(args, tensors, products, self.blocks, self.machine.threads, shared))
+        run = self.library.gk_run_f32 if packed.dtype == torch.float32 else self.library.gk_run_f64
+        run(ctypes.byref(args), products, self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        self.launches += 1
+        return found
+
+
+@contextlib.contextmanager
+def installed(device: HostDevice) -> Iterator[HostDevice]:
+    """The engine works on ``device`` inside this block."""
+    with (
+        mock.patch.object(ops, "machine", lambda _device=None: device.machine),
+        mock.patch.object(ops, "chain_forward", device.chain_forward),
+        mock.patch.object(ops, "chain_vjp", device.chain_vjp),
+    ):
+        yield device

@@ -1,0 +1,61 @@
+"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.sanitizers [address|thread] ...``
+
+Launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs them again: as
+many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be bit-equal.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gradkern import binding, engine, trace
+from tests.cases import CASES
+from tests.host_device import CSRC, FLAGS, HostDevice, installed
+
+KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
+NETS = [
+    *("conv1d_stride_pad", "conv1d_groups", "conv1d_depthwise", "maxpool1d_overlap_pad", "maxpool2d_mixed", "residual"),
+    *("two_inputs", "softmax", "avgpool2d", "bn_first", "view_channels", "elu"),
+]
+
+
+def recordings(precision: str = "highest"):
+    for name in NETS:
+        model, inputs = CASES[name].build(), CASES[name].inputs(3)
+        device = HostDevice(blocks=2, threads=64, precision=precision)
+        device.record = []
+        with torch.no_grad(), installed(device):
+            program = trace.trace(model, inputs)
+            engine.jacobian(program, binding.bind(program, model), inputs)
+        for number, recording in enumerate(device.record):
+            yield f"{name} {precision} {number}", recording
+
+
+def main(kinds: list[str]) -> int:
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        found = [r for precision in ("highest", "high") for r in recordings(precision)]
+        for kind in kinds or list(KINDS):
+            program = Path(folder, kind)
+            sources = [str(CSRC / "host" / n) for n in ("replay.cpp", "run.cpp")]
+            subprocess.run(["g++", "-O1", "-g", *FLAGS, *KINDS[kind], *sources, "-o", str(program)], check=True)
+            for name, recording in found:
+                source, target = Path(folder, "in"), Path(folder, "out")
+                source.write_bytes(recording.content)
+                target.unlink(missing_ok=True)
+                done = subprocess.run([str(program), str(source), str(target)], capture_output=True, text=True)
+                good = done.returncode == 0 and target.read_bytes() == recording.expected()
+                failed += not good
+                if not good:
+                    print(f"{kind}: {name}: FAILED (exit {done.returncode})\n{done.stderr[:6000]}", flush=True)
+            print(f"{kind}: {len(found)} launches of {len(NETS)} networks", "clean" if not failed else "", flush=True)
+    return failed > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""The table of the Captum family: per method the largest difference to stock Captum, over all forms of targets.
+
+Run with ``-s`` to see it.  Times are in benchmarks/captum_family.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from captum import attr as stock
+from torch import nn
+
+import gradkern
+from gradkern import attr as ours
+
+N = 4
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+class Net(nn.Module):
+    """Modules that are used once, and no ReLU directly before a max pool: Captum is right on it, for every method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.act1, self.pool = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2)
+        self.conv2, self.act2 = nn.Conv2d(4, 5, 2), nn.Tanh()
+        self.fc1, self.act3, self.fc2 = nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.act2(self.conv2(self.pool(self.act1(self.conv1(x)))))
+        return self.fc2(self.act3(self.fc1(x.flatten(1))))
+
+
+class PerStep(nn.Module):
+    """Outputs ``[N, 3, 2]``, for targets that are tuples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+        self.head = nn.Linear(3, 6)
+
+    def forward(self, x):
+        return self.head(self.net(x)).view(-1, 3, 2)
+
+
+TARGETS = [
+    1,
+    -1,
+    torch.tensor(2),
+    torch.tensor([0]),
+    torch.tensor([0, 2, 1, 1]),
+    [2, 0, 0, 1],
+    [(0,), (1,), (2,), (0,)],
+]
+TUPLES = [(1, 0), (-1, 1), [(0, 1), (2, 0), (1, 1), (0, 0)]]
+
+
+def options_of(name, dtype):
+    base = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return {
+        "IntegratedGradients": {"n_steps": 7},
+        "GradientShap": {"baselines": base, "n_samples": 3, "stdevs": 0.1},
+        "NoiseTunnel": {"nt_samples": 3, "stdevs": 0.1},
+        "DeepLift": {"baselines": base[:1]},
+        "DeepLiftShap": {"baselines": base},
+        "LayerIntegratedGradients": {"n_steps": 5},
+        "InternalInfluence": {"n_steps": 5},
+        "LayerConductance": {"n_steps": 5},
+    }.get(name, {})
+
+
+def explainer(package, name, model):
+    net = model.net if isinstance(model, PerStep) else model
+    cls = getattr(package, name)
+    if name == "NoiseTunnel":
+        return cls(package.Saliency(model))
+    if name.startswith("Layer") or name in ("InternalInfluence", "GuidedGradCam"):
+        return cls(model, net.conv2)
+    return cls(model)
+
+
+def drawn(call):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    return call()
+
+
+def largest(name, dtype):
+    """The largest difference over all targets, relative to the largest attribution."""
+    worst = 0.0
+    for make, targets in ((Net, TARGETS), (PerStep, TUPLES)):
+        torch.manual_seed(0)
+        model = make().to(dtype).eval()
+        x = torch.randn(N, 1, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+        options = options_of(name, dtype)
+        with gradkern.use("kernel"):
+            every = drawn(lambda: explainer(ours, name, model).attribute_all(x, **options))  # noqa: B023
+        for target in targets:
+            want = drawn(lambda: explainer(stock, name, model).attribute(x, target=target, **options))  # noqa: B023
+            with gradkern.use("kernel"):
+                got = drawn(lambda: explainer(ours, name, model).attribute(x, target=target, **options))  # noqa: B023
+            scale = max(float(want.abs().max()), 1e-30)
+            worst = max(worst, float((got - want).abs().max()) / scale)
+            if isinstance(target, int):
+                worst = max(worst, float((every[:, target] - want).abs().max()) / scale)
+            elif isinstance(target, tuple):
+                worst = max(worst, float((every[:, target[0], target[1]] - want).abs().max()) / scale)
+    return worst
+
+
+ROWS: dict[str, dict[str, float]] = {}
+METHODS = [name for name in ours.__all__ if name != "NeuronGradient"]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_difference_to_stock_captum(name, dtype):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = largest(name, dtype)
+    finally:
+        torch.set_num_threads(before)
+    ROWS.setdefault(name, {})[str(dtype)] = found
+    assert found <= LIMITS[dtype]
+
+
+def test_table():
+    """Prints what has been found; says nothing of its own."""
+    print("\n| method | float32 | float64 |\n|---|---|---|")
+    for name, row in ROWS.items():
+        print(
+            f"| {name} | {row.get('torch.float32', float('nan')):.1e} | {row.get('torch.float64', float('nan')):.1e} |"
+        )

@@ -1,0 +1,107 @@
+"""The CUDA kernels, run on the host, against the oracle: every network of the table that a chain covers."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from gradkern import binding, engine, plan, trace
+from tests import oracle
+from tests.cases import CASES, Case
+from tests.host_device import HostDevice, installed
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]
+HEAVY = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")  # their own test, in float32
+
+
+def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: torch.Tensor | None = None):
+    model = case.build(dtype=dtype)
+    inputs = case.inputs(n, dtype=dtype)
+    with torch.no_grad():
+        program = trace.trace(model, inputs)
+        params = binding.bind(program, model)
+        with installed(device):
+            y, found = engine.jacobian(program, params, inputs, targets)
+            used = plan.cached_plan(program, found[0].shape[1], dtype)
+    return model, inputs, y, found, used
+
+
+@pytest.mark.parametrize("case", [c for c in COVERED if c.name not in HEAVY], ids=repr)
+def test_agrees_with_the_oracle(case: Case) -> None:
+    device = HostDevice(blocks=2)
+    model, inputs, y, found, used = run(case, torch.float64, 3, device)
+    assert device.launches > 0
+    assert any(g.native for g in used.groups)
+    want_y, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    for f, w in zip(found, want, strict=True):
+        assert oracle.relative_error(f, w) < 1e-11
+
+
+@pytest.mark.parametrize("name", [n for n in HEAVY if n != "fcn"])
+def test_measured_networks_in_float32(name: str) -> None:
+    device = HostDevice(blocks=1, threads=32)
+    model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
+    assert used.whole
+    want_y, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(y, want_y) < 1e-5
+    assert oracle.disagreeing(found[0], want[0]) <= 0.5
+
+
+def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
+    case = CASES["fcn"]
+    model = case.build()
+    inputs = case.inputs(2)
+    program = trace.trace(model, inputs)
+    made = plan.plan(program, 5, machine=HostDevice().machine)
+    assert not made.whole
+    assert any("KiB of shared memory" in s.why for s in made.steps)
+    assert all(g.native or made.steps for g in made.groups)
+
+
+@pytest.mark.parametrize("kib", [6, 12, 24])
+def test_small_shared_memory_splits_the_chain(kib: int) -> None:
+    device = HostDevice(shared_bytes=kib * 1024)
+    model, inputs, y, found, _ = run(CASES["maxpool2d"], torch.float64, 5, device)
+    want_y, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    assert oracle.relative_error(found[0], want[0]) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 7)])
+@pytest.mark.parametrize("name", ["conv1d_stride_pad", "linear_nobias", "conv_output", "log_softmax"])
+def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> None:
+    case, generator = CASES[name], torch.Generator().manual_seed(3)
+    outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
+    targets = torch.randint(outputs, shape, generator=generator)
+    model, inputs, _, found, _ = run(case, torch.float64, 5, HostDevice(), targets)
+    _, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(found[0], oracle.pick(want[0], targets)) < 1e-11
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv1d_groups", "conv1d_dilated", "conv2d_uneven", "residual", "two_inputs", "view_channels", "linear_only"],
+)
+def test_tensor_core_products(name: str, precision: str) -> None:
+    device = HostDevice(precision=precision, threads=64)
+    model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
+    want_y, want = oracle.jacobian(model, inputs)
+    bound = {"high": 2e-6, "medium": 3e-3}[precision]
+    assert oracle.relative_error(y, want_y) < bound
+    for f, w in zip(found, want, strict=True):
+        assert oracle.disagreeing(f, w, 10 * bound) <= 0.25
+
+
+def test_three_products_on_measured_networks() -> None:
+    for name in ("mlp", "lenet5"):
+        device = HostDevice(blocks=1, threads=64, precision="high")
+        model, inputs, y, found, _ = run(CASES[name], torch.float32, 2, device)
+        want_y, want = oracle.jacobian(model, inputs)
+        assert oracle.relative_error(y, want_y) < 2e-6
+        assert oracle.disagreeing(found[0], want[0]) <= 0.5

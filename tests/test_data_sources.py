@@ -1,0 +1,199 @@
+"""Every kind of source gives the same samples, whole and in ranges; what cannot resume is refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from gradkern.data import open_source, run
+from tests.cases import CASES
+
+X = np.random.default_rng(0).standard_normal((23, 2, 5)).astype(np.float32)
+
+
+class Items(Dataset):
+    """Pairs of a sample and a label."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, i: int):
+        return X[i], i % 3
+
+
+def npy(folder):
+    np.save(folder / "x.npy", X)
+    return str(folder / "x.npy")
+
+
+def npz(folder):
+    np.savez(folder / "x.npz", x=X, y=np.arange(23))
+    return f"{folder}/x.npz:x"
+
+
+def memmap(folder):
+    np.save(folder / "m.npy", X)
+    return np.load(folder / "m.npy", mmap_mode="r")
+
+
+def tensors(folder):
+    torch.save({"x": torch.tensor(X)}, folder / "x.pt")
+    return f"{folder}/x.pt:x"
+
+
+def safetensors(folder):
+    from safetensors.numpy import save_file
+
+    save_file({"x": X}, folder / "x.safetensors")
+    return f"{folder}/x.safetensors:x"
+
+
+def zarr_array(folder):
+    import zarr
+
+    array = zarr.create_array(str(folder / "a.zarr"), shape=X.shape, chunks=(4, 2, 5), dtype="float32")
+    array[...] = X
+    return array
+
+
+def zarr_path(folder):
+    import zarr
+
+    group = zarr.create_group(str(folder / "g.zarr"))
+    group.create_array("train/x", data=X)
+    return f"{folder}/g.zarr:train/x"
+
+
+def hdf5(folder):
+    import h5py
+
+    with h5py.File(folder / "x.h5", "w") as file:
+        file["deep/x"] = X
+    return f"{folder}/x.h5:deep/x"
+
+
+def huggingface(folder):
+    import datasets
+
+    return datasets.Dataset.from_dict({"x": list(X), "y": list(range(23))}).with_format("torch")
+
+
+def huggingface_unformatted(folder):
+    import datasets
+
+    features = datasets.Features({"x": datasets.Array2D((2, 5), "float32")})
+    return datasets.Dataset.from_dict({"x": X}, features=features)
+
+
+def parquet(folder):
+    import pyarrow as arrow
+    import pyarrow.parquet as pq
+
+    for i, part in enumerate((X[:9], X[9:])):
+        column = arrow.array(part.tolist(), type=arrow.list_(arrow.list_(arrow.float32())))
+        pq.write_table(arrow.table({"x": column}), folder / f"part{i}.parquet", row_group_size=4)
+    return str(folder)
+
+
+MAKERS = [
+    lambda folder: torch.tensor(X),
+    lambda folder: X,
+    lambda folder: {"x": X},
+    lambda folder: Items(),
+    lambda folder: DataLoader(Items(), batch_size=4),
+    lambda folder: DataLoader(Items(), batch_size=4, num_workers=1),
+    lambda folder: TensorDataset(torch.tensor(X)),
+    *(npy, npz, memmap, tensors, safetensors, zarr_array, zarr_path, hdf5, huggingface, parquet),
+    huggingface_unformatted,
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_sources_give_the_same_samples(make, tmp_path):
+    source = open_source(make(tmp_path))
+    assert source.samples == 23
+    for start, stop in ((0, 23), (3, 11), (22, 23)):
+        (rows,) = source.read(start, stop)
+        assert rows.dtype == torch.float32
+        np.testing.assert_array_equal(rows.numpy(), X[start:stop])
+    parts = [rows for (rows,) in source.stream([(0, 8), (8, 16), (20, 23)])]
+    np.testing.assert_array_equal(torch.cat(parts).numpy(), np.concatenate([X[:16], X[20:]]))
+
+
+@pytest.mark.parametrize("make", [memmap, hdf5, zarr_path, parquet, npy])
+def test_sources_on_disk_travel_as_places(make, tmp_path):
+    source = open_source(make(tmp_path))
+    source.read(0, 2)
+    content = pickle.dumps(source)
+    assert len(content) < 1500 + X.nbytes // 4
+    (rows,) = pickle.loads(content).read(5, 9)
+    np.testing.assert_array_equal(rows.numpy(), X[5:9])
+
+
+def test_a_slice_of_a_memory_map_travels(tmp_path):
+    part = memmap(tmp_path)[7:]
+    (rows,) = pickle.loads(pickle.dumps(open_source(part))).read(0, 4)
+    np.testing.assert_array_equal(rows.numpy(), X[7:11])
+
+
+def test_columns_and_casts(tmp_path):
+    both = open_source({"x": X, "y": X[:, 0]}, columns=("y", "x"))
+    first, second = both.read(2, 4)
+    assert (first.shape, second.shape) == ((2, 5), (2, 2, 5))
+    (wide,) = open_source(X.astype(np.float64), dtype=torch.float32).read(0, 2)
+    assert wide.dtype == torch.float32
+    (pixels,) = open_source(np.arange(12, dtype=np.uint8).reshape(3, 4), dtype=torch.float32).read(0, 3)
+    assert pixels.dtype == torch.float32
+    (big,) = open_source(X.astype(">f4")).read(0, 23)
+    np.testing.assert_array_equal(big.numpy(), X)
+    with pytest.raises(ValueError, match=r"Say which: columns="):
+        open_source({"x": X, "y": X})
+    with pytest.raises(ValueError, match=r"got columns=\('z',\), but the group holds \['x'\]"):
+        open_source({"x": X}, columns=("z",))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Stream(), "no random access"),
+        (DataLoader(Stream()), "no random access"),
+        (DataLoader(Items(), shuffle=True), "Use shuffle=False"),
+        (3, "expected a tensor, a numpy array"),
+        (X[:0], "expected at least one"),
+        ((X, X[:5]), "has 5 samples and number 0 has 23"),
+        ("nothing.npy", "there is no 'nothing.npy'"),
+        ("data.csv", "expected one that ends in"),
+        (np.array(["a", "b"]), "expected numbers"),
+    ],
+)
+def test_what_is_no_source(source, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        open_source(source).read(0, 1)
+
+
+def test_unequal_lists_in_parquet(tmp_path):
+    import pyarrow as arrow
+    import pyarrow.parquet as pq
+
+    pq.write_table(arrow.table({"x": [[1.0, 2.0], [3.0]]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="different lengths"):
+        open_source(str(tmp_path / "x.parquet")).read(0, 2)
+
+
+def test_two_inputs_make_two_arrays(tmp_path):
+    case = next(c for c in CASES.values() if len(c.shapes) == 2 and c.traceable and not c.opaque)
+    model, inputs = case.build(), case.inputs(9)
+    results = run(model, inputs, tmp_path / "a.zarr", chunk=4, reductions=["mean_abs"])
+    for i, x in enumerate(inputs):
+        maps = results.maps(0, 9, f"attributions_{i}")
+        assert maps.shape[2:] == x.shape[1:]
+        np.testing.assert_allclose(results.reduction("mean_abs", of=i), maps.double().mean(0).numpy(), atol=1e-12)

@@ -1,0 +1,108 @@
+"""`gradkern.importance` finds the features that were put into the data, and says how sure it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradkern
+from gradkern.data import run
+from gradkern.data.importance import _average_ranks, _spearman, of_results
+from gradkern.data.importance import curve as curve_of
+from tests.cases import CASES
+
+PLANTED = (7, 21)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, torch.Tensor]:
+    """A network whose two classes hang on two features only; the first weighs more."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    x = torch.randn(600, 1, 30)
+    y = (2 * x[:, 0, PLANTED[0]] + x[:, 0, PLANTED[1]] > 0).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x
+
+
+def test_planted_features_come_first_with_intervals_and_curves(trained):
+    model, x = trained
+    found = gradkern.importance(model, x)
+    assert [row[:2] for row in found.top(2)] == [[(0, 7), (0, 21)]] * 2
+    assert np.flatnonzero(found.select(2).ravel()).tolist() == list(PLANTED)
+    assert ((found.low <= found.scores) & (found.scores <= found.high)).mean() > 0.95
+    assert (found.low[:, 0, 7] > found.high[:, 0, 3]).all()
+    assert (found.agreement > 0.9).all()
+    assert found.counts.tolist() == [600, 600]
+    expected = gradkern.jacobian(model, x).double().abs().mean(0) * x.double().std(0, unbiased=False)
+    np.testing.assert_allclose(found.scores, expected.numpy(), rtol=1e-5)
+    curve = found.curve
+    assert curve.deletion[0] == curve.insertion[-1] == 1.0
+    assert curve.gain[0] > 0.1
+    assert curve.gain[1] > 0.1
+    assert "features 7, 21" in str(found)
+
+
+def test_intervals_cover_as_they_say(trained):
+    """The bootstrap's spread against the spread of the score over independent data sets of the same kind."""
+    model, _ = trained
+    generator = torch.Generator().manual_seed(1)
+    runs = [
+        gradkern.importance(model, torch.randn(600, 1, 30, generator=generator), curve_samples=0) for _ in range(12)
+    ]
+    truth = np.mean([r.scores for r in runs], axis=0)
+    covered = np.mean([(r.low <= truth) & (truth <= r.high) for r in runs])
+    assert 0.85 < covered <= 1.0
+
+
+def test_a_worthless_ranking_gains_nothing(trained):
+    model, x = trained
+    source = gradkern.data.open_source(x)
+    worst = np.stack([np.r_[[i for i in range(30) if i not in PLANTED], PLANTED]] * 2)
+    curve = curve_of(model, source, worst, np.zeros((1, 30)), 200)
+    assert curve.gain[0] < 0
+    assert curve.gain[1] < 0
+
+
+def test_a_single_output_is_measured_by_r_squared():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).eval()
+    found = gradkern.importance(model, torch.randn(100, 12))
+    assert found.curve.measure == "R²"
+    assert found.curve.insertion[-1] == pytest.approx(1.0)
+    assert found.scores.shape == (1, 12)
+
+
+def test_a_kept_run_resumes_and_is_read_again(trained, tmp_path):
+    model, x = trained
+    first = gradkern.importance(model, x, tmp_path / "i.zarr", chunk=64)
+    again = gradkern.importance(model, x, tmp_path / "i.zarr")
+    np.testing.assert_array_equal(first.low, again.low)
+    with pytest.raises(ValueError, match="without the reduction 'importance'"):
+        of_results(run(model, x, tmp_path / "b.zarr"))
+
+
+def test_two_inputs_and_few_samples(tmp_path):
+    case = next(c for c in CASES.values() if len(c.shapes) == 2 and c.traceable and not c.opaque)
+    with pytest.raises(ValueError, match="2 floating inputs, expected one"):
+        gradkern.importance(case.build(), case.inputs(4))
+    few = gradkern.importance(nn.Linear(4, 2).eval(), torch.randn(3, 4))
+    assert np.isfinite(few.low).all()
+    with pytest.raises(ValueError, match="expected 1 … 4"):
+        few.select(5)
+    with pytest.raises(ValueError, match="level=2"):
+        gradkern.importance(nn.Linear(4, 2).eval(), torch.randn(3, 4), level=2)
+
+
+def test_rank_correlation_with_ties():
+    scipy = pytest.importorskip("scipy.stats")
+    a, b = np.array([3.0, 1, 1, 2, 5, 5, 5]), np.array([1.0, 0, 2, 2, 9, 4, 4])
+    assert _spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
+    assert _average_ranks(np.array([2.0, 1, 2])).tolist() == [1.5, 0, 1.5]
+    assert np.isnan(_spearman(np.ones(3), a[:3]))

@@ -1,0 +1,54 @@
+"""Programs of the cases, traced once per process, and what the engine and the oracle make of them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gradkern import binding, engine, trace
+from gradkern.program import Program
+from tests import oracle
+from tests.cases import CASES
+
+EXACT = 1e-10  # float64, relative
+
+
+@cache
+def program_of(name: str) -> Program:
+    case = CASES[name]
+    with torch.no_grad():
+        return trace.trace(case.build(dtype=torch.float64), case.inputs(4, dtype=torch.float64))
+
+
+def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
+    """A case's model, its samples, its Program and the bound parameters."""
+    case = CASES[name]
+    model, inputs, program = case.build(dtype=dtype), case.inputs(n, seed=seed, dtype=dtype), program_of(name)
+    with torch.no_grad():
+        return model, inputs, program, binding.bind(program, model)
+
+
+def run(program: Program, params, inputs, targets=None, wrt=None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The engine's result, written over NaN: what is not written shows."""
+    seeds = program.outputs if targets is None else targets.shape[-1]
+    chosen = range(len(inputs)) if wrt is None else wrt
+    out = tuple(
+        torch.full((x.shape[0], seeds, *x.shape[1:]), float("nan"), dtype=x.dtype) for x in (inputs[w] for w in chosen)
+    )
+    with torch.no_grad():
+        y, found = engine.jacobian(program, params, inputs, targets, wrt, out=out)
+    assert all(f is o for f, o in zip(found, out, strict=True))
+    return y, out
+
+
+@cache
+def exact(name: str, n: int, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The oracle's outputs and Jacobians in float64."""
+    case = CASES[name]
+    return oracle.jacobian(case.build(dtype=torch.float64), case.inputs(n, seed=seed, dtype=torch.float64))
+
+
+def worst(got, want) -> float:
+    return max(oracle.relative_error(g, w) for g, w in zip(got, want, strict=True))
