@@ -324,3 +324,31 @@ def test_statistics_merge_to_the_same_bits_in_any_order(tmp_path, chunks):
         seen.add(b"".join(total.sums[k].tobytes() for k in sorted(total.sums)))
         assert len(list((folder / "chunks/finished").iterdir())) <= 2 * chunks.bit_length()
     assert len(seen) == 1
+
+
+def test_the_total_while_another_process_joins_records(tmp_path, monkeypatch):
+    """Records that vanish between the listing and the reading, because their parent is there by now."""
+    store = gradkern.data.durable.DurableStore(tmp_path)
+    writer, reader = Ledger(store, 8), Ledger(store, 8)
+    for chunk in (7, 0, 2, 4, 6, 1, 5):
+        writer.add(chunk, record(chunk))
+    read = reader.read
+
+    def late(node):
+        if not writer.mine.get((3, 0)):
+            writer.add(3, record(3))  # all eight become one record
+        return read(node)
+
+    monkeypatch.setattr(reader, "read", late)
+    total = reader.total()
+    assert total is not None
+    assert total.facts["samples"] == 8
+
+
+def test_a_record_that_is_lost_is_an_error(tmp_path, monkeypatch):
+    store = gradkern.data.durable.DurableStore(tmp_path)
+    ledger = Ledger(store, 4)
+    ledger.add(1, record(1))
+    monkeypatch.setattr(ledger, "nodes", lambda: {(0, 1), (0, 2)})
+    with pytest.raises(FileNotFoundError, match=r"lost its record .*00\.00000002"):
+        ledger.total()

@@ -144,9 +144,24 @@ class Ledger:
             return left, None
         return (left, right) if right in self.mine else None
 
+    def records(self) -> dict[Node, Record]:
+        """Every record that `nodes` lists, as of one moment.
+
+        Another process may join two records between the listing and the reading, and so remove them; their parent
+        was there before.  Then it is listed anew.  What is gone without any change of the list is lost.
+        """
+        nodes = self.nodes()
+        while True:
+            try:
+                return {n: self.read(n) for n in nodes}
+            except FileNotFoundError:
+                before, nodes = nodes, self.nodes()
+                if nodes == before:
+                    raise
+
     def total(self, progress: Callable[[int], None] = lambda level: None) -> Record | None:
         """The record of all chunks together; None while some are missing."""
-        records = {n: self.read(n) for n in self.nodes()}
+        records = self.records()
         level = 0
         while True:
             count = -(-self.chunks // (1 << level))
