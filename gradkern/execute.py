@@ -49,6 +49,7 @@ def run(job: Job, program: Program, start: int, name: str, *, strict: bool = Fal
             else:
                 y, _ = engine.jacobian(program, params, inputs, index, job.wrt, out=rows)
             job.note(a, y)
+            del y  # before the next one is made
 
 
 def _plain(x: Tensor, copies: bool) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-import gradkern
 from gradkern import binding, chain, engine, options, plan, reference, trace
 from gradkern.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View, Windows
 from tests import oracle
@@ -459,31 +459,50 @@ def test_scratch_of_large_layers_is_one_samples():
     assert found.sizes[6] < 4
 
 
+MEASURED = """
+import os, threading
+from pathlib import Path
+import torch, gradkern
+from torch import nn
+
+torch.set_num_threads(2)  # each has its scratch
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3000)).eval()
+x = torch.randn(20_000, 4)
+out = torch.zeros(20_000, 1, 4)
+gradkern.jacobian(model, x[:2], 7, engine="kernel")
+page, peak, done = os.sysconf("SC_PAGE_SIZE"), 0, threading.Event()
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, resident())
+
+before = resident()
+thread = threading.Thread(target=watch)
+thread.start()
+with gradkern.use(memory_budget=32 << 20):
+    gradkern.jacobian(model, x, 7, engine="kernel", out=out)
+done.set()
+thread.join()
+index = torch.tensor([0, 9_999, 19_999])
+from tests import oracle
+assert oracle.relative_error(out[index], oracle.jacobian(model, x[index])[1][0][:, 7:8]) < 1e-5
+print(peak - before)
+"""
+
+
 def test_outputs_count_against_the_memory_budget():
-    """One seed of very many outputs: what is allocated beside the result is the outputs, so the batch is cut."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3000)).eval()
-    x = torch.randn(20_000, 4)
-    out = torch.zeros(20_000, 1, 4)
-    gradkern.jacobian(model, x[:2], 7, engine="kernel")
-    page, peak, done = os.sysconf("SC_PAGE_SIZE"), [0], threading.Event()
+    """One seed of very many outputs: what is allocated beside the result is the outputs, so the batch is cut.
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], resident())
-
-    before = resident()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    with gradkern.use(memory_budget=32 << 20):
-        gradkern.jacobian(model, x, 7, engine="kernel", out=out)
-    done.set()
-    thread.join()
-    assert peak[0] - before < 100 << 20  # all outputs are 229 MiB
-    index = torch.tensor([0, 9_999, 19_999])
-    assert oracle.relative_error(out[index], oracle.jacobian(model, x[index])[1][0][:, 7:8]) < 1e-5
+    In a process of its own: what others leave in the allocator would count too.
+    """
+    root = Path(__file__).parent.parent
+    found = subprocess.run([sys.executable, "-c", MEASURED], cwd=root, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) < 56 << 20  # the budget's 32 MiB and scratch; two batches at a time are 64, all are 229
 
 
 def test_other_threads_run_while_the_kernels_do():
