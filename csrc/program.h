@@ -12,7 +12,7 @@ namespace gradkern {
 #define GRADKERN_OP_KINDS(X)                                                                                 \
   X(Load) X(Window) X(Stencil) X(Pattern) X(Scale) X(Sum) X(Move) X(Product) X(Lines) X(Store) X(SeedRows)     \
   X(SeedOneHot) X(SeedDense) X(Zero) X(WindowT) X(StencilT) X(Expand) X(MulD) X(Add) X(MoveT) X(ProductT)      \
-  X(LinesT) X(StoreT) X(Rectify)
+  X(LinesT) X(StoreT) X(Rectify) X(MatMul) X(MatMulT)
 // clang-format on
 
 enum class Kind : int64_t {

@@ -30,7 +30,7 @@ _FIELDS = (
 )
 _KINDS = (
     "Load Window Stencil Pattern Scale Sum Move Product Lines Store SeedRows SeedOneHot SeedDense Zero WindowT "
-    "StencilT Expand MulD Add MoveT ProductT LinesT StoreT Rectify"
+    "StencilT Expand MulD Add MoveT ProductT LinesT StoreT Rectify MatMul MatMulT"
 )
 FIELDS, KINDS = tuple(_FIELDS.split()), tuple(_KINDS.split())
 
@@ -358,6 +358,11 @@ class Lowering(FormRecords):
         """The per-sample buffer of derivatives (or probabilities) that the backward pass reads."""
         buffer = self.slopes.setdefault(id(unit), Buffer(unit.out.size + more + self.slack, per_sample=True))
         return {"aux": (buffer, unit.out.interior), "aux_row": unit.out.row}
+
+    def turned_over(self, unit: Unit) -> tuple[Buffer, int]:
+        """Where the right side of a matrix product lies turned over, ``[H][columns][rows]``."""
+        right = unit.reads[1]
+        return self.slopes.setdefault(id(unit), Buffer(right.C * right.P + self.slack, per_sample=True)), 0
 
     def forward_sum(self, unit: Unit, fields: dict[str, Any]) -> None:
         other = self.at("aux", unit.reads[1], self.store(unit.reads[1]))

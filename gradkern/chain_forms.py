@@ -124,6 +124,27 @@ class FormRecords:
         fields |= self.steps("dst", node, unit.out, "kh") | self.steps("aux", other, unit.out, "kw")
         self.emit(self.backward, "ProductT", **fields, aux=(self.store(other), other.interior))
 
+    # ---- products of two matrices of values, [H] of them, as they lie row by row
+
+    def forward_matmul(self, unit: Unit, fields: dict[str, Any]) -> None:
+        a, b = unit.reads
+        other = self.at("aux", b, self.store(b))
+        self.emit(self.forward, "MatMul", **fields | {"C": a.C, "O": b.C}, **other, kh=a.C, kw=1)
+        if a.id in self.needs:
+            runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
+            place = self.at("src", b, self.store(b)) | {"dst": self.turned_over(unit)}
+            self.emit(self.forward, "Move", **place, size=len(runs), table=self.table([x for run in runs for x in run]))
+
+    def backward_matmul(self, unit: Unit, node: Node, behind: Any) -> None:
+        (a, b), out = unit.reads, unit.out
+        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C}
+        if self.turn(unit, node) == 0:  # g [M, P] · b^T [P, K]
+            turned = {"aux": self.turned_over(unit), "aux_row": b.C * b.W, "aux_px": b.W}
+            self.emit(self.backward, "MatMulT", **fields | turned | {"C": out.C}, kh=out.C, kw=1)
+        else:  # a^T [K, M] · g [M, P]
+            turned = self.at("aux", a, self.store(a))
+            self.emit(self.backward, "MatMulT", **fields | turned | {"C": out.W}, kh=1, kw=a.C, fn=1)
+
     # ---- softmax and norms
 
     def lines(self, unit: Unit) -> dict[str, Any]:

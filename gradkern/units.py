@@ -39,7 +39,7 @@ from .program import (
     Windows,
 )
 
-UnitKind = Literal["load", "window", "mix", "pattern", "scale", "sum", "move", "lowrank", "product"]
+UnitKind = Literal["load", "window", "mix", "pattern", "scale", "sum", "move", "lowrank", "product", "matmul"]
 
 #: Elementwise functions that csrc/scale.h knows, with the number of parameters each takes there.
 NATIVE_FUNCTIONS = {
@@ -98,10 +98,8 @@ def why_not(program: Program, step: Step) -> str | None:
             return "pooling over other than the trailing axes"
         case Contract(map=Channels(axis)) if axis not in (0, len(shapes[0]) - 1):
             return "factors along a middle axis have no kernel"
-        case Contract() | Sum() | View() | Index() | Given() | Product(function="mul") | LowRank():
+        case Contract() | Sum() | View() | Index() | Given() | Product() | LowRank():
             return None
-        case Product():
-            return "matrix products of two values run as ATen calls"
         case Select(ties="split"):
             return "a maximum whose ties share has no kernel yet"
         case Select(windows=w):
@@ -276,7 +274,7 @@ class Builder:
         match form:
             case _ if last < 1:
                 return False
-            case Contract(map=Dense()):
+            case Contract(map=Dense()) | Product(function="matmul"):
                 return True
             case Contract(map=Channels(axis)) | LowRank(axis=axis):
                 return axis == last
@@ -336,6 +334,8 @@ class Builder:
                 node = self.in_order(source, turned)
                 order = storage_axes(len(step.shape), turned)
                 self.unit("lowrank", i, [node], turned, form=form, along=order[axis])
+            case Product(function="matmul"):
+                self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
             case Product():
                 turned = any(v in self.turned for v in step.inputs)
                 self.unit("product", i, [self.in_order(v, turned) for v in step.inputs], turned, form=form)

@@ -453,6 +453,7 @@ void run_store_t(const Op& op, Context<T>& ctx, int64_t n) {
 }
 
 #include "body_forms.h"
+#include "body_matmul.h"
 
 #undef GK_SRC
 #undef GK_DST
@@ -484,6 +485,8 @@ void run_op(const Op& op, Context<T>& ctx, int64_t n) {
     case Kind::LinesT: return run_lines_t(op, ctx, n);
     case Kind::StoreT: return run_store_t(op, ctx, n);
     case Kind::Rectify: return run_rectify(op, ctx, n);
+    case Kind::MatMul: return run_matmul(op, ctx, n);
+    case Kind::MatMulT: return run_matmul_t(op, ctx, n);
   }
 }
 

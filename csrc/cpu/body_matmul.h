@@ -1,0 +1,125 @@
+// Products of two matrices of values, H of them per sample.  Included by body.h.
+
+// y[m][n] (+)= Σ_k a[m·am + k·ak] b[k][n]: PB rows × NV vectors of columns in registers.
+template <class T>
+struct MatMulArgs {
+  const T* a;
+  int64_t am, ak;
+  const T* b;
+  int64_t ldb;
+  T* y;
+  int64_t ldy;
+  int64_t K;
+  int64_t tail;  // live lanes of the last vector; what lies in the others is read and dropped
+  bool add;
+};
+
+template <class T, int PB, int NV>
+void matmul_tile(const MatMulArgs<T>& m) {
+  constexpr int VL = Simd<T>::VL;
+  Vec<T> acc[PB][NV];
+#pragma GCC unroll 16
+  for (int p = 0; p < PB; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[p][v] = Vec<T>{};
+  const T *a = m.a, *b = m.b;
+  for (int64_t k = 0; k < m.K; ++k, a += m.ak, b += m.ldb) {
+    Vec<T> bv[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * VL);
+#pragma GCC unroll 16
+    for (int p = 0; p < PB; ++p) {
+      const Vec<T> ab = bcast<T>(a[p * m.am]);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) acc[p][v] += ab * bv[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < PB; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      T* y = m.y + p * m.ldy + v * VL;
+      const Vec<T> sum = m.add ? load<T>(y) + acc[p][v] : acc[p][v];
+      if (v + 1 < NV || m.tail == VL) store<T>(y, sum);
+      else store_n<T>(y, sum, m.tail);
+    }
+}
+
+template <class T, int NV, int PB>
+GK_INLINE void matmul_tail(const MatMulArgs<T>& m, int64_t count) {
+  if constexpr (PB > 0) {
+    if (count == PB) matmul_tile<T, PB, NV>(m);
+    else matmul_tail<T, NV, PB - 1>(m, count);
+  }
+}
+
+template <class T, int NV>
+void matmul_rows(MatMulArgs<T> m, int64_t rows) {
+  constexpr int PB = max_positions(NV);
+  while (rows > 0) {
+    const int64_t step = rows >= 2 * PB ? PB : (rows > PB ? (rows + 1) / 2 : rows);  // two even parts at the end
+    matmul_tail<T, NV, PB>(m, step);
+    m.a += step * m.am;
+    m.y += step * m.ldy;
+    rows -= step;
+  }
+}
+
+template <class T>
+void matmul(MatMulArgs<T> m, int64_t rows, int64_t columns) {
+  constexpr int VL = Simd<T>::VL;
+  const int64_t vectors = (columns + VL - 1) / VL;
+  for (int64_t v = 0, tiles = (vectors + kMaxNV - 1) / kMaxNV; v < vectors; --tiles) {
+    const int64_t nv = (vectors - v + tiles - 1) / tiles;
+    m.tail = v + nv == vectors ? columns - (vectors - 1) * VL : VL;
+    switch (nv) {
+      case 1: matmul_rows<T, 1>(m, rows); break;
+      case 2: matmul_rows<T, 2>(m, rows); break;
+      case 3: matmul_rows<T, 3>(m, rows); break;
+      default: matmul_rows<T, 4>(m, rows); break;
+    }
+    m.b += nv * VL;
+    m.y += nv * VL;
+    v += nv;
+  }
+}
+
+// H × [W, C] · [C, O].
+template <class T>
+void run_matmul(const Op& op, Context<T>& ctx, int64_t n) {
+  const T *a = ctx.buf + op.src + n * op.src_n, *b = ctx.buf + op.aux + n * op.aux_n;
+  T* y = ctx.buf + op.dst + n * op.dst_n;
+  for (int64_t h = 0; h < op.H; ++h)
+    matmul<T>({a + h * op.src_row, op.kh, op.kw, b + h * op.aux_row, op.aux_px, y + h * op.dst_row, op.dst_px, op.C, 0,
+               false},
+              op.W, op.O);
+}
+
+// The cotangents of all seeds: one side is `src`, with seeds, and the other `aux`, without.  fn 0: src · aux, where
+// aux is the right side turned over; fn 1: the left side turned over (`aux`, by its steps) · src.
+template <class T>
+void run_matmul_t(const Op& op, Context<T>& ctx, int64_t n) {
+  const T* aux = ctx.buf + op.aux + n * op.aux_n;
+  for (int64_t s = 0; s < ctx.seeds; ++s) {
+    const T* g = ctx.buf + op.src + n * op.src_n + s * op.src_s;
+    T* y = ctx.buf + op.dst + n * op.dst_n + s * op.dst_s;
+    for (int64_t h = 0; h < op.H; ++h) {
+      MatMulArgs<T> m{g + h * op.src_row,
+                      op.kh,
+                      op.kw,
+                      aux + h * op.aux_row,
+                      op.aux_px,
+                      y + h * op.dst_row,
+                      op.dst_px,
+                      op.C,
+                      0,
+                      true};
+      if (op.fn) {
+        m.a = aux + h * op.aux_row;
+        m.b = g + h * op.src_row;
+        m.ldb = op.src_px;
+      }
+      matmul<T>(m, op.W, op.O);
+    }
+  }
+}
