@@ -21,10 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .chain import FIELDS, KINDS, Buffer, Chain, Cotangent, Graph, Lowering, Machine, lower, mergeable
-from .pack import ScatterLayout, WindowLayout, aligned
+from .arena import Buffer
+from .chain import FIELDS, KINDS, Chain, Machine
+from .cotangents import Cotangent
+from .lowering import Lowering, lower
+from .pack import ScatterLayout, WindowLayout, aligned, mergeable
 from .program import Given, Program, Scale
-from .units import Node, Unit, planar
+from .units import Graph, Node, Unit, planar
 
 WARP = 32
 #: `torch.get_float32_matmul_precision()` → TF32 products.  "highest" is the fp32 pipe until three products have been
