@@ -21,10 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .chain import FIELDS, KINDS, Buffer, Chain, Cotangent, Graph, Lowering, Machine, lower, mergeable
-from .pack import ScatterLayout, WindowLayout, aligned
-from .program import Given, Program, Scale
-from .units import Node, Unit, planar
+from .arena import Buffer
+from .chain import FIELDS, KINDS, Chain, Machine
+from .cotangents import Cotangent
+from .lowering import Lowering, lower
+from .pack import ScatterLayout, WindowLayout, aligned, mergeable
+from .program import Given, Product, Program, Scale
+from .units import Graph, Node, Unit, planar
 
 WARP = 32
 #: `torch.get_float32_matmul_precision()` → TF32 products.  "highest" is the fp32 pipe until three products have been
@@ -61,6 +64,8 @@ def why_not(form: object) -> str | None:
     """Why the GPU's interpreter does not run a form that the CPU's does: the attribution rules' own are not there."""
     if isinstance(form, Given) or (isinstance(form, Scale) and form.function in ("guided_relu", "open_relu")):
         return "rules of attribution methods have no GPU kernel yet"
+    if form == Product("matmul"):
+        return "matrix products of two values run as ATen calls"
     return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .chain import FIELDS, KINDS, Machine
 from .device import PRODUCTS, Device
-from .units import NATIVE_FUNCTIONS
+from .native import NATIVE_FUNCTIONS
 
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
 

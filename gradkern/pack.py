@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .native import MAX_CHANNELS
 from .program import Channels, Contract, Dense, Param, Positions, Windows
 from .units import Fold, Node, Unit, planar
 
@@ -231,6 +232,25 @@ class ScatterLayout(Contraction):
             wide[j, :, dh : dh + kh, dw : dw + kw] = w.reshape(self.O, kh, kw, self.channels)
         wide = wide.reshape(len(self.taps) * self.O, rows // self.fold, self.fold, columns, self.channels)
         return wide.transpose(2, 3).reshape(len(self.taps) * self.O, -1)
+
+
+def mergeable(unit: Unit, pattern: Unit) -> bool:
+    """Whether all taps of the pool behind a convolution can share one window: no groups, dilation or overhang."""
+    pool, w = pattern.windows, unit.form.map  # type: ignore[attr-defined]
+    if pool is None or pool.taps == 1 or w.groups != 1 or any(d != 1 for d in w.dilation):
+        return False
+    (qh, qw), (th, tw), padding, (eh, ew) = planar(pool)
+    out, source = pattern.out, unit.out
+    inside = (out.H - 1) * th + (qh - 1) * eh < source.H and (out.W - 1) * tw + (qw - 1) * ew < source.W
+    return inside and all(p[0] == 0 for p in padding) and pool.taps * source.C <= MAX_CHANNELS
+
+
+def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
+    """Cycles per pool output, roughly: per window a start and a read-add-write of every slot, per live channel one
+    multiply-add per slot, two at a time; about three in four pool outputs are alive."""
+    slots = len(layout.slots) // 2
+    windows = 1 if layout.merged else taps
+    return windows * (40 + 1.5 * slots * seeds) + 0.75 * layout.O * slots * seeds / 2
 
 
 @dataclass

@@ -15,14 +15,16 @@ from functools import cached_property
 import torch
 
 from . import ops
-from .chain import Chain, Machine, lower
+from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
 from .device import Device, TooLarge, lower_device
 from .device import why_not as device_why_not
+from .lowering import lower
+from .native import why_not
 from .program import Opaque, Program, View, describe
 from .recurrent import recognise
+from .regroup import Builder
 from .seedcut import SeedCut, ancestors, choose
-from .units import Builder, why_not
 
 CPU = torch.device("cpu")
 NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern import engine, plan, trace, units, verify
+from gradkern import engine, native, plan, trace, verify
 from gradkern.binding import bind
 from gradkern.functions import FUNCTIONS, Function
 from gradkern.layers.activation import elementwise
@@ -94,4 +94,4 @@ def test_third_place_is_the_functor(tmp_path):
 
 def test_names_stand_in_the_same_order():
     found = re.search(LIST, (ROOT / "csrc" / "scale.h").read_text(), re.S)[0]
-    assert re.findall(r"X\((\w{2,})\)", found) == list(units.NATIVE_FUNCTIONS)
+    assert re.findall(r"X\((\w{2,})\)", found) == list(native.NATIVE_FUNCTIONS)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern import binding, chain, engine, options, plan, reference, trace
+import gradkern
+from gradkern import arena, binding, engine, options, plan, reference, trace, unit_records
 from gradkern.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View, Windows
 from tests import oracle
 from tests.cases import BENCH, CASES, TRACEABLE
@@ -176,7 +177,7 @@ def test_block_boundaries(name, threads):
 @pytest.mark.parametrize("name", [*SMALL, "lenet5", "conv_output"])
 def test_small_scratch(name, constants, monkeypatch, fresh_plans):
     for key, value in constants.items():
-        monkeypatch.setattr(chain, key, value)
+        monkeypatch.setattr(unit_records if key == "L1_BYTES" else arena, key, value)
     _, inputs, program, params = parts(name, 9)
     targets = targets_for(program.outputs, 9, "many")
     _, jacobians = run(program, params, inputs, targets)
@@ -455,7 +456,7 @@ def test_scratch_of_large_layers_is_one_samples():
     assert p.whole
     found, single = (plan.chain_of(p, 0, seeds, (0,), True) for seeds in (30, 1))
     assert found.seed_tile < 6
-    assert found.scratch <= max(chain.SCRATCH_BYTES, single.scratch)
+    assert found.scratch <= max(arena.SCRATCH_BYTES, single.scratch)
     assert found.sizes[6] < 4
 
 

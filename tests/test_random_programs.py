@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradkern import chain, engine, plan, reference
+from gradkern import arena, engine, plan, reference, unit_records
 from tests.random_programs import Network, programs
 
 EXACT = 1e-10
@@ -91,9 +91,9 @@ def test_random_programs_that_the_plan_splits(question):
 )
 def test_random_programs_in_little_scratch(question, seed_bytes, block_bytes, l1_bytes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain, "SEED_BYTES", seed_bytes)
-        patch.setattr(chain, "BLOCK_BYTES", block_bytes)
-        patch.setattr(chain, "L1_BYTES", l1_bytes)
+        patch.setattr(arena, "SEED_BYTES", seed_bytes)
+        patch.setattr(arena, "BLOCK_BYTES", block_bytes)
+        patch.setattr(unit_records, "L1_BYTES", l1_bytes)
         patch.setattr(plan, "_chains", {})
         patch.setattr(plan, "_plans", {})
         agrees(*question)

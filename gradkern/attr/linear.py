@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import engine, ops, reference
-from ..chain import Chain, lower
+from ..chain import Chain
+from ..lowering import lower
+from ..native import why_not
 from ..plan import NATIVE_DTYPES, cached_plan
 from ..program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
-from ..units import why_not
 from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
