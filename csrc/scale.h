@@ -65,6 +65,13 @@ GK_HD Exponential<float> exponential(float x) {
   return {(p + 1.0f) * scale, p * scale + (scale - 1.0f)};
 }
 
+// e^x alone; below float's normal range it is zero, as of what a mask has taken out of a softmax.
+GK_HD double power_of_e(double x) { return std::exp(x); }
+GK_HD float power_of_e(float x) {
+  const float e = exponential(x).e;
+  return x < -87.3f ? 0.0f : e;
+}
+
 // The error function.  In double, libm's.  In float, Abramowitz and Stegun 7.1.26, which the compiler can vectorise;
 // its error is below 1.5e-7, an ulp of one.
 GK_HD double error_function(double x) { return std::erf(x); }

@@ -1,7 +1,8 @@
 """The arena of a chain: where its buffers lie in a thread's scratch, and how much is worked on at a time.
 
 Memory that lives within one run of records is shared between samples; what outlives it has room for every sample of
-a block.  Seeds are taken in tiles, samples in blocks, so that a thread's scratch fits its cache.
+a block.  Cotangents that are never alive together lie on top of each other.  Seeds are taken in tiles, samples in
+blocks, so that a thread's scratch fits its cache.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Buffer:
     elements: int
     stages: set[int] = field(default_factory=set)
     base: int = -1
+    first: int = -1  # the records between which its content matters
+    last: int = -1
     per_sample: bool = False
 
 
@@ -32,18 +35,25 @@ def padded(elements: int) -> int:
     return (elements + 15) // 16 * 16
 
 
-def mark_stages(passes: Iterable[Sequence[dict[str, Any]]]) -> None:
-    """Note in every buffer the stages that touch it: a record that takes all samples at once stands alone."""
-    stage = 0
+def mark_lives(passes: Iterable[Sequence[dict[str, Any]]]) -> None:
+    """Note in every buffer its first and last record, and the stages that touch it.
+
+    A stage is a run of records that takes sample after sample; a record that takes all of them at once stands alone.
+    """
+    stage = count = 0
     for ops in passes:
         previous = None
         for op in ops:
             if previous is None or op["block"] or previous["block"]:
                 stage += 1
             previous = op
+            count += 1
             for key in ("src", "aux", "dst"):
                 if isinstance(op.get(key), tuple):
-                    op[key][0].stages.add(stage)
+                    buffer = op[key][0]
+                    buffer.stages.add(stage)
+                    buffer.first = count if buffer.first < 0 else buffer.first
+                    buffer.last = count
         stage += 1
 
 
@@ -55,14 +65,45 @@ def seed_tile(seeds: int, per_seed: int) -> int:
     return math.ceil(seeds / math.ceil(seeds / most))
 
 
-def place(values: Sequence[Buffer], grads: Sequence[Buffer], tile: int) -> tuple[int, int]:
+def stack(buffers: Iterable[Buffer]) -> int:
+    """Bases for buffers of which only those must lie apart that are alive together; returns the elements they take.
+
+    The largest come first, each at the lowest place that is free during its life.
+    """
+    placed: list[Buffer] = []
+    height = 0
+    for buffer in sorted(buffers, key=lambda b: (-b.elements, b.first)):
+        beside = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
+        base = 0
+        for other in sorted(beside, key=lambda b: b.base):
+            if base + padded(buffer.elements) <= other.base:
+                break
+            base = max(base, other.base + padded(other.elements))
+        buffer.base = base
+        placed.append(buffer)
+        height = max(height, base + padded(buffer.elements))
+    return height
+
+
+def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
+    """Bases for cotangents, as of one seed; the elements of those that samples share, and of each sample's own.
+
+    Every one is zeroed or written whole before anything is added to it, so it does not matter what lay there.
+    """
+    shared, sample = (stack(b for b in grads if b.per_sample == own) for own in (False, True))
+    return shared, sample
+
+
+def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, int], tile: int) -> tuple[int, int]:
     """Give every buffer its base; returns the elements that samples share, and those of each sample.
 
-    ``grads`` have room for a tile of seeds.  A sample's part lies behind what is shared.
+    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part lies behind what is shared.
     """
-    shared = sample = 0
-    for buffer, copies in [(b, 1) for b in values] + [(b, tile) for b in grads]:
-        size = padded(buffer.elements) * copies
+    shared, sample = (size * tile for size in sizes)
+    for buffer in grads:
+        buffer.base *= tile
+    for buffer in values:  # their borders are zeroed once, so each has a place of its own
+        size = padded(buffer.elements)
         if buffer.per_sample:
             buffer.base, sample = sample, sample + size
         else:

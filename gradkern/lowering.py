@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .arena import block_size, mark_stages, padded, place, seed_tile
+from .arena import block_size, mark_lives, padded, place, seed_tile, stacked
 from .chain import FIELDS, Chain, Machine
 from .program import Program
 from .regroup import Builder
@@ -119,12 +119,13 @@ class Lowering(UnitRecords):
 
     def finish(self) -> tuple[tuple[int, ...], int]:
         """Place all buffers; returns the arena sizes and the seed tile."""
-        mark_stages((self.forward, self.backward))
+        mark_lives((self.forward, self.backward))
         for buffer in (*self.stores.values(), *self.grads.values()):
             buffer.per_sample = len(buffer.stages) > 1
         grads = list(self.grads.values())
-        tile = seed_tile(self.seeds, sum(b.elements for b in grads) * self.itemsize)
-        shared, sample = place([*self.stores.values(), *self.slopes.values()], grads, tile)
+        per_seed = stacked(grads)
+        tile = seed_tile(self.seeds, sum(per_seed) * self.itemsize)
+        shared, sample = place([*self.stores.values(), *self.slopes.values()], grads, per_seed, tile)
         blocked = any(op["block"] for op in (self.forward if self.forward_blocks else self.backward))
         each, lists = sample * self.itemsize + self.bit_bytes, 2 * self.idx + 32 * self.segs
         block = block_size(blocked, shared * self.itemsize, each, lists)

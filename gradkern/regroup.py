@@ -38,6 +38,7 @@ class Builder:
         self.steps = steps = leading_to(program, steps, live_out)
         self.nodes: dict[int, Node] = {}  # value → node
         self.turned: set[int] = set()  # values that read their node channels-last
+        self.wanted: dict[int, bool] = {}  # values that somebody would read channels-last
         self.copies: dict[tuple[int, bool], Node] = {}  # a value's node in another order
         self.units: list[Unit] = []
         self.count = 0
@@ -53,7 +54,7 @@ class Builder:
 
     def build(self) -> Graph:
         for v in self.external:
-            if any(self.wants_tokens(self.program.steps[i], v) for i in self.reads[v]):
+            if any(self.wants_tokens(i, v) for i in self.reads[v]):
                 self.turned.add(v)
             node = self.node(self.program.shape(v), v in self.turned)
             self.add(Unit("load", [], node, []))
@@ -97,9 +98,9 @@ class Builder:
         j = self.only_reader(self.base + i)
         return j if j is not None and wanted(self.program.steps[j]) else None
 
-    def wants_tokens(self, step: Step, value: int) -> bool:
-        """Whether a step would rather read the value with its last axis as the channels."""
-        shape, form = self.program.shape(value), step.form
+    def wants_tokens(self, step: int, value: int) -> bool:
+        """Whether a step, or what follows it, would rather read the value with its last axis as the channels."""
+        shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
         match form:
             case _ if last < 1:
@@ -108,8 +109,10 @@ class Builder:
                 return True
             case Contract(map=Channels(axis)) | LowRank(axis=axis):
                 return axis == last
-            case Index(parts=(part,)):
-                return is_permutation(part, shape) and part.order == (last, *range(last))
+            case Index(parts=(part,)) if is_permutation(part, shape) and part.order == (last, *range(last)):
+                return True
+            case Index() | View() | Scale():
+                return self.stays_turned(step)
         return False
 
     def in_order(self, value: int, turned: bool) -> Node:
@@ -172,7 +175,9 @@ class Builder:
     def stays_turned(self, i: int) -> bool:
         """Whether somebody behind the step wants its result channels-last."""
         value = self.base + i
-        return any(self.wants_tokens(self.program.steps[j], value) for j in self.reads.get(value, []))
+        if value not in self.wanted:
+            self.wanted[value] = any(self.wants_tokens(j, value) for j in self.reads.get(value, []))
+        return self.wanted[value]
 
     def unit(
         self, kind: UnitKind, i: int, reads: list[Node], turned: bool = False, like: int | None = None, **more
@@ -214,8 +219,8 @@ class Builder:
         if node.is_a(tokens(step.shape) if turned else geometry(step.shape)) or len(step.shape) == 1:
             self.place(i, node, turned)
             return
-        sides = [Side(self.program.shape(source), turned), Side(step.shape, False)]
-        self.unit("move", i, [node], sides=sides)
+        keeps = self.stays_turned(i)
+        self.unit("move", i, [node], keeps, sides=[Side(self.program.shape(source), turned), Side(step.shape, keeps)])
 
     def index(self, i: int, step: Step) -> None:
         """Copies; a change between channels first and channels last is none."""
@@ -234,9 +239,8 @@ class Builder:
         steps = [i]
         if len(reads) > 1 and self.side_by_side(step):
             reads, steps = self.pull_forward(i, step, reads)
-        keeps = all(v in self.turned for v in step.inputs) and all(
-            p.order == tuple(range(len(p.order))) for p in form.parts
-        )
+        in_place = all(p.order == tuple(range(len(p.order))) for p in form.parts)
+        keeps = self.stays_turned(steps[-1]) or (in_place and all(v in self.turned for v in step.inputs))
         out = self.node(step.shape, keeps)
         sides = [Side(self.program.shape(v), v in self.turned) for v in step.inputs] + [Side(step.shape, keeps)]
         self.add(Unit("move", reads, out, steps, form=form, sides=sides))

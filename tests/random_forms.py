@@ -81,3 +81,18 @@ class Forms:
         function = self.choose(["softmax", "log_softmax", "normalize"])
         params = (0.1,) if function == "normalize" else ()
         self.emit(LowRank(function, self.pick(0, len(shape) - 1), params), (v,), shape)
+
+    def matmul(self, v: int) -> None:
+        """With a value that fits, else with itself: ``v·vᵀ`` or, turned over first, ``vᵀ·v``."""
+        shape = self.shape(v)
+        like = [u for u in range(self.last + 1) if self.shape(u)[:-1] == (*shape[:-2], shape[-1])]
+        if like and self.pick(0, 1):
+            other = self.choose(like)
+            return self.emit(Product("matmul"), (v, other), (*shape[:-1], self.shape(other)[-1]))
+        last = len(shape) - 1
+        order = [*range(last - 1), last, last - 1]
+        self.emit(Index((identity(shape, order),)), (v,), tuple(shape[a] for a in order))
+        pair = (v, self.last) if self.pick(0, 1) else (self.last, v)
+        rows, columns = self.shape(pair[0])[-2], self.shape(pair[1])[-1]
+        if math.prod(shape[:-2]) * rows * columns <= MOST_COPIED:
+            self.emit(Product("matmul"), pair, (*shape[:-2], rows, columns))

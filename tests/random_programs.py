@@ -24,7 +24,6 @@ from gradkern.program import (
     Opaque,
     Param,
     Positions,
-    Product,
     Program,
     Scale,
     Select,
@@ -140,7 +139,7 @@ class Grower(Forms):
         kinds += [self.copy, self.join, self.product, self.low_rank]
         if len(self.shape(v)) > 1:
             kinds += [self.conv, self.conv, self.conv, self.pool, self.pool, self.depthwise, self.average]
-            kinds += [self.permute, self.permute, self.dense]
+            kinds += [self.permute, self.permute, self.dense, self.matmul]
         else:
             kinds += [self.dense, self.dense]
         if self.foreign:
@@ -285,13 +284,9 @@ class Grower(Forms):
         self.emit(Opaque(call, "for the test"), (v,), self.shape(v))
 
     def strange(self, v: int) -> None:
-        """A form that the reference alone knows: a product of matrices, or a maximum that ties share."""
+        """A form that the reference alone knows: a maximum that ties share."""
         shape = self.shape(v)
-        square = (*shape[:-2], shape[-1], shape[-1]) if len(shape) > 1 else None
-        like = [u for u in range(self.last + 1) if self.shape(u) == square]
-        if like and self.pick(0, 1):
-            self.emit(Product("matmul"), (v, self.choose(like)), shape)
-        elif len(shape) == 2 and v not in self.ties:
+        if len(shape) == 2 and v not in self.ties:
             self.emit(Select(Windows((shape[1],), (1,), ((0, 0),), (1,)), "split"), (v,), (shape[0], 1))
         else:
             self.emit(Scale("power", (2.0,)), (v,), shape)

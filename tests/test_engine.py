@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-import gradkern
 from gradkern import arena, binding, engine, options, plan, reference, trace, unit_records
 from gradkern.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View, Windows
 from tests import oracle

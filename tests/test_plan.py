@@ -103,7 +103,7 @@ def test_groups_are_in_order_and_complete(case):
 @pytest.mark.parametrize(
     ("program", "why"),
     [
-        (make(Step(Product("matmul"), (0, 0), (4, 4)), inputs=((4, 4),)), "matrix products"),
+        (make(Step(Product("matmul"), (0, 0), (2, 2, 4, 4)), inputs=((2, 2, 4, 4),)), "more than 3 axes"),
         (make(Step(Select(Windows((8,), (1,), ((0, 0),), (1,)), "split"), (0,), (4, 1))), "ties share"),
         (make(Step(Scale("made_up"), (0,), (4, 8))), "the function made_up has no kernel"),
         (make(Step(Scale("relu"), (0,), (2, 2, 2, 2)), inputs=((2, 2, 2, 2),)), "more than 3 axes"),

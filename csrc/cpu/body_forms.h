@@ -152,6 +152,36 @@ GK_INLINE void for_bundles(const Op& op, const F& f) {
 GK_INLINE int64_t line_length(const Op& op) { return op.taps == 0 ? op.C : (op.taps == 1 ? op.W : op.H); }
 GK_INLINE int64_t line_step(const Op& op, int64_t row) { return op.taps == 0 ? 1 : (op.taps == 1 ? op.C : row); }
 
+// One line whose elements are neighbours; returns its inverse deviation (normalise).
+template <class T>
+GK_INLINE T line_forward(const Op& op, int64_t len, const T* x, T* y, T* p) {
+  if (op.fn == 2) {
+    T mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+    for (int64_t k = 0; k < len; ++k) mean += x[k];
+    mean /= static_cast<T>(len);
+#pragma omp simd reduction(+ : square)
+    for (int64_t k = 0; k < len; ++k) square += (x[k] - mean) * (x[k] - mean);
+    const T r = T(1) / std::sqrt(square / static_cast<T>(len) + static_cast<T>(__builtin_bit_cast(double, op.p0)));
+#pragma GCC ivdep
+    for (int64_t k = 0; k < len; ++k) y[k] = p[k] = (x[k] - mean) * r;
+    return r;
+  }
+  T most = x[0], total = 0;
+  for (int64_t k = 1; k < len; ++k) most = x[k] > most || x[k] != x[k] ? x[k] : most;
+#pragma GCC ivdep
+  for (int64_t k = 0; k < len; ++k) p[k] = power_of_e(x[k] - most);
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < len; ++k) total += p[k];
+  const T log = op.fn ? std::log(total) : T(0);
+#pragma GCC ivdep
+  for (int64_t k = 0; k < len; ++k) {
+    p[k] /= total;
+    y[k] = op.fn ? x[k] - most - log : p[k];
+  }
+  return 0;
+}
+
 template <class T>
 void run_lines(const Op& op, Context<T>& ctx, int64_t n) {
   const int64_t len = line_length(op), dx = line_step(op, op.src_row), dy = line_step(op, op.dst_row),
@@ -161,6 +191,11 @@ void run_lines(const Op& op, Context<T>& ctx, int64_t n) {
     const T* x = GK_SRC(n) + h * op.src_row + w * op.C + c;
     T* y = GK_DST(n) + h * op.dst_row + w * op.C + c;
     T* p = stored + h * op.aux_row + w * op.C + c;
+    if (op.taps == 0) {
+      const T r = line_forward<T>(op, len, x, y, p);
+      if (op.fn == 2) stored[op.entries + line] = r;
+      return;
+    }
     T a[64] = {}, b[64] = {};
     if (op.fn == 2) {
       for (int64_t k = 0; k < len; ++k)
@@ -182,13 +217,36 @@ void run_lines(const Op& op, Context<T>& ctx, int64_t n) {
         a[i] = v > a[i] || v != v ? v : a[i];
       }
     for (int64_t k = 0; k < len; ++k)
-      for (int64_t i = 0; i < lines; ++i) b[i] += p[k * dp + i] = std::exp(x[k * dx + i] - a[i]);
+      for (int64_t i = 0; i < lines; ++i) b[i] += p[k * dp + i] = power_of_e(x[k * dx + i] - a[i]);
     for (int64_t k = 0; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
         p[k * dp + i] /= b[i];
         y[k * dy + i] = op.fn ? x[k * dx + i] - a[i] - std::log(b[i]) : p[k * dp + i];
       }
   });
+}
+
+// One line of the cotangent.
+template <class T>
+GK_INLINE void line_backward(const Op& op, int64_t len, const T* g, T* y, const T* p, T r) {
+  T sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t k = 0; k < len; ++k) {
+    sum += g[k];
+    dot += g[k] * p[k];
+  }
+  if (op.fn == 2) {
+    sum /= static_cast<T>(len);
+    dot /= static_cast<T>(len);
+#pragma GCC ivdep
+    for (int64_t k = 0; k < len; ++k) y[k] += r * (g[k] - sum - p[k] * dot);
+  } else if (op.fn == 1) {
+#pragma GCC ivdep
+    for (int64_t k = 0; k < len; ++k) y[k] += g[k] - p[k] * sum;
+  } else {
+#pragma GCC ivdep
+    for (int64_t k = 0; k < len; ++k) y[k] += p[k] * (g[k] - dot);
+  }
 }
 
 // softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
@@ -202,6 +260,7 @@ void run_lines_t(const Op& op, Context<T>& ctx, int64_t n) {
       const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row + w * op.C + c;
       T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row + w * op.C + c;
       const T* p = stored + h * op.aux_row + w * op.C + c;
+      if (op.taps == 0) return line_backward<T>(op, len, g, y, p, op.fn == 2 ? stored[op.entries + line] : T(0));
       T sum[64] = {}, dot[64] = {};
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) {
