@@ -128,8 +128,8 @@ HEAD = (
 
 
 EXPLAINED = (
-    "error: largest relative difference to float64 autograd, of a float64 call, and of a float32 call on samples clear of "
-    "every\nkink (–: none is).  kinks: samples that take another side of a ReLU or a pool in float32 (either is right)."
+    "error: largest relative difference to float64 autograd, of a float64 call, and of a float32 call on samples clear "
+    "of every\nkink (–: none is).  kinks: samples on another side of a ReLU or pool in float32 (either is right)."
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import autograd, binding, cache, execute, options, plan, refusal
 from .autograd import Facts, spans
 from .job import Job, OutArgument, check_devices, jacobian_choice, read_inputs
+from .narrow import narrowed
 from .options import BadType, BadValue
 from .program import Opaque, Program
 from .targets import Seeds, TopSeeds
@@ -166,6 +167,7 @@ def explain(
 
 def _plan(job: Job, program: Program, seeds: Seeds) -> plan.Plan:
     assert job.module is not None
+    program = narrowed(program)
     with torch.inference_mode(False), torch.no_grad():
         counted = execute.opaque_macs(program, binding.bind(program, job.module), job.pick(2))
     x = job.inputs[job.wrt[0]]

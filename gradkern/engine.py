@@ -19,6 +19,7 @@ from torch import Tensor
 from . import ops, options, plan, reference
 from .autograd import spans
 from .chain import FIELDS, Chain
+from .narrow import narrowed
 from .plan import Plan
 from .program import Program
 from .seedcut import halves
@@ -50,6 +51,7 @@ def jacobian(
     seeds = targets.shape[-1]
     if out is None:
         out = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
+    program = narrowed(program)
     p = plan.cached_plan(program, seeds, dtype, inputs[0].device)
     if p.cut is not None and n:
         return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
@@ -117,7 +119,7 @@ def need(program: Program, seeds: int, dtype: torch.dtype) -> int:
 
 def bounded(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a call of any size needs no memory beyond its result and a fixed scratch per thread."""
-    return plan.cached_plan(program, seeds, dtype, device).whole
+    return plan.cached_plan(narrowed(program), seeds, dtype, device).whole
 
 
 class NoKernel(Exception):
