@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,3 +264,11 @@ def test_create_graph():
         gradkern.jacobian(model, x, create_graph=True)
     with pytest.raises(BadValue, match="out="):
         gradkern.jacobian(model, x, create_graph=True, out=torch.empty(3, 2, 4))
+
+
+def test_importing_gradkern_loads_captum_at_its_first_use():
+    code = (
+        "import sys, gradkern; assert not {'captum', 'zarr'} & set(sys.modules); assert 'attr' in dir(gradkern);"
+        "assert gradkern.attr.Saliency; assert 'captum' in sys.modules; from gradkern import accelerate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
