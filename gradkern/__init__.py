@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .api import explain, iter_jacobian, jacobian, prepare
-from .attr.plug import accelerate
 from .checking import check
 from .options import GradkernWarning, use
 from .targets import TopK
 
-_DATA = {"run": "run", "importance": "importance"}  # of gradkern.data, whose libraries come with an extra
+if TYPE_CHECKING:
+    from . import attr as attr
+    from .attr.plug import accelerate
+    from .data import importance, run
+
+_DATA = ("run", "importance")  # of gradkern.data, whose libraries come with an extra
 
 
 def __getattr__(name: str) -> Any:
+    if name == "attr":  # Captum takes its time to load, so it waits for the first use
+        return import_module(".attr", __name__)
+    if name == "accelerate":
+        return import_module(".attr.plug", __name__).accelerate
     if name not in _DATA:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from . import data
     except ImportError as error:
         raise ImportError(f"gradkern.{name} needs the data extra ({error}): pip install 'gradkern[data]'") from error
-    return getattr(data, _DATA[name])
+    return getattr(data, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "attr"})
 
 
 __version__ = "0.1.0"

@@ -328,7 +328,7 @@ def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tupl
 
 
 def tiles(count: int, most: int) -> list[tuple[int, int]]:
-    """``count`` things in even tiles of at most ``most``: (first, size); csrc/cpu/body.h cuts the same way."""
+    """``count`` things in even tiles of at most ``most``: (first, size); csrc/cpu/body_window.h cuts the same way."""
     found, first, left = [], 0, math.ceil(count / most)
     while first < count:
         size = math.ceil((count - first) / left)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.cases import Case, LeNet5, Shape, fcn
+from tests.modules import LeNet5, fcn
+from tests.recipes import Case, Shape
 
 # ---------------------------------------------------------------------------------------------------------------
 # Time series

@@ -1,29 +1,21 @@
-"""`gradkern.jacobian` and its companions: results, shapes, memory, modes, and which way a call goes."""
+"""`gradkern.jacobian`: results, shapes, modes, and that it leaves everything as it was."""
 
 from __future__ import annotations
 
-import threading
-import warnings
+import contextlib
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradkern
-from gradkern import autograd, cache, options
-from gradkern.job import Job, jacobian_choice
-from gradkern.options import BadValue, GradkernWarning
+from gradkern.options import ENGINES, BadValue
 from tests import oracle
-from tests.cases import CASES
+from tests.cases import net
 
-ENGINES = ("auto", "autograd", "reference", "kernel")
 SOME = ("relu_inplace", "maxpool1d", "elu", "residual", "bn_after_conv", "softmax_axis", "two_inputs", "scalar_output")
-
-
-def net(name="relu_inplace", n=5, dtype=torch.float64):
-    case = CASES[name]
-    return case.build(dtype=dtype), case.inputs(n, dtype=dtype)
 
 
 class Mixing(nn.Module):
@@ -94,7 +86,7 @@ def test_integer_input_beside_a_floating_one(engine):
 
     torch.manual_seed(0)
     model, x, ids = Embeds().double().eval(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 6, 3, 3, 1])
-    with gradkern.use(engine), pytest.warns() if engine in ("reference", "kernel") else _nothing():
+    with gradkern.use(engine), pytest.warns() if engine in ("reference", "kernel") else contextlib.nullcontext():
         got = gradkern.jacobian(model, (x, ids), wrt=0)
     w = model.last.weight  # [2, 4]
     want = w[None] * (model.table(ids) * (1 - torch.tanh(x) ** 2))[:, None]
@@ -132,145 +124,6 @@ def test_one_sample_and_none(engine):
     jac, index = gradkern.jacobian(model, x[:0], gradkern.TopK(2), engine=engine)
     assert jac.shape == (0, 2, *full.shape[2:])
     assert index.shape == (0, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# out=, chunks, memory
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_out_tensor(engine):
-    model, (x,) = net()
-    want = gradkern.jacobian(model, x, engine=engine)
-    out = torch.full_like(want, torch.nan)
-    assert gradkern.jacobian(model, x, out=out, engine=engine) is out
-    torch.testing.assert_close(out, want)
-    strided = torch.full((*want.shape, 2), torch.nan, dtype=want.dtype)[..., 0]
-    gradkern.jacobian(model, x, out=strided, engine=engine)
-    torch.testing.assert_close(strided, want)
-    half = torch.empty(want.shape, dtype=torch.float16)
-    gradkern.jacobian(model, x, out=half, engine=engine)
-    torch.testing.assert_close(half, want.half())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_out_memory_map(tmp_path, engine):
-    model, (x,) = net(n=40)
-    want = gradkern.jacobian(model, x, engine=engine)
-    mapped = np.memmap(tmp_path / "j.bin", dtype=np.float64, mode="w+", shape=tuple(want.shape))
-    with gradkern.use(memory_budget=50_000):
-        assert gradkern.jacobian(model, x, out=mapped, engine=engine) is mapped
-    mapped.flush()
-    again = np.memmap(tmp_path / "j.bin", dtype=np.float64, mode="r", shape=tuple(want.shape))
-    torch.testing.assert_close(torch.from_numpy(np.array(again)), want)
-    with pytest.raises(BadValue, match="read-only"):
-        gradkern.jacobian(model, x, out=again, engine=engine)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_out_of_several_inputs_and_axes(engine):
-    model, inputs = net("two_inputs")
-    want = gradkern.jacobian(model, inputs, engine=engine)
-    out = tuple(torch.empty_like(w) for w in want)
-    gradkern.jacobian(model, inputs, out=out, engine=engine)
-    torch.testing.assert_close(out, want)
-    model, (x,) = net("softmax_axis")
-    want = gradkern.jacobian(model, x, engine=engine)
-    out = torch.empty_like(want)
-    gradkern.jacobian(model, x, out=out, engine=engine)
-    torch.testing.assert_close(out, want)
-
-
-@pytest.mark.parametrize(
-    ("out", "error", "words"),
-    [
-        (torch.empty(5, 3, 2, 15), ValueError, r"got shape \[5, 3, 2, 15\]"),
-        ((torch.empty(1), torch.empty(1)), ValueError, "got 2 tensors, expected 1"),
-        ("full-int", TypeError, "int64"),
-        ("full-grad", ValueError, "requires grad"),
-        ([[1.0]], TypeError, "list"),
-    ],
-)
-def test_bad_out(out, error, words):
-    model, (x,) = net()
-    shape = (5, 3, *x.shape[1:])
-    if out == "full-int":
-        out = torch.empty(shape, dtype=torch.long)
-    elif isinstance(out, str):
-        out = torch.empty(shape, requires_grad=True)
-    with pytest.raises(error, match=words):
-        gradkern.jacobian(model, x, out=out, engine="autograd")
-
-
-def test_a_result_beyond_the_machine_is_refused_with_a_forecast():
-    x = torch.zeros(1, 1).expand(1 << 20, 1 << 20)  # no memory
-    with pytest.raises(MemoryError, match=r"GiB.*iter_jacobian"):
-        Job(nn.Identity(), (x,), (0,), jacobian_choice(None)).open((1 << 10,))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("budget", [1, 40_000, 1 << 20])
-def test_chunks_change_nothing(engine, budget):
-    model, (x,) = net("maxpool1d", n=37)
-    want = gradkern.jacobian(model, x, engine="autograd")
-    with gradkern.use(engine, memory_budget=budget):
-        torch.testing.assert_close(gradkern.jacobian(model, x), want)
-        per_sample = torch.arange(37 * 2).view(37, 2) % 3
-        got = gradkern.jacobian(model, x, per_sample)
-    torch.testing.assert_close(got, torch.stack([want[n, per_sample[n]] for n in range(37)]))
-
-
-def test_autograd_stays_within_its_budget():
-    """The bytes that one forward saves for the backward pass never exceed the budget."""
-    model, (x,) = net("lenet5", n=64, dtype=torch.float32)
-    budget = 2 << 20
-    seen = []
-    real = autograd.fill
-
-    def watching(job, start, stop, *args, **kwargs):
-        with autograd._saved_bytes(job.module) as meter:
-            real(job, start, stop, *args, **kwargs)
-        seen.append((stop - start, meter.bytes))
-
-    autograd.fill = watching
-    try:
-        with gradkern.use("autograd", memory_budget=budget):
-            gradkern.jacobian(model, x)
-    finally:
-        autograd.fill = real
-    assert sum(n for n, _ in seen) == 64
-    assert len(seen) > 1
-    assert max(b for _, b in seen) <= budget
-
-
-@pytest.mark.parametrize(("stop", "chunk"), [(10, 3), (257, 256), (5, 100), (0, 4), (7, 1)])
-def test_spans_are_even(stop, chunk):
-    parts = list(autograd.spans(0, stop, chunk))
-    assert [a for a, _ in parts] == [0, *[b for _, b in parts]][: len(parts)]
-    assert sum(b - a for a, b in parts) == stop
-    assert not parts or max(b - a for a, b in parts) <= chunk
-    assert not parts or max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_iter_jacobian(engine):
-    model, (x,) = net(n=11)
-    want = gradkern.jacobian(model, x, engine=engine)
-    for chunk in (1, 4, 11, 50, None):
-        parts = list(gradkern.iter_jacobian(model, x, chunk=chunk, engine=engine))
-        assert chunk is None or max(len(p) for p in parts) <= chunk
-        torch.testing.assert_close(torch.cat(parts), want)
-    with gradkern.use(memory_budget=want[0].nbytes * 3):
-        assert len(list(gradkern.iter_jacobian(model, x, engine=engine))) == 4
-    per_sample = torch.arange(11)[:, None] % 3
-    parts = list(gradkern.iter_jacobian(model, x, per_sample, chunk=4, engine=engine))
-    torch.testing.assert_close(torch.cat(parts), want[torch.arange(11), per_sample[:, 0]][:, None])
-    pairs = list(gradkern.iter_jacobian(model, (x,), gradkern.TopK(1), chunk=4, engine=engine))
-    index = torch.cat([i for _, i in pairs])
-    assert torch.equal(index[:, 0], model(x).argmax(1))
-    torch.testing.assert_close(torch.cat([j for (j,), _ in pairs])[:, 0], want[torch.arange(11), index[:, 0]])
-    with pytest.raises(BadValue, match="chunk"):
-        gradkern.iter_jacobian(model, x, chunk=0)  # at once, not at the first piece
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -413,213 +266,9 @@ def test_create_graph():
         gradkern.jacobian(model, x, create_graph=True, out=torch.empty(3, 2, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Which way a call goes
-
-
-def test_engine_choice(monkeypatch):
-    monkeypatch.delenv(options.ENVIRONMENT, raising=False)
-    assert options.engine() == "auto"
-    monkeypatch.setenv(options.ENVIRONMENT, "reference")
-    assert options.engine() == "reference"
-    with gradkern.use("autograd"):
-        assert options.engine() == "autograd"
-        assert options.engine("kernel") == "kernel"
-        with gradkern.use(memory_budget=5):
-            assert options.engine() == "autograd"
-            assert options.memory_budget() == 5
-    assert options.engine() == "reference"
-    assert options.memory_budget() == options.DEFAULT_MEMORY_BUDGET
-    monkeypatch.setenv(options.ENVIRONMENT, "fast")
-    model, (x,) = net()
-    with pytest.raises(BadValue, match=r"GRADKERN_ENGINE: got 'fast', expected one of 'auto'"):
-        gradkern.jacobian(model, x)
-    with pytest.raises(BadValue, match="engine="):
-        gradkern.jacobian(model, x, engine="cuda")
-    with pytest.raises(BadValue), gradkern.use("nothing"):
-        pass
-    with pytest.raises(BadValue), gradkern.use(memory_budget=0):
-        pass
-
-
-def known(model, x):
-    return cache.entry(model).verdict(cache.key_of(model, (x,)))
-
-
-def test_each_engine_traces_as_it_says(monkeypatch):
-    monkeypatch.setattr(cache, "trace_cost", lambda: 1e9)
-    model, (x,) = net()
-    for engine in ("autograd", "auto"):
-        gradkern.jacobian(model, x, engine=engine)
-        assert known(model, x) is None
-    for engine in ("kernel", "reference"):
-        fresh, _ = net()
-        gradkern.jacobian(fresh, x, engine=engine)
-        assert known(fresh, x).program is not None
-
-
-def test_auto_traces_once_it_pays(monkeypatch):
-    model, (x,) = net(n=6)
-    gradkern.jacobian(model, x, engine="autograd")  # warm
-    monkeypatch.setattr(cache, "trace_cost", lambda: 1e9)
-    for _ in range(3):
-        gradkern.jacobian(model, x)
-    assert known(model, x) is None
-    monkeypatch.setattr(cache, "trace_cost", lambda: 1e-9)
-    gradkern.jacobian(model, x)  # by now it would have paid
-    assert known(model, x).program is not None
-
-
-def test_auto_traces_in_the_midst_of_a_large_call(monkeypatch):
-    model, (x,) = net(n=64)
-    want = gradkern.jacobian(model, x, engine="autograd")
-    monkeypatch.setattr(cache, "trace_cost", lambda: 1e-9)
-    with gradkern.use(memory_budget=100_000):
-        got = gradkern.jacobian(model, x)
-    assert known(model, x).program is not None
-    torch.testing.assert_close(got, want)
-
-
-def test_prepare_traces_now_and_only_once(monkeypatch):
-    model, (x,) = net()
-    program = gradkern.prepare(model, x)
-    assert program is not None
-    assert program.output_shape == (3,)
-    assert gradkern.prepare(model.forward, x) is program
-    monkeypatch.setattr(cache.trace, "trace", None)  # any further trace would fail
-    gradkern.jacobian(model, x, engine="kernel")
-    gradkern.jacobian(model, x[:1])
-
-
-def test_forgets_a_model_with_the_model():
-    import gc
-
-    model, (x,) = net()
-    gradkern.prepare(model, x)
-    number = id(model)
-    assert number in cache._entries
-    del model
-    gc.collect()
-    assert number not in cache._entries
-
-
-@pytest.mark.parametrize("name", [c.name for c in CASES.values() if not c.traceable])
-def test_untraceable_models_run_on_autograd_with_one_warning(name):
-    model, inputs = net(name)
-    with pytest.warns(GradkernWarning, match=type(model).__name__) as caught:
-        got = next(gradkern.jacobian(model, inputs, engine="kernel") for _ in range(2))
-    (warning,) = [w for w in caught if w.category is GradkernWarning]
-    assert warning.filename == __file__
-    _, want = oracle.jacobian(model, inputs)
-    for g, w in zip(got, want, strict=True):
-        assert oracle.relative_error(g.reshape(w.shape), w) < 1e-10
-
-
-def test_opaque_steps_are_named_in_one_warning():
-    case = CASES["resnet1d_cumsum"]
-    model, inputs = case.build(dtype=torch.float64), case.inputs(dtype=torch.float64)
-    with pytest.warns(GradkernWarning, match="cumsum") as caught:
-        [gradkern.jacobian(model, inputs, engine="kernel") for _ in range(2)]
-    assert len([w for w in caught if w.category is GradkernWarning]) == 1
-
-
-def test_plain_callables_run_on_autograd():
-    model, (x,) = net(n=20)
-    want = gradkern.jacobian(model, x, engine="autograd")
-    cache._warned.clear()
-    with pytest.warns(GradkernWarning, match="neither"), gradkern.use(memory_budget=50_000):
-        torch.testing.assert_close(gradkern.jacobian(lambda t: model(t) * 2.0, x), want * 2)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("engine", ENGINES)
-def test_wrapped_models(engine):
-    """TorchScript, compiled, data-parallel, with keyword arguments, with a counter: all give the model's Jacobian."""
-
-    class Wrapped(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner, self.calls, self.lock = inner, 0, threading.Lock()
-
-        def forward(self, x, mask=None, *, flag=False):
-            self.calls += 1
-            with self.lock:
-                return self.inner(x)
-
-    model, (x,) = net(n=20)
-    want = gradkern.jacobian(model, x, engine="autograd")
-    wrapped = (torch.jit.script(model), torch.compile(model, backend="eager"), nn.DataParallel(model), Wrapped(model))
-    for other in wrapped:
-        with warnings.catch_warnings(), gradkern.use(engine, memory_budget=100_000):
-            warnings.simplefilter("ignore", GradkernWarning)
-            torch.testing.assert_close(gradkern.jacobian(other, x), want)
-
-
-def test_autocast_runs_on_autograd_and_says_so():
-    model, (x,) = net(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(GradkernWarning, match="autocast"):
-        got = gradkern.jacobian(model, x, engine="kernel")
-    assert got.dtype == torch.float32
-    _, (want,) = oracle.jacobian(model, (x,))
-    assert 1e-4 < oracle.relative_error(got, want) < 0.2  # in bfloat16, as autocast says
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# check and explain
-
-
-def test_check():
-    model, (x,) = net(dtype=torch.float32)
-    result = gradkern.check(model, x)
-    assert result.outputs == ("0", "1", "2")
-    assert result.samples == 5
-    assert result.worst < 1e-5
-    assert "float64" in str(result)
-    assert len(str(result).splitlines()) == 5
-    assert gradkern.check(model, x, [2, 0]).outputs == ("2", "0")
-    assert gradkern.check(model, x, gradkern.TopK(1)).worst < 1e-5
-    deep, (z,) = net("softmax_axis", dtype=torch.float32)
-    assert gradkern.check(deep, z, [(1, 2)]).outputs == ("(1, 2)",)
-    assert gradkern.check(deep, z).worst < 1e-5
-
-
-def test_check_sees_an_error(monkeypatch):
-    from gradkern import api
-
-    model, (x,) = net(dtype=torch.float32)
-    real = api.jacobian
-    wrong = torch.tensor([1.0, 1.01, 1.0])[:, None, None]
-    monkeypatch.setattr(api, "jacobian", lambda *a, **k: tuple(j * wrong for j in real(*a, **k)))
-    result = gradkern.check(model, x)
-    assert result.relative[0] < 1e-5 < 5e-3 < result.relative[1]
-    assert result.off_share[1] == 1.0
-
-
-@pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
-def test_check_without_a_float64_copy():
-    class Own(nn.Module):
-        def forward(self, x):
-            return x @ torch.ones(4, 2)  # float32 whatever the model is
-
-    result = gradkern.check(Own(), torch.randn(3, 4))
-    assert "float32" in result.against
-    assert result.worst == 0.0
-
-
-def test_explain(capsys):
-    model, (x,) = net("maxpool1d")
-    plan = gradkern.explain(model, x)
-    assert str(plan) in capsys.readouterr().out
-    assert len(plan.steps) >= len(gradkern.prepare(model, x).steps) - 4
-    assert 0.0 <= plan.native_share <= plan.fused_share <= 1.0
-    gradkern.explain(model, x, [0], show=False)
-    assert capsys.readouterr().out == ""
-
-
-def test_explain_of_a_model_on_autograd():
-    model, (x,) = net()
-    model[0].register_forward_hook(lambda *a: None)
-    plan = gradkern.explain(model, x, show=False)
-    assert "hook" in str(plan)
-    assert plan.fused_share == plan.native_share == 0.0
-    assert len(plan.steps) == 0
+def test_importing_gradkern_loads_captum_at_its_first_use():
+    code = (
+        "import sys, gradkern; assert not {'captum', 'zarr'} & set(sys.modules); assert 'attr' in dir(gradkern);"
+        "assert gradkern.attr.Saliency; assert 'captum' in sys.modules; from gradkern import accelerate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

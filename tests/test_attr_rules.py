@@ -16,7 +16,8 @@ from gradkern import attr as ours
 from gradkern import binding, reference
 from gradkern.attr import linear, rules
 from tests import rule_oracle
-from tests.cases import CASES, randomise_norm
+from tests.cases import CASES
+from tests.recipes import randomise_norm
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]

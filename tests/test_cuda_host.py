@@ -10,8 +10,9 @@ import torch
 
 from gradkern import binding, engine, plan, trace
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES
 from tests.host_device import HostDevice, installed
+from tests.recipes import Case
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]

@@ -11,7 +11,7 @@ import gradkern
 from gradkern import reference
 from gradkern.execute import MacCounter
 from gradkern.program import Opaque
-from tests.cases import CASES
+from tests.cases import CASES, net
 
 N = 4
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
@@ -92,3 +92,22 @@ def test_explain_counts_the_seeds_of_its_targets():
     one, every = (gradkern.explain(model, x, targets, show=False) for targets in ([0], None))
     assert (one.seeds, every.seeds) == (1, 3)
     assert sum(s.macs for s in one.steps) < sum(s.macs for s in every.steps)
+
+
+def test_explain(capsys):
+    model, (x,) = net("maxpool1d")
+    plan = gradkern.explain(model, x)
+    assert str(plan) in capsys.readouterr().out
+    assert len(plan.steps) >= len(gradkern.prepare(model, x).steps) - 4
+    assert 0.0 <= plan.native_share <= plan.fused_share <= 1.0
+    gradkern.explain(model, x, [0], show=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_explain_of_a_model_on_autograd():
+    model, (x,) = net()
+    model[0].register_forward_hook(lambda *a: None)
+    plan = gradkern.explain(model, x, show=False)
+    assert "hook" in str(plan)
+    assert plan.fused_share == plan.native_share == 0.0
+    assert len(plan.steps) == 0

@@ -10,7 +10,8 @@ from torch import nn
 
 import gradkern
 from tests import oracle
-from tests.cases import CASES, lazily, seq1d, seq2d
+from tests.cases import CASES
+from tests.recipes import lazily, seq1d, seq2d
 from tests.traced import EXACT
 
 BAD = (math.nan, math.inf, -math.inf)

@@ -13,7 +13,7 @@ from gradkern.program import Opaque
 from gradkern.trace import trace, verify
 
 from . import oracle
-from .cases import closed, randomise_norm
+from .recipes import closed, randomise_norm
 
 SETTINGS = settings(
     max_examples=40,

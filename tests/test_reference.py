@@ -14,7 +14,8 @@ from gradkern.functions import FUNCTIONS, RECTIFYING
 from gradkern.trace import trace
 
 from . import oracle
-from .cases import BENCH, CASES, SMALL, Case
+from .cases import BENCH, CASES, SMALL
+from .recipes import Case
 from .test_trace import traced
 
 CHECKED = tuple(c for c in SMALL if c.traceable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,8 +15,10 @@ import gradkern
 from gradkern import cache
 from gradkern.attr import Saliency
 from tests.cases import CASES
+from tests.traced import EXACT, exact, parts, run, worst
 
 THREADS = 4
+SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 
 
@@ -132,3 +135,55 @@ def test_a_thread_that_was_started_under_inference_mode_is_not_affected():
     with torch.inference_mode():
         (got,) = together(lambda: gradkern.jacobian(model, x, engine="autograd"))
     torch.testing.assert_close(got, want)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The kernels alone
+
+
+def test_other_threads_run_while_the_kernels_do():
+    """The op gives the GIL back: a second Python thread counts on."""
+    _, inputs, program, params = parts("fcn", 8, torch.float32)
+    xs = tuple(x.repeat(24, 1, 1) for x in inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(program, params, inputs)  # packed and planned
+    ticks, stop = [], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        begin = time.perf_counter()
+        run(program, params, xs)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        thread.join()
+        torch.set_num_threads(before)
+    inside = [t for t in ticks if begin < t < end]
+    longest = max((b - a for a, b in zip([begin, *inside], [*inside, end], strict=True)), default=end - begin)
+    assert longest < 0.7 * (end - begin), f"silent for {longest:.3f} of {end - begin:.3f} s"
+
+
+def test_the_engine_in_many_threads_at_once():
+    """Plans, chains, packs and scratch are shared by threads that ask for different things."""
+    jobs = [(name, parts(name, 5)[1:], exact(name, 5)[1]) for name in SMALL]
+    wrong: list[str] = []
+
+    def work(k: int) -> None:
+        for r in range(12):
+            name, (inputs, program, params), want = jobs[(k + r) % len(jobs)]
+            if worst(run(program, params, inputs)[1], want) > EXACT:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong

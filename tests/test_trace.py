@@ -20,7 +20,8 @@ from gradkern.shell import shell_copy
 from gradkern.trace import Untraceable, trace, verify
 
 from . import oracle
-from .cases import CASES, TRACEABLE, Case, Fn
+from .cases import CASES, TRACEABLE
+from .recipes import Case, Fn
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 

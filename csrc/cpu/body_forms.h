@@ -1,4 +1,86 @@
-// Records of the forms that are no window and no pattern: copies, stencils, products, norms.  Included by body.h.
+// Records of the forms that are no window and no pattern: functions, sums, copies, stencils, products, norms.
+// Included by body.h.
+
+// ---- elementwise functions and sums --------------------------------------------------------------------------
+
+template <class T, Fn F>
+void scale_rows(const Op& op, const T* src, T* dst, T* slope) {
+  const T p0 = static_cast<T>(__builtin_bit_cast(double, op.p0)),
+          p1 = static_cast<T>(__builtin_bit_cast(double, op.p1)),
+          p2 = static_cast<T>(__builtin_bit_cast(double, op.p2));
+  for (int64_t h = 0; h < op.H; ++h) {
+    const T* x = src + h * op.src_row;
+    T *y = dst + h * op.dst_row, *d = slope + h * op.aux_row;
+    const int64_t count = op.W * op.C;
+#pragma GCC ivdep  // in place or apart, element i depends on element i alone
+    for (int64_t i = 0; i < count; ++i) {
+      const Pair<T> r = Function<F>::at(x[i], p0, p1, p2);
+      y[i] = r.y;
+      d[i] = r.d;
+    }
+  }
+}
+
+template <class T>
+void run_scale(const Op& op, Context<T>& ctx, int64_t n) {
+  T* slope = ctx.buf + op.aux + n * op.aux_n;
+  switch (static_cast<Fn>(op.fn)) {
+#define X(name) \
+  case Fn::name: return scale_rows<T, Fn::name>(op, GK_SRC(n), GK_DST(n), slope);
+    GRADKERN_FUNCTIONS(X)
+#undef X
+  }
+}
+
+// dst (+)= src · slope.  In place where the value has one reader.
+template <class T>
+void run_mul_d(const Op& op, Context<T>& ctx, int64_t n) {
+  const T* d = ctx.buf + op.aux + n * op.aux_n;
+  for (int64_t s = 0; s < ctx.seeds; ++s)
+    for (int64_t h = 0; h < op.H; ++h) {
+      const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row;
+      T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row;
+      const T* dr = d + h * op.aux_row;
+      if (op.assign)
+        for (int64_t i = 0; i < op.W * op.C; ++i) y[i] = g[i] * dr[i];
+      else
+        for (int64_t i = 0; i < op.W * op.C; ++i) y[i] += g[i] * dr[i];
+    }
+}
+
+template <class T>
+void run_sum(const Op& op, Context<T>& ctx, int64_t n) {
+  const T* b = ctx.buf + op.aux + n * op.aux_n;
+  for (int64_t h = 0; h < op.H; ++h)
+    for (int64_t i = 0; i < op.W * op.C; ++i)
+      GK_DST(n)[h * op.dst_row + i] = GK_SRC(n)[h * op.src_row + i] + b[h * op.aux_row + i];
+}
+
+template <class T>
+void run_add(const Op& op, Context<T>& ctx, int64_t n) {
+  for (int64_t s = 0; s < ctx.seeds; ++s)
+    for (int64_t h = 0; h < op.H; ++h) {
+      const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row;
+      T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row;
+      for (int64_t i = 0; i < op.W * op.C; ++i) y[i] += g[i];
+    }
+}
+
+// ---- cotangents in place -------------------------------------------------------------------------------------
+
+template <class T>
+void run_zero(const Op& op, Context<T>& ctx, int64_t n) {
+  for (int64_t s = 0; s < ctx.seeds; ++s) __builtin_memset(GK_DST(n) + s * op.dst_s, 0, op.size * sizeof(T));
+}
+
+// A cotangent without its negative part.
+template <class T>
+void run_rectify(const Op& op, Context<T>& ctx, int64_t n) {
+  for (int64_t s = 0; s < ctx.seeds; ++s) {
+    T* y = GK_DST(n) + s * op.dst_s;
+    for (int64_t i = 0; i < op.size; ++i) y[i] = y[i] < T(0) ? T(0) : y[i];
+  }
+}
 
 // ---- copies: runs (source offset, destination offset, count, source step, destination step) --------------------
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import engine, ops, reference
@@ -240,48 +241,43 @@ def transposed(
 
     Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``) or given as ``cotangent [N, S, C]``.
     """
-    lp = linear.program
-    n, dtype = inputs[0].shape[0], inputs[0].dtype
+    lp, n = linear.program, inputs[0].shape[0]
     outer = product(linear.outer, locals_, (math.prod(lp.output_shape),)) if linear.outer else None  # [N, C]
-    if cotangent is not None:
-        seeds = cotangent.shape[1]
-        if outer is not None:
-            cotangent = cotangent * outer.unsqueeze(1)
-    else:
+    if cotangent is None:
         assert targets is not None
-        seeds = targets.shape[-1]
-    machine = ops.machine()
-    assert machine is not None
-    key = (lp.key, machine, dtype, seeds, tuple(wrt), cotangent is None)
-    size = NATIVE_DTYPES[dtype]
-    steps = list(range(len(lp.steps)))
-    chain = _remembered(
-        _chains,
-        key,
-        lambda: lower(lp, steps, [lp.output], machine, size, seeds, tuple(wrt), cotangent is None, linear=True),
-    )
-    bound = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
-    packed = engine.packed_for(chain, bound, inputs[0])
+        targets, seeds = targets.contiguous(), targets.shape[-1]
+    else:
+        targets, seeds = None, cotangent.shape[1]
+        cotangent = cotangent if outer is None else cotangent * outer.unsqueeze(1)
+    chain = _chain(lp, inputs[0].dtype, seeds, tuple(wrt), targets is not None)
+    packed = engine.packed_for(chain, {**params, **{name: locals_[i].weight for name, i in linear.weights}}, inputs[0])
     base = len(program.inputs)
     given = [
         inputs[v].contiguous() if v < base else slope_tensor(linear.slopes[v - base], program, locals_)
         for v in chain.inputs
     ]
     results = [inputs[v].new_empty(n, seeds, *inputs[v].shape[1:]) for v in chain.wrt]
-    rows = None
-    if cotangent is None:
-        targets = targets.contiguous()  # type: ignore[union-attr]
-        rows = packed.seed_rows(targets, lp.outputs)
-        engine.call(packed, given or [inputs[0].contiguous()], targets, rows, [], results)
-    else:
-        dense = [cotangent.reshape(n, seeds, -1).contiguous()]
-        engine.call(packed, given or [inputs[0].contiguous()], None, None, dense, results)
+    rows = None if targets is None else packed.seed_rows(targets, lp.outputs)
+    dense = [] if cotangent is None else [cotangent.reshape(n, seeds, -1).contiguous()]
+    engine.call(packed, given or [inputs[0].contiguous()], targets, rows, dense, results)
     found = dict(zip(chain.wrt, results, strict=True))
-    if outer is not None and cotangent is None:
-        picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)  # type: ignore[union-attr]
+    if outer is not None and targets is not None:
+        picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in found.values():
             r.mul_(picked.view(n, seeds, *(1,) * (r.dim() - 2)))
     return tuple(found[w] if w in found else inputs[w].new_zeros(n, seeds, *inputs[w].shape[1:]) for w in wrt)
+
+
+def _chain(lp: Program, dtype: torch.dtype, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
+    """The chain of a linear Program, remembered."""
+    machine = ops.machine()
+    assert machine is not None
+    steps, size = list(range(len(lp.steps))), NATIVE_DTYPES[dtype]
+    return _remembered(
+        _chains,
+        (lp.key, machine, dtype, seeds, wrt, onehot),
+        lambda: lower(lp, steps, [lp.output], machine, size, seeds, wrt, onehot, linear=True),
+    )
 
 
 def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:

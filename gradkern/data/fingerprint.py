@@ -17,6 +17,7 @@ from .. import ops
 from ..options import BadValue
 from ..program import Program
 from ..targets import TopK
+from .settings import Settings
 from .sources import Source
 
 LOOKED_AT = 32  # samples of a source whose content is hashed
@@ -87,6 +88,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     raise BadValue(f"arguments: got {type(value).__name__}, expected numbers, text, tensors, or lists of such.")
+
+
+def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
+    """Everything that must agree for one run to continue another."""
+    return {
+        "model": of_model(model, program),
+        "method": {
+            "method": settings.method,
+            "targets": of_targets(settings.targets),
+            "arguments": of_arguments(settings.arguments),
+        },
+        "source": of_source(source),
+        "stored": {
+            "maps": settings.maps,
+            "reductions": list(settings.reductions),
+            "top_features": settings.top_features,
+            "dtype": settings.dtype,
+            "compression": settings.compression,
+        },
+    }
 
 
 def of_machine() -> dict[str, Any]:

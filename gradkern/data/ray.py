@@ -16,10 +16,12 @@ from torch import nn
 
 from ..options import BadType, BadValue
 from . import methods
+from .layout import map_names
 from .results import Results
 from .runner import work
+from .settings import Settings
 from .sources import open_source, travels
-from .task import Settings, Task
+from .task import Task
 
 
 class Attribute:
@@ -51,7 +53,7 @@ class Attribute:
             raise BadValue(f"columns: got {list(self.columns)}, but the batch has {list(batch)}.")
         inputs = tuple(torch.from_numpy(np.array(batch[c])).to(self.device) for c in self.columns)
         found = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
-        names = ["attributions"] if len(found.maps) == 1 else [f"attributions_{i}" for i in range(len(found.maps))]
+        names = map_names(range(len(found.maps)))
         rows = {name: maps.cpu().numpy() for name, maps in zip(names, found.maps, strict=True)}
         return batch | rows | {"predictions": found.outputs.cpu().numpy()}
 

@@ -23,8 +23,9 @@ from .durable import DurableStore
 from .ledger import FOLDER
 from .progress import Progress
 from .results import Results
+from .settings import Settings
 from .shards import Shard, owned
-from .task import Computed, Settings, Task
+from .task import Computed, Task
 from .transfer import Ready
 
 log = logging.getLogger("gradkern.data")

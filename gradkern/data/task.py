@@ -1,16 +1,14 @@
-"""A run as data: what is computed and stored, what is pinned; and the computing of one chunk."""
+"""A run with everything that it needs, and the computing of one chunk."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import mmap
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import api, ops, options
-from ..job import Job, jacobian_choice
-from ..narrow import narrowed
-from ..options import BadType, BadValue
-from ..plan import plan as make_plan
-from ..program import Program
-from . import fingerprint, forecast, methods, statistics
+from .. import options
+from ..options import BadType
+from . import fingerprint, forecast, layout, methods, statistics
+from .layout import itemsize, map_names
 from .ledger import Record
-from .results import FORMAT, NAMES, Array, Results, codecs
+from .pins import differences, pin_isa, pinning
+from .probe import Probe, device_of, look_at
+from .results import Results
+from .settings import Settings
 from .sources import Source, open_source
 from .transfer import Ready, Transfer
 
 log = logging.getLogger("gradkern.data")
 
-PROBED = 4
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is asked for, as `gradkern.run` takes it; plain data, so that it can travel to other processes."""
-
-    method: str = "saliency"
-    targets: Any = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    maps: bool = True
-    reductions: tuple[str, ...] = ()
-    top_features: int = 0
-    dtype: str = "float32"
-    compression: str = "none"
-    chunk: int | None = None
-    batch: int | None = None
-    threads: int | None = None
-    engine: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in NAMES:
-            raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(NAMES)}.")
-        codecs(self.compression)
-        object.__setattr__(self, "reductions", statistics.check(self.reductions))
-        for name in ("chunk", "batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise BadValue(f"{name}: got {value!r}, expected a positive number, or None.")
-        if not self.maps and not self.reductions and not self.top_features:
-            raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a few samples showed: shapes of the outcome, and the samples per second of a first try."""
-
-    program: Program | None
-    engine: str
-    outcome: methods.Outcome
-    inputs: tuple[Tensor, ...]
-    rate: float
-
-    @property
-    def seeds(self) -> int:
-        return self.outcome.maps[0].shape[1]
 
 
 class Task:
@@ -90,11 +42,10 @@ class Task:
         self.model, self.source, self.settings, self.results = model, source, settings, results
         self.probe, self.notes = probe, notes
         self.method = methods.find(settings.method, settings.arguments)
-        self.device = _device(model)
+        self.device = device_of(model)
         self.transfer = Transfer(self.device)
         self.pinned = results.about["pinned"]
         self.batch = int(self.pinned["batch"])
-        self.floating = [i for i, x in enumerate(probe.inputs) if x.is_floating_point()]
         self.pool: Pool | None = None
         maps = probe.outcome.maps
         if settings.maps and self.device.type == "cpu" and probe.outcome.outputs.dim() == 2:
@@ -116,16 +67,16 @@ class Task:
         rows = open_source(source, columns, input_dtype)
         known = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(known.about["pinned"]) if known else {}
-        _pin_isa(pinned.get("isa"))
+        pin_isa(pinned.get("isa"))
         with pinning(pinned, settings):
-            probe = _probe(model, rows, settings, pinned.get("engine"))
-        asked = _fingerprint(model, rows, settings, probe)
+            probe = look_at(model, rows, settings, pinned.get("engine"))
+        asked = fingerprint.of_run(model, rows, settings, probe.program)
         if known is None:
-            about = _about(asked, rows, settings, probe, made_by)
-            arrays = _arrays(rows, settings, probe, about)
+            about = layout.attributes(asked, rows, settings, probe, made_by)
+            arrays = layout.arrays(rows, settings, probe, about)
             known = Results.create(out, arrays, about, settings.compression)
         fingerprint.check_same(str(out), known.about["fingerprint"], asked)
-        return cls(model, rows, settings, known, probe, _differences(known.about, probe, settings))
+        return cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe))
 
     def forecast(self, chunks: Sequence[int]) -> forecast.Forecast:
         """What computing these chunks will take."""
@@ -199,11 +150,11 @@ class Task:
     def _accumulators(self) -> dict[str, statistics.Accumulator]:
         if not self.settings.reductions:
             return {}
-        outputs = math.prod(self.probe.outcome.outputs.shape[1:])
-        classes = self.probe.seeds if self.probe.outcome.rows is None else outputs
         return {
-            name: statistics.Accumulator(self.settings.reductions, classes, tuple(self.probe.inputs[i].shape[1:]))
-            for i, name in zip(self.floating, map_names(self.floating), strict=True)
+            name: statistics.Accumulator(
+                self.settings.reductions, self.probe.classes, tuple(self.probe.inputs[i].shape[1:])
+            )
+            for i, name in zip(self.probe.floating, map_names(self.probe.floating), strict=True)
         }
 
     def _batch(
@@ -222,14 +173,14 @@ class Task:
             rows["targets"] = found.rows
         if found.deltas is not None:
             rows["deltas"] = found.deltas
-        names = map_names(self.floating)
+        names = map_names(self.probe.floating)
         if self.settings.maps:
             rows |= dict(zip(names, found.maps, strict=True))
         if self.settings.top_features:
             for name, maps in zip(names, found.maps, strict=True):
                 top = maps.abs().flatten(2).topk(self.settings.top_features, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
-        for i, name, maps in zip(self.floating, names, found.maps, strict=True):
+        for i, name, maps in zip(self.probe.floating, names, found.maps, strict=True):
             if name in reducers:
                 where = None if found.rows is None else found.rows.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)
@@ -296,204 +247,3 @@ def finish(results: Results) -> bool:
         exact["tolerance"] = TOLERANCE[results.about["arrays"]["dtype"]]
     results.note(finished=True, **exact)
     return True
-
-
-def itemsize(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
-
-
-def map_names(floating: Sequence[int]) -> list[str]:
-    """Names of the arrays of maps, one per differentiated input."""
-    return ["attributions"] if len(floating) == 1 else [f"attributions_{i}" for i in range(len(floating))]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Looking
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensor = next(iter([*model.parameters(), *model.buffers()]), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _probe(model: nn.Module, source: Source, settings: Settings, engine: str | None) -> Probe:
-    """Trace, and run the method on a few samples."""
-    count = min(PROBED, source.samples)
-    inputs = tuple(x.to(_device(model)) for x in source.read(0, count))
-    engine = engine or options.engine(settings.engine)
-    program = None
-    if engine != "autograd":
-        program = api.prepare(model, inputs)
-        engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
-    if program is None and count > 1:
-        floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
-        reason = api.why_whole(Job(model, inputs, floating, jacobian_choice(None)))
-        if reason:
-            raise BadValue(
-                f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "
-                "gradkern.jacobian on the whole batch."
-            )
-    method = methods.find(settings.method, settings.arguments)
-    targets = settings.targets
-    if isinstance(targets, list) and targets and isinstance(targets[0], list):
-        targets = torch.tensor(targets)
-    if isinstance(targets, (Tensor, np.ndarray)) and np.ndim(targets) == 2:
-        if len(targets) != source.samples:
-            raise BadValue(f"targets: got {len(targets)} rows, expected one for each of {source.samples} samples.")
-        targets = torch.as_tensor(targets)[:count]
-    batch = methods.Batch(model, inputs, targets, engine, settings.arguments)
-    outcome = method(batch)  # warms up
-    begin = time.perf_counter()
-    method(batch)
-    return Probe(program, engine, outcome, inputs, count / (time.perf_counter() - begin))
-
-
-def _fingerprint(model: nn.Module, source: Source, settings: Settings, probe: Probe) -> dict[str, Any]:
-    return {
-        "model": fingerprint.of_model(model, probe.program),
-        "method": {
-            "method": settings.method,
-            "targets": fingerprint.of_targets(settings.targets),
-            "arguments": fingerprint.of_arguments(settings.arguments),
-        },
-        "source": fingerprint.of_source(source),
-        "stored": {
-            "maps": settings.maps,
-            "reductions": list(settings.reductions),
-            "top_features": settings.top_features,
-            "dtype": settings.dtype,
-            "compression": settings.compression,
-        },
-    }
-
-
-def _about(
-    asked: dict[str, Any], source: Source, settings: Settings, probe: Probe, made_by: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The store's attributes.  Everything that decides about the last bits is under ``pinned``."""
-    budget = options.memory_budget()
-    row = sum(m[:1].nbytes for m in probe.outcome.maps)
-    elements = sum(m[:1].numel() for m in probe.outcome.maps)
-    reads = sum(x[:1].nbytes for x in probe.inputs)
-    chunk = settings.chunk or forecast.chunk_size(
-        source.samples, elements * itemsize(settings.dtype) if settings.maps else 0, reads
-    )
-    chunk = min(chunk, source.samples)
-    batch = min(settings.batch or forecast.batch_size(chunk, row, settings.maps, budget), chunk)
-    floating = [i for i, x in enumerate(probe.inputs) if x.is_floating_point()]
-    about = {
-        "format": FORMAT,
-        "fingerprint": asked,
-        "pinned": {
-            "chunk": chunk,
-            "batch": batch,
-            "threads": settings.threads or torch.get_num_threads(),
-            "memory_budget": budget,
-            "engine": probe.engine,
-            "precision": torch.get_float32_matmul_precision(),
-            "plan": _plan_key(probe),
-            **fingerprint.of_machine(),
-        },
-        "inputs": map_names(floating),
-        "reductions": list(settings.reductions),
-        "arrays": {"dtype": settings.dtype, "compression": settings.compression},
-        "output": list(probe.outcome.outputs.shape[1:]),
-        "program": str(probe.program) if probe.program else None,
-        "finished": False,
-    }
-    return about | ({"made_by": dict(made_by)} if made_by else {})
-
-
-def _plan_key(probe: Probe) -> str | None:
-    """A hash of the plan: which way each step goes."""
-    if probe.program is None or probe.engine != "kernel":
-        return None
-    text = str(make_plan(narrowed(probe.program), seeds=probe.seeds, dtype=probe.inputs[0].dtype))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _differences(about: Mapping[str, Any], probe: Probe, settings: Settings) -> list[str]:
-    """What of the pinned facts cannot be had here, in words: the result is then equal within rounding only."""
-    pinned = about["pinned"]
-    now = fingerprint.of_machine() | {"engine": probe.engine}
-    if now["isa"] == pinned["isa"]:
-        now["plan"] = _plan_key(probe)
-    return [f"{k} {now[k]} instead of {pinned[k]}" for k in now if k != "python" and now[k] != pinned[k]]
-
-
-def _arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
-    n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
-    out, found = tuple(about["output"]), []
-    outcome = probe.outcome
-    for name, maps in zip(about["inputs"], outcome.maps, strict=True):
-        shape = tuple(maps.shape[2:])
-        axes = tuple(f"{name.replace('attributions', 'input')}_axis{i}" for i in range(len(shape)))
-        if settings.maps:
-            found.append(Array(name, (n, seeds, *shape), settings.dtype, ("sample", "target", *axes), chunk, True))
-        if settings.top_features:
-            k = settings.top_features
-            if k > math.prod(shape):
-                raise BadValue(f"top_features: got {k}, but a sample has {math.prod(shape)} features.")
-            top = name.replace("attributions", "top_features")
-            found.append(Array(top, (n, seeds, k), "int64", ("sample", "target", "place"), chunk))
-        classes = seeds if outcome.rows is None else math.prod(out)
-        for reduction in settings.reductions:
-            at = reduction if len(about["inputs"]) == 1 else f"{reduction}_{about['inputs'].index(name)}"
-            last, kind = ((statistics.RANK_BINS,), "int64") if reduction == "ranks" else ((), "float64")
-            text = statistics.REDUCTIONS[reduction].about
-            found.append(Array(
-                f"reductions/{at}", (classes, *shape, *last), kind,
-                ("class", *axes, *(("rank",) if last else ())), 1, attributes={"about": text},
-            ))  # fmt: skip
-    predicted = str(outcome.outputs.dtype).removeprefix("torch.")
-    axes = tuple(f"output_axis{i}" for i in range(len(out)))
-    found.append(Array("predictions", (n, *out), predicted, ("sample", *axes), chunk))
-    if outcome.rows is not None:
-        found.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
-    else:
-        numbers = jacobian_choice(settings.targets)(1, out).indices
-        numbers = torch.arange(seeds) if numbers is None else numbers
-        found.append(Array("targets", (seeds,), "int64", ("target",), content=numbers.numpy()))
-    if outcome.deltas is not None:
-        found.append(Array("deltas", (n, seeds), str(outcome.deltas.dtype)[6:], ("sample", "target"), chunk))
-    edges = np.arange(0, n, chunk)
-    content = np.stack([edges, np.minimum(edges + chunk, n)], axis=1)  # [K, 2]
-    found.append(Array("chunks", content.shape, "int64", ("chunk", "edge"), content=content))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pinning
-
-
-@contextmanager
-def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
-    """The store's number of threads, memory budget and precision (else the caller's), put back afterwards."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    with ExitStack() as stack:
-        if pinned:
-            stack.enter_context(options.use(memory_budget=pinned["memory_budget"]))
-        stack.callback(torch.set_num_threads, threads)
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_num_threads(pinned.get("threads") or settings.threads or threads)
-        torch.set_float32_matmul_precision(pinned.get("precision") or precision)
-        yield
-
-
-def _pin_isa(wanted: str | None) -> None:
-    """Ask for the store's instruction set, where none has been chosen yet: the choice is made once per process."""
-    if wanted in (None, "none") or os.environ.get("GRADKERN_ISA"):
-        return
-    extension = ops.extension()
-    if extension is None or ops.isa_is_chosen():
-        return
-    os.environ["GRADKERN_ISA"] = wanted
-    try:
-        ops.machine()
-    except RuntimeError:  # this processor does not have it: the difference is noted in the store
-        pass
-    finally:
-        del os.environ["GRADKERN_ISA"]
-
-
-__all__ = ["Computed", "Probe", "Settings", "Task", "finish", "map_names", "replace"]

@@ -10,7 +10,8 @@ import torch
 import gradkern
 from gradkern import binding, engine, ops, plan, trace
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES
+from tests.recipes import Case
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
