@@ -399,5 +399,5 @@ def lower_device(
     wrt: tuple[int, ...],
     onehot: bool = True,
 ) -> Chain:
-    """`gradkern.chain.lower` for a GPU.  Raises `TooLarge`."""
+    """`gradkern.lowering.lower` for a GPU.  Raises `TooLarge`."""
     return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering)
