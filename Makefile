@@ -37,7 +37,7 @@ fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each t
 
 bench: $(EXT) ## benchmarks against what torch and Captum offer
 	$(BIN)/python -m benchmarks $(ARGS)
-	$(BIN)/python -m benchmarks.networks
+	$(BIN)/python -m benchmarks.networks --compiled
 
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
 	@PYTHON='$(PYTHON)' tools/gpu.sh

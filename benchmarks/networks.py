@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import gradkern
 from benchmarks import accuracy, machine, measure, report
+from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
 from tests import oracle
 from tests.networks import NETWORKS, Network
 
-PEERS = ("loop_classes", "grads_batched", "vmap_jacrev")
+UNCOMPILED = ("loop_classes", "grads_batched", "vmap_jacrev")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -75,7 +76,7 @@ def places(network: Network, model: nn.Module, targets: Tensor) -> Tensor | list
     return [tuple(int(i) for i in place) for place in torch.stack(torch.unravel_index(targets, shape), 1)]
 
 
-def measure_network(problem: Problem, rounds: int, seconds: float, say: measure.Say) -> dict[str, Any]:
+def measure_network(problem: Problem, rounds: int, seconds: float, compiled: bool, say: measure.Say) -> dict[str, Any]:
     network = problem.network
     generator = torch.Generator().manual_seed(20)
     model = network.full.build().requires_grad_(False)
@@ -90,7 +91,13 @@ def measure_network(problem: Problem, rounds: int, seconds: float, say: measure.
     with measure.quiet():
         first, _ = measure.timed(ours, problem.fresh(problem.samples, generator))
         plan = gradkern.explain(model, problem.fresh(1, generator), targets=asked, show=False)
-    screening = measure.screen(problem, picked, problem.samples, len(targets), generator, seconds, PEERS, say)  # type: ignore[arg-type]
+    screening = measure.screen(problem, picked, problem.samples, len(targets), generator, seconds, UNCOMPILED, say)  # type: ignore[arg-type]
+    if compiled:  # at the full batch alone: every batch size is compiled anew, which takes about a minute
+        say(f"{network.name}: compiling")
+        peer = PEERS["compiled"]
+        screening.append(
+            measure.screen_peer(peer, problem, picked, len(targets), problem.samples, generator, seconds)  # type: ignore[arg-type]
+        )
     finalists = measure.finalists(screening)
     rivals = [measure.contender(row, picked, len(targets)) for row in finalists]
     mine = Contender(report.OURS, report.OURS, problem.samples, ours)
@@ -164,6 +171,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads for everybody (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of the duel (default: 15)")
     parser.add_argument("--seconds", type=float, default=0.3, help="time per peer and batch size in the screening")
+    parser.add_argument("--compiled", action="store_true", help="also a compiled vmap(jacrev), at the full N")
     parser.add_argument("--quick", action="store_true", help="2 samples, 1 round: shows that it works")
     parser.add_argument("--out", type=Path, default=RESULTS / "networks.json", help="the JSON file")
     options = parser.parse_args(words)
@@ -180,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> int:
         network = NETWORKS[name]
         problem = Problem(network, 2 if options.quick else network.samples)
         rounds, seconds = (1, 0.01) if options.quick else (options.rounds, options.seconds)
-        results.append(measure_network(problem, rounds, seconds, say))
+        results.append(measure_network(problem, rounds, seconds, options.compiled, say))
         print(table(results[-1:]) if name == options.nets[0] else table(results).splitlines()[-1], flush=True)
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(

@@ -424,13 +424,13 @@ _ALL = [
          (1, 224)),
     pair("mlstm_fcn", lambda: LstmFcn(3, 20, 3, 4, (8, 12, 6), squeeze=4), (3, 20),
          lambda: LstmFcn(6, 100, 5, squeeze=16), (6, 100)),
-    pair("wav2vec2", lambda: FeatureEncoder(6), (1, 800), lambda: FeatureEncoder(128), (1, 4000), seeds=16, samples=4),
+    pair("wav2vec2", lambda: FeatureEncoder(6), (1, 800), lambda: FeatureEncoder(128), (1, 4000), seeds=16, samples=8),
     pair("lenet5", lambda: nn.Sequential(nn.Conv2d(1, 3, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
                                          nn.Linear(48, 4)), (1, 8, 8), LeNet5, (1, 28, 28), samples=512),
     pair("alexnet", lambda: alexnet(4, 16, (4, 6, 8, 6, 6), 12), (3, 16, 16), lambda: alexnet(10, 32), (3, 32, 32),
          samples=16),
     pair("vgg11", lambda: vgg11(4, 32, 2, 10), (3, 32, 32), lambda: vgg11(10, 32, hidden=512), (3, 32, 32), samples=8),
-    pair("resnet18", lambda: resnet18(4, 3), (3, 32, 32), lambda: resnet18(1000), (3, 64, 64), seeds=10, samples=4),
+    pair("resnet18", lambda: resnet18(4, 3), (3, 32, 32), lambda: resnet18(1000), (3, 64, 64), seeds=10, samples=8),
     pair("vit", lambda: ViT(4, 8, 4, 8, 2, 2), (3, 8, 8), lambda: ViT(10, 32, 4, 64, 4, 4), (3, 32, 32), samples=32),
 ]  # fmt: skip
 
