@@ -24,7 +24,7 @@ from .plug import GradientFunc, captum_seeds
 from .points import Points, part
 from .rules import Params, Rule
 
-CHUNK_BYTES = 16 << 20  # values and slopes held at a time
+CHUNK_BYTES = 64 << 20  # values and slopes held at a time, where the budget allows it
 
 
 class RuleMethod(RowMethod):
