@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .pack import WindowLayout
-from .units import Graph, Node, Unit
+from .units import Graph, Node, Unit, overlaps
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Cotangents:
         if behind is None:
             return None
         if reader.opened:
-            return behind if behind.node is reader.out and not behind.rows else own
-        if reader.kind == "pattern" and through_bits and behind.pattern is None:
+            plain = behind.node is reader.out and not behind.rows
+            return behind if plain or (behind.pattern is not None and through_bits) else own
+        if reader.kind == "pattern" and behind.pattern is None and (through_bits or self.sheltered(reader, behind)):
             return Cotangent(behind.node, behind.rows, reader)
         if reader.kind == "sum" and producer.rectify:  # type: ignore[union-attr]
             return own  # its negative part goes, and the sum's other branches keep theirs
@@ -83,6 +84,19 @@ class Cotangents:
         if reader.kind == "scale" and behind.node is reader.out:
             return behind  # multiplied in place
         return own
+
+    def sheltered(self, pool: Unit, behind: Cotangent) -> bool:
+        """Whether an opened ReLU in front of a pool can rectify what the pool gets instead of what it gives.
+
+        Nothing may be added in between (windows apart, one reader each), and whoever stands in front of the ReLU has
+        to read through the pool's bits.
+        """
+        relu = pool.reads[0].producer
+        if not (relu and relu.opened and pool.windows) or behind.rows or behind.node is not pool.out:
+            return False
+        source = relu.reads[0]
+        alone = len(self.readers(source)) == 1 and not self.is_output(source)
+        return alone and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)  # type: ignore[union-attr]
 
     def takes_rows(self, node: Node) -> bool:
         """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""

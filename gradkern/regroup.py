@@ -27,7 +27,7 @@ from .program import (
     View,
     Windows,
 )
-from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, planar, storage_axes, tokens
+from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
 class Builder:
@@ -317,7 +317,7 @@ class Builder:
             relu = True
             j = self.follow(i, is_pool) if not turned and node.is_a(geometry(step.shape)) else None
             opened = step.form.function == "open_relu"  # type: ignore[union-attr]
-            if j is not None and (opened or (rectify and overlaps(self.program.steps[j]))):
+            if j is not None and (opened or (rectify and overlaps(self.program.steps[j].form.windows))):
                 j = None  # what arrives from several windows is added before it is rectified
             if j is not None and why_not(self.program, self.program.steps[j]) is None:
                 windows = self.program.steps[j].form.windows  # type: ignore[union-attr]
@@ -379,12 +379,6 @@ def is_relu(step: Step) -> bool:
 
 def rectifies(step: Step) -> bool:
     return isinstance(step.form, Scale) and step.form.function in RECTIFYING
-
-
-def overlaps(step: Step) -> bool:
-    """Do a pool's windows share places, so that cotangents add up before they reach the step below?"""
-    w = step.form.windows  # type: ignore[union-attr]
-    return any(s < (k - 1) * d + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
 
 
 def is_elementwise(step: Step) -> bool:

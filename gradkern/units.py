@@ -145,3 +145,8 @@ def planar(w: Windows):
     if len(w.kernel) == 2:
         return w.kernel, w.stride, w.padding, w.dilation
     return (1, *w.kernel), (1, *w.stride), ((0, 0), *w.padding), (1, *w.dilation)
+
+
+def overlaps(w: Windows) -> bool:
+    """Do windows share places, so that a pool's cotangents add up before they reach the step below?"""
+    return any(s < (k - 1) * d + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
