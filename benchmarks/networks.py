@@ -25,6 +25,8 @@ import gradkern
 from benchmarks import accuracy, machine, measure, report
 from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
+from gradkern.cost import total_macs
+from gradkern.trace import trace
 from tests import oracle
 from tests.networks import NETWORKS, Network
 
@@ -58,13 +60,23 @@ class Problem:
         return torch.randn(n, *self.network.full.shapes[0], generator=generator, dtype=dtype)
 
 
+def outputs_of(network: Network, model: nn.Module) -> int:
+    with torch.no_grad():
+        return model(torch.zeros(1, *network.full.shapes[0])).numel()
+
+
 def chosen(network: Network, model: nn.Module, generator: torch.Generator) -> Tensor:
     """The flat outputs that are asked for: all of them, or a random few in order."""
-    with torch.no_grad():
-        outputs = model(torch.zeros(1, *network.full.shapes[0])).numel()
+    outputs = outputs_of(network, model)
     if network.seeds is None:
         return torch.arange(outputs)
     return torch.randperm(outputs, generator=generator)[: network.seeds].sort().values
+
+
+def whole_macs(model: nn.Module, x: Tensor, seeds: int) -> int:
+    """Multiply-adds per sample of a forward and of every seed's backward through every position, as autograd does it."""
+    program = trace(model, (x,))
+    return sum(total_macs(program, i, seeds) for i in range(len(program.steps)))
 
 
 def places(network: Network, model: nn.Module, targets: Tensor) -> Tensor | list[tuple[int, ...]]:
@@ -113,6 +125,9 @@ def measure_network(problem: Problem, rounds: int, seconds: float, compiled: boo
         "net": network.name,
         "samples": problem.samples,
         "seeds": len(targets),
+        "outputs": outputs_of(network, model),
+        "macs": sum(s.macs for s in plan.steps),
+        "peer_macs": whole_macs(model, x, len(targets)),
         "fused_share": plan.fused_share,
         "native_share": plan.native_share,
         "ratio": measure.paired_ratio(best.seconds, mine.seconds),
