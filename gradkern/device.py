@@ -27,9 +27,12 @@ from .program import Given, Program, Scale
 from .units import Node, Unit, planar
 
 WARP = 32
-#: `torch.get_float32_matmul_precision()` → TF32 products.  "highest" is the fp32 pipe until three products have been
-#: measured to be as accurate.
-PRODUCTS = {"highest": 0, "high": 3, "medium": 1}
+PLAIN, TF32, BF16, TF32X3 = 0, 1, 2, 3  # how dense contractions multiply; csrc/cuda/args.h
+#: By `torch.get_float32_matmul_precision()`.  "highest" is the fp32 pipe until three TF32 products have been measured
+#: to be as accurate.
+MATH = {"highest": PLAIN, "high": TF32X3, "medium": BF16}
+STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
+STEPS_VARIABLE = "GRADKERN_STEPS"
 MAX_TILE = 64  # samples of a block
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
 TILE_SUMS = 512  # sums in a warp's tile of a forward contraction; csrc/cuda/window.cuh
@@ -54,7 +57,8 @@ class Device(Machine):
 
     shared_bytes: int = 232448  # that one block may have
     threads: int = 256
-    products: int = 0  # of TF32 for one of fp32 in dense contractions: 3, 1, or 0 for the fp32 pipe
+    math: int = PLAIN  # of dense contractions
+    steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
 
 
 def why_not(form: object) -> str | None:
@@ -128,7 +132,7 @@ class DeviceLowering(Lowering):
     def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
         assert isinstance(machine, Device)
         self.machine = machine
-        self.products = machine.products if itemsize == 4 else 0
+        self.math = machine.math if itemsize == 4 else PLAIN
         self.written: set[int] = set()  # stores that a record has written
         self.choice = Choice(1, 1, 1, 0, 0, 0.0)
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
@@ -166,7 +170,7 @@ class DeviceLowering(Lowering):
         layout = self.window(unit)
         op = self.forward[-1]
         op["ldw"] = layout.ldf  # type: ignore[attr-defined]
-        if self.products and (layout.R > 1 or unit.reads[0].C % 4):
+        if self.math and (layout.R > 1 or unit.reads[0].C % 4):
             op["table2"] = self.table([r + i for r in layout.runs for i in range(layout.L)])
 
     def backward_window(self, unit: Unit, node: Node, behind: Cotangent) -> None:
@@ -221,7 +225,7 @@ class DeviceLowering(Lowering):
         self.scratch_size, sample = self.arrange(buffers, spans, best.seed_tile)
         for buffer in buffers:
             buffer.base += best.region * buffer.per_sample
-        sizes = (best.region, sample, self.products, self.bit_bytes, best.slots, best.bytes, best.block)
+        sizes = (best.region, sample, self.math, self.bit_bytes, best.slots, best.bytes, best.block)
         return sizes, best.seed_tile
 
     def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[int, int]:
@@ -258,7 +262,7 @@ class DeviceLowering(Lowering):
                 wanted = max(wanted, PARTS)
                 if op["kind"] == KINDS.index("WindowT"):
                     rows, channels = (block * tile + 3) // 4 * 4, min(op["O"], 64)
-                    wanted = max(wanted, rows * (channels + 48 if self.products else channels) + WARP)
+                    wanted = max(wanted, rows * (channels + 48 if self.math else channels) + WARP)
         return wanted
 
     def bytes(self, region: int, sample: int, block: int) -> int:

@@ -11,14 +11,19 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, options, plan, reference
+from . import layerrun, ops, options, plan, reference
 from .autograd import spans
 from .chain import FIELDS, Chain
+from .device import PLAIN, Device
+from .layered import Layer
+from .layerrun import LayerPack
+from .pack import Contraction, MixLayout
 from .plan import Plan
 from .program import Program
 from .seedcut import halves
@@ -26,6 +31,8 @@ from .seedcut import halves
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 
 Params = Mapping[str, Tensor]
+Owner = Chain | Plan
+Layouts = Sequence[Contraction | MixLayout]
 
 
 def jacobian(
@@ -54,7 +61,7 @@ def jacobian(
     if p.cut is not None and n:
         return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
     try:
-        if n == 0 or seeds == 0 or not program.steps or not any(g.native for g in p.groups):
+        if n == 0 or seeds == 0 or not program.steps or not (p.layers or any(g.native for g in p.groups)):
             raise NoKernel
         if p.whole:
             return whole(p, params, inputs, targets, wrt, out), tuple(out)
@@ -129,28 +136,32 @@ class NoKernel(Exception):
 
 
 class Packs:
-    """Packed weights of a few recent contents, by chain and content hash."""
+    """Packed weights of a few recent contents, by chain (or plan, of layers) and content hash."""
 
     def __init__(self, keep: int = 16, most: int = 64 << 20):
         self.keep, self.most, self.lock = keep, most, threading.Lock()  # entries, bytes
-        self.found: OrderedDict[tuple[int, int, torch.device], Packed] = OrderedDict()
+        self.found: OrderedDict[tuple[int, int, torch.device], tuple[Owner, Any]] = OrderedDict()
 
     def get(self, chain: Chain, params: Params, like: Tensor) -> Packed:
-        tensors = [params[name] for layout in chain.layouts for name in layout.names()]
+        return self.fetch(chain, chain.layouts, params, like, lambda: Packed(chain, params, like))
+
+    def fetch(self, owner: Owner, layouts: Layouts, params: Params, like: Tensor, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes of the owner's weights, once per content."""
+        tensors = [params[name] for layout in layouts for name in layout.names()]
         if any(t.dtype != like.dtype for t in tensors):
             raise NoKernel
-        key = (id(chain), ops.content_hash(tensors), like.device)
+        key = (id(owner), ops.content_hash(tensors), like.device)
         with self.lock:
-            packed = self.found.get(key)
-            if packed is not None and packed.chain is chain:
+            known, packed = self.found.get(key, (None, None))
+            if known is owner:
                 self.found.move_to_end(key)
                 return packed
-        packed = Packed(chain, params, like)
+        packed = make()
         with self.lock:
-            self.found[key] = packed
-            held = sum(p.weights.nbytes for p in self.found.values())
+            self.found[key] = owner, packed
+            held = sum(p.weights.nbytes for _, p in self.found.values())
             while len(self.found) > self.keep or (held > self.most and len(self.found) > 1):
-                held -= self.found.popitem(last=False)[1].weights.nbytes
+                held -= self.found.popitem(last=False)[1][1].weights.nbytes
         return packed
 
 
@@ -185,6 +196,14 @@ _packs = Packs()
 
 def packed_for(chain: Chain, params: Params, like: Tensor) -> Packed:
     packed = _packs.get(chain, params, like)
+    if not packed.finite:
+        raise NoKernel
+    return packed
+
+
+def layers_for(p: Plan, params: Params, like: Tensor) -> LayerPack:
+    own = layerrun.contractions(p.program, p.layers)
+    packed = _packs.fetch(p, own, params, like, lambda: LayerPack(p.program, p.layers, params, like))
     if not packed.finite:
         raise NoKernel
     return packed
@@ -268,6 +287,11 @@ class Pieces:
         self.values: dict[int, Tensor] = dict(enumerate(inputs))
         self.cotangents: dict[int, Tensor] = {}
         self.needs = self.reachable()
+        self.layers = {x.contraction: x for x in p.layers}
+        self.turns = {x.at: x for x in p.layers}
+        self.within = {i for x in p.layers for i in (x.contraction, *x.norms, *x.behind)}
+        self.folded = {i for x in p.layers for i in x.norms}
+        self.pack = layers_for(p, params, inputs[0]) if p.layers else None
 
     def reachable(self) -> set[int]:
         """Values that depend on a wanted input."""
@@ -345,18 +369,49 @@ class Pieces:
     def forward_reference(self, steps: Sequence[int]) -> None:
         base = len(self.program.inputs)
         for i in steps:
+            if i in self.turns:
+                self.forward_layer(self.turns[i])
+            if i in self.within:
+                continue
             args = [self.values[v] for v in self.program.steps[i].inputs]
             self.values[base + i] = reference.forward_step(self.program, i, args, self.params)
 
     def backward_reference(self, k: int) -> None:
         base = len(self.program.inputs)
         for i in reversed(self.plan.groups[k].steps):
-            step = self.program.steps[i]
-            g = self.cotangents.pop(base + i, None)
+            step, layer = self.program.steps[i], self.layers.get(i)
+            if i in self.folded:
+                continue
+            g = self.cotangents.pop(layer.cotangent if layer else base + i, None)
             if g is None or not any(v in self.needs for v in step.inputs):
                 continue
-            args = [self.values[v] for v in step.inputs]
-            found = reference.vjp_step(self.program, i, args, self.values[base + i], g, self.params)
+            if layer:
+                self.backward_layer(layer, g)
+                continue
+            # What a layer does on the way is not written: a sum's VJP reads no value, a ReLU's its result alone.
+            out = self.values.get(base + i)
+            args = [self.values.get(v, out) for v in step.inputs]
+            found = reference.vjp_step(self.program, i, args, out, g, self.params)
             for v, cotangent in zip(step.inputs, found, strict=True):
                 if v in self.needs:
                     self.add(v, cotangent)
+
+    # ---- layers
+
+    def math(self) -> int:
+        assert isinstance(self.plan.machine, Device)
+        return self.plan.machine.math if self.dtype == torch.float32 else PLAIN
+
+    def forward_layer(self, layer: Layer) -> None:
+        assert self.pack is not None
+        weights = self.pack.of[layer.contraction]
+        add = None if layer.add is None else self.values[layer.add]
+        x = self.values[layer.source]
+        self.values[layer.value] = layerrun.run_forward(self.program, layer, weights, self.math(), x, add)
+
+    def backward_layer(self, layer: Layer, g: Tensor) -> None:
+        assert self.pack is not None
+        weights = self.pack.of[layer.contraction]
+        add = self.cotangents.pop(layer.source, None) if layer.last else None
+        found = layerrun.run_backward(self.program, layer, weights, self.math(), g, add, self.values)
+        self.add(layer.target, found)

@@ -19,12 +19,14 @@ from .chain import Chain, Machine, lower
 from .cost import forward_macs, total_macs
 from .device import Device, TooLarge, lower_device
 from .device import why_not as device_why_not
+from .layered import Layer, absorbable, find
 from .program import Opaque, Program, View, describe
 from .recurrent import recognise
 from .seedcut import SeedCut, ancestors, choose
 from .units import Builder, why_not
 
 CPU = torch.device("cpu")
+LAYER = "kernel cuda, by layer"
 NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}
 
 
@@ -64,6 +66,7 @@ class Plan:
     groups: tuple[Group, ...]
     steps: tuple[PlanStep, ...]
     cut: SeedCut | None = None  # where seeds start instead of at the outputs
+    layers: tuple[Layer, ...] = ()  # contractions outside the native groups that have a kernel of their own
 
     @property
     def whole(self) -> bool:
@@ -124,26 +127,29 @@ def plan(
     elif dtype not in NATIVE_DTYPES:
         blocked = f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
     reasons = [blocked or why_not(program, step) for step in program.steps]
+    layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
         reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
-        groups = fit(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
+        groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
     folded = {i for g in groups if g.native for u in units_of(program, g) for i in u.steps[1:]}
+    folded |= {i for x in layers for i in (*x.norms, *x.behind)}
+    by_layer = {x.contraction for x in layers}
     rows = []
     base = len(program.inputs)
     known = opaque_macs or {}
     narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
     before = ancestors(program, narrow.value) if narrow else set()
     for i, step in enumerate(program.steps):
-        path, why = row(program, i, reasons[i], machine, folded)
+        path, why = (LAYER, reasons[i] or "") if i in by_layer else row(program, i, reasons[i], machine, folded)
         own = narrow.width if narrow and base + i in before else seeds
         macs = total_macs(program, i, own, known.get(i))
         if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
             macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
         group = next(k for k, g in enumerate(groups) if i in g.steps)
         rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
-    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow)
+    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, layers)
 
 
 def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
@@ -155,10 +161,10 @@ def row(program: Program, i: int, reason: str | None, machine: Machine | None, f
         return "autograd, per op", f"{step.op or step.form.call.op}: {step.form.reason}"
     if isinstance(step.form, View):
         return "view", ""
-    if reason is not None:
-        return "aten, seeds folded", reason
     if i in folded:
         return "folded", ""
+    if reason is not None:
+        return "aten, seeds folded", reason
     return f"kernel {machine.isa if machine else ''}".strip(), ""
 
 
@@ -195,6 +201,34 @@ def group_of(program: Program, steps: list[int], native: bool) -> Group:
 
 
 # ---- a GPU's shared memory
+
+
+def on_device(
+    program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int
+) -> tuple[tuple[Group, ...], tuple[Layer, ...]]:
+    """Groups that fit a GPU's shared memory, and what runs of the rest by layers.
+
+    Elementwise steps beside a layer join it: a chain of their own would only read and write what the layer's kernel
+    has at hand.  ``reasons`` are amended.
+    """
+    before = list(reasons)
+    groups = fit(program, reasons, machine, itemsize, seeds)
+    large = {i for i, (old, new) in enumerate(zip(before, reasons, strict=True)) if old is None and new is not None}
+    if not large:
+        return groups, ()
+    joined = list(reasons)
+    base = len(program.inputs)
+    for group in groups:
+        beside = {v - base for v in group.live_in} | {j for v in group.live_out for j in program.consumers[v]}
+        if group.native and beside & large and all(absorbable(program, i) for i in group.steps):
+            for i in group.steps:
+                joined[i] = "beside a layer with a kernel of its own"
+    wider = fit(program, joined, machine, itemsize, seeds)
+    layers = find(program, [(g.native, g.steps) for g in wider], large, seeds, machine)
+    if not layers:
+        return groups, ()
+    reasons[:] = joined
+    return wider, layers
 
 
 def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:

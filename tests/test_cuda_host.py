@@ -92,7 +92,7 @@ def test_tensor_core_products(name: str, precision: str) -> None:
     device = HostDevice(precision=precision, threads=64)
     model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, inputs)
-    bound = {"high": 2e-6, "medium": 3e-3}[precision]
+    bound = {"high": 2e-6, "medium": 2e-2}[precision]
     assert oracle.relative_error(y, want_y) < bound
     for f, w in zip(found, want, strict=True):
         assert oracle.disagreeing(f, w, 10 * bound) <= 0.25

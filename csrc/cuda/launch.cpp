@@ -38,7 +38,7 @@ void keep(const at::Tensor& tensor, c10::cuda::CUDAStream stream) {
   if (tensor.numel()) tensor.record_stream(stream);
 }
 
-template <class T, int Products>
+template <class T, int Math>
 void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
             const at::Tensor& backward, at::IntArrayRef sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
             at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
@@ -80,10 +80,10 @@ void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& t
       static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(sizes[6], (args.samples + processors - 1) / processors)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  const char* error = prepare_chain<T, Products>(shared);
+  const char* error = prepare_chain<T, Math>(shared);
   if (!error)
-    error = launch_chain<T, Products>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
-                                      stream.stream());
+    error = launch_chain<T, Math>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
+                                  stream.stream());
   TORCH_CHECK(!error, "gradkern: the chain kernel could not be launched with ", shared,
               " bytes of shared memory: ", error ? error : "");
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
@@ -100,15 +100,16 @@ void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tabl
   const bool single = packed.scalar_type() == at::kFloat;
   TORCH_CHECK(single || packed.scalar_type() == at::kDouble, "gradkern: the CUDA kernels take float32 or float64, got ",
               packed.scalar_type());
-  const int64_t products = sizes[2];
-  TORCH_CHECK(products == 0 || (single && (products == 1 || products == 3)),
-              "gradkern: expected 0, 1 or 3 TF32 products (0 for float64), got ", products);
+  const int64_t math = sizes[2];
+  TORCH_CHECK(math == kPlain || (single && (math == kTf32 || math == kBf16 || math == kTf32x3)),
+              "gradkern: expected an arithmetic of 0 … 3 (0 for float64), got ", math);
   if (inputs[0].size(0) == 0) return;
   const c10::cuda::CUDAGuard guard(inputs[0].device());
-  const auto go = !single         ? launch<double, 0>
-                  : products == 3 ? launch<float, 3>
-                  : products == 1 ? launch<float, 1>
-                                  : launch<float, 0>;
+  const auto go = !single           ? launch<double, kPlain>
+                  : math == kTf32x3 ? launch<float, kTf32x3>
+                  : math == kTf32   ? launch<float, kTf32>
+                  : math == kBf16   ? launch<float, kBf16>
+                                    : launch<float, kPlain>;
   go(inputs, packed, tables, forward, backward, sizes, targets, seed_rows, cotangents, seed_tile, outputs, results);
 }
 
