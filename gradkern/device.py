@@ -15,15 +15,16 @@ leaves the step to ATen.  Nothing ever spills to global memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .chain import FIELDS, KINDS, Buffer, Chain, Cotangent, Graph, Lowering, Machine, lower, mergeable
 from .pack import ScatterLayout, WindowLayout, aligned
-from .program import Given, Program, Scale
+from .program import Program
 from .units import Node, Unit, planar
 
 WARP = 32
@@ -31,6 +32,8 @@ PLAIN, TF32, BF16, TF32X3 = 0, 1, 2, 3  # how dense contractions multiply; csrc/
 #: By `torch.get_float32_matmul_precision()`.  "highest" is the fp32 pipe until three TF32 products have been measured
 #: to be as accurate.
 MATH = {"highest": PLAIN, "high": TF32X3, "medium": BF16}
+#: Dtypes that are cast to float32 on the way in and back on the way out, and the products that lose nothing of them.
+HALVES = {torch.float16: TF32, torch.bfloat16: BF16}
 STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
 STEPS_VARIABLE = "GRADKERN_STEPS"
 MAX_TILE = 64  # samples of a block
@@ -59,13 +62,6 @@ class Device(Machine):
     threads: int = 256
     math: int = PLAIN  # of dense contractions
     steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
-
-
-def why_not(form: object) -> str | None:
-    """Why the GPU's interpreter does not run a form that the CPU's does: the attribution rules' own are not there."""
-    if isinstance(form, Given) or (isinstance(form, Scale) and form.function in ("guided_relu", "open_relu")):
-        return "rules of attribution methods have no GPU kernel yet"
-    return None
 
 
 class DeviceWindow(WindowLayout):
@@ -397,6 +393,12 @@ def lower_device(
     seeds: int,
     wrt: tuple[int, ...],
     onehot: bool = True,
+    linear: bool = False,
 ) -> Chain:
     """`gradkern.chain.lower` for a GPU.  Raises `TooLarge`."""
-    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering)
+    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering, linear)
+
+
+def lowering(machine: Machine) -> Callable[..., Chain]:
+    """`lower` or `lower_device`, by the machine."""
+    return lower_device if isinstance(machine, Device) else lower

@@ -43,11 +43,13 @@ def jacobian(
     wrt: Sequence[int] | None = None,
     *,
     out: Sequence[Tensor] | None = None,
+    planned: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs ``[N, *out]`` and one Jacobian ``[N, S, *in]`` per input in ``wrt`` (default: all).
 
     ``targets``: flat output indices, int64 ``[S]`` shared by all samples or ``[N, S]``; None is every output.
-    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.
+    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.  ``planned``: the dtype that the plan is made
+    for, where that is not the inputs'.
     """
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     n, dtype = inputs[0].shape[0], dtype_of(inputs)
@@ -57,7 +59,9 @@ def jacobian(
     seeds = targets.shape[-1]
     if out is None:
         out = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
-    p = plan.cached_plan(program, seeds, dtype, inputs[0].device)
+    p = plan.cached_plan(program, seeds, planned or dtype, inputs[0].device)
+    if p.halves == dtype:
+        return in_float32(program, params, inputs, targets, wrt, out), tuple(out)
     if p.cut is not None and n:
         return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
     try:
@@ -70,6 +74,27 @@ def jacobian(
         return by_reference(program, params, inputs, targets, wrt, out), tuple(out)
 
 
+def in_float32(
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    wrt: tuple[int, ...],
+    out: Sequence[Tensor],
+) -> Tensor:
+    """The kernels work in float32; a copy on either side costs less than they do."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x.float() if x.is_floating_point() else x
+
+    dtype = dtype_of(inputs)
+    wide = {name: cast(p) for name, p in params.items()}
+    y, found = jacobian(program, wide, [cast(x) for x in inputs], targets, wrt, planned=dtype)
+    for o, j in zip(out, found, strict=True):
+        o.copy_(j)
+    return y.to(dtype)
+
+
 def through_bottleneck(
     p: Plan, params: Params, inputs: Sequence[Tensor], targets: Tensor, wrt: tuple[int, ...], out: Sequence[Tensor]
 ) -> Tensor:
@@ -80,9 +105,10 @@ def through_bottleneck(
     each = width * max(o[0, 0].numel() for o in out) * out[0].element_size()
     outputs = []
     for a, b in spans(0, n, max(1, PRODUCT_BYTES // max(each, 1))):
-        values, inner = jacobian(before, params, [x[a:b] for x in inputs], None, wrt)  # [n, *v], [n, K, *in]
+        few = [x[a:b] for x in inputs]
+        values, inner = jacobian(before, params, few, None, wrt, planned=p.halves)  # [n, *v], [n, K, *in]
         own = targets[a:b] if targets.dim() == 2 else targets
-        y, (outer,) = jacobian(after, params, [values], own)  # [n, S, *v]
+        y, (outer,) = jacobian(after, params, [values], own, planned=p.halves)  # [n, S, *v]
         outer = outer.reshape(b - a, -1, width)
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
@@ -101,7 +127,7 @@ def by_reference(
     """The same without kernels, a part of the batch at a time: the caller counts on a kernel's need of memory."""
     n = inputs[0].shape[0]
     outputs = []
-    chunk = max(1, options.memory_budget() // need(program, targets.shape[-1], dtype_of(inputs)))
+    chunk = max(1, options.memory_budget(inputs[0].device) // need(program, targets.shape[-1], dtype_of(inputs)))
     for a, b in list(spans(0, n, chunk)) or [(0, 0)]:
         own = targets[a:b] if targets.dim() == 2 else targets
         y, found = reference.jacobian(program, params, [x[a:b] for x in inputs], own, wrt)
@@ -120,6 +146,11 @@ def need(program: Program, seeds: int, dtype: torch.dtype) -> int:
     """Bytes per sample beside the result where values and cotangents are whole tensors."""
     numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
     return max(1, dtype.itemsize * (sum(numels) + 3 * seeds * max(numels)))
+
+
+def casts(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a call casts to float32 and back."""
+    return plan.cached_plan(program, seeds, dtype, device).halves is not None
 
 
 def bounded(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from . import ops
-from .chain import Chain, Machine, lower
+from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
-from .device import Device, TooLarge, lower_device
-from .device import why_not as device_why_not
+from .device import HALVES, Device, TooLarge, lower_device, lowering
 from .layered import Layer, absorbable, find
 from .program import Opaque, Program, View, describe
 from .recurrent import recognise
@@ -66,6 +65,7 @@ class Plan:
     groups: tuple[Group, ...]
     steps: tuple[PlanStep, ...]
     cut: SeedCut | None = None  # where seeds start instead of at the outputs
+    halves: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
     layers: tuple[Layer, ...] = ()  # contractions outside the native groups that have a kernel of their own
 
     @property
@@ -100,6 +100,9 @@ class Plan:
                 lines.append(f"v{s.value} ({s.module or s.op}): {s.why}")
         if self.cut is not None:
             lines.append(str(self.cut))
+        if self.halves is not None:
+            name = str(self.halves).removeprefix("torch.")
+            lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
         lines.append(
             f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
             f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
@@ -121,7 +124,10 @@ def plan(
     ``opaque_macs`` gives the multiply-adds per sample of opaque steps, by step, where they were measured.
     """
     machine = machine or ops.machine(device)
-    blocked = None
+    blocked = halves = None
+    if isinstance(machine, Device) and dtype in HALVES and not any(isinstance(s.form, Opaque) for s in program.steps):
+        # What torch runs by itself may name a dtype; everything else works in float32 as well.
+        halves, machine, dtype = dtype, replace(machine, math=HALVES[dtype]), torch.float32
     if machine is None:
         blocked = f"the compiled extension {'is missing' if device.type == 'cpu' else f'has no {device.type} part'}"
     elif dtype not in NATIVE_DTYPES:
@@ -129,7 +135,6 @@ def plan(
     reasons = [blocked or why_not(program, step) for step in program.steps]
     layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
-        reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
         groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
@@ -149,7 +154,7 @@ def plan(
             macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
         group = next(k for k, g in enumerate(groups) if i in g.steps)
         rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
-    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, layers)
+    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, halves, layers)
 
 
 def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
@@ -300,7 +305,7 @@ def chain_of(plan: Plan, group: int, seeds: int, wrt: tuple[int, ...], onehot: b
     found = _chains.get(key)
     if found is None:
         g = plan.groups[group]
-        make = lower_device if isinstance(plan.machine, Device) else lower
+        make = lowering(plan.machine)
         chain = make(plan.program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt, onehot)
         found = _remember(_chains, key, chain)
     return found

@@ -41,7 +41,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T>& t) {
     case Kind::ProductT: return run_times_t(op, t);
     case Kind::LinesT: return run_lines_t(op, t);
     case Kind::StoreT: return run_store_t(op, t);
-    case Kind::Rectify: return;  // the planner keeps the rules' ReLUs off the GPU
+    case Kind::Rectify: return run_rectify(op, t);
   }
 }
 

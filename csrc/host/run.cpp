@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../cuda/chain.cuh"
+#include "../cuda/hash.cuh"
 #include "../cuda/step.cuh"
 
 namespace {
@@ -73,6 +74,10 @@ void gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads
 }
 void gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
   chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
+}
+void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, int blocks) {
+  launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
+         [&] { cuda::hash_kernel(words, count, first, total); });
 }
 void gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
   switch (math) {
