@@ -27,6 +27,9 @@ BYTES = 4.0e12
 # keeps what is bound by arithmetic; benchmarks/gpu.py times both ways, and its first run settles these two lines.
 OWN_SHARE = {PLAIN: 0.5, TF32: 0.3, BF16: 0.2, TF32X3: 0.35}
 ATEN_SHARE = 0.75
+# Numbers in a weight from which a contraction leaves its chain.  A block reads the weight for its own few samples: a
+# mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
+CHAIN_WEIGHT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,20 @@ def pays(program: Program, layer: Layer, seeds: int, machine: Device) -> bool:
     library = PEAK[PLAIN] if machine.math == PLAIN else PEAK[TF32]
     aten = max(dense_macs / (library * ATEN_SHARE), itemsize * (read + written) / BYTES) + itemsize * passes / BYTES
     return seeds > 0 and own < aten
+
+
+def heavy(program: Program, i: int) -> str | None:
+    """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
+    step = program.steps[i]
+    form = step.form
+    if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
+        return None
+    c = program.shape(step.inputs[0])[-1 if isinstance(form.map, Dense) else 0]
+    o = step.shape[-1 if isinstance(form.map, Dense) else 0]
+    numbers = c * o if isinstance(form.map, Dense) else c * o // form.map.groups * form.map.taps
+    if numbers <= CHAIN_WEIGHT:
+        return None
+    return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
 
 
 def absorbable(program: Program, i: int) -> bool:

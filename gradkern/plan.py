@@ -18,7 +18,7 @@ from . import ops
 from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
 from .device import HALVES, Device, TooLarge, lower_device, lowering
-from .layered import Layer, absorbable, find
+from .layered import Layer, absorbable, find, heavy
 from .program import Opaque, Program, View, describe
 from .recurrent import recognise
 from .seedcut import SeedCut, ancestors, choose
@@ -211,12 +211,13 @@ def group_of(program: Program, steps: list[int], native: bool) -> Group:
 def on_device(
     program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int
 ) -> tuple[tuple[Group, ...], tuple[Layer, ...]]:
-    """Groups that fit a GPU's shared memory, and what runs of the rest by layers.
+    """Groups for a GPU: chains of what fits its shared memory and has small weights, and the layers among the rest.
 
     Elementwise steps beside a layer join it: a chain of their own would only read and write what the layer's kernel
     has at hand.  ``reasons`` are amended.
     """
     before = list(reasons)
+    reasons[:] = [r or heavy(program, i) for i, r in enumerate(reasons)]
     groups = fit(program, reasons, machine, itemsize, seeds)
     large = {i for i, (old, new) in enumerate(zip(before, reasons, strict=True)) if old is None and new is not None}
     if not large:

@@ -296,3 +296,20 @@ def test_the_plan_chooses_by_cost() -> None:
     assert paths(512, 5, base) == ["aten, seeds folded"] * 2
     assert paths(512, 5, replace(base, steps="kernel")) == [plan.LAYER] * 2
     assert paths(16, 1, replace(base, steps="aten")) == ["aten, seeds folded"] * 2
+
+
+def test_large_weights_leave_their_chain() -> None:
+    """A chain would read them for a few samples at a time."""
+    machine = HostDevice().machine
+    for width, whole in ((256, True), (1024, False)):
+        hidden = [Step(Contract(Dense(), Param(f"w{i}")), (2 * i,), (width,)) for i in range(2)]
+        relus = [Step(Scale("relu"), (2 * i + 1,), (width,)) for i in range(2)]
+        steps = (hidden[0], relus[0], hidden[1], relus[1], Step(Contract(Dense(), Param("h")), (4,), (5,)))
+        program = Program(((width,),), steps, 5)
+        made = plan.plan(program, 5, machine=machine)
+        assert made.whole == whole
+        assert any("million weights" in s.why for s in made.steps) != whole
+        if not whole:
+            assert made.steps[4].path == "kernel cuda"
+            forced = plan.plan(program, 5, machine=replace(machine, steps="kernel"))
+            assert [s.path for s in forced.steps] == [plan.LAYER, "folded", plan.LAYER, "kernel cuda", "kernel cuda"]
