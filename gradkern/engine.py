@@ -28,6 +28,7 @@ from .plan import Plan
 from .program import Program
 from .seedcut import halves
 
+GPU_ROOM = 16  # times as many packs are kept on a GPU: networks in many pieces, with large weights
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 
 Params = Mapping[str, Tensor]
@@ -173,15 +174,23 @@ class Packs:
         self.keep, self.most, self.lock = keep, most, threading.Lock()  # entries, bytes
         self.found: OrderedDict[tuple[int, int, torch.device], tuple[Owner, Any]] = OrderedDict()
 
-    def get(self, chain: Chain, params: Params, like: Tensor) -> Packed:
-        return self.fetch(chain, chain.layouts, params, like, lambda: Packed(chain, params, like))
+    def get(self, chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
+        return self.fetch(chain, chain.layouts, params, like, lambda: Packed(chain, params, like), content)
 
-    def fetch(self, owner: Owner, layouts: Layouts, params: Params, like: Tensor, make: Callable[[], Any]) -> Any:
-        """What ``make`` makes of the owner's weights, once per content."""
+    def fetch(
+        self,
+        owner: Owner,
+        layouts: Layouts,
+        params: Params,
+        like: Tensor,
+        make: Callable[[], Any],
+        content: int | None = None,
+    ) -> Any:
+        """What ``make`` makes of the owner's weights, once per content: of these weights, or as given."""
         tensors = [params[name] for layout in layouts for name in layout.names()]
         if any(t.dtype != like.dtype for t in tensors):
             raise NoKernel
-        key = (id(owner), ops.content_hash(tensors), like.device)
+        key = (id(owner), ops.content_hash(tensors) if content is None else content, like.device)
         with self.lock:
             known, packed = self.found.get(key, (None, None))
             if known is owner:
@@ -191,7 +200,8 @@ class Packs:
         with self.lock:
             self.found[key] = owner, packed
             held = sum(p.weights.nbytes for _, p in self.found.values())
-            while len(self.found) > self.keep or (held > self.most and len(self.found) > 1):
+            room = 1 if like.device.type == "cpu" else GPU_ROOM
+            while len(self.found) > room * self.keep or (held > room * self.most and len(self.found) > 1):
                 held -= self.found.popitem(last=False)[1][1].weights.nbytes
         return packed
 
@@ -225,16 +235,17 @@ class Packed:
 _packs = Packs()
 
 
-def packed_for(chain: Chain, params: Params, like: Tensor) -> Packed:
-    packed = _packs.get(chain, params, like)
+def packed_for(chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
+    """``content``: a hash of all parameters, where the caller has one."""
+    packed = _packs.get(chain, params, like, content)
     if not packed.finite:
         raise NoKernel
     return packed
 
 
-def layers_for(p: Plan, params: Params, like: Tensor) -> LayerPack:
+def layers_for(p: Plan, params: Params, like: Tensor, content: int) -> LayerPack:
     own = layerrun.contractions(p.program, p.layers)
-    packed = _packs.fetch(p, own, params, like, lambda: LayerPack(p.program, p.layers, params, like))
+    packed = _packs.fetch(p, own, params, like, lambda: LayerPack(p.program, p.layers, params, like), content)
     if not packed.finite:
         raise NoKernel
     return packed
@@ -322,7 +333,9 @@ class Pieces:
         self.turns = {x.at: x for x in p.layers}
         self.within = {i for x in p.layers for i in (x.contraction, *x.norms, *x.behind)}
         self.folded = {i for x in p.layers for i in x.norms}
-        self.pack = layers_for(p, params, inputs[0]) if p.layers else None
+        # One hash for all pieces: on a GPU each waits.
+        self.content = ops.content_hash([t for t in params.values() if t.device == inputs[0].device])
+        self.pack = layers_for(p, params, inputs[0], self.content) if p.layers else None
 
     def reachable(self) -> set[int]:
         """Values that depend on a wanted input."""
@@ -361,7 +374,7 @@ class Pieces:
         group = self.plan.groups[k]
         chain = plan.chain_of(self.plan, k, 0, (), False)
         ins = chain_inputs(chain, self.values, self.dtype)
-        packed = packed_for(chain, self.params, ins[0])
+        packed = packed_for(chain, self.params, ins[0], self.content)
         found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
         for v, y in zip(group.live_out, found, strict=True):
             self.values[v] = y.view(self.n, *self.program.shape(v))
@@ -375,7 +388,7 @@ class Pieces:
             return
         chain = plan.chain_of(self.plan, k, self.seeds, wrt, onehot)
         ins = chain_inputs(chain, self.values, self.dtype)
-        packed = packed_for(chain, self.params, ins[0])
+        packed = packed_for(chain, self.params, ins[0], self.content)
         results = [ins[0].new_empty(self.n, self.seeds, math.prod(self.program.shape(v))) for v in chain.wrt]
         targets = rows = None
         cotangents: list[Tensor] = []

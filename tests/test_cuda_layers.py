@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradkern import binding, engine, layered, plan, reference, trace
+from gradkern import binding, engine, layered, options, plan, reference, trace
 from gradkern.device import BF16, PLAIN, TF32, TF32X3
 from gradkern.program import Contract, Dense, Param, Program, Scale, Step, Sum, View, Windows
 from tests import oracle
@@ -313,3 +313,25 @@ def test_large_weights_leave_their_chain() -> None:
             assert made.steps[4].path == "kernel cuda"
             forced = plan.plan(program, 5, machine=replace(machine, steps="kernel"))
             assert [s.path for s in forced.steps] == [plan.LAYER, "folded", plan.LAYER, "kernel cuda", "kernel cuda"]
+
+
+def test_new_weights_are_packed_again() -> None:
+    model = settle(vgg().double(), torch.Generator().manual_seed(1))
+    x = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    device = HostDevice(shared_bytes=3072, steps="kernel", threads=32)
+    for layer in (0, 2, 5, 9, 11):
+        model[layer].weight.data[0].mul_(-2)
+        _, found, used = solve(model, x, device)
+        assert used.layers
+        _, (want,) = oracle.jacobian(model, x)
+        assert oracle.relative_error(found, want) < 1e-11
+
+
+def test_a_gpus_budget(monkeypatch) -> None:
+    """A sixteenth of its memory, unless the caller chose."""
+    known = type("Properties", (), {"total_memory": 160 << 30})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    assert options.memory_budget() == options.memory_budget(torch.device("cpu")) == 128 << 20
+    assert options.memory_budget(torch.device("cuda", 0)) == 10 << 30
+    with options.use(memory_budget=5):
+        assert options.memory_budget(torch.device("cuda", 0)) == 5
