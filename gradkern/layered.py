@@ -18,6 +18,7 @@ from .program import Channels, Contract, Dense, Program, Scale, Select, Sum, Vie
 from .units import geometry, planar
 
 SLICE, WIDE, NARROW = 16, 64, 16  # csrc/cuda/step.cuh: terms of a slice, results of a block
+MOST_BLOCKS, MOST_NUMBERS = 65535, (1 << 31) - 1  # of a grid along z; of a sample, for 32-bit offsets
 MAX_POOL_TAPS = 254  # a byte says which tap was chosen
 
 # Multiply-adds per second of an H200, by arithmetic, and bytes per second of a copy: data sheet.
@@ -204,9 +205,13 @@ class Finder:
         source = step.inputs[0]
         last = self.is_last(source, i)
         target, mask, pool = self.way_back(source) if last else (source, None, None)
+        forward, backward = forward_matrix(program, i), backward_matrix(program, i)
+        extent = max(math.prod(step.shape), math.prod(program.shape(source)))
+        if backward.groups * len(backward.phases) > MOST_BLOCKS or extent > MOST_NUMBERS:
+            return None
         return Layer(
-            i, tuple(norms), tuple(behind), source, cotangent, value, add, relu, last, target, mask, pool,
-            forward_matrix(program, i), backward_matrix(program, i),
+            i, tuple(norms), tuple(behind), source, cotangent, value, add, relu, last, target, mask, pool, forward,
+            backward,
         )  # fmt: skip
 
     def reader(self, value: int, i: int) -> int | None:
@@ -283,16 +288,21 @@ def pool_extent(program: Program, pool: int) -> tuple[int, int, int, int]:
 
 
 def pays(program: Program, layer: Layer, seeds: int, machine: Device) -> bool:
-    """Whether the step kernel is expected to be faster than ATen with the seeds folded into the batch.
+    """Whether the step kernel is expected to be faster than ATen with the seeds folded into the batch."""
+    form = program.steps[layer.contraction].form
+    assert isinstance(form, Contract)
+    few = isinstance(form.map, Windows) and form.map.groups > 1 and layer.backward.K < SLICE  # depthwise and the like
+    own, aten = expected(program, layer, machine.math)
+    return seeds > 0 and not few and own < aten
+
+
+def expected(program: Program, layer: Layer, arithmetic: int) -> tuple[float, float]:
+    """Seconds per sample and seed of a layer's backward pass on an H200, by the step kernel and by ATen.
 
     ATen's libraries make better use of the arithmetic; what they cannot do is keep a result on the chip for the mask,
     the sum or the pool, each of which they read and write again.
     """
-    itemsize, form = 4, program.steps[layer.contraction].form
-    assert isinstance(form, Contract)
-    depthwise = isinstance(form.map, Windows) and form.map.groups > 1 and layer.backward.K < SLICE
-    if depthwise:
-        return False
+    itemsize = 4
     read = math.prod(program.shape(layer.cotangent))
     written, target = math.prod(program.shape(layer.source)), math.prod(program.shape(layer.target))
     dense_macs = math.prod(program.steps[layer.contraction].shape) * layer.forward.K * layer.forward.all_taps
@@ -301,10 +311,10 @@ def pays(program: Program, layer: Layer, seeds: int, machine: Device) -> bool:
         passes += 2 * written
     if layer.pool is not None:
         passes += written + 2 * target  # zeros, then the maxima
-    own = max(layer.backward.macs / (PEAK[machine.math] * OWN_SHARE[machine.math]), itemsize * (read + target) / BYTES)
-    library = PEAK[PLAIN] if machine.math == PLAIN else PEAK[TF32]
+    own = max(layer.backward.macs / (PEAK[arithmetic] * OWN_SHARE[arithmetic]), itemsize * (read + target) / BYTES)
+    library = PEAK[PLAIN] if arithmetic == PLAIN else PEAK[TF32]
     aten = max(dense_macs / (library * ATEN_SHARE), itemsize * (read + written) / BYTES) + itemsize * passes / BYTES
-    return seeds > 0 and own < aten
+    return own, aten
 
 
 def heavy(program: Program, i: int) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gradkern import binding, engine, trace
+from gradkern.attr.rulemethods import with_relu
 from tests.cases import CASES
 from tests.host_device import CSRC, FLAGS, HostDevice, installed
 
@@ -24,6 +25,7 @@ NETS = [
 ]
 
 
+RULED = ["residual"]  # once more by the rule of guided backpropagation
 LAYERS = ["maxpool2d", "residual", "linear_axes"]  # by the step kernel, with hardly any shared memory for chains
 
 
@@ -37,7 +39,10 @@ def recordings(precision: str, layers: bool):
         device.record = []
         with torch.no_grad(), installed(device):
             program = trace.trace(model, inputs)
-            engine.jacobian(program, binding.bind(program, model), inputs)
+            params = binding.bind(program, model)
+            engine.jacobian(program, params, inputs)
+            if name in RULED:
+                engine.jacobian(with_relu(program, "guided_relu"), params, inputs)
         for number, recording in enumerate(device.record):
             yield f"{name} {precision} {'layer' if layers else 'chain'} {number}", recording
 

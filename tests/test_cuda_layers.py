@@ -335,3 +335,8 @@ def test_a_gpus_budget(monkeypatch) -> None:
     assert options.memory_budget(torch.device("cuda", 0)) == 10 << 30
     with options.use(memory_budget=5):
         assert options.memory_budget(torch.device("cuda", 0)) == 5
+
+
+def test_what_a_grid_cannot_hold_is_no_layer() -> None:
+    program, _ = convolution(window((1,), stride=300, groups=300), (300, 600), 300)
+    assert layered.Finder(program, [(False, (0,))]).layer(0) is None
