@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +29,11 @@ import gradkern
 from benchmarks import gpu_jax, machine, operations
 from benchmarks.baselines import captum_saliency, deliver, loop_classes, replicated
 from benchmarks.measure import quiet
+from gradkern import device, ops
 from tests import oracle
-from tests.cases import CASES
+from tests.cases import CASES, Case
 
-SAMPLES = {"cnn1d": 194109, "cnn1d_strided": 194109, "lenet5": 60000, "mlp": 194109, "fcn": 8192}
+SAMPLES = {"cnn1d": 194109, "cnn1d_strided": 194109, "lenet5": 60000, "mlp": 194109, "fcn": 8192, "vgg11": 1024}
 CHUNKS = (2048, 16384, 131072, 1 << 30)
 CHECKED = 256
 LIMIT = 24 << 30  # bytes of results and copies that a peer's chunk may take
@@ -102,6 +106,20 @@ def vmapped(model: nn.Module, outputs: int) -> Chunk:
     return lambda x, out: deliver(jacobian(x), out)
 
 
+def vgg11() -> nn.Module:
+    """VGG-11 for images of 32 × 32: layers that no chain holds."""
+    layers: list[nn.Module] = []
+    width = 3
+    for out, pools in ((64, 1), (128, 1), (256, 0), (256, 1), (512, 0), (512, 1), (512, 0), (512, 1)):
+        layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * pools]
+        width = out
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+NETS = {name: CASES[name] for name in SAMPLES if name in CASES} | {"vgg11": Case("vgg11", vgg11, ((3, 32, 32),))}
+LAYERED = ("fcn", "vgg11")  # networks with layers of their own, which the step kernel or ATen runs
+
+
 def ours(model: nn.Module, outputs: int) -> Chunk:
     """The public call."""
 
@@ -112,8 +130,56 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
     return chunk
 
 
+@contextmanager
+def arithmetic(precision: str, math: int) -> Iterator[None]:
+    """Another arithmetic for a precision, as long as this lasts."""
+    with mock.patch.dict(device.MATH, {precision: math}):
+        ops._machine.cache_clear()
+        try:
+            yield
+        finally:
+            ops._machine.cache_clear()
+
+
+def steps(who: str) -> Callable[[nn.Module, int], Chunk]:
+    """The public call with the step kernel, or ATen, for every layer that fits no chain."""
+
+    def make(model: nn.Module, outputs: int) -> Chunk:
+        def chunk(x: Tensor, out: Tensor | None) -> Tensor:
+            with mock.patch.dict(os.environ, {device.STEPS_VARIABLE: who}):
+                return ours(model, outputs)(x, out)
+
+        return chunk
+
+    return make
+
+
+def multiplied(precision: str, math: int) -> Callable[[nn.Module, int], Chunk]:
+    """The public call with another arithmetic than the precision has by default."""
+
+    def make(model: nn.Module, outputs: int) -> Chunk:
+        def chunk(x: Tensor, out: Tensor | None) -> Tensor:
+            with arithmetic(precision, math):
+                return ours(model, outputs)(x, out)
+
+        return chunk
+
+    return make
+
+
+# What decides open questions: by name, the networks and precisions that each is asked for.
+QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "gradkern, step kernel": (LAYERED, ("highest", "high", "medium")),
+    "gradkern, ATen layers": (LAYERED, ("highest", "high", "medium")),
+    "gradkern, 3 × TF32": (tuple(NETS), ("highest",)),
+    "gradkern, 1 × TF32": (tuple(NETS), ("high",)),
+}
 CONTENDERS: dict[str, Callable[[nn.Module, int], Chunk]] = {
     "gradkern": ours,
+    "gradkern, step kernel": steps("kernel"),
+    "gradkern, ATen layers": steps("aten"),
+    "gradkern, 3 × TF32": multiplied("highest", device.TF32X3),
+    "gradkern, 1 × TF32": multiplied("high", device.TF32),
     "class loop": loop_classes,
     "seeds folded": replicated,
     "folded, CUDA graph": compiled_folded,
@@ -179,11 +245,12 @@ def contend(
     """A contender at its best chunk size."""
     n, best = sets[0].shape[0], Row(net, precision, name, 0, None)
     per_sample = sets[0][0].numel() * outputs * 4
-    for size in [n] if name == "gradkern" else sorted({min(c, n) for c in CHUNKS}):
+    own = name.startswith("gradkern")
+    for size in [n] if own else sorted({min(c, n) for c in CHUNKS}):
         if time.perf_counter() > until:
             best.note += " (out of time)"
             break
-        if name != "gradkern" and size * per_sample * 8 > LIMIT:
+        if not own and size * per_sample * 8 > LIMIT:
             break
         try:
             with quiet():
@@ -225,11 +292,13 @@ def report(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.
             lines.append(f"{row.net:14}{row.precision:10}{row.name:22}{'':8}{'-':>10}  {row.note}")
             continue
         n, count = SAMPLES[row.net], counts[row.net]
-        size = torch.Size(CASES[row.net].shapes[0]).numel() * 4
+        size = torch.Size(NETS[row.net].shapes[0]).numel() * 4
         moved, work = n * size * (1 + count.outputs), n * count.needed
         floor = max(moved / found["copy_gb_s"] / 1e6, work / found["fp32_tflop_s"] / 1e9)
         peers = [
-            r.ms for r in rows if (r.net, r.precision) == (row.net, row.precision) and r.name != "gradkern" and r.ms
+            r.ms
+            for r in rows
+            if (r.net, r.precision) == (row.net, row.precision) and not r.name.startswith("gradkern") and r.ms
         ]
         ratio = min(peers) / row.ms if peers else float("nan")
         lines.append(
@@ -257,18 +326,19 @@ def main() -> int:
     for done, (net, precision) in enumerate(work):
         pin(precision)
         SAMPLES[net] = max(CHECKED, int(SAMPLES[net] * args.share)) if precision == args.precisions[0] else SAMPLES[net]
-        model = CASES[net].build().cuda().requires_grad_(False)
+        model = NETS[net].build().cuda().requires_grad_(False)
         if net not in counts:
-            twin = CASES[net].build(dtype=torch.float64)
-            counts[net] = operations.count(twin, torch.randn(8, *CASES[net].shapes[0], dtype=torch.float64))
+            twin = NETS[net].build(dtype=torch.float64)
+            counts[net] = operations.count(twin, torch.randn(8, *NETS[net].shapes[0], dtype=torch.float64))
         generator = torch.Generator("cuda").manual_seed(done)
-        shape = (SAMPLES[net], *CASES[net].shapes[0])
+        shape = (SAMPLES[net], *NETS[net].shapes[0])
         sets = [torch.randn(shape, generator=generator, device="cuda") for _ in range(3)]
         left = args.seconds - (time.perf_counter() - begun)
         slice_ = max(left, 0.0) / (len(work) - done)
-        for i, name in enumerate(names):
+        wanted = [n for n in names if n not in QUESTIONS or (net in QUESTIONS[n][0] and precision in QUESTIONS[n][1])]
+        for i, name in enumerate(wanted):
             now = time.perf_counter()
-            until = now + (slice_ - (now - begun - (args.seconds - left))) / (len(names) - i)
+            until = now + (slice_ - (now - begun - (args.seconds - left))) / (len(wanted) - i)
             row = contend(net, precision, name, model, sets, counts[net].outputs, min(2.0, slice_ / 20), until)
             rows.append(row)
             print(f"{time.perf_counter() - begun:6.0f} s  {row}", flush=True)

@@ -15,10 +15,11 @@ leaves the step to ATen.  Nothing ever spills to global memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .arena import Buffer
@@ -26,13 +27,18 @@ from .chain import FIELDS, KINDS, Chain, Machine
 from .cotangents import Cotangent
 from .lowering import Lowering, lower
 from .pack import ScatterLayout, WindowLayout, aligned, mergeable
-from .program import Given, Product, Program, Scale
+from .program import Product, Program
 from .units import Graph, Node, Unit, planar
 
 WARP = 32
-#: `torch.get_float32_matmul_precision()` → TF32 products.  "highest" is the fp32 pipe until three products have been
-#: measured to be as accurate.
-PRODUCTS = {"highest": 0, "high": 3, "medium": 1}
+PLAIN, TF32, BF16, TF32X3 = 0, 1, 2, 3  # how dense contractions multiply; csrc/cuda/args.h
+#: By `torch.get_float32_matmul_precision()`.  "highest" is the fp32 pipe until three TF32 products have been measured
+#: to be as accurate.
+MATH = {"highest": PLAIN, "high": TF32X3, "medium": BF16}
+#: Dtypes that are cast to float32 on the way in and back on the way out, and the products that lose nothing of them.
+HALVES = {torch.float16: TF32, torch.bfloat16: BF16}
+STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
+STEPS_VARIABLE = "GRADKERN_STEPS"
 MAX_TILE = 64  # samples of a block
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
 TILE_SUMS = 512  # sums in a warp's tile of a forward contraction; csrc/cuda/window.cuh
@@ -57,16 +63,13 @@ class Device(Machine):
 
     shared_bytes: int = 232448  # that one block may have
     threads: int = 256
-    products: int = 0  # of TF32 for one of fp32 in dense contractions: 3, 1, or 0 for the fp32 pipe
+    math: int = PLAIN  # of dense contractions
+    steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
 
 
 def why_not(form: object) -> str | None:
-    """Why the GPU's interpreter does not run a form that the CPU's does: the attribution rules' own are not there."""
-    if isinstance(form, Given) or (isinstance(form, Scale) and form.function in ("guided_relu", "open_relu")):
-        return "rules of attribution methods have no GPU kernel yet"
-    if form == Product("matmul"):
-        return "matrix products of two values run as ATen calls"
-    return None
+    """Why the GPU's interpreter does not run a form that the CPU's does."""
+    return "matrix products of two values run as ATen calls" if form == Product("matmul") else None
 
 
 class DeviceWindow(WindowLayout):
@@ -133,7 +136,7 @@ class DeviceLowering(Lowering):
     def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
         assert isinstance(machine, Device)
         self.machine = machine
-        self.products = machine.products if itemsize == 4 else 0
+        self.math = machine.math if itemsize == 4 else PLAIN
         self.written: set[int] = set()  # stores that a record has written
         self.choice = Choice(1, 1, 1, 0, 0, 0.0)
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
@@ -171,7 +174,7 @@ class DeviceLowering(Lowering):
         layout = self.window(unit)
         op = self.forward[-1]
         op["ldw"] = layout.ldf  # type: ignore[attr-defined]
-        if self.products and (layout.R > 1 or unit.reads[0].C % 4):
+        if self.math and (layout.R > 1 or unit.reads[0].C % 4):
             op["table2"] = self.table([r + i for r in layout.runs for i in range(layout.L)])
 
     def backward_window(self, unit: Unit, node: Node, behind: Cotangent) -> None:
@@ -226,7 +229,7 @@ class DeviceLowering(Lowering):
         self.scratch_size, sample = self.arrange(buffers, spans, best.seed_tile)
         for buffer in buffers:
             buffer.base += best.region * buffer.per_sample
-        sizes = (best.region, sample, self.products, self.bit_bytes, best.slots, best.bytes, best.block)
+        sizes = (best.region, sample, self.math, self.bit_bytes, best.slots, best.bytes, best.block)
         return sizes, best.seed_tile
 
     def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[int, int]:
@@ -263,7 +266,7 @@ class DeviceLowering(Lowering):
                 wanted = max(wanted, PARTS)
                 if op["kind"] == KINDS.index("WindowT"):
                     rows, channels = (block * tile + 3) // 4 * 4, min(op["O"], 64)
-                    wanted = max(wanted, rows * (channels + 48 if self.products else channels) + WARP)
+                    wanted = max(wanted, rows * (channels + 48 if self.math else channels) + WARP)
         return wanted
 
     def bytes(self, region: int, sample: int, block: int) -> int:
@@ -398,6 +401,12 @@ def lower_device(
     seeds: int,
     wrt: tuple[int, ...],
     onehot: bool = True,
+    linear: bool = False,
 ) -> Chain:
     """`gradkern.lowering.lower` for a GPU.  Raises `TooLarge`."""
-    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering)
+    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering, linear)
+
+
+def lowering(machine: Machine) -> Callable[..., Chain]:
+    """`lower` or `lower_device`, by the machine."""
+    return lower_device if isinstance(machine, Device) else lower

@@ -11,22 +11,30 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, options, plan, reference
+from . import layerrun, ops, options, plan, reference
 from .autograd import spans
 from .chain import FIELDS, Chain
+from .device import PLAIN, Device
+from .layered import Layer
+from .layerrun import LayerPack
 from .narrow import narrowed
+from .pack import Contraction, MixLayout
 from .plan import Plan
 from .program import Program
 from .seedcut import halves
 
+GPU_ROOM = 16  # times as many packs are kept on a GPU: networks in many pieces, with large weights
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 
 Params = Mapping[str, Tensor]
+Owner = Chain | Plan
+Layouts = Sequence[Contraction | MixLayout]
 
 
 def jacobian(
@@ -37,11 +45,13 @@ def jacobian(
     wrt: Sequence[int] | None = None,
     *,
     out: Sequence[Tensor] | None = None,
+    planned: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs ``[N, *out]`` and one Jacobian ``[N, S, *in]`` per input in ``wrt`` (default: all).
 
     ``targets``: flat output indices, int64 ``[S]`` shared by all samples or ``[N, S]``; None is every output.
-    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.
+    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.  ``planned``: the dtype that the plan is made
+    for, where that is not the inputs'.
     """
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     n, dtype = inputs[0].shape[0], dtype_of(inputs)
@@ -52,17 +62,40 @@ def jacobian(
     if out is None:
         out = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     program = narrowed(program)
-    p = plan.cached_plan(program, seeds, dtype, inputs[0].device)
+    p = plan.cached_plan(program, seeds, planned or dtype, inputs[0].device)
+    if p.halves == dtype:
+        return in_float32(program, params, inputs, targets, wrt, out), tuple(out)
     if p.cut is not None and n:
         return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
     try:
-        if n == 0 or seeds == 0 or not program.steps or not any(g.native for g in p.groups):
+        if n == 0 or seeds == 0 or not program.steps or not (p.layers or any(g.native for g in p.groups)):
             raise NoKernel
         if p.whole:
             return whole(p, params, inputs, targets, wrt, out), tuple(out)
         return Pieces(p, params, inputs, targets, wrt).run(out), tuple(out)
     except NoKernel:
         return by_reference(program, params, inputs, targets, wrt, out), tuple(out)
+
+
+def in_float32(
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    wrt: tuple[int, ...],
+    out: Sequence[Tensor],
+) -> Tensor:
+    """The kernels work in float32; a copy on either side costs less than they do."""
+
+    def cast(x: Tensor) -> Tensor:
+        return x.float() if x.is_floating_point() else x
+
+    dtype = dtype_of(inputs)
+    wide = {name: cast(p) for name, p in params.items()}
+    y, found = jacobian(program, wide, [cast(x) for x in inputs], targets, wrt, planned=dtype)
+    for o, j in zip(out, found, strict=True):
+        o.copy_(j)
+    return y.to(dtype)
 
 
 def through_bottleneck(
@@ -75,9 +108,10 @@ def through_bottleneck(
     each = width * max(o[0, 0].numel() for o in out) * out[0].element_size()
     outputs = []
     for a, b in spans(0, n, max(1, PRODUCT_BYTES // max(each, 1))):
-        values, inner = jacobian(before, params, [x[a:b] for x in inputs], None, wrt)  # [n, *v], [n, K, *in]
+        few = [x[a:b] for x in inputs]
+        values, inner = jacobian(before, params, few, None, wrt, planned=p.halves)  # [n, *v], [n, K, *in]
         own = targets[a:b] if targets.dim() == 2 else targets
-        y, (outer,) = jacobian(after, params, [values], own)  # [n, S, *v]
+        y, (outer,) = jacobian(after, params, [values], own, planned=p.halves)  # [n, S, *v]
         outer = outer.reshape(b - a, -1, width)
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
@@ -96,7 +130,7 @@ def by_reference(
     """The same without kernels, a part of the batch at a time: the caller counts on a kernel's need of memory."""
     n = inputs[0].shape[0]
     outputs = []
-    chunk = max(1, options.memory_budget() // need(program, targets.shape[-1], dtype_of(inputs)))
+    chunk = max(1, options.memory_budget(inputs[0].device) // need(program, targets.shape[-1], dtype_of(inputs)))
     for a, b in list(spans(0, n, chunk)) or [(0, 0)]:
         own = targets[a:b] if targets.dim() == 2 else targets
         y, found = reference.jacobian(program, params, [x[a:b] for x in inputs], own, wrt)
@@ -117,6 +151,11 @@ def need(program: Program, seeds: int, dtype: torch.dtype) -> int:
     return max(1, dtype.itemsize * (sum(numels) + 3 * seeds * max(numels)))
 
 
+def casts(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a call casts to float32 and back."""
+    return plan.cached_plan(narrowed(program), seeds, dtype, device).halves is not None
+
+
 def bounded(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a call of any size needs no memory beyond its result and a fixed scratch per thread."""
     return plan.cached_plan(narrowed(program), seeds, dtype, device).whole
@@ -131,28 +170,41 @@ class NoKernel(Exception):
 
 
 class Packs:
-    """Packed weights of a few recent contents, by chain and content hash."""
+    """Packed weights of a few recent contents, by chain (or plan, of layers) and content hash."""
 
     def __init__(self, keep: int = 16, most: int = 64 << 20):
         self.keep, self.most, self.lock = keep, most, threading.Lock()  # entries, bytes
-        self.found: OrderedDict[tuple[int, int, torch.device], Packed] = OrderedDict()
+        self.found: OrderedDict[tuple[int, int, torch.device], tuple[Owner, Any]] = OrderedDict()
 
-    def get(self, chain: Chain, params: Params, like: Tensor) -> Packed:
-        tensors = [params[name] for layout in chain.layouts for name in layout.names()]
+    def get(self, chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
+        return self.fetch(chain, chain.layouts, params, like, lambda: Packed(chain, params, like), content)
+
+    def fetch(
+        self,
+        owner: Owner,
+        layouts: Layouts,
+        params: Params,
+        like: Tensor,
+        make: Callable[[], Any],
+        content: int | None = None,
+    ) -> Any:
+        """What ``make`` makes of the owner's weights, once per content: of these weights, or as given."""
+        tensors = [params[name] for layout in layouts for name in layout.names()]
         if any(t.dtype != like.dtype for t in tensors):
             raise NoKernel
-        key = (id(chain), ops.content_hash(tensors), like.device)
+        key = (id(owner), ops.content_hash(tensors) if content is None else content, like.device)
         with self.lock:
-            packed = self.found.get(key)
-            if packed is not None and packed.chain is chain:
+            known, packed = self.found.get(key, (None, None))
+            if known is owner:
                 self.found.move_to_end(key)
                 return packed
-        packed = Packed(chain, params, like)
+        packed = make()
         with self.lock:
-            self.found[key] = packed
-            held = sum(p.weights.nbytes for p in self.found.values())
-            while len(self.found) > self.keep or (held > self.most and len(self.found) > 1):
-                held -= self.found.popitem(last=False)[1].weights.nbytes
+            self.found[key] = owner, packed
+            held = sum(p.weights.nbytes for _, p in self.found.values())
+            room = 1 if like.device.type == "cpu" else GPU_ROOM
+            while len(self.found) > room * self.keep or (held > room * self.most and len(self.found) > 1):
+                held -= self.found.popitem(last=False)[1][1].weights.nbytes
         return packed
 
 
@@ -185,8 +237,17 @@ class Packed:
 _packs = Packs()
 
 
-def packed_for(chain: Chain, params: Params, like: Tensor) -> Packed:
-    packed = _packs.get(chain, params, like)
+def packed_for(chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
+    """``content``: a hash of all parameters, where the caller has one."""
+    packed = _packs.get(chain, params, like, content)
+    if not packed.finite:
+        raise NoKernel
+    return packed
+
+
+def layers_for(p: Plan, params: Params, like: Tensor, content: int) -> LayerPack:
+    own = layerrun.contractions(p.program, p.layers)
+    packed = _packs.fetch(p, own, params, like, lambda: LayerPack(p.program, p.layers, params, like), content)
     if not packed.finite:
         raise NoKernel
     return packed
@@ -270,6 +331,13 @@ class Pieces:
         self.values: dict[int, Tensor] = dict(enumerate(inputs))
         self.cotangents: dict[int, Tensor] = {}
         self.needs = self.reachable()
+        self.layers = {x.contraction: x for x in p.layers}
+        self.turns = {x.at: x for x in p.layers}
+        self.within = {i for x in p.layers for i in (x.contraction, *x.norms, *x.behind)}
+        self.folded = {i for x in p.layers for i in x.norms}
+        # One hash for all pieces: on a GPU each waits.
+        self.content = ops.content_hash([t for t in params.values() if t.device == inputs[0].device])
+        self.pack = layers_for(p, params, inputs[0], self.content) if p.layers else None
 
     def reachable(self) -> set[int]:
         """Values that depend on a wanted input."""
@@ -308,7 +376,7 @@ class Pieces:
         group = self.plan.groups[k]
         chain = plan.chain_of(self.plan, k, 0, (), False)
         ins = chain_inputs(chain, self.values, self.dtype)
-        packed = packed_for(chain, self.params, ins[0])
+        packed = packed_for(chain, self.params, ins[0], self.content)
         found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
         for v, y in zip(group.live_out, found, strict=True):
             self.values[v] = y.view(self.n, *self.program.shape(v))
@@ -322,7 +390,7 @@ class Pieces:
             return
         chain = plan.chain_of(self.plan, k, self.seeds, wrt, onehot)
         ins = chain_inputs(chain, self.values, self.dtype)
-        packed = packed_for(chain, self.params, ins[0])
+        packed = packed_for(chain, self.params, ins[0], self.content)
         results = [ins[0].new_empty(self.n, self.seeds, math.prod(self.program.shape(v))) for v in chain.wrt]
         targets = rows = None
         cotangents: list[Tensor] = []
@@ -347,18 +415,49 @@ class Pieces:
     def forward_reference(self, steps: Sequence[int]) -> None:
         base = len(self.program.inputs)
         for i in steps:
+            if i in self.turns:
+                self.forward_layer(self.turns[i])
+            if i in self.within:
+                continue
             args = [self.values[v] for v in self.program.steps[i].inputs]
             self.values[base + i] = reference.forward_step(self.program, i, args, self.params)
 
     def backward_reference(self, k: int) -> None:
         base = len(self.program.inputs)
         for i in reversed(self.plan.groups[k].steps):
-            step = self.program.steps[i]
-            g = self.cotangents.pop(base + i, None)
+            step, layer = self.program.steps[i], self.layers.get(i)
+            if i in self.folded:
+                continue
+            g = self.cotangents.pop(layer.cotangent if layer else base + i, None)
             if g is None or not any(v in self.needs for v in step.inputs):
                 continue
-            args = [self.values[v] for v in step.inputs]
-            found = reference.vjp_step(self.program, i, args, self.values[base + i], g, self.params)
+            if layer:
+                self.backward_layer(layer, g)
+                continue
+            # What a layer does on the way is not written: a sum's VJP reads no value, a ReLU's its result alone.
+            out = self.values.get(base + i)
+            args = [self.values.get(v, out) for v in step.inputs]
+            found = reference.vjp_step(self.program, i, args, out, g, self.params)
             for v, cotangent in zip(step.inputs, found, strict=True):
                 if v in self.needs:
                     self.add(v, cotangent)
+
+    # ---- layers
+
+    def math(self) -> int:
+        assert isinstance(self.plan.machine, Device)
+        return self.plan.machine.math if self.dtype == torch.float32 else PLAIN
+
+    def forward_layer(self, layer: Layer) -> None:
+        assert self.pack is not None
+        weights = self.pack.of[layer.contraction]
+        add = None if layer.add is None else self.values[layer.add]
+        x = self.values[layer.source]
+        self.values[layer.value] = layerrun.run_forward(self.program, layer, weights, self.math(), x, add)
+
+    def backward_layer(self, layer: Layer, g: Tensor) -> None:
+        assert self.pack is not None
+        weights = self.pack.of[layer.contraction]
+        add = self.cotangents.pop(layer.source, None) if layer.last else None
+        found = layerrun.run_backward(self.program, layer, weights, self.math(), g, add, self.values)
+        self.add(layer.target, found)

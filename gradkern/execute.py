@@ -37,7 +37,7 @@ def run(job: Job, program: Program, start: int, name: str, *, strict: bool = Fal
     with torch.inference_mode(False), torch.no_grad():
         seeds = job.open(program.output_shape)
         params = binding.bind(program, job.module)
-        plain = name == "reference" or any(not_native(x) for x in job.inputs)
+        plain = name == "reference" or (any(map(not_native, job.inputs)) and not _casts(job, program, seeds))
         for a, b in spans(start, job.samples, _chunk(job, program, params, seeds, plain, saved)):
             inputs = tuple(_plain(x[a:b], plain) for x in job.inputs)
             index = seeds.rows(a, b, _logits(job, inputs) if seeds.needs_logits else None)
@@ -63,10 +63,18 @@ def not_native(x: Tensor) -> bool:
     return ops.machine(x.device) is None or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
 
 
+def _casts(job: Job, program: Program, seeds: Seeds) -> bool:
+    """Whether the engine takes these inputs by way of float32."""
+    x = job.inputs[job.wrt[0]]
+    if ops.machine(x.device) is None or len({y.dtype for y in job.inputs if y.is_floating_point()}) > 1:
+        return False
+    return engine.casts(program, seeds.count, x.dtype, x.device)
+
+
 def _chunk(job: Job, program: Program, params: Mapping[str, Tensor], seeds: Seeds, plain: bool, saved: int) -> int:
     """Samples at a time, so that what is allocated beside the result stays within the budget."""
     dtype = job.inputs[job.wrt[0]].dtype
-    budget = options.memory_budget()
+    budget = options.memory_budget(job.inputs[0].device)
     numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
     rows = seeds.count * max(numels) * dtype.itemsize  # one cotangent of a sample
     need = dtype.itemsize * sum(numels) + 3 * rows + saved * (1 + seeds.count)
@@ -77,6 +85,8 @@ def _chunk(job: Job, program: Program, params: Mapping[str, Tensor], seeds: Seed
     if job.samples > stepwise and not _finite(params):
         return stepwise  # no kernel may skip zeros then, and the steps run one by one
     need = dtype.itemsize * program.outputs  # the outputs themselves
+    if engine.casts(program, seeds.count, dtype, job.inputs[0].device):
+        need += 4 * (sum(map(math.prod, program.inputs)) + seeds.count * sum(job.inputs[w][0].numel() for w in job.wrt))
     if seeds.indices is not None and seeds.indices.dim() == 2:
         need += rows  # the rows of the last weight, gathered for each sample
     if seeds.needs_logits:

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 ENGINES = ("auto", "kernel", "reference", "autograd")
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
+GPU_SHARE = 16  # of whose memory one part is the budget: a GPU wants large pieces
 
 _engine: ContextVar[str | None] = ContextVar("gradkern_engine", default=None)
 _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
@@ -57,9 +60,15 @@ def engine(argument: str | None = None) -> str:
     return _valid_engine(os.environ.get(ENVIRONMENT) or "auto", f"environment variable {ENVIRONMENT}")
 
 
-def memory_budget() -> int:
-    """Bytes that a call may allocate beside its result (one sample's need where that is more)."""
-    return _budget.get() or DEFAULT_MEMORY_BUDGET
+def memory_budget(device: torch.device | None = None) -> int:
+    """Bytes that a call may allocate beside its result (one sample's need where that is more).
+
+    Where nobody chose: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
+    """
+    chosen = _budget.get()
+    if chosen is None and device is not None and device.type == "cuda":
+        return max(DEFAULT_MEMORY_BUDGET, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    return chosen or DEFAULT_MEMORY_BUDGET
 
 
 @contextmanager
@@ -68,8 +77,8 @@ def use(engine: str | None = None, *, memory_budget: int | None = None) -> Itera
 
     ``engine``: ``"auto"`` (the fastest way that pays, the default), ``"kernel"`` (trace at once, whatever that
     costs), ``"reference"`` (plain torch per step, no compiled code) or ``"autograd"`` (never trace).
-    ``memory_budget``: bytes beside the result, 128 MiB by default.  Both hold for this thread (and context) only;
-    ``None`` leaves what holds outside.
+    ``memory_budget``: bytes beside the result, by default 128 MiB, or a sixteenth of a GPU's memory.
+    Both hold for this thread (and context) only; ``None`` leaves what holds outside.
     """
     reset = []
     if engine is not None:

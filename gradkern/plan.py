@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,9 +17,9 @@ import torch
 from . import ops
 from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
-from .device import Device, TooLarge, lower_device
+from .device import HALVES, Device, TooLarge, lower_device, lowering
 from .device import why_not as device_why_not
-from .lowering import lower
+from .layered import Layer, absorbable, find, heavy
 from .native import why_not
 from .program import Opaque, Program, View, describe
 from .recurrent import recognise
@@ -27,6 +27,7 @@ from .regroup import Builder
 from .seedcut import SeedCut, ancestors, choose
 
 CPU = torch.device("cpu")
+LAYER = "kernel cuda, by layer"
 NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}
 
 
@@ -66,6 +67,8 @@ class Plan:
     groups: tuple[Group, ...]
     steps: tuple[PlanStep, ...]
     cut: SeedCut | None = None  # where seeds start instead of at the outputs
+    halves: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
+    layers: tuple[Layer, ...] = ()  # contractions outside the native groups that have a kernel of their own
 
     @property
     def whole(self) -> bool:
@@ -99,6 +102,9 @@ class Plan:
                 lines.append(f"v{s.value} ({s.module or s.op}): {s.why}")
         if self.cut is not None:
             lines.append(str(self.cut))
+        if self.halves is not None:
+            name = str(self.halves).removeprefix("torch.")
+            lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
         lines.append(
             f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
             f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
@@ -120,32 +126,38 @@ def plan(
     ``opaque_macs`` gives the multiply-adds per sample of opaque steps, by step, where they were measured.
     """
     machine = machine or ops.machine(device)
-    blocked = None
+    blocked = halves = None
+    if isinstance(machine, Device) and dtype in HALVES and not any(isinstance(s.form, Opaque) for s in program.steps):
+        # What torch runs by itself may name a dtype; everything else works in float32 as well.
+        halves, machine, dtype = dtype, replace(machine, math=HALVES[dtype]), torch.float32
     if machine is None:
         blocked = f"the compiled extension {'is missing' if device.type == 'cpu' else f'has no {device.type} part'}"
     elif dtype not in NATIVE_DTYPES:
         blocked = f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
     reasons = [blocked or why_not(program, step) for step in program.steps]
+    layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
         reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
-        groups = fit(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
+        groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
     folded = {i for g in groups if g.native for u in units_of(program, g) for i in u.steps[1:]}
+    folded |= {i for x in layers for i in (*x.norms, *x.behind)}
+    by_layer = {x.contraction for x in layers}
     rows = []
     base = len(program.inputs)
     known = opaque_macs or {}
     narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
     before = ancestors(program, narrow.value) if narrow else set()
     for i, step in enumerate(program.steps):
-        path, why = row(program, i, reasons[i], machine, folded)
+        path, why = (LAYER, reasons[i] or "") if i in by_layer else row(program, i, reasons[i], machine, folded)
         own = narrow.width if narrow and base + i in before else seeds
         macs = total_macs(program, i, own, known.get(i))
         if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
             macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
         group = next(k for k, g in enumerate(groups) if i in g.steps)
         rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
-    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow)
+    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, halves, layers)
 
 
 def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
@@ -157,10 +169,10 @@ def row(program: Program, i: int, reason: str | None, machine: Machine | None, f
         return "autograd, per op", f"{step.op or step.form.call.op}: {step.form.reason}"
     if isinstance(step.form, View):
         return "view", ""
-    if reason is not None:
-        return "aten, seeds folded", reason
     if i in folded:
         return "folded", ""
+    if reason is not None:
+        return "aten, seeds folded", reason
     return f"kernel {machine.isa if machine else ''}".strip(), ""
 
 
@@ -197,6 +209,35 @@ def group_of(program: Program, steps: list[int], native: bool) -> Group:
 
 
 # ---- a GPU's shared memory
+
+
+def on_device(
+    program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int
+) -> tuple[tuple[Group, ...], tuple[Layer, ...]]:
+    """Groups for a GPU: chains of what fits its shared memory and has small weights, and the layers among the rest.
+
+    Elementwise steps beside a layer join it: a chain of their own would only read and write what the layer's kernel
+    has at hand.  ``reasons`` are amended.
+    """
+    before = list(reasons)
+    reasons[:] = [r or heavy(program, i) for i, r in enumerate(reasons)]
+    groups = fit(program, reasons, machine, itemsize, seeds)
+    large = {i for i, (old, new) in enumerate(zip(before, reasons, strict=True)) if old is None and new is not None}
+    if not large:
+        return groups, ()
+    joined = list(reasons)
+    base = len(program.inputs)
+    for group in groups:
+        beside = {v - base for v in group.live_in} | {j for v in group.live_out for j in program.consumers[v]}
+        if group.native and beside & large and all(absorbable(program, i) for i in group.steps):
+            for i in group.steps:
+                joined[i] = "beside a layer with a kernel of its own"
+    wider = fit(program, joined, machine, itemsize, seeds)
+    layers = find(program, [(g.native, g.steps) for g in wider], large, seeds, machine)
+    if not layers:
+        return groups, ()
+    reasons[:] = joined
+    return wider, layers
 
 
 def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:
@@ -268,7 +309,7 @@ def chain_of(plan: Plan, group: int, seeds: int, wrt: tuple[int, ...], onehot: b
     found = _chains.get(key)
     if found is None:
         g = plan.groups[group]
-        make = lower_device if isinstance(plan.machine, Device) else lower
+        make = lowering(plan.machine)
         chain = make(plan.program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt, onehot)
         found = _remember(_chains, key, chain)
     return found

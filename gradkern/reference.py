@@ -66,7 +66,7 @@ def forward_step(program: Program, i: int, args: Sequence[Tensor], params: Param
     if isinstance(form, Select):
         if form.ties == "split":
             return x.amax(tuple(range(2, x.dim())), keepdim=True)
-        return _max_pool(form.windows, x, step.shape)[0]
+        return max_pool(form.windows, x, step.shape)[0]
     if isinstance(form, LowRank):
         return _low_rank(form, x)
     if isinstance(form, Product):
@@ -154,7 +154,7 @@ def _matrix(rows: tuple, n: int, dtype: torch.dtype, device: torch.device) -> Te
         return matrix.to(device=device, dtype=dtype)
 
 
-def _max_pool(w: Windows, x: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def max_pool(w: Windows, x: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """Values and flat spatial indices of the maxima, both ``[N, C, *out]``."""
     padding = tuple(before for before, _ in w.padding)
     ceil = any(before != after for before, after in w.padding)
@@ -252,7 +252,7 @@ def _convolution_back(w: Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tenso
 def _max_pool_back(w: Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Each window's cotangent goes to its maximum: ``g [N, S, C, *out] -> [N, S, C, *spatial]``."""
     n, s, c = g.shape[:3]
-    _, indices = _max_pool(w, x, tuple(out.shape[1:]))  # [N, C, *out]
+    _, indices = max_pool(w, x, tuple(out.shape[1:]))  # [N, C, *out]
     places = indices.flatten(2).unsqueeze(1).expand(n, s, c, -1)
     back = g.new_zeros(n, s, c, math.prod(x.shape[2:]))
     return back.scatter_add_(3, places, g.flatten(3)).reshape(n, s, *x.shape[1:])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradkern import ops
-from gradkern.device import MAX_PORTS, PRODUCTS, Device
+from gradkern.device import MATH, MAX_PORTS, Device
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")
@@ -37,6 +37,22 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
         *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
         *((name, ctypes.c_int) for name in ("region", "sample", "bits", "slots", "block", "planned")),
+    )
+
+
+class StepArgs(ctypes.Structure):
+    """csrc/cuda/step.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("src", "weight", "bias", "add", "mask", "choice", "out")),
+        *((name, ctypes.c_void_p) for name in ("phases", "taps")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("seeds", "inner", "groups", "K", "O", "ldw", "all_taps")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("Hs", "Ws", "step_h", "step_w", "H", "W", "out_h", "out_w", "linear", "relu")
+        ),
+        *((name, ctypes.c_int) for name in ("pool_h", "pool_w", "pool_H", "pool_W", "phase_count", "places")),
     )
 
 
@@ -66,6 +82,7 @@ def library() -> ctypes.CDLL:
             )
     found = ctypes.CDLL(str(built))
     assert found.gk_args_size() == ctypes.sizeof(Args)
+    assert found.gk_step_args_size() == ctypes.sizeof(StepArgs)
     return found
 
 
@@ -76,13 +93,15 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
 class Recording:
     """A launch as `csrc/host/replay.cpp` reads it."""
 
-    def __init__(self, args: Args, tensors: list[Tensor], products: int, blocks: int, threads: int, shared: int):
+    def __init__(self, args: Args | StepArgs, tensors: list[Tensor], numbers: tuple[int, ...]):
+        """``numbers``: bytes per number, arithmetic, blocks (or whether narrow), threads, arena bytes."""
         self.results = tensors
-        words = (ctypes.c_int64 * (ctypes.sizeof(Args) // 8)).from_buffer_copy(args)
+        words = (ctypes.c_int64 * (ctypes.sizeof(args) // 8)).from_buffer_copy(args)
         number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}
-        for i in range(Args.target_n.offset // 8):
+        pointers = Args.target_n.offset if isinstance(args, Args) else StepArgs.rows.offset
+        for i in range(pointers // 8):
             words[i] = number.get(words[i], 0)
-        head = (tensors[2].element_size(), products, blocks, threads, shared, ctypes.sizeof(Args), len(tensors))
+        head = (int(isinstance(args, StepArgs)), *numbers, ctypes.sizeof(args), len(tensors))
         blobs = b"".join(t.nbytes.to_bytes(8, "little") + bytes_of(t) for t in tensors)
         self.content = b"".join(n.to_bytes(8, "little") for n in head) + bytes(words) + blobs
 
@@ -96,14 +115,21 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 class HostDevice:
-    """Chains on the host, with the ops' signatures.  ``blocks`` run one after the other."""
+    """Chains and steps on the host, with the ops' signatures.  ``blocks`` of a chain run one after the other."""
 
-    def __init__(self, shared_bytes: int = 232448, blocks: int = 2, threads: int = THREADS, precision: str = "highest"):
+    def __init__(
+        self,
+        shared_bytes: int = 232448,
+        blocks: int = 2,
+        threads: int = THREADS,
+        precision: str = "highest",
+        steps: str = "auto",
+    ):
         ops.extension()  # the other ops
         self.library = library()
-        self.machine = Device("cuda", 16, 0, shared_bytes, threads, PRODUCTS[precision])
+        self.machine = Device("cuda", 16, 0, shared_bytes, threads, MATH[precision], steps)
         self.blocks = blocks
-        self.launches = 0
+        self.launches = self.steps = 0
         self.record: list[Recording] | None = None  # set to a list to keep what was launched
 
     def chain_forward(self, inputs, packed, tables, forward, sizes, outputs) -> list[Tensor]:
@@ -131,7 +157,7 @@ class HostDevice:
         if n == 0:
             return found
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
-        region, sample, products, bits, slots, shared, block = sizes
+        region, sample, math, bits, slots, shared, block = sizes
         assert shared <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
@@ -150,11 +176,34 @@ class HostDevice:
         if self.record is not None:
             tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]
             tensors += [t for t in (targets, seed_rows) if t is not None]
-            self.record.append(Recording(args, tensors, products, self.blocks, self.machine.threads, shared))
+            numbers = (packed.element_size(), math, self.blocks, self.machine.threads, shared)
+            self.record.append(Recording(args, tensors, numbers))
         run = self.library.gk_run_f32 if packed.dtype == torch.float32 else self.library.gk_run_f64
-        run(ctypes.byref(args), products, self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        run(ctypes.byref(args), math, self.blocks, self.machine.threads, ctypes.c_int64(shared))
         self.launches += 1
         return found
+
+    def step(self, src, weight, bias, add, mask, choice, tables, sizes, math, narrow, out) -> None:
+        assert all(t is None or t.is_contiguous() for t in (src, weight, bias, add, mask, choice, tables, out))
+        named = dict(zip((name for name, _ in StepArgs._fields_[9:]), sizes, strict=True))
+        written = out  # poisoned, so that a number that nobody wrote shows; what a pool's windows leave out stays zero
+        if choice is not None:
+            whole = out.view(-1, named["pool_H"], named["pool_W"])
+            written = whole[:, : named["H"] * named["pool_h"], : named["W"] * named["pool_w"]]
+        written.fill_(float("nan"))
+        given = (src, weight, bias, add, mask, choice, out)
+        args = StepArgs(*(None if t is None else t.data_ptr() for t in given))
+        split = 6 * named["phase_count"]
+        own = [tables[:split].clone(), tables[split:].clone()]
+        args.phases, args.taps = (t.data_ptr() for t in own)
+        for name, number in named.items():
+            setattr(args, name, number)
+        if self.record is not None:
+            tensors = [t for t in (*given, *own) if t is not None]
+            self.record.append(Recording(args, tensors, (src.element_size(), math, int(narrow), 0, 0)))
+        run = self.library.gk_step_f32 if src.dtype == torch.float32 else self.library.gk_step_f64
+        run(ctypes.byref(args), math, int(narrow))
+        self.steps += 1
 
 
 @contextlib.contextmanager
@@ -164,5 +213,6 @@ def installed(device: HostDevice) -> Iterator[HostDevice]:
         mock.patch.object(ops, "machine", lambda _device=None: device.machine),
         mock.patch.object(ops, "chain_forward", device.chain_forward),
         mock.patch.object(ops, "chain_vjp", device.chain_vjp),
+        mock.patch.object(ops, "step", device.step),
     ):
         yield device

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gradkern import binding, engine, trace
+from gradkern.attr.rulemethods import with_relu
 from tests.cases import CASES
 from tests.host_device import CSRC, FLAGS, HostDevice, installed
 
@@ -24,22 +25,32 @@ NETS = [
 ]
 
 
-def recordings(precision: str = "highest"):
-    for name in NETS:
+RULED = ["residual"]  # once more by the rule of guided backpropagation
+LAYERS = ["maxpool2d", "residual", "linear_axes"]  # by the step kernel, with hardly any shared memory for chains
+
+
+def recordings(precision: str, layers: bool):
+    for name in LAYERS if layers else NETS:
         model, inputs = CASES[name].build(), CASES[name].inputs(3)
-        device = HostDevice(blocks=2, threads=64, precision=precision)
+        if layers:
+            device = HostDevice(shared_bytes=256, precision=precision, steps="kernel")
+        else:
+            device = HostDevice(blocks=2, threads=64, precision=precision)
         device.record = []
         with torch.no_grad(), installed(device):
             program = trace.trace(model, inputs)
-            engine.jacobian(program, binding.bind(program, model), inputs)
+            params = binding.bind(program, model)
+            engine.jacobian(program, params, inputs)
+            if name in RULED:
+                engine.jacobian(with_relu(program, "guided_relu"), params, inputs)
         for number, recording in enumerate(device.record):
-            yield f"{name} {precision} {number}", recording
+            yield f"{name} {precision} {'layer' if layers else 'chain'} {number}", recording
 
 
 def main(kinds: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        found = [r for precision in ("highest", "high") for r in recordings(precision)]
+        found = [r for p in ("highest", "high", "medium") for layers in (False, True) for r in recordings(p, layers)]
         for kind in kinds or list(KINDS):
             program = Path(folder, kind)
             sources = [str(CSRC / "host" / n) for n in ("replay.cpp", "run.cpp")]
@@ -53,7 +64,11 @@ def main(kinds: list[str]) -> int:
                 failed += not good
                 if not good:
                     print(f"{kind}: {name}: FAILED (exit {done.returncode})\n{done.stderr[:6000]}", flush=True)
-            print(f"{kind}: {len(found)} launches of {len(NETS)} networks", "clean" if not failed else "", flush=True)
+            print(
+                f"{kind}: {len(found)} launches of {len(NETS) + len(LAYERS)} networks",
+                "clean" if not failed else "",
+                flush=True,
+            )
     return failed > 0
 
 

@@ -8,18 +8,18 @@
 
 namespace gradkern::cuda {
 
-template <class T, int Products>
+template <class T, int Math>
 GK_DEVICE void run_contraction(const Op& op, const Tile<T>& t) {
-  if constexpr (Products > 0) run_window_mma<Products>(op, t);
+  if constexpr (Math != kPlain) run_window_mma<Math>(op, t);
   else run_window<T>(op, t);
 }
 
-// `Products`: how contractions with dense operands multiply. 0: in T; 1 or 3: that many TF32 products.
-template <class T, int Products>
+// `Math`: how contractions with dense operands multiply (args.h).
+template <class T, int Math>
 GK_DEVICE void run_op(const Op& op, const Tile<T>& t) {
   switch (static_cast<Kind>(op.kind)) {
     case Kind::Load: return run_load(op, t);
-    case Kind::Window: return run_contraction<T, Products>(op, t);
+    case Kind::Window: return run_contraction<T, Math>(op, t);
     case Kind::Stencil: return run_stencil<T, true>(op, t);
     case Kind::Pattern: return run_pattern(op, t);
     case Kind::Scale: return run_scale(op, t);
@@ -32,7 +32,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T>& t) {
     case Kind::SeedOneHot: return run_seed_onehot(op, t);
     case Kind::SeedDense: return run_seed_dense(op, t);
     case Kind::Zero: return run_zero(op, t);
-    case Kind::WindowT: return run_window_t<T, Products>(op, t);
+    case Kind::WindowT: return run_window_t<T, Math>(op, t);
     case Kind::StencilT: return run_stencil<T, false>(op, t);
     case Kind::Expand: return run_expand(op, t);
     case Kind::MulD: return run_add<T, true>(op, t);
@@ -41,14 +41,14 @@ GK_DEVICE void run_op(const Op& op, const Tile<T>& t) {
     case Kind::ProductT: return run_times_t(op, t);
     case Kind::LinesT: return run_lines_t(op, t);
     case Kind::StoreT: return run_store_t(op, t);
-    case Kind::Rectify: return;  // the planner keeps the rules' ReLUs off the GPU
+    case Kind::Rectify: return run_rectify(op, t);
   }
 }
 
 // Block ops take all samples of the tile, so that a weight is read once for them; runs of other ops take as many at
 // a time as there are slots of scratch.
 // What can be worked out again from the arguments is not kept: the records' functions want the registers.
-template <class T, int Products>
+template <class T, int Math>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   T* buf = reinterpret_cast<T*>(memory);
   uint8_t* bits = memory + (args.region + static_cast<int64_t>(args.planned) * args.sample) * sizeof(T);
@@ -68,7 +68,7 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {
-            run_op<T, Products>(ops[k], t);
+            run_op<T, Math>(ops[k], t);
             __syncthreads();
           }
         }
@@ -77,11 +77,11 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   }
 }
 
-template <class T, int Products>
-GK_KERNEL(kThreads)
+template <class T, int Math>
+GK_KERNEL(kThreads, 1)
 chain_kernel(const __grid_constant__ Args<T> args) {
   GK_SHARED_ARENA(memory);
-  run_chain<T, Products>(args, memory);
+  run_chain<T, Math>(args, memory);
 }
 
 }  // namespace gradkern::cuda

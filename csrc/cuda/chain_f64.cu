@@ -2,6 +2,6 @@
 #include "launch.cuh"
 
 namespace gradkern::cuda {
-template const char* launch_chain<double, 0>(const Args<double>&, int, int, size_t, void*);
-template const char* prepare_chain<double, 0>(int);
+template const char* launch_chain<double, kPlain>(const Args<double>&, int, int, size_t, void*);
+template const char* prepare_chain<double, kPlain>(int);
 }  // namespace gradkern::cuda

@@ -1,7 +1,7 @@
-// The chain kernel with three TF32 products for one of fp32.
+// The chain kernel in three TF32 products.
 #include "launch.cuh"
 
 namespace gradkern::cuda {
-template const char* launch_chain<float, 3>(const Args<float>&, int, int, size_t, void*);
-template const char* prepare_chain<float, 3>(int);
+template const char* launch_chain<float, kTf32x3>(const Args<float>&, int, int, size_t, void*);
+template const char* prepare_chain<float, kTf32x3>(int);
 }  // namespace gradkern::cuda

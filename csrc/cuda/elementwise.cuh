@@ -76,6 +76,20 @@ GK_DEVICE void run_zero(const Op& op, const Tile<T>& t) {
   }
 }
 
+// The ReLUs of guided backpropagation and deconvolution: what goes on is not negative.
+template <class T>
+GK_DEVICE void run_rectify(const Op& op, const Tile<T>& t) {
+  const int stride = op.dst_s, quads = (static_cast<int>(op.size) + 3) / 4;
+  for (int i = t.tid(); i < t.count * t.seeds * quads; i += t.threads()) {
+    const int ms = i / quads, m = ms / t.seeds;
+    T* const y = t.at(op.dst, op.dst_n, m) + (ms - m * t.seeds) * stride + (i - ms * quads) * 4;
+    Four<T> g = load4(y);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) g.v[k] = g.v[k] < T(0) ? T(0) : g.v[k];
+    store4(y, g);
+  }
+}
+
 // The rows of the last weight, copied where they are not consumed directly.
 template <class T>
 GK_DEVICE void run_seed_rows(const Op& op, const Tile<T>& t) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "hash.h"
 #include "launch.h"
 
 namespace gradkern::cuda {
@@ -38,7 +39,7 @@ void keep(const at::Tensor& tensor, c10::cuda::CUDAStream stream) {
   if (tensor.numel()) tensor.record_stream(stream);
 }
 
-template <class T, int Products>
+template <class T, int Math>
 void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
             const at::Tensor& backward, at::IntArrayRef sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
             at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
@@ -80,10 +81,10 @@ void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& t
       static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(sizes[6], (args.samples + processors - 1) / processors)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  const char* error = prepare_chain<T, Products>(shared);
+  const char* error = prepare_chain<T, Math>(shared);
   if (!error)
-    error = launch_chain<T, Products>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
-                                      stream.stream());
+    error = launch_chain<T, Math>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
+                                  stream.stream());
   TORCH_CHECK(!error, "gradkern: the chain kernel could not be launched with ", shared,
               " bytes of shared memory: ", error ? error : "");
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
@@ -100,15 +101,16 @@ void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tabl
   const bool single = packed.scalar_type() == at::kFloat;
   TORCH_CHECK(single || packed.scalar_type() == at::kDouble, "gradkern: the CUDA kernels take float32 or float64, got ",
               packed.scalar_type());
-  const int64_t products = sizes[2];
-  TORCH_CHECK(products == 0 || (single && (products == 1 || products == 3)),
-              "gradkern: expected 0, 1 or 3 TF32 products (0 for float64), got ", products);
+  const int64_t math = sizes[2];
+  TORCH_CHECK(math == kPlain || (single && (math == kTf32 || math == kBf16 || math == kTf32x3)),
+              "gradkern: expected an arithmetic of 0 … 3 (0 for float64), got ", math);
   if (inputs[0].size(0) == 0) return;
   const c10::cuda::CUDAGuard guard(inputs[0].device());
-  const auto go = !single         ? launch<double, 0>
-                  : products == 3 ? launch<float, 3>
-                  : products == 1 ? launch<float, 1>
-                                  : launch<float, 0>;
+  const auto go = !single           ? launch<double, kPlain>
+                  : math == kTf32x3 ? launch<float, kTf32x3>
+                  : math == kTf32   ? launch<float, kTf32>
+                  : math == kBf16   ? launch<float, kBf16>
+                                    : launch<float, kPlain>;
   go(inputs, packed, tables, forward, backward, sizes, targets, seed_rows, cotangents, seed_tile, outputs, results);
 }
 
@@ -131,13 +133,32 @@ void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor
   run(inputs, packed, tables, forward, backward, sizes, t, rows, cotangents, seed_tile, outputs, results);
 }
 
-// The one call that waits: weights come over in one copy and are hashed on the host.
+// The one call that waits: eight bytes come over.
 int64_t hash(at::TensorList tensors) {
-  std::vector<at::Tensor> parts;
-  for (const at::Tensor& t : tensors)
-    if (t.numel()) parts.push_back(t.detach().contiguous().view({-1}).view(at::kByte));
-  if (parts.empty()) return content_hash({});
-  return content_hash({at::cat(parts).cpu()});
+  if (tensors.empty()) return content_hash({});
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const auto stream = c10::cuda::getCurrentCUDAStream(tensors[0].device().index());
+  const at::Tensor total = at::zeros({1}, tensors[0].options().dtype(at::kLong));
+  auto* const sum = reinterpret_cast<unsigned long long*>(total.mutable_data_ptr<int64_t>());
+  std::vector<at::Tensor> alive;  // until the copy below has waited for the kernels that read them
+  uint64_t first = 1;
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(tensor.device() == tensors[0].device(), "gradkern: content_hash: tensors on ", tensors[0].device(),
+                " and on ", tensor.device());
+    at::Tensor bytes = tensor.detach().contiguous().view({-1}).view(at::kByte);
+    const int64_t size = bytes.numel();
+    // A tensor's own length takes part, so that numbers cannot wander from one to the next.
+    first += (static_cast<uint64_t>(size) << 32) + 1;
+    if (!size) continue;
+    if (size % 4 || reinterpret_cast<uintptr_t>(bytes.const_data_ptr()) % 4)  // whole words: a copy that ends in zeros
+      bytes = at::constant_pad_nd(bytes, {0, (4 - size % 4) % 4}).clone();
+    const char* const error = launch_hash(static_cast<const uint32_t*>(bytes.const_data_ptr()), bytes.numel() / 4,
+                                          first, sum, stream.stream());
+    TORCH_CHECK(!error, "gradkern: the hash kernel could not be launched: ", error ? error : "");
+    first += static_cast<uint64_t>(bytes.numel() / 4);
+    alive.push_back(std::move(bytes));
+  }
+  return total.item<int64_t>() + static_cast<int64_t>(first);
 }
 
 }  // namespace

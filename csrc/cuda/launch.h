@@ -6,11 +6,11 @@
 
 namespace gradkern::cuda {
 
-// `Products` 0: contractions in T; 1 or 3: that many TF32 products (float alone).
-template <class T, int Products>
+// `Math`: kPlain, or for float another of args.h.
+template <class T, int Math>
 const char* prepare_chain(int bytes);
 
-template <class T, int Products>
+template <class T, int Math>
 const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
 
 }  // namespace gradkern::cuda

@@ -1,7 +1,8 @@
-// Contractions on the tensor cores: sums of TF32 products, three of them for nearly fp32 accuracy, or one.
+// Contractions on the tensor cores: one bf16 product, one TF32 product, or three of those for nearly fp32 accuracy.
 //
 // x = high + low, both TF32, keeps 22 bits; high·high + high·low + low·high loses 2^-22 of each product.  The tensor
-// core's own sums are cut off, not rounded, so each runs over eight terms alone and joins the total in fp32.
+// core's own sums are cut off, not rounded, so TF32's run over eight terms alone and join the total in fp32.  Beside
+// the rounding of bf16 operands that is nothing, and sums stay in the tensor core.
 //
 // A warp makes MT·16 rows × NT·8 columns.  Lane (g = lane / 4, t = lane % 4) holds, of the contraction's index, the
 // four neighbours 4t … 4t+3 of each sixteen: one 16-byte load gives a row's part of two instructions, whose indices
@@ -15,17 +16,17 @@ namespace gradkern::cuda {
 struct Halves {
   uint32_t high, low;
 };
-template <int Products>
+template <int Math>
 GK_DEVICE Halves halves(float x) {
   const uint32_t high = to_tf32(x);
-  return {high, Products == 3 ? to_tf32(x - bits_float(high)) : 0u};
+  return {high, Math == kTf32x3 ? to_tf32(x - bits_float(high)) : 0u};
 }
 
 // sum += A · B over eight terms.  A: rows g, g + 8 at k = t, then at k = t + 4.  B: column g at k = t, t + 4.
-template <int Products>
+template <int Math>
 GK_DEVICE void mma_step(float (&sum)[4], const Halves (&a)[4], const Halves (&b)[2]) {
   float part[4] = {};
-  if constexpr (Products == 3) {
+  if constexpr (Math == kTf32x3) {
     mma_tf32(part, a[0].low, a[1].low, a[2].low, a[3].low, b[0].high, b[1].high);
     mma_tf32(part, a[0].high, a[1].high, a[2].high, a[3].high, b[0].low, b[1].low);
   }
@@ -34,10 +35,46 @@ GK_DEVICE void mma_step(float (&sum)[4], const Halves (&a)[4], const Halves (&b)
   for (int i = 0; i < 4; ++i) sum[i] += part[i];
 }
 
+// sum[m][n] += A · B over sixteen terms.  A lane gives four of them: `row(m, r, j)` of its rows g and g + 8,
+// and `column(n, j)` of its column; which four does not matter, as long as both sides agree.
+template <int Math, int MT, int NT, class Row, class Column>
+GK_DEVICE void mma_sixteen(float (&sum)[MT][NT][4], const Row& row, const Column& column) {
+  if constexpr (Math == kBf16) {
+    uint32_t a[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m][i] = to_bf16x2(row(m, i % 2, i / 2 * 2), row(m, i % 2, i / 2 * 2 + 1));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const uint32_t b0 = to_bf16x2(column(n, 0), column(n, 1)), b1 = to_bf16x2(column(n, 2), column(n, 3));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) mma_bf16(sum[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b0, b1);
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // eight of the sixteen terms
+      Halves a[MT][4];
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = halves<Math>(row(m, i % 2, 2 * half + i / 2));
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        Halves b[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) b[j] = halves<Math>(column(n, 2 * half + j));
+#pragma unroll
+        for (int m = 0; m < MT; ++m) mma_step<Math>(sum[m][n], a[m], b);
+      }
+    }
+  }
+}
+
 // sum[m][n] += Σ_{k0 ≤ k < k1} x[row[m][·] + at(k)] · w[k · ldw + column], columns n·8 + g for this lane; `x` in
 // shared memory, `w` in global memory, columns from `width` on are zero.  `joined`: at(k) = k, 16-byte aligned;
 // otherwise at(k) is read from `table`.  All lanes of a warp come here together.
-template <int Products, int MT, int NT>
+template <int Math, int MT, int NT>
 GK_DEVICE void mma_sum(float (&sum)[MT][NT][4], const float* x, const int (&row)[MT][2], const int32_t* table,
                        bool joined, const float* w, int ldw, int width, int lane, int k0, int k1) {
   const int g = lane / 4, t = lane % 4;
@@ -65,25 +102,12 @@ GK_DEVICE void mma_sum(float (&sum)[MT][NT][4], const float* x, const int (&row)
           for (int r = 0; r < 2; ++r) xs[m][r][j] = in ? x[row[m][r] + at] : 0.0f;
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // eight of the sixteen terms
-      Halves a[MT][4];
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = halves<Products>(xs[m][i % 2][2 * half + i / 2]);
-      const int k8 = mine + 2 * half;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const int column = n * 8 + g;
-        Halves b[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          b[j] = halves<Products>(column < width && k8 + j < k1 ? fixed(w + (k8 + j) * ldw + column) : 0.0f);
-#pragma unroll
-        for (int m = 0; m < MT; ++m) mma_step<Products>(sum[m][n], a[m], b);
-      }
-    }
+    mma_sixteen<Math, MT, NT>(
+        sum, [&](int m, int r, int j) { return xs[m][r][j]; },
+        [&](int n, int j) {
+          const int column = n * 8 + g;
+          return column < width && mine + j < k1 ? fixed(w + (mine + j) * ldw + column) : 0.0f;
+        });
   }
 }
 
@@ -93,7 +117,7 @@ GK_DEVICE int mma_column(int lane, int n, int i) { return n * 8 + lane % 4 * 2 +
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
-template <int Products, int MT, int NT>
+template <int Math, int MT, int NT>
 GK_DEVICE void window_mma(const Op& op, const Tile<float>& t) {
   const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.block ? 1 : HW, positions = t.count * each;
   const int O = op.O, groups = op.groups, K = op.K, ldf = op.ldw;
@@ -130,8 +154,8 @@ GK_DEVICE void window_mma(const Op& op, const Tile<float>& t) {
       }
     float sum[MT][NT][4] = {};
     const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
-    mma_sum<Products, MT, NT>(sum, t.buf, row, t.args.tables + op.table2, joined,
-                              t.args.packed + op.wf + group * K * ldf + o, ldf, O - o, t.lane(), k0, k1);
+    mma_sum<Math, MT, NT>(sum, t.buf, row, t.args.tables + op.table2, joined,
+                          t.args.packed + op.wf + group * K * ldf + o, ldf, O - o, t.lane(), k0, k1);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -154,17 +178,17 @@ GK_DEVICE void window_mma(const Op& op, const Tile<float>& t) {
   }
 }
 
-template <int Products>
+template <int Math>
 GK_DEVICE void run_window_mma(const Op& op, const Tile<float>& t) {
   const int positions = t.count * (op.block ? 1 : static_cast<int>(op.H * op.W));
-  if (op.O <= 8) return window_mma<Products, 2, 1>(op, t);
-  if (positions <= 16) return window_mma<Products, 1, 4>(op, t);
-  window_mma<Products, 2, 2>(op, t);  // 2 × 4 would spill
+  if (op.O <= 8) return window_mma<Math, 2, 1>(op, t);
+  if (positions <= 16) return window_mma<Math, 1, 4>(op, t);
+  window_mma<Math, 2, 2>(op, t);  // 2 × 4 would spill
 }
 
 // ---- linear layers backward: rows of the region ([row][stride]) times the weight ------------------------------
 
-template <int Products, int MT, int NT>
+template <int Math, int MT, int NT>
 GK_DEVICE void product_mma(const Op& op, const Tile<float>& t, int rows, int stride, int c0, int channels,
                            bool assign) {
   const int columns = op.K, ldw = op.ldw;
@@ -181,8 +205,8 @@ GK_DEVICE void product_mma(const Op& op, const Tile<float>& t, int rows, int str
         row[m][r] = (at < rows ? at : 0) * stride;
       }
     float sum[MT][NT][4] = {};
-    mma_sum<Products, MT, NT>(sum, t.buf, row, nullptr, true, t.args.packed + op.wb + c0 * ldw + col, ldw,
-                              columns - col, t.lane(), 0, channels);
+    mma_sum<Math, MT, NT>(sum, t.buf, row, nullptr, true, t.args.packed + op.wb + c0 * ldw + col, ldw, columns - col,
+                          t.lane(), 0, channels);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll

@@ -224,14 +224,15 @@ GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride
   product<T, Rows>(op, t, rows, stride, c0, channels, assign);
 }
 
-template <class T, int Products>
+template <class T, int Math>
 GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on; for the tensor cores as
   // [row][channel], rows half a round of banks apart.
-  const int most = Products ? (t.args.region / rows - 16) / 32 * 32 : (t.args.region - 32) / ((rows + 3) / 4 * 4);
+  constexpr bool kMma = Math != kPlain;
+  const int most = kMma ? (t.args.region / rows - 16) / 32 * 32 : (t.args.region - 32) / ((rows + 3) / 4 * 4);
   const int chunk = most < O ? most : O;
-  const int stride = Products ? (chunk + 31) / 32 * 32 + 16 : (rows + 3) / 4 * 4, filled = Products ? rows : stride;
+  const int stride = kMma ? (chunk + 31) / 32 * 32 + 16 : (rows + 3) / 4 * 4, filled = kMma ? rows : stride;
   for (int c0 = 0; c0 < O; c0 += chunk) {
     const int channels = O - c0 < chunk ? O - c0 : chunk;
     for (int i = t.tid(); i < channels * filled; i += t.threads()) {
@@ -245,22 +246,22 @@ GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
                                   (t.s0 + s) * t.args.seed_rows_s + c0 + c)
                           : t.at(op.src, op.src_n, m)[s * static_cast<int>(op.src_s) + c0 + c];
       }
-      t.buf[Products ? r * stride + c : c * stride + r] = value;
+      t.buf[kMma ? r * stride + c : c * stride + r] = value;
     }
     __syncthreads();
     const bool assign = op.assign && c0 == 0;
-    if constexpr (Products > 0)
-      rows <= 16 ? product_mma<Products, 1, 4>(op, t, rows, stride, c0, channels, assign)
-                 : product_mma<Products, 2, 4>(op, t, rows, stride, c0, channels, assign);
+    if constexpr (kMma)
+      rows <= 16 ? product_mma<Math, 1, 4>(op, t, rows, stride, c0, channels, assign)
+                 : product_mma<Math, 2, 4>(op, t, rows, stride, c0, channels, assign);
     else if (sizeof(T) == 8) product<T, 4>(op, t, rows, stride, c0, channels, assign);
     else product_rows<T, 16>(op, t, rows, stride, c0, channels, assign);
     __syncthreads();
   }
 }
 
-template <class T, int Products>
+template <class T, int Math>
 GK_DEVICE void run_window_t(const Op& op, const Tile<T>& t) {
-  op.block ? run_product<T, Products>(op, t) : run_scatter<T>(op, t);
+  op.block ? run_product<T, Math>(op, t) : run_scatter<T>(op, t);
 }
 
 }  // namespace gradkern::cuda

@@ -1,19 +1,24 @@
 // One recorded launch, run again: what the sanitizers are built around.  Usage: replay INPUT OUTPUT
 //
-// INPUT holds seven int64 (bytes per number, products, blocks, threads, arena bytes, bytes of the arguments, blobs),
-// the arguments with every pointer replaced by the number of a blob plus one, and the blobs as (bytes, content). OUTPUT
-// gets the blobs again, in the same form, as they are after the launch.
+// INPUT holds eight int64 (0: a chain, 1: a step; bytes per number, arithmetic, blocks or whether narrow, threads,
+// arena bytes, bytes of the arguments, blobs), the arguments with every pointer replaced by the number of a blob plus
+// one, and the blobs as (bytes, content). OUTPUT gets the blobs again, in the same form, as they are after the launch.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "../cuda/args.h"
+#include "../cuda/step.h"
+
+using gradkern::cuda::Args;
+using gradkern::cuda::StepArgs;
 
 extern "C" {
-void gk_run_f32(const gradkern::cuda::Args<float>*, int, int, int, int64_t);
-void gk_run_f64(const gradkern::cuda::Args<double>*, int, int, int, int64_t);
+void gk_run_f32(const Args<float>*, int, int, int, int64_t);
+void gk_run_f64(const Args<double>*, int, int, int, int64_t);
+void gk_step_f32(const StepArgs<float>*, int, int);
+void gk_step_f64(const StepArgs<double>*, int, int);
 }
 
 namespace {
@@ -29,20 +34,30 @@ void need(bool ok) {
   std::exit(2);
 }
 
-template <class T, class Run>
-void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[7], Run run) {
-  using Args = gradkern::cuda::Args<T>;
-  need(raw.size() == sizeof(Args));
-  const size_t pointers = offsetof(Args, target_n) / sizeof(void*);
+// The arguments, their first `pointers` words pointing at blobs.
+template <class A>
+A arguments(std::vector<char>& raw, const std::vector<Blob>& blobs, size_t pointers) {
+  need(raw.size() == sizeof(A));
   for (size_t i = 0; i < pointers; ++i) {
     int64_t number;
     std::memcpy(&number, raw.data() + 8 * i, 8);
     char* const at = number ? blobs[static_cast<size_t>(number - 1)].data.get() : nullptr;
     std::memcpy(raw.data() + 8 * i, &at, 8);
   }
-  Args args;
+  A args;
   std::memcpy(&args, raw.data(), sizeof args);
-  run(&args, static_cast<int>(head[1]), static_cast<int>(head[2]), static_cast<int>(head[3]), head[4]);
+  return args;
+}
+
+template <class T, class Chain, class Step>
+void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain, Step step) {
+  const int math = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]);
+  if (head[0] == 0) {
+    const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
+    return chain(&args, math, blocks, static_cast<int>(head[4]), head[5]);
+  }
+  const auto args = arguments<StepArgs<T>>(raw, blobs, offsetof(StepArgs<T>, rows) / sizeof(void*));
+  step(&args, math, blocks);
 }
 
 }  // namespace
@@ -51,12 +66,12 @@ int main(int count, char** words) {
   need(count == 3);
   std::FILE* in = std::fopen(words[1], "rb");
   need(in != nullptr);
-  int64_t head[7];
-  need(std::fread(head, 8, 7, in) == 7);
-  std::vector<char> raw(static_cast<size_t>(head[5]));
+  int64_t head[8];
+  need(std::fread(head, 8, 8, in) == 8);
+  std::vector<char> raw(static_cast<size_t>(head[6]));
   need(std::fread(raw.data(), 1, raw.size(), in) == raw.size());
   std::vector<Blob> blobs;
-  for (int64_t i = 0; i < head[6]; ++i) {
+  for (int64_t i = 0; i < head[7]; ++i) {
     int64_t bytes;
     need(std::fread(&bytes, 8, 1, in) == 1);
     const size_t size = static_cast<size_t>(bytes);
@@ -65,7 +80,8 @@ int main(int count, char** words) {
     blobs.push_back(std::move(blob));
   }
   std::fclose(in);
-  head[0] == 4 ? launch<float>(raw, blobs, head, gk_run_f32) : launch<double>(raw, blobs, head, gk_run_f64);
+  head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32)
+               : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64);
   std::FILE* out = std::fopen(words[2], "wb");
   need(out != nullptr);
   for (const Blob& blob : blobs) {

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "../cuda/chain.cuh"
+#include "../cuda/hash.cuh"
+#include "../cuda/step.cuh"
 
 namespace {
 
@@ -12,8 +14,8 @@ using namespace gradkern;
 
 // Blocks one after the other; the threads of a block at once.  Every block's arena starts as NaNs, so that a number
 // that nobody wrote shows.
-template <class T, int Products>
-void launch(const cuda::Args<T>& args, unsigned blocks, unsigned threads, size_t bytes) {
+template <class Kernel>
+void launch(host::Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
   // Exactly as large as asked for, so that the address sanitizer sees one byte past it.
   const std::unique_ptr<unsigned char, void (*)(void*)> memory(
       static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), std::free);
@@ -26,29 +28,64 @@ void launch(const cuda::Args<T>& args, unsigned blocks, unsigned threads, size_t
       host::self = {&block, &warps[i / 32], i % 32};
       host::thread_index.x = i;
       host::block_size.x = threads;
-      host::grid_size.x = blocks;
-      for (unsigned b = 0; b < blocks; ++b) {
-        if (i == 0) std::memset(arena, 0xff, bytes);
-        __syncthreads();
-        host::block_index.x = b;
-        cuda::chain_kernel<T, Products>(args);
-        __syncthreads();
-      }
+      host::grid_size = grid;
+      for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned b = 0; b < grid.x; ++b) {
+          if (i == 0) std::memset(arena, 0xff, bytes);
+          __syncthreads();
+          host::block_index = {b, 0, z};
+          kernel();
+          __syncthreads();
+        }
     });
   for (std::thread& t : running) t.join();
+}
+
+template <class T, int Math>
+void chain(const cuda::Args<T>& args, int blocks, int threads, int64_t bytes) {
+  launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), static_cast<size_t>(bytes),
+         [&] { cuda::chain_kernel<T, Math>(args); });
+}
+
+template <class T, int Math, class S, cuda::Source From>
+void shape(const cuda::StepArgs<T>& args) {
+  const int64_t blocks = (args.rows * args.places + S::BM - 1) / S::BM * ((args.O + S::BN - 1) / S::BN);
+  launch({static_cast<unsigned>(blocks), 1, static_cast<unsigned>(args.groups * args.phase_count)}, cuda::kStepThreads,
+         cuda::kStepShared<T, S>, [&] { cuda::step_kernel<T, Math, S, From>(args); });
+}
+template <class T, int Math>
+void step(const cuda::StepArgs<T>& args, bool narrow) {
+  cuda::with_shape<Math>(args, narrow, [&]<class S, cuda::Source From>() { shape<T, Math, S, From>(args); });
 }
 
 }  // namespace
 
 extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
-// `products`: 0 in fp32, else so many TF32 products; double takes 0 alone.
-void gk_run_f32(const cuda::Args<float>* args, int products, int blocks, int threads, int64_t bytes) {
-  if (products == 3) return launch<float, 3>(*args, blocks, threads, bytes);
-  if (products == 1) return launch<float, 1>(*args, blocks, threads, bytes);
-  launch<float, 0>(*args, blocks, threads, bytes);
+int gk_step_args_size() { return sizeof(cuda::StepArgs<float>); }
+// `math`: how to multiply, as in args.h; double takes kPlain alone.
+void gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads, int64_t bytes) {
+  switch (math) {
+    case cuda::kTf32x3: return chain<float, cuda::kTf32x3>(*args, blocks, threads, bytes);
+    case cuda::kTf32: return chain<float, cuda::kTf32>(*args, blocks, threads, bytes);
+    case cuda::kBf16: return chain<float, cuda::kBf16>(*args, blocks, threads, bytes);
+    default: return chain<float, cuda::kPlain>(*args, blocks, threads, bytes);
+  }
 }
 void gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
-  launch<double, 0>(*args, blocks, threads, bytes);
+  chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
 }
+void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, int blocks) {
+  launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
+         [&] { cuda::hash_kernel(words, count, first, total); });
+}
+void gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
+  switch (math) {
+    case cuda::kTf32x3: return step<float, cuda::kTf32x3>(*args, narrow);
+    case cuda::kTf32: return step<float, cuda::kTf32>(*args, narrow);
+    case cuda::kBf16: return step<float, cuda::kBf16>(*args, narrow);
+    default: return step<float, cuda::kPlain>(*args, narrow);
+  }
+}
+void gk_step_f64(const cuda::StepArgs<double>* args, int, int narrow) { step<double, cuda::kPlain>(*args, narrow); }
 }

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #define GK_DEVICE inline
-#define GK_KERNEL(threads) void
+#define GK_KERNEL(threads, blocks) void
 #define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
 #define __grid_constant__
 
@@ -95,9 +95,21 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
-// The twin of mma.sync.m16n8k8 with TF32 operands: the same lanes hold the same elements; the sum of eight products
-// and c is exact but for one rounding.
-inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// Eight bits of mantissa, ties to even.
+inline uint32_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline uint32_t to_bf16x2(float low, float high) { return to_bf16(high) << 16 | to_bf16(low); }
+
+// The twins of mma.sync: the same lanes hold the same elements; the sum of all products and c is exact but for one
+// rounding.  `K` terms, of which a register holds `K / 8` neighbours.
+template <unsigned K>
+inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const auto part = [](uint32_t word, unsigned k) -> double {
+    return bits_float(K == 8 ? word : k % 2 ? word & 0xffff0000u : word << 16);
+  };
   auto& me = host::self;
   auto& warp = *me.warp;
   const unsigned l = me.lane, g = l / 4, t = l % 4;
@@ -107,16 +119,25 @@ inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned half = i / 2, column = 2 * t + i % 2;  // c0, c1: row g; c2, c3: row g + 8
     double sum = c[i];
-    for (unsigned k = 0; k < 8; ++k)
-      sum += static_cast<double>(bits_float(warp.a[half + k / 4 * 2][g * 4 + k % 4])) *
-             static_cast<double>(bits_float(warp.b[k / 4][column * 4 + k % 4]));
+    for (unsigned k = 0; k < K; ++k) {
+      const unsigned second = k / (K / 2), lane = k % (K / 2) / (K / 8);
+      sum += part(warp.a[half + second * 2][g * 4 + lane], k) * part(warp.b[second][column * 4 + lane], k);
+    }
     c[i] = static_cast<float>(sum);
   }
   warp.barrier.wait();
 }
+// m16n8k8 and m16n8k16.
+inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  mma<8>(c, a0, a1, a2, a3, b0, b1);
+}
+inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  mma<16>(c, a0, a1, a2, a3, b0, b1);
+}
 
 }  // namespace gradkern::cuda
 
+inline void atomicAdd(unsigned long long* p, unsigned long long x) { __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T>
 inline T __ldg(const T* p) {

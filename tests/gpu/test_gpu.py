@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
 import gradkern
-from gradkern import binding, engine, ops, plan, trace
+from gradkern import attr, binding, engine, layered, layerrun, ops, plan, reference, trace
+from gradkern.device import BF16, MATH, PLAIN, TF32, TF32X3
 from tests import oracle
 from tests.cases import CASES
 from tests.recipes import Case
+from tests.test_cuda_layers import BOUND, GEOMETRIES, NETS, convolution, settle
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
@@ -65,7 +70,7 @@ def test_lower_precision_is_as_good_as_its_name(precision: str) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     want, _ = oracle.jacobian(model, [x[:50] for x in inputs])
-    assert oracle.relative_error(y[:50], want) < {"high": 1e-5, "medium": 5e-3}[precision]
+    assert oracle.relative_error(y[:50], want) < {"high": 1e-5, "medium": 2e-2}[precision]
 
 
 def test_equal_calls_give_equal_bits() -> None:
@@ -142,6 +147,163 @@ def test_a_cuda_graph_captures_the_launch() -> None:
     torch.cuda.synchronize()
     want = engine.jacobian(program, params, [inputs[0].flip(0)])[1][0]
     assert torch.equal(out, want)
+
+
+# ---- layers by the step kernel
+
+
+def small(shared: int, **changes):
+    """The GPU as a machine whose blocks have little shared memory, so that contractions run by layers."""
+    real = ops.machine
+
+    def machine(device=None):
+        found = real(device)
+        return found if device is None or device.type == "cpu" else replace(found, shared_bytes=shared, **changes)
+
+    return mock.patch.object(ops, "machine", machine)
+
+
+@pytest.mark.parametrize("math", [PLAIN, TF32, BF16, TF32X3])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_steps_in_every_arithmetic(name: str, math: int) -> None:
+    program, params = convolution(*GEOMETRIES[name])
+    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    assert layer is not None
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(37, *program.inputs[0], generator=generator, dtype=torch.float64)
+    g = torch.randn(37, 5, *program.output_shape, generator=generator, dtype=torch.float64)
+    want_y = reference.forward_step(program, 0, [x], params)
+    (want,) = reference.vjp_step(program, 0, [x], want_y, g, params)
+    for dtype in (torch.float32, torch.float64) if math == PLAIN else (torch.float32,):
+        own = {k: v.to(CUDA, dtype) for k, v in params.items()}
+        pack = layerrun.LayerPack(program, (layer,), own, x.to(CUDA, dtype))
+        y = layerrun.run_forward(program, layer, pack.of[0], math, x.to(CUDA, dtype), None)
+        back = layerrun.run_backward(program, layer, pack.of[0], math, g.to(CUDA, dtype), None, {})
+        bound = BOUND[math] if dtype == torch.float32 else 1e-13
+        assert oracle.relative_error(y.cpu(), want_y) < bound
+        assert oracle.relative_error(back.cpu(), want) < bound
+
+
+@pytest.mark.parametrize("shared", [256, 3072])
+@pytest.mark.parametrize("name", NETS)
+def test_networks_of_layers(name: str, shared: int) -> None:
+    make, shape = NETS[name]
+    torch.manual_seed(3)
+    model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
+    x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
+    with torch.no_grad(), small(shared, steps="kernel"):
+        program = trace.trace(model, (x,))
+        y, (found,) = engine.jacobian(program, binding.bind(program, model), [x])
+        used = plan.cached_plan(program, found.shape[1], torch.float64, CUDA)
+    assert used.layers or shared > 256
+    want_y, (want,) = oracle.jacobian(model, x)
+    assert oracle.relative_error(y, want_y) < 1e-11
+    assert oracle.relative_error(found, want) < 1e-10
+
+
+@pytest.mark.parametrize("steps", ["auto", "kernel", "aten"])
+def test_fcn_whoever_runs_its_layers(steps: str) -> None:
+    """Real sizes: layers of half a megabyte for one sample."""
+    with mock.patch.dict(os.environ, {"GRADKERN_STEPS": steps}):
+        model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
+        _, found = engine.jacobian(program, params, inputs)
+        used = plan.cached_plan(program, 5, torch.float32, CUDA)
+    assert not used.whole
+    assert bool(used.layers) == (steps == "kernel") or steps == "auto"
+    _, want = oracle.jacobian(model, [x[:12] for x in inputs])
+    assert oracle.disagreeing(found[0][:12], want[0]) <= 0.2
+
+
+def test_a_cuda_graph_captures_a_step() -> None:
+    program, params = convolution(*GEOMETRIES["conv2d_stride"])
+    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    assert layer is not None
+    own = {k: v.to(CUDA, torch.float32) for k, v in params.items()}
+    g = torch.randn(64, 3, *program.output_shape, device=CUDA)
+    pack = layerrun.LayerPack(program, (layer,), own, g)
+
+    def back() -> torch.Tensor:
+        return layerrun.run_backward(program, layer, pack.of[0], PLAIN, g, None, {})
+
+    back()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = back()
+    g.copy_(torch.randn_like(g))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, back())
+
+
+# ---- half precision, rules, hashes, several GPUs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cnn1d", "lenet5", "mlp", "residual"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    model, inputs = case.build(dtype=dtype).to(CUDA), tuple(x.to(CUDA) for x in case.inputs(40, dtype=dtype))
+    found = gradkern.jacobian(model, inputs, engine="kernel")
+    found = found[0] if isinstance(found, tuple) else found
+    _, want = oracle.jacobian(model, inputs)
+    assert found.dtype == dtype
+    bound = {torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    assert oracle.disagreeing(found.reshape(want[0].shape), want[0], bound) <= 0.5
+    assert "is cast to float32" in str(gradkern.explain(model, inputs, show=False))
+
+
+@pytest.mark.parametrize("name", ["cnn1d", "lenet5", "residual", "maxpool1d_overlap_pad"])
+@pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution"])
+def test_rules(name: str, method: str) -> None:
+    case = CASES[name]
+    model = case.build(dtype=torch.float64).to(CUDA)
+    x = case.inputs(30, dtype=torch.float64)[0].to(CUDA)
+    fast, plain = (getattr(attr, method)(model, engine=e).attribute_all(x) for e in ("kernel", "reference"))
+    assert oracle.relative_error(fast, plain) < 1e-10
+
+
+def test_the_hash_sees_every_change() -> None:
+    a = torch.randn(1000, device=CUDA)
+    b = torch.arange(7, dtype=torch.uint8, device=CUDA)
+    own = ops.content_hash([a, b])
+    assert own == ops.content_hash([a.clone(), b.clone()])
+    assert own == ops.content_hash([a, torch.arange(8, dtype=torch.uint8, device=CUDA)[:7]])
+    changed, swapped = a.clone(), a.clone()
+    changed[999] += 1
+    swapped[[0, 1]] = a[[1, 0]]
+    others = [[changed, b], [swapped, b], [b, a], [a], [a, b + 1], [a[:500], a[500:], b], [a, b[1:]]]
+    assert len({own, *map(ops.content_hash, others)}) == 1 + len(others)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_at_once() -> None:
+    """Each device's stream, weights and attributes are its own, whichever device is current."""
+    _, inputs, program, params = on_gpu(CASES["cnn1d"], 300, torch.float32)
+    want = engine.jacobian(program, params, inputs)[1][0].cpu()
+    other = torch.device("cuda", 1)
+    there = {k: v.to(other) for k, v in params.items()}
+    found: dict[int, torch.Tensor] = {}
+
+    def work(device: int) -> None:
+        use, xs = ((params, inputs), (there, [x.to(other) for x in inputs]))[device]
+        for _ in range(5):
+            found[device] = engine.jacobian(program, use, xs)[1][0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[1].device == other
+    assert all(torch.equal(f.cpu(), want) for f in found.values())
+    assert torch.cuda.current_device() == 0
+
+
+def test_every_precision_has_its_arithmetic() -> None:
+    for name, math in MATH.items():
+        torch.set_float32_matmul_precision(name)
+        assert ops.machine(CUDA).math == math
 
 
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))
