@@ -352,10 +352,11 @@ def main(words: Sequence[str] | None = None) -> int:
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # First, while the process has no memory to use again.
+        paths = [] if chosen.no_path else [long_path(chosen.path, every) for every in (False, True)]
         for net in chosen.nets:
             for name in chosen.methods:
                 rows.append(measure(net, METHODS[name], chosen.rounds, chosen.samples, say))
-        paths = [] if chosen.no_path else [long_path(chosen.path, every) for every in (False, True)]
     print(table(rows))
     for p in paths:
         what = "all classes" if p["all_outputs"] else "one target"

@@ -74,7 +74,7 @@ def chosen(network: Network, model: nn.Module, generator: torch.Generator) -> Te
 
 
 def whole_macs(model: nn.Module, x: Tensor, seeds: int) -> int:
-    """Multiply-adds per sample of a forward and of every seed's backward through every position, as autograd does it."""
+    """Multiply-adds per sample of a forward and every seed's backward through all positions, as autograd does it."""
     program = trace(model, (x,))
     return sum(total_macs(program, i, seeds) for i in range(len(program.steps)))
 
@@ -117,9 +117,6 @@ def measure_network(problem: Problem, rounds: int, seconds: float, compiled: boo
     say(f"{network.name}: accuracy")
     few = 2 if len(targets) > 16 else 8
     x, result = (t[:few] for t in last[f"{mine.name}@{mine.batch}"])
-    want = oracle.jacobian(picked, x)[1][0]  # float64
-    checked = accuracy.compare(picked, x, result, want)
-    exact = gradkern.jacobian(copy.deepcopy(model).double(), x.double(), targets=asked, engine="kernel")
     best = min(rivals, key=lambda r: measure.paired_ratio(r.seconds, mine.seconds)["median"])
     return {
         "net": network.name,
@@ -137,9 +134,21 @@ def measure_network(problem: Problem, rounds: int, seconds: float, compiled: boo
         "us": statistics.median(mine.seconds) / problem.samples * 1e6,
         "peer_us": statistics.median(best.seconds) / problem.samples * 1e6,
         "first_call_ms": first * 1e3,
+        **errors(model, picked, x, result, asked),
+        "screening": [asdict(row) for row in screening],
+    }
+
+
+def errors(
+    model: nn.Module, picked: nn.Module, x: Tensor, result: Tensor, asked: Tensor | list[tuple[int, ...]] | None
+) -> dict[str, Any]:
+    """The float32 ``result`` of the duel, and a float64 call on the same samples, against float64 autograd."""
+    want = oracle.jacobian(picked, x)[1][0]
+    checked = accuracy.compare(picked, x, result, want)
+    exact = gradkern.jacobian(copy.deepcopy(model).double(), x.double(), targets=asked, engine="kernel")
+    return {
         "error": asdict(checked) | {"max_error": report.finite(checked.max_error)},
         "float64_error": float(accuracy.errors(exact, want).max()),
-        "screening": [asdict(row) for row in screening],
     }
 
 
