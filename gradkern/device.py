@@ -163,9 +163,12 @@ class DeviceLowering(Lowering):
         return min((plain, merged), key=lambda s: walk_cost(len(s.slots), s.O, s.merged, seeds, taps, True))  # type: ignore[return-value]
 
     def prepare(self, unit: Unit) -> None:
-        """A border is zeroed for every tile: buffers share memory."""
+        """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
         node = unit.out
-        if node.store not in self.written and node.size != node.C * node.P:
+        filled = node.C * node.P
+        if unit.kind == "move":
+            filled = sum(sum(runs[2::5]) for runs in self.runs(unit, node))
+        if node.store not in self.written and node.size != filled:
             self.emit(self.forward, "Zero", dst=(self.store(node), 0), size=node.size)
         self.written.add(node.store)
 

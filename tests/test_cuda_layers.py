@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradkern import binding, engine, layered, options, plan, reference, trace
-from gradkern.device import BF16, PLAIN, TF32, TF32X3
+from gradkern.device import BF16, PLAIN, STEPS, TF32, TF32X3
 from gradkern.program import Contract, Dense, Param, Program, Scale, Step, Sum, View, Windows
 from tests import oracle
 from tests.cases import CASES
 from tests.host_device import HostDevice, installed
+from tests.random_programs import programs
+from tests.test_random_programs import FAST, FUZZ, agrees, questions
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 N, S = 2, 3
@@ -340,3 +344,15 @@ def test_a_gpus_budget(monkeypatch) -> None:
 def test_what_a_grid_cannot_hold_is_no_layer() -> None:
     program, _ = convolution(window((1,), stride=300, groups=300), (300, 600), 300)
     assert layered.Finder(program, [(False, (0,))]).layer(0) is None
+
+
+@settings(FAST, max_examples=FUZZ or 50, derandomize=not FUZZ)
+@given(
+    questions(programs()),
+    st.sampled_from([256, 512, 1024, 4096, 1 << 17]),
+    st.sampled_from(STEPS),
+)
+def test_random_programs_on_a_device(question, shared, steps):
+    """Chains, layers and ATen mixed as it comes."""
+    with installed(HostDevice(shared_bytes=shared, steps=steps, threads=32, blocks=1)):
+        agrees(*question)
