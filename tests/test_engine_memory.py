@@ -7,6 +7,7 @@ import math
 import weakref
 
 import torch
+from torch import nn
 
 import gradkern
 from gradkern import arena, engine, options, plan, reference
