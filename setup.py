@@ -106,7 +106,7 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
     if cuda:
         say(f"building the CPU and the CUDA part (torch {torch.__version__}, toolkit {cpp_extension.CUDA_HOME}).")
         if torch.cuda.device_count() == 0:  # torch asks the visible GPUs for their architectures, and there are none
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
     else:
         say(f"building the CPU part alone ({platform.machine()}): {why_not}.")
 
