@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md"]
 
@@ -27,3 +29,7 @@ def test_snippets_run_and_print_what_is_written(page, capsys, monkeypatch, tmp_p
         printed = capsys.readouterr().out
         for expected in PRINTS.findall(block[1]):
             assert expected in printed.splitlines(), f"{page}:{line + 1}: {expected!r} is not in what was printed"
+
+
+def test_measured_tables_are_what_the_results_say():
+    assert tables.main(["--check"]) == 0
