@@ -61,7 +61,7 @@ def jacobian(
     seeds = targets.shape[-1]
     if out is None:
         out = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
-    program = narrowed(program)
+    everything, program = program, narrowed(program)
     p = plan.cached_plan(program, seeds, planned or dtype, inputs[0].device)
     if p.halves == dtype:
         return in_float32(program, params, inputs, targets, wrt, out), tuple(out)
@@ -73,8 +73,8 @@ def jacobian(
         if p.whole:
             return whole(p, params, inputs, targets, wrt, out), tuple(out)
         return Pieces(p, params, inputs, targets, wrt).run(out), tuple(out)
-    except NoKernel:
-        return by_reference(program, params, inputs, targets, wrt, out), tuple(out)
+    except NoKernel:  # with weights that are not finite, positions that are not needed send NaN back, as in torch
+        return by_reference(everything, params, inputs, targets, wrt, out), tuple(out)
 
 
 def in_float32(

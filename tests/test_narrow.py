@@ -73,6 +73,18 @@ def test_last_position_of_convolutions(layers, shape):
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
 
+def test_weights_that_are_not_finite_spread_as_in_torch():
+    model = last_step(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3, dilation=5))
+    x = torch.randn(3, 2, 40, dtype=torch.float64)
+    program = gradkern.prepare(model, x)
+    assert narrowed(program) is not program
+    with torch.no_grad():
+        model.body[0].weight[0, 0, 0] = torch.inf
+    want = oracle.jacobian(model, x)[1][0]
+    assert want.isnan().any()
+    torch.testing.assert_close(gradkern.jacobian(model, x, engine="kernel"), want, equal_nan=True)
+
+
 def test_images_narrow_along_both_axes():
     class Corner(nn.Module):
         def __init__(self) -> None:
