@@ -28,6 +28,8 @@ from .cotangents import Cotangent
 from .lowering import Lowering, lower
 from .pack import ScatterLayout, WindowLayout, aligned, mergeable
 from .program import Product, Program
+from .slices import COUNTS as SLICES
+from .slices import sliced
 from .units import Graph, Node, Unit, planar
 
 WARP = 32
@@ -194,20 +196,54 @@ class DeviceLowering(Lowering):
     # ---- layout of the arena
 
     def finish(self) -> tuple[tuple[int, ...], int]:
+        best: tuple[Choice, list[dict[str, Any]]] | None = None
+        least = 0
+        for backward in self.variants():
+            self.use(backward)
+            buffers, spans = self.lives()
+            for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
+                scratch, sample = self.arrange(buffers, spans, tile)
+                least = self.bytes(max(scratch, self.temporary(1, tile)), sample, 1)
+                found = self.choose(scratch, sample, tile)
+                if found and (best is None or found.cost < best[0].cost):
+                    best = found, backward
+        if best is None:
+            raise TooLarge(least, self.machine.shared_bytes)
+        self.choice, backward = best
+        self.use(backward)
+        buffers, spans = self.lives()
+        self.scratch_size, sample = self.arrange(buffers, spans, self.choice.seed_tile)
+        for buffer in buffers:
+            buffer.base += self.choice.region * buffer.per_sample
+        choice = self.choice
+        sizes = (choice.region, sample, self.math, self.bit_bytes, choice.slots, choice.bytes, choice.block)
+        return sizes, choice.seed_tile
+
+    def variants(self) -> list[list[dict[str, Any]]]:
+        """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
+        found = (sliced(self.backward, self.tables, count) for count in SLICES)
+        return [self.backward, *(ops for ops in found if ops is not None)]
+
+    def use(self, backward: list[dict[str, Any]]) -> None:
+        """Take these records as the backward pass: their buffers that are no values are cotangents."""
+        self.backward = backward
+        values = {id(b) for b in (*self.stores.values(), *self.slopes.values())}
+        used = (op[key][0] for op in backward for key in ("src", "aux", "dst") if isinstance(op.get(key), tuple))
+        self.grads = dict(enumerate({id(b): b for b in used if id(b) not in values}.values()))
+
+    def lives(self) -> tuple[list[Buffer], dict[int, list[int]]]:
+        """The buffers in use, each marked as scratch or kept per sample, and the first and last record of each."""
         ops = self.forward + self.backward
-        runs, run = [], 0
+        for buffer in (*self.stores.values(), *self.grads.values()):
+            buffer.stages, buffer.per_sample = set(), False
+        run, spans = 0, {}
         for i, op in enumerate(ops):
-            fresh = i == len(self.forward) or op["block"] or (i and ops[i - 1]["block"])
-            run += bool(fresh)
-            runs.append(run)
-        spans: dict[int, list[int]] = {}
-        for i, op in enumerate(ops):
+            run += bool(i == len(self.forward) or op["block"] or (i and ops[i - 1]["block"]))
             for key in ("src", "aux", "dst"):
                 if isinstance(op.get(key), tuple):
                     buffer = op[key][0]
-                    first = spans.setdefault(id(buffer), [i, i])
-                    first[1] = i
-                    buffer.stages.add(runs[i])
+                    spans.setdefault(id(buffer), [i, i])[1] = i
+                    buffer.stages.add(run)
                     buffer.per_sample |= bool(op["block"])
         buffers = [b for b in (*self.stores.values(), *self.grads.values()) if id(b) in spans]
         for buffer in buffers:
@@ -218,22 +254,7 @@ class DeviceLowering(Lowering):
         for buffer in self.slopes.values():  # so are these
             spans[id(buffer)][1] = len(ops)
             buffers.append(buffer)
-        best: Choice | None = None
-        least = 0
-        for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
-            scratch, sample = self.arrange(buffers, spans, tile)
-            least = self.bytes(max(scratch, self.temporary(1, tile)), sample, 1)
-            found = self.choose(scratch, sample, tile)
-            if found and (best is None or found.cost < best.cost):
-                best = found
-        if best is None:
-            raise TooLarge(least, self.machine.shared_bytes)
-        self.choice = best
-        self.scratch_size, sample = self.arrange(buffers, spans, best.seed_tile)
-        for buffer in buffers:
-            buffer.base += best.region * buffer.per_sample
-        sizes = (best.region, sample, self.math, self.bit_bytes, best.slots, best.bytes, best.block)
-        return sizes, best.seed_tile
+        return buffers, spans
 
     def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[int, int]:
         """Place buffers whose lifetimes overlap beside each other; returns elements of scratch and per sample."""
