@@ -1,0 +1,114 @@
+"""Packed weights as the GPU's kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .device_cost import QUAD_PLANES, WALK_SLOTS, WARP
+from .pack import ScatterLayout, WindowLayout, aligned
+from .units import Node
+
+
+class DeviceWindow(WindowLayout):
+    """Forward weights ``[groups][K][O to a multiple of 4]``."""
+
+    @property
+    def ldf(self) -> int:
+        return (self.O + 3) // 4 * 4
+
+    def place(self, offset: int) -> int:
+        self.wf = offset
+        self.bias = self.wf + aligned(self.groups * self.K * self.ldf)
+        return self.bias + aligned(self.groups * self.ldf)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, b = self.folded(params)  # [groups·O, K], [groups·O]
+        g, o, k = self.groups, self.O, self.K
+        wide = packed[self.wf : self.wf + g * k * self.ldf].view(g, k, self.ldf)
+        wide[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
+        packed[self.bias : self.bias + g * self.ldf].view(g, self.ldf)[:, :o] = b.reshape(g, o)
+
+
+class DeviceScatter(ScatterLayout):
+    """Backward weights ``[taps · O][window to a multiple of 4]``; ``slots`` are the window's offsets, one by one."""
+
+    @property
+    def slots(self) -> list[int]:
+        return [r + i for r in self.runs for i in range(self.L)]
+
+    @property
+    def ldw(self) -> int:
+        return (len(self.runs) * self.L + 3) // 4 * 4
+
+    def place(self, offset: int) -> int:
+        return super().place(offset) + WARP * WALK_SLOTS  # idle lanes read on past the last row
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        if self.merged:
+            w = self.shifted(w)
+        back = packed[self.wb : self.wb + w.shape[0] * self.ldw].view(w.shape[0], self.ldw)
+        back[:, : w.shape[1]] = w
+
+
+class QuadScatter(DeviceScatter):
+    """Backward weights for quads (csrc/cuda/quads.cuh): ``[variants][O][rows with zeros above and below][columns]``.
+
+    A tap of a merged window reads a channel's row from a place of its own, so that the weight lies where the tap
+    does.  Columns are shifted that way too, between zeros on either side; where a shift is no multiple of four
+    numbers, every shift is a variant of its own.
+    """
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows and columns from the first tap to the last."""
+        return self.taps[-1] if self.merged else (0, 0)
+
+    @property
+    def variants(self) -> list[int]:
+        """The shifts, in columns, that have weights of their own."""
+        return [0] if self.channels % 4 == 0 else sorted({j for _, j in self.taps})
+
+    @property
+    def length(self) -> int:
+        """Elements of a row."""
+        return self.L + self.margin[1] * self.channels * (len(self.variants) == 1)
+
+    @property
+    def ldw(self) -> int:
+        return ((len(self.runs) + self.margin[0]) * self.length + 3) // 4 * 4
+
+    def offsets(self) -> list[int]:
+        """Where every tap's weights begin, and then how far behind that those of every quad of the window lie."""
+        rows, columns = self.margin
+        taps = self.taps if self.merged else [(0, 0)]
+        first = [
+            (rows - i) * self.length
+            + (self.variants.index(j) * self.O * self.ldw if j in self.variants[1:] else 0)
+            + ((columns - j) * self.channels if len(self.variants) == 1 else 0)
+            for i, j in taps
+        ]
+        return first + [r * self.length + i for r in range(len(self.runs)) for i in range(0, self.L, 4)]
+
+    def place(self, offset: int) -> int:
+        self.wb = offset
+        return offset + aligned(len(self.variants) * self.O * self.ldw)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        rows, columns = self.margin
+        high = len(self.runs) + rows
+        inner = w.reshape(self.O, high - 2 * rows, -1)  # [O, rows, columns · channels]
+        back = packed[self.wb : self.wb + len(self.variants) * self.O * self.ldw].view(-1, self.O, self.ldw)
+        back = back[:, :, : high * self.length].unflatten(2, (high, self.length))
+        for variant, shift in zip(back, self.variants, strict=True):
+            start = (shift if len(self.variants) > 1 else columns) * self.channels
+            variant[:, rows : high - rows, start : start + inner.shape[2]] = inner
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether all that quads read and write lies on multiples of four numbers."""
+        origin = node.interior + self.origin
+        steps = (origin, *self.step, *self.runs, self.L, self.O, behind.interior, behind.row)
+        return self.groups == 1 and len(self.taps) <= QUAD_PLANES and all(n % 4 == 0 for n in steps)
