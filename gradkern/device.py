@@ -25,8 +25,20 @@ from torch import Tensor
 from .arena import Buffer
 from .chain import FIELDS, KINDS, Chain, Machine
 from .cotangents import Cotangent
-from .device_cost import PARTS, WALK_SEEDS, WARP, WINDOW_T, Work, even, quad_clocks, walk_clocks
-from .device_layouts import DeviceScatter, DeviceWindow, QuadScatter
+from .device_cost import (
+    IN_NARROW,
+    IN_QUADS,
+    PARTS,
+    WALK_SEEDS,
+    WARP,
+    WINDOW_T,
+    Work,
+    even,
+    narrow_clocks,
+    quad_clocks,
+    walk_clocks,
+)
+from .device_layouts import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 from .lowering import Lowering, lower
 from .pack import mergeable
 from .program import Product, Program
@@ -113,26 +125,27 @@ class DeviceLowering(Lowering):
         if unit.dense:
             return plain  # type: ignore[return-value]
         behind = self.cotangents.of(unit.out)
-        made = [(DeviceScatter, plain), (QuadScatter, QuadScatter.of(unit, 1))]
+        types = (DeviceScatter, QuadScatter, NarrowScatter)
+        made = [t.of(unit, 1) for t in types]
+        taps = 1
         if pattern is not None and mergeable(unit, pattern):
-            pool = pattern.windows
-            made += [(t, t.merge(unit, 1, pool, 1)) for t in (DeviceScatter, QuadScatter)]  # type: ignore[arg-type]
-        taps = pattern.windows.taps if pattern is not None and pattern.windows else 1
-        fitting = [s for t, s in made if t is DeviceScatter or s.fits(unit.reads[0], behind.node)]  # type: ignore[union-attr, attr-defined]
+            made += [t.merge(unit, 1, pattern.windows, 1) for t in types]  # type: ignore[arg-type]
+        if pattern is not None and pattern.windows:
+            taps = pattern.windows.taps
+        node = behind.node if behind else unit.out
+        fitting = [s for s in made if s.fits(unit.reads[0], node)]  # type: ignore[attr-defined]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))  # type: ignore[return-value, arg-type]
 
     def scatter_clocks(self, layout: DeviceScatter, taps: int, pattern: bool) -> float:
         """Clocks per pool output for all seeds."""
-        slots = len(layout.slots)
-        if not isinstance(layout, QuadScatter):
-            walks = math.ceil(self.seeds / WALK_SEEDS)
-            return walks * walk_clocks(slots, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
-        planes = taps if layout.merged else 1
-        each = (
-            quad_clocks(slots // 4, layout.O, self.seeds, planes, pattern, lanes, self.itemsize)[0]
-            for lanes in (4, 8, 16, 32)
-        )
-        return taps / planes * min(each)
+        slots, planes = len(layout.slots), taps if layout.merged else 1
+        if isinstance(layout, NarrowScatter):
+            return taps / planes * narrow_clocks(slots, layout.O, self.seeds, planes)[0]
+        if isinstance(layout, QuadScatter):
+            args = (slots // 4, layout.O, self.seeds, planes, pattern)
+            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in (4, 8, 16, 32))
+        walks = math.ceil(self.seeds / WALK_SEEDS)
+        return walks * walk_clocks(slots, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -163,7 +176,9 @@ class DeviceLowering(Lowering):
         else:
             op["R"], op["L"] = bands(unit, op)
             if isinstance(layout, QuadScatter):
-                op["fn"], op["table"] = 1, self.table(layout.offsets())
+                op["fn"], op["table"] = IN_QUADS, self.table(layout.offsets())
+            elif isinstance(layout, NarrowScatter):
+                op["fn"] = IN_NARROW
 
     # ---- layout of the arena
 
@@ -196,7 +211,7 @@ class DeviceLowering(Lowering):
         """Say in the records what depends on how the work is cut: the lanes of quads' workers."""
         work = Work(self.machine.threads // WARP, choice.slots, choice.block, choice.seed_tile, self.itemsize)
         for op in self.backward:
-            if op["kind"] == WINDOW_T and op.get("fn"):
+            if op["kind"] == WINDOW_T and op.get("fn") == IN_QUADS:
                 op["slots"] = work.quads(op)[1]
 
     def variants(self) -> list[list[dict[str, Any]]]:

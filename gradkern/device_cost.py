@@ -18,6 +18,8 @@ from .chain import KINDS
 WARP = 32
 WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
 QUADS, QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 6, 18, 4  # csrc/cuda/quads.cuh
+NARROW, NARROW_SEEDS = 8, 5  # csrc/cuda/narrow.cuh
+WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
@@ -71,7 +73,7 @@ class Work:
         elif op["kind"] == WINDOW_T and op["block"]:
             clocks += self.product(op)
         elif op["kind"] == WINDOW_T:
-            clocks += self.quads(op)[0] if op.get("fn") else self.walks(op)
+            clocks += {WALKS: self.walks, IN_QUADS: self.quads, IN_NARROW: self.narrow}[op.get("fn", WALKS)](op)[0]
         return clocks
 
     def window(self, op: Op) -> float:
@@ -93,11 +95,11 @@ class Work:
         spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
         return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
 
-    def walks(self, op: Op) -> float:
-        """A transposed convolution that walks its live channels."""
+    def walks(self, op: Op) -> tuple[float, int]:
+        """A transposed convolution that walks its live channels, and the lanes of a worker."""
         walks, lanes = math.ceil(self.tile / WALK_SEEDS), worker_lanes(op["K"])
         one = walk_clocks(op["K"], op["O"], op["merged"], even(self.tile, WALK_SEEDS), max(op["taps"], 1), op["taps"])
-        return walks * op["H"] * op["W"] * one / self.share(op, walks, lanes)
+        return walks * op["H"] * op["W"] * one / self.share(op, walks, lanes), lanes
 
     def quads(self, op: Op) -> tuple[float, int]:
         """A transposed convolution in quads, and the lanes of a worker that make it cheapest."""
@@ -108,6 +110,12 @@ class Work:
             clocks, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
             found.append((positions * clocks / self.share(op, visits, lanes), lanes))
         return min(found)
+
+    def narrow(self, op: Op) -> tuple[float, int]:
+        """A transposed convolution of a narrow window, four lanes a position."""
+        clocks, visits = narrow_clocks(op["K"], op["O"], self.tile, op["taps"] if op["merged"] else 1)
+        taps = max(op["taps"], 1) if not op["merged"] else 1
+        return taps * op["H"] * op["W"] * clocks / self.share(op, visits, 4), 4
 
     def share(self, op: Op, visits: int, lanes: int) -> float:
         """The share of workers that are busy with the bands of a colour."""
@@ -158,3 +166,13 @@ def quad_clocks(
     )
     ends = loop(40 + 6 * each * together, 8 * each * together)
     return visits * chunks * (walked * step + ends) / workers, visits
+
+
+def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[float, int]:
+    """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
+    visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
+    width = next(w for w in (4, 6, 8) if width <= w)
+    sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
+    each = 4 * (width * together + together + rows + 6) + together + 12
+    ends = 40 + 3 * sums + 4 * sums / 4
+    return visits * loop(rounds * each + ends, rounds * (8 * together + 8 * rows + planes) + sums / 2) / 8, visits

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .device_cost import QUAD_PLANES, WALK_SLOTS, WARP
+from .device_cost import NARROW, QUAD_PLANES, WALK_SLOTS, WARP
 from .pack import ScatterLayout, WindowLayout, aligned
 from .units import Node
 
@@ -44,6 +44,10 @@ class DeviceScatter(ScatterLayout):
 
     def place(self, offset: int) -> int:
         return super().place(offset) + WARP * WALK_SLOTS  # idle lanes read on past the last row
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether the kernel can add to the cotangent of ``node``, reading that of ``behind``."""
+        return True
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
@@ -112,3 +116,25 @@ class QuadScatter(DeviceScatter):
         origin = node.interior + self.origin
         steps = (origin, *self.step, *self.runs, self.L, self.O, behind.interior, behind.row)
         return self.groups == 1 and len(self.taps) <= QUAD_PLANES and all(n % 4 == 0 for n in steps)
+
+
+class NarrowScatter(DeviceScatter):
+    """Backward weights for narrow windows (csrc/cuda/narrow.cuh): ``[taps][O][window to a multiple of 4]``.
+
+    Channels in the order 0, 4, 8 …, 1, 5, 9 …, 2 …: those of neighbouring lanes lie side by side.
+    """
+
+    def place(self, offset: int) -> int:
+        self.wb = offset
+        return offset + aligned(len(self.taps) * self.O * self.ldw)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        w = self.shifted(w) if self.merged else w  # [taps · O, window]
+        order = w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        packed[self.wb : self.wb + w.shape[0] * self.ldw].view(-1, self.ldw)[:, : w.shape[1]] = order
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether the window is short and in one piece, and cotangents can be read four at a time."""
+        one = self.groups == 1 and len(self.runs) == 1 and self.L <= NARROW and len(self.taps) <= QUAD_PLANES
+        return one and all(n % 4 == 0 for n in (self.O, behind.interior, behind.row))

@@ -3,6 +3,7 @@
 #pragma once
 #include "elementwise.cuh"
 #include "forms.cuh"
+#include "narrow.cuh"
 #include "quads.cuh"
 #include "scatter.cuh"
 #include "window.cuh"

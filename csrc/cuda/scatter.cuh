@@ -174,10 +174,12 @@ GK_DEVICE void scatter_slots(const Op& op, const Tile<T>& t, int lanes, int slot
 
 template <class T>
 GK_DEVICE void run_quads(const Op& op, const Tile<T>& t);  // quads.cuh
+template <class T>
+GK_DEVICE void run_narrow(const Op& op, const Tile<T>& t);  // narrow.cuh
 
 template <class T>
 GK_DEVICE void run_scatter(const Op& op, const Tile<T>& t) {
-  if (op.fn) return run_quads(op, t);
+  if (op.fn) return op.fn == 1 ? run_quads(op, t) : run_narrow(op, t);
   const int lanes = worker_lanes(op.K);
   scatter_slots<T, kMaxSlots>(op, t, lanes, (static_cast<int>(op.K) + lanes - 1) / lanes);
 }
