@@ -29,6 +29,7 @@ from .device_cost import (
     IN_NARROW,
     IN_QUADS,
     PARTS,
+    QUADS,
     WALK_SEEDS,
     WARP,
     WINDOW_T,
@@ -203,6 +204,8 @@ class DeviceLowering(Lowering):
         self.scratch_size, sample = self.arrange(buffers, spans, self.choice.seed_tile)
         for buffer in buffers:
             buffer.base += self.choice.region * buffer.per_sample
+        # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
+        self.packed += 8 * max((getattr(x, "ldw", 0) for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
         choice = self.choice
         sizes = (choice.region, sample, self.math, self.bit_bytes, choice.slots, choice.bytes, choice.block)
         return sizes, choice.seed_tile

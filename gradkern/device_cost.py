@@ -17,7 +17,8 @@ from .chain import KINDS
 
 WARP = 32
 WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
-QUADS, QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 6, 18, 4  # csrc/cuda/quads.cuh
+QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
+QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 18, 4
 NARROW, NARROW_SEEDS = 8, 5  # csrc/cuda/narrow.cuh
 WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
@@ -155,7 +156,7 @@ def quad_clocks(
 ) -> tuple[float, int]:
     """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
     scale = 1 if itemsize == 4 else 3
-    each = min(math.ceil(quads / lanes), QUADS if scale == 1 else QUADS // 2)
+    each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
     chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
     walked = channels * (alive(planes, pattern) if workers == 1 else 1.0)

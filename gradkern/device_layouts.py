@@ -60,9 +60,9 @@ class DeviceScatter(ScatterLayout):
 class QuadScatter(DeviceScatter):
     """Backward weights for quads (csrc/cuda/quads.cuh): ``[variants][O][rows with zeros above and below][columns]``.
 
-    A tap of a merged window reads a channel's row from a place of its own, so that the weight lies where the tap
-    does.  Columns are shifted that way too, between zeros on either side; where a shift is no multiple of four
-    numbers, every shift is a variant of its own.
+    A tap of a merged window reads a channel's weights from a place of its own, so that they lie where the tap does,
+    between zeros, and the window's quads lie side by side.  A window of one row is shifted by columns in the same
+    way; otherwise every shift by columns is a variant of its own.
     """
 
     @property
@@ -73,7 +73,7 @@ class QuadScatter(DeviceScatter):
     @property
     def variants(self) -> list[int]:
         """The shifts, in columns, that have weights of their own."""
-        return [0] if self.channels % 4 == 0 else sorted({j for _, j in self.taps})
+        return [0] if len(self.runs) == 1 and self.channels % 4 == 0 else sorted({j for _, j in self.taps})
 
     @property
     def length(self) -> int:
@@ -85,16 +85,14 @@ class QuadScatter(DeviceScatter):
         return ((len(self.runs) + self.margin[0]) * self.length + 3) // 4 * 4
 
     def offsets(self) -> list[int]:
-        """Where every tap's weights begin, and then how far behind that those of every quad of the window lie."""
+        """Where every tap's weights begin."""
         rows, columns = self.margin
-        taps = self.taps if self.merged else [(0, 0)]
-        first = [
+        return [
             (rows - i) * self.length
             + (self.variants.index(j) * self.O * self.ldw if j in self.variants[1:] else 0)
             + ((columns - j) * self.channels if len(self.variants) == 1 else 0)
-            for i, j in taps
+            for i, j in (self.taps if self.merged else [(0, 0)])
         ]
-        return first + [r * self.length + i for r in range(len(self.runs)) for i in range(0, self.L, 4)]
 
     def place(self, offset: int) -> int:
         self.wb = offset

@@ -134,10 +134,16 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
   }
 }
 
+// Seeds of a visit: as few visits as `most` seeds at a time allow, evenly filled.
+GK_DEVICE int seeds_together(int seeds, int most) {
+  const int visits = (seeds + most - 1) / most;
+  return (seeds + visits - 1) / visits;
+}
+
 template <class T, int NV, int S>
 GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
   const int slots = op.K, nb = op.nb, planes = op.merged ? op.taps : 1, mine = t.lane() % lanes;
-  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw;
+  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw, dst_s = op.dst_s;
   const int32_t* table = t.args.tables + op.table2;
   for (int chunk = 0; chunk < slots; chunk += lanes * NV) {
     int offset[NV];
@@ -151,42 +157,30 @@ GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
         walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
-                       at.seeds, weights, ldw, lanes, at.to + group * static_cast<int>(op.C),
-                       static_cast<int>(op.dst_s), offset);
+                       at.seeds, weights, ldw, lanes, at.to + group * static_cast<int>(op.C), dst_s, offset);
     });
   }
 }
 
-template <class T, int NV, int S>
-GK_DEVICE void scatter_seeds(const Op& op, const Tile<T>& t, int lanes, int seeds) {
-  if constexpr (S > 1)
-    if (seeds < S) return scatter_seeds<T, NV, S - 1>(op, t, lanes, seeds);
-  scatter<T, NV, S>(op, t, lanes);
-}
-
-template <class T, int NV>
-GK_DEVICE void scatter_slots(const Op& op, const Tile<T>& t, int lanes, int slots) {
-  if constexpr (NV > 1)
-    if (slots < NV) return scatter_slots<T, NV - 1>(op, t, lanes, slots);
-  const int walks = (t.seeds + kMaxSeeds<T> - 1) / kMaxSeeds<T>;
-  scatter_seeds<T, NV, kMaxSeeds<T>>(op, t, lanes, (t.seeds + walks - 1) / walks);
-}
+template <class T>
+GK_RECORD void run_quads(const Op& op, const Tile<T> t);  // quads.cuh
+template <class T>
+GK_RECORD void run_narrow(const Op& op, const Tile<T> t);  // narrow.cuh
 
 template <class T>
-GK_DEVICE void run_quads(const Op& op, const Tile<T>& t);  // quads.cuh
-template <class T>
-GK_DEVICE void run_narrow(const Op& op, const Tile<T>& t);  // narrow.cuh
-
-template <class T>
-GK_DEVICE void run_scatter(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_scatter(const Op& op, const Tile<T> t) {
   if (op.fn) return op.fn == 1 ? run_quads(op, t) : run_narrow(op, t);
   const int lanes = worker_lanes(op.K);
-  scatter_slots<T, kMaxSlots>(op, t, lanes, (static_cast<int>(op.K) + lanes - 1) / lanes);
+  with_count<kMaxSlots>((static_cast<int>(op.K) + lanes - 1) / lanes, [&]<int NV>() {
+    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>), [&]<int S>() { scatter<T, NV, S>(op, t, lanes); });
+  });
 }
 
 // ---- linear layers ---------------------------------------------------------------------------------------------
 
-constexpr int kColumns = 16;  // lanes along the columns, four columns each; two lanes along the rows
+template <class T>
+constexpr int kAhead = sizeof(T) == 4 ? 4 : 1;  // rows of the weight: 270 clocks from L2 are about two rows' work
+constexpr int kColumns = 16;                    // lanes along the columns, four columns each; two lanes along the rows
 
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].
 template <class T, int Rows>
@@ -201,16 +195,23 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
     const T* w = t.args.packed + op.wb + c0 * ldw + (col < columns ? col : 0);
     const T* g = t.buf + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
-#pragma unroll 2
-    for (int c = 0; c < channels; ++c) {
-      const Four<T> ws = fixed4(w + c * ldw);
+    Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
 #pragma unroll
-      for (int r = 0; r < Rows; r += 4) {
-        const Four<T> gs = load4(g + c * stride + r);
+    for (int k = 0; k < kAhead<T>; ++k, w += ldw) ahead[k] = fixed4(w);
+    for (int c0 = 0; c0 < channels; c0 += kAhead<T>) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
+      for (int k = 0; k < kAhead<T>; ++k, w += ldw, g += stride) {
+        if (c0 + k >= channels) break;
+        const Four<T> ws = ahead[k];
+        ahead[k] = fixed4(w);
 #pragma unroll
-          for (int o = 0; o < 4; ++o) acc[r + k][o] += gs.v[k] * ws.v[o];
+        for (int r = 0; r < Rows; r += 4) {
+          const Four<T> gs = load4(g + r);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int o = 0; o < 4; ++o) acc[r + i][o] += gs.v[i] * ws.v[o];
+        }
       }
     }
 #pragma unroll
@@ -248,7 +249,7 @@ GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride
 }
 
 template <class T, int Math>
-GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_product(const Op& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on; for the tensor cores as
   // [row][channel], rows half a round of banks apart.
@@ -283,7 +284,7 @@ GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
 }
 
 template <class T, int Math>
-GK_DEVICE void run_window_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_window_t(const Op& op, const Tile<T> t) {
   op.block ? run_product<T, Math>(op, t) : run_scatter<T>(op, t);
 }
 

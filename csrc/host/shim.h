@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define GK_DEVICE inline
+#define GK_RECORD inline
 #define GK_KERNEL(threads, blocks) void
 #define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
 #define __grid_constant__
