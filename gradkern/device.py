@@ -122,9 +122,8 @@ class DeviceLowering(Lowering):
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
         """One window per position or one for all taps of the pool behind it, walked channel by live channel or in
         quads: whichever is expected to be fastest with all warps at work."""
-        plain = DeviceScatter.of(unit, 1)
         if unit.dense:
-            return plain  # type: ignore[return-value]
+            return DeviceScatter.of(unit, 1)  # type: ignore[return-value]
         behind = self.cotangents.of(unit.out)
         types = (DeviceScatter, QuadScatter, NarrowScatter)
         made = [t.of(unit, 1) for t in types]
@@ -133,8 +132,10 @@ class DeviceLowering(Lowering):
             made += [t.merge(unit, 1, pattern.windows, 1) for t in types]  # type: ignore[arg-type]
         if pattern is not None and pattern.windows:
             taps = pattern.windows.taps
-        node = behind.node if behind else unit.out
-        fitting = [s for s in made if s.fits(unit.reads[0], node)]  # type: ignore[attr-defined]
+        # Seed rows lie in global memory: only the walk reads them there.
+        plain = [s for s in made if type(s) is DeviceScatter]
+        rows = behind is None or behind.rows
+        fitting = plain if rows else [s for s in made if s.fits(unit.reads[0], behind.node)]  # type: ignore[attr-defined]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))  # type: ignore[return-value, arg-type]
 
     def scatter_clocks(self, layout: DeviceScatter, taps: int, pattern: bool) -> float:

@@ -2,8 +2,8 @@
 
 The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
 loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
-clock, at the share of those rates that well-fed loops reach.  All constants are estimates; what a GPU measured is in
-benchmarks/notes-cuda.md.
+clock, at the share of those rates that well-fed loops reach (`PACE`, an estimate).  Instructions per turn of a loop are
+counted in sm_90 machine code (nvcc 13.0); what a GPU measured is in benchmarks/notes-cuda.md.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Work:
         lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
         tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (4 * WARP)) * op["groups"]
         share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
-        work = tiles * op["K"] * (loop(19, 3) if op["L"] % 4 == 0 else loop(23, 5)) / share
+        work = tiles * op["K"] * (loop(22, 3) if op["L"] % 4 == 0 else loop(27, 5)) / share
         return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
 
     def product(self, op: Op) -> float:
@@ -92,7 +92,7 @@ class Work:
         rows = self.block * self.tile
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
         items = math.ceil(rows / (2 * height)) * math.ceil(op["K"] / 64)
-        work = items * op["O"] * loop(4 * height + height / 4 + 2, height / 4 + 2) / busy(items, self.warps)
+        work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items, self.warps)
         spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
         return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
 
@@ -147,7 +147,7 @@ def walk_clocks(slots: int, channels: int, merged: bool, seeds: int, planes: int
     walks = 1 if merged else planes
     live = channels * alive(planes, pattern) / walks
     longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
-    step = loop((7 + each + seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live)
+    step = loop((19 + 2 * each + 6 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live)
     return walks * (step + loop(30 + 3 * each * seeds, 2 * each * seeds)) / workers
 
 
@@ -159,10 +159,10 @@ def quad_clocks(
     each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
     chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
-    walked = channels * (alive(planes, pattern) if workers == 1 else 1.0)
+    walked = channels * (alive(planes, pattern) if workers == 1 and each == 2 else 1.0)
     rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
     step = loop(
-        each * (4 * together + 1) + together + 8 + together / 4,
+        each * (4 * together + 1) + 17 + 2.7 * together + 6 * (each == 2),
         each * max(1, lanes * 16 * rows / 128) + together * workers / 4,
     )
     ends = loop(40 + 6 * each * together, 8 * each * together)
@@ -174,6 +174,6 @@ def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[f
     visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
     width = next(w for w in (4, 6, 8) if width <= w)
     sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
-    each = 4 * (width * together + together + rows + 6) + together + 12
+    each = 4 * (width * together + rows) + 102 + 15 * together
     ends = 40 + 3 * sums + 4 * sums / 4
     return visits * loop(rounds * each + ends, rounds * (8 * together + 8 * rows + planes) + sums / 2) / 8, visits

@@ -76,8 +76,9 @@ template <class T, int NV, int S>
 GK_DEVICE void narrow(const Op& op, const Tile<T>& t) {
   const int first = fixed(t.args.tables + op.table2);
   const T* weights = t.args.packed + op.wb;
-  over_bands(op, t, kNarrowLanes, S,
-             [&](const Visit<T>& at) { visit_narrow<T, NV, S>(op, weights, at, t.lane() % kNarrowLanes, first); });
+  over_bands<false>(op, t, kNarrowLanes, S, [&](const Visit<T>& at) {
+    visit_narrow<T, NV, S>(op, weights, at, t.lane() % kNarrowLanes, first);
+  });
 }
 
 template <class T>

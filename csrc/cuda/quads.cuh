@@ -46,6 +46,7 @@ template <class T, int NQ, int S>
 GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, const int (&offset)[NQ],
                            const Taps& taps, int planes, bool alone) {
   const int O = op.O, ldw = op.ldw, dst_s = op.dst_s, nb = op.nb;
+  constexpr bool kSkips = NQ == 2;  // a branch costs the others more than it saves
   Four<T> sum[S][NQ] = {};
   for (int c0 = 0; c0 < O; c0 += 32) {
     uint32_t words[kMaxPlanes] = {};
@@ -54,7 +55,7 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
       if (j < planes && at.inside) words[j] = live_word(at.plane ? at.plane + j * nb : nullptr, nb, c0, 0, O);
     for (int c = c0; c < O && c < c0 + 32; c += 4) {
       const Nibble four = nibble_of(words, c - c0, taps, planes);
-      if (alone && !(four.alive & 15)) continue;
+      if (kSkips && alone && !(four.alive & 15)) continue;
       Four<T> g[S] = {};
 #pragma unroll
       for (int s = 0; s < S; ++s)
@@ -62,7 +63,7 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool alive = four.alive & 1u << k;
-        if (alone && !alive) continue;
+        if (kSkips && alone && !alive) continue;
         const T* w = weights + ((c + k) * ldw + four.place[k]);
         Four<T> ws[NQ];
 #pragma unroll
@@ -108,7 +109,7 @@ GK_DEVICE void quads(const Op& op, const Tile<T>& t) {
 #pragma unroll
     for (int v = 0; v < NQ; ++v) offset[v] = mine + v < many ? fixed(windows + 4 * (mine + v)) : -1;
     const T* weights = t.args.packed + op.wb + 4 * mine;
-    over_bands(op, t, lanes, S, [&](const Visit<T>& at) {
+    over_bands<false>(op, t, lanes, S, [&](const Visit<T>& at) {
       visit_quads<T, NQ, S>(op, weights, at, offset, taps, planes, lanes == kWarp);
     });
   }

@@ -96,7 +96,8 @@ struct Visit {
 
 // Every position once for every group of `together` seeds.  Bands are rectangles of R × L positions, in four colours
 // like a chessboard of two by two; all lanes of a warp make the same number of visits.
-template <class T, class Each>
+// `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler knows that they are shared.
+template <bool Rows, class T, class Each>
 GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int together, const Each& each) {
   const int H = op.H, W = op.W, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
   const int all = op.taps ? op.taps : 1, taps = op.merged ? 1 : all;
@@ -111,8 +112,12 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
       const int item = active ? base + sub : 0, rest = item / each_sample, band = item - rest * each_sample;
       const int h0 = (band / columns * 2 + ch) * high, w0 = (band % columns * 2 + cw) * wide;
       const int m = rest / seed_groups, s0 = (rest - m * seed_groups) * together;
-      const T* from = op.rows ? t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s
-                              : t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
+      const T* from = t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
+      int stride = op.src_s;
+      if (Rows && op.rows) {
+        from = t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s;
+        stride = static_cast<int>(t.args.seed_rows_s);
+      }
       T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
       const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
       for (int i = 0; i < high * wide * taps; ++i) {
@@ -123,7 +128,7 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
             active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, j / kw, j % kw, hi, wi));
         visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
         visit.from = from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px);
-        visit.stride = op.rows ? static_cast<int>(t.args.seed_rows_s) : static_cast<int>(op.src_s);
+        visit.stride = stride;
         visit.seeds = t.seeds - s0 < together ? t.seeds - s0 : together;
         visit.to = to + hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px);
         each(visit);
@@ -153,7 +158,7 @@ GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
       offset[v] = k < slots ? fixed(table + k) : -1;
     }
     const T* weights = t.args.packed + op.wb + chunk + mine;
-    over_bands(op, t, lanes, S, [&](const Visit<T>& at) {
+    over_bands<true>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
         walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
@@ -182,6 +187,19 @@ template <class T>
 constexpr int kAhead = sizeof(T) == 4 ? 4 : 1;  // rows of the weight: 270 clocks from L2 are about two rows' work
 constexpr int kColumns = 16;                    // lanes along the columns, four columns each; two lanes along the rows
 
+// acc[r][o] += g[r] · w[o].
+template <class T, int Rows>
+GK_DEVICE void outer(T (&acc)[Rows][4], const T* g, const Four<T>& w) {
+#pragma unroll
+  for (int r = 0; r < Rows; r += 4) {
+    const Four<T> gs = load4(g + r);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int o = 0; o < 4; ++o) acc[r + i][o] += gs.v[i] * w.v[o];
+  }
+}
+
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].
 template <class T, int Rows>
 GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
@@ -198,22 +216,16 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
     Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, w += ldw) ahead[k] = fixed4(w);
-    for (int c0 = 0; c0 < channels; c0 += kAhead<T>) {
+    int left = channels;
+    for (; left >= kAhead<T>; left -= kAhead<T>)
 #pragma unroll
       for (int k = 0; k < kAhead<T>; ++k, w += ldw, g += stride) {
-        if (c0 + k >= channels) break;
-        const Four<T> ws = ahead[k];
+        outer<T, Rows>(acc, g, ahead[k]);
         ahead[k] = fixed4(w);
-#pragma unroll
-        for (int r = 0; r < Rows; r += 4) {
-          const Four<T> gs = load4(g + r);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int o = 0; o < 4; ++o) acc[r + i][o] += gs.v[i] * ws.v[o];
-        }
       }
-    }
+#pragma unroll
+    for (int k = 0; k < kAhead<T>; ++k, g += stride)
+      if (k < left) outer<T, Rows>(acc, g, ahead[k]);
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       if (r0 + r >= rows || col >= columns) continue;
