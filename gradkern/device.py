@@ -56,6 +56,7 @@ HALVES = {torch.float16: TF32, torch.bfloat16: BF16}
 STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
 STEPS_VARIABLE = "GRADKERN_STEPS"
 MAX_TILE = 64  # samples of a block
+MAX_SLOTS = 32  # samples at a time in scratch
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
 
 
@@ -84,11 +85,12 @@ def why_not(form: object) -> str | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to cut the work: seeds and samples at a time, slots of scratch, and the arena that it takes (elements)."""
+    """A way to cut the work: seeds at a time, samples of a block, of every run of records those that scratch has slots
+    for, and the arena that it takes (elements)."""
 
     seed_tile: int
-    slots: int
     block: int
+    slots: tuple[int, ...]
     region: int
     bytes: int
     cost: float  # clocks per sample, estimated
@@ -106,7 +108,7 @@ class DeviceLowering(Lowering):
         self.machine = machine
         self.math = machine.math if itemsize == 4 else PLAIN
         self.written: set[int] = set()  # stores that a record has written
-        self.choice = Choice(1, 1, 1, 0, 0, 0.0)
+        self.choice = Choice(1, 1, (), 0, 0, 0.0)
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
@@ -192,31 +194,40 @@ class DeviceLowering(Lowering):
             buffers, spans = self.lives()
             for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
                 scratch, sample = self.arrange(buffers, spans, tile)
-                least = self.bytes(max(scratch, self.temporary(1, tile)), sample, 1)
+                least = self.bytes(max(*scratch, self.temporary(1, tile)), sample, 1)
                 found = self.choose(scratch, sample, tile)
                 if found and (best is None or found.cost < best[0].cost):
                     best = found, backward
         if best is None:
             raise TooLarge(least, self.machine.shared_bytes)
-        self.choice, backward = best
+        self.choice, backward = choice, _ = best
         self.use(backward)
-        self.settle(self.choice)
         buffers, spans = self.lives()
-        self.scratch_size, sample = self.arrange(buffers, spans, self.choice.seed_tile)
+        scratch, sample = self.arrange(buffers, spans, choice.seed_tile)
+        self.settle(scratch)
         for buffer in buffers:
-            buffer.base += self.choice.region * buffer.per_sample
+            buffer.base += choice.region * buffer.per_sample
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
         self.packed += 8 * max((getattr(x, "ldw", 0) for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
-        choice = self.choice
-        sizes = (choice.region, sample, self.math, self.bit_bytes, choice.slots, choice.bytes, choice.block)
+        most = max(choice.slots, default=1)
+        sizes = (choice.region, sample, self.math, self.bit_bytes, most, choice.bytes, choice.block)
         return sizes, choice.seed_tile
 
-    def settle(self, choice: Choice) -> None:
-        """Say in the records what depends on how the work is cut: the lanes of quads' workers."""
-        work = Work(self.machine.threads // WARP, choice.slots, choice.block, choice.seed_tile, self.itemsize)
-        for op in self.backward:
+    def settle(self, scratch: list[int]) -> None:
+        """Say in the records what depends on how the work is cut: samples at a time, and the lanes of quads' workers."""
+        choice = self.choice
+        for op, run in zip(self.forward + self.backward, self.runs_of(), strict=True):
+            op["outer"], op["scratch"] = choice.slots[run], scratch[run]
             if op["kind"] == WINDOW_T and op.get("fn") == IN_QUADS:
-                op["slots"] = work.quads(op)[1]
+                op["slots"] = self.work(choice.slots[run], choice.block, choice.seed_tile).quads(op)[1]
+
+    def runs_of(self) -> list[int]:
+        """The run that each record belongs to: a record that takes the whole block, or all records in between."""
+        found, run, ops = [], -1, self.forward + self.backward
+        for i, op in enumerate(ops):
+            run += bool(i in (0, len(self.forward)) or op["block"] or ops[i - 1]["block"])
+            found.append(run)
+        return found
 
     def variants(self) -> list[list[dict[str, Any]]]:
         """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
@@ -235,9 +246,8 @@ class DeviceLowering(Lowering):
         ops = self.forward + self.backward
         for buffer in (*self.stores.values(), *self.grads.values()):
             buffer.stages, buffer.per_sample = set(), False
-        run, spans = 0, {}
-        for i, op in enumerate(ops):
-            run += bool(i == len(self.forward) or op["block"] or (i and ops[i - 1]["block"]))
+        spans: dict[int, list[int]] = {}
+        for i, (op, run) in enumerate(zip(ops, self.runs_of(), strict=True)):
             for key in ("src", "aux", "dst"):
                 if isinstance(op.get(key), tuple):
                     buffer = op[key][0]
@@ -255,9 +265,10 @@ class DeviceLowering(Lowering):
             buffers.append(buffer)
         return buffers, spans
 
-    def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[int, int]:
-        """Place buffers whose lifetimes overlap beside each other; returns elements of scratch and per sample."""
-        ends = [0, 0]
+    def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[list[int], int]:
+        """Place buffers whose lifetimes overlap beside each other; returns elements of every run's scratch for one
+        sample, and of what is kept per sample."""
+        sample, scratch = 0, [0] * (max(self.runs_of(), default=0) + 1)
         placed: list[tuple[Buffer, int, int]] = []
         grads = {id(b) for b in self.grads.values()}
         sized = [(b, b.elements * (tile if id(b) in grads else 1)) for b in buffers]
@@ -276,8 +287,11 @@ class DeviceLowering(Lowering):
             buffer.base = base
             size = (size + 3) // 4 * 4
             placed.append((buffer, size, buffer.per_sample))
-            ends[buffer.per_sample] = max(ends[buffer.per_sample], base + size)
-        scratch, sample = ends
+            if buffer.per_sample:
+                sample = max(sample, base + size)
+            else:
+                (run,) = buffer.stages
+                scratch[run] = max(scratch[run], base + size)
         sample += (4 - sample) % WARP if sample else 0  # neighbours start four banks apart
         return scratch, sample
 
@@ -295,33 +309,55 @@ class DeviceLowering(Lowering):
     def bytes(self, region: int, sample: int, block: int) -> int:
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
-    def choose(self, scratch: int, sample: int, tile: int) -> Choice | None:
-        """The cheapest slots and sample tile for a seed tile; None where nothing fits."""
-        blocked = any(op["block"] for op in self.forward + self.backward)
+    def choose(self, scratch: list[int], sample: int, tile: int) -> Choice | None:
+        """The cheapest region, sample tile and slots for a seed tile; None where nothing fits."""
+        ops, runs = self.forward + self.backward, self.runs_of()
+        blocked = any(op["block"] for op in ops)
+        costs: dict[tuple[int, int], float] = {}
         found = None
-        for slots in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
-            for block in range(MAX_TILE if blocked else slots, slots - 1, -1):
-                region = max(slots * scratch, self.temporary(block, tile))
-                region = (region + 3) // 4 * 4
+        for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):  # slots of the run that needs most scratch
+            for block in range(MAX_TILE if blocked else most, 0, -1):
+                region = (max(most * max(scratch), self.temporary(block, tile)) + 3) // 4 * 4
                 size = self.bytes(region, sample, block)
                 if size > self.machine.shared_bytes:
                     continue
-                cost = self.cost(slots, block, tile)
+                costs.clear()
+                slots = tuple(
+                    min(
+                        range(1, min(block, region // max(each, 1), MAX_SLOTS) + 1),
+                        key=lambda n, run=run: self.run_cost(costs, run, n, block, tile),
+                    )
+                    for run, each in enumerate(scratch)
+                )
+                cost = sum(self.run_cost(costs, run, n, block, tile) for run, n in enumerate(slots))
                 if found is None or cost < found.cost:
-                    found = Choice(tile, slots, block, region, size, cost)
+                    found = Choice(tile, block, slots, region, size, cost)
                 break
         return found
 
-    def cost(self, slots: int, block: int, tile: int) -> float:
-        """Estimated clocks per sample of a multiprocessor."""
-        return sum(clocks for _, clocks in self.costs(slots, block, tile))
+    def run_cost(self, known: dict[tuple[int, int], float], run: int, slots: int, block: int, tile: int) -> float:
+        """Estimated clocks per sample of a run's records."""
+        if (run, slots) not in known:
+            ops = zip(self.forward + self.backward, self.runs_of(), strict=True)
+            mine = [(i, op) for i, (op, r) in enumerate(ops) if r == run]
+            work, rounds = self.work(slots, block, tile), math.ceil(self.seeds / tile) if self.seeds else 0
+            known[run, slots] = sum(
+                work.forward(op) if i < len(self.forward) else rounds * work.backward(op) for i, op in mine
+            )
+        return known[run, slots]
 
-    def costs(self, slots: int, block: int, tile: int) -> list[tuple[str, float]]:
-        """The records' names and what each is estimated to take."""
-        work = Work(self.machine.threads // WARP, slots, block, tile, self.itemsize)
-        rounds = math.ceil(self.seeds / tile) if self.seeds else 0
-        found = [(KINDS[op["kind"]], work.forward(op)) for op in self.forward]
-        return found + [(KINDS[op["kind"]], rounds * work.backward(op)) for op in self.backward]
+    def work(self, slots: int, block: int, tile: int) -> Work:
+        return Work(self.machine.threads // WARP, slots, block, tile, self.itemsize)
+
+    def costs(self) -> list[tuple[str, float]]:
+        """The chosen records' names and the clocks per sample that each is estimated to take."""
+        choice, found = self.choice, []
+        rounds = math.ceil(self.seeds / choice.seed_tile) if self.seeds else 0
+        for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
+            work = self.work(choice.slots[run], choice.block, choice.seed_tile)
+            clocks = work.forward(op) if i < len(self.forward) else rounds * work.backward(op)
+            found.append((KINDS[op["kind"]], clocks))
+        return found
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of shared memory per block."""
@@ -336,7 +372,7 @@ class DeviceLowering(Lowering):
                 buffer, offset = value
                 out[key] = buffer.base + offset
                 # A chain of one slot still needs a stride below zero.
-                out[f"{key}_n"] = sample if buffer.per_sample else -max(self.scratch_size, 4)
+                out[f"{key}_n"] = sample if buffer.per_sample else -max(op["scratch"], 4)
                 if f"{key}_s" in out and id(buffer) in grads:
                     out[f"{key}_s"] = buffer.elements
             else:

@@ -49,8 +49,8 @@ GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
   }
 }
 
-// Block ops take all samples of the tile, so that a weight is read once for them; runs of other ops take as many at
-// a time as there are slots of scratch.
+// Block ops take all samples of the tile, so that a weight is read once for them; runs of other ops take `outer` at a
+// time, as many as there are slots of scratch.
 // What can be worked out again from the arguments is not kept: the records' functions want the registers.
 template <class T, int Math>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
@@ -68,7 +68,7 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
         const bool block = ops[begin].block;
         end = begin + 1;
         while (!block && end < count && !ops[end].block) ++end;
-        const int step = block ? args.block : args.slots;
+        const int step = block ? args.block : static_cast<int>(ops[begin].outer);
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {
