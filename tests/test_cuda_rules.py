@@ -33,8 +33,7 @@ def every(method: str, name: str, device: HostDevice | None, samples: int = 3) -
         if device is None:
             found = getattr(attr, method)(model, engine="reference").attribute_all(**options)
         else:
-            lower = lowering(device.machine)
-            with installed(device), mock.patch.object(linear, "lower", lower):
+            with installed(device):
                 found = getattr(attr, method)(model, engine="kernel").attribute_all(**options)
     return torch.cat([f.flatten(1) for f in (found if isinstance(found, tuple) else (found,))], 1)
 

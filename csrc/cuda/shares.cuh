@@ -28,7 +28,7 @@ struct PoolPlan {
 
 // One window over two planes: the input's and the reference's.
 template <class T>
-struct Window {
+struct PoolWindow {
   const T* z;
   const T* ref;
   int h, w;  // of its first place
@@ -55,8 +55,8 @@ shares_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < windows; i += gridDim.x * blockDim.x) {
     const uint32_t row = i / area, o = i - row * area, oh = o / static_cast<uint32_t>(p.ow);
     const uint32_t ow = o - oh * static_cast<uint32_t>(p.ow);
-    const Window<T> window{a.z + row * plane, a.ref + (a.ref_rows == 1 ? row % channels : row) * plane,
-                           static_cast<int>(oh) * p.sh - p.ph, static_cast<int>(ow) * p.sw - p.pw};
+    const PoolWindow<T> window{a.z + row * plane, a.ref + (a.ref_rows == 1 ? row % channels : row) * plane,
+                               static_cast<int>(oh) * p.sh - p.ph, static_cast<int>(ow) * p.sw - p.pw};
     T top = outside<T>(), top_ref = outside<T>(), at = T(-1), at_ref = T(-1);
     window.each(p, [&](int place, T z1, T z0) {
       contend<Relu>(z1, static_cast<T>(place), top, at);
