@@ -253,7 +253,7 @@ def transposed(
     try:
         run = _whole if p.whole else _pieces
         run(p, params, values, wrt, targets.contiguous(), cotangent, results)
-    except TooLarge:  # with other seeds than those that the plan was made for
+    except TooLarge:  # the plan was made for one-hot seeds, which need less room than dense ones
         raise engine.NoKernel from None
     if cotangent is None and outer is not None:
         picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
@@ -307,6 +307,12 @@ def _pieces(
 
 class _Backward(engine.Pieces):
     """The backward pass of a linear Program, which reads its slopes and of other values the shape alone."""
+
+    def backward_native(self, k: int) -> None:
+        try:
+            super().backward_native(k)
+        except TooLarge:  # as in `transposed`
+            self.backward_reference(k)
 
     def reads(self, chain: Chain) -> list[Tensor]:
         return [self.values.get(v, self.values[0]).contiguous() for v in chain.inputs] or [self.values[0].contiguous()]
