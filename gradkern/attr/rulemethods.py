@@ -107,7 +107,8 @@ def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.dev
     numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
     each = dtype.itemsize * (4 * sum(numels) + 3 * seeds * max(numels))
     budget = options.memory_budget(device)
-    return max(1, (min(CHUNK_BYTES, budget) if device.type == "cpu" else budget) // max(each, 1))
+    room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
+    return max(1, room // max(each, 1))
 
 
 def values_of(program: Program, params: Params, rows: Sequence[Tensor], plain: bool, outputs_too: bool = False) -> Any:
