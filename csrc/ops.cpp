@@ -83,6 +83,25 @@ void check_seeds(at::TensorList inputs, const at::Tensor& packed, at::TensorList
                 " ", r.sizes());
 }
 
+at::Tensor rescaled(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu) {
+  TORCH_CHECK(z.dim() == 4 && reference.dim() == 4 && z.is_contiguous() && reference.is_contiguous(),
+              "gradkern: rescale takes contiguous [N, C, H, W], got ", z.sizes(), " and ", reference.sizes());
+  TORCH_CHECK(z.scalar_type() == reference.scalar_type() && z.sizes().slice(1) == reference.sizes().slice(1) &&
+                  (reference.size(0) == 1 || reference.size(0) == z.size(0)),
+              "gradkern: rescale's reference must have one row or as many as z, and its shape and dtype, got ",
+              reference.scalar_type(), " ", reference.sizes(), " for ", z.scalar_type(), " ", z.sizes());
+  TORCH_CHECK(z.device() == reference.device(), "gradkern: rescale: z is on ", z.device(), ", its reference on ",
+              reference.device());
+  TORCH_CHECK(z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble,
+              "gradkern: rescale takes float32 or float64, got ", z.scalar_type());
+  TORCH_CHECK(pool.empty() ? relu : pool.size() == 10,
+              "gradkern: rescale without a pool is a ReLU's; a pool is 10 ints");
+  for (size_t i = 0; i < pool.size(); ++i)
+    TORCH_CHECK(pool[i] >= (i == 4 || i == 5 ? 0 : 1), "gradkern: rescale's pool has ", pool[i], " in place ", i);
+  return pool.empty() ? at::empty({1, z.size(0), z.size(1), z.size(2), z.size(3)}, z.options())
+                      : at::empty({pool[0] * pool[1], z.size(0), z.size(1), pool[8], pool[9]}, z.options());
+}
+
 // An order-sensitive hash of the bytes of all tensors: what guards packed weights against every kind of edit.
 int64_t content_hash(at::TensorList tensors) {
   uint64_t total = 0x9e3779b97f4a7c15ull;

@@ -91,11 +91,11 @@ template <class T>
 struct SharesArgs {
   const T* z;        // [N][C][H][W]
   const T* ref;      // [N or 1][C][H][W]
+  T* out;            // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
+  T* scratch;        // of a CPU thread: 4 ow + 2 taps ow
   int64_t ref_rows;  // 1 where one reference serves all samples
   int64_t channels;
-  T* out;  // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
   int64_t out_tap;
-  T* scratch;  // 4 ow + 2 taps ow
   Pool pool;
   bool relu;
   T eps;

@@ -351,14 +351,18 @@ class Pieces:
         for k, group in enumerate(self.plan.groups):
             self.forward_native(k) if group.native else self.forward_reference(group.steps)
         y = self.values[self.program.output]
-        if not self.starts_native():
-            self.cotangents[self.program.output] = reference.one_hot(self.program, y, self.targets)
+        self.backward(out, None if self.starts_native() else reference.one_hot(self.program, y, self.targets))
+        return y
+
+    def backward(self, out: Sequence[Tensor], seeds: Tensor | None) -> None:
+        """``seeds [N, S, *out]``: None where they enter as targets."""
+        if seeds is not None:
+            self.cotangents[self.program.output] = seeds
         for k in reversed(range(len(self.plan.groups))):
             self.backward_native(k) if self.plan.groups[k].native else self.backward_reference(k)
         for w, o in zip(self.wrt, out, strict=True):
             found = self.cotangents.get(w)
             o.zero_() if found is None else o.copy_(found)
-        return y
 
     def add(self, value: int, cotangent: Tensor) -> None:
         """``cotangent``: [N, S, *shape]."""
@@ -384,12 +388,12 @@ class Pieces:
     def backward_native(self, k: int) -> None:
         group = self.plan.groups[k]
         wrt = tuple(v for v in group.live_in if v in self.needs)
-        onehot = k == len(self.plan.groups) - 1 and self.starts_native()
+        onehot = k == len(self.plan.groups) - 1 and self.starts_native() and self.program.output not in self.cotangents
         wanted = onehot or any(v in self.cotangents for v in group.live_out)
         if not wrt or not wanted:
             return
         chain = plan.chain_of(self.plan, k, self.seeds, wrt, onehot)
-        ins = chain_inputs(chain, self.values, self.dtype)
+        ins = self.reads(chain)
         packed = packed_for(chain, self.params, ins[0], self.content)
         results = [ins[0].new_empty(self.n, self.seeds, math.prod(self.program.shape(v))) for v in chain.wrt]
         targets = rows = None
@@ -402,6 +406,9 @@ class Pieces:
         call(packed, ins, targets, rows, cotangents, results)
         for v, r in zip(chain.wrt, results, strict=True):
             self.add(v, r.view(self.n, self.seeds, *self.program.shape(v)))
+
+    def reads(self, chain: Chain) -> list[Tensor]:
+        return chain_inputs(chain, self.values, self.dtype)
 
     def cotangent(self, value: int) -> Tensor:
         shape = self.program.shape(value)
@@ -434,13 +441,16 @@ class Pieces:
             if layer:
                 self.backward_layer(layer, g)
                 continue
-            # What a layer does on the way is not written: a sum's VJP reads no value, a ReLU's its result alone.
-            out = self.values.get(base + i)
-            args = [self.values.get(v, out) for v in step.inputs]
-            found = reference.vjp_step(self.program, i, args, out, g, self.params)
+            found = reference.vjp_step(self.program, i, *self.looked_at(i, g), g, self.params)
             for v, cotangent in zip(step.inputs, found, strict=True):
                 if v in self.needs:
                     self.add(v, cotangent)
+
+    def looked_at(self, i: int, g: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The values that a step's VJP may read: its inputs and its result."""
+        # What a layer does on the way is not written: a sum's VJP reads no value, a ReLU's its result alone.
+        out = self.values.get(len(self.program.inputs) + i)
+        return [self.values.get(v, out) for v in self.program.steps[i].inputs], out  # type: ignore[misc, return-value]
 
     # ---- layers
 

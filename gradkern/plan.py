@@ -271,8 +271,9 @@ def split(
             try:
                 if piece.native:
                     onehot = piece.live_out == (program.output,)
-                    args = (program, steps[:size], list(piece.live_out), machine, itemsize, seeds, piece.live_in)
-                    lower_device(*args, onehot=onehot)
+                    wrt = tuple(v for v in piece.live_in if v not in program.slopes)
+                    args = (program, steps[:size], list(piece.live_out), machine, itemsize, seeds, wrt)
+                    lower_device(*args, onehot=onehot, linear=bool(program.slopes))
                 best, low = piece, size + 1
             except TooLarge as error:
                 why, high = str(error), size - 1
@@ -309,8 +310,9 @@ def chain_of(plan: Plan, group: int, seeds: int, wrt: tuple[int, ...], onehot: b
     found = _chains.get(key)
     if found is None:
         g = plan.groups[group]
-        make = lowering(plan.machine)
-        chain = make(plan.program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt, onehot)
+        program, make = plan.program, lowering(plan.machine)
+        args = (program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt)
+        chain = make(*args, onehot=onehot, linear=bool(program.slopes))
         found = _remember(_chains, key, chain)
     return found
 

@@ -331,6 +331,12 @@ class Program:
         return {v: tuple(s) for v, s in found.items()}
 
     @cached_property
+    def slopes(self) -> frozenset[int]:
+        """The values that `Given` steps multiply by.  A program that has some is linear: its backward pass needs no
+        others."""
+        return frozenset(s.inputs[1] for s in self.steps if isinstance(s.form, Given))
+
+    @cached_property
     def key(self) -> str:
         """A stable hash of the structure, equal across processes."""
         return hashlib.sha256(repr(_exact(self)).encode()).hexdigest()[:16]

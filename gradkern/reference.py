@@ -208,7 +208,7 @@ def vjp_step(
     if isinstance(form, Index):
         return indexing.transpose(form, [tuple(a.shape[1:]) for a in args], g)
     if isinstance(form, Given):
-        return g * args[1].unsqueeze(1), torch.zeros_like(g)
+        return g * args[1].unsqueeze(1), g.new_zeros(()).expand_as(g)
     if isinstance(form, View):
         return (g.reshape(*g.shape[:2], *x.shape[1:]),)
     if isinstance(form, Sum):

@@ -56,6 +56,25 @@ class StepArgs(ctypes.Structure):
     )
 
 
+def shares_args(number: type) -> type[ctypes.Structure]:
+    """csrc/program.h"""
+
+    class SharesArgs(ctypes.Structure):
+        _fields_ = (
+            *((name, ctypes.c_void_p) for name in ("z", "ref", "out", "scratch")),
+            *((name, ctypes.c_int64) for name in ("ref_rows", "channels", "out_tap")),
+            ("pool", ctypes.c_int64 * 12),
+            ("relu", ctypes.c_bool),
+            ("eps", number),
+        )
+
+    return SharesArgs
+
+
+SHARES_ARGS = {torch.float32: shares_args(ctypes.c_float), torch.float64: shares_args(ctypes.c_double)}
+POISON = -1.7e30  # of results that may hold NaN
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shim, compiled; one build per content of the sources."""
@@ -83,6 +102,7 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(built))
     assert found.gk_args_size() == ctypes.sizeof(Args)
     assert found.gk_step_args_size() == ctypes.sizeof(StepArgs)
+    assert found.gk_shares_args_size() == ctypes.sizeof(SHARES_ARGS[torch.float64])
     return found
 
 
@@ -93,15 +113,17 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
 class Recording:
     """A launch as `csrc/host/replay.cpp` reads it."""
 
-    def __init__(self, args: Args | StepArgs, tensors: list[Tensor], numbers: tuple[int, ...]):
-        """``numbers``: bytes per number, arithmetic, blocks (or whether narrow), threads, arena bytes."""
+    def __init__(self, args: ctypes.Structure, tensors: list[Tensor], numbers: tuple[int, ...]):
+        """``numbers``: bytes per number, arithmetic (or whether there is a pool), blocks (or whether narrow), threads,
+        arena bytes (or windows)."""
         self.results = tensors
         words = (ctypes.c_int64 * (ctypes.sizeof(args) // 8)).from_buffer_copy(args)
         number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}
-        pointers = Args.target_n.offset if isinstance(args, Args) else StepArgs.rows.offset
+        kind = {Args: 0, StepArgs: 1}.get(type(args), 2)
+        pointers = (Args.target_n, StepArgs.rows, SHARES_ARGS[torch.float32].ref_rows)[kind].offset
         for i in range(pointers // 8):
             words[i] = number.get(words[i], 0)
-        head = (int(isinstance(args, StepArgs)), *numbers, ctypes.sizeof(args), len(tensors))
+        head = (kind, *numbers, ctypes.sizeof(args), len(tensors))
         blobs = b"".join(t.nbytes.to_bytes(8, "little") + bytes_of(t) for t in tensors)
         self.content = b"".join(n.to_bytes(8, "little") for n in head) + bytes(words) + blobs
 
@@ -129,7 +151,7 @@ class HostDevice:
         self.library = library()
         self.machine = Device("cuda", 16, 0, shared_bytes, threads, MATH[precision], steps)
         self.blocks = blocks
-        self.launches = self.steps = 0
+        self.launches = self.steps = self.rescales = 0
         self.record: list[Recording] | None = None  # set to a list to keep what was launched
 
     def chain_forward(self, inputs, packed, tables, forward, sizes, outputs) -> list[Tensor]:
@@ -205,6 +227,23 @@ class HostDevice:
         run(ctypes.byref(args), math, int(narrow))
         self.steps += 1
 
+    def rescale(self, z, reference, pool, relu, eps) -> Tensor:
+        assert z.is_contiguous() and reference.is_contiguous() and z.dtype == reference.dtype
+        n, c, h, w = z.shape
+        own = tuple(pool) or (1, 1, 1, 1, 0, 0, 1, 1, h, w)
+        out = z.new_full((own[0] * own[1], n, c, own[8], own[9]), POISON)
+        pointers = (z.data_ptr(), reference.data_ptr(), out.data_ptr(), 0)
+        args = SHARES_ARGS[z.dtype](
+            *pointers, reference.shape[0], c, out[0].numel(), (ctypes.c_int64 * 12)(h, w, *own), relu, eps
+        )
+        if self.record is not None:
+            numbers = (z.element_size(), int(bool(pool)), self.blocks, self.machine.threads, out[0].numel())
+            self.record.append(Recording(args, [z, reference, out], numbers))
+        run = self.library.gk_rescale_f32 if z.dtype == torch.float32 else self.library.gk_rescale_f64
+        run(ctypes.byref(args), ctypes.c_int64(out[0].numel()), int(bool(pool)), self.blocks, self.machine.threads)
+        self.rescales += 1
+        return out
+
 
 @contextlib.contextmanager
 def installed(device: HostDevice) -> Iterator[HostDevice]:
@@ -214,5 +253,6 @@ def installed(device: HostDevice) -> Iterator[HostDevice]:
         mock.patch.object(ops, "chain_forward", device.chain_forward),
         mock.patch.object(ops, "chain_vjp", device.chain_vjp),
         mock.patch.object(ops, "step", device.step),
+        mock.patch.object(ops, "rescale", device.rescale),
     ):
         yield device

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gradkern import binding, engine, trace
+from gradkern import attr, binding, engine, trace
 from gradkern.attr.rulemethods import with_relu
 from tests.cases import CASES
 from tests.host_device import CSRC, FLAGS, HostDevice, installed
@@ -25,7 +25,7 @@ NETS = [
 ]
 
 
-RULED = ["residual"]  # once more by the rule of guided backpropagation
+RULED = ["residual"]  # once more by the rules of guided backpropagation and DeepLift
 LAYERS = ["maxpool2d", "residual", "linear_axes"]  # by the step kernel, with hardly any shared memory for chains
 
 
@@ -43,6 +43,7 @@ def recordings(precision: str, layers: bool):
             engine.jacobian(program, params, inputs)
             if name in RULED:
                 engine.jacobian(with_relu(program, "guided_relu"), params, inputs)
+                attr.DeepLift(model, False, engine="kernel").attribute_all(inputs)  # its maps, left as they are
         for number, recording in enumerate(device.record):
             yield f"{name} {precision} {'layer' if layers else 'chain'} {number}", recording
 

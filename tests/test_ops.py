@@ -55,6 +55,31 @@ def test_opcheck_vjp(group):
     torch.library.opcheck(G.chain_vjp.default, tuple(arguments(group=group).values()))
 
 
+@pytest.mark.parametrize("pool", [[], [1, 2, 1, 2, 0, 1, 1, 1, 1, 4]])
+def test_opcheck_rescale(pool):
+    z = torch.randn(3, 2, 1, 6)
+    torch.library.opcheck(G.rescale.default, (z, torch.randn(1, 2, 1, 6), pool, True, 1e-10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.randn(3, 2, 6)}, r"contiguous \[N, C, H, W\]"),
+        ({"z": torch.randn(3, 2, 6, 2).transpose(2, 3)}, r"contiguous \[N, C, H, W\]"),
+        ({"reference": torch.randn(2, 2, 1, 6)}, "one row or as many as z"),
+        ({"reference": torch.randn(1, 2, 1, 6).double()}, "one row or as many as z"),
+        ({"z": torch.randn(3, 2, 1, 6).half(), "reference": torch.randn(1, 2, 1, 6).half()}, "float32 or float64"),
+        ({"relu": False}, "without a pool"),
+        ({"pool": [1, 2, 1, 2]}, "a pool is 10 ints"),
+        ({"pool": [1, 2, 0, 2, 0, 1, 1, 1, 1, 4]}, "has 0 in place 2"),
+    ],
+)
+def test_rescale_refuses(change, message):
+    given = {"z": torch.randn(3, 2, 1, 6), "reference": torch.randn(1, 2, 1, 6), "pool": [], "relu": True} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.rescale(**given, eps=1e-10)
+
+
 def test_opcheck_hash():
     # The result is a number that depends on the values: there is no fake of it, so nothing to check under one.
     checks = ("test_schema", "test_autograd_registration")

@@ -190,48 +190,24 @@ void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor
 }
 
 template <class T>
-void launch_rescale(const Kernels<T>& kernels, const at::Tensor& z, const at::Tensor& ref, at::IntArrayRef pool,
-                    bool relu, double eps, at::Tensor& out) {
-  SharesArgs<T> args{};
-  args.z = z.const_data_ptr<T>();
-  args.ref = ref.const_data_ptr<T>();
-  args.ref_rows = ref.size(0);
-  args.channels = z.size(1);
-  args.out = out.mutable_data_ptr<T>();
-  args.out_tap = out[0].numel();
-  args.relu = relu;
-  args.eps = static_cast<T>(eps);
-  const int64_t H = z.size(2), W = z.size(3);
-  args.pool = pool.empty() ? Pool{H, W, 1, 1, 1, 1, 0, 0, 1, 1, H, W}
-                           : Pool{H,       W,       pool[0], pool[1], pool[2], pool[3],
-                                  pool[4], pool[5], pool[6], pool[7], pool[8], pool[9]};
+void launch_rescale(const Kernels<T>& kernels, const SharesArgs<T>& args, int64_t rows, bool pooled) {
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
-  at::parallel_for(0, z.size(0) * z.size(1), 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
     SharesArgs<T> mine = args;
     mine.scratch = memory.data();
-    (pool.empty() ? kernels.secant : kernels.shares)(mine, begin, end);
+    (pooled ? kernels.shares : kernels.secant)(mine, begin, end);
   });
 }
 
 at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps) {
-  TORCH_CHECK(z.dim() == 4 && reference.dim() == 4 && z.is_contiguous() && reference.is_contiguous(),
-              "gradkern: rescale takes contiguous [N, C, H, W], got ", z.sizes(), " and ", reference.sizes());
-  TORCH_CHECK(z.scalar_type() == reference.scalar_type() && z.sizes().slice(1) == reference.sizes().slice(1) &&
-                  (reference.size(0) == 1 || reference.size(0) == z.size(0)),
-              "gradkern: rescale's reference must have one row or as many as z, and its shape and dtype, got ",
-              reference.scalar_type(), " ", reference.sizes(), " for ", z.scalar_type(), " ", z.sizes());
-  TORCH_CHECK(pool.empty() ? relu : pool.size() == 10,
-              "gradkern: rescale without a pool is a ReLU's; a pool is 10 ints");
-  for (size_t i = 0; i < pool.size(); ++i)
-    TORCH_CHECK(pool[i] >= (i == 4 || i == 5 ? 0 : 1), "gradkern: rescale's pool has ", pool[i], " in place ", i);
-  at::Tensor out = pool.empty() ? at::empty({1, z.size(0), z.size(1), z.size(2), z.size(3)}, z.options())
-                                : at::empty({pool[0] * pool[1], z.size(0), z.size(1), pool[8], pool[9]}, z.options());
+  at::Tensor out = rescaled(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   const Isa& isa = current_isa();
-  if (z.scalar_type() == at::kFloat) launch_rescale<float>(isa.f32, z, reference, pool, relu, eps, out);
-  else if (z.scalar_type() == at::kDouble) launch_rescale<double>(isa.f64, z, reference, pool, relu, eps, out);
-  else TORCH_CHECK(false, "gradkern: rescale takes float32 or float64, got ", z.scalar_type());
+  const int64_t rows = z.size(0) * z.size(1);
+  if (z.scalar_type() == at::kFloat)
+    launch_rescale<float>(isa.f32, shares_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
+  else launch_rescale<double>(isa.f64, shares_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   return out;
 }
 

@@ -2,10 +2,9 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <immintrin.h>
 
-#include "../scale.h"
+#include "../rescale.h"
 #include "isa.h"
 
 #pragma GCC push_options

@@ -1,9 +1,8 @@
 // The interpreter for whatever the compiler targets by default: 16-byte vectors, which every x86-64 and Arm64 has.
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
-#include "../scale.h"
+#include "../rescale.h"
 #include "isa.h"
 
 #define GK_ISA 0

@@ -1,8 +1,6 @@
 // DeepLift's shares of a max pool (with or without a ReLU before it), row by row; included once per ISA, like body.h.
 //
-// For every window and place: how much of the window's multiplier goes to that place.  `z` and `ref` are what enters
-// the ReLU (or the pool): a window's change from the reference goes to where the input's maximum is and to where the
-// reference's was, each divided by its own change; a place that hardly changes gets the derivative at the input.
+// For every window and place: how much of the window's multiplier goes to that place.  ../rescale.h has the rule.
 
 // The arrays of a loop do not overlap.
 #ifdef __clang__
@@ -22,7 +20,7 @@ void share_rows(const SharesArgs<T>& a, int64_t begin, int64_t end) {
   T* const at_ref = at + p.ow;
   T* const v = at_ref + p.ow;  // [taps][ow], before the ReLU
   T* const r = v + taps * p.ow;
-  const T none = -std::numeric_limits<T>::infinity();
+  const T none = outside<T>();
   for (int64_t row = begin; row < end; ++row) {
     const T* z = a.z + row * plane;
     const T* zr = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
@@ -48,14 +46,9 @@ void share_rows(const SharesArgs<T>& a, int64_t begin, int64_t end) {
         const T* const rt = r + t * p.ow;
         const T place = static_cast<T>(t);
         GK_APART
-        for (int64_t o = 0; o < p.ow; ++o) {  // the ReLU keeps padding at -inf: it never wins
-          const T x = Relu & (vt[o] < T(0)) & (vt[o] > none) ? T(0) : vt[o];
-          const T y = Relu & (rt[o] < T(0)) & (rt[o] > none) ? T(0) : rt[o];
-          const T a0 = at[o], t0 = top[o], a1 = at_ref[o], t1 = top_ref[o];
-          at[o] = x > t0 ? place : a0;
-          top[o] = x > t0 ? x : t0;
-          at_ref[o] = y > t1 ? place : a1;
-          top_ref[o] = y > t1 ? y : t1;
+        for (int64_t o = 0; o < p.ow; ++o) {
+          contend<Relu>(vt[o], place, top[o], at[o]);
+          contend<Relu>(rt[o], place, top_ref[o], at_ref[o]);
         }
       }
       for (int64_t t = 0; t < taps; ++t) {
@@ -64,20 +57,8 @@ void share_rows(const SharesArgs<T>& a, int64_t begin, int64_t end) {
         const T place = static_cast<T>(t);
         T* const out = a.out + t * a.out_tap + row * area + oh * p.ow;
         GK_APART
-        for (int64_t o = 0; o < p.ow; ++o) {
-          const T y1 = top[o], y0 = top_ref[o], z1 = vt[o], z0 = rt[o], a1 = at[o], a0 = at_ref[o];
-          const T peak = y1 > y0 ? y1 : y0;
-          const T share = (a1 == place ? peak - y0 : T(0)) + (a0 == place ? y1 - peak : T(0));
-          const bool real = z1 > none;
-          const T dz = real ? z1 - z0 : T(0);
-          const T x = Relu & (z1 < T(0)) ? T(0) : z1, y = Relu & (z0 < T(0)) ? T(0) : z0;
-          const T dx = real ? x - y : T(0);
-          const bool still = std::abs(dx) < eps, flat = std::abs(dz) < eps;
-          const T pooled = still ? (a1 == place ? T(1) : T(0)) : share / (still ? T(1) : dx);
-          const T secant = dx / (flat ? T(1) : dz);
-          const T slope = flat ? (z1 > T(0) ? T(1) : T(0)) : secant;
-          out[o] = real ? (Relu ? pooled * slope : pooled) : T(0);
-        }
+        for (int64_t o = 0; o < p.ow; ++o)
+          out[o] = share<Relu>(vt[o], rt[o], top[o], top_ref[o], at[o] == place, at_ref[o] == place, eps);
       }
     }
   }
@@ -88,7 +69,6 @@ void run_shares(const SharesArgs<T>& a, int64_t begin, int64_t end) {
   a.relu ? share_rows<T, true>(a, begin, end) : share_rows<T, false>(a, begin, end);
 }
 
-// The secant of a ReLU from its reference, the derivative where the two hardly differ.
 template <class T>
 void run_secant(const SharesArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t plane = a.pool.H * a.pool.W;
@@ -97,12 +77,7 @@ void run_secant(const SharesArgs<T>& a, int64_t begin, int64_t end) {
     const T* z = a.z + row * plane;
     const T* zr = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
     T* out = a.out + row * plane;
-    for (int64_t i = 0; i < plane; ++i) {
-      const T dz = z[i] - zr[i];
-      const T dx = (z[i] < T(0) ? T(0) : z[i]) - (zr[i] < T(0) ? T(0) : zr[i]);
-      const bool flat = (dz < T(0) ? -dz : dz) < eps;
-      out[i] = flat ? (z[i] > T(0) ? T(1) : T(0)) : dx / (flat ? T(1) : dz);
-    }
+    for (int64_t i = 0; i < plane; ++i) out[i] = secant(z[i], zr[i], eps);
   }
 }
 

@@ -1,8 +1,9 @@
 // One recorded launch, run again: what the sanitizers are built around.  Usage: replay INPUT OUTPUT
 //
-// INPUT holds eight int64 (0: a chain, 1: a step; bytes per number, arithmetic, blocks or whether narrow, threads,
-// arena bytes, bytes of the arguments, blobs), the arguments with every pointer replaced by the number of a blob plus
-// one, and the blobs as (bytes, content). OUTPUT gets the blobs again, in the same form, as they are after the launch.
+// INPUT holds eight int64 (0: a chain, 1: a step, 2: DeepLift's multipliers; bytes per number, arithmetic or whether
+// there is a pool, blocks or whether narrow, threads, arena bytes or windows, bytes of the arguments, blobs), the
+// arguments with every pointer replaced by the number of a blob plus one, and the blobs as (bytes, content). OUTPUT
+// gets the blobs again, in the same form, as they are after the launch.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,7 @@
 
 #include "../cuda/step.h"
 
+using gradkern::SharesArgs;
 using gradkern::cuda::Args;
 using gradkern::cuda::StepArgs;
 
@@ -19,6 +21,8 @@ void gk_run_f32(const Args<float>*, int, int, int, int64_t);
 void gk_run_f64(const Args<double>*, int, int, int, int64_t);
 void gk_step_f32(const StepArgs<float>*, int, int);
 void gk_step_f64(const StepArgs<double>*, int, int);
+void gk_rescale_f32(const SharesArgs<float>*, int64_t, int, int, int);
+void gk_rescale_f64(const SharesArgs<double>*, int64_t, int, int, int);
 }
 
 namespace {
@@ -49,12 +53,17 @@ A arguments(std::vector<char>& raw, const std::vector<Blob>& blobs, size_t point
   return args;
 }
 
-template <class T, class Chain, class Step>
-void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain, Step step) {
+template <class T, class Chain, class Step, class Rescale>
+void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain, Step step,
+            Rescale rescale) {
   const int math = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]);
   if (head[0] == 0) {
     const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
     return chain(&args, math, blocks, static_cast<int>(head[4]), head[5]);
+  }
+  if (head[0] == 2) {
+    const auto args = arguments<SharesArgs<T>>(raw, blobs, offsetof(SharesArgs<T>, ref_rows) / sizeof(void*));
+    return rescale(&args, head[5], math, blocks, static_cast<int>(head[4]));
   }
   const auto args = arguments<StepArgs<T>>(raw, blobs, offsetof(StepArgs<T>, rows) / sizeof(void*));
   step(&args, math, blocks);
@@ -80,8 +89,8 @@ int main(int count, char** words) {
     blobs.push_back(std::move(blob));
   }
   std::fclose(in);
-  head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32)
-               : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64);
+  head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32, gk_rescale_f32)
+               : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64, gk_rescale_f64);
   std::FILE* out = std::fopen(words[2], "wb");
   need(out != nullptr);
   for (const Blob& blob : blobs) {

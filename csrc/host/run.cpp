@@ -6,6 +6,7 @@
 
 #include "../cuda/chain.cuh"
 #include "../cuda/hash.cuh"
+#include "../cuda/shares.cuh"
 #include "../cuda/step.cuh"
 
 namespace {
@@ -58,11 +59,23 @@ void step(const cuda::StepArgs<T>& args, bool narrow) {
   cuda::with_shape<Math>(args, narrow, [&]<class S, cuda::Source From>() { shape<T, Math, S, From>(args); });
 }
 
+// `windows`: results per place of a window.
+template <class T>
+void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks, int threads) {
+  const auto count = static_cast<uint32_t>(windows);
+  launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 16, [&] {
+    !pooled     ? cuda::secant_kernel<T>(args, count)
+    : args.relu ? cuda::shares_kernel<T, true>(args, count)
+                : cuda::shares_kernel<T, false>(args, count);
+  });
+}
+
 }  // namespace
 
 extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
 int gk_step_args_size() { return sizeof(cuda::StepArgs<float>); }
+int gk_shares_args_size() { return sizeof(SharesArgs<double>); }
 // `math`: how to multiply, as in args.h; double takes kPlain alone.
 void gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads, int64_t bytes) {
   switch (math) {
@@ -88,4 +101,10 @@ void gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
   }
 }
 void gk_step_f64(const cuda::StepArgs<double>* args, int, int narrow) { step<double, cuda::kPlain>(*args, narrow); }
+void gk_rescale_f32(const SharesArgs<float>* args, int64_t windows, int pooled, int blocks, int threads) {
+  rescale(*args, windows, pooled, blocks, threads);
+}
+void gk_rescale_f64(const SharesArgs<double>* args, int64_t windows, int pooled, int blocks, int threads) {
+  rescale(*args, windows, pooled, blocks, threads);
+}
 }

@@ -215,7 +215,7 @@ class DeepLift(RuleMethod, captum_attr.DeepLift):
             values_of(program, params, rows, plain),
             values_of(program, params, _start(rows, given["baselines"], a, b), plain),
             self.eps,
-            not plain and ops.machine() is not None,
+            not plain,
         )
 
     def _finished(self, rule, found, rows, targets, a, b, given):

@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import engine, ops, reference
 from ..chain import Chain
-from ..lowering import lower
+from ..device import TooLarge, lowering
 from ..native import why_not
-from ..plan import NATIVE_DTYPES, cached_plan
+from ..plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
 from ..program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
 from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
@@ -168,7 +167,7 @@ def build(program: Program, pattern: Pattern) -> Linear | None:
 _KEEP = 64
 _lock = threading.Lock()
 _linear: OrderedDict[Any, Linear | None] = OrderedDict()
-_chains: OrderedDict[Any, Chain] = OrderedDict()
+_chains: OrderedDict[Any, Chain | None] = OrderedDict()
 
 
 def _remembered(table: OrderedDict[Any, Any], key: Any, make: Any) -> Any:
@@ -234,50 +233,94 @@ def transposed(
     locals_: Sequence[Local],
     inputs: Sequence[Tensor],
     wrt: Sequence[int],
-    targets: Tensor | None = None,
+    targets: Tensor,
     cotangent: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The rule's maps, transposed, on the kernels: one ``[N, S, *in]`` per input of ``wrt``.
 
-    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``) or given as ``cotangent [N, S, C]``.
+    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or where it is given ``cotangent [N, S, C]``.
     """
-    lp, n = linear.program, inputs[0].shape[0]
+    lp, n, seeds = linear.program, inputs[0].shape[0], targets.shape[-1]
     outer = product(linear.outer, locals_, (math.prod(lp.output_shape),)) if linear.outer else None  # [N, C]
-    if cotangent is None:
-        assert targets is not None
-        targets, seeds = targets.contiguous(), targets.shape[-1]
-    else:
-        targets, seeds = None, cotangent.shape[1]
-        cotangent = cotangent if outer is None else cotangent * outer.unsqueeze(1)
-    chain = _chain(lp, inputs[0].dtype, seeds, tuple(wrt), targets is not None)
-    packed = engine.packed_for(chain, {**params, **{name: locals_[i].weight for name, i in linear.weights}}, inputs[0])
-    base = len(program.inputs)
-    given = [
-        inputs[v].contiguous() if v < base else slope_tensor(linear.slopes[v - base], program, locals_)
-        for v in chain.inputs
-    ]
-    results = [inputs[v].new_empty(n, seeds, *inputs[v].shape[1:]) for v in chain.wrt]
-    rows = None if targets is None else packed.seed_rows(targets, lp.outputs)
-    dense = [] if cotangent is None else [cotangent.reshape(n, seeds, -1).contiguous()]
-    engine.call(packed, given or [inputs[0].contiguous()], targets, rows, dense, results)
-    found = dict(zip(chain.wrt, results, strict=True))
-    if outer is not None and targets is not None:
+    if cotangent is not None and outer is not None:
+        cotangent = cotangent * outer.unsqueeze(1)
+    params = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
+    p = cached_plan(lp, seeds, inputs[0].dtype, inputs[0].device)
+    if not (p.layers or any(g.native for g in p.groups)):
+        raise engine.NoKernel
+    results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
+    values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
+    try:
+        run = _whole if p.whole else _pieces
+        run(p, params, values, wrt, targets.contiguous(), cotangent, results)
+    except TooLarge:  # the plan was made for one-hot seeds, which need less room than dense ones
+        raise engine.NoKernel from None
+    if cotangent is None and outer is not None:
         picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
-        for r in found.values():
+        for r in results:
             r.mul_(picked.view(n, seeds, *(1,) * (r.dim() - 2)))
-    return tuple(found[w] if w in found else inputs[w].new_zeros(n, seeds, *inputs[w].shape[1:]) for w in wrt)
+    return results
 
 
-def _chain(lp: Program, dtype: torch.dtype, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
-    """The chain of a linear Program, remembered."""
-    machine = ops.machine()
-    assert machine is not None
-    steps, size = list(range(len(lp.steps))), NATIVE_DTYPES[dtype]
-    return _remembered(
-        _chains,
-        (lp.key, machine, dtype, seeds, wrt, onehot),
-        lambda: lower(lp, steps, [lp.output], machine, size, seeds, wrt, onehot, linear=True),
-    )
+def _whole(
+    p: Plan,
+    params: Params,
+    values: Sequence[Tensor],
+    wrt: Sequence[int],
+    targets: Tensor,
+    cotangent: Tensor | None,
+    results: Sequence[Tensor],
+) -> None:
+    """One chain.  ``values``: the network's inputs, then the slopes."""
+    like, seeds = values[0], targets.shape[-1]
+    chain = chain_of(p, 0, seeds, tuple(wrt), cotangent is None)
+    packed = engine.packed_for(chain, params, like)
+    given = [values[v].contiguous() for v in chain.inputs] or [like.contiguous()]
+    wanted = [results[wrt.index(v)] for v in chain.wrt]
+    if cotangent is None:
+        engine.call(packed, given, targets, packed.seed_rows(targets, p.program.outputs), [], wanted)
+    else:
+        engine.call(packed, given, None, None, [cotangent.reshape(len(like), seeds, -1).contiguous()], wanted)
+    for w, result in zip(wrt, results, strict=True):
+        if w not in chain.wrt:
+            result.zero_()
+
+
+def _pieces(
+    p: Plan,
+    params: Params,
+    values: Sequence[Tensor],
+    wrt: Sequence[int],
+    targets: Tensor,
+    cotangent: Tensor | None,
+    results: Sequence[Tensor],
+) -> None:
+    """What fits no chain, as the plan cuts it.  There is no forward pass."""
+    pieces = _Backward(p, params, values, targets, tuple(wrt))
+    if cotangent is not None:
+        pieces.backward(results, cotangent.view(*cotangent.shape[:2], *p.program.output_shape))
+    elif pieces.starts_native():
+        pieces.backward(results, None)
+    else:
+        pieces.backward(results, one_hot(p.program, values[0], targets))
+
+
+class _Backward(engine.Pieces):
+    """The backward pass of a linear Program, which reads its slopes and of other values the shape alone."""
+
+    def backward_native(self, k: int) -> None:
+        try:
+            super().backward_native(k)
+        except TooLarge:  # as in `transposed`
+            self.backward_reference(k)
+
+    def reads(self, chain: Chain) -> list[Tensor]:
+        return [self.values.get(v, self.values[0]).contiguous() for v in chain.inputs] or [self.values[0].contiguous()]
+
+    def looked_at(self, i: int, g: Tensor) -> tuple[list[Tensor], Tensor]:
+        empty = g.new_empty(1)
+        inputs = self.program.steps[i].inputs
+        return [self.values.get(v, empty.expand(self.n, *self.program.shape(v))) for v in inputs], g
 
 
 def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
@@ -285,29 +328,29 @@ def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], w
     found = dict(enumerate(inputs))
     n, dtype = inputs[0].shape[0], inputs[0].dtype
     wanted = [v for v in wanted if v >= len(inputs)]
-    if n and wanted and dtype in NATIVE_DTYPES and all(x.device.type == "cpu" for x in inputs):
-        p = cached_plan(program, 1, dtype)
-        if p.whole:
-            with suppress(engine.NoKernel):
-                found |= _native_values(program, params, inputs, wanted)
+    if n and wanted and dtype in NATIVE_DTYPES and cached_plan(program, 1, dtype, inputs[0].device).whole:
+        with suppress(engine.NoKernel):
+            found |= _native_values(program, params, inputs, wanted)
     return Values(program, params, found)
 
 
 def _native_values(
     program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]
 ) -> dict[int, Tensor]:
-    machine, dtype = ops.machine(), inputs[0].dtype
+    machine, dtype = ops.machine(inputs[0].device), inputs[0].dtype
     assert machine is not None
-    last = max(wanted) - len(program.inputs)
-    needed = _steps_to(program, wanted)
-    key = (program.key, "values", machine, dtype, tuple(wanted), last)
-    chain = _remembered(
-        _chains,
-        key,
-        lambda: lower(program, needed, list(wanted), machine, NATIVE_DTYPES[dtype], 0, (), False),
-    )
+
+    def make() -> Chain | None:
+        with suppress(TooLarge):  # all that is wanted stays on the chip until the end
+            size = NATIVE_DTYPES[dtype]
+            return lowering(machine)(program, _steps_to(program, wanted), list(wanted), machine, size, 0, (), False)
+        return None
+
+    chain = _remembered(_chains, (program.key, machine, dtype, tuple(wanted)), make)
+    if chain is None:
+        raise engine.NoKernel
     packed = engine.packed_for(chain, params, inputs[0])
-    ins = [inputs[v].contiguous() for v in chain.inputs]
+    ins = engine.chain_inputs(chain, inputs, dtype)
     found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
     return {v: y.view(y.shape[0], *program.shape(v)) for v, y in zip(wanted, found, strict=True)}
 

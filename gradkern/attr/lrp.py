@@ -223,6 +223,7 @@ class LRP(RuleMethod, captum_attr.LRP):
         with torch.no_grad():
             y = rows_out(self.forward_func, rows, more)
         index = part(seeds, 0, rows[0].shape[0])
+        index = None if index is None else index.to(y.device)
         score = y if index is None else y[:, index] if index.dim() == 1 else y.gather(1, index)
         total = sum(_sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts)
         return score - total

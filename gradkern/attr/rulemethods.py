@@ -24,7 +24,7 @@ from .plug import GradientFunc, captum_seeds
 from .points import Points, part
 from .rules import Params, Rule
 
-CHUNK_BYTES = 64 << 20  # values and slopes held at a time, where the budget allows it
+CHUNK_BYTES = 64 << 20  # values and slopes that a CPU holds at a time, where the budget allows it
 
 
 class RuleMethod(RowMethod):
@@ -52,16 +52,14 @@ class RuleMethod(RowMethod):
         if program is None or not self._supports(program):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *more))
-        targets = torch.arange(program.outputs) if index is None else index
-        # The rules' own kernels are on the CPU alone.
-        plain = options.engine(points.engine) == "reference" or any(
-            execute.not_native(x) or x.device.type != "cpu" for x in inputs
-        )
+        device = inputs[0].device
+        targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
+        plain = options.engine(points.engine) == "reference" or any(map(execute.not_native, inputs))
         results = tuple(x.new_empty(x.shape[0], seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
             params = binding.bind(program, points.module)
             n = inputs[0].shape[0]
-            step = chunk_of(program, seeds, inputs[0].dtype)
+            step = chunk_of(program, seeds, inputs[0].dtype, device)
             for a in range(0, n, step):
                 b = min(a + step, n)
                 here = tuple(x[a:b] for x in inputs)
@@ -104,11 +102,13 @@ def one_target(
     return None if parts is None else tuple(p[:, 0] for p in parts)
 
 
-def chunk_of(program: Program, seeds: int, dtype: torch.dtype) -> int:
+def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
     """Samples at a time: their values, references and slopes, and the plain executor's cotangents."""
     numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
     each = dtype.itemsize * (4 * sum(numels) + 3 * seeds * max(numels))
-    return max(1, min(CHUNK_BYTES, options.memory_budget()) // max(each, 1))
+    budget = options.memory_budget(device)
+    room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
+    return max(1, room // max(each, 1))
 
 
 def values_of(program: Program, params: Params, rows: Sequence[Tensor], plain: bool, outputs_too: bool = False) -> Any:

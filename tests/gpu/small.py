@@ -29,7 +29,8 @@ def check(name: str, n: int) -> None:
 def main() -> None:
     for name in NETS:
         check(name, 40)
-    attr.GuidedBackprop(CASES["residual"].build().cuda()).attribute_all(CASES["residual"].inputs(5)[0].cuda())
+    for method in (attr.GuidedBackprop, attr.DeepLift, attr.LRP):
+        method(CASES["residual"].build().cuda(), engine="kernel").attribute_all(CASES["residual"].inputs(5)[0].cuda())
     real = ops.machine
 
     def little(device=None):  # hardly any shared memory: contractions run by the step kernel

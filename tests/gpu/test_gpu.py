@@ -17,6 +17,7 @@ from tests import oracle
 from tests.cases import CASES
 from tests.recipes import Case
 from tests.test_cuda_layers import BOUND, GEOMETRIES, NETS, convolution, settle
+from tests.test_cuda_rules import POOLS, equal, numbers, with_counts
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
@@ -254,13 +255,68 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn1d", "lenet5", "residual", "maxpool1d_overlap_pad"])
-@pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution"])
+@pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution", "DeepLift", "LRP"])
 def test_rules(name: str, method: str) -> None:
     case = CASES[name]
     model = case.build(dtype=torch.float64).to(CUDA)
     x = case.inputs(30, dtype=torch.float64)[0].to(CUDA)
     fast, plain = (getattr(attr, method)(model, engine=e).attribute_all(x) for e in ("kernel", "reference"))
     assert oracle.relative_error(fast, plain) < 1e-10
+
+
+@pytest.mark.parametrize("shared", [256, 3072])
+@pytest.mark.parametrize("method", ["DeepLift", "LRP"])
+def test_rules_by_layers(method: str, shared: int) -> None:
+    case = CASES["maxpool2d"]
+    model = case.build(dtype=torch.float64).to(CUDA)
+    x = case.inputs(30, dtype=torch.float64)[0].to(CUDA)
+    with small(shared, steps="kernel"):
+        fast = getattr(attr, method)(model, engine="kernel").attribute_all(x)
+    assert oracle.relative_error(fast, getattr(attr, method)(model, engine="reference").attribute_all(x)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["cnn1d", "lenet5", "mlp"])
+def test_deep_lift_as_on_the_cpu(name: str) -> None:
+    """References per row and shared ones, each sample's own targets, float32."""
+    case = CASES[name]
+    model, x, base = case.build(), case.inputs(300)[0], case.inputs(300, 7)[0]
+    targets = torch.randint(3, (300, 2), generator=torch.Generator().manual_seed(0))
+    for start in (base, base[:1]):
+        want = attr.DeepLift(model.double(), engine="reference").attribute_all(x.double(), targets, start.double())
+        own = attr.DeepLift(model.float().to(CUDA), engine="kernel")
+        got = own.attribute_all(x.to(CUDA), targets.to(CUDA), start.to(CUDA))
+        model.cpu()
+        assert got.device == CUDA
+        assert oracle.disagreeing(got.cpu(), want, 1e-3) <= 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", POOLS)
+def test_multipliers_are_the_cpus_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    plane, geometry = POOLS[name]
+    pool = with_counts(plane, geometry)
+    generator = torch.Generator().manual_seed(torch.seed() % (1 << 31))
+    for relu in (True, False) if pool else (True,):
+        for rows in (1, 700):
+            z, reference = (numbers((n, 9, *plane), dtype, generator) for n in (700, rows))
+            z[torch.rand(z.shape, generator=generator) < 0.02] = float("nan")
+            got = ops.rescale(z.to(CUDA), reference.to(CUDA), pool, relu, 1e-10).cpu()
+            equal(got, ops.rescale(z, reference, pool, relu, 1e-10))
+
+
+def test_multipliers_on_another_stream_and_device_checks() -> None:
+    z = torch.randn(64, 8, 6, 8, device=CUDA)
+    pool = with_counts(*POOLS["squares"])
+    want = ops.rescale(z, z[:1].contiguous(), pool, True, 1e-10)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = ops.rescale(z, z[:1].contiguous(), pool, True, 1e-10)
+    stream.synchronize()
+    assert torch.equal(got, want)
+    assert ops.rescale(z[:0], z[:0], pool, True, 1e-10).shape == (4, 0, 8, 3, 4)
+    with pytest.raises(RuntimeError, match="its reference on cpu"):
+        ops.rescale(z, z[:1].cpu(), pool, True, 1e-10)
 
 
 def test_the_hash_sees_every_change() -> None:

@@ -1,0 +1,51 @@
+// DeepLift's rescale rule, one number at a time, for host and device.
+//
+// `z` is what enters a ReLU (or a max pool, or the ReLU in front of one), `1` at the input, `0` at the reference.  A
+// place that lies outside, in a pool's padding, holds minus infinity, which never wins a window; no more does NaN.
+#pragma once
+#include "scale.h"
+
+namespace gradkern {
+
+template <class T>
+GK_HD T outside() {
+  return T(-INFINITY);
+}
+
+template <bool Relu, class T>
+GK_HD T rectified(T z) {
+  return Relu & (z < T(0)) ? T(0) : z;
+}
+
+// The secant of a ReLU from its reference, the derivative where the two hardly differ.
+template <class T>
+GK_HD T secant(T z1, T z0, T eps) {
+  const T dz = z1 - z0, dx = rectified<true>(z1) - rectified<true>(z0);
+  const bool flat = std::abs(dz) < eps;
+  return flat ? (z1 > T(0) ? T(1) : T(0)) : dx / (flat ? T(1) : dz);
+}
+
+// One more place of a window: the largest number so far, `top`, and where it was, `at`; the first of equals.
+template <bool Relu, class T>
+GK_HD void contend(T z, T place, T& top, T& at) {
+  const T x = z > outside<T>() ? rectified<Relu>(z) : z, t = top, a = at;
+  at = x > t ? place : a;
+  top = x > t ? x : t;
+}
+
+// How much of a window's multiplier goes to one place: the window's change goes to where the input's maximum `y1` is
+// (`here`) and to where the reference's `y0` was (`there`), each divided by its own change; a place that hardly
+// changes gets the derivative at the input.
+template <bool Relu, class T>
+GK_HD T share(T z1, T z0, T y1, T y0, bool here, bool there, T eps) {
+  const bool real = z1 > outside<T>();
+  const T peak = y1 > y0 ? y1 : y0;
+  const T change = (here ? peak - y0 : T(0)) + (there ? y1 - peak : T(0));
+  const T dx = real ? rectified<Relu>(z1) - rectified<Relu>(z0) : T(0);
+  const bool still = std::abs(dx) < eps;
+  const T pooled = still ? (here ? T(1) : T(0)) : change / (still ? T(1) : dx);
+  const T found = Relu ? pooled * secant(z1, z0, eps) : pooled;
+  return real ? found : T(0);
+}
+
+}  // namespace gradkern
