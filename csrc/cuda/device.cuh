@@ -60,6 +60,27 @@ GK_DEVICE void with_count(int count, const Work& work) {
   work.template operator()<Most>();
 }
 
+// Division by a number that stays: a multiplication and a correction instead of twenty instructions.
+// For 0 ≤ n < 2^31 the estimate is the quotient or one less.
+struct Divider {
+  int divisor;
+  uint32_t magic;
+
+  GK_DEVICE explicit Divider(int d) : divisor(d), magic(0xffffffffu / static_cast<uint32_t>(d)) {}
+  GK_DEVICE int quotient(int n) const {
+    const int estimate = static_cast<int>(__umulhi(static_cast<uint32_t>(n), magic));
+    return estimate + (n - estimate * divisor >= divisor);
+  }
+  // n = found.quotient · divisor + found.rest.
+  struct Parts {
+    int quotient, rest;
+  };
+  GK_DEVICE Parts parts(int n) const {
+    const int q = quotient(n);
+    return {q, n - q * divisor};
+  }
+};
+
 // Four neighbours, moved as 16-byte pieces.
 template <class T>
 struct Four {

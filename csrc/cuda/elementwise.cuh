@@ -13,9 +13,11 @@ template <class T>
 GK_RECORD void run_load(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.dst_row, px = op.dst_px, size = C * H * W;
   const T* x = t.args.inputs[op.ext] + t.sample(0) * size;
+  const Divider samples(size);
+  const Places places(H, W);
   for (int i = t.tid(); i < t.count * size; i += t.threads()) {
-    const int m = i / size;
-    const Place p = place_of(i - m * size, H, W);
+    const auto [m, e] = samples.parts(i);
+    const Place p = places.of(e);
     t.at(op.dst, op.dst_n, m)[p.h * row + p.w * px + p.c] = fixed(x + i);
   }
 }
@@ -24,9 +26,11 @@ template <class T>
 GK_RECORD void run_store(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.src_row, px = op.src_px, size = C * H * W;
   T* y = t.args.outputs[op.ext] + t.sample(0) * size;
+  const Divider samples(size);
+  const Places places(H, W);
   for (int i = t.tid(); i < t.count * size; i += t.threads()) {
-    const int m = i / size;
-    const Place p = place_of(i - m * size, H, W);
+    const auto [m, e] = samples.parts(i);
+    const Place p = places.of(e);
     y[i] = t.at(op.src, op.src_n, m)[p.h * row + p.w * px + p.c];
   }
 }
@@ -39,11 +43,15 @@ GK_RECORD void run_store_t(const Op& op, const Tile<T> t) {
   T* y = t.args.results[op.ext];
   const int piece = size % kPiece == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0 ? kPiece : 1;
   const int each = size / piece;
+  const Divider copies(each), seeds(t.seeds);
+  const Places places(H, W);
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
-    const int ms = i / each, m = ms / t.seeds, s = ms - m * t.seeds, e = (i - ms * each) * piece;
+    const auto [ms, rest] = copies.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    const int e = rest * piece;
     const T* g = t.at(op.src, op.src_n, m) + s * stride;
     T* out = y + (t.sample(m) * t.args.seeds + t.s0 + s) * size + e;
-    Place p = place_of(e, H, W);
+    Place p = places.of(e);
     T found[kPiece];
 #pragma unroll
     for (int k = 0; k < kPiece; ++k) {
@@ -70,9 +78,11 @@ GK_RECORD void run_store_t(const Op& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_zero(const Op& op, const Tile<T> t) {
   const int stride = op.dst_s, quads = (static_cast<int>(op.size) + 3) / 4, copies = stride ? t.seeds : 1;
+  const Divider pieces(quads), seeds(copies);
   for (int i = t.tid(); i < t.count * copies * quads; i += t.threads()) {
-    const int ms = i / quads, m = ms / copies;
-    store4(t.at(op.dst, op.dst_n, m) + (ms - m * copies) * stride + (i - ms * quads) * 4, Four<T>{});
+    const auto [ms, quad] = pieces.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    store4(t.at(op.dst, op.dst_n, m) + s * stride + quad * 4, Four<T>{});
   }
 }
 
@@ -80,9 +90,11 @@ GK_RECORD void run_zero(const Op& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_rectify(const Op& op, const Tile<T> t) {
   const int stride = op.dst_s, quads = (static_cast<int>(op.size) + 3) / 4;
+  const Divider pieces(quads), seeds(t.seeds);
   for (int i = t.tid(); i < t.count * t.seeds * quads; i += t.threads()) {
-    const int ms = i / quads, m = ms / t.seeds;
-    T* const y = t.at(op.dst, op.dst_n, m) + (ms - m * t.seeds) * stride + (i - ms * quads) * 4;
+    const auto [ms, quad] = pieces.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    T* const y = t.at(op.dst, op.dst_n, m) + s * stride + quad * 4;
     Four<T> g = load4(y);
 #pragma unroll
     for (int k = 0; k < 4; ++k) g.v[k] = g.v[k] < T(0) ? T(0) : g.v[k];
@@ -94,8 +106,10 @@ GK_RECORD void run_rectify(const Op& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_seed_rows(const Op& op, const Tile<T> t) {
   const int size = op.size, stride = op.dst_s;
+  const Divider copies(size), seeds(t.seeds);
   for (int i = t.tid(); i < t.count * t.seeds * size; i += t.threads()) {
-    const int ms = i / size, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * size;
+    const auto [ms, e] = copies.parts(i);
+    const auto [m, s] = seeds.parts(ms);
     t.at(op.dst, op.dst_n, m)[s * stride + e] =
         fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s) * t.args.seed_rows_s + e);
   }
@@ -103,10 +117,10 @@ GK_RECORD void run_seed_rows(const Op& op, const Tile<T> t) {
 
 template <class T>
 GK_RECORD void run_seed_onehot(const Op& op, const Tile<T> t) {
-  const int H = op.H, W = op.W;
+  const Places places(op.H, op.W);
   for (int i = t.tid(); i < t.count * t.seeds; i += t.threads()) {
     const int m = i / t.seeds, s = i - m * t.seeds;
-    const Place p = place_of(static_cast<int>(fixed(t.args.targets + t.sample(m) * t.args.target_n + t.s0 + s)), H, W);
+    const Place p = places.of(static_cast<int>(fixed(t.args.targets + t.sample(m) * t.args.target_n + t.s0 + s)));
     t.at(op.dst, op.dst_n, m)[s * static_cast<int>(op.dst_s) + p.h * static_cast<int>(op.dst_row) +
                               p.w * static_cast<int>(op.dst_px) + p.c] = T(1);
   }
@@ -115,9 +129,12 @@ GK_RECORD void run_seed_onehot(const Op& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_seed_dense(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.dst_row, px = op.dst_px, stride = op.dst_s, size = C * H * W;
+  const Places places(H, W);
+  const Divider copies(size), seeds(t.seeds);
   for (int i = t.tid(); i < t.count * t.seeds * size; i += t.threads()) {
-    const int ms = i / size, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * size;
-    const Place p = place_of(e, H, W);
+    const auto [ms, e] = copies.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    const Place p = places.of(e);
     t.at(op.dst, op.dst_n, m)[s * stride + p.h * row + p.w * px + p.c] +=
         fixed(t.args.cotangents[op.ext] + (t.sample(m) * t.args.seeds + t.s0 + s) * size + e);
   }
@@ -192,17 +209,21 @@ template <class T>
 GK_RECORD void run_pattern_quads(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W, C = op.C, kw = op.kw, taps = op.taps, nb = op.nb, groups = 2 * nb;
   const int src_row = op.src_row, src_px = op.src_px, each = H * W * groups, total = t.count * each;
+  const Divider samples(each), positions(groups), rows(W), columns(kw);
   for (int base = t.warp() * kWarp; base < total; base += t.warps() * kWarp) {
     const int item = base + t.lane();
     const bool live = item < total;
-    const int m = live ? item / each : 0, rest = live ? item - m * each : 0, q = rest / groups;
-    const int c = (rest - q * groups) * 4, h = q / W, w = q - h * W;
+    const auto [m, rest] = samples.parts(live ? item : 0);
+    const auto [q, quad] = positions.parts(rest);
+    const auto [h, w] = rows.parts(q);
+    const int c = quad * 4;
     Winners<T> winners;
     if (live && c < C) {
       const T* src = t.at(op.src, op.src_n, m) + c;
       for (int j = 0; j < taps; ++j) {
         int hi, wi;
-        if (tap_position(op, h, w, j / kw, j % kw, hi, wi)) winners.meet(load4(src + hi * src_row + wi * src_px), j);
+        const auto [jh, jw] = columns.parts(j);
+        if (tap_position(op, h, w, jh, jw, hi, wi)) winners.meet(load4(src + hi * src_row + wi * src_px), j);
       }
       if (op.relu) winners.rectify();
       store4(t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + c,
@@ -229,16 +250,21 @@ GK_RECORD void run_expand(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W, C = op.C, kh = op.kh, kw = op.kw, taps = op.taps, nb = op.nb;
   const bool apart = op.sh > (kh - 1) * op.dh && op.sw > (kw - 1) * op.dw;
   const int walk = apart ? 1 : H * W, each = H * W / walk * C;
+  const Divider pieces(each), seeds(t.seeds), channels(C), rows(W), columns(kw);
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
-    const int ms = i / each, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * each, c = e % C;
+    const auto [ms, e] = pieces.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    const auto [first, c] = channels.parts(e);
     const T* g = t.at(op.src, op.src_n, m) + s * static_cast<int>(op.src_s) + c;
     T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s) + c;
-    for (int q = e / C * walk, end = q + walk; q < end; ++q) {
+    for (int q = first * walk, end = q + walk; q < end; ++q) {
       const uint8_t* planes = t.planes(op, m) + q * taps * nb + c / 8;
-      const int h = q / W, w = q - h * W;
+      const auto [h, w] = rows.parts(q);
       for (int j = 0; j < taps; ++j) {
         int hi, wi;
-        if (!(planes[j * nb] >> (c % 8) & 1) || !tap_position(op, h, w, j / kw, j % kw, hi, wi)) continue;
+        if (!(planes[j * nb] >> (c % 8) & 1)) continue;
+        const auto [jh, jw] = columns.parts(j);
+        if (!tap_position(op, h, w, jh, jw, hi, wi)) continue;
         y[hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px)] +=
             g[h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px)];
       }
@@ -259,8 +285,10 @@ GK_DEVICE void scale_all(const Op& op, const Tile<T>& t) {
   const T p0 = static_cast<T>(as_double(op.p0)), p1 = static_cast<T>(as_double(op.p1)),
           p2 = static_cast<T>(as_double(op.p2));
   const int width = op.W * op.C, each = op.H * width;
+  const Divider samples(each), rows(width);
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
-    const int m = i / each, e = i - m * each, h = e / width, r = e - h * width;
+    const auto [m, e] = samples.parts(i);
+    const auto [h, r] = rows.parts(e);
     const Pair<T> found = Function<F>::at(t.at(op.src, op.src_n, m)[h * static_cast<int>(op.src_row) + r], p0, p1, p2);
     t.at(op.dst, op.dst_n, m)[h * static_cast<int>(op.dst_row) + r] = found.y;
     t.at(op.aux, op.aux_n, m)[h * static_cast<int>(op.aux_row) + r] = found.d;
@@ -280,8 +308,10 @@ GK_RECORD void run_scale(const Op& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_sum(const Op& op, const Tile<T> t) {
   const int width = op.W * op.C, each = op.H * width;
+  const Divider samples(each), rows(width);
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
-    const int m = i / each, e = i - m * each, h = e / width, r = e - h * width;
+    const auto [m, e] = samples.parts(i);
+    const auto [h, r] = rows.parts(e);
     t.at(op.dst, op.dst_n, m)[h * static_cast<int>(op.dst_row) + r] =
         t.at(op.src, op.src_n, m)[h * static_cast<int>(op.src_row) + r] +
         t.at(op.aux, op.aux_n, m)[h * static_cast<int>(op.aux_row) + r];
@@ -292,9 +322,11 @@ GK_RECORD void run_sum(const Op& op, const Tile<T> t) {
 template <class T, bool Slope>
 GK_RECORD void run_add(const Op& op, const Tile<T> t) {
   const int width = op.W * op.C, each = op.H * width;
+  const Divider copies(each), seeds(t.seeds), rows(width);
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
-    const int ms = i / each, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * each, h = e / width,
-              r = e - h * width;
+    const auto [ms, e] = copies.parts(i);
+    const auto [m, s] = seeds.parts(ms);
+    const auto [h, r] = rows.parts(e);
     T g = t.at(op.src, op.src_n, m)[s * static_cast<int>(op.src_s) + h * static_cast<int>(op.src_row) + r];
     if constexpr (Slope) g *= t.at(op.aux, op.aux_n, m)[h * static_cast<int>(op.aux_row) + r];
     T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s) + h * static_cast<int>(op.dst_row) + r;

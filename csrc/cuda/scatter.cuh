@@ -103,15 +103,18 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
   const int all = op.taps ? op.taps : 1, taps = op.merged ? 1 : all;
   const int high = op.R, wide = op.L, down = (H + high - 1) / high, across = (W + wide - 1) / wide;
   const int seed_groups = (t.seeds + together - 1) / together, per_warp = kWarp / lanes, sub = t.lane() / lanes;
+  const Divider bands_across(wide), pool_columns(kw), tap_count(taps), groups_of_seeds(seed_groups);
   for (int colour = 0; colour < 4; ++colour) {
     const int ch = colour / 2, cw = colour % 2, rows = (down + 1 - ch) / 2, columns = (across + 1 - cw) / 2;
     const int each_sample = rows * columns, total = t.count * seed_groups * each_sample;
     if (!total) continue;
+    const Divider sample_bands(each_sample), line(columns);
     for (int base = t.warp() * per_warp; base < total; base += t.warps() * per_warp) {
       const bool active = base + sub < total;
-      const int item = active ? base + sub : 0, rest = item / each_sample, band = item - rest * each_sample;
-      const int h0 = (band / columns * 2 + ch) * high, w0 = (band % columns * 2 + cw) * wide;
-      const int m = rest / seed_groups, s0 = (rest - m * seed_groups) * together;
+      const auto [rest, band] = sample_bands.parts(active ? base + sub : 0);
+      const auto [y, x] = line.parts(band);
+      const auto [m, group] = groups_of_seeds.parts(rest);
+      const int h0 = (y * 2 + ch) * high, w0 = (x * 2 + cw) * wide, s0 = group * together;
       const T* from = t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
       int stride = op.src_s;
       if (Rows && op.rows) {
@@ -121,11 +124,13 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
       T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
       const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
       for (int i = 0; i < high * wide * taps; ++i) {
-        const int j = i % taps, q = i / taps, h = h0 + q / wide, w = w0 + q % wide;
+        const auto [q, j] = tap_count.parts(i);
+        const auto [down_band, along_band] = bands_across.parts(q);
+        const auto [jh, jw] = pool_columns.parts(j);
+        const int h = h0 + down_band, w = w0 + along_band;
         int hi = h, wi = w;
         Visit<T> visit{};
-        visit.inside =
-            active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, j / kw, j % kw, hi, wi));
+        visit.inside = active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, jh, jw, hi, wi));
         visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
         visit.from = from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px);
         visit.stride = stride;
@@ -148,7 +153,7 @@ GK_DEVICE int seeds_together(int seeds, int most) {
 template <class T, int NV, int S>
 GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
   const int slots = op.K, nb = op.nb, planes = op.merged ? op.taps : 1, mine = t.lane() % lanes;
-  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw, dst_s = op.dst_s;
+  const int groups = op.groups, per_group = static_cast<int>(op.O) / groups, ldw = op.ldw, dst_s = op.dst_s;
   const int32_t* table = t.args.tables + op.table2;
   for (int chunk = 0; chunk < slots; chunk += lanes * NV) {
     int offset[NV];
@@ -271,11 +276,12 @@ GK_RECORD void run_product(const Op& op, const Tile<T> t) {
   const int stride = kMma ? (chunk + 31) / 32 * 32 + 16 : (rows + 3) / 4 * 4, filled = kMma ? rows : stride;
   for (int c0 = 0; c0 < O; c0 += chunk) {
     const int channels = O - c0 < chunk ? O - c0 : chunk;
+    const Divider across(channels), seeds(t.seeds);
     for (int i = t.tid(); i < channels * filled; i += t.threads()) {
-      const int r = i / channels, c = i - r * channels;
+      const auto [r, c] = across.parts(i);
       T value = T(0);
       if (r < rows) {
-        const int m = r / t.seeds, s = r - m * t.seeds;
+        const auto [m, s] = seeds.parts(r);
         const bool alive = !op.taps || (t.planes(op, m)[(c0 + c) / 8] >> ((c0 + c) % 8) & 1);
         if (alive)
           value = op.rows ? fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n +

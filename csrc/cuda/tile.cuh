@@ -39,10 +39,15 @@ struct Tile {
 struct Place {
   int c, h, w;
 };
-GK_DEVICE Place place_of(int i, int H, int W) {
-  const int c = i / (H * W), q = i - c * (H * W), h = q / W;
-  return {c, h, q - h * W};
-}
+struct Places {
+  Divider plane, row;
+
+  GK_DEVICE Places(int H, int W) : plane(H * W), row(W) {}
+  GK_DEVICE Place of(int i) const {
+    const auto channel = plane.parts(i), line = row.parts(channel.rest);
+    return {channel.quotient, line.quotient, line.rest};
+  }
+};
 
 // The position that tap (jh, jw) of pool output (h, w) reads, or false outside.
 GK_DEVICE bool tap_position(const Op& op, int h, int w, int jh, int jw, int& hi, int& wi) {

@@ -105,6 +105,7 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
   const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
+  const Divider samples(each), rows(W);
   T* parts = t.buf;  // [part][tile][4 · 4][lane]
 
   for (int item = t.warp(); item < s.tiles * s.split; item += t.warps()) {
@@ -116,9 +117,10 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
 #pragma unroll
     for (int p = 0; p < kPositions; ++p) {
       const int at = p0 + p * s.lp < positions ? p0 + p * s.lp : 0;
-      const int m = at / each, q = at - m * each, h = q / W;
-      offset[p] = static_cast<int>(t.at(op.src, op.src_n, m) - t.buf) + h * row + (q - h * W) * px +
-                  group * static_cast<int>(op.C);
+      const auto [m, q] = samples.parts(at);
+      const auto [h, w] = rows.parts(q);
+      offset[p] =
+          static_cast<int>(t.at(op.src, op.src_n, m) - t.buf) + h * row + w * px + group * static_cast<int>(op.C);
     }
     T acc[kPositions][4] = {};
     const T* w = t.args.packed + op.wf + group * K * ldf + (on ? o : 0);
@@ -137,8 +139,9 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
     for (int p = 0; p < kPositions; ++p) {
       const int at = p0 + p * s.lp;
       if (at >= positions) continue;
-      const int m = at / each, q = at - m * each, h = q / W;
-      T* y = t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + (q - h * W) * static_cast<int>(op.dst_px) +
+      const auto [m, q] = samples.parts(at);
+      const auto [h, w] = rows.parts(q);
+      T* y = t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) +
              group * O + o;
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -155,9 +158,9 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
     if (o >= O || at >= positions) continue;
     T sum = fixed(t.args.packed + op.bias + group * ldf + o);
     for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];
-    const int m = at / each, q = at - m * each, h = q / W;
-    t.at(op.dst, op.dst_n,
-         m)[h * static_cast<int>(op.dst_row) + (q - h * W) * static_cast<int>(op.dst_px) + group * O + o] = sum;
+    const auto [m, q] = samples.parts(at);
+    const auto [h, w] = rows.parts(q);
+    t.at(op.dst, op.dst_n, m)[h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + group * O + o] = sum;
   }
 }
 

@@ -152,6 +152,7 @@ inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 }  // namespace gradkern::cuda
 
 inline void atomicAdd(unsigned long long* p, unsigned long long x) { __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T>
 inline T __ldg(const T* p) {
