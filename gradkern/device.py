@@ -27,7 +27,7 @@ from .chain import FIELDS, KINDS, Chain, Machine
 from .cotangents import Cotangent
 from .lowering import Lowering, lower
 from .pack import ScatterLayout, WindowLayout, aligned, mergeable
-from .program import Product, Program
+from .program import Program
 from .units import Graph, Node, Unit, planar
 
 WARP = 32
@@ -65,11 +65,6 @@ class Device(Machine):
     threads: int = 256
     math: int = PLAIN  # of dense contractions
     steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
-
-
-def why_not(form: object) -> str | None:
-    """Why the GPU's interpreter does not run a form that the CPU's does."""
-    return "matrix products of two values run as ATen calls" if form == Product("matmul") else None
 
 
 class DeviceWindow(WindowLayout):
@@ -191,6 +186,13 @@ class DeviceLowering(Lowering):
         else:
             op["R"], op["L"] = bands(unit, op)
 
+    def turn_over(self, unit: Unit) -> None:
+        """No copy: the kernel reads the right side of a matrix product by any steps, and shared memory is scarce."""
+
+    def right_turned(self, unit: Unit) -> dict[str, Any]:
+        b = unit.reads[1]
+        return self.at("aux", b, self.store(b)) | {"aux_px": 1, "sw": b.C}
+
     # ---- layout of the arena
 
     def finish(self) -> tuple[tuple[int, ...], int]:
@@ -301,9 +303,13 @@ class DeviceLowering(Lowering):
                 total += self.window_cost(op, block if op["block"] else slots, warps)
             elif op["kind"] == KINDS.index("Pattern"):
                 total += op["H"] * op["W"] * op["nb"] * 8 * (12 + 8 * op["taps"]) / ISSUE
+            elif op["kind"] == KINDS.index("MatMul"):
+                total += self.matmul_cost(op, slots, 1)
         for op in self.backward:
             if op["kind"] == KINDS.index("Zero"):
                 total += 3 * op["size"] * self.seeds / ISSUE
+            elif op["kind"] == KINDS.index("MatMulT"):
+                total += rounds * self.matmul_cost(op, slots, tile)
             elif op["kind"] == KINDS.index("WindowT") and op["block"]:
                 total += rounds * self.product_cost(op, block, tile)
             elif op["kind"] == KINDS.index("WindowT"):
@@ -333,6 +339,15 @@ class DeviceLowering(Lowering):
         padded = min(math.ceil(rows / height) * height for height in (8, 16, 24, 32))
         work = padded * math.ceil(op["K"] / 64) * 64 * op["O"] * 1.2 / ISSUE
         return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) / block
+
+    def matmul_cost(self, op: dict[str, Any], samples: int, copies: int) -> float:
+        """A product of two matrices of values: tiles of 4 × 4 or 1 × 4 per thread; csrc/cuda/matmul.cuh chooses so."""
+
+        def pace(height: int) -> int:
+            tiles = samples * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
+            return math.ceil(tiles / self.machine.threads) * (100 + 16 * height + op["C"] * 4 * (height + 1))
+
+        return min(pace(4), pace(1)) * self.machine.threads / ISSUE / samples
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of shared memory per block."""

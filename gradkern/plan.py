@@ -18,7 +18,6 @@ from . import ops
 from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
 from .device import HALVES, Device, TooLarge, lower_device, lowering
-from .device import why_not as device_why_not
 from .layered import Layer, absorbable, find, heavy
 from .native import why_not
 from .program import Opaque, Program, View, describe
@@ -137,7 +136,6 @@ def plan(
     reasons = [blocked or why_not(program, step) for step in program.steps]
     layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
-        reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
         groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
