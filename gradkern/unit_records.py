@@ -286,7 +286,10 @@ class UnitRecords(Recording):
 
     def backward_matmul(self, unit: Unit, node: Node, behind: Cotangent) -> None:
         a, out = unit.reads[0], unit.out
-        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C}
+        assign = node.size == node.C * node.P and node.id not in self.touched  # the first to write it writes all of it
+        if assign:
+            self.touched.add(node.id)
+        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C, "assign": int(assign)}
         if self.turn(unit, node) == 0:  # g [M, P] · b^T [P, K]
             other = self.right_turned(unit) | {"C": out.C}
             self.emit(self.backward, "MatMulT", **fields | other, kh=out.C, kw=1)

@@ -158,7 +158,7 @@ GK_DEVICE MatMul matmul_of(const Op& op, int seeds) {
           static_cast<int>(op.W),
           static_cast<int>(op.O),
           static_cast<int>(op.C),
-          back};
+          back && !op.assign};
 }
 
 // Issued instructions of the busiest thread with tiles of so many rows; gradkern/device.py: matmul_cost.
