@@ -186,6 +186,14 @@ class DeviceLowering(Lowering):
         else:
             op["R"], op["L"] = bands(unit, op)
 
+    def backward_move(self, unit: Unit, node: Node, behind: Cotangent) -> None:
+        """Where no number was read twice, every run has its own warp."""
+        super().backward_move(unit, node, behind)
+        op = self.backward[-1]
+        runs = self.tables[op["table"] : op["table"] + 5 * op["size"]]
+        read = [r + i * step for r, n, step in zip(runs[::5], runs[2::5], runs[3::5], strict=True) for i in range(n)]
+        op["fn"] = int(len(set(read)) == len(read))
+
     def turn_over(self, unit: Unit) -> None:
         """No copy: the kernel reads the right side of a matrix product by any steps, and shared memory is scarce."""
 

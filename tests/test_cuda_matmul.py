@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradkern import engine, plan, reference, trace
-from gradkern.chain import KINDS, Chain
+from gradkern.chain import FIELDS, KINDS, Chain
 from gradkern.device import Device, TooLarge, lower_device
-from gradkern.program import Product, Program, Scale, Step
+from gradkern.indexing import along
+from gradkern.program import Index, Product, Program, Scale, Step
 from tests import oracle
 from tests.cases import CASES
 from tests.host_device import HostDevice, installed
@@ -138,6 +139,16 @@ def test_a_value_by_itself(turn: bool, size: int) -> None:
     assert device.launches
     assert oracle.relative_error(y, want_y) < 1e-13
     assert oracle.relative_error(found[0], want[0]) < 1e-13
+
+
+@pytest.mark.parametrize(("wanted", "apart"), [([2, 0, 3, 1], True), ([1, 3], True), ([0, 1, 1, 2], False)])
+def test_runs_of_a_copy_share_warps_only_where_nothing_is_read_twice(wanted: list[int], apart: bool) -> None:
+    """A transpose around a product is many runs; two of them must not add to one number at once."""
+    shape = (4, 6)
+    steps = (Step(Index((along(shape, 0, wanted),)), (0,), (len(wanted), 6)),)
+    chain = lower_device(Program((shape,), steps, 1), [0], [1], HostDevice().machine, 8, SEEDS, (0,))
+    moves = [dict(zip(FIELDS, op, strict=True)) for op in chain.backward if KINDS[op[0]] == "MoveT"]
+    assert [op["fn"] for op in moves] == [int(apart)]
 
 
 # ---- whole networks
