@@ -15,22 +15,37 @@ leaves the step to ATen.  Nothing ever spills to global memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .arena import Buffer
 from .chain import FIELDS, KINDS, Chain, Machine
 from .cotangents import Cotangent
+from .device_cost import (
+    IN_NARROW,
+    IN_QUADS,
+    PARTS,
+    QUADS,
+    WALK_SEEDS,
+    WARP,
+    WINDOW_T,
+    Work,
+    even,
+    narrow_clocks,
+    quad_clocks,
+    walk_clocks,
+)
+from .device_layouts import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 from .lowering import Lowering, lower
-from .pack import ScatterLayout, WindowLayout, aligned, mergeable
+from .pack import mergeable
 from .program import Program
+from .slices import COUNTS as SLICES
+from .slices import sliced
 from .units import Graph, Node, Unit, planar
 
-WARP = 32
 PLAIN, TF32, BF16, TF32X3 = 0, 1, 2, 3  # how dense contractions multiply; csrc/cuda/args.h
 #: By `torch.get_float32_matmul_precision()`.  "highest" is the fp32 pipe until three TF32 products have been measured
 #: to be as accurate.
@@ -41,12 +56,6 @@ STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
 STEPS_VARIABLE = "GRADKERN_STEPS"
 MAX_TILE = 64  # samples of a block
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
-TILE_SUMS = 512  # sums in a warp's tile of a forward contraction; csrc/cuda/window.cuh
-PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
-WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
-ISSUE = 128 * 0.7  # lanes that a multiprocessor issues per clock, and the share of it that loops are expected to reach
-BARRIER = 150  # clocks from one record to the next
-L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
 
 class TooLarge(Exception):
@@ -65,48 +74,6 @@ class Device(Machine):
     threads: int = 256
     math: int = PLAIN  # of dense contractions
     steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
-
-
-class DeviceWindow(WindowLayout):
-    """Forward weights ``[groups][K][O to a multiple of 4]``."""
-
-    @property
-    def ldf(self) -> int:
-        return (self.O + 3) // 4 * 4
-
-    def place(self, offset: int) -> int:
-        self.wf = offset
-        self.bias = self.wf + aligned(self.groups * self.K * self.ldf)
-        return self.bias + aligned(self.groups * self.ldf)
-
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        w, b = self.folded(params)  # [groups·O, K], [groups·O]
-        g, o, k = self.groups, self.O, self.K
-        wide = packed[self.wf : self.wf + g * k * self.ldf].view(g, k, self.ldf)
-        wide[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
-        packed[self.bias : self.bias + g * self.ldf].view(g, self.ldf)[:, :o] = b.reshape(g, o)
-
-
-class DeviceScatter(ScatterLayout):
-    """Backward weights ``[taps · O][window to a multiple of 4]``; ``slots`` are the window's offsets, one by one."""
-
-    @property
-    def slots(self) -> list[int]:
-        return [r + i for r in self.runs for i in range(self.L)]
-
-    @property
-    def ldw(self) -> int:
-        return (len(self.runs) * self.L + 3) // 4 * 4
-
-    def place(self, offset: int) -> int:
-        return super().place(offset) + WARP * WALK_SLOTS  # idle lanes read on past the last row
-
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        w, _ = self.folded(params)
-        if self.merged:
-            w = self.shifted(w)
-        back = packed[self.wb : self.wb + w.shape[0] * self.ldw].view(w.shape[0], self.ldw)
-        back[:, : w.shape[1]] = w
 
 
 @dataclass(frozen=True)
@@ -147,15 +114,33 @@ class DeviceLowering(Lowering):
         return self.grads.setdefault(node.id, Buffer((node.size + 3) // 4 * 4))
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
-        """One window per position, or one for all taps of the pool behind it: whichever walks less."""
+        """One window per position or one for all taps of the pool behind it, walked channel by live channel or in
+        quads: whichever is expected to be fastest with all warps at work."""
         plain = DeviceScatter.of(unit, 1)
-        if unit.dense or pattern is None or not mergeable(unit, pattern):
+        if unit.dense:
             return plain  # type: ignore[return-value]
-        pool = pattern.windows
-        merged = DeviceScatter.merge(unit, 1, pool, 1)  # type: ignore[arg-type]
-        seeds = min(self.seeds, WALK_SEEDS)
-        taps = pool.taps  # type: ignore[union-attr]
-        return min((plain, merged), key=lambda s: walk_cost(len(s.slots), s.O, s.merged, seeds, taps, True))  # type: ignore[return-value]
+        behind = self.cotangents.of(unit.out)
+        types = (DeviceScatter, QuadScatter, NarrowScatter)
+        made = [t.of(unit, 1) for t in types]
+        taps = 1
+        if pattern is not None and mergeable(unit, pattern):
+            made += [t.merge(unit, 1, pattern.windows, 1) for t in types]  # type: ignore[arg-type]
+        if pattern is not None and pattern.windows:
+            taps = pattern.windows.taps
+        node = behind.node if behind else unit.out
+        fitting = [s for s in made if s.fits(unit.reads[0], node)]  # type: ignore[attr-defined]
+        return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))  # type: ignore[return-value, arg-type]
+
+    def scatter_clocks(self, layout: DeviceScatter, taps: int, pattern: bool) -> float:
+        """Clocks per pool output for all seeds."""
+        slots, planes = len(layout.slots), taps if layout.merged else 1
+        if isinstance(layout, NarrowScatter):
+            return taps / planes * narrow_clocks(slots, layout.O, self.seeds, planes)[0]
+        if isinstance(layout, QuadScatter):
+            args = (slots // 4, layout.O, self.seeds, planes, pattern)
+            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in (4, 8, 16, 32))
+        walks = math.ceil(self.seeds / WALK_SEEDS)
+        return walks * walk_clocks(slots, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -185,6 +170,10 @@ class DeviceLowering(Lowering):
             op["size"] = int(len(layout.runs) == 1)  # the window is one run
         else:
             op["R"], op["L"] = bands(unit, op)
+            if isinstance(layout, QuadScatter):
+                op["fn"], op["table"] = IN_QUADS, self.table(layout.offsets())
+            elif isinstance(layout, NarrowScatter):
+                op["fn"] = IN_NARROW
 
     def backward_move(self, unit: Unit, node: Node, behind: Cotangent) -> None:
         """Where no number was read twice, every run has its own warp."""
@@ -204,20 +193,64 @@ class DeviceLowering(Lowering):
     # ---- layout of the arena
 
     def finish(self) -> tuple[tuple[int, ...], int]:
+        best: tuple[Choice, list[dict[str, Any]]] | None = None
+        least = 0
+        for backward in self.variants():
+            self.use(backward)
+            buffers, spans = self.lives()
+            for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
+                scratch, sample = self.arrange(buffers, spans, tile)
+                least = self.bytes(max(scratch, self.temporary(1, tile)), sample, 1)
+                found = self.choose(scratch, sample, tile)
+                if found and (best is None or found.cost < best[0].cost):
+                    best = found, backward
+        if best is None:
+            raise TooLarge(least, self.machine.shared_bytes)
+        self.choice, backward = best
+        self.use(backward)
+        self.settle(self.choice)
+        buffers, spans = self.lives()
+        self.scratch_size, sample = self.arrange(buffers, spans, self.choice.seed_tile)
+        for buffer in buffers:
+            buffer.base += self.choice.region * buffer.per_sample
+        # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
+        self.packed += 8 * max((getattr(x, "ldw", 0) for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
+        choice = self.choice
+        sizes = (choice.region, sample, self.math, self.bit_bytes, choice.slots, choice.bytes, choice.block)
+        return sizes, choice.seed_tile
+
+    def settle(self, choice: Choice) -> None:
+        """Say in the records what depends on how the work is cut: the lanes of quads' workers."""
+        work = Work(self.machine.threads // WARP, choice.slots, choice.block, choice.seed_tile, self.itemsize)
+        for op in self.backward:
+            if op["kind"] == WINDOW_T and op.get("fn") == IN_QUADS:
+                op["slots"] = work.quads(op)[1]
+
+    def variants(self) -> list[list[dict[str, Any]]]:
+        """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
+        found = (sliced(self.backward, self.tables, count) for count in SLICES)
+        return [self.backward, *(ops for ops in found if ops is not None)]
+
+    def use(self, backward: list[dict[str, Any]]) -> None:
+        """Take these records as the backward pass: their buffers that are no values are cotangents."""
+        self.backward = backward
+        values = {id(b) for b in (*self.stores.values(), *self.slopes.values())}
+        used = (op[key][0] for op in backward for key in ("src", "aux", "dst") if isinstance(op.get(key), tuple))
+        self.grads = dict(enumerate({id(b): b for b in used if id(b) not in values}.values()))
+
+    def lives(self) -> tuple[list[Buffer], dict[int, list[int]]]:
+        """The buffers in use, each marked as scratch or kept per sample, and the first and last record of each."""
         ops = self.forward + self.backward
-        runs, run = [], 0
+        for buffer in (*self.stores.values(), *self.grads.values()):
+            buffer.stages, buffer.per_sample = set(), False
+        run, spans = 0, {}
         for i, op in enumerate(ops):
-            fresh = i == len(self.forward) or op["block"] or (i and ops[i - 1]["block"])
-            run += bool(fresh)
-            runs.append(run)
-        spans: dict[int, list[int]] = {}
-        for i, op in enumerate(ops):
+            run += bool(i == len(self.forward) or op["block"] or (i and ops[i - 1]["block"]))
             for key in ("src", "aux", "dst"):
                 if isinstance(op.get(key), tuple):
                     buffer = op[key][0]
-                    first = spans.setdefault(id(buffer), [i, i])
-                    first[1] = i
-                    buffer.stages.add(runs[i])
+                    spans.setdefault(id(buffer), [i, i])[1] = i
+                    buffer.stages.add(run)
                     buffer.per_sample |= bool(op["block"])
         buffers = [b for b in (*self.stores.values(), *self.grads.values()) if id(b) in spans]
         for buffer in buffers:
@@ -228,22 +261,7 @@ class DeviceLowering(Lowering):
         for buffer in self.slopes.values():  # so are these
             spans[id(buffer)][1] = len(ops)
             buffers.append(buffer)
-        best: Choice | None = None
-        least = 0
-        for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
-            scratch, sample = self.arrange(buffers, spans, tile)
-            least = self.bytes(max(scratch, self.temporary(1, tile)), sample, 1)
-            found = self.choose(scratch, sample, tile)
-            if found and (best is None or found.cost < best.cost):
-                best = found
-        if best is None:
-            raise TooLarge(least, self.machine.shared_bytes)
-        self.choice = best
-        self.scratch_size, sample = self.arrange(buffers, spans, best.seed_tile)
-        for buffer in buffers:
-            buffer.base += best.region * buffer.per_sample
-        sizes = (best.region, sample, self.math, self.bit_bytes, best.slots, best.bytes, best.block)
-        return sizes, best.seed_tile
+        return buffers, spans
 
     def arrange(self, buffers: list[Buffer], spans: dict[int, list[int]], tile: int) -> tuple[int, int]:
         """Place buffers whose lifetimes overlap beside each other; returns elements of scratch and per sample."""
@@ -304,58 +322,14 @@ class DeviceLowering(Lowering):
 
     def cost(self, slots: int, block: int, tile: int) -> float:
         """Estimated clocks per sample of a multiprocessor."""
-        warps, rounds = self.machine.threads // WARP, math.ceil(self.seeds / tile) if self.seeds else 0
-        total = BARRIER * (len(self.forward) + rounds * len(self.backward)) / slots
-        for op in self.forward:
-            if op["kind"] == KINDS.index("Window"):
-                total += self.window_cost(op, block if op["block"] else slots, warps)
-            elif op["kind"] == KINDS.index("Pattern"):
-                total += op["H"] * op["W"] * op["nb"] * 8 * (12 + 8 * op["taps"]) / ISSUE
-            elif op["kind"] == KINDS.index("MatMul"):
-                total += self.matmul_cost(op, slots, 1)
-        for op in self.backward:
-            if op["kind"] == KINDS.index("Zero"):
-                total += 3 * op["size"] * self.seeds / ISSUE
-            elif op["kind"] == KINDS.index("MatMulT"):
-                total += rounds * self.matmul_cost(op, slots, tile)
-            elif op["kind"] == KINDS.index("WindowT") and op["block"]:
-                total += rounds * self.product_cost(op, block, tile)
-            elif op["kind"] == KINDS.index("WindowT"):
-                walks = math.ceil(tile / WALK_SEEDS)
-                down, across = math.ceil(op["H"] / op["R"]), math.ceil(op["W"] / op["L"])
-                colours = min(down, 2) * min(across, 2)
-                share = busy(
-                    slots * walks * math.ceil(down * across / colours), warps * (WARP // worker_lanes(op["K"]))
-                )
-                planes = max(op["taps"], 1)
-                walk = walk_cost(op["K"], op["O"], op["merged"], math.ceil(tile / walks), planes, op["taps"] > 0)
-                total += rounds * walks * walk * op["H"] * op["W"] / ISSUE / share
-        return total
+        return sum(clocks for _, clocks in self.costs(slots, block, tile))
 
-    def window_cost(self, op: dict[str, Any], samples: int, warps: int) -> float:
-        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
-        positions = samples * (1 if op["block"] else op["H"] * op["W"])
-        lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
-        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (4 * WARP)) * op["groups"]
-        share = busy(tiles * (max(warps // tiles, 1) if op["block"] else 1), warps)
-        work = tiles * TILE_SUMS * op["K"] * (1.3 if op["L"] % 4 == 0 else 1.6) / ISSUE / share
-        return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
-
-    def product_cost(self, op: dict[str, Any], block: int, tile: int) -> float:
-        """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
-        rows = block * tile
-        padded = min(math.ceil(rows / height) * height for height in (8, 16, 24, 32))
-        work = padded * math.ceil(op["K"] / 64) * 64 * op["O"] * 1.2 / ISSUE
-        return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) / block
-
-    def matmul_cost(self, op: dict[str, Any], samples: int, copies: int) -> float:
-        """A product of two matrices of values: tiles of 4 × 4 or 1 × 4 per thread; csrc/cuda/matmul.cuh chooses so."""
-
-        def pace(height: int) -> int:
-            tiles = samples * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
-            return math.ceil(tiles / self.machine.threads) * (100 + 16 * height + op["C"] * 4 * (height + 1))
-
-        return min(pace(4), pace(1)) * self.machine.threads / ISSUE / samples
+    def costs(self, slots: int, block: int, tile: int) -> list[tuple[str, float]]:
+        """The records' names and what each is estimated to take."""
+        work = Work(self.machine.threads // WARP, slots, block, tile, self.itemsize)
+        rounds = math.ceil(self.seeds / tile) if self.seeds else 0
+        found = [(KINDS[op["kind"]], work.forward(op)) for op in self.forward]
+        return found + [(KINDS[op["kind"]], rounds * work.backward(op)) for op in self.backward]
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of shared memory per block."""
@@ -377,30 +351,6 @@ class DeviceLowering(Lowering):
                 out[key] = value
         out["bits_n"] = self.bit_bytes
         return tuple(int(out[f]) for f in FIELDS)
-
-
-def busy(items: int, workers: int) -> float:
-    """The share of workers that have something to do."""
-    return items / (math.ceil(items / workers) * workers)
-
-
-def worker_lanes(slots: int) -> int:
-    """Lanes of a worker for a window of ``slots`` elements; csrc/cuda/scatter.cuh decides the same way."""
-    best = WARP
-    for lanes in (16, 8, 4):
-        if slots <= lanes * WALK_SLOTS and lanes * math.ceil(slots / lanes) <= best * math.ceil(slots / best):
-            best = lanes
-    return best
-
-
-def walk_cost(slots: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
-    """Issued lanes per pool output: a start and a read-add-write per walk, and per live channel its loads and
-    multiply-adds, a few elements of the window per lane.  A pool's maximum is alive in three of four cases."""
-    lanes = worker_lanes(slots)
-    each = math.ceil(slots / lanes)
-    live = channels * (0.75 if planes > 1 else 0.5 if pattern else 1.0)
-    walks = 1 if merged else planes
-    return lanes * (walks * (30 + 3 * each * seeds) + live * (7 + each + seeds + each * seeds))
 
 
 def bands(unit: Unit, op: dict[str, Any]) -> tuple[int, int]:

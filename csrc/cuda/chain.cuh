@@ -4,20 +4,22 @@
 #include "elementwise.cuh"
 #include "forms.cuh"
 #include "matmul.cuh"
+#include "narrow.cuh"
+#include "quads.cuh"
 #include "scatter.cuh"
 #include "window.cuh"
 
 namespace gradkern::cuda {
 
 template <class T, int Math>
-GK_DEVICE void run_contraction(const Op& op, const Tile<T>& t) {
+GK_DEVICE void run_contraction(const Op& op, const Tile<T> t) {
   if constexpr (Math != kPlain) run_window_mma<Math>(op, t);
   else run_window<T>(op, t);
 }
 
 // `Math`: how contractions with dense operands multiply (args.h).
 template <class T, int Math>
-GK_DEVICE void run_op(const Op& op, const Tile<T>& t) {
+GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
   switch (static_cast<Kind>(op.kind)) {
     case Kind::Load: return run_load(op, t);
     case Kind::Window: return run_contraction<T, Math>(op, t);

@@ -8,6 +8,9 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define GK_DEVICE __device__ __forceinline__
+// A record's own function, called: inlined, they would share one kernel's registers, and the largest make the others
+// spill.
+#define GK_RECORD __device__ __noinline__
 #define GK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define GK_SHARED_ARENA(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -48,6 +51,14 @@ GK_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
 namespace gradkern::cuda {
 
 constexpr int kWarp = 32;
+
+// work.operator()<count>() for a count of 1 … Most that is known when the kernel runs.
+template <int Most, class Work>
+GK_DEVICE void with_count(int count, const Work& work) {
+  if constexpr (Most > 1)
+    if (count < Most) return with_count<Most - 1>(count, work);
+  work.template operator()<Most>();
+}
 
 // Four neighbours, moved as 16-byte pieces.
 template <class T>

@@ -10,7 +10,7 @@ namespace gradkern::cuda {
 
 // [C][H][W] of the caller → channels-last interior.
 template <class T>
-GK_DEVICE void run_load(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_load(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.dst_row, px = op.dst_px, size = C * H * W;
   const T* x = t.args.inputs[op.ext] + t.sample(0) * size;
   for (int i = t.tid(); i < t.count * size; i += t.threads()) {
@@ -21,7 +21,7 @@ GK_DEVICE void run_load(const Op& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_DEVICE void run_store(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_store(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.src_row, px = op.src_px, size = C * H * W;
   T* y = t.args.outputs[op.ext] + t.sample(0) * size;
   for (int i = t.tid(); i < t.count * size; i += t.threads()) {
@@ -33,7 +33,7 @@ GK_DEVICE void run_store(const Op& op, const Tile<T>& t) {
 
 // The cotangent of an input → the caller's [N][S][C][H][W], in 16-byte stores where that is aligned.
 template <class T>
-GK_DEVICE void run_store_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_store_t(const Op& op, const Tile<T> t) {
   constexpr int kPiece = 16 / sizeof(T);
   const int C = op.C, H = op.H, W = op.W, row = op.src_row, px = op.src_px, stride = op.src_s, size = C * H * W;
   T* y = t.args.results[op.ext];
@@ -68,7 +68,7 @@ GK_DEVICE void run_store_t(const Op& op, const Tile<T>& t) {
 
 // Forward storage (one copy) before its border is relied on, or a cotangent (a copy per seed) before its first use.
 template <class T>
-GK_DEVICE void run_zero(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_zero(const Op& op, const Tile<T> t) {
   const int stride = op.dst_s, quads = (static_cast<int>(op.size) + 3) / 4, copies = stride ? t.seeds : 1;
   for (int i = t.tid(); i < t.count * copies * quads; i += t.threads()) {
     const int ms = i / quads, m = ms / copies;
@@ -78,7 +78,7 @@ GK_DEVICE void run_zero(const Op& op, const Tile<T>& t) {
 
 // The ReLUs of guided backpropagation and deconvolution: what goes on is not negative.
 template <class T>
-GK_DEVICE void run_rectify(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_rectify(const Op& op, const Tile<T> t) {
   const int stride = op.dst_s, quads = (static_cast<int>(op.size) + 3) / 4;
   for (int i = t.tid(); i < t.count * t.seeds * quads; i += t.threads()) {
     const int ms = i / quads, m = ms / t.seeds;
@@ -92,7 +92,7 @@ GK_DEVICE void run_rectify(const Op& op, const Tile<T>& t) {
 
 // The rows of the last weight, copied where they are not consumed directly.
 template <class T>
-GK_DEVICE void run_seed_rows(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_seed_rows(const Op& op, const Tile<T> t) {
   const int size = op.size, stride = op.dst_s;
   for (int i = t.tid(); i < t.count * t.seeds * size; i += t.threads()) {
     const int ms = i / size, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * size;
@@ -102,7 +102,7 @@ GK_DEVICE void run_seed_rows(const Op& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_DEVICE void run_seed_onehot(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_seed_onehot(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W;
   for (int i = t.tid(); i < t.count * t.seeds; i += t.threads()) {
     const int m = i / t.seeds, s = i - m * t.seeds;
@@ -113,7 +113,7 @@ GK_DEVICE void run_seed_onehot(const Op& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_DEVICE void run_seed_dense(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_seed_dense(const Op& op, const Tile<T> t) {
   const int C = op.C, H = op.H, W = op.W, row = op.dst_row, px = op.dst_px, stride = op.dst_s, size = C * H * W;
   for (int i = t.tid(); i < t.count * t.seeds * size; i += t.threads()) {
     const int ms = i / size, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * size;
@@ -128,8 +128,8 @@ GK_DEVICE void run_seed_dense(const Op& op, const Tile<T>& t) {
 // ReLU, max pool, or both, as bits: plane j of output q holds the channels whose maximum is alive and came from
 // tap j.  Half a warp takes 16 channels of one output.
 template <class T>
-GK_DEVICE void run_pattern(const Op& op, const Tile<T>& t) {
-  const int H = op.H, W = op.W, C = op.C, kh = op.kh, kw = op.kw, taps = op.taps, nb = op.nb, relu = op.relu;
+GK_RECORD void run_pattern_words(const Op& op, const Tile<T> t) {
+  const int H = op.H, W = op.W, C = op.C, kw = op.kw, taps = op.taps, nb = op.nb, relu = op.relu;
   const int src_row = op.src_row, src_px = op.src_px, words = nb / 2, each = H * W * words, total = t.count * each;
   const int half = t.lane() / 16, place = t.lane() % 16;
   for (int base = t.warp() * 2; base < total; base += t.warps() * 2) {  // the same number of rounds for all lanes
@@ -160,13 +160,72 @@ GK_DEVICE void run_pattern(const Op& op, const Tile<T>& t) {
         *reinterpret_cast<uint16_t*>(planes + j * nb) = static_cast<uint16_t>(vote >> (16 * half));
     }
   }
-  (void)kh;
+}
+
+// Four channels of one output: a lane's part of `run_pattern_quads`.
+template <class T>
+struct Winners {
+  Four<T> top{};
+  int tap[4] = {-1, -1, -1, -1};
+
+  GK_DEVICE void meet(const Four<T>& x, int j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (tap[k] < 0 || x.v[k] > top.v[k] || x.v[k] != x.v[k]) tap[k] = j, top.v[k] = x.v[k];
+  }
+  // What is not alive is zero from here on, and has no tap.
+  GK_DEVICE void rectify() {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (top.v[k] <= T(0)) tap[k] = -1, top.v[k] = T(0);
+  }
+  GK_DEVICE uint32_t won(int j) const {
+    uint32_t nibble = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) nibble |= static_cast<uint32_t>(tap[k] == j) << k;
+    return nibble;
+  }
+};
+
+// The same, a lane for four channels; two neighbours make a byte of every plane.
+template <class T>
+GK_RECORD void run_pattern_quads(const Op& op, const Tile<T> t) {
+  const int H = op.H, W = op.W, C = op.C, kw = op.kw, taps = op.taps, nb = op.nb, groups = 2 * nb;
+  const int src_row = op.src_row, src_px = op.src_px, each = H * W * groups, total = t.count * each;
+  for (int base = t.warp() * kWarp; base < total; base += t.warps() * kWarp) {
+    const int item = base + t.lane();
+    const bool live = item < total;
+    const int m = live ? item / each : 0, rest = live ? item - m * each : 0, q = rest / groups;
+    const int c = (rest - q * groups) * 4, h = q / W, w = q - h * W;
+    Winners<T> winners;
+    if (live && c < C) {
+      const T* src = t.at(op.src, op.src_n, m) + c;
+      for (int j = 0; j < taps; ++j) {
+        int hi, wi;
+        if (tap_position(op, h, w, j / kw, j % kw, hi, wi)) winners.meet(load4(src + hi * src_row + wi * src_px), j);
+      }
+      if (op.relu) winners.rectify();
+      store4(t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + c,
+             winners.top);
+    }
+    uint8_t* planes = const_cast<uint8_t*>(t.planes(op, m)) + q * taps * nb + c / 8;
+    for (int j = 0; j < taps; ++j) {
+      const uint32_t nibble = winners.won(j), next = __shfl_xor_sync(0xffffffffu, nibble, 1);
+      if (live && !(t.lane() & 1)) planes[j * nb] = static_cast<uint8_t>(nibble | next << 4);
+    }
+  }
+}
+
+template <class T>
+GK_RECORD void run_pattern(const Op& op, const Tile<T> t) {
+  const int64_t places = op.C | op.src | op.src_n | op.src_row | op.src_px | op.dst | op.dst_n | op.dst_row | op.dst_px;
+  places & 3 ? run_pattern_words(op, t) : run_pattern_quads(op, t);
 }
 
 // A pattern applied to a dense destination: what was routed moves, the rest stays as it is.  Where windows overlap,
 // one thread walks all positions of its channel, so that no two add to one number.
 template <class T>
-GK_DEVICE void run_expand(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_expand(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W, C = op.C, kh = op.kh, kw = op.kw, taps = op.taps, nb = op.nb;
   const bool apart = op.sh > (kh - 1) * op.dh && op.sw > (kw - 1) * op.dw;
   const int walk = apart ? 1 : H * W, each = H * W / walk * C;
@@ -209,7 +268,7 @@ GK_DEVICE void scale_all(const Op& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_DEVICE void run_scale(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_scale(const Op& op, const Tile<T> t) {
   switch (static_cast<Fn>(op.fn)) {
 #define X(name) \
   case Fn::name: return scale_all<T, Fn::name>(op, t);
@@ -219,7 +278,7 @@ GK_DEVICE void run_scale(const Op& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_DEVICE void run_sum(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_sum(const Op& op, const Tile<T> t) {
   const int width = op.W * op.C, each = op.H * width;
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
     const int m = i / each, e = i - m * each, h = e / width, r = e - h * width;
@@ -231,7 +290,7 @@ GK_DEVICE void run_sum(const Op& op, const Tile<T>& t) {
 
 // dst (+)= src · slope, or dst += src where there is no slope.
 template <class T, bool Slope>
-GK_DEVICE void run_add(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_add(const Op& op, const Tile<T> t) {
   const int width = op.W * op.C, each = op.H * width;
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
     const int ms = i / each, m = ms / t.seeds, s = ms - m * t.seeds, e = i - ms * each, h = e / width,

@@ -11,7 +11,7 @@ namespace gradkern::cuda {
 // No number is written twice.  All threads take one run after the other; where there are many, as in a transpose, every
 // warp takes runs of its own.
 template <class T>
-GK_DEVICE void run_move(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_move(const Op& op, const Tile<T> t) {
   const int size = op.size;
   const bool apart = size >= t.warps();
   const int first = apart ? t.lane() : t.tid(), step = apart ? kWarp : t.threads();
@@ -28,7 +28,7 @@ GK_DEVICE void run_move(const Op& op, const Tile<T>& t) {
 // A warp for a sample, a seed and a run where no number was read twice (fn 1).  Otherwise several runs, or one run
 // several times, may add to a number: a warp for a sample and a seed, one run after the other.
 template <class T>
-GK_DEVICE void run_move_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_move_t(const Op& op, const Tile<T> t) {
   const int parts = op.fn ? op.size : 1, each = op.fn ? 1 : op.size;
   for (int i = t.warp(); i < t.count * t.seeds * parts; i += t.warps()) {
     const int ms = i / parts, m = ms / t.seeds, s = ms - m * t.seeds, begin = i - ms * parts;
@@ -51,7 +51,7 @@ GK_DEVICE void run_move_t(const Op& op, const Tile<T>& t) {
 // (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
 
 template <class T, bool Forward>
-GK_DEVICE void run_stencil(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_stencil(const Op& op, const Tile<T> t) {
   const int C = op.C, ldw = op.ldw, copies = Forward ? 1 : t.seeds;
   const T* weights = t.args.packed + op.wf;
   for (int k = 0; k < static_cast<int>(op.size); ++k) {
@@ -75,7 +75,7 @@ GK_DEVICE void run_stencil(const Op& op, const Tile<T>& t) {
 // ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
 
 template <class T>
-GK_DEVICE void run_times(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_times(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W, C = op.C, each = H * W * C, ca = op.kh, cb = op.kw;
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
     const int m = i / each, r = i - m * each, q = r / C, c = r - q * C, h = q / W, w = q - h * W;
@@ -87,7 +87,7 @@ GK_DEVICE void run_times(const Op& op, const Tile<T>& t) {
 
 // dst += g · other, summed where dst was stretched: a thread for every number of dst.
 template <class T>
-GK_DEVICE void run_times_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_times_t(const Op& op, const Tile<T> t) {
   const int H = op.H, W = op.W, C = op.C, row = op.dst_row, px = op.dst_px, cd = op.kh, cb = op.kw;
   const int rows = row ? H : 1, columns = px ? W : 1, channels = cd ? C : 1, each = rows * columns * channels;
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
@@ -125,7 +125,7 @@ GK_DEVICE int line_step(const Op& op, int64_t row) {
 }
 
 template <class T>
-GK_DEVICE void run_lines(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_lines(const Op& op, const Tile<T> t) {
   const int len = op.taps == 0 ? op.C : op.taps == 1 ? op.W : op.H, lines = lines_of(op), C = op.C;
   const int dx = line_step(op, op.src_row), dy = line_step(op, op.dst_row), dp = line_step(op, op.aux_row);
   for (int i = t.tid(); i < t.count * lines; i += t.threads()) {
@@ -159,7 +159,7 @@ GK_DEVICE void run_lines(const Op& op, const Tile<T>& t) {
 
 // softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
 template <class T>
-GK_DEVICE void run_lines_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_lines_t(const Op& op, const Tile<T> t) {
   const int len = op.taps == 0 ? op.C : op.taps == 1 ? op.W : op.H, lines = lines_of(op), C = op.C;
   const int dg = line_step(op, op.src_row), dy = line_step(op, op.dst_row), dp = line_step(op, op.aux_row);
   for (int i = t.tid(); i < t.count * t.seeds * lines; i += t.threads()) {

@@ -169,7 +169,7 @@ GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height)
 
 // Forward and backward are one piece of code: a kernel that the instruction cache holds is worth more than a branch.
 template <class T>
-GK_DEVICE void run_matmul(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_matmul(const Op& op, const Tile<T> t) {
   const MatMul p = matmul_of(op, t.seeds);
   if (matmul_pace(p, t.count, t.threads(), 4) <= matmul_pace(p, t.count, t.threads(), 1)) matmul_tiles<T, 4>(op, t, p);
   else matmul_tiles<T, 1>(op, t, p);

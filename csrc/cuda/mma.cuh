@@ -179,7 +179,7 @@ GK_DEVICE void window_mma(const Op& op, const Tile<float>& t) {
 }
 
 template <int Math>
-GK_DEVICE void run_window_mma(const Op& op, const Tile<float>& t) {
+GK_RECORD void run_window_mma(const Op& op, const Tile<float> t) {
   const int positions = t.count * (op.block ? 1 : static_cast<int>(op.H * op.W));
   if (op.O <= 8) return window_mma<Math, 2, 1>(op, t);
   if (positions <= 16) return window_mma<Math, 1, 4>(op, t);

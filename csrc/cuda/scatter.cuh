@@ -84,15 +84,66 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
         if (s < seeds) out[s * os + offset[v]] += acc[s][v];
 }
 
-// A convolution.  Bands are rectangles of R × L positions, in four colours like a chessboard of two by two.
+// What a worker finds at one position, or at one of its pool taps.
+template <class T>
+struct Visit {
+  bool inside;           // false: nothing, but its lanes come along
+  const uint8_t* plane;  // bits of what is alive, or null: all channels
+  const T* from;         // cotangents [seed][channel], `stride` apart
+  int stride, seeds;
+  T* to;  // where its window begins
+};
+
+// Every position once for every group of `together` seeds.  Bands are rectangles of R × L positions, in four colours
+// like a chessboard of two by two; all lanes of a warp make the same number of visits.
+template <class T, class Each>
+GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int together, const Each& each) {
+  const int H = op.H, W = op.W, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
+  const int all = op.taps ? op.taps : 1, taps = op.merged ? 1 : all;
+  const int high = op.R, wide = op.L, down = (H + high - 1) / high, across = (W + wide - 1) / wide;
+  const int seed_groups = (t.seeds + together - 1) / together, per_warp = kWarp / lanes, sub = t.lane() / lanes;
+  for (int colour = 0; colour < 4; ++colour) {
+    const int ch = colour / 2, cw = colour % 2, rows = (down + 1 - ch) / 2, columns = (across + 1 - cw) / 2;
+    const int each_sample = rows * columns, total = t.count * seed_groups * each_sample;
+    if (!total) continue;
+    for (int base = t.warp() * per_warp; base < total; base += t.warps() * per_warp) {
+      const bool active = base + sub < total;
+      const int item = active ? base + sub : 0, rest = item / each_sample, band = item - rest * each_sample;
+      const int h0 = (band / columns * 2 + ch) * high, w0 = (band % columns * 2 + cw) * wide;
+      const int m = rest / seed_groups, s0 = (rest - m * seed_groups) * together;
+      const T* from = op.rows ? t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s
+                              : t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
+      T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
+      const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
+      for (int i = 0; i < high * wide * taps; ++i) {
+        const int j = i % taps, q = i / taps, h = h0 + q / wide, w = w0 + q % wide;
+        int hi = h, wi = w;
+        Visit<T> visit{};
+        visit.inside =
+            active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, j / kw, j % kw, hi, wi));
+        visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
+        visit.from = from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px);
+        visit.stride = op.rows ? static_cast<int>(t.args.seed_rows_s) : static_cast<int>(op.src_s);
+        visit.seeds = t.seeds - s0 < together ? t.seeds - s0 : together;
+        visit.to = to + hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px);
+        each(visit);
+        __syncwarp();
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Seeds of a visit: as few visits as `most` seeds at a time allow, evenly filled.
+GK_DEVICE int seeds_together(int seeds, int most) {
+  const int visits = (seeds + most - 1) / most;
+  return (seeds + visits - 1) / visits;
+}
+
 template <class T, int NV, int S>
 GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
-  const int H = op.H, W = op.W, slots = op.K, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
-  const int all = op.taps ? op.taps : 1, planes = op.merged ? all : 1, taps = all / planes;
-  const int high = op.R, wide = op.L, down = (H + high - 1) / high, across = (W + wide - 1) / wide;
-  const int seed_groups = (t.seeds + S - 1) / S;
-  const int per_warp = kWarp / lanes, sub = t.lane() / lanes, mine = t.lane() % lanes;
-  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw;
+  const int slots = op.K, nb = op.nb, planes = op.merged ? op.taps : 1, mine = t.lane() % lanes;
+  const int groups = op.groups, per_group = op.O / groups, ldw = op.ldw, dst_s = op.dst_s;
   const int32_t* table = t.args.tables + op.table2;
   for (int chunk = 0; chunk < slots; chunk += lanes * NV) {
     int offset[NV];
@@ -102,68 +153,34 @@ GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
       offset[v] = k < slots ? fixed(table + k) : -1;
     }
     const T* weights = t.args.packed + op.wb + chunk + mine;
-    for (int colour = 0; colour < 4; ++colour) {
-      const int ch = colour / 2, cw = colour % 2, rows = (down + 1 - ch) / 2, columns = (across + 1 - cw) / 2;
-      const int each = rows * columns, total = t.count * seed_groups * each;
-      if (!total) continue;
-      for (int base = t.warp() * per_warp; base < total; base += t.warps() * per_warp) {
-        const bool active = base + sub < total;
-        const int item = active ? base + sub : 0, rest = item / each, band = item - rest * each;
-        const int h0 = (band / columns * 2 + ch) * high, w0 = (band % columns * 2 + cw) * wide;
-        const int m = rest / seed_groups, s0 = (rest - m * seed_groups) * S;
-        const int seeds = t.seeds - s0 < S ? t.seeds - s0 : S;
-        const T* from = op.rows ? t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s
-                                : t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
-        const int gs = op.rows ? static_cast<int>(t.args.seed_rows_s) : static_cast<int>(op.src_s);
-        T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
-        const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
-        for (int i = 0; i < high * wide * taps; ++i) {  // the same number of rounds for all lanes
-          const int j = i % taps, q = i / taps, h = h0 + q / wide, w = w0 + q % wide;
-          int hi = h, wi = w;
-          const bool inside =
-              active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, j / kw, j % kw, hi, wi));
-          for (int group = 0; group < groups; ++group) {
-            if (inside)
-              walk<T, NV, S>(bits ? bits + ((h * W + w) * all + j) * nb : nullptr, nb, planes, op.O, group * per_group,
-                             (group + 1) * per_group,
-                             from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px), gs, seeds,
-                             weights, ldw, lanes,
-                             to + hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px) +
-                                 group * static_cast<int>(op.C),
-                             static_cast<int>(op.dst_s), offset);
-            __syncwarp();
-          }
-        }
-      }
-      __syncthreads();
-    }
+    over_bands(op, t, lanes, S, [&](const Visit<T>& at) {
+      if (!at.inside) return;
+      for (int group = 0; group < groups; ++group)
+        walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
+                       at.seeds, weights, ldw, lanes, at.to + group * static_cast<int>(op.C), dst_s, offset);
+    });
   }
 }
 
-template <class T, int NV, int S>
-GK_DEVICE void scatter_seeds(const Op& op, const Tile<T>& t, int lanes, int seeds) {
-  if constexpr (S > 1)
-    if (seeds < S) return scatter_seeds<T, NV, S - 1>(op, t, lanes, seeds);
-  scatter<T, NV, S>(op, t, lanes);
-}
-
-template <class T, int NV>
-GK_DEVICE void scatter_slots(const Op& op, const Tile<T>& t, int lanes, int slots) {
-  if constexpr (NV > 1)
-    if (slots < NV) return scatter_slots<T, NV - 1>(op, t, lanes, slots);
-  const int walks = (t.seeds + kMaxSeeds<T> - 1) / kMaxSeeds<T>;
-  scatter_seeds<T, NV, kMaxSeeds<T>>(op, t, lanes, (t.seeds + walks - 1) / walks);
-}
+template <class T>
+GK_RECORD void run_quads(const Op& op, const Tile<T> t);  // quads.cuh
+template <class T>
+GK_RECORD void run_narrow(const Op& op, const Tile<T> t);  // narrow.cuh
 
 template <class T>
-GK_DEVICE void run_scatter(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_scatter(const Op& op, const Tile<T> t) {
+  if (op.fn) return op.fn == 1 ? run_quads(op, t) : run_narrow(op, t);
   const int lanes = worker_lanes(op.K);
-  scatter_slots<T, kMaxSlots>(op, t, lanes, (static_cast<int>(op.K) + lanes - 1) / lanes);
+  with_count<kMaxSlots>((static_cast<int>(op.K) + lanes - 1) / lanes, [&]<int NV>() {
+    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>), [&]<int S>() { scatter<T, NV, S>(op, t, lanes); });
+  });
 }
 
 // ---- linear layers ---------------------------------------------------------------------------------------------
 
-constexpr int kColumns = 16;  // lanes along the columns, four columns each; two lanes along the rows
+template <class T>
+constexpr int kAhead = sizeof(T) == 4 ? 4 : 1;  // rows of the weight: 270 clocks from L2 are about two rows' work
+constexpr int kColumns = 16;                    // lanes along the columns, four columns each; two lanes along the rows
 
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].
 template <class T, int Rows>
@@ -178,16 +195,23 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
     const T* w = t.args.packed + op.wb + c0 * ldw + (col < columns ? col : 0);
     const T* g = t.buf + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
-#pragma unroll 2
-    for (int c = 0; c < channels; ++c) {
-      const Four<T> ws = fixed4(w + c * ldw);
+    Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
 #pragma unroll
-      for (int r = 0; r < Rows; r += 4) {
-        const Four<T> gs = load4(g + c * stride + r);
+    for (int k = 0; k < kAhead<T>; ++k, w += ldw) ahead[k] = fixed4(w);
+    for (int c0 = 0; c0 < channels; c0 += kAhead<T>) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
+      for (int k = 0; k < kAhead<T>; ++k, w += ldw, g += stride) {
+        if (c0 + k >= channels) break;
+        const Four<T> ws = ahead[k];
+        ahead[k] = fixed4(w);
 #pragma unroll
-          for (int o = 0; o < 4; ++o) acc[r + k][o] += gs.v[k] * ws.v[o];
+        for (int r = 0; r < Rows; r += 4) {
+          const Four<T> gs = load4(g + r);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int o = 0; o < 4; ++o) acc[r + i][o] += gs.v[i] * ws.v[o];
+        }
       }
     }
 #pragma unroll
@@ -225,7 +249,7 @@ GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride
 }
 
 template <class T, int Math>
-GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_product(const Op& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on; for the tensor cores as
   // [row][channel], rows half a round of banks apart.
@@ -260,7 +284,7 @@ GK_DEVICE void run_product(const Op& op, const Tile<T>& t) {
 }
 
 template <class T, int Math>
-GK_DEVICE void run_window_t(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_window_t(const Op& op, const Tile<T> t) {
   op.block ? run_product<T, Math>(op, t) : run_scatter<T>(op, t);
 }
 

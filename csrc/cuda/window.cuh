@@ -30,6 +30,27 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
   return s;
 }
 
+// Four rows of the weight; `w` moves on.
+template <class T>
+GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int ldf) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k, w += ldf) rows[k] = fixed4(w);
+}
+
+// acc[p][o] += Σ_{k < 4} x[p][j + k] · rows[k][o].
+template <class T>
+GK_DEVICE void four_terms(T (&acc)[kPositions][4], const T* const (&x)[kPositions], int j, const Four<T> (&rows)[4]) {
+  Four<T> xs[kPositions];
+#pragma unroll
+  for (int p = 0; p < kPositions; ++p) xs[p] = load4(x[p] + j);
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int p = 0; p < kPositions; ++p)
+#pragma unroll
+      for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * rows[k].v[o];
+}
+
 // acc[p][o] += Σ_{k0 ≤ k < k1} x[offset[p] + run(k)] · w[k][o].
 template <class T>
 GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&offset)[kPositions], bool aligned,
@@ -42,19 +63,22 @@ GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&off
     const T* x[kPositions];
 #pragma unroll
     for (int p = 0; p < kPositions; ++p) x[p] = buf + offset[p] + run;
-    if (aligned && run % 4 == 0 && j % 4 == 0) {
-#pragma unroll(sizeof(T) == 4 ? 2 : 1)
-      for (; j + 4 <= end; j += 4, w += 4 * ldf) {
-        Four<T> xs[kPositions];
-#pragma unroll
-        for (int p = 0; p < kPositions; ++p) xs[p] = load4(x[p] + j);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const Four<T> ws = fixed4(w + k * ldf);
-#pragma unroll
-          for (int p = 0; p < kPositions; ++p)
-#pragma unroll
-            for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * ws.v[o];
+    if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
+      // Weights come from L2: four rows are on their way while four are used; those past the last are slack.
+      Four<T> even[4], odd[4];
+      load_rows(even, w, ldf);
+      for (;;) {
+        load_rows(odd, w, ldf);
+        four_terms(acc, x, j, even);
+        if ((j += 4) + 4 > end) {
+          w -= 4 * ldf;
+          break;
+        }
+        load_rows(even, w, ldf);
+        four_terms(acc, x, j, odd);
+        if ((j += 4) + 4 > end) {
+          w -= 4 * ldf;
+          break;
         }
       }
     }
@@ -72,7 +96,7 @@ GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&off
 }
 
 template <class T>
-GK_DEVICE void run_window(const Op& op, const Tile<T>& t) {
+GK_RECORD void run_window(const Op& op, const Tile<T> t) {
   const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.block ? 1 : HW, positions = t.count * each;
   const int O = op.O, groups = op.groups, K = op.K, L = op.L, ldf = op.ldw;
   const int px = op.block ? 0 : op.sw * op.src_px, row = op.block ? 0 : op.sh * op.src_row;

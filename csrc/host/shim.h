@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define GK_DEVICE inline
+#define GK_RECORD inline
 #define GK_KERNEL(threads, blocks) void
 #define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
 #define __grid_constant__
@@ -41,6 +42,7 @@ class Barrier {
 struct Warp {
   Barrier barrier{32};
   uint32_t word[32];
+  double number[32];
   uint32_t a[4][32], b[2][32];  // fragments of an mma
 };
 
@@ -77,6 +79,18 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   me.warp->barrier.wait();
   uint32_t found = 0;
   for (int l = 0; l < 32; ++l) found |= me.warp->word[l] << l;
+  me.warp->barrier.wait();
+  return found;
+}
+
+// As above: every lane of the warp.
+template <class T>
+inline T __shfl_xor_sync(uint32_t, T x, int lanes) {
+  auto& me = gradkern::host::self;
+  double* const kept = me.warp->number;
+  kept[me.lane] = x;
+  me.warp->barrier.wait();
+  const T found = static_cast<T>(kept[me.lane ^ static_cast<unsigned>(lanes)]);
   me.warp->barrier.wait();
   return found;
 }

@@ -1,0 +1,91 @@
+// Transposed convolutions with narrow windows: a first layer's, of few inputs and small kernels.
+//
+// A window of six numbers gives a worker of scatter.cuh or quads.cuh little to do per channel.  Here four lanes share
+// the channels of a position, four neighbours each, every lane for the whole window; their sums are then added up, and
+// each lane writes a quarter of them.
+#pragma once
+#include "quads.cuh"
+
+namespace gradkern::cuda {
+
+constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/device_cost.py: NARROW
+constexpr int kNarrowLanes = 4;  // of a worker
+constexpr int kNarrowSeeds = 5;  // per visit; NARROW_SEEDS
+
+// sums[i] of four lanes → their total of i = mine · N/4 + j in sums[j].
+template <class T, int Half, int N>
+GK_DEVICE void add_halves(T (&sums)[N], bool upper, int lanes) {
+#pragma unroll
+  for (int i = 0; i < Half; ++i) {
+    const T give = upper ? sums[i] : sums[i + Half];
+    sums[i] = (upper ? sums[i + Half] : sums[i]) + __shfl_xor_sync(0xffffffffu, give, lanes);
+  }
+}
+template <class T, int N>
+GK_DEVICE void add_up(T (&sums)[N], int mine) {
+  static_assert(N % 4 == 0);
+  add_halves<T, N / 2>(sums, mine & 2, 2);
+  add_halves<T, N / 4>(sums, mine & 1, 1);
+}
+
+// One visit: a lane has four channels of every sixteen, and the whole window.
+template <class T, int NV, int S>
+GK_DEVICE void visit_narrow(const Op& op, const T* weights, const Visit<T>& at, int mine, int first) {
+  constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
+  const int O = op.O, width = op.K, planes = op.merged ? op.taps : 1, rows = O / 4, dst_s = op.dst_s, nb = op.nb;
+  const Taps taps{0, {O * kRow, 2 * O * kRow, 3 * O * kRow}};
+  T sums[kSums] = {};
+  for (int c = 4 * mine; c < (O + 15) / 16 * 16; c += 16) {
+    const bool on = at.inside && c < O;
+    uint32_t words[kMaxPlanes] = {};
+#pragma unroll
+    for (int j = 0; j < kMaxPlanes; ++j)
+      if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
+    const Nibble four = nibble_of(words, c % 8, taps, planes);
+    const T* row = weights + (on ? c / 4 : 0) * kRow;
+    Four<T> g[S] = {};
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+      if (on && s < at.seeds) g[s] = load4(at.from + s * at.stride + c);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const bool alive = four.alive & 1u << k;
+      // Channels four apart lie side by side, as the lanes read them.
+      const T* w = row + (k * rows * kRow + four.place[k]);
+      Four<T> ws[kRowQuads];
+#pragma unroll
+      for (int v = 0; v < kRowQuads; ++v) ws[v] = fixed4(w + 4 * v);
+#pragma unroll
+      for (int s = 0; s < S; ++s) {
+        const T gs = alive ? g[s].v[k] : T(0);
+#pragma unroll
+        for (int e = 0; e < NV; ++e) sums[s * NV + e] += gs * ws[e / 4].v[e % 4];
+      }
+    }
+  }
+  add_up(sums, mine);
+  if (!at.inside) return;
+#pragma unroll
+  for (int i = 0; i < kSums / 4; ++i) {
+    const int place = mine * (kSums / 4) + i, s = place / NV, e = place - s * NV;
+    if (s < at.seeds && e < width) at.to[s * dst_s + first + e] += sums[i];
+  }
+}
+
+template <class T, int NV, int S>
+GK_DEVICE void narrow(const Op& op, const Tile<T>& t) {
+  const int first = fixed(t.args.tables + op.table2);
+  const T* weights = t.args.packed + op.wb;
+  over_bands(op, t, kNarrowLanes, S,
+             [&](const Visit<T>& at) { visit_narrow<T, NV, S>(op, weights, at, t.lane() % kNarrowLanes, first); });
+}
+
+template <class T>
+GK_RECORD void run_narrow(const Op& op, const Tile<T> t) {
+  const int width = op.K;
+  with_count<kNarrowSeeds>(seeds_together(t.seeds, kNarrowSeeds), [&]<int S>() {
+    width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, 8, S>(op, t);
+  });
+}
+
+}  // namespace gradkern::cuda

@@ -1,0 +1,195 @@
+"""What the GPU's kernels are expected to cost: pure functions of a record and of how the work is cut.
+
+The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
+loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
+clock, at the share of those rates that well-fed loops reach.  All constants are estimates; what a GPU measured is in
+benchmarks/notes-cuda.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .chain import KINDS
+
+WARP = 32
+WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
+QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
+QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 18, 4
+NARROW, NARROW_SEEDS = 8, 5  # csrc/cuda/narrow.cuh
+WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
+PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
+PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
+BARRIER = 150  # clocks from one record to the next
+L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
+
+WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
+MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
+Op = Mapping[str, Any]
+
+
+def loop(instructions: float, wavefronts: float) -> float:
+    """Clocks of a warp's loop with all warps at work: instructions issued, 128-byte wavefronts loaded."""
+    return max(instructions / 4, wavefronts) / PACE
+
+
+def busy(items: float, workers: float) -> float:
+    """The share of workers that have something to do."""
+    return items / (math.ceil(items / workers) * workers)
+
+
+def even(count: int, most: int) -> int:
+    """The size of even parts of at most ``most``."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Samples at a time in scratch (``slots``), in a block, and seeds at a time."""
+
+    warps: int
+    slots: int
+    block: int
+    tile: int
+    itemsize: int
+
+    def forward(self, op: Op) -> float:
+        """Clocks per sample of a record of the forward pass."""
+        clocks = BARRIER / (self.block if op["block"] else self.slots)
+        if op["kind"] == WINDOW:
+            clocks += self.window(op)
+        elif op["kind"] == PATTERN:
+            clocks += op["H"] * op["W"] * op["nb"] * 8 / WARP * loop(12 + 8 * op["taps"], 2 + op["taps"])
+        elif op["kind"] == ZERO:
+            clocks += op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL:
+            clocks += self.matmul(op, 1)
+        return clocks
+
+    def backward(self, op: Op) -> float:
+        """Clocks per sample and tile of seeds of a record of the backward pass."""
+        clocks = BARRIER / (self.block if op["block"] else self.slots)
+        if op["kind"] == ZERO:
+            clocks += self.tile * op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL_T:
+            clocks += self.matmul(op, self.tile)
+        elif op["kind"] == WINDOW_T and op["block"]:
+            clocks += self.product(op)
+        elif op["kind"] == WINDOW_T:
+            clocks += {WALKS: self.walks, IN_QUADS: self.quads, IN_NARROW: self.narrow}[op.get("fn", WALKS)](op)[0]
+        return clocks
+
+    def window(self, op: Op) -> float:
+        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        samples = self.block if op["block"] else self.slots
+        positions = samples * (1 if op["block"] else op["H"] * op["W"])
+        lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
+        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (4 * WARP)) * op["groups"]
+        share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
+        work = tiles * op["K"] * (loop(19, 3) if op["L"] % 4 == 0 else loop(23, 5)) / share
+        return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
+
+    def product(self, op: Op) -> float:
+        """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
+        rows = self.block * self.tile
+        height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
+        items = math.ceil(rows / (2 * height)) * math.ceil(op["K"] / 64)
+        work = items * op["O"] * loop(4 * height + height / 4 + 2, height / 4 + 2) / busy(items, self.warps)
+        spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
+        return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
+
+    def matmul(self, op: Op, copies: int) -> float:
+        """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
+
+        def clocks(height: int) -> float:
+            tiles = self.slots * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
+            rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
+            instructions = 100 + 16 * height + op["C"] * 4 * (height + 1)
+            return rounds * loop(instructions, op["C"] * (height + 2) + 8 * height)
+
+        return min(clocks(4), clocks(1)) / self.slots
+
+    def walks(self, op: Op) -> tuple[float, int]:
+        """A transposed convolution that walks its live channels, and the lanes of a worker."""
+        walks, lanes = math.ceil(self.tile / WALK_SEEDS), worker_lanes(op["K"])
+        one = walk_clocks(op["K"], op["O"], op["merged"], even(self.tile, WALK_SEEDS), max(op["taps"], 1), op["taps"])
+        return walks * op["H"] * op["W"] * one / self.share(op, walks, lanes), lanes
+
+    def quads(self, op: Op) -> tuple[float, int]:
+        """A transposed convolution in quads, and the lanes of a worker that make it cheapest."""
+        planes = op["taps"] if op["merged"] else 1
+        positions = op["H"] * op["W"] * (max(op["taps"], 1) // planes)
+        found = []
+        for lanes in (4, 8, 16, 32):
+            clocks, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
+            found.append((positions * clocks / self.share(op, visits, lanes), lanes))
+        return min(found)
+
+    def narrow(self, op: Op) -> tuple[float, int]:
+        """A transposed convolution of a narrow window, four lanes a position."""
+        clocks, visits = narrow_clocks(op["K"], op["O"], self.tile, op["taps"] if op["merged"] else 1)
+        taps = max(op["taps"], 1) if not op["merged"] else 1
+        return taps * op["H"] * op["W"] * clocks / self.share(op, visits, 4), 4
+
+    def share(self, op: Op, visits: int, lanes: int) -> float:
+        """The share of workers that are busy with the bands of a colour."""
+        down, across = math.ceil(op["H"] / op["R"]), math.ceil(op["W"] / op["L"])
+        colours = min(down, 2) * min(across, 2)
+        return busy(self.slots * visits * math.ceil(down * across / colours), self.warps * (WARP // lanes))
+
+
+def worker_lanes(slots: int) -> int:
+    """Lanes of a worker for a window of ``slots`` elements; csrc/cuda/scatter.cuh decides the same way."""
+    best = WARP
+    for lanes in (16, 8, 4):
+        if slots <= lanes * WALK_SLOTS and lanes * math.ceil(slots / lanes) <= best * math.ceil(slots / best):
+            best = lanes
+    return best
+
+
+def alive(planes: int, pattern: bool) -> float:
+    """The share of channels that carry a cotangent: half behind a ReLU, three in four behind a pool too."""
+    return 0.75 if planes > 1 else 0.5 if pattern else 1.0
+
+
+def walk_clocks(slots: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
+    """Per pool output and group of seeds: a start and a read-add-write per walk, and per live channel its loads and
+    multiply-adds, a few elements of the window per lane.  The walks of a warp end with its longest."""
+    lanes = worker_lanes(slots)
+    workers, each = WARP // lanes, math.ceil(slots / lanes)
+    walks = 1 if merged else planes
+    live = channels * alive(planes, pattern) / walks
+    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
+    step = loop((7 + each + seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live)
+    return walks * (step + loop(30 + 3 * each * seeds, 2 * each * seeds)) / workers
+
+
+def quad_clocks(
+    quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
+) -> tuple[float, int]:
+    """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
+    scale = 1 if itemsize == 4 else 3
+    each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
+    chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
+    visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
+    walked = channels * (alive(planes, pattern) if workers == 1 else 1.0)
+    rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
+    step = loop(
+        each * (4 * together + 1) + together + 8 + together / 4,
+        each * max(1, lanes * 16 * rows / 128) + together * workers / 4,
+    )
+    ends = loop(40 + 6 * each * together, 8 * each * together)
+    return visits * chunks * (walked * step + ends) / workers, visits
+
+
+def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[float, int]:
+    """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
+    visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
+    width = next(w for w in (4, 6, 8) if width <= w)
+    sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
+    each = 4 * (width * together + together + rows + 6) + together + 12
+    ends = 40 + 3 * sums + 4 * sums / 4
+    return visits * loop(rounds * each + ends, rounds * (8 * together + 8 * rows + planes) + sums / 2) / 8, visits
