@@ -15,12 +15,11 @@ leaves the step to ATen.  Nothing ever spills to global memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .arena import Buffer
 from .chain import FIELDS, KINDS, Chain, Machine
@@ -42,7 +41,7 @@ from .device_cost import (
 from .device_layouts import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 from .lowering import Lowering, lower
 from .pack import mergeable
-from .program import Product, Program
+from .program import Program
 from .slices import COUNTS as SLICES
 from .slices import sliced
 from .units import Graph, Node, Unit, planar
@@ -76,11 +75,6 @@ class Device(Machine):
     threads: int = 256
     math: int = PLAIN  # of dense contractions
     steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
-
-
-def why_not(form: object) -> str | None:
-    """Why the GPU's interpreter does not run a form that the CPU's does."""
-    return "matrix products of two values run as ATen calls" if form == Product("matmul") else None
 
 
 @dataclass(frozen=True)
@@ -183,6 +177,21 @@ class DeviceLowering(Lowering):
                 op["fn"], op["table"] = IN_QUADS, self.table(layout.offsets())
             elif isinstance(layout, NarrowScatter):
                 op["fn"] = IN_NARROW
+
+    def backward_move(self, unit: Unit, node: Node, behind: Cotangent) -> None:
+        """Where no number was read twice, every run has its own warp."""
+        super().backward_move(unit, node, behind)
+        op = self.backward[-1]
+        runs = self.tables[op["table"] : op["table"] + 5 * op["size"]]
+        read = [r + i * step for r, n, step in zip(runs[::5], runs[2::5], runs[3::5], strict=True) for i in range(n)]
+        op["fn"] = int(len(set(read)) == len(read))
+
+    def turn_over(self, unit: Unit) -> None:
+        """No copy: the kernel reads the right side of a matrix product by any steps, and shared memory is scarce."""
+
+    def right_turned(self, unit: Unit) -> dict[str, Any]:
+        b = unit.reads[1]
+        return self.at("aux", b, self.store(b)) | {"aux_px": 1, "sw": b.C}
 
     # ---- layout of the arena
 

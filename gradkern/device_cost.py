@@ -27,6 +27,7 @@ BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
 WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
+MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
 Op = Mapping[str, Any]
 
 
@@ -64,6 +65,8 @@ class Work:
             clocks += op["H"] * op["W"] * op["nb"] * 8 / WARP * loop(12 + 8 * op["taps"], 2 + op["taps"])
         elif op["kind"] == ZERO:
             clocks += op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL:
+            clocks += self.matmul(op, 1)
         return clocks
 
     def backward(self, op: Op) -> float:
@@ -71,6 +74,8 @@ class Work:
         clocks = BARRIER / (self.block if op["block"] else self.slots)
         if op["kind"] == ZERO:
             clocks += self.tile * op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL_T:
+            clocks += self.matmul(op, self.tile)
         elif op["kind"] == WINDOW_T and op["block"]:
             clocks += self.product(op)
         elif op["kind"] == WINDOW_T:
@@ -95,6 +100,17 @@ class Work:
         work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items, self.warps)
         spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
         return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
+
+    def matmul(self, op: Op, copies: int) -> float:
+        """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
+
+        def clocks(height: int) -> float:
+            tiles = self.slots * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
+            rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
+            instructions = 100 + 16 * height + op["C"] * 4 * (height + 1)
+            return rounds * loop(instructions, op["C"] * (height + 2) + 8 * height)
+
+        return min(clocks(4), clocks(1)) / self.slots
 
     def walks(self, op: Op) -> tuple[float, int]:
         """A transposed convolution that walks its live channels, and the lanes of a worker."""

@@ -18,7 +18,6 @@ from . import ops
 from .chain import Chain, Machine
 from .cost import forward_macs, total_macs
 from .device import HALVES, Device, TooLarge, lower_device, lowering
-from .device import why_not as device_why_not
 from .layered import Layer, absorbable, find, heavy
 from .native import why_not
 from .program import Opaque, Program, View, describe
@@ -137,7 +136,6 @@ def plan(
     reasons = [blocked or why_not(program, step) for step in program.steps]
     layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
-        reasons = [r or device_why_not(step.form) for r, step in zip(reasons, program.steps, strict=True)]
         groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
@@ -243,25 +241,27 @@ def on_device(
 def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:
     """Groups as `cut` makes them, native ones split where they need more shared memory than a block has.
 
-    A step that does not fit even alone gets its reason in ``reasons``, and the cut is made again.
+    Steps that do not fit even alone get their reasons in ``reasons``, and the cut is made again.
     """
     while True:
         groups: list[Group] = []
+        failed: dict[int, str] = {}
         for group in cut(program, [r is None for r in reasons]):
-            pieces, failed = split(program, group, machine, itemsize, seeds) if group.native else ([group], None)
-            if failed is not None:
-                reasons[failed[0]] = failed[1]
-                break
+            pieces, large = split(program, group, machine, itemsize, seeds) if group.native else ([group], {})
+            failed |= large
             groups += pieces
-        else:
+        if not failed:
             return tuple(groups)
+        for i, why in failed.items():
+            reasons[i] = why
 
 
 def split(
     program: Program, group: Group, machine: Device, itemsize: int, seeds: int
-) -> tuple[list[Group], tuple[int, str] | None]:
-    """The longest runs of a group's steps that fit, or the step that does not and why."""
+) -> tuple[list[Group], dict[int, str]]:
+    """The longest runs of a group's steps that fit, and the steps that do not, with why."""
     pieces: list[Group] = []
+    failed: dict[int, str] = {}
     steps = list(group.steps)
     while steps:
         low, high, best = 1, len(steps), None
@@ -279,10 +279,11 @@ def split(
                 why, high = str(error), size - 1
             size = (low + high) // 2
         if best is None:
-            return [], (steps[0], why)
-        pieces.append(best)
-        steps = steps[len(best.steps) :]
-    return pieces, None
+            failed[steps[0]] = why
+        else:
+            pieces.append(best)
+        steps = steps[1 if best is None else len(best.steps) :]
+    return pieces, failed
 
 
 # ---- caches of pure results, by the program's key

@@ -269,17 +269,30 @@ class UnitRecords(Recording):
         a, b = unit.reads
         other = self.at("aux", b, self.store(b))
         self.emit(self.forward, "MatMul", **fields | {"C": a.C, "O": b.C}, **other, kh=a.C, kw=1)
-        if a.id in self.cotangents.needs:  # its backward reads the rows of the right side turned over
-            runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
-            sides = self.at("src", b, self.store(b)) | {"dst": self.turned_over(unit)}
-            self.emit(self.forward, "Move", **sides, size=len(runs), table=self.table([x for run in runs for x in run]))
+        if a.id in self.cotangents.needs:
+            self.turn_over(unit)
+
+    def turn_over(self, unit: Unit) -> None:
+        """The rows of the right side turned over: vectors read columns that lie side by side."""
+        b = unit.reads[1]
+        runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
+        sides = self.at("src", b, self.store(b)) | {"dst": self.turned_over(unit)}
+        self.emit(self.forward, "Move", **sides, size=len(runs), table=self.table([x for run in runs for x in run]))
+
+    def right_turned(self, unit: Unit) -> dict[str, Any]:
+        """Where the left side's backward pass finds the right side, and the step from term to term."""
+        b = unit.reads[1]
+        return {"aux": self.turned_over(unit), "aux_row": b.C * b.W, "aux_px": b.W}
 
     def backward_matmul(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        (a, b), out = unit.reads, unit.out
-        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C}
+        a, out = unit.reads[0], unit.out
+        assign = node.size == node.C * node.P and node.id not in self.touched  # the first to write it writes all of it
+        if assign:
+            self.touched.add(node.id)
+        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C, "assign": int(assign)}
         if self.turn(unit, node) == 0:  # g [M, P] · b^T [P, K]
-            other = {"aux": self.turned_over(unit), "aux_row": b.C * b.W, "aux_px": b.W}
-            self.emit(self.backward, "MatMulT", **fields | other | {"C": out.C}, kh=out.C, kw=1)
+            other = self.right_turned(unit) | {"C": out.C}
+            self.emit(self.backward, "MatMulT", **fields | other, kh=out.C, kw=1)
         else:  # a^T [K, M] · g [M, P]
             other = self.at("aux", a, self.store(a))
             self.emit(self.backward, "MatMulT", **fields | other | {"C": out.W}, kh=1, kw=a.C, fn=1)

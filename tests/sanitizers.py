@@ -21,7 +21,17 @@ from tests.host_device import CSRC, FLAGS, HostDevice, installed
 KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
 NETS = [
     *("conv1d_stride_pad", "conv1d_groups", "conv1d_depthwise", "maxpool1d_overlap_pad", "maxpool2d_mixed", "residual"),
-    *("two_inputs", "softmax", "avgpool2d", "bn_first", "view_channels", "elu"),
+    *(
+        "two_inputs",
+        "softmax",
+        "avgpool2d",
+        "bn_first",
+        "view_channels",
+        "elu",
+        "conv1d_circular",
+        "matmul",
+        "attention",
+    ),
 ]
 
 

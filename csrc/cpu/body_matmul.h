@@ -104,16 +104,9 @@ void run_matmul_t(const Op& op, Context<T>& ctx, int64_t n) {
     const T* g = ctx.buf + op.src + n * op.src_n + s * op.src_s;
     T* y = ctx.buf + op.dst + n * op.dst_n + s * op.dst_s;
     for (int64_t h = 0; h < op.H; ++h) {
-      MatMulArgs<T> m{g + h * op.src_row,
-                      op.kh,
-                      op.kw,
-                      aux + h * op.aux_row,
-                      op.aux_px,
-                      y + h * op.dst_row,
-                      op.dst_px,
-                      op.C,
-                      0,
-                      true};
+      MatMulArgs<T> m{
+          g + h * op.src_row, op.kh, op.kw, aux + h * op.aux_row, op.aux_px, y + h * op.dst_row, op.dst_px, op.C, 0,
+          !op.assign};
       if (op.fn) {
         m.a = aux + h * op.aux_row;
         m.b = g + h * op.src_row;

@@ -3,6 +3,7 @@
 #pragma once
 #include "elementwise.cuh"
 #include "forms.cuh"
+#include "matmul.cuh"
 #include "narrow.cuh"
 #include "quads.cuh"
 #include "scatter.cuh"
@@ -45,7 +46,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
     case Kind::StoreT: return run_store_t(op, t);
     case Kind::Rectify: return run_rectify(op, t);
     case Kind::MatMul:
-    case Kind::MatMulT: return;  // gradkern/device.py leaves them to ATen
+    case Kind::MatMulT: return run_matmul(op, t);
   }
 }
 

@@ -8,26 +8,33 @@ namespace gradkern::cuda {
 
 // ---- copies: runs (source offset, destination offset, count, source step, destination step) --------------------
 
+// No number is written twice.  All threads take one run after the other; where there are many, as in a transpose, every
+// warp takes runs of its own.
 template <class T>
 GK_RECORD void run_move(const Op& op, const Tile<T> t) {
-  for (int k = 0; k < static_cast<int>(op.size); ++k) {
+  const int size = op.size;
+  const bool apart = size >= t.warps();
+  const int first = apart ? t.lane() : t.tid(), step = apart ? kWarp : t.threads();
+  for (int k = apart ? t.warp() : 0; k < size; k += apart ? t.warps() : 1) {
     const int32_t* run = t.args.tables + op.table + 5 * k;
     const int from = fixed(run), to = fixed(run + 1), count = fixed(run + 2), dx = fixed(run + 3), dy = fixed(run + 4);
-    for (int i = t.tid(); i < t.count * count; i += t.threads()) {
+    for (int i = first; i < t.count * count; i += step) {
       const int m = i / count, e = i - m * count;
       t.at(op.dst, op.dst_n, m)[to + e * dy] = t.at(op.src, op.src_n, m)[from + e * dx];
     }
   }
 }
 
-// A source may be read by several runs, or several times by one: a run after the other, a warp for a sample and seed.
+// A warp for a sample, a seed and a run where no number was read twice (fn 1).  Otherwise several runs, or one run
+// several times, may add to a number: a warp for a sample and a seed, one run after the other.
 template <class T>
 GK_RECORD void run_move_t(const Op& op, const Tile<T> t) {
-  for (int ms = t.warp(); ms < t.count * t.seeds; ms += t.warps()) {
-    const int m = ms / t.seeds, s = ms - m * t.seeds;
+  const int parts = op.fn ? op.size : 1, each = op.fn ? 1 : op.size;
+  for (int i = t.warp(); i < t.count * t.seeds * parts; i += t.warps()) {
+    const int ms = i / parts, m = ms / t.seeds, s = ms - m * t.seeds, begin = i - ms * parts;
     const T* g = t.at(op.src, op.src_n, m) + s * static_cast<int>(op.src_s);
     T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s);
-    for (int k = 0; k < static_cast<int>(op.size); ++k) {
+    for (int k = begin; k < begin + each; ++k) {
       const int32_t* run = t.args.tables + op.table + 5 * k;
       const int to = fixed(run), from = fixed(run + 1), count = fixed(run + 2), dy = fixed(run + 3),
                 dg = fixed(run + 4);

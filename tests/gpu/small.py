@@ -10,7 +10,7 @@ from gradkern import attr, ops
 from tests import oracle
 from tests.cases import CASES
 
-NETS = ("maxpool1d", "conv2d_uneven", "residual", "softmax")
+NETS = ("maxpool1d", "conv2d_uneven", "residual", "softmax", "matmul", "attention")
 BOUND = {"highest": 1e-4, "high": 1e-4, "medium": 5e-2}
 
 

@@ -15,8 +15,11 @@ from gradkern import attr, binding, engine, layered, layerrun, ops, plan, refere
 from gradkern.device import BF16, MATH, PLAIN, TF32, TF32X3
 from tests import oracle
 from tests.cases import CASES
+from tests.networks import NETWORKS
 from tests.recipes import Case
 from tests.test_cuda_layers import BOUND, GEOMETRIES, NETS, convolution, settle
+from tests.test_cuda_matmul import BOUND as PRODUCT_BOUND
+from tests.test_cuda_matmul import SHAPES, product
 from tests.test_cuda_rules import POOLS, equal, numbers, with_counts
 
 CUDA = torch.device("cuda", 0)
@@ -148,6 +151,38 @@ def test_a_cuda_graph_captures_the_launch() -> None:
     torch.cuda.synchronize()
     want = engine.jacobian(program, params, [inputs[0].flip(0)])[1][0]
     assert torch.equal(out, want)
+
+
+# ---- matrix products of two values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_of_two_values(name: str, dtype: torch.dtype) -> None:
+    program = product(name)
+    generator = torch.Generator().manual_seed(4)
+    xs = [torch.randn(300, *s, generator=generator, dtype=torch.float64) for s in program.inputs]
+    targets = torch.randint(program.outputs, (300, 7), generator=generator)
+    on_device = [x.to(CUDA, dtype) for x in xs]
+    y, found = engine.jacobian(program, {}, on_device, targets.to(CUDA))
+    assert plan.cached_plan(program, 7, dtype, CUDA).whole
+    want_y, want = reference.jacobian(program, {}, xs, targets)
+    bound = PRODUCT_BOUND[dtype]
+    assert oracle.relative_error(y.cpu(), want_y) < bound
+    for f, w in zip(found, want, strict=True):
+        assert oracle.relative_error(f.cpu(), w) < bound
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_a_vision_transformer(size: str) -> None:
+    """The small one is one chain; the full one is chains beside ATen."""
+    case = getattr(NETWORKS["vit"], size)
+    model, inputs, program, params = on_gpu(case, 200 if size == "small" else 9, torch.float32)
+    _, found = engine.jacobian(program, params, inputs)
+    used = plan.cached_plan(program, program.outputs, torch.float32, CUDA)
+    assert used.whole == (size == "small")
+    _, want = oracle.jacobian(model, inputs)
+    assert oracle.disagreeing(found[0], want[0], 1e-4) == 0
 
 
 # ---- layers by the step kernel
