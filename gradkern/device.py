@@ -39,6 +39,7 @@ from .device_cost import (
     walk_clocks,
 )
 from .device_layouts import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
+from .fuse import fused
 from .lowering import Lowering, lower
 from .pack import mergeable
 from .program import Program
@@ -196,6 +197,8 @@ class DeviceLowering(Lowering):
     # ---- layout of the arena
 
     def finish(self) -> tuple[tuple[int, ...], int]:
+        if self.math == PLAIN:
+            self.forward = fused(self.forward, self.backward)
         best: tuple[Choice, list[dict[str, Any]]] | None = None
         least = 0
         for backward in self.variants():
@@ -333,7 +336,7 @@ class DeviceLowering(Lowering):
                 costs.clear()
                 slots = tuple(
                     min(
-                        range(1, min(block, region // max(each, 1), MAX_SLOTS) + 1),
+                        range(1, (min(block, region // each, MAX_SLOTS) if each else min(block, MAX_SLOTS)) + 1),
                         key=lambda n, run=run: self.run_cost(costs, run, n, block, tile),
                     )
                     for run, each in enumerate(scratch)

@@ -19,6 +19,7 @@ WARP = 32
 WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
 QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
 QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 18, 4
+POOLED = 8  # csrc/cuda/pooled.cuh
 NARROW, NARROW_SEEDS = 8, 5  # csrc/cuda/narrow.cuh
 WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
@@ -62,7 +63,7 @@ class Work:
         if op["kind"] == WINDOW:
             clocks += self.window(op)
         elif op["kind"] == PATTERN:
-            clocks += op["H"] * op["W"] * op["nb"] * 8 / WARP * loop(12 + 8 * op["taps"], 2 + op["taps"])
+            clocks += op["H"] * op["W"] * op["nb"] * 2 / WARP * loop(80 + 45 * op["taps"], 8 + 4 * op["taps"])
         elif op["kind"] == ZERO:
             clocks += op["size"] / 4 / WARP * loop(10, 4)
         elif op["kind"] == MATMUL:
@@ -85,11 +86,16 @@ class Work:
     def window(self, op: Op) -> float:
         """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
         samples = self.block if op["block"] else self.slots
-        positions = samples * (1 if op["block"] else op["H"] * op["W"])
+        taps = op.get("taps", 0)  # of the pattern that is joined to it
+        places = op["Hi"] * op["Wi"] * taps if taps else op["H"] * op["W"]
+        positions = samples * (1 if op["block"] else places)
         lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
-        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (4 * WARP)) * op["groups"]
+        each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
+        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op["groups"]
         share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
-        work = tiles * op["K"] * (loop(22, 3) if op["L"] % 4 == 0 else loop(27, 5)) / share
+        # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
+        term = loop(4 * each + 5.5, each / 4 + 2) if op["L"] % 4 == 0 else loop(5 * each + 7, each + 1)
+        work = tiles * (op["K"] * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
         return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
 
     def product(self, op: Op) -> float:

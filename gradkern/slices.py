@@ -19,7 +19,7 @@ from .arena import Buffer
 from .chain import KINDS
 
 WINDOW_T, ZERO = KINDS.index("WindowT"), KINDS.index("Zero")
-COUNTS = (2, 4, 8)  # slices that are tried
+COUNTS = (2, 3, 4, 5, 6, 7, 8)  # slices that are tried
 
 Op = dict[str, Any]
 

@@ -5,6 +5,7 @@
 #include "forms.cuh"
 #include "matmul.cuh"
 #include "narrow.cuh"
+#include "pooled.cuh"
 #include "quads.cuh"
 #include "scatter.cuh"
 #include "window.cuh"
@@ -14,7 +15,7 @@ namespace gradkern::cuda {
 template <class T, int Math>
 GK_DEVICE void run_contraction(const Op& op, const Tile<T> t) {
   if constexpr (Math != kPlain) run_window_mma<Math>(op, t);
-  else run_window<T>(op, t);
+  else op.taps ? run_window_pooled<T>(op, t) : run_window<T>(op, t);
 }
 
 // `Math`: how contractions with dense operands multiply (args.h).

@@ -8,7 +8,7 @@
 
 namespace gradkern::cuda {
 
-constexpr int kPositions = 4;
+constexpr int kPositions = 4;  // of a thread; pooled.cuh has its own number
 
 struct WindowShape {
   int lo, lp;                // lanes along the channels and along the positions
@@ -16,12 +16,13 @@ struct WindowShape {
   int split;                 // parts of the contraction
 };
 
+template <int P>
 GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int K, int warps, int room) {
   WindowShape s;
   s.lo = channels > 16 ? 8 : channels > 8 ? 4 : channels > 4 ? 2 : 1;
   s.lp = kWarp / s.lo;
   s.across = (channels + s.lo * 4 - 1) / (s.lo * 4);
-  s.along = (positions + s.lp * kPositions - 1) / (s.lp * kPositions);
+  s.along = (positions + s.lp * P - 1) / (s.lp * P);
   s.tiles = s.across * s.along * groups;
   s.split = warps / s.tiles;
   if (s.split > K / 16) s.split = K / 16;
@@ -38,31 +39,31 @@ GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int ldf) {
 }
 
 // acc[p][o] += Σ_{k < 4} x[p][j + k] · rows[k][o].
-template <class T>
-GK_DEVICE void four_terms(T (&acc)[kPositions][4], const T* const (&x)[kPositions], int j, const Four<T> (&rows)[4]) {
-  Four<T> xs[kPositions];
+template <class T, int P>
+GK_DEVICE void four_terms(T (&acc)[P][4], const T* const (&x)[P], int j, const Four<T> (&rows)[4]) {
+  Four<T> xs[P];
 #pragma unroll
-  for (int p = 0; p < kPositions; ++p) xs[p] = load4(x[p] + j);
+  for (int p = 0; p < P; ++p) xs[p] = load4(x[p] + j);
 #pragma unroll
   for (int k = 0; k < 4; ++k)
 #pragma unroll
-    for (int p = 0; p < kPositions; ++p)
+    for (int p = 0; p < P; ++p)
 #pragma unroll
       for (int o = 0; o < 4; ++o) acc[p][o] += xs[p].v[k] * rows[k].v[o];
 }
 
 // acc[p][o] += Σ_{k0 ≤ k < k1} x[offset[p] + run(k)] · w[k][o].
-template <class T>
-GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&offset)[kPositions], bool aligned,
-                          const int32_t* runs, int L, const T* w, int ldf, int k0, int k1) {
+template <class T, int P>
+GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], bool aligned, const int32_t* runs,
+                          int L, const T* w, int ldf, int k0, int k1) {
   w += k0 * ldf;
   for (int r = k0 / L; r * L < k1; ++r) {
     const int run = fixed(runs + r);
     int j = k0 > r * L ? k0 - r * L : 0;
     const int end = k1 < (r + 1) * L ? k1 - r * L : L;
-    const T* x[kPositions];
+    const T* x[P];
 #pragma unroll
-    for (int p = 0; p < kPositions; ++p) x[p] = buf + offset[p] + run;
+    for (int p = 0; p < P; ++p) x[p] = buf + offset[p] + run;
     if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
       // Weights come from L2: four rows are on their way while four are used; those past the last are slack.
       Four<T> even[4], odd[4];
@@ -86,7 +87,7 @@ GK_DEVICE void window_sum(T (&acc)[kPositions][4], const T* buf, const int (&off
     for (; j < end; ++j, w += ldf) {
       const Four<T> ws = fixed4(w);
 #pragma unroll
-      for (int p = 0; p < kPositions; ++p) {
+      for (int p = 0; p < P; ++p) {
         const T xs = x[p][j];
 #pragma unroll
         for (int o = 0; o < 4; ++o) acc[p][o] += xs * ws.v[o];
@@ -101,7 +102,7 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
   const int O = op.O, groups = op.groups, K = op.K, L = op.L, ldf = op.ldw;
   const int px = op.block ? 0 : op.sw * op.src_px, row = op.block ? 0 : op.sh * op.src_row;
   // A block op has the region to itself; the others have their scratch there.
-  const WindowShape s = window_shape(positions, O, groups, K, t.warps(), op.block ? t.args.region : 0);
+  const WindowShape s = window_shape<kPositions>(positions, O, groups, K, t.warps(), op.block ? t.args.region : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
   const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
@@ -125,7 +126,7 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
     T acc[kPositions][4] = {};
     const T* w = t.args.packed + op.wf + group * K * ldf + (on ? o : 0);
     const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
-    if (k0 < k1) window_sum<T>(acc, t.buf, offset, aligned, t.args.tables + op.table, L, w, ldf, k0, k1);
+    if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.table, L, w, ldf, k0, k1);
     if (s.split > 1) {
 #pragma unroll
       for (int p = 0; p < kPositions; ++p)

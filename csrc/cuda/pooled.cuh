@@ -1,0 +1,83 @@
+// A convolution with the ReLU or the pool behind it: what the convolution gives stays in registers.
+//
+// As window.cuh's tiles, but a thread's positions are whole pools.
+#pragma once
+#include "elementwise.cuh"
+#include "window.cuh"
+
+namespace gradkern::cuda {
+
+// Positions of a thread; gradkern/device_cost.py: POOLED.
+template <class T>
+constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;
+
+// The bits of four channels; the neighbour that has the other four of a byte joins in.  All lanes come together.
+template <class T>
+GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int nb, int taps, bool on, int lane_o, int lo) {
+#pragma unroll 1
+  for (int j = 0; j < taps; ++j) {
+    const uint32_t nibble = on ? winners.won(j) : 0u, next = __shfl_xor_sync(0xffffffffu, nibble, 1);
+    if (on && !(lane_o & 1)) planes[j * nb] = static_cast<uint8_t>(lo > 1 ? nibble | next << 4 : nibble);
+  }
+}
+
+template <class T, int Taps>
+GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
+  constexpr int P = kPooled<T>, kPools = P / Taps;
+  const int wide = op.Wi, pooled = static_cast<int>(op.Hi) * wide, positions = t.count * pooled * Taps;
+  const int O = op.O, K = op.K, L = op.L, ldf = op.ldw, kh = op.kh, kw = op.kw, nb = op.nb;
+  const int px = op.sw * op.src_px, row = op.sh * op.src_row;
+  const WindowShape s = window_shape<P>(positions, O, 1, K, t.warps(), 0);
+  const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
+  const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
+  const Divider samples(pooled), rows(wide), columns(kw), across(s.across);
+  for (int item = t.warp(); item < s.tiles; item += t.warps()) {
+    const auto [along, part] = across.parts(item);
+    const int o = part * (s.lo * 4) + lane_o * 4, q0 = (along * s.lp + lane_p) * kPools;
+    int m[kPools], q[kPools], offset[P];
+#pragma unroll
+    for (int i = 0; i < kPools; ++i) {
+      const auto [sample, place] = samples.parts(q0 + i < t.count * pooled ? q0 + i : 0);
+      const auto [h, w] = rows.parts(place);
+      m[i] = sample, q[i] = place;
+#pragma unroll
+      for (int j = 0; j < Taps; ++j) {
+        const auto [jh, jw] = columns.parts(j);
+        offset[i * Taps + j] =
+            static_cast<int>(t.at(op.src, op.src_n, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * px;
+      }
+    }
+    T acc[P][4] = {};
+    window_sum(acc, t.buf, offset, aligned, t.args.tables + op.table, L, t.args.packed + op.wf + (o < O ? o : 0), ldf,
+               0, K);
+    const Four<T> bias = fixed4(t.args.packed + op.bias + (o < O ? o : 0));
+#pragma unroll
+    for (int i = 0; i < kPools; ++i) {
+      const bool on = o < O && q0 + i < t.count * pooled;
+      Winners<T> winners;
+#pragma unroll
+      for (int j = 0; j < Taps; ++j) {
+        Four<T> x;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x.v[k] = acc[i * Taps + j][k] + bias.v[k];
+        winners.meet(x, j);
+      }
+      if (op.relu) winners.rectify();
+      const auto [h, w] = rows.parts(q[i]);
+      if (on)
+        store4(t.at(op.dst, op.dst_n, m[i]) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + o,
+               winners.top);
+      store_bits(winners, const_cast<uint8_t*>(t.planes(op, m[i])) + q[i] * Taps * nb + o / 8, nb, Taps, on, lane_o,
+                 s.lo);
+    }
+  }
+}
+
+// Fields: H, W of the convolution; Hi, Wi and kh, kw of a pool whose windows neither meet nor hang over; `taps` =
+// kh·kw.
+template <class T>
+GK_RECORD void run_window_pooled(const Op& op, const Tile<T> t) {
+  op.taps == 1 ? window_pooled<T, 1>(op, t) : op.taps == 2 ? window_pooled<T, 2>(op, t) : window_pooled<T, 4>(op, t);
+}
+
+}  // namespace gradkern::cuda
