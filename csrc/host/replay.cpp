@@ -15,10 +15,10 @@ using gradkern::cuda::Args;
 using gradkern::cuda::StepArgs;
 
 extern "C" {
-void gk_run_f32(const Args<float>*, int, int, int, int64_t);
-void gk_run_f64(const Args<double>*, int, int, int, int64_t);
-void gk_step_f32(const StepArgs<float>*, int, int);
-void gk_step_f64(const StepArgs<double>*, int, int);
+const char* gk_run_f32(const Args<float>*, int, int, int, int64_t);
+const char* gk_run_f64(const Args<double>*, int, int, int, int64_t);
+const char* gk_step_f32(const StepArgs<float>*, int, int);
+const char* gk_step_f64(const StepArgs<double>*, int, int);
 }
 
 namespace {
@@ -49,15 +49,17 @@ A arguments(std::vector<char>& raw, const std::vector<Blob>& blobs, size_t point
   return args;
 }
 
+// The error text, or null.
 template <class T, class Chain, class Step>
-void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain, Step step) {
+const char* launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain,
+                   Step step) {
   const int math = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]);
   if (head[0] == 0) {
     const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
     return chain(&args, math, blocks, static_cast<int>(head[4]), head[5]);
   }
   const auto args = arguments<StepArgs<T>>(raw, blobs, offsetof(StepArgs<T>, rows) / sizeof(void*));
-  step(&args, math, blocks);
+  return step(&args, math, blocks);
 }
 
 }  // namespace
@@ -80,8 +82,10 @@ int main(int count, char** words) {
     blobs.push_back(std::move(blob));
   }
   std::fclose(in);
-  head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32)
-               : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64);
+  const char* const error = head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32)
+                                         : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64);
+  if (error) std::fprintf(stderr, "replay: %s\n", error);
+  if (error) return 3;
   std::FILE* out = std::fopen(words[2], "wb");
   need(out != nullptr);
   for (const Blob& blob : blobs) {
