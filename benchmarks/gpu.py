@@ -59,9 +59,8 @@ class Row:
 
 
 def pin(precision: str) -> None:
-    """TF32 for everybody or for nobody."""
+    """TF32 for everybody or for nobody.  (After ``matmul.allow_tf32``, torch would not tell "medium" any more.)"""
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.matmul.allow_tf32 = precision != "highest"
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
