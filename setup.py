@@ -26,6 +26,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext as plain_build_ext
 
 MODULE = "gradkern._C"
+# The kernels are C++20, and include nothing of torch, which before 2.13 would append -std=c++17 here.
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 HOW_TO = "pip install --no-build-isolation ."
 
 
@@ -117,7 +119,7 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         sources + cuda,
         include_dirs=[str(Path("csrc").resolve())],
         define_macros=[("GRADKERN_WITH_CUDA", "1")] if cuda else [],
-        extra_compile_args={"cxx": compile_flags(), "nvcc": ["-O3", "--expt-relaxed-constexpr"]},
+        extra_compile_args={"cxx": compile_flags(), "nvcc": NVCC_FLAGS},
         extra_link_args=openmp,
     )
     hint = " With USE_CUDA=0 the CPU part alone is built." if cuda else ""

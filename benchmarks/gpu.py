@@ -1,17 +1,21 @@
 """All-class input gradients on a GPU: gradkern against what torch, Captum and JAX offer, in one run.
 
     python -m benchmarks.gpu [--seconds 300] [--out results] [--nets cnn1d mlp] [--precisions highest high]
+    python -m benchmarks.gpu --device cpu --share 0.0001        whether the program itself works, without a GPU
 
 Every contender handles the full set, in chunks of the size that suits it best.  Times are CUDA events around whole
 calls, medians after warm-up, over several input sets that together are larger than L2.  TF32 is pinned for both
-sides.  Needed operations are those of `benchmarks.operations`; ceilings are measured in the same run.
+sides.  Needed operations are those of `benchmarks.operations`; ceilings are measured in the same run.  gradkern's own
+rows come first, on every network, so that a run that is cut short has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -55,9 +59,8 @@ class Row:
 
 
 def pin(precision: str) -> None:
-    """TF32 for everybody or for nobody."""
+    """TF32 for everybody or for nobody.  (After ``matmul.allow_tf32``, torch would not tell "medium" any more.)"""
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.matmul.allow_tf32 = precision != "highest"
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
@@ -131,9 +134,9 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
 
 
 @contextmanager
-def arithmetic(precision: str, math: int) -> Iterator[None]:
+def arithmetic(precision: str, products: int) -> Iterator[None]:
     """Another arithmetic for a precision, as long as this lasts."""
-    with mock.patch.dict(device.MATH, {precision: math}):
+    with mock.patch.dict(device.MATH, {precision: products}):
         ops._machine.cache_clear()
         try:
             yield
@@ -154,12 +157,12 @@ def steps(who: str) -> Callable[[nn.Module, int], Chunk]:
     return make
 
 
-def multiplied(precision: str, math: int) -> Callable[[nn.Module, int], Chunk]:
+def multiplied(precision: str, products: int) -> Callable[[nn.Module, int], Chunk]:
     """The public call with another arithmetic than the precision has by default."""
 
     def make(model: nn.Module, outputs: int) -> Chunk:
         def chunk(x: Tensor, out: Tensor | None) -> Tensor:
-            with arithmetic(precision, math):
+            with arithmetic(precision, products):
                 return ours(model, outputs)(x, out)
 
         return chunk
@@ -204,22 +207,30 @@ def whole(chunk: Chunk, x: Tensor, size: int, outputs: int) -> Tensor:
 
 def timed(run: Callable[[Tensor], Tensor], sets: list[Tensor], seconds: float) -> float:
     """Median milliseconds of a call."""
-    begun = time.perf_counter()
+    begun, clock = time.perf_counter(), on_gpu if sets[0].is_cuda else on_cpu
     for i in range(2):
         run(sets[i % len(sets)])
-    torch.cuda.synchronize()
     times: list[float] = []
     while len(times) < 3 or (len(times) < 30 and time.perf_counter() - begun < seconds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        result = run(sets[len(times) % len(sets)])
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-        del result
-        if len(times) >= 3 and time.perf_counter() - begun > seconds:
-            break
+        times.append(clock(lambda: run(sets[len(times) % len(sets)])))
     return statistics.median(times)
+
+
+def on_gpu(call: Callable[[], Tensor]) -> float:
+    """Milliseconds between two events around a call."""
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def on_cpu(call: Callable[[], Tensor]) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begun)
 
 
 def accuracy(model: nn.Module, x: Tensor, found: Tensor) -> tuple[float, float]:
@@ -260,7 +271,7 @@ def contend(
                 found = chunk(few, None)[:CHECKED].clone()
         except Exception as error:
             best.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:140] if str(error) else ''}"
-            torch.cuda.empty_cache()
+            emptied()
             continue
         if best.ms is None or ms < best.ms:
             best.error, best.flipped = accuracy(model, few[:CHECKED], found)
@@ -270,42 +281,125 @@ def contend(
     return best
 
 
-def ceilings() -> dict[str, float]:
+class Broken(Exception):
+    """The GPU takes no more work from this process: a kernel reached beyond its memory, or hung."""
+
+
+def emptied() -> None:
+    """Give memory back.  Raises `Broken` where an error of the GPU outlives the call that made it."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise Broken(str(error).strip().splitlines()[0]) from error
+
+
+def ceilings(where: torch.device) -> dict[str, float]:
     """What this GPU does: GB/s of a large copy (read and written), TFLOP/s of an fp32 matrix product without TF32."""
     pin("highest")
-    a, b = torch.randn(8192, 8192, device="cuda"), torch.randn(8192, 8192, device="cuda")
-    big, other = (
-        torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
-        torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
-    )
+    side, size = (8192, 1 << 30) if where.type == "cuda" else (512, 1 << 24)
+    a, b = (torch.randn(side, side, device=where) for _ in range(2))
+    big, other = (torch.empty(size, dtype=torch.uint8, device=where) for _ in range(2))
     product = timed(lambda _: a @ b, [a], 2.0)
     copy = timed(lambda _: other.copy_(big), [a], 1.0)
-    return {"copy_gb_s": 2 * big.nbytes / copy / 1e6, "fp32_tflop_s": 2 * 8192**3 / product / 1e9}
+    return {"copy_gb_s": 2 * big.nbytes / copy / 1e6, "fp32_tflop_s": 2 * side**3 / product / 1e9}
+
+
+def peers_of(row: Row, rows: list[Row]) -> list[Row]:
+    same = [r for r in rows if (r.net, r.precision) == (row.net, row.precision) and r.ms]
+    return [r for r in same if not r.name.startswith("gradkern")]
+
+
+def floor_of(net: str, found: dict[str, Any], counts: dict[str, operations.Operations]) -> tuple[float, float, float]:
+    """Bytes moved, operations needed, and the milliseconds that the ceilings allow for them."""
+    n, size = SAMPLES[net], torch.Size(NETS[net].shapes[0]).numel() * 4
+    moved, work = n * size * (1 + counts[net].outputs), n * counts[net].needed
+    return moved, work, max(moved / found["copy_gb_s"] / 1e6, work / found["fp32_tflop_s"] / 1e9)
 
 
 def report(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
+    """Every row."""
     lines = [f"copy {found['copy_gb_s']:.0f} GB/s, fp32 product {found['fp32_tflop_s']:.1f} TFLOP/s"]
     head = f"{'net':14}{'precision':10}{'contender':22}{'chunk':>8}{'ms':>10}{'TFLOP/s':>9}{'GB/s':>7}{'roof':>6}"
     lines.append(head + f"{'best peer/it':>13}{'error':>10}{'flipped':>9}")
-    for row in rows:
+    for row in sorted(rows, key=lambda r: (list(SAMPLES).index(r.net), r.precision)):
         if row.ms is None:
             lines.append(f"{row.net:14}{row.precision:10}{row.name:22}{'':8}{'-':>10}  {row.note}")
             continue
-        n, count = SAMPLES[row.net], counts[row.net]
-        size = torch.Size(NETS[row.net].shapes[0]).numel() * 4
-        moved, work = n * size * (1 + count.outputs), n * count.needed
-        floor = max(moved / found["copy_gb_s"] / 1e6, work / found["fp32_tflop_s"] / 1e9)
-        peers = [
-            r.ms
-            for r in rows
-            if (r.net, r.precision) == (row.net, row.precision) and not r.name.startswith("gradkern") and r.ms
-        ]
-        ratio = min(peers) / row.ms if peers else float("nan")
+        moved, work, floor = floor_of(row.net, found, counts)
+        peers = [r.ms for r in peers_of(row, rows) if r.ms]
+        ratio = min(peers) / row.ms if peers else math.nan
         lines.append(
             f"{row.net:14}{row.precision:10}{row.name:22}{row.chunk:8}{row.ms:10.2f}{work / row.ms / 1e9:9.1f}"
             f"{moved / row.ms / 1e6:7.0f}{floor / row.ms:6.0%}{ratio:13.2f}{row.error:10.1e}{row.flipped:9.2%}"
         )
     return lines
+
+
+def digest(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
+    """One line per network and precision: the public call beside its best peer."""
+    lines = [f"{'net':14}{'precision':10}{'gradkern ms':>12}{'roof':>6}{'error':>10}{'x peer':>8}  best peer"]
+    for row in rows:
+        if row.name != "gradkern":
+            continue
+        if row.ms is None:
+            lines.append(f"{row.net:14}{row.precision:10}{'-':>12}  {row.note}")
+            continue
+        best = min(peers_of(row, rows), key=lambda r: r.ms or math.inf, default=None)
+        peer = f"{best.ms / row.ms:8.2f}  {best.name}, {best.ms:.2f} ms" if best and best.ms else f"{'-':>8}  none ran"
+        roof = floor_of(row.net, found, counts)[2] / row.ms
+        lines.append(f"{row.net:14}{row.precision:10}{row.ms:12.2f}{roof:6.0%}{row.error:10.1e}{peer}")
+    return lines
+
+
+class Run:
+    """All contenders on all networks, within a budget of wall-clock seconds."""
+
+    def __init__(self, seconds: float, out: Path, where: torch.device, share: float):
+        self.begun, self.seconds, self.out, self.where = time.perf_counter(), seconds, out, where
+        self.rows: list[Row] = []
+        self.counts: dict[str, operations.Operations] = {}
+        self.found = ceilings(where)
+        for net in SAMPLES:
+            SAMPLES[net] = max(CHECKED if where.type == "cuda" else 8, int(SAMPLES[net] * share))
+
+    def passed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def visit(self, net: str, precision: str, names: list[str], visits_left: int) -> None:
+        """Some contenders on one network at one precision, within their part of what is left of the budget."""
+        pin(precision)
+        if net not in self.counts:
+            twin = NETS[net].build(dtype=torch.float64)
+            self.counts[net] = operations.count(twin, torch.randn(8, *NETS[net].shapes[0], dtype=torch.float64))
+        model = NETS[net].build().to(self.where).requires_grad_(False)
+        generator = torch.Generator(self.where).manual_seed(0)
+        shape = (SAMPLES[net], *NETS[net].shapes[0])
+        sets = [torch.randn(shape, generator=generator, device=self.where) for _ in range(3)]
+        part = max(self.seconds - self.passed(), 0.0) / visits_left
+        end = time.perf_counter() + part
+        for i, name in enumerate(names):
+            now = time.perf_counter()
+            until, outputs = now + (end - now) / (len(names) - i), self.counts[net].outputs
+            self.rows.append(Row(net, precision, name, 0, None, "broke off"))
+            self.rows[-1] = contend(net, precision, name, model, sets, outputs, min(2.0, part / 20), until)
+            print(f"{self.passed():6.0f} s  {self.rows[-1]}", flush=True)
+            emptied()
+        save(self.out, self.rows, self.found, self.counts, self.where)
+
+    def close(self) -> None:
+        if self.rows:
+            save(self.out, self.rows, self.found, self.counts, self.where)
+            print((self.out / "gpu.txt").read_text(), flush=True)
+
+
+def wanted(names: list[str], net: str, precision: str) -> list[str]:
+    return [n for n in names if n not in QUESTIONS or (net in QUESTIONS[n][0] and precision in QUESTIONS[n][1])]
+
+
+def stopped(*_: Any) -> None:
+    raise SystemExit("benchmarks.gpu: stopped from outside")
 
 
 def main() -> int:
@@ -315,48 +409,44 @@ def main() -> int:
     parser.add_argument("--nets", nargs="+", choices=list(SAMPLES), default=list(SAMPLES))
     parser.add_argument("--precisions", nargs="+", choices=("highest", "high", "medium"), default=["highest", "high"])
     parser.add_argument("--share", type=float, default=1.0, help="share of the full sets, for a quick look")
+    parser.add_argument("--device", default="cuda", help="cpu: to see whether the program itself works")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    where = torch.device(args.device)
+    if where.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no GPU is visible to torch.")
-    begun, rows, counts = time.perf_counter(), [], {}
-    found = ceilings()
     args.out.mkdir(parents=True, exist_ok=True)
-    work = [(net, precision) for precision in args.precisions for net in args.nets]
-    names = list(CONTENDERS)
-    for done, (net, precision) in enumerate(work):
-        pin(precision)
-        SAMPLES[net] = max(CHECKED, int(SAMPLES[net] * args.share)) if precision == args.precisions[0] else SAMPLES[net]
-        model = NETS[net].build().cuda().requires_grad_(False)
-        if net not in counts:
-            twin = NETS[net].build(dtype=torch.float64)
-            counts[net] = operations.count(twin, torch.randn(8, *NETS[net].shapes[0], dtype=torch.float64))
-        generator = torch.Generator("cuda").manual_seed(done)
-        shape = (SAMPLES[net], *NETS[net].shapes[0])
-        sets = [torch.randn(shape, generator=generator, device="cuda") for _ in range(3)]
-        left = args.seconds - (time.perf_counter() - begun)
-        slice_ = max(left, 0.0) / (len(work) - done)
-        wanted = [n for n in names if n not in QUESTIONS or (net in QUESTIONS[n][0] and precision in QUESTIONS[n][1])]
-        for i, name in enumerate(wanted):
-            now = time.perf_counter()
-            until = now + (slice_ - (now - begun - (args.seconds - left))) / (len(wanted) - i)
-            row = contend(net, precision, name, model, sets, counts[net].outputs, min(2.0, slice_ / 20), until)
-            rows.append(row)
-            print(f"{time.perf_counter() - begun:6.0f} s  {row}", flush=True)
-            torch.cuda.empty_cache()
-        del sets
-        save(args.out, rows, found, counts)
-    print("\n".join(report(rows, found, counts)), flush=True)
+    signal.signal(signal.SIGTERM, stopped)
+    own = [n for n in CONTENDERS if n.startswith("gradkern")]
+    work = [(own, n, p) for p in args.precisions for n in args.nets]
+    work += [([n for n in CONTENDERS if n not in own], n, p) for p in args.precisions for n in args.nets]
+    run = Run(args.seconds, args.out, where, args.share)
+    try:
+        for done, (names, net, precision) in enumerate(work):
+            run.visit(net, precision, wanted(names, net, precision), len(work) - done)
+    except Broken as error:
+        print(f"benchmarks.gpu: stopped, the GPU is broken for this process: {error}", flush=True)
+        return 1
+    finally:
+        run.close()
     return 0
 
 
-def save(folder: Path, rows: list[Row], found: dict[str, float], counts: dict[str, operations.Operations]) -> None:
+def save(
+    folder: Path,
+    rows: list[Row],
+    found: dict[str, float],
+    counts: dict[str, operations.Operations],
+    where: torch.device,
+) -> None:
     """After every network, so that a run that is cut short leaves what it has."""
-    properties = torch.cuda.get_device_properties(0)
-    about = machine.describe(torch.get_num_threads()) | {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-    }
+    about = machine.describe(torch.get_num_threads())
+    if where.type == "cuda":
+        properties = torch.cuda.get_device_properties(where)
+        about |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
     content = {
         "machine": about,
         "ceilings": found,
@@ -365,7 +455,8 @@ def save(folder: Path, rows: list[Row], found: dict[str, float], counts: dict[st
         "rows": [row.__dict__ for row in rows],
     }
     (folder / "gpu.json").write_text(json.dumps(content, indent=1))
-    (folder / "gpu.txt").write_text("\n".join(report(rows, found, counts)) + "\n")
+    lines = [*report(rows, found, counts), "", *digest(rows, found, counts)]
+    (folder / "gpu.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.utils import dlpack
 def chunk(model: nn.Module, outputs: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     """The Jacobian of one chunk.  Raises ImportError without JAX, TypeError for a network that is not a sequence of
     convolutions, linear layers, ReLU, max pools and flattens."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of the GPU from the others
     import jax
+    import jax.dlpack
 
     high = torch.get_float32_matmul_precision() != "highest"
     jax.config.update("jax_default_matmul_precision", "tensorfloat32" if high else "highest")

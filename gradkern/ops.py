@@ -53,7 +53,15 @@ def machine(device: torch.device | None = None) -> Machine | None:
     cpu = device is None or device.type == "cpu"
     if cpu:
         return _machine(None, "", "")
-    return _machine(device, torch.get_float32_matmul_precision(), chosen_steps())
+    return _machine(device, precision(), chosen_steps())
+
+
+def precision() -> str:
+    """`torch.get_float32_matmul_precision`, which raises where torch's newer switches have been used beside it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def chosen_steps() -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import ops, reference
 from .binding import bind
 from .program import Program
 
@@ -23,6 +23,7 @@ _MOVE = 1e-3  # of the spread of the inputs
 # What rounding may do to an output, and to a gradient of which no activation pattern has flipped.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
+_TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
 
 
 class Untraceable(RuntimeError):
@@ -147,8 +148,17 @@ def _traced(program: Program, model: nn.Module, samples: Sequence[Tensor], cotan
         y = values[program.output]
         g = cotangent.to(dtype=y.dtype, device=y.device).unsqueeze(1)  # [N, 1, *out]
         grads = reference.vjp(program, params, values, g)
-    tolerance = max(_TOLERANCE.get(v.dtype, 0.0) for v in values)
+    tolerance = max(_tolerance(v.dtype, v.device) for v in values)
     return (y, tuple(part.squeeze(1) for part in grads)), tolerance
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """On a GPU one sample and several may take different kernels, and torch multiplies convolutions in TF32 unless
+    told otherwise."""
+    gpu = device.type == "cuda" and dtype == torch.float32
+    if gpu and (ops.precision() != "highest" or torch.backends.cudnn.conv.fp32_precision == "tf32"):
+        return _TF32
+    return _TOLERANCE.get(dtype, 0.0)
 
 
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:

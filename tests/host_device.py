@@ -10,14 +10,17 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from gradkern import ops
 from gradkern.device import MATH, MAX_PORTS, Device
@@ -75,35 +78,62 @@ SHARES_ARGS = {torch.float32: shares_args(ctypes.c_float), torch.float64: shares
 POISON = -1.7e30  # of results that may hold NaN
 
 
+class Gpu(ctypes.Structure):
+    """csrc/host/runtime.h: what the stand-in GPU is, and what was asked of it."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in (
+            *("processors", "shared_bytes", "capturing"),
+            *("launches", "blocks", "allowed", "kept", "guards"),
+        )
+    )
+
+
+def built(name: str, source: str, *arguments: str) -> Path:
+    """A source of csrc/host as a library; one build per content of the sources and way to compile them."""
+    sources = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cu", ".cpp") and "cpu" not in p.parts)
+    content = [*(p.read_bytes() for p in sources), " ".join(arguments).encode(), torch.__version__.encode()]
+    digest = hashlib.sha256(b"\0".join(content)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"gradkern-{name}-{digest}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part.so"
+            command = ["g++", "-O1", "-fPIC", "-shared", str(CSRC / "host" / source), "-o", str(part), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            beside = target.with_name(f"{target.name}.{os.getpid()}")  # the temporary folder may be another disk
+            beside.write_bytes(part.read_bytes())
+            beside.replace(target)
+    return target
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The shim, compiled; one build per content of the sources."""
-    sources = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp") and "cpu" not in p.parts)
-    digest = hashlib.sha256(b"\0".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"gradkern-host-{digest}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            part = Path(folder) / "host.so"
-            command = [
-                "g++",
-                "-O1",
-                "-g",
-                *FLAGS,
-                "-fPIC",
-                "-shared",
-                str(CSRC / "host/run.cpp"),
-                "-o",
-                str(part),
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            part.replace(built) if part.stat().st_dev == built.parent.stat().st_dev else built.write_bytes(
-                part.read_bytes()
-            )
-    found = ctypes.CDLL(str(built))
+    """The shim, compiled."""
+    found = ctypes.CDLL(str(built("host", "run.cpp", "-g", *FLAGS)))
     assert found.gk_args_size() == ctypes.sizeof(Args)
     assert found.gk_step_args_size() == ctypes.sizeof(StepArgs)
     assert found.gk_shares_args_size() == ctypes.sizeof(SHARES_ARGS[torch.float64])
+    assert found.gk_gpu_size() == ctypes.sizeof(Gpu)
+    found.gk_gpu.restype = ctypes.POINTER(Gpu)
+    for name in ("gk_run_f32", "gk_run_f64", "gk_step_f32", "gk_step_f64"):
+        getattr(found, name).restype = ctypes.c_char_p
     return found
+
+
+@functools.cache
+def launchers() -> ctypes.CDLL:
+    """The launchers of csrc/cuda, compiled around the stand-in GPU and loaded.  They register themselves as CUDA's."""
+    c = ops.extension()
+    assert c is not None and not c.cuda, "they would replace the extension's own"
+    include = [f"-I{CSRC}/host", f"-I{CSRC}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
+    link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+    shim = built("host", "run.cpp", "-g", *FLAGS)
+    path = built("launchers", "launchers.cpp", *FLAGS[:4], "-Wno-unused-parameter", *include, str(shim), *link)
+    library()
+    torch.ops.load_library(str(path))
+    return ctypes.CDLL(str(path))
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
@@ -201,7 +231,8 @@ class HostDevice:
             numbers = (packed.element_size(), math, self.blocks, self.machine.threads, shared)
             self.record.append(Recording(args, tensors, numbers))
         run = self.library.gk_run_f32 if packed.dtype == torch.float32 else self.library.gk_run_f64
-        run(ctypes.byref(args), math, self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        error = run(ctypes.byref(args), math, self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        assert error is None, error
         self.launches += 1
         return found
 
@@ -224,7 +255,8 @@ class HostDevice:
             tensors = [t for t in (*given, *own) if t is not None]
             self.record.append(Recording(args, tensors, (src.element_size(), math, int(narrow), 0, 0)))
         run = self.library.gk_step_f32 if src.dtype == torch.float32 else self.library.gk_step_f64
-        run(ctypes.byref(args), math, int(narrow))
+        error = run(ctypes.byref(args), math, int(narrow))
+        assert error is None, error
         self.steps += 1
 
     def rescale(self, z, reference, pool, relu, eps) -> Tensor:
@@ -244,15 +276,49 @@ class HostDevice:
         self.rescales += 1
         return out
 
+    def patches(self) -> list[contextlib.AbstractContextManager[Any]]:
+        """What makes the engine work on this device."""
+        names = ("chain_forward", "chain_vjp", "step", "rescale")
+        return [mock.patch.object(ops, name, getattr(self, name)) for name in names]
+
+
+class Launchers(HostDevice):
+    """The same by way of the launchers: everything but torch's CUDA tensors and the GPU is the real thing.
+    ``shared_bytes`` is what the plan may use."""
+
+    NAMES = ("chain_forward", "chain_vjp", "step", "rescale", "content_hash")
+
+    def __init__(
+        self, processors: int = 2, shared_bytes: int = 232448, precision: str = "highest", steps: str = "auto"
+    ):
+        super().__init__(shared_bytes, processors, 256, precision, steps)
+        launchers()
+        self.ops = {n: getattr(torch.ops.gradkern, n).default for n in self.NAMES}
+        self.gpu: Gpu = self.library.gk_gpu().contents
+        self.gpu.processors = processors
+        self.gpu.capturing = self.gpu.launches = self.gpu.kept = self.gpu.guards = 0
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def patches(self) -> list[contextlib.AbstractContextManager[Any]]:
+        return [
+            mock.patch.object(torch.ops.gradkern, name, functools.partial(self.redispatched, name))
+            for name in self.NAMES
+        ]
+
+    def redispatched(self, name: str, *args: Any) -> Any:
+        """What torch would call for CUDA tensors."""
+        self.calls.append((name, args))
+        self.launches += name.startswith("chain")
+        self.steps += name == "step"
+        self.rescales += name == "rescale"
+        return self.ops[name].redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+
 
 @contextlib.contextmanager
 def installed(device: HostDevice) -> Iterator[HostDevice]:
     """The engine works on ``device`` inside this block."""
-    with (
-        mock.patch.object(ops, "machine", lambda _device=None: device.machine),
-        mock.patch.object(ops, "chain_forward", device.chain_forward),
-        mock.patch.object(ops, "chain_vjp", device.chain_vjp),
-        mock.patch.object(ops, "step", device.step),
-        mock.patch.object(ops, "rescale", device.rescale),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ops, "machine", lambda _device=None: device.machine))
+        for patch in device.patches():
+            stack.enter_context(patch)
         yield device

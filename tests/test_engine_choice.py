@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern import cache, options
+from gradkern import cache, ops, options, verify
 from gradkern.options import ENGINES, BadValue, GradkernWarning
 from tests import oracle
 from tests.cases import CASES, net
@@ -161,3 +161,28 @@ def test_autocast_runs_on_autograd_and_says_so():
     assert got.dtype == torch.float32
     _, (want,) = oracle.jacobian(model, (x,))
     assert 1e-4 < oracle.relative_error(got, want) < 0.2  # in bfloat16, as autocast says
+
+
+def test_precision_by_torchs_newer_switches():
+    """`torch.get_float32_matmul_precision` raises where they were used."""
+    assert ops.precision() == "highest"
+    try:
+        for switch, name in (("tf32", "high"), ("ieee", "highest")):
+            torch.backends.cuda.matmul.fp32_precision = switch
+            assert ops.precision() == name
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_tf32_may_do_to_a_comparison():
+    """On a GPU, convolutions are in TF32 by default, by one kernel for one sample and by another for several."""
+    gpu, before = torch.device("cuda", 0), torch.backends.cudnn.allow_tf32
+    try:
+        for allowed, same in ((True, False), (False, True)):
+            torch.backends.cudnn.allow_tf32 = allowed
+            for dtype in (torch.float32, torch.float64):
+                found = verify._tolerance(dtype, gpu) == verify._tolerance(dtype, torch.device("cpu"))
+                assert found == (same or dtype == torch.float64)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -2,8 +2,9 @@
 
     python tools/cuda_gate.py [--nvcc PATH] [--jobs 2]
 
-Fails where a kernel does not compile for sm_80 and sm_90 (files named ``*_sm90a.cu``: for sm_90a alone), where the
-compiler warns, where a kernel spills registers, and where a kernel file reaches a header of torch.
+Fails where a kernel does not compile for the architectures that setup.py builds for (files named ``*_sm90a.cu``: for
+sm_90a alone), where the compiler warns, where a kernel spills registers, where a kernel file reaches a header of torch,
+and where setup.py compiles by another standard.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = re.compile(r"#\s*include\s*[<\"](torch/|ATen/|c10/|pybind11/|Python\.h)")
-PLAIN = ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90")
-HOPPER = ("arch=compute_90a,code=sm_90a",)
-FLAGS = ("-O3", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings")
+# What is compiled together: most of the time goes into PTX, which is the same for all that lies between 80 and 90.
+Targets = tuple[str, ...]
+PLAIN: tuple[Targets, ...] = (("80", "86", "89"), ("90",))
+HOPPER: tuple[Targets, ...] = (("90a",),)
+STANDARD = "-std=c++20"
+FLAGS = ("-O3", STANDARD, "-Xptxas", "-v", "-Werror", "all-warnings")
 
 
 def find_nvcc() -> str | None:
@@ -47,10 +51,11 @@ def reached(source: Path) -> list[Path]:
     return found
 
 
-def check(nvcc: str, source: Path, target: str, folder: Path) -> tuple[str, list[str]]:
+def check(nvcc: str, source: Path, targets: Targets, folder: Path) -> tuple[str, list[str]]:
     """One line of facts, and what is wrong."""
-    out = folder / f"{source.stem}.{target[-6:]}.o"
-    command = [nvcc, *FLAGS, "-gencode", target, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)]
+    out = folder / f"{source.stem}.{targets[0]}.o"
+    codes = [x for t in targets for x in ("-gencode", f"arch=compute_{targets[0]},code=sm_{t}")]
+    command = [nvcc, *FLAGS, *codes, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
     wrong = []
@@ -60,7 +65,7 @@ def check(nvcc: str, source: Path, target: str, folder: Path) -> tuple[str, list
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)]
     if any(spills):
         wrong.append(f"spills {max(spills)} bytes: use fewer registers or threads")
-    name = f"{source.relative_to(ROOT)} {target.split('=')[-1]}"
+    name = f"{source.relative_to(ROOT)} {' '.join(f'sm_{t}' for t in targets)}"
     return f"{name}: {max(registers, default=0)} registers, {sum(spills)} bytes spilled", [
         f"{name}: {w}" for w in wrong
     ]
@@ -77,6 +82,9 @@ def main() -> int:
         for path in sorted({p for source in sources for p in reached(source)})
         if TORCH.search(path.read_text())
     ]
+    nvcc_flags = re.search(r"^NVCC_FLAGS = .*$", (ROOT / "setup.py").read_text(), re.M)
+    if nvcc_flags is None or f'"{STANDARD}"' not in nvcc_flags.group():
+        wrong.append(f"setup.py gives nvcc no {STANDARD} in NVCC_FLAGS: torch would choose another standard")
     if args.nvcc is None:
         print(f"nvcc not found: {len(sources)} CUDA kernel files NOT compiled")
     else:

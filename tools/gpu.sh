@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and within nine minutes: builds, tests, compute-sanitizer, benchmark.
 # For a bare machine with torch (with CUDA), a CUDA toolkit and pytest; Captum comes as a wheel in WHEELS or is there.
+# Every step has a limit and a log of its own, and a step that fails stops only those that need it.  The last lines are
+# a summary; no more than eight files are written.
 #
-#   PYTHON   the Python that has torch (python3)        OUT      where logs, JSON and pictures go (build/gpu)
+#   PYTHON   the Python that has torch (python3)         OUT      where logs and JSON go (build/gpu)
 #   WHEELS   a folder of wheels to install first (.whl)  SECONDS_ALL  wall-clock budget (530)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,27 +12,56 @@ PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu}"
 WHEELS="${WHEELS:-.whl}"
 BUDGET="${SECONDS_ALL:-530}"
-export PYTHONUNBUFFERED=1 GRADKERN_REQUIRE_EXT=1 MAX_JOBS="${MAX_JOBS:-16}"
+export PYTHONUNBUFFERED=1 GRADKERN_REQUIRE_EXT=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 mkdir -p "$OUT"
+SUMMARY="$OUT/summary.txt"
+: > "$SUMMARY"
 failed=0
 left() { echo $((BUDGET - SECONDS)); }
+note() { printf '%-20s %-12s %5s s  %s\n' "$1" "$2" "$3" "${4:0:150}" >> "$SUMMARY"; }
 # step NAME SECONDS COMMAND…: runs, keeps the whole log, shows its end.
 step() {
-  local name="$1" limit="$2" begun="$SECONDS"
+  local name="$1" limit="$2" begun="$SECONDS" code
   shift 2
   (( limit > $(left) )) && limit="$(left)"
   if (( limit < 5 )); then
-    echo "== $name: NOT RUN, no time left"
+    note "$name" "NOT RUN" 0 "no time left"
     failed=1
     return 1
   fi
-  timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
-  local code=$?
+  # A process that waits for a kernel that hangs does not see the first signal.
+  timeout -k 10 "$limit" "$@" > "$OUT/$name.log" 2>&1
+  code=$?
   echo "== $name: exit $code, $((SECONDS - begun)) s"
-  tail -n "${TAIL:-6}" "$OUT/$name.log"
-  (( code == 0 )) || failed=1
+  tail -n "${TAIL:-6}" "$OUT/$name.log" | cut -c1-200
+  local said="passed"
+  (( code == 0 )) || { failed=1; said="exit $code"; }
+  (( code == 124 || code == 137 )) && said="TIMED OUT"
+  note "$name" "$said" "$((SECONDS - begun))" "$(grep -v '^ *$' "$OUT/$name.log" | tail -n 1)"
   return $code
 }
+has() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
+finish() {
+  echo "== summary ($SECONDS s, $( ((failed)) && echo 'something FAILED' || echo 'all passed'))"
+  cat "$SUMMARY"
+  [[ -f "$OUT/gpu.txt" ]] && sed -n '/^$/,$p' "$OUT/gpu.txt"
+  exit "$failed"
+}
+
+# A look that never stops the rest: what machine this is.
+look() {
+  nvidia-smi
+  "$PYTHON" - << 'EOF'
+import sys, torch
+print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda)
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    print(f"{p.name}: {p.multi_processor_count} multiprocessors, compute capability {p.major}.{p.minor}")
+EOF
+}
+rm -f "$OUT"/gpu.txt "$OUT"/gpu.json
+look > "$OUT/build.log" 2>&1
+tail -n 1 "$OUT/build.log"
 
 if compgen -G "$WHEELS/*.whl" > /dev/null; then
   site="$(mktemp -d)"
@@ -38,16 +69,37 @@ if compgen -G "$WHEELS/*.whl" > /dev/null; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-nvidia-smi > "$OUT/nvidia-smi.log" 2>&1 || true
-TAIL=20 step build 200 "$PYTHON" setup.py -q build_ext --inplace || exit 1
-TAIL=25 step tests 150 "$PYTHON" -m pytest -q -x --maxfail=8 --tb=short --show-capture=no tests/gpu
+for module in captum pytest hypothesis; do
+  has "$module" || { note "$module" MISSING 0 "no such package, and no wheel of it in $WHEELS: what needs it will fail"; failed=1; }
+done
+
+# The GPU that is there, and no other: a quarter of the compile time.
+if [[ -z "${TORCH_CUDA_ARCH_LIST:-}" ]]; then
+  arch="$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> /dev/null)"
+  [[ -n "$arch" ]] && export TORCH_CUDA_ARCH_LIST="$arch"
+fi
+mv "$OUT/build.log" "$OUT/machine.part"
+TAIL=3 step build 240 "$PYTHON" setup.py -q build_ext --inplace
+built=$?
+cat "$OUT/build.log" >> "$OUT/machine.part" && mv "$OUT/machine.part" "$OUT/build.log"
+if (( built != 0 )); then
+  grep -n -i -m 12 'error' "$OUT/build.log" | cut -c1-240
+  finish
+fi
+
+# Processes side by side where pytest can: a kernel that breaks the GPU for its process then breaks no other test.
+plugins=()
+has xdist && plugins+=(-n 6 --max-worker-restart 40)
+has pytest_timeout && plugins+=(--timeout 60 --timeout-method thread)
+TAIL=30 step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider "${plugins[@]}" --maxfail=60 --tb=short --show-capture=no tests/gpu
+grep -E '^(E  |FAILED|ERROR)' "$OUT/tests.log" | sort | uniq -c | sort -rn | head -n 12 | cut -c1-200
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
-    step "sanitizer-$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tests.gpu.small
+    step "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tests.gpu.small
+    grep -m 4 -A3 '^========= \(Invalid\|Error\|Warning\|Program hit\)' "$OUT/$tool.log" | cut -c1-160
   done
 else
-  echo "== compute-sanitizer: not on this machine, NOT RUN"
+  note compute-sanitizer "NOT RUN" 0 "not on this machine"
 fi
-TAIL=70 step benchmark "$(left)" "$PYTHON" -m benchmarks.gpu --seconds "$(( $(left) - 25 ))" --out "$OUT"
-echo "== all: $SECONDS s, $( ((failed)) && echo 'something FAILED' || echo passed)"
-exit "$failed"
+TAIL=4 step benchmark "$(left)" "$PYTHON" -m benchmarks.gpu --seconds "$(( $(left) - 35 ))" --out "$OUT"
+finish

@@ -13,6 +13,8 @@
 #define GK_RECORD __device__ __noinline__
 #define GK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define GK_SHARED_ARENA(name) extern __shared__ __align__(16) unsigned char name[]
+#define GK_LAUNCH(kernel, grid, threads, shared, stream, ...) \
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 namespace gradkern::cuda {
 GK_DEVICE uint32_t to_tf32(float x) {
@@ -45,7 +47,7 @@ GK_DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
 }
 }  // namespace gradkern::cuda
 #else
-#include "../host/shim.h"
+#include "../host/runtime.h"
 #endif
 
 namespace gradkern::cuda {
@@ -80,6 +82,14 @@ struct Divider {
     return {q, n - q * divisor};
   }
 };
+
+// The error's text, or null.  An error that is told is taken from the runtime too: torch would find it at its next call
+// and blame that.
+inline const char* error_text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 // Four neighbours, moved as 16-byte pieces.
 template <class T>

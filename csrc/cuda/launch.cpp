@@ -81,7 +81,8 @@ void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& t
       static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(sizes[6], (args.samples + processors - 1) / processors)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  const char* error = prepare_chain<T, Math>(shared);
+  // All that a block may have, whatever this chain takes: another thread may be about to launch a larger one.
+  const char* error = prepare_chain<T, Math>(shared_bytes(device.index()));
   if (!error)
     error = launch_chain<T, Math>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
                                   stream.stream());

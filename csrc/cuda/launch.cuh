@@ -8,16 +8,14 @@ namespace gradkern::cuda {
 // Lets the kernel use as much shared memory as the current device gives a block.
 template <class T, int Math>
 const char* prepare_chain(int bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(chain_kernel<T, Math>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return error_text(cudaFuncSetAttribute(chain_kernel<T, Math>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 template <class T, int Math>
 const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream) {
-  chain_kernel<T, Math><<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const auto kernel = chain_kernel<T, Math>;
+  GK_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream, args);
+  return error_text(cudaGetLastError());
 }
 
 }  // namespace gradkern::cuda

@@ -10,9 +10,8 @@ const char* launch_shares(const SharesArgs<T>& args, int64_t windows, bool poole
   const unsigned blocks = static_cast<unsigned>(wanted < 16384 ? wanted : 16384),
                  count = static_cast<unsigned>(windows);
   const auto kernel = !pooled ? secant_kernel<T> : args.relu ? shares_kernel<T, true> : shares_kernel<T, false>;
-  kernel<<<blocks, kShareThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, count);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  GK_LAUNCH(kernel, blocks, kShareThreads, 0, stream, args, count);
+  return error_text(cudaGetLastError());
 }
 
 template const char* launch_shares<float>(const SharesArgs<float>&, int64_t, bool, void*);

@@ -19,20 +19,16 @@ void check_tensor(const at::Tensor& t, const at::Tensor& like, at::ScalarType dt
 }
 
 template <class T, int Math>
-void launch(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& add,
-            const at::Tensor& mask, const at::Tensor& choice, const at::Tensor& tables, at::IntArrayRef sizes,
-            bool narrow, const at::Tensor& out) {
+void launch_checked(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& add,
+                    const at::Tensor& mask, const at::Tensor& choice, const at::Tensor& tables, at::IntArrayRef sizes,
+                    bool narrow, const at::Tensor& out) {
   StepArgs<T> a{};
-  const auto read = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
-  a.src = read(src), a.weight = read(weight), a.bias = read(bias), a.add = read(add), a.mask = read(mask);
-  a.choice = choice.defined() ? choice.const_data_ptr<uint8_t>() : nullptr;
-  a.out = out.mutable_data_ptr<T>();
-  a.rows = sizes[0];
   int* const fields[] = {&a.seeds, &a.inner,  &a.groups, &a.K,      &a.O,      &a.ldw,         &a.all_taps, &a.Hs,
                          &a.Ws,    &a.step_h, &a.step_w, &a.H,      &a.W,      &a.out_h,       &a.out_w,    &a.linear,
                          &a.relu,  &a.pool_h, &a.pool_w, &a.pool_H, &a.pool_W, &a.phase_count, &a.places};
   TORCH_CHECK(sizes.size() == 1 + std::size(fields), "gradkern: step: expected ", 1 + std::size(fields), " sizes, got ",
               sizes.size(), "; this extension and the Python package are of different versions");
+  a.rows = sizes[0];
   for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = static_cast<int>(sizes[i + 1]);
   const int64_t channels = int64_t(a.groups) * a.O, extent = int64_t(a.H) * a.W;
   const int64_t kept = a.rows / std::max(a.seeds, 1), written = a.rows * channels;
@@ -52,6 +48,10 @@ void launch(const at::Tensor& src, const at::Tensor& weight, const at::Tensor& b
   }
   check_tensor(out, weight, dtype, written * (choice.defined() ? int64_t(a.pool_H) * a.pool_W : extent), "the result");
   check_tensor(tables, weight, at::kInt, 6 * a.phase_count, "the tables");
+  const auto read = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
+  a.src = read(src), a.weight = read(weight), a.bias = read(bias), a.add = read(add), a.mask = read(mask);
+  a.choice = choice.defined() ? choice.const_data_ptr<uint8_t>() : nullptr;
+  a.out = out.mutable_data_ptr<T>();
   a.phases = tables.const_data_ptr<int32_t>();
   a.taps = a.phases + 6 * a.phase_count;
 
@@ -77,11 +77,11 @@ void step(const at::Tensor& src, const at::Tensor& weight, const std::optional<a
   TORCH_CHECK(math == kPlain || (single && (math == kTf32 || math == kBf16 || math == kTf32x3)),
               "gradkern: step: expected an arithmetic of 0 … 3 (0 for float64), got ", math);
   const c10::cuda::CUDAGuard guard(src.device());
-  const auto go = !single           ? launch<double, kPlain>
-                  : math == kTf32x3 ? launch<float, kTf32x3>
-                  : math == kTf32   ? launch<float, kTf32>
-                  : math == kBf16   ? launch<float, kBf16>
-                                    : launch<float, kPlain>;
+  const auto go = !single           ? launch_checked<double, kPlain>
+                  : math == kTf32x3 ? launch_checked<float, kTf32x3>
+                  : math == kTf32   ? launch_checked<float, kTf32>
+                  : math == kBf16   ? launch_checked<float, kBf16>
+                                    : launch_checked<float, kPlain>;
   const at::Tensor none;
   go(src, weight, bias.value_or(none), add.value_or(none), mask.value_or(none), choice.value_or(none), tables, sizes,
      narrow, out);

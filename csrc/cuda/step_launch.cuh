@@ -8,13 +8,12 @@ template <class T, int Math, class S, Source From>
 const char* launch_shape(const StepArgs<T>& args, void* stream) {
   constexpr int shared = kStepShared<T, S>;
   const auto kernel = step_kernel<T, Math, S, From>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (const char* error = error_text(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+    return error;
   const int64_t down = (args.rows * args.places + S::BM - 1) / S::BM, across = (args.O + S::BN - 1) / S::BN;
   const dim3 grid(static_cast<unsigned>(down * across), 1, static_cast<unsigned>(args.groups * args.phase_count));
-  kernel<<<grid, kStepThreads, shared, static_cast<cudaStream_t>(stream)>>>(args);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  GK_LAUNCH(kernel, grid, kStepThreads, shared, stream, args);
+  return error_text(cudaGetLastError());
 }
 
 template <class T, int Math>

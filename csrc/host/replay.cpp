@@ -17,10 +17,10 @@ using gradkern::cuda::Args;
 using gradkern::cuda::StepArgs;
 
 extern "C" {
-void gk_run_f32(const Args<float>*, int, int, int, int64_t);
-void gk_run_f64(const Args<double>*, int, int, int, int64_t);
-void gk_step_f32(const StepArgs<float>*, int, int);
-void gk_step_f64(const StepArgs<double>*, int, int);
+const char* gk_run_f32(const Args<float>*, int, int, int, int64_t);
+const char* gk_run_f64(const Args<double>*, int, int, int, int64_t);
+const char* gk_step_f32(const StepArgs<float>*, int, int);
+const char* gk_step_f64(const StepArgs<double>*, int, int);
 void gk_rescale_f32(const SharesArgs<float>*, int64_t, int, int, int);
 void gk_rescale_f64(const SharesArgs<double>*, int64_t, int, int, int);
 }
@@ -53,9 +53,10 @@ A arguments(std::vector<char>& raw, const std::vector<Blob>& blobs, size_t point
   return args;
 }
 
+// The error text, or null.
 template <class T, class Chain, class Step, class Rescale>
-void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain, Step step,
-            Rescale rescale) {
+const char* launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain,
+                   Step step, Rescale rescale) {
   const int math = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]);
   if (head[0] == 0) {
     const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
@@ -63,10 +64,11 @@ void launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_
   }
   if (head[0] == 2) {
     const auto args = arguments<SharesArgs<T>>(raw, blobs, offsetof(SharesArgs<T>, ref_rows) / sizeof(void*));
-    return rescale(&args, head[5], math, blocks, static_cast<int>(head[4]));
+    rescale(&args, head[5], math, blocks, static_cast<int>(head[4]));
+    return nullptr;
   }
   const auto args = arguments<StepArgs<T>>(raw, blobs, offsetof(StepArgs<T>, rows) / sizeof(void*));
-  step(&args, math, blocks);
+  return step(&args, math, blocks);
 }
 
 }  // namespace
@@ -89,8 +91,10 @@ int main(int count, char** words) {
     blobs.push_back(std::move(blob));
   }
   std::fclose(in);
-  head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32, gk_rescale_f32)
-               : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64, gk_rescale_f64);
+  const char* const error = head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32, gk_rescale_f32)
+                                         : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64, gk_rescale_f64);
+  if (error) std::fprintf(stderr, "replay: %s\n", error);
+  if (error) return 3;
   std::FILE* out = std::fopen(words[2], "wb");
   need(out != nullptr);
   for (const Blob& blob : blobs) {

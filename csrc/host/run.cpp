@@ -1,69 +1,95 @@
-// Launches of the kernels on the host, for the tests: a plain C interface, no torch, no CUDA.
-#include <cstdlib>
-#include <memory>
-#include <thread>
-#include <vector>
+// The launches of ../cuda on the host, for the tests, by a plain C interface and by the launchers' own functions: no
+// torch, no CUDA.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
-#include "../cuda/chain.cuh"
-#include "../cuda/hash.cuh"
-#include "../cuda/shares.cuh"
-#include "../cuda/step.cuh"
-
-namespace {
+#include "../cuda/hash.cu"
+#include "../cuda/launch.cuh"
+#include "../cuda/shares.cu"
+#include "../cuda/step_launch.cuh"
 
 using namespace gradkern;
 
-// Blocks one after the other; the threads of a block at once.  Every block's arena starts as NaNs, so that a number
-// that nobody wrote shows.
-template <class Kernel>
-void launch(host::Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
-  // Exactly as large as asked for, so that the address sanitizer sees one byte past it.
-  const std::unique_ptr<unsigned char, void (*)(void*)> memory(
-      static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), std::free);
-  unsigned char* const arena = memory.get();
-  std::vector<host::Warp> warps(threads / 32);
-  host::Block block{arena, host::Barrier(threads), warps.data()};
-  std::vector<std::thread> running;
-  for (unsigned i = 0; i < threads; ++i)
-    running.emplace_back([&, i] {
-      host::self = {&block, &warps[i / 32], i % 32};
-      host::thread_index.x = i;
-      host::block_size.x = threads;
-      host::grid_size = grid;
-      for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned b = 0; b < grid.x; ++b) {
-          if (i == 0) std::memset(arena, 0xff, bytes);
-          __syncthreads();
-          host::block_index = {b, 0, z};
-          kernel();
-          __syncthreads();
-        }
-    });
-  for (std::thread& t : running) t.join();
+namespace {
+
+constexpr int kAlways = 48 << 10;  // bytes of shared memory that a kernel may have without asking
+
+host::Gpu gpu{132, 232448, 0, 0, 0, 0, 0, 0};
+thread_local cudaError_t last_error = cudaSuccess;
+std::mutex limits_lock;
+std::map<const void*, int> limits;  // shared memory that a kernel was allowed
+
+}  // namespace
+
+host::Gpu* gk_gpu() { return &gpu; }
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid argument";
 }
 
-template <class T, int Math>
-void chain(const cuda::Args<T>& args, int blocks, int threads, int64_t bytes) {
-  launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), static_cast<size_t>(bytes),
-         [&] { cuda::chain_kernel<T, Math>(args); });
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? gpu.processors : gpu.shared_bytes;
+  return cudaSuccess;
 }
 
-template <class T, int Math, class S, cuda::Source From>
-void shape(const cuda::StepArgs<T>& args) {
-  const int64_t blocks = (args.rows * args.places + S::BM - 1) / S::BM * ((args.O + S::BN - 1) / S::BN);
-  launch({static_cast<unsigned>(blocks), 1, static_cast<unsigned>(args.groups * args.phase_count)}, cuda::kStepThreads,
-         cuda::kStepShared<T, S>, [&] { cuda::step_kernel<T, Math, S, From>(args); });
+namespace gradkern::host {
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes < 0 || bytes > gpu.shared_bytes) return last_error = cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> lock(limits_lock);
+  limits[kernel] = gpu.allowed = bytes;
+  return cudaSuccess;
 }
+
+bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared) {
+  constexpr unsigned kAlongX = 0x7fffffff, kAlong = 65535;
+  gpu.launches += 1, gpu.blocks = static_cast<int>(grid.x);
+  if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || grid.x > kAlongX || grid.y > kAlong ||
+      grid.z > kAlong) {
+    last_error = cudaErrorInvalidConfiguration;
+    return false;
+  }
+  const std::lock_guard<std::mutex> lock(limits_lock);
+  const auto allowed = limits.find(kernel);
+  if (shared > static_cast<size_t>(allowed == limits.end() ? kAlways : std::max(allowed->second, kAlways)))
+    last_error = cudaErrorInvalidValue;
+  return last_error == cudaSuccess;
+}
+
+}  // namespace gradkern::host
+
+namespace gradkern::cuda {
+
+#define GK_ARITHMETIC(T, Math)                                                         \
+  template const char* prepare_chain<T, Math>(int);                                    \
+  template const char* launch_chain<T, Math>(const Args<T>&, int, int, size_t, void*); \
+  template const char* launch_step<T, Math>(const StepArgs<T>&, bool, void*);
+GK_ARITHMETIC(float, kPlain)
+GK_ARITHMETIC(float, kTf32)
+GK_ARITHMETIC(float, kBf16)
+GK_ARITHMETIC(float, kTf32x3)
+GK_ARITHMETIC(double, kPlain)
+#undef GK_ARITHMETIC
+
+}  // namespace gradkern::cuda
+
+namespace {
+
 template <class T, int Math>
-void step(const cuda::StepArgs<T>& args, bool narrow) {
-  cuda::with_shape<Math>(args, narrow, [&]<class S, cuda::Source From>() { shape<T, Math, S, From>(args); });
+const char* chain(const cuda::Args<T>& args, int blocks, int threads, int64_t bytes) {
+  const char* const error = cuda::prepare_chain<T, Math>(static_cast<int>(bytes));
+  return error ? error : cuda::launch_chain<T, Math>(args, blocks, threads, static_cast<size_t>(bytes), nullptr);
 }
 
 // `windows`: results per place of a window.
 template <class T>
 void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks, int threads) {
   const auto count = static_cast<uint32_t>(windows);
-  launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 16, [&] {
+  host::launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 16, [&] {
     !pooled     ? cuda::secant_kernel<T>(args, count)
     : args.relu ? cuda::shares_kernel<T, true>(args, count)
                 : cuda::shares_kernel<T, false>(args, count);
@@ -76,8 +102,9 @@ extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
 int gk_step_args_size() { return sizeof(cuda::StepArgs<float>); }
 int gk_shares_args_size() { return sizeof(SharesArgs<double>); }
-// `math`: how to multiply, as in args.h; double takes kPlain alone.
-void gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads, int64_t bytes) {
+int gk_gpu_size() { return sizeof(host::Gpu); }
+// `math`: how to multiply, as in args.h; double takes kPlain alone.  The error text, or null.
+const char* gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads, int64_t bytes) {
   switch (math) {
     case cuda::kTf32x3: return chain<float, cuda::kTf32x3>(*args, blocks, threads, bytes);
     case cuda::kTf32: return chain<float, cuda::kTf32>(*args, blocks, threads, bytes);
@@ -85,22 +112,24 @@ void gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads
     default: return chain<float, cuda::kPlain>(*args, blocks, threads, bytes);
   }
 }
-void gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
-  chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
+const char* gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
+  return chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
 }
 void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, int blocks) {
-  launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
-         [&] { cuda::hash_kernel(words, count, first, total); });
+  host::launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
+               [&] { cuda::hash_kernel(words, count, first, total); });
 }
-void gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
+const char* gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
   switch (math) {
-    case cuda::kTf32x3: return step<float, cuda::kTf32x3>(*args, narrow);
-    case cuda::kTf32: return step<float, cuda::kTf32>(*args, narrow);
-    case cuda::kBf16: return step<float, cuda::kBf16>(*args, narrow);
-    default: return step<float, cuda::kPlain>(*args, narrow);
+    case cuda::kTf32x3: return cuda::launch_step<float, cuda::kTf32x3>(*args, narrow, nullptr);
+    case cuda::kTf32: return cuda::launch_step<float, cuda::kTf32>(*args, narrow, nullptr);
+    case cuda::kBf16: return cuda::launch_step<float, cuda::kBf16>(*args, narrow, nullptr);
+    default: return cuda::launch_step<float, cuda::kPlain>(*args, narrow, nullptr);
   }
 }
-void gk_step_f64(const cuda::StepArgs<double>* args, int, int narrow) { step<double, cuda::kPlain>(*args, narrow); }
+const char* gk_step_f64(const cuda::StepArgs<double>* args, int, int narrow) {
+  return cuda::launch_step<double, cuda::kPlain>(*args, narrow, nullptr);
+}
 void gk_rescale_f32(const SharesArgs<float>* args, int64_t windows, int pooled, int blocks, int threads) {
   rescale(*args, windows, pooled, blocks, threads);
 }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import options
+from .. import ops, options
 from ..job import jacobian_choice
 from ..options import BadValue
 from . import fingerprint, forecast, statistics
@@ -50,7 +50,7 @@ def attributes(
             "threads": settings.threads or torch.get_num_threads(),
             "memory_budget": budget,
             "engine": probe.engine,
-            "precision": torch.get_float32_matmul_precision(),
+            "precision": ops.precision(),
             "plan": probe.plan_key(),
             **fingerprint.of_machine(),
         },

@@ -18,7 +18,7 @@ from .settings import Settings
 @contextmanager
 def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
     """The store's number of threads, memory budget and precision (else the caller's), put back afterwards."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads, precision = torch.get_num_threads(), ops.precision()
     with ExitStack() as stack:
         if pinned:
             stack.enter_context(options.use(memory_budget=pinned["memory_budget"]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -29,7 +32,6 @@ MEASURED = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")
 
 @pytest.fixture(autouse=True)
 def pinned():
-    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
 
@@ -86,7 +88,7 @@ def test_equal_calls_give_equal_bits() -> None:
 
 def test_every_number_is_written() -> None:
     _, inputs, program, params = on_gpu(CASES["lenet5"], 77, torch.float32)
-    out = torch.full((77, 10, 1, 28, 28), float("nan"), device=CUDA)
+    out = torch.full((len(inputs[0]), 10, 1, 28, 28), float("nan"), device=CUDA)
     engine.jacobian(program, params, inputs, out=[out])
     assert torch.isfinite(out).all()
 
@@ -412,3 +414,28 @@ def test_the_plan_says_cuda() -> None:
     assert "kernel cuda" in str(table)
     assert table.native_share == 1.0
     assert ops.machine(CUDA).shared_bytes >= 99 * 1024
+
+
+def test_a_float32_model_is_traced_in_tf32() -> None:
+    """torch's own default for convolutions: one sample and several then differ by more than float32's rounding."""
+    torch.backends.cudnn.allow_tf32 = True
+    for name in ("cnn1d", "lenet5", "fcn"):
+        model, x = CASES[name].build().to(CUDA), CASES[name].inputs(64)[0].to(CUDA)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", gradkern.GradkernWarning)
+            gradkern.jacobian(model, x, engine="kernel")
+
+
+def test_copies_to_the_gpu_and_back() -> None:
+    # gradkern.data wants libraries that this needs nothing of.
+    path = Path(gradkern.__file__).parent / "data" / "transfer.py"
+    spec = importlib.util.spec_from_file_location("transfer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    transfer = module.Transfer(CUDA)
+    given = [torch.randn(1000, 17), torch.arange(1000), torch.randn(17, 1000).T]
+    for _ in range(20):
+        moved = transfer.upload(given)()
+        assert all(x.device == CUDA for x in moved)
+        back = transfer.download([x * 2 for x in moved])()
+        assert all(torch.equal(b, 2 * x) for b, x in zip(back, given, strict=True))

@@ -1,0 +1,88 @@
+// CUDA's runtime as the launchers call it, on the host: attributes, launches with the limits that a GPU has, errors.
+// One stand-in GPU, whose properties the tests set and which notes what was asked of it.
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "shim.h"
+
+namespace gradkern::host {
+
+// Plain integers, mirrored by tests/host_device.py.
+struct Gpu {
+  int processors, shared_bytes;
+  int capturing;  // 1: a CUDA graph is being captured
+  // What was asked for.
+  int launches;
+  int blocks;   // of the last launch
+  int allowed;  // bytes of shared memory that a kernel was last allowed
+  int kept;     // tensors told that a stream reads them
+  int guards;   // that are alive
+};
+
+}  // namespace gradkern::host
+
+extern "C" gradkern::host::Gpu* gk_gpu();
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+using dim3 = gradkern::host::Dim;
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+namespace gradkern::host {
+
+cudaError_t allow_shared(const void* kernel, int bytes);
+// Whether a GPU would launch this; otherwise what `cudaGetLastError` says then.
+bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared);
+
+// Blocks one after the other; the threads of a block at once.  Every block's arena starts as NaNs, so that a number
+// that nobody wrote shows.
+template <class Kernel>
+void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
+  // Exactly as large as asked for, so that the address sanitizer sees one byte past it.
+  const std::unique_ptr<unsigned char, void (*)(void*)> memory(
+      static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), std::free);
+  unsigned char* const arena = memory.get();
+  std::vector<Warp> warps(threads / 32);
+  Block block{arena, Barrier(threads), warps.data()};
+  std::vector<std::thread> running;
+  for (unsigned i = 0; i < threads; ++i)
+    running.emplace_back([&, i] {
+      self = {&block, &warps[i / 32], i % 32};
+      thread_index.x = i;
+      block_size.x = threads;
+      grid_size = grid;
+      for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned b = 0; b < grid.x; ++b) {
+          if (i == 0) std::memset(arena, 0xff, bytes);
+          __syncthreads();
+          block_index = {b, 0, z};
+          kernel();
+          __syncthreads();
+        }
+    });
+  for (std::thread& t : running) t.join();
+}
+
+}  // namespace gradkern::host
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  return gradkern::host::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+#define GK_LAUNCH(kernel, grid, threads, shared, stream, ...)                                    \
+  do {                                                                                           \
+    (void)(stream);                                                                              \
+    const gradkern::host::Dim dim{grid};                                                         \
+    if (gradkern::host::may_launch(reinterpret_cast<const void*>(kernel), dim, threads, shared)) \
+      gradkern::host::launch(dim, threads, shared, [&] { kernel(__VA_ARGS__); });                \
+  } while (false)
