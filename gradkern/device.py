@@ -226,7 +226,7 @@ class DeviceLowering(Lowering):
         return sizes, choice.seed_tile
 
     def settle(self, scratch: list[int]) -> None:
-        """Say in the records what depends on how the work is cut: samples at a time, and the lanes of quads' workers."""
+        """Say in the records what depends on how the work is cut: samples at a time, lanes of quads' workers."""
         choice = self.choice
         for op, run in zip(self.forward + self.backward, self.runs_of(), strict=True):
             op["outer"], op["scratch"] = choice.slots[run], scratch[run]
@@ -323,8 +323,7 @@ class DeviceLowering(Lowering):
 
     def choose(self, scratch: list[int], sample: int, tile: int) -> Choice | None:
         """The cheapest region, sample tile and slots for a seed tile; None where nothing fits."""
-        ops, runs = self.forward + self.backward, self.runs_of()
-        blocked = any(op["block"] for op in ops)
+        blocked = any(op["block"] for op in self.forward + self.backward)
         costs: dict[tuple[int, int], float] = {}
         found = None
         for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):  # slots of the run that needs most scratch

@@ -88,7 +88,7 @@ def sliced(backward: list[Op], tables: Sequence[int], count: int) -> list[Op] | 
         return None
     wide, stages = found
     first, done = stages[0], {s.place for s in stages}
-    skipped = {wide, *done} | {i for i in zeros_of(backward, stages)}
+    skipped = {wide, *done} | set(zeros_of(backward, stages))
     start, rest = min(skipped), max(done) + 1
     if any(i not in skipped for i in range(start, rest)):
         return None

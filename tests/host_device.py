@@ -39,7 +39,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("targets", "seed_rows")),
         *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
         *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
-        *((name, ctypes.c_int) for name in ("region", "sample", "bits", "slots", "block", "planned")),
+        *((name, ctypes.c_int) for name in ("region", "sample", "bits", "block", "planned")),
     )
 
 
@@ -209,7 +209,7 @@ class HostDevice:
         if n == 0:
             return found
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
-        region, sample, math, bits, slots, shared, block = sizes
+        region, sample, math, bits, _, shared, block = sizes
         assert shared <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
@@ -223,7 +223,7 @@ class HostDevice:
             args.seed_rows_n = seeds * row if seed_rows.dim() == 3 else 0
         args.samples, args.forward_count, args.backward_count = n, len(forward), len(backward)
         args.seeds, args.seed_tile = seeds, seed_tile
-        args.region, args.sample, args.bits, args.slots = region, sample, bits, slots
+        args.region, args.sample, args.bits = region, sample, bits
         args.block, args.planned = min(block, -(-n // self.blocks)), block
         if self.record is not None:
             tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]

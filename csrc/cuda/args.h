@@ -14,7 +14,7 @@ constexpr int kPorts = 16;  // external inputs or outputs of a chain; gradkern/d
 // get 255.  gradkern/device.py: Device.threads.
 constexpr int kThreads = 256;
 
-// Arena of a block, in elements: `region` (scratch of `slots` samples at a time, or the temporary matrices of a block
+// Arena of a block, in elements: `region` (scratch of a few samples at a time, or the temporary matrices of a block
 // op), then `block` records of `sample` elements, then `block` records of `bits` bytes.  A record's negative sample
 // stride means scratch: so far per slot.
 template <class T>
@@ -34,7 +34,7 @@ struct Args {
   int64_t samples;
   int forward_count, backward_count;
   int seeds, seed_tile;
-  int region, sample, bits, slots;
+  int region, sample, bits;
   int block;    // samples of a tile in this launch
   int planned;  // samples that the arena has room for
 };

@@ -73,7 +73,6 @@ void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& t
   args.region = static_cast<int>(sizes[0]);
   args.sample = static_cast<int>(sizes[1]);
   args.bits = static_cast<int>(sizes[3]);
-  args.slots = static_cast<int>(sizes[4]);
   args.planned = static_cast<int>(sizes[6]);
   const int shared = static_cast<int>(sizes[5]), processors = multiprocessors(device.index());
   // Small batches are spread over the whole GPU.

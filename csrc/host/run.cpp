@@ -115,6 +115,14 @@ const char* gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int 
 const char* gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
   return chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
 }
+// What a number that stays divides, by multiplication: for tests of the numbers' ends.
+void gk_divide(const int* numbers, int count, int divisor, int* quotients, int* rests) {
+  const cuda::Divider by(divisor);
+  for (int i = 0; i < count; ++i) {
+    const auto [quotient, rest] = by.parts(numbers[i]);
+    quotients[i] = quotient, rests[i] = rest;
+  }
+}
 void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, int blocks) {
   host::launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
                [&] { cuda::hash_kernel(words, count, first, total); });
