@@ -28,10 +28,12 @@ from .device_cost import (
     IN_NARROW,
     IN_QUADS,
     PARTS,
+    QUAD_LANES,
     QUADS,
     WALK_SEEDS,
     WARP,
     WINDOW_T,
+    RunPrice,
     Work,
     even,
     narrow_clocks,
@@ -104,6 +106,7 @@ class DeviceLowering(Lowering):
         self.math = machine.math if itemsize == 4 else PLAIN
         self.written: set[int] = set()  # stores that a record has written
         self.choice = Choice(1, 1, (), 0, 0, 0.0)
+        self.prices: dict[tuple, float] = {}
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
@@ -142,7 +145,7 @@ class DeviceLowering(Lowering):
             return taps / planes * narrow_clocks(slots, layout.O, self.seeds, planes)[0]
         if isinstance(layout, QuadScatter):
             args = (slots // 4, layout.O, self.seeds, planes, pattern)
-            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in (4, 8, 16, 32))
+            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in QUAD_LANES)
         walks = math.ceil(self.seeds / WALK_SEEDS)
         return walks * walk_clocks(slots, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
 
@@ -173,7 +176,7 @@ class DeviceLowering(Lowering):
                 raise AssertionError("a linear layer gives one position")
             op["size"] = int(len(layout.runs) == 1)  # the window is one run
         else:
-            op["R"], op["L"] = bands(unit, op)
+            op["ways"] = bands(unit, op)
             if isinstance(layout, QuadScatter):
                 op["fn"], op["table"] = IN_QUADS, self.table(layout.offsets())
             elif isinstance(layout, NarrowScatter):
@@ -226,12 +229,13 @@ class DeviceLowering(Lowering):
         return sizes, choice.seed_tile
 
     def settle(self, scratch: list[int]) -> None:
-        """Say in the records what depends on how the work is cut: samples at a time, lanes of quads' workers."""
+        """Say in the records what depends on how the work is cut: samples at a time, workers and their bands."""
         choice = self.choice
         for op, run in zip(self.forward + self.backward, self.runs_of(), strict=True):
             op["outer"], op["scratch"] = choice.slots[run], scratch[run]
-            if op["kind"] == WINDOW_T and op.get("fn") == IN_QUADS:
-                op["slots"] = self.work(choice.slots[run], choice.block, choice.seed_tile).quads(op)[1]
+            if op["kind"] == WINDOW_T and not op["block"]:
+                work = self.work(choice.slots[run], choice.block, choice.seed_tile)
+                _, op["slots"], (op["R"], op["L"], op["entries"]) = work.transposed(op)
 
     def runs_of(self) -> list[int]:
         """The run that each record belongs to: a record that takes the whole block, or all records in between."""
@@ -322,40 +326,34 @@ class DeviceLowering(Lowering):
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
     def choose(self, scratch: list[int], sample: int, tile: int) -> Choice | None:
-        """The cheapest region, sample tile and slots for a seed tile; None where nothing fits."""
-        blocked = any(op["block"] for op in self.forward + self.backward)
-        costs: dict[tuple[int, int], float] = {}
-        found = None
-        for most in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):  # slots of the run that needs most scratch
-            for block in range(MAX_TILE if blocked else most, 0, -1):
-                region = (max(most * max(scratch), self.temporary(block, tile)) + 3) // 4 * 4
-                size = self.bytes(region, sample, block)
-                if size > self.machine.shared_bytes:
-                    continue
-                costs.clear()
-                slots = tuple(
-                    min(
-                        range(1, (min(block, region // each, MAX_SLOTS) if each else min(block, MAX_SLOTS)) + 1),
-                        key=lambda n, run=run: self.run_cost(costs, run, n, block, tile),
-                    )
-                    for run, each in enumerate(scratch)
-                )
-                cost = sum(self.run_cost(costs, run, n, block, tile) for run, n in enumerate(slots))
-                if found is None or cost < found.cost:
-                    found = Choice(tile, block, slots, region, size, cost)
+        """The cheapest sample tile and slots for a seed tile; None where nothing fits."""
+        runs, found = self.priced(tile), None
+        for block in range(1, MAX_TILE + 1):
+            needed = max(*scratch, self.temporary(block, tile))
+            if self.bytes((needed + 3) // 4 * 4, sample, block) > self.machine.shared_bytes:
                 break
+            room = (self.machine.shared_bytes - self.bytes(0, sample, block)) // self.itemsize
+            wanted = max(needed, *(min(block, MAX_SLOTS) * each for each in scratch))
+            region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
+            limits = [min(block, MAX_SLOTS, region // each if each else block) for each in scratch]
+            picked = [(run.alone(block), 1) if run.block else run.best(n) for run, n in zip(runs, limits, strict=True)]
+            cost = sum(clocks for clocks, _ in picked)
+            if found is None or cost < found.cost:
+                slots = tuple(n for _, n in picked)
+                found = Choice(tile, block, slots, region, self.bytes(region, sample, block), cost)
         return found
 
-    def run_cost(self, known: dict[tuple[int, int], float], run: int, slots: int, block: int, tile: int) -> float:
-        """Estimated clocks per sample of a run's records."""
-        if (run, slots) not in known:
-            ops = zip(self.forward + self.backward, self.runs_of(), strict=True)
-            mine = [(i, op) for i, (op, r) in enumerate(ops) if r == run]
-            work, rounds = self.work(slots, block, tile), math.ceil(self.seeds / tile) if self.seeds else 0
-            known[run, slots] = sum(
-                work.forward(op) if i < len(self.forward) else rounds * work.backward(op) for i, op in mine
-            )
-        return known[run, slots]
+    def priced(self, tile: int) -> list[RunPrice]:
+        """The runs of records, as prices by the number of samples that they take at a time."""
+        rounds = math.ceil(self.seeds / tile) if self.seeds else 0
+        ops = self.forward + self.backward
+        found: list[RunPrice] = []
+        for i, (op, run) in enumerate(zip(ops, self.runs_of(), strict=True)):
+            if run == len(found):
+                warps = self.machine.threads // WARP
+                found.append(RunPrice(bool(op["block"]), warps, tile, self.itemsize, self.prices))
+            found[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else rounds)
+        return found
 
     def work(self, slots: int, block: int, tile: int) -> Work:
         return Work(self.machine.threads // WARP, slots, block, tile, self.itemsize)
@@ -392,19 +390,21 @@ class DeviceLowering(Lowering):
         return tuple(int(out[f]) for f in FIELDS)
 
 
-def bands(unit: Unit, op: dict[str, Any]) -> tuple[int, int]:
-    """``(rows, columns)`` of the rectangles of positions that workers own, so that every second one is apart.
+def bands(unit: Unit, op: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """``(rows, columns, colours)`` of the rectangles of positions that workers own, in the ways to choose from.
 
     Position ``q`` of an axis reaches from ``q·step`` to ``q·step + reach`` of the destination.  Bands of ``length``
-    positions with one band between them touch different memory when ``(length + 1)·step > reach``.
+    positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  Rows
+    have two colours; columns have two, or as many as single positions need.
     """
     (kh, kw), (sh, sw), _, (dh, dw) = planar(unit.form.map)  # type: ignore[attr-defined]
-    found = []
+    lengths, fewest = [], []
     for extent, k, s, d, p in ((op["H"], kh, sh, dh, "h"), (op["W"], kw, sw, dw, "w")):
         pool_step, pool_reach = (op[f"s{p}"], (op[f"k{p}"] - 1) * op[f"d{p}"]) if op["taps"] else (1, 0)
         step, reach = pool_step * s, pool_reach * s + (k - 1) * d
-        found.append(min(extent, max(1, reach // step)))
-    return found[0], found[1]
+        lengths.append(min(extent, max(1, reach // step)))
+        fewest.append(reach // step + 1)
+    return [(lengths[0], lengths[1], 2), (lengths[0], 1, fewest[1])]
 
 
 def lower_device(

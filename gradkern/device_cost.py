@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .chain import KINDS
@@ -18,9 +18,9 @@ from .chain import KINDS
 WARP = 32
 WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
 QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
-QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES = 6, 18, 4
+QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
 POOLED = 8  # csrc/cuda/pooled.cuh
-NARROW, NARROW_SEEDS = 8, 5  # csrc/cuda/narrow.cuh
+NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
 WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
@@ -30,6 +30,8 @@ L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets fro
 WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
 MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
 Op = Mapping[str, Any]
+Bands = tuple[int, int, int]  # rows, columns, colours along the columns
+PLACES = ("bits", "table", "table2", "wb", "wf", "bias", "ext", "outer", "scratch", "slots")  # cost nothing
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -80,7 +82,7 @@ class Work:
         elif op["kind"] == WINDOW_T and op["block"]:
             clocks += self.product(op)
         elif op["kind"] == WINDOW_T:
-            clocks += {WALKS: self.walks, IN_QUADS: self.quads, IN_NARROW: self.narrow}[op.get("fn", WALKS)](op)[0]
+            clocks += self.transposed(op)[0]
         return clocks
 
     def window(self, op: Op) -> float:
@@ -118,33 +120,76 @@ class Work:
 
         return min(clocks(4), clocks(1)) / self.slots
 
-    def walks(self, op: Op) -> tuple[float, int]:
-        """A transposed convolution that walks its live channels, and the lanes of a worker."""
-        walks, lanes = math.ceil(self.tile / WALK_SEEDS), worker_lanes(op["K"])
-        one = walk_clocks(op["K"], op["O"], op["merged"], even(self.tile, WALK_SEEDS), max(op["taps"], 1), op["taps"])
-        return walks * op["H"] * op["W"] * one / self.share(op, walks, lanes), lanes
+    def transposed(self, op: Op) -> tuple[float, int, Bands]:
+        """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
+        planes, taps = op["taps"] if op["merged"] else 1, max(op["taps"], 1)
+        ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
+        way = op.get("fn", WALKS)
+        if way == WALKS:
+            visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
+            one = walk_clocks(op["K"], op["O"], op["merged"], together, taps, op["taps"])
+            ways.append((visits * one, visits, worker_lanes(op["K"])))
+        elif way == IN_QUADS:
+            for lanes in QUAD_LANES:
+                one, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
+                ways.append((taps / max(planes, 1) * one, visits, lanes))
+        else:
+            one, visits = narrow_clocks(op["K"], op["O"], self.tile, planes)
+            ways.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
+        return min(
+            (op["H"] * op["W"] * clocks / self.share(op, bands, visits, lanes), lanes, bands)
+            for clocks, visits, lanes in ways
+            for bands in op["ways"]
+        )
 
-    def quads(self, op: Op) -> tuple[float, int]:
-        """A transposed convolution in quads, and the lanes of a worker that make it cheapest."""
-        planes = op["taps"] if op["merged"] else 1
-        positions = op["H"] * op["W"] * (max(op["taps"], 1) // planes)
-        found = []
-        for lanes in (4, 8, 16, 32):
-            clocks, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
-            found.append((positions * clocks / self.share(op, visits, lanes), lanes))
-        return min(found)
+    def share(self, op: Op, bands: Bands, visits: int, lanes: int) -> float:
+        """The share of workers that have positions to visit, over the turns of all colours."""
+        rows, columns, colours = bands
+        workers = self.warps * (WARP // lanes)
+        turns = 0
+        for down in range(2):
+            for along in range(colours):
+                high = max(math.ceil(op["H"] / rows) + 1 - down, 0) // 2
+                wide = max(math.ceil(op["W"] / columns) + colours - 1 - along, 0) // colours
+                turns += math.ceil(self.slots * visits * high * wide / workers) * rows * columns
+        return self.slots * visits * op["H"] * op["W"] / (workers * turns)
 
-    def narrow(self, op: Op) -> tuple[float, int]:
-        """A transposed convolution of a narrow window, four lanes a position."""
-        clocks, visits = narrow_clocks(op["K"], op["O"], self.tile, op["taps"] if op["merged"] else 1)
-        taps = max(op["taps"], 1) if not op["merged"] else 1
-        return taps * op["H"] * op["W"] * clocks / self.share(op, visits, 4), 4
 
-    def share(self, op: Op, visits: int, lanes: int) -> float:
-        """The share of workers that are busy with the bands of a colour."""
-        down, across = math.ceil(op["H"] / op["R"]), math.ceil(op["W"] / op["L"])
-        colours = min(down, 2) * min(across, 2)
-        return busy(self.slots * visits * math.ceil(down * across / colours), self.warps * (WARP // lanes))
+@dataclass
+class RunPrice:
+    """A run of records as a price per sample, by how many samples it takes at a time."""
+
+    block: bool  # whether it is a single record that takes the whole block
+    warps: int
+    tile: int
+    itemsize: int
+    known: dict[tuple, float]  # prices of records: slices repeat theirs
+    ops: list[tuple[Op, tuple, bool, int]] = field(default_factory=list)
+    cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … slots: clocks, slots
+
+    def add(self, op: Op, forward: bool, times: int) -> None:
+        numbers = tuple(v for k, v in sorted(op.items()) if isinstance(v, int) and k not in PLACES)
+        self.ops.append((op, (numbers, tuple(op.get("ways", ()))), forward, times))
+
+    def price(self, slots: int, block: int) -> float:
+        work, total = Work(self.warps, slots, block, self.tile, self.itemsize), 0.0
+        for op, what, forward, times in self.ops:
+            key = (what, forward, self.tile, slots, block)
+            if key not in self.known:
+                self.known[key] = work.forward(op) if forward else work.backward(op)
+            total += times * self.known[key]
+        return total
+
+    def alone(self, block: int) -> float:
+        return self.price(0, block)
+
+    def best(self, most: int) -> tuple[float, int]:
+        """The lowest price with at most that many slots, and the slots."""
+        while len(self.cheapest) < most:
+            slots = len(self.cheapest) + 1
+            found = (self.price(slots, 0), slots)
+            self.cheapest.append(min(found, self.cheapest[-1]) if self.cheapest else found)
+        return self.cheapest[most - 1]
 
 
 def worker_lanes(slots: int) -> int:
