@@ -96,7 +96,7 @@ class Work:
         tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op["groups"]
         share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
         # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
-        term = loop(4 * each + 5.5, each / 4 + 2) if op["L"] % 4 == 0 else loop(5 * each + 7, each + 1)
+        term = loop(4 * each + 7, each / 4 + 2) if op["L"] % 4 == 0 else loop(5 * each + 7, each + 1)
         work = tiles * (op["K"] * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
         return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
 
