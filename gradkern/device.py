@@ -358,15 +358,14 @@ class DeviceLowering(Lowering):
     def work(self, slots: int, block: int, tile: int) -> Work:
         return Work(self.machine.threads // WARP, slots, block, tile, self.itemsize)
 
-    def costs(self) -> list[tuple[str, float]]:
-        """The chosen records' names and the clocks per sample that each is estimated to take."""
+    def clocks(self) -> tuple[float, ...]:
+        """Estimated clocks of a multiprocessor per sample, record by record."""
         choice, found = self.choice, []
         rounds = math.ceil(self.seeds / choice.seed_tile) if self.seeds else 0
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             work = self.work(choice.slots[run], choice.block, choice.seed_tile)
-            clocks = work.forward(op) if i < len(self.forward) else rounds * work.backward(op)
-            found.append((KINDS[op["kind"]], clocks))
-        return found
+            found.append(work.forward(op) if i < len(self.forward) else rounds * work.backward(op))
+        return tuple(found)
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of shared memory per block."""

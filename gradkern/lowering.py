@@ -137,6 +137,10 @@ class Lowering(UnitRecords):
         shared, sample, _, bits, idx, segs, block = sizes
         return (shared + sample * block) * self.itemsize + bits * block + idx * 4 + segs * 32
 
+    def clocks(self) -> tuple[float, ...]:
+        """What each record is estimated to take, where the machine's planner estimates that."""
+        return ()
+
     def resolve(self, op: dict[str, Any], sample: int) -> tuple[int, ...]:
         """A symbolic record → numbers in the order of `FIELDS`."""
         out = dict.fromkeys(FIELDS, 0)
@@ -193,4 +197,5 @@ def lower(
         rows=None if rows is None else (rows.wb, rows.ldw),
         rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,  # type: ignore[union-attr]
         scratch=low.scratch(sizes),
+        clocks=low.clocks(),
     )

@@ -194,3 +194,20 @@ def test_division_by_a_number_that_stays(divisor: int) -> None:
     library().gk_divide(made, len(numbers), divisor, quotients, rests)
     assert list(quotients) == [n // divisor for n in numbers]
     assert list(rests) == [n % divisor for n in numbers]
+
+
+def test_the_time_of_every_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks.gpu_records`: a row per record, with what the planner expects; the last launch is the whole chain."""
+    from benchmarks import gpu_records
+
+    model = pooled(1, 5, 2, 3)
+    model(torch.zeros(1, 1, 52))
+    x = torch.randn(3, 1, 52)
+    with installed(HostDevice(threads=32)):
+        rows = gpu_records.records(model.eval().requires_grad_(False), x, processors=1, seconds=0.0)
+    assert {r.part for r in rows} == {"forward", "backward"}
+    assert [r.kind for r in rows][-1] == "StoreT"
+    assert all(r.expected > 0 for r in rows)
+    text = gpu_records.table("net", len(x), rows)
+    assert len(text) == len(rows) + 3
+    assert f"{sum(r.measured for r in rows):.3f}" in text[-1]

@@ -42,6 +42,11 @@ step() {
 }
 has() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
 finish() {
+  # Eight files at most: what belongs together becomes one.
+  for tool in memcheck racecheck; do
+    [[ -f "$OUT/$tool.log" ]] && cat "$OUT/$tool.log" >> "$OUT/sanitizer.log" && rm "$OUT/$tool.log"
+  done
+  [[ -f "$OUT/records.log" ]] && cut -c1-110 "$OUT/records.log" >> "$SUMMARY" && rm "$OUT/records.log"
   echo "== summary ($SECONDS s, $( ((failed)) && echo 'something FAILED' || echo 'all passed'))"
   cat "$SUMMARY"
   [[ -f "$OUT/gpu.txt" ]] && sed -n '/^$/,$p' "$OUT/gpu.txt"
@@ -59,7 +64,7 @@ if torch.cuda.is_available():
     print(f"{p.name}: {p.multi_processor_count} multiprocessors, compute capability {p.major}.{p.minor}")
 EOF
 }
-rm -f "$OUT"/gpu.txt "$OUT"/gpu.json
+rm -f "$OUT"/gpu.txt "$OUT"/*.json "$OUT"/sanitizer.log
 look > "$OUT/build.log" 2>&1
 tail -n 1 "$OUT/build.log"
 
@@ -101,5 +106,7 @@ if command -v compute-sanitizer > /dev/null; then
 else
   note compute-sanitizer "NOT RUN" 0 "not on this machine"
 fi
+# Before the long benchmark: which record of a chain takes the time.
+TAIL=1 step records 60 "$PYTHON" -m benchmarks.gpu_records --out "$OUT"
 TAIL=4 step benchmark "$(left)" "$PYTHON" -m benchmarks.gpu --seconds "$(( $(left) - 35 ))" --out "$OUT"
 finish
