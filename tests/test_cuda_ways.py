@@ -161,6 +161,16 @@ def test_what_cannot_be_sliced() -> None:
     assert made.whole
 
 
+def test_rows_asked_for_ahead_of_time_are_there() -> None:
+    """Without a backward pass, no other weights lie behind those of the last linear layer."""
+    model = nn.Linear(64, 1000).eval()
+    program = trace.trace(model, (torch.zeros(3, 64),))
+    made = plan.plan(program, 0, machine=HostDevice().machine)
+    chain = plan.chain_of(made, 0, 0, (), False)
+    (layout,) = chain.layouts
+    assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.MaxPool1d(4), nn.Identity(), nn.MaxPool1d(3), nn.MaxPool1d(2, 1)])
