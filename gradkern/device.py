@@ -223,7 +223,8 @@ class DeviceLowering(Lowering):
         for buffer in buffers:
             buffer.base += choice.region * buffer.per_sample
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        self.packed += 8 * max((getattr(x, "ldw", 0) for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
+        rows = (getattr(x, name, 0) for x in self.layouts for name in ("ldf", "ldw"))
+        self.packed += 8 * max(rows, default=0) + WARP * 4 * max(QUADS)
         most = max(choice.slots, default=1)
         sizes = (choice.region, sample, self.math, self.bit_bytes, most, choice.bytes, choice.block)
         return sizes, choice.seed_tile

@@ -54,6 +54,7 @@ class Stage:
                 reach += (k - 1) * d * step[name]
                 step[name] *= s
         reach += (op[other] - 1) * step[other] + max(slots) - min(slots) + 1
+        reach += (op["groups"] - 1) * op["C"]  # the slots are the first group's
         return cls(
             place,
             axis,

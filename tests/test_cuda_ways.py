@@ -137,6 +137,20 @@ def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept[0] > kept[1] > kept[2]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of several groups reaches as far as its last group, into a border that nobody reads."""
+    slice_by(monkeypatch, 3)
+    model = nn.Sequential(
+        nn.Conv1d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 16, 5, padding=4, groups=groups), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Linear(20, 5),
+    )  # fmt: skip
+    monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
+    _, found, _, want, chain = solve("groups")
+    assert sum(op[FIELD["block"]] for op in chain.backward) == 3
+    assert oracle.relative_error(found, want) < 1e-11
+
+
 def test_what_cannot_be_sliced() -> None:
     """No wide layer, a cotangent with two readers, fewer positions than slices."""
     assert slices.sliced([], [], 2) is None
@@ -145,6 +159,16 @@ def test_what_cannot_be_sliced() -> None:
     program = trace.trace(model.eval(), (x,))
     made = plan.plan(program, 3, machine=HostDevice().machine)
     assert made.whole
+
+
+def test_rows_asked_for_ahead_of_time_are_there() -> None:
+    """Without a backward pass, no other weights lie behind those of the last linear layer."""
+    model = nn.Linear(64, 1000).eval()
+    program = trace.trace(model, (torch.zeros(3, 64),))
+    made = plan.plan(program, 0, machine=HostDevice().machine)
+    chain = plan.chain_of(made, 0, 0, (), False)
+    (layout,) = chain.layouts
+    assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
