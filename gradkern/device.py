@@ -33,6 +33,7 @@ from .device_cost import (
     WALK_SEEDS,
     WARP,
     WINDOW_T,
+    Bands,
     RunPrice,
     Work,
     even,
@@ -236,7 +237,7 @@ class DeviceLowering(Lowering):
             op["outer"], op["scratch"] = choice.slots[run], scratch[run]
             if op["kind"] == WINDOW_T and not op["block"]:
                 work = self.work(choice.slots[run], choice.block, choice.seed_tile)
-                _, op["slots"], (op["R"], op["L"], op["entries"]) = work.transposed(op)
+                _, op["slots"], (op["R"], op["L"], op["size"], op["entries"]) = work.transposed(op)
 
     def runs_of(self) -> list[int]:
         """The run that each record belongs to: a record that takes the whole block, or all records in between."""
@@ -390,21 +391,21 @@ class DeviceLowering(Lowering):
         return tuple(int(out[f]) for f in FIELDS)
 
 
-def bands(unit: Unit, op: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """``(rows, columns, colours)`` of the rectangles of positions that workers own, in the ways to choose from.
+def bands(unit: Unit, op: dict[str, Any]) -> list[Bands]:
+    """Rectangles of positions that workers own, and how many colours part them, in the ways to choose from.
 
     Position ``q`` of an axis reaches from ``q·step`` to ``q·step + reach`` of the destination.  Bands of ``length``
-    positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  Rows
-    have two colours; columns have two, or as many as single positions need.
+    positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  So an
+    axis has bands in two colours, or single positions in as many colours as they need.
     """
     (kh, kw), (sh, sw), _, (dh, dw) = planar(unit.form.map)  # type: ignore[attr-defined]
-    lengths, fewest = [], []
+    axes = []
     for extent, k, s, d, p in ((op["H"], kh, sh, dh, "h"), (op["W"], kw, sw, dw, "w")):
         pool_step, pool_reach = (op[f"s{p}"], (op[f"k{p}"] - 1) * op[f"d{p}"]) if op["taps"] else (1, 0)
         step, reach = pool_step * s, pool_reach * s + (k - 1) * d
-        lengths.append(min(extent, max(1, reach // step)))
-        fewest.append(reach // step + 1)
-    return [(lengths[0], lengths[1], 2), (lengths[0], 1, fewest[1])]
+        axes.append({(min(extent, max(1, reach // step)), 2), (1, reach // step + 1)})
+    rows, columns = (sorted(axis, reverse=True) for axis in axes)
+    return [(high, wide, n, m) for high, n in rows for wide, m in columns]
 
 
 def lower_device(

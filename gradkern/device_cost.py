@@ -30,7 +30,7 @@ L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets fro
 WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
 MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
 Op = Mapping[str, Any]
-Bands = tuple[int, int, int]  # rows, columns, colours along the columns
+Bands = tuple[int, int, int, int]  # rows, columns, colours of rows and of columns
 PLACES = ("bits", "table", "table2", "wb", "wf", "bias", "ext", "outer", "scratch", "slots")  # cost nothing
 
 
@@ -144,12 +144,12 @@ class Work:
 
     def share(self, op: Op, bands: Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
-        rows, columns, colours = bands
+        rows, columns, row_colours, colours = bands
         workers = self.warps * (WARP // lanes)
         turns = 0
-        for down in range(2):
+        for down in range(row_colours):
             for along in range(colours):
-                high = max(math.ceil(op["H"] / rows) + 1 - down, 0) // 2
+                high = max(math.ceil(op["H"] / rows) + row_colours - 1 - down, 0) // row_colours
                 wide = max(math.ceil(op["W"] / columns) + colours - 1 - along, 0) // colours
                 turns += math.ceil(self.slots * visits * high * wide / workers) * rows * columns
         return self.slots * visits * op["H"] * op["W"] / (workers * turns)

@@ -95,20 +95,20 @@ struct Visit {
 };
 
 // Every position once for every group of `together` seeds.  Bands are rectangles of R × L positions, coloured so that
-// those of one colour are apart: two colours of rows by `entries` of columns.  All lanes of a warp make the same number
-// of visits.
-// `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler knows that they are shared.
+// those of one colour are apart: `size` colours of rows by `entries` of columns.  All lanes of a warp make the same
+// number of visits. `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler knows
+// that they are shared.
 template <bool Rows, class T, class Each>
 GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int together, const Each& each) {
   const int H = op.H, W = op.W, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
   const int all = op.taps ? op.taps : 1, taps = op.merged ? 1 : all;
-  const int high = op.R, wide = op.L, colours = op.entries;
+  const int high = op.R, wide = op.L, row_colours = op.size, colours = op.entries;
   const int down = (H + high - 1) / high, across = (W + wide - 1) / wide;
   const int seed_groups = (t.seeds + together - 1) / together, per_warp = kWarp / lanes, sub = t.lane() / lanes;
   const Divider bands_across(wide), pool_columns(kw), tap_count(taps), groups_of_seeds(seed_groups);
-  for (int colour = 0; colour < 2 * colours; ++colour) {
+  for (int colour = 0; colour < row_colours * colours; ++colour) {
     const int ch = colour / colours, cw = colour - ch * colours;
-    const int rows = (down + 1 - ch) / 2, columns = (across + colours - 1 - cw) / colours;
+    const int rows = (down + row_colours - 1 - ch) / row_colours, columns = (across + colours - 1 - cw) / colours;
     const int each_sample = rows * columns, total = t.count * seed_groups * each_sample;
     if (!total) continue;
     const Divider sample_bands(each_sample), line(columns);
@@ -117,7 +117,7 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
       const auto [rest, band] = sample_bands.parts(active ? base + sub : 0);
       const auto [y, x] = line.parts(band);
       const auto [m, group] = groups_of_seeds.parts(rest);
-      const int h0 = (y * 2 + ch) * high, w0 = (x * colours + cw) * wide, s0 = group * together;
+      const int h0 = (y * row_colours + ch) * high, w0 = (x * colours + cw) * wide, s0 = group * together;
       const T* from = t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
       int stride = op.src_s;
       if (Rows && op.rows) {
