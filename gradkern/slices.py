@@ -139,7 +139,7 @@ def zeros_of(ops: list[Op], stages: Sequence[Stage]) -> list[int]:
 
 
 def slice_of(backward: list[Op], wide: int, stages: list[Stage], begin: int, end: int) -> list[Op]:
-    """The records for positions begin … end - 1 of what the linear layer makes."""
+    """The records for positions begin … end - 1 of what the linear layer makes; none where nothing comes of them."""
     op, first = backward[wide], stages[0]
     low, high = begin * first.source, end * first.source
     source = Buffer(high - low)
@@ -150,6 +150,8 @@ def slice_of(backward: list[Op], wide: int, stages: list[Stage], begin: int, end
         if following is not None:
             shift, far = stage.span(begin, end)
             after = following.readers(shift, far)
+            if after[0] >= after[1]:
+                return []  # all that the slice adds to is a border
             # What is read lies in whole positions: a row may begin before the window that reached it.
             shift = min(shift, (following.first + after[0] * following.source) // 4 * 4)
             far = max(far, following.first + after[1] * following.source)

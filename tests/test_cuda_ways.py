@@ -161,6 +161,20 @@ def test_what_cannot_be_sliced() -> None:
     assert made.whole
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind wide padding, the first and last positions read nothing but zeros."""
+    slice_by(monkeypatch, count)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, (5, 3), padding=(2, 1)), nn.ReLU(), nn.Conv2d(8, 12, (2, 3), padding=(5, 1)), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 2),
+    )  # fmt: skip
+    monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
+    _, found, _, want, chain = solve("border")
+    assert any(op[FIELD["block"]] for op in chain.backward)
+    assert oracle.relative_error(found, want) < 1e-11
+
+
 def test_rows_asked_for_ahead_of_time_are_there() -> None:
     """Without a backward pass, no other weights lie behind those of the last linear layer."""
     model = nn.Linear(64, 1000).eval()
