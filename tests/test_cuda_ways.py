@@ -191,6 +191,15 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_group_of_two_channels(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four channels lie on 16 bytes, and those of a group do not."""
+    model = nn.Sequential(nn.Conv1d(4, 32, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 9, 3))
+    monkeypatch.setitem(NETS, "groups", (lambda: model, (4, 9)))
+    y, _, want_y, _, _ = solve("groups", torch.float32, precision=precision)
+    assert oracle.relative_error(y, want_y) < (1e-2 if precision == "medium" else 1e-5)
+
+
 def test_rows_asked_for_ahead_of_time_are_there() -> None:
     """Without a backward pass, no other weights lie behind those of the last linear layer."""
     model = nn.Linear(64, 1000).eval()
