@@ -165,7 +165,7 @@ class DeviceLowering(Lowering):
         layout = self.window(unit)
         op = self.forward[-1]
         op["ldw"] = layout.ldf  # type: ignore[attr-defined]
-        if self.math and (layout.R > 1 or unit.reads[0].C % 4):
+        if self.math and (layout.R > 1 or layout.channels % 4):  # of a group
             op["table2"] = self.table([r + i for r in layout.runs for i in range(layout.L)])
 
     def backward_window(self, unit: Unit, node: Node, behind: Cotangent) -> None:

@@ -175,6 +175,31 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
     assert oracle.relative_error(found, want) < 1e-11
 
 
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
+    """The taps of a dilated pool may all lie outside: the largest of no numbers."""
+    body = [nn.Conv1d(1, channels, 3, padding=1), nn.MaxPool1d(2, 4, 1, 2), nn.Flatten()]
+    model = nn.Sequential(*body[:2], *[nn.ReLU()][:relu], body[2]).double().eval()
+    x = torch.randn(2, 1, 1, dtype=torch.float64)
+    plan._chains.clear(), plan._plans.clear()
+    with torch.no_grad():
+        program = trace.trace(model, (x,))
+        with installed(HostDevice()):
+            y, (found,) = engine.jacobian(program, binding.bind(program, model), (x,))
+        assert torch.equal(y, model(x))
+    assert not found.any()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_group_of_two_channels(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four channels lie on 16 bytes, and those of a group do not."""
+    model = nn.Sequential(nn.Conv1d(4, 32, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 9, 3))
+    monkeypatch.setitem(NETS, "groups", (lambda: model, (4, 9)))
+    y, _, want_y, _, _ = solve("groups", torch.float32, precision=precision)
+    assert oracle.relative_error(y, want_y) < (1e-2 if precision == "medium" else 1e-5)
+
+
 def test_rows_asked_for_ahead_of_time_are_there() -> None:
     """Without a backward pass, no other weights lie behind those of the last linear layer."""
     model = nn.Linear(64, 1000).eval()

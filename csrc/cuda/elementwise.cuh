@@ -157,7 +157,7 @@ GK_RECORD void run_pattern_words(const Op& op, const Tile<T> t) {
     const T* src = t.at(op.src, op.src_n, m);
     const bool on = live && c < C;
     int best = -1;
-    T top = T(0);
+    T top = -T(INFINITY);  // of no position at all
     if (on)
       for (int j = 0; j < taps; ++j) {
         int hi, wi;
@@ -182,7 +182,7 @@ GK_RECORD void run_pattern_words(const Op& op, const Tile<T> t) {
 // Four channels of one output: a lane's part of `run_pattern_quads`.
 template <class T>
 struct Winners {
-  Four<T> top{};
+  Four<T> top{{-T(INFINITY), -T(INFINITY), -T(INFINITY), -T(INFINITY)}};  // of no position at all
   int tap[4] = {-1, -1, -1, -1};
 
   GK_DEVICE void meet(const Four<T>& x, int j) {
