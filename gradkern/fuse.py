@@ -5,14 +5,10 @@ A rewriting of a chain's forward records for the GPU (csrc/cuda/pooled.cuh), whi
 
 from __future__ import annotations
 
-from typing import Any
+from .device_cost import PATTERN, WINDOW, ZERO
+from .slices import Op, touches
 
-from .chain import KINDS
-
-WINDOW, PATTERN, ZERO = KINDS.index("Window"), KINDS.index("Pattern"), KINDS.index("Zero")
-TAPS = (1, 2, 4)  # of a pool that a thread's four positions hold whole
-
-Op = dict[str, Any]
+TAPS = (1, 2, 4)  # of a pool that a thread's positions hold whole: eight, or four doubles
 
 
 def fused(forward: list[Op], backward: list[Op]) -> list[Op]:
@@ -38,7 +34,11 @@ def joins(window: Op, pattern: Op, before: list[Op], after: list[Op]) -> bool:
     A ReLU may work in place: then later records read what it leaves.
     """
     buffer, in_place = window["dst"][0], window["dst"][0] is pattern["dst"][0]
-    users = [op for op in before + (after if not in_place else []) if touches(op, buffer)]
+    users = [
+        op
+        for op in before + (after if not in_place else [])
+        if any(touches(op, key, buffer) for key in ("src", "aux", "dst"))
+    ]
     alone = all(op is window or op["kind"] == ZERO for op in users) and pattern["src"] == window["dst"]
     apart = all(
         pattern["s" + x] == pattern["k" + x] and pattern["d" + x] == 1 and pattern["p" + x] == 0
@@ -49,7 +49,3 @@ def joins(window: Op, pattern: Op, before: list[Op], after: list[Op]) -> bool:
     plain = not window["block"] and window["groups"] == 1 and pattern["taps"] in TAPS and not window.get("taps")
     steps = (window["O"], pattern["dst"][1], pattern["dst_row"], pattern["dst_px"])
     return alone and apart and inside and plain and all(n % 4 == 0 for n in steps)
-
-
-def touches(op: Op, buffer: object) -> bool:
-    return any(isinstance(op.get(key), tuple) and op[key][0] is buffer for key in ("src", "aux", "dst"))

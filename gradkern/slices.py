@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arena import Buffer
-from .chain import KINDS
+from .device_cost import WINDOW_T, ZERO
 
-WINDOW_T, ZERO = KINDS.index("WindowT"), KINDS.index("Zero")
 COUNTS = (2, 3, 4, 5, 6, 7, 8)  # slices that are tried
 
 Op = dict[str, Any]
@@ -129,6 +128,7 @@ def only_reader(ops: list[Op], buffer: Buffer) -> int | None:
 
 
 def touches(op: Op, key: str, buffer: Buffer) -> bool:
+    """Whether a record's field is a place in the buffer."""
     return isinstance(op.get(key), tuple) and op[key][0] is buffer
 
 
