@@ -1,11 +1,34 @@
-"""Tests under ``gpu/`` are collected where there is a GPU (``make gpu`` runs them)."""
+"""Tests under ``gpu/`` are collected where there is a GPU (``make gpu`` runs them).
 
+Every run draws other random numbers, each test its own whatever ran before it; a run that fails says how to repeat
+them.
+"""
+
+import os
+import random
+import zlib
+
+import numpy as np
 import pytest
 import torch
 
 from gradkern import plan
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
+
+SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers(request: pytest.FixtureRequest) -> None:
+    seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"GRADKERN_SEED={SEED} repeats this run's random numbers")
 
 
 @pytest.fixture

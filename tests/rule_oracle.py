@@ -90,6 +90,25 @@ def deep_lift(modules: Sequence[nn.Module], x: Tensor, r: Tensor, target: int) -
     return g * (x - r)
 
 
+RECTIFIERS = (nn.ReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softmax, nn.MaxPool1d, nn.MaxPool2d)
+
+
+def least_movement(modules: Sequence[nn.Module], x: Tensor, r: Tensor) -> Tensor:
+    """``[N]``: the smallest change of a number that a sample's multipliers are divided by, unmoved ones left out.
+
+    A multiplier is a quotient of differences, so rounding of size u becomes an error of u over this.
+    """
+    least = torch.full((len(x),), float("inf"), dtype=x.dtype)
+    with torch.no_grad():
+        for module in modules:
+            if isinstance(module, RECTIFIERS):
+                moved = (x - r).flatten(1)  # [N, numbers]
+                moved = (moved - moved.mean(1, keepdim=True) * isinstance(module, nn.Softmax)).abs()
+                least = least.minimum(moved.where(moved >= 1e-10, float("inf")).amin(1))
+            x, r = module(x), module(r)
+    return least
+
+
 def relevance(modules: Sequence[nn.Module], x: Tensor, target: int, epsilon: float = 1e-9) -> Tensor:
     """Relevance ``[1, *in]`` of one sample, the epsilon rule everywhere, activations handing it through."""
     values = [x]
