@@ -21,7 +21,9 @@ QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
 QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
 POOLED = 8  # csrc/cuda/pooled.cuh
 NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
+DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
 WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
+PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
@@ -105,7 +107,10 @@ class Work:
         rows = self.block * self.tile
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
         items = math.ceil(rows / (2 * height)) * math.ceil(op["K"] / 64)
-        work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items, self.warps)
+        parts = max(min(self.warps // items, op["O"] // PART_ROWS), 1)  # warps that share a sum
+        work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
+        if parts > 1:
+            work += parts * (BARRIER + loop(12 * height, 2 * height))
         spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
         return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
 
@@ -214,7 +219,9 @@ def walk_clocks(slots: int, channels: int, merged: bool, seeds: int, planes: int
     walks = 1 if merged else planes
     live = channels * alive(planes, pattern) / walks
     longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
-    step = loop((19 + 2 * each + 6 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live)
+    step = loop(
+        (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
+    )
     return walks * (step + loop(30 + 3 * each * seeds, 2 * each * seeds)) / workers
 
 
@@ -229,7 +236,7 @@ def quad_clocks(
     walked = channels * (alive(planes, pattern) if workers == 1 and each == 2 else 1.0)
     rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
     step = loop(
-        each * (4 * together + 1) + 17 + 2.7 * together + 6 * (each == 2),
+        each * (4 * together + 1) + (10 + DECODE[max(planes, 1)]) + 1.6 * together + 6 * (each == 2),
         each * max(1, lanes * 16 * rows / 128) + together * workers / 4,
     )
     ends = loop(40 + 6 * each * together, 8 * each * together)
@@ -241,6 +248,6 @@ def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[f
     visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
     width = next(w for w in (4, 6, 8) if width <= w)
     sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
-    each = 4 * (width * together + rows) + 102 + 15 * together
+    each = 4 * (width * together + rows) + 67 + 4 * DECODE[max(planes, 1)] + 10 * together
     ends = 40 + 3 * sums + 4 * sums / 4
     return visits * loop(rounds * each + ends, rounds * (8 * together + 8 * rows + planes) + sums / 2) / 8, visits

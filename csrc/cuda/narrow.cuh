@@ -34,19 +34,22 @@ GK_DEVICE void visit_narrow(const Op& op, const T* weights, const Visit<T>& at, 
   constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
   const int O = op.O, width = op.K, planes = op.merged ? op.taps : 1, rows = O / 4, dst_s = op.dst_s, nb = op.nb;
   const Taps taps{0, {O * kRow, 2 * O * kRow, 3 * O * kRow}};
+  const T* from[S];  // seeds past the last are the last one again, and not stored
+#pragma unroll
+  for (int s = 0; s < S; ++s) from[s] = at.from + (s < at.seeds ? s : at.seeds - 1) * at.stride;
   T sums[kSums] = {};
-  for (int c = 4 * mine; c < (O + 15) / 16 * 16; c += 16) {
-    const bool on = at.inside && c < O;
+  for (int c0 = 4 * mine; c0 < (O + 15) / 16 * 16; c0 += 16) {
+    const bool on = at.inside && c0 < O;
+    const int c = on ? c0 : 0;
     uint32_t words[kMaxPlanes] = {};
 #pragma unroll
     for (int j = 0; j < kMaxPlanes; ++j)
-      if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
+      if (on && j < planes) words[j] = at.plane ? shared_byte(at.plane + (j * nb + c / 8)) : 255u;
     const Nibble four = nibble_of(words, c % 8, taps, planes);
-    const T* row = weights + (on ? c / 4 : 0) * kRow;
-    Four<T> g[S] = {};
+    const T* row = weights + c * kRowQuads;
+    Four<T> g[S];
 #pragma unroll
-    for (int s = 0; s < S; ++s)
-      if (on && s < at.seeds) g[s] = load4(at.from + s * at.stride + c);
+    for (int s = 0; s < S; ++s) g[s] = load4(from[s] + c);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const bool alive = four.alive & 1u << k;

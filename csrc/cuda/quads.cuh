@@ -47,6 +47,9 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
                            const Taps& taps, int planes, bool alone) {
   const int O = op.O, ldw = op.ldw, dst_s = op.dst_s, nb = op.nb;
   constexpr bool kSkips = NQ == 2;  // a branch costs the others more than it saves
+  const T* from[S];                 // seeds past the last are the last one again, and not stored
+#pragma unroll
+  for (int s = 0; s < S; ++s) from[s] = at.from + (s < at.seeds ? s : at.seeds - 1) * at.stride;
   Four<T> sum[S][NQ] = {};
   for (int c0 = 0; c0 < O; c0 += 32) {
     uint32_t words[kMaxPlanes] = {};
@@ -56,10 +59,9 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
     for (int c = c0; c < O && c < c0 + 32; c += 4) {
       const Nibble four = nibble_of(words, c - c0, taps, planes);
       if (kSkips && alone && !(four.alive & 15)) continue;
-      Four<T> g[S] = {};
+      Four<T> g[S];
 #pragma unroll
-      for (int s = 0; s < S; ++s)
-        if (at.inside && s < at.seeds) g[s] = load4(at.from + s * at.stride + c);
+      for (int s = 0; s < S; ++s) g[s] = load4(from[s] + c);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool alive = four.alive & 1u << k;

@@ -30,8 +30,8 @@ GK_DEVICE int worker_lanes(int slots) {
 GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int high) {
   uint32_t word = 0xffffffffu;
   if (plane) {
-    word = *reinterpret_cast<const uint16_t*>(plane + c0 / 8);
-    if (c0 / 8 + 2 < nb) word |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(plane + c0 / 8 + 2)) << 16;
+    word = shared_half(plane + c0 / 8);
+    if (c0 / 8 + 2 < nb) word |= shared_half(plane + c0 / 8 + 2) << 16;
   }
   if (c0 < low) word &= 0xffffffffu << (low - c0);
   if (high - c0 < 32) word &= (1u << (high - c0)) - 1;
@@ -43,6 +43,9 @@ GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int 
 template <class T, int NV, int S>
 GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int low, int high, const T* g, int stride,
                     int seeds, const T* w, int ldw, int lanes, T* out, int os, const int (&offset)[NV]) {
+  const T* from[S];  // seeds past the last are the last one again, and not stored
+#pragma unroll
+  for (int s = 0; s < S; ++s) from[s] = g + (s < seeds ? s : seeds - 1) * stride;
   T acc[S][NV] = {};
   bool any = false;
   for (int c0 = low & ~31, j = 0; j < planes;) {
@@ -59,7 +62,7 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
 #pragma unroll
         for (int v = 0; v < NV; ++v) ws[p][v] = fixed(w + c * ldw + v * lanes);
 #pragma unroll
-        for (int s = 0; s < S; ++s) gs[p][s] = on && s < seeds ? g[s * stride + c] : T(0);
+        for (int s = 0; s < S; ++s) gs[p][s] = p == 0 || on ? from[s][c] : T(0);
       }
 #pragma unroll
       for (int p = 0; p < kPair; ++p)
@@ -130,10 +133,11 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
         const auto [q, j] = tap_count.parts(i);
         const auto [down_band, along_band] = bands_across.parts(q);
         const auto [jh, jw] = pool_columns.parts(j);
-        const int h = h0 + down_band, w = w0 + along_band;
+        const bool there = active && h0 + down_band < H && w0 + along_band < W;
+        const int h = there ? h0 + down_band : 0, w = there ? w0 + along_band : 0;
         int hi = h, wi = w;
         Visit<T> visit{};
-        visit.inside = active && h < H && w < W && (!op.taps || op.merged || tap_position(op, h, w, jh, jw, hi, wi));
+        visit.inside = there && (!op.taps || op.merged || tap_position(op, h, w, jh, jw, hi, wi));
         visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
         visit.from = from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px);
         visit.stride = stride;
@@ -153,7 +157,7 @@ GK_DEVICE int seeds_together(int seeds, int most) {
   return (seeds + visits - 1) / visits;
 }
 
-template <class T, int NV, int S>
+template <bool Rows, class T, int NV, int S>
 GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
   const int slots = op.K, nb = op.nb, planes = op.merged ? op.taps : 1, mine = t.lane() % lanes;
   const int groups = op.groups, per_group = static_cast<int>(op.O) / groups, ldw = op.ldw, dst_s = op.dst_s;
@@ -166,7 +170,7 @@ GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
       offset[v] = k < slots ? fixed(table + k) : -1;
     }
     const T* weights = t.args.packed + op.wb + chunk + mine;
-    over_bands<true>(op, t, lanes, S, [&](const Visit<T>& at) {
+    over_bands<Rows>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
         walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
@@ -185,7 +189,9 @@ GK_RECORD void run_scatter(const Op& op, const Tile<T> t) {
   if (op.fn) return op.fn == 1 ? run_quads(op, t) : run_narrow(op, t);
   const int lanes = worker_lanes(op.K);
   with_count<kMaxSlots>((static_cast<int>(op.K) + lanes - 1) / lanes, [&]<int NV>() {
-    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>), [&]<int S>() { scatter<T, NV, S>(op, t, lanes); });
+    if (op.rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);
+    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>),
+                             [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
   });
 }
 
@@ -208,23 +214,57 @@ GK_DEVICE void outer(T (&acc)[Rows][4], const T* g, const Four<T>& w) {
   }
 }
 
-// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].
+// Where a warp's part of a product goes: `Rows` rows per lane from r0 on, four columns from col on.
+template <class T, int Rows>
+GK_DEVICE void store_product(const Op& op, const Tile<T>& t, const T (&acc)[Rows][4], int rows, int r0, int col,
+                             bool assign) {
+  const int columns = op.K;
+  const int32_t* table = t.args.tables + op.table2;
+  const bool joined = op.size && ((op.dst | op.dst_n | op.dst_s | columns) & 3) == 0;
+#pragma unroll
+  for (int r = 0; r < Rows; ++r) {
+    if (r0 + r >= rows || col >= columns) continue;
+    const int m = (r0 + r) / t.seeds, s = r0 + r - m * t.seeds;
+    T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s);
+    if (joined) {
+      Four<T> sum = assign ? Four<T>{} : load4(y + col);
+#pragma unroll
+      for (int o = 0; o < 4; ++o) sum.v[o] += acc[r][o];
+      store4(y + col, sum);
+      continue;
+    }
+#pragma unroll
+    for (int o = 0; o < 4; ++o)
+      if (col + o < columns) {
+        T* at = y + fixed(table + col + o);
+        *at = assign ? acc[r][o] : *at + acc[r][o];
+      }
+  }
+}
+
+constexpr int kPartRows = 12;  // of the weight, at least, for each warp that shares a product; device_cost.py
+
+// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
+// fewer tiles than warps, several share the sum over c, and add their parts one after the other.
 template <class T, int Rows>
 GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
   const int columns = op.K, ldw = op.ldw;
-  const int down = (rows + 2 * Rows - 1) / (2 * Rows), across = (columns + 4 * kColumns - 1) / (4 * kColumns);
-  const int32_t* table = t.args.tables + op.table2;
-  const bool joined = op.size && ((op.dst | op.dst_n | op.dst_s | columns) & 3) == 0;
-  for (int item = t.warp(); item < down * across; item += t.warps()) {
+  const int down = (rows + 2 * Rows - 1) / (2 * Rows), items = down * ((columns + 4 * kColumns - 1) / (4 * kColumns));
+  int parts = t.warps() / items < channels / kPartRows ? t.warps() / items : channels / kPartRows;
+  if (parts < 1) parts = 1;
+  const int share = (channels + parts - 1) / parts;
+  for (int base = 0; base < items * parts; base += t.warps()) {
+    const bool active = base + t.warp() < items * parts;
+    const int all = active ? base + t.warp() : 0, part = all / items, item = all - part * items, first = part * share;
     const int col = item / down * (4 * kColumns) + t.lane() % kColumns * 4;
     const int r0 = item % down * (2 * Rows) + t.lane() / kColumns * Rows;
-    const T* w = t.args.packed + op.wb + c0 * ldw + (col < columns ? col : 0);
-    const T* g = t.buf + (r0 < stride ? r0 : 0);
+    const T* w = t.args.packed + op.wb + (c0 + first) * ldw + (col < columns ? col : 0);
+    const T* g = t.buf + first * stride + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
     Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, w += ldw) ahead[k] = fixed4(w);
-    int left = channels;
+    int left = !active ? 0 : channels - first < share ? channels - first : share;
     for (; left >= kAhead<T>; left -= kAhead<T>)
 #pragma unroll
       for (int k = 0; k < kAhead<T>; ++k, w += ldw, g += stride) {
@@ -234,24 +274,9 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, g += stride)
       if (k < left) outer<T, Rows>(acc, g, ahead[k]);
-#pragma unroll
-    for (int r = 0; r < Rows; ++r) {
-      if (r0 + r >= rows || col >= columns) continue;
-      const int m = (r0 + r) / t.seeds, s = r0 + r - m * t.seeds;
-      T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s);
-      if (joined) {
-        Four<T> sum = assign ? Four<T>{} : load4(y + col);
-#pragma unroll
-        for (int o = 0; o < 4; ++o) sum.v[o] += acc[r][o];
-        store4(y + col, sum);
-        continue;
-      }
-#pragma unroll
-      for (int o = 0; o < 4; ++o)
-        if (col + o < columns) {
-          T* at = y + fixed(table + col + o);
-          *at = assign ? acc[r][o] : *at + acc[r][o];
-        }
+    for (int turn = 0; turn < parts; ++turn) {
+      if (active && part == turn) store_product<T, Rows>(op, t, acc, rows, r0, col, assign && turn == 0);
+      if (parts > 1) __syncthreads();
     }
   }
 }

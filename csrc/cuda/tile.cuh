@@ -18,6 +18,7 @@ struct Tile {
   // Sample m of those at hand: `stride` ≥ 0 counts from the tile's first sample, < 0 from the first one at hand.
   GK_DEVICE T* at(int64_t offset, int64_t stride, int m) const {
     const int step = static_cast<int>(stride);
+    GK_SHARED(buf);
     return buf + static_cast<int>(offset) + (step >= 0 ? (first + m) * step : m * -step);
   }
   GK_DEVICE int64_t sample(int m) const { return static_cast<int64_t>(tile) * args.block + first + m; }
@@ -26,6 +27,7 @@ struct Tile {
     return left < args.block ? static_cast<int>(left) : args.block;
   }
   GK_DEVICE const uint8_t* planes(const Op& op, int m) const {
+    GK_SHARED(bits);
     return bits + (first + m) * args.bits + static_cast<int>(op.bits);
   }
   GK_DEVICE int tid() const { return static_cast<int>(threadIdx.x); }
@@ -34,6 +36,16 @@ struct Tile {
   GK_DEVICE int lane() const { return tid() % kWarp; }
   GK_DEVICE int warps() const { return threads() / kWarp; }
 };
+
+// Reads of pointers that may be null elsewhere, so that the compiler cannot see for itself where they point.
+GK_DEVICE uint32_t shared_byte(const uint8_t* p) {
+  GK_SHARED(p);
+  return *p;
+}
+GK_DEVICE uint32_t shared_half(const uint8_t* p) {
+  GK_SHARED(p);
+  return *reinterpret_cast<const uint16_t*>(p);
+}
 
 // Position (h, w) and channel of an element in the caller's order [C][H][W].
 struct Place {

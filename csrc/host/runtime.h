@@ -52,7 +52,7 @@ void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
       static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), std::free);
   unsigned char* const arena = memory.get();
   std::vector<Warp> warps(threads / 32);
-  Block block{arena, Barrier(threads), warps.data()};
+  Block block{arena, bytes, Barrier(threads), warps.data()};
   std::vector<std::thread> running;
   for (unsigned i = 0; i < threads; ++i)
     running.emplace_back([&, i] {

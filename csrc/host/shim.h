@@ -5,6 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #define GK_DEVICE inline
@@ -12,6 +14,8 @@
 #define GK_KERNEL(threads, blocks) void
 #define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
 #define __grid_constant__
+// What the device compiler is told to assume, looked at.
+#define GK_SHARED(pointer) ::gradkern::host::must_be_shared(pointer)
 
 struct float4 {
   float x, y, z, w;
@@ -48,6 +52,7 @@ struct Warp {
 
 struct Block {
   unsigned char* arena;
+  size_t bytes;
   Barrier barrier;
   Warp* warps;
 };
@@ -61,6 +66,13 @@ struct Self {
 
 inline thread_local Self self;
 inline thread_local Dim thread_index, block_index, block_size, grid_size;
+
+inline void must_be_shared(const void* pointer) {
+  const auto* const byte = static_cast<const unsigned char*>(pointer);
+  if (byte >= self.block->arena && byte < self.block->arena + self.block->bytes) return;
+  std::fputs("a kernel calls a pointer shared that lies outside its block's arena\n", stderr);
+  std::abort();
+}
 
 }  // namespace gradkern::host
 
