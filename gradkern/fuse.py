@@ -47,5 +47,4 @@ def joins(window: Op, pattern: Op, before: list[Op], after: list[Op]) -> bool:
     )
     inside = all(pattern[a] * pattern["k" + x] <= window[a] for a, x in (("H", "h"), ("W", "w")))
     plain = not window["block"] and window["groups"] == 1 and pattern["taps"] in TAPS and not window.get("taps")
-    steps = (window["O"], pattern["dst"][1], pattern["dst_row"], pattern["dst_px"])
-    return alone and apart and inside and plain and all(n % 4 == 0 for n in steps)
+    return alone and apart and inside and plain

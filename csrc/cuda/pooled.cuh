@@ -11,12 +11,14 @@ namespace gradkern::cuda {
 template <class T>
 constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;
 
-// The bits of four channels; the neighbour that has the other four of a byte joins in.  All lanes come together.
+// The bits of four channels, or of those that are `real`; the neighbour that has the other four of a byte joins in. All
+// lanes come together.
 template <class T>
-GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int nb, int taps, bool on, int lane_o, int lo) {
+GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int nb, int taps, bool on, uint32_t real,
+                          int lane_o, int lo) {
 #pragma unroll 1
   for (int j = 0; j < taps; ++j) {
-    const uint32_t nibble = on ? winners.won(j) : 0u, next = __shfl_xor_sync(0xffffffffu, nibble, 1);
+    const uint32_t nibble = on ? winners.won(j) & real : 0u, next = __shfl_xor_sync(0xffffffffu, nibble, 1);
     if (on && !(lane_o & 1)) planes[j * nb] = static_cast<uint8_t>(lo > 1 ? nibble | next << 4 : nibble);
   }
 }
@@ -30,10 +32,12 @@ GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
   const WindowShape s = window_shape<P>(positions, O, 1, K, t.warps(), 0);
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
   const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
+  const bool joined = ((op.dst | op.dst_n | op.dst_row | op.dst_px | O) & 3) == 0;
   const Divider samples(pooled), rows(wide), columns(kw), across(s.across);
   for (int item = t.warp(); item < s.tiles; item += t.warps()) {
     const auto [along, part] = across.parts(item);
     const int o = part * (s.lo * 4) + lane_o * 4, q0 = (along * s.lp + lane_p) * kPools;
+    const uint32_t real = o >= O ? 0u : O - o < 4 ? (1u << (O - o)) - 1 : 15u;
     int m[kPools], q[kPools], offset[P];
 #pragma unroll
     for (int i = 0; i < kPools; ++i) {
@@ -64,11 +68,15 @@ GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
       }
       if (op.relu) winners.rectify();
       const auto [h, w] = rows.parts(q[i]);
-      if (on)
-        store4(t.at(op.dst, op.dst_n, m[i]) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + o,
-               winners.top);
-      store_bits(winners, const_cast<uint8_t*>(t.planes(op, m[i])) + q[i] * Taps * nb + o / 8, nb, Taps, on, lane_o,
-                 s.lo);
+      T* y = t.at(op.dst, op.dst_n, m[i]) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + o;
+      if (on && joined) store4(y, winners.top);
+      if (on && !joined) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (o + k < O) y[k] = winners.top.v[k];
+      }
+      store_bits(winners, const_cast<uint8_t*>(t.planes(op, m[i])) + q[i] * Taps * nb + o / 8, nb, Taps, on, real,
+                 lane_o, s.lo);
     }
   }
 }
