@@ -8,7 +8,7 @@ carries all seeds as rows of the same matrix products.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ def recognise(call: Call) -> Recurrent | None:
         return None
     grouped = tuple(tuple(weights[k : k + per]) for k in range(0, len(weights), per))
     return Recurrent(call.op.split(".")[1].removesuffix(".input"), grouped, directions)
+
+
+def batch_first(call: Call, x: Value) -> Call:
+    """A sequence-first call as one that reads ``x [N, T, I]``; its output ``[N, T, H]`` is turned back."""
+    net = replace(call, args=(x, *call.args[1:8], True))
+    return Call("aten.transpose.int", (net, 0, 1)) if call.index == 0 else net
+
+
+def turned_back(call: Call) -> Call:
+    """The net inside a call of `batch_first`."""
+    turned = call.op == "aten.transpose.int" and call.args[1:] == (0, 1) and isinstance(call.args[0], Call)
+    return call.args[0] if turned else call
 
 
 def vjp(r: Recurrent, x: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:

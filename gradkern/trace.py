@@ -1,19 +1,15 @@
 """nn.Module -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
 
 The batch axis is followed through the graph by its symbol.  A value has it as axis 0 and nowhere else.  What has it
-elsewhere (an LSTM's state, a sequence-first tensor) is no value of its own and stays an expression inside the call
-that reads it; what has lost it, or has it twice, mixes samples, and the network is refused.
+elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form (`moved.py`);
+otherwise (an LSTM's state) it is no value of its own and stays an expression inside the call that reads it.  What has
+lost the batch, or has it twice, mixes samples, and the network is refused.
 """
 
 from __future__ import annotations
 
-import logging
 import operator
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,20 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from .export import export
 from .expression import calls_in, leaves, literal, operator_of, values_in
 from .layers import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .layers.builder import as_shape
 from .layers.nested import last_state, simplified
+from .moved import Moved, per_sample
 from .program import Batch, Call, Opaque, Param, Program, Value
-from .recurrent import recognise
-from .shell import shell_copy
+from .recurrent import GATES, batch_first, recognise, turned_back
 from .verify import Untraceable, verify
 
 __all__ = ["Untraceable", "trace", "verify"]
 
-_EXPORT_LOCK = threading.RLock()  # torch.export is not thread-safe
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
-_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export", "torch._dynamo")
-_SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
@@ -46,109 +41,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     for x in inputs:
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise Untraceable("an input has no batch axis")
-    exported, literals = _export(model, inputs)
+    exported, literals = export(model, inputs)
     return _Lowering(model, exported, literals).program()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Export
-
-
-class _Entry(nn.Module):
-    """Positional inputs for any signature of ``forward``."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.net(*inputs)
-
-
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, set[str]]:
-    """The functional ATen graph, and the names of the constants that ``forward`` writes down."""
-    with _EXPORT_LOCK, _quiet(), torch.inference_mode(False), torch.no_grad():
-        try:
-            entry = _Entry(shell_copy(model))
-            entry.training = model.training  # not `.train()`, which would reach the modules inside
-            examples = tuple(torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs)
-            batch = torch.export.Dim("batch")
-            shapes = (tuple({0: batch} for _ in examples),)
-            exported = torch.export.export(entry, examples, dynamic_shapes=shapes, strict=False)
-            literals = _literals(exported)
-            if _works_in_place(exported):  # making it functional doubles the cost of tracing
-                exported = exported.run_decompositions({})
-            return exported, literals
-        except Exception as error:  # export raises whatever the model's code meets
-            raise Untraceable(f"torch.export refuses it ({_first_line(error)})") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Export logs and prints what it raises; the caller gets one line instead.  Only ever under the lock."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    before = [logger.level for logger in loggers]
-    stderr = sys.stderr
-    sys.stderr = _Muted(stderr)  # type: ignore[assignment]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with _tolerant():
-            yield
-    finally:
-        if isinstance(sys.stderr, _Muted):  # nobody has put another one there meanwhile
-            sys.stderr = stderr
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _tolerant() -> Iterator[None]:
-    """Where the caller turns warnings into errors, torch's own warnings would end the export."""
-    if not any(action == "error" for action, *_ in warnings.filters):
-        yield  # changing filters is not thread-safe, so it is done only where it matters
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class _Muted:
-    """A stream that drops what this thread writes, and passes on what others do."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._owner = threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._owner else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
-    schemas = (getattr(node.target, "_schema", None) for node in exported.graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
-
-
-def _literals(exported: torch.export.ExportedProgram) -> set[str]:
-    """Constants that the code of ``forward`` writes down (``torch.tensor(0.5)``): they are read by a fresh copy."""
-    found = set()
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    for node in exported.graph.nodes:
-        spec = specs.get(node.name)
-        constant = spec is not None and spec.kind == InputKind.CONSTANT_TENSOR
-        if node.op == "placeholder" and constant and all("lift_fresh" in str(user.target) for user in node.users):
-            found.add(spec.target)
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    if "Constraints violated (batch)" in str(error):
-        return "its code depends on the number of samples"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:240] if text else type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +78,7 @@ class _Lowering:
                 self.known[node] = self._lower(node)
             elif node.op == "get_attr" and node in wanted:
                 raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
-        result = self.known[self._output_node()]
+        result = self._argument(self._output_node())
         if not isinstance(result, Value):
             raise Untraceable("its output does not have the samples as axis 0", mixes=not _is_free(result))
         return self.builder.program(result)
@@ -282,6 +176,8 @@ class _Lowering:
             tuple(sorted((k, self._argument(v)) for k, v in node.kwargs.items())),
             index,
         )
+        if call.op in GATES and not call.args[-1]:
+            call = self._batch_first_net(call, node.args[0])
         self._refuse_random(node)
         found = leaves(call)
         if len(found) > _LARGEST_CALL:
@@ -289,8 +185,11 @@ class _Lowering:
         if all(not isinstance(x, (Value, Batch)) for x in found):
             return self.builder.derive_call(call, meta)
         if not self._has_batch_first(node, meta, call):
-            return call
-        return self._value(node, call, meta)
+            try:
+                return self._moved(node, index, meta, call)
+            except (NoForm, MixesSamples):
+                return call
+        return self._value(node, call, meta, index)
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
         """True where the batch is axis 0; False where the result is to be inlined; refused where samples mix."""
@@ -304,11 +203,55 @@ class _Lowering:
         exact = bool(size.node.expr == self.symbol.node.expr)
         return reads and exact and symbolic[0] == 0
 
-    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
+    def _batch_first_net(self, call: Call, source: torch.fx.Node) -> Call:
+        """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, where the samples are known one by one."""
+        x, shape = self.known[source], source.meta["val"].shape
+        if not isinstance(x, Moved) or len(shape) != 3 or not isinstance(shape[1], torch.SymInt):
+            return call
+        return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
+
+    def _moved(self, node: torch.fx.Node, index: int | None, meta: Tensor, call: Call) -> Moved:
+        """A tensor with the batch elsewhere, sample by sample; `NoForm` where its op has no form that way."""
+        b, op = self.builder, str(node.target)
+        if recognise(turned_back(call)) is not None:
+            steps, _, width = (int(d) if k != 1 else 0 for k, d in enumerate(meta.shape))
+            net = turned_back(call)
+            y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
+            return Moved(as_shape(b, y, (steps, 1, width)), call)
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if not tensors:
+            raise NoForm("it reads no tensor")
+        named = SimpleNamespace(**_bound(node.target, [self._lifted(x) for x in node.args],
+                                         {k: self._lifted(v) for k, v in node.kwargs.items()}))  # fmt: skip
+        axes = {a for n in tensors for a, d in enumerate(n.meta["val"].shape) if isinstance(d, torch.SymInt)}
+        per_sample(op, named, tensors[0].meta["val"].dim(), tuple(axes))
+        named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
+        named.result_dtype, named.result_device, named.piece = meta.dtype, meta.device, index
+        self._check(op, index, meta, [v for v in vars(named).values() if isinstance(v, Value)])
+        value = LOWERINGS[op](b, named)
+        assert b.shape(value) == named.result, f"{op}: lowered to {b.shape(value)}, torch says {named.result}"
+        b.dtypes[value] = meta.dtype
+        return Moved(value, self._expressed(value, meta, call))
+
+    def _lifted(self, x: Any) -> Any:
+        """An argument sample by sample: a value gets an axis of one number in front."""
+        b = self.builder
+        found = self.known[x] if isinstance(x, torch.fx.Node) else x
+        if isinstance(found, Value):
+            lifted = as_shape(b, found, (1, *b.shape(found)))
+            b.dtypes[lifted] = x.meta["val"].dtype
+            return lifted
+        if isinstance(found, Moved):
+            return found.value
+        if isinstance(found, (Call, _Several)):
+            raise NoForm("inside it the batch is not axis 0")
+        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else found
+
+    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor, index: int | None) -> Value:
         b = self.builder
         shape = tuple(int(d) for d in meta.shape[1:])
         try:
-            value = self._by_form(call, shape, meta)
+            value = self._by_form(node, call, shape, meta, index)
         except NoForm as why:
             b.op = _ops_of(call)
             value = b.emit(Opaque(call, str(why)), values_in(call), shape)
@@ -318,7 +261,9 @@ class _Lowering:
         b.dtypes[value] = meta.dtype
         return value
 
-    def _by_form(self, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value:
+    def _by_form(
+        self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor, index: int | None
+    ) -> Value:
         call = simplified(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
@@ -326,22 +271,34 @@ class _Lowering:
         if recognise(call) is not None:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
+            if any(isinstance(self.known[n], Moved) for n in node.all_input_nodes):
+                return as_shape(self.builder, self._moved(node, index, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
-        lowering = LOWERINGS.get(call.op)
-        if lowering is None:
-            raise NoForm(f"{call.op} has no form")
-        if call.index not in (None, 0) and call.op not in SEVERAL:
-            raise NoForm(f"result {call.index} of {call.op} has no form")
+        self._check(call.op, call.index, meta, values_in(call))
+        return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
+
+    def _check(self, op: str, index: int | None, meta: Tensor, values: Sequence[Value]) -> None:
+        """`NoForm` for what no lowering takes."""
+        if op not in LOWERINGS:
+            raise NoForm(f"{op} has no form")
+        if index not in (None, 0) and op not in SEVERAL:
+            raise NoForm(f"result {index} of {op} has no form")
         if not meta.dtype.is_floating_point:
             raise NoForm("its result is not floating point")
-        values = values_in(call)
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values):
             raise NoForm("it changes the dtype")
-        return lowering(self.builder, _named(call, shape, meta))
+
+    def _expressed(self, value: Value, meta: Tensor, call: Call) -> Call:
+        """A moved tensor for ops that have no form: by the call that made it, or by its value where that has grown."""
+        place = next(axis for axis, d in enumerate(meta.shape) if isinstance(d, torch.SymInt))
+        if len(leaves(call)) <= _LARGEST_CALL // 8 or self._size(meta.shape[place]) != Batch(1):
+            return call
+        return Call("aten.movedim.int", (Call("aten.select.int", (value, place + 1, 0)), 0, place))
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
-            return self.known[x]
+            found = self.known[x]
+            return found.call if isinstance(found, Moved) else found
         if isinstance(x, (list, tuple)):
             return tuple(self._argument(item) for item in x)
         if isinstance(x, (bool, int, float, str, type(None), torch.dtype, torch.device)):
@@ -398,7 +355,8 @@ def _bound(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
 
 def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
     named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
-    return SimpleNamespace(**named, result=shape, result_dtype=meta.dtype, piece=call.index)
+    own = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
+    return SimpleNamespace(**named, **own)
 
 
 def _ops_of(call: Call) -> str:

@@ -228,6 +228,59 @@ class Attention(nn.Module):
         return self.fc(F.gelu(x + a @ v).mean(1))
 
 
+class HeadsInFront(nn.Module):
+    """`nn.MultiheadAttention`, which puts sequences first and joins samples and heads, with its weights asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.fc = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 4] -> [N, 3]
+        y, _ = self.attention(x, x.flip(1), x, need_weights=True)
+        return self.fc((x + y).flatten(1))
+
+
+class SequenceFirst(nn.Module):
+    """An encoder over ``[T, N, E]``: positions added, two layers, the mean over time or the last step."""
+
+    def __init__(self, last: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.positions = nn.Parameter(torch.randn(5, 1, 4))
+        self.fc, self.last = nn.Linear(4, 3), last
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 4] -> [N, 3]
+        y = self.encoder(x.permute(1, 0, 2) + self.positions)
+        return self.fc(y[-1] if self.last else y.mean(0))
+
+
+class LstmSequenceFirst(nn.Module):
+    """An LSTM as torch has it by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 5, bidirectional=True)
+        self.fc = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 7, 2] -> [N, 3]
+        y, _ = self.lstm(x.transpose(0, 1))
+        return self.fc(torch.tanh(y).sum(0))
+
+
+class AttendsToSamples(nn.Module):
+    """Attention told that sequences come first, and given the samples first: a common bug."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.fc = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+
+
 class SqueezeExcite(nn.Module):
     """Multiply of two branches, concatenation, a slice."""
 

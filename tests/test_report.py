@@ -26,6 +26,7 @@ def test_report_loads_nothing_from_anywhere(tmp_path, rng):
     )
     section.table(["class", "features"], [("first", "t=1 t=2")]).printed("a  b\n1  2", "Details")
     path = report.write(tmp_path / "deep" / "report.html")
+    assert report.write(tmp_path / "deep") == tmp_path / "deep" / "index.html"
     page = path.read_text(encoding="utf-8")
     assert path.is_absolute()
     assert re.findall(r'src="([^"]{10})', page) == ["data:image", "data:image"]

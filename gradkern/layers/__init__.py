@@ -1,6 +1,6 @@
 """ATen ops to forms, one file per family.  Importing this package fills `LOWERINGS`."""
 
-from . import activation, arithmetic, attention, conv, index, linear, norm, pool, shape
+from . import activation, arithmetic, attention, conv, index, linear, masks, norm, pool, shape
 from .builder import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm, lowers
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "index",
     "linear",
     "lowers",
+    "masks",
     "norm",
     "pool",
     "shape",

@@ -2,9 +2,9 @@
 
 A lowering is a function ``(builder, a) -> value`` registered for the full names of ATen overloads.  ``a`` holds
 the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, the rest as
-plain Python; and ``a.result``, ``a.result_dtype``, the per-sample shape and the dtype of the result.  It emits
-steps and returns the `Value` that stands for the result, or raises `NoForm` with a reason, in which case the op
-becomes one `Opaque` step.
+plain Python; and the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` and so on.
+It emits steps and returns the `Value` that stands for the result, or raises `NoForm` with a reason, in which case the
+op becomes one `Opaque` step.
 """
 
 from __future__ import annotations
@@ -164,8 +164,11 @@ class MixesSamples(Exception):
 
 
 def as_shape(b: Builder, value: Value, shape: Shape) -> Value:
-    """The value under another shape with as many numbers; nothing is emitted where it has that shape."""
+    """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
     if b.shape(value) == tuple(shape):
         return value
+    step = b.step(value)
+    if step is not None and isinstance(step.form, View):
+        return as_shape(b, Value(step.inputs[0]), shape)
     assert math.prod(b.shape(value)) == math.prod(shape)
     return b.emit(View(), (value,), shape)

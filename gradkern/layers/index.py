@@ -25,6 +25,11 @@ def emit(b: Builder, x: Value, part: Part) -> Value:
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
+    pairs = [(a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != whole(1)]
+    if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: without those of length one that stay so
+        kept = sorted(a for a, _ in pairs)
+        small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
+        return as_shape(b, emit(b, as_shape(b, x, tuple(shape[a] for a in kept)), small), result)
     return b.emit(Index((part,)), (x,), result)
 
 

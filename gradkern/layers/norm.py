@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from ..program import Channels, Contract, LowRank, Param, Value
 from .builder import Builder, MixesSamples, NoForm, as_shape, lowers, need_value, sample_axis
+from .masks import bounded
 
 
 @lowers("aten._native_batch_norm_legit_no_training.default")
@@ -47,7 +48,9 @@ def softmax(b: Builder, a: SimpleNamespace) -> Value:
     if getattr(a, "dtype", None) is not None or getattr(a, "half_to_float", False):
         raise NoForm("it changes the dtype")
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return b.emit(LowRank("log_softmax" if "log_softmax" in b.op else "softmax", axis), (x,), b.shape(x))
+    if "log_softmax" in b.op:
+        return b.emit(LowRank("log_softmax", axis), (x,), b.shape(x))
+    return b.emit(LowRank("softmax", axis), (bounded(b, x, a.result_dtype),), b.shape(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -84,8 +84,9 @@ class Report:
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=self)
 
     def write(self, path: str | Path) -> Path:
-        """Writes the page, making folders as needed; returns its absolute path."""
+        """Writes the page, making folders as needed, into a folder as ``index.html``; returns its absolute path."""
         path = Path(path).absolute()
+        path = path / "index.html" if path.is_dir() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.html(), encoding="utf-8")
         return path
