@@ -384,6 +384,22 @@ class ViT(nn.Module):
         return self.head(self.norm(self.layers(x))[:, 0])
 
 
+class PatchTransformer(nn.Module):
+    """A transformer over patches of a series (PatchTST, Nie et al. 2023), made of torch's own encoder."""
+
+    def __init__(self, classes: int, length: int, patch: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(1, width, patch, stride=patch // 2)
+        tokens = (length - patch) // (patch // 2) + 1
+        self.position = nn.Parameter(torch.randn(1, tokens, width) * 0.5)
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 1, length] -> [N, classes]
+        return self.head(self.encoder(self.patches(x).transpose(1, 2) + self.position).mean(1))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -431,6 +447,8 @@ _ALL = [
          samples=16),
     pair("vgg11", lambda: vgg11(4, 32, 2, 10), (3, 32, 32), lambda: vgg11(10, 32, hidden=512), (3, 32, 32), samples=8),
     pair("resnet18", lambda: resnet18(4, 3), (3, 32, 32), lambda: resnet18(1000), (3, 64, 64), seeds=10, samples=8),
+    pair("patchtst", lambda: PatchTransformer(4, 40, 8, 8, 2, 2), (1, 40),
+         lambda: PatchTransformer(5, 336, 16, 64, 3, 4), (1, 336), samples=32),
     pair("vit", lambda: ViT(4, 8, 4, 8, 2, 2), (3, 8, 8), lambda: ViT(10, 32, 4, 64, 4, 4), (3, 32, 32), samples=32),
 ]  # fmt: skip
 
