@@ -205,6 +205,64 @@ def test_a_batch_that_moves_is_followed(name: str) -> None:
     assert all(len(step.shape) <= 3 for step in program.steps if not isinstance(step.form, View))
 
 
+class ViewedWrong(nn.Module):
+    """Sequences first by a view instead of a transpose, for a table of positions: samples mix, once it is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.fc = nn.Parameter(torch.zeros(5, 1, 4)), nn.Linear(20, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 5, 4] -> [N, 3]
+        rows = x.tanh().reshape(x.shape[0] * 5, 4).view(5, x.shape[0], 4)
+        return self.fc((rows * self.places).reshape(x.shape[0] * 5, 4).view(x.shape).flatten(1) + x.flatten(1))
+
+
+def test_samples_that_are_viewed_in_another_order_are_not_followed() -> None:
+    """Nothing mixes where the table is zero, so that comparing numbers cannot find it."""
+    model = ViewedWrong().double().eval()
+    program = trace(model, (torch.randn(3, 5, 4, dtype=torch.float64),))
+    assert any(isinstance(step.form, Opaque) and "view" in step.op for step in program.steps)
+
+
+JOINED = {
+    "samples in front": lambda net, x: rowwise(net, x.reshape(-1, 4)).view(-1, 5, 4).mean(1),
+    "samples behind": lambda net, x: rowwise(net, x.transpose(0, 1).reshape(-1, 4)).view(5, -1, 4).mean(0),
+}
+
+
+def rowwise(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for _ in range(8):
+        x = x + net.fc(x).tanh()
+    return x
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_long_nets_of_rows_are_followed(name: str) -> None:
+    """Where an op has no form that way (log1p), the tensor so far is told by its value, not by all that made it."""
+    assert Opaque not in forms(proposed(Net(JOINED[name]), (5, 4)))
+    tail = proposed(
+        Net(lambda net, x: JOINED[name](net, torch.log1p(rowwise(net, x.reshape(-1, 4)).abs()).view_as(x))), (5, 4)
+    )
+    assert sum(isinstance(step.form, Opaque) for step in tail.steps) == 1
+
+
+def test_constants_of_more_axes_than_a_moved_tensor() -> None:
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net.fc((x.transpose(0, 1) + net.places)[0].masked_fill(net.later, 0.5).mean(1)[0])
+
+    model = Net(run, places=nn.Parameter(torch.randn(1, 5, 1, 4)), later=torch.ones(1, 5, 1, 4).triu(1).bool())
+    assert Opaque not in forms(proposed(model, (5, 4)))
+
+
+def test_a_recurrent_net_over_samples_and_channels() -> None:
+    """Each sample has three sequences."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net.fc(net.lstm(x.reshape(-1, 5, 2).transpose(0, 1))[0][-1].view(-1, 3, 4).mean(1))
+
+    proposed(Net(run, lstm=nn.LSTM(2, 4)), (3, 5, 2))
+
+
 @pytest.mark.parametrize("causal", ["flag", "numbers", "booleans", "written out", "filled"])
 def test_masks_that_are_constant(causal: str) -> None:
     """Nothing infinite is left, so that kernels run; nothing looks ahead."""
