@@ -32,7 +32,7 @@ PLAIN = {
     *("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.neg.default"),
     *("aten.relu.default", "aten.gelu.default", "aten.silu.default", "aten.elu.default", "aten.leaky_relu.default"),
     *("aten.tanh.default", "aten.sigmoid.default", "aten.mul.Scalar", "aten.div.Scalar", "aten.add.Scalar"),
-    "aten.masked_fill.Scalar",
+    *("aten.masked_fill.Scalar", "aten.baddbmm.default"),
 }
 #: Axes are named by these arguments and may be any.
 AXES = {"aten.transpose.int": ("dim0", "dim1"), "aten.permute.default": ("dims",)}

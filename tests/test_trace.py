@@ -248,7 +248,8 @@ def test_long_nets_of_rows_are_followed(name: str) -> None:
 
 def test_constants_of_more_axes_than_a_moved_tensor() -> None:
     def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return net.fc((x.transpose(0, 1) + net.places)[0].masked_fill(net.later, 0.5).mean(1)[0])
+        scores = (x.transpose(0, 1) + net.places)[0].masked_fill(net.later, -torch.inf)  # [1, 5, N, 4]
+        return net.fc(scores.softmax(3).mean(1)[0])
 
     model = Net(run, places=nn.Parameter(torch.randn(1, 5, 1, 4)), later=torch.ones(1, 5, 1, 4).triu(1).bool())
     assert Opaque not in forms(proposed(model, (5, 4)))
@@ -293,6 +294,38 @@ def test_masks_that_are_constant(causal: str) -> None:
     found = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
     assert not found[:, :, 3:].any()
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masked_attention_that_gives_its_weights(batch_first: bool, average: bool) -> None:
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(5, 5).triu(1).bool()
+        x = x if batch_first else x.transpose(0, 1)
+        y, weights = net.layer(x, x, x, attn_mask=later, average_attn_weights=average)
+        return net.fc(y.mean(1 if batch_first else 0)) + weights.flatten(1)[:, :4]
+
+    layer = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+    assert Opaque not in forms(proposed(Net(run, layer=layer), (5, 4)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_fills_hide_what_is_not_finite(value: float) -> None:
+    model = Net(lambda net, x: net.fc(x.masked_fill(torch.arange(4) > 1, 0.0)).tanh()).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    x[1, 3] = value
+    found = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
+
+
+def test_fills_behind_a_logarithm_are_followed() -> None:
+    """The logarithm of nothing is -inf, and is filled."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(5, 4).triu(1).bool()
+        return net.fc(x.masked_fill(later, -torch.inf).log_softmax(2).masked_fill(later, 0.0))
+
+    proposed(Net(run), (5, 4))
 
 
 OPAQUE_LAYERS = [
