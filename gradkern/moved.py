@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .layers import NoForm
+from .layers.index import takes_all
 from .program import Call, Value
 
 #: The result's shape says everything.
@@ -76,7 +77,8 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
         named.dims = (0, *named.dims)
     if op in ALONG:
         axes = counted(getattr(named, ALONG[op]), rank)
-        if axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch):
+        along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
+        if along and not (op == "aten.slice.Tensor" and takes_all(named)):
             raise NoForm("it works along the batch axis")
         setattr(named, ALONG[op], axes)
     elif op not in AXES:
@@ -96,7 +98,7 @@ def behind(op: str, sources: Sequence[tuple[int, int]], times: int, after: Seque
             raise NoForm("it joins samples in different orders")
         return found.pop()
     step = math.prod(sources[0])  # from one sample to the next; a view leaves it as it is
-    own, rest = divmod(step, math.prod(after))
+    own, rest = divmod(step, max(math.prod(after), 1))
     if rest or not own or times % own:
         raise NoForm("it views the samples in another order")
     return own

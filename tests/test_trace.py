@@ -296,6 +296,29 @@ def test_masks_that_are_constant(causal: str) -> None:
     assert not found[:, :, 3:].any()
 
 
+def test_all_samples_of_a_moved_tensor_are_a_slice() -> None:
+    model = Net(lambda net, x: net.fc(x.transpose(0, 1)[:, :, 1:].relu()[1:, :].mean(0)), width=3)
+    assert Opaque not in forms(proposed(model, (5, 4)))
+
+
+EMPTY = {
+    "beside": lambda net, x: net.fc(torch.cat([x, x[:, :0].tanh()], 1).mean(1)),
+    "moved": lambda net, x: net.fc(torch.cat([x.transpose(0, 1), x.transpose(0, 1)[:0].unsqueeze(3)[..., 0]]).mean(0)),
+    "viewed": lambda net, x: net.fc(
+        torch.cat([x, x.transpose(0, 1)[:, :, :0].tanh().unsqueeze(2)[:, :, 0].transpose(0, 1)], 2).mean(1)
+    ),
+    "no mean": lambda net, x: net.fc(x[:, 0].where(x[:, :4, :0].mean(2).isnan(), 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_parts(name: str) -> None:
+    model, x = Net(EMPTY[name]).double().eval(), torch.randn(3, 5, 4, dtype=torch.float64)
+    trace(model, (x,))
+    found = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_masked_attention_that_gives_its_weights(batch_first: bool, average: bool) -> None:
