@@ -8,6 +8,7 @@ lost the batch, or has it twice, mixes samples, and the network is refused.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from .expression import calls_in, leaves, literal, operator_of, values_in
 from .layers import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
 from .layers.builder import as_shape
 from .layers.nested import last_state, simplified
-from .moved import Moved, per_sample
+from .moved import Moved, behind, per_sample
 from .program import Batch, Call, Opaque, Param, Program, Value
 from .recurrent import GATES, batch_first, recognise, turned_back
 from .verify import Untraceable, verify
@@ -206,7 +207,7 @@ class _Lowering:
     def _batch_first_net(self, call: Call, source: torch.fx.Node) -> Call:
         """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, where the samples are known one by one."""
         x, shape = self.known[source], source.meta["val"].shape
-        if not isinstance(x, Moved) or len(shape) != 3 or not isinstance(shape[1], torch.SymInt):
+        if not isinstance(x, Moved) or len(shape) != 3 or _batch_axis(shape) != 1 or self._size(shape[1]) != Batch(1):
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
@@ -223,15 +224,19 @@ class _Lowering:
             raise NoForm("it reads no tensor")
         named = SimpleNamespace(**_bound(node.target, [self._lifted(x) for x in node.args],
                                          {k: self._lifted(v) for k, v in node.kwargs.items()}))  # fmt: skip
-        axes = {a for n in tensors for a, d in enumerate(n.meta["val"].shape) if isinstance(d, torch.SymInt)}
-        per_sample(op, named, tensors[0].meta["val"].dim(), tuple(axes))
+        axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
+        per_sample(op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        place = _batch_axis(meta.shape)
+        sources = [
+            (getattr(self.known[n], "behind", 1), math.prod(n.meta["val"].shape[a + 1 :])) for n, a in axes.items()
+        ]
+        own = behind(op, sources, self._size(meta.shape[place]).times, meta.shape[place + 1 :])
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         named.result_dtype, named.result_device, named.piece = meta.dtype, meta.device, index
         self._check(op, index, meta, [v for v in vars(named).values() if isinstance(v, Value)])
-        value = LOWERINGS[op](b, named)
-        assert b.shape(value) == named.result, f"{op}: lowered to {b.shape(value)}, torch says {named.result}"
+        value = as_shape(b, LOWERINGS[op](b, named), named.result)  # a constant of more axes puts some in front
         b.dtypes[value] = meta.dtype
-        return Moved(value, self._expressed(value, meta, call))
+        return Moved(value, self._expressed(value, meta, call, own), own)
 
     def _lifted(self, x: Any) -> Any:
         """An argument sample by sample: a value gets an axis of one number in front."""
@@ -288,12 +293,14 @@ class _Lowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value, meta: Tensor, call: Call) -> Call:
+    def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
         """A moved tensor for ops that have no form: by the call that made it, or by its value where that has grown."""
-        place = next(axis for axis, d in enumerate(meta.shape) if isinstance(d, torch.SymInt))
-        if len(leaves(call)) <= _LARGEST_CALL // 8 or self._size(meta.shape[place]) != Batch(1):
+        if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
-        return Call("aten.movedim.int", (Call("aten.select.int", (value, place + 1, 0)), 0, place))
+        place = _batch_axis(meta.shape)
+        size, before, after = self._size(meta.shape[place]), meta.shape[:place], meta.shape[place + 1 :]
+        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // own, own, *after)))
+        return Call("aten.reshape.default", (Call("aten.movedim.int", (apart, 0, place + 1)), (*before, size, *after)))
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
@@ -342,6 +349,11 @@ def _reaching(output: torch.fx.Node) -> set[torch.fx.Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def _batch_axis(shape: Sequence[Any]) -> int:
+    """The axis that holds the samples; -1 where there is none."""
+    return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
 
 
 def _bound(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def slice_(b: Builder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     if a.dim % (len(shape) + 1) == 0:
-        if a.result == shape and a.step == 1 and a.start in (None, 0) and a.end in (None, 2**63 - 1):
+        if a.result == shape and takes_all(a):
             return x
         raise NoForm("it takes some of the samples")
     axis = sample_axis(a.dim, len(shape))
@@ -121,6 +121,11 @@ def slice_(b: Builder, a: SimpleNamespace) -> Value:
     wanted = range(shape[axis])[slice(a.start, end, a.step)]
     trimmed = trim_convolution(b, x, axis, wanted)
     return emit(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
+
+
+def takes_all(a: SimpleNamespace) -> bool:
+    """Whether a slice is ``x[:]``, whatever the length."""
+    return a.step == 1 and a.start in (None, 0) and a.end in (None, 2**63 - 1)
 
 
 def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | None:
@@ -216,6 +221,7 @@ def stack(b: Builder, a: SimpleNamespace) -> Value:
 
 def joined(b: Builder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
+    values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
     for v in values:
         own = b.shape(v)
         n = own[axis]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from ..program import Contract, Dense, Param, Product, Value
+from .arithmetic import affine, shifted
 from .builder import Builder, NoForm, lowers, need_value
 
 
@@ -51,3 +52,12 @@ def addmm(b: Builder, a: SimpleNamespace) -> Value:
         raise NoForm(f"its added tensor is not of shape ({width},)")
     weight = b.derive("aten.t.default", a.mat2)  # [O, I]
     return b.emit(Contract(Dense(), weight, a.self), (a.mat1,), (*b.shape(a.mat1)[:-1], width))
+
+
+@lowers("aten.baddbmm.default")
+def baddbmm(b: Builder, a: SimpleNamespace) -> Value:
+    """``beta mask + alpha x @ y`` per sample, with a constant mask: attention that also gives its weights."""
+    if not isinstance(a.self, Param):
+        raise NoForm("its added tensor depends on the samples")
+    product = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
+    return shifted(b, product, a.self, a.beta) if a.beta else product

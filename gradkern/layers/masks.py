@@ -57,8 +57,13 @@ def bounded(b: Builder, x: Value, dtype: torch.dtype) -> Value:
 
 @lowers("aten.masked_fill.Scalar")
 def masked_fill(b: Builder, a: SimpleNamespace) -> Value:
-    """``x (1 - mask) + value mask``; where x is finite that is the same."""
+    """``x (1 - mask) + value mask``, for scores that a softmax is to leave out; where they are finite that is the same.
+
+    Other fills stand where numbers are none (of padding, or behind a logarithm), and 0 · NaN is NaN.
+    """
     x, value = need_value(a.self), number_of(a.value)
+    if value > -1e4:
+        raise NoForm(f"a product with 0 is no fill with {value} where its input is not finite")
     if not isinstance(a.mask, Param):
         raise NoForm("its mask depends on the samples")
     filled = as_numbers(b, a.mask, a.result_dtype)

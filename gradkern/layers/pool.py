@@ -154,6 +154,8 @@ def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
         raise NoForm("it changes the dtype")
     shape = b.shape(x)
     dims = {sample_axis(d, len(shape)) for d in (a.dim if a.dim else range(len(shape) + 1))}
+    if any(shape[d] == 0 for d in dims):
+        raise NoForm("it reduces an empty axis")
     if dims and 0 not in dims:  # spatial axes: no element has to move
         axes = tuple(
             ((0, (1.0 / n if average else 1.0,) * n),) if i in dims else identity_rows(n)
