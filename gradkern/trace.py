@@ -187,10 +187,10 @@ class _Lowering:
             return self.builder.derive_call(call, meta)
         if not self._has_batch_first(node, meta, call):
             try:
-                return self._moved(node, index, meta, call)
+                return self._moved(node, meta, call)
             except (NoForm, MixesSamples):
                 return call
-        return self._value(node, call, meta, index)
+        return self._value(node, call, meta)
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
         """True where the batch is axis 0; False where the result is to be inlined; refused where samples mix."""
@@ -211,30 +211,29 @@ class _Lowering:
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
-    def _moved(self, node: torch.fx.Node, index: int | None, meta: Tensor, call: Call) -> Moved:
+    def _moved(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Moved:
         """A tensor with the batch elsewhere, sample by sample; `NoForm` where its op has no form that way."""
-        b, op = self.builder, str(node.target)
-        if recognise(turned_back(call)) is not None:
-            steps, _, width = (int(d) if k != 1 else 0 for k, d in enumerate(meta.shape))
-            net = turned_back(call)
+        b, net = self.builder, turned_back(call)
+        if recognise(net) is not None:
+            steps, width = int(meta.shape[0]), int(meta.shape[2])
             y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
             return Moved(as_shape(b, y, (steps, 1, width)), call)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not tensors:
             raise NoForm("it reads no tensor")
-        named = SimpleNamespace(**_bound(node.target, [self._lifted(x) for x in node.args],
-                                         {k: self._lifted(v) for k, v in node.kwargs.items()}))  # fmt: skip
+        kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
+        lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
+        named = _named(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
-        per_sample(op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
             (getattr(self.known[n], "behind", 1), math.prod(n.meta["val"].shape[a + 1 :])) for n, a in axes.items()
         ]
-        own = behind(op, sources, self._size(meta.shape[place]).times, meta.shape[place + 1 :])
-        named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
-        named.result_dtype, named.result_device, named.piece = meta.dtype, meta.device, index
-        self._check(op, index, meta, [v for v in vars(named).values() if isinstance(v, Value)])
-        value = as_shape(b, LOWERINGS[op](b, named), named.result)  # a constant of more axes puts some in front
+        own = behind(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
+        self._check(lifted, meta)
+        value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
         b.dtypes[value] = meta.dtype
         return Moved(value, self._expressed(value, meta, call, own), own)
 
@@ -252,11 +251,11 @@ class _Lowering:
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else found
 
-    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor, index: int | None) -> Value:
+    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
         b = self.builder
         shape = tuple(int(d) for d in meta.shape[1:])
         try:
-            value = self._by_form(node, call, shape, meta, index)
+            value = self._by_form(node, call, shape, meta)
         except NoForm as why:
             b.op = _ops_of(call)
             value = b.emit(Opaque(call, str(why)), values_in(call), shape)
@@ -266,9 +265,7 @@ class _Lowering:
         b.dtypes[value] = meta.dtype
         return value
 
-    def _by_form(
-        self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor, index: int | None
-    ) -> Value:
+    def _by_form(self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value:
         call = simplified(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
@@ -277,20 +274,20 @@ class _Lowering:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], Moved) for n in node.all_input_nodes):
-                return as_shape(self.builder, self._moved(node, index, meta, call).value, shape)
+                return as_shape(self.builder, self._moved(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
-        self._check(call.op, call.index, meta, values_in(call))
+        self._check(call, meta)
         return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
 
-    def _check(self, op: str, index: int | None, meta: Tensor, values: Sequence[Value]) -> None:
+    def _check(self, call: Call, meta: Tensor) -> None:
         """`NoForm` for what no lowering takes."""
-        if op not in LOWERINGS:
-            raise NoForm(f"{op} has no form")
-        if index not in (None, 0) and op not in SEVERAL:
-            raise NoForm(f"result {index} of {op} has no form")
+        if call.op not in LOWERINGS:
+            raise NoForm(f"{call.op} has no form")
+        if call.index not in (None, 0) and call.op not in SEVERAL:
+            raise NoForm(f"result {call.index} of {call.op} has no form")
         if not meta.dtype.is_floating_point:
             raise NoForm("its result is not floating point")
-        if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values):
+        if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
     def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
