@@ -57,8 +57,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
 template <class T, int Math>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   T* buf = reinterpret_cast<T*>(memory);
-  uint8_t* bits = memory + (args.region + static_cast<int64_t>(args.planned) * args.sample) * sizeof(T);
-  Tile<T> t{args, buf, bits, 0, 0, 0, 0, 0};
+  Tile<T> t{args, buf, 0, 0, 0, 0, 0};
   for (t.tile = blockIdx.x; t.tile * static_cast<int64_t>(args.block) < args.samples; t.tile += gridDim.x) {
     // The forward pass, then one tile of seeds after the other.
     for (t.s0 = -args.seed_tile; t.s0 < (args.backward_count ? args.seeds : 0); t.s0 += args.seed_tile) {

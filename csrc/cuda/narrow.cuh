@@ -34,9 +34,8 @@ GK_DEVICE void visit_narrow(const Op& op, const T* weights, const Visit<T>& at, 
   constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
   const int O = op.O, width = op.K, planes = op.merged ? op.taps : 1, rows = O / 4, dst_s = op.dst_s, nb = op.nb;
   const Taps taps{0, {O * kRow, 2 * O * kRow, 3 * O * kRow}};
-  const T* from[S];  // seeds past the last are the last one again, and not stored
-#pragma unroll
-  for (int s = 0; s < S; ++s) from[s] = at.from + (s < at.seeds ? s : at.seeds - 1) * at.stride;
+  const T* from[S];
+  seed_starts(from, at.from, at.stride, at.seeds);
   T sums[kSums] = {};
   for (int c0 = 4 * mine; c0 < (O + 15) / 16 * 16; c0 += 16) {
     const bool on = at.inside && c0 < O;

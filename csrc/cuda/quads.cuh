@@ -47,9 +47,8 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
                            const Taps& taps, int planes, bool alone) {
   const int O = op.O, ldw = op.ldw, dst_s = op.dst_s, nb = op.nb;
   constexpr bool kSkips = NQ == 2;  // a branch costs the others more than it saves
-  const T* from[S];                 // seeds past the last are the last one again, and not stored
-#pragma unroll
-  for (int s = 0; s < S; ++s) from[s] = at.from + (s < at.seeds ? s : at.seeds - 1) * at.stride;
+  const T* from[S];
+  seed_starts(from, at.from, at.stride, at.seeds);
   Four<T> sum[S][NQ] = {};
   for (int c0 = 0; c0 < O; c0 += 32) {
     uint32_t words[kMaxPlanes] = {};

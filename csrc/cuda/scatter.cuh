@@ -38,14 +38,20 @@ GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int 
   return word;
 }
 
+// Where each seed's cotangents begin; seeds past the last are the last one again, and not stored.
+template <class T, int S>
+GK_DEVICE void seed_starts(const T* (&from)[S], const T* g, int stride, int seeds) {
+#pragma unroll
+  for (int s = 0; s < S; ++s) from[s] = g + (s < seeds ? s : seeds - 1) * stride;
+}
+
 // One walk: out[s][slot] += Σ_j Σ_{c live in plane j} g[s][c] · w[j][c][slot], for the slots of this lane.  Several
 // planes are the taps of a pool that share one window.
 template <class T, int NV, int S>
 GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int low, int high, const T* g, int stride,
                     int seeds, const T* w, int ldw, int lanes, T* out, int os, const int (&offset)[NV]) {
-  const T* from[S];  // seeds past the last are the last one again, and not stored
-#pragma unroll
-  for (int s = 0; s < S; ++s) from[s] = g + (s < seeds ? s : seeds - 1) * stride;
+  const T* from[S];
+  seed_starts(from, g, stride, seeds);
   T acc[S][NV] = {};
   bool any = false;
   for (int c0 = low & ~31, j = 0; j < planes;) {

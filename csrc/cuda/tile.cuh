@@ -9,7 +9,6 @@ template <class T>
 struct Tile {
   const Args<T>& args;
   T* buf;
-  uint8_t* bits;
   int tile;       // number of the tile
   int first;      // first sample, within the tile, of those at hand
   int count;      // samples at hand
@@ -27,6 +26,7 @@ struct Tile {
     return left < args.block ? static_cast<int>(left) : args.block;
   }
   GK_DEVICE const uint8_t* planes(const Op& op, int m) const {
+    const auto* bits = reinterpret_cast<const uint8_t*>(buf + args.region + args.planned * args.sample);
     GK_SHARED(bits);
     return bits + (first + m) * args.bits + static_cast<int>(op.bits);
   }
