@@ -33,7 +33,7 @@ test: $(EXT) ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
-	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/test_random_programs.py -k "kernels or splits" $(ARGS)
+	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
 
 bench: $(EXT) ## benchmarks against what torch and Captum offer
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -33,7 +33,8 @@ import gradkern
 from benchmarks import gpu_jax, machine, operations
 from benchmarks.baselines import captum_saliency, deliver, loop_classes, replicated
 from benchmarks.measure import quiet
-from gradkern import device, ops
+from gradkern.codegen.cuda import lowering
+from gradkern.runtime import ops
 from tests import oracle
 from tests.cases import CASES, Case
 
@@ -136,7 +137,7 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
 @contextmanager
 def arithmetic(precision: str, products: int) -> Iterator[None]:
     """Another arithmetic for a precision, as long as this lasts."""
-    with mock.patch.dict(device.MATH, {precision: products}):
+    with mock.patch.dict(lowering.MATH, {precision: products}):
         ops._machine.cache_clear()
         try:
             yield
@@ -149,7 +150,7 @@ def steps(who: str) -> Callable[[nn.Module, int], Chunk]:
 
     def make(model: nn.Module, outputs: int) -> Chunk:
         def chunk(x: Tensor, out: Tensor | None) -> Tensor:
-            with mock.patch.dict(os.environ, {device.STEPS_VARIABLE: who}):
+            with mock.patch.dict(os.environ, {lowering.STEPS_VARIABLE: who}):
                 return ours(model, outputs)(x, out)
 
         return chunk
@@ -181,8 +182,8 @@ CONTENDERS: dict[str, Callable[[nn.Module, int], Chunk]] = {
     "gradkern": ours,
     "gradkern, step kernel": steps("kernel"),
     "gradkern, ATen layers": steps("aten"),
-    "gradkern, 3 × TF32": multiplied("highest", device.TF32X3),
-    "gradkern, 1 × TF32": multiplied("high", device.TF32),
+    "gradkern, 3 × TF32": multiplied("highest", lowering.TF32X3),
+    "gradkern, 1 × TF32": multiplied("high", lowering.TF32),
     "class loop": loop_classes,
     "seeds folded": replicated,
     "folded, CUDA graph": compiled_folded,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import gradkern
 from benchmarks.gpu import SAMPLES, timed
-from gradkern import engine, ops
-from gradkern.chain import FIELDS, KINDS
+from gradkern.codegen.chain import FIELDS, KINDS
+from gradkern.runtime import executor, ops
 from tests.cases import CASES
 
 CLOCK = 1.755e9  # per second, of an H200; the planner counts clocks
@@ -40,15 +40,15 @@ class Record:
 
 
 def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """What `gradkern.engine.call` is called with for the network's Jacobian: packed chain, inputs, and the rest."""
+    """What `executor.call` is called with for the network's Jacobian: packed chain, inputs, and the rest."""
     calls: list[tuple[Any, ...]] = []
 
     def keep(*args: Any) -> list[Tensor]:
         calls.append(args)
         return real(*args)
 
-    real = engine.call
-    with mock.patch.object(engine, "call", keep):
+    real = executor.call
+    with mock.patch.object(executor, "call", keep):
         gradkern.jacobian(model, x, engine="kernel")
     if len(calls) != 1:
         raise SystemExit(f"benchmarks.gpu_records: expected one chain and one chunk, got {len(calls)} launches")

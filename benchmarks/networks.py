@@ -25,8 +25,8 @@ import gradkern
 from benchmarks import accuracy, machine, measure, report
 from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
-from gradkern.cost import total_macs
-from gradkern.trace import trace
+from gradkern.frontend.tracer import trace
+from gradkern.ir.cost import total_macs
 from tests import oracle
 from tests.networks import NETWORKS, Network
 

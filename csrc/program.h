@@ -1,4 +1,4 @@
-// The native mirror of gradkern/chain.py: plain records, no ATen.
+// The native mirror of gradkern/codegen/chain.py: plain records, no ATen.
 //
 // A chain is two lists of `Op` records (forward, backward) over one scratch arena per thread.  The Python side
 // decides every offset; this side only follows them.  All strides and offsets count elements, `bits*` count bytes.

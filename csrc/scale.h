@@ -1,5 +1,5 @@
 // Elementwise functions: value and derivative, for host and device.  One functor per function; a new activation
-// is one more here (and its torch twin in gradkern/reference.py).  Derivatives at kinks follow torch, op by op.
+// is one more here (and its torch twin in gradkern/runtime/reference.py).  Derivatives at kinks follow torch, op by op.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .api import explain, iter_jacobian, jacobian, prepare
 from .checking import check
-from .options import GradkernWarning, use
-from .targets import TopK
+from .dispatch.targets import TopK
+from .util.options import GradkernWarning, use
 
 if TYPE_CHECKING:
     from . import attr as attr

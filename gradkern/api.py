@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, binding, cache, execute, options, plan, refusal
-from .autograd import Facts, spans
-from .job import Job, OutArgument, check_devices, jacobian_choice, read_inputs
-from .narrow import narrowed
-from .options import BadType, BadValue
-from .program import Opaque, Program
-from .targets import Seeds, TopSeeds
+from .dispatch import batching, eager, guards, state
+from .dispatch.eager import Facts
+from .dispatch.request import Job, OutArgument, check_devices, jacobian_choice, read_inputs
+from .dispatch.targets import Seeds, TopSeeds
+from .ir.program import Opaque, Program
+from .passes.prune_positions import narrowed
+from .planner import plan
+from .runtime import binding
+from .util import options
+from .util.chunks import spans
+from .util.options import BadType, BadValue
 
 TRACE_SAMPLES = 4
 PROBE_SAMPLES = 3
@@ -107,7 +111,7 @@ def iter_jacobian(
 
 
 def _pieces(job: Job, chunk: int | None, engine: str | None, many: bool) -> Iterator[Any]:
-    shape = execute.output_shape(job)
+    shape = batching.output_shape(job)
     seeds = job.choose(job.samples, shape)
     if chunk is None:
         size = sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in (job.inputs[w] for w in job.wrt))
@@ -153,7 +157,7 @@ def explain(
     kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
     """
     job = _looking_job(model, inputs)
-    refused = refusal.at_once(job.fn, job.inputs)
+    refused = guards.at_once(job.fn, job.inputs)
     verdict = None if refused else verdict_of(job)
     if verdict is None or verdict.program is None:
         reason = refused.reason if refused else verdict.reason if verdict else ""
@@ -169,7 +173,7 @@ def _plan(job: Job, program: Program, seeds: Seeds) -> plan.Plan:
     assert job.module is not None
     program = narrowed(program)
     with torch.inference_mode(False), torch.no_grad():
-        counted = execute.opaque_macs(program, binding.bind(program, job.module), job.pick(2))
+        counted = batching.opaque_macs(program, binding.bind(program, job.module), job.pick(2))
     x = job.inputs[job.wrt[0]]
     return plan.plan(program, seeds=seeds.count, dtype=x.dtype, opaque_macs=counted, device=x.device)
 
@@ -197,17 +201,17 @@ def solve(job: Job, engine: str | None = None, *, strict: bool = False) -> None:
     name = options.engine(engine)
     check_devices(job.module, job.inputs)
     if job.samples == 0:
-        with autograd.outside_modes():
-            job.open(execute.output_shape(job))
+        with eager.outside_modes():
+            job.open(batching.output_shape(job))
         return
-    refused = refusal.at_once(job.fn, job.inputs)
+    refused = guards.at_once(job.fn, job.inputs)
     if name == "autograd" or refused is not None or job.module is None:
         if refused is not None and name != "autograd":
             _say(job, refused.reason)
         _live(job, 0, _facts(job, refused), strict)
         return
-    known = cache.entry(job.module)
-    key = cache.key_of(job.module, job.inputs)
+    known = state.entry(job.module)
+    key = state.key_of(job.module, job.inputs)
     verdict, start = known.verdict(key), 0
     if verdict is None and name == "auto":
         start = _live_until_tracing_pays(job, known, key, strict)
@@ -220,10 +224,10 @@ def solve(job: Job, engine: str | None = None, *, strict: bool = False) -> None:
     else:
         opaque = any(isinstance(step.form, Opaque) for step in verdict.program.steps)
         saved = _facts(job, None).per_sample if opaque else 0
-        execute.run(job, verdict.program, start, name, strict=strict, saved=saved)
+        batching.run(job, verdict.program, start, name, strict=strict, saved=saved)
 
 
-def _live_until_tracing_pays(job: Job, known: cache.Entry, key: Any, strict: bool) -> int:
+def _live_until_tracing_pays(job: Job, known: state.Entry, key: Any, strict: bool) -> int:
     """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
 
     The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.
@@ -235,7 +239,7 @@ def _live_until_tracing_pays(job: Job, known: cache.Entry, key: Any, strict: boo
     with _kept(job, facts):
         for start, stop in spans(0, job.samples, facts.chunk(job.samples, job.sample_bytes, budget)):
             begin = time.perf_counter()
-            autograd.fill(job, start, stop, budget // 2, strict=strict)
+            eager.fill(job, start, stop, budget // 2, strict=strict)
             seconds = time.perf_counter() - begin
             if facts.whole and job.samples > 1:
                 continue  # it cannot be traced
@@ -252,19 +256,19 @@ def _live(job: Job, start: int, facts: Facts, strict: bool) -> None:
     budget = options.memory_budget()
     with _kept(job, facts):
         for a, b in spans(start, job.samples, facts.chunk(job.samples, job.sample_bytes, budget)):
-            autograd.fill(job, a, b, budget // 2, strict=strict)
+            eager.fill(job, a, b, budget // 2, strict=strict)
 
 
 def _kept(job: Job, facts: Facts) -> AbstractContextManager[Any]:
     """Put the buffers back afterwards, one call at a time, where a forward changes them."""
     stack = ExitStack()
     if facts.mutates and job.module is not None:
-        stack.enter_context(cache.entry(job.module).live)
-        stack.enter_context(autograd.buffers_kept(job.module))
+        stack.enter_context(state.entry(job.module).live)
+        stack.enter_context(eager.buffers_kept(job.module))
     return stack
 
 
-def _facts(job: Job, refused: refusal.Refusal | None) -> Facts:
+def _facts(job: Job, refused: guards.Refusal | None) -> Facts:
     """May the batch be cut, do buffers change, what does a sample take: measured once per structure."""
     if refused is not None and refused.whole:
         return Facts(refused.reason, mutates=True)
@@ -275,11 +279,11 @@ def _facts(job: Job, refused: refusal.Refusal | None) -> Facts:
 
 def _measured(job: Job) -> Facts:
     def measure() -> Facts:
-        return autograd.probe(job.fn, job.module, job.pick(PROBE_SAMPLES), job.wrt)
+        return eager.probe(job.fn, job.module, job.pick(PROBE_SAMPLES), job.wrt)
 
     if job.module is None:
         return measure()
-    known, key = cache.entry(job.module), cache.key_of(job.module, job.inputs)
+    known, key = state.entry(job.module), state.key_of(job.module, job.inputs)
     facts = known.facts(key, measure)
     verdict = known.verdict(key)
     return replace(facts, whole=verdict.reason) if verdict is not None and verdict.mixes else facts
@@ -292,9 +296,9 @@ def _must_be_whole(job: Job) -> bool:
 
 def why_whole(job: Job) -> str:
     """Why the batch must go through one forward: the samples of this model mix; empty where they do not."""
-    refused = refusal.at_once(job.fn, job.inputs)
+    refused = guards.at_once(job.fn, job.inputs)
     if refused is None and job.module is not None:
-        verdict = cache.entry(job.module).verdict(cache.key_of(job.module, job.inputs))
+        verdict = state.entry(job.module).verdict(state.key_of(job.module, job.inputs))
         if verdict is not None and verdict.program is not None:
             return ""
     return _facts(job, refused).whole
@@ -302,32 +306,32 @@ def why_whole(job: Job) -> str:
 
 def samples_mix(job: Job) -> bool:
     """Do samples of one batch depend on each other, or draw random numbers, or change buffers?"""
-    refused = refusal.at_once(job.fn, job.inputs)
+    refused = guards.at_once(job.fn, job.inputs)
     if refused is not None and refused.whole:
         return True
     if refused is None and job.module is not None:
-        verdict = cache.entry(job.module).verdict(cache.key_of(job.module, job.inputs))
+        verdict = state.entry(job.module).verdict(state.key_of(job.module, job.inputs))
         if verdict is not None and verdict.program is not None:
             return False
     return bool(_measured(job).whole)
 
 
-def verdict_of(job: Job) -> cache.Verdict | None:
+def verdict_of(job: Job) -> state.Verdict | None:
     """Trace now; None where the call goes to autograd at once (and a warning has said why)."""
     check_devices(job.module, job.inputs)
-    refused = refusal.at_once(job.fn, job.inputs)
+    refused = guards.at_once(job.fn, job.inputs)
     if refused is not None or job.module is None:
         _say(job, refused.reason if refused else "")
         return None
-    key = cache.key_of(job.module, job.inputs)
-    return cache.entry(job.module).trace(key, job.module, lambda: job.pick(TRACE_SAMPLES))
+    key = state.key_of(job.module, job.inputs)
+    return state.entry(job.module).trace(key, job.module, lambda: job.pick(TRACE_SAMPLES))
 
 
 def _say(job: Job, reason: str) -> None:
     if job.module is None:
-        cache.warn_once(f"This call runs on autograd: {reason}.")
+        state.warn_once(f"This call runs on autograd: {reason}.")
     else:
-        cache.entry(job.module).warn(f"{type(job.module).__name__} runs on autograd: {reason}.")
+        state.entry(job.module).warn(f"{type(job.module).__name__} runs on autograd: {reason}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -359,7 +363,7 @@ def _with_graph(job: Job, engine: str | None) -> tuple[Tensor, ...]:
     if job.to_caller:
         raise BadValue("create_graph: got True together with out=, expected one of them: out= takes values only.")
     check_devices(job.module, job.inputs)
-    return autograd.with_graph(job)
+    return eager.with_graph(job)
 
 
 def _looking_job(model: Callable[..., Any], inputs: Any) -> Job:

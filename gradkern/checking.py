@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import api, autograd
-from .job import Job, jacobian_choice, model_of, read_inputs
-from .options import BadValue
-from .targets import TopK
+from . import api
+from .dispatch import eager
+from .dispatch.request import Job, jacobian_choice, model_of, read_inputs
+from .dispatch.targets import TopK
+from .util.options import BadValue
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
 
@@ -73,7 +74,7 @@ def _exact_job(model: Any, given: tuple[Tensor, ...], numbers: tuple[int, ...], 
             raise BadValue("a callable that is no module")
         twin = copy.deepcopy(module).double()
         job = Job(twin, exact, numbers, jacobian_choice(targets))
-        with torch.no_grad(), autograd.buffers_kept(twin):
+        with torch.no_grad(), eager.buffers_kept(twin):
             twin(*[x[:2].clone() for x in exact])
         return job, "autograd in float64"
     except Exception as error:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradkern import plan
+from gradkern.planner import plan
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 

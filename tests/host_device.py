@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from gradkern import ops
-from gradkern.device import MATH, MAX_PORTS, Device
+from gradkern.codegen.cuda.lowering import MATH, MAX_PORTS, Device
+from gradkern.runtime import ops
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")

@@ -1,4 +1,4 @@
-"""Kills dataset runs at random moments, for tests/test_data_resume.py.  A process of its own, which forks.
+"""Kills dataset runs at random moments, for tests/data/test_resume.py.  A process of its own, which forks.
 
     python -m tests.kill_runs OUT KILLS SEED
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradkern.indexing import along, identity
-from gradkern.program import Index, LowRank, Product
+from gradkern.ir.indexing import along, identity
+from gradkern.ir.program import Index, LowRank, Product
 
 MOST_COPIED = 800  # numbers in a value that a copy makes
 

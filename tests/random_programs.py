@@ -14,8 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradkern.layers.pool import average_rows, pooled
-from gradkern.program import (
+from gradkern.frontend.lowerings.pool import average_rows, pooled
+from gradkern.ir.program import (
     Call,
     Channels,
     Contract,

@@ -1,4 +1,4 @@
-"""A run on a local Ray cluster of two workers, one of which is killed in the middle; for tests/test_data_ray.py.
+"""A run on a local Ray cluster of two workers, one of which is killed in the middle; for tests/data/test_ray.py.
 
     python -m tests.ray_run OUT
 

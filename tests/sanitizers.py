@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from gradkern import attr, binding, engine, trace
+from gradkern import attr
 from gradkern.attr.rulemethods import with_relu
+from gradkern.frontend import tracer
+from gradkern.runtime import binding, executor
 from tests.cases import CASES
 from tests.host_device import CSRC, FLAGS, HostDevice, installed
 
@@ -48,11 +50,11 @@ def recordings(precision: str, layers: bool):
             device = HostDevice(blocks=2, threads=64, precision=precision)
         device.record = []
         with torch.no_grad(), installed(device):
-            program = trace.trace(model, inputs)
+            program = tracer.trace(model, inputs)
             params = binding.bind(program, model)
-            engine.jacobian(program, params, inputs)
+            executor.jacobian(program, params, inputs)
             if name in RULED:
-                engine.jacobian(with_relu(program, "guided_relu"), params, inputs)
+                executor.jacobian(with_relu(program, "guided_relu"), params, inputs)
                 attr.DeepLift(model, False, engine="kernel").attribute_all(inputs)  # its maps, left as they are
         for number, recording in enumerate(device.record):
             yield f"{name} {precision} {'layer' if layers else 'chain'} {number}", recording

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern import engine, native, plan, trace, verify
-from gradkern.binding import bind
-from gradkern.functions import FUNCTIONS, Function
-from gradkern.layers.activation import elementwise
-from gradkern.layers.builder import LOWERINGS, lowers
+from gradkern.codegen import support
+from gradkern.frontend import tracer, verify
+from gradkern.frontend.lowerings.activation import elementwise
+from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
+from gradkern.ir.functions import FUNCTIONS, Function
+from gradkern.planner import plan
+from gradkern.runtime import executor
+from gradkern.runtime.binding import bind
 from tests import oracle
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +66,9 @@ class Net(nn.Module):
 def test_two_places_make_it_right(made_up):
     torch.manual_seed(0)
     model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
-    program = trace.trace(model, (x,))
+    program = tracer.trace(model, (x,))
     verify.verify(program, model, (x,))
-    (got,) = engine.jacobian(program, bind(program, model), (x,))[1]
+    (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
     found = plan.plan(program, 3, torch.float64)
     assert found.fused_share == 1.0
@@ -94,4 +97,4 @@ def test_third_place_is_the_functor(tmp_path):
 
 def test_names_stand_in_the_same_order():
     found = re.search(LIST, (ROOT / "csrc" / "scale.h").read_text(), re.S)[0]
-    assert re.findall(r"X\((\w{2,})\)", found) == list(native.NATIVE_FUNCTIONS)
+    assert re.findall(r"X\((\w{2,})\)", found) == list(support.NATIVE_FUNCTIONS)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.options import ENGINES, BadValue
+from gradkern.util.options import ENGINES, BadValue
 from tests import oracle
 from tests.cases import net
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import gradkern
-from gradkern import reference
-from gradkern.execute import MacCounter
-from gradkern.program import Opaque
+from gradkern.dispatch.batching import MacCounter
+from gradkern.ir.program import Opaque
+from gradkern.runtime import reference
 from tests.cases import CASES, net
 
 N = 4

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gradkern import binding, engine, trace
-from gradkern.program import Program
+from gradkern.frontend import tracer
+from gradkern.ir.program import Program
+from gradkern.runtime import binding, executor
 from tests import oracle
 from tests.cases import CASES
 
@@ -19,7 +20,7 @@ EXACT = 1e-10  # float64, relative
 def program_of(name: str) -> Program:
     case = CASES[name]
     with torch.no_grad():
-        return trace.trace(case.build(dtype=torch.float64), case.inputs(4, dtype=torch.float64))
+        return tracer.trace(case.build(dtype=torch.float64), case.inputs(4, dtype=torch.float64))
 
 
 def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
@@ -38,7 +39,7 @@ def run(program: Program, params, inputs, targets=None, wrt=None) -> tuple[Tenso
         torch.full((x.shape[0], seeds, *x.shape[1:]), float("nan"), dtype=x.dtype) for x in (inputs[w] for w in chosen)
     )
     with torch.no_grad():
-        y, found = engine.jacobian(program, params, inputs, targets, wrt, out=out)
+        y, found = executor.jacobian(program, params, inputs, targets, wrt, out=out)
     assert all(f is o for f, o in zip(found, out, strict=True))
     return y, out
 

@@ -17,7 +17,7 @@ void run_window(const Op& op, Context<T>& ctx, int64_t n) {
     const T* w = ctx.packed + op.wf + g * op.K * vectors * VL;
     const T* bias = ctx.packed + op.bias + g * vectors * VL;
     for (int64_t v = 0, tiles = (vectors + kMaxNV - 1) / kMaxNV; v < vectors; --tiles) {
-      const int64_t nv = (vectors - v + tiles - 1) / tiles;  // even tiles, as gradkern/pack.py lays them out
+      const int64_t nv = (vectors - v + tiles - 1) / tiles;  // even tiles, as gradkern/codegen/weights.py lays them out
       a.w = w + v * VL * op.K;
       a.bias = bias + v * VL;
       a.tail = v + nv == vectors ? op.O - (vectors - 1) * VL : VL;

@@ -161,7 +161,7 @@ GK_DEVICE MatMul matmul_of(const Op& op, int seeds) {
           back && !op.assign};
 }
 
-// Issued instructions of the busiest thread with tiles of so many rows; gradkern/device.py: matmul_cost.
+// Issued instructions of the busiest thread with tiles of so many rows; gradkern/codegen/cuda/lowering.py: matmul_cost.
 GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height) {
   const int tiles = samples * p.copies * p.planes * ((p.rows + height - 1) / height) * ((p.columns + 3) / 4);
   return (tiles + threads - 1) / threads * (100 + 16 * height + p.terms * 4 * (height + 1));

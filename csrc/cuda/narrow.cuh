@@ -8,7 +8,7 @@
 
 namespace gradkern::cuda {
 
-constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/device_cost.py: NARROW
+constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/codegen/cuda/cost.py: NARROW
 constexpr int kNarrowLanes = 4;  // of a worker
 constexpr int kNarrowSeeds = 5;  // per visit; NARROW_SEEDS
 

@@ -7,7 +7,7 @@
 
 namespace gradkern::cuda {
 
-// Positions of a thread; gradkern/device_cost.py: POOLED.
+// Positions of a thread; gradkern/codegen/cuda/cost.py: POOLED.
 template <class T>
 constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;
 

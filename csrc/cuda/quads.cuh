@@ -9,7 +9,7 @@
 
 namespace gradkern::cuda {
 
-// gradkern/device_cost.py: QUADS, QUAD_SEEDS, QUAD_SUMS.
+// gradkern/codegen/cuda/cost.py: QUADS, QUAD_SEEDS, QUAD_SUMS.
 template <class T>
 constexpr int kMaxQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
 constexpr int kQuadSeeds = 6;                      // per visit

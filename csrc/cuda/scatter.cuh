@@ -3,7 +3,7 @@
 // Convolutions: a worker (a warp, or an even part of one) walks the live channels of one position after the other,
 // read off the bits, and adds that channel's weights, times the seeds' cotangents, to the window.  What the pattern
 // says is zero costs nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions:
-// bands of one colour touch disjoint memory (gradkern/device.py chooses their size), and a barrier parts the colours.
+// bands of one colour touch disjoint memory (gradkern/codegen/cuda/lowering.py chooses their size), and a barrier parts the colours.
 //
 // Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
 #pragma once

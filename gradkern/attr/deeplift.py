@@ -24,10 +24,10 @@ from captum.attr._utils.common import (
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from .. import ops, reference
-from ..job import jacobian_choice
-from ..program import LowRank, Program, Scale, Select, Windows
-from ..targets import Seeds
+from ..dispatch.request import jacobian_choice
+from ..dispatch.targets import Seeds
+from ..ir.program import LowRank, Program, Scale, Select, Windows
+from ..runtime import ops, reference
 from .outputs import answer, each_output, points_for, resolved, with_indices
 from .plug import GradientFunc
 from .points import part, rows_of

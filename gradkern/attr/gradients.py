@@ -15,8 +15,8 @@ from captum.attr._utils.common import _format_callable_baseline, _format_input_b
 from torch import Tensor
 
 from .. import api
-from ..options import Complaint
-from ..targets import Seeds, TopK
+from ..dispatch.targets import Seeds, TopK
+from ..util.options import Complaint
 from .outputs import RowMethod, points_for
 from .plug import GradientFunc, captum_seeds
 from .points import Points, path_sum

@@ -15,9 +15,10 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from .. import cache, engine, reference
-from ..job import jacobian_choice
-from ..options import Complaint
+from ..dispatch import state
+from ..dispatch.request import jacobian_choice
+from ..runtime import executor, reference
+from ..util.options import Complaint
 from .outputs import answer, completeness, each_output, points_for, resolved, with_indices
 from .plug import GradientFunc, captum_seeds
 from .points import part
@@ -66,8 +67,8 @@ class LayerMethod:
             warnings.simplefilter("ignore")
             points = points_for(self, rows, extra) if all(isinstance(x, Tensor) for x in rows) else None
         if points is not None and points.module is not None:
-            key = cache.key_of(points.module, (*points.inputs, *points.more))
-            cache.entry(points.module).spend(key, seconds)
+            key = state.key_of(points.module, (*points.inputs, *points.more))
+            state.entry(points.module).spend(key, seconds)
 
     def _every_output(
         self,
@@ -102,7 +103,7 @@ class LayerGradientXActivation(LayerMethod, captum_attr.LayerGradientXActivation
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(engine)
+        self.gradient_func = GradientFunc(executor)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -155,7 +156,7 @@ class LayerGradCam(LayerMethod, captum_attr.LayerGradCam):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(engine)
+        self.gradient_func = GradientFunc(executor)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -225,9 +226,9 @@ class GuidedGradCam(captum_attr.GuidedGradCam):
 
     def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
         super().__init__(model, layer, device_ids)
-        self.gradient_func = GradientFunc(engine)
-        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
-        self.guided_backprop = GuidedBackprop(model, engine)
+        self.gradient_func = GradientFunc(executor)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=executor)
+        self.guided_backprop = GuidedBackprop(model, executor)
 
     def attribute_all(
         self,
@@ -274,7 +275,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(engine)
+        self.gradient_func = GradientFunc(executor)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -314,7 +315,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
             if view.plain:
                 found = reference.jacobian(head, view.params, inputs, targets, points.wrt)[1]
             else:
-                found = engine.jacobian(head, view.params, inputs, targets, points.wrt)[1]
+                found = executor.jacobian(head, view.params, inputs, targets, points.wrt)[1]
         return tuple(f[:, 0] for f in found)
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import engine, ops, reference
-from ..chain import Chain
-from ..device import TooLarge, lowering
-from ..native import why_not
-from ..plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
-from ..program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
+from ..codegen.chain import Chain
+from ..codegen.cuda.lowering import TooLarge, lowering
+from ..codegen.support import why_not
+from ..ir.program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
+from ..planner.plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
+from ..runtime import executor, ops, reference
 from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
@@ -247,14 +247,14 @@ def transposed(
     params = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
     p = cached_plan(lp, seeds, inputs[0].dtype, inputs[0].device)
     if not (p.layers or any(g.native for g in p.groups)):
-        raise engine.NoKernel
+        raise executor.NoKernel
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
     try:
         run = _whole if p.whole else _pieces
         run(p, params, values, wrt, targets.contiguous(), cotangent, results)
     except TooLarge:  # the plan was made for one-hot seeds, which need less room than dense ones
-        raise engine.NoKernel from None
+        raise executor.NoKernel from None
     if cotangent is None and outer is not None:
         picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
@@ -274,13 +274,13 @@ def _whole(
     """One chain.  ``values``: the network's inputs, then the slopes."""
     like, seeds = values[0], targets.shape[-1]
     chain = chain_of(p, 0, seeds, tuple(wrt), cotangent is None)
-    packed = engine.packed_for(chain, params, like)
+    packed = executor.packed_for(chain, params, like)
     given = [values[v].contiguous() for v in chain.inputs] or [like.contiguous()]
     wanted = [results[wrt.index(v)] for v in chain.wrt]
     if cotangent is None:
-        engine.call(packed, given, targets, packed.seed_rows(targets, p.program.outputs), [], wanted)
+        executor.call(packed, given, targets, packed.seed_rows(targets, p.program.outputs), [], wanted)
     else:
-        engine.call(packed, given, None, None, [cotangent.reshape(len(like), seeds, -1).contiguous()], wanted)
+        executor.call(packed, given, None, None, [cotangent.reshape(len(like), seeds, -1).contiguous()], wanted)
     for w, result in zip(wrt, results, strict=True):
         if w not in chain.wrt:
             result.zero_()
@@ -305,7 +305,7 @@ def _pieces(
         pieces.backward(results, one_hot(p.program, values[0], targets))
 
 
-class _Backward(engine.Pieces):
+class _Backward(executor.Pieces):
     """The backward pass of a linear Program, which reads its slopes and of other values the shape alone."""
 
     def backward_native(self, k: int) -> None:
@@ -329,7 +329,7 @@ def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], w
     n, dtype = inputs[0].shape[0], inputs[0].dtype
     wanted = [v for v in wanted if v >= len(inputs)]
     if n and wanted and dtype in NATIVE_DTYPES and cached_plan(program, 1, dtype, inputs[0].device).whole:
-        with suppress(engine.NoKernel):
+        with suppress(executor.NoKernel):
             found |= _native_values(program, params, inputs, wanted)
     return Values(program, params, found)
 
@@ -348,9 +348,9 @@ def _native_values(
 
     chain = _remembered(_chains, (program.key, machine, dtype, tuple(wanted)), make)
     if chain is None:
-        raise engine.NoKernel
-    packed = engine.packed_for(chain, params, inputs[0])
-    ins = engine.chain_inputs(chain, inputs, dtype)
+        raise executor.NoKernel
+    packed = executor.packed_for(chain, params, inputs[0])
+    ins = executor.chain_inputs(chain, inputs, dtype)
     found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
     return {v: y.view(y.shape[0], *program.shape(v)) for v, y in zip(wanted, found, strict=True)}
 
@@ -425,7 +425,7 @@ def attribute(
             pattern = pattern_of(locals_[: len(cut.steps)])
             linear = None if pattern is None else linear_of(cut, pattern)
             if linear is not None:
-                with suppress(engine.NoKernel):
+                with suppress(executor.NoKernel):
                     return transposed(linear, cut, rule.params, locals_, inputs, wrt, targets, cotangent)
     held = pull(_TailRule(rule, locals_), one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]

@@ -20,9 +20,9 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from .. import reference
-from ..job import model_of
-from ..program import Channels, Contract, Program, Scale, Select, Step, Sum, View
+from ..dispatch.request import model_of
+from ..ir.program import Channels, Contract, Program, Scale, Select, Step, Sum, View
+from ..runtime import reference
 from .outputs import each_output, resolved, rows_out, with_indices
 from .plug import GradientFunc
 from .points import part

@@ -17,8 +17,8 @@ from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..job import jacobian_choice
-from ..targets import Seeds, Shape, TopK, TopSeeds
+from ..dispatch.request import jacobian_choice
+from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
 from .plug import not_ours, say
 from .points import Points, part, row_tensors
 

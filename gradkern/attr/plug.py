@@ -18,10 +18,12 @@ from captum._utils.gradient import compute_gradients
 from captum.attr import LayerAttribution, NeuronAttribution
 from torch import Tensor
 
-from .. import api, cache, options, refusal
-from ..job import Job, model_of
-from ..options import BadType, BadValue, Complaint
-from ..targets import Seeds, Shape
+from .. import api
+from ..dispatch import guards, state
+from ..dispatch.request import Job, model_of
+from ..dispatch.targets import Seeds, Shape
+from ..util import options
+from ..util.options import BadType, BadValue, Complaint
 
 
 class GradientFunc:
@@ -79,7 +81,7 @@ def not_ours(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine:
         if not inspect.signature(fn).parameters:
             return "this method hands over a closed computation instead of a model (as DeepLift does)"
         return f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
-    refused = refusal.at_once(fn, given)
+    refused = guards.at_once(fn, given)
     if refused is not None:
         return refused.reason
     for x in _format_additional_forward_args(extra) or ():
@@ -92,9 +94,9 @@ def say(fn: Callable[..., Any], reason: str) -> None:
     module = model_of(fn)
     message = f"{{}} stays with Captum's own gradients: {reason}."
     if module is None:
-        cache.warn_once(message.format("This call"))
+        state.warn_once(message.format("This call"))
     else:
-        cache.entry(module).warn(message.format(type(module).__name__))
+        state.entry(module).warn(message.format(type(module).__name__))
 
 
 def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
@@ -143,7 +145,7 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
             if hasattr(attribution, part):
                 accelerate(getattr(attribution, part), engine)
     elif isinstance(attribution, (LayerAttribution, NeuronAttribution)) and type(attribution) not in TWINS.values():
-        cache.warn_once(f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
+        state.warn_once(f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
     attribution.gradient_func = GradientFunc(engine)
     return attribution
 

@@ -14,10 +14,12 @@ import torch
 from captum._utils.common import _format_additional_forward_args
 from torch import Tensor
 
-from .. import api, cache, execute, options, refusal
-from ..job import Job, model_of
-from ..program import Program
-from ..targets import Seeds, Shape, TopSeeds
+from .. import api
+from ..dispatch import batching, guards, state
+from ..dispatch.request import Job, model_of
+from ..dispatch.targets import Seeds, Shape, TopSeeds
+from ..ir.program import Program
+from ..util import options
 
 BLOCK_BYTES = 8 << 20  # gradients held at a time: what the last-level cache of a core or two holds
 LEAST_BLOCK = 64  # points, below which the cost of a call shows
@@ -57,9 +59,9 @@ class Points:
         if self.module is None or options.engine(self.engine) == "autograd":
             return None
         given = (*self.inputs, *self.more)
-        if refusal.at_once(self.fn, given) is not None:
+        if guards.at_once(self.fn, given) is not None:
             return None
-        verdict = cache.entry(self.module).verdict(cache.key_of(self.module, given))
+        verdict = state.entry(self.module).verdict(state.key_of(self.module, given))
         return None if verdict is None else verdict.program
 
     def traced(self) -> Program | None:
@@ -73,7 +75,7 @@ class Points:
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
         job = Job(self.fn, (*self.inputs, *self.more), self.wrt, choice)
-        out = execute.output_shape(job)
+        out = batching.output_shape(job)
         seeds = choice(self.samples, out)
         if isinstance(seeds, TopSeeds):
             with torch.inference_mode(False), torch.no_grad():
@@ -100,7 +102,7 @@ class Points:
         if program is None:
             api.solve(job, self.engine, strict=strict)
         else:
-            execute.run(job, program, 0, options.engine(self.engine), strict=strict)
+            batching.run(job, program, 0, options.engine(self.engine), strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
         return job.results
 

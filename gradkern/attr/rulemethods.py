@@ -14,9 +14,11 @@ from captum._utils.gradient import apply_gradient_requirements, undo_gradient_re
 from captum.log import log_usage
 from torch import Tensor
 
-from .. import binding, execute, options
-from ..options import Complaint
-from ..program import Program, Scale
+from ..dispatch import batching
+from ..ir.program import Program, Scale
+from ..runtime import binding
+from ..util import options
+from ..util.options import Complaint
 from .linear import attribute as rule_attribute
 from .linear import forward_values, looked_at
 from .outputs import RowMethod, points_for
@@ -54,7 +56,7 @@ class RuleMethod(RowMethod):
         inputs = tuple(x.detach().contiguous() for x in (*rows, *more))
         device = inputs[0].device
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
-        plain = options.engine(points.engine) == "reference" or any(map(execute.not_native, inputs))
+        plain = options.engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(x.shape[0], seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
             params = binding.bind(program, points.module)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..functions import FUNCTIONS
-from ..program import Contract, Program, Scale, Select, Sum, View, Windows
+from ..ir.functions import FUNCTIONS
+from ..ir.program import Contract, Program, Scale, Select, Sum, View, Windows
+from ..runtime import reference
 
 Params = Mapping[str, Tensor]
 

@@ -9,7 +9,7 @@ import numpy as np
 from captum import attr as captum_attr
 from torch import Tensor
 
-from ..targets import TopK
+from ..dispatch.targets import TopK
 from .gradients import jacobians
 from .outputs import RowMethod
 from .plug import GradientFunc

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import binding, cache, engine, execute, options, reference
-from ..autograd import buffers_kept
-from ..layers.builder import renumbered
-from ..program import Program
-from ..targets import Seeds
+from ..dispatch import batching, state
+from ..dispatch.eager import buffers_kept
+from ..dispatch.targets import Seeds
+from ..frontend.lowerings.builder import renumbered
+from ..ir.program import Program
+from ..runtime import binding, executor, reference
+from ..util import options
 from .linear import forward_values
 from .points import Points
 from .rules import Values
@@ -170,7 +172,7 @@ class LayerView:
         with torch.inference_mode(False), torch.no_grad():
             self.params = binding.bind(program, points.module)  # type: ignore[arg-type]
         self.plain = options.engine(points.engine) == "reference" or any(
-            execute.not_native(x) for x in (*points.inputs, *points.more)
+            batching.not_native(x) for x in (*points.inputs, *points.more)
         )
 
     @property
@@ -207,12 +209,12 @@ class LayerView:
             for a in range(0, at.shape[0], step):
                 rows = tuple(x[a : a + step].contiguous() for x in held)
                 chosen = index[a : a + step] if index.dim() == 2 else index
-                engine.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a : a + step],))
+                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a : a + step],))
             return out
 
     def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
         tail = self.tail.program
-        if engine.bounded(tail, seeds, dtype, self.points.inputs[0].device):
+        if executor.bounded(tail, seeds, dtype, self.points.inputs[0].device):
             return 1 << 30
         numels = [math.prod(tail.shape(v)) for v in range(len(tail.inputs) + len(tail.steps))]
         need = dtype.itemsize * (sum(numels) + 3 * seeds * max(numels))
@@ -228,7 +230,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
     value = layer_value(points, program, layer, to_input)
     if value is None:
         if points.module is not None:
-            cache.entry(points.module).warn(
+            state.entry(points.module).warn(
                 f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
                 "network, so Captum's own hooks run it."
             )
@@ -258,5 +260,5 @@ def _inside(program: Program, path: str, i: int) -> bool:
 def _paid(points: Points) -> bool:
     if points.module is None:
         return False
-    key = cache.key_of(points.module, (*points.inputs, *points.more))
-    return cache.entry(points.module).worth_tracing(key, 0.0)
+    key = state.key_of(points.module, (*points.inputs, *points.more))
+    return state.entry(points.module).worth_tracing(key, 0.0)

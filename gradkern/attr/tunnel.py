@@ -18,8 +18,8 @@ from captum.attr._utils.common import _validate_noise_tunnel_type
 from captum.log import log_usage
 from torch import Tensor
 
-from ..job import jacobian_choice
-from ..targets import Seeds
+from ..dispatch.request import jacobian_choice
+from ..dispatch.targets import Seeds
 from .outputs import RowMethod, answer, each_output, points_for, resolved, with_indices
 from .points import BLOCK_BYTES, LEAST_BLOCK, Points, part, rows_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..options import BadValue
+from ..util.options import BadValue
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors", ".zarr", ".h5", ".hdf5", ".parquet")
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..options import BadValue
-from ..program import Program
-from ..targets import TopK
+from ..dispatch.targets import TopK
+from ..ir.program import Program
+from ..runtime import ops
+from ..util.options import BadValue
 from .settings import Settings
 from .sources import Source
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..options import BadValue
+from ..util.options import BadValue
 from . import statistics
 from .results import Results
 from .runner import run

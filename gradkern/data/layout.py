@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import ops, options
-from ..job import jacobian_choice
-from ..options import BadValue
+from ..dispatch.request import jacobian_choice
+from ..runtime import ops
+from ..util import options
+from ..util.options import BadValue
 from . import fingerprint, forecast, statistics
 from .probe import Probe
 from .results import FORMAT, Array

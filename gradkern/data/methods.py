@@ -18,9 +18,9 @@ from captum.attr import LayerAttribution, NeuronAttribution, NoiseTunnel
 from torch import Tensor, nn
 
 from .. import api
-from ..job import Job, jacobian_choice, read_inputs
-from ..options import BadType, BadValue
-from ..targets import TopSeeds
+from ..dispatch.request import Job, jacobian_choice, read_inputs
+from ..dispatch.targets import TopSeeds
+from ..util.options import BadType, BadValue
 
 
 @dataclass(frozen=True)

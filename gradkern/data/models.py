@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..options import BadType, BadValue
+from ..util.options import BadType, BadValue
 
 PICKLED = (".pt", ".pth", ".pkl", ".bin")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import ops, options
+from ..runtime import ops
+from ..util import options
 from . import fingerprint
 from .probe import Probe
 from .settings import Settings

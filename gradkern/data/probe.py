@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import api, options
-from ..job import Job, jacobian_choice
-from ..narrow import narrowed
-from ..options import BadValue
-from ..plan import plan as make_plan
-from ..program import Program
+from .. import api
+from ..dispatch.request import Job, jacobian_choice
+from ..ir.program import Program
+from ..passes.prune_positions import narrowed
+from ..planner.plan import plan as make_plan
+from ..util import options
+from ..util.options import BadValue
 from . import methods
 from .settings import Settings
 from .sources import Source

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..options import BadType, BadValue
+from ..util.options import BadType, BadValue
 from . import methods
 from .layout import map_names
 from .results import Results

@@ -32,7 +32,7 @@ import zarr
 from torch import Tensor
 from zarr.abc.store import Store
 
-from ..options import BadValue
+from ..util.options import BadValue
 from . import durable
 from .ledger import Ledger
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..options import BadValue
+from ..util.options import BadValue
 from .durable import DurableStore
 from .ledger import FOLDER
 from .progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..options import BadValue
+from ..util.options import BadValue
 from . import statistics
 from .results import NAMES, codecs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..options import BadValue
+from ..util.options import BadValue
 from . import durable, fingerprint
 from .ledger import FOLDER
 from .results import Results

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from ..options import BadType, BadValue
+from ..util.options import BadType, BadValue
 
 Span = tuple[int, int]
 ACCEPTED = (

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..options import BadValue
+from ..runtime import ops
+from ..util.options import BadValue
 
 GROUPS = 32  # samples are dealt into as many groups, by their number: the bootstrap draws groups
 RANK_BINS = 10

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import options
-from ..options import BadType
+from ..util import options
+from ..util.options import BadType
 from . import fingerprint, forecast, layout, methods, statistics
 from .layout import itemsize, map_names
 from .ledger import Record

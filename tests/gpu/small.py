@@ -6,7 +6,8 @@ from unittest import mock
 import torch
 
 import gradkern
-from gradkern import attr, ops
+from gradkern import attr
+from gradkern.runtime import ops
 from tests import oracle
 from tests.cases import CASES
 

@@ -14,16 +14,19 @@ import pytest
 import torch
 
 import gradkern
-from gradkern import attr, binding, engine, layered, layerrun, ops, plan, reference, trace
-from gradkern.device import BF16, MATH, PLAIN, TF32, TF32X3
+from gradkern import attr
+from gradkern.codegen.cuda.lowering import BF16, MATH, PLAIN, TF32, TF32X3
+from gradkern.frontend import tracer
+from gradkern.planner import plan
+from gradkern.runtime import binding, executor, ops, reference
 from tests import oracle
 from tests.cases import CASES
+from tests.cuda.test_layers import BOUND, GEOMETRIES, NETS, convolution, settle
+from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
+from tests.cuda.test_matmul import SHAPES, product
+from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
 from tests.networks import NETWORKS
 from tests.recipes import Case
-from tests.test_cuda_layers import BOUND, GEOMETRIES, NETS, convolution, settle
-from tests.test_cuda_matmul import BOUND as PRODUCT_BOUND
-from tests.test_cuda_matmul import SHAPES, product
-from tests.test_cuda_rules import POOLS, equal, numbers, with_counts
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
@@ -40,7 +43,7 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
     model = case.build(dtype=dtype).to(CUDA)
     inputs = tuple(x.to(CUDA) for x in case.inputs(n, dtype=dtype))
     with torch.no_grad():
-        program = trace.trace(model, inputs)
+        program = tracer.trace(model, inputs)
         return model, inputs, program, binding.bind(program, model)
 
 
@@ -48,7 +51,7 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
 @pytest.mark.parametrize("n", [1, 7])
 def test_agrees_with_the_oracle_in_float64(case: Case, n: int) -> None:
     model, inputs, program, params = on_gpu(case, n, torch.float64)
-    y, found = engine.jacobian(program, params, inputs)
+    y, found = executor.jacobian(program, params, inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-11
     for f, w in zip(found, want, strict=True):
@@ -60,7 +63,7 @@ def test_agrees_with_the_oracle_in_float64(case: Case, n: int) -> None:
 @pytest.mark.parametrize("n", [1, 131, 1000])
 def test_measured_networks_in_float32(name: str, n: int) -> None:
     model, inputs, program, params = on_gpu(CASES[name], n, torch.float32)
-    _, found = engine.jacobian(program, params, inputs)
+    _, found = executor.jacobian(program, params, inputs)
     assert torch.isfinite(found[0]).all()
     few = [x[-16:] for x in inputs]
     _, want = oracle.jacobian(model, few)
@@ -72,7 +75,7 @@ def test_lower_precision_is_as_good_as_its_name(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     try:
         model, inputs, program, params = on_gpu(CASES["mlp"], 300, torch.float32)
-        y, _ = engine.jacobian(program, params, inputs)
+        y, _ = executor.jacobian(program, params, inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
     want, _ = oracle.jacobian(model, [x[:50] for x in inputs])
@@ -81,15 +84,15 @@ def test_lower_precision_is_as_good_as_its_name(precision: str) -> None:
 
 def test_equal_calls_give_equal_bits() -> None:
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 500, torch.float32)
-    first = engine.jacobian(program, params, inputs)[1][0].clone()
+    first = executor.jacobian(program, params, inputs)[1][0].clone()
     for _ in range(5):
-        assert torch.equal(first, engine.jacobian(program, params, inputs)[1][0])
+        assert torch.equal(first, executor.jacobian(program, params, inputs)[1][0])
 
 
 def test_every_number_is_written() -> None:
     _, inputs, program, params = on_gpu(CASES["lenet5"], 77, torch.float32)
     out = torch.full((len(inputs[0]), 10, 1, 28, 28), float("nan"), device=CUDA)
-    engine.jacobian(program, params, inputs, out=[out])
+    executor.jacobian(program, params, inputs, out=[out])
     assert torch.isfinite(out).all()
 
 
@@ -97,7 +100,7 @@ def test_every_number_is_written() -> None:
 def test_targets(shape: tuple[int, ...]) -> None:
     model, inputs, program, params = on_gpu(CASES["mlp"], 33, torch.float64)
     targets = torch.randint(10, shape, generator=torch.Generator().manual_seed(0))
-    _, found = engine.jacobian(program, params, inputs, targets.to(CUDA))
+    _, found = executor.jacobian(program, params, inputs, targets.to(CUDA))
     _, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(found[0], oracle.pick(want[0], targets.to(CUDA))) < 1e-10
 
@@ -117,14 +120,14 @@ def test_the_public_call_follows_the_weights() -> None:
 
 def test_streams_and_threads() -> None:
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 256, torch.float32)
-    want = engine.jacobian(program, params, inputs)[1][0]
+    want = executor.jacobian(program, params, inputs)[1][0]
     torch.cuda.synchronize()
     found: dict[int, torch.Tensor] = {}
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(10):
-                found[i] = engine.jacobian(program, params, inputs)[1][0]
+                found[i] = executor.jacobian(program, params, inputs)[1][0]
             torch.cuda.current_stream().synchronize()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -139,19 +142,19 @@ def test_a_cuda_graph_captures_the_launch() -> None:
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 300, torch.float32)
     used = plan.cached_plan(program, 3, torch.float32, CUDA)
     chain = plan.chain_of(used, 0, 3, (0,), True)
-    packed = engine.packed_for(chain, params, inputs[0])
+    packed = executor.packed_for(chain, params, inputs[0])
     targets = torch.arange(3, device=CUDA)
     rows = packed.seed_rows(targets, 3)
     x, out = inputs[0].clone(), torch.empty(300, 3, 1, 224, device=CUDA)
-    engine.call(packed, [x], targets, rows, [], [out])
+    executor.call(packed, [x], targets, rows, [], [out])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        engine.call(packed, [x], targets, rows, [], [out])
+        executor.call(packed, [x], targets, rows, [], [out])
     x.copy_(inputs[0].flip(0))
     graph.replay()
     torch.cuda.synchronize()
-    want = engine.jacobian(program, params, [inputs[0].flip(0)])[1][0]
+    want = executor.jacobian(program, params, [inputs[0].flip(0)])[1][0]
     assert torch.equal(out, want)
 
 
@@ -166,7 +169,7 @@ def test_products_of_two_values(name: str, dtype: torch.dtype) -> None:
     xs = [torch.randn(300, *s, generator=generator, dtype=torch.float64) for s in program.inputs]
     targets = torch.randint(program.outputs, (300, 7), generator=generator)
     on_device = [x.to(CUDA, dtype) for x in xs]
-    y, found = engine.jacobian(program, {}, on_device, targets.to(CUDA))
+    y, found = executor.jacobian(program, {}, on_device, targets.to(CUDA))
     assert plan.cached_plan(program, 7, dtype, CUDA).whole
     want_y, want = reference.jacobian(program, {}, xs, targets)
     bound = PRODUCT_BOUND[dtype]
@@ -180,7 +183,7 @@ def test_a_vision_transformer(size: str) -> None:
     """The small one is one chain; the full one is chains beside ATen."""
     case = getattr(NETWORKS["vit"], size)
     model, inputs, program, params = on_gpu(case, 200 if size == "small" else 9, torch.float32)
-    _, found = engine.jacobian(program, params, inputs)
+    _, found = executor.jacobian(program, params, inputs)
     used = plan.cached_plan(program, program.outputs, torch.float32, CUDA)
     assert used.whole == (size == "small")
     _, want = oracle.jacobian(model, inputs)
@@ -205,7 +208,7 @@ def small(shared: int, **changes):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_steps_in_every_arithmetic(name: str, math: int) -> None:
     program, params = convolution(*GEOMETRIES[name])
-    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    layer = gemm.Finder(program, [(False, (0,))]).layer(0)
     assert layer is not None
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(37, *program.inputs[0], generator=generator, dtype=torch.float64)
@@ -214,9 +217,9 @@ def test_steps_in_every_arithmetic(name: str, math: int) -> None:
     (want,) = reference.vjp_step(program, 0, [x], want_y, g, params)
     for dtype in (torch.float32, torch.float64) if math == PLAIN else (torch.float32,):
         own = {k: v.to(CUDA, dtype) for k, v in params.items()}
-        pack = layerrun.LayerPack(program, (layer,), own, x.to(CUDA, dtype))
-        y = layerrun.run_forward(program, layer, pack.of[0], math, x.to(CUDA, dtype), None)
-        back = layerrun.run_backward(program, layer, pack.of[0], math, g.to(CUDA, dtype), None, {})
+        pack = gemm.LayerPack(program, (layer,), own, x.to(CUDA, dtype))
+        y = gemm.run_forward(program, layer, pack.of[0], math, x.to(CUDA, dtype), None)
+        back = gemm.run_backward(program, layer, pack.of[0], math, g.to(CUDA, dtype), None, {})
         bound = BOUND[math] if dtype == torch.float32 else 1e-13
         assert oracle.relative_error(y.cpu(), want_y) < bound
         assert oracle.relative_error(back.cpu(), want) < bound
@@ -230,8 +233,8 @@ def test_networks_of_layers(name: str, shared: int) -> None:
     model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
     with torch.no_grad(), small(shared, steps="kernel"):
-        program = trace.trace(model, (x,))
-        y, (found,) = engine.jacobian(program, binding.bind(program, model), [x])
+        program = tracer.trace(model, (x,))
+        y, (found,) = executor.jacobian(program, binding.bind(program, model), [x])
         used = plan.cached_plan(program, found.shape[1], torch.float64, CUDA)
     assert used.layers or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)
@@ -244,7 +247,7 @@ def test_fcn_whoever_runs_its_layers(steps: str) -> None:
     """Real sizes: layers of half a megabyte for one sample."""
     with mock.patch.dict(os.environ, {"GRADKERN_STEPS": steps}):
         model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
-        _, found = engine.jacobian(program, params, inputs)
+        _, found = executor.jacobian(program, params, inputs)
         used = plan.cached_plan(program, 5, torch.float32, CUDA)
     assert not used.whole
     assert bool(used.layers) == (steps == "kernel") or steps == "auto"
@@ -254,14 +257,14 @@ def test_fcn_whoever_runs_its_layers(steps: str) -> None:
 
 def test_a_cuda_graph_captures_a_step() -> None:
     program, params = convolution(*GEOMETRIES["conv2d_stride"])
-    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    layer = gemm.Finder(program, [(False, (0,))]).layer(0)
     assert layer is not None
     own = {k: v.to(CUDA, torch.float32) for k, v in params.items()}
     g = torch.randn(64, 3, *program.output_shape, device=CUDA)
-    pack = layerrun.LayerPack(program, (layer,), own, g)
+    pack = gemm.LayerPack(program, (layer,), own, g)
 
     def back() -> torch.Tensor:
-        return layerrun.run_backward(program, layer, pack.of[0], PLAIN, g, None, {})
+        return gemm.run_backward(program, layer, pack.of[0], PLAIN, g, None, {})
 
     back()
     torch.cuda.synchronize()
@@ -372,7 +375,7 @@ def test_the_hash_sees_every_change() -> None:
 def test_two_gpus_at_once() -> None:
     """Each device's stream, weights and attributes are its own, whichever device is current."""
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 300, torch.float32)
-    want = engine.jacobian(program, params, inputs)[1][0].cpu()
+    want = executor.jacobian(program, params, inputs)[1][0].cpu()
     other = torch.device("cuda", 1)
     there = {k: v.to(other) for k, v in params.items()}
     found: dict[int, torch.Tensor] = {}
@@ -380,7 +383,7 @@ def test_two_gpus_at_once() -> None:
     def work(device: int) -> None:
         use, xs = ((params, inputs), (there, [x.to(other) for x in inputs]))[device]
         for _ in range(5):
-            found[device] = engine.jacobian(program, use, xs)[1][0]
+            found[device] = executor.jacobian(program, use, xs)[1][0]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:

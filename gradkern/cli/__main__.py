@@ -1,0 +1,5 @@
+"""``python -m gradkern.cli``."""
+
+from .main import main
+
+main()

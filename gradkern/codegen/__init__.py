@@ -1,0 +1,1 @@
+"""A group of steps to kernel records and packed weights."""

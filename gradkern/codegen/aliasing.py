@@ -1,0 +1,120 @@
+"""Where the cotangents of a chain are read: which are materialised, and which are other ones seen through a pattern.
+
+The cotangent of a node with a single reader is often only another cotangent seen through bits (ReLU, max pool) or
+the very same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
+it through, and the contraction behind it skips what the bits say is zero.  When the group ends in a linear layer and
+the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .units import Graph, Node, Unit, overlaps
+from .weights import WindowLayout
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """Where a node's cotangent is read: the buffer of ``node`` (or the seed rows), through ``pattern`` if any."""
+
+    node: Node
+    rows: bool = False
+    pattern: Unit | None = None
+
+
+class Cotangents:
+    """The cotangents of a group, for the external inputs ``wrt``."""
+
+    def __init__(self, graph: Graph, wrt: tuple[int, ...], onehot: bool):
+        self.graph = graph
+        self.outputs = list(graph.outputs.values())
+        self.needs = reachable(graph, wrt)
+        self.known: dict[int, Cotangent | None] = {}
+        self.rows_unit = self.find_rows_unit() if onehot else None
+
+    def find_rows_unit(self) -> Unit | None:
+        """The last linear layer, where one-hot seeds start there: their first cotangents are its weight's rows."""
+        if len(self.outputs) != 1:
+            return None
+        out = self.outputs[0]
+        unit = out.producer
+        if unit is None or not unit.dense or out.readers or not any(n.id in self.needs for n in unit.reads):
+            return None
+        return unit if len(WindowLayout.of(unit, 1).runs) == 1 else None
+
+    def is_output(self, node: Node) -> bool:
+        return any(node is n for n in self.outputs)
+
+    def readers(self, node: Node) -> list[Unit]:
+        """The units that a node gets cotangents from."""
+        return [u for u in node.readers if u.out.id in self.needs]
+
+    def of(self, node: Node) -> Cotangent | None:
+        """The cotangent of a node as an expression, ``.node is node`` for a buffer of its own; None: not wanted."""
+        if node.id not in self.known:
+            self.known[node.id] = self.decide(node)
+        return self.known[node.id]
+
+    def decide(self, node: Node) -> Cotangent | None:
+        own = Cotangent(node)
+        if node.id not in self.needs:
+            return None
+        readers = self.readers(node)
+        if self.rows_unit is not None and node is self.rows_unit.out:
+            return None
+        if self.is_output(node) or len(readers) != 1:
+            return own
+        reader, producer = readers[0], node.producer
+        through_bits = producer.kind in ("window", "sum")  # type: ignore[union-attr]
+        if reader is self.rows_unit:
+            return Cotangent(node, rows=True) if self.takes_rows(node) else own
+        behind = self.of(reader.out)
+        if behind is None:
+            return None
+        if reader.opened:
+            plain = behind.node is reader.out and not behind.rows
+            return behind if plain or (behind.pattern is not None and through_bits) else own
+        if reader.kind == "pattern" and behind.pattern is None and (through_bits or self.sheltered(reader, behind)):
+            return Cotangent(behind.node, behind.rows, reader)
+        if reader.kind == "sum" and producer.rectify:  # type: ignore[union-attr]
+            return own  # its negative part goes, and the sum's other branches keep theirs
+        if reader.kind == "sum" and (through_bits or not (behind.rows or behind.pattern)):
+            return behind
+        if reader.kind == "scale" and behind.node is reader.out:
+            return behind  # multiplied in place
+        return own
+
+    def sheltered(self, pool: Unit, behind: Cotangent) -> bool:
+        """Whether an opened ReLU in front of a pool can rectify what the pool gets instead of what it gives.
+
+        Nothing may be added in between (windows apart, one reader each), and whoever stands in front of the ReLU has
+        to read through the pool's bits.
+        """
+        relu = pool.reads[0].producer
+        if not (relu and relu.opened and pool.windows) or behind.rows or behind.node is not pool.out:
+            return False
+        source = relu.reads[0]
+        alone = len(self.readers(source)) == 1 and not self.is_output(source)
+        return alone and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)  # type: ignore[union-attr]
+
+    def takes_rows(self, node: Node) -> bool:
+        """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""
+        producer = node.producer
+        assert producer is not None
+        if producer.kind == "pattern":
+            if producer.opened:
+                return False
+            source = producer.reads[0]
+            alone = len(self.readers(source)) == 1 and not self.is_output(source)
+            return alone and source.producer.kind == "window"  # type: ignore[union-attr]
+        return producer.kind == "window"
+
+
+def reachable(graph: Graph, wrt: tuple[int, ...]) -> set[int]:
+    """Nodes whose cotangent matters: they depend on a wanted input."""
+    found = {graph.inputs[v].id for v in wrt}
+    for unit in graph.units:
+        if any(n.id in found for n in unit.reads):
+            found.add(unit.out.id)
+    return found

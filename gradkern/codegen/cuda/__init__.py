@@ -1,0 +1,1 @@
+"""Records, weights and prices of the GPU kernels."""

@@ -1,0 +1,253 @@
+"""What the GPU's kernels are expected to cost: pure functions of a record and of how the work is cut.
+
+The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
+loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
+clock, at the share of those rates that well-fed loops reach (`PACE`, an estimate).  Instructions per turn of a loop are
+counted in sm_90 machine code (nvcc 13.0); what a GPU measured is in benchmarks/notes-cuda.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..chain import KINDS
+
+WARP = 32
+WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
+QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
+QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
+POOLED = 8  # csrc/cuda/pooled.cuh
+NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
+DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
+WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
+PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
+PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
+PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
+BARRIER = 150  # clocks from one record to the next
+L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
+
+WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
+MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
+Op = Mapping[str, Any]
+Bands = tuple[int, int, int, int]  # rows, columns, colours of rows and of columns
+PLACES = ("bits", "table", "table2", "wb", "wf", "bias", "ext", "outer", "scratch", "slots")  # cost nothing
+
+
+def loop(instructions: float, wavefronts: float) -> float:
+    """Clocks of a warp's loop with all warps at work: instructions issued, 128-byte wavefronts loaded."""
+    return max(instructions / 4, wavefronts) / PACE
+
+
+def busy(items: float, workers: float) -> float:
+    """The share of workers that have something to do."""
+    return items / (math.ceil(items / workers) * workers)
+
+
+def even(count: int, most: int) -> int:
+    """The size of even parts of at most ``most``."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Samples at a time in scratch (``slots``), in a block, and seeds at a time."""
+
+    warps: int
+    slots: int
+    block: int
+    tile: int
+    itemsize: int
+
+    def forward(self, op: Op) -> float:
+        """Clocks per sample of a record of the forward pass."""
+        clocks = BARRIER / (self.block if op["block"] else self.slots)
+        if op["kind"] == WINDOW:
+            clocks += self.window(op)
+        elif op["kind"] == PATTERN:
+            clocks += op["H"] * op["W"] * op["nb"] * 2 / WARP * loop(80 + 45 * op["taps"], 8 + 4 * op["taps"])
+        elif op["kind"] == ZERO:
+            clocks += op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL:
+            clocks += self.matmul(op, 1)
+        return clocks
+
+    def backward(self, op: Op) -> float:
+        """Clocks per sample and tile of seeds of a record of the backward pass."""
+        clocks = BARRIER / (self.block if op["block"] else self.slots)
+        if op["kind"] == ZERO:
+            clocks += self.tile * op["size"] / 4 / WARP * loop(10, 4)
+        elif op["kind"] == MATMUL_T:
+            clocks += self.matmul(op, self.tile)
+        elif op["kind"] == WINDOW_T and op["block"]:
+            clocks += self.product(op)
+        elif op["kind"] == WINDOW_T:
+            clocks += self.transposed(op)[0]
+        return clocks
+
+    def window(self, op: Op) -> float:
+        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        samples = self.block if op["block"] else self.slots
+        taps = op.get("taps", 0)  # of the pattern that is joined to it
+        places = op["Hi"] * op["Wi"] * taps if taps else op["H"] * op["W"]
+        positions = samples * (1 if op["block"] else places)
+        lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
+        each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
+        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op["groups"]
+        share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
+        # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
+        term = loop(4 * each + 7, each / 4 + 2) if op["L"] % 4 == 0 else loop(5 * each + 7, each + 1)
+        work = tiles * (op["K"] * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
+        return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
+
+    def product(self, op: Op) -> float:
+        """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
+        rows = self.block * self.tile
+        height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
+        items = math.ceil(rows / (2 * height)) * math.ceil(op["K"] / 64)
+        parts = max(min(self.warps // items, op["O"] // PART_ROWS), 1)  # warps that share a sum
+        work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
+        if parts > 1:
+            work += parts * (BARRIER + loop(12 * height, 2 * height))
+        spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
+        return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
+
+    def matmul(self, op: Op, copies: int) -> float:
+        """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
+
+        def clocks(height: int) -> float:
+            tiles = self.slots * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
+            rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
+            instructions = 100 + 16 * height + op["C"] * 4 * (height + 1)
+            return rounds * loop(instructions, op["C"] * (height + 2) + 8 * height)
+
+        return min(clocks(4), clocks(1)) / self.slots
+
+    def transposed(self, op: Op) -> tuple[float, int, Bands]:
+        """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
+        planes, taps = op["taps"] if op["merged"] else 1, max(op["taps"], 1)
+        ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
+        way = op.get("fn", WALKS)
+        if way == WALKS:
+            visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
+            one = walk_clocks(op["K"], op["O"], op["merged"], together, taps, op["taps"])
+            ways.append((visits * one, visits, worker_lanes(op["K"])))
+        elif way == IN_QUADS:
+            for lanes in QUAD_LANES:
+                one, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
+                ways.append((taps / max(planes, 1) * one, visits, lanes))
+        else:
+            one, visits = narrow_clocks(op["K"], op["O"], self.tile, planes)
+            ways.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
+        return min(
+            (op["H"] * op["W"] * clocks / self.share(op, bands, visits, lanes), lanes, bands)
+            for clocks, visits, lanes in ways
+            for bands in op["ways"]
+        )
+
+    def share(self, op: Op, bands: Bands, visits: int, lanes: int) -> float:
+        """The share of workers that have positions to visit, over the turns of all colours."""
+        rows, columns, row_colours, colours = bands
+        workers = self.warps * (WARP // lanes)
+        turns = 0
+        for down in range(row_colours):
+            for along in range(colours):
+                high = max(math.ceil(op["H"] / rows) + row_colours - 1 - down, 0) // row_colours
+                wide = max(math.ceil(op["W"] / columns) + colours - 1 - along, 0) // colours
+                turns += math.ceil(self.slots * visits * high * wide / workers) * rows * columns
+        return self.slots * visits * op["H"] * op["W"] / (workers * turns)
+
+
+@dataclass
+class RunPrice:
+    """A run of records as a price per sample, by how many samples it takes at a time."""
+
+    block: bool  # whether it is a single record that takes the whole block
+    warps: int
+    tile: int
+    itemsize: int
+    known: dict[tuple, float]  # prices of records: slices repeat theirs
+    ops: list[tuple[Op, tuple, bool, int]] = field(default_factory=list)
+    cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … slots: clocks, slots
+
+    def add(self, op: Op, forward: bool, times: int) -> None:
+        numbers = tuple(v for k, v in sorted(op.items()) if isinstance(v, int) and k not in PLACES)
+        self.ops.append((op, (numbers, tuple(op.get("ways", ()))), forward, times))
+
+    def price(self, slots: int, block: int) -> float:
+        work, total = Work(self.warps, slots, block, self.tile, self.itemsize), 0.0
+        for op, what, forward, times in self.ops:
+            key = (what, forward, self.tile, slots, block)
+            if key not in self.known:
+                self.known[key] = work.forward(op) if forward else work.backward(op)
+            total += times * self.known[key]
+        return total
+
+    def alone(self, block: int) -> float:
+        return self.price(0, block)
+
+    def best(self, most: int) -> tuple[float, int]:
+        """The lowest price with at most that many slots, and the slots."""
+        while len(self.cheapest) < most:
+            slots = len(self.cheapest) + 1
+            found = (self.price(slots, 0), slots)
+            self.cheapest.append(min(found, self.cheapest[-1]) if self.cheapest else found)
+        return self.cheapest[most - 1]
+
+
+def worker_lanes(slots: int) -> int:
+    """Lanes of a worker for a window of ``slots`` elements; csrc/cuda/scatter.cuh decides the same way."""
+    best = WARP
+    for lanes in (16, 8, 4):
+        if slots <= lanes * WALK_SLOTS and lanes * math.ceil(slots / lanes) <= best * math.ceil(slots / best):
+            best = lanes
+    return best
+
+
+def alive(planes: int, pattern: bool) -> float:
+    """The share of channels that carry a cotangent: half behind a ReLU, three in four behind a pool too."""
+    return 0.75 if planes > 1 else 0.5 if pattern else 1.0
+
+
+def walk_clocks(slots: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
+    """Per pool output and group of seeds: a start and a read-add-write per walk, and per live channel its loads and
+    multiply-adds, a few elements of the window per lane.  The walks of a warp end with its longest."""
+    lanes = worker_lanes(slots)
+    workers, each = WARP // lanes, math.ceil(slots / lanes)
+    walks = 1 if merged else planes
+    live = channels * alive(planes, pattern) / walks
+    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
+    step = loop(
+        (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
+    )
+    return walks * (step + loop(30 + 3 * each * seeds, 2 * each * seeds)) / workers
+
+
+def quad_clocks(
+    quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
+) -> tuple[float, int]:
+    """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
+    scale = 1 if itemsize == 4 else 3
+    each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
+    chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
+    visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
+    walked = channels * (alive(planes, pattern) if workers == 1 and each == 2 else 1.0)
+    rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
+    step = loop(
+        each * (4 * together + 1) + (10 + DECODE[max(planes, 1)]) + 1.6 * together + 6 * (each == 2),
+        each * max(1, lanes * 16 * rows / 128) + together * workers / 4,
+    )
+    ends = loop(40 + 6 * each * together, 8 * each * together)
+    return visits * chunks * (walked * step + ends) / workers, visits
+
+
+def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[float, int]:
+    """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
+    visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
+    width = next(w for w in (4, 6, 8) if width <= w)
+    sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
+    each = 4 * (width * together + rows) + 67 + 4 * DECODE[max(planes, 1)] + 10 * together
+    ends = 40 + 3 * sums + 4 * sums / 4
+    return visits * loop(rounds * each + ends, rounds * (8 * together + 8 * rows + planes) + sums / 2) / 8, visits

@@ -1,0 +1,138 @@
+"""Packed weights as the GPU's kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..units import Node
+from ..weights import ScatterLayout, WindowLayout, aligned
+from .cost import NARROW, QUAD_PLANES, WALK_SLOTS, WARP
+
+
+class DeviceWindow(WindowLayout):
+    """Forward weights ``[groups][K][O to a multiple of 4]``."""
+
+    @property
+    def ldf(self) -> int:
+        return (self.O + 3) // 4 * 4
+
+    def place(self, offset: int) -> int:
+        self.wf = offset
+        self.bias = self.wf + aligned(self.groups * self.K * self.ldf)
+        return self.bias + aligned(self.groups * self.ldf)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, b = self.folded(params)  # [groups·O, K], [groups·O]
+        g, o, k = self.groups, self.O, self.K
+        wide = packed[self.wf : self.wf + g * k * self.ldf].view(g, k, self.ldf)
+        wide[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
+        packed[self.bias : self.bias + g * self.ldf].view(g, self.ldf)[:, :o] = b.reshape(g, o)
+
+
+class DeviceScatter(ScatterLayout):
+    """Backward weights ``[taps · O][window to a multiple of 4]``; ``slots`` are the window's offsets, one by one."""
+
+    @property
+    def slots(self) -> list[int]:
+        return [r + i for r in self.runs for i in range(self.L)]
+
+    @property
+    def ldw(self) -> int:
+        return (len(self.runs) * self.L + 3) // 4 * 4
+
+    def place(self, offset: int) -> int:
+        return super().place(offset) + WARP * WALK_SLOTS  # idle lanes read on past the last row
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether the kernel can add to the cotangent of ``node``, reading that of ``behind``."""
+        return True
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        if self.merged:
+            w = self.shifted(w)
+        back = packed[self.wb : self.wb + w.shape[0] * self.ldw].view(w.shape[0], self.ldw)
+        back[:, : w.shape[1]] = w
+
+
+class QuadScatter(DeviceScatter):
+    """Backward weights for quads (csrc/cuda/quads.cuh): ``[variants][O][rows with zeros above and below][columns]``.
+
+    A tap of a merged window reads a channel's weights from a place of its own, so that they lie where the tap does,
+    between zeros, and the window's quads lie side by side.  A window of one row is shifted by columns in the same
+    way; otherwise every shift by columns is a variant of its own.
+    """
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows and columns from the first tap to the last."""
+        return self.taps[-1] if self.merged else (0, 0)
+
+    @property
+    def variants(self) -> list[int]:
+        """The shifts, in columns, that have weights of their own."""
+        return [0] if len(self.runs) == 1 and self.channels % 4 == 0 else sorted({j for _, j in self.taps})
+
+    @property
+    def length(self) -> int:
+        """Elements of a row."""
+        return self.L + self.margin[1] * self.channels * (len(self.variants) == 1)
+
+    @property
+    def ldw(self) -> int:
+        return ((len(self.runs) + self.margin[0]) * self.length + 3) // 4 * 4
+
+    def offsets(self) -> list[int]:
+        """Where every tap's weights begin."""
+        rows, columns = self.margin
+        return [
+            (rows - i) * self.length
+            + (self.variants.index(j) * self.O * self.ldw if j in self.variants[1:] else 0)
+            + ((columns - j) * self.channels if len(self.variants) == 1 else 0)
+            for i, j in (self.taps if self.merged else [(0, 0)])
+        ]
+
+    def place(self, offset: int) -> int:
+        self.wb = offset
+        return offset + aligned(len(self.variants) * self.O * self.ldw)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        rows, columns = self.margin
+        high = len(self.runs) + rows
+        inner = w.reshape(self.O, high - 2 * rows, -1)  # [O, rows, columns · channels]
+        back = packed[self.wb : self.wb + len(self.variants) * self.O * self.ldw].view(-1, self.O, self.ldw)
+        back = back[:, :, : high * self.length].unflatten(2, (high, self.length))
+        for variant, shift in zip(back, self.variants, strict=True):
+            start = (shift if len(self.variants) > 1 else columns) * self.channels
+            variant[:, rows : high - rows, start : start + inner.shape[2]] = inner
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether all that quads read and write lies on multiples of four numbers."""
+        origin = node.interior + self.origin
+        steps = (origin, *self.step, *self.runs, self.L, self.O, behind.interior, behind.row)
+        return self.groups == 1 and len(self.taps) <= QUAD_PLANES and all(n % 4 == 0 for n in steps)
+
+
+class NarrowScatter(DeviceScatter):
+    """Backward weights for narrow windows (csrc/cuda/narrow.cuh): ``[taps][O][window to a multiple of 4]``.
+
+    Channels in the order 0, 4, 8 …, 1, 5, 9 …, 2 …: those of neighbouring lanes lie side by side.
+    """
+
+    def place(self, offset: int) -> int:
+        self.wb = offset
+        return offset + aligned(len(self.taps) * self.O * self.ldw)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        w = self.shifted(w) if self.merged else w  # [taps · O, window]
+        order = w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        packed[self.wb : self.wb + w.shape[0] * self.ldw].view(-1, self.ldw)[:, : w.shape[1]] = order
+
+    def fits(self, node: Node, behind: Node) -> bool:
+        """Whether the window is short and in one piece, and cotangents can be read four at a time."""
+        one = self.groups == 1 and len(self.runs) == 1 and self.L <= NARROW and len(self.taps) <= QUAD_PLANES
+        return one and all(n % 4 == 0 for n in (self.O, behind.interior, behind.row))

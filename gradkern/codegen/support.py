@@ -1,0 +1,69 @@
+"""What the compiled kernels cover: the functions that they know, their limits, and why a step has none."""
+
+from __future__ import annotations
+
+import math
+
+from ..ir.functions import RECTIFYING
+from ..ir.program import (
+    Channels,
+    Contract,
+    Given,
+    Index,
+    LowRank,
+    Positions,
+    Product,
+    Program,
+    Scale,
+    Select,
+    Step,
+    Sum,
+    View,
+    Windows,
+)
+from .units import geometry
+
+#: Elementwise functions that csrc/scale.h knows, with the number of parameters each takes there.
+NATIVE_FUNCTIONS = {
+    "relu": 0, "leaky_relu": 1, "elu": 3, "tanh": 0, "sigmoid": 0, "affine": 2, "gelu": 0, "gelu_tanh": 0, "silu": 0,
+    "mish": 0, "softplus": 2, "hardtanh": 2, "clamp": 2, "hardswish": 0, "hardsigmoid": 0, "square": 0, "power": 1,
+    "negative_part": 0, "exp": 0, "expm1": 0, "log": 0, "log1p": 0, "sqrt": 0, "rsqrt": 0, "reciprocal": 0, "abs": 0,
+    "erf": 0, "sin": 0, "cos": 0,
+}  # fmt: skip
+#: The ReLU, and the two of attribution rules: patterns of bits.
+RELUS = frozenset({"relu"}) | RECTIFYING
+MAX_CHANNELS = 65535  # channel lists are uint16
+MAX_TAPS = 256  # planes of a pattern
+
+
+def why_not(program: Program, step: Step) -> str | None:
+    """Why no kernel runs this step; None where one does."""
+    shapes = [program.shape(v) for v in step.inputs] + [step.shape]
+    if any(geometry(s) is None for s in shapes):
+        return "values of more than 3 axes per sample have no kernel yet"
+    if any(math.prod(s) == 0 for s in shapes):
+        return "empty values have no kernel"
+    if any(geometry(s)[0] > MAX_CHANNELS for s in shapes):  # type: ignore[index]
+        return f"more than {MAX_CHANNELS} channels"
+    match step.form:
+        case Contract(map=Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:
+            return "convolution over other than the trailing axes"
+        case Contract(map=Positions(axes)) if len(axes) != len(shapes[0]) - 1:
+            return "pooling over other than the trailing axes"
+        case Contract(map=Channels(axis)) if axis not in (0, len(shapes[0]) - 1):
+            return "factors along a middle axis have no kernel"
+        case Contract() | Sum() | View() | Index() | Given() | Product() | LowRank():
+            return None
+        case Select(ties="split"):
+            return "a maximum whose ties share has no kernel yet"
+        case Select(windows=w):
+            if len(w.kernel) != len(shapes[0]) - 1:
+                return "pooling over other than the trailing axes"
+            return None if w.taps <= MAX_TAPS else f"max pool windows of more than {MAX_TAPS} taps"
+        case Scale(function=f) if f in RELUS:
+            return None
+        case Scale(function=f, params=p):
+            if f not in NATIVE_FUNCTIONS:
+                return f"the function {f} has no kernel yet"
+            return None if len(p) == NATIVE_FUNCTIONS[f] else f"{f} with {len(p)} parameters has no kernel"
+    return "no kernel knows this form"

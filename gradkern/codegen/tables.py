@@ -1,0 +1,130 @@
+"""Integer tables of a chain's records: runs of copies, and stencils.
+
+Both are found once, when a chain is lowered, from element offsets into the storage of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ir.indexing import indices
+from ..ir.program import Index, Part
+from .units import Node, Side
+
+Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Moves
+
+
+def offsets(node: Node, side: Side) -> Tensor:
+    """The offset from the node's interior of every element of a value, in the value's own shape."""
+    h, w, c = torch.arange(node.H) * node.row, torch.arange(node.W) * node.C, torch.arange(node.C)
+    if side.turned:
+        return (h[:, None, None] + w[:, None] + c).reshape(side.shape)
+    return (c[:, None, None] + h[:, None] + w).reshape(side.shape)
+
+
+def move(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> list[int]:
+    """Runs ``(source offset, destination offset, count, source step, destination step)``.
+
+    ``part`` says what goes where (None: every element to its own place in row-major order).
+    """
+    read, write = offsets(source, from_), offsets(out, to)
+    if part is None:
+        return strided(read.reshape(-1), write.reshape(-1))
+    read = read.permute(part.order)
+    for a, axis in enumerate(part.axes):
+        wanted = torch.tensor(indices(axis), dtype=torch.int64)
+        live = (wanted >= 0).nonzero().reshape(-1)
+        read = read.index_select(a, wanted[live])
+        write = write.index_select(a, live)
+    return strided(read.reshape(-1), write.reshape(-1))
+
+
+def moves(form: Index | None, reads: Sequence[Node], out: Node, sides: Sequence[Side]) -> list[list[int]]:
+    """The runs of every source."""
+    parts: Sequence[Part | None] = form.parts if form is not None else [None]
+    return [move(n, s, out, sides[-1], p) for n, s, p in zip(reads, sides, parts, strict=False)]
+
+
+def strided(read: Tensor, write: Tensor) -> list[int]:
+    """Pairs of offsets as arithmetic progressions, in the order of the destination."""
+    if read.numel() == 0:
+        return []
+    order = torch.argsort(write)
+    read, write = read[order], write[order]
+    if read.numel() == 1:
+        return [int(read[0]), int(write[0]), 1, 1, 1]
+    dr, dw = read.diff(), write.diff()
+    # A run ends where a step differs from the one before it; the step that leads to a new run belongs to none.
+    change = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).tolist()
+    r, w, a, b = read.tolist(), write.tolist(), dr.tolist(), dw.tolist()
+    found: list[int] = []
+    start, n = 0, len(r)
+    while start < n:
+        end = start + 1
+        if end < n:
+            end += 1
+            while end < n and not change[end - 2]:
+                end += 1
+            if end - start == 2 and end < n and b[start] != 1:  # a lone leap: leave its end to the next run
+                end = start + 1
+        found += [r[start], w[start], end - start, *((a[start], b[start]) if end - start > 1 else (1, 1))]
+        start = end
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stencils
+
+
+def positions(node: Node) -> list[int]:
+    """The offset of every position from the interior, row by row."""
+    return [h * node.row + w * node.C for h in range(node.H) for w in range(node.W)]
+
+
+def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
+    """For each position of what is read, the results that read it."""
+    found: dict[int, Entries] = {q: [] for q in positions(source)}
+    for place, reads in zip(positions(out), entries, strict=True):
+        for offset, row in reads:
+            found[offset].append((place, row))
+    return list(found.values())
+
+
+def stencil(entries: list[Entries], places: list[int], keep_empty: bool) -> tuple[list[int], list[int]]:
+    """Blocks of positions that read alike, and their entries.
+
+    A block is ``(read offset, place, count, read step, place step, first entry, entries)``: its ``k``-th position,
+    at ``place + k · place step``, reads its entries ``k · read step`` further on.
+    """
+    blocks: list[list[int]] = []
+    table: list[int] = []
+    known: dict[tuple, int] = {}
+    shape: tuple = ()
+    for reads, place in zip(entries, places, strict=True):
+        if not reads and not keep_empty:
+            shape = ()
+            continue
+        first = reads[0][0] if reads else 0
+        relative = tuple(x for offset, row in reads for x in (offset - first, row))
+        block = blocks[-1] if blocks else None
+        if block is not None and relative == shape:
+            count = block[2]
+            steps = (first - block[0], place - block[1])
+            if count == 1 or steps == (block[3] * count, block[4] * count):
+                if count == 1:
+                    block[3:5] = steps
+                block[2] += 1
+                continue
+        if relative not in known:
+            known[relative] = len(table) // 2
+            table += relative
+        shape = relative
+        blocks.append([first, place, 1, 0, 0, known[relative], len(reads)])
+    return [x for b in blocks for x in b], table

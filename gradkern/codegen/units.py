@@ -1,0 +1,152 @@
+"""Units and nodes: a native group of steps, regrouped the way the kernels run it.
+
+Between the :class:`~gradkern.ir.program.Program` and the records of :mod:`.chain` stand two small graphs:
+
+* a **node** is a piece of storage: one value, or several that are views of each other.  Inside a chain every node
+  is *channels-last*, ``[H][W][C]`` per sample, because then the window of a convolution is a few contiguous runs;
+* a **unit** is what one kernel does: a contraction with the batch norms behind it folded in, a ReLU and max pool
+  as one bit pattern, …
+
+:mod:`gradkern.codegen.grouping` makes them of a group's steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..ir.program import Contract, Dense, Windows
+
+UnitKind = Literal["load", "window", "mix", "pattern", "scale", "sum", "move", "lowrank", "product", "matmul"]
+
+POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
+
+
+def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """``(C, H, W)`` of a per-sample shape: the first axis is the channels; None where there are more than 3 axes."""
+    match shape:
+        case ():
+            return 1, 1, 1
+        case (c,):
+            return c, 1, 1
+        case (c, w):
+            return c, 1, w
+        case (c, h, w):
+            return c, h, w
+    return None
+
+
+def tokens(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """``(C, H, W)`` of a shape whose last axis is the channels."""
+    found = geometry(shape)
+    if found is None or len(shape) < 2:
+        return found
+    return (shape[1], 1, shape[0]) if len(shape) == 2 else (shape[2], shape[0], shape[1])
+
+
+def storage_axes(rank: int, turned: bool) -> str:
+    """The storage axis of each axis of a value."""
+    first = {0: "C", 1: "C", 2: "CW", 3: "CHW"}[rank]
+    return first[1:] + first[0] if turned and rank > 1 else first
+
+
+@dataclass
+class Node:
+    """Storage of one value (and its views): channels-last ``[H][W][C]``, with a zero halo where windows need one."""
+
+    id: int
+    C: int
+    H: int
+    W: int
+    producer: Unit | None = None
+    readers: list[Unit] = field(default_factory=list)  # once per read
+    halo: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, bottom, left, right
+    store: int = -1  # nodes of equal `store` share forward memory (a ReLU in place)
+
+    @property
+    def row(self) -> int:
+        return (self.W + self.halo[2] + self.halo[3]) * self.C
+
+    @property
+    def size(self) -> int:
+        return (self.H + self.halo[0] + self.halo[1]) * self.row
+
+    @property
+    def interior(self) -> int:
+        """Offset of position (0, 0) from the start of the storage."""
+        return self.halo[0] * self.row + self.halo[2] * self.C
+
+    @property
+    def P(self) -> int:
+        return self.H * self.W
+
+    @property
+    def trivial(self) -> bool:
+        """Whether channels-last and row-major order agree."""
+        return self.C == 1 or self.P == 1
+
+    def is_a(self, geometry: tuple[int, int, int] | None) -> bool:
+        return geometry == (self.C, self.H, self.W)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A batch norm behind a window, folded into its weights: channels ``first``, … of the norm's own."""
+
+    form: Contract
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a move: a value's shape, and whether its storage is read channels-last (``turned``)."""
+
+    shape: tuple[int, ...]
+    turned: bool
+
+
+@dataclass
+class Unit:
+    """What one kernel does, reading ``reads`` and writing ``out``.  ``steps`` are the program's step indices."""
+
+    kind: UnitKind
+    reads: list[Node]
+    out: Node
+    steps: list[int]
+    form: object = None  # the Contract, Scale, LowRank, … itself
+    windows: Windows | None = None  # of a pattern: its pool; None for a bare ReLU
+    relu: bool = False
+    rectify: bool = False  # of a pattern with a guided or opened ReLU: negative cotangents stop here
+    opened: bool = False  # the others pass, also where the ReLU is off: the bits are not read
+    slope: int = -1  # of a given scale: the external value that holds its slopes
+    folds: list[Fold] = field(default_factory=list)  # batch norms folded into a window unit
+    first: int = 0  # of a batch norm over some of its channels: the first of them
+    turned: bool = False  # of a linear layer: what it reads is flat in storage order
+    sides: list[Side] = field(default_factory=list)  # of a move: its sources, and at the end its destination
+    along: str = "C"  # of a norm or softmax: the storage axis that it works along
+
+    @property
+    def dense(self) -> bool:
+        return self.kind == "window" and isinstance(self.form.map, Dense)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Graph:
+    """The units of one group in forward order, with the nodes of its external inputs and outputs."""
+
+    units: list[Unit]
+    inputs: dict[int, Node]  # external value → node
+    outputs: dict[int, Node]
+    turned: set[int]  # external values whose storage is in their own row-major order (channels last)
+
+
+def planar(w: Windows):
+    """``(kernel, stride, padding, dilation)`` of a 1-D or 2-D window as 2-D pairs."""
+    if len(w.kernel) == 2:
+        return w.kernel, w.stride, w.padding, w.dilation
+    return (1, *w.kernel), (1, *w.stride), ((0, 0), *w.padding), (1, *w.dilation)
+
+
+def overlaps(w: Windows) -> bool:
+    """Do windows share places, so that a pool's cotangents add up before they reach the step below?"""
+    return any(s < (k - 1) * d + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))

@@ -1,0 +1,341 @@
+"""Packed weights: folded, reordered and padded for one vector length.
+
+A layout knows *where* every weight goes (integers, decided when the chain is lowered); `fill` puts the live values
+there.  Batch norms behind a contraction are folded in here, in the weights' own precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ir.program import Channels, Contract, Dense, Param, Positions, Windows
+from .support import MAX_CHANNELS
+from .units import Fold, Node, Unit, planar
+
+ALIGN = 16  # elements
+MAX_VECTORS = 4  # vectors of output channels per forward tile; csrc/cpu/tiles.h: kMaxNV
+
+
+def aligned(n: int) -> int:
+    return (n + ALIGN - 1) // ALIGN * ALIGN
+
+
+@dataclass
+class Contraction:
+    """What the forward and the backward layout of one contraction share: its weight as a matrix, folded."""
+
+    form: Contract
+    folds: list[Fold]
+    lanes: int
+    geometry: tuple[int, int, int]  # C, H, W of what is read
+    turned: bool  # a linear layer whose input is flat in storage order
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """The weight as ``[groups·O, K]``, K in the order of channels-last windows (rows, columns, channels)."""
+        w = weight.detach()
+        if isinstance(self.form.map, Dense):
+            C, H, W = self.geometry
+            if self.turned:
+                return w
+            return w.reshape(-1, C, H, W).permute(0, 2, 3, 1).reshape(w.shape[0], -1)
+        w = w.reshape(w.shape[0], w.shape[1], -1)  # [O, C/groups, taps]
+        return w.transpose(1, 2).reshape(w.shape[0], -1)
+
+    def folded(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Weight ``[groups·O, K]`` and bias ``[groups·O]`` with the batch norms behind them."""
+        w = self.columns(params[self.form.weight.name])  # type: ignore[union-attr]
+        b = params[self.form.bias.name].detach() if self.form.bias else w.new_zeros(w.shape[0])
+        for fold in self.folds:
+            mine = slice(fold.first, fold.first + w.shape[0])
+            if fold.form.weight is not None:
+                scale = params[fold.form.weight.name].detach()[mine]
+                w, b = w * scale[:, None], b * scale
+            if fold.form.bias is not None:
+                b = b + params[fold.form.bias.name].detach()[mine]
+        return w, b
+
+    def names(self) -> list[str]:
+        return param_names([self.form, *(f.form for f in self.folds)])
+
+
+@dataclass
+class WindowLayout(Contraction):
+    """Forward: windows made of R contiguous runs of L elements, groups apart.
+
+    Weights lie per group and per tile of output vectors as ``[K][vectors · lanes]``.
+    """
+
+    channels: int  # read per group
+    O: int  # written per group  # noqa: E741
+    groups: int
+    R: int
+    L: int
+    origin: int  # offset of the first window's start from the interior
+    stride: tuple[int, int]
+    runs: list[int]  # R offsets
+    wf: int = -1
+    bias: int = -1
+
+    @property
+    def K(self) -> int:
+        return self.R * self.L
+
+    @property
+    def vectors(self) -> int:
+        return math.ceil(self.O / self.lanes)
+
+    @classmethod
+    def of(cls, unit: Unit, lanes: int) -> WindowLayout:
+        form, node, out = unit.form, unit.reads[0], unit.out
+        assert isinstance(form, Contract)
+        C = node.C
+        if isinstance(form.map, Dense):
+            joined = node.row == node.W * C
+            runs = [0] if joined else [h * node.row for h in range(node.H)]
+            length = node.H * node.W * C if joined else node.W * C
+            args = (C, out.C, 1, len(runs), length, 0, (1, 1), runs)
+        else:
+            assert isinstance(form.map, Windows)
+            (kh, kw), stride, (ph, pw), (dh, dw) = planar(form.map)
+            groups = form.map.groups
+            if groups == 1 and dw == 1:
+                runs, length = [i * dh * node.row for i in range(kh)], kw * C
+            else:
+                runs = [i * dh * node.row + j * dw * C for i in range(kh) for j in range(kw)]
+                length = C // groups
+            origin = -(ph[0] * node.row + pw[0] * C)
+            args = (C // groups, out.C // groups, groups, len(runs), length, origin, tuple(stride), runs)
+        return cls(form, unit.folds, lanes, (node.C, node.H, node.W), unit.turned, *args)  # type: ignore[arg-type]
+
+    def place(self, offset: int) -> int:
+        """Reserve room from ``offset`` on; returns the end."""
+        self.wf = offset
+        self.bias = self.wf + aligned(self.groups * self.K * self.vectors * self.lanes)
+        return self.bias + aligned(self.groups * self.vectors * self.lanes)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, b = self.folded(params)
+        g, o, k, n = self.groups, self.O, self.K, self.lanes
+        wide = w.new_zeros(g, self.vectors * n, k)
+        wide[:, :o] = w.reshape(g, o, k)
+        cursor = self.wf
+        for group in wide:
+            for first, count in tiles(self.vectors, MAX_VECTORS):
+                tile = group[first * n : (first + count) * n].T  # [K, vectors·lanes]
+                packed[cursor : cursor + tile.numel()] = tile.reshape(-1)
+                cursor += tile.numel()
+        biases = b.new_zeros(g, self.vectors * n)
+        biases[:, :o] = b.reshape(g, o)
+        packed[self.bias : self.bias + biases.numel()] = biases.reshape(-1)
+
+
+@dataclass
+class ScatterLayout(Contraction):
+    """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
+
+    A window is R contiguous runs of L elements of the cotangent, cut into *slots* of one vector.  Where a pool
+    stands behind the contraction and windows are narrow, its taps are ``merged``: one window covers them all, and
+    tap j's rows hold the weight shifted to where that tap lies.  ``fold`` interleaves that many rows of the
+    cotangent, so that one run of a narrow 2-D window fills more of a vector.
+    """
+
+    O: int  # all groups  # noqa: E741
+    groups: int
+    channels: int  # per group
+    runs: list[int]
+    L: int
+    origin: int
+    step: tuple[int, int]  # elements from one window to the next, per row and per column of the iterated positions
+    taps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])  # shifts in input rows and columns
+    extent: tuple[int, int] = (1, 1)  # rows and columns of the merged window
+    merged: bool = False
+    fold: int = 1
+    wb: int = -1
+
+    @property
+    def slots(self) -> list[int]:
+        """Pairs (offset, live lanes)."""
+        n = self.lanes
+        return [x for r in self.runs for i in range(0, self.L, n) for x in (r + i, min(n, self.L - i))]
+
+    @property
+    def ldw(self) -> int:
+        return len(self.slots) // 2 * self.lanes
+
+    @classmethod
+    def of(cls, unit: Unit, lanes: int) -> ScatterLayout:
+        """The plain layout: one window per output position."""
+        w, node = WindowLayout.of(unit, lanes), unit.reads[0]
+        step = (w.stride[0] * node.row, w.stride[1] * node.C)
+        return cls(
+            w.form, w.folds, lanes, w.geometry, w.turned,
+            w.O * w.groups, w.groups, w.channels, w.runs, w.L, w.origin, step,
+        )  # fmt: skip
+
+    @classmethod
+    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> ScatterLayout:
+        """One window per pool output.  Needs groups and dilation of 1, and a pool that never leaves its input."""
+        form, node, out = unit.form, unit.reads[0], unit.out
+        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)  # type: ignore[union-attr]
+        (qh, qw), (th, tw), _, (eh, ew) = planar(pool)
+        taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
+        rows = kh + taps[-1][0]
+        rows, columns = -(-rows // fold) * fold, kw + taps[-1][1]
+        row, px = node.row * fold, node.C * fold  # of a group of interleaved rows
+        halo_h, halo_w = node.halo[0] - ph[0], node.halo[2] - pw[0]
+        origin = halo_h // fold * row + halo_w * px - (node.interior if fold > 1 else 0)
+        if fold == 1:
+            origin = -(ph[0] * node.row + pw[0] * node.C)
+        return cls(
+            form,
+            unit.folds,
+            lanes,
+            (node.C, node.H, node.W),
+            unit.turned,
+            out.C,
+            1,
+            node.C,
+            [r * row for r in range(rows // fold)],
+            columns * px,
+            origin,
+            (th * sh * node.row, tw * sw * px),
+            taps,
+            (rows, columns),
+            True,
+            fold,
+        )
+
+    def place(self, offset: int) -> int:
+        self.wb = offset
+        return self.wb + aligned(len(self.taps) * self.O * self.ldw)
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w, _ = self.folded(params)
+        if self.merged:
+            w = self.shifted(w)
+        n, rows = self.lanes, w.shape[0]
+        back = w.new_zeros(rows, len(self.runs), math.ceil(self.L / n) * n)
+        back[:, :, : self.L] = w.reshape(rows, len(self.runs), self.L)
+        packed[self.wb : self.wb + back.numel()] = back.reshape(-1)
+
+    def shifted(self, w: Tensor) -> Tensor:
+        """``[O, K] -> [taps·O, merged window]``, rows interleaved by ``fold``."""
+        (kh, kw), *_ = planar(self.form.map)  # type: ignore[arg-type]
+        rows, columns = self.extent
+        wide = w.new_zeros(len(self.taps), self.O, rows, columns, self.channels)
+        for j, (dh, dw) in enumerate(self.taps):
+            wide[j, :, dh : dh + kh, dw : dw + kw] = w.reshape(self.O, kh, kw, self.channels)
+        wide = wide.reshape(len(self.taps) * self.O, rows // self.fold, self.fold, columns, self.channels)
+        return wide.transpose(2, 3).reshape(len(self.taps) * self.O, -1)
+
+
+def mergeable(unit: Unit, pattern: Unit) -> bool:
+    """Whether all taps of the pool behind a convolution can share one window: no groups, dilation or overhang."""
+    pool, w = pattern.windows, unit.form.map  # type: ignore[attr-defined]
+    if pool is None or pool.taps == 1 or w.groups != 1 or any(d != 1 for d in w.dilation):
+        return False
+    (qh, qw), (th, tw), padding, (eh, ew) = planar(pool)
+    out, source = pattern.out, unit.out
+    inside = (out.H - 1) * th + (qh - 1) * eh < source.H and (out.W - 1) * tw + (qw - 1) * ew < source.W
+    return inside and all(p[0] == 0 for p in padding) and pool.taps * source.C <= MAX_CHANNELS
+
+
+def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
+    """Cycles per pool output, roughly: per window a start and a read-add-write of every slot, per live channel one
+    multiply-add per slot, two at a time; about three in four pool outputs are alive."""
+    slots = len(layout.slots) // 2
+    windows = 1 if layout.merged else taps
+    return windows * (40 + 1.5 * slots * seeds) + 0.75 * layout.O * slots * seeds / 2
+
+
+@dataclass
+class MixLayout:
+    """A channelwise map over positions: per result, what it reads as (offset, weight row); rows of C weights."""
+
+    form: Contract
+    rows: int
+    C: int
+    entries: list[list[tuple[int, int]]]
+    coefficients: list[float] | None  # of the rows, where they are constants
+    first: int  # channel of the weight that the first channel here has
+    wf: int = -1
+    bias: int = -1
+
+    @property
+    def ldw(self) -> int:
+        return aligned(self.C)
+
+    @classmethod
+    def of(cls, unit: Unit) -> MixLayout:
+        form, node, out = unit.form, unit.reads[0], unit.out
+        assert isinstance(form, Contract)
+        if isinstance(form.map, Channels):
+            at = [[(h * node.row + w * node.C, 0)] for h in range(out.H) for w in range(out.W)]
+            return cls(form, 1, node.C, at, None, unit.first)
+        if isinstance(form.map, Positions):
+            return cls(form, *averages(form.map, node), unit.first)
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(form.map)  # type: ignore[arg-type]  # depthwise
+
+        def line(n: int, k: int, start: int, d: int, step: int) -> list[tuple[int, int]]:
+            return [((start + j * d) * step, j) for j in range(k) if 0 <= start + j * d < n]
+
+        rows = [line(node.H, kh, y * sh - ph[0], dh, node.row) for y in range(out.H)]
+        columns = [line(node.W, kw, x * sw - pw[0], dw, node.C) for x in range(out.W)]
+        entries = [[(a + b, i * kw + j) for a, i in row for b, j in column] for row in rows for column in columns]
+        return cls(form, kh * kw, node.C, entries, None, unit.first)
+
+    def place(self, offset: int) -> int:
+        self.wf = offset
+        self.bias = self.wf + self.rows * self.ldw
+        return self.bias + self.ldw
+
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        table = packed[self.wf : self.bias].view(self.rows, self.ldw)[:, : self.C]
+        mine = slice(self.first, self.first + self.C)
+        if self.coefficients is not None:
+            table[:] = torch.tensor(self.coefficients, dtype=packed.dtype)[:, None]
+        elif self.form.weight is None:
+            table[:] = 1
+        else:
+            w = params[self.form.weight.name].detach()[mine]
+            table[:] = w.reshape(self.C, -1).T
+        if self.form.bias is not None:
+            packed[self.bias : self.bias + self.C] = params[self.form.bias.name].detach()[mine]
+
+    def names(self) -> list[str]:
+        return param_names([self.form])
+
+
+def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tuple[int, int]]], list[float]]:
+    """Rows, channels, entries and coefficients of a constant map over positions."""
+    still = ((0, (1.0,)),)
+    axes = (still, still, *positions.axes)[-2:]
+    rows: dict[float, int] = {}
+    entries = []
+    for h0, ch in axes[0]:
+        for w0, cw in axes[1]:
+            reads = []
+            for i, a in enumerate(ch):
+                for j, b in enumerate(cw):
+                    reads.append(((h0 + i) * node.row + (w0 + j) * node.C, rows.setdefault(a * b, len(rows))))
+            entries.append(reads)
+    return len(rows), node.C, entries, list(rows)
+
+
+def tiles(count: int, most: int) -> list[tuple[int, int]]:
+    """``count`` things in even tiles of at most ``most``: (first, size); csrc/cpu/body_window.h cuts the same way."""
+    found, first, left = [], 0, math.ceil(count / most)
+    while first < count:
+        size = math.ceil((count - first) / left)
+        found.append((first, size))
+        first, left = first + size, left - 1
+    return found
+
+
+def param_names(forms: list[Contract]) -> list[str]:
+    return [p.name for f in forms for p in (f.weight, f.bias) if isinstance(p, Param)]

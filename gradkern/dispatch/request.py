@@ -1,0 +1,313 @@
+"""One call as data: what is differentiated, for which outputs, and where the results go.
+
+Checks the inputs and the model's output, and explains a model's own failure where the cause is a dtype or device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime import ops
+from ..util.options import BadType, BadValue
+from .targets import Seeds, Shape, resolve
+
+OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
+
+
+def model_of(fn: Any) -> nn.Module | None:
+    """The module behind ``fn`` where ``fn`` is a module or a module's own bound ``forward``, else None."""
+    if isinstance(fn, nn.Module):
+        return fn
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, nn.Module) and getattr(fn, "__func__", None) is type(owner).forward:
+        return owner
+    return None
+
+
+def uncompiled(fn: Any) -> Any:
+    """The module inside a `torch.compile`d one, which computes the same and can be traced; anything else as it is."""
+    inner = getattr(fn, "_orig_mod", None)
+    plain = isinstance(fn, nn.Module) and isinstance(inner, nn.Module) and not fn._forward_hooks
+    return inner if plain and not fn._forward_pre_hooks and not fn._backward_hooks else fn
+
+
+class Job:
+    """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs numbered ``wrt``.
+
+    ``open(out_shape)`` is called once the output's shape is known (per sample); then ``seeds`` says which outputs,
+    and ``results`` holds one tensor ``[N, S, *in]`` per differentiated input, to be filled by rows of samples.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        wrt: tuple[int, ...],
+        choose: Callable[[int, Shape], Seeds],
+        *,
+        out: OutArgument = None,
+        ahead: int = 0,
+    ) -> None:
+        self.fn = uncompiled(fn)
+        self.module = model_of(self.fn)
+        self.inputs = inputs
+        self.wrt = wrt
+        self.samples = inputs[0].shape[0]
+        self.ahead = ahead  # samples that will follow in later calls, for the decision to trace
+        self.seeds: Seeds | None = None
+        self.results: tuple[Tensor, ...] = ()
+        self.out_shape: Shape = ()
+        self.outputs: Tensor | None = None  # [N, *out], where keep_outputs asks for the model's own outputs
+        self.keep_outputs = False
+        self.choose = choose
+        self._out = out
+
+    @property
+    def to_caller(self) -> bool:
+        """Do the results go to tensors of the caller's?"""
+        return self._out is not None
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample's inputs."""
+        return sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in self.inputs)
+
+    def part(self, start: int, stop: int, seeds: Seeds) -> Job:
+        """The same call for the samples ``start:stop``."""
+        return Job(
+            self.fn,
+            tuple(x[start:stop] for x in self.inputs),
+            self.wrt,
+            lambda samples, out_shape: seeds.part(start, stop),
+            ahead=self.ahead + self.samples - stop,
+        )
+
+    def open(self, out_shape: Shape) -> Seeds:
+        """Resolve the targets against the output's shape and make room for the results; later calls only compare."""
+        if self.seeds is None:
+            self.seeds = self.choose(self.samples, out_shape)
+            self.out_shape = out_shape
+            self.results = self._room(self.seeds)
+        elif out_shape != self.out_shape:
+            raise BadValue(
+                f"the model gave outputs [N, {_times(self.out_shape)}] for some samples and [N, {_times(out_shape)}] "
+                "for others, expected one shape."
+            )
+        return self.seeds
+
+    def note(self, start: int, y: Tensor) -> None:
+        """Keep the model's outputs ``[n, *out]`` of the samples from ``start`` on, where they are asked for."""
+        if self.keep_outputs:
+            if self.outputs is None:
+                self.outputs = torch.empty(self.samples, *self.out_shape, dtype=y.dtype, device=y.device)
+            self.outputs[start : start + y.shape[0]] = y.detach()
+
+    def _room(self, seeds: Seeds) -> tuple[Tensor, ...]:
+        """One ``[N, S, *in]`` tensor per differentiated input: the caller's own, or new."""
+        targets = [self.inputs[w] for w in self.wrt]
+        shapes = [(self.samples, *seeds.axes, *x.shape[1:]) for x in targets]
+        flat = [(self.samples, seeds.count, *x.shape[1:]) for x in targets]
+        if self._out is None:
+            _forecast(sum(x.dtype.itemsize * math.prod(s) for x, s in zip(targets, flat, strict=True)))
+            return tuple(ops.empty_result(s, x) for x, s in zip(targets, flat, strict=True))
+        given = list(self._out) if isinstance(self._out, (tuple, list)) else [self._out]
+        if len(given) != len(shapes):
+            raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
+        return tuple(_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True))
+
+    def shaped(self) -> tuple[Tensor, ...]:
+        """The results as the caller reads them: ``[N, *axes, *in]``."""
+        assert self.seeds is not None
+        axes = self.seeds.axes
+        return tuple(r.view(r.shape[0], *axes, *r.shape[2:]) for r in self.results)
+
+    def pick(self, most: int) -> tuple[Tensor, ...]:
+        """Two to ``most`` of the caller's own samples, spread over the batch, finite ones where there are enough.
+
+        A lone sample is joined by its mirror image, which is a sample of the same range (of token ids, too).
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            look = torch.linspace(0, self.samples - 1, min(self.samples, 16 * most)).long().unique()
+            rows = [_copy(x.detach()[look.to(x.device)]) for x in self.inputs]  # each [l, *in]
+            if self.samples == 1:
+                rows = [torch.cat([x, x.flip(tuple(range(1, x.dim())))]) for x in rows]
+            finite = torch.ones(rows[0].shape[0], dtype=torch.bool)
+            for x in rows:
+                if x.is_floating_point() and x.numel():
+                    finite &= x.isfinite().flatten(1).all(1).cpu() if x.dim() > 1 else x.isfinite().cpu()
+            good = finite.nonzero()[:, 0]
+            if len(good) < 2:
+                rows = [torch.nan_to_num(x, nan=0.0, posinf=1.0, neginf=-1.0) for x in rows]
+                good = torch.arange(rows[0].shape[0])
+            spread = good[torch.linspace(0, len(good) - 1, min(most, len(good))).long()]
+            return tuple(x[spread.to(x.device)] for x in rows)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A tensor that autograd accepts (not an inference tensor)."""
+    return x.clone() if x.is_inference() else x
+
+
+def _out_tensor(given: Any, shape: Shape, flat: Shape) -> Tensor:
+    if isinstance(given, np.ndarray):  # np.memmap too
+        if not given.flags.writeable:
+            raise BadValue("out: got a read-only array, expected a writable one (np.memmap: mode 'r+' or 'w+').")
+        try:
+            given = torch.from_numpy(given)
+        except TypeError as error:
+            raise BadType(f"out: got an array of {given.dtype}, expected a floating dtype that torch has.") from error
+    if not isinstance(given, Tensor):
+        raise BadType(f"out: got {type(given).__name__}, expected a tensor or a numpy array (np.memmap).")
+    if tuple(given.shape) != shape:
+        raise BadValue(f"out: got shape {list(given.shape)}, expected {list(shape)}.")
+    if not given.is_floating_point():
+        raise BadType(f"out: got {given.dtype}, expected a floating dtype.")
+    if given.requires_grad:
+        raise BadValue("out: got a tensor that requires grad, expected a plain one. Use out.detach().")
+    if given.is_inference():  # may not be written to outside inference mode, but the same memory may
+        alias = torch.empty(0, dtype=given.dtype, device=given.device)
+        given = alias.set_(given.untyped_storage(), given.storage_offset(), given.shape, given.stride())
+    try:
+        return given.view(flat)
+    except RuntimeError as error:
+        raise BadValue(
+            "out: the axes of the outputs must be laid out in one piece. Use a contiguous tensor."
+        ) from error
+
+
+def _forecast(size: int) -> None:
+    """Refuse a result that cannot fit in memory, with a forecast in place of a killed process."""
+    if size < 1 << 30 or not hasattr(os, "sysconf"):
+        return
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > total:
+        raise MemoryError(
+            f"the result needs {size / 2**30:.1f} GiB, this machine has {total / 2**30:.1f} GiB. Pass out= (a "
+            "np.memmap), take chunks from gradkern.iter_jacobian, or ask for fewer outputs (targets=TopK(k))."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Check the inputs; give them as a tuple, and the numbers of those to differentiate."""
+    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not given:
+        raise BadValue("inputs: got an empty tuple, expected at least one tensor [N, ...].")
+    for i, x in enumerate(given):
+        if isinstance(x, np.ndarray):
+            raise BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
+        if not isinstance(x, Tensor):
+            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].")
+        if x.layout != torch.strided:
+            raise BadType(f"inputs: number {i} has layout {x.layout}, expected a dense tensor. Use x.to_dense().")
+        if x.dim() == 0:
+            raise BadValue(f"inputs: number {i} has no axes, expected [N, ...]. Use x.unsqueeze(0) for one sample.")
+        if x.shape[0] != given[0].shape[0]:
+            raise BadValue(
+                f"inputs: number {i} has {x.shape[0]} samples and number 0 has {given[0].shape[0]}, expected the "
+                "same batch axis (axis 0) in all."
+            )
+    numbers = _read_wrt(wrt, len(given))
+    for w in numbers:
+        x = given[w]
+        if not x.is_floating_point():
+            hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
+            other = ", or leave it out of wrt=" if len(given) > 1 else ""
+            raise BadType(
+                f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
+                f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
+            )
+    return given, numbers
+
+
+def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if wrt is None:
+        return tuple(range(count))
+    numbers = [wrt] if isinstance(wrt, int) else list(wrt)
+    for w in numbers:
+        if isinstance(w, bool) or not isinstance(w, int) or not -count <= w < count:
+            raise BadValue(f"wrt: got {w!r}, expected numbers of inputs, 0 … {count - 1}.")
+    if not numbers:
+        raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
+    found = tuple(w % count for w in numbers)
+    if len(set(found)) < len(found):
+        raise BadValue(f"wrt: got {numbers}, which names an input twice, expected each input once.")
+    return found
+
+
+def check_output(y: Any, samples: int) -> Tensor:
+    """The model's output as it must be: a floating tensor ``[N, ...]``."""
+    if not isinstance(y, Tensor):
+        raise BadType(
+            f"the model returned {type(y).__name__}, expected one tensor [N, ...]. Wrap the model in a module whose "
+            "forward returns the tensor to explain."
+        )
+    if not y.is_floating_point():
+        raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
+    if y.dim() == 0 or y.shape[0] != samples:
+        raise BadValue(
+            f"the model returned shape {list(y.shape)} for {samples} samples, expected [N, ...] with N = {samples} "
+            "first: one row of outputs per sample."
+        )
+    return y
+
+
+def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence[Tensor]) -> Exception:
+    """The error to raise for a model that failed: one that names the dtypes or devices where these explain it."""
+    if module is None:
+        return error
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_inference() for t in tensors):
+        return BadValue(
+            "model: its parameters were made under torch.inference_mode, expected ordinary ones, which autograd can "
+            f"follow. Build or load the model outside of inference_mode. The model failed with: {error}"
+        )
+    devices = {str(t.device) for t in tensors}
+    for i, x in enumerate(inputs):
+        if devices and str(x.device) not in devices:
+            return BadValue(
+                f"inputs: number {i} is on {x.device}, the model on {', '.join(sorted(devices))}. Move one of them "
+                f"with .to(...). The model failed with: {error}"
+            )
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    for i, x in enumerate(inputs):
+        if x.is_floating_point() and dtypes and x.dtype not in dtypes:
+            names = ", ".join(sorted(map(str, dtypes)))
+            return BadType(
+                f"inputs: number {i} has {x.dtype}, the model {names}. Convert one of them with .to(dtype). "
+                f"The model failed with: {error}"
+            )
+    return error
+
+
+def check_devices(module: nn.Module | None, inputs: Sequence[Tensor]) -> None:
+    """What is on the meta device has shapes and no values: nothing can be computed."""
+    if module is not None and any(t.is_meta for t in module.parameters()):
+        raise BadValue(
+            "model: its parameters are on the meta device (shapes without values), expected real ones. Load the "
+            "weights first, for example with model.to_empty(device='cpu') and load_state_dict."
+        )
+    for i, x in enumerate(inputs):
+        if x.is_meta:
+            raise BadValue(
+                f"inputs: number {i} is on the meta device (shapes without values), expected a tensor with values."
+            )
+
+
+def _times(shape: Shape) -> str:
+    return ", ".join(map(str, shape))
+
+
+def jacobian_choice(targets: Any) -> Callable[[int, Shape], Seeds]:
+    """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
+    return lambda samples, out_shape: resolve(targets, samples, out_shape)

@@ -1,0 +1,232 @@
+"""Which outputs to differentiate: reading ``targets`` into flat output indices.
+
+An output of shape ``[N, *out]`` is seen as ``C = prod(out)`` numbers per sample, numbered row-major.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..util.options import BadType, BadValue
+
+Shape = tuple[int, ...]
+ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S], a tuple of ints, or TopK(k)"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """As ``targets``: the ``k`` highest outputs of each sample, highest first.  The call then also returns them.
+
+    ``J, indices = jacobian(model, x, TopK(3))``: J is ``[N, k, *in]`` and indices ``[N, k]`` (``[N, k, axes]``
+    where the output has several axes), int64.  A NaN output counts as the highest, as in `torch.topk`.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise BadValue(f"TopK(k): got {self.k!r}, expected an int of at least 1.")
+
+
+class Seeds:
+    """The outputs that one call differentiates, resolved against the output's shape.
+
+    ``count`` is S, the seeds per sample; ``axes`` are the axes that stand for them in the result, between N and
+    the input's own; ``indices`` is None (all C), ``[S]`` (for all samples) or ``[N, S]``, flat, int64, on the CPU.
+    """
+
+    def __init__(self, count: int, axes: Shape, indices: Tensor | None) -> None:
+        self.count = count
+        self.axes = axes
+        self.indices = indices
+        self.needs_logits = False
+
+    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor | None:
+        """Indices for the samples ``start:stop``: None (all C), ``[S]`` or ``[stop - start, S]``."""
+        if self.indices is None or self.indices.dim() == 1:
+            return self.indices
+        return self.indices[start:stop]
+
+    def part(self, start: int, stop: int) -> Seeds:
+        """The same seeds for the samples ``start:stop`` alone."""
+        return Seeds(self.count, self.axes, self.rows(start, stop))
+
+
+class TopSeeds(Seeds):
+    """The k highest outputs: known only once the outputs are."""
+
+    def __init__(self, k: int, samples: int, out: Shape) -> None:
+        super().__init__(k, (k,), None)
+        self.samples = samples
+        self.out = out
+        self._found: Tensor | None = None  # [N, k]
+        self.needs_logits = True
+
+    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor | None:
+        assert logits is not None
+        if self._found is None:
+            self._found = torch.zeros(self.samples, self.count, dtype=torch.int64)
+        flat = logits.detach().reshape(stop - start, -1)  # [n, C]
+        self._found[start:stop] = flat.topk(self.count, dim=1).indices.cpu()
+        return self._found[start:stop]
+
+    def part(self, start: int, stop: int) -> Seeds:
+        return TopSeeds(self.count, stop - start, self.out)
+
+    def found(self) -> Tensor:
+        """``[N, k]``, or ``[N, k, axes]`` where the output has several axes."""
+        found = self._found if self._found is not None else torch.zeros(self.samples, self.count, dtype=torch.int64)
+        if len(self.out) < 2:
+            return found
+        return torch.stack(torch.unravel_index(found, self.out), dim=-1)
+
+
+def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
+    """Read ``targets`` for ``samples`` samples of an output ``[N, *out]``.  Raises `BadValue` and `BadType`."""
+    total = math.prod(out)
+    if targets is None:
+        return Seeds(total, out, None)
+    if not out:
+        raise BadValue(
+            f"targets: got {_brief(targets)}, but the model gives one number per sample (output [N]), so there is "
+            "nothing to choose. Pass targets=None."
+        )
+    if isinstance(targets, TopK):
+        if targets.k > total:
+            raise BadValue(f"targets: got TopK({targets.k}), but the model has {total} outputs per sample.")
+        return TopSeeds(targets.k, samples, out)
+    flat = _flat_indices(targets, samples, out)
+    return Seeds(flat.shape[-1], (flat.shape[-1],), flat)
+
+
+def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
+    """Flat indices ``[S]`` or ``[N, S]`` of anything but None and TopK."""
+    axes = len(out)
+    if isinstance(targets, tuple):
+        return _ravel(torch.tensor([_index_tuple(targets, out)]), out)
+    if isinstance(targets, range):
+        targets = list(targets)
+    if isinstance(targets, list):
+        return _from_list(targets, samples, out)
+    if isinstance(targets, np.ndarray):
+        targets = torch.from_numpy(np.ascontiguousarray(targets))
+    if isinstance(targets, Tensor):
+        return _from_tensor(targets, samples, out)
+    number = _as_int(targets)
+    if number is None:
+        raise BadType(f"targets: got {_brief(targets)}, expected {ACCEPTED}.")
+    if axes > 1:
+        raise BadValue(_needs_tuples(targets, out))
+    return _ravel(torch.tensor([[number]]), out)
+
+
+def _from_list(targets: list[Any], samples: int, out: Shape) -> Tensor:
+    if not targets:
+        raise BadValue("targets: got an empty list, expected at least one output. Pass None for all outputs.")
+    if all(isinstance(t, tuple) for t in targets):
+        return _ravel(torch.tensor([_index_tuple(t, out) for t in targets]), out)  # [S, axes]
+    if all(isinstance(t, Sequence) and not isinstance(t, (tuple, str)) for t in targets):
+        if len({len(t) for t in targets}) != 1:
+            raise BadValue("targets: got lists of different lengths, expected the same number for every sample.")
+        if len(targets) != samples:
+            raise BadValue(f"targets: got {len(targets)} lists, expected one for each of the {samples} samples.")
+        rows = [_from_list(list(t), samples, out) for t in targets]  # N × [S]
+        return torch.stack(rows)
+    numbers = [_as_int(t) for t in targets]
+    if any(n is None for n in numbers):
+        wrong = next(t for t, n in zip(targets, numbers, strict=True) if n is None)
+        raise BadType(f"targets: got a list with {_brief(wrong)} in it, expected {ACCEPTED}.")
+    if len(out) > 1:
+        raise BadValue(_needs_tuples(targets, out))
+    return _ravel(torch.tensor(numbers)[:, None], out)
+
+
+def _from_tensor(targets: Tensor, samples: int, out: Shape) -> Tensor:
+    if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise BadType(f"targets: got a tensor of {targets.dtype}, expected integers. Use targets.long().")
+    targets = targets.detach().cpu().long()
+    if targets.numel() == 0 and not (targets.dim() >= 2 and samples == 0):
+        raise BadValue("targets: got an empty tensor, expected at least one output. Pass None for all outputs.")
+    if len(out) == 1:
+        if targets.dim() == 0:
+            targets = targets[None]
+        if targets.dim() == 1:
+            return _ravel(targets[:, None], out)
+        if targets.dim() == 2:
+            _same_samples(targets, samples)
+            return _ravel(targets[..., None], out)
+        raise BadValue(f"targets: got a tensor {list(targets.shape)}, expected [S] or [N, S] = [{samples}, S].")
+    if targets.dim() == 3 and targets.shape[-1] == len(out):
+        _same_samples(targets, samples)
+        return _ravel(targets, out)
+    raise BadValue(_needs_tuples(targets, out))
+
+
+def _same_samples(targets: Tensor, samples: int) -> None:
+    if targets.shape[0] != samples:
+        raise BadValue(
+            f"targets: got a tensor {list(targets.shape)} for {samples} samples, expected [N, S] = [{samples}, S]. "
+            "For the same outputs in every sample pass a list or a 1-D tensor."
+        )
+
+
+def _ravel(index: Tensor, out: Shape) -> Tensor:
+    """Indices ``[..., axes]``, negative ones as in Python, to flat indices ``[...]``; checks the range."""
+    sizes = torch.tensor(out)  # [axes]
+    bad = (index < -sizes) | (index >= sizes)
+    if bool(bad.any()):
+        where = bad.nonzero()[0]
+        axis = int(where[-1])
+        size = out[axis]
+        place = "" if len(out) == 1 else f" on axis {axis} of the output [N, {', '.join(map(str, out))}]"
+        raise BadValue(f"targets: got index {int(index[tuple(where)])}{place}, expected -{size} … {size - 1}.")
+    index = torch.where(index < 0, index + sizes, index)
+    strides = torch.tensor([math.prod(out[a + 1 :]) for a in range(len(out))])  # [axes]
+    return (index * strides).sum(-1)
+
+
+def _index_tuple(target: tuple[Any, ...], out: Shape) -> list[int]:
+    numbers = [_as_int(t) for t in target]
+    if any(n is None for n in numbers):
+        raise BadType(f"targets: got {_brief(target)}, expected a tuple of ints. For several outputs pass a list.")
+    if len(numbers) != len(out):
+        raise BadValue(
+            f"targets: got the tuple {target} of {len(target)}, expected {len(out)} indices for an output "
+            f"[N, {', '.join(map(str, out))}]. For several outputs pass a list."
+        )
+    return [n for n in numbers if n is not None]
+
+
+def _needs_tuples(targets: Any, out: Shape) -> str:
+    example = "(" + ", ".join("0" for _ in out) + ")"
+    return (
+        f"targets: got {_brief(targets)} for an output [N, {', '.join(map(str, out))}], expected a tuple of "
+        f"{len(out)} indices such as {example}, a list of such tuples, or a tensor [N, S, {len(out)}]."
+    )
+
+
+def _as_int(value: Any) -> int | None:
+    """An int from anything that is one (numpy's too, one-element tensors too); None for the rest, bools included."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, Tensor) and (value.dim() or value.is_floating_point() or value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,111 @@
+"""Tensors that have the batch elsewhere than in front, sample by sample.
+
+``[L, N, E]``, sequence first, is ``[L, 1, E]`` for each sample: an axis of one number stands where the batch was, and
+the batch is in front again.  ``[N·H, L, E]``, samples by heads, is ``[H, L, E]``.  An op on the one is the same op on
+the other with its axes counted from one on, unless it works along the batch axis.  So `nn.MultiheadAttention`, and
+encoders that keep sequences first, are lowered as if they had been written with the batch in front.
+
+A joined axis holds, for each of some numbers in front of the samples, each sample's numbers behind it: ``[L·N, E]`` has
+none behind, ``[N·H, L, E]`` has H.  A view that reads the samples in another order mixes them, and has no form here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ..ir.program import Call, Value
+from .lowerings import NoForm
+from .lowerings.index import takes_all
+
+#: The result's shape says everything.
+VIEWS = {
+    *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
+    *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
+}
+#: Numbers are worked on one by one, or along static axes at the end.
+PLAIN = {
+    *("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.dropout.default"),
+    *("aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.layer_norm.default"),
+    *("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.neg.default"),
+    *("aten.relu.default", "aten.gelu.default", "aten.silu.default", "aten.elu.default", "aten.leaky_relu.default"),
+    *("aten.tanh.default", "aten.sigmoid.default", "aten.mul.Scalar", "aten.div.Scalar", "aten.add.Scalar"),
+    *("aten.masked_fill.Scalar", "aten.baddbmm.default"),
+}
+#: Axes are named by these arguments and may be any.
+AXES = {"aten.transpose.int": ("dim0", "dim1"), "aten.permute.default": ("dims",)}
+#: The op works along the axes that these arguments name.
+ALONG = {
+    **dict.fromkeys(("aten.select.int", "aten.slice.Tensor", "aten.softmax.int", "aten.mean.dim"), "dim"),
+    **dict.fromkeys(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"), "dim"),
+    **dict.fromkeys(("aten.unbind.int", "aten.sum.dim_IntList", "aten.cat.default"), "dim"),
+    "aten.flip.default": "dims",
+}
+ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
+
+
+@dataclass(frozen=True)
+class Moved:
+    """``value``: the tensor per sample, batch axis of one number included.  ``call``: the tensor itself.
+
+    ``behind``: how many numbers of a sample stand beside each other in the axis that holds the samples.
+    """
+
+    value: Value
+    call: Call
+    behind: int = 1
+
+
+def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
+    """Count the axes of a call's arguments from one on.
+
+    ``named``: the arguments by name, changed in place; ``rank``: of the tensor that its axes are counted in; ``batch``:
+    where the tensors that it reads have the batch.  Raises `NoForm` where the op is unknown, or works along the batch.
+    """
+    if op == ATTENTION:
+        if any(axis >= rank - 2 for axis in batch):
+            raise NoForm("it attends to other samples")
+        return
+    if op in PLAIN or op in VIEWS:
+        return
+    for name in AXES.get(op, ()):
+        setattr(named, name, counted(getattr(named, name), rank))
+    if "dims" in AXES.get(op, ()):
+        named.dims = (0, *named.dims)
+    if op in ALONG:
+        axes = counted(getattr(named, ALONG[op]), rank)
+        along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
+        if along and not (op == "aten.slice.Tensor" and takes_all(named)):
+            raise NoForm("it works along the batch axis")
+        setattr(named, ALONG[op], axes)
+    elif op not in AXES:
+        raise NoForm(f"{op} has no form where the batch is not axis 0")
+
+
+def behind(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:
+    """How many numbers of a sample stand beside each other in the axis that holds the samples, in an op's result.
+
+    ``sources``: the same number, and that of the elements behind the axis, of each tensor that the op reads; ``times``:
+    the numbers of a sample in the result's axis; ``after``: the sizes of the axes behind that.  Raises `NoForm` where
+    tensors or a view have the samples in different orders.
+    """
+    if op not in VIEWS:
+        found = {own for own, _ in sources}
+        if len(found) != 1:
+            raise NoForm("it joins samples in different orders")
+        return found.pop()
+    step = math.prod(sources[0])  # from one sample to the next; a view leaves it as it is
+    own, rest = divmod(step, max(math.prod(after), 1))
+    if rest or not own or times % own:
+        raise NoForm("it views the samples in another order")
+    return own
+
+
+def counted(axes: Any, rank: int) -> Any:
+    """An axis, or several, counted from one on."""
+    if isinstance(axes, int):
+        return axes % rank + 1
+    return tuple(axis % rank + 1 for axis in axes) if axes is not None else None

@@ -1,0 +1,156 @@
+"""Sums and products of values (`Sum`, `Product`), arithmetic with numbers (`Scale`) and constants (`Channels`)."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from ...ir.indexing import along
+from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
+from .activation import elementwise
+from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis
+from .index import emit, stretched
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def affine(b: Builder, x: Value, a: float, shift: float) -> Value:
+    """``a x + shift``; nothing is emitted for the identity."""
+    return x if (a, shift) == (1.0, 0.0) else elementwise(b, x, "affine", a, shift)
+
+
+def per_channel(b: Builder, x: Value, p: Param) -> tuple[Value, int, Param, Shape]:
+    """A constant that broadcasts against the live ``[N, *shape]``, as one number per channel.
+
+    Gives the value in a shape where the constant is that (flat, where each element has a number of its own), the
+    axis of the channels, the constant as ``[channels]``, and the shape of the result.
+    """
+    own, given = b.shape(x), b.param_shape(p)
+    if len(given) > len(own) + 1 or (len(given) == len(own) + 1 and given[0] != 1) or not own:
+        raise NoForm("the tensor that it reads has more axes than the samples")
+    given = given[1:] if len(given) == len(own) + 1 else (1,) * (len(own) - len(given)) + given
+    full = tuple(m if n == 1 else n for n, m in zip(given, own, strict=True))
+    x = stretched(b, x, full)
+    for axis in (0, len(full) - 1):
+        if math.prod(given) == given[axis] == full[axis]:
+            numbers = p if b.param_shape(p) == (given[axis],) else b.derive("aten.reshape.default", p, (-1,))
+            return x, axis, numbers, full
+    if math.prod(given) == 1:
+        one = b.derive("aten.reshape.default", p, (1,))
+        return x, 0, b.derive("aten.expand.default", one, (full[0],)), full
+    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, given), full)
+    return as_shape(b, x, (math.prod(full),)), 0, b.derive("aten.reshape.default", spread, (-1,)), full
+
+
+def scaled(b: Builder, x: Value, p: Param, inverse: bool = False) -> Value:
+    """``p x`` or ``x / p`` for a constant that broadcasts against the value."""
+    at, axis, numbers, full = per_channel(b, x, p)
+    if inverse:
+        numbers = b.derive("aten.reciprocal.default", numbers)
+    return as_shape(b, b.emit(Contract(Channels(axis), numbers), (at,), b.shape(at)), full)
+
+
+def shifted(b: Builder, x: Value, p: Param, alpha: float = 1) -> Value:
+    """``x + alpha p``."""
+    at, axis, numbers, full = per_channel(b, x, p)
+    if alpha != 1:
+        numbers = b.derive("aten.mul.Tensor", numbers, alpha)
+    return as_shape(b, b.emit(Contract(Channels(axis), None, numbers), (at,), b.shape(at)), full)
+
+
+@lowers("aten.add.Tensor", "aten.add.Scalar")
+def add(b: Builder, a: SimpleNamespace) -> Value:
+    return added(b, a.self, a.other, a.alpha)
+
+
+@lowers("aten.sub.Tensor", "aten.sub.Scalar")
+def sub(b: Builder, a: SimpleNamespace) -> Value:
+    return added(b, a.self, a.other, -a.alpha)
+
+
+@lowers("aten.rsub.Scalar", "aten.rsub.Tensor")
+def rsub(b: Builder, a: SimpleNamespace) -> Value:
+    return added(b, a.other, a.self, -a.alpha)
+
+
+def added(b: Builder, x: Any, y: Any, alpha: float) -> Value:
+    """``x + alpha y`` for values, constant tensors and numbers."""
+    if isinstance(x, Value) and isinstance(y, Value):
+        shape = stretch_to(b, x, y)
+        return b.emit(Sum(), (stretched(b, x, shape), stretched(b, affine(b, y, float(alpha), 0.0), shape)), shape)
+    if isinstance(x, Value) and is_number(y):
+        return affine(b, x, 1.0, float(alpha * y))
+    if is_number(x) and isinstance(y, Value):
+        return affine(b, y, float(alpha), float(x))
+    if isinstance(x, Value) and isinstance(y, Param):
+        return shifted(b, x, y, alpha)
+    if isinstance(x, Param) and isinstance(y, Value):
+        return shifted(b, affine(b, y, float(alpha), 0.0), x)
+    raise NoForm("what it adds depends on more than the samples")
+
+
+def stretch_to(b: Builder, x: Value, y: Value) -> tuple[int, ...]:
+    """The shape that two values stretch to; values of other ranks would meet the batch axis with another."""
+    one, two = b.shape(x), b.shape(y)
+    if len(one) != len(two):
+        raise NoForm(f"it joins values of shapes {one} and {two}")
+    return tuple(m if n == 1 else n for n, m in zip(one, two, strict=True))
+
+
+@lowers("aten.mul.Tensor", "aten.mul.Scalar")
+def mul(b: Builder, a: SimpleNamespace) -> Value:
+    return multiplied(b, a.self, a.other)
+
+
+def multiplied(b: Builder, x: Any, y: Any) -> Value:
+    x, y = (x, y) if isinstance(x, Value) else (y, x)
+    if isinstance(x, Value) and is_number(y):
+        return affine(b, x, float(y), 0.0)
+    if isinstance(x, Value) and isinstance(y, Param):
+        return scaled(b, x, y)
+    if isinstance(x, Value) and isinstance(y, Value):
+        if x == y:
+            return elementwise(b, x, "square")
+        gate = sigmoid_of(b, x, y)
+        return gate if gate is not None else b.emit(Product("mul"), (x, y), stretch_to(b, x, y))
+    raise NoForm("what it multiplies depends on more than the samples")
+
+
+def sigmoid_of(b: Builder, x: Value, y: Value) -> Value | None:
+    """``x sigmoid(x)`` written out is SiLU."""
+    for one, two in ((x, y), (y, x)):
+        step = b.step(two)
+        if step is not None and step.form == Scale("sigmoid") and step.inputs == (one.id,):
+            return elementwise(b, one, "silu")
+    return None
+
+
+@lowers("aten.div.Tensor", "aten.div.Scalar")
+def div(b: Builder, a: SimpleNamespace) -> Value:
+    if isinstance(a.self, Value) and is_number(a.other) and a.other != 0:
+        return affine(b, a.self, 1.0 / a.other, 0.0)
+    if isinstance(a.self, Value) and isinstance(a.other, Param):
+        return scaled(b, a.self, a.other, inverse=True)
+    if isinstance(a.other, Value):
+        return multiplied(b, elementwise(b, a.other, "reciprocal"), a.self)
+    raise NoForm("what it divides by depends on more than the samples")
+
+
+@lowers("aten.glu.default")
+def glu(b: Builder, a: SimpleNamespace) -> Value:
+    """The first half along an axis, gated by the second."""
+    x = need_value(a.self)
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    half = b.shape(x)[axis] // 2
+    first, second = (emit(b, x, along(b.shape(x), axis, range(k, k + half))) for k in (0, half))
+    return b.emit(Product("mul"), (first, elementwise(b, second, "sigmoid")), b.shape(first))
+
+
+@lowers("aten.neg.default")
+def neg(b: Builder, a: SimpleNamespace) -> Value:
+    if not isinstance(a.self, Value):
+        raise NoForm("its input does not depend on the samples alone")
+    return affine(b, a.self, -1.0, 0.0)

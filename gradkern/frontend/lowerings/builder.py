@@ -1,0 +1,174 @@
+"""The lowering of one exported graph: a registry of ATen ops and the builder that they write steps to.
+
+A lowering is a function ``(builder, a) -> value`` registered for the full names of ATen overloads.  ``a`` holds
+the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, the rest as
+plain Python; and the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` and so on.
+It emits steps and returns the `Value` that stands for the result, or raises `NoForm` with a reason, in which case the
+op becomes one `Opaque` step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ...ir.calls import form_params, params_in, rewritten
+from ...ir.program import Call, Derived, Form, Opaque, Param, Program, Shape, Step, Value, View
+
+Lowering = Callable[["Builder", SimpleNamespace], Value]
+LOWERINGS: dict[str, Lowering] = {}
+SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
+
+
+class NoForm(Exception):
+    """A lowering does not cover these arguments; the message says why, for people."""
+
+
+def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
+    """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``."""
+
+    def register(lowering: Lowering) -> Lowering:
+        for op in ops:
+            LOWERINGS[op] = lowering
+        return lowering
+
+    return register
+
+
+class Builder:
+    """Collects the steps of a `Program`.  Shapes are per sample; the batch axis is axis 0 of every live tensor."""
+
+    def __init__(self, inputs: tuple[Shape, ...]) -> None:
+        self.inputs = inputs
+        self.steps: list[Step] = []
+        self.derived_by_call: dict[Call, Param] = {}
+        self.param_meta: dict[Param, torch.Tensor] = {}  # fake tensors: shape, dtype and device of parameters
+        self.dtypes: dict[Value, torch.dtype] = {}  # of values that stand for a node of the graph
+        self.op = ""  # of the node being lowered, and the module that it stands in
+        self.module = ""
+
+    # -- values
+
+    def shape(self, value: Value) -> Shape:
+        """The per-sample shape of a value."""
+        n = len(self.inputs)
+        return self.inputs[value.id] if value.id < n else self.steps[value.id - n].shape
+
+    def step(self, value: Value) -> Step | None:
+        """The step that defines a value; None for an input."""
+        n = len(self.inputs)
+        return self.steps[value.id - n] if value.id >= n else None
+
+    def value_dtype(self, value: Value) -> torch.dtype | None:
+        """The dtype of a value, ``None`` where it stands between two nodes of the graph."""
+        return self.dtypes.get(value)
+
+    def emit(self, form: Form, inputs: tuple[Value, ...], shape: Shape) -> Value:
+        """Append a step and return its value."""
+        ids = tuple(v.id for v in inputs)
+        self.steps.append(Step(form, ids, tuple(int(s) for s in shape), self.op, self.module))
+        return Value(len(self.inputs) + len(self.steps) - 1)
+
+    # -- parameters
+
+    def param_shape(self, param: Param) -> Shape:
+        return tuple(int(s) for s in self.param_meta[param].shape)
+
+    def derive(self, op: str, *args: Any, index: int | None = None, **kwargs: Any) -> Param:
+        """A tensor computed from parameters alone, evaluated at every bind; equal calls share one name."""
+        return self.derive_call(Call(op, args, tuple(sorted(kwargs.items())), index))
+
+    def derive_call(self, call: Call, meta: torch.Tensor | None = None) -> Param:
+        """As `derive`, for a whole call; ``meta`` is its fake result where the caller has it at hand."""
+        if call not in self.derived_by_call:
+            name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # '#' is in no attribute's name
+            self.derived_by_call[call] = Param(name)
+        param = self.derived_by_call[call]
+        if meta is not None:
+            self.param_meta[param] = meta
+        return param
+
+    # -- the result
+
+    def program(self, output: Value) -> Program:
+        """The finished Program, without the steps and derived tensors that its output does not need."""
+        n = len(self.inputs)
+        needed, stack = set(), [output.id]
+        while stack:
+            v = stack.pop()
+            if v >= n and v not in needed:
+                needed.add(v)
+                stack.extend(self.steps[v - n].inputs)
+        number = {v: v for v in range(n)}
+        for v in sorted(needed):
+            number[v] = len(number)
+        steps = tuple(renumbered(self.steps[v - n], number) for v in sorted(needed))
+        return Program(self.inputs, steps, number[output.id], self._used_derived(steps))
+
+    def _used_derived(self, steps: tuple[Step, ...]) -> tuple[Derived, ...]:
+        by_name = {param: call for call, param in self.derived_by_call.items()}
+        wanted: set[Param] = set()
+        stack = [param for step in steps for param in form_params(step.form)]
+        while stack:
+            param = stack.pop()
+            if param in by_name and param not in wanted:
+                wanted.add(param)
+                stack.extend(params_in(by_name[param]))
+        return tuple(Derived(p.name, call) for call, p in self.derived_by_call.items() if p in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Helpers that several families share
+
+
+def renumbered(step: Step, number: dict[int, int]) -> Step:
+    form = step.form
+    if isinstance(form, Opaque):
+        call = rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x)
+        form = Opaque(call, form.reason)
+    return Step(form, tuple(number[v] for v in step.inputs), step.shape, step.op, step.module)
+
+
+def need_value(x: Any, what: str = "its input") -> Value:
+    if not isinstance(x, Value):
+        raise NoForm(f"{what} does not depend on the samples alone")
+    return x
+
+
+def number_of(x: Any, what: str = "its argument") -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise NoForm(f"{what} is not a number")
+    return float(x)
+
+
+def tuple_of(x: Any, n: int) -> Shape:
+    """An int or a sequence of 1 or n ints as n ints."""
+    items = (x,) if isinstance(x, int) else tuple(x)
+    return items * n if len(items) == 1 else items
+
+
+def sample_axis(dim: int, rank: int) -> int:
+    """The per-sample axis of a live tensor's axis; ``rank`` counts per-sample axes.  The batch axis has none."""
+    axis = dim % (rank + 1) - 1
+    if axis < 0:
+        raise MixesSamples("works along the batch axis")
+    return axis
+
+
+class MixesSamples(Exception):
+    """The op works across samples."""
+
+
+def as_shape(b: Builder, value: Value, shape: Shape) -> Value:
+    """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
+    if b.shape(value) == tuple(shape):
+        return value
+    step = b.step(value)
+    if step is not None and isinstance(step.form, View):
+        return as_shape(b, Value(step.inputs[0]), shape)
+    assert math.prod(b.shape(value)) == math.prod(shape)
+    return b.emit(View(), (value,), shape)

@@ -1,0 +1,360 @@
+"""Copies of elements to other places (`Index`): permute, slice, select, split, cat, stack, pad, repeat, upsample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from ...ir.indexing import along, identity, is_permutation, then, whole
+from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Shape, Value, Windows
+from .builder import SEVERAL, Builder, NoForm, as_shape, lowers, need_value, number_of, sample_axis
+
+
+def emit(b: Builder, x: Value, part: Part) -> Value:
+    """The part of one value; nothing for the identity, one step where the value is itself an `Index` of one part."""
+    shape = b.shape(x)
+    if part == identity(shape):
+        return x
+    step = b.step(x)
+    if step is not None and isinstance(step.form, Index) and len(step.form.parts) == 1:
+        return emit(b, Value(step.inputs[0]), then(step.form.parts[0], part))
+    result = tuple(sum(count for _, count, _ in axis) for axis in part.axes)
+    long = [a for a in part.order if shape[a] != 1]
+    if is_permutation(part, shape) and long == sorted(long):
+        return as_shape(b, x, result)  # only axes of length one move
+    pairs = [(a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != whole(1)]
+    if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: without those of length one that stay so
+        kept = sorted(a for a, _ in pairs)
+        small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
+        return as_shape(b, emit(b, as_shape(b, x, tuple(shape[a] for a in kept)), small), result)
+    return b.emit(Index((part,)), (x,), result)
+
+
+def permuted(b: Builder, x: Value, order: Sequence[int]) -> Value:
+    """Per-sample axes in another order."""
+    return emit(b, x, identity(b.shape(x), order))
+
+
+def stretched(b: Builder, x: Value, shape: Shape) -> Value:
+    """Axes of length one repeated up to ``shape``; missing leading axes are added."""
+    own = b.shape(x)
+    x = as_shape(b, x, (1,) * (len(shape) - len(own)) + own)
+    axes = tuple(whole(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
+    return emit(b, x, Part(tuple(range(len(shape))), axes))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other orders of the axes
+
+
+@lowers("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.swapaxes.default")
+def permute(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    rank = len(b.shape(x)) + 1
+    if hasattr(a, "dims"):
+        order = [d % rank for d in a.dims]
+    elif hasattr(a, "dim0"):
+        order = list(range(rank))
+        i, j = a.dim0 % rank, a.dim1 % rank
+        order[i], order[j] = order[j], order[i]
+    else:
+        sources, targets = ([d % rank for d in as_list(s)] for s in (a.source, a.destination))
+        order = [d for d in range(rank) if d not in sources]
+        for target, source in sorted(zip(targets, sources, strict=True)):
+            order.insert(target, source)
+    if order[0] != 0:
+        raise NoForm("it moves the batch axis")
+    return permuted(b, x, [d - 1 for d in order[1:]])
+
+
+def as_list(x: Any) -> list[int]:
+    return [x] if isinstance(x, int) else list(x)
+
+
+@lowers("aten.mT.default", "aten.adjoint.default")
+def matrix_transpose(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    rank = len(b.shape(x))
+    if rank < 2:
+        raise NoForm("it moves the batch axis")
+    return permuted(b, x, [*range(rank - 2), rank - 1, rank - 2])
+
+
+@lowers("aten.flip.default")
+def flip(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    for d in as_list(a.dims):
+        axis = sample_axis(d, len(b.shape(x)))
+        x = emit(b, x, along(b.shape(x), axis, range(b.shape(x)[axis] - 1, -1, -1)))
+    return x
+
+
+@lowers("aten.roll.default")
+def roll(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    if not a.dims:
+        raise NoForm("it rolls samples into each other")
+    for shift, d in zip(as_list(a.shifts), as_list(a.dims), strict=True):
+        axis = sample_axis(d, len(b.shape(x)))
+        n = b.shape(x)[axis]
+        x = emit(b, x, along(b.shape(x), axis, [(i - shift) % n for i in range(n)]))
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fewer elements
+
+
+@lowers("aten.slice.Tensor")
+def slice_(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    shape = b.shape(x)
+    if a.dim % (len(shape) + 1) == 0:
+        if a.result == shape and takes_all(a):
+            return x
+        raise NoForm("it takes some of the samples")
+    axis = sample_axis(a.dim, len(shape))
+    end = a.end if a.end is None or isinstance(a.end, int) else None
+    wanted = range(shape[axis])[slice(a.start, end, a.step)]
+    trimmed = trim_convolution(b, x, axis, wanted)
+    return emit(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
+
+
+def takes_all(a: SimpleNamespace) -> bool:
+    """Whether a slice is ``x[:]``, whatever the length."""
+    return a.step == 1 and a.start in (None, 0) and a.end in (None, 2**63 - 1)
+
+
+def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | None:
+    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding behind."""
+    step = b.step(x)
+    if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
+        return None
+    w: Windows = step.form.map
+    before, after = w.padding[axis - 1]
+    after -= (step.shape[axis] - len(wanted)) * w.stride[axis - 1]
+    spatial = b.shape(Value(step.inputs[0]))[axis]
+    reach = (len(wanted) - 1) * w.stride[axis - 1] + w.dilation[axis - 1] * (w.kernel[axis - 1] - 1) + 1
+    if wanted != range(len(wanted)) or not wanted or after < 0 or reach > before + spatial + after:
+        return None
+    padding = tuple((before, after) if k == axis - 1 else p for k, p in enumerate(w.padding))
+    shape = tuple(len(wanted) if k == axis else n for k, n in enumerate(step.shape))
+    return b.emit(replace(step.form, map=replace(w, padding=padding)), (Value(step.inputs[0]),), shape)
+
+
+@lowers("aten.select.int")
+def select(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    n = b.shape(x)[axis]
+    return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % n])), a.result)
+
+
+@lowers("aten.narrow.default")
+def narrow(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    start = int(number_of(a.start)) % b.shape(x)[axis]
+    return emit(b, x, along(b.shape(x), axis, range(start, start + a.length)))
+
+
+@lowers("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
+def split(b: Builder, a: SimpleNamespace) -> Value:
+    """One of several pieces: ``a.piece`` says which."""
+    x = need_value(a.self)
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    n = b.shape(x)[axis]
+    if hasattr(a, "split_sizes"):
+        start = sum(a.split_sizes[: a.piece])
+        size = a.split_sizes[a.piece]
+    else:
+        size = a.split_size if hasattr(a, "split_size") else (-(-n // a.chunks) if hasattr(a, "chunks") else 1)
+        start = a.piece * size
+    return as_shape(b, emit(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
+
+
+SEVERAL.update({"aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int"})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several values side by side
+
+
+@lowers("aten.cat.default")
+def cat(b: Builder, a: SimpleNamespace) -> Value:
+    axis = sample_axis(a.dim, len(a.result))
+    tensors = [x for x in a.tensors if isinstance(x, Param) or len(b.shape(need_value(x))) == len(a.result)]
+    sizes = [b.param_shape(x)[axis + 1] if isinstance(x, Param) else b.shape(x)[axis] for x in tensors]
+    if not any(isinstance(x, Param) for x in tensors):
+        return joined(b, tensors, axis, a.result)
+    if len([x for x in tensors if isinstance(x, Value)]) != 1:
+        raise NoForm("it joins constants and several values")
+    return beside_constants(b, tensors, sizes, axis)
+
+
+def beside_constants(b: Builder, tensors: list[Value | Param], sizes: list[int], axis: int) -> Value:
+    """One value with constants before and after it (a class token): zeros there, and the constants added."""
+    at = next(k for k, x in enumerate(tensors) if isinstance(x, Value))
+    before, after = sum(sizes[:at]), sum(sizes[at + 1 :])
+    x: Value = tensors[at]  # type: ignore[assignment]
+    wide = emit(b, x, along(b.shape(x), axis, [-1] * before + list(range(sizes[at])) + [-1] * after))
+    like = b.param_meta[next(p for p in tensors if isinstance(p, Param))]
+    blank = b.derive("aten.zeros.default", (1, *b.shape(x)), dtype=like.dtype, device=like.device)
+    full = b.derive("aten.cat.default", tuple(blank if k == at else p for k, p in enumerate(tensors)), axis + 1)
+    flat = as_shape(b, wide, (math.prod(b.shape(wide)),))
+    shift = b.derive("aten.reshape.default", full, (-1,))
+    return as_shape(b, b.emit(Contract(Channels(), None, shift), (flat,), b.shape(flat)), b.shape(wide))
+
+
+@lowers("aten.stack.default")
+def stack(b: Builder, a: SimpleNamespace) -> Value:
+    axis = sample_axis(a.dim, len(a.result))
+    values = []
+    for x in a.tensors:
+        shape = b.shape(need_value(x, "one of its inputs"))
+        values.append(as_shape(b, x, (*shape[:axis], 1, *shape[axis:])))
+    return joined(b, values, axis, a.result)
+
+
+def joined(b: Builder, values: list[Value], axis: int, shape: Shape) -> Value:
+    parts, first = [], 0
+    values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
+    for v in values:
+        own = b.shape(v)
+        n = own[axis]
+        wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
+        parts.append(along(own, axis, wanted))
+        first += n
+    return values[0] if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# More elements: padding, repetition
+
+
+def reflect(i: int, n: int) -> int:
+    i = abs(i)
+    return 2 * (n - 1) - i if i >= n else i
+
+
+BORDERS: dict[str, Callable[[int, int], int]] = {
+    "constant": lambda i, n: i if 0 <= i < n else -1,
+    "reflect": reflect,
+    "replicate": lambda i, n: min(max(i, 0), n - 1),
+    "circular": lambda i, n: i % n,
+}
+
+
+def padded(b: Builder, x: Value, flat: Sequence[int], mode: str) -> Value:
+    """``flat``: (before, after) of the last axis, of the one before it, …; negative numbers cut off."""
+    rank = len(b.shape(x))
+    if len(flat) // 2 > rank:
+        raise NoForm("it pads the batch axis")
+    for k in range(0, len(flat), 2):
+        axis = rank - 1 - k // 2
+        n = b.shape(x)[axis]
+        x = emit(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
+    return x
+
+
+@lowers("aten.constant_pad_nd.default")
+def pad_constant(b: Builder, a: SimpleNamespace) -> Value:
+    if a.value:
+        raise NoForm(f"it pads with {a.value}, not with zeros")
+    return padded(b, need_value(a.self), a.pad, "constant")
+
+
+@lowers("aten.pad.default")
+def pad(b: Builder, a: SimpleNamespace) -> Value:
+    if a.mode == "constant" and a.value:
+        raise NoForm(f"it pads with {a.value}, not with zeros")
+    return padded(b, need_value(a.self), a.pad, a.mode)
+
+
+def pad_as(mode: str) -> Callable[[Builder, SimpleNamespace], Value]:
+    return lambda b, a: padded(b, need_value(a.self), a.padding, mode)
+
+
+for _d in (1, 2, 3):
+    lowers(f"aten.reflection_pad{_d}d.default")(pad_as("reflect"))
+    lowers(f"aten.replication_pad{_d}d.default")(pad_as("replicate"))
+
+
+@lowers("aten.expand.default", "aten.expand_as.default")
+def expand(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    if len(b.shape(x)) != len(a.result):
+        raise NoForm("it repeats the samples")
+    return stretched(b, x, a.result)
+
+
+@lowers("aten.repeat.default")
+def repeat(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    if len(a.repeats) != len(a.result) + 1 or a.repeats[0] != 1:
+        raise NoForm("it repeats the samples")
+    for axis, times in enumerate(a.repeats[1:]):
+        n = b.shape(x)[axis]
+        x = emit(b, x, along(b.shape(x), axis, list(range(n)) * times))
+    return x
+
+
+@lowers("aten.repeat_interleave.self_int")
+def repeat_interleave(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    if a.dim is None:
+        raise NoForm("it runs over the samples")
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    return emit(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Upsampling: the nearest element is an `Index`, linear interpolation a map over positions
+
+
+def scales(a: SimpleNamespace) -> list[float | None]:
+    """Scale factors that the caller gave, per axis; None where a size was given."""
+    found = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
+    return list(found)
+
+
+def upsampled(b: Builder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
+    """Per spatial axis: input length, output length, and input steps per output step."""
+    shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
+    given = [s for s in scales(a) if s is not None]
+    axes = list(zip(shape[1:], a.result[1:], strict=True))
+    if given and len(given) != len(axes):
+        given = []
+    return [(n, m, 1 / given[k] if given else n / m) for k, (n, m) in enumerate(axes)]
+
+
+@lowers("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest1d.default",
+        "aten.upsample_nearest2d.default")  # fmt: skip
+def upsample_nearest(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input if hasattr(a, "input") else a.self)
+    for axis, (n, m, step) in enumerate(upsampled(b, a), start=1):
+        wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
+        x = emit(b, x, along(b.shape(x), axis, wanted))
+    return x
+
+
+@lowers("aten.upsample_linear1d.vec", "aten.upsample_bilinear2d.vec", "aten.upsample_linear1d.default",
+        "aten.upsample_bilinear2d.default")  # fmt: skip
+def upsample_linear(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input if hasattr(a, "input") else a.self)
+    axes = []
+    for n, m, step in upsampled(b, a):
+        rows = []
+        for i in range(m):
+            at = i * (n - 1) / max(m - 1, 1) if a.align_corners else max((i + 0.5) * step - 0.5, 0.0)
+            first = min(int(at), n - 1)
+            rest = at - first
+            rows.append((first, (1.0 - rest, rest) if first + 1 < n and rest else (1.0,)))
+        axes.append(tuple(rows))
+    return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)
+
+
+__all__ = ["emit", "padded", "permuted", "stretched"]

@@ -1,0 +1,63 @@
+"""Linear layers (`Contract` through `Dense`) and matrix products of two values (`Product`)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from ...ir.program import Contract, Dense, Param, Product, Value
+from .arithmetic import affine, shifted
+from .builder import Builder, NoForm, lowers, need_value
+
+
+@lowers("aten.linear.default")
+def linear(b: Builder, a: SimpleNamespace) -> Value:
+    """``[*, I] -> [*, O]`` with weight ``[O, I]``."""
+    x, bias = need_value(a.input), a.bias
+    if not isinstance(a.weight, Param) or not (bias is None or isinstance(bias, Param)):
+        raise NoForm("its weight depends on the samples")
+    shape = b.shape(x)
+    if not shape or len(b.param_shape(a.weight)) != 2:
+        raise NoForm("its input has no feature axis")
+    return b.emit(Contract(Dense(), a.weight, bias), (x,), (*shape[:-1], b.param_shape(a.weight)[0]))
+
+
+@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
+def matmul(b: Builder, a: SimpleNamespace) -> Value:
+    """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or a product of two values (`Product`)."""
+    x, right = (a.self, a.other) if hasattr(a, "other") else (a.self, a.mat2)
+    if isinstance(x, Value) and isinstance(right, Value):
+        return multiplied(b, x, right)
+    if not (isinstance(x, Value) and isinstance(right, Param) and len(b.param_shape(right)) == 2 and b.shape(x)):
+        raise NoForm("not a product with a constant matrix on the right")
+    weight = b.derive("aten.t.default", right)  # [O, I]
+    return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
+
+
+def multiplied(b: Builder, x: Value, y: Value) -> Value:
+    """``[*B, M, K] @ [*B, K, P]`` per sample."""
+    one, two = b.shape(x), b.shape(y)
+    if len(one) != len(two) or len(one) < 2 or one[:-2] != two[:-2]:
+        raise NoForm(f"a product of values of shapes {one} and {two} has no form yet")
+    return b.emit(Product("matmul"), (x, y), (*one[:-1], two[-1]))
+
+
+@lowers("aten.addmm.default")
+def addmm(b: Builder, a: SimpleNamespace) -> Value:
+    """``bias + x @ [I, O]``."""
+    plain = a.alpha == 1 and a.beta == 1
+    if not (plain and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
+        raise NoForm("not a product with a constant matrix on the right")
+    width = b.param_shape(a.mat2)[1]
+    if b.param_shape(a.self) != (width,):
+        raise NoForm(f"its added tensor is not of shape ({width},)")
+    weight = b.derive("aten.t.default", a.mat2)  # [O, I]
+    return b.emit(Contract(Dense(), weight, a.self), (a.mat1,), (*b.shape(a.mat1)[:-1], width))
+
+
+@lowers("aten.baddbmm.default")
+def baddbmm(b: Builder, a: SimpleNamespace) -> Value:
+    """``beta mask + alpha x @ y`` per sample, with a constant mask: attention that also gives its weights."""
+    if not isinstance(a.self, Param):
+        raise NoForm("its added tensor depends on the samples")
+    product = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
+    return shifted(b, product, a.self, a.beta) if a.beta else product

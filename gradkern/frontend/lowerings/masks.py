@@ -1,0 +1,74 @@
+"""Constant masks: numbers that fill places, and what a softmax is told to leave out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from ...ir.program import Channels, Contract, Param, Shape, Value, View
+from .arithmetic import per_channel
+from .builder import Builder, NoForm, as_shape, lowers, need_value, number_of
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """Instead of -inf, which no kernel multiplies: its exponential beside any other score's is exactly zero."""
+    return max(-1e30, torch.finfo(dtype).min)
+
+
+def described(b: Builder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
+    """The derived tensor, with its shape and dtype said."""
+    b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
+    return param
+
+
+def as_numbers(b: Builder, mask: Param, dtype: torch.dtype) -> Param:
+    """1 where a mask of booleans is true, else 0."""
+    if b.param_meta[mask].dtype != torch.bool:
+        raise NoForm("its mask is not of booleans")
+    return described(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
+
+
+def additive(b: Builder, mask: Param, dtype: torch.dtype) -> Param:
+    """What attention adds to its scores for a mask: of booleans (true: looked at), or of numbers already."""
+    if b.param_meta[mask].dtype.is_floating_point:
+        return described(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
+    below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
+    return described(b, b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
+
+
+def causal(b: Builder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
+    """``[queries, keys]``: no query looks at a later key."""
+    full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
+    return described(b, b.derive("aten.triu.default", full, 1), shape, dtype)
+
+
+def bounded(b: Builder, x: Value, dtype: torch.dtype) -> Value:
+    """A softmax's argument, with constants of -inf that were added to it as low as an exponential needs."""
+    step = b.step(x)
+    if step is not None and isinstance(step.form, View):
+        return as_shape(b, bounded(b, Value(step.inputs[0]), dtype), b.shape(x))
+    form = step.form if step is not None else None
+    if not (isinstance(form, Contract) and isinstance(form.map, Channels) and form.bias is not None):
+        return x
+    low = b.derive("aten.clamp.default", form.bias, lowest(dtype))
+    return b.emit(Contract(form.map, form.weight, low), (Value(step.inputs[0]),), b.shape(x))  # type: ignore[union-attr]
+
+
+@lowers("aten.masked_fill.Scalar")
+def masked_fill(b: Builder, a: SimpleNamespace) -> Value:
+    """``x (1 - mask) + value mask``, for scores that a softmax is to leave out; where they are finite that is the same.
+
+    Other fills stand where numbers are none (of padding, or behind a logarithm), and 0 · NaN is NaN.
+    """
+    x, value = need_value(a.self), number_of(a.value)
+    if value > -1e4:
+        raise NoForm(f"a product with 0 is no fill with {value} where its input is not finite")
+    if not isinstance(a.mask, Param):
+        raise NoForm("its mask depends on the samples")
+    filled = as_numbers(b, a.mask, a.result_dtype)
+    at, axis, ones, full = per_channel(b, x, filled)
+    keep = b.derive("aten.sub.Tensor", b.derive("aten.ones_like.default", ones), ones)
+    zeros = b.derive("aten.zeros_like.default", ones)
+    fill = b.derive("aten.masked_fill.Scalar", zeros, b.derive("aten.eq.Scalar", ones, 1), value)
+    return as_shape(b, b.emit(Contract(Channels(axis), keep, fill), (at,), b.shape(at)), full)

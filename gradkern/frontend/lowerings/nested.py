@@ -1,0 +1,50 @@
+"""Calls inside which the batch is not axis 0, and that have a form all the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...ir.program import Batch, Call, Opaque, Param, Value
+from ...ir.recurrent import GATES, recognise
+from .builder import Builder, as_shape
+from .index import along, emit
+
+
+def simplified(b: Builder, call: Call) -> Call:
+    """The call with constants that are repeated for every sample (a class token) as constants again."""
+
+    def plain(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(plain(item) for item in x)
+        if isinstance(x, Call) and x.op == "aten.expand.default" and isinstance(x.args[0], Param):
+            size, given = x.args[1], b.param_shape(x.args[0])
+            if size[0] == Batch(1) and len(size) == len(given) and given[0] == 1:
+                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], given[1:], strict=True)))
+                if shape == given:
+                    return x.args[0]
+        return x
+
+    return replace(call, args=tuple(plain(x) for x in call.args))
+
+
+def last_state(b: Builder, call: Call) -> Value | None:
+    """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (the first, backward)."""
+    if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
+        return None
+    inner, dim, index = call.args[:3]
+    if inner.op not in GATES or inner.index != 1 or dim != 0:
+        return None
+    whole = replace(inner, index=0)
+    r = recognise(whole)
+    if r is None:
+        return None
+    states = len(r.weights)
+    d = index % states - (states - r.directions)
+    if d < 0:
+        return None
+    x = whole.args[0]
+    hidden, steps = b.param_shape(r.weights[0][1])[1], b.shape(x)[0]
+    y = b.emit(Opaque(whole, "a recurrent net goes step by step"), (x,), (steps, r.directions * hidden))
+    y = emit(b, y, along(b.shape(y), 0, [0 if d else steps - 1]))
+    y = emit(b, y, along(b.shape(y), 1, range(d * hidden, (d + 1) * hidden)))
+    return as_shape(b, y, (hidden,))

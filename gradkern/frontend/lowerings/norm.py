@@ -1,0 +1,105 @@
+"""Batch norm in eval (`Contract` through `Channels`); softmax and the norms over a sample's own numbers (`LowRank`)."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from ...ir.program import Channels, Contract, LowRank, Param, Value
+from .builder import Builder, MixesSamples, NoForm, as_shape, lowers, need_value, sample_axis
+from .masks import bounded
+
+
+@lowers("aten._native_batch_norm_legit_no_training.default")
+def batch_norm_eval(b: Builder, a: SimpleNamespace) -> Value:
+    return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
+
+
+@lowers("aten.batch_norm.default", "aten.native_batch_norm.default")
+def batch_norm(b: Builder, a: SimpleNamespace) -> Value:
+    if a.training or a.running_mean is None:
+        raise MixesSamples("uses the statistics of the batch")
+    return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
+
+
+@lowers("aten._native_batch_norm_legit.no_stats", "aten._native_batch_norm_legit_functional.default")
+def batch_norm_train(b: Builder, a: SimpleNamespace) -> Value:
+    raise MixesSamples("uses the statistics of the batch")
+
+
+def folded(b: Builder, x: object, weight: object, bias: object, mean: object, var: object, eps: float) -> Value:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` as one factor and one shift per channel, both derived."""
+    value = need_value(x)
+    if not b.shape(value):
+        raise NoForm("its input has no channel axis")
+    if not all(isinstance(p, Param) for p in (mean, var)):
+        raise NoForm("its statistics depend on the samples")
+    scale = b.derive("aten.rsqrt.default", b.derive("aten.add.Tensor", var, eps))  # [C]
+    if weight is not None:
+        scale = b.derive("aten.mul.Tensor", scale, weight)
+    shift = b.derive("aten.mul.Tensor", mean, scale)  # [C]
+    shift = b.derive("aten.neg.default", shift) if bias is None else b.derive("aten.sub.Tensor", bias, shift)
+    return b.emit(Contract(Channels(), scale, shift), (value,), b.shape(value))
+
+
+@lowers("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
+def softmax(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.self)
+    if getattr(a, "dtype", None) is not None or getattr(a, "half_to_float", False):
+        raise NoForm("it changes the dtype")
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    if "log_softmax" in b.op:
+        return b.emit(LowRank("log_softmax", axis), (x,), b.shape(x))
+    return b.emit(LowRank("softmax", axis), (bounded(b, x, a.result_dtype),), b.shape(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Norms: one axis that holds all that is normalised together, then a factor and a shift
+
+
+def normalized(b: Builder, x: Value, groups: int, eps: float) -> Value:
+    """Each of ``groups`` equal stretches of the sample to mean 0 and variance 1, in the value's own shape."""
+    shape = b.shape(x)
+    rows = as_shape(b, x, (groups, math.prod(shape) // groups))
+    return as_shape(b, b.emit(LowRank("normalize", 1, (float(eps),)), (rows,), b.shape(rows)), shape)
+
+
+def affine_along(b: Builder, x: Value, axis: int, weight: Param | None, bias: Param | None) -> Value:
+    """One factor and one shift per index along ``axis`` (0 or the last)."""
+    if weight is None and bias is None:
+        return x
+    return b.emit(Contract(Channels(axis), weight, bias), (x,), b.shape(x))
+
+
+@lowers("aten.layer_norm.default", "aten.native_layer_norm.default")
+def layer_norm(b: Builder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input)
+    shape, inner = b.shape(x), tuple(a.normalized_shape)
+    if len(inner) > len(shape):
+        raise NoForm("it normalises over the samples")
+    size = math.prod(inner)
+    y = as_shape(b, normalized(b, x, math.prod(shape) // size, a.eps), (math.prod(shape) // size, size))
+    flat = [
+        p if p is None or len(inner) == 1 else b.derive("aten.reshape.default", p, (-1,)) for p in (a.weight, a.bias)
+    ]
+    if len(inner) == len(shape):
+        y = as_shape(b, y, (size,))
+    return as_shape(b, affine_along(b, y, len(b.shape(y)) - 1, *flat), shape)
+
+
+@lowers("aten.group_norm.default")
+def group_norm(b: Builder, a: SimpleNamespace) -> Value:
+    return affine_along(b, normalized(b, need_value(a.input), a.num_groups, a.eps), 0, a.weight, a.bias)
+
+
+@lowers("aten.native_group_norm.default")
+def native_group_norm(b: Builder, a: SimpleNamespace) -> Value:
+    return affine_along(b, normalized(b, need_value(a.input), a.group, a.eps), 0, a.weight, a.bias)
+
+
+@lowers("aten.instance_norm.default")
+def instance_norm(b: Builder, a: SimpleNamespace) -> Value:
+    if not a.use_input_stats:
+        return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
+    x = need_value(a.input)
+    return affine_along(b, normalized(b, x, b.shape(x)[0], a.eps), 0, a.weight, a.bias)

@@ -1,0 +1,211 @@
+"""Pools: maximum (`Select`) and averages (`Contract` through `Positions`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
+from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis, tuple_of
+from .index import permuted
+
+Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
+Rows = tuple[Row, ...]
+
+
+def with_channels(b: Builder, x: Value, dims: int) -> Value:
+    """The value as ``[C, *spatial]``; pools take values without a channel axis too."""
+    shape = b.shape(x)
+    if len(shape) == dims:
+        return as_shape(b, x, (1, *shape))
+    if len(shape) != dims + 1:
+        raise NoForm(f"its input has {len(shape)} axes per sample, not {dims + 1}")
+    return x
+
+
+def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
+    """The number of windows along one axis, by torch's rule: under ``ceil`` no window starts in the far padding."""
+    room = size + 2 * p - d * (k - 1) - 1
+    count = -(-room // s) + 1 if ceil else room // s + 1
+    return count - 1 if ceil and (count - 1) * s >= size + p else count
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Maximum
+
+
+@lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default")
+def max_pool1d(b: Builder, a: SimpleNamespace) -> Value:
+    return max_pool(b, a, 1)
+
+
+@lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
+def max_pool2d(b: Builder, a: SimpleNamespace) -> Value:
+    return max_pool(b, a, 2)
+
+
+def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+    x = need_value(a.self)
+    whole = with_channels(b, x, dims)
+    channels, *spatial = b.shape(whole)
+    kernel = tuple_of(a.kernel_size, dims)
+    stride = tuple_of(a.stride, dims) if a.stride else kernel
+    padding, dilation = tuple_of(a.padding, dims), tuple_of(a.dilation, dims)
+    axes = list(zip(spatial, kernel, stride, padding, dilation, strict=True))
+    counts = tuple(pooled(*axis, a.ceil_mode) for axis in axes)
+    # Under ``ceil`` the padding after grows until the last window fits.
+    after = [max(p, (c - 1) * s + d * (k - 1) + 1 - n - p) for c, (n, k, s, p, d) in zip(counts, axes, strict=True)]
+    windows = Windows(kernel, stride, tuple(zip(padding, after, strict=True)), dilation)
+    y = b.emit(Select(windows), (whole,), (channels, *counts))
+    return y if whole == x else as_shape(b, y, counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Averages
+
+
+@lowers("aten.avg_pool1d.default")
+def avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
+    return avg_pool(b, a, 1)
+
+
+@lowers("aten.avg_pool2d.default")
+def avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
+    return avg_pool(b, a, 2)
+
+
+def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+    """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
+    x = need_value(a.self)
+    whole = with_channels(b, x, dims)
+    channels, *spatial = b.shape(whole)
+    kernel = tuple_of(a.kernel_size, dims)
+    stride = tuple_of(a.stride, dims) if a.stride else kernel
+    padding = tuple_of(a.padding, dims)
+    divisor = getattr(a, "divisor_override", None)
+    axes = [
+        average_rows(n, k, s, p, a.ceil_mode, a.count_include_pad)
+        for n, k, s, p in zip(spatial, kernel, stride, padding, strict=True)
+    ]
+    if divisor:
+        axes = [tuple((start, (1.0,) * len(c)) for start, c in rows) for rows in axes]
+        axes[0] = tuple((start, tuple(v / divisor for v in c)) for start, c in axes[0])
+    y = b.emit(Contract(Positions(tuple(axes))), (whole,), (channels, *(len(rows) for rows in axes)))
+    return y if whole == x else as_shape(b, y, tuple(len(rows) for rows in axes))
+
+
+def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool) -> Rows:
+    """One axis of an average pool: windows are clipped to the padded input, and to the input for what they read."""
+    rows = []
+    for i in range(pooled(n, k, s, p, 1, ceil)):
+        start = i * s - p
+        stop = min(start + k, n + p)
+        first, last = max(start, 0), min(stop, n)
+        count = stop - start if count_padding else last - first
+        rows.append((first, (1.0 / count,) * (last - first)))
+    return tuple(rows)
+
+
+@lowers("aten.adaptive_avg_pool1d.default")
+def adaptive_avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
+    return adaptive(b, a, 1)
+
+
+@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
+def adaptive_avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
+    return adaptive(b, a, 2)
+
+
+def adaptive(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+    x = need_value(a.self)
+    whole = with_channels(b, x, dims)
+    channels, *spatial = b.shape(whole)
+    counts = tuple_of(a.output_size, dims)
+    axes = tuple(adaptive_rows(n, m) for n, m in zip(spatial, counts, strict=True))
+    y = whole if counts == tuple(spatial) else b.emit(Contract(Positions(axes)), (whole,), (channels, *counts))
+    return y if whole == x else as_shape(b, y, counts)
+
+
+def adaptive_rows(n: int, m: int) -> Rows:
+    """Output ``i`` of ``m`` averages inputs ``floor(i n / m)`` up to ``ceil((i + 1) n / m)``."""
+    bounds = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+    return tuple((first, (1.0 / (last - first),) * (last - first)) for first, last in bounds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Means and sums over axes
+
+
+@lowers("aten.mean.dim")
+def mean(b: Builder, a: SimpleNamespace) -> Value:
+    return reduced(b, a, average=True)
+
+
+@lowers("aten.sum.dim_IntList")
+def total(b: Builder, a: SimpleNamespace) -> Value:
+    return reduced(b, a, average=False)
+
+
+def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
+    """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
+    x = need_value(a.self)
+    if a.dtype is not None:
+        raise NoForm("it changes the dtype")
+    shape = b.shape(x)
+    dims = {sample_axis(d, len(shape)) for d in (a.dim if a.dim else range(len(shape) + 1))}
+    if any(shape[d] == 0 for d in dims):
+        raise NoForm("it reduces an empty axis")
+    if dims and 0 not in dims:  # spatial axes: no element has to move
+        axes = tuple(
+            ((0, (1.0 / n if average else 1.0,) * n),) if i in dims else identity_rows(n)
+            for i, n in enumerate(shape[1:], start=1)
+        )
+        y = b.emit(Contract(Positions(axes)), (x,), (shape[0], *(len(rows) for rows in axes)))
+        return without(b, y, shape, dims, a.keepdim)
+    whole, count = kept_first(b, x, dims)
+    row = ((0, (1.0 / count if average else 1.0,) * count),)
+    y = b.emit(Contract(Positions((row,))), (whole,), (b.shape(whole)[0], 1))
+    return without(b, y, shape, dims, a.keepdim)
+
+
+def kept_first(b: Builder, x: Value, dims: set[int]) -> tuple[Value, int]:
+    """The value as ``[what stays, what is reduced]``, and how much that is: a map over positions keeps axis 0."""
+    shape = b.shape(x)
+    if any(shape[d] == 0 for d in dims):
+        raise NoForm("it reduces an empty axis")
+    moved = permuted(b, x, [d for d in range(len(shape)) if d not in dims] + sorted(dims))
+    count = math.prod(shape[d] for d in dims)
+    return as_shape(b, moved, (math.prod(shape) // count, count)), count
+
+
+def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -> Value:
+    """The reduced value under the shape that torch gives it."""
+    kept = tuple(1 if i in dims else n for i, n in enumerate(shape))
+    return as_shape(b, y, kept if keepdim else tuple(n for i, n in enumerate(shape) if i not in dims))
+
+
+@lowers("aten.amax.default")
+def amax(b: Builder, a: SimpleNamespace) -> Value:
+    """The maximum over whole axes, whose cotangent equal maxima share."""
+    return maximum(b, a, a.dim, "split")
+
+
+@lowers("aten.max.dim")
+def max_along(b: Builder, a: SimpleNamespace) -> Value:
+    """The values of ``x.max(dim)``: the first of equal maxima gets the cotangent."""
+    return maximum(b, a, (a.dim,), "first")
+
+
+def maximum(b: Builder, a: SimpleNamespace, axes: Iterable[int], ties: str) -> Value:
+    x = need_value(a.self)
+    shape = b.shape(x)
+    dims = {sample_axis(d, len(shape)) for d in axes or range(len(shape) + 1)}
+    whole, count = kept_first(b, x, dims)
+    windows = Windows((count,), (1,), ((0, 0),), (1,))
+    y = b.emit(Select(windows, ties), (whole,), (b.shape(whole)[0], 1))
+    return without(b, y, shape, dims, a.keepdim)
+
+
+def identity_rows(n: int) -> Rows:
+    return tuple((i, (1.0,)) for i in range(n))

@@ -1,0 +1,49 @@
+"""Views of the same numbers (`View`), and ops that vanish."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from ...ir.program import Value
+from .builder import Builder, NoForm, as_shape, lowers, need_value
+
+
+@lowers(
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten._unsafe_view.default",
+    "aten.flatten.using_ints",
+    "aten.unflatten.int",
+    "aten.squeeze.dim",
+    "aten.squeeze.dims",
+    "aten.squeeze.default",
+    "aten.unsqueeze.default",
+)
+def view(b: Builder, a: SimpleNamespace) -> Value:
+    """Row-major order and batch axis 0 stay as they are, so the result's own shape says everything."""
+    x = need_value(a.self)
+    if math.prod(b.shape(x)) != math.prod(a.result):
+        raise NoForm("it changes how many numbers a sample has")
+    return as_shape(b, x, a.result)
+
+
+@lowers("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.lift_fresh_copy.default")
+def identity(b: Builder, a: SimpleNamespace) -> Value:
+    return need_value(a.self)
+
+
+@lowers("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
+def dropout(b: Builder, a: SimpleNamespace) -> Value:
+    if a.train and a.p > 0:
+        raise NoForm("dropout in train mode draws random numbers")
+    return need_value(a.input)
+
+
+@lowers("aten._to_copy.default", "aten.to.dtype")
+def unchanged(b: Builder, a: SimpleNamespace) -> Value:
+    """Ops that vanish where they leave the dtype as it is."""
+    x = need_value(a.self)
+    if b.shape(x) != a.result or b.value_dtype(x) != a.result_dtype:
+        raise NoForm("it changes the dtype")
+    return x

@@ -1,0 +1,391 @@
+"""nn.Module -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
+
+The batch axis is followed through the graph by its symbol.  A value has it as axis 0 and nowhere else.  What has it
+elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form (`moved.py`);
+otherwise (an LSTM's state) it is no value of its own and stays an expression inside the call that reads it.  What has
+lost the batch, or has it twice, mixes samples, and the network is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
+from ..ir.program import Batch, Call, Opaque, Param, Program, Value
+from ..ir.recurrent import GATES, batch_first, recognise, turned_back
+from .batch_axis import Moved, behind, per_sample
+from .export import export
+from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .lowerings.builder import as_shape
+from .lowerings.nested import last_state, simplified
+from .verify import Untraceable, verify
+
+__all__ = ["Untraceable", "trace", "verify"]
+
+_LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
+    """The Program of ``model`` for samples like ``inputs`` (each ``[N, *shape]``; only shape, dtype, device matter).
+
+    It is a proposal: `verify` compares it with live autograd.  Raises `Untraceable` where torch.export refuses the
+    model, where samples mix, and where the result is not one tensor with the batch as axis 0.
+    """
+    for x in inputs:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            raise Untraceable("an input has no batch axis")
+    exported, literals = export(model, inputs)
+    return _Lowering(model, exported, literals).program()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lowering
+
+
+class _Several:
+    """A node with several results, until one of them is taken."""
+
+    def __init__(self, node: torch.fx.Node) -> None:
+        self.node = node
+
+
+class _Lowering:
+    """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
+
+    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, literals: set[str]) -> None:
+        self.model = model
+        self.exported = exported
+        self.literals = literals
+        self.known: dict[torch.fx.Node, Any] = {}
+        self.symbol: Any = None
+        self.builder = Builder(())
+
+    def program(self) -> Program:
+        self._check_signature()
+        graph = self.exported.graph
+        self._placeholders()
+        wanted = _reaching(self._output_node())
+        for node in graph.nodes:
+            if node.op == "call_function" and node in wanted:
+                self._place(node)
+                self.known[node] = self._lower(node)
+            elif node.op == "get_attr" and node in wanted:
+                raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
+        result = self._argument(self._output_node())
+        if not isinstance(result, Value):
+            raise Untraceable("its output does not have the samples as axis 0", mixes=not _is_free(result))
+        return self.builder.program(result)
+
+    # -- the boundary of the graph
+
+    def _check_signature(self) -> None:
+        signature = self.exported.graph_signature
+        for spec in signature.output_specs:
+            if spec.kind == OutputKind.BUFFER_MUTATION:
+                raise Untraceable(f"its forward pass changes the buffer {_own(spec.target)}")
+        if not self.exported.call_spec.out_spec.is_leaf():
+            raise Untraceable("its output is not one tensor")
+
+    def _output_node(self) -> torch.fx.Node:
+        results = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
+        specs = self.exported.graph_signature.output_specs
+        node = next(r for r, s in zip(results, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT)
+        if not isinstance(node, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+            raise Untraceable("its output is not a tensor")
+        if not node.meta["val"].dtype.is_floating_point:
+            raise Untraceable(f"its output is of dtype {node.meta['val'].dtype}, which has no gradient")
+        return node
+
+    def _placeholders(self) -> None:
+        nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        specs = self.exported.graph_signature.input_specs
+        users = [n for n, s in zip(nodes, specs, strict=True) if s.kind == InputKind.USER_INPUT]
+        self.symbol = users[0].meta["val"].shape[0]
+        if not isinstance(self.symbol, torch.SymInt):
+            raise Untraceable("its code depends on the number of samples")
+        bounds = self.exported.range_constraints.get(self.symbol.node.expr)
+        if bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31):
+            raise Untraceable("its code depends on the number of samples")
+        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
+        for i, node in enumerate(users):
+            self.known[node] = Value(i)
+            self.builder.dtypes[Value(i)] = node.meta["val"].dtype
+        for node, spec in zip(nodes, specs, strict=True):
+            if spec.kind != InputKind.USER_INPUT:
+                self.known[node] = self._parameter(node, spec)
+
+    def _parameter(self, node: torch.fx.Node, spec: Any) -> Param | None:
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            if node.users:
+                raise Untraceable(f"it reads {spec.target or node.name}, which is not a tensor")
+            return None
+        name = _own(spec.target)
+        if spec.target in self.literals:
+            value = self.exported.constants[spec.target]
+            return self.builder.derive_call(literal(value), node.meta["val"])
+        if node.users and not isinstance(_attribute(self.model, name), Tensor):
+            raise Untraceable("it reads a tensor that is no parameter, buffer or attribute of a module")
+        param = Param(name)
+        self.builder.param_meta[param] = node.meta["val"]
+        return param
+
+    # -- nodes
+
+    def _place(self, node: torch.fx.Node) -> None:
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        own = [path for path in stack if path == "net" or path.startswith("net.")]
+        self.builder.module = _own(own[-1]) if own else ""
+        self.builder.op = str(node.target)
+
+    def _lower(self, node: torch.fx.Node) -> Any:
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.SymInt):
+            return self._size(meta)
+        if isinstance(meta, (tuple, list)):
+            return _Several(node)
+        if isinstance(meta, (torch.SymFloat, torch.SymBool)):
+            raise self._refused(node, "computes with the number of samples")
+        if not isinstance(meta, Tensor):
+            raise self._refused(node, "has no tensor as its result")
+        index = None
+        if node.target is operator.getitem:
+            node, index = self.known[node.args[0]].node, int(node.args[1])
+            self.builder.op = str(node.target)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise self._refused(node, "is no ATen op")
+        return self._lower_call(node, index, meta)
+
+    def _size(self, size: torch.SymInt) -> Batch | int:
+        expression, symbol = size.node.expr, self.symbol.node.expr
+        times = expression / symbol
+        if not (times.is_Integer and times > 0):
+            raise Untraceable(f"it computes with the number of samples ({expression})")
+        return Batch(int(times))
+
+    def _lower_call(self, node: torch.fx.Node, index: int | None, meta: Tensor) -> Any:
+        call = Call(
+            str(node.target),
+            tuple(self._argument(x) for x in node.args),
+            tuple(sorted((k, self._argument(v)) for k, v in node.kwargs.items())),
+            index,
+        )
+        if call.op in GATES and not call.args[-1]:
+            call = self._batch_first_net(call, node.args[0])
+        self._refuse_random(node)
+        found = leaves(call)
+        if len(found) > _LARGEST_CALL:
+            raise self._refused(node, "keeps the batch away from axis 0 for too long")
+        if all(not isinstance(x, (Value, Batch)) for x in found):
+            return self.builder.derive_call(call, meta)
+        if not self._has_batch_first(node, meta, call):
+            try:
+                return self._moved(node, meta, call)
+            except (NoForm, MixesSamples):
+                return call
+        return self._value(node, call, meta)
+
+    def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
+        """True where the batch is axis 0; False where the result is to be inlined; refused where samples mix."""
+        symbolic = [i for i, d in enumerate(meta.shape) if isinstance(d, torch.SymInt)]
+        reads = bool(values_in(call))
+        if len(symbolic) != 1:
+            if not reads and not symbolic:
+                return False
+            raise self._mixing(node, "leaves no batch axis" if not symbolic else "has samples against samples")
+        size = meta.shape[symbolic[0]]
+        exact = bool(size.node.expr == self.symbol.node.expr)
+        return reads and exact and symbolic[0] == 0
+
+    def _batch_first_net(self, call: Call, source: torch.fx.Node) -> Call:
+        """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, where the samples are known one by one."""
+        x, shape = self.known[source], source.meta["val"].shape
+        if not isinstance(x, Moved) or len(shape) != 3 or _batch_axis(shape) != 1 or self._size(shape[1]) != Batch(1):
+            return call
+        return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
+
+    def _moved(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Moved:
+        """A tensor with the batch elsewhere, sample by sample; `NoForm` where its op has no form that way."""
+        b, net = self.builder, turned_back(call)
+        if recognise(net) is not None:
+            steps, width = int(meta.shape[0]), int(meta.shape[2])
+            y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
+            return Moved(as_shape(b, y, (steps, 1, width)), call)
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if not tensors:
+            raise NoForm("it reads no tensor")
+        kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
+        lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
+        named = _named(lifted, (), meta)
+        axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
+        per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
+        place = _batch_axis(meta.shape)
+        sources = [
+            (getattr(self.known[n], "behind", 1), math.prod(n.meta["val"].shape[a + 1 :])) for n, a in axes.items()
+        ]
+        own = behind(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
+        self._check(lifted, meta)
+        value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
+        b.dtypes[value] = meta.dtype
+        return Moved(value, self._expressed(value, meta, call, own), own)
+
+    def _lifted(self, x: Any) -> Any:
+        """An argument sample by sample: a value gets an axis of one number in front."""
+        b = self.builder
+        found = self.known[x] if isinstance(x, torch.fx.Node) else x
+        if isinstance(found, Value):
+            lifted = as_shape(b, found, (1, *b.shape(found)))
+            b.dtypes[lifted] = x.meta["val"].dtype
+            return lifted
+        if isinstance(found, Moved):
+            return found.value
+        if isinstance(found, (Call, _Several)):
+            raise NoForm("inside it the batch is not axis 0")
+        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else found
+
+    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
+        b = self.builder
+        shape = tuple(int(d) for d in meta.shape[1:])
+        try:
+            value = self._by_form(node, call, shape, meta)
+        except NoForm as why:
+            b.op = _ops_of(call)
+            value = b.emit(Opaque(call, str(why)), values_in(call), shape)
+        except MixesSamples as why:
+            raise self._mixing(node, str(why)) from None
+        assert b.shape(value) == shape, f"{b.op}: lowered to {b.shape(value)}, torch says {shape}"
+        b.dtypes[value] = meta.dtype
+        return value
+
+    def _by_form(self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value:
+        call = simplified(self.builder, call)
+        state = last_state(self.builder, call)
+        if state is not None:
+            return state
+        if recognise(call) is not None:
+            raise NoForm("a recurrent net goes step by step")
+        if len(calls_in(call)) > 1:
+            if any(isinstance(self.known[n], Moved) for n in node.all_input_nodes):
+                return as_shape(self.builder, self._moved(node, meta, call).value, shape)
+            raise NoForm("inside it the batch is not axis 0")
+        self._check(call, meta)
+        return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
+
+    def _check(self, call: Call, meta: Tensor) -> None:
+        """`NoForm` for what no lowering takes."""
+        if call.op not in LOWERINGS:
+            raise NoForm(f"{call.op} has no form")
+        if call.index not in (None, 0) and call.op not in SEVERAL:
+            raise NoForm(f"result {call.index} of {call.op} has no form")
+        if not meta.dtype.is_floating_point:
+            raise NoForm("its result is not floating point")
+        if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
+            raise NoForm("it changes the dtype")
+
+    def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
+        """A moved tensor for ops that have no form: by the call that made it, or by its value where that has grown."""
+        if len(leaves(call)) <= _LARGEST_CALL // 8:
+            return call
+        place = _batch_axis(meta.shape)
+        size, before, after = self._size(meta.shape[place]), meta.shape[:place], meta.shape[place + 1 :]
+        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // own, own, *after)))
+        return Call("aten.reshape.default", (Call("aten.movedim.int", (apart, 0, place + 1)), (*before, size, *after)))
+
+    def _argument(self, x: Any) -> Any:
+        if isinstance(x, torch.fx.Node):
+            found = self.known[x]
+            return found.call if isinstance(found, Moved) else found
+        if isinstance(x, (list, tuple)):
+            return tuple(self._argument(item) for item in x)
+        if isinstance(x, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+            return x
+        if isinstance(x, (torch.layout, torch.memory_format, complex)):
+            return x
+        raise Untraceable(f"{self.builder.op} takes an argument of type {type(x).__name__}")
+
+    # -- refusals
+
+    def _refuse_random(self, node: torch.fx.Node) -> None:
+        if torch.Tag.nondeterministic_seeded not in node.target.tags:
+            return
+        named = _bound(node.target, node.args, node.kwargs)
+        drops = [named[k] for k in ("dropout", "p", "dropout_p") if k in named]
+        mode = [named[k] for k in ("train", "training") if k in named]
+        if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
+            raise self._refused(node, "draws random numbers")
+
+    def _refused(self, node: torch.fx.Node, what: str) -> Untraceable:
+        return Untraceable(f"{self._where(node)} {what}", op=self.builder.op, module=self.builder.module)
+
+    def _mixing(self, node: torch.fx.Node, what: str) -> Untraceable:
+        reason = f"{self._where(node)} mixes samples: it {what}"
+        return Untraceable(reason, op=self.builder.op, module=self.builder.module, mixes=True)
+
+    def _where(self, node: torch.fx.Node) -> str:
+        return f"{node.target} in {self.builder.module or type(self.model).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def _reaching(output: torch.fx.Node) -> set[torch.fx.Node]:
+    """The nodes that the output depends on."""
+    found, stack = set(), [output]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _batch_axis(shape: Sequence[Any]) -> int:
+    """The axis that holds the samples; -1 where there is none."""
+    return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
+
+
+def _bound(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by their schema names, defaults filled in."""
+    schema = op._schema.arguments
+    named = {a.name: a.default_value for a in schema if a.has_default_value()}
+    named.update({a.name: x for a, x in zip(schema, args, strict=False)})
+    named.update(kwargs)
+    return named
+
+
+def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
+    named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
+    own = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
+    return SimpleNamespace(**named, **own)
+
+
+def _ops_of(call: Call) -> str:
+    """The ops of an expression that see samples, innermost first: ``aten.lstm.input + aten.select.int``."""
+    ops = list(dict.fromkeys(c.op for c in calls_in(call) if values_in(c)))
+    return " + ".join(ops if len(ops) <= 4 else [*ops[:2], "…", ops[-1]])
+
+
+def _is_free(result: Any) -> bool:
+    """The output does not depend on the samples at all."""
+    return isinstance(result, Param) or not values_in(result)
+
+
+def _own(name: str) -> str:
+    """A name in the model from a name in the entry module around it."""
+    return name.removeprefix("net").removeprefix(".")
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    at: Any = model
+    for part in name.split("."):
+        at = getattr(at, part, None)
+    return at

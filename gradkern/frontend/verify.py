@@ -1,0 +1,217 @@
+"""A Program against live autograd, before it is trusted.
+
+torch.export drops the backward of a custom `autograd.Function` and of ``torch.no_grad`` regions, and freezes
+``if x.shape[0] == 1``, all without an error.  So outputs and one random vector-Jacobian product are compared on the
+caller's own samples, several together and one alone, with those of the live module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.program import Program
+from ..runtime import ops, reference
+from ..runtime.binding import bind
+
+_TOGETHER = 3  # samples
+_TRIES = 4  # the samples themselves, and slightly moved ones
+_MOVE = 1e-3  # of the spread of the inputs
+# What rounding may do to an output, and to a gradient of which no activation pattern has flipped.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+_TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
+_TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
+
+
+class Untraceable(RuntimeError):
+    """A network that has no Program.
+
+    ``reason`` is one line for people, ``op`` and ``module`` name the culprit where it is known, and ``mixes`` says
+    that the samples of a batch depend on each other, so that the batch must not be cut.
+    """
+
+    def __init__(self, reason: str, *, op: str = "", module: str = "", mixes: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.op = op
+        self.module = module
+        self.mixes = mixes
+        self.final = False  # moving the samples cannot help
+
+
+def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Raise `Untraceable` where ``program`` is not what live autograd does on samples like ``inputs``.
+
+    ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's buffers and the random state are put
+    back, and no ``.grad`` is touched.  A float32 activation within rounding of a kink may flip a gradient, so where
+    gradients differ the samples are moved a little and compared again: a flip goes away, another backward does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples = _few(inputs, generator)
+    cotangent = torch.randn(_TOGETHER, *program.output_shape, generator=generator, dtype=torch.float64)
+    with torch.inference_mode(False), _left_as_it_was(model):
+        wrong: Untraceable | None = None
+        for attempt in range(_TRIES):
+            moved = samples if attempt == 0 else _moved(samples, generator)
+            wrong = _difference(program, model, moved, cotangent)
+            if wrong is None or wrong.final:
+                break
+        if wrong is not None:
+            raise wrong
+
+
+def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Some of the caller's samples; where there are too few, moved copies of them."""
+    n = inputs[0].shape[0]
+    pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
+    found = []
+    for x in inputs:
+        own = x.detach()[pick.to(x.device)].clone()
+        if own.is_floating_point():
+            own.masked_fill_(~torch.isfinite(own), 0.0)  # NaN says nothing about which function this is
+        if own.shape[0] == 0:
+            own = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        missing = _TOGETHER - own.shape[0]
+        if missing:
+            more = own[-1:].expand(missing, *own.shape[1:])
+            own = torch.cat([own, _noisy(more, 0.3, generator)])
+        found.append(own)
+    return tuple(found)
+
+
+def _moved(samples: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(_noisy(x, _MOVE, generator) for x in samples)
+
+
+def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x.clone()
+    finite = x[torch.isfinite(x)]
+    spread = float(finite.double().std()) if finite.numel() > 1 else 0.0
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype=x.dtype, device=x.device)
+    return x + noise * (share * (spread or 1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One comparison
+
+Pair = tuple[Tensor, tuple[Tensor, ...]]  # output [N, *out], and per input the pulled-back cotangent [N, *in]
+
+
+def _difference(program: Program, model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Untraceable | None:
+    alone = [x[:1] for x in samples]
+    together_live = _live(model, samples, cotangent)
+    alone_live = _live(model, alone, cotangent[:1])
+    y, grads = together_live
+    traced = [_traced(program, model, xs, cotangent[: xs[0].shape[0]]) for xs in (samples, alone)]
+    tolerance = traced[0][1]
+    if _far((y[:1], tuple(g[:1] for g in grads)), alone_live, tolerance) is not None:
+        return Untraceable("its result for a sample depends on the other samples of the batch", mixes=True)
+    for (ours, _), live in zip(traced, (together_live, alone_live), strict=True):
+        what = _far(ours, live, tolerance)
+        if what is not None:
+            custom = _custom_backward(model, samples)
+            cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
+            error = Untraceable(f"its {what} is not what torch.export makes of it{cause}")
+            error.final = what == "output"
+            return error
+    return None
+
+
+def _live(model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Pair:
+    """Output and pulled-back cotangent by autograd on the module itself."""
+    with torch.enable_grad():
+        xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in samples]
+        # The model gets copies: it may work in place, which a leaf forbids.
+        y = model(*[x.clone() for x in xs])
+        if not isinstance(y, Tensor):
+            raise Untraceable("its output is not one tensor")
+        if tuple(y.shape) != tuple(cotangent.shape):
+            raise Untraceable("the shape of its output depends on the number of samples")
+        leaves = [x for x in xs if x.requires_grad]
+        grads: Sequence[Tensor | None] = [None] * len(leaves)
+        if y.requires_grad and leaves:
+            g = cotangent.to(dtype=y.dtype, device=y.device)
+            grads = torch.autograd.grad(y, leaves, g, allow_unused=True)
+    full = iter(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))
+    return y.detach(), tuple(next(full) if x.requires_grad else torch.zeros_like(x) for x in xs)
+
+
+def _traced(program: Program, model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
+    """The same by the Program, and the tolerance of the least precise of its values."""
+    with torch.no_grad():
+        params = bind(program, model)
+        values = reference.forward(program, params, samples)
+        y = values[program.output]
+        g = cotangent.to(dtype=y.dtype, device=y.device).unsqueeze(1)  # [N, 1, *out]
+        grads = reference.vjp(program, params, values, g)
+    tolerance = max(_tolerance(v.dtype, v.device) for v in values)
+    return (y, tuple(part.squeeze(1) for part in grads)), tolerance
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """On a GPU one sample and several may take different kernels, and torch multiplies convolutions in TF32 unless
+    told otherwise."""
+    gpu = device.type == "cuda" and dtype == torch.float32
+    if gpu and (ops.precision() != "highest" or torch.backends.cudnn.conv.fp32_precision == "tf32"):
+        return _TF32
+    return _TOLERANCE.get(dtype, 0.0)
+
+
+def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
+    """What differs by more than rounding: ``"output"``, ``"gradient"``, or nothing."""
+    if not _close(got[0], want[0], tolerance):
+        return "output"
+    if not all(_close(a, b, tolerance) for a, b in zip(got[1], want[1], strict=True)):
+        return "gradient"
+    return None
+
+
+def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    """Per sample, the difference against the size of what is right, in the 2-norm; NaN and Inf in the same places."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return False
+    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured by the others
+    return bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all())
+
+
+def _custom_backward(model: nn.Module, samples: Sequence[Tensor]) -> str:
+    """The name of a custom `autograd.Function` in the graph of a live forward pass, if there is one."""
+    with torch.enable_grad():
+        y = model(*[x.detach().clone().requires_grad_(x.is_floating_point()).clone() for x in samples])
+    seen, stack = set(), [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return type(node).__name__.removesuffix("Backward")
+        stack.extend(child for child, _ in node.next_functions)
+    return ""
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put buffers and the random state back."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    before = [(*entry, entry[2].detach().clone()) for entry in owned]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, content in before:
+                    if module._buffers.get(name) is not buffer:
+                        module._buffers[name] = buffer
+                    if not torch.equal(buffer, content):
+                        buffer.copy_(content)

@@ -1,0 +1,63 @@
+"""Counting operations: dense multiply-adds per sample, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+from .program import (
+    Channels,
+    Contract,
+    Dense,
+    Index,
+    LowRank,
+    Opaque,
+    Positions,
+    Product,
+    Program,
+    Select,
+    Sum,
+    View,
+    Windows,
+)
+
+
+def forward_macs(program: Program, i: int) -> int:
+    """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, views nothing.
+
+    An `Opaque` step counts its elements here; the planner takes better numbers where they are known.
+    """
+    step = program.steps[i]
+    out = math.prod(step.shape)
+    source = program.shape(step.inputs[0]) if step.inputs else ()
+    match step.form:
+        case Contract(map=Dense()):
+            return out * source[-1]
+        case Contract(map=Windows() as w):
+            return out * w.taps * source[0] // w.groups
+        case Contract(map=Positions(axes)):
+            return source[0] * math.prod(sum(len(c) for _, c in rows) for rows in axes)
+        case Contract(map=Channels()):
+            return out
+        case Select(windows=w):
+            return out * w.taps
+        case LowRank():
+            return 3 * out
+        case Sum():
+            return out * (len(step.inputs) - 1)
+        case Product(function="matmul"):
+            return out * source[-1]
+        case View() | Index():
+            return 0
+        case Opaque():
+            return max(1, out, sum(math.prod(program.shape(v)) for v in step.inputs))
+    return out
+
+
+def sides(program: Program, i: int) -> int:
+    """How many products the backward of one seed takes, each as dear as the forward: two where both sides move."""
+    return 2 if program.steps[i].form == Product("matmul") else 1
+
+
+def total_macs(program: Program, i: int, seeds: int, forward: int | None = None) -> int:
+    """Forward and the backward of ``seeds`` seeds, which costs as much as the forward, once per seed."""
+    return (forward_macs(program, i) if forward is None else forward) * (1 + sides(program, i) * seeds)

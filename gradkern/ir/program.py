@@ -1,0 +1,369 @@
+"""Program: what a network computes, as an immutable DAG of steps in a handful of forms.
+
+A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
+optimizer step never makes it stale, and two networks of one architecture share it.  Values live in a
+:class:`~gradkern.runtime.binding.Binding`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
+
+Values are numbered: ``0 … len(inputs)-1`` are the network's inputs, and step ``i`` defines value
+``len(inputs) + i``.  Every shape here is **per sample**, without the batch axis (which is always axis 0 of the
+live tensor and always free).
+
+A backward pass needs no knowledge of layers.  It asks each form for its transposed action on a cotangent:
+
+=============  =====================================================  ==========================================
+form           what it is                                             layers that lower to it
+=============  =====================================================  ==========================================
+`Contract`     a weight shared by all samples, plus an index map      linear, conv, average pool, batch norm eval
+`Scale`        an elementwise function, a diagonal per sample         ReLU, ELU, tanh, sigmoid, …
+`Select`       routing chosen per sample                              max pool, amax
+`LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
+`Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
+`Index`        the same numbers in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
+`View`         the same numbers under another shape                   flatten, view, squeeze
+`Sum`          fan-in                                                 residual add
+`Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
+=============  =====================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Leaves of expressions
+
+
+@dataclass(frozen=True)
+class Param:
+    """A live tensor by name: a parameter, a buffer, a constant of the graph, or the name of a `Derived`."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """The result of an earlier step (or an input) by number."""
+
+    id: int
+
+    def __repr__(self) -> str:
+        return f"v{self.id}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``times`` times the number of samples, as an argument of a `Call` (a size that holds the batch axis)."""
+
+    times: int = 1
+
+    def __repr__(self) -> str:
+        return "N" if self.times == 1 else f"{self.times}N"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ATen call, as data.  ``op`` is the overload's full name, ``"aten.conv1d.default"``.
+
+    Arguments are plain immutable Python values, `Param`, `Value`, `Batch`, further calls (whose results have no
+    batch axis 0 and so are no values of their own: an LSTM's zero state), or tuples of these.  ``index`` picks one
+    of several results (``None`` where the op returns a single tensor).
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    index: int | None = None
+
+    def __repr__(self) -> str:
+        parts = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs]
+        tail = "" if self.index is None else f"[{self.index}]"
+        return f"{self.op}({', '.join(parts)}){tail}"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from parameters alone (weight norm, a batch norm's scale); evaluated at every bind."""
+
+    name: str
+    call: Call
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Index maps of `Contract`
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``y[..., o] = Σ_i w[o, i] x[..., i] + b[o]``: weight ``[O, I]`` over the last axis."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sliding windows over the trailing spatial axes of ``[C, *spatial]``; weight ``[O, C/groups, *kernel]``.
+
+    ``padding`` holds ``(before, after)`` per axis, so that ``same`` with an even kernel has a place.  Padding is
+    zeros.  `Select` uses the same geometry with ``-inf`` padding; there ``groups`` is 1 and unused.
+    """
+
+    kernel: Shape
+    stride: Shape
+    padding: tuple[tuple[int, int], ...]
+    dilation: Shape
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    def __repr__(self) -> str:
+        text = "k" + "×".join(map(str, self.kernel))
+        if any(s != 1 for s in self.stride):
+            text += " s" + "×".join(map(str, self.stride))
+        if any(p != (0, 0) for p in self.padding):
+            text += " p" + "×".join(str(a) if a == b else f"{a}/{b}" for a, b in self.padding)
+        if any(d != 1 for d in self.dilation):
+            text += " d" + "×".join(map(str, self.dilation))
+        return text + (f" g{self.groups}" if self.groups != 1 else "")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A constant separable map over the spatial axes, the same for every channel; no weight.
+
+    ``axes[a]`` lists, for each output index along spatial axis ``a``, ``(first input index, coefficients)``.
+    The coefficient of an output position is the product over axes.  Average pooling (padding, ceil and
+    ``count_include_pad`` included), adaptive average pooling and spatial means are of this kind.
+    """
+
+    axes: tuple[tuple[tuple[int, tuple[float, ...]], ...], ...]
+
+    def __repr__(self) -> str:
+        return "×".join(f"{len(rows)}<-{max(s + len(c) for s, c in rows)}" for rows in self.axes)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """``y[c, *] = w[c] x[c, *] + b[c]``: one factor and one shift per channel (batch norm in eval).
+
+    ``w`` or ``b`` may be missing (1 and 0).  For a flat value ``[F]`` the features are the channels.  ``axis`` is
+    the per-sample axis of the channels: 0, or the last one where features stand last (a layer norm's factors).
+    """
+
+    axis: int = 0
+
+
+IndexMap = Dense | Windows | Positions | Channels
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Forms
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A weight shared by all samples, contracted through an index map.  Linear in x; its VJP ignores x."""
+
+    map: IndexMap
+    weight: Param | None = None
+    bias: Param | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An elementwise function ``y = f(x)``; the VJP multiplies by ``f'(x)``.
+
+    ``function`` is a name in :data:`gradkern.runtime.reference.FUNCTIONS` and ``params`` its numbers (a slope, an α).
+    """
+
+    function: str
+    params: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Select:
+    """The maximum of each window, per channel: the first maximum wins, the last NaN does (as torch's pools).
+
+    ``ties`` is ``"split"`` for `amax`, which shares a cotangent between equal maxima; its windows span whole axes.
+    """
+
+    windows: Windows
+    ties: str = "first"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A function of all numbers along per-sample axis ``axis`` (non-negative), whose VJP is a diagonal plus few dots.
+
+    ``softmax``, ``log_softmax``, or ``normalize`` with params (eps,): ``(x - mean) / sqrt(variance + eps)``.
+    """
+
+    function: str
+    axis: int
+    params: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two values.  ``mul``: elementwise, axes of length one stretch, equal ranks.
+
+    ``matmul``: ``[*B, M, K] @ [*B, K, P]``, the same leading axes on both sides.
+    """
+
+    function: str = "mul"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one input lands in the result of an `Index`.
+
+    The input's axes are put into ``order``; then ``axes[a]`` says, for each output index along axis ``a``, which
+    index it reads, as runs ``(start, count, step)``.  A negative start is a run of zeros.
+    """
+
+    order: Shape
+    axes: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def __repr__(self) -> str:
+        rows = []
+        for runs in self.axes:
+            ends = [(a, a + c) if s == 1 else (a, f"{a}+{s}·{c}") for a, c, s in runs]
+            rows.append(
+                " ".join(f"0·{c}" if a < 0 else f"{e[0]}:{e[1]}" for (a, c, _), e in zip(runs, ends, strict=True))
+            )
+        moved = "" if self.order == tuple(range(len(self.order))) else "".join(map(str, self.order)) + " "
+        return f"{moved}[{', '.join(rows)}]"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Copies: every output element is one element of an input, or zero.  Linear, no weight, no arithmetic.
+
+    Several inputs (one `Part` each) fill disjoint places: concatenation.
+    """
+
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """``y = slope ⊙ x``: the second input holds the slopes and is not differentiated.
+
+    An attribution rule's stand-in for `Scale`: no network traces to it.
+    """
+
+
+@dataclass(frozen=True)
+class View:
+    """The same numbers in the same row-major order under the step's shape."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of all inputs, which have equal shapes."""
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """One node that torch itself runs and differentiates.  ``reason`` says why there is no form for it."""
+
+    call: Call
+    reason: str
+
+
+Form = Contract | Scale | Select | LowRank | Product | Index | Given | View | Sum | Opaque
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps and programs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the DAG: ``form`` applied to the values ``inputs``, giving a value of per-sample ``shape``."""
+
+    form: Form
+    inputs: tuple[int, ...]
+    shape: Shape
+    op: str = ""  # the ATen op that it came from, for people
+    module: str = ""  # the path of the module that it came from, for people
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as data.  ``inputs`` are per-sample input shapes, ``output`` the number of the result value."""
+
+    inputs: tuple[Shape, ...]
+    steps: tuple[Step, ...]
+    output: int
+    derived: tuple[Derived, ...] = ()
+
+    def shape(self, value: int) -> Shape:
+        """Per-sample shape of a value."""
+        n = len(self.inputs)
+        return self.inputs[value] if value < n else self.steps[value - n].shape
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape(self.output)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the network gives per sample (C)."""
+        return math.prod(self.output_shape)
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[int, ...]]:
+        """For each value, the indices of the steps that read it (once per read)."""
+        found: dict[int, list[int]] = {v: [] for v in range(len(self.inputs) + len(self.steps))}
+        for i, step in enumerate(self.steps):
+            for v in step.inputs:
+                found[v].append(i)
+        return {v: tuple(s) for v, s in found.items()}
+
+    @cached_property
+    def slopes(self) -> frozenset[int]:
+        """The values that `Given` steps multiply by.  A program that has some is linear: its backward pass needs no
+        others."""
+        return frozenset(s.inputs[1] for s in self.steps if isinstance(s.form, Given))
+
+    @cached_property
+    def key(self) -> str:
+        """A stable hash of the structure, equal across processes."""
+        return hashlib.sha256(repr(_exact(self)).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        rows = [f"program {self.key}"]
+        for v, shape in enumerate(self.inputs):
+            rows.append(f"  v{v:<3} {'×'.join(map(str, shape)) or '()':>12}  input")
+        for i, step in enumerate(self.steps):
+            name = f"v{len(self.inputs) + i}"
+            reads = " ".join(f"v{j}" for j in step.inputs)
+            shape = "×".join(map(str, step.shape)) or "()"
+            rows.append(f"  {name:<4} {shape:>12}  {describe(step.form)} {reads}    # {step.module or step.op}")
+        rows.append(f"  return v{self.output}")
+        return "\n".join(rows)
+
+
+def _exact(x: Any) -> Any:
+    """Everything in a value, as nested tuples: what it prints for people leaves out coefficients."""
+    if is_dataclass(x):
+        return (type(x).__name__, *(_exact(getattr(x, f.name)) for f in fields(x)))
+    return tuple(_exact(item) for item in x) if isinstance(x, tuple) else x
+
+
+def describe(form: Form) -> str:
+    """A form in a few words: ``Contract(k5 p2, %conv1.weight)``."""
+    if isinstance(form, Opaque):
+        return f"Opaque({form.call.op})"
+    words = [repr(getattr(form, f.name)) for f in fields(form) if getattr(form, f.name) not in (None, ())]
+    return f"{type(form).__name__}({', '.join(words)})"

@@ -1,0 +1,47 @@
+"""Recurrent calls: which ATen calls are an LSTM, a GRU or a plain RNN whose samples are axis 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .calls import leaves
+from .program import Call, Param, Value
+
+#: Gates per layer and op; the weights are stacked ``[gates · hidden, …]``.
+GATES = {"aten.lstm.input": 4, "aten.gru.input": 3, "aten.rnn_tanh.input": 1, "aten.rnn_relu.input": 1}
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent call whose samples are axis 0 and whose first state does not depend on them."""
+
+    kind: str
+    weights: tuple[tuple[Param, ...], ...]  # per layer and direction: W_ih, W_hh and, where it has them, the biases
+    directions: int
+
+
+def recognise(call: Call) -> Recurrent | None:
+    """The call as a `Recurrent`, or None where it is not of that kind."""
+    if call.op not in GATES or call.index != 0:
+        return None
+    x, state, weights, biases, layers, dropout, train, bidirectional, batch_first = call.args
+    states = state if isinstance(state, tuple) else (state,)
+    zeros = all(isinstance(s, Call) and s.op == "aten.zeros.default" for s in states)
+    directions, per = 1 + bool(bidirectional), 4 if biases else 2
+    plain = isinstance(x, Value) and all(isinstance(w, Param) for w in leaves(weights))
+    if not (plain and zeros and batch_first and len(weights) == layers * directions * per) or (train and dropout):
+        return None
+    grouped = tuple(tuple(weights[k : k + per]) for k in range(0, len(weights), per))
+    return Recurrent(call.op.split(".")[1].removesuffix(".input"), grouped, directions)
+
+
+def batch_first(call: Call, x: Value) -> Call:
+    """A sequence-first call as one that reads ``x [N, T, I]``; its output ``[N, T, H]`` is turned back."""
+    net = replace(call, args=(x, *call.args[1:8], True))
+    return Call("aten.transpose.int", (net, 0, 1)) if call.index == 0 else net
+
+
+def turned_back(call: Call) -> Call:
+    """The net inside a call of `batch_first`."""
+    turned = call.op == "aten.transpose.int" and call.args[1:] == (0, 1) and isinstance(call.args[0], Call)
+    return call.args[0] if turned else call

@@ -1,0 +1,1 @@
+"""Rewritings of a Program: Program in, Program out."""

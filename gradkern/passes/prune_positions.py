@@ -1,0 +1,301 @@
+"""Narrowing: a program without the positions that its output does not depend on.
+
+A causal network that reads its last time step needs, of every dilated layer behind it, only every 2nd, 4th, 8th …
+position; a sliced or strided layer leaves others unread.  Which positions those are is structure, so they are found
+once, per axis, as arithmetic progressions, from the output back; then the program is written anew for them alone.  A
+convolution of every g-th position with dilation d is one with dilation d/g over what is left.
+
+Results are equal: positions that are left out have cotangents of exact zeros.  Inputs keep their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..ir import indexing
+from ..ir.cost import forward_macs
+from ..ir.program import (
+    Channels,
+    Contract,
+    Dense,
+    Form,
+    Index,
+    LowRank,
+    Opaque,
+    Part,
+    Product,
+    Program,
+    Scale,
+    Shape,
+    Step,
+    Sum,
+    View,
+    Windows,
+)
+from .bottleneck import renumbered
+
+WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it
+
+
+class OnlyPadding(Exception):
+    """All that is wanted of a convolution lies in its padding: nothing of the input is needed, and no line says so."""
+
+
+class Line(NamedTuple):
+    """Positions ``start``, ``start + step``, … of an axis, ``count`` of them."""
+
+    start: int
+    step: int
+    count: int
+
+    @property
+    def last(self) -> int:
+        return self.start + (self.count - 1) * self.step
+
+    def positions(self) -> range:
+        return range(self.start, self.last + 1, self.step)
+
+    def within(self, other: Line) -> Line:
+        """The same positions, counted along ``other``, which has them all."""
+        step = self.step // other.step if self.count > 1 else 1
+        return Line((self.start - other.start) // other.step, step, self.count)
+
+
+Lines = tuple[Line, ...]  # one per axis
+
+
+def every(shape: Shape) -> Lines:
+    return tuple(Line(0, 1, n) for n in shape)
+
+
+def covering(positions: Sequence[int]) -> Line:
+    """The shortest line through all of these (ascending) positions."""
+    step = math.gcd(*(p - positions[0] for p in positions)) or 1
+    return Line(positions[0], step, (positions[-1] - positions[0]) // step + 1)
+
+
+def union(a: Line, b: Line) -> Line:
+    return covering(sorted({a.start, a.start + a.step * (a.count > 1), a.last, b.start,
+                            b.start + b.step * (b.count > 1), b.last}))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is needed
+
+
+def free_axes(step: Step, source: Shape) -> list[bool]:
+    """Axes along which a step can give some of its results without the others; ``source``: its first input's shape."""
+    form, rank = step.form, len(step.shape)
+    match form:
+        case View():
+            return [a < shared(step.shape, source) for a in range(rank)]
+        case Scale() | Sum() | Index() | Product():
+            return [True] * rank
+        case Contract(map=Channels(axis)) | LowRank(axis=axis):
+            return [a != axis for a in range(rank)]
+        case Contract(map=Dense()):
+            return [a < rank - 1 for a in range(rank)]
+        case Contract(map=Windows() as w) if len(w.kernel) == rank - 1:
+            return [a > 0 for a in range(rank)]
+    return [False] * rank
+
+
+def shared(a: Shape, b: Shape) -> int:
+    """How many leading axes two shapes have in common."""
+    return next((k for k, (n, m) in enumerate(zip(a, b, strict=False)) if n != m), min(len(a), len(b)))
+
+
+def needed(step: Step, lines: Lines, shapes: Sequence[Shape]) -> list[Lines]:
+    """What a step reads of its inputs (of these ``shapes``) for the results ``lines``."""
+    match step.form:
+        case Scale() | Sum() | Contract(map=Channels()) | LowRank():
+            return [lines] * len(shapes)
+        case Contract(map=Dense()):
+            return [(*lines[:-1], Line(0, 1, shapes[0][-1]))]
+        case Contract(map=Windows() as w) if len(w.kernel) == len(lines) - 1:
+            reached = (reach(w, k, line, n) for k, (line, n) in enumerate(zip(lines[1:], shapes[0][1:], strict=True)))
+            return [(Line(0, 1, shapes[0][0]), *reached)]
+        case Product(function="mul"):
+            return [tuple(ln if n > 1 else Line(0, 1, 1) for ln, n in zip(lines, s, strict=True)) for s in shapes]
+        case View():
+            common = shared(step.shape, shapes[0])
+            return [(*lines[:common], *every(shapes[0])[common:])]
+        case Product():  # [*B, M, K] @ [*B, K, P]
+            inner = Line(0, 1, shapes[0][-1])
+            return [(*lines[:-1], inner), (*lines[:-2], inner, lines[-1])]
+        case Index(parts=parts):
+            return [read_by(part, lines) for part in parts]
+    return [every(s) for s in shapes]
+
+
+def taps(w: Windows, axis: int, line: Line) -> tuple[int, int, int]:
+    """``(first position, step between windows, step between all positions read)``, padding included."""
+    stride, dilation = line.step * w.stride[axis], w.dilation[axis]
+    step = math.gcd(stride if line.count > 1 else 0, dilation if w.kernel[axis] > 1 else 0) or 1
+    return line.start * w.stride[axis] - w.padding[axis][0], stride, step
+
+
+def reach(w: Windows, axis: int, line: Line, length: int) -> Line:
+    """The positions of an axis of ``length`` that the windows of ``line`` read."""
+    first, stride, step = taps(w, axis, line)
+    last = first + (line.count - 1) * stride + (w.kernel[axis] - 1) * w.dilation[axis]
+    start = first if first >= 0 else first % step
+    count = (min(last, length - 1) - start) // step + 1
+    if count <= 0:
+        raise OnlyPadding
+    return Line(start, step if count > 1 else 1, count)
+
+
+def read_by(part: Part, lines: Lines) -> Lines:
+    """What a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
+    found: dict[int, Line] = {}
+    for axis, order, line in zip(part.axes, part.order, lines, strict=True):
+        every_index = indexing.indices(axis)
+        read = sorted({every_index[k] for k in line.positions()} - {-1})
+        found[order] = covering(read) if read else Line(0, 1, 1)
+    return tuple(found[a] for a in range(len(found)))
+
+
+def demands(program: Program) -> dict[int, Lines]:
+    """The positions of every value that anything needs; values that nobody needs are left out."""
+    base = len(program.inputs)
+    found = {program.output: every(program.output_shape)}
+    for i in reversed(range(len(program.steps))):
+        step, lines = program.steps[i], found.get(base + i)
+        if lines is None:
+            continue
+        free = free_axes(step, program.shape(step.inputs[0]) if step.inputs else ())
+        lines = tuple(ln if f else Line(0, 1, n) for ln, f, n in zip(lines, free, step.shape, strict=True))
+        found[base + i] = lines
+        shapes = [program.shape(v) for v in step.inputs]
+        for v, need in zip(step.inputs, needed(step, lines, shapes), strict=True):
+            known = found.get(v)
+            found[v] = need if known is None else tuple(union(a, b) for a, b in zip(known, need, strict=True))
+    return found | {v: every(shape) for v, shape in enumerate(program.inputs)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The program for it
+
+
+@dataclass
+class Writer:
+    """Writes a program anew for the positions ``lines`` of its values."""
+
+    program: Program
+    lines: dict[int, Lines]
+
+    def __post_init__(self) -> None:
+        self.base = len(self.program.inputs)
+        self.steps: list[Step] = []
+        self.number = {v: v for v in range(self.base)}  # old value → new
+        self.cuts: dict[tuple[int, Lines], int] = {}
+
+    def write(self) -> Program:
+        for i, step in enumerate(self.program.steps):
+            if self.base + i in self.lines:
+                self.number[self.base + i] = self.step(step, self.lines[self.base + i])
+        return replace(self.program, steps=tuple(self.steps), output=self.number[self.program.output])
+
+    def emit(self, step: Step) -> int:
+        self.steps.append(step)
+        return self.base + len(self.steps) - 1
+
+    def cut(self, value: int, lines: Lines, like: Step) -> int:
+        """The value at these positions alone."""
+        have = self.lines[value]
+        if lines == have:
+            return self.number[value]
+        if (value, lines) not in self.cuts:
+            axes = tuple(indexing.runs(ln.within(h).positions()) for ln, h in zip(lines, have, strict=True))
+            form = Index((Part(tuple(range(len(axes))), axes),))
+            shape = tuple(ln.count for ln in lines)
+            step = Step(form, (self.number[value],), shape, like.op, like.module)
+            self.cuts[value, lines] = self.emit(step)
+        return self.cuts[value, lines]
+
+    def step(self, step: Step, lines: Lines) -> int:
+        shape = tuple(ln.count for ln in lines)
+        needs = needed(step, lines, [self.program.shape(v) for v in step.inputs])
+        match step.form:
+            case Contract(map=Windows() as w) if len(w.kernel) == len(lines) - 1:
+                (source,), have = step.inputs, self.lines[step.inputs[0]]
+                windows = fitted(w, lines[1:], have[1:])
+                if windows is None:
+                    have, windows = needs[0], fitted(w, lines[1:], needs[0][1:])
+                assert windows is not None, "what the windows need is enough for them"
+                form: Form = replace(step.form, map=windows)
+                reads = (self.cut(source, have, step),)
+            case Index(parts=parts):
+                sources = [self.lines[v] for v in step.inputs]
+                form = Index(tuple(part_of(p, lines, s) for p, s in zip(parts, sources, strict=True)))
+                reads = tuple(self.number[v] for v in step.inputs)
+            case Opaque():
+                return self.emit(renumbered(step, self.number))
+            case _:
+                form = step.form
+                reads = tuple(self.cut(v, need, step) for v, need in zip(step.inputs, needs, strict=True))
+        return self.emit(replace(step, form=form, inputs=reads, shape=shape))
+
+
+def fitted(w: Windows, lines: Lines, have: Lines) -> Windows | None:
+    """The windows of the results ``lines`` over the positions ``have``; None where some of those lie outside."""
+    stride, padding, dilation = [], [], []
+    for axis, (line, h) in enumerate(zip(lines, have, strict=True)):
+        first, step, _ = taps(w, axis, line)
+        kernel = w.kernel[axis]
+        stride.append(step // h.step if line.count > 1 else 1)
+        dilation.append(w.dilation[axis] // h.step if kernel > 1 else 1)
+        before = (h.start - first) // h.step
+        after = (line.count - 1) * stride[-1] + (kernel - 1) * dilation[-1] + 1 - before - h.count
+        if before < 0 or after < 0 or (h.start - first) % h.step:
+            return None
+        padding.append((before, after))
+    return replace(w, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
+
+
+def part_of(part: Part, lines: Lines, have: Lines) -> Part:
+    """A part of an `Index` for the results ``lines`` of an input of which there is ``have``."""
+    axes = []
+    for axis, order, line in zip(part.axes, part.order, lines, strict=True):
+        h, every_index = have[order], indexing.indices(axis)
+        read = [every_index[k] for k in line.positions()]
+        axes.append(indexing.runs(-1 if i < 0 else (i - h.start) // h.step for i in read))
+    return Part(part.order, tuple(axes))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_known: dict[str, Program] = {}
+_KEEP = 256
+
+
+def narrowed(program: Program) -> Program:
+    """``program`` for the positions that its output needs; itself where that saves little."""
+    found = _known.get(program.key)
+    if found is None:
+        found = _narrowed(program)
+        with _lock:
+            while len(_known) >= _KEEP - 1:
+                _known.pop(next(iter(_known)))
+            _known[found.key] = found  # nothing is left to narrow
+            _known[program.key] = found
+    return found
+
+
+def _narrowed(program: Program) -> Program:
+    try:
+        lines = demands(program)
+    except OnlyPadding:
+        return program
+    shapes = {v: tuple(ln.count for ln in found) for v, found in lines.items()}
+    if all(shape == program.shape(v) for v, shape in shapes.items()):
+        return program
+    new = Writer(program, lines).write()
+    before, after = (sum(forward_macs(p, i) for i in range(len(p.steps))) for p in (program, new))
+    return new if after <= WORTHWHILE * before else program

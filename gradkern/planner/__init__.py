@@ -1,0 +1,1 @@
+"""Which way each step of a Program goes."""

@@ -1,0 +1,1 @@
+"""Running plans: compiled ops, the executor, live parameters, the plain reference."""

@@ -1,0 +1,219 @@
+"""The compiled part, and the only file that names it: loading, layout checks, fakes.
+
+Tensor work is an op in ``torch.ops.gradkern``; what is not a tensor op (build facts, capabilities) comes from the
+extension module itself.  Without the extension the package works through the reference path, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..codegen.chain import FIELDS, KINDS, Machine
+from ..codegen.cuda.lowering import MATH, STEPS, STEPS_VARIABLE, Device
+from ..codegen.support import NATIVE_FUNCTIONS
+from ..util.options import BadValue
+
+HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled module, or None (with one warning) where it is missing or of another version."""
+    try:
+        from .. import _C
+    except ImportError as error:
+        warnings.warn(
+            f"gradkern's compiled extension is not available ({error}); results are the same, only slower. "
+            + HOW_TO_BUILD,
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    found = (list(_C.op_fields()), list(_C.op_kinds()), list(_C.functions()))
+    if found != (list(FIELDS), list(KINDS), list(NATIVE_FUNCTIONS)):
+        warnings.warn(
+            f"gradkern's compiled extension was built from another version and is not used. {HOW_TO_BUILD}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    register_fakes()
+    return _C
+
+
+def machine(device: torch.device | None = None) -> Machine | None:
+    """What kernels on ``device`` (default: the CPU) are laid out for; None where the extension has none for it."""
+    cpu = device is None or device.type == "cpu"
+    if cpu:
+        return _machine(None, "", "")
+    return _machine(device, precision(), chosen_steps())
+
+
+def precision() -> str:
+    """`torch.get_float32_matmul_precision`, which raises where torch's newer switches have been used beside it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
+def chosen_steps() -> str:
+    """What runs a GPU's layers that fit no chain: by the environment, for comparisons."""
+    name = os.environ.get(STEPS_VARIABLE) or "auto"
+    if name not in STEPS:
+        raise BadValue(f"environment variable {STEPS_VARIABLE}: got {name!r}, expected one of {', '.join(STEPS)}.")
+    return name
+
+
+@functools.cache
+def _machine(device: torch.device | None, precision: str, steps: str) -> Machine | None:
+    c = extension()
+    if c is None:
+        return None
+    if device is None:
+        return Machine(c.isa(), c.vector_bytes(), c.registers())
+    if device.type == "cuda" and c.cuda:
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return Device("cuda", 16, 0, c.cuda_shared_bytes(number), math=MATH[precision], steps=steps)
+    return None
+
+
+def isa_is_chosen() -> bool:
+    """Whether this process has settled on an instruction set: weights are packed for one, so it never changes."""
+    return _machine.cache_info().currsize > 0
+
+
+def chain_forward(
+    inputs: Sequence[Tensor],
+    packed: Tensor,
+    tables: Tensor,
+    forward: Tensor,
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+) -> list[Tensor]:
+    """Forward of a chain; one ``[N, size]`` per output."""
+    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, list(sizes), list(outputs))
+
+
+def chain_vjp(
+    inputs: Sequence[Tensor],
+    packed: Tensor,
+    tables: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    sizes: Sequence[int],
+    outputs: Sequence[int],
+    targets: Tensor | None,
+    seed_rows: Tensor | None,
+    cotangents: Sequence[Tensor],
+    seed_tile: int,
+    results: Sequence[Tensor],
+) -> list[Tensor]:
+    """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
+    found = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
+    torch.ops.gradkern.chain_vjp(
+        list(inputs),
+        packed,
+        tables,
+        forward,
+        backward,
+        list(sizes),
+        found,
+        targets,
+        seed_rows,
+        list(cotangents),
+        seed_tile,
+        list(results),
+    )
+    return found
+
+
+def step(
+    src: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor | None,
+    mask: Tensor | None,
+    choice: Tensor | None,
+    tables: Tensor,
+    sizes: Sequence[int],
+    math: int,
+    narrow: bool,
+    out: Tensor,
+) -> None:
+    """One contraction on a GPU with what follows it; fills ``out``.  `gemm.Matrix` makes the integers."""
+    torch.ops.gradkern.step(src, weight, bias, add, mask, choice, tables, list(sizes), math, narrow, out)
+
+
+def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:
+    """DeepLift's multipliers of a ReLU, of a max pool (``pool``: pairs of kernel, stride, padding before, dilation and
+    output), or of a ReLU and the pool behind it: ``[taps, N, C, oh, ow]`` for ``z [N, C, H, W]``."""
+    return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
+
+
+def content_hash(tensors: Sequence[Tensor]) -> int:
+    """An order-sensitive 64-bit hash of the tensors' bytes."""
+    return torch.ops.gradkern.content_hash(list(tensors)) if tensors else 0
+
+
+def accumulate(
+    maps: Tensor,
+    groups: Tensor,
+    sum: Tensor | None,
+    square: Tensor | None,
+    abs: Tensor | None,
+    max: Tensor | None,
+    group: Tensor | None,
+) -> bool:
+    """Add maps ``[n, ...]`` to statistics ``[...]``; sample i also to row ``groups[i]`` of ``group`` ``[G, ...]``.
+
+    False, and nothing done, where there is no kernel for these tensors.
+    """
+    native = maps.device.type == "cpu" and maps.dtype in (torch.float32, torch.float64) and extension() is not None
+    if native:
+        torch.ops.gradkern.accumulate(maps.contiguous(), groups, sum, square, abs, max, group)
+    return native
+
+
+HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
+
+
+def empty_result(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of ``like``'s dtype and device; large ones on huge pages where the system has them."""
+    out = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
+    if out.device.type == "cpu" and out.nbytes >= HUGE and (c := extension()) is not None:
+        c.advise_huge(out.data_ptr(), out.nbytes)
+    return out
+
+
+def register_fakes() -> None:
+    """Shapes of the ops' results, for `torch.compile` and `torch.library.opcheck`."""
+
+    @torch.library.register_fake("gradkern::chain_forward")
+    def _(inputs, packed, tables, forward, sizes, output_sizes):
+        return [inputs[0].new_empty(inputs[0].shape[0], s) for s in output_sizes]
+
+    @torch.library.register_fake("gradkern::rescale")
+    def _(z, reference, pool, relu, eps):
+        if not pool:
+            return z.new_empty(1, *z.shape)
+        return z.new_empty(pool[0] * pool[1], *z.shape[:2], pool[8], pool[9])
+
+    @torch.library.register_fake("gradkern::chain_vjp")
+    def _(inputs, packed, tables, forward, backward, sizes, outputs, *rest):
+        return None
+
+    @torch.library.register_fake("gradkern::step")
+    def _(src, weight, bias, add, mask, choice, tables, sizes, math, narrow, out):
+        return None
+
+    @torch.library.register_fake("gradkern::accumulate")
+    def _(maps, groups, sum, square, abs, max, group):
+        return None

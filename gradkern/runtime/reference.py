@@ -1,0 +1,438 @@
+"""The plain torch executor: every form, all seeds at once.  The oracle of the kernels and the layer-level fallback.
+
+Seeds are an axis after the batch: a cotangent is ``[N, S, *shape]``.  Where torch has no such axis it is folded
+into the batch, ``[N·S, *shape]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ir import indexing
+from ..ir.calls import calls_in, evaluate, operator_of, params_in
+from ..ir.functions import FUNCTIONS, RECTIFYING, Function
+from ..ir.program import (
+    Call,
+    Channels,
+    Contract,
+    Dense,
+    Given,
+    Index,
+    LowRank,
+    Opaque,
+    Param,
+    Positions,
+    Product,
+    Program,
+    Scale,
+    Select,
+    Shape,
+    Sum,
+    Value,
+    View,
+    Windows,
+)
+from ..ir.recurrent import recognise
+from .recurrent import vjp as vjp_recurrent
+
+__all__ = [
+    "FUNCTIONS", "Function", "evaluate", "forward", "forward_step", "jacobian", "one_hot", "operator_of", "vjp",
+    "vjp_step",
+]  # fmt: skip
+
+Params = Mapping[str, Tensor]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+def forward_step(program: Program, i: int, args: Sequence[Tensor], params: Params) -> Tensor:
+    """The value that step ``i`` defines, ``[N, *shape]``.  ``args``: one ``[N, *shape]`` per entry of its inputs."""
+    step = program.steps[i]
+    form = step.form
+    x = args[0]  # [N, *in]
+    if isinstance(form, Contract):
+        return _contract(form, x, params)
+    if isinstance(form, Scale):
+        return FUNCTIONS[form.function].f(x, *form.params)
+    if isinstance(form, Select):
+        if form.ties == "split":
+            return x.amax(tuple(range(2, x.dim())), keepdim=True)
+        return max_pool(form.windows, x, step.shape)[0]
+    if isinstance(form, LowRank):
+        return _low_rank(form, x)
+    if isinstance(form, Product):
+        return x @ args[1] if form.function == "matmul" else x * args[1]
+    if isinstance(form, Index):
+        return indexing.apply(form, args, step.shape)
+    if isinstance(form, Given):
+        return x * args[1]
+    if isinstance(form, View):
+        return x.reshape(x.shape[0], *step.shape)
+    if isinstance(form, Sum):
+        return sum(args[1:], start=x)
+    if isinstance(form, Opaque):
+        return _opaque(form.call, step.inputs, args, params)
+    raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
+
+
+def forward(program: Program, params: Params, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All values in order, each ``[N, *shape]``: the inputs, then one per step."""
+    values = list(inputs)
+    for i, step in enumerate(program.steps):
+        values.append(forward_step(program, i, [values[v] for v in step.inputs], params))
+    return values
+
+
+def _contract(form: Contract, x: Tensor, params: Params) -> Tensor:
+    weight = params[form.weight.name] if form.weight else None
+    bias = params[form.bias.name] if form.bias else None
+    if isinstance(form.map, Dense):
+        return F.linear(x, weight, bias)  # [N, *, I] -> [N, *, O]
+    if isinstance(form.map, Windows):
+        w = form.map
+        padding, padded = _padded(w, x)
+        zeros = (0,) * len(padding)
+        return torch.convolution(padded, weight, bias, w.stride, padding, w.dilation, False, zeros, w.groups)
+    if isinstance(form.map, Positions):
+        return _positions(form.map, x, x.shape[2:])
+    shape = _per_channel(form.map, x)
+    y = x if weight is None else x * weight.reshape(shape).to(x.dtype)
+    return y if bias is None else y + bias.reshape(shape).to(x.dtype)
+
+
+def _per_channel(channels: Channels, x: Tensor) -> Shape:
+    """The shape of one number per channel against ``x [N, *]``."""
+    return (-1,) + (1,) * (x.dim() - 2 - channels.axis)
+
+
+def _padded(w: Windows, x: Tensor) -> tuple[Shape, Tensor]:
+    """The padding to give to torch, and the input with the rest of it: torch pads both sides alike only."""
+    if all(before == after for before, after in w.padding):
+        return tuple(before for before, _ in w.padding), x
+    flat = [n for before_after in reversed(w.padding) for n in before_after]
+    return (0,) * len(w.padding), F.pad(x, flat)
+
+
+def _positions(positions: Positions, x: Tensor, spatial: Sequence[int]) -> Tensor:
+    """``x [*, *spatial]`` through one small matrix per axis."""
+    lead = x.dim() - len(spatial)
+    for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
+        matrix = _matrix(rows, int(n), x.dtype, x.device)  # [out, in], None for the identity
+        if matrix is not None:
+            x = torch.movedim(torch.movedim(x, lead + a, -1) @ matrix.T, -1, lead + a)
+    return x
+
+
+def _positions_back(positions: Positions, g: Tensor, spatial: Sequence[int]) -> Tensor:
+    """The transpose of `_positions`: ``g [*, *outputs] -> [*, *spatial]``."""
+    lead = g.dim() - len(spatial)
+    for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
+        matrix = _matrix(rows, int(n), g.dtype, g.device)
+        if matrix is not None:
+            g = torch.movedim(torch.movedim(g, lead + a, -1) @ matrix, -1, lead + a)
+    return g
+
+
+@lru_cache(maxsize=128)
+def _matrix(rows: tuple, n: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The dense ``[outputs, n]`` matrix of one axis's rows; ``None`` for the identity."""
+    if len(rows) == n and all(row == (i, (1.0,)) for i, row in enumerate(rows)):
+        return None
+    with torch.inference_mode(False):
+        matrix = torch.zeros(len(rows), n, dtype=torch.float64)
+        for i, (first, coefficients) in enumerate(rows):
+            matrix[i, first : first + len(coefficients)] = torch.tensor(coefficients, dtype=torch.float64)
+        return matrix.to(device=device, dtype=dtype)
+
+
+def max_pool(w: Windows, x: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Values and flat spatial indices of the maxima, both ``[N, C, *out]``."""
+    padding = tuple(before for before, _ in w.padding)
+    ceil = any(before != after for before, after in w.padding)
+    if len(w.kernel) == 1:
+        return F.max_pool1d_with_indices(x, w.kernel, w.stride, padding, w.dilation, ceil)
+    pool = F.max_pool2d_with_indices if len(w.kernel) == 2 else F.max_pool3d_with_indices
+    return pool(x, w.kernel, w.stride, padding, w.dilation, ceil)
+
+
+def _opaque(call: Call, ids: Sequence[int], args: Sequence[Tensor], params: Params) -> Tensor:
+    values = dict(zip(ids, args, strict=True))
+    n = args[0].shape[0]
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Param):
+            return params[x.name]
+        return values[x.id] if isinstance(x, Value) else x.times * n
+
+    return evaluate(call, leaf)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+def vjp_step(
+    program: Program, i: int, args: Sequence[Tensor], out: Tensor, cotangent: Tensor, params: Params
+) -> tuple[Tensor, ...]:
+    """The cotangents of a step's inputs, all seeds at once.
+
+    ``args`` one ``[N, *in]`` per entry of ``step.inputs``, ``out`` the step's value ``[N, *shape]``, ``cotangent``
+    ``[N, S, *shape]``.  Gives one ``[N, S, *in]`` per entry of ``step.inputs``; zeros where nothing flows.
+    """
+    form = program.steps[i].form
+    x, g = args[0], cotangent
+    if isinstance(form, Contract):
+        return (_contract_back(form, x, g, params),)
+    if isinstance(form, Scale):
+        if form.function in RECTIFYING:
+            g = g.clamp(min=0)
+        slope = FUNCTIONS[form.function].df(x, out, *form.params).unsqueeze(1)  # [N, 1, *in]
+        if slope.dtype == torch.bool:
+            return (torch.where(slope, g, torch.zeros((), dtype=g.dtype, device=g.device)),)
+        return (g * slope.to(g.dtype),)
+    if isinstance(form, Select):
+        return (_amax_back(x, out, g) if form.ties == "split" else _max_pool_back(form.windows, x, out, g),)
+    if isinstance(form, LowRank):
+        return (_low_rank_back(form, x, out, g),)
+    if isinstance(form, Product):
+        return _product_back(form, args, g)
+    if isinstance(form, Index):
+        return indexing.transpose(form, [tuple(a.shape[1:]) for a in args], g)
+    if isinstance(form, Given):
+        return g * args[1].unsqueeze(1), g.new_zeros(()).expand_as(g)
+    if isinstance(form, View):
+        return (g.reshape(*g.shape[:2], *x.shape[1:]),)
+    if isinstance(form, Sum):
+        return (g,) * len(args)
+    if isinstance(form, Opaque):
+        return _opaque_back(form.call, program.steps[i].inputs, args, out, g, params)
+    raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
+
+
+def _contract_back(form: Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
+    weight = params[form.weight.name] if form.weight else None
+    if isinstance(form.map, Dense):
+        return g @ weight  # [N, S, *, O] @ [O, I]
+    if isinstance(form.map, Positions):
+        return _positions_back(form.map, g, x.shape[2:])
+    if isinstance(form.map, Channels):
+        return g if weight is None else g * weight.reshape(_per_channel(form.map, x)).to(g.dtype)
+    return _convolution_back(form.map, weight, x, g)
+
+
+def _convolution_back(w: Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """``g [N, S, O, *out] -> [N, S, C, *spatial]``; what falls on padding is cut off."""
+    n, s = g.shape[:2]
+    if n * s == 0:
+        return g.new_zeros(n, s, *x.shape[1:])
+    padding, _ = _padded(w, x[:1])
+    symmetric = all(before == after for before, after in w.padding)
+    sizes = [d if symmetric else d + sum(p) for d, p in zip(x.shape[2:], w.padding, strict=True)]
+    shape_only = g.new_empty(1).expand(n * s, x.shape[1], *sizes)
+    zeros = (0,) * len(padding)
+    back = torch.ops.aten.convolution_backward(
+        g.reshape(n * s, *g.shape[2:]), shape_only, weight, None, w.stride, padding, w.dilation, False, zeros, w.groups,
+        (True, False, False),
+    )[0]  # [N·S, C, *sizes]  # fmt: skip
+    if not symmetric:
+        for axis, ((before, _), d) in enumerate(zip(w.padding, x.shape[2:], strict=True), start=2):
+            back = back.narrow(axis, before, d)
+    return back.reshape(n, s, *x.shape[1:])
+
+
+def _max_pool_back(w: Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
+    """Each window's cotangent goes to its maximum: ``g [N, S, C, *out] -> [N, S, C, *spatial]``."""
+    n, s, c = g.shape[:3]
+    _, indices = max_pool(w, x, tuple(out.shape[1:]))  # [N, C, *out]
+    places = indices.flatten(2).unsqueeze(1).expand(n, s, c, -1)
+    back = g.new_zeros(n, s, c, math.prod(x.shape[2:]))
+    return back.scatter_add_(3, places, g.flatten(3)).reshape(n, s, *x.shape[1:])
+
+
+def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
+    """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
+    chosen = (x == out).to(g.dtype)  # [N, C, *spatial]
+    share = chosen / chosen.sum(tuple(range(2, x.dim())), keepdim=True)
+    return share.unsqueeze(1) * g
+
+
+def _low_rank(form: LowRank, x: Tensor) -> Tensor:
+    dim = form.axis + 1
+    if form.function == "normalize":
+        return (x - x.mean(dim, keepdim=True)) * _inverse_deviation(form, x)
+    return getattr(torch, form.function)(x, dim=dim)
+
+
+def _inverse_deviation(form: LowRank, x: Tensor) -> Tensor:
+    return (x.var(form.axis + 1, unbiased=False, keepdim=True) + form.params[0]).rsqrt()
+
+
+def _low_rank_back(form: LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
+    y, dim = out.unsqueeze(1), form.axis + 2  # [N, 1, *shape]
+    if form.function == "softmax":
+        return y * (g - (g * y).sum(dim, keepdim=True))
+    if form.function == "log_softmax":
+        return g - y.exp() * g.sum(dim, keepdim=True)
+    centred = g - g.mean(dim, keepdim=True) - y * (g * y).mean(dim, keepdim=True)
+    return centred * _inverse_deviation(form, x).unsqueeze(1)
+
+
+def _product_back(form: Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
+    """Each side's cotangent is the other side's value times ``g [N, S, *shape]``, summed where it was stretched."""
+    a, b = (x.unsqueeze(1) for x in args)  # [N, 1, *]
+    if form.function == "matmul":
+        return g @ b.transpose(-1, -2), a.transpose(-1, -2) @ g
+    return tuple((g * other).sum_to_size(g.shape[0], g.shape[1], *mine.shape[2:]) for mine, other in ((a, b), (b, a)))  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Opaque steps: torch differentiates
+
+_looped: set[tuple[str, ...]] = set()  # the ops of calls whose backward torch cannot run for all seeds at once
+
+
+def _opaque_back(
+    call: Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
+) -> tuple[Tensor, ...]:
+    """torch's own VJP of one call: under vmap for all seeds where torch can, else one seed after another."""
+    recurrent = recognise(call)
+    if recurrent is not None:
+        return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
+    n, s = g.shape[:2]
+    smooth = [k for k, a in enumerate(args) if _is_smooth(a)] if _is_smooth(out) else []
+    result = [g.new_zeros(n, s, *a.shape[1:], dtype=a.dtype if _is_smooth(a) else g.dtype) for a in args]
+    if not smooth or n * s == 0:
+        return tuple(result)
+    with torch.inference_mode(False), torch.enable_grad():
+        args = [_usable(a) for a in args]
+        params = {p.name: _usable(params[p.name]) for p in params_in(call)}
+        g = _usable(g)
+
+        def run(*moving: Tensor) -> Tensor:
+            full = list(args)
+            for k, a in zip(smooth, moving, strict=True):
+                full[k] = a
+            return _opaque(call, ids, full, params)
+
+        moving = [args[k] for k in smooth]
+        found = _all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
+    for k, grad in zip(smooth, found, strict=True):
+        result[k] = grad  # [N, S, *in]
+    return tuple(result)
+
+
+def _all_seeds(
+    ops: tuple[str, ...], run: Callable[..., Tensor], moving: Sequence[Tensor], g: Tensor
+) -> Sequence[Tensor]:
+    if ops not in _looped:
+        try:
+            with _without_fallback_warning():
+                _, back = torch.func.vjp(run, *moving)
+                return torch.vmap(back, in_dims=1, out_dims=1)(g)
+        except RuntimeError:
+            _looped.add(ops)
+    leaves = [m.detach().requires_grad_() for m in moving]
+    y = run(*leaves)
+    if not y.requires_grad:
+        return [g.new_zeros(*g.shape[:2], *m.shape[1:]) for m in moving]
+    grads = [
+        torch.autograd.grad(y, leaves, g[:, k], retain_graph=True, allow_unused=True, materialize_grads=True)
+        for k in range(g.shape[1])
+    ]
+    return [torch.stack(seeds, dim=1) for seeds in zip(*grads, strict=True)]
+
+
+@contextmanager
+def _without_fallback_warning() -> Iterator[None]:
+    """torch warns where vmap loops inside one op: that is what is wanted here."""
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda enabled: None)
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
+
+
+def _is_smooth(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _usable(x: Tensor) -> Tensor:
+    """Autograd cannot save tensors made under inference mode."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The Jacobian
+
+
+def vjp(
+    program: Program, params: Params, values: Sequence[Tensor], cotangent: Tensor, wrt: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """Pull ``cotangent [N, S, *out]`` back to the inputs ``wrt`` (all by default): one ``[N, S, *in]`` each.
+
+    ``values`` are those of `forward`.
+    """
+    n = len(program.inputs)
+    wanted = tuple(range(n)) if wrt is None else tuple(wrt)
+    if cotangent.shape[0] * cotangent.shape[1] == 0:  # torch cannot infer a shape from nothing
+        return tuple(cotangent.new_zeros(*cotangent.shape[:2], *program.inputs[v]) for v in wanted)
+    leads = _leading_to(program, wanted)
+    held: dict[int, Tensor] = {program.output: cotangent}
+    for i in range(len(program.steps) - 1, -1, -1):
+        step = program.steps[i]
+        g = held.pop(n + i, None)
+        if g is None or n + i not in leads:
+            continue
+        back = vjp_step(program, i, [values[v] for v in step.inputs], values[n + i], g, params)
+        for v, part in zip(step.inputs, back, strict=True):
+            if v in leads:
+                held[v] = held[v] + part if v in held else part
+    seeds = cotangent.shape[:2]
+    return tuple(held[v] if v in held else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)
+
+
+def _leading_to(program: Program, wanted: Sequence[int]) -> set[int]:
+    """The values through which a cotangent reaches the wanted inputs."""
+    leads = set(wanted)
+    for i, step in enumerate(program.steps):
+        if any(v in leads for v in step.inputs):
+            leads.add(len(program.inputs) + i)
+    return leads
+
+
+def one_hot(program: Program, y: Tensor, targets: Tensor | None) -> Tensor:
+    """Seeds ``[N, S, *out]`` for flat output numbers ``targets``: ``None`` (all), ``[S]``, or ``[N, S]``."""
+    n, c = y.shape[0], program.outputs
+    if targets is None:
+        targets = torch.arange(c, device=y.device)
+    targets = targets.to(y.device).expand(n, -1) if targets.dim() == 1 else targets.to(y.device)  # [N, S]
+    seeds = torch.zeros(n, targets.shape[1], c, dtype=y.dtype, device=y.device)
+    return seeds.scatter_(2, targets.unsqueeze(2), 1.0).reshape(n, targets.shape[1], *program.output_shape)
+
+
+def jacobian(
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    targets: Tensor | None = None,
+    wrt: Sequence[int] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Outputs ``[N, *out]`` and, per input in ``wrt`` (all by default), the Jacobian ``[N, S, *in]``.
+
+    ``targets`` are flat output numbers: ``None`` for all C of them, ``[S]`` for these ones of every sample, or
+    ``[N, S]`` for each sample's own.
+    """
+    with torch.no_grad():
+        values = forward(program, params, inputs)
+        y = values[program.output]
+        return y, vjp(program, params, values, one_hot(program, y, targets), wrt)

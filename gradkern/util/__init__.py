@@ -1,0 +1,1 @@
+"""Options, errors and small tables that every room may use."""

@@ -1,0 +1,381 @@
+"""The launchers of csrc/cuda, run on the host: their checks, arguments and block counts around the kernels' twins."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from gradkern.codegen.cuda import gemm as layered
+from gradkern.codegen.cuda.lowering import BF16, PLAIN, TF32, TF32X3
+from gradkern.frontend import tracer
+from gradkern.planner import plan
+from gradkern.runtime import binding, executor, ops, reference
+from gradkern.runtime import gemm as layerrun
+from tests import oracle
+from tests.cases import CASES
+from tests.cuda.test_host import run
+from tests.cuda.test_layers import BOUND, GEOMETRIES, NETS, convolution, settle, solve
+from tests.host_device import Launchers, installed
+from tests.runtime import test_ops
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="the launchers are the extension's own here"),
+]
+FEW = [
+    *("conv1d_stride_pad", "conv1d_groups", "conv2d_uneven", "maxpool2d", "maxpool1d_overlap_pad", "residual"),
+    *("two_inputs", "softmax", "bn_first", "layer_norm", "view_channels", "linear_only", "conv_output", "elu"),
+]
+
+
+def right(model, inputs, y, found, error: float = 1e-11) -> None:
+    want_y, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(y, want_y) < error
+    for f, w in zip(found, want, strict=True):
+        assert oracle.relative_error(f, w) < error
+
+
+# ---- chains
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("name", FEW)
+def test_agrees_with_the_oracle(name: str, processors: int) -> None:
+    device = Launchers(processors)
+    model, inputs, y, found, used = run(CASES[name], torch.float64, 5, device)
+    assert device.launches == 1
+    assert used.whole
+    right(model, inputs, y, found)
+    assert device.gpu.guards == 0
+    assert device.gpu.kept == 4  # weights, tables, two lists of records
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("name", ["conv1d_dilated", "residual", "two_inputs", "linear_only"])
+def test_every_arithmetic(name: str, precision: str) -> None:
+    device = Launchers(precision=precision)
+    model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
+    want_y, want = oracle.jacobian(model, inputs)
+    bound = {"highest": 1e-6, "high": 2e-6, "medium": 2e-2}[precision]
+    assert device.launches == 1
+    assert oracle.relative_error(y, want_y) < bound
+    for f, w in zip(found, want, strict=True):
+        assert oracle.disagreeing(f, w, 10 * bound) <= 0.25
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 7)])
+@pytest.mark.parametrize("name", ["conv1d_stride_pad", "linear_nobias", "conv_output", "log_softmax"])
+def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> None:
+    case, generator = CASES[name], torch.Generator().manual_seed(3)
+    outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
+    targets = torch.randint(outputs, shape, generator=generator)
+    model, inputs, _, found, _ = run(case, torch.float64, 5, Launchers(), targets)
+    _, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(found[0], oracle.pick(want[0], targets)) < 1e-11
+
+
+@pytest.mark.parametrize("kib", [6, 12])
+def test_dense_cotangents(kib: int) -> None:
+    """Shared memory so small that a chain is split: a forward of its own, and cotangents from one to the next."""
+    device = Launchers(shared_bytes=kib * 1024)
+    model, inputs, y, found, used = run(CASES["maxpool2d"], torch.float64, 5, device)
+    dense = [args for name, args in device.calls if name == "chain_vjp" and args[9]]
+    assert not used.whole
+    assert dense
+    assert "chain_forward" in dict(device.calls)
+    right(model, inputs, y, found)
+
+
+def test_several_tiles_of_seeds() -> None:
+    """Little shared memory, but enough for one seed after the other."""
+    seeds, tile = 0, 0
+    for shared in range(2048, 65536, 1024):
+        device = Launchers(shared_bytes=shared)
+        model, inputs, y, found, used = run(CASES["conv_output"], torch.float64, 2, device)
+        name, args = device.calls[-1]
+        if used.whole and name == "chain_vjp":
+            seeds, tile = args[7].shape[-1], args[10]
+            break
+    assert 0 < tile < seeds
+    right(model, inputs, y, found)
+
+
+def test_measured_networks_in_float32() -> None:
+    for name in ("cnn1d", "lenet5", "mlp"):
+        device = Launchers()
+        model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
+        assert used.whole
+        want_y, want = oracle.jacobian(model, inputs)
+        assert oracle.relative_error(y, want_y) < 1e-5
+        assert oracle.disagreeing(found[0], want[0]) <= 0.5
+
+
+@pytest.mark.parametrize(("n", "processors"), [(1, 132), (5, 132), (40, 3), (1000, 3)])
+def test_blocks(n: int, processors: int) -> None:
+    """A small batch is spread over all multiprocessors; a large one gives each its own block."""
+    device = Launchers(processors)
+    model, inputs, y, found, _ = run(CASES["linear_nobias"], torch.float64, n, device)
+    planned = device.calls[-1][1][5][6]
+    block = min(planned, -(-n // processors))
+    assert device.gpu.blocks == min(-(-n // block), processors)
+    few = [x[-3:] for x in inputs]
+    right(model, few, y[-3:], [f[-3:] for f in found])
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_an_empty_batch(group: bool) -> None:
+    found, device = arguments(group=group, n=0), Launchers()
+    with installed(device):
+        (y,) = ops.chain_forward(*test_ops.forward_arguments(found))
+        assert y.shape == (0, 3)
+        assert [y.shape for y in ops.chain_vjp(*named(found))] == [(0, 3)]
+    assert device.gpu.launches == 0
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize("arithmetic", [PLAIN, TF32, BF16, TF32X3])
+@pytest.mark.parametrize("name", ["stride", "groups", "conv2d_stride", "pointwise"])
+def test_steps_in_every_arithmetic(name: str, arithmetic: int) -> None:
+    program, params = convolution(*GEOMETRIES[name])
+    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    assert layer is not None
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, *program.inputs[0], generator=generator, dtype=torch.float64)
+    g = torch.randn(3, 2, *program.output_shape, generator=generator, dtype=torch.float64)
+    want_y = reference.forward_step(program, 0, [x], params)
+    (want,) = reference.vjp_step(program, 0, [x], want_y, g, params)
+    for dtype in (torch.float32, torch.float64) if arithmetic == PLAIN else (torch.float32,):
+        own, device = {k: v.to(dtype) for k, v in params.items()}, Launchers()
+        pack = layerrun.LayerPack(program, (layer,), own, x.to(dtype))
+        with installed(device):
+            y = layerrun.run_forward(program, layer, pack.of[0], arithmetic, x.to(dtype), None)
+            back = layerrun.run_backward(program, layer, pack.of[0], arithmetic, g.to(dtype), None, {})
+        bound = BOUND[arithmetic] if dtype == torch.float32 else 1e-13
+        assert device.steps == 2
+        assert device.gpu.kept == 2 + 1 + 2  # weights and tables, and the forward pass's bias
+        assert oracle.relative_error(y, want_y) < bound
+        assert oracle.relative_error(back, want) < bound
+
+
+@pytest.mark.parametrize("kib", [0.25, 3])
+@pytest.mark.parametrize("name", NETS)
+def test_networks_of_layers(name: str, kib: float) -> None:
+    make, shape = NETS[name]
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(7)
+    model = settle(make().double(), generator)
+    x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    device = Launchers(shared_bytes=int(kib * 1024), steps="kernel")
+    y, found, used = solve(model, x, device)
+    assert device.steps == 2 * len(used.layers)
+    assert used.layers or kib > 1
+    right(model, [x], y, [found])
+
+
+# ---- checks
+
+
+def arguments(n: int = 3, **how):
+    """`tests.runtime.test_ops.arguments` as a GPU's chain."""
+    with installed(Launchers()):
+        return test_ops.arguments(n=n, **how)
+
+
+def named(found: dict) -> list:
+    """For `ops.chain_vjp`, which makes the outputs."""
+    return [[y.shape[1] for y in v] if k == "outputs" else v for k, v in found.items()]
+
+
+@pytest.mark.parametrize("message", [*test_ops.WRONG_CHAIN, *test_ops.WRONG_SEEDS])
+def test_wrong_arguments(message: str) -> None:
+    found, device = arguments(), Launchers()
+    (test_ops.WRONG_CHAIN | test_ops.WRONG_SEEDS)[message](found)
+    with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
+        device.redispatched("chain_vjp", *found.values())
+
+
+@pytest.mark.parametrize("message", test_ops.WRONG_COTANGENTS)
+def test_wrong_cotangents(message: str) -> None:
+    found, device = arguments(group=True), Launchers()
+    test_ops.WRONG_COTANGENTS[message](found)
+    with pytest.raises(RuntimeError, match=message):
+        device.redispatched("chain_vjp", *found.values())
+
+
+def elsewhere(found: dict, key: str) -> None:
+    found[key] = [x.to("meta") for x in found[key]] if isinstance(found[key], list) else found[key].to("meta")
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        ("on meta, the weights on cpu", "inputs"),
+        ("on one device", "tables"),
+        ("records must be .*on the weights' device", "backward"),
+        ("all tensors on cpu, got one on meta", "outputs"),
+        ("all tensors on cpu, got one on meta", "results"),
+        ("targets must be .*on the weights' device", "targets"),
+        ("seed_rows must be contiguous Double on cpu, .*on meta", "seed_rows"),
+    ],
+)
+def test_tensors_on_another_device(message: str, key: str) -> None:
+    found = arguments()
+    elsewhere(found, key)
+    with pytest.raises(RuntimeError, match=message):
+        Launchers().redispatched("chain_vjp", *found.values())
+
+
+def test_other_dtypes_and_arithmetics() -> None:
+    found, device = arguments(), Launchers()
+    halves = dict(found, inputs=[x.half() for x in found["inputs"]], packed=found["packed"].half())
+    with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):
+        device.redispatched("chain_forward", *test_ops.forward_arguments(halves))
+    for math_ in (TF32, 7):
+        odd = dict(found, sizes=[*found["sizes"][:2], math_, *found["sizes"][3:]])
+        with pytest.raises(RuntimeError, match=f"an arithmetic of 0 … 3 .0 for float64., got {math_}"):
+            device.redispatched("chain_vjp", *odd.values())
+    many = dict(found, inputs=found["inputs"] * 17)
+    with pytest.raises(RuntimeError, match="at most 16 inputs and outputs, got 17"):
+        device.redispatched("chain_vjp", *many.values())
+
+
+def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
+    found, device = arguments(), Launchers()
+    large = dict(found, sizes=[*found["sizes"][:5], 1 << 20, found["sizes"][6]])
+    with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
+        device.redispatched("chain_vjp", *large.values())
+    device.redispatched("chain_vjp", *found.values())
+    assert device.gpu.guards == 0
+
+
+def test_a_small_chain_takes_nothing_from_a_large_one() -> None:
+    """What a kernel may have of shared memory is one number per process: another thread must not lower it between a
+    larger chain's two calls."""
+    device = Launchers()
+    found = arguments()
+    assert found["sizes"][5] < device.gpu.shared_bytes
+    device.redispatched("chain_vjp", *found.values())
+    assert device.gpu.allowed == device.gpu.shared_bytes
+
+
+def test_what_a_graph_captures_tells_no_stream() -> None:
+    """Telling the allocator of a stream is not allowed while a CUDA graph is being captured."""
+    found, device = arguments(), Launchers()
+    device.gpu.capturing = 1
+    device.redispatched("chain_vjp", *found.values())
+    assert device.gpu.kept == 0
+    device.gpu.capturing = 0
+    device.redispatched("chain_vjp", *found.values())
+    assert device.gpu.kept == 4
+
+
+def step_arguments(**changes):
+    program, params = convolution(*GEOMETRIES["conv1d"])
+    layer = layered.Finder(program, [(False, (0,))]).layer(0)
+    x = torch.randn(2, *program.inputs[0], dtype=torch.float64)
+    pack = layerrun.LayerPack(program, (layer,), params, x).of[0]
+    out = torch.empty(2, *program.output_shape, dtype=torch.float64)
+    m = layer.forward
+    return {
+        "src": x,
+        "weight": pack.forward,
+        "bias": pack.bias,
+        "add": None,
+        "mask": None,
+        "choice": None,
+        "tables": pack.forward_tables,
+        "sizes": m.sizes(2, 1, False, (0, 0, 0, 0)),
+        "math": PLAIN,
+        "narrow": m.narrow,
+        "out": out,
+    } | changes
+
+
+WRONG_STEP = {
+    "expected 24 sizes, got 23": {"sizes": step_arguments()["sizes"][:23]},
+    "3 rows of 30 places do not fit 2 seeds": {"sizes": [3, 2, *step_arguments()["sizes"][2:]]},
+    "expected the source to be contiguous Double on cpu": {"src": torch.zeros(2, 6, 29).double()},
+    "expected the source to be .*got Float": {"src": torch.zeros(2, 6, 30)},
+    "expected the weight to be": {"weight": torch.zeros(6, 20).double()},
+    "expected the bias to be": {"bias": torch.zeros(19).double()},
+    "expected the sum's other side to be": {"add": torch.zeros(2, 20, 29).double()},
+    "expected the mask to be": {"mask": torch.zeros(1, 20, 30).double()},
+    "expected the choice to be": {"choice": torch.zeros(2, 20, 30).int()},
+    "the pool's windows overhang": {
+        "choice": torch.zeros(2, 20, 1, 30).byte(),
+        "sizes": [*step_arguments()["sizes"][:18], 1, 2, 1, 59, *step_arguments()["sizes"][22:]],
+    },
+    "expected the result to be": {"out": torch.zeros(2, 20, 30)},
+    "expected the tables to be": {"tables": torch.zeros(40).long()},
+    "an arithmetic of 0 … 3": {"math": TF32},
+    "takes float32 or float64, got Half": {"weight": torch.zeros(600).half()},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_STEP)
+def test_wrong_arguments_of_a_step(message: str) -> None:
+    device = Launchers()
+    with pytest.raises(RuntimeError, match=message):
+        device.redispatched("step", *step_arguments(**WRONG_STEP[message]).values())
+    assert device.gpu.guards == 0
+    device.redispatched("step", *step_arguments().values())
+
+
+# ---- the hash
+
+
+def test_the_hash_sees_every_change() -> None:
+    with installed(Launchers()) as device:
+        a, b = torch.randn(1000), torch.arange(7, dtype=torch.uint8)
+        own = ops.content_hash([a, b])
+        assert own == ops.content_hash([a.clone(), b.clone()])
+        assert own == ops.content_hash([a.view(50, 20), torch.arange(8, dtype=torch.uint8)[:7]])
+        assert own == ops.content_hash([a.view(50, 20).T.contiguous().T, b])
+        assert own == ops.content_hash([a, torch.arange(-1, 7, dtype=torch.int8)[1:].view(torch.uint8)])  # unaligned
+        changed, swapped = a.clone(), a.clone()
+        changed[999] += 1
+        swapped[[0, 1]] = a[[1, 0]]
+        others = [[changed, b], [swapped, b], [b, a], [a], [a, b + 1], [a[:500], a[500:], b], [a, b[1:]]]
+        others += [[a, b, torch.zeros(0)], [a, b, torch.zeros(1)]]
+        assert len({own, *map(ops.content_hash, others)}) == 1 + len(others)
+        odd = [torch.tensor(True), torch.zeros(0, 3), torch.randn(3, requires_grad=True), torch.zeros(5).bfloat16()]
+        assert ops.content_hash(odd) == ops.content_hash([x.detach().clone() for x in odd])
+        assert ops.content_hash([]) == 0
+        with pytest.raises(RuntimeError, match="tensors on cpu and on meta"):
+            ops.content_hash([a, b.to("meta")])
+    assert device.calls
+    assert device.gpu.guards == 0
+
+
+def test_new_weights_are_packed_again() -> None:
+    device = Launchers()
+    for factor in (1.0, -2.0):
+        case = CASES["maxpool1d"]
+        model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
+        with torch.no_grad(), installed(device):
+            next(model.parameters()).mul_(factor)
+            program = tracer.trace(model, inputs)
+            y, found = executor.jacobian(program, binding.bind(program, model), inputs)
+            assert plan.cached_plan(program, program.outputs, torch.float64).whole
+        right(model, inputs, y, found)
+
+
+# ---- DeepLift's multipliers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("relu", [False, True])
+def test_rescale_as_on_the_cpu(relu: bool, dtype: torch.dtype) -> None:
+    device, generator = Launchers(), torch.Generator().manual_seed(0)
+    z = torch.randn(3, 4, 6, 8, generator=generator, dtype=dtype)
+    for ref in (z.flip(0), z[:1] / 2):
+        for pool in ([2, 2, 2, 2, 0, 0, 1, 1, 3, 4], *([[]] if relu else [])):
+            found = device.redispatched("rescale", z, ref.contiguous(), pool, relu, 1e-10)
+            want = device.ops["rescale"](z, ref.contiguous(), pool, relu, 1e-10)
+            assert torch.allclose(found, want, rtol=1e-5, atol=0)
+    assert device.gpu.guards == 0

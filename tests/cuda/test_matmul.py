@@ -1,0 +1,254 @@
+"""Matrix products of two values in the GPU's chains, run on the host, against the reference and the oracle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradkern.codegen.chain import FIELDS, KINDS, Chain
+from gradkern.codegen.cuda.lowering import Device, TooLarge, lower_device
+from gradkern.frontend import tracer
+from gradkern.ir.indexing import along
+from gradkern.ir.program import Index, Product, Program, Scale, Step
+from gradkern.planner import plan
+from gradkern.runtime import executor, reference
+from tests import oracle
+from tests.cases import CASES
+from tests.cuda.test_host import run
+from tests.host_device import HostDevice, installed
+from tests.networks import NETWORKS, ViT
+from tests.random_programs import Grower, Network, programs
+from tests.recipes import Case
+from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+PRODUCT = Product("matmul")
+N, SEEDS = 5, 7
+BOUND = {torch.float32: 3e-6, torch.float64: 1e-13}
+#: ``[*heads, M, K] @ [*heads, K, P]``: multiples of four are read four at a time, along the terms or across them.
+SHAPES = {
+    "one": ((), 1, 1, 1),
+    "outer": ((), 6, 1, 5),
+    "dot": ((), 1, 9, 1),
+    "odd": ((), 5, 7, 3),
+    "fours": ((), 8, 12, 16),
+    "even": ((), 6, 10, 14),
+    "heads": ((3,), 5, 4, 6),
+    "heads_of_fours": ((2,), 8, 4, 8),
+    "long_terms": ((2,), 4, 36, 20),
+    "few_rows": ((3,), 2, 8, 33),
+    "many_results": ((2,), 21, 3, 17),
+    "fours_of_rows": ((), 12, 5, 7),
+}
+
+
+def product(name: str) -> Program:
+    """``sin(a @ b) @ c``: every side has cotangents of all seeds, and the second product's left side is dense."""
+    heads, m, k, p = SHAPES[name]
+    inner, out = (*heads, m, p), (*heads, m, m)
+    steps = (Step(PRODUCT, (0, 1), inner), Step(Scale("sin"), (3,), inner), Step(PRODUCT, (4, 2), out))
+    return Program(((*heads, m, k), (*heads, k, p), (*heads, p, m)), steps, 5)
+
+
+def inputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randn(N, *s, generator=generator, dtype=torch.float64).to(dtype) for s in program.inputs]
+
+
+def least(program: Program, machine: Device, itemsize: int) -> int:
+    """Bytes of shared memory that a sample and a seed take."""
+    steps, wrt = list(range(len(program.steps))), tuple(range(len(program.inputs)))
+    with pytest.raises(TooLarge) as error:
+        lower_device(program, steps, [program.output], replace(machine, shared_bytes=16), itemsize, SEEDS, wrt)
+    return error.value.bytes
+
+
+def lowered(used: plan.Plan) -> Chain:
+    return plan.chain_of(used, 0, SEEDS, tuple(range(len(used.program.inputs))), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("room", ["tight", "ample"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_of_two_values(name: str, room: str, dtype: torch.dtype) -> None:
+    """All seeds at once, or, where a block has hardly any memory, a few at a time."""
+    program = product(name)
+    xs = inputs(program, dtype)
+    device = HostDevice(blocks=2, threads=32 if room == "tight" else 128)
+    if room == "tight":
+        device.machine = replace(device.machine, shared_bytes=least(program, device.machine, dtype.itemsize) + 64)
+    targets = torch.randint(program.outputs, (N, SEEDS), generator=torch.Generator().manual_seed(2))
+    with installed(device):
+        y, found = executor.jacobian(program, {}, xs, targets)
+        used = plan.cached_plan(program, SEEDS, dtype)
+    want_y, want = reference.jacobian(program, {}, [x.double() for x in xs], targets)
+    assert used.whole
+    assert device.launches
+    assert room == "ample" or lowered(used).seed_tile < SEEDS
+    assert oracle.relative_error(y, want_y) < BOUND[dtype]
+    for f, w in zip(found, want, strict=True):
+        assert oracle.relative_error(f, w) < BOUND[dtype]
+
+
+def test_several_slots_and_tiles_of_seeds() -> None:
+    """The shapes above are run with more than one sample of scratch at a time, and with more than one tile of seeds."""
+    chains = []
+    for name in SHAPES:
+        program = product(name)
+        device = HostDevice()
+        for more in (64, 1 << 17):
+            machine = replace(device.machine, shared_bytes=least(program, device.machine, 4) + more)
+            steps = list(range(len(program.steps)))
+            chains.append(lower_device(program, steps, [program.output], machine, 4, SEEDS, (0, 1, 2)))
+    assert {c.sizes[4] for c in chains} >= {1, 2}
+    assert len({c.seed_tile for c in chains}) > 2
+    kinds = {KINDS[op[0]] for c in chains for op in (*c.forward, *c.backward)}
+    assert {"MatMul", "MatMulT"} <= kinds
+    assert "Move" not in kinds  # the right side is read as it lies
+
+
+@pytest.mark.parametrize("name", ["odd", "fours", "long_terms"])
+def test_a_sample_does_not_depend_on_its_neighbours(name: str) -> None:
+    """Bit-equal alone and among others, whatever tiles the kernel chooses."""
+    program = product(name)
+    xs = inputs(program, torch.float32)
+    targets = torch.arange(SEEDS)
+    with installed(HostDevice(threads=32, blocks=1)):
+        y, found = executor.jacobian(program, {}, xs, targets)
+        for m in range(N):
+            own_y, own = executor.jacobian(program, {}, [x[m : m + 1] for x in xs], targets)
+            assert torch.equal(own_y[0], y[m])
+            assert all(torch.equal(a[0], b[m]) for a, b in zip(own, found, strict=True))
+
+
+@pytest.mark.parametrize("size", [6, 8])
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_value_by_itself(turn: bool, size: int) -> None:
+    """Both sides are one value, whose cotangent gets both parts."""
+    square = (size, size)
+    steps = (Step(PRODUCT, (0, 0), square), Step(PRODUCT, (1, 0) if turn else (0, 1), square))
+    program = Program((square,), steps, 2)
+    xs = inputs(program, torch.float64)
+    device = HostDevice()
+    with installed(device):
+        y, found = executor.jacobian(program, {}, xs)
+    want_y, want = reference.jacobian(program, {}, xs)
+    assert device.launches
+    assert oracle.relative_error(y, want_y) < 1e-13
+    assert oracle.relative_error(found[0], want[0]) < 1e-13
+
+
+@pytest.mark.parametrize(("wanted", "apart"), [([2, 0, 3, 1], True), ([1, 3], True), ([0, 1, 1, 2], False)])
+def test_runs_of_a_copy_share_warps_only_where_nothing_is_read_twice(wanted: list[int], apart: bool) -> None:
+    """A transpose around a product is many runs; two of them must not add to one number at once."""
+    shape = (4, 6)
+    steps = (Step(Index((along(shape, 0, wanted),)), (0,), (len(wanted), 6)),)
+    chain = lower_device(Program((shape,), steps, 1), [0], [1], HostDevice().machine, 8, SEEDS, (0,))
+    moves = [dict(zip(FIELDS, op, strict=True)) for op in chain.backward if KINDS[op[0]] == "MoveT"]
+    assert [op["fn"] for op in moves] == [int(apart)]
+
+
+# ---- whole networks
+
+
+@pytest.mark.parametrize("shared", [232448, 12 << 10, 5 << 10, 2 << 10])
+@pytest.mark.parametrize("case", [CASES["attention"], NETWORKS["vit"].small], ids=repr)
+def test_attention(case: Case, shared: int) -> None:
+    """One chain where a block has the memory, and chains beside ATen where it has not."""
+    device = HostDevice(shared_bytes=shared, threads=32)
+    model, xs, y, found, used = run(case, torch.float64, 3, device)
+    want_y, want = oracle.jacobian(model, xs)
+    assert device.launches
+    assert used.whole == (shared > 1 << 17)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    assert oracle.relative_error(found[0], want[0]) < 1e-11
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_attention_in_float32(precision: str) -> None:
+    """Products of two values stay on the fp32 pipe, whatever multiplies the weights."""
+    device = HostDevice(threads=64, precision=precision)
+    model, xs, y, found, used = run(NETWORKS["vit"].small, torch.float32, 4, device)
+    want_y, want = oracle.jacobian(model, xs)
+    assert used.whole
+    assert oracle.relative_error(y, want_y) < 1e-5
+    assert oracle.disagreeing(found[0], want[0], 2e-5) == 0
+
+
+def test_what_is_too_large_is_said() -> None:
+    """65 tokens by four heads: softmax of 66 KiB, once as a result and once for the way back, fits no block."""
+    program = tracer.trace(ViT(10, 32, 4, 64, 1, 4).eval(), [torch.zeros(2, 3, 32, 32)])
+    made = plan.plan(program, 10, machine=HostDevice().machine)
+    assert not made.whole
+    left = {s.form.split("(")[0] for s in made.steps if s.path == "aten, seeds folded"}
+    assert left == {"LowRank"}
+    assert all("KiB of shared memory" in s.why for s in made.steps if s.path == "aten, seeds folded")
+
+
+# ---- random networks
+
+
+class Multiplier(Grower):
+    """Grows networks of which every third step or so is a matrix product."""
+
+    def step(self) -> None:
+        wide = [v for v in range(self.last + 1) if len(self.shape(v)) > 1]
+        if wide and self.pick(0, 2) == 0:
+            self.matmul(self.choose(wide))
+        else:
+            super().step()
+
+
+@st.composite
+def products(draw) -> Network:
+    def pick(low: int, high: int) -> int:
+        return draw(st.integers(low, high)) if high > low else low
+
+    return Multiplier(pick, False).grow(pick(2, 8))
+
+
+def multiplies(net: Network) -> bool:
+    return any(s.form == PRODUCT for s in net.program.steps)
+
+
+@settings(FAST, max_examples=FUZZ or 60, derandomize=not FUZZ)
+@given(questions(products().filter(multiplies)), st.sampled_from([2048, 8192, 1 << 17]), st.sampled_from([1, 2]))
+def test_random_programs_with_products(question, shared, blocks):
+    with installed(HostDevice(shared_bytes=shared, threads=32, blocks=blocks)):
+        agrees(*question)
+
+
+@settings(FAST, max_examples=FUZZ // 2 or 25, derandomize=not FUZZ)
+@given(questions(products().filter(multiplies)), st.sampled_from([4096, 1 << 17]))
+def test_random_programs_with_products_in_float32(question, shared):
+    """Against float64, as far from it as torch's own float32 says that these numbers are."""
+    net, n, targets, wrt, seed, _ = question
+    params, xs = net.params(seed, torch.float32), net.inputs(n, seed + 1, torch.float32)
+    with torch.no_grad(), installed(HostDevice(shared_bytes=shared, threads=32)):
+        _, found = executor.jacobian(net.program, params, xs, targets, wrt)
+    wide = {k: v.double() for k, v in params.items()}
+    _, want = reference.jacobian(net.program, wide, [x.double() for x in xs], targets, wrt)
+    _, plain = reference.jacobian(net.program, params, xs, targets, wrt)
+    for got, right, torch_own in zip(found, want, plain, strict=True):
+        scale = max(float(right.abs().max()) if right.numel() else 0.0, 1e-2)
+        for m in range(n):
+            mine, theirs = ((j[m].double() - right[m]).abs().max() / scale for j in (got, torch_own))
+            assert mine <= max(1e-5, 20 * theirs), (m, float(mine), float(theirs))
+
+
+def test_random_programs_have_products() -> None:
+    """The table's own strategy makes them too; this one makes them every time."""
+    found: list[bool] = []
+
+    @settings(FAST, max_examples=60)
+    @given(programs())
+    def count(net: Network) -> None:
+        found.append(multiplies(net))
+
+    count()
+    assert any(found)

@@ -1,0 +1,300 @@
+"""The ways in which a chain can be cut and run on a GPU, each forced, on the host, against the oracle.
+
+The planner takes the way that it expects to be fastest; these tests take every one that fits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from gradkern.codegen.chain import FIELDS, KINDS
+from gradkern.codegen.cuda import lowering, slices
+from gradkern.codegen.cuda.cost import IN_NARROW, IN_QUADS, WALKS
+from gradkern.codegen.cuda.lowering import DeviceLowering
+from gradkern.codegen.cuda.weights import DeviceScatter, NarrowScatter, QuadScatter
+from gradkern.frontend import tracer
+from gradkern.planner import plan
+from gradkern.runtime import binding, executor
+from tests import oracle
+from tests.host_device import HostDevice, installed, library
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+FIELD = {name: k for k, name in enumerate(FIELDS)}
+WAYS = {WALKS: DeviceScatter, IN_QUADS: QuadScatter, IN_NARROW: NarrowScatter}
+
+
+def pooled(inputs: int, kernel: int, pool: int, seeds: int, stride: int = 1) -> nn.Module:
+    """Two convolutions with pools behind them and two linear layers: what slices, quads and narrow windows are for."""
+    return nn.Sequential(
+        nn.Conv1d(inputs, 16, kernel, padding="same" if stride == 1 else 1, stride=stride), nn.ReLU(),
+        nn.MaxPool1d(pool) if pool > 1 else nn.Identity(),
+        nn.Conv1d(16, 24, 5, padding=2), nn.ReLU(), nn.MaxPool1d(pool) if pool > 1 else nn.Identity(),
+        nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Linear(20, seeds),
+    )  # fmt: skip
+
+
+def planes(channels: int, pool: int, seeds: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(pool) if pool > 1 else nn.Identity(),
+        nn.Conv2d(channels, 12, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, seeds),
+    )  # fmt: skip
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "pool2": (lambda: pooled(1, 5, 2, 3), (1, 52)),
+    "pool2, 4 inputs": (lambda: pooled(4, 3, 2, 5), (4, 40)),
+    "pool4": (lambda: pooled(1, 3, 4, 7), (1, 80)),
+    "no pool": (lambda: pooled(1, 4, 1, 2), (1, 24)),
+    "stride": (lambda: pooled(1, 8, 1, 4, stride=2), (1, 50)),
+    "2-D, 8 channels": (lambda: planes(8, 2, 10), (1, 18, 22)),
+    "2-D, 6 channels": (lambda: planes(6, 2, 3), (1, 18, 20)),
+    "2-D, 5 channels": (lambda: planes(5, 2, 10), (1, 12, 10)),
+    "2-D, no first pool": (lambda: planes(4, 1, 1), (1, 12, 10)),
+}
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, way: int) -> None:
+    """Where it fits at all, transposed convolutions go that way."""
+    before = DeviceLowering.scatter_clocks
+
+    def clocks(self: DeviceLowering, layout: DeviceScatter, taps: int, pattern: bool) -> float:
+        return before(self, layout, taps, pattern) * (1e-6 if type(layout) is WAYS[way] else 1.0)
+
+    monkeypatch.setattr(DeviceLowering, "scatter_clocks", clocks)
+
+
+def slice_by(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """That many slices; 1: the wide layer whole."""
+    if count == 1:
+        monkeypatch.setattr(DeviceLowering, "variants", lambda self: [self.backward])
+        return
+    before = slices.sliced
+    monkeypatch.setattr(lowering, "SLICES", (count,))
+    monkeypatch.setattr(
+        DeviceLowering, "variants", lambda self: [before(self.backward, self.tables, count) or self.backward]
+    )
+
+
+def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
+    """The network's values and Jacobian on the host device, the oracle's, and the records of its only chain."""
+    make, shape = NETS[name]
+    torch.manual_seed(random.randrange(1 << 30))
+    model = make().eval()
+    model(torch.zeros(1, *shape))  # settles the lazy layer
+    model, x = model.to(dtype), torch.randn(n, *shape, dtype=torch.float64).to(dtype)
+    plan._chains.clear(), plan._plans.clear()
+    with torch.no_grad():
+        program = tracer.trace(model, (x,))
+        params = binding.bind(program, model)
+        with installed(HostDevice(**options)):
+            y, (found,) = executor.jacobian(program, params, (x,))
+            assert plan.cached_plan(program, found.shape[1], dtype).whole
+    (chain,) = plan._chains.values()
+    want_y, (want,) = oracle.jacobian(model, (x,))
+    return y, found, want_y, want, chain
+
+
+def ways_of(chain) -> set[int]:
+    transposed = KINDS.index("WindowT")
+    return {op[FIELD["fn"]] for op in chain.backward if op[FIELD["kind"]] == transposed and not op[FIELD["block"]]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETS)
+def test_transposed_convolutions(name: str, way: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, way)
+    slice_by(monkeypatch, count)
+    y, found, want_y, want, chain = solve(name)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    assert oracle.relative_error(found, want) < 1e-11
+    # Narrow windows are short and in one piece; quads want channels in fours.
+    if way == WALKS or (way == IN_QUADS and name != "2-D, 5 channels") or name in ("pool2", "no pool", "stride"):
+        assert way in ways_of(chain)
+
+
+@pytest.mark.parametrize("name", ["pool2", "pool4", "2-D, 8 channels"])
+def test_in_float32_with_many_seeds_and_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six quads a lane, several seeds a visit, and eight positions a thread are float's alone."""
+    prefer(monkeypatch, IN_QUADS)
+    y, found, want_y, want, _ = solve(name, torch.float32, 9, blocks=2)
+    assert oracle.relative_error(y, want_y) < 1e-5
+    assert oracle.disagreeing(found, want) <= 0.25  # a pattern flips
+
+
+def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    for count in (1, 2, 4):
+        slice_by(monkeypatch, count)
+        *_, chain = solve("pool2")
+        wide = [op for op in chain.backward if op[FIELD["block"]]]
+        kept.append(chain.sizes[1])
+        assert len(wide) >= count
+    assert kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of several groups reaches as far as its last group, into a border that nobody reads."""
+    slice_by(monkeypatch, 3)
+    model = nn.Sequential(
+        nn.Conv1d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv1d(16, 16, 5, padding=4, groups=groups), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Linear(20, 5),
+    )  # fmt: skip
+    monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
+    _, found, _, want, chain = solve("groups")
+    assert sum(op[FIELD["block"]] for op in chain.backward) == 3
+    assert oracle.relative_error(found, want) < 1e-11
+
+
+def test_what_cannot_be_sliced() -> None:
+    """No wide layer, a cotangent with two readers, fewer positions than slices."""
+    assert slices.sliced([], [], 2) is None
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 2, 3))
+    x = torch.randn(2, 1, 4)
+    program = tracer.trace(model.eval(), (x,))
+    made = plan.plan(program, 3, machine=HostDevice().machine)
+    assert made.whole
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind wide padding, the first and last positions read nothing but zeros."""
+    slice_by(monkeypatch, count)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, (5, 3), padding=(2, 1)), nn.ReLU(), nn.Conv2d(8, 12, (2, 3), padding=(5, 1)), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 2),
+    )  # fmt: skip
+    monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
+    _, found, _, want, chain = solve("border")
+    assert any(op[FIELD["block"]] for op in chain.backward)
+    assert oracle.relative_error(found, want) < 1e-11
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
+    """The taps of a dilated pool may all lie outside: the largest of no numbers."""
+    body = [nn.Conv1d(1, channels, 3, padding=1), nn.MaxPool1d(2, 4, 1, 2), nn.Flatten()]
+    model = nn.Sequential(*body[:2], *[nn.ReLU()][:relu], body[2]).double().eval()
+    x = torch.randn(2, 1, 1, dtype=torch.float64)
+    plan._chains.clear(), plan._plans.clear()
+    with torch.no_grad():
+        program = tracer.trace(model, (x,))
+        with installed(HostDevice()):
+            y, (found,) = executor.jacobian(program, binding.bind(program, model), (x,))
+        assert torch.equal(y, model(x))
+    assert not found.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("threads", "samples"), [(32, 7), (128, 7), (256, 7), (256, 60)])
+def test_warps_share_the_sums_of_a_small_layer(threads: int, samples: int, dtype: torch.dtype, monkeypatch) -> None:
+    """As many as have twelve terms each; where a sum's terms do not fit at once, for every piece of them."""
+    model = nn.Sequential(
+        nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 101), nn.Tanh(), nn.Linear(101, 50), nn.ReLU(), nn.Linear(50, 3)
+    )
+    monkeypatch.setitem(NETS, "small", (lambda: model, (9,)))
+    found, want = solve("small", dtype, samples, threads=threads)[1:4:2]
+    if dtype == torch.float64:
+        assert oracle.relative_error(found, want) < 1e-12
+    assert oracle.disagreeing(found, want) <= 0.15  # a pattern flips in float32
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_group_of_two_channels(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four channels lie on 16 bytes, and those of a group do not."""
+    model = nn.Sequential(nn.Conv1d(4, 32, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 9, 3))
+    monkeypatch.setitem(NETS, "groups", (lambda: model, (4, 9)))
+    y, _, want_y, _, _ = solve("groups", torch.float32, precision=precision)
+    assert oracle.relative_error(y, want_y) < (1e-2 if precision == "medium" else 1e-5)
+
+
+def test_rows_asked_for_ahead_of_time_are_there() -> None:
+    """Without a backward pass, no other weights lie behind those of the last linear layer."""
+    model = nn.Linear(64, 1000).eval()
+    program = tracer.trace(model, (torch.zeros(3, 64),))
+    made = plan.plan(program, 0, machine=HostDevice().machine)
+    chain = plan.chain_of(made, 0, 0, (), False)
+    (layout,) = chain.layouts
+    assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("pool", "relu"),
+    [
+        *((pool, relu) for relu in (True, False) for pool in map(nn.MaxPool1d, (2, 4, 3), (2, 4, 3))),
+        *((nn.MaxPool1d(2, 1), relu) for relu in (True, False)),
+        (nn.Identity(), True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [8, 7, 3])
+def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool, dtype: torch.dtype) -> None:
+    """Whole numbers, so that maxima meet and activations are exactly zero; a sample with a NaN."""
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv1d(2, channels, 3, padding=1), nn.ReLU() if relu else nn.Identity(), pool, nn.Flatten(), nn.LazyLinear(3)
+    ).eval()
+    x = torch.randint(-1, 2, (4, 2, 21)).to(dtype)
+    model(torch.zeros(1, 2, 21))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randint(-1, 2, p.shape))
+    model = model.to(dtype)
+    x[3, 0, 5] = float("nan")
+    plan._chains.clear(), plan._plans.clear()
+    with torch.no_grad():
+        program = tracer.trace(model, (x[:3],))
+        with installed(HostDevice()):
+            y, (found,) = executor.jacobian(program, binding.bind(program, model), (x,))
+    joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
+    overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)
+    (chain,) = plan._chains.values()
+    windows = [op for op in chain.forward if op[FIELD["kind"]] == KINDS.index("Window")]
+    assert (windows[0][FIELD["taps"]] > 0) == (joined is not None and not overlaps)
+    rows = x.detach().clone().requires_grad_(True)
+    want_y = model(rows)
+    want = torch.stack([torch.autograd.grad(want_y[:, s].sum(), rows, retain_graph=True)[0] for s in range(3)], 1)
+    assert torch.equal(torch.isnan(y), torch.isnan(want_y))
+    assert torch.equal(y[:3], want_y[:3].detach())
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 48, 1000, 65535, 65536, 46341, 2**30 + 1, 2**31 - 1])
+def test_division_by_a_number_that_stays(divisor: int) -> None:
+    edges = [0, 1, divisor - 1, divisor, min(2 * divisor, 2**31 - 1), 2**31 - 1, 2**31 - 2]
+    near = [min(max(k * divisor + d, 0), 2**31 - 1) for k in (3, 1000, 46340) for d in (-1, 0, 1)]
+    drawn = torch.randint(2**31 - 1, (5000,)).tolist()
+    numbers = [min(n, 2**31 - 1) for n in edges + near + drawn]
+    made, quotients, rests = ((ctypes.c_int * len(numbers))() for _ in range(3))
+    made[:] = numbers
+    library().gk_divide(made, len(numbers), divisor, quotients, rests)
+    assert list(quotients) == [n // divisor for n in numbers]
+    assert list(rests) == [n % divisor for n in numbers]
+
+
+def test_the_time_of_every_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks.gpu_records`: a row per record, with what the planner expects; the last launch is the whole chain."""
+    from benchmarks import gpu_records
+
+    model = pooled(1, 5, 2, 3)
+    model(torch.zeros(1, 1, 52))
+    x = torch.randn(3, 1, 52)
+    with installed(HostDevice(threads=32)):
+        rows = gpu_records.records(model.eval().requires_grad_(False), x, processors=1, seconds=0.0)
+    assert {r.part for r in rows} == {"forward", "backward"}
+    assert [r.kind for r in rows][-1] == "StoreT"
+    assert all(r.expected > 0 for r in rows)
+    text = gpu_records.table("net", len(x), rows)
+    assert len(text) == len(rows) + 3
+    assert f"{sum(r.measured for r in rows):.3f}" in text[-1]

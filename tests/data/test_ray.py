@@ -1,0 +1,48 @@
+"""Runs on a local Ray cluster: the store is that of a run without Ray, also where a worker is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradkern
+from gradkern.data import run
+from tests.cases import CASES
+from tests.data.test_resume import assert_same
+from tests.kill_runs import OPTIONS, problem
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("ray", reason="Ray is not installed")
+
+
+def test_a_killed_worker_changes_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.ray_run", str(tmp_path / "ray.zarr")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert 10 <= said["finished"] < said["chunks"], "no worker was killed in the middle"
+    assert said["done"] == said["chunks"]
+    model, x = problem()
+    run(model, x, tmp_path / "alone.zarr", threads=1, **OPTIONS)
+    assert_same(tmp_path / "ray.zarr", tmp_path / "alone.zarr")
+
+
+def test_map_batches_callable():
+    from gradkern.data.ray import Attribute
+
+    case = CASES["lenet5"]
+    model, x = case.build(), case.inputs(5)[0]
+    attribute = Attribute(model, targets=[3, 1], columns="image")
+    found = attribute({"image": x.numpy(), "label": np.arange(5)})
+    assert set(found) == {"image", "label", "attributions", "predictions"}
+    expected = gradkern.jacobian(model, x, [3, 1], engine="kernel").abs()
+    assert torch.equal(torch.from_numpy(found["attributions"]), expected)
+    np.testing.assert_allclose(found["predictions"], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got \['image'\], but the batch has \['label'\]"):
+        attribute({"label": np.arange(5)})

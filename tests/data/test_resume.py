@@ -1,0 +1,269 @@
+"""Runs that are killed, that fill the disk, that are given another model: nothing finished is ever lost or wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradkern
+from gradkern.data import DiskFull, Mismatch, Results, merge, run
+from gradkern.data import methods as data_methods
+from tests import kill_runs
+from tests.cases import CASES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(seed: int = 0, samples: int = 40) -> tuple[torch.nn.Module, torch.Tensor]:
+    case = CASES["cnn1d_strided"]
+    return case.build(seed), case.inputs(samples)[0]
+
+
+def content(out: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a store, reductions included."""
+    results = Results.open(out)
+    names = [name for name, _ in results.group.arrays()]
+    names += [f"reductions/{name}" for name, _ in results.group["reductions"].arrays()]
+    return {name: np.asarray(results.array(name)[...]) for name in names}
+
+
+def assert_same(a: str | Path, b: str | Path) -> None:
+    first, second = content(a), content(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+
+
+def test_killed_at_random_moments_ends_bit_equal(tmp_path):
+    command = [sys.executable, "-m", "tests.kill_runs", str(tmp_path / "killed.zarr"), "22", "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["killed"] == 22
+    assert said["status"] == 0
+    finished = said["finished"]
+    assert finished == sorted(finished), "a kill has undone finished chunks"
+    assert 0 < finished[-1] < kill_runs.SAMPLES // kill_runs.CHUNK
+    assert len(set(finished)) >= 5, "the kills did not hit runs at work"
+    model, x = kill_runs.problem()
+    whole = run(model, x, tmp_path / "whole.zarr", **kill_runs.OPTIONS)
+    assert_same(tmp_path / "killed.zarr", tmp_path / "whole.zarr")
+    assert whole.about["exact"]
+    assert torch.equal(whole.maps(0, len(x)), gradkern.jacobian(model, x, engine="kernel").abs())
+    assert not list((tmp_path / "killed.zarr").rglob("*.partial"))
+    assert not list(tmp_path.glob(".killed*")) or finished[0] == 0  # killed while the store was made
+
+
+def test_continuing_computes_only_what_is_missing(tmp_path, monkeypatch):
+    model, x = small()
+    seen: list[int] = []
+    original = data_methods.METHODS["saliency"]
+
+    def counting(batch):
+        seen.append(len(batch.inputs[0]))
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return original(batch)
+
+    monkeypatch.setitem(data_methods.METHODS, "saliency", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, x, tmp_path / "a.zarr", chunk=8)
+    done = Results.open(tmp_path / "a.zarr").done
+    assert 0 < done <= 3
+    seen[:] = [0] * 6
+    run(model, x, tmp_path / "a.zarr", chunk=8)
+    assert len(seen) - 6 - 2 == 5 - done  # two calls are the look at the first samples
+    seen[:] = [0] * 6
+    run(model, x, tmp_path / "a.zarr")
+    assert len(seen) == 8
+
+
+def test_full_disk_keeps_what_is_finished(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        model, x = small(samples=512)  # 1.3 MB of maps
+        with pytest.raises(DiskFull, match=r"chunks finished. They are kept: free some space and run the same again"):
+            run(model, x, disk / "a.zarr", chunk=32, reductions=["mean_abs"])
+        kept = Results.open(disk / "a.zarr").ledger.finished()
+        assert 0 < len(kept) < 16
+        times = {c: (disk / f"a.zarr/attributions/c.{c}.0.0.0").stat().st_mtime_ns for c in kept}
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        run(model, x, disk / "a.zarr", chunk=32, reductions=["mean_abs"])
+        for c, at in times.items():
+            assert (disk / f"a.zarr/attributions/c.{c}.0.0.0").stat().st_mtime_ns == at
+        run(model, x, tmp_path / "b.zarr", chunk=32, reductions=["mean_abs"])
+        assert_same(disk / "a.zarr", tmp_path / "b.zarr")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": CASES["cnn1d_strided"].build(5)}, "the model has other weights"),
+        ({"model": CASES["cnn1d"].build()}, "computes something else"),
+        ({"method": "jacobian"}, "method differs: the store has saliency, this call jacobian"),
+        ({"targets": [0]}, "targets differs"),
+        ({"reductions": ["mean"]}, "reductions differs"),
+        ({"source": torch.zeros(40, 1, 224)}, "the source has other content"),
+        ({"source": torch.zeros(41, 1, 224)}, "another number of samples: the store has 40, this call 41"),
+        ({"dtype": "float16"}, "dtype differs"),
+    ],
+)
+def test_another_run_is_refused_and_nothing_changes(tmp_path, change, words):
+    model, x = small()
+    run(model, x, tmp_path / "a.zarr", chunk=16)
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "a.zarr").rglob("*")) if p.is_file()}
+    given = {"model": model, "source": x, **change}
+    with pytest.raises(Mismatch, match=words):
+        run(given.pop("model"), given.pop("source"), tmp_path / "a.zarr", **given)
+    assert before == {p: p.read_bytes() for p in sorted((tmp_path / "a.zarr").rglob("*")) if p.is_file()}
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    model, x = small()
+    with pytest.raises(ValueError, match="is no zarr store"):
+        run(model, x, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_what_pins_the_bits_holds_on_resume(tmp_path, monkeypatch):
+    model, x = small()
+    threads = []
+    original = data_methods.METHODS["saliency"]
+
+    def looking(batch):
+        threads.append(torch.get_num_threads())
+        return original(batch)
+
+    monkeypatch.setitem(data_methods.METHODS, "saliency", looking)
+    first = run(model, x, tmp_path / "a.zarr", chunk=8, threads=2, shard=(0, 2))
+    assert first.about["pinned"]["threads"] == 2
+    assert not first.about["finished"]
+    second = run(model, x, tmp_path / "a.zarr", threads=1, chunk=20)
+    assert set(threads[2:4]) == {2}
+    assert set(threads[4:]) == {2}
+    assert torch.get_num_threads() == 1
+    assert second.about["finished"]
+    assert second.chunk == 8
+
+
+def test_another_instruction_set_is_equal_within_a_tolerance_and_says_so(tmp_path):
+    program = (
+        "import sys; from tests.data.test_resume import small; from gradkern.data import run; import torch\n"
+        "torch.set_num_threads(1); model, x = small()\n"
+        "run(model, x, sys.argv[1], chunk=8, shard=(int(sys.argv[2]), 2), method='jacobian')\n"
+    )
+
+    def start(out: str, shard: int, isa: str | None) -> None:
+        environment = {**os.environ, **({"GRADKERN_ISA": isa} if isa else {})}
+        if isa is None:
+            environment.pop("GRADKERN_ISA", None)
+        command = [sys.executable, "-c", program, str(tmp_path / out), str(shard)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+    start("pinned.zarr", 0, "portable")
+    start("pinned.zarr", 1, None)  # the store's instruction set is taken up again
+    pinned = Results.open(tmp_path / "pinned.zarr")
+    assert pinned.about["pinned"]["isa"] == "portable"
+    assert pinned.about["exact"]
+    start("mixed.zarr", 0, "portable")
+    machine = gradkern.runtime.ops.machine()
+    if machine is None or machine.isa == "portable":
+        pytest.skip("this machine has one instruction set only")
+    start("mixed.zarr", 1, machine.isa)
+    mixed = Results.open(tmp_path / "mixed.zarr")
+    assert not mixed.about["exact"]
+    assert mixed.about["notes"] == [f"isa {machine.isa} instead of portable"]
+    a, b = (r.maps(0, 40) for r in (pinned, mixed))
+    assert float((a - b).abs().max()) <= mixed.about["tolerance"] * float(a.abs().max())
+
+
+def test_out_of_memory_backs_off_and_says_so(tmp_path, monkeypatch):
+    model, x = small()
+    original = data_methods.METHODS["jacobian"]
+
+    def hungry(batch):
+        if len(batch.inputs[0]) > 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return original(batch)
+
+    whole = run(model, x, tmp_path / "a.zarr", method="jacobian", chunk=16, reductions=["mean_abs"])
+    monkeypatch.setitem(data_methods.METHODS, "jacobian", hungry)
+    found = run(model, x, tmp_path / "b.zarr", method="jacobian", chunk=16, reductions=["mean_abs"])
+    assert found.about["notes"] == ["batches were halved for lack of memory"]
+    assert not found.about["exact"]
+    near = found.about["tolerance"] * float(whole.maps(0, 40).abs().max())
+    assert float((whole.maps(0, 40) - found.maps(0, 40)).abs().max()) <= near
+    np.testing.assert_allclose(found.reduction("mean_abs"), whole.reduction("mean_abs"), atol=near)
+
+    def hopeless(batch):
+        raise MemoryError
+
+    monkeypatch.setitem(data_methods.METHODS, "jacobian", hopeless)
+    with pytest.raises(MemoryError):
+        run(model, x, tmp_path / "c.zarr", method="jacobian")
+
+
+def test_four_shards_in_four_processes_make_one_run(tmp_path):
+    program = (
+        "import sys; from tests.data.test_resume import small; from gradkern.data import run; import torch\n"
+        "torch.set_num_threads(1); model, x = small(samples=100)\n"
+        "run(model, x, sys.argv[1], chunk=7, shard=(int(sys.argv[2]), 4), "
+        "reductions=['mean_abs', 'mean', 'variance', 'max_abs', 'ranks', 'importance'])\n"
+    )
+    out = tmp_path / "shards.zarr"
+    shards = [subprocess.Popen([sys.executable, "-c", program, str(out), str(i)], cwd=ROOT) for i in range(4)]
+    assert [s.wait() for s in shards] == [0, 0, 0, 0]
+    model, x = small(samples=100)
+    names = ["mean_abs", "mean", "variance", "max_abs", "ranks", "importance"]
+    run(model, x, tmp_path / "whole.zarr", chunk=7, reductions=names)
+    merge(out)
+    assert_same(out, tmp_path / "whole.zarr")
+
+
+def test_shards_in_stores_of_their_own_merge_to_one_run(tmp_path):
+    model, x = small(samples=100)
+    options = {"chunk": 7, "reductions": ["mean_abs", "variance"], "top_features": 3}
+    parts = [tmp_path / f"part{i}.zarr" for i in range(3)]
+    for i, part in enumerate(parts):
+        run(model, x, part, shard=(i, 3), **options)
+    with pytest.raises(ValueError, match=r"10 of 15 chunks are not finished \(the first is 5, samples 35 on\)"):
+        merge(parts[0])
+    merged = merge(parts[0], parts[1:])
+    assert merged.about["finished"]
+    run(model, x, tmp_path / "whole.zarr", **options)
+    assert_same(parts[0], tmp_path / "whole.zarr")
+    other = tmp_path / "other.zarr"
+    run(small(3)[0], x, other, **options)
+    with pytest.raises(Mismatch, match="other weights"):
+        merge(parts[0], [other])
+
+
+@pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 2), 3, (0.0, 2)])
+def test_a_shard_that_makes_no_sense(tmp_path, shard):
+    model, x = small()
+    with pytest.raises(ValueError, match="shard"):
+        run(model, x, tmp_path / "a.zarr", shard=shard)
+    assert not (tmp_path / "a.zarr").exists()

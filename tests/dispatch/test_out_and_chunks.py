@@ -1,0 +1,149 @@
+"""`gradkern.jacobian` into the caller's memory, in chunks, and within a budget; `gradkern.iter_jacobian`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradkern
+from gradkern.dispatch import eager
+from gradkern.dispatch.request import Job, jacobian_choice
+from gradkern.util.options import ENGINES, BadValue
+from tests.cases import net
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_out_tensor(engine):
+    model, (x,) = net()
+    want = gradkern.jacobian(model, x, engine=engine)
+    out = torch.full_like(want, torch.nan)
+    assert gradkern.jacobian(model, x, out=out, engine=engine) is out
+    torch.testing.assert_close(out, want)
+    strided = torch.full((*want.shape, 2), torch.nan, dtype=want.dtype)[..., 0]
+    gradkern.jacobian(model, x, out=strided, engine=engine)
+    torch.testing.assert_close(strided, want)
+    half = torch.empty(want.shape, dtype=torch.float16)
+    gradkern.jacobian(model, x, out=half, engine=engine)
+    torch.testing.assert_close(half, want.half())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_out_memory_map(tmp_path, engine):
+    model, (x,) = net(n=40)
+    want = gradkern.jacobian(model, x, engine=engine)
+    mapped = np.memmap(tmp_path / "j.bin", dtype=np.float64, mode="w+", shape=tuple(want.shape))
+    with gradkern.use(memory_budget=50_000):
+        assert gradkern.jacobian(model, x, out=mapped, engine=engine) is mapped
+    mapped.flush()
+    again = np.memmap(tmp_path / "j.bin", dtype=np.float64, mode="r", shape=tuple(want.shape))
+    torch.testing.assert_close(torch.from_numpy(np.array(again)), want)
+    with pytest.raises(BadValue, match="read-only"):
+        gradkern.jacobian(model, x, out=again, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_out_of_several_inputs_and_axes(engine):
+    model, inputs = net("two_inputs")
+    want = gradkern.jacobian(model, inputs, engine=engine)
+    out = tuple(torch.empty_like(w) for w in want)
+    gradkern.jacobian(model, inputs, out=out, engine=engine)
+    torch.testing.assert_close(out, want)
+    model, (x,) = net("softmax_axis")
+    want = gradkern.jacobian(model, x, engine=engine)
+    out = torch.empty_like(want)
+    gradkern.jacobian(model, x, out=out, engine=engine)
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "words"),
+    [
+        (torch.empty(5, 3, 2, 15), ValueError, r"got shape \[5, 3, 2, 15\]"),
+        ((torch.empty(1), torch.empty(1)), ValueError, "got 2 tensors, expected 1"),
+        ("full-int", TypeError, "int64"),
+        ("full-grad", ValueError, "requires grad"),
+        ([[1.0]], TypeError, "list"),
+    ],
+)
+def test_bad_out(out, error, words):
+    model, (x,) = net()
+    shape = (5, 3, *x.shape[1:])
+    if out == "full-int":
+        out = torch.empty(shape, dtype=torch.long)
+    elif isinstance(out, str):
+        out = torch.empty(shape, requires_grad=True)
+    with pytest.raises(error, match=words):
+        gradkern.jacobian(model, x, out=out, engine="autograd")
+
+
+def test_a_result_beyond_the_machine_is_refused_with_a_forecast():
+    x = torch.zeros(1, 1).expand(1 << 20, 1 << 20)  # no memory
+    with pytest.raises(MemoryError, match=r"GiB.*iter_jacobian"):
+        Job(nn.Identity(), (x,), (0,), jacobian_choice(None)).open((1 << 10,))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("budget", [1, 40_000, 1 << 20])
+def test_chunks_change_nothing(engine, budget):
+    model, (x,) = net("maxpool1d", n=37)
+    want = gradkern.jacobian(model, x, engine="autograd")
+    with gradkern.use(engine, memory_budget=budget):
+        torch.testing.assert_close(gradkern.jacobian(model, x), want)
+        per_sample = torch.arange(37 * 2).view(37, 2) % 3
+        got = gradkern.jacobian(model, x, per_sample)
+    torch.testing.assert_close(got, torch.stack([want[n, per_sample[n]] for n in range(37)]))
+
+
+def test_autograd_stays_within_its_budget():
+    """The bytes that one forward saves for the backward pass never exceed the budget."""
+    model, (x,) = net("lenet5", n=64, dtype=torch.float32)
+    budget = 2 << 20
+    seen = []
+    real = eager.fill
+
+    def watching(job, start, stop, *args, **kwargs):
+        with eager._saved_bytes(job.module) as meter:
+            real(job, start, stop, *args, **kwargs)
+        seen.append((stop - start, meter.bytes))
+
+    eager.fill = watching
+    try:
+        with gradkern.use("autograd", memory_budget=budget):
+            gradkern.jacobian(model, x)
+    finally:
+        eager.fill = real
+    assert sum(n for n, _ in seen) == 64
+    assert len(seen) > 1
+    assert max(b for _, b in seen) <= budget
+
+
+@pytest.mark.parametrize(("stop", "chunk"), [(10, 3), (257, 256), (5, 100), (0, 4), (7, 1)])
+def test_spans_are_even(stop, chunk):
+    parts = list(eager.spans(0, stop, chunk))
+    assert [a for a, _ in parts] == [0, *[b for _, b in parts]][: len(parts)]
+    assert sum(b - a for a, b in parts) == stop
+    assert not parts or max(b - a for a, b in parts) <= chunk
+    assert not parts or max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_iter_jacobian(engine):
+    model, (x,) = net(n=11)
+    want = gradkern.jacobian(model, x, engine=engine)
+    for chunk in (1, 4, 11, 50, None):
+        parts = list(gradkern.iter_jacobian(model, x, chunk=chunk, engine=engine))
+        assert chunk is None or max(len(p) for p in parts) <= chunk
+        torch.testing.assert_close(torch.cat(parts), want)
+    with gradkern.use(memory_budget=want[0].nbytes * 3):
+        assert len(list(gradkern.iter_jacobian(model, x, engine=engine))) == 4
+    per_sample = torch.arange(11)[:, None] % 3
+    parts = list(gradkern.iter_jacobian(model, x, per_sample, chunk=4, engine=engine))
+    torch.testing.assert_close(torch.cat(parts), want[torch.arange(11), per_sample[:, 0]][:, None])
+    pairs = list(gradkern.iter_jacobian(model, (x,), gradkern.TopK(1), chunk=4, engine=engine))
+    index = torch.cat([i for _, i in pairs])
+    assert torch.equal(index[:, 0], model(x).argmax(1))
+    torch.testing.assert_close(torch.cat([j for (j,), _ in pairs])[:, 0], want[torch.arange(11), index[:, 0]])
+    with pytest.raises(BadValue, match="chunk"):
+        gradkern.iter_jacobian(model, x, chunk=0)  # at once, not at the first piece

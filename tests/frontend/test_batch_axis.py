@@ -1,0 +1,196 @@
+"""Tensors that have the batch elsewhere than in front: what is followed sample by sample, and what is not; masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradkern
+from gradkern.frontend.tracer import trace
+from gradkern.ir.calls import form_params
+from gradkern.ir.program import Contract, Index, Opaque, View
+from gradkern.runtime.binding import bind
+from tests import oracle
+from tests.cases import CASES
+from tests.frontend.test_tracer import Net, forms, proposed
+
+
+class LastState(nn.Module):
+    """The last output, or the last cell, of an LSTM that has sequences first: the batch is axis 1 all the way."""
+
+    def __init__(self, cell: bool) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 4)
+        self.fc, self.cell = nn.Linear(4, 3), cell
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, T, 2] -> [N, 3]
+        _, states = self.lstm(x.transpose(0, 1))
+        return self.fc(states[self.cell][-1])
+
+
+def test_lstm_state_stays_inside_its_call() -> None:
+    program = proposed(LastState(cell=True), (5, 2))
+    assert forms(program)[-2:] == [Opaque, Contract]
+    assert "aten.lstm.input" in program.steps[-2].op
+
+
+def test_the_last_output_of_an_lstm_is_its_last_step() -> None:
+    program = proposed(LastState(cell=False), (5, 2))
+    assert forms(program) == [Opaque, Index, View, Contract]
+    assert program.steps[0].form.call.args[-1] is True  # batch first
+
+
+@pytest.mark.parametrize("name", ["heads_in_front", "sequence_first", "sequence_first_last"])
+def test_a_batch_that_moves_is_followed(name: str) -> None:
+    case = CASES[name]
+    program = trace(case.build(), case.inputs(3))
+    assert Opaque not in forms(program)
+    assert all(len(step.shape) <= 3 for step in program.steps if not isinstance(step.form, View))
+
+
+class ViewedWrong(nn.Module):
+    """Sequences first by a view instead of a transpose, for a table of positions: samples mix, once it is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.fc = nn.Parameter(torch.zeros(5, 1, 4)), nn.Linear(20, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 5, 4] -> [N, 3]
+        rows = x.tanh().reshape(x.shape[0] * 5, 4).view(5, x.shape[0], 4)
+        return self.fc((rows * self.places).reshape(x.shape[0] * 5, 4).view(x.shape).flatten(1) + x.flatten(1))
+
+
+def test_samples_that_are_viewed_in_another_order_are_not_followed() -> None:
+    """Nothing mixes where the table is zero, so that comparing numbers cannot find it."""
+    model = ViewedWrong().double().eval()
+    program = trace(model, (torch.randn(3, 5, 4, dtype=torch.float64),))
+    assert any(isinstance(step.form, Opaque) and "view" in step.op for step in program.steps)
+
+
+JOINED = {
+    "samples in front": lambda net, x: rowwise(net, x.reshape(-1, 4)).view(-1, 5, 4).mean(1),
+    "samples behind": lambda net, x: rowwise(net, x.transpose(0, 1).reshape(-1, 4)).view(5, -1, 4).mean(0),
+}
+
+
+def rowwise(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for _ in range(8):
+        x = x + net.fc(x).tanh()
+    return x
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_long_nets_of_rows_are_followed(name: str) -> None:
+    """Where an op has no form that way (log1p), the tensor so far is told by its value, not by all that made it."""
+    assert Opaque not in forms(proposed(Net(JOINED[name]), (5, 4)))
+    tail = proposed(
+        Net(lambda net, x: JOINED[name](net, torch.log1p(rowwise(net, x.reshape(-1, 4)).abs()).view_as(x))), (5, 4)
+    )
+    assert sum(isinstance(step.form, Opaque) for step in tail.steps) == 1
+
+
+def test_constants_of_more_axes_than_a_moved_tensor() -> None:
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        scores = (x.transpose(0, 1) + net.places)[0].masked_fill(net.later, -torch.inf)  # [1, 5, N, 4]
+        return net.fc(scores.softmax(3).mean(1)[0])
+
+    model = Net(run, places=nn.Parameter(torch.randn(1, 5, 1, 4)), later=torch.ones(1, 5, 1, 4).triu(1).bool())
+    assert Opaque not in forms(proposed(model, (5, 4)))
+
+
+def test_a_recurrent_net_over_samples_and_channels() -> None:
+    """Each sample has three sequences."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net.fc(net.lstm(x.reshape(-1, 5, 2).transpose(0, 1))[0][-1].view(-1, 3, 4).mean(1))
+
+    proposed(Net(run, lstm=nn.LSTM(2, 4)), (3, 5, 2))
+
+
+@pytest.mark.parametrize("causal", ["flag", "numbers", "booleans", "written out", "filled"])
+def test_masks_that_are_constant(causal: str) -> None:
+    """Nothing infinite is left, so that kernels run; nothing looks ahead."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.fc = nn.Linear(4, 12), nn.Linear(4, 3)
+            self.register_buffer("later", torch.ones(5, 5).triu(1).bool())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 5, 4] -> [N, 3]
+            q, k, v = self.qkv(x).unflatten(2, (6, 2)).transpose(1, 2).chunk(3, dim=1)  # each [N, 2, 5, 2]
+            numbers = torch.zeros(5, 5, dtype=x.dtype).masked_fill(self.later, -torch.inf)
+            if causal in ("written out", "filled"):
+                scores = q @ k.transpose(2, 3)
+                scores = scores + numbers if causal == "written out" else scores.masked_fill(self.later, -torch.inf)
+                y = scores.softmax(-1) @ v
+            else:
+                mask = {"flag": None, "numbers": numbers, "booleans": ~self.later}[causal]
+                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            return self.fc(y.transpose(1, 2).flatten(2)[:, 2])
+
+    model, x = Masked().double().eval(), torch.randn(4, 5, 4, dtype=torch.float64)
+    program = trace(model, (x,))
+    assert Opaque not in forms(program)
+    bound = bind(program, model)
+    assert all(bound[p.name].isfinite().all() for step in program.steps for p in form_params(step.form))
+    found = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
+    assert not found[:, :, 3:].any()
+
+
+def test_all_samples_of_a_moved_tensor_are_a_slice() -> None:
+    model = Net(lambda net, x: net.fc(x.transpose(0, 1)[:, :, 1:].relu()[1:, :].mean(0)), width=3)
+    assert Opaque not in forms(proposed(model, (5, 4)))
+
+
+EMPTY = {
+    "beside": lambda net, x: net.fc(torch.cat([x, x[:, :0].tanh()], 1).mean(1)),
+    "moved": lambda net, x: net.fc(torch.cat([x.transpose(0, 1), x.transpose(0, 1)[:0].unsqueeze(3)[..., 0]]).mean(0)),
+    "viewed": lambda net, x: net.fc(
+        torch.cat([x, x.transpose(0, 1)[:, :, :0].tanh().unsqueeze(2)[:, :, 0].transpose(0, 1)], 2).mean(1)
+    ),
+    "no mean": lambda net, x: net.fc(x[:, 0].where(x[:, :4, :0].mean(2).isnan(), 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_parts(name: str) -> None:
+    model, x = Net(EMPTY[name]).double().eval(), torch.randn(3, 5, 4, dtype=torch.float64)
+    trace(model, (x,))
+    found = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masked_attention_that_gives_its_weights(batch_first: bool, average: bool) -> None:
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(5, 5).triu(1).bool()
+        x = x if batch_first else x.transpose(0, 1)
+        y, weights = net.layer(x, x, x, attn_mask=later, average_attn_weights=average)
+        return net.fc(y.mean(1 if batch_first else 0)) + weights.flatten(1)[:, :4]
+
+    layer = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+    assert Opaque not in forms(proposed(Net(run, layer=layer), (5, 4)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_fills_hide_what_is_not_finite(value: float) -> None:
+    model = Net(lambda net, x: net.fc(x.masked_fill(torch.arange(4) > 1, 0.0)).tanh()).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    x[1, 3] = value
+    found = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
+
+
+def test_fills_behind_a_logarithm_are_followed() -> None:
+    """The logarithm of nothing is -inf, and is filled."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        later = torch.ones(5, 4).triu(1).bool()
+        return net.fc(x.masked_fill(later, -torch.inf).log_softmax(2).masked_fill(later, 0.0))
+
+    proposed(Net(run), (5, 4))

@@ -1,0 +1,128 @@
+"""Seeds at a bottleneck: the choice is minimal under the cost model, and the result is the same."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gradkern
+from gradkern.frontend import tracer
+from gradkern.ir.cost import forward_macs
+from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step, Sum
+from gradkern.passes import bottleneck
+from gradkern.planner import plan
+from gradkern.runtime import executor
+from gradkern.runtime.binding import bind
+from tests import oracle
+from tests.networks import NETWORKS
+
+
+@st.composite
+def programs(draw):
+    """Linear layers, functions and sums over earlier values of equal width, wired at random."""
+    inputs = (draw(st.integers(1, 30)),)
+    shapes, steps = [inputs], []
+    for k in range(draw(st.integers(1, 9))):
+        v = draw(st.integers(max(0, len(shapes) - 3), len(shapes) - 1))
+        kind = draw(st.sampled_from(["dense", "dense", "relu", "sum"]))
+        if kind == "dense":
+            shape = (draw(st.integers(1, 40)),)
+            steps.append(Step(Contract(Dense(), Param(f"w{k}")), (v,), shape))
+        elif kind == "relu":
+            shape = shapes[v]
+            steps.append(Step(Scale("relu"), (v,), shape))
+        else:
+            shape = shapes[v]
+            other = draw(st.sampled_from([u for u, s in enumerate(shapes) if s == shape]))
+            steps.append(Step(Sum(), (v, other), shape))
+        shapes.append(shape)
+    return Program((inputs,), tuple(steps), len(steps))
+
+
+def crosses_all(program, value):
+    """By the definition: without ``value``, no path leads from an input to the output."""
+    base = len(program.inputs)
+
+    def reaches(v):
+        if v == value:
+            return False
+        return v < base or any(reaches(u) for u in program.steps[v - base].inputs)
+
+    return not reaches(program.output)
+
+
+def plain_cost(program, seeds, value):
+    """Multiply-adds by the definition: how many cotangents cross each step that leads to the output."""
+    base = len(program.inputs)
+
+    def leads(v, to):
+        return v == to or any(leads(base + i, to) for i, s in enumerate(program.steps) if v in s.inputs)
+
+    total = 0
+    for i in range(len(program.steps)):
+        if leads(base + i, program.output):
+            narrow = value is not None and leads(base + i, value)
+            total += forward_macs(program, i) * (math.prod(program.shape(value)) if narrow else seeds)
+    if value is not None:
+        total += seeds * math.prod(program.shape(value)) * sum(math.prod(s) for s in program.inputs)
+    return total
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs(), st.integers(1, 60))
+def test_choice_is_minimal(program, seeds):
+    found = bottleneck.choose(program, seeds)
+    base = len(program.inputs)
+    places = [v for v in range(base, program.output) if crosses_all(program, v)]
+    best = min(plain_cost(program, seeds, v) for v in [None, *places])
+    plain = plain_cost(program, seeds, None)
+    assert (found is None) == (plain < bottleneck.WORTHWHILE * best or best == plain)
+    if found is not None:
+        assert found.value in places
+        assert found.cost == plain_cost(program, seeds, found.value) == best < found.plain == plain
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_result_is_the_same(per_sample):
+    case = NETWORKS["basset"].small
+    model, inputs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
+    program = tracer.trace(model, inputs)
+    assert plan.plan(program, program.outputs, torch.float64).cut is not None
+    targets = torch.arange(program.outputs).flip(0)
+    if per_sample:
+        targets = torch.stack([targets.roll(k) for k in range(3)])
+    _, (got,) = executor.jacobian(program, bind(program, model), inputs, targets)
+    _, (want,) = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(got, oracle.pick(want, targets)) <= 1e-10
+
+
+def test_explain_shows_the_cut():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 8), nn.ReLU(), nn.Linear(8, 60)).eval()
+    found = gradkern.explain(model, torch.randn(2, 20), show=False)
+    assert found.cut.width == 8
+    assert "seeds start at" in str(found)
+    assert "times fewer" in str(found)
+
+
+def test_narrow_outputs_have_no_cut():
+    case = NETWORKS["lenet5"].small
+    program = tracer.trace(case.build(), case.inputs(2))
+    assert plan.plan(program, program.outputs).cut is None
+
+
+@pytest.mark.parametrize("function", ["guided_relu", "open_relu"])
+def test_no_cut_where_the_backward_is_not_linear(function):
+    """A guided ReLU keeps the positive part of a cotangent, so Jacobians of the two halves must not be multiplied."""
+
+    def network(f):
+        forms = [Contract(Dense(), Param("a")), Scale(f), Contract(Dense(), Param("b")), Contract(Dense(), Param("c"))]
+        shapes = ((400,), (400,), (6,), (200,))
+        steps = [Step(form, (k,), shape) for k, (form, shape) in enumerate(zip(forms, shapes, strict=True))]
+        return Program(((300,),), tuple(steps), 4)
+
+    assert bottleneck.choose(network("relu"), 200) is not None
+    assert bottleneck.choose(network(function), 200) is None

@@ -1,0 +1,161 @@
+"""Plans: which way each step goes, groups and their order, shares, what is printed, what is remembered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradkern.ir.program import (
+    Call,
+    Contract,
+    Dense,
+    Opaque,
+    Param,
+    Product,
+    Program,
+    Scale,
+    Select,
+    Step,
+    Sum,
+    Value,
+    View,
+    Windows,
+)
+from gradkern.planner import plan
+from tests.cases import BENCH, TRACEABLE
+from tests.traced import program_of
+
+W = Windows((3,), (1,), ((1, 1),), (1,))
+CONV = Contract(W, Param("w"), Param("b"))
+CUMSUM = Opaque(Call("aten.cumsum.default", (Value(1), 2)), "a running sum has no form")
+
+
+def make(*steps: Step, output: int | None = None, inputs=((4, 8),)) -> Program:
+    return Program(inputs, steps, len(inputs) + len(steps) - 1 if output is None else output)
+
+
+def split() -> Program:
+    """conv → cumsum (torch) → relu → + conv → linear."""
+    return make(
+        Step(CONV, (0,), (4, 8), "aten.conv1d.default", "body.0"),
+        Step(CUMSUM, (1,), (4, 8), "aten.cumsum.default", "body.1"),
+        Step(Scale("relu"), (2,), (4, 8)),
+        Step(Sum(), (3, 1), (4, 8)),
+        Step(View(), (4,), (32,)),
+        Step(Contract(Dense(), Param("f")), (5,), (3,), "aten.linear.default", "head"),
+    )
+
+
+def test_a_network_of_kernels_is_one_group():
+    p = plan.plan(make(Step(CONV, (0,), (4, 8)), Step(Scale("relu"), (1,), (4, 8))), 5)
+    assert p.whole
+    assert p.native_share == p.fused_share == 1.0
+    assert {s.group for s in p.steps} == {0}
+
+
+@pytest.mark.parametrize("case", BENCH, ids=repr)
+def test_the_measured_networks_are_whole(case):
+    p = plan.plan(program_of(case.name), program_of(case.name).outputs)
+    assert p.whole
+    assert p.native_share == 1.0
+
+
+def test_the_plan_splits_around_what_torch_does():
+    p = plan.plan(split(), 3)
+    assert [g.native for g in p.groups] == [True, False, True]
+    assert [g.steps for g in p.groups] == [(0,), (1,), (2, 3, 4, 5)]
+    assert [g.live_in for g in p.groups] == [(0,), (1,), (1, 2)]
+    assert [g.live_out for g in p.groups] == [(1,), (2,), (6,)]
+    assert not p.whole
+    row = p.steps[1]
+    assert row.path == "autograd, per op"
+    assert row.why == "aten.cumsum.default: a running sum has no form"
+    assert (row.module, row.macs > 0) == ("body.1", True)
+    assert p.native_share == p.fused_share < 1.0
+    # (conv 4·8·12, relu and sum 32 each, linear 96) against the opaque step's elements, each forward and 3 seeds.
+    native, opaque = 384 + 32 + 32 + 96, p.steps[1].macs // 4
+    assert p.native_share == pytest.approx(native / (native + opaque))
+
+
+def test_measured_costs_of_opaque_steps_replace_the_guess():
+    p = plan.plan(split(), 3, opaque_macs={1: 10_000})
+    assert p.steps[1].macs == 40_000
+    assert p.fused_share < 0.06
+
+
+@pytest.mark.parametrize("case", TRACEABLE, ids=repr)
+def test_groups_are_in_order_and_complete(case):
+    """Every value crosses from an earlier group to a later one, and every step belongs to exactly one group."""
+    program = program_of(case.name)
+    p = plan.plan(program, 3)
+    base = len(program.inputs)
+    assert sorted(i for g in p.groups for i in g.steps) == list(range(len(program.steps)))
+    known = set(range(base))
+    for g in p.groups:
+        assert set(g.live_in) <= known
+        inside = {base + i for i in g.steps}
+        assert set(g.live_out) <= inside
+        known |= set(g.live_out)
+    assert program.output in known
+    assert 0.0 <= p.native_share <= p.fused_share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (make(Step(Product("matmul"), (0, 0), (2, 2, 4, 4)), inputs=((2, 2, 4, 4),)), "more than 3 axes"),
+        (make(Step(Select(Windows((8,), (1,), ((0, 0),), (1,)), "split"), (0,), (4, 1))), "ties share"),
+        (make(Step(Scale("made_up"), (0,), (4, 8))), "the function made_up has no kernel"),
+        (make(Step(Scale("relu"), (0,), (2, 2, 2, 2)), inputs=((2, 2, 2, 2),)), "more than 3 axes"),
+        (make(Step(Scale("relu"), (0,), (70_000,)), inputs=((70_000,),)), "more than 65535 channels"),
+        (make(Step(Scale("relu"), (0,), (0, 3)), inputs=((0, 3),)), "empty values"),
+        (
+            make(Step(Select(Windows((400,), (1,), ((0, 0),), (1,))), (0,), (1, 101)), inputs=((1, 500),)),
+            "more than 256 taps",
+        ),
+    ],
+)
+def test_reasons(program, why):
+    (row,) = plan.plan(program, 2).steps
+    assert row.path == "aten, seeds folded"
+    assert why in row.why
+    assert plan.plan(program, 2).fused_share == 1.0
+    assert plan.plan(program, 2).native_share == (0.0 if row.macs else 1.0)  # of no work all is done
+
+
+def test_dtypes_without_kernels():
+    p = plan.plan(split(), 3, torch.bfloat16)
+    assert not any(g.native for g in p.groups)
+    assert "float32 and float64, not bfloat16" in p.steps[0].why
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(plan.ops, "machine", lambda device=None: None)
+    p = plan.plan(split(), 3)
+    assert not any(g.native for g in p.groups)
+    assert p.steps[0].why == "the compiled extension is missing"
+
+
+def test_printing():
+    text = str(plan.plan(split(), 3))
+    lines = text.splitlines()
+    assert lines[0].split() == ["value", "form", "shape", "path", "MMAC", "from"]
+    assert len([line for line in lines if line.startswith("v")]) == 1 + len(split().steps) + 1
+    assert "v2 (body.1): aten.cumsum.default: a running sum has no form" in lines
+    assert lines[-1].startswith("3 seeds, 3 groups, fused ")
+    assert "1 group, fused 100.0 %" in str(plan.plan(make(Step(CONV, (0,), (4, 8))), 1))
+
+
+def test_folded_steps_say_so():
+    program = make(
+        Step(CONV, (0,), (4, 8)),
+        Step(Scale("relu"), (1,), (4, 8)),
+        Step(Select(Windows((2,), (2,), ((0, 0),), (1,))), (2,), (4, 4)),
+    )
+    assert [s.path.split()[0] for s in plan.plan(program, 1).steps] == ["kernel", "kernel", "folded"]
+
+
+def test_plans_are_values():
+    assert plan.plan(split(), 3) == plan.plan(split(), 3)
+    assert plan.cached_plan(split(), 3, torch.float32) is plan.cached_plan(split(), 3, torch.float32)
+    assert plan.plan(split(), 3) != plan.plan(split(), 4)

@@ -1,0 +1,212 @@
+"""The compiled ops: opcheck, every check with its message, the content hash, scratch after a failure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradkern.planner import plan
+from gradkern.runtime import executor, ops
+from tests.traced import parts
+
+ops.extension()  # registers them
+G = torch.ops.gradkern
+
+
+def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.float64, group: bool = False):
+    """The arguments of `chain_vjp` for a case: one-hot seeds, or with ``group`` dense cotangents."""
+    _, inputs, program, params = parts(name, n, dtype)
+    p = plan.cached_plan(program, program.outputs, dtype)
+    chain = plan.chain_of(p, 0, program.outputs, tuple(range(len(inputs))), not group)
+    packed = executor.Packed(chain, params, inputs[0])
+    targets = None if group else torch.arange(program.outputs)
+    cotangents = [torch.randn(n, program.outputs, s, dtype=dtype) for s in chain.output_sizes] if group else []
+    return {
+        "inputs": list(inputs),
+        "packed": packed.weights,
+        "tables": packed.tables,
+        "forward": packed.forward,
+        "backward": packed.backward,
+        "sizes": list(chain.sizes),
+        "outputs": [torch.zeros(n, s, dtype=dtype) for s in chain.output_sizes],
+        "targets": targets,
+        "seed_rows": None if group else packed.seed_rows(targets, program.outputs),
+        "cotangents": cotangents,
+        "seed_tile": chain.seed_tile,
+        "results": [torch.zeros(n, program.outputs, *x.shape[1:], dtype=dtype) for x in inputs],
+    }
+
+
+def forward_arguments(found: dict) -> tuple:
+    first = tuple(found[k] for k in ("inputs", "packed", "tables", "forward", "sizes"))
+    return (*first, [y.shape[1] for y in found["outputs"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# opcheck
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_forward(dtype):
+    torch.library.opcheck(G.chain_forward.default, forward_arguments(arguments(dtype=dtype)))
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_opcheck_vjp(group):
+    torch.library.opcheck(G.chain_vjp.default, tuple(arguments(group=group).values()))
+
+
+@pytest.mark.parametrize("pool", [[], [1, 2, 1, 2, 0, 1, 1, 1, 1, 4]])
+def test_opcheck_rescale(pool):
+    z = torch.randn(3, 2, 1, 6)
+    torch.library.opcheck(G.rescale.default, (z, torch.randn(1, 2, 1, 6), pool, True, 1e-10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.randn(3, 2, 6)}, r"contiguous \[N, C, H, W\]"),
+        ({"z": torch.randn(3, 2, 6, 2).transpose(2, 3)}, r"contiguous \[N, C, H, W\]"),
+        ({"reference": torch.randn(2, 2, 1, 6)}, "one row or as many as z"),
+        ({"reference": torch.randn(1, 2, 1, 6).double()}, "one row or as many as z"),
+        ({"z": torch.randn(3, 2, 1, 6).half(), "reference": torch.randn(1, 2, 1, 6).half()}, "float32 or float64"),
+        ({"relu": False}, "without a pool"),
+        ({"pool": [1, 2, 1, 2]}, "a pool is 10 ints"),
+        ({"pool": [1, 2, 0, 2, 0, 1, 1, 1, 1, 4]}, "has 0 in place 2"),
+    ],
+)
+def test_rescale_refuses(change, message):
+    given = {"z": torch.randn(3, 2, 1, 6), "reference": torch.randn(1, 2, 1, 6), "pool": [], "relu": True} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.rescale(**given, eps=1e-10)
+
+
+def test_opcheck_hash():
+    # The result is a number that depends on the values: there is no fake of it, so nothing to check under one.
+    checks = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(G.content_hash.default, ([torch.randn(3), torch.arange(5)],), test_utils=checks)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def cut(found, key, i=0, **how):
+    found[key][i] = found[key][i].to(**how) if how else found[key][i][:-1]
+
+
+WRONG_CHAIN = {
+    "needs at least one input": lambda a: a.update(inputs=[]),
+    "must be contiguous, got strides": lambda a: a["inputs"].__setitem__(0, torch.zeros(3, 16, 2).double().mT),
+    "bind the model again": lambda a: cut(a, "inputs", dtype=torch.float32),
+    "disagree on the batch: 2 and 3": lambda a: a["inputs"].append(a["inputs"][0][:2]),
+    "tables int32": lambda a: a.update(tables=a["tables"].long()),
+    "records must be a contiguous int64": lambda a: a.update(forward=a["forward"][:, 1:]),
+    "are of different versions": lambda a: a.update(forward=a["forward"].int()),
+    "expected 7 arena sizes, got 6": lambda a: a.update(sizes=a["sizes"][:6]),
+    "negative arena size -1": lambda a: a.update(sizes=[-1, *a["sizes"][1:]]),
+}  # fmt: skip
+WRONG_SEEDS = {
+    "seed_tile must be positive, got 0": lambda a: a.update(seed_tile=0),
+    "give targets or cotangents": lambda a: a.update(targets=None, seed_rows=None),
+    "targets must be contiguous int64": lambda a: a.update(targets=a["targets"].int()),
+    r"expected.* \[S\] or \[3, S\], got Long \[2, 3\]": lambda a: a.update(targets=torch.zeros(2, 3).long()),
+    "targets need one output, got 2": lambda a: a["outputs"].append(a["outputs"][0]),
+    r"outputs must be contiguous Double \[3, size\], got Float": lambda a: cut(a, "outputs", dtype=torch.float32),
+    "target 3 is out of range, expected 0 … 2": lambda a: a.update(targets=torch.tensor([0, 1, 3])),
+    "target -1 is out of range": lambda a: a.update(targets=torch.tensor([0, 1, -1])),
+    "seed_rows must be contiguous": lambda a: a.update(seed_rows=a["seed_rows"].float()),
+    r"\[N, S, K\] beside targets": lambda a: a.update(seed_rows=a["seed_rows"][:2]),
+    r"results must be contiguous Double \[3, 3, …\], got Float": lambda a: cut(a, "results", dtype=torch.float32),
+    r"results must be .*got Double \[2, 3": lambda a: cut(a, "results"),
+}
+WRONG_COTANGENTS = {
+    "expected 1 cotangents, one per output, got 2": lambda a: a["cotangents"].append(a["cotangents"][0]),
+    r"cotangents must be contiguous Double \[3, S, 3\], got Float": lambda a: cut(a, "cotangents", dtype=torch.float32),
+    r"cotangents must be .*got Double \[2, 3, 3\]": lambda a: cut(a, "cotangents"),
+    "one of them": lambda a: a.update(targets=torch.arange(3)),
+    r"results must be contiguous Double \[3, 3": lambda a: a.update(results=[a["results"][0][:, :2].contiguous()]),
+}
+
+
+@pytest.mark.parametrize("message", [*WRONG_CHAIN, *WRONG_SEEDS])
+def test_wrong_arguments(message):
+    found = arguments()
+    (WRONG_CHAIN | WRONG_SEEDS)[message](found)
+    with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
+        G.chain_vjp(*found.values())
+
+
+@pytest.mark.parametrize("message", WRONG_CHAIN)
+def test_wrong_arguments_of_the_forward(message):
+    found = arguments()
+    WRONG_CHAIN[message](found)
+    with pytest.raises(RuntimeError, match=message):
+        G.chain_forward(*forward_arguments(found))
+
+
+@pytest.mark.parametrize("message", WRONG_COTANGENTS)
+def test_wrong_cotangents(message):
+    found = arguments(group=True)
+    WRONG_COTANGENTS[message](found)
+    with pytest.raises(RuntimeError, match=message):
+        G.chain_vjp(*found.values())
+
+
+def test_other_dtypes():
+    found = arguments()
+    found.update(inputs=[x.half() for x in found["inputs"]], packed=found["packed"].half())
+    with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):
+        G.chain_forward(*forward_arguments(found))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scratch_survives_a_failed_allocation(threads):
+    """An error inside the parallel region comes out as an error, and the next call has memory again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = arguments(n=40)
+        want = G.chain_forward(*forward_arguments(found))
+        huge = dict(found, sizes=[1 << 49, *found["sizes"][1:]])
+        with pytest.raises(RuntimeError, match=r"out of memory for .* bytes of scratch"):
+            G.chain_forward(*forward_arguments(huge))
+        assert torch.equal(G.chain_forward(*forward_arguments(found))[0], want[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The content hash
+
+
+def test_hash_sees_order_position_and_every_byte():
+    a, b = torch.randn(2, 70)
+    seen = [[a, b], [b, a], [a], [b], [a, a], [torch.cat([a, b])], [a[:35], a[35:]], [a, torch.zeros(0)]]
+    assert len({ops.content_hash(tensors) for tensors in seen}) == len(seen)
+    assert ops.content_hash([a, b]) == ops.content_hash([a.clone(), b.clone()])
+    assert ops.content_hash([]) == ops.content_hash([])
+    for size in (1, 2, 15, 16, 17, 31, 33):  # around the 64-byte stride
+        x = torch.zeros(size)
+        found = {ops.content_hash([x])}
+        for i in range(size):
+            y = x.clone()
+            y[i] = 1e-45  # the last bit of one number
+            found.add(ops.content_hash([y]))
+        assert len(found) == size + 1
+
+
+def test_hash_sees_swaps():
+    x = torch.arange(64, dtype=torch.float32)
+    hashes = {ops.content_hash([x])}
+    for i, j in [(0, 1), (0, 16), (1, 17), (0, 63), (15, 16), (16, 32)]:
+        y = x.clone()
+        y[[i, j]] = y[[j, i]]
+        hashes.add(ops.content_hash([y]))
+    assert len(hashes) == 7
+
+
+def test_hash_reads_values_not_strides():
+    x = torch.randn(6, 7)
+    assert ops.content_hash([x.T]) == ops.content_hash([x.T.contiguous()])
+    assert ops.content_hash([x.T]) != ops.content_hash([x])

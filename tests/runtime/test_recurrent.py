@@ -1,0 +1,58 @@
+"""LSTM, GRU and RNN layers: all seeds in one walk, exact."""
+
+import pytest
+import torch
+from torch import nn
+
+from gradkern.frontend import tracer, verify
+from gradkern.planner import plan
+from gradkern.runtime import executor
+from gradkern.runtime.binding import bind
+from tests import oracle
+
+
+class Net(nn.Module):
+    """A recurrent layer and what is read of it."""
+
+    def __init__(self, layer, read):
+        super().__init__()
+        self.layer, self.read = layer, read
+
+    def forward(self, x):  # [N, T, I] -> [N, T, H] or [N, H]
+        y, state = self.layer(x)
+        if self.read == "all":
+            return y
+        hidden = state[0] if isinstance(state, tuple) else state
+        return y[:, -1] if self.read == "last" else hidden[-1]
+
+
+OPTIONS = {
+    "plain": {},
+    "two": {"num_layers": 2},
+    "both": {"num_layers": 2, "bidirectional": True},
+    "nobias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("read", ["all", "last", "state"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_exact_and_fused(layer, options, read):
+    torch.manual_seed(0)
+    model = Net(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    program = tracer.trace(model, (x,))
+    verify.verify(program, model, (x,))
+    (want,) = oracle.jacobian(model, x)[1]
+    (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
+    assert oracle.relative_error(got, want) <= 1e-10
+    assert plan.plan(program, 4, torch.float64).fused_share == 1.0
+
+
+def test_relu_rnn():
+    torch.manual_seed(0)
+    model = Net(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    program = tracer.trace(model, (x,))
+    (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
+    assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
