@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import jacobian_choice
+from ..ir import graph
 from ..runtime import executor, reference
 from ..util.options import Complaint
 from .outputs import answer, completeness, each_output, points_for, resolved, with_indices
 from .plug import GradientFunc, captum_seeds
 from .points import part
 from .rulemethods import GuidedBackprop
-from .split import LayerView, head_of, view_of
+from .split import LayerView, view_of
 
 
 class LayerMethod:
@@ -306,7 +307,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
         if points is None or view is None:
             return None
         flat = _unit_number(selector, view.shape)
-        head = head_of(view.program, view.value)
+        head = graph.up_to(view.program, view.value)
         if flat is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
