@@ -104,7 +104,7 @@ class LayerGradientXActivation(LayerMethod, captum_attr.LayerGradientXActivation
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -157,7 +157,7 @@ class LayerGradCam(LayerMethod, captum_attr.LayerGradCam):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -227,9 +227,9 @@ class GuidedGradCam(captum_attr.GuidedGradCam):
 
     def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
         super().__init__(model, layer, device_ids)
-        self.gradient_func = GradientFunc(executor)
-        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=executor)
-        self.guided_backprop = GuidedBackprop(model, executor)
+        self.gradient_func = GradientFunc(engine)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
+        self.guided_backprop = GuidedBackprop(model, engine)
 
     def attribute_all(
         self,
@@ -276,7 +276,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
