@@ -25,6 +25,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
 from ..ir.program import LowRank, Program, Scale, Select, Windows
 from ..runtime import ops, reference
@@ -273,12 +274,13 @@ class DeepLiftShap(captum_attr.DeepLiftShap, DeepLift):
             "`DeepLift` approach can be used instead."
         )
         many, rows = _is_tuple(inputs), _format_tensor_into_tuples(inputs)
-        points = points_for(self, rows, additional_forward_args)
-        if points is not None and points.traced() is not None:
-            seeds, _ = points.choose(jacobian_choice(targets))
-            index = part(seeds, 0, points.samples)
-            found, delta = self._mean(rows, points.more, index, seeds, start, return_convergence_delta)
-            return answer(found, many, seeds, delta)
+        with one_call():
+            points = points_for(self, rows, additional_forward_args)
+            if points is not None and points.traced() is not None:
+                seeds, _ = points.choose(jacobian_choice(targets))
+                index = part(seeds, 0, points.samples)
+                found, delta = self._mean(rows, points.more, index, seeds, start, return_convergence_delta)
+                return answer(found, many, seeds, delta)
         seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
 
         def attribute(target: Any) -> Any:

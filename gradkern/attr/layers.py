@@ -15,7 +15,6 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from ..dispatch import state
 from ..dispatch.request import jacobian_choice
 from ..ir import graph
 from ..runtime import executor, reference
@@ -68,8 +67,7 @@ class LayerMethod:
             warnings.simplefilter("ignore")
             points = points_for(self, rows, extra) if all(isinstance(x, Tensor) for x in rows) else None
         if points is not None and points.module is not None:
-            key = state.key_of(points.module, (*points.inputs, *points.more))
-            state.entry(points.module).spend(key, seconds)
+            points.route.spend(seconds)
 
     def _every_output(
         self,

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
-from .plug import not_ours, say
+from .plug import stays_ours, takes_over
 from .points import Points, part, row_tensors
 
 NATIVE = (torch.float32, torch.float64)
@@ -28,15 +29,11 @@ NATIVE = (torch.float32, torch.float64)
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any) -> Points | None:
     """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why)."""
     engine = getattr(attribution.gradient_func, "engine", None)
-    fn = attribution.forward_func
-    why = not_ours(fn, inputs, extra, engine)
-    if why:
-        say(fn, why)
-    if why is None or why or any(x.dtype not in NATIVE for x in inputs):
+    if not takes_over(attribution.forward_func, inputs, extra, engine) or any(x.dtype not in NATIVE for x in inputs):
         return None
-    points = Points(fn, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
+    points = Points(attribution.forward_func, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
     try:
-        return None if points.mixes else points
+        return points if stays_ours(points.route) and not points.couples_batch else None
     except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
         return None
 
@@ -88,14 +85,14 @@ def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | No
     if delta is not None:
         found.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
-        found.append(seeds.found())
+        found.append(seeds.indices_per_sample())
     return found[0] if len(found) == 1 else tuple(found)
 
 
 def with_indices(tree: Any, seeds: Seeds) -> Any:
     """The same for results that Captum has put together."""
     tree = shaped(tree, seeds)
-    return (tree, seeds.found()) if isinstance(seeds, TopSeeds) else tree
+    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
 
 
 def completeness(
@@ -161,6 +158,7 @@ class RowMethod:
         _, start = _format_input_baseline(rows, given.get("baselines"))
         return completeness(self.forward_func, parts, start, rows, more, seeds)  # type: ignore[attr-defined]
 
+    @one_call()
     def _fast(self, inputs: Any, targets: Any, extra: Any, given: dict[str, Any], delta: bool) -> Any:
         """``attribute_all`` on the engine; None where the call is Captum's."""
         many, rows = _is_tuple(inputs), _format_tensor_into_tuples(inputs)

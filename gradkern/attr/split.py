@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import batching, state
+from ..dispatch import batching
 from ..dispatch.eager import buffers_kept
-from ..dispatch.targets import Seeds
 from ..ir import graph
 from ..ir.program import Program
 from ..runtime import binding, executor, reference
@@ -63,9 +62,9 @@ def layer_value(points: Points, program: Program, layer: Any, to_input: bool) ->
 
 
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    model, job = points.module, points.job(points.inputs, points.more, Seeds(0, (0,), None))
+    model = points.module
     assert model is not None
-    picked = job.pick(SAMPLES)
+    picked = points.own.pick(SAMPLES)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for x in picked:
@@ -203,7 +202,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
     value = layer_value(points, program, layer, to_input)
     if value is None:
         if points.module is not None:
-            state.entry(points.module).warn(
+            points.route.warn(
                 f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
                 "network, so Captum's own hooks run it."
             )
@@ -231,7 +230,4 @@ def _inside(program: Program, path: str, i: int) -> bool:
 
 
 def _paid(points: Points) -> bool:
-    if points.module is None:
-        return False
-    key = state.key_of(points.module, (*points.inputs, *points.more))
-    return state.entry(points.module).worth_tracing(key, 0.0)
+    return points.route.pays

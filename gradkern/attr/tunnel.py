@@ -19,6 +19,7 @@ from captum.log import log_usage
 from torch import Tensor
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
 from .outputs import RowMethod, answer, each_output, points_for, resolved, with_indices
 from .points import BLOCK_BYTES, LEAST_BLOCK, Points, part, rows_of
@@ -34,6 +35,7 @@ class NoiseTunnel(captum_attr.NoiseTunnel):
     """
 
     @log_usage(part_of_slo=True)
+    @one_call()
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -110,6 +112,7 @@ class NoiseTunnel(captum_attr.NoiseTunnel):
         delta = torch.cat(deltas) if delta_wanted else None
         return self._apply_checks_and_return_attributions(found, many, delta_wanted, delta)
 
+    @one_call()
     def attribute_all(
         self,
         inputs: Tensor | tuple[Tensor, ...],
