@@ -15,9 +15,8 @@ from .dispatch.request import OutArgument, Request, Results, check_devices, jaco
 from .dispatch.route import couples_batch, output_shape, route, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
-from .passes.prune_positions import narrowed
-from .planner.plan import Plan, PlanStep, plan
-from .runtime import binding
+from .planner.plan import Plan, PlanStep
+from .runtime import binding, executor
 from .util import options
 from .util.chunks import spans
 from .util.options import BadType, BadValue, Engine
@@ -307,11 +306,11 @@ def explain(
 
 def _plan(request: Request, program: Program, seeds: Seeds) -> Plan:
     assert request.module is not None
-    program = narrowed(program)
-    with torch.inference_mode(False), torch.no_grad():
-        macs = batching.opaque_macs(program, binding.bind(program, request.module), request.pick(2))
     x = request.inputs[request.wrt[0]]
-    return plan(program, seeds=seeds.count, dtype=x.dtype, opaque_macs=macs, device=x.device)
+    plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
+    with torch.inference_mode(False), torch.no_grad():
+        params = binding.bind(plan.program, request.module)
+        return plan.counting(batching.opaque_macs(plan.program, params, request.pick(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

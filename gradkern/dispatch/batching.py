@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Opaque, Program
 from ..runtime import binding, executor, ops, reference
 from ..util import options
-from ..util.chunks import spans
+from ..util.chunks import spans, stepwise_bytes
 from ..util.options import BadValue, Engine
 from .eager import forward
 from .request import Request, Results, allocate
 from .targets import TopSeeds
 
-NATIVE_DTYPES = (torch.float32, torch.float64)
 # Steps that run one by one write every value to memory: pieces of this size (as estimated; the peak is about twice
 # that) are no slower than larger ones, measured over five networks.
 STEPWISE_TARGET = 24 << 20  # bytes
@@ -60,15 +60,14 @@ def run(
                 ops.on_huge_pages(fresh)
         params = binding.bind(program, request.module)
         plain = engine == "reference" or not all(map(ops.machine, devices))
-        casts = False
-        if not plain and not floating.issubset(NATIVE_DTYPES):
-            casts = len(floating) == 1 and executor.casts(program, seeds.count, x.dtype, x.device)
-            plain = not casts
         chunk = chunks.stepwise
-        if not plain and executor.bounded(program, seeds.count, x.dtype, x.device):
-            fused = chunks.cast if casts else chunks.fused
+        if not plain:
+            plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
+            casts = plan.cast_dtype is not None and len(floating) == 1
+            plain = not casts and not floating.issubset(NATIVE_DTYPES)
             # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
-            chunk = fused if samples <= chunk or binding.all_finite(params) else chunk
+            if not plain and plan.single_chain and (samples <= chunk or binding.all_finite(params)):
+                chunk = chunks.cast if casts else chunks.fused
         for a, b in spans(start, samples, chunk):
             cut = itemgetter(slice(a, b))
             here = [x.contiguous() for x in map(cut, inputs)]
@@ -113,9 +112,9 @@ def _chunks(request: Request, program: Program, results: Results, saved: int) ->
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     budget = options.memory_budget(request.inputs[0].device)
-    numels = program.numels
-    rows = seeds.count * max(numels) * size  # one cotangent of a sample
-    need = size * sum(numels) + 3 * rows + saved * (1 + seeds.count)
+    largest = size * max(map(math.prod, program.shapes))
+    rows = seeds.count * largest  # one cotangent of a sample
+    need = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
     target = STEPWISE_TARGET if request.inputs[0].device.type == "cpu" else budget  # a GPU wants large pieces
     stepwise = max(1, min(budget // 3, target) // max(need, 1))
     gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
@@ -123,7 +122,7 @@ def _chunks(request: Request, program: Program, results: Results, saved: int) ->
     if seeds.indices is not None and seeds.indices.dim() == 2:
         need += rows  # the rows of the last weight, gathered for each sample
     if isinstance(seeds, TopSeeds):
-        need += rows + 2 * size * max(numels)
+        need += rows + 2 * largest
     if not all(x.is_contiguous() for x in request.inputs):
         need += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):

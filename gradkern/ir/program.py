@@ -313,9 +313,9 @@ class Program:
         return self.inputs[value] if value < n else self.steps[value - n].shape
 
     @cached_property
-    def numels(self) -> tuple[int, ...]:
-        """How many numbers each value has per sample."""
-        return tuple(math.prod(shape) for shape in (*self.inputs, *(step.shape for step in self.steps)))
+    def shapes(self) -> tuple[Shape, ...]:
+        """Per-sample shapes of all values."""
+        return (*self.inputs, *(step.shape for step in self.steps))
 
     @cached_property
     def output_shape(self) -> Shape:
