@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from captum import attr as _captum
 
-from .deeplift import DeepLift, DeepLiftShap
-from .gradients import GradientShap, InputXGradient, IntegratedGradients
-from .layerpaths import InternalInfluence, LayerConductance, LayerIntegratedGradients
-from .layers import GuidedGradCam, LayerGradCam, LayerGradientXActivation, NeuronGradient
-from .lrp import LRP
-from .rulemethods import Deconvolution, GuidedBackprop
-from .saliency import Saliency
-from .tunnel import NoiseTunnel
+from .gradient import Saliency
+from .layer.methods import GuidedGradCam, LayerGradCam, LayerGradientXActivation, NeuronGradient
+from .layer.paths import InternalInfluence, LayerConductance, LayerIntegratedGradients
+from .noise_tunnel import NoiseTunnel
+from .paths import GradientShap, InputXGradient, IntegratedGradients
+from .rules.deeplift import DeepLift, DeepLiftShap
+from .rules.lrp import LRP
+from .rules.methods import Deconvolution, GuidedBackprop
 
 __all__ = [
     "LRP",

@@ -10,7 +10,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import points, tunnel
+from gradkern.attr import noise_tunnel as tunnel
+from gradkern.attr import points
 from tests.cases import CASES
 
 N = 5

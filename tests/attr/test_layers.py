@@ -9,7 +9,7 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import layers
+from gradkern.attr.layer import methods as layers
 from tests.cases import CASES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -13,7 +13,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import linear, rules
+from gradkern.attr.rules import linear
+from gradkern.attr.rules import rule as rules
 from gradkern.runtime import binding, reference
 from tests import rule_oracle
 from tests.cases import CASES

@@ -10,8 +10,8 @@ from captum import attr as captum_attr
 from torch import Tensor
 
 from ..dispatch.targets import TopK
-from .gradients import jacobians
-from .outputs import RowMethod
+from .attribute_all import RowMethod
+from .paths import jacobians
 from .plug import GradientFunc
 from .points import Points
 

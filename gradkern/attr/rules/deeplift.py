@@ -24,15 +24,15 @@ from captum.attr._utils.common import (
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from ..dispatch.request import jacobian_choice
-from ..dispatch.targets import Seeds
-from ..ir.program import LowRank, Program, Scale, Select, Windows
-from ..runtime import ops, reference
-from .outputs import answer, each_output, points_for, resolved, with_indices
-from .plug import GradientFunc
-from .points import part, rows_of
-from .rulemethods import RuleMethod, one_target, values_of
-from .rules import Local, Params, Rule, Values, chosen, padded, tap_slices
+from ...dispatch.request import jacobian_choice
+from ...dispatch.targets import Seeds
+from ...ir.program import LowRank, Program, Scale, Select, Windows
+from ...runtime import ops, reference
+from ..attribute_all import answer, each_output, points_for, resolved, with_indices
+from ..plug import GradientFunc
+from ..points import part, rows_of
+from .methods import RuleMethod, one_target, values_of
+from .rule import Local, Params, Rule, Values, chosen, padded, tap_slices
 
 
 class Rescale(Rule):

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ir.functions import FUNCTIONS
-from ..ir.program import Contract, Program, Scale, Select, Sum, View, Windows
-from ..runtime import reference
+from ...ir.functions import FUNCTIONS
+from ...ir.program import Contract, Program, Scale, Select, Sum, View, Windows
+from ...runtime import reference
 
 Params = Mapping[str, Tensor]
 

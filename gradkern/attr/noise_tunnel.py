@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..dispatch.request import jacobian_choice
 from ..dispatch.targets import Seeds
-from .outputs import RowMethod, answer, each_output, points_for, resolved, with_indices
+from .attribute_all import RowMethod, answer, each_output, points_for, resolved, with_indices
 from .points import BLOCK_BYTES, LEAST_BLOCK, Points, part, rows_of
 
 FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import TooLarge, lowering
-from ..codegen.support import why_not
-from ..ir.program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
-from ..planner.plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
-from ..runtime import executor, ops, reference
-from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
+from ...codegen.chain import Chain
+from ...codegen.cuda.lowering import TooLarge, lowering
+from ...codegen.support import why_not
+from ...ir.program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
+from ...planner.plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
+from ...runtime import executor, ops, reference
+from .rule import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
@@ -409,7 +409,7 @@ def attribute(
 
     On the kernels where every map is made of slopes and contractions, a tail of the network (a softmax) aside.
     """
-    from .rules import pull
+    from .rule import pull
 
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]

@@ -13,10 +13,10 @@ from captum.attr._utils.common import _format_input_baseline, _tensorize_baselin
 from captum.log import log_usage
 from torch import Tensor
 
-from .gradients import times_difference
-from .layers import LayerMethod
-from .plug import GradientFunc
-from .points import Points, between, weighted_sum
+from ..paths import times_difference
+from ..plug import GradientFunc
+from ..points import Points, between, weighted_sum
+from .methods import LayerMethod
 from .split import LayerView
 
 

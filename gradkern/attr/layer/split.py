@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import batching, state
-from ..dispatch.eager import buffers_kept
-from ..dispatch.targets import Seeds
-from ..ir import graph
-from ..ir.program import Program
-from ..runtime import binding, executor, reference
-from ..util import options
-from .linear import forward_values
-from .points import Points
-from .rules import Values
+from ...dispatch import batching, state
+from ...dispatch.eager import buffers_kept
+from ...dispatch.targets import Seeds
+from ...ir import graph
+from ...ir.program import Program
+from ...runtime import binding, executor, reference
+from ...util import options
+from ..points import Points
+from ..rules.linear import forward_values
+from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
 _KEEP = 256

@@ -15,15 +15,15 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from ..dispatch import state
-from ..dispatch.request import jacobian_choice
-from ..ir import graph
-from ..runtime import executor, reference
-from ..util.options import Complaint
-from .outputs import answer, completeness, each_output, points_for, resolved, with_indices
-from .plug import GradientFunc, captum_seeds
-from .points import part
-from .rulemethods import GuidedBackprop
+from ...dispatch import state
+from ...dispatch.request import jacobian_choice
+from ...ir import graph
+from ...runtime import executor, reference
+from ...util.options import Complaint
+from ..attribute_all import answer, completeness, each_output, points_for, resolved, with_indices
+from ..plug import GradientFunc, captum_seeds
+from ..points import part
+from ..rules.methods import GuidedBackprop
 from .split import LayerView, view_of
 
 

@@ -20,14 +20,14 @@ from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRu
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from ..dispatch.request import model_of
-from ..ir.program import Channels, Contract, Program, Scale, Select, Step, Sum, View
-from ..runtime import reference
-from .outputs import each_output, resolved, rows_out, with_indices
-from .plug import GradientFunc
-from .points import part
-from .rulemethods import RuleMethod, one_target, values_of
-from .rules import Local, Params, Rule, Values, chosen
+from ...dispatch.request import model_of
+from ...ir.program import Channels, Contract, Program, Scale, Select, Step, Sum, View
+from ...runtime import reference
+from ..attribute_all import each_output, resolved, rows_out, with_indices
+from ..plug import GradientFunc
+from ..points import part
+from .methods import RuleMethod, one_target, values_of
+from .rule import Local, Params, Rule, Values, chosen
 
 KNOWN = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
 EPSILON = 1e-9  # Captum's default

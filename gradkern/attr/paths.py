@@ -17,10 +17,10 @@ from torch import Tensor
 from .. import api
 from ..dispatch.targets import Seeds, TopK
 from ..util.options import Complaint
-from .outputs import RowMethod, points_for
+from .attribute_all import RowMethod, points_for
+from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds
 from .points import Points, path_sum
-from .tunnel import NoiseTunnel
 
 
 class InputXGradient(RowMethod, captum_attr.InputXGradient):

@@ -14,17 +14,17 @@ from captum._utils.gradient import apply_gradient_requirements, undo_gradient_re
 from captum.log import log_usage
 from torch import Tensor
 
-from ..dispatch import batching
-from ..ir.program import Program, Scale
-from ..runtime import binding
-from ..util import options
-from ..util.options import Complaint
+from ...dispatch import batching
+from ...ir.program import Program, Scale
+from ...runtime import binding
+from ...util import options
+from ...util.options import Complaint
+from ..attribute_all import RowMethod, points_for
+from ..plug import GradientFunc, captum_seeds
+from ..points import Points, part
 from .linear import attribute as rule_attribute
 from .linear import forward_values, looked_at
-from .outputs import RowMethod, points_for
-from .plug import GradientFunc, captum_seeds
-from .points import Points, part
-from .rules import Params, Rule
+from .rule import Params, Rule
 
 CHUNK_BYTES = 64 << 20  # values and slopes that a CPU holds at a time, where the budget allows it
 
@@ -115,7 +115,7 @@ def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.dev
 
 def values_of(program: Program, params: Params, rows: Sequence[Tensor], plain: bool, outputs_too: bool = False) -> Any:
     """The forward pass that a rule looks at."""
-    from .rules import Values
+    from .rule import Values
 
     if plain:
         return Values(program, params, dict(enumerate(rows)))
