@@ -13,9 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum._utils.common import _format_additional_forward_args, _format_tensor_into_tuples, _select_targets
-from captum._utils.gradient import compute_gradients
-from captum.attr import LayerAttribution, NeuronAttribution
 from torch import Tensor
 
 from .. import api
@@ -24,6 +21,13 @@ from ..dispatch.request import Job, model_of
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
 from ..util.options import BadType, BadValue, Complaint
+from .captum_compat import (
+    compute_gradients,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+    select_targets,
+    stock,
+)
 
 
 class GradientFunc:
@@ -57,18 +61,18 @@ class GradientFunc:
 
     def _job(self, fn: Callable[..., Any], inputs: Any, target: Any, extra: Any) -> Job | None:
         """The call as a job, or None where it is Captum's: one warning says why."""
-        given = _format_tensor_into_tuples(inputs)
+        given = format_tensor_into_tuples(inputs)
         why = not_ours(fn, given, extra, options.engine(self.engine))
         if why is None:
             return None
         if why:
             say(fn, why)
             return None
-        more = _format_additional_forward_args(extra) or ()
+        more = format_additional_forward_args(extra) or ()
         return Job(fn, (*given, *more), tuple(range(len(given))), lambda n, out: captum_seeds(target, n, out))
 
 
-def not_ours(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str) -> str | None:
+def not_ours(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> str | None:
     """Why a call stays with Captum: words to warn with, None for without a word, and "" where it is ours."""
     if engine == "autograd":
         return None
@@ -84,7 +88,7 @@ def not_ours(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine:
     refused = guards.at_once(fn, given)
     if refused is not None:
         return refused.reason
-    for x in _format_additional_forward_args(extra) or ():
+    for x in format_additional_forward_args(extra) or ():
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples:
             return "an additional_forward_args entry is not a tensor with one row per sample"
     return ""
@@ -106,7 +110,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     """
     numbers = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
-        chosen = _select_targets(
+        chosen = select_targets(
             numbers.expand(samples, *out_shape),  # [N, *out], no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
@@ -138,13 +142,13 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
             f"accelerate: got {type(attribution).__name__}, expected a Captum gradient attribution (an object with "
             "a gradient_func), such as captum.attr.IntegratedGradients(model)."
         )
-    twin = TWINS.get(type(attribution))
-    if twin is not None:
-        attribution.__class__ = twin
+    kind = TWINS.get(type(attribution), type(attribution))
+    if kind in TWINS.values():
+        attribution.__class__ = kind
         for part in ("grad_cam", "guided_backprop"):
             if hasattr(attribution, part):
                 accelerate(getattr(attribution, part), engine)
-    elif isinstance(attribution, (LayerAttribution, NeuronAttribution)) and type(attribution) not in TWINS.values():
+    elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn_once(f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
     attribution.gradient_func = GradientFunc(engine)
     return attribution

@@ -168,6 +168,16 @@ class LayerView:
                 values = forward_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
+    def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
+        """The layer's value ``[N, *layer]`` at the inputs themselves, and the gradients there, ``[N, S, *layer]``."""
+        held = self.forward(self.points.inputs, self.points.more)
+        return held[0], self.gradients(held, index, seeds)
+
+    def zeros(self, seeds: int) -> Tensor:
+        """Room for attributions, ``[N, S, *layer]``."""
+        x = self.points.inputs[0]
+        return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
+
     def gradients(self, held: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
         """``[R, S, *layer]`` at the values that `forward` gives."""
         tail, at = self.tail.program, held[0]
