@@ -1,4 +1,4 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, and the way through Captum.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.

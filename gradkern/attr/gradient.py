@@ -104,7 +104,7 @@ def jacobians(fn: Callable[..., Any], inputs: Any, targets: Any, extra: Any, opt
     rows = format_tensor_into_tuples(inputs)
     n = rows[0].shape[0]
     if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == n for x in more):
-        options = {"wrt": list(range(len(rows)))} | options
+        options.setdefault("wrt", list(range(len(rows))))
         found = api.jacobian(fn, (*rows, *more), targets, **options)
     else:  # something that the batch cannot be cut along
         found = api.jacobian(lambda *xs: fn(*xs, *more), rows, targets, **options)

@@ -123,9 +123,8 @@ def one_output(kind: Any) -> Any:
             self._spent(rows, extra, time.perf_counter() - begin)
         if not wants_delta:
             return found
-        parts = [
-            t for layer in (found if isinstance(found, list) else [found]) for t in format_tensor_into_tuples(layer)
-        ]
+        layers = found if isinstance(found, list) else [found]
+        parts = [t for maps in layers for t in format_tensor_into_tuples(maps)]
         rows, start = format_input_baseline(options["inputs"], options["baselines"])
         return found, self.compute_convergence_delta(
             tuple(parts), start, rows, additional_forward_args=extra, target=options["target"]

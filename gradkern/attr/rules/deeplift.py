@@ -34,7 +34,7 @@ from ..captum_compat import (
 from ..plug import GradientFunc
 from ..points import part, rows_of
 from .methods import Chunk, RuleMethod
-from .rule import Local, Params, Rule, Values, chosen, padded, pass_through, slope, tap_slices
+from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
 
 
 class Rescale(Rule):
@@ -101,7 +101,7 @@ def shared_by_pool(rule: Rescale, i: int) -> Local:
     wide = padded(w, x - x_ref, 0.0)
     taps = []
     for t, (here, there) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
-        din = wide[(..., *tap_slices(w, t, y.shape[2:]))]
+        din = at_place(w, t, wide, y.shape[2:])
         share = (here * up + there * down) / din
         taps.append(torch.where(din.abs() < rule.eps, here.to(x.dtype), share))
     return Local(taps=tuple(taps))

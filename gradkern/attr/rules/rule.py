@@ -150,6 +150,12 @@ def tap_slices(w: Windows, t: int, counts: Sequence[int]) -> tuple[slice, ...]:
     )
 
 
+def at_place(w: Windows, t: int, wide: Tensor, counts: Sequence[int]) -> Tensor:
+    """The t-th place of every window in a padded value, as a view."""
+    index: Any = (..., *tap_slices(w, t, counts))
+    return wide[index]
+
+
 def padded(w: Windows, x: Tensor, value: float) -> Tensor:
     """``[..., *spatial]`` with the windows' padding."""
     sides = [p for pair in reversed(w.padding) for p in pair]
@@ -160,7 +166,7 @@ def chosen(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """For each place of a window, where it holds the maximum (the first of equals): bool ``[N, C, *out]``."""
     counts = shape[2:]
     wide = padded(w, x, float("-inf"))
-    taps = [wide[(..., *tap_slices(w, t, counts))] for t in range(w.taps)]
+    taps = [at_place(w, t, wide, counts) for t in range(w.taps)]
     top = taps[0]
     for tap in taps[1:]:
         top = torch.maximum(top, tap)
@@ -177,26 +183,26 @@ def scatter_taps(w: Windows, taps: Sequence[Tensor], g: Tensor, spatial: Sequenc
     sizes = [n + a + b for n, (a, b) in zip(spatial, w.padding, strict=True)]
     back = g.new_zeros(*g.shape[:3], *sizes)
     for t, share in enumerate(taps):
-        back[(..., *tap_slices(w, t, g.shape[3:]))] += g * share.unsqueeze(1)
-    inner = tuple(slice(a, a + n) for n, (a, _) in zip(spatial, w.padding, strict=True))
-    return back[(..., *inner)]
+        at_place(w, t, back, g.shape[3:]).add_(g * share.unsqueeze(1))
+    inner: Any = (..., *(slice(a, a + n) for n, (a, _) in zip(spatial, w.padding, strict=True)))
+    return back[inner]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plain executor
 
 
-def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int], stop: Sequence[int] = ()) -> dict[int, Tensor]:
+def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]:
     """``cotangent [N, S, *out]`` back through the rule's maps: the cotangents of the values ``wrt``.
 
-    Values of ``stop`` are not passed.  What nothing reaches is missing in the result.
+    What nothing reaches is missing in the result.
     """
     program, base = rule.program, rule.base
     leads = graph.descendants(program, wrt)
     held = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         v = base + i
-        if v not in leads or v in stop or v in wrt or v not in held:
+        if v not in leads or v in wrt or v not in held:
             continue
         step = program.steps[i]
         back = transposed_step(rule, i, rule.at(i), held.pop(v))
