@@ -207,9 +207,9 @@ class RowMethod(stock.GradientAttribution):
 
     def _all(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool = False) -> Any:
         """``attribute_all``; with ``delta`` also the convergence delta."""
-        found = self._all_on_engine(inputs, targets, extra, options, delta)
-        if found is not None:
-            return found
+        result = self._all_on_engine(inputs, targets, extra, options, delta)
+        if result is not None:
+            return result
         more = options | ({"return_convergence_delta": True} if delta else {})
 
         def attribute(target: Any) -> Any:

@@ -40,13 +40,13 @@ class GradientMethod(RowMethod):
     def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
         """``attribute_all`` by `gradkern.jacobian`, whose ``options`` hold."""
         options.setdefault("engine", self.gradient_func.engine)
-        found = jacobians(self.forward_func, inputs, targets, extra, options)
+        jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
         rows, wrt = format_tensor_into_tuples(inputs), options.get("wrt")
-        maps = found[0] if isinstance(targets, TopK) else found
+        maps = jacobian[0] if isinstance(targets, TopK) else jacobian
         numbers = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
         self._finish_each(each, tuple(rows[w] for w in numbers), finish)
-        return found
+        return jacobian
 
 
 class Saliency(GradientMethod, stock.Saliency):
@@ -105,9 +105,9 @@ def jacobians(fn: Callable[..., Any], inputs: Any, targets: Any, extra: Any, opt
     n = rows[0].shape[0]
     if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == n for x in more):
         options.setdefault("wrt", list(range(len(rows))))
-        found = api.jacobian(fn, (*rows, *more), targets, **options)
+        jacobian = api.jacobian(fn, (*rows, *more), targets, **options)
     else:  # something that the batch cannot be cut along
-        found = api.jacobian(lambda *xs: fn(*xs, *more), rows, targets, **options)
+        jacobian = api.jacobian(lambda *xs: fn(*xs, *more), rows, targets, **options)
     if is_tuple(inputs) or isinstance(options.get("wrt"), int):
-        return found
-    return (found[0][0], found[1]) if isinstance(targets, TopK) else found[0]
+        return jacobian
+    return (jacobian[0][0], jacobian[1]) if isinstance(targets, TopK) else jacobian[0]

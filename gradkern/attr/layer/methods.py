@@ -116,17 +116,17 @@ def one_output(kind: Any) -> Any:
         options = _arguments(signature, self, args, kwargs)
         rows, extra = format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
         wants_delta = options.pop("return_convergence_delta", False)
-        found = self._one(rows, options)
-        if found is None:
+        maps = self._one(rows, options)
+        if maps is None:
             begin = time.perf_counter()
-            found = captums(self, **options)
+            maps = captums(self, **options)
             self._spent(rows, extra, time.perf_counter() - begin)
         if not wants_delta:
-            return found
-        layers = found if isinstance(found, list) else [found]
-        parts = [t for maps in layers for t in format_tensor_into_tuples(maps)]
+            return maps
+        layers = maps if isinstance(maps, list) else [maps]
+        parts = [t for layer in layers for t in format_tensor_into_tuples(layer)]
         rows, start = format_input_baseline(options["inputs"], options["baselines"])
-        return found, self.compute_convergence_delta(
+        return maps, self.compute_convergence_delta(
             tuple(parts), start, rows, additional_forward_args=extra, target=options["target"]
         )
 
@@ -144,9 +144,9 @@ def all_outputs(kind: Any) -> AttributeAll:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *layer]``."""
         options = _arguments(signature, self, args, kwargs)
         targets, inputs = options.pop("targets"), options["inputs"]
-        found = self._all(format_tensor_into_tuples(inputs), targets, options)
-        if found is not None:
-            return found
+        maps = self._all(format_tensor_into_tuples(inputs), targets, options)
+        if maps is not None:
+            return maps
         extra = options["additional_forward_args"]
         return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self.attribute(target=t, **options))
 

@@ -41,7 +41,7 @@ class Rescale(Rule):
     """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
 
     Elementwise steps: the secant, the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
-    to where the input's maximum is and to where the reference's was, as much as each of them moved.  Softmax: the
+    to where the input's maximum is and to where the reference's was, as much as each of them changed.  Softmax: the
     secant on logits less their mean (the paper's normalisation, section 3.6), which is complete and per sample.
     Products: the mean of both points, which is complete.  Other steps: the derivative at the input.
     """
@@ -52,8 +52,8 @@ class Rescale(Rule):
         super().__init__(program, params, values)
         self.reference, self.eps, self.native = reference, eps, native
 
-    def moved(self, i: int) -> tuple[Tensor, Tensor]:
-        """How far a step's input and its value are from those of the reference."""
+    def differences(self, i: int) -> tuple[Tensor, Tensor]:
+        """How a step's input and its value differ from those of the reference."""
         u, v = self.source(i), self.base + i
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
@@ -74,7 +74,7 @@ class Rescale(Rule):
 
 
 def secant(rule: Rescale, i: int) -> Local:
-    din, dout = rule.moved(i)
+    din, dout = rule.differences(i)
     return Local(after=torch.where(din.abs() < rule.eps, rule.slope(i), dout / din), through=True)
 
 
@@ -109,7 +109,7 @@ def shared_by_pool(rule: Rescale, i: int) -> Local:
 
 def normalised(rule: Rescale, i: int) -> Local:
     axis = rule.form(i, LowRank).axis
-    din, dout = rule.moved(i)
+    din, dout = rule.differences(i)
     din = din - din.mean(axis + 1, keepdim=True)  # a softmax does not see the mean
     flat = din.abs() < rule.eps
     ratio = torch.where(flat, 0.0, dout / din)
@@ -172,17 +172,17 @@ class DeepLift(RuleMethod, stock.DeepLift):
         start = format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
             validate_input(rows, start)
-        found = self._one(rows, target, additional_forward_args, {"baselines": start, "multiply": False})
-        if found is None:
+        maps = self._one(rows, target, additional_forward_args, {"baselines": start, "multiply": False})
+        if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
             return unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
         start = tensorize_baseline(rows, start)
         if custom_attribution_func is not None:
-            found = call_custom_attribution_func(custom_attribution_func, found, rows, start)
+            maps = call_custom_attribution_func(custom_attribution_func, maps, rows, start)
         elif self.multiplies_by_inputs:
-            found = tuple((x - base) * m for x, base, m in zip(rows, start, found, strict=True))
+            maps = tuple((x - base) * m for x, base, m in zip(rows, start, maps, strict=True))
         return compute_conv_delta_and_format_attrs(
-            self, return_convergence_delta, found, start, rows, additional_forward_args, target, is_tuple(inputs)
+            self, return_convergence_delta, maps, start, rows, additional_forward_args, target, is_tuple(inputs)
         )
 
     @typed

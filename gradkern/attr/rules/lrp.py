@@ -161,20 +161,20 @@ class LRP(RuleMethod, stock.LRP):
         """As Captum's.  As there, rules set on modules serve one call and are gone after it."""
         rows = format_tensor_into_tuples(inputs)
         with self._rules() as rules:
-            found = self._one(rows, target, additional_forward_args, {"rules": rules})
-        if found is None:
+            maps = self._one(rows, target, additional_forward_args, {"rules": rules})
+        if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return unlogged(stock.LRP)(self, inputs, *fixed)
         for path, rule in rules.items():
             if verbose:
                 print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
             del self.model.get_submodule(path).rule
-        result = format_output(is_tuple(inputs), found)
+        result = format_output(is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
         with torch.no_grad():
             outputs = run_forward(self.model, rows, target, additional_forward_args)
-        return result, self.compute_convergence_delta(found, outputs)
+        return result, self.compute_convergence_delta(maps, outputs)
 
     @typed
     def attribute_all(
@@ -190,9 +190,9 @@ class LRP(RuleMethod, stock.LRP):
         """
         with self._rules() as rules:
             options = {"rules": rules}
-            found = self._all_on_engine(inputs, targets, additional_forward_args, options, return_convergence_delta)
-        if found is not None:
-            return found
+            maps = self._all_on_engine(inputs, targets, additional_forward_args, options, return_convergence_delta)
+        if maps is not None:
+            return maps
 
         def attribute(target: Any) -> Any:
             try:

@@ -145,9 +145,9 @@ class _Rectifying(ProgramMethod):
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
         """As Captum's, but for every ReLU of the network, functional, in-place and reused ones included."""
         rows = format_tensor_into_tuples(inputs)
-        found = self._one(rows, target, additional_forward_args, {})
-        if found is not None:
-            return format_output(is_tuple(inputs), found)
+        maps = self._one(rows, target, additional_forward_args, {})
+        if maps is not None:
+            return format_output(is_tuple(inputs), maps)
         captums: Callable[..., Any] = super().attribute.__wrapped__
         return captums(self, inputs, target, additional_forward_args)
 
