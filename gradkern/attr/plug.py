@@ -13,9 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum._utils.common import _format_additional_forward_args, _format_tensor_into_tuples, _select_targets
-from captum._utils.gradient import compute_gradients
-from captum.attr import LayerAttribution, NeuronAttribution
 from torch import Tensor, nn
 
 from ..dispatch import state
@@ -24,6 +21,13 @@ from ..dispatch.route import Route, route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
 from ..util.options import BadType, BadValue, Complaint
+from .captum_compat import (
+    compute_gradients,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+    select_targets,
+    stock,
+)
 
 
 class GradientFunc:
@@ -40,9 +44,9 @@ class GradientFunc:
         additional_forward_args: Any = None,
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, shaped as the inputs."""
-        given = _format_tensor_into_tuples(inputs)
+        given = format_tensor_into_tuples(inputs)
         if takes_over(forward_fn, given, additional_forward_args, self.engine):
-            more = _format_additional_forward_args(additional_forward_args) or ()
+            more = format_additional_forward_args(additional_forward_args) or ()
             wrt = tuple(range(len(given)))
             request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
@@ -76,8 +80,7 @@ def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engin
         else:
             reason = f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
     elif not all(
-        isinstance(x, Tensor) and x.dim() and x.shape[0] == samples
-        for x in _format_additional_forward_args(extra) or ()
+        isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in format_additional_forward_args(extra) or ()
     ):
         reason = "an additional_forward_args entry is not a tensor with one row per sample"
     if reason:
@@ -104,7 +107,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     """
     numbers = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
-        chosen = _select_targets(
+        chosen = select_targets(
             numbers.expand(samples, *out_shape),  # [N, *out], no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
@@ -136,13 +139,13 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
             f"accelerate: got {type(attribution).__name__}, expected a Captum gradient attribution (an object with "
             "a gradient_func), such as captum.attr.IntegratedGradients(model)."
         )
-    twin = TWINS.get(type(attribution))
-    if twin is not None:
-        attribution.__class__ = twin
+    kind = TWINS.get(type(attribution), type(attribution))
+    if kind in TWINS.values():
+        attribution.__class__ = kind
         for part in ("grad_cam", "guided_backprop"):
             if hasattr(attribution, part):
                 accelerate(getattr(attribution, part), engine)
-    elif isinstance(attribution, (LayerAttribution, NeuronAttribution)) and type(attribution) not in TWINS.values():
+    elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
     attribution.gradient_func = GradientFunc(engine)
     return attribution

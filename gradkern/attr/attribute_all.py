@@ -1,4 +1,4 @@
-"""What ``attribute_all`` shares: reading ``targets``, the shape of the answer, and the way without a Program.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
@@ -8,22 +8,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol, cast, overload
 
 import numpy as np
 import torch
-from captum._utils.common import _format_tensor_into_tuples, _is_tuple
-from captum.attr._utils.common import _format_input_baseline
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
+from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, part, row_tensors
 
 NATIVE = (torch.float32, torch.float64)
+Options = dict[str, Any]  # a method's own options, by Captum's names
+Many = tuple[Tensor, ...]
+Inputs = Tensor | Many
+Yes = Literal[True]
+
+
+class AttributeAll(Protocol):
+    """What an ``attribute_all`` returns: attributions as the inputs are given, then the convergence delta where it is
+    asked for, then the indices of `TopK`."""
+
+    # fmt: off
+    @overload
+    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor, Tensor]: ...  # noqa: E501
+    @overload
+    def __call__(self, inputs: Tensor, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, **k: Any) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Tensor, *a: Any, **k: Any) -> Tensor: ...
+    @overload
+    def __call__(self, inputs: Many, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor, Tensor]: ...  # noqa: E501
+    @overload
+    def __call__(self, inputs: Many, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Many, targets: TopK, *a: Any, **k: Any) -> tuple[Many, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Many, *a: Any, **k: Any) -> Many: ...
+    # fmt: on
+
+
+def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
+    """The method as it is, with the types of its results."""
+    return cast(AttributeAll, attribute_all)
 
 
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any) -> Points | None:
@@ -51,17 +83,20 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
     return seeds, out
 
 
-def each_output(attribute: Callable[[Any], Any], seeds: Seeds, out: Shape, samples: int) -> Any:
-    """Call ``attribute(target)`` once per output, with the same random numbers, and stack along axis 1."""
+def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:
+    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers."""
+    rows = format_tensor_into_tuples(inputs)
+    seeds, out = resolved(fn, rows, extra, targets)
+    index = part(seeds, 0, rows[0].shape[0])
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
-    index = part(seeds, 0, samples)
-    found = []
+    results = []
     for s in range(seeds.count):
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
-        found.append(attribute(captum_target(column, out)))
-    return pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *found)
+        results.append(attribute(captum_target(column, out)))
+    tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
+    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
 
 
 def captum_target(flat: Tensor, out: Shape) -> Any:
@@ -81,18 +116,12 @@ def shaped(tree: Any, seeds: Seeds) -> Any:
 
 def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
-    found: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
     if delta is not None:
-        found.append(shaped(delta, seeds))
+        items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
-        found.append(seeds.indices_per_sample())
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def with_indices(tree: Any, seeds: Seeds) -> Any:
-    """The same for results that Captum has put together."""
-    tree = shaped(tree, seeds)
-    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
+        items.append(seeds.indices_per_sample())
+    return items[0] if len(items) == 1 else tuple(items)
 
 
 def completeness(
@@ -108,19 +137,20 @@ def completeness(
     ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each sample.
     """
     n = end[0].shape[0]
-    total = sum(p.reshape(n, seeds.count, -1).sum(2) for p in parts)  # [N, S]
+    sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
     before = [b if isinstance(b, Tensor) else torch.full_like(x[:1], float(b)) for b, x in zip(start, end, strict=True)]
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
         difference = rows_out(fn, end, more) - rows_out(fn, before, more)  # [N, C]
-        index = part(seeds, 0, n)
-        if index is None:
-            picked = difference
-        elif index.dim() == 1:
-            picked = difference[:, index]
-        else:
-            picked = difference.gather(1, index.to(difference.device))
-    return total.detach() - picked
+    return sum(sums[1:], sums[0]).detach() - picked(difference, part(seeds, 0, n))
+
+
+def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
+    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, C]``: ``[N, S]``."""
+    if index is None:
+        return outputs
+    index = index.to(outputs.device)
+    return outputs[:, index] if index.dim() == 1 else outputs.gather(1, index)
 
 
 def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Tensor], rows: int = 1024) -> Tensor:
@@ -130,7 +160,7 @@ def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Te
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
 
 
-class RowMethod:
+class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
     ``_rows`` is all that it has to bring: the attributions of every seed at given rows.  With it come
@@ -138,50 +168,49 @@ class RowMethod:
     """
 
     def _rows(
-        self,
-        rows: tuple[Tensor, ...],
-        more: tuple[Tensor, ...],
-        index: Tensor | None,
-        seeds: int,
-        given: dict[str, Any],
+        self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options
     ) -> tuple[Tensor, ...] | None:
-        """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``; ``given``: the method's options.
+        """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
 
         None where the model has no Program and the method needs one.
         """
         raise NotImplementedError
 
-    def _row_delta(
-        self, parts: Sequence[Tensor], rows: tuple[Tensor, ...], more: Sequence[Tensor], seeds: Seeds, given: dict
-    ) -> Tensor:
+    def _uses_up_something(self) -> bool:
+        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+        return False
+
+    def _points(self, rows: Many, more: Many) -> Points:
+        """The model, to be differentiated at these rows."""
+        return Points(self.forward_func, rows, more, getattr(self.gradient_func, "engine", None))
+
+    def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Seeds, options: Options) -> Tensor:
         """The convergence delta of `_rows`, ``[R, S]``."""
-        _, start = _format_input_baseline(rows, given.get("baselines"))
-        return completeness(self.forward_func, parts, start, rows, more, seeds)  # type: ignore[attr-defined]
+        _, start = format_input_baseline(rows, options.get("baselines"))
+        return completeness(self.forward_func, parts, start, rows, more, seeds)
 
     @one_call()
-    def _fast(self, inputs: Any, targets: Any, extra: Any, given: dict[str, Any], delta: bool) -> Any:
+    def _all_on_engine(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool) -> Any:
         """``attribute_all`` on the engine; None where the call is Captum's."""
-        many, rows = _is_tuple(inputs), _format_tensor_into_tuples(inputs)
+        rows = format_tensor_into_tuples(inputs)
         points = points_for(self, rows, extra)
         if points is None:
             return None
         seeds, _ = points.choose(jacobian_choice(targets))
-        parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, given)
+        parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, options)
         if parts is None:
             return None
-        off = self._row_delta(parts, rows, points.more, seeds, given) if delta else None
-        return answer(parts, many, seeds, off)
+        off = self._row_delta(parts, rows, points.more, seeds, options) if delta else None
+        return answer(parts, is_tuple(inputs), seeds, off)
 
-    def _every(self, inputs: Any, targets: Any, extra: Any, given: dict[str, Any], delta: bool = False) -> Any:
+    def _all(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool = False) -> Any:
         """``attribute_all``; with ``delta`` also the convergence delta."""
-        found = self._fast(inputs, targets, extra, given, delta)
-        if found is not None:
-            return found
-        rows = _format_tensor_into_tuples(inputs)
-        seeds, out = resolved(self.forward_func, rows, extra, targets)  # type: ignore[attr-defined]
-        options = given | ({"return_convergence_delta": True} if delta else {})
+        result = self._all_on_engine(inputs, targets, extra, options, delta)
+        if result is not None:
+            return result
+        more = options | ({"return_convergence_delta": True} if delta else {})
 
         def attribute(target: Any) -> Any:
-            return self.attribute(inputs, target=target, additional_forward_args=extra, **options)  # type: ignore[attr-defined]
+            return self.attribute(inputs, target=target, additional_forward_args=extra, **more)
 
-        return with_indices(each_output(attribute, seeds, out, rows[0].shape[0]), seeds)
+        return one_by_one(self.forward_func, inputs, extra, targets, attribute)
