@@ -19,11 +19,12 @@ MAX_BLOCK = 32
 SCRATCH_BYTES = 32 << 20  # per thread, unless one sample with one seed needs more
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffer:
-    """A piece of the arena: per-sample where it must outlive a stage, shared between samples otherwise."""
+    """A piece of scratch memory: per-sample where it must outlive a stage, shared between samples otherwise."""
 
-    elements: int
+    elements: int  # of one seed, where it holds a cotangent
+    cotangent: bool = False
     stages: set[int] = field(default_factory=set)
     base: int = -1
     first: int = -1  # the records between which its content matters
