@@ -15,8 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..codegen.chain import FIELDS, KINDS, Machine
 from ..codegen.cuda.lowering import MATH, STEPS, STEPS_VARIABLE, Device
+from ..codegen.encoding import Sizes, layout_fingerprint
+from ..codegen.machine import Machine
 from ..codegen.support import NATIVE_FUNCTIONS
 from ..util.options import BadValue
 
@@ -36,8 +37,7 @@ def extension() -> ModuleType | None:
             stacklevel=3,
         )
         return None
-    found = (list(_C.op_fields()), list(_C.op_kinds()), list(_C.functions()))
-    if found != (list(FIELDS), list(KINDS), list(NATIVE_FUNCTIONS)):
+    if getattr(_C, "record_layout", None) != layout_fingerprint() or list(_C.functions()) != list(NATIVE_FUNCTIONS):
         warnings.warn(
             f"gradkern's compiled extension was built from another version and is not used. {HOW_TO_BUILD}",
             RuntimeWarning,
@@ -78,10 +78,10 @@ def _machine(device: torch.device | None, precision: str, steps: str) -> Machine
     if c is None:
         return None
     if device is None:
-        return Machine(c.isa(), c.vector_bytes(), c.registers())
+        return Machine(c.isa(), c.vector_bytes())
     if device.type == "cuda" and c.cuda:
         number = torch.cuda.current_device() if device.index is None else device.index
-        return Device("cuda", 16, 0, c.cuda_shared_bytes(number), math=MATH[precision], steps=steps)
+        return Device("cuda", 16, c.cuda_shared_bytes(number), math=MATH[precision], steps=steps)
     return None
 
 
@@ -95,11 +95,11 @@ def chain_forward(
     packed: Tensor,
     tables: Tensor,
     forward: Tensor,
-    sizes: Sequence[int],
+    sizes: Sizes,
     outputs: Sequence[int],
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
-    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, list(sizes), list(outputs))
+    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.numbers, list(outputs))
 
 
 def chain_vjp(
@@ -108,7 +108,7 @@ def chain_vjp(
     tables: Tensor,
     forward: Tensor,
     backward: Tensor,
-    sizes: Sequence[int],
+    sizes: Sizes,
     outputs: Sequence[int],
     targets: Tensor | None,
     seed_rows: Tensor | None,
@@ -124,7 +124,7 @@ def chain_vjp(
         tables,
         forward,
         backward,
-        list(sizes),
+        sizes.numbers,
         found,
         targets,
         seed_rows,

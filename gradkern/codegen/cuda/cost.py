@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..chain import KINDS
+from ..records import KINDS as RECORDS
 
+KINDS = [k.__name__ for k in RECORDS]
 WARP = 32
 WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
 QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh

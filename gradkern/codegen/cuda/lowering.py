@@ -23,8 +23,9 @@ import torch
 
 from ...ir.program import Program
 from ..aliasing import Cotangent
-from ..chain import FIELDS, KINDS, Chain, Machine
+from ..chain import Chain
 from ..lowering import Lowering, lower
+from ..machine import Machine
 from ..scratch import Buffer
 from ..units import Graph, Node, Unit, planar
 from ..weights import mergeable
