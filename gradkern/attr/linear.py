@@ -246,7 +246,7 @@ def transposed(
         cotangent = cotangent * outer.unsqueeze(1)
     params = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
     p = cached_plan(lp, seeds, inputs[0].dtype, inputs[0].device)
-    if not (p.layers or any(g.native for g in p.groups)):
+    if not any(g.native for g in p.groups):
         raise executor.NoKernel
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]

@@ -152,10 +152,9 @@ class Recording:
         if id(unit) not in self.bits:
             self.bits[id(unit)] = self.bit_bytes
             self.bit_bytes += (out.P * taps * plane_bytes + 63) // 64 * 64
-        before = (padding[0][0], padding[1][0])
-        return PatternRef(
-            self.bits[id(unit)], taps, plane_bytes, source.H, source.W, *kernel, *stride, *before, *dilation
-        )
+        (kh, kw), (sh, sw), (dh, dw), ((ph, _), (pw, _)) = kernel, stride, dilation, padding
+        bits = self.bits[id(unit)]
+        return PatternRef(bits, taps, plane_bytes, source.H, source.W, kh, kw, sh, sw, ph, pw, dh, dw)
 
     def operand_index(self, unit: Unit, node: Node) -> int:
         """Which read of the unit this is: a unit may read one node twice, and is asked once per read."""

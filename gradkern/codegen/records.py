@@ -107,7 +107,7 @@ class LineSet(Part):
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Bands(Part):
     """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
 
@@ -129,12 +129,12 @@ class Way(IntEnum):
 # Records
 
 
-def places_of(value: object) -> Iterator[Place]:
-    """The places in a record or part, in order."""
+def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
+    """The places in a record or part by their fields' names."""
     for f in fields(value):  # type: ignore[arg-type]
         part = getattr(value, f.name)
         if isinstance(part, Place):
-            yield part
+            yield f.name, part
         elif isinstance(part, Part):
             yield from places_of(part)
 
@@ -145,13 +145,17 @@ class Record:
 
     block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
 
-    def places(self) -> Iterator[Place]:
-        """All places in scratch memory that the record reads or writes."""
-        return places_of(self)
+    def buffers(self) -> list[Buffer]:
+        """What the record reads or writes of scratch memory."""
+        return [p.buffer for _, p in places_of(self) if p.buffer is not None]
 
-    def touches(self, buffer: Buffer) -> bool:
-        """Whether one of the record's places is in the buffer."""
-        return any(p.buffer is buffer for p in self.places())
+    def reads(self, buffer: Buffer) -> bool:
+        """Whether the record has a place in the buffer other than its destination."""
+        return any(p.buffer is buffer and name != "dst" for name, p in places_of(self))
+
+    def writes(self, buffer: Buffer) -> bool:
+        """Whether the record's destination is in the buffer."""
+        return any(p.buffer is buffer and name == "dst" for name, p in places_of(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
                 stage += 1
             previous = record
             count += 1
-            for buffer in (p.buffer for p in record.places() if p.buffer is not None):
+            for buffer in record.buffers():
                 buffer.stages.add(stage)
                 buffer.first = count if buffer.first < 0 else buffer.first
                 buffer.last = count

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -89,8 +90,13 @@ class WindowLayout(Contraction):
     def vectors(self) -> int:
         return math.ceil(self.O / self.lanes)
 
+    @property
+    def row_length(self) -> int:
+        """Weights of one term: O in whole vectors."""
+        return self.vectors * self.lanes
+
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> WindowLayout:
+    def of(cls, unit: Unit, lanes: int) -> Self:
         form, node, out = unit.form, unit.reads[0], unit.out
         assert isinstance(form, Contract)
         C = node.C
@@ -115,8 +121,8 @@ class WindowLayout(Contraction):
     def place(self, offset: int) -> int:
         """Reserve room from ``offset`` on; returns the end."""
         self.weights = offset
-        self.bias = self.weights + aligned(self.groups * self.K * self.vectors * self.lanes)
-        return self.bias + aligned(self.groups * self.vectors * self.lanes)
+        self.bias = self.weights + aligned(self.groups * self.K * self.row_length)
+        return self.bias + aligned(self.groups * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, b = self.folded(params)
@@ -168,7 +174,7 @@ class ScatterLayout(Contraction):
         return len(self.window) // 2 * self.lanes
 
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> ScatterLayout:
+    def of(cls, unit: Unit, lanes: int) -> Self:
         """The plain layout: one window per output position."""
         w, node = WindowLayout.of(unit, lanes), unit.reads[0]
         step = (w.stride[0] * node.row, w.stride[1] * node.C)
@@ -178,10 +184,11 @@ class ScatterLayout(Contraction):
         )  # fmt: skip
 
     @classmethod
-    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> ScatterLayout:
+    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> Self:
         """One window per pool output.  Needs groups and dilation of 1, and a pool that never leaves its input."""
         form, node, out = unit.form, unit.reads[0], unit.out
-        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)  # type: ignore[union-attr]
+        assert isinstance(form, Contract) and isinstance(form.map, Windows)
+        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)
         (qh, qw), (th, tw), _, (eh, ew) = planar(pool)
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]

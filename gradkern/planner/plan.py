@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.gemm import Layer, absorbable, find, heavy
-from ..codegen.cuda.lowering import HALVES, Device, TooLarge, lower_device, lowering
+from ..codegen.cuda.lowering import CAST_DTYPES, Device, TooLarge, heavy, lower_device, lowering
 from ..codegen.grouping import Builder
 from ..codegen.machine import Machine
 from ..codegen.support import why_not
@@ -27,7 +26,6 @@ from ..passes.bottleneck import SeedCut, ancestors, choose
 from ..runtime import ops
 
 CPU = torch.device("cpu")
-LAYER = "kernel cuda, by layer"
 NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}
 
 
@@ -68,7 +66,6 @@ class Plan:
     steps: tuple[PlanStep, ...]
     cut: SeedCut | None = None  # where seeds start instead of at the outputs
     halves: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
-    layers: tuple[Layer, ...] = ()  # contractions outside the native groups that have a kernel of their own
 
     @property
     def whole(self) -> bool:
@@ -127,36 +124,38 @@ def plan(
     """
     machine = machine or ops.machine(device)
     blocked = halves = None
-    if isinstance(machine, Device) and dtype in HALVES and not any(isinstance(s.form, Opaque) for s in program.steps):
+    if (
+        isinstance(machine, Device)
+        and dtype in CAST_DTYPES
+        and not any(isinstance(s.form, Opaque) for s in program.steps)
+    ):
         # What torch runs by itself may name a dtype; everything else works in float32 as well.
-        halves, machine, dtype = dtype, replace(machine, math=HALVES[dtype]), torch.float32
+        halves, dtype = dtype, torch.float32
     if machine is None:
         blocked = f"the compiled extension {'is missing' if device.type == 'cpu' else f'has no {device.type} part'}"
     elif dtype not in NATIVE_DTYPES:
         blocked = f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
     reasons = [blocked or why_not(program, step) for step in program.steps]
-    layers: tuple[Layer, ...] = ()
     if isinstance(machine, Device):
-        groups, layers = on_device(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
+        reasons = [r or heavy(program, i) for i, r in enumerate(reasons)]
+        groups = fit(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
     else:
         groups = cut(program, [r is None for r in reasons])
     folded = {i for g in groups if g.native for u in units_of(program, g) for i in u.steps[1:]}
-    folded |= {i for x in layers for i in (*x.norms, *x.behind)}
-    by_layer = {x.contraction for x in layers}
     rows = []
     base = len(program.inputs)
     known = opaque_macs or {}
     narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
     before = ancestors(program, narrow.value) if narrow else set()
     for i, step in enumerate(program.steps):
-        path, why = (LAYER, reasons[i] or "") if i in by_layer else row(program, i, reasons[i], machine, folded)
+        path, why = row(program, i, reasons[i], machine, folded)
         own = narrow.width if narrow and base + i in before else seeds
         macs = total_macs(program, i, own, known.get(i))
         if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
             macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
         group = next(k for k, g in enumerate(groups) if i in g.steps)
         rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
-    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, halves, layers)
+    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, halves)
 
 
 def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
@@ -208,35 +207,6 @@ def group_of(program: Program, steps: list[int], native: bool) -> Group:
 
 
 # ---- a GPU's shared memory
-
-
-def on_device(
-    program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int
-) -> tuple[tuple[Group, ...], tuple[Layer, ...]]:
-    """Groups for a GPU: chains of what fits its shared memory and has small weights, and the layers among the rest.
-
-    Elementwise steps beside a layer join it: a chain of their own would only read and write what the layer's kernel
-    has at hand.  ``reasons`` are amended.
-    """
-    before = list(reasons)
-    reasons[:] = [r or heavy(program, i) for i, r in enumerate(reasons)]
-    groups = fit(program, reasons, machine, itemsize, seeds)
-    large = {i for i, (old, new) in enumerate(zip(before, reasons, strict=True)) if old is None and new is not None}
-    if not large:
-        return groups, ()
-    joined = list(reasons)
-    base = len(program.inputs)
-    for group in groups:
-        beside = {v - base for v in group.live_in} | {j for v in group.live_out for j in program.consumers[v]}
-        if group.native and beside & large and all(absorbable(program, i) for i in group.steps):
-            for i in group.steps:
-                joined[i] = "beside a layer with a kernel of its own"
-    wider = fit(program, joined, machine, itemsize, seeds)
-    layers = find(program, [(g.native, g.steps) for g in wider], large, seeds, machine)
-    if not layers:
-        return groups, ()
-    reasons[:] = joined
-    return wider, layers
 
 
 def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:

@@ -11,17 +11,13 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.gemm import Layer
-from ..codegen.cuda.lowering import PLAIN, Device
 from ..codegen.encoding import WIDTH
-from ..codegen.weights import Contraction, MixLayout
 from ..ir.program import Program
 from ..passes.bottleneck import halves
 from ..passes.prune_positions import narrowed
@@ -29,15 +25,12 @@ from ..planner import plan
 from ..planner.plan import Plan
 from ..util import options
 from ..util.chunks import spans
-from . import gemm, ops, reference
-from .gemm import LayerPack
+from . import ops, reference
 
 GPU_ROOM = 16  # times as many packs are kept on a GPU: networks in many pieces, with large weights
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 
 Params = Mapping[str, Tensor]
-Owner = Chain | Plan
-Layouts = Sequence[Contraction | MixLayout]
 
 
 def jacobian(
@@ -71,7 +64,7 @@ def jacobian(
     if p.cut is not None and n:
         return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
     try:
-        if n == 0 or seeds == 0 or not program.steps or not (p.layers or any(g.native for g in p.groups)):
+        if n == 0 or seeds == 0 or not program.steps or not any(g.native for g in p.groups):
             raise NoKernel
         if p.whole:
             return whole(p, params, inputs, targets, wrt, out), tuple(out)
@@ -173,41 +166,30 @@ class NoKernel(Exception):
 
 
 class Packs:
-    """Packed weights of a few recent contents, by chain (or plan, of layers) and content hash."""
+    """Packed weights of a few recent contents, by chain and content hash."""
 
     def __init__(self, keep: int = 16, most: int = 64 << 20):
         self.keep, self.most, self.lock = keep, most, threading.Lock()  # entries, bytes
-        self.found: OrderedDict[tuple[int, int, torch.device], tuple[Owner, Any]] = OrderedDict()
+        self.found: OrderedDict[tuple[int, int, torch.device], Packed] = OrderedDict()
 
     def get(self, chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
-        return self.fetch(chain, chain.layouts, params, like, lambda: Packed(chain, params, like), content)
-
-    def fetch(
-        self,
-        owner: Owner,
-        layouts: Layouts,
-        params: Params,
-        like: Tensor,
-        make: Callable[[], Any],
-        content: int | None = None,
-    ) -> Any:
-        """What ``make`` makes of the owner's weights, once per content: of these weights, or as given."""
-        tensors = [params[name] for layout in layouts for name in layout.names()]
+        """The chain's packed weights, once per content: of these weights, or as given."""
+        tensors = [params[name] for layout in chain.layouts for name in layout.names()]
         if any(t.dtype != like.dtype for t in tensors):
             raise NoKernel
-        key = (id(owner), ops.content_hash(tensors) if content is None else content, like.device)
+        key = (id(chain), ops.content_hash(tensors) if content is None else content, like.device)
         with self.lock:
-            known, packed = self.found.get(key, (None, None))
-            if known is owner:
+            known = self.found.get(key)
+            if known is not None and known.chain is chain:
                 self.found.move_to_end(key)
-                return packed
-        packed = make()
+                return known
+        packed = Packed(chain, params, like)
         with self.lock:
-            self.found[key] = owner, packed
-            held = sum(p.weights.nbytes for _, p in self.found.values())
+            self.found[key] = packed
+            held = sum(p.weights.nbytes for p in self.found.values())
             room = 1 if like.device.type == "cpu" else GPU_ROOM
             while len(self.found) > room * self.keep or (held > room * self.most and len(self.found) > 1):
-                held -= self.found.popitem(last=False)[1][1].weights.nbytes
+                held -= self.found.popitem(last=False)[1].weights.nbytes
         return packed
 
 
@@ -243,14 +225,6 @@ _packs = Packs()
 def packed_for(chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
     """``content``: a hash of all parameters, where the caller has one."""
     packed = _packs.get(chain, params, like, content)
-    if not packed.finite:
-        raise NoKernel
-    return packed
-
-
-def layers_for(p: Plan, params: Params, like: Tensor, content: int) -> LayerPack:
-    own = gemm.contractions(p.program, p.layers)
-    packed = _packs.fetch(p, own, params, like, lambda: LayerPack(p.program, p.layers, params, like), content)
     if not packed.finite:
         raise NoKernel
     return packed
@@ -334,13 +308,8 @@ class Pieces:
         self.values: dict[int, Tensor] = dict(enumerate(inputs))
         self.cotangents: dict[int, Tensor] = {}
         self.needs = self.reachable()
-        self.layers = {x.contraction: x for x in p.layers}
-        self.turns = {x.at: x for x in p.layers}
-        self.within = {i for x in p.layers for i in (x.contraction, *x.norms, *x.behind)}
-        self.folded = {i for x in p.layers for i in x.norms}
         # One hash for all pieces: on a GPU each waits.
         self.content = ops.content_hash([t for t in params.values() if t.device == inputs[0].device])
-        self.pack = layers_for(p, params, inputs[0], self.content) if p.layers else None
 
     def reachable(self) -> set[int]:
         """Values that depend on a wanted input."""
@@ -425,24 +394,15 @@ class Pieces:
     def forward_reference(self, steps: Sequence[int]) -> None:
         base = len(self.program.inputs)
         for i in steps:
-            if i in self.turns:
-                self.forward_layer(self.turns[i])
-            if i in self.within:
-                continue
             args = [self.values[v] for v in self.program.steps[i].inputs]
             self.values[base + i] = reference.forward_step(self.program, i, args, self.params)
 
     def backward_reference(self, k: int) -> None:
         base = len(self.program.inputs)
         for i in reversed(self.plan.groups[k].steps):
-            step, layer = self.program.steps[i], self.layers.get(i)
-            if i in self.folded:
-                continue
-            g = self.cotangents.pop(layer.cotangent if layer else base + i, None)
+            step = self.program.steps[i]
+            g = self.cotangents.pop(base + i, None)
             if g is None or not any(v in self.needs for v in step.inputs):
-                continue
-            if layer:
-                self.backward_layer(layer, g)
                 continue
             found = reference.vjp_step(self.program, i, *self.looked_at(i, g), g, self.params)
             for v, cotangent in zip(step.inputs, found, strict=True):
@@ -451,26 +411,4 @@ class Pieces:
 
     def looked_at(self, i: int, g: Tensor) -> tuple[list[Tensor], Tensor]:
         """The values that a step's VJP may read: its inputs and its result."""
-        # What a layer does on the way is not written: a sum's VJP reads no value, a ReLU's its result alone.
-        out = self.values.get(len(self.program.inputs) + i)
-        return [self.values.get(v, out) for v in self.program.steps[i].inputs], out  # type: ignore[misc, return-value]
-
-    # ---- layers
-
-    def math(self) -> int:
-        assert isinstance(self.plan.machine, Device)
-        return self.plan.machine.math if self.dtype == torch.float32 else PLAIN
-
-    def forward_layer(self, layer: Layer) -> None:
-        assert self.pack is not None
-        weights = self.pack.of[layer.contraction]
-        add = None if layer.add is None else self.values[layer.add]
-        x = self.values[layer.source]
-        self.values[layer.value] = gemm.run_forward(self.program, layer, weights, self.math(), x, add)
-
-    def backward_layer(self, layer: Layer, g: Tensor) -> None:
-        assert self.pack is not None
-        weights = self.pack.of[layer.contraction]
-        add = self.cotangents.pop(layer.source, None) if layer.last else None
-        found = gemm.run_backward(self.program, layer, weights, self.math(), g, add, self.values)
-        self.add(layer.target, found)
+        return [self.values[v] for v in self.program.steps[i].inputs], self.values[len(self.program.inputs) + i]
