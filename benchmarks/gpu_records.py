@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import gradkern
 from benchmarks.gpu import SAMPLES, timed
-from gradkern.codegen.chain import FIELDS, KINDS
+from gradkern.codegen import records as kinds
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
 
 CLOCK = 1.755e9  # per second, of an H200; the planner counts clocks
-SHOWN = ("H", "W", "C", "O", "K", "taps", "fn")
+SHOWN = ("H", "W", "C", "O", "runs", "run_length", "window_elements", "elements", "way", "function")
 
 
 @dataclass
@@ -61,7 +61,7 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
     chain, weights, tables = packed.chain, packed.weights, packed.tables
     found, before, place = [], 0.0, 0
     for part, ops_of in (("forward", chain.forward), ("backward", chain.backward)):
-        for k, numbers in enumerate(ops_of, 1):
+        for k, op in enumerate(ops_of, 1):
             if part == "forward":
                 cut: Any = (inputs, weights, tables, packed.forward[:k], chain.sizes, chain.output_sizes)
                 now = timed(lambda _, cut=cut: ops.chain_forward(*cut), [x], seconds)
@@ -69,12 +69,18 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
                 first = (inputs, weights, tables, packed.forward, packed.backward[:k], chain.sizes, chain.output_sizes)
                 cut = (*first, targets, rows, cotangents, chain.seed_tile, results)
                 now = timed(lambda _, cut=cut: ops.chain_vjp(*cut), [x], seconds)
-            fields = dict(zip(FIELDS, numbers, strict=True))
-            shape = " ".join(f"{name}={fields[name]}" for name in SHOWN if fields[name])
             expected = chain.clocks[place] * len(x) / processors / CLOCK * 1e3
-            found.append(Record(part, KINDS[fields["kind"]], shape, expected, now - before))
+            found.append(Record(part, type(op).__name__, shape(op), expected, now - before))
             before, place = now, place + 1
     return found
+
+
+def shape(op: kinds.Record) -> str:
+    """The numbers that say how much work a record is."""
+    numbers = {**vars(getattr(op, "extent", None) or op), **vars(op)}
+    pattern = getattr(op, "pattern", None)
+    taps = [f"taps={pattern.taps}"] if pattern else []
+    return " ".join([f"{name}={numbers[name]:d}" for name in SHOWN if numbers.get(name)] + taps)
 
 
 def table(net: str, samples: int, rows: list[Record]) -> list[str]:

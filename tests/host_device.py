@@ -184,7 +184,7 @@ class HostDevice:
         if n == 0:
             return found
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
-        region, sample, bits, _, shared, block = sizes
+        region, sample, bits, _, shared, block = sizes.numbers
         assert shared <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
