@@ -36,20 +36,7 @@ int shared_bytes(int device);  // csrc/cuda/launch.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gradkern's compiled part: registers the ops torch.ops.gradkern.* and tells what was built";
-  m.def("op_fields", [] {
-    return std::vector<std::string>{
-#define X(name) #name,
-        GRADKERN_OP_FIELDS(X)
-#undef X
-    };
-  });
-  m.def("op_kinds", [] {
-    return std::vector<std::string>{
-#define X(name) #name,
-        GRADKERN_OP_KINDS(X)
-#undef X
-    };
-  });
+  m.attr("record_layout") = gradkern::kRecordLayout;
   m.def("functions", [] {
     return std::vector<std::string>{
 #define X(name) #name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class WindowLayout(Contraction):
     origin: int  # offset of the first window's start from the interior
     stride: tuple[int, int]
     runs: list[int]  # R offsets
-    wf: int = -1
+    weights: int = -1  # offset in the packed weights
     bias: int = -1
 
     @property
@@ -89,8 +90,13 @@ class WindowLayout(Contraction):
     def vectors(self) -> int:
         return math.ceil(self.O / self.lanes)
 
+    @property
+    def row_length(self) -> int:
+        """Weights of one term: O in whole vectors."""
+        return self.vectors * self.lanes
+
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> WindowLayout:
+    def of(cls, unit: Unit, lanes: int) -> Self:
         form, node, out = unit.form, unit.reads[0], unit.out
         assert isinstance(form, Contract)
         C = node.C
@@ -114,16 +120,16 @@ class WindowLayout(Contraction):
 
     def place(self, offset: int) -> int:
         """Reserve room from ``offset`` on; returns the end."""
-        self.wf = offset
-        self.bias = self.wf + aligned(self.groups * self.K * self.vectors * self.lanes)
-        return self.bias + aligned(self.groups * self.vectors * self.lanes)
+        self.weights = offset
+        self.bias = self.weights + aligned(self.groups * self.K * self.row_length)
+        return self.bias + aligned(self.groups * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, b = self.folded(params)
         g, o, k, n = self.groups, self.O, self.K, self.lanes
         wide = w.new_zeros(g, self.vectors * n, k)
         wide[:, :o] = w.reshape(g, o, k)
-        cursor = self.wf
+        cursor = self.weights
         for group in wide:
             for first, count in tiles(self.vectors, MAX_VECTORS):
                 tile = group[first * n : (first + count) * n].T  # [K, vectors·lanes]
@@ -138,7 +144,7 @@ class WindowLayout(Contraction):
 class ScatterLayout(Contraction):
     """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
 
-    A window is R contiguous runs of L elements of the cotangent, cut into *slots* of one vector.  Where a pool
+    A window is R contiguous runs of L elements of the cotangent, cut into vectors.  Where a pool
     stands behind the contraction and windows are narrow, its taps are ``merged``: one window covers them all, and
     tap j's rows hold the weight shifted to where that tap lies.  ``fold`` interleaves that many rows of the
     cotangent, so that one run of a narrow 2-D window fills more of a vector.
@@ -155,20 +161,20 @@ class ScatterLayout(Contraction):
     extent: tuple[int, int] = (1, 1)  # rows and columns of the merged window
     merged: bool = False
     fold: int = 1
-    wb: int = -1
+    weights: int = -1  # offset in the packed weights
 
     @property
-    def slots(self) -> list[int]:
+    def window(self) -> list[int]:
         """Pairs (offset, live lanes)."""
         n = self.lanes
         return [x for r in self.runs for i in range(0, self.L, n) for x in (r + i, min(n, self.L - i))]
 
     @property
-    def ldw(self) -> int:
-        return len(self.slots) // 2 * self.lanes
+    def row_length(self) -> int:
+        return len(self.window) // 2 * self.lanes
 
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> ScatterLayout:
+    def of(cls, unit: Unit, lanes: int) -> Self:
         """The plain layout: one window per output position."""
         w, node = WindowLayout.of(unit, lanes), unit.reads[0]
         step = (w.stride[0] * node.row, w.stride[1] * node.C)
@@ -178,10 +184,11 @@ class ScatterLayout(Contraction):
         )  # fmt: skip
 
     @classmethod
-    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> ScatterLayout:
+    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> Self:
         """One window per pool output.  Needs groups and dilation of 1, and a pool that never leaves its input."""
         form, node, out = unit.form, unit.reads[0], unit.out
-        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)  # type: ignore[union-attr]
+        assert isinstance(form, Contract) and isinstance(form.map, Windows)
+        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)
         (qh, qw), (th, tw), _, (eh, ew) = planar(pool)
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]
@@ -211,8 +218,8 @@ class ScatterLayout(Contraction):
         )
 
     def place(self, offset: int) -> int:
-        self.wb = offset
-        return self.wb + aligned(len(self.taps) * self.O * self.ldw)
+        self.weights = offset
+        return self.weights + aligned(len(self.taps) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
@@ -221,7 +228,7 @@ class ScatterLayout(Contraction):
         n, rows = self.lanes, w.shape[0]
         back = w.new_zeros(rows, len(self.runs), math.ceil(self.L / n) * n)
         back[:, :, : self.L] = w.reshape(rows, len(self.runs), self.L)
-        packed[self.wb : self.wb + back.numel()] = back.reshape(-1)
+        packed[self.weights : self.weights + back.numel()] = back.reshape(-1)
 
     def shifted(self, w: Tensor) -> Tensor:
         """``[O, K] -> [taps·O, merged window]``, rows interleaved by ``fold``."""
@@ -246,11 +253,11 @@ def mergeable(unit: Unit, pattern: Unit) -> bool:
 
 
 def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
-    """Cycles per pool output, roughly: per window a start and a read-add-write of every slot, per live channel one
-    multiply-add per slot, two at a time; about three in four pool outputs are alive."""
-    slots = len(layout.slots) // 2
+    """Cycles per pool output, roughly: per window a start and a read-add-write of every vector, per live channel one
+    multiply-add per vector, two at a time; about three in four pool outputs are alive."""
+    vectors = len(layout.window) // 2
     windows = 1 if layout.merged else taps
-    return windows * (40 + 1.5 * slots * seeds) + 0.75 * layout.O * slots * seeds / 2
+    return windows * (40 + 1.5 * vectors * seeds) + 0.75 * layout.O * vectors * seeds / 2
 
 
 @dataclass
@@ -263,11 +270,11 @@ class MixLayout:
     entries: list[list[tuple[int, int]]]
     coefficients: list[float] | None  # of the rows, where they are constants
     first: int  # channel of the weight that the first channel here has
-    wf: int = -1
+    weights: int = -1  # offset in the packed weights
     bias: int = -1
 
     @property
-    def ldw(self) -> int:
+    def row_length(self) -> int:
         return aligned(self.C)
 
     @classmethod
@@ -290,12 +297,12 @@ class MixLayout:
         return cls(form, kh * kw, node.C, entries, None, unit.first)
 
     def place(self, offset: int) -> int:
-        self.wf = offset
-        self.bias = self.wf + self.rows * self.ldw
-        return self.bias + self.ldw
+        self.weights = offset
+        self.bias = self.weights + self.rows * self.row_length
+        return self.bias + self.row_length
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        table = packed[self.wf : self.bias].view(self.rows, self.ldw)[:, : self.C]
+        table = packed[self.weights : self.bias].view(self.rows, self.row_length)[:, : self.C]
         mine = slice(self.first, self.first + self.C)
         if self.coefficients is not None:
             table[:] = torch.tensor(self.coefficients, dtype=packed.dtype)[:, None]

@@ -14,9 +14,10 @@ from functools import cached_property
 
 import torch
 
-from ..codegen.chain import Chain, Machine
+from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import CAST_DTYPES, Device, TooLarge, heavy, lower_device, lowering
 from ..codegen.grouping import Builder
+from ..codegen.machine import Machine
 from ..codegen.support import why_not
 from ..ir.cost import forward_macs, total_macs
 from ..ir.program import Opaque, Program, View, describe
