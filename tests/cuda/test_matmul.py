@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import Device, TooLarge, lower_device
+from gradkern.codegen.encoding import CudaSizes
 from gradkern.codegen.records import MatMul, MatMulT, Move, MoveT
 from gradkern.frontend import tracer
 from gradkern.ir.indexing import along
@@ -97,7 +98,7 @@ def test_products_of_two_values(name: str, room: str, dtype: torch.dtype) -> Non
         assert oracle.relative_error(f, w) < BOUND[dtype]
 
 
-def test_several_samples_and_tiles_of_seeds_at_a_time() -> None:
+def test_several_samples_and_tiles_of_seeds() -> None:
     """The shapes above are run with more than one sample of scratch at a time, and with more than one tile of seeds."""
     chains = []
     for name in SHAPES:
@@ -107,7 +108,7 @@ def test_several_samples_and_tiles_of_seeds_at_a_time() -> None:
             machine = replace(device.machine, shared_bytes=least(program, device.machine, 4) + more)
             steps = list(range(len(program.steps)))
             chains.append(lower_device(program, steps, [program.output], machine, 4, SEEDS, (0, 1, 2)))
-    assert {c.sizes.samples for c in chains} >= {1, 2}
+    assert {c.sizes.samples for c in chains if isinstance(c.sizes, CudaSizes)} >= {1, 2}
     assert len({c.seed_tile for c in chains}) > 2
     kinds = {type(op) for c in chains for op in (*c.forward, *c.backward)}
     assert {MatMul, MatMulT} <= kinds

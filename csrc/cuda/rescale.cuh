@@ -5,7 +5,7 @@
 
 namespace gradkern::cuda {
 
-constexpr int kShareThreads = 256;
+constexpr int kRescaleThreads = 256;
 
 // What is alike for all windows; 32-bit, as divisions of 64 bits would be most of the work.
 struct PoolPlan {
@@ -47,8 +47,8 @@ struct PoolWindow {
 };
 
 template <class T, bool Relu>
-GK_KERNEL(kShareThreads, 1)
-shares_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
+GK_KERNEL(kRescaleThreads, 1)
+rescale_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
   const PoolPlan p(a.pool);
   const uint32_t area = static_cast<uint32_t>(p.oh * p.ow), channels = static_cast<uint32_t>(a.channels);
   const int64_t plane = a.pool.H * a.pool.W;
@@ -71,7 +71,7 @@ shares_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
 }
 
 template <class T>
-GK_KERNEL(kShareThreads, 1)
+GK_KERNEL(kRescaleThreads, 1)
 secant_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t units) {
   const uint32_t sample = static_cast<uint32_t>(a.channels * a.pool.H * a.pool.W);
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < units; i += gridDim.x * blockDim.x)

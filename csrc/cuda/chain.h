@@ -1,8 +1,9 @@
-// The arguments of a chain's launch: plain data, shared by the kernels, their launchers and the host shim.
+// A chain's launch: what the launcher, which knows torch, and the kernels, which do not, say to each other.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
-#include "../program.h"
+#include "../records.h"
 
 namespace gradkern::cuda {
 
@@ -11,13 +12,13 @@ constexpr int kPorts = 16;  // external inputs or outputs of a chain; gradkern/c
 // get 255.  gradkern/codegen/cuda/lowering.py: Device.threads.
 constexpr int kThreads = 256;
 
-// Arena of a block, in elements: `region` (scratch of a few samples at a time, or the temporary matrices of a block
-// op), then `block` records of `sample` elements, then `block` records of `bits` bytes.  A record's negative sample
-// stride means scratch: so far per slot.
+// Shared memory of a block, in elements: `region` (scratch for a few samples at a time, or the temporary matrices of a
+// record that takes the whole block), then `sample` elements of each sample that the block has room for, then the
+// bits, `bits` bytes per sample.
 template <class T>
 struct Args {
-  const Op* forward;
-  const Op* backward;
+  const Record* forward;
+  const Record* backward;
   const T* packed;
   const int32_t* tables;
   const T* inputs[kPorts];
@@ -33,7 +34,15 @@ struct Args {
   int seeds, seed_tile;
   int region, sample, bits;
   int block;    // samples of a tile in this launch
-  int planned;  // samples that the arena has room for
+  int planned;  // samples that the block has room for
 };
+
+// Lets the kernel use as much shared memory as the current device gives a block.  The error text, or null.
+template <class T>
+const char* prepare_chain(int bytes);
+
+// The error text, or null.
+template <class T>
+const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
 
 }  // namespace gradkern::cuda

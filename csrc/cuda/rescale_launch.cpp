@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "shares.h"
+#include "rescale.h"
 
 namespace gradkern::cuda {
 
@@ -27,7 +27,7 @@ void launch(SharesArgs<T> args, int64_t samples, bool pooled) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   for (int64_t first = 0; first < samples; first += most) {
     const int64_t count = std::min(most, samples - first);
-    const char* const error = launch_shares<T>(args, count * windows, pooled, stream.stream());
+    const char* const error = launch_rescale<T>(args, count * windows, pooled, stream.stream());
     TORCH_CHECK(!error, "gradkern: the rescale kernel could not be launched: ", error ? error : "");
     args.z += count * read;
     args.out += count * windows;

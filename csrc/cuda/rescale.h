@@ -2,13 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "../program.h"
+#include "../rescale.h"
 
 namespace gradkern::cuda {
 
 // `windows`: results per place of a window, below 2^31.  `pooled`: a max pool's shares, else a ReLU's secants.  The
 // error text, or null.
 template <class T>
-const char* launch_shares(const SharesArgs<T>& args, int64_t windows, bool pooled, void* stream);
+const char* launch_rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, void* stream);
 
 }  // namespace gradkern::cuda
