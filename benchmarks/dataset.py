@@ -74,7 +74,7 @@ def disk_rate(folder: Path, size: int, count: int) -> float:
     """Bytes per second of ``count`` files of ``size`` bytes, two at a time, forced to disk as the store does it."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from gradkern.data.durable import write_file
+    from gradkern.data.store.durable import write_file
 
     content = np.random.default_rng(0).bytes(size)
     place = folder / "disk"

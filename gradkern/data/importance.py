@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..util.options import BadValue
 from . import statistics
-from .results import Results
-from .runner import run
+from .runs.runner import run
 from .sources import Source, open_source
 from .statistics import GROUPS
+from .store.results import Results
 
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
 RANDOM_ORDERS = 3

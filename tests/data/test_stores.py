@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.data import Mismatch, Results, run
+import gradkern
+from gradkern.data import Mismatch, Results, Settings, open_store, run
 
 ROOT = Path(__file__).parents[2]
 STORES = Path(__file__).with_name("stores")
@@ -110,3 +111,95 @@ def test_another_model_is_refused_by_an_earlier_store(tmp_path):
         model[0].bias += 1
     with pytest.raises(Mismatch, match="other weights"):
         run(model, x, tmp_path / "a.zarr", **OPTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keys of graph and plan that were made in another way
+
+
+def with_other_keys(out: Path, name: str) -> None:
+    """A copy of a store whose keys say nothing to this version."""
+    shutil.copytree(STORES / name, out)
+    path = out / "zarr.json"
+    content = json.loads(path.read_text())
+    about = content["attributes"]["gradkern"]
+    about["fingerprint"]["model"]["graph"] = about["pinned"]["plan"] = "0" * 16
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["unfinished.zarr", "finished.zarr"])
+def test_an_earlier_store_is_told_by_a_finished_chunk(tmp_path, name):
+    with_other_keys(tmp_path / "a.zarr", name)
+    results = run(*problem(), tmp_path / "a.zarr", **OPTIONS)
+    finished = Results.open(STORES / "finished.zarr")
+    torch.testing.assert_close(results.maps(0, 9), finished.maps(0, 9), rtol=1e-4, atol=1e-5)
+    assert results.about["finished"]
+
+
+class Doubled(nn.Sequential):
+    """Another network with the same weights."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_earlier_store_of_another_graph_is_refused(tmp_path):
+    with_other_keys(tmp_path / "a.zarr", "unfinished.zarr")
+    model, x = problem()
+    with pytest.raises(Mismatch, match=r"now predicts something else for the samples 0 … 1"):
+        run(Doubled(*model).eval(), x, tmp_path / "a.zarr", **OPTIONS)
+
+
+def test_bits_that_differ_from_an_earlier_store_are_noted(tmp_path):
+    with_other_keys(tmp_path / "a.zarr", "unfinished.zarr")
+    path = tmp_path / "a.zarr/attributions/c.0.0.0.0"
+    rows = np.fromfile(path, np.float32)
+    np.nextafter(rows, np.float32(np.inf)).tofile(path)
+    about = run(*problem(), tmp_path / "a.zarr", **OPTIONS).about
+    assert "another version of gradkern began the store" in about["notes"]
+    assert not about["exact"]
+
+
+def test_the_keys_of_today_are_compared(tmp_path):
+    model, x = problem()
+    assert run(model, x, tmp_path / "a.zarr", **OPTIONS).about["keys"] == 2
+    with pytest.raises(Mismatch, match="computes something else"):
+        run(Doubled(*model).eval(), x, tmp_path / "a.zarr", **OPTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Opening, and settings as one value
+
+
+def test_the_old_name_of_open_store_warns():
+    with pytest.warns(DeprecationWarning, match="is now gradkern.data.open_store"):
+        opener = gradkern.data.open
+    assert opener(STORES / "finished.zarr").about == open_store(STORES / "finished.zarr").about
+
+
+def test_settings_as_one_value_are_the_keywords(tmp_path):
+    settings = Settings(**OPTIONS, chunk=4)
+    one = run(*problem(), tmp_path / "a.zarr", settings=settings)
+    other = run(*problem(), tmp_path / "b.zarr", **OPTIONS, chunk=4)
+    assert one.about == other.about
+    assert torch.equal(one.maps(0, 9), other.maps(0, 9))
+    assert settings.reductions == ("mean_abs", "variance", "max_abs")
+    assert Settings(reductions="mean").reductions == ("mean",)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"method": "saliency"}, r"run: got method beside settings=. .*replace\(settings, method=\.\.\.\)"),
+        ({"chunk": 3, "targets": [0]}, "got chunk, targets beside settings="),
+    ],
+)
+def test_a_field_beside_settings_is_an_error(tmp_path, keywords, words):
+    with pytest.raises(ValueError, match=words):
+        run(*problem(), tmp_path / "a.zarr", settings=Settings(), **keywords)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_keyword_that_does_not_exist(tmp_path):
+    with pytest.raises(TypeError, match=r"run\(\) got an unexpected keyword argument 'chunks'"):
+        run(*problem(), tmp_path / "a.zarr", chunks=3)

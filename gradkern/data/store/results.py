@@ -1,28 +1,24 @@
 """The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of what is finished.
 
-    attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
-    predictions   [N, *out]     the model's outputs
-    targets       [S] or [N, S] which outputs, as flat indices
-    deltas        [N, S]        where the method has them
-    top_features  [N, S, k]     where asked for: flat indices of the features with the largest |attribution|
-    chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
-    reductions/   [C, *in]      once the run is complete
-
-bfloat16, which zarr has no name for, is stored as the uint16 of its bits; the attribute ``dtype`` says so.
+attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
+predictions   [N, *out]     the model's outputs
+targets       [S] or [N, S] which outputs, as flat indices
+deltas        [N, S]        where the method has them
+top_features  [N, S, k]     where asked for: flat indices of the features with the largest |attribution|
+chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
+reductions/   [C, *in]      once the run is complete
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +28,15 @@ import zarr
 from torch import Tensor
 from zarr.abc.store import Store
 
-from ..util.options import BadValue
-from . import durable
+from ...util.options import BadValue
+from .. import statistics
+from . import durable, layout
+from .layout import Array
 from .ledger import Ledger
 
 FORMAT = 1
 ABANDONED = 3600  # seconds
-NAMES = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
-BFLOAT16_NAN = 0x7FC0
-ENCODING = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
-
-
-@dataclass(frozen=True)
-class Array:
-    """One array to be made.  ``chunk`` is the number of rows per chunk; None: all in one."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    dimensions: tuple[str, ...]
-    chunk: int | None = None
-    compressed: bool = False
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    content: np.ndarray | None = None
-
-
-def codecs(compression: str) -> Any:
-    """``none``, ``zstd`` or ``blosc``, each with an optional level: ``zstd:3``."""
-    name, _, level = compression.partition(":")
-    if name not in ("none", "zstd", "blosc") or (level and not level.isdigit()):
-        raise BadValue(f"compression: got {compression!r}, expected 'none', 'zstd' or 'blosc' (a level: 'zstd:3').")
-    if name == "none":
-        return None
-    if name == "zstd":
-        return zarr.codecs.ZstdCodec(level=int(level or 1))
-    return zarr.codecs.BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 class Results:
@@ -89,9 +59,9 @@ class Results:
     def exists(cls, place: str | Path) -> bool:
         """Is there a run at this place?  Raises `BadValue` where there is something else."""
         text = str(place)
-        if "://" in text and not text.startswith("file://"):
+        path = durable.local_path(text)
+        if path is None:
             return durable.get(durable.store_at(text), "zarr.json") is not None
-        path = Path(text.removeprefix("file://"))
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return False
         if not (path / "zarr.json").exists():
@@ -114,18 +84,19 @@ class Results:
         return cls(text, store, group)
 
     @classmethod
-    def create(cls, place: str | Path, arrays: list[Array], about: Mapping[str, Any], compression: str) -> Results:
+    def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
         """Make a store, all of it or nothing; where another process was faster, open that one's."""
         text = str(place)
-        if "://" in text and not text.startswith("file://"):
-            _fill(durable.store_at(text), arrays, about, compression)
+        path = durable.local_path(text)
+        if path is None:
+            layout.fill(durable.store_at(text), arrays, about, compression)
             return cls.open(text, read_only=False)
-        path = Path(text.removeprefix("file://")).absolute()
+        path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
         try:
-            _fill(durable.DurableStore(made), arrays, about, compression)
+            layout.fill(durable.DurableStore(made), arrays, about, compression)
             with contextlib.suppress(OSError):  # somebody else's is there already
                 os.rename(made, path)
                 durable.sync_folder(path.parent)
@@ -144,13 +115,13 @@ class Results:
         start, stop = self.span(chunk)
         for name, rows in parts.items():
             array = self.array(name)
-            if self._plain(array, rows):
-                key = f"{name}/c.{chunk}" + ".0" * (rows.ndim - 1)
+            if self._stored_as_is(array, rows):
+                key = layout.chunk_key(name, chunk, rows.ndim)
                 durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
             else:
                 array[start:stop] = rows
 
-    def _plain(self, array: Any, rows: np.ndarray) -> bool:
+    def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
         """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
         return (
             rows.shape == array.chunks
@@ -162,17 +133,27 @@ class Results:
             and not array.filters
         )
 
-    def set(self, name: str, content: np.ndarray) -> None:
-        """Write a whole array."""
-        self.array(name)[...] = content
-
     def note(self, **facts: Any) -> None:
         """Change the store's attributes."""
         self.about |= facts
         self.group.attrs.update({"gradkern": self.about})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            zarr.consolidate_metadata(self.store)
+        layout.consolidate(self.store)
+
+    def complete(self) -> bool:
+        """Write the reductions and mark the store complete; False where chunks are missing.  Several may call it."""
+        if self.about.get("finished"):
+            return True
+        total = self.ledger.total()
+        if total is None:
+            return False
+        names = self.about["inputs"]
+        for i, name in enumerate(names):
+            for reduction, value in statistics.finish(self.about["reductions"], total.sums, name).items():
+                self.array(layout.reduction_key(reduction, names, i))[...] = value
+        notes = total.facts["notes"]
+        tolerance = {"tolerance": TOLERANCE[self.about["arrays"]["dtype"]]} if notes else {}
+        self.note(finished=True, exact=not notes, notes=notes, **tolerance)
+        return True
 
     # ---- reading
 
@@ -193,15 +174,14 @@ class Results:
     def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
         """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
         array = self.array(name)
-        found = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
-        return found.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else found
+        rows = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
+        return rows.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else rows
 
     def reduction(self, name: str, of: int = 0) -> np.ndarray:
         """The result of a reduction ``[C, *in]``, of the input numbered ``of``.  The run must be complete."""
         if not self.about.get("finished"):
             raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
-        names = self.about["inputs"]
-        key = f"reductions/{name}" if len(names) == 1 else f"reductions/{name}_{of}"
+        key = layout.reduction_key(name, self.about["inputs"], of)
         if key not in self.group:
             raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
         return np.asarray(self.array(key)[...])
@@ -221,38 +201,3 @@ def _tidy(path: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > ABANDONED:
                 shutil.rmtree(old)
-
-
-def _fill(store: Store, arrays: list[Array], about: Mapping[str, Any], compression: str) -> None:
-    group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
-    for a in arrays:
-        kind = NAMES.get(a.dtype, a.dtype)
-        made = group.create_array(
-            a.name,
-            shape=a.shape,
-            chunks=(a.chunk or max(a.shape[0], 1), *(max(s, 1) for s in a.shape[1:])) if a.shape else (),
-            dtype=kind,
-            compressors=codecs(compression) if a.compressed else None,
-            fill_value=_fill_value(a.dtype),
-            dimension_names=list(a.dimensions),
-            chunk_key_encoding=ENCODING,
-            attributes={**({"dtype": "bfloat16"} if a.dtype == "bfloat16" else {}), **a.attributes},
-        )
-        if a.content is not None:
-            made[...] = a.content
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # consolidated metadata is not in the specification yet, readers know it
-        zarr.consolidate_metadata(store)
-
-
-def _fill_value(dtype: str) -> Any:
-    if dtype == "bfloat16":
-        return BFLOAT16_NAN
-    return float("nan") if dtype.startswith("float") else -1 if dtype == "int64" else 0
-
-
-def blocks(results: Results, name: str = "attributions") -> Iterator[tuple[int, Tensor]]:
-    """The finished chunks of an array, one after the other: first sample, and maps ``[n, S, *in]``."""
-    for chunk in sorted(results.ledger.finished()):
-        start, stop = results.span(chunk)
-        yield start, results.maps(start, stop, name)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..util.options import BadValue
-from . import durable, fingerprint
-from .ledger import FOLDER
-from .results import Results
-from .task import finish
+from ...util.options import BadValue
+from ..store import durable
+from ..store.layout import chunk_key
+from ..store.results import Results
+from . import fingerprint
 
 Shard = tuple[int, int]
 
@@ -32,7 +32,8 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     results = Results.open(out, read_only=False)
     others = [Results.open(p) for p in parts]
     for other in others:
-        fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"])
+        same_keys = other.about.get("keys", 1) == results.about.get("keys", 1)
+        fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
         grid = ("chunk", "batch")
         if any(other.about["pinned"][k] != results.about["pinned"][k] for k in grid):
             raise fingerprint.Mismatch(
@@ -40,7 +41,7 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
             )
     for other in others:
         _take(results, other)
-    if not finish(results):
+    if not results.complete():
         missing = sorted(set(range(results.chunks)) - results.ledger.finished())
         raise BadValue(
             f"{results.place}: {len(missing)} of {results.chunks} chunks are not finished (the first is {missing[0]}, "
@@ -65,11 +66,11 @@ def _take(results: Results, other: Results) -> None:
         for name in other.arrays():
             array = other.array(name)
             for chunk in sorted(chunks):
-                key = f"{name}/c." + ".".join([str(chunk), *["0"] * (array.ndim - 1)])
+                key = chunk_key(name, chunk, array.ndim)
                 content = durable.get(other.store, key)
                 if content is None:
                     raise BadValue(f"{other.place} has lost {key}. Run that shard again.")
                 durable.put(results.store, key, content)
         content = durable.get(other.store, other.ledger.key(node))
-        durable.put(results.store, f"{FOLDER}/{other.ledger.key(node).rsplit('/', 1)[1]}", content or b"")
+        durable.put(results.store, results.ledger.key(node), content or b"")
         here |= chunks

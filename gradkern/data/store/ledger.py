@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from zarr.abc.store import Store
 
+from ..statistics import merge
 from . import durable
-from .statistics import merge
 
 FOLDER = "chunks/finished"
 Node = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1

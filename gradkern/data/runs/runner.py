@@ -13,17 +13,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
-from ..util.options import BadValue
-from .durable import DurableStore
-from .ledger import FOLDER
+from ..store.durable import DurableStore
+from ..store.ledger import FOLDER
+from ..store.results import Results
 from .progress import Progress
-from .results import Results
-from .settings import Settings
+from .settings import Options, Settings, settings_of
 from .shards import Shard, owned
 from .task import Computed, Task
 from .transfer import Ready
@@ -42,24 +41,16 @@ def run(
     model: nn.Module,
     source: Any,
     out: str | Path,
-    method: str = "saliency",
+    method: str | None = None,
     targets: Any = None,
     *,
-    arguments: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     columns: Any = None,
     input_dtype: torch.dtype | None = None,
-    maps: bool = True,
-    reductions: Sequence[str] | str = (),
-    top_features: int = 0,
-    dtype: str = "float32",
-    compression: str = "none",
-    chunk: int | None = None,
-    batch: int | None = None,
-    threads: int | None = None,
-    engine: str | None = None,
     shard: Shard = (0, 1),
     progress: bool | None = None,
     made_by: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Results:
     """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
 
@@ -73,43 +64,44 @@ def run(
         A `torch.nn.Module` in eval mode, on the device to compute on.
     source
         A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
-        Face dataset, a tuple of arrays (one per input), or a path (.npy, .zarr, .h5:name, .parquet, …).
+        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or what a class
+        of your own accepts (`gradkern.data.register`).
     out
         A folder, or an address that fsspec knows.
     method
-        ``"saliency"`` (\\|gradient\\|), ``"jacobian"``, ``"input_x_gradient"``, or the name of a class in
-        `gradkern.attr` that has ``attribute_all``; ``arguments`` go to that.
+        ``"saliency"`` (\\|gradient\\|, the default), ``"jacobian"``, ``"input_x_gradient"``, or the name of a class
+        in `gradkern.attr` that has ``attribute_all``; ``arguments`` go to that.
     targets
         As in `gradkern.jacobian`: None (all), a list of outputs, ``TopK(k)``, or a tensor ``[N, S]``.
+    settings
+        ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
     columns, input_dtype
         Which fields of a sample are the model's inputs; a dtype to cast floating inputs and bytes to.
-    maps, reductions, top_features
-        Store the maps themselves; statistics over samples (``"mean_abs"``, ``"mean"``, ``"variance"``,
-        ``"max_abs"``, ``"ranks"``, ``"importance"``); the k features with the largest \\|attribution\\| per sample.
-    dtype, compression
-        Of the stored maps: float32, float64, float16 or bfloat16; ``"none"``, ``"zstd"`` or ``"blosc"``.
-    chunk, batch, threads, engine
-        Samples per chunk and per call of the engine, torch threads, and the engine; chosen, recorded and pinned.
     shard
         ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  Whichever shard ends last completes the
         store.
     progress
         True or False; None shows a bar in a terminal only.
+    **options
+        ``maps=True``: store the maps themselves.
+        ``reductions=()``: statistics over samples (``"mean_abs"``, ``"mean"``, ``"variance"``, ``"max_abs"``,
+        ``"ranks"``, ``"importance"``).
+        ``top_features=0``: per sample, the k features with the largest \\|attribution\\|.
+        ``dtype="float32"`` of the stored maps, or float64, float16, bfloat16; ``compression="none"``, or ``"zstd"``,
+        ``"blosc"``.
+        ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
+        the engine; chosen where they are None, recorded and pinned.
+        ``arguments``: of the method.
 
     Returns
     -------
     The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
     """
-    reductions = (reductions,) if isinstance(reductions, str) else tuple(reductions)
-    settings = Settings(
-        method, targets, dict(arguments or {}), maps, reductions, top_features, dtype, compression, chunk, batch,
-        threads, engine,
-    )  # fmt: skip
+    settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned(1, shard)  # a shard that makes no sense is refused before anything is made
     task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
-    mine = owned(task.results.chunks, shard)
-    work(task, mine, progress)
-    task.finish()
+    work(task, owned(task.results.chunks, shard), progress)
+    task.results.complete()
     return Results.open(out)
 
 
@@ -248,6 +240,3 @@ class Pipeline:
             full.__cause__ = error
             return full
         return error
-
-
-__all__ = ["BadValue", "DiskFull", "run", "work"]

@@ -128,9 +128,17 @@ class DurableStore(LocalStore):
 
 def store_at(place: str, *, read_only: bool = False) -> Store:
     """A local folder, or any address that fsspec knows (object stores write whole objects by themselves)."""
-    if "://" in place and not place.startswith("file://"):
+    path = local_path(place)
+    if path is None:
         return FsspecStore.from_url(place, read_only=read_only)
-    return DurableStore(place.removeprefix("file://"), read_only=read_only)
+    return DurableStore(path, read_only=read_only)
+
+
+def local_path(place: str) -> Path | None:
+    """The folder that an address names on this machine; None for object stores and the like."""
+    if "://" in place and not place.startswith("file://"):
+        return None
+    return Path(place.removeprefix("file://"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,8 +156,8 @@ def put_array(store: Store, key: str, array: np.ndarray) -> None:
 
 
 def get(store: Store, key: str) -> bytes | None:
-    found = sync(store.get(key, prototype=cpu.buffer_prototype))
-    return None if found is None else found.to_bytes()
+    buffer = sync(store.get(key, prototype=cpu.buffer_prototype))
+    return None if buffer is None else buffer.to_bytes()
 
 
 def delete(store: Store, key: str) -> None:

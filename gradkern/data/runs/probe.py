@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import api
-from ..dispatch.request import Job, jacobian_choice
-from ..ir.program import Program
-from ..passes.prune_positions import narrowed
-from ..planner.plan import plan as make_plan
-from ..util import options
-from ..util.options import BadValue
-from . import methods
+from ... import api
+from ...dispatch.request import Job, jacobian_choice
+from ...ir.program import Program
+from ...passes.prune_positions import narrowed
+from ...planner.plan import plan as make_plan
+from ...util import options
+from ...util.options import BadValue
+from .. import methods
+from ..sources import Source
 from .settings import Settings
-from .sources import Source
 
 PROBED = 4
 
@@ -49,6 +49,19 @@ class Probe:
     def classes(self) -> int:
         """The rows of a statistic: one per target, or one per output where samples have targets of their own."""
         return self.seeds if self.outcome.rows is None else math.prod(self.outcome.outputs.shape[1:])
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of one sample's maps, as they are computed."""
+        return sum(m[:1].nbytes for m in self.outcome.maps)
+
+    @property
+    def map_elements(self) -> int:
+        return sum(m[:1].numel() for m in self.outcome.maps)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(x[:1].nbytes for x in self.inputs)
 
     def plan_key(self) -> str | None:
         """A hash of the plan: which way each step goes."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..runtime import ops
-from ..util import options
+from ...runtime import ops
+from ...util import options
 from . import fingerprint
 from .probe import Probe
 from .settings import Settings
@@ -46,9 +46,12 @@ def pin_isa(wanted: str | None) -> None:
         del os.environ["GRADKERN_ISA"]
 
 
-def differences(pinned: Mapping[str, Any], probe: Probe) -> list[str]:
-    """What of the pinned facts cannot be had here, in words: the result is then equal within rounding only."""
-    now = fingerprint.of_machine() | {"engine": probe.engine}
-    if now["isa"] == pinned["isa"]:
+def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -> list[str]:
+    """What of the pinned facts cannot be had here, in words: the result is then equal within rounding only.
+
+    ``plan``: compare the plans' keys too, which makes sense only where both were made in the same way.
+    """
+    now: dict[str, Any] = fingerprint.of_machine() | {"engine": probe.engine}
+    if plan and now["isa"] == pinned["isa"]:
         now["plan"] = probe.plan_key()
     return [f"{k} {now[k]} instead of {pinned[k]}" for k in now if k != "python" and now[k] != pinned[k]]

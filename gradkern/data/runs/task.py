@@ -16,21 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..util import options
-from ..util.options import BadType
-from . import fingerprint, forecast, layout, methods, statistics
-from .layout import itemsize, map_names
-from .ledger import Record
+from ...util import options
+from ...util.options import BadType
+from .. import methods, statistics
+from ..sources import Source, open_source
+from ..store.layout import map_names
+from ..store.ledger import Record
+from ..store.results import TOLERANCE, Results
+from . import contents, fingerprint, forecast
 from .pins import differences, pin_isa, pinning
 from .probe import Probe, device_of, look_at
-from .results import Results
 from .settings import Settings
-from .sources import Source, open_source
 from .transfer import Ready, Transfer
 
 log = logging.getLogger("gradkern.data")
-
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 class Task:
@@ -72,24 +71,66 @@ class Task:
             probe = look_at(model, rows, settings, pinned.get("engine"))
         asked = fingerprint.of_run(model, rows, settings, probe.program)
         if known is None:
-            about = layout.attributes(asked, rows, settings, probe, made_by)
-            arrays = layout.arrays(rows, settings, probe, about)
+            about = contents.attributes(asked, rows, settings, probe, made_by)
+            arrays = contents.arrays(rows, settings, probe, about)
             known = Results.create(out, arrays, about, settings.compression)
-        fingerprint.check_same(str(out), known.about["fingerprint"], asked)
-        return cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe))
+        same_keys = known.about.get("keys", 1) == fingerprint.KEYS
+        fingerprint.check_same(str(out), known.about["fingerprint"], asked, graph=same_keys)
+        task = cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe, plan=same_keys))
+        if not same_keys:
+            task.check_earlier(asked)
+        return task
+
+    def check_earlier(self, asked: Mapping[str, Any]) -> None:
+        """A store whose keys were made in another way than today's: is it this run's?  One finished chunk tells.
+
+        Raises `fingerprint.Mismatch` where it is another's; notes it where the bits are not those of today.
+        """
+        about = self.results.about
+        if (about["fingerprint"]["model"]["graph"], self.pinned["plan"]) == (
+            asked["model"]["graph"], self.probe.plan_key()
+        ):  # fmt: skip
+            return
+        ledger = self.results.ledger
+        node = min(ledger.nodes(), default=None)  # a chunk by itself where there is one
+        if node is None:
+            return
+        chunk = node[1] << node[0]
+        start, stop = self.results.span(chunk)
+        with self.ready():
+            computed = self.compute(chunk, self.transfer.upload(self.source.read(start, stop)))
+        rows = computed.rows()
+        before, now = self.results.maps(start, stop, "predictions").double(), rows["predictions"].double()
+        tolerance = TOLERANCE[str(rows["predictions"].dtype).removeprefix("torch.")]
+        if not torch.allclose(before, now, rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True):
+            raise fingerprint.Mismatch(
+                f"{self.results.place} holds another run, and nothing was changed: the model now predicts something "
+                f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
+            )
+        same = self.settings.maps or node[0] == 0
+        for name, value in self.stored(rows).items():
+            same &= value.tobytes() == np.asarray(self.results.array(name)[start:stop]).tobytes()
+        if node[0] == 0:
+            sums = ledger.read(node).sums
+            same &= all(value.tobytes() == computed.record.sums[name].tobytes() for name, value in sums.items())
+        computed.release()
+        if not same:
+            self.notes.append("another version of gradkern began the store")
 
     def forecast(self, chunks: Sequence[int]) -> forecast.Forecast:
         """What computing these chunks will take."""
         samples = sum(b - a for a, b in map(self.results.span, chunks))
-        row = sum(a[:1].nbytes for a in self.probe.outcome.maps)
-        stored = sum(a[:1].numel() for a in self.probe.outcome.maps) * itemsize(self.settings.dtype)
-        held = row if self.settings.maps else 0
-        reads = sum(x[:1].nbytes for x in self.probe.inputs)
-        memory = forecast.QUEUED * self.results.chunk * (held + reads) + options.memory_budget()
+        probe, keeps = self.probe, self.settings.maps
+        queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
         return forecast.Forecast(
-            samples, len(chunks), self.results.chunk, self.batch, stored * samples * self.settings.maps, memory,
-            self.probe.rate,
-        )  # fmt: skip
+            samples=samples,
+            chunks=len(chunks),
+            chunk=self.results.chunk,
+            batch=self.batch,
+            write_bytes=probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps,
+            memory_bytes=forecast.QUEUED * self.results.chunk * queued + options.memory_budget(),
+            rate=probe.rate,
+        )
 
     # ---- computing
 
@@ -120,17 +161,19 @@ class Task:
         }
         sums = {k: v for name, r in reducers.items() for k, v in r.result(name).items()}
         names = list(kept)
-        whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in kept.values()]
-        download = self.transfer.download(whole)
-        rows = Computed(chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts))
-        return rows if memory is None else replace(rows, release=lambda: self.pool.give(memory))
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in kept.values()]
+        download = self.transfer.download(joined)
+        computed = Computed(chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts))
+        pool = self.pool
+        return computed if memory is None or pool is None else replace(computed, release=lambda: pool.give(memory))
 
     def _batches(
         self, chunk: int, inputs: tuple[Tensor, ...], memory: tuple[Tensor, ...] | None
     ) -> tuple[dict[str, statistics.Accumulator], dict[str, list[Tensor]]]:
         """The chunk's statistics by input, and its rows by array, in pieces."""
         first, stop = self.results.span(chunk)
-        reducers, kept = self._accumulators(), {}
+        reducers = self._accumulators()
+        kept: dict[str, list[Tensor]] = {}
         for at in range(0, stop - first, self.batch):
             part = tuple(x[at : at + self.batch] for x in inputs)
             out = None if memory is None else tuple(m[at : at + len(part[0])] for m in memory)
@@ -154,7 +197,7 @@ class Task:
             name: statistics.Accumulator(
                 self.settings.reductions, self.probe.classes, tuple(self.probe.inputs[i].shape[1:])
             )
-            for i, name in zip(self.probe.floating, map_names(self.probe.floating), strict=True)
+            for i, name in zip(self.probe.floating, map_names(len(self.probe.floating)), strict=True)
         }
 
     def _batch(
@@ -167,39 +210,34 @@ class Task:
             targets = torch.as_tensor(targets)[first : first + inputs[0].shape[0]]
         engine = self.pinned["engine"]
         batch = methods.Batch(self.model, inputs, targets, engine, self.settings.arguments, first, out)
-        found = self.method(batch)
-        rows = {"predictions": found.outputs}
-        if found.rows is not None:
-            rows["targets"] = found.rows
-        if found.deltas is not None:
-            rows["deltas"] = found.deltas
-        names = map_names(self.probe.floating)
+        outcome = self.method(batch)
+        rows = {"predictions": outcome.outputs}
+        if outcome.rows is not None:
+            rows["targets"] = outcome.rows
+        if outcome.deltas is not None:
+            rows["deltas"] = outcome.deltas
+        names = map_names(len(self.probe.floating))
         if self.settings.maps:
-            rows |= dict(zip(names, found.maps, strict=True))
+            rows |= dict(zip(names, outcome.maps, strict=True))
         if self.settings.top_features:
-            for name, maps in zip(names, found.maps, strict=True):
+            for name, maps in zip(names, outcome.maps, strict=True):
                 top = maps.abs().flatten(2).topk(self.settings.top_features, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
-        for i, name, maps in zip(self.probe.floating, names, found.maps, strict=True):
+        for i, name, maps in zip(self.probe.floating, names, outcome.maps, strict=True):
             if name in reducers:
-                where = None if found.rows is None else found.rows.cpu()
+                where = None if outcome.rows is None else outcome.rows.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)
         return rows
 
     def stored(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Rows as the store's arrays take them."""
         dtype = getattr(torch, self.settings.dtype)
-        found = {}
+        stored = {}
         for name, value in rows.items():
             value = value.to(dtype) if name.startswith("attributions") else value
-            if value.dtype == torch.bfloat16:
-                value = value.view(torch.uint16)
-            found[name] = value.detach().numpy()
-        return found
-
-    def finish(self) -> bool:
-        """Where every chunk is finished: the reductions, once.  Safe to be called by several at a time."""
-        return finish(self.results)
+            value = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+            stored[name] = value.detach().numpy()
+        return stored
 
 
 @dataclass(frozen=True)
@@ -228,22 +266,3 @@ class Pool:
 
     def give(self, memory: tuple[Tensor, ...]) -> None:
         self.free.append(memory)
-
-
-def finish(results: Results) -> bool:
-    """Write the reductions and mark the store complete; False where chunks are missing."""
-    if results.about.get("finished"):
-        return True
-    total = results.ledger.total()
-    if total is None:
-        return False
-    names = results.about["inputs"]
-    for i, name in enumerate(names):
-        for reduction, value in statistics.finish(results.about["reductions"], total.sums, name).items():
-            results.set(f"reductions/{reduction}" if len(names) == 1 else f"reductions/{reduction}_{i}", value)
-    notes = total.facts["notes"]
-    exact = {"exact": not notes, "notes": notes}
-    if notes:
-        exact["tolerance"] = TOLERANCE[results.about["arrays"]["dtype"]]
-    results.note(finished=True, **exact)
-    return True

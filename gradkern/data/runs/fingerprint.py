@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.targets import TopK
-from ..ir.program import Program
-from ..runtime import ops
-from ..util.options import BadValue
+from ...dispatch.targets import TopK
+from ...ir.program import Program
+from ...runtime import ops
+from ...util.options import BadValue
+from ..sources import Source
 from .settings import Settings
-from .sources import Source
 
 LOOKED_AT = 32  # samples of a source whose content is hashed
+KEYS = 2  # how the keys of graph and plan are made; a store without the number has those of version 1
 
 
 class Mismatch(BadValue):
@@ -143,19 +144,24 @@ WORDS = {
 }
 
 
-def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `Mismatch` where the run asked for is not the one that the store holds."""
+def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:
+    """Raise `Mismatch` where the run asked for is not the one that the store holds.
+
+    ``graph``: compare the graph's keys too, which makes sense only where both were made in the same way.
+    """
     stored, asked = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))
-    found = []
+    differences = []
     for part in stored:
         for name in stored[part]:
             was, now = stored[part][name], asked.get(part, {}).get(name)
-            if was != now:
+            if was != now and (graph or (part, name) != ("model", "graph")):
                 words = WORDS.get(f"{part}.{name}", f"{name} differs")
-                found.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
-    if found:
+                differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
+    if differences:
         raise Mismatch(
-            f"{place} holds another run, and nothing was changed. " + "; ".join(found) + ". Continue with what the "
+            f"{place} holds another run, and nothing was changed. "
+            + "; ".join(differences)
+            + ". Continue with what the "
             "store was made with, or choose another place (gradkern never deletes results)."
         )
 

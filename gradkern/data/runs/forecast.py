@@ -38,6 +38,11 @@ class Forecast:
         )
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of a number of the dtype ``"float32"``, ``"bfloat16"``, …"""
+    return getattr(torch, dtype).itemsize
+
+
 def chunk_size(samples: int, stored: int, read: int) -> int:
     """Samples per chunk: a power of two whose maps (``stored`` bytes per sample; else inputs) make `CHUNK_BYTES`.
 
