@@ -12,8 +12,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from .importance import Curve, Importance, importance
 from .methods import METHODS, Batch, Outcome, method
+from .ranking import Curve, Importance, importance
 from .runs.fingerprint import Mismatch
 from .runs.runner import DiskFull, run
 from .runs.settings import Settings

@@ -97,7 +97,7 @@ def _of_model_alone(kind: Any) -> bool:
         return False
     if issubclass(kind, (LayerAttribution, NeuronAttribution, NoiseTunnel)):
         return False  # their maps belong to a layer, or they wrap another method
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # without self and the model
+    parameters = list(inspect.signature(kind).parameters.values())[1:]  # without the model
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
@@ -127,19 +127,19 @@ def jacobian(batch: Batch) -> Outcome:
 @method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
-    found = gradients(batch)
-    for j in found.maps:
+    outcome = gradients(batch)
+    for j in outcome.maps:
         j.abs_()
-    return found
+    return outcome
 
 
 @method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
-    found = gradients(batch)
-    for j, x in zip(found.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
+    outcome = gradients(batch)
+    for j, x in zip(outcome.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
         j.mul_(x[:, None])
-    return found
+    return outcome
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _seeded(first: int) -> Iterator[None]:
 class FromCaptum:
     """A class with ``attribute_all(inputs, targets, ...)``; deltas where it takes ``return_convergence_delta``."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: Any) -> None:
         self.kind = kind
         self.deltas = "return_convergence_delta" in inspect.signature(kind.attribute_all).parameters
 
@@ -174,11 +174,11 @@ class FromCaptum:
             options["return_convergence_delta"] = True
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
         with api.options.use(batch.engine), _seeded(batch.first):
-            found = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
+            maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
         deltas = None
         if self.deltas:
-            found, deltas = found
-        maps = found if isinstance(found, tuple) else (found,)
+            maps, deltas = maps
+        maps = maps if isinstance(maps, tuple) else (maps,)
         with torch.no_grad():
             outputs = batch.model(*batch.inputs)
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..util.options import BadType, BadValue
 from . import methods
+from .runs.probe import device_of
 from .runs.runner import work
 from .runs.settings import Options, Settings, settings_of
 from .runs.shards import owned
@@ -44,7 +45,7 @@ class Attribute:
         self.arguments = dict(arguments or {})
         self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
         self.method = methods.find(method, self.arguments)
-        self.device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+        self.device = device_of(model)
         self.threads = threads
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class View:
     def _stability(self) -> Any:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
             return None
-        from gradkern.data.importance import of_results
+        from gradkern.data.ranking import of_results
 
         return of_results(self.results, self.model, self.source)
 
@@ -102,11 +103,10 @@ class View:
         if self.about["finished"] and "mean_abs" in self.about["reductions"]:
             return self.results.reduction("mean_abs"), "mean |attribution|"
         if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
-            total, count = 0.0, 0
-            for start, stop in self._spans():
-                maps = self.results.maps(start, stop).double().abs()
-                total, count = total + maps.sum(0).numpy(), count + len(maps)
-            return total / count, f"mean |attribution| over {count:,} samples"
+            spans = self._spans()
+            sums = (self.results.maps(start, stop).double().abs().sum(0).numpy() for start, stop in spans)
+            count = sum(stop - start for start, stop in spans)
+            return reduce(np.add, sums) / count, f"mean |attribution| over {count:,} samples"
         return None, ""
 
     def _spans(self) -> list[tuple[int, int]]:

@@ -72,7 +72,10 @@ def of_targets(targets: Any) -> Any:
         array = np.asarray(targets)
         if array.size <= 64:
             return array.tolist()
-        return {"shape": list(array.shape), "content": hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:32]}
+        return {
+            "shape": list(array.shape),
+            "content": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:32],
+        }
     return json.loads(json.dumps(targets, default=int))
 
 

@@ -54,8 +54,7 @@ def _take(results: Results, other: Results) -> None:
     """Copy finished chunks that are missing here: data first, then the records that make them finished."""
     here = results.ledger.finished()
     for node in sorted(other.ledger.nodes()):
-        level, number = node
-        chunks = set(range(number << level, min((number + 1) << level, results.chunks)))
+        chunks = set(results.ledger.span(node))
         if chunks <= here:
             continue
         if chunks & here:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class Arrays(Source):
     """Anything with ``shape`` and slicing, one array ``[N, *in]`` per input of the model."""
 
     about = "a tensor, a numpy array or memmap, a tuple or dict of arrays (one per input of the model)"
-    suffixes = (".npy", ".npz", ".pt", ".safetensors")
+    suffixes: ClassVar[tuple[str, ...]] = (".npy", ".npz", ".pt", ".safetensors")
 
     def __init__(self, arrays: Sequence[Any]) -> None:
         for i, array in enumerate(arrays):

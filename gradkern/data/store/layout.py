@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, ZstdCodec
 
 from ...util.options import BadValue
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
 BFLOAT16_NAN = 0x7FC0
-ENCODING = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
+ENCODING: Any = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def codecs(compression: str) -> Any:
     if name == "none":
         return None
     if name == "zstd":
-        return zarr.codecs.ZstdCodec(level=int(level or 1))
-    return zarr.codecs.BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
+        return ZstdCodec(level=int(level or 1))
+    return BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
 
 
 def fill(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:

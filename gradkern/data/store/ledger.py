@@ -51,13 +51,14 @@ class Record:
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         text = np.frombuffer(json.dumps(dict(self.facts)).encode(), dtype=np.uint8)
-        np.savez(buffer, **{"facts.json": text, **self.sums})
+        entries: dict[str, Any] = {"facts.json": text, **self.sums}
+        np.savez(buffer, **entries)
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Record:
-        with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            sums = {name: found[name] for name in found.files}
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            sums = {name: archive[name] for name in archive.files}
         return cls(sums, json.loads(sums.pop("facts.json").tobytes()))
 
 
@@ -74,8 +75,8 @@ class Ledger:
 
     def nodes(self) -> set[Node]:
         """Every record that is there, without those below another."""
-        found = {n for n in map(node_of, durable.names(self.store, FOLDER)) if n is not None}
-        return {n for n in found if not any(p in found for p in self.above(n))}
+        there = {n for n in map(node_of, durable.names(self.store, FOLDER)) if n is not None}
+        return {n for n in there if not any(parent in there for parent in self.above(n))}
 
     def above(self, node: Node) -> Iterable[Node]:
         level, number = node
@@ -85,10 +86,12 @@ class Ledger:
 
     def finished(self) -> set[int]:
         """The numbers of the finished chunks."""
-        found: set[int] = set()
-        for level, number in self.nodes():
-            found.update(range(number << level, min((number + 1) << level, self.chunks)))
-        return found
+        return {chunk for node in self.nodes() for chunk in self.span(node)}
+
+    def span(self, node: Node) -> range:
+        """The chunks that a record stands for."""
+        level, number = node
+        return range(number << level, min((number + 1) << level, self.chunks))
 
     def read(self, node: Node) -> Record:
         content = durable.get(self.store, self.key(node))
@@ -99,17 +102,13 @@ class Ledger:
     def adopt(self, owned: range) -> None:
         """Take over the records of this process's own chunks that an earlier run has left."""
         top = self.nodes()
-        for node in top:
-            if self._within(node, owned):
+        for node in map(node_of, durable.names(self.store, FOLDER)):
+            if node is None or not (self.span(node)[0] in owned and self.span(node)[-1] in owned):
+                continue
+            if node in top:
                 self.mine[node] = self.read(node)
-        for name in durable.names(self.store, FOLDER):
-            node = node_of(name)
-            if node is not None and node not in top and self._within(node, owned):
-                durable.delete(self.store, self.key(node))  # a kill came between writing its parent and this
-
-    def _within(self, node: Node, owned: range) -> bool:
-        level, number = node
-        return number << level in owned and (min((number + 1) << level, self.chunks) - 1) in owned
+            else:  # a kill came between writing its parent and removing it
+                durable.delete(self.store, self.key(node))
 
     def add(self, chunk: int, record: Record) -> None:
         """Enter a finished chunk: this is the moment at which it becomes finished."""

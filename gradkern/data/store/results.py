@@ -46,7 +46,9 @@ class Results:
         self.place = place
         self.store = store
         self.group = group
-        self.about: dict[str, Any] = dict(group.attrs["gradkern"])
+        about = group.attrs["gradkern"]
+        assert isinstance(about, Mapping)
+        self.about: dict[str, Any] = dict(about)
         self.samples = int(self.about["fingerprint"]["source"]["samples"])
         self.chunk = int(self.about["pinned"]["chunk"])
         self.chunks = -(-self.samples // self.chunk)
@@ -166,7 +168,8 @@ class Results:
 
     def arrays(self) -> list[str]:
         """Names of the arrays that are written chunk by chunk."""
-        return [n for n, a in self.group.arrays() if (a.metadata.dimension_names or ("",))[0] == "sample"]
+        axes = {name: getattr(array.metadata, "dimension_names", None) or ("",) for name, array in self.group.arrays()}
+        return [name for name, dimensions in axes.items() if dimensions[0] == "sample"]
 
     def __contains__(self, name: str) -> bool:
         return name in self.group

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..util.options import BadValue
 from . import statistics
+from .runs.probe import device_of
 from .runs.runner import run
 from .sources import Source, open_source
 from .statistics import GROUPS
@@ -154,13 +155,13 @@ def of_results(
     flat = scores.reshape(len(scores), -1)
     ranking = np.argsort(-np.nan_to_num(flat, nan=-1.0), axis=1, kind="stable")
     even = np.arange(GROUPS) % 2 == 0
-    halves = [statistics.scores(sums, w.astype(float)).reshape(flat.shape) for w in (even, ~even)]
-    agreement = np.array([_spearman(a, b) for a, b in zip(*halves, strict=True)])
-    found = None
+    first, second = (statistics.scores(sums, w.astype(float)).reshape(flat.shape) for w in (even, ~even))
+    agreement = np.array([_spearman(a, b) for a, b in zip(first, second, strict=True)])
+    curves = None
     if model is not None and source is not None and curve_samples:
         mean = sums["sum_group_inputs"].sum(0) / sums["count_group_inputs"].sum()
-        found = curve(model, source, ranking, mean, curve_samples)
-    return Importance(scores, low, high, ranking, agreement, sums["count_group"].sum(0), level, found)
+        curves = curve(model, source, ranking, mean, curve_samples)
+    return Importance(scores, low, high, ranking, agreement, sums["count_group"].sum(0), level, curves)
 
 
 def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,10 +188,10 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     if not (np.isfinite(a).all() and np.isfinite(b).all()) or a.size < 2:
         return float("nan")
-    ranks = [_average_ranks(v) for v in (a, b)]
-    if min(r.std() for r in ranks) == 0:
+    first, second = _average_ranks(a), _average_ranks(b)
+    if min(first.std(), second.std()) == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _average_ranks(v: np.ndarray) -> np.ndarray:
@@ -210,7 +211,7 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     parts = [source.read(int(i), int(i) + 1) for i in numbers]
     if len(parts[0]) != 1:
         raise BadValue(f"curve: the model has {len(parts[0])} inputs, expected one.")
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     x = torch.cat([p[0] for p in parts]).to(device)  # [n, *in]
     baseline = torch.as_tensor(mean).to(x)
     with torch.no_grad():
@@ -231,18 +232,18 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
 
 def _track(
     model: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, y: Tensor, order: Tensor,
-    shares: Sequence[float], insert: bool,
+    shares: np.ndarray, insert: bool,
 ) -> np.ndarray:  # fmt: skip
     """How well predictions hold, step by step, for features in ``order`` [n, F]."""
     start, end = (baseline.expand_as(x), x) if insert else (x, baseline.expand_as(x))
-    found = []
+    held = []
     for share in shares:
         chosen = order[:, : round(share * order.shape[1])]
         mask = torch.zeros(x.shape[0], order.shape[1], dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
         with torch.no_grad():
             now = model(torch.where(mask.view_as(x), end, start)).flatten(1)
-        found.append(_holds(y, now))
-    return np.array(found)
+        held.append(_holds(y, now))
+    return np.array(held)
 
 
 def _holds(y: Tensor, now: Tensor) -> float:
