@@ -9,7 +9,8 @@ transposed signal) is the same storage read in another order: such values are in
 from __future__ import annotations
 
 from ..ir.functions import RECTIFYING
-from ..ir.indexing import along, is_permutation, whole
+from ..ir.graph import steps_to
+from ..ir.indexing import along, identity_runs, is_permutation
 from ..ir.program import (
     Channels,
     Contract,
@@ -35,7 +36,7 @@ class Builder:
 
     def __init__(self, program: Program, steps: list[int], live_out: list[int]):
         self.program, self.live_out = program, live_out
-        self.steps = steps = leading_to(program, steps, live_out)
+        self.steps = steps = steps_to(program, live_out, among=steps)
         self.nodes: dict[int, Node] = {}  # value → node
         self.turned: set[int] = set()  # values that read their node channels-last
         self.wanted: dict[int, bool] = {}  # values that somebody would read channels-last
@@ -249,7 +250,7 @@ class Builder:
     def side_by_side(self, step: Step) -> bool:
         """Whether a concatenation fills every channel, of values that lie channels first."""
         rows = [p.axes for p in step.form.parts]  # type: ignore[union-attr]
-        full = all(axes[1:] == tuple(whole(n) for n in step.shape[1:]) for axes in rows)
+        full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)
         count = sum(c for axes in rows for start, c, _ in axes[0] if start >= 0)
         straight = all(
             v not in self.turned and self.nodes[v].is_a(geometry(self.program.shape(v))) for v in step.inputs
@@ -330,15 +331,6 @@ class Builder:
         out = self.node(self.program.steps[last].shape) if windows else self.alike(node)
         self.add(Unit("pattern", [node], out, steps, windows=windows, relu=relu, rectify=rectify, opened=opened))
         self.place(last, out, turned)
-
-
-def leading_to(program: Program, steps: list[int], wanted: list[int]) -> list[int]:
-    """Those of ``steps`` that the values ``wanted`` need: nothing may wait for a cotangent that never comes."""
-    base, needed = len(program.inputs), set(wanted)
-    for i in reversed(steps):
-        if base + i in needed:
-            needed.update(program.steps[i].inputs)
-    return [i for i in steps if base + i in needed]
 
 
 def reserve_halo(unit: Unit) -> None:

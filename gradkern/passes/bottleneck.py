@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..ir.calls import rewritten
+from ..ir import graph
 from ..ir.cost import forward_macs, sides
-from ..ir.program import Opaque, Program, Scale, Step, Value
+from ..ir.program import Program, Scale
 
 WORTHWHILE = 1.25  # times fewer operations, or two calls and a product are not worth it
 
@@ -38,7 +38,7 @@ class SeedCut:
 def bottlenecks(program: Program) -> list[int]:
     """Values, other than inputs and the output, that every path from an input to the output crosses."""
     base = len(program.inputs)
-    needed = ancestors(program, program.output)
+    needed = graph.ancestors(program, [program.output])
     # Values are in topological order, so a value is crossed by all paths when no edge leaps over it.
     reach = 0  # the last value that anything read so far leads to
     found = []
@@ -54,17 +54,6 @@ def bottlenecks(program: Program) -> list[int]:
     return found
 
 
-def ancestors(program: Program, value: int) -> set[int]:
-    """The value and everything that it is computed from."""
-    base, found, stack = len(program.inputs), set(), [value]
-    while stack:
-        v = stack.pop()
-        if v not in found:
-            found.add(v)
-            stack.extend(program.steps[v - base].inputs if v >= base else ())
-    return found
-
-
 def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], int]) -> int:
     """Multiply-adds of the backward per sample with the seeds at ``value`` (None: at the outputs).
 
@@ -72,10 +61,10 @@ def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], 
     value; the multiplication is ``seeds × numbers × inputs``.
     """
     base = len(program.inputs)
-    needed = [v - base for v in ancestors(program, program.output) if v >= base]
+    needed = [v - base for v in graph.ancestors(program, [program.output]) if v >= base]
     if value is None:
         return seeds * sum(macs(i) for i in needed)
-    before = {v - base for v in ancestors(program, value) if v >= base}
+    before = {v - base for v in graph.ancestors(program, [value]) if v >= base}
     width = math.prod(program.shape(value))
     features = sum(math.prod(shape) for shape in program.inputs)
     crossed = width * sum(macs(i) for i in before) + seeds * sum(macs(i) for i in needed if i not in before)
@@ -116,22 +105,8 @@ def halves(program: Program, value: int) -> tuple[Program, Program]:
 
 
 def split(program: Program, value: int) -> tuple[Program, Program]:
-    base = len(program.inputs)
-    before = sorted(v for v in ancestors(program, value) if v >= base)
-    after = sorted(v for v in ancestors(program, program.output) - ancestors(program, value))
-    first = {v: v for v in range(base)} | {v: base + k for k, v in enumerate(before)}
-    second = {value: 0} | {v: 1 + k for k, v in enumerate(after)}
-    head = [renumbered(program.steps[v - base], first) for v in before]
-    tail = [renumbered(program.steps[v - base], second) for v in after]
-    return (
-        replace(program, steps=tuple(head), output=first[value]),
-        replace(program, inputs=(program.shape(value),), steps=tuple(tail), output=second[program.output]),
+    before = graph.ancestors(program, [value])
+    after = sorted(graph.ancestors(program, [program.output]) - before)
+    return graph.up_to(program, value), graph.part(
+        program, [value], [v - len(program.inputs) for v in after], program.output
     )
-
-
-def renumbered(step: Step, number: dict[int, int]) -> Step:
-    """A step with other numbers for the values that it reads."""
-    form = step.form
-    if isinstance(form, Opaque):
-        form = replace(form, call=rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x))
-    return replace(step, form=form, inputs=tuple(number[v] for v in step.inputs))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..ir import indexing
 from ..ir.cost import forward_macs
+from ..ir.graph import renumbered
 from ..ir.program import (
     Channels,
     Contract,
@@ -36,7 +37,6 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .bottleneck import renumbered
 
 WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it
 

@@ -20,9 +20,10 @@ from ..codegen.cuda.lowering import HALVES, Device, TooLarge, lower_device, lowe
 from ..codegen.grouping import Builder
 from ..codegen.support import why_not
 from ..ir.cost import forward_macs, total_macs
+from ..ir.graph import ancestors
 from ..ir.program import Opaque, Program, View, describe
 from ..ir.recurrent import recognise
-from ..passes.bottleneck import SeedCut, ancestors, choose
+from ..passes.bottleneck import SeedCut, choose
 from ..runtime import ops
 
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def plan(
     base = len(program.inputs)
     known = opaque_macs or {}
     narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
-    before = ancestors(program, narrow.value) if narrow else set()
+    before = ancestors(program, [narrow.value]) if narrow else set()
     for i, step in enumerate(program.steps):
         path, why = (LAYER, reasons[i] or "") if i in by_layer else row(program, i, reasons[i], machine, folded)
         own = narrow.width if narrow and base + i in before else seeds
