@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .. import api
-from .sources import Source
+from ..data import Source
 
 BATCHES = (32, 128, 512)
 
@@ -22,23 +23,23 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     program = api.prepare(model, given)
     yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if program else ": stays on autograd")
     api.jacobian(model, given, engine="kernel" if program else "autograd")
-    own = min(_seconds(lambda: api.jacobian(model, given, engine="kernel" if program else "autograd"), repeats))
+    own = _seconds(lambda: api.jacobian(model, given, engine="kernel" if program else "autograd"), repeats)
     n = inputs[0].shape[0]
     yield f"{'gradkern':<38} {n / own:>12,.0f} samples/s"
-    best, batch = min(
-        (min(_seconds(lambda b=b: by_classes(model, inputs, b), repeats)), b) for b in BATCHES if b <= n or b == 32
-    )
+    batches = [b for b in BATCHES if b <= n or b == BATCHES[0]]
+    best, batch = min((_seconds(partial(by_classes, model, inputs, b), repeats), b) for b in batches)
     name = f"autograd, a backward per output, by {batch}"
     yield f"{name:<38} {n / best:>12,.0f} samples/s   gradkern is {best / own:.1f}× as fast"
 
 
-def _seconds(function: Callable[[], object], repeats: int) -> list[float]:
-    found = []
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    """The best of several times."""
+    best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
         function()
-        found.append(time.perf_counter() - begin)
-    return found
+        best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def by_classes(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> None:

@@ -53,9 +53,9 @@ def exported(path: str) -> nn.Module:
                     "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('N')},))."
                 )
     module = program.module()
-    found = torch.fx.GraphModule(module, module.graph)
-    found.train(False)
-    return found
+    unguarded = torch.fx.GraphModule(module, module.graph)
+    unguarded.train(False)
+    return unguarded
 
 
 def _pickled(path: str, allowed: bool) -> nn.Module:
@@ -97,5 +97,5 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    return found.get("state_dict", found)
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    return content.get("state_dict", content)

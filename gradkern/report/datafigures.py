@@ -87,16 +87,16 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
 
 
 def extremes(
-    maps: np.ndarray, behind: np.ndarray | None, titles: Sequence[Sequence[str]], names: Sequence[str]
+    maps: np.ndarray, inputs: np.ndarray | None, titles: Sequence[Sequence[str]], names: Sequence[str]
 ) -> Figure:
-    """Maps ``[R, 2, *in]`` of R outputs, typical left and atypical right; ``behind`` are the samples themselves."""
+    """Maps ``[R, 2, *in]`` of R outputs, typical left and atypical right, over the samples themselves (``inputs``)."""
     height = 2.3 if flat(maps[0, 0]).ndim == 2 else 1.6
     figure = Figure(figsize=(9, height * len(maps) + 0.3), layout="constrained")
     panels = figure.subplots(len(maps), 2, squeeze=False)
     for row in range(len(maps)):
         for column in range(2):
             axes, values = panels[row, column], flat(maps[row, column])
-            _one_map(axes, values, None if behind is None else flat(behind[row, column]))
+            _one_map(axes, values, None if inputs is None else flat(inputs[row, column]))
             axes.set_title(titles[row][column], fontsize=9, loc="left")
         panels[row, 0].set_ylabel(names[row], fontsize=9)
     return figure

@@ -38,14 +38,14 @@ def report(
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
     insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
     """
-    from gradkern.data import open as open_results
+    from gradkern.data import open_store
 
-    found = open_results(results) if isinstance(results, (str, Path)) else results
-    view = View(found, model, source, names)
-    page = Report(title or f"Attributions: {Path(found.place).name}", view.summary())
+    store = open_store(results) if isinstance(results, (str, Path)) else results
+    view = View(store, model, source, names)
+    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
-    if "attributions" in found:
+    if "attributions" in store:
         view.samples(page.section("Typical and atypical samples"))
     if view.stability is not None and view.stability.curve is not None:
         view.curves(page.section("What the ranking is worth"))
@@ -196,25 +196,27 @@ class View:
         return list(range(min(len(self.scores), SHOWN_CLASSES)))
 
     def samples(self, section: Section) -> None:
-        found = self._extremes()
-        if not found:
+        extremes = self._extremes()
+        if not extremes:
             section.text("No two finished samples are predicted as one of the attributed outputs.")
             return
-        behind = None
+        inputs = None
         if self.source is not None:
-            behind = np.stack([
-                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in found
+            inputs = np.stack([
+                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
-        titles = [[f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in found]
+        titles = [
+            [f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in extremes
+        ]
         figure = datafigures.extremes(
-            np.stack([e.maps for e in found]), behind, titles, [self._name(e.output) for e in found]
+            np.stack([e.maps for e in extremes]), inputs, titles, [self._name(e.output) for e in extremes]
         )
         section.picture(
             figure,
             "Per output, of the samples predicted as it: the map nearest to the mean |map| (by cosine) and the one "
             "farthest from it, which is where to look for odd data or shortcuts. Red raises the output, blue lowers it "
-            "(a magnitude has no sign)." + ("" if behind is None else " The line is the sample itself."),
+            "(a magnitude has no sign)." + ("" if inputs is None else " The line is the sample itself."),
         )
 
     def _extremes(self) -> list[Extremes]:
@@ -250,12 +252,12 @@ class View:
                 cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
                 for i in {int(cosines.argmax()), int(cosines.argmin())}:
                     best[c].append((float(cosines[i]), start + int(numbers[i]), mine[i].numpy()))
-        found = []
+        extremes = []
         for c in sorted(wanted):
             low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])
             pair = np.stack([high[2], low[2]])
-            found.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
-        return found
+            extremes.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
+        return extremes
 
     def curves(self, section: Section) -> None:
         curve = self.stability.curve

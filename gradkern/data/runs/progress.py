@@ -1,4 +1,4 @@
-"""A progress bar with samples per second and time left; silent where nobody is watching."""
+"""A progress bar with samples per second and time left; silent outside terminals."""
 
 from __future__ import annotations
 

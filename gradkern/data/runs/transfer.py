@@ -1,4 +1,4 @@
-"""To the model's device and back.  On CUDA: pinned memory and a stream of its own, so that copies hide behind work."""
+"""To the model's device and back.  On CUDA: pinned memory and a stream of its own, so that copies overlap with work."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Transfer:
     def upload(self, inputs: Sequence[Tensor]) -> Ready:
         """Start moving inputs to the device; the result, called by the computing thread, gives them there."""
         if self.up is None:
-            moved = tuple(x.to(self.device) for x in inputs)
-            return lambda: moved
+            there = tuple(x.to(self.device) for x in inputs)
+            return lambda: there
         with torch.cuda.stream(self.up):
-            moved = tuple(x.contiguous().pin_memory().to(self.device, non_blocking=True) for x in inputs)
+            there = tuple(x.contiguous().pin_memory().to(self.device, non_blocking=True) for x in inputs)
             event = torch.cuda.Event()
             event.record(self.up)
 
         def ready() -> tuple[Tensor, ...]:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)
-            for x in moved:
+            for x in there:
                 x.record_stream(current)
-            return moved
+            return there
 
         return ready
 

@@ -1,4 +1,4 @@
-"""A zarr store whose writes survive a kill and a power failure: whole and on disk, or not there.
+"""A zarr store whose writes survive a kill and a power failure: complete and on disk, or not there.
 
 Every key is written to a file beside its place, forced to disk, and renamed; then the folder is forced to disk.
 A reader, and the run that comes after a kill, see the old content or the new one and nothing between.
@@ -37,8 +37,8 @@ def write_file(path: Path, content: Any) -> None:
             while done < len(view):
                 if len(view) - done < BLOCK and os.name == "posix":
                     _through_cache(number)  # the last part of a block
-                whole = (len(view) - done) // BLOCK * BLOCK or len(view) - done
-                done += os.write(number, view[done : done + whole])
+                size = (len(view) - done) // BLOCK * BLOCK or len(view) - done
+                done += os.write(number, view[done : done + size])
             os.fsync(number)
         finally:
             os.close(number)
@@ -70,7 +70,7 @@ def _open(path: Path, content: Any) -> int:
 
 
 def _through_cache(number: int) -> None:
-    """Back to ordinary writing, for a part that is no whole block."""
+    """Back to ordinary writing, for a part that fills no block."""
     import fcntl
 
     direct = getattr(os, "O_DIRECT", 0)

@@ -113,7 +113,7 @@ class Results:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.samples)
 
     def write(self, chunk: int, parts: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk's rows of some arrays: on disk and whole when this returns, but not yet finished."""
+        """Write a chunk's rows of some arrays: complete on disk when this returns, but not yet finished."""
         start, stop = self.span(chunk)
         for name, rows in parts.items():
             array = self.array(name)
