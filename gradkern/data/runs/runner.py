@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -123,8 +124,17 @@ def work(task: Task, mine: range, progress: bool | None = None) -> int:
     finished = sum(b - a for a, b in (results.span(c) for c in mine if c in done))
     total = finished + plan.samples
     begin = time.perf_counter()
-    with Progress(str(plan), total, finished, progress) as bar, task.ready():
-        Pipeline(task, todo, bar).go()
+    try:
+        with Progress(str(plan), total, finished, progress) as bar, task.ready():
+            _fill(task, todo, bar)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            error.errno,
+            f"no space left at {results.place} with {results.done} of {results.chunks} chunks finished. They are "
+            "kept: free some space and run the same again",
+        ) from error
     seconds = time.perf_counter() - begin
     log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)
     return len(todo)
@@ -150,93 +160,35 @@ def _chunks_of(file: str, ledger: bool) -> set[int]:
     return set(range(number << level, (number + 1) << level))
 
 
-class Pipeline:
-    """The threads of one run.  An error in any of them stops all, and is raised by `go`."""
+def _fill(task: Task, todo: Sequence[int], bar: Progress) -> None:
+    """Read ahead, compute, and write.  An error anywhere stops all; what is being written then is still finished."""
+    results, lock = task.results, threading.Lock()
+    stream = task.source.stream([results.span(c) for c in todo])
 
-    def __init__(self, task: Task, todo: Sequence[int], bar: Progress) -> None:
-        self.task, self.todo, self.bar = task, todo, bar
-        self.read: queue.Queue[tuple[int, Ready] | None] = queue.Queue(AHEAD)
-        self.computed: queue.Queue[Computed | None] = queue.Queue(1)
-        self.stop = threading.Event()
-        self.error: BaseException | None = None
-        self.ledger = threading.Lock()
+    def read() -> Ready:
+        return task.transfer.upload(next(stream))
 
-    def go(self) -> None:
-        threads = [threading.Thread(target=self._guard, args=(self._reading,), name="gradkern-read", daemon=True)]
-        for i in range(WRITERS):
-            threads.append(
-                threading.Thread(target=self._guard, args=(self._writing,), name=f"gradkern-write-{i}", daemon=True)
-            )
-        for t in threads:
-            t.start()
-        try:
-            for chunk, ready in iter(lambda: self._get(self.read), None):
-                self._put(self.computed, self.task.compute(chunk, ready))
-        except BaseException as error:  # the caller's interrupt too: threads end before it is handed on
-            self._fail(error)
-        for _ in range(WRITERS):
-            self._put(self.computed, None)
-        for t in threads:
-            t.join()
-        if self.error is not None:
-            raise self._explained(self.error)
+    def write(computed: Computed) -> None:
+        results.write(computed.chunk, task.stored(computed.rows()))
+        computed.release()
+        with lock:
+            results.ledger.add(computed.chunk, computed.record)
+            bar.add(computed.record.facts["samples"])
 
-    def _reading(self) -> None:
-        spans = [self.task.results.span(c) for c in self.todo]
-        stream: Iterator[Any] = self.task.source.stream(spans)
-        for chunk, inputs in zip(self.todo, stream, strict=True):
-            if not self._put(self.read, (chunk, self.task.transfer.upload(inputs))):
-                return
-        self._put(self.read, None)
-
-    def _writing(self) -> None:
-        results = self.task.results
-        while (computed := self._get(self.computed)) is not None:
-            results.write(computed.chunk, self.task.stored(computed.rows()))
-            computed.release()
-            with self.ledger:
-                results.ledger.add(computed.chunk, computed.record)
-                self.bar.add(computed.record.facts["samples"])
-
-    def _guard(self, function: Any) -> None:
-        try:
-            function()
-        except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        if self.error is None:
-            self.error = error
-        self.stop.set()
-
-    def _put(self, to: queue.Queue, item: Any) -> bool:
-        """Hand on, waiting for room; False where everything stops."""
-        while not self.stop.is_set():
-            try:
-                to.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _get(self, of: queue.Queue) -> Any:
-        """The next item; None at the end and where everything stops."""
-        while not self.stop.is_set():
-            try:
-                return of.get(timeout=0.2)
-            except queue.Empty:
-                continue
-        return None
-
-    def _explained(self, error: BaseException) -> BaseException:
-        """The error to raise: a full disk says what is kept and what to do."""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            results = self.task.results
-            full = DiskFull(
-                error.errno,
-                f"no space left at {results.place} with {results.done} of {results.chunks} chunks finished. They are "
-                "kept: free some space and run the same again",
-            )
-            full.__cause__ = error
-            return full
-        return error
+    reader = ThreadPoolExecutor(1, "gradkern-read")
+    writers = ThreadPoolExecutor(WRITERS, "gradkern-write")
+    try:
+        reading = deque(reader.submit(read) for _ in todo[:AHEAD])
+        writing: deque[Future[None]] = deque()
+        for i, chunk in enumerate(todo):
+            ready = reading.popleft().result()
+            if i + AHEAD < len(todo):
+                reading.append(reader.submit(read))
+            writing.append(writers.submit(write, task.compute(chunk, ready)))
+            if len(writing) > WRITERS:
+                writing.popleft().result()
+        for written in writing:
+            written.result()
+    finally:
+        for pool in (reader, writers):
+            pool.shutdown(cancel_futures=True)
