@@ -19,8 +19,6 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from ..store.durable import DurableStore
-from ..store.ledger import FOLDER
 from ..store.results import Results
 from .progress import Progress
 from .settings import Options, Settings, settings_of
@@ -111,7 +109,7 @@ def work(task: Task, mine: range, progress: bool | None = None) -> int:
     results = task.results
     done = results.ledger.finished()
     todo = [c for c in mine if c not in done]
-    _tidy(results, todo)
+    results.remove_partial(todo)
     results.ledger.adopt(mine)
     plan = task.forecast(todo)
     log.info(
@@ -138,26 +136,6 @@ def work(task: Task, mine: range, progress: bool | None = None) -> int:
     seconds = time.perf_counter() - begin
     log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)
     return len(todo)
-
-
-def _tidy(results: Results, todo: Sequence[int]) -> None:
-    """Remove the half-written files of our own unfinished chunks, which a killed run has left."""
-    if not isinstance(results.store, DurableStore):
-        return
-    ours = set(todo)
-    for name in (*results.arrays(), FOLDER):
-        results.store.clean(name, lambda file, ledger=name == FOLDER: bool(_chunks_of(file, ledger) & ours))
-
-
-def _chunks_of(file: str, ledger: bool) -> set[int]:
-    """``c.12.0.0.….partial`` → 12; a record's file ``01.00000003.npz.….partial`` → 6, 7."""
-    parts = file.split(".")
-    if len(parts) < 2 or not parts[1].isdigit():
-        return set()
-    if not ledger:
-        return {int(parts[1])}
-    level, number = int(parts[0]), int(parts[1])
-    return set(range(number << level, (number + 1) << level))
 
 
 def _fill(task: Task, todo: Sequence[int], bar: Progress) -> None:

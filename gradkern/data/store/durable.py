@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,11 @@ class DurableStore(LocalStore):
         self._check_writable()
         write_file(self.root / key, value.as_buffer_like())
 
-    def clean(self, prefix: str, mine: Any) -> int:
-        """Remove what a killed run has left half-written under ``prefix``; ``mine(name)`` says which are ours."""
-        removed = 0
-        folder = self.root / prefix
-        for path in folder.glob(f"*{PARTIAL}") if folder.is_dir() else ():
-            if mine(path.name):
+    def remove_partial(self, prefix: str, ours: Callable[[str], bool]) -> None:
+        """Remove half-written files under ``prefix``, those of which ``ours(name of the file to be)`` is true."""
+        for path in (self.root / prefix).glob(f"*{PARTIAL}"):
+            if ours(path.name.removesuffix(PARTIAL).rpartition(".")[0]):
                 path.unlink(missing_ok=True)
-                removed += 1
-        return removed
 
 
 def store_at(place: str, *, read_only: bool = False) -> Store:

@@ -93,6 +93,11 @@ class Ledger:
         level, number = node
         return range(number << level, min((number + 1) << level, self.chunks))
 
+    def span_of(self, file: str) -> range:
+        """The chunks that a record of that name stands for; none for other files."""
+        node = node_of(file)
+        return range(0) if node is None else self.span(node)
+
     def read(self, node: Node) -> Record:
         content = durable.get(self.store, self.key(node))
         if content is None:

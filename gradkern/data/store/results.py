@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ...util.options import BadValue
 from .. import statistics
 from . import durable, layout
 from .layout import Array
-from .ledger import Ledger
+from .ledger import FOLDER, Ledger
 
 FORMAT = 1
 ABANDONED = 3600  # seconds
@@ -122,6 +122,16 @@ class Results:
                 durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
             else:
                 array[start:stop] = rows
+
+    def remove_partial(self, chunks: Iterable[int]) -> None:
+        """Remove the half-written files of these chunks, which a killed run has left."""
+        if not isinstance(self.store, durable.DurableStore):
+            return
+        numbers = set(chunks)
+        names = {str(number) for number in numbers}
+        for array in self.arrays():
+            self.store.remove_partial(array, lambda file: file.split(".")[1] in names)  # c.12.0.0
+        self.store.remove_partial(FOLDER, lambda file: not numbers.isdisjoint(self.ledger.span_of(file)))
 
     def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
         """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
