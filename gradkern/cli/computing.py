@@ -68,7 +68,7 @@ def importance(model: Model, samples: Samples, top: int, as_json: bool, **option
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
     """
     import gradkern
-    from gradkern.report.places import place
+    from gradkern.data.ranking import place
 
     ranking = gradkern.importance(model.load(), samples.open(), **options)
     curve, best = ranking.curve, ranking.top(top)

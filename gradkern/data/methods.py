@@ -67,10 +67,8 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
         return METHODS[name]
-    from .. import attr
-
-    kind = next((getattr(attr, k) for k in dir(attr) if k.lower() == name.replace("_", "").lower()), None)
-    if kind is None or not _of_model_alone(kind):
+    kind = next((c for n, c in _classes().items() if n.lower() == name.replace("_", "").lower()), None)
+    if kind is None:
         raise BadValue(f"method: got {name!r}, expected one of {', '.join(known())}.")
     parameters = inspect.signature(kind.attribute_all).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -84,11 +82,16 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
 
 def known() -> list[str]:
     """Names of all methods."""
+    lower = {m.replace("_", "") for m in METHODS}
+    return [*METHODS, *(name for name in _classes() if name.lower() not in lower)]
+
+
+def _classes() -> dict[str, Any]:
+    """The classes of `gradkern.attr` that can be named, by name."""
     from .. import attr
 
-    classes = [k for k in dir(attr) if not k.startswith("_") and _of_model_alone(getattr(attr, k))]
-    lower = {m.replace("_", "") for m in METHODS}
-    return [*METHODS, *(k for k in classes if k.lower() not in lower)]
+    named = {name: getattr(attr, name) for name in dir(attr) if not name.startswith("_")}
+    return {name: kind for name, kind in named.items() if _of_model_alone(kind)}
 
 
 def _of_model_alone(kind: Any) -> bool:

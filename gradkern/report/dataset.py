@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import nn
 
-from gradkern.report import datafigures
+from gradkern.data import Curve, Importance, Results, Source, open_store
+from gradkern.data.ranking import of_results, place
+from gradkern.report import datafigures, figures
 from gradkern.report.page import Report, Section
-from gradkern.report.places import place
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from gradkern.data import Results, Source
 
 TOP = 10
 SHOWN_CLASSES = 6
@@ -38,8 +35,6 @@ def report(
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
     insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
     """
-    from gradkern.data import open_store
-
     store = open_store(results) if isinstance(results, (str, Path)) else results
     view = View(store, model, source, names)
     page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
@@ -48,7 +43,7 @@ def report(
     if "attributions" in store:
         view.samples(page.section("Typical and atypical samples"))
     if view.stability is not None and view.stability.curve is not None:
-        view.curves(page.section("What the ranking is worth"))
+        view.curves(page.section("What the ranking is worth"), view.stability.curve)
     view.settings(page.section("How it was made"))
     return page.write(path)
 
@@ -89,11 +84,9 @@ class View:
         shared = targets.ndim == 1 and len(targets) == count
         return [f"output {targets[c] if shared else c}" for c in range(count)]
 
-    def _stability(self) -> Any:
+    def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
             return None
-        from gradkern.data.ranking import of_results
-
         return of_results(self.results, self.model, self.source)
 
     def _scores(self) -> tuple[np.ndarray | None, str]:
@@ -152,9 +145,8 @@ class View:
             counts = np.bincount(predictions[rows].argmax(1), minlength=predictions.shape[1])
             shown = np.argsort(-counts, kind="stable")[:20]
             labels = [self._name(c) for c in shown]
-            section.picture(
-                datafigures.counts(labels, counts[shown]), "How many samples are predicted as what.", vector=True
-            )
+            figure = figures.bars(labels, counts[shown], "samples", highlight=None)
+            section.picture(figure, "How many samples are predicted as what.", vector=True)
 
     def _name(self, output: int) -> str:
         targets = np.asarray(self.results.array("targets")[...])
@@ -259,8 +251,7 @@ class View:
             extremes.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
         return extremes
 
-    def curves(self, section: Section) -> None:
-        curve = self.stability.curve
+    def curves(self, section: Section, curve: Curve) -> None:
         deletion, insertion = curve.gain
         section.facts([
             (f"{deletion:+.3f}", "deletion: area between ranking and random order"),

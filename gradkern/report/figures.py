@@ -20,8 +20,10 @@ MAGNITUDE, SIGNED = "Oranges", "RdBu_r"
 INK, ACCENT, PALE = "#1d2329", "#c2560c", "#b8c4cf"
 
 
-def bars(labels: Sequence[str], values: Sequence[float], unit: str, *, highlight: int = 0) -> Figure:
-    """Horizontal bars with their values written at the ends; bar ``highlight`` stands out."""
+def bars(
+    labels: Sequence[str], values: Sequence[float] | np.ndarray, unit: str, *, highlight: int | None = 0
+) -> Figure:
+    """Horizontal bars with their values written at the ends; bar ``highlight`` stands out (None: none does)."""
     figure = Figure(figsize=(8.5, 0.55 * len(labels) + 0.5), layout="constrained")
     axes = figure.add_subplot()
     colours = [ACCENT if i == highlight else PALE for i in range(len(labels))]
