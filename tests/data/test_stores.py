@@ -120,10 +120,15 @@ def test_another_model_is_refused_by_an_earlier_store(tmp_path):
 def with_other_keys(out: Path, name: str) -> None:
     """A copy of a store whose keys say nothing to this version."""
     shutil.copytree(STORES / name, out)
+    change_keys(out)
+
+
+def change_keys(out: Path, **pinned: str) -> None:
     path = out / "zarr.json"
     content = json.loads(path.read_text())
     about = content["attributes"]["gradkern"]
     about["fingerprint"]["model"]["graph"] = about["pinned"]["plan"] = "0" * 16
+    about["pinned"] |= pinned
     path.write_text(json.dumps(content))
 
 
@@ -158,6 +163,15 @@ def test_bits_that_differ_from_an_earlier_store_are_noted(tmp_path):
     about = run(*problem(), tmp_path / "a.zarr", **OPTIONS).about
     assert "another version of gradkern began the store" in about["notes"]
     assert not about["exact"]
+
+
+def test_keys_of_another_version_are_not_compared(tmp_path):
+    run(*problem(), tmp_path / "a.zarr", **OPTIONS, chunk=2, shard=(0, 2))
+    change_keys(tmp_path / "a.zarr", gradkern="0.0.9")
+    about = run(*problem(), tmp_path / "a.zarr", **OPTIONS).about
+    assert about["finished"]
+    assert len(about["notes"]) == 1
+    assert about["notes"][0].endswith("instead of 0.0.9")
 
 
 def test_the_keys_of_today_are_compared(tmp_path):

@@ -147,6 +147,11 @@ WORDS = {
 }
 
 
+def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    """How a store's keys of graph and plan were made (None: how they are made now).  Others say nothing about them."""
+    return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
+
+
 def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:
     """Raise `Mismatch` where the run asked for is not the one that the store holds.
 

@@ -32,7 +32,7 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     results = Results.open(out, read_only=False)
     others = [Results.open(p) for p in parts]
     for other in others:
-        same_keys = other.about.get("keys", 1) == results.about.get("keys", 1)
+        same_keys = fingerprint.keys_version(other.about) == fingerprint.keys_version(results.about)
         fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
         grid = ("chunk", "batch")
         if any(other.about["pinned"][k] != results.about["pinned"][k] for k in grid):

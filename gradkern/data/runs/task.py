@@ -74,7 +74,7 @@ class Task:
             about = contents.attributes(asked, rows, settings, probe, made_by)
             arrays = contents.arrays(rows, settings, probe, about)
             known = Results.create(out, arrays, about, settings.compression)
-        same_keys = known.about.get("keys", 1) == fingerprint.KEYS
+        same_keys = fingerprint.keys_version(known.about) == fingerprint.keys_version()
         fingerprint.check_same(str(out), known.about["fingerprint"], asked, graph=same_keys)
         task = cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe, plan=same_keys))
         if not same_keys:
