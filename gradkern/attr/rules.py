@@ -57,9 +57,6 @@ class Values:
 class Rule:
     """The gradient itself, and the base of the other rules.  ``at(i)`` is step i's map."""
 
-    #: Which values of the forward pass the rule looks at: the inputs of steps that are not linear.
-    looks_at_outputs = False
-
     def __init__(self, program: Program, params: Params, values: Values) -> None:
         self.program, self.params, self.values = program, params, values
         self.base = len(program.inputs)

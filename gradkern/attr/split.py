@@ -6,7 +6,6 @@ of the Program that equals what the hook saw is the one (module paths decide bet
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from ..ir import graph
 from ..ir.program import Program
 from ..runtime import binding, executor, reference
 from ..util import options
+from ..util.chunks import stepwise_bytes
 from .linear import forward_values
 from .points import Points
 from .rules import Values
@@ -187,11 +187,9 @@ class LayerView:
 
     def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
         tail = self.tail.program
-        if executor.bounded(tail, seeds, dtype, self.points.inputs[0].device):
+        if executor.plan_for(tail, seeds, dtype, self.points.inputs[0].device).single_chain:
             return 1 << 30
-        numels = [math.prod(tail.shape(v)) for v in range(len(tail.inputs) + len(tail.steps))]
-        need = dtype.itemsize * (sum(numels) + 3 * seeds * max(numels))
-        return max(1, options.memory_budget() // max(need, 1))
+        return max(1, options.memory_budget() // stepwise_bytes(tail.shapes, seeds, dtype.itemsize))
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:

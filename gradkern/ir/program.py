@@ -313,6 +313,11 @@ class Program:
         return self.inputs[value] if value < n else self.steps[value - n].shape
 
     @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Per-sample shapes of all values."""
+        return (*self.inputs, *(step.shape for step in self.steps))
+
+    @property
     def output_shape(self) -> Shape:
         return self.shape(self.output)
 

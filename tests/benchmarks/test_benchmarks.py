@@ -43,6 +43,7 @@ def test_peers_agree_with_the_oracle(net: str, name: str, batch: int) -> None:
     assert oracle.relative_error(got, want) <= 1e-12
 
 
+@pytest.mark.slow
 def test_the_compiled_peer_pads_a_ragged_chunk() -> None:
     model = CASES["mlp"].build().requires_grad_(False)
     (x,) = CASES["mlp"].inputs(5)
@@ -143,6 +144,7 @@ def test_a_run_writes_whole_json_and_a_picture(tmp_path, capsys: pytest.CaptureF
     assert "max error" in printed
 
 
+@pytest.mark.slow
 def test_the_full_set_in_small(tmp_path) -> None:
     options = full_set.arguments(["--samples", "300", "--threads", "1", "--calls", "1", "--engine", "kernel"])
     figures = full_set.spawn(options, "gradkern", 300)

@@ -67,10 +67,10 @@ def test_rules_as_the_reference(name: str, method: str) -> None:
 )
 @pytest.mark.parametrize("shared", [256, 1500])
 def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int) -> None:
-    """Chains of parts of the network, and layers by the step kernel."""
-    device = HostDevice(shared_bytes=shared, steps="kernel", threads=32)
+    """Chains of parts of the network, beside ATen."""
+    device = HostDevice(shared_bytes=shared, threads=32)
     found = every(method, name, device)
-    assert device.steps > 0
+    assert device.launches > 0 or shared == 256
     torch.testing.assert_close(found, every(method, name, None), rtol=1e-10, atol=1e-10)
 
 
@@ -78,7 +78,7 @@ def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int)
 def test_the_plan_keeps_them_in_one_chain(function: str) -> None:
     for name in ("cnn1d", "lenet5", "mlp"):
         made = plan.plan(with_relu(program_of(name), function), 3, machine=HostDevice().machine)
-        assert made.whole
+        assert made.single_chain
         assert made.native_share == 1.0
 
 
@@ -207,7 +207,7 @@ def test_multipliers_by_their_definition(name: str, relu: bool) -> None:
 # Whole methods
 
 
-@pytest.mark.parametrize("shared", [600, 232448])
+@pytest.mark.parametrize("shared", [1200, 232448])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_lift_by_its_definition(name: str, dtype: torch.dtype, shared: int) -> None:
@@ -225,11 +225,12 @@ def test_deep_lift_by_its_definition(name: str, dtype: torch.dtype, shared: int)
         [torch.cat([rule_oracle.deep_lift(modules, x[n : n + 1], base[n : n + 1], c) for n in range(3)])
          for c in range(3)], 1,
     )  # fmt: skip
-    device = HostDevice(threads=32, shared_bytes=shared, steps="kernel")
+    device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model.to(dtype), engine="kernel").attribute_all(x.to(dtype), baselines=base.to(dtype))
-    assert device.launches + device.steps > 0
-    assert device.launches == 3 or shared == 600  # forward at the input and at the reference, backward
+    linear_only = name == "softmax"  # a linear layer takes more than the small block has
+    assert device.launches > 0 or (linear_only and shared < 232448)
+    assert device.launches == 3 or shared < 232448  # forward at the input and at the reference, backward
     assert device.rescales > 0 or name in ("overlap", "pool_first", "softmax")
     assert oracle.relative_error(got, want) < (1e-10 if dtype == torch.float64 else 1e-4)
     with installed(device):
@@ -250,7 +251,7 @@ class Rows(nn.Module):
         return self.last(self.fc(x.flatten(1)).tanh())
 
 
-@pytest.mark.parametrize("shared", [600, 232448])
+@pytest.mark.parametrize("shared", [1200, 232448])
 @pytest.mark.parametrize("rule", [None, EpsilonRule(0.1), GammaRule(0.4), Alpha1_Beta0_Rule()], ids=repr)
 def test_weights_that_a_rule_changes(rule: object, shared: int) -> None:
     model, x = build(Rows), torch.randn(4, 1, 12, dtype=torch.float64)
@@ -260,11 +261,10 @@ def test_weights_that_a_rule_changes(rule: object, shared: int) -> None:
             model.conv.rule = model.norm.rule = model.fc.rule = rule
         return attr.LRP(model, engine=engine).attribute_all(x)
 
-    device = HostDevice(threads=32, shared_bytes=shared, steps="kernel")
+    device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = relevance("kernel")
     assert device.launches > 0
-    assert device.steps > 0 or shared > 600
     torch.testing.assert_close(got, relevance("reference"), rtol=1e-9, atol=1e-9)
 
 
@@ -288,11 +288,10 @@ def test_behind_a_softmax(shared: int) -> None:
     """What comes back through the tail that no rule's kernel runs is dense."""
     body = [nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(15, 6), nn.ReLU(), nn.Linear(6, 3)]
     model, x = nn.Sequential(*body, nn.Softmax(1)).double(), torch.randn(4, 1, 12, dtype=torch.float64)
-    device = HostDevice(threads=32, shared_bytes=shared, steps="kernel")
+    device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model, engine="kernel").attribute_all(x)
     assert (device.launches == 3) == (shared == 232448)
-    assert (device.steps > 0) == (shared < 232448)
     want = attr.DeepLift(model, engine="reference").attribute_all(x)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -334,12 +333,12 @@ def test_means_over_references_and_paths_through_layers() -> None:
 
 
 def test_what_no_kernel_takes_is_left_to_torch() -> None:
-    """Neither chains nor layers: the plain executor, without a launch."""
-    device = HostDevice(shared_bytes=64, threads=32, steps="aten")
+    """The plain executor, without a launch."""
+    device = HostDevice(shared_bytes=64, threads=32)
     for method in ("DeepLift", "LRP"):
         found = every(method, "maxpool2d", device)
         torch.testing.assert_close(found, every(method, "maxpool2d", None), rtol=1e-10, atol=1e-10)
-    assert device.launches == device.steps == 0
+    assert device.launches == 0
     assert device.rescales > 0
 
 
@@ -363,7 +362,7 @@ def test_values_that_do_not_fit_are_torchs() -> None:
     sizes = []
     for shared in range(2048, 65536, 2048):
         machine = HostDevice(shared_bytes=shared).machine
-        fits = plan.plan(program, 1, machine=machine).whole
+        fits = plan.plan(program, 1, machine=machine).single_chain
         try:
             linear.lowering(machine)(program, linear._steps_to(program, wanted), wanted, machine, 4, 0, (), False)
         except TooLarge:
@@ -402,9 +401,9 @@ def test_a_gpu_takes_larger_chunks() -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck))
-@given(questions(programs()), st.sampled_from([300, 1500, 232448]), st.sampled_from(["auto", "kernel"]), st.booleans())
-def test_random_programs(question, shared, steps, secants) -> None:
-    """The gradient, or secants, on chains and layers against the plain executor."""
+@given(questions(programs()), st.sampled_from([300, 1500, 232448]), st.booleans())
+def test_random_programs(question, shared, secants) -> None:
+    """The gradient, or secants, on chains against the plain executor."""
     net, n, targets, wrt, seed, _ = question
     program, params, xs, base = net.program, net.params(seed), net.inputs(n, seed + 1), net.inputs(n, seed + 2)
     targets = torch.arange(program.outputs) if targets is None else targets
@@ -418,7 +417,7 @@ def test_random_programs(question, shared, steps, secants) -> None:
 
     with torch.no_grad():
         want = linear.attribute(rule(True), xs, targets, wrt, native=False)
-        with installed(HostDevice(shared_bytes=shared, threads=32, steps=steps)):
+        with installed(HostDevice(shared_bytes=shared, threads=32)):
             got = linear.attribute(rule(False), xs, targets, wrt, native=True)
     for g, w in zip(got, want, strict=True):
         assert oracle.relative_error(g, w) < 1e-9 or float((g - w).abs().max()) < 1e-12
