@@ -40,9 +40,10 @@ test-all: $(EXT) ## all tests
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
 
-bench: $(EXT) ## benchmarks against what torch and Captum offer
+bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
+	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
-	$(BIN)/python -m benchmarks.networks --compiled
+	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
 	@PYTHON='$(PYTHON)' tools/gpu.sh

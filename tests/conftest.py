@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 @pytest.fixture(autouse=True)
 def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except where capturing a network, or noticing that it has changed, is what is tested."""
-    if not EXPORTING & set(request.path.parts):
+    if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
         monkeypatch.setattr(tracer, "export", exports.remembered)
 
 
