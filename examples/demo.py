@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -338,9 +339,19 @@ def fill(section: Section, problem: Problem, accuracy: float, result: Comparison
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("report/index.html"), help="where the report goes")
+    parser.add_argument("--threads", type=int, help="threads for all ways (default: as many as there are idle cores)")
     parser.add_argument("--quick", action="store_true", help="hardly any training, few samples: to see that it runs")
     args = parser.parse_args(arguments)
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or idle_cores())
+    try:
+        return explain_both(args.out, args.quick)
+    finally:
+        torch.set_num_threads(before)
+
+
+def explain_both(out: Path, quick: bool) -> Path:
     torch.manual_seed(0)
     start = time.perf_counter()
     report = Report(
@@ -350,19 +361,26 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     for load in (arrow_heads, digits):
         problem = load()
-        if args.quick:
+        if quick:
             problem = shortened(problem)
         announce(problem, f"training for {problem.epochs} epochs")
         accuracy = train(problem, problem.epochs)
         announce(problem, f"gradients of {len(problem.classes)} classes for {len(problem.x)} samples, three ways")
-        result = compare(problem, repeats=1 if args.quick else 3)
+        result = compare(problem, repeats=1 if quick else 3)
         top = top_features(importance(result.gradients, problem.x), problem.is_image)
         print(*describe(problem, accuracy, result, top), sep="\n", end="\n\n", flush=True)
         announce(problem, "drawing its part of the report")
         fill(report.section(problem.name), problem, accuracy, result, top)
-    path = report.write(args.out)
+    path = report.write(out)
     print(f"All of it took {time.perf_counter() - start:.0f} s. The report: {path}")
     return path
+
+
+def idle_cores() -> int:
+    """A thread without a core of its own makes all others wait: on a busy machine, two threads can be far slower than
+    one."""
+    cores = torch.get_num_threads()
+    return max(1, min(cores, round(cores - os.getloadavg()[0])))
 
 
 def shortened(problem: Problem) -> Problem:
