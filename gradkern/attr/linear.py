@@ -86,6 +86,7 @@ class _Writer:
         return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], shape, of)
 
     def pool(self, i: int, step: Step, places: int) -> tuple[str, int]:
+        assert isinstance(step.form, Select)
         node, refs = self.at[step.inputs[0]]
         spatial = self.program.shape(step.inputs[0])[1:]
         parts = []
@@ -192,16 +193,17 @@ def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape
 def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
     """The values of one slope, ``[N, *shape]``, in one piece."""
     if slope.tap is None:
-        found = product(slope, locals_, slope.shape)
-        assert found is not None
-        return found.contiguous()
+        whole = product(slope, locals_, slope.shape)
+        assert whole is not None
+        return whole.contiguous()
     i, t = slope.tap
-    step = program.steps[i]
-    share = locals_[i].taps[t]  # type: ignore[index]
+    step, taps = program.steps[i], locals_[i].taps
+    assert isinstance(step.form, Select) and taps is not None
+    share, windows = taps[t], step.form.windows
     factor = product(slope, locals_, program.shape(step.inputs[0]))
     if factor is not None:
-        windows: Windows = step.form.windows  # type: ignore[union-attr]
-        share = share * padded(windows, factor, 0.0)[(..., *tap_slices(windows, t, slope.shape[1:]))]
+        places: Any = (..., *tap_slices(windows, t, slope.shape[1:]))
+        share = share * padded(windows, factor, 0.0)[places]
     return share.contiguous()
 
 
@@ -223,10 +225,12 @@ def transposed(
     outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]
     if cotangent is not None and outer is not None:
         cotangent = cotangent * outer.unsqueeze(1)
-    params = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
+    if not executor.plan_for(lp, seeds, inputs[0].dtype, inputs[0].device).native:
+        raise executor.KernelsUnavailable
+    rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
-    executor.transpose(lp, params, values, targets, tuple(wrt), results, cotangent)
+    executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
     if cotangent is None and outer is not None:
         picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
