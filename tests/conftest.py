@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradkern.planner import plan
+import gradkern
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 
@@ -34,8 +34,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 @pytest.fixture
 def fresh_plans():
     """No plan or chain of other constants, neither before nor after."""
-    plan._chains.clear()
-    plan._plans.clear()
+    gradkern.reset()
     yield
-    plan._chains.clear()
-    plan._plans.clear()
+    gradkern.reset()

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
-from .plug import not_ours, say
+from .plug import stays_ours, takes_over
 from .points import Points, part, row_tensors
 
 NATIVE = (torch.float32, torch.float64)
@@ -60,15 +61,11 @@ def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any) -> Points | None:
     """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why)."""
     engine = getattr(attribution.gradient_func, "engine", None)
-    fn = attribution.forward_func
-    why = not_ours(fn, inputs, extra, engine)
-    if why:
-        say(fn, why)
-    if why is None or why or any(x.dtype not in NATIVE for x in inputs):
+    if not takes_over(attribution.forward_func, inputs, extra, engine) or any(x.dtype not in NATIVE for x in inputs):
         return None
-    points = Points(fn, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
+    points = Points(attribution.forward_func, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
     try:
-        return None if points.mixes else points
+        return points if stays_ours(points.route) and not points.couples_batch else None
     except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
         return None
 
@@ -99,7 +96,7 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
         results.append(attribute(captum_target(column, out)))
     tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
-    return (tree, seeds.found()) if isinstance(seeds, TopSeeds) else tree
+    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
 
 
 def captum_target(flat: Tensor, out: Shape) -> Any:
@@ -123,7 +120,7 @@ def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | No
     if delta is not None:
         items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
-        items.append(seeds.found())
+        items.append(seeds.indices_per_sample())
     return items[0] if len(items) == 1 else tuple(items)
 
 
@@ -192,6 +189,7 @@ class RowMethod(stock.GradientAttribution):
         _, start = format_input_baseline(rows, options.get("baselines"))
         return completeness(self.forward_func, parts, start, rows, more, seeds)
 
+    @one_call()
     def _all_on_engine(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool) -> Any:
         """``attribute_all`` on the engine; None where the call is Captum's."""
         rows = format_tensor_into_tuples(inputs)

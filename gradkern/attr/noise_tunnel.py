@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
 from .attribute_all import Inputs, Many, Options, RowMethod, answer, one_by_one, points_for, typed
 from .captum_compat import (
@@ -37,6 +38,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     """
 
     @log_usage(part_of_slo=True)
+    @one_call()
     def attribute(
         self,
         inputs: Inputs,
@@ -99,6 +101,7 @@ class NoiseTunnel(stock.NoiseTunnel):
         return (result, average.delta()) if wants_delta else result
 
     @typed
+    @one_call()
     def attribute_all(
         self,
         inputs: Inputs,

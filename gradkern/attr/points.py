@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import api
-from ..dispatch import batching, guards, state
-from ..dispatch.request import Job, model_of
+from ..dispatch import batching
+from ..dispatch.request import Request
+from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, Shape, TopSeeds
 from ..ir.program import Program
 from ..util import options
@@ -40,42 +41,40 @@ class Points:
         *,
         ahead: int = 0,
     ) -> None:
-        self.fn, self.module, self.engine = fn, model_of(fn), engine
+        self.engine = engine
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(range(len(self.inputs)))
         self.samples = self.inputs[0].shape[0]
         self.ahead = ahead  # points still to come, for the decision to trace
+        self.own = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
+        self.fn, self.module = self.own.fn, self.own.module
 
-    def job(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Job:
-        return Job(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
+    @cached_property
+    def route(self) -> Route:
+        """The way that all points of this call go."""
+        return shared_route(self.own, self.engine)
+
+    def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:
+        return Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
 
     @property
-    def mixes(self) -> bool:
+    def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return api.samples_mix(self.job(self.inputs, self.more, Seeds(1, (1,), torch.zeros(1, dtype=torch.int64))))
+        return bool(couples_batch(self.own, self.route))
 
     def program(self) -> Program | None:
         """The model's Program where it is known already."""
-        if self.module is None or options.engine(self.engine) == "autograd":
-            return None
-        given = (*self.inputs, *self.more)
-        if guards.at_once(self.fn, given) is not None:
-            return None
-        verdict = state.entry(self.module).verdict(state.key_of(self.module, given))
-        return None if verdict is None else verdict.program
+        return self.route.program
 
     def traced(self) -> Program | None:
         """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
-        known = self.program()
-        if known is not None or self.module is None or options.engine(self.engine) == "autograd":
-            return known
-        verdict = api.verdict_of(self.job(self.inputs, self.more, Seeds(0, (0,), None)))
-        return None if verdict is None else verdict.program
+        if self.route.engine != "autograd" and self.module is not None:
+            verdict_now(self.own, self.route)
+        return self.route.program
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
-        job = Job(self.fn, (*self.inputs, *self.more), self.wrt, choice)
-        out = batching.output_shape(job)
+        out = output_shape(self.own, self.route)
         seeds = choice(self.samples, out)
         if isinstance(seeds, TopSeeds):
             with torch.inference_mode(False), torch.no_grad():
@@ -97,14 +96,16 @@ class Points:
 
         ``program`` takes the place of the model's own.
         """
-        job = self.job(points, more, Seeds(seeds, (seeds,), index))
-        program = program or self.program()
+        request = self.request(points, more, Seeds(seeds, (seeds,), index))
+        way = self.route
+        if not way.serves(request, way.engine):  # points of another dtype than the inputs
+            way = shared_route(request, self.engine)
         if program is None:
-            api.solve(job, self.engine, strict=strict)
+            found = solve(request, way, strict=strict)
         else:
-            batching.run(job, program, 0, options.engine(self.engine), strict=strict)
+            found = batching.run(request, program, way.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
-        return job.results
+        return found.jacobians
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
@@ -134,9 +135,6 @@ def blocks(samples: int, steps: int, point_bytes: int) -> Iterator[tuple[int, in
 
 def part(seeds: Seeds, a: int, b: int) -> Tensor | None:
     """Flat indices of the samples ``a:b``: None, ``[S]`` or ``[b - a, S]``."""
-    if isinstance(seeds, TopSeeds):
-        found = seeds._found  # [N, k]
-        return None if found is None else found[a:b]
     return seeds.rows(a, b)
 
 

@@ -27,7 +27,7 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .support import why_not
+from .support import unsupported_reason
 from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
@@ -320,7 +320,7 @@ class Builder:
             opened = step.form.function == "open_relu"  # type: ignore[union-attr]
             if j is not None and (opened or (rectify and overlaps(self.program.steps[j].form.windows))):
                 j = None  # what arrives from several windows is added before it is rectified
-            if j is not None and why_not(self.program, self.program.steps[j]) is None:
+            if j is not None and unsupported_reason(self.program, self.program.steps[j]) is None:
                 windows = self.program.steps[j].form.windows  # type: ignore[union-attr]
             else:
                 j = None

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import api
-from ..dispatch.request import Job, jacobian_choice
+from ..dispatch.request import Request, jacobian_choice
+from ..dispatch.route import couples_batch, route
 from ..ir.program import Program
-from ..passes.prune_positions import narrowed
-from ..planner.plan import plan as make_plan
+from ..runtime import executor
 from ..util import options
 from ..util.options import BadValue
 from . import methods
@@ -54,7 +54,7 @@ class Probe:
         """A hash of the plan: which way each step goes."""
         if self.program is None or self.engine != "kernel":
             return None
-        text = str(make_plan(narrowed(self.program), seeds=self.seeds, dtype=self.inputs[0].dtype))
+        text = str(executor.plan_for(self.program, self.seeds, self.inputs[0].dtype))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -85,7 +85,8 @@ def look_at(model: nn.Module, source: Source, settings: Settings, engine: str | 
 
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
-    reason = api.why_whole(Job(model, inputs, floating, jacobian_choice(None)))
+    request = Request(model, inputs, floating, jacobian_choice(None))
+    reason = couples_batch(request, route(request))
     if reason:
         raise BadValue(
             f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "

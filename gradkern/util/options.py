@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from typing import Any, Literal, cast, get_args
 
 import torch
 
-ENGINES = ("auto", "kernel", "reference", "autograd")
+Engine = Literal["auto", "kernel", "reference", "autograd"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
 GPU_SHARE = 16  # of whose memory one part is the budget: a GPU wants large pieces
 
-_engine: ContextVar[str | None] = ContextVar("gradkern_engine", default=None)
+_engine: ContextVar[Engine | None] = ContextVar("gradkern_engine", default=None)
 _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
 
 
@@ -38,10 +40,10 @@ class BadType(Complaint, TypeError):
     """A dtype or a Python type that does not fit."""
 
 
-def _valid_engine(name: str, source: str) -> str:
+def _valid_engine(name: str, source: str) -> Engine:
     if name not in ENGINES:
         raise BadValue(f"{source}: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}.")
-    return name
+    return cast(Engine, name)
 
 
 def _valid_budget(size: int) -> int:
@@ -50,7 +52,7 @@ def _valid_budget(size: int) -> int:
     return size
 
 
-def engine(argument: str | None = None) -> str:
+def engine(argument: str | None = None) -> Engine:
     """The engine that holds here and now: the argument, else `use`, else the environment, else ``"auto"``."""
     if argument is not None:
         return _valid_engine(argument, "engine=")
@@ -63,7 +65,7 @@ def engine(argument: str | None = None) -> str:
 def memory_budget(device: torch.device | None = None) -> int:
     """Bytes that a call may allocate beside its result (one sample's need where that is more).
 
-    Where nobody chose: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
+    The default is 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
     """
     chosen = _budget.get()
     if chosen is None and device is not None and device.type == "cuda":
@@ -80,7 +82,7 @@ def use(engine: str | None = None, *, memory_budget: int | None = None) -> Itera
     ``memory_budget``: bytes beside the result, by default 128 MiB, or a sixteenth of a GPU's memory.
     Both hold for this thread (and context) only; ``None`` leaves what holds outside.
     """
-    reset = []
+    reset: list[tuple[ContextVar[Any], Token[Any]]] = []
     if engine is not None:
         reset.append((_engine, _engine.set(_valid_engine(engine, "gradkern.use(engine)"))))
     if memory_budget is not None:

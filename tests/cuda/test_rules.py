@@ -79,7 +79,7 @@ def test_rules_where_shared_memory_is_small(method: str, name: str, shared: int)
 def test_the_plan_keeps_them_in_one_chain(function: str) -> None:
     for name in ("cnn1d", "lenet5", "mlp"):
         made = plan.plan(with_relu(program_of(name), function), 3, machine=HostDevice().machine)
-        assert made.whole
+        assert made.single_chain
         assert made.native_share == 1.0
 
 
@@ -364,7 +364,7 @@ def test_values_that_do_not_fit_are_torchs() -> None:
     sizes = []
     for shared in range(2048, 65536, 2048):
         machine = HostDevice(shared_bytes=shared).machine
-        fits = plan.plan(program, 1, machine=machine).whole
+        fits = plan.plan(program, 1, machine=machine).single_chain
         try:
             linear.lowering(machine)(program, linear._steps_to(program, wanted), wanted, machine, 4, 0, (), False)
         except TooLarge:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradkern
 from gradkern.codegen.chain import FIELDS, KINDS
 from gradkern.codegen.cuda import lowering, slices
 from gradkern.codegen.cuda.cost import IN_NARROW, IN_QUADS, WALKS
@@ -90,13 +91,13 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
     model = make().eval()
     model(torch.zeros(1, *shape))  # settles the lazy layer
     model, x = model.to(dtype), torch.randn(n, *shape, dtype=torch.float64).to(dtype)
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         params = binding.bind(program, model)
         with installed(HostDevice(**options)):
             y, (found,) = executor.jacobian(program, params, (x,))
-            assert plan.cached_plan(program, found.shape[1], dtype).whole
+            assert executor.plan_for(program, found.shape[1], dtype).single_chain
     (chain,) = plan._chains.values()
     want_y, (want,) = oracle.jacobian(model, (x,))
     return y, found, want_y, want, chain
@@ -162,7 +163,7 @@ def test_what_cannot_be_sliced() -> None:
     x = torch.randn(2, 1, 4)
     program = tracer.trace(model.eval(), (x,))
     made = plan.plan(program, 3, machine=HostDevice().machine)
-    assert made.whole
+    assert made.single_chain
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -186,7 +187,7 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     body = [nn.Conv1d(1, channels, 3, padding=1), nn.MaxPool1d(2, 4, 1, 2), nn.Flatten()]
     model = nn.Sequential(*body[:2], *[nn.ReLU()][:relu], body[2]).double().eval()
     x = torch.randn(2, 1, 1, dtype=torch.float64)
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         with installed(HostDevice()):
@@ -223,7 +224,7 @@ def test_rows_asked_for_ahead_of_time_are_there() -> None:
     model = nn.Linear(64, 1000).eval()
     program = tracer.trace(model, (torch.zeros(3, 64),))
     made = plan.plan(program, 0, machine=HostDevice().machine)
-    chain = plan.chain_of(made, 0, 0, (), False)
+    chain = made.chain(0, 0, (), False)
     (layout,) = chain.layouts
     assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
 
@@ -252,7 +253,7 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
             p.copy_(torch.randint(-1, 2, p.shape))
     model = model.to(dtype)
     x[3, 0, 5] = float("nan")
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x[:3],))
         with installed(HostDevice()):

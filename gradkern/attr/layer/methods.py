@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...dispatch import state
 from ...dispatch.request import jacobian_choice
 from ...util.options import Complaint
 from ..attribute_all import (
@@ -101,8 +100,7 @@ class LayerMethod(stock.GradientAttribution):
             warnings.simplefilter("ignore")
             points = points_for(self, rows, extra) if all(isinstance(x, Tensor) for x in rows) else None
         if points is not None and points.module is not None:
-            key = state.key_of(points.module, (*points.inputs, *points.more))
-            state.entry(points.module).spend(key, seconds)
+            points.route.spend(seconds)
 
 
 def one_output(kind: Any) -> Any:

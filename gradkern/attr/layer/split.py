@@ -6,7 +6,6 @@ of the Program that equals what the hook saw is the one (module paths decide bet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...dispatch import batching, state
+from ...dispatch import batching
 from ...dispatch.eager import buffers_kept
-from ...dispatch.targets import Seeds
 from ...ir import graph
 from ...ir.program import Program
 from ...runtime import binding, executor, reference
 from ...util import options
+from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
 from ..points import Points
 from ..rules.linear import forward_values
@@ -52,9 +51,9 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 
 
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    model, job = points.module, points.job(points.inputs, points.more, Seeds(0, (0,), None))
+    model = points.module
     assert model is not None
-    picked = job.pick(SAMPLES)
+    picked = points.own.pick(SAMPLES)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for x in picked:
@@ -181,11 +180,9 @@ class LayerView:
 
     def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
         tail = self.tail.program
-        if executor.bounded(tail, seeds, dtype, self.points.inputs[0].device):
+        if executor.plan_for(tail, seeds, dtype, self.points.inputs[0].device).single_chain:
             return 1 << 30
-        numels = [math.prod(tail.shape(v)) for v in range(len(tail.inputs) + len(tail.steps))]
-        need = dtype.itemsize * (sum(numels) + 3 * seeds * max(numels))
-        return max(1, options.memory_budget() // max(need, 1))
+        return max(1, options.memory_budget() // stepwise_bytes(tail.shapes, seeds, dtype.itemsize))
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
@@ -198,7 +195,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
     value = None if path is None else layer_value(points, program, layer, path, to_input)
     if path is None or value is None:
         if points.module is not None:
-            state.entry(points.module).warn(
+            points.route.warn(
                 f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
                 "network, so Captum's own hooks run it."
             )
@@ -221,7 +218,4 @@ def _inside(program: Program, path: str, i: int) -> bool:
 
 
 def _paid(points: Points) -> bool:
-    if points.module is None:
-        return False
-    key = state.key_of(points.module, (*points.inputs, *points.more))
-    return state.entry(points.module).worth_tracing(key, 0.0)
+    return points.route.pays

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
+from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
@@ -268,11 +269,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 "`DeepLift` approach can be used instead."
             )
         many, rows = is_tuple(inputs), format_tensor_into_tuples(inputs)
-        points = points_for(self, rows, additional_forward_args)
-        if points is not None and points.traced() is not None:
-            seeds, _ = points.choose(jacobian_choice(targets))
-            maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
-            return answer(maps, many, seeds, delta)
+        with one_call():
+            points = points_for(self, rows, additional_forward_args)
+            if points is not None and points.traced() is not None:
+                seeds, _ = points.choose(jacobian_choice(targets))
+                maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
+                return answer(maps, many, seeds, delta)
 
         def attribute(target: Any) -> Any:
             return self.attribute(
