@@ -14,16 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +30,6 @@ import gradkern
 from benchmarks import gpu_jax, machine, operations
 from benchmarks.baselines import captum_saliency, deliver, loop_classes, replicated
 from benchmarks.measure import quiet
-from gradkern.codegen.cuda import lowering
-from gradkern.runtime import ops
 from tests import oracle
 from tests.cases import CASES, Case
 
@@ -111,7 +106,7 @@ def vmapped(model: nn.Module, outputs: int) -> Chunk:
 
 
 def vgg11() -> nn.Module:
-    """VGG-11 for images of 32 × 32: layers that no chain holds."""
+    """VGG-11 for images of 32 × 32: layers that fit no chain."""
     layers: list[nn.Module] = []
     width = 3
     for out, pools in ((64, 1), (128, 1), (256, 0), (256, 1), (512, 0), (512, 1), (512, 0), (512, 1)):
@@ -121,7 +116,6 @@ def vgg11() -> nn.Module:
 
 
 NETS = {name: CASES[name] for name in SAMPLES if name in CASES} | {"vgg11": Case("vgg11", vgg11, ((3, 32, 32),))}
-LAYERED = ("fcn", "vgg11")  # networks with layers of their own, which the step kernel or ATen runs
 
 
 def ours(model: nn.Module, outputs: int) -> Chunk:
@@ -134,56 +128,8 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
     return chunk
 
 
-@contextmanager
-def arithmetic(precision: str, products: int) -> Iterator[None]:
-    """Another arithmetic for a precision, as long as this lasts."""
-    with mock.patch.dict(lowering.MATH, {precision: products}):
-        ops._machine.cache_clear()
-        try:
-            yield
-        finally:
-            ops._machine.cache_clear()
-
-
-def steps(who: str) -> Callable[[nn.Module, int], Chunk]:
-    """The public call with the step kernel, or ATen, for every layer that fits no chain."""
-
-    def make(model: nn.Module, outputs: int) -> Chunk:
-        def chunk(x: Tensor, out: Tensor | None) -> Tensor:
-            with mock.patch.dict(os.environ, {lowering.STEPS_VARIABLE: who}):
-                return ours(model, outputs)(x, out)
-
-        return chunk
-
-    return make
-
-
-def multiplied(precision: str, products: int) -> Callable[[nn.Module, int], Chunk]:
-    """The public call with another arithmetic than the precision has by default."""
-
-    def make(model: nn.Module, outputs: int) -> Chunk:
-        def chunk(x: Tensor, out: Tensor | None) -> Tensor:
-            with arithmetic(precision, products):
-                return ours(model, outputs)(x, out)
-
-        return chunk
-
-    return make
-
-
-# What decides open questions: by name, the networks and precisions that each is asked for.
-QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gradkern, step kernel": (LAYERED, ("highest", "high", "medium")),
-    "gradkern, ATen layers": (LAYERED, ("highest", "high", "medium")),
-    "gradkern, 3 × TF32": (tuple(NETS), ("highest",)),
-    "gradkern, 1 × TF32": (tuple(NETS), ("high",)),
-}
 CONTENDERS: dict[str, Callable[[nn.Module, int], Chunk]] = {
     "gradkern": ours,
-    "gradkern, step kernel": steps("kernel"),
-    "gradkern, ATen layers": steps("aten"),
-    "gradkern, 3 × TF32": multiplied("highest", lowering.TF32X3),
-    "gradkern, 1 × TF32": multiplied("high", lowering.TF32),
     "class loop": loop_classes,
     "seeds folded": replicated,
     "folded, CUDA graph": compiled_folded,
@@ -257,7 +203,7 @@ def contend(
     """A contender at its best chunk size."""
     n, best = sets[0].shape[0], Row(net, precision, name, 0, None)
     per_sample = sets[0][0].numel() * outputs * 4
-    own = name.startswith("gradkern")
+    own = name == "gradkern"
     for size in [n] if own else sorted({min(c, n) for c in CHUNKS}):
         if time.perf_counter() > until:
             best.note += " (out of time)"
@@ -309,7 +255,7 @@ def ceilings(where: torch.device) -> dict[str, float]:
 
 def peers_of(row: Row, rows: list[Row]) -> list[Row]:
     same = [r for r in rows if (r.net, r.precision) == (row.net, row.precision) and r.ms]
-    return [r for r in same if not r.name.startswith("gradkern")]
+    return [r for r in same if r.name != "gradkern"]
 
 
 def floor_of(net: str, found: dict[str, Any], counts: dict[str, operations.Operations]) -> tuple[float, float, float]:
@@ -395,10 +341,6 @@ class Run:
             print((self.out / "gpu.txt").read_text(), flush=True)
 
 
-def wanted(names: list[str], net: str, precision: str) -> list[str]:
-    return [n for n in names if n not in QUESTIONS or (net in QUESTIONS[n][0] and precision in QUESTIONS[n][1])]
-
-
 def stopped(*_: Any) -> None:
     raise SystemExit("benchmarks.gpu: stopped from outside")
 
@@ -417,13 +359,12 @@ def main() -> int:
         raise SystemExit("benchmarks.gpu: no GPU is visible to torch.")
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stopped)
-    own = [n for n in CONTENDERS if n.startswith("gradkern")]
-    work = [(own, n, p) for p in args.precisions for n in args.nets]
-    work += [([n for n in CONTENDERS if n not in own], n, p) for p in args.precisions for n in args.nets]
+    peers = [n for n in CONTENDERS if n != "gradkern"]
+    work = [(names, n, p) for names in (["gradkern"], peers) for p in args.precisions for n in args.nets]
     run = Run(args.seconds, args.out, where, args.share)
     try:
         for done, (names, net, precision) in enumerate(work):
-            run.visit(net, precision, wanted(names, net, precision), len(work) - done)
+            run.visit(net, precision, names, len(work) - done)
     except Broken as error:
         print(f"benchmarks.gpu: stopped, the GPU is broken for this process: {error}", flush=True)
         return 1

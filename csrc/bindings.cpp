@@ -68,7 +68,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets that this processor can run, best first");
   m.def("vector_bytes", [] { return gradkern::current_isa().vector_bytes; });
-  m.def("registers", [] { return gradkern::current_isa().registers; });
   m.def("advise_huge", advise_huge, "Ask the system for huge pages behind a fresh allocation");
 #ifdef GRADKERN_WITH_CUDA
   m.attr("cuda") = true;

@@ -32,7 +32,7 @@ void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tens
                 sizeof(Op) / sizeof(int64_t), "], got ", ops->sizes(),
                 "; this extension and the Python package are of different versions");
   }
-  TORCH_CHECK(sizes.size() == 7, "gradkern: expected 7 arena sizes, got ", sizes.size());
+  TORCH_CHECK(sizes.size() == 6, "gradkern: expected 6 arena sizes, got ", sizes.size());
   for (const int64_t s : sizes) TORCH_CHECK(s >= 0, "gradkern: negative arena size ", s);
 }
 

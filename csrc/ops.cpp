@@ -22,10 +22,6 @@ TORCH_LIBRARY(gradkern, m) {
   // for z [N, C, H, W] and a reference [N or 1, C, H, W]; `pool`: kernel, stride, padding before, dilation, output, in
   // pairs.  Without a pool [1, N, C, H, W].
   m.def("rescale(Tensor z, Tensor reference, int[] pool, bool relu, float eps) -> Tensor");
-  // One contraction of a layer on a GPU, forward or transposed, and what follows it; csrc/cuda/step.h.
-  m.def(
-      "step(Tensor src, Tensor weight, Tensor? bias, Tensor? add, Tensor? mask, Tensor? choice, Tensor tables, "
-      "int[] sizes, int math, bool narrow, Tensor(a!) out) -> ()");
   m.def("content_hash(Tensor[] tensors) -> int");
 }
 

@@ -112,7 +112,6 @@ struct Kernels {
 struct Isa {
   const char* name;
   int vector_bytes;
-  int registers;  // vector registers that a tile may count on
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from gradkern.codegen.cuda.lowering import MATH, MAX_PORTS, Device
+from gradkern.codegen.cuda.lowering import MAX_PORTS, Device
 from gradkern.runtime import ops
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -40,22 +40,6 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
         *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
         *((name, ctypes.c_int) for name in ("region", "sample", "bits", "block", "planned")),
-    )
-
-
-class StepArgs(ctypes.Structure):
-    """csrc/cuda/step.h"""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("src", "weight", "bias", "add", "mask", "choice", "out")),
-        *((name, ctypes.c_void_p) for name in ("phases", "taps")),
-        ("rows", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("seeds", "inner", "groups", "K", "O", "ldw", "all_taps")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("Hs", "Ws", "step_h", "step_w", "H", "W", "out_h", "out_w", "linear", "relu")
-        ),
-        *((name, ctypes.c_int) for name in ("pool_h", "pool_w", "pool_H", "pool_W", "phase_count", "places")),
     )
 
 
@@ -113,11 +97,10 @@ def library() -> ctypes.CDLL:
     """The shim, compiled."""
     found = ctypes.CDLL(str(built("host", "run.cpp", "-g", *FLAGS)))
     assert found.gk_args_size() == ctypes.sizeof(Args)
-    assert found.gk_step_args_size() == ctypes.sizeof(StepArgs)
     assert found.gk_shares_args_size() == ctypes.sizeof(SHARES_ARGS[torch.float64])
     assert found.gk_gpu_size() == ctypes.sizeof(Gpu)
     found.gk_gpu.restype = ctypes.POINTER(Gpu)
-    for name in ("gk_run_f32", "gk_run_f64", "gk_step_f32", "gk_step_f64"):
+    for name in ("gk_run_f32", "gk_run_f64"):
         getattr(found, name).restype = ctypes.c_char_p
     return found
 
@@ -144,13 +127,12 @@ class Recording:
     """A launch as `csrc/host/replay.cpp` reads it."""
 
     def __init__(self, args: ctypes.Structure, tensors: list[Tensor], numbers: tuple[int, ...]):
-        """``numbers``: bytes per number, arithmetic (or whether there is a pool), blocks (or whether narrow), threads,
-        arena bytes (or windows)."""
+        """``numbers``: bytes per number, whether there is a pool, blocks, threads, arena bytes (or windows)."""
         self.results = tensors
         words = (ctypes.c_int64 * (ctypes.sizeof(args) // 8)).from_buffer_copy(args)
         number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}
-        kind = {Args: 0, StepArgs: 1}.get(type(args), 2)
-        pointers = (Args.target_n, StepArgs.rows, SHARES_ARGS[torch.float32].ref_rows)[kind].offset
+        kind = int(not isinstance(args, Args))
+        pointers = (SHARES_ARGS[torch.float32].ref_rows if kind else Args.target_n).offset
         for i in range(pointers // 8):
             words[i] = number.get(words[i], 0)
         head = (kind, *numbers, ctypes.sizeof(args), len(tensors))
@@ -167,21 +149,14 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 class HostDevice:
-    """Chains and steps on the host, with the ops' signatures.  ``blocks`` of a chain run one after the other."""
+    """Chains on the host, with the ops' signatures.  ``blocks`` of a chain run one after the other."""
 
-    def __init__(
-        self,
-        shared_bytes: int = 232448,
-        blocks: int = 2,
-        threads: int = THREADS,
-        precision: str = "highest",
-        steps: str = "auto",
-    ):
+    def __init__(self, shared_bytes: int = 232448, blocks: int = 2, threads: int = THREADS):
         ops.extension()  # the other ops
         self.library = library()
-        self.machine = Device("cuda", 16, 0, shared_bytes, threads, MATH[precision], steps)
+        self.machine = Device("cuda", 16, shared_bytes, threads)
         self.blocks = blocks
-        self.launches = self.steps = self.rescales = 0
+        self.launches = self.rescales = 0
         self.record: list[Recording] | None = None  # set to a list to keep what was launched
 
     def chain_forward(self, inputs, packed, tables, forward, sizes, outputs) -> list[Tensor]:
@@ -209,7 +184,7 @@ class HostDevice:
         if n == 0:
             return found
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
-        region, sample, math, bits, _, shared, block = sizes
+        region, sample, bits, _, shared, block = sizes
         assert shared <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
@@ -228,36 +203,13 @@ class HostDevice:
         if self.record is not None:
             tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]
             tensors += [t for t in (targets, seed_rows) if t is not None]
-            numbers = (packed.element_size(), math, self.blocks, self.machine.threads, shared)
+            numbers = (packed.element_size(), 0, self.blocks, self.machine.threads, shared)
             self.record.append(Recording(args, tensors, numbers))
         run = self.library.gk_run_f32 if packed.dtype == torch.float32 else self.library.gk_run_f64
-        error = run(ctypes.byref(args), math, self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        error = run(ctypes.byref(args), self.blocks, self.machine.threads, ctypes.c_int64(shared))
         assert error is None, error
         self.launches += 1
         return found
-
-    def step(self, src, weight, bias, add, mask, choice, tables, sizes, math, narrow, out) -> None:
-        assert all(t is None or t.is_contiguous() for t in (src, weight, bias, add, mask, choice, tables, out))
-        named = dict(zip((name for name, _ in StepArgs._fields_[9:]), sizes, strict=True))
-        written = out  # poisoned, so that a number that nobody wrote shows; what a pool's windows leave out stays zero
-        if choice is not None:
-            whole = out.view(-1, named["pool_H"], named["pool_W"])
-            written = whole[:, : named["H"] * named["pool_h"], : named["W"] * named["pool_w"]]
-        written.fill_(float("nan"))
-        given = (src, weight, bias, add, mask, choice, out)
-        args = StepArgs(*(None if t is None else t.data_ptr() for t in given))
-        split = 6 * named["phase_count"]
-        own = [tables[:split].clone(), tables[split:].clone()]
-        args.phases, args.taps = (t.data_ptr() for t in own)
-        for name, number in named.items():
-            setattr(args, name, number)
-        if self.record is not None:
-            tensors = [t for t in (*given, *own) if t is not None]
-            self.record.append(Recording(args, tensors, (src.element_size(), math, int(narrow), 0, 0)))
-        run = self.library.gk_step_f32 if src.dtype == torch.float32 else self.library.gk_step_f64
-        error = run(ctypes.byref(args), math, int(narrow))
-        assert error is None, error
-        self.steps += 1
 
     def rescale(self, z, reference, pool, relu, eps) -> Tensor:
         assert z.is_contiguous() and reference.is_contiguous() and z.dtype == reference.dtype
@@ -278,7 +230,7 @@ class HostDevice:
 
     def patches(self) -> list[contextlib.AbstractContextManager[Any]]:
         """What makes the engine work on this device."""
-        names = ("chain_forward", "chain_vjp", "step", "rescale")
+        names = ("chain_forward", "chain_vjp", "rescale")
         return [mock.patch.object(ops, name, getattr(self, name)) for name in names]
 
 
@@ -286,12 +238,10 @@ class Launchers(HostDevice):
     """The same by way of the launchers: everything but torch's CUDA tensors and the GPU is the real thing.
     ``shared_bytes`` is what the plan may use."""
 
-    NAMES = ("chain_forward", "chain_vjp", "step", "rescale", "content_hash")
+    NAMES = ("chain_forward", "chain_vjp", "rescale", "content_hash")
 
-    def __init__(
-        self, processors: int = 2, shared_bytes: int = 232448, precision: str = "highest", steps: str = "auto"
-    ):
-        super().__init__(shared_bytes, processors, 256, precision, steps)
+    def __init__(self, processors: int = 2, shared_bytes: int = 232448):
+        super().__init__(shared_bytes, processors, 256)
         launchers()
         self.ops = {n: getattr(torch.ops.gradkern, n).default for n in self.NAMES}
         self.gpu: Gpu = self.library.gk_gpu().contents
@@ -309,7 +259,6 @@ class Launchers(HostDevice):
         """What torch would call for CUDA tensors."""
         self.calls.append((name, args))
         self.launches += name.startswith("chain")
-        self.steps += name == "step"
         self.rescales += name == "rescale"
         return self.ops[name].redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
 

@@ -38,16 +38,12 @@ NETS = [
 
 
 RULED = ["residual"]  # once more by the rules of guided backpropagation and DeepLift
-LAYERS = ["maxpool2d", "residual", "linear_axes"]  # by the step kernel, with hardly any shared memory for chains
 
 
-def recordings(precision: str, layers: bool):
-    for name in LAYERS if layers else NETS:
+def recordings():
+    for name in NETS:
         model, inputs = CASES[name].build(), CASES[name].inputs(3)
-        if layers:
-            device = HostDevice(shared_bytes=256, precision=precision, steps="kernel")
-        else:
-            device = HostDevice(blocks=2, threads=64, precision=precision)
+        device = HostDevice(blocks=2, threads=64)
         device.record = []
         with torch.no_grad(), installed(device):
             program = tracer.trace(model, inputs)
@@ -57,13 +53,13 @@ def recordings(precision: str, layers: bool):
                 executor.jacobian(with_relu(program, "guided_relu"), params, inputs)
                 attr.DeepLift(model, False, engine="kernel").attribute_all(inputs)  # its maps, left as they are
         for number, recording in enumerate(device.record):
-            yield f"{name} {precision} {'layer' if layers else 'chain'} {number}", recording
+            yield f"{name} {number}", recording
 
 
 def main(kinds: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        found = [r for p in ("highest", "high", "medium") for layers in (False, True) for r in recordings(p, layers)]
+        found = list(recordings())
         for kind in kinds or list(KINDS):
             program = Path(folder, kind)
             sources = [str(CSRC / "host" / n) for n in ("replay.cpp", "run.cpp")]
@@ -78,7 +74,7 @@ def main(kinds: list[str]) -> int:
                 if not good:
                     print(f"{kind}: {name}: FAILED (exit {done.returncode})\n{done.stderr[:6000]}", flush=True)
             print(
-                f"{kind}: {len(found)} launches of {len(NETS) + len(LAYERS)} networks",
+                f"{kind}: {len(found)} launches of {len(NETS)} networks",
                 "clean" if not failed else "",
                 flush=True,
             )

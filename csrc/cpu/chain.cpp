@@ -72,10 +72,10 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// arena sizes: shared and per-sample elements, shared and per-sample bit bytes, list entries and segments (both
+// arena sizes: shared and per-sample elements, bit bytes per sample, list entries and segments (both
 // for a whole block).  `block` is the number of samples per block.
 struct Arena {
-  int64_t shared, sample, bits_shared, bits_sample, idx, segs;
+  int64_t shared, sample, bits_sample, idx, segs;
 };
 
 template <class T>
@@ -90,7 +90,7 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
   const int64_t seeds = backward.size(0) == 0 ? 0 : targets.defined() ? targets.size(-1) : cotangents[0].size(1);
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
   const int64_t elements = round(arena.shared + block * arena.sample + 64);
-  const int64_t bits = round(arena.bits_shared + block * arena.bits_sample + 64);
+  const int64_t bits = round(block * arena.bits_sample + 64);
   const int64_t idx = round(arena.idx + 64), segs = arena.segs + 8;
   const int64_t bytes =
       elements * static_cast<int64_t>(sizeof(T)) + bits + idx * 4 + segs * static_cast<int64_t>(sizeof(Segment));
@@ -156,8 +156,8 @@ void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tabl
          const at::Tensor& backward, at::IntArrayRef sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
          at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
   if (inputs[0].size(0) == 0) return;
-  const Arena arena{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-  const int64_t block = sizes[6];
+  const Arena arena{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  const int64_t block = sizes[5];
   std::vector<int64_t> output_sizes;
   for (const at::Tensor& y : outputs) output_sizes.push_back(y.size(1));
   const Isa& isa = current_isa();

@@ -25,7 +25,6 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace avx2
 const Isa kAvx2{"avx2",
                 GK_VECTOR_BYTES,
-                GK_REGISTERS,
                 avx2::supported,
                 {avx2::run_chain<float>, avx2::run_shares<float>, avx2::run_secant<float>},
                 {avx2::run_chain<double>, avx2::run_shares<double>, avx2::run_secant<double>}};

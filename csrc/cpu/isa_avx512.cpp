@@ -29,7 +29,6 @@ bool supported() {
 }  // namespace avx512
 const Isa kAvx512{"avx512",
                   GK_VECTOR_BYTES,
-                  GK_REGISTERS,
                   avx512::supported,
                   {avx512::run_chain<float>, avx512::run_shares<float>, avx512::run_secant<float>},
                   {avx512::run_chain<double>, avx512::run_shares<double>, avx512::run_secant<double>}};

@@ -18,7 +18,6 @@ bool supported() { return true; }
 }  // namespace portable
 const Isa kPortable{"portable",
                     GK_VECTOR_BYTES,
-                    GK_REGISTERS,
                     portable::supported,
                     {portable::run_chain<float>, portable::run_shares<float>, portable::run_secant<float>},
                     {portable::run_chain<double>, portable::run_shares<double>, portable::run_secant<double>}};

@@ -6,9 +6,6 @@
 
 namespace gradkern::cuda {
 
-// How contractions with dense operands multiply: in T, or on the tensor cores with fp32 sums, in one TF32 product, one
-// bf16 product, or three TF32 products that together are nearly fp32.  gradkern/codegen/cuda/lowering.py: MATH.
-constexpr int kPlain = 0, kTf32 = 1, kBf16 = 2, kTf32x3 = 3;
 constexpr int kPorts = 16;  // external inputs or outputs of a chain; gradkern/codegen/cuda/lowering.py: MAX_PORTS
 // Threads of a block on a GPU: registers are handed out to warps in fours, so 9 to 12 warps get 168 each and spill; 8
 // get 255.  gradkern/codegen/cuda/lowering.py: Device.threads.

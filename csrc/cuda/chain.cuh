@@ -12,18 +12,11 @@
 
 namespace gradkern::cuda {
 
-template <class T, int Math>
-GK_DEVICE void run_contraction(const Op& op, const Tile<T> t) {
-  if constexpr (Math != kPlain) run_window_mma<Math>(op, t);
-  else op.taps ? run_window_pooled<T>(op, t) : run_window<T>(op, t);
-}
-
-// `Math`: how contractions with dense operands multiply (args.h).
-template <class T, int Math>
+template <class T>
 GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
   switch (static_cast<Kind>(op.kind)) {
     case Kind::Load: return run_load(op, t);
-    case Kind::Window: return run_contraction<T, Math>(op, t);
+    case Kind::Window: return op.taps ? run_window_pooled(op, t) : run_window(op, t);
     case Kind::Stencil: return run_stencil<T, true>(op, t);
     case Kind::Pattern: return run_pattern(op, t);
     case Kind::Scale: return run_scale(op, t);
@@ -36,7 +29,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
     case Kind::SeedOneHot: return run_seed_onehot(op, t);
     case Kind::SeedDense: return run_seed_dense(op, t);
     case Kind::Zero: return run_zero(op, t);
-    case Kind::WindowT: return run_window_t<T, Math>(op, t);
+    case Kind::WindowT: return run_window_t(op, t);
     case Kind::StencilT: return run_stencil<T, false>(op, t);
     case Kind::Expand: return run_expand(op, t);
     case Kind::MulD: return run_add<T, true>(op, t);
@@ -54,7 +47,7 @@ GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
 // Block ops take all samples of the tile, so that a weight is read once for them; runs of other ops take `outer` at a
 // time, as many as there are slots of scratch.
 // What can be worked out again from the arguments is not kept: the records' functions want the registers.
-template <class T, int Math>
+template <class T>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   T* buf = reinterpret_cast<T*>(memory);
   Tile<T> t{args, buf, 0, 0, 0, 0, 0};
@@ -73,7 +66,7 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {
-            run_op<T, Math>(ops[k], t);
+            run_op(ops[k], t);
             __syncthreads();
           }
         }
@@ -82,11 +75,11 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   }
 }
 
-template <class T, int Math>
+template <class T>
 GK_KERNEL(kThreads, 1)
 chain_kernel(const __grid_constant__ Args<T> args) {
   GK_SHARED_ARENA(memory);
-  run_chain<T, Math>(args, memory);
+  run_chain(args, memory);
 }
 
 }  // namespace gradkern::cuda

@@ -39,7 +39,7 @@ void keep(const at::Tensor& tensor, c10::cuda::CUDAStream stream) {
   if (tensor.numel()) tensor.record_stream(stream);
 }
 
-template <class T, int Math>
+template <class T>
 void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
             const at::Tensor& backward, at::IntArrayRef sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
             at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
@@ -72,19 +72,19 @@ void launch(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& t
   }
   args.region = static_cast<int>(sizes[0]);
   args.sample = static_cast<int>(sizes[1]);
-  args.bits = static_cast<int>(sizes[3]);
-  args.planned = static_cast<int>(sizes[6]);
-  const int shared = static_cast<int>(sizes[5]), processors = multiprocessors(device.index());
+  args.bits = static_cast<int>(sizes[2]);
+  args.planned = static_cast<int>(sizes[5]);
+  const int shared = static_cast<int>(sizes[4]), processors = multiprocessors(device.index());
   // Small batches are spread over the whole GPU.
   args.block =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(sizes[6], (args.samples + processors - 1) / processors)));
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(sizes[5], (args.samples + processors - 1) / processors)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   // All that a block may have, whatever this chain takes: another thread may be about to launch a larger one.
-  const char* error = prepare_chain<T, Math>(shared_bytes(device.index()));
+  const char* error = prepare_chain<T>(shared_bytes(device.index()));
   if (!error)
-    error = launch_chain<T, Math>(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared,
-                                  stream.stream());
+    error =
+        launch_chain(args, static_cast<int>(std::min<int64_t>(tiles, processors)), kThreads, shared, stream.stream());
   TORCH_CHECK(!error, "gradkern: the chain kernel could not be launched with ", shared,
               " bytes of shared memory: ", error ? error : "");
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
@@ -101,16 +101,9 @@ void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tabl
   const bool single = packed.scalar_type() == at::kFloat;
   TORCH_CHECK(single || packed.scalar_type() == at::kDouble, "gradkern: the CUDA kernels take float32 or float64, got ",
               packed.scalar_type());
-  const int64_t math = sizes[2];
-  TORCH_CHECK(math == kPlain || (single && (math == kTf32 || math == kBf16 || math == kTf32x3)),
-              "gradkern: expected an arithmetic of 0 … 3 (0 for float64), got ", math);
   if (inputs[0].size(0) == 0) return;
   const c10::cuda::CUDAGuard guard(inputs[0].device());
-  const auto go = !single           ? launch<double, kPlain>
-                  : math == kTf32x3 ? launch<float, kTf32x3>
-                  : math == kTf32   ? launch<float, kTf32>
-                  : math == kBf16   ? launch<float, kBf16>
-                                    : launch<float, kPlain>;
+  const auto go = single ? launch<float> : launch<double>;
   go(inputs, packed, tables, forward, backward, sizes, targets, seed_rows, cotangents, seed_tile, outputs, results);
 }
 

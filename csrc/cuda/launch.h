@@ -6,11 +6,12 @@
 
 namespace gradkern::cuda {
 
-// `Math`: kPlain, or for float another of args.h.
-template <class T, int Math>
+// Lets the kernel use as much shared memory as the current device gives a block.  The error text, or null.
+template <class T>
 const char* prepare_chain(int bytes);
 
-template <class T, int Math>
+// The error text, or null.
+template <class T>
 const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
 
 }  // namespace gradkern::cuda

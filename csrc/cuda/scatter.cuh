@@ -3,11 +3,11 @@
 // Convolutions: a worker (a warp, or an even part of one) walks the live channels of one position after the other,
 // read off the bits, and adds that channel's weights, times the seeds' cotangents, to the window.  What the pattern
 // says is zero costs nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions:
-// bands of one colour touch disjoint memory (gradkern/codegen/cuda/lowering.py chooses their size), and a barrier parts the colours.
+// bands of one colour touch disjoint memory (gradkern/codegen/cuda/lowering.py chooses their size), and a barrier parts
+// the colours.
 //
 // Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
 #pragma once
-#include "mma.cuh"
 #include "tile.cuh"
 
 namespace gradkern::cuda {
@@ -299,19 +299,15 @@ GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride
   product<T, Rows>(op, t, rows, stride, c0, channels, assign);
 }
 
-template <class T, int Math>
+template <class T>
 GK_RECORD void run_product(const Op& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
-  // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on; for the tensor cores as
-  // [row][channel], rows half a round of banks apart.
-  constexpr bool kMma = Math != kPlain;
-  const int most = kMma ? (t.args.region / rows - 16) / 32 * 32 : (t.args.region - 32) / ((rows + 3) / 4 * 4);
-  const int chunk = most < O ? most : O;
-  const int stride = kMma ? (chunk + 31) / 32 * 32 + 16 : (rows + 3) / 4 * 4, filled = kMma ? rows : stride;
+  // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on.
+  const int stride = (rows + 3) / 4 * 4, most = (t.args.region - 32) / stride, chunk = most < O ? most : O;
   for (int c0 = 0; c0 < O; c0 += chunk) {
     const int channels = O - c0 < chunk ? O - c0 : chunk;
     const Divider across(channels), seeds(t.seeds);
-    for (int i = t.tid(); i < channels * filled; i += t.threads()) {
+    for (int i = t.tid(); i < channels * stride; i += t.threads()) {
       const auto [r, c] = across.parts(i);
       T value = T(0);
       if (r < rows) {
@@ -322,22 +318,19 @@ GK_RECORD void run_product(const Op& op, const Tile<T> t) {
                                   (t.s0 + s) * t.args.seed_rows_s + c0 + c)
                           : t.at(op.src, op.src_n, m)[s * static_cast<int>(op.src_s) + c0 + c];
       }
-      t.buf[kMma ? r * stride + c : c * stride + r] = value;
+      t.buf[c * stride + r] = value;
     }
     __syncthreads();
     const bool assign = op.assign && c0 == 0;
-    if constexpr (kMma)
-      rows <= 16 ? product_mma<Math, 1, 4>(op, t, rows, stride, c0, channels, assign)
-                 : product_mma<Math, 2, 4>(op, t, rows, stride, c0, channels, assign);
-    else if (sizeof(T) == 8) product<T, 4>(op, t, rows, stride, c0, channels, assign);
+    if constexpr (sizeof(T) == 8) product<T, 4>(op, t, rows, stride, c0, channels, assign);
     else product_rows<T, 16>(op, t, rows, stride, c0, channels, assign);
     __syncthreads();
   }
 }
 
-template <class T, int Math>
+template <class T>
 GK_RECORD void run_window_t(const Op& op, const Tile<T> t) {
-  op.block ? run_product<T, Math>(op, t) : run_scatter<T>(op, t);
+  op.block ? run_product(op, t) : run_scatter(op, t);
 }
 
 }  // namespace gradkern::cuda

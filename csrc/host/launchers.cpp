@@ -4,7 +4,6 @@
 #include "../checks.cpp"
 #include "../cuda/launch.cpp"
 #include "../cuda/shares_launch.cpp"
-#include "../cuda/step_launch.cpp"
 
 namespace {
 

@@ -1,26 +1,23 @@
 // One recorded launch, run again: what the sanitizers are built around.  Usage: replay INPUT OUTPUT
 //
-// INPUT holds eight int64 (0: a chain, 1: a step, 2: DeepLift's multipliers; bytes per number, arithmetic or whether
-// there is a pool, blocks or whether narrow, threads, arena bytes or windows, bytes of the arguments, blobs), the
-// arguments with every pointer replaced by the number of a blob plus one, and the blobs as (bytes, content). OUTPUT
-// gets the blobs again, in the same form, as they are after the launch.
+// INPUT holds eight int64 (0: a chain, 1: DeepLift's multipliers; bytes per number, whether there is a pool, blocks,
+// threads, arena bytes or windows, bytes of the arguments, blobs), the arguments with every pointer replaced by the
+// number of a blob plus one, and the blobs as (bytes, content).  OUTPUT gets the blobs again, in the same form, as they
+// are after the launch.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "../cuda/step.h"
+#include "../cuda/args.h"
 
 using gradkern::SharesArgs;
 using gradkern::cuda::Args;
-using gradkern::cuda::StepArgs;
 
 extern "C" {
-const char* gk_run_f32(const Args<float>*, int, int, int, int64_t);
-const char* gk_run_f64(const Args<double>*, int, int, int, int64_t);
-const char* gk_step_f32(const StepArgs<float>*, int, int);
-const char* gk_step_f64(const StepArgs<double>*, int, int);
+const char* gk_run_f32(const Args<float>*, int, int, int64_t);
+const char* gk_run_f64(const Args<double>*, int, int, int64_t);
 void gk_rescale_f32(const SharesArgs<float>*, int64_t, int, int, int);
 void gk_rescale_f64(const SharesArgs<double>*, int64_t, int, int, int);
 }
@@ -54,21 +51,17 @@ A arguments(std::vector<char>& raw, const std::vector<Blob>& blobs, size_t point
 }
 
 // The error text, or null.
-template <class T, class Chain, class Step, class Rescale>
+template <class T, class Chain, class Rescale>
 const char* launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const int64_t (&head)[8], Chain chain,
-                   Step step, Rescale rescale) {
-  const int math = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]);
+                   Rescale rescale) {
+  const int pooled = static_cast<int>(head[2]), blocks = static_cast<int>(head[3]), threads = static_cast<int>(head[4]);
   if (head[0] == 0) {
     const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
-    return chain(&args, math, blocks, static_cast<int>(head[4]), head[5]);
+    return chain(&args, blocks, threads, head[5]);
   }
-  if (head[0] == 2) {
-    const auto args = arguments<SharesArgs<T>>(raw, blobs, offsetof(SharesArgs<T>, ref_rows) / sizeof(void*));
-    rescale(&args, head[5], math, blocks, static_cast<int>(head[4]));
-    return nullptr;
-  }
-  const auto args = arguments<StepArgs<T>>(raw, blobs, offsetof(StepArgs<T>, rows) / sizeof(void*));
-  return step(&args, math, blocks);
+  const auto args = arguments<SharesArgs<T>>(raw, blobs, offsetof(SharesArgs<T>, ref_rows) / sizeof(void*));
+  rescale(&args, head[5], pooled, blocks, threads);
+  return nullptr;
 }
 
 }  // namespace
@@ -91,8 +84,8 @@ int main(int count, char** words) {
     blobs.push_back(std::move(blob));
   }
   std::fclose(in);
-  const char* const error = head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_step_f32, gk_rescale_f32)
-                                         : launch<double>(raw, blobs, head, gk_run_f64, gk_step_f64, gk_rescale_f64);
+  const char* const error = head[1] == 4 ? launch<float>(raw, blobs, head, gk_run_f32, gk_rescale_f32)
+                                         : launch<double>(raw, blobs, head, gk_run_f64, gk_rescale_f64);
   if (error) std::fprintf(stderr, "replay: %s\n", error);
   if (error) return 3;
   std::FILE* out = std::fopen(words[2], "wb");

@@ -5,10 +5,9 @@
 #include <mutex>
 #include <utility>
 
+#include "../cuda/chain.cu"
 #include "../cuda/hash.cu"
-#include "../cuda/launch.cuh"
 #include "../cuda/shares.cu"
-#include "../cuda/step_launch.cuh"
 
 using namespace gradkern;
 
@@ -62,27 +61,12 @@ bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared) {
 
 }  // namespace gradkern::host
 
-namespace gradkern::cuda {
-
-#define GK_ARITHMETIC(T, Math)                                                         \
-  template const char* prepare_chain<T, Math>(int);                                    \
-  template const char* launch_chain<T, Math>(const Args<T>&, int, int, size_t, void*); \
-  template const char* launch_step<T, Math>(const StepArgs<T>&, bool, void*);
-GK_ARITHMETIC(float, kPlain)
-GK_ARITHMETIC(float, kTf32)
-GK_ARITHMETIC(float, kBf16)
-GK_ARITHMETIC(float, kTf32x3)
-GK_ARITHMETIC(double, kPlain)
-#undef GK_ARITHMETIC
-
-}  // namespace gradkern::cuda
-
 namespace {
 
-template <class T, int Math>
+template <class T>
 const char* chain(const cuda::Args<T>& args, int blocks, int threads, int64_t bytes) {
-  const char* const error = cuda::prepare_chain<T, Math>(static_cast<int>(bytes));
-  return error ? error : cuda::launch_chain<T, Math>(args, blocks, threads, static_cast<size_t>(bytes), nullptr);
+  const char* const error = cuda::prepare_chain<T>(static_cast<int>(bytes));
+  return error ? error : cuda::launch_chain(args, blocks, threads, static_cast<size_t>(bytes), nullptr);
 }
 
 // `windows`: results per place of a window.
@@ -100,20 +84,14 @@ void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks
 
 extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
-int gk_step_args_size() { return sizeof(cuda::StepArgs<float>); }
 int gk_shares_args_size() { return sizeof(SharesArgs<double>); }
 int gk_gpu_size() { return sizeof(host::Gpu); }
-// `math`: how to multiply, as in args.h; double takes kPlain alone.  The error text, or null.
-const char* gk_run_f32(const cuda::Args<float>* args, int math, int blocks, int threads, int64_t bytes) {
-  switch (math) {
-    case cuda::kTf32x3: return chain<float, cuda::kTf32x3>(*args, blocks, threads, bytes);
-    case cuda::kTf32: return chain<float, cuda::kTf32>(*args, blocks, threads, bytes);
-    case cuda::kBf16: return chain<float, cuda::kBf16>(*args, blocks, threads, bytes);
-    default: return chain<float, cuda::kPlain>(*args, blocks, threads, bytes);
-  }
+// The error text, or null.
+const char* gk_run_f32(const cuda::Args<float>* args, int blocks, int threads, int64_t bytes) {
+  return chain(*args, blocks, threads, bytes);
 }
-const char* gk_run_f64(const cuda::Args<double>* args, int, int blocks, int threads, int64_t bytes) {
-  return chain<double, cuda::kPlain>(*args, blocks, threads, bytes);
+const char* gk_run_f64(const cuda::Args<double>* args, int blocks, int threads, int64_t bytes) {
+  return chain(*args, blocks, threads, bytes);
 }
 // What a number that stays divides, by multiplication: for tests of the numbers' ends.
 void gk_divide(const int* numbers, int count, int divisor, int* quotients, int* rests) {
@@ -126,17 +104,6 @@ void gk_divide(const int* numbers, int count, int divisor, int* quotients, int* 
 void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, int blocks) {
   host::launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
                [&] { cuda::hash_kernel(words, count, first, total); });
-}
-const char* gk_step_f32(const cuda::StepArgs<float>* args, int math, int narrow) {
-  switch (math) {
-    case cuda::kTf32x3: return cuda::launch_step<float, cuda::kTf32x3>(*args, narrow, nullptr);
-    case cuda::kTf32: return cuda::launch_step<float, cuda::kTf32>(*args, narrow, nullptr);
-    case cuda::kBf16: return cuda::launch_step<float, cuda::kBf16>(*args, narrow, nullptr);
-    default: return cuda::launch_step<float, cuda::kPlain>(*args, narrow, nullptr);
-  }
-}
-const char* gk_step_f64(const cuda::StepArgs<double>* args, int, int narrow) {
-  return cuda::launch_step<double, cuda::kPlain>(*args, narrow, nullptr);
 }
 void gk_rescale_f32(const SharesArgs<float>* args, int64_t windows, int pooled, int blocks, int threads) {
   rescale(*args, windows, pooled, blocks, threads);

@@ -28,7 +28,6 @@ class Machine:
 
     isa: str
     vector_bytes: int
-    registers: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Chain:
     backward: tuple[tuple[int, ...], ...]
     tables: tuple[int, ...]
     layouts: tuple[WindowLayout | ScatterLayout | MixLayout, ...]
-    sizes: tuple[int, ...]  # arena: shared, per sample, bit bytes shared, per sample, list, segments, block
+    sizes: tuple[int, ...]  # arena: shared, per sample, bit bytes per sample, list, segments, block
     packed_size: int
     inputs: tuple[int, ...]  # external values, in the order of the records' `ext`
     outputs: tuple[int, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
-from ..ir.indexing import along, is_permutation, whole
+from ..ir.indexing import along, identity_runs, is_permutation
 from ..ir.program import (
     Channels,
     Contract,
@@ -250,7 +250,7 @@ class Builder:
     def side_by_side(self, step: Step) -> bool:
         """Whether a concatenation fills every channel, of values that lie channels first."""
         rows = [p.axes for p in step.form.parts]  # type: ignore[union-attr]
-        full = all(axes[1:] == tuple(whole(n) for n in step.shape[1:]) for axes in rows)
+        full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)
         count = sum(c for axes in rows for start, c, _ in axes[0] if start >= 0)
         straight = all(
             v not in self.turned and self.nodes[v].is_a(geometry(self.program.shape(v))) for v in step.inputs

@@ -129,12 +129,12 @@ class Lowering(UnitRecords):
         blocked = any(op["block"] for op in (self.forward if self.forward_blocks else self.backward))
         each, lists = sample * self.itemsize + self.bit_bytes, 2 * self.idx + 32 * self.segs
         block = block_size(blocked, shared * self.itemsize, each, lists)
-        sizes = (shared, sample, 0, self.bit_bytes, self.idx * block, self.segs * block, block)
+        sizes = (shared, sample, self.bit_bytes, self.idx * block, self.segs * block, block)
         return sizes, tile
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of scratch per thread."""
-        shared, sample, _, bits, idx, segs, block = sizes
+        shared, sample, bits, idx, segs, block = sizes
         return (shared + sample * block) * self.itemsize + bits * block + idx * 4 + segs * 32
 
     def clocks(self) -> tuple[float, ...]:

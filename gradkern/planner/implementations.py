@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..codegen.chain import Machine
-from ..codegen.cuda.gemm import heavy
-from ..codegen.cuda.lowering import Device
+from ..codegen.cuda.lowering import Device, heavy
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
 from ..ir.recurrent import GATES, recognise

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from ..codegen.chain import Chain, Machine
-from ..codegen.cuda.lowering import HALVES, Device
+from ..codegen.cuda.lowering import CAST_DTYPES, Device
 from ..codegen.grouping import Builder
 from ..ir import graph
 from ..ir.calls import form_params
@@ -180,9 +180,9 @@ def plan(
     ``wanted``: the values that a forward pass is to give (then ``seeds`` is 0); by default a Jacobian is planned.
     """
     original, cast_dtype = program, None
-    if isinstance(machine, Device) and dtype in HALVES and not any(isinstance(s.form, Opaque) for s in program.steps):
-        # What torch runs by itself may name a dtype; everything else works in float32 as well.
-        cast_dtype, machine, dtype = dtype, replace(machine, math=HALVES[dtype]), torch.float32
+    opaque = any(isinstance(s.form, Opaque) for s in program.steps)  # what torch runs by itself may name a dtype
+    if isinstance(machine, Device) and dtype in CAST_DTYPES and not opaque:
+        cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
         program = pruned(program)
     reasons = [kernel_reason(program, i, dtype, machine) for i in range(len(program.steps))]

@@ -154,13 +154,14 @@ def transpose(
     """The transpose of a linear Program, whose slopes are among its inputs ``values``: there is no forward pass.
 
     Seeds are one-hot at ``targets``, or dense where ``cotangent [N, S, *out]`` is given.  Fills ``out`` as
-    `jacobian` does; raises `KernelsUnavailable` where no kernel may run.
+    `jacobian` does; raises `KernelsUnavailable` where the weights are not finite or of another dtype.
     """
     x = executable_for(program, targets.shape[-1], values[0], wrt)
-    if not x.native:
-        raise KernelsUnavailable
     weights = PlanWeights(x.plan, params, values[0])
-    GroupExecutor(x, weights, values, targets.contiguous(), out).run(cotangent)
+    try:
+        GroupExecutor(x, weights, values, targets.contiguous(), out).run(cotangent)
+    except TooLarge as error:
+        raise KernelsUnavailable from error
 
 
 def forward_values(

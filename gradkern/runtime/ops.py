@@ -7,7 +7,6 @@ extension module itself.  Without the extension the package works through the re
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import FIELDS, KINDS, Machine
-from ..codegen.cuda.lowering import MATH, STEPS, STEPS_VARIABLE, Device
+from ..codegen.cuda.lowering import Device
 from ..codegen.support import NATIVE_FUNCTIONS
-from ..util.options import BadValue
 
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
 
@@ -50,10 +48,7 @@ def extension() -> ModuleType | None:
 
 def machine(device: torch.device | None = None) -> Machine | None:
     """What kernels on ``device`` (default: the CPU) are laid out for; None where the extension has none for it."""
-    cpu = device is None or device.type == "cpu"
-    if cpu:
-        return _machine(None, "", "")
-    return _machine(device, precision(), chosen_steps())
+    return _machine(None if device is None or device.type == "cpu" else device)
 
 
 def precision() -> str:
@@ -64,24 +59,16 @@ def precision() -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
-def chosen_steps() -> str:
-    """What runs a GPU's layers that fit no chain: by the environment, for comparisons."""
-    name = os.environ.get(STEPS_VARIABLE) or "auto"
-    if name not in STEPS:
-        raise BadValue(f"environment variable {STEPS_VARIABLE}: got {name!r}, expected one of {', '.join(STEPS)}.")
-    return name
-
-
 @functools.cache
-def _machine(device: torch.device | None, precision: str, steps: str) -> Machine | None:
+def _machine(device: torch.device | None) -> Machine | None:
     c = extension()
     if c is None:
         return None
     if device is None:
-        return Machine(c.isa(), c.vector_bytes(), c.registers())
+        return Machine(c.isa(), c.vector_bytes())
     if device.type == "cuda" and c.cuda:
         number = torch.cuda.current_device() if device.index is None else device.index
-        return Device("cuda", 16, 0, c.cuda_shared_bytes(number), math=MATH[precision], steps=steps)
+        return Device("cuda", 16, c.cuda_shared_bytes(number))
     return None
 
 
@@ -133,23 +120,6 @@ def chain_vjp(
         list(results),
     )
     return found
-
-
-def step(
-    src: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor | None,
-    mask: Tensor | None,
-    choice: Tensor | None,
-    tables: Tensor,
-    sizes: Sequence[int],
-    math: int,
-    narrow: bool,
-    out: Tensor,
-) -> None:
-    """One contraction on a GPU with what follows it; fills ``out``.  `gemm.Matrix` makes the integers."""
-    torch.ops.gradkern.step(src, weight, bias, add, mask, choice, tables, list(sizes), math, narrow, out)
 
 
 def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:
@@ -206,10 +176,6 @@ def register_fakes() -> None:
 
     @torch.library.register_fake("gradkern::chain_vjp")
     def _(inputs, packed, tables, forward, backward, sizes, outputs, *rest):
-        return None
-
-    @torch.library.register_fake("gradkern::step")
-    def _(src, weight, bias, add, mask, choice, tables, sizes, math, narrow, out):
         return None
 
     @torch.library.register_fake("gradkern::accumulate")

@@ -6,18 +6,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
-from gradkern.codegen.cuda.lowering import MATH
-from gradkern.runtime import ops
 from tests.gpu import test_gpu
 from tests.gpu.test_gpu import (  # noqa: F401
     test_every_number_is_written,
-    test_every_precision_has_its_arithmetic,
     test_the_hash_sees_every_change,
     test_the_plan_says_cuda,
     test_the_public_call_follows_the_weights,
@@ -36,18 +32,13 @@ FEW = 3  # samples
 def stand_in() -> Iterator[Launchers]:
     device, inputs = Launchers(), Case.inputs
 
-    def machine(_device=None):
-        return replace(device.machine, math=MATH[ops.precision()], steps=ops.chosen_steps())
-
     def few(self, n=FEW, *args, **how):
         return inputs(self, min(n, FEW), *args, **how)
 
     with installed(device), ExitStack() as stack:
         for patch in (
             mock.patch.object(test_gpu, "CUDA", torch.device("cpu")),
-            mock.patch.object(ops, "machine", machine),
             mock.patch.object(Case, "inputs", few),
         ):
             stack.enter_context(patch)
         yield device
-    torch.set_float32_matmul_precision("highest")

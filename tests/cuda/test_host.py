@@ -88,38 +88,14 @@ def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> Non
     assert oracle.relative_error(found[0], oracle.pick(want[0], targets)) < 1e-11
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-@pytest.mark.parametrize(
-    "name",
-    ["conv1d_groups", "conv1d_dilated", "conv2d_uneven", "residual", "two_inputs", "view_channels", "linear_only"],
-)
-def test_tensor_core_products(name: str, precision: str) -> None:
-    device = HostDevice(precision=precision, threads=64)
-    model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
-    want_y, want = oracle.jacobian(model, inputs)
-    bound = {"high": 2e-6, "medium": 2e-2}[precision]
-    assert oracle.relative_error(y, want_y) < bound
-    for f, w in zip(found, want, strict=True):
-        assert oracle.disagreeing(f, w, 10 * bound) <= 0.25
-
-
-def test_three_products_on_measured_networks() -> None:
-    for name in ("mlp", "lenet5"):
-        device = HostDevice(blocks=1, threads=64, precision="high")
-        model, inputs, y, found, _ = run(CASES[name], torch.float32, 2, device)
-        want_y, want = oracle.jacobian(model, inputs)
-        assert oracle.relative_error(y, want_y) < 2e-6
-        assert oracle.disagreeing(found[0], want[0]) <= 0.5
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shared", [232448, 300])
+@pytest.mark.parametrize("shared", [232448, 1200])
 @pytest.mark.parametrize("name", ["maxpool2d", "residual", "two_inputs", "bn_linear"])
 def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: torch.dtype) -> None:
     """As right as torch's own half precision, or better; the model's parameters are halves too."""
     case = CASES[name]
     model, inputs = case.build(dtype=dtype), case.inputs(4, dtype=dtype)
-    device = HostDevice(shared_bytes=shared, steps="kernel", threads=32)
+    device = HostDevice(shared_bytes=shared, threads=32)
     with torch.no_grad():
         program = tracer.trace(model, inputs)
         params = binding.bind(program, model)
@@ -127,7 +103,7 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
             y, found = executor.jacobian(program, params, inputs)
             used = executor.plan_for(program, found[0].shape[1], dtype)
         plain_y, plain = reference.jacobian(program, params, inputs)
-    assert device.launches + device.steps > 0
+    assert device.launches > 0
     assert f"{str(dtype).removeprefix('torch.')} is cast to float32" in str(used)
     want_y, want = oracle.jacobian(model, inputs)
     floor = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]

@@ -8,15 +8,11 @@ import shutil
 import pytest
 import torch
 
-from gradkern.codegen.cuda import gemm as layered
-from gradkern.codegen.cuda.lowering import BF16, PLAIN, TF32, TF32X3
 from gradkern.frontend import tracer
-from gradkern.runtime import binding, executor, ops, reference
-from gradkern.runtime import gemm as layerrun
+from gradkern.runtime import binding, executor, ops
 from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_host import run
-from tests.cuda.test_layers import BOUND, GEOMETRIES, NETS, convolution, settle, solve
 from tests.host_device import Launchers, installed
 from tests.runtime import test_ops
 
@@ -52,17 +48,15 @@ def test_agrees_with_the_oracle(name: str, processors: int) -> None:
     assert device.gpu.kept == 4  # weights, tables, two lists of records
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("name", ["conv1d_dilated", "residual", "two_inputs", "linear_only"])
-def test_every_arithmetic(name: str, precision: str) -> None:
-    device = Launchers(precision=precision)
+def test_in_float32(name: str) -> None:
+    device = Launchers()
     model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, inputs)
-    bound = {"highest": 1e-6, "high": 2e-6, "medium": 2e-2}[precision]
     assert device.launches == 1
-    assert oracle.relative_error(y, want_y) < bound
+    assert oracle.relative_error(y, want_y) < 1e-6
     for f, w in zip(found, want, strict=True):
-        assert oracle.disagreeing(f, w, 10 * bound) <= 0.25
+        assert oracle.disagreeing(f, w, 1e-5) <= 0.25
 
 
 @pytest.mark.parametrize("shape", [(2,), (5, 7)])
@@ -117,7 +111,7 @@ def test_blocks(n: int, processors: int) -> None:
     """A small batch is spread over all multiprocessors; a large one gives each its own block."""
     device = Launchers(processors)
     model, inputs, y, found, _ = run(CASES["linear_nobias"], torch.float64, n, device)
-    planned = device.calls[-1][1][5][6]
+    planned = device.calls[-1][1][5][5]
     block = min(planned, -(-n // processors))
     assert device.gpu.blocks == min(-(-n // block), processors)
     few = [x[-3:] for x in inputs]
@@ -132,48 +126,6 @@ def test_an_empty_batch(group: bool) -> None:
         assert y.shape == (0, 3)
         assert [y.shape for y in ops.chain_vjp(*named(found))] == [(0, 3)]
     assert device.gpu.launches == 0
-
-
-# ---- layers
-
-
-@pytest.mark.parametrize("arithmetic", [PLAIN, TF32, BF16, TF32X3])
-@pytest.mark.parametrize("name", ["stride", "groups", "conv2d_stride", "pointwise"])
-def test_steps_in_every_arithmetic(name: str, arithmetic: int) -> None:
-    program, params = convolution(*GEOMETRIES[name])
-    layer = layered.Finder(program, [(False, (0,))]).layer(0)
-    assert layer is not None
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *program.inputs[0], generator=generator, dtype=torch.float64)
-    g = torch.randn(3, 2, *program.output_shape, generator=generator, dtype=torch.float64)
-    want_y = reference.forward_step(program, 0, [x], params)
-    (want,) = reference.vjp_step(program, 0, [x], want_y, g, params)
-    for dtype in (torch.float32, torch.float64) if arithmetic == PLAIN else (torch.float32,):
-        own, device = {k: v.to(dtype) for k, v in params.items()}, Launchers()
-        pack = layerrun.LayerPack(program, (layer,), own, x.to(dtype))
-        with installed(device):
-            y = layerrun.run_forward(program, layer, pack.of[0], arithmetic, x.to(dtype), None)
-            back = layerrun.run_backward(program, layer, pack.of[0], arithmetic, g.to(dtype), None, {})
-        bound = BOUND[arithmetic] if dtype == torch.float32 else 1e-13
-        assert device.steps == 2
-        assert device.gpu.kept == 2 + 1 + 2  # weights and tables, and the forward pass's bias
-        assert oracle.relative_error(y, want_y) < bound
-        assert oracle.relative_error(back, want) < bound
-
-
-@pytest.mark.parametrize("kib", [0.25, 3])
-@pytest.mark.parametrize("name", NETS)
-def test_networks_of_layers(name: str, kib: float) -> None:
-    make, shape = NETS[name]
-    torch.manual_seed(3)
-    generator = torch.Generator().manual_seed(7)
-    model = settle(make().double(), generator)
-    x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    device = Launchers(shared_bytes=int(kib * 1024), steps="kernel")
-    y, found, used = solve(model, x, device)
-    assert device.steps == 2 * len(used.layers)
-    assert used.layers or kib > 1
-    right(model, [x], y, [found])
 
 
 # ---- checks
@@ -229,15 +181,11 @@ def test_tensors_on_another_device(message: str, key: str) -> None:
         Launchers().redispatched("chain_vjp", *found.values())
 
 
-def test_other_dtypes_and_arithmetics() -> None:
+def test_other_dtypes_and_too_many_ports() -> None:
     found, device = arguments(), Launchers()
     halves = dict(found, inputs=[x.half() for x in found["inputs"]], packed=found["packed"].half())
     with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):
         device.redispatched("chain_forward", *test_ops.forward_arguments(halves))
-    for math_ in (TF32, 7):
-        odd = dict(found, sizes=[*found["sizes"][:2], math_, *found["sizes"][3:]])
-        with pytest.raises(RuntimeError, match=f"an arithmetic of 0 … 3 .0 for float64., got {math_}"):
-            device.redispatched("chain_vjp", *odd.values())
     many = dict(found, inputs=found["inputs"] * 17)
     with pytest.raises(RuntimeError, match="at most 16 inputs and outputs, got 17"):
         device.redispatched("chain_vjp", *many.values())
@@ -245,7 +193,7 @@ def test_other_dtypes_and_arithmetics() -> None:
 
 def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
     found, device = arguments(), Launchers()
-    large = dict(found, sizes=[*found["sizes"][:5], 1 << 20, found["sizes"][6]])
+    large = dict(found, sizes=[*found["sizes"][:4], 1 << 20, found["sizes"][5]])
     with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
         device.redispatched("chain_vjp", *large.values())
     device.redispatched("chain_vjp", *found.values())
@@ -271,58 +219,6 @@ def test_what_a_graph_captures_tells_no_stream() -> None:
     device.gpu.capturing = 0
     device.redispatched("chain_vjp", *found.values())
     assert device.gpu.kept == 4
-
-
-def step_arguments(**changes):
-    program, params = convolution(*GEOMETRIES["conv1d"])
-    layer = layered.Finder(program, [(False, (0,))]).layer(0)
-    x = torch.randn(2, *program.inputs[0], dtype=torch.float64)
-    pack = layerrun.LayerPack(program, (layer,), params, x).of[0]
-    out = torch.empty(2, *program.output_shape, dtype=torch.float64)
-    m = layer.forward
-    return {
-        "src": x,
-        "weight": pack.forward,
-        "bias": pack.bias,
-        "add": None,
-        "mask": None,
-        "choice": None,
-        "tables": pack.forward_tables,
-        "sizes": m.sizes(2, 1, False, (0, 0, 0, 0)),
-        "math": PLAIN,
-        "narrow": m.narrow,
-        "out": out,
-    } | changes
-
-
-WRONG_STEP = {
-    "expected 24 sizes, got 23": {"sizes": step_arguments()["sizes"][:23]},
-    "3 rows of 30 places do not fit 2 seeds": {"sizes": [3, 2, *step_arguments()["sizes"][2:]]},
-    "expected the source to be contiguous Double on cpu": {"src": torch.zeros(2, 6, 29).double()},
-    "expected the source to be .*got Float": {"src": torch.zeros(2, 6, 30)},
-    "expected the weight to be": {"weight": torch.zeros(6, 20).double()},
-    "expected the bias to be": {"bias": torch.zeros(19).double()},
-    "expected the sum's other side to be": {"add": torch.zeros(2, 20, 29).double()},
-    "expected the mask to be": {"mask": torch.zeros(1, 20, 30).double()},
-    "expected the choice to be": {"choice": torch.zeros(2, 20, 30).int()},
-    "the pool's windows overhang": {
-        "choice": torch.zeros(2, 20, 1, 30).byte(),
-        "sizes": [*step_arguments()["sizes"][:18], 1, 2, 1, 59, *step_arguments()["sizes"][22:]],
-    },
-    "expected the result to be": {"out": torch.zeros(2, 20, 30)},
-    "expected the tables to be": {"tables": torch.zeros(40).long()},
-    "an arithmetic of 0 … 3": {"math": TF32},
-    "takes float32 or float64, got Half": {"weight": torch.zeros(600).half()},
-}
-
-
-@pytest.mark.parametrize("message", WRONG_STEP)
-def test_wrong_arguments_of_a_step(message: str) -> None:
-    device = Launchers()
-    with pytest.raises(RuntimeError, match=message):
-        device.redispatched("step", *step_arguments(**WRONG_STEP[message]).values())
-    assert device.gpu.guards == 0
-    device.redispatched("step", *step_arguments().values())
 
 
 # ---- the hash

@@ -106,7 +106,7 @@ def test_several_slots_and_tiles_of_seeds() -> None:
             machine = replace(device.machine, shared_bytes=least(program, device.machine, 4) + more)
             steps = list(range(len(program.steps)))
             chains.append(lower_device(program, steps, [program.output], machine, 4, SEEDS, (0, 1, 2)))
-    assert {c.sizes[4] for c in chains} >= {1, 2}
+    assert {c.sizes[3] for c in chains} >= {1, 2}
     assert len({c.seed_tile for c in chains}) > 2
     kinds = {KINDS[op[0]] for c in chains for op in (*c.forward, *c.backward)}
     assert {"MatMul", "MatMulT"} <= kinds
@@ -170,10 +170,8 @@ def test_attention(case: Case, shared: int) -> None:
     assert oracle.relative_error(found[0], want[0]) < 1e-11
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_attention_in_float32(precision: str) -> None:
-    """Products of two values stay on the fp32 pipe, whatever multiplies the weights."""
-    device = HostDevice(threads=64, precision=precision)
+def test_attention_in_float32() -> None:
+    device = HostDevice(threads=64)
     model, xs, y, found, used = run(NETWORKS["vit"].small, torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, xs)
     assert used.single_chain

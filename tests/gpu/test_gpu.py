@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 import warnings
 from dataclasses import replace
@@ -15,15 +14,14 @@ import torch
 
 import gradkern
 from gradkern import attr
-from gradkern.codegen.cuda.lowering import BF16, MATH, PLAIN, TF32, TF32X3
 from gradkern.frontend import tracer
 from gradkern.runtime import binding, executor, ops, reference
 from gradkern.runtime.weights import PlanWeights
 from tests import oracle
 from tests.cases import CASES
-from tests.cuda.test_layers import BOUND, GEOMETRIES, NETS, convolution, settle
 from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
 from tests.cuda.test_matmul import SHAPES, product
+from tests.cuda.test_pieces import NETS, settle
 from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
 from tests.networks import NETWORKS
 from tests.recipes import Case
@@ -190,91 +188,44 @@ def test_a_vision_transformer(size: str) -> None:
     assert oracle.disagreeing(found[0], want[0], 1e-4) == 0
 
 
-# ---- layers by the step kernel
+# ---- networks that fit no chain
 
 
-def small(shared: int, **changes):
-    """The GPU as a machine whose blocks have little shared memory, so that contractions run by layers."""
+def small(shared: int):
+    """The GPU as a machine whose blocks have little shared memory, so that contractions go to ATen."""
     real = ops.machine
 
     def machine(device=None):
         found = real(device)
-        return found if device is None or device.type == "cpu" else replace(found, shared_bytes=shared, **changes)
+        return found if device is None or device.type == "cpu" else replace(found, shared_bytes=shared)
 
     return mock.patch.object(ops, "machine", machine)
 
 
-@pytest.mark.parametrize("math", [PLAIN, TF32, BF16, TF32X3])
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_steps_in_every_arithmetic(name: str, math: int) -> None:
-    program, params = convolution(*GEOMETRIES[name])
-    layer = gemm.Finder(program, [(False, (0,))]).layer(0)
-    assert layer is not None
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(37, *program.inputs[0], generator=generator, dtype=torch.float64)
-    g = torch.randn(37, 5, *program.output_shape, generator=generator, dtype=torch.float64)
-    want_y = reference.forward_step(program, 0, [x], params)
-    (want,) = reference.vjp_step(program, 0, [x], want_y, g, params)
-    for dtype in (torch.float32, torch.float64) if math == PLAIN else (torch.float32,):
-        own = {k: v.to(CUDA, dtype) for k, v in params.items()}
-        pack = gemm.LayerPack(program, (layer,), own, x.to(CUDA, dtype))
-        y = gemm.run_forward(program, layer, pack.of[0], math, x.to(CUDA, dtype), None)
-        back = gemm.run_backward(program, layer, pack.of[0], math, g.to(CUDA, dtype), None, {})
-        bound = BOUND[math] if dtype == torch.float32 else 1e-13
-        assert oracle.relative_error(y.cpu(), want_y) < bound
-        assert oracle.relative_error(back.cpu(), want) < bound
-
-
 @pytest.mark.parametrize("shared", [256, 3072])
 @pytest.mark.parametrize("name", NETS)
-def test_networks_of_layers(name: str, shared: int) -> None:
+def test_networks_in_pieces(name: str, shared: int) -> None:
     make, shape = NETS[name]
     torch.manual_seed(3)
     model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
-    with torch.no_grad(), small(shared, steps="kernel"):
+    with torch.no_grad(), small(shared):
         program = tracer.trace(model, (x,))
         y, (found,) = executor.jacobian(program, binding.bind(program, model), [x])
         used = executor.plan_for(program, found.shape[1], torch.float64, CUDA)
-    assert used.layers or shared > 256
+    assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-11
     assert oracle.relative_error(found, want) < 1e-10
 
 
-@pytest.mark.parametrize("steps", ["auto", "kernel", "aten"])
-def test_fcn_whoever_runs_its_layers(steps: str) -> None:
+def test_fcn_in_pieces() -> None:
     """Real sizes: layers of half a megabyte for one sample."""
-    with mock.patch.dict(os.environ, {"GRADKERN_STEPS": steps}):
-        model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
-        _, found = executor.jacobian(program, params, inputs)
-        used = executor.plan_for(program, 5, torch.float32, CUDA)
-    assert not used.single_chain
-    assert bool(used.layers) == (steps == "kernel") or steps == "auto"
+    model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
+    _, found = executor.jacobian(program, params, inputs)
+    assert not executor.plan_for(program, 5, torch.float32, CUDA).single_chain
     _, want = oracle.jacobian(model, [x[:12] for x in inputs])
     assert oracle.disagreeing(found[0][:12], want[0]) <= 0.2
-
-
-def test_a_cuda_graph_captures_a_step() -> None:
-    program, params = convolution(*GEOMETRIES["conv2d_stride"])
-    layer = gemm.Finder(program, [(False, (0,))]).layer(0)
-    assert layer is not None
-    own = {k: v.to(CUDA, torch.float32) for k, v in params.items()}
-    g = torch.randn(64, 3, *program.output_shape, device=CUDA)
-    pack = gemm.LayerPack(program, (layer,), own, g)
-
-    def back() -> torch.Tensor:
-        return gemm.run_backward(program, layer, pack.of[0], PLAIN, g, None, {})
-
-    back()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = back()
-    g.copy_(torch.randn_like(g))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(found, back())
 
 
 # ---- half precision, rules, hashes, several GPUs
@@ -306,11 +257,11 @@ def test_rules(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("shared", [256, 3072])
 @pytest.mark.parametrize("method", ["DeepLift", "LRP"])
-def test_rules_by_layers(method: str, shared: int) -> None:
+def test_rules_in_pieces(method: str, shared: int) -> None:
     case = CASES["maxpool2d"]
     model = case.build(dtype=torch.float64).to(CUDA)
     x = case.inputs(30, dtype=torch.float64)[0].to(CUDA)
-    with small(shared, steps="kernel"):
+    with small(shared):
         fast = getattr(attr, method)(model, engine="kernel").attribute_all(x)
     assert oracle.relative_error(fast, getattr(attr, method)(model, engine="reference").attribute_all(x)) < 1e-10
 
@@ -393,12 +344,6 @@ def test_two_gpus_at_once() -> None:
     assert found[1].device == other
     assert all(torch.equal(f.cpu(), want) for f in found.values())
     assert torch.cuda.current_device() == 0
-
-
-def test_every_precision_has_its_arithmetic() -> None:
-    for name, math in MATH.items():
-        torch.set_float32_matmul_precision(name)
-        assert ops.machine(CUDA).math == math
 
 
 @pytest.mark.parametrize("device", range(torch.cuda.device_count()))

@@ -103,7 +103,7 @@ WRONG_CHAIN = {
     "tables int32": lambda a: a.update(tables=a["tables"].long()),
     "records must be a contiguous int64": lambda a: a.update(forward=a["forward"][:, 1:]),
     "are of different versions": lambda a: a.update(forward=a["forward"].int()),
-    "expected 7 arena sizes, got 6": lambda a: a.update(sizes=a["sizes"][:6]),
+    "expected 6 arena sizes, got 5": lambda a: a.update(sizes=a["sizes"][:5]),
     "negative arena size -1": lambda a: a.update(sizes=[-1, *a["sizes"][1:]]),
 }  # fmt: skip
 WRONG_SEEDS = {

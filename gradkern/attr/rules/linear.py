@@ -225,11 +225,12 @@ def transposed(
     outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]
     if cotangent is not None and outer is not None:
         cotangent = cotangent * outer.unsqueeze(1)
-    weights = {name: locals_[i].weight for name, i in linear.weights}
-    params = {**params, **{name: w for name, w in weights.items() if w is not None}}
+    if not executor.plan_for(lp, seeds, inputs[0].dtype, inputs[0].device).native:
+        raise executor.KernelsUnavailable
+    rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
-    executor.transpose(lp, params, values, targets, tuple(wrt), results, cotangent)
+    executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
     if cotangent is None and outer is not None:
         scale = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...ir.program import Program
+from ...ir.program import Contract, Dense, Program, Windows
 from ..aliasing import Cotangent
 from ..chain import FIELDS, KINDS, Chain, Machine
 from ..lowering import Lowering, lower
@@ -50,14 +50,10 @@ from .slices import COUNTS as SLICES
 from .slices import sliced
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 
-PLAIN, TF32, BF16, TF32X3 = 0, 1, 2, 3  # how dense contractions multiply; csrc/cuda/args.h
-#: By `torch.get_float32_matmul_precision()`.  "highest" is the fp32 pipe until three TF32 products have been measured
-#: to be as accurate.
-MATH = {"highest": PLAIN, "high": TF32X3, "medium": BF16}
-#: Dtypes that are cast to float32 on the way in and back on the way out, and the products that lose nothing of them.
-HALVES = {torch.float16: TF32, torch.bfloat16: BF16}
-STEPS = ("auto", "kernel", "aten")  # what runs layers that fit no chain
-STEPS_VARIABLE = "GRADKERN_STEPS"
+CAST_DTYPES = (torch.float16, torch.bfloat16)  # cast to float32 on the way in, and back on the way out
+#: Numbers in a weight from which a contraction leaves its chain.  A block reads the weight for its own few samples: a
+#: mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
+CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_SLOTS = 32  # samples at a time in scratch
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
@@ -77,8 +73,6 @@ class Device(Machine):
 
     shared_bytes: int = 232448  # that one block may have
     threads: int = 256
-    math: int = PLAIN  # of dense contractions
-    steps: str = "auto"  # layers too large for a chain: the step kernel, ATen, or whichever is expected to be faster
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,6 @@ class DeviceLowering(Lowering):
     def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
         assert isinstance(machine, Device)
         self.machine = machine
-        self.math = machine.math if itemsize == 4 else PLAIN
         self.written: set[int] = set()  # stores that a record has written
         self.choice = Choice(1, 1, (), 0, 0, 0.0)
         self.prices: dict[tuple, float] = {}
@@ -162,11 +155,7 @@ class DeviceLowering(Lowering):
 
     def forward_window(self, unit: Unit, fields: dict[str, Any]) -> None:
         super().forward_window(unit, fields)
-        layout = self.window(unit)
-        op = self.forward[-1]
-        op["ldw"] = layout.ldf  # type: ignore[attr-defined]
-        if self.math and (layout.R > 1 or layout.channels % 4):  # of a group
-            op["table2"] = self.table([r + i for r in layout.runs for i in range(layout.L)])
+        self.forward[-1]["ldw"] = self.window(unit).ldf  # type: ignore[attr-defined]
 
     def backward_window(self, unit: Unit, node: Node, behind: Cotangent) -> None:
         super().backward_window(unit, node, behind)
@@ -201,8 +190,7 @@ class DeviceLowering(Lowering):
     # ---- layout of the arena
 
     def finish(self) -> tuple[tuple[int, ...], int]:
-        if self.math == PLAIN:
-            self.forward = fused(self.forward, self.backward)
+        self.forward = fused(self.forward, self.backward)
         best: tuple[Choice, list[dict[str, Any]]] | None = None
         least = 0
         for backward in self.variants():
@@ -227,7 +215,7 @@ class DeviceLowering(Lowering):
         rows = (getattr(x, name, 0) for x in self.layouts for name in ("ldf", "ldw"))
         self.packed += 8 * max(rows, default=0) + WARP * 4 * max(QUADS)
         most = max(choice.slots, default=1)
-        sizes = (choice.region, sample, self.math, self.bit_bytes, most, choice.bytes, choice.block)
+        sizes = (choice.region, sample, self.bit_bytes, most, choice.bytes, choice.block)
         return sizes, choice.seed_tile
 
     def settle(self, scratch: list[int]) -> None:
@@ -320,8 +308,8 @@ class DeviceLowering(Lowering):
             if op["block"]:
                 wanted = max(wanted, PARTS)
                 if op["kind"] == KINDS.index("WindowT"):
-                    rows, channels = (block * tile + 3) // 4 * 4, min(op["O"], 64)
-                    wanted = max(wanted, rows * (channels + 48 if self.math else channels) + WARP)
+                    rows = (block * tile + 3) // 4 * 4
+                    wanted = max(wanted, rows * min(op["O"], 64) + WARP)
         return wanted
 
     def bytes(self, region: int, sample: int, block: int) -> int:
@@ -371,7 +359,7 @@ class DeviceLowering(Lowering):
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         """Bytes of shared memory per block."""
-        return sizes[5]
+        return sizes[4]
 
     def resolve(self, op: dict[str, Any], sample: int) -> tuple[int, ...]:
         """A symbolic record → numbers; a negative sample stride means scratch."""
@@ -406,6 +394,21 @@ def bands(unit: Unit, op: dict[str, Any]) -> list[Bands]:
         axes.append({(min(extent, max(1, reach // step)), 2), (1, reach // step + 1)})
     rows, columns = (sorted(axis, reverse=True) for axis in axes)
     return [(high, wide, n, m) for high, n in rows for wide, m in columns]
+
+
+def heavy(program: Program, i: int) -> str | None:
+    """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
+    step = program.steps[i]
+    form = step.form
+    if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
+        return None
+    axis = -1 if isinstance(form.map, Dense) else 0
+    numbers = program.shape(step.inputs[0])[axis] * step.shape[axis]
+    if isinstance(form.map, Windows):
+        numbers = numbers // form.map.groups * form.map.taps
+    if numbers <= CHAIN_WEIGHT:
+        return None
+    return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
 
 
 def lower_device(

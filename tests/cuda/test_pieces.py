@@ -1,0 +1,207 @@
+"""Networks that fit no single chain: chains beside ATen, on the host, against the oracle."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gradkern.frontend import tracer
+from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step
+from gradkern.planner import plan
+from gradkern.runtime import binding, executor
+from gradkern.util import options
+from tests import oracle
+from tests.cases import CASES
+from tests.host_device import HostDevice, installed
+from tests.random_programs import programs
+from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+SMALL = 1024  # bytes of shared memory: some chains, and some contractions by ATen
+
+
+class Block(nn.Module):
+    """A residual block with norms, and a strided way around it."""
+
+    def __init__(self, inside: int, out: int, stride: int):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
+        self.way = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.own = nn.Identity() if stride == 1 and inside == out else self.way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(self.a(x)) + self.own(x))
+
+
+def resnet() -> nn.Module:
+    head = [nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*head, Block(6, 6, 1), Block(6, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def vgg() -> nn.Module:
+    first = [nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(6, 8, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(8 * 4, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+def wide_mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3)
+    )
+
+
+def flattened() -> nn.Module:
+    """A linear layer that reads a ReLU through a flatten."""
+    return nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 12, 9), nn.ReLU(), nn.Linear(9, 2))
+
+
+class Skip(nn.Module):
+    """A ReLU with several readers, one of them the output: only the last cotangent may be masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return torch.relu(self.b(x) + x) + self.c(x)
+
+
+NETS = {
+    "resnet": (resnet, (2, 9, 10)),
+    "vgg": (vgg, (1, 9, 8)),  # 9 rows: the pool leaves one out
+    "wide_mlp": (wide_mlp, (20,)),
+    "flattened": (flattened, (2, 14)),
+    "skip": (Skip, (2, 8)),
+}
+
+
+def settle(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.running_mean.copy_(torch.randn(m.running_mean.shape, generator=generator))
+            m.running_var.copy_(torch.rand(m.running_var.shape, generator=generator) + 0.5)
+            with torch.no_grad():
+                m.weight.copy_(torch.randn(m.weight.shape, generator=generator))
+    return model.eval().requires_grad_(False)
+
+
+def solve(model: nn.Module, x: Tensor, device: HostDevice, targets: Tensor | None = None):
+    with torch.no_grad(), installed(device):
+        program = tracer.trace(model, (x,))
+        params = binding.bind(program, model)
+        y, (found,) = executor.jacobian(program, params, [x], targets)
+        return y, found, executor.plan_for(program, found.shape[1], x.dtype)
+
+
+@pytest.mark.parametrize("kib", [0.25, 1, 3])
+@pytest.mark.parametrize("name", NETS)
+def test_networks_in_pieces(name: str, kib: float) -> None:
+    """Shared memory so small that contractions go to ATen, alone or beside chains."""
+    make, shape = NETS[name]
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(7)
+    model = settle(make().double(), generator)
+    x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    device = HostDevice(shared_bytes=int(kib * 1024), threads=32)
+    y, found, used = solve(model, x, device)
+    want_y, (want,) = oracle.jacobian(model, x)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    assert oracle.relative_error(found, want) < 1e-11
+    assert not used.single_chain or kib >= 1
+    if kib >= 1:
+        assert device.launches > 0
+        assert used.native_share > 0
+
+
+@pytest.mark.parametrize("name", ["cnn1d_strided", "maxpool2d", "residual", "shared_conv", "two_inputs"])
+def test_cases_in_pieces(name: str) -> None:
+    case = CASES[name]
+    model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
+    device = HostDevice(shared_bytes=SMALL, threads=32)
+    with torch.no_grad(), installed(device):
+        program = tracer.trace(model, inputs)
+        y, found = executor.jacobian(program, binding.bind(program, model), inputs)
+    want_y, want = oracle.jacobian(model, inputs)
+    assert oracle.relative_error(y, want_y) < 1e-12
+    for f, w in zip(found, want, strict=True):
+        assert oracle.relative_error(f, w) < 1e-11
+
+
+def test_targets_of_each_sample() -> None:
+    model = settle(vgg().double(), torch.Generator().manual_seed(1))
+    x = torch.randn(3, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    targets = torch.tensor([[0, 3], [2, 2], [1, 0]])
+    _, found, _ = solve(model, x, HostDevice(shared_bytes=SMALL), targets)
+    _, (want,) = oracle.jacobian(model, x)
+    assert oracle.relative_error(found, oracle.pick(want, targets)) < 1e-11
+
+
+def test_weights_that_are_not_finite_go_by_reference() -> None:
+    model = settle(wide_mlp().double(), torch.Generator().manual_seed(1))
+    model[0].weight[3, 4] = float("inf")
+    x = torch.randn(2, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    device = HostDevice()
+    solve(model, x, device)
+    assert device.launches == 0
+
+
+def test_nan_inputs_pass_masks_as_torch_has_it() -> None:
+    model = settle(vgg().double(), torch.Generator().manual_seed(1))
+    x = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x[1, 0, 4, 4] = float("nan")
+    y, found, _ = solve(model, x, HostDevice(shared_bytes=SMALL))
+    want_y, (want,) = oracle.jacobian(model, x)
+    assert torch.equal(torch.isnan(y), torch.isnan(want_y))
+    assert torch.allclose(found, want, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+def test_large_weights_leave_their_chain() -> None:
+    """A chain would read them for a few samples at a time."""
+    machine = HostDevice().machine
+    for width, whole in ((256, True), (1024, False)):
+        hidden = [Step(Contract(Dense(), Param(f"w{i}")), (2 * i,), (width,)) for i in range(2)]
+        relus = [Step(Scale("relu"), (2 * i + 1,), (width,)) for i in range(2)]
+        steps = (hidden[0], relus[0], hidden[1], relus[1], Step(Contract(Dense(), Param("h")), (4,), (5,)))
+        program = Program(((width,),), steps, 5)
+        made = plan.plan(program, 5, machine=machine)
+        assert made.single_chain == whole
+        assert any("million weights" in s.why for s in made.steps) != whole
+        if not whole:
+            assert [made.steps[i].path for i in (0, 2, 4)] == ["aten, seeds folded"] * 2 + ["kernel cuda"]
+
+
+def test_new_weights_are_packed_again() -> None:
+    model = settle(vgg().double(), torch.Generator().manual_seed(1))
+    x = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    device = HostDevice(shared_bytes=3072, threads=32)
+    for layer in (0, 2, 5, 9, 11):
+        model[layer].weight.data[0].mul_(-2)
+        _, found, used = solve(model, x, device)
+        assert not used.single_chain
+        _, (want,) = oracle.jacobian(model, x)
+        assert oracle.relative_error(found, want) < 1e-11
+
+
+def test_a_gpus_budget(monkeypatch) -> None:
+    """A sixteenth of its memory, unless the caller chose."""
+    known = type("Properties", (), {"total_memory": 160 << 30})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    assert options.memory_budget() == options.memory_budget(torch.device("cpu")) == 128 << 20
+    assert options.memory_budget(torch.device("cuda", 0)) == 10 << 30
+    with options.use(memory_budget=5):
+        assert options.memory_budget(torch.device("cuda", 0)) == 5
+
+
+@settings(FAST, max_examples=FUZZ or 50, derandomize=not FUZZ)
+@given(questions(programs()), st.sampled_from([256, 512, 1024, 4096, 1 << 17]))
+def test_random_programs_on_a_device(question, shared):
+    """Chains and ATen mixed as it comes."""
+    with installed(HostDevice(shared_bytes=shared, threads=32, blocks=1)):
+        agrees(*question)
