@@ -242,10 +242,10 @@ def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
             raise BadValue(f"wrt: got {w!r}, expected numbers of inputs, 0 … {count - 1}.")
     if not numbers:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    found = tuple(w % count for w in numbers)
-    if len(set(found)) < len(found):
+    counted = tuple(w % count for w in numbers)
+    if len(set(counted)) < len(counted):
         raise BadValue(f"wrt: got {numbers}, which names an input twice, expected each input once.")
-    return found
+    return counted
 
 
 def check_output(y: Any, samples: int) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..ir.program import Program
 from ..util import options
@@ -29,18 +30,27 @@ PROBE_SAMPLES = 3
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which way the calls of one model at inputs of one kind go.
+    """Which way the calls of one model at inputs like these go.
 
-    ``eager_reason``: why autograd has to take them, whatever the network computes.  ``entry``: what is known of the
-    model as it is; a Program that is traced later in the call is found there.
+    ``eager_reason``: why autograd has to take them, whatever the network computes.
     """
 
     engine: Engine
     module: nn.Module | None
-    signature: Hashable  # shapes per sample, dtypes and devices of the inputs
+    inputs: tuple[Tensor, ...]
     eager_reason: EagerReason | None
     state: ModelState
-    entry: CacheEntry
+
+    @cached_property
+    def entry(self) -> CacheEntry:
+        """What is known of the model as it is; a Program that is traced later in the call is put there, too."""
+        if self.module is None or (self.eager_reason is not None and self.eager_reason.couples_batch):
+            return CacheEntry()  # nothing to remember
+        return self.state.entries.get_or_make(guards.key_of(self.module, self.inputs), CacheEntry)
+
+    @cached_property
+    def signature(self) -> Hashable:
+        return guards.signature(self.inputs)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -85,12 +95,8 @@ def route(request: Request, engine: str | None = None) -> Route:
     name, module = options.engine(engine), request.module
     check_devices(module, request.inputs)
     reason = guards.eager_reason(request.fn, module, request.inputs)
-    model = ModelState() if module is None else state.models.of(module)
-    if module is None or (reason is not None and reason.couples_batch):
-        entry = CacheEntry()  # nothing to remember
-    else:
-        entry = model.entries.get_or_make(guards.key_of(module, request.inputs), CacheEntry)
-    return Route(name, module, guards.signature(request.inputs), reason, model, entry)
+    known = ModelState() if module is None else state.models.of(module)
+    return Route(name, module, request.inputs, reason, known)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -164,8 +170,9 @@ def _profile(request: Request, way: Route) -> ModelProfile:
         return eager.probe(request.fn, way.module, request.pick(PROBE_SAMPLES), request.wrt)
 
     profile = way.state.profile(way.entry, measure)
-    coupled = verdict is not None and verdict.couples_batch
-    return replace(profile, couples_batch=verdict.reason) if verdict is not None and coupled else profile
+    if verdict is not None and verdict.couples_batch:
+        return replace(profile, couples_batch=verdict.reason)
+    return profile
 
 
 def _say_why_eager(way: Route, reason: EagerReason) -> None:
