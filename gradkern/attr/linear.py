@@ -193,9 +193,9 @@ def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape
 def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
     """The values of one slope, ``[N, *shape]``, in one piece."""
     if slope.tap is None:
-        whole = product(slope, locals_, slope.shape)
-        assert whole is not None
-        return whole.contiguous()
+        factors = product(slope, locals_, slope.shape)
+        assert factors is not None
+        return factors.contiguous()
     i, t = slope.tap
     step, taps = program.steps[i], locals_[i].taps
     assert isinstance(step.form, Select) and taps is not None
