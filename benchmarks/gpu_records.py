@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 import gradkern
 from benchmarks.gpu import SAMPLES, timed
-from gradkern.codegen.chain import FIELDS, KINDS
+from gradkern.codegen.records import Extent, PatternRef, Record
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
 
+SHOWN = ("H", "W", "C", "O", "run_length", "window_elements", "elements", "rows", "columns", "terms", "way")
 CLOCK = 1.755e9  # per second, of an H200; the planner counts clocks
-SHOWN = ("H", "W", "C", "O", "K", "taps", "fn")
 
 
 @dataclass
-class Record:
+class Timed:
     """One record of a chain: milliseconds for all samples."""
 
     part: str
@@ -37,6 +37,16 @@ class Record:
     shape: str
     expected: float
     measured: float
+
+
+def shape_of(record: Record) -> str:
+    """The numbers of a record that say how large its work is."""
+    extent, pattern = getattr(record, "extent", None), getattr(record, "pattern", None)
+    sources = (extent, record) if isinstance(extent, Extent) else (record,)
+    found = {n: getattr(x, n) for x in sources for n in SHOWN if hasattr(x, n)}
+    if isinstance(pattern, PatternRef):
+        found["taps"] = pattern.taps
+    return " ".join(f"{name}={int(number)}" for name, number in found.items() if number)
 
 
 def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
@@ -55,13 +65,13 @@ def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
     return calls[0]
 
 
-def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) -> list[Record]:
+def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) -> list[Timed]:
     """Every record of the network's only chain, for all samples of ``x``."""
     packed, inputs, targets, rows, cotangents, results = captured(model, x)
     chain, weights, tables = packed.chain, packed.weights, packed.tables
     found, before, place = [], 0.0, 0
     for part, ops_of in (("forward", chain.forward), ("backward", chain.backward)):
-        for k, numbers in enumerate(ops_of, 1):
+        for k, record in enumerate(ops_of, 1):
             if part == "forward":
                 cut: Any = (inputs, weights, tables, packed.forward[:k], chain.sizes, chain.output_sizes)
                 now = timed(lambda _, cut=cut: ops.chain_forward(*cut), [x], seconds)
@@ -69,15 +79,13 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
                 first = (inputs, weights, tables, packed.forward, packed.backward[:k], chain.sizes, chain.output_sizes)
                 cut = (*first, targets, rows, cotangents, chain.seed_tile, results)
                 now = timed(lambda _, cut=cut: ops.chain_vjp(*cut), [x], seconds)
-            fields = dict(zip(FIELDS, numbers, strict=True))
-            shape = " ".join(f"{name}={fields[name]}" for name in SHOWN if fields[name])
             expected = chain.clocks[place] * len(x) / processors / CLOCK * 1e3
-            found.append(Record(part, KINDS[fields["kind"]], shape, expected, now - before))
+            found.append(Timed(part, type(record).__name__, shape_of(record), expected, now - before))
             before, place = now, place + 1
     return found
 
 
-def table(net: str, samples: int, rows: list[Record]) -> list[str]:
+def table(net: str, samples: int, rows: list[Timed]) -> list[str]:
     lines = [f"{net}, {samples} samples", f"{'':9}{'record':12}{'expected ms':>12}{'measured ms':>12}  shape"]
     lines += [f"{r.part:9}{r.kind:12}{r.expected:12.3f}{r.measured:12.3f}  {r.shape}" for r in rows]
     totals = sum(r.expected for r in rows), sum(r.measured for r in rows)

@@ -36,20 +36,7 @@ int shared_bytes(int device);  // csrc/cuda/launch.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gradkern's compiled part: registers the ops torch.ops.gradkern.* and tells what was built";
-  m.def("op_fields", [] {
-    return std::vector<std::string>{
-#define X(name) #name,
-        GRADKERN_OP_FIELDS(X)
-#undef X
-    };
-  });
-  m.def("op_kinds", [] {
-    return std::vector<std::string>{
-#define X(name) #name,
-        GRADKERN_OP_KINDS(X)
-#undef X
-    };
-  });
+  m.attr("record_layout") = gradkern::kRecordLayout;
   m.def("functions", [] {
     return std::vector<std::string>{
 #define X(name) #name,
@@ -68,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets that this processor can run, best first");
   m.def("vector_bytes", [] { return gradkern::current_isa().vector_bytes; });
-  m.def("advise_huge", advise_huge, "Ask the system for huge pages behind a fresh allocation");
+  m.def("advise_huge", advise_huge, "Ask the system for huge pages for a fresh allocation");
 #ifdef GRADKERN_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_shared_bytes", gradkern::cuda::shared_bytes, "Shared memory that one block of a GPU may have");

@@ -6,12 +6,10 @@
 #include <cstring>
 #include <vector>
 
-#include "program.h"
-
 namespace gradkern {
 
 void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-                 const at::Tensor& backward, at::IntArrayRef sizes) {
+                 const at::Tensor& backward) {
   TORCH_CHECK(!inputs.empty(), "gradkern: a chain needs at least one input, got none");
   const int64_t n = inputs[0].size(0);
   for (const at::Tensor& x : inputs) {
@@ -27,13 +25,10 @@ void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tens
               "gradkern: packed weights and tables must be contiguous and on one device, tables int32");
   for (const at::Tensor* ops : {&forward, &backward}) {
     TORCH_CHECK(ops->scalar_type() == at::kLong && ops->is_contiguous() && ops->device() == packed.device() &&
-                    ops->dim() == 2 && ops->size(1) == static_cast<int64_t>(sizeof(Op) / sizeof(int64_t)),
-                "gradkern: records must be a contiguous int64 tensor on the weights' device, [ops, ",
-                sizeof(Op) / sizeof(int64_t), "], got ", ops->sizes(),
-                "; this extension and the Python package are of different versions");
+                    ops->dim() == 2 && ops->size(1) == kRecordWidth,
+                "gradkern: records must be a contiguous int64 tensor on the weights' device, [ops, ", kRecordWidth,
+                "], got ", ops->sizes(), "; this extension and the Python package are of different versions");
   }
-  TORCH_CHECK(sizes.size() == 6, "gradkern: expected 6 arena sizes, got ", sizes.size());
-  for (const int64_t s : sizes) TORCH_CHECK(s >= 0, "gradkern: negative arena size ", s);
 }
 
 // What goes in and out of a backward pass: seeds as targets (with rows of the last weight, or not) or as dense

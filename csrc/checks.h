@@ -2,13 +2,28 @@
 #pragma once
 #include <ATen/ATen.h>
 
-#include "program.h"
+#include <cstring>
+
+#include "records.h"
+#include "rescale.h"
 
 namespace gradkern {
 
-// The records fit the arena, and inputs, tables and weights belong together.
+// Records are of this version, and inputs, tables and weights belong together.
 void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-                 const at::Tensor& backward, at::IntArrayRef sizes);
+                 const at::Tensor& backward);
+
+// A backend's sizes of scratch memory: CpuSizes, CudaSizes.
+template <class Sizes>
+Sizes sizes_of(at::IntArrayRef numbers) {
+  constexpr size_t kCount = sizeof(Sizes) / sizeof(int64_t);
+  TORCH_CHECK(numbers.size() == kCount, "gradkern: expected ", kCount, " sizes of scratch memory, got ",
+              numbers.size());
+  for (const int64_t s : numbers) TORCH_CHECK(s >= 0, "gradkern: negative size of scratch memory: ", s);
+  Sizes sizes;
+  std::memcpy(&sizes, numbers.data(), sizeof sizes);
+  return sizes;
+}
 
 // What a backward pass starts from, and what it fills.
 void check_seeds(at::TensorList inputs, const at::Tensor& packed, at::TensorList outputs, const at::Tensor& targets,

@@ -7,6 +7,26 @@
 
 namespace gradkern {
 
+// A max pool over planes [H][W] (a 1-D one has H = 1).
+struct Pool {
+  int64_t H, W, kh, kw, sh, sw, ph, pw, dh, dw, oh, ow;
+};
+
+// DeepLift's multipliers of a ReLU, a max pool, or of a pool with a ReLU in front.
+template <class T>
+struct SharesArgs {
+  const T* z;        // [N][C][H][W]
+  const T* ref;      // [N or 1][C][H][W]
+  T* out;            // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
+  T* scratch;        // of a CPU thread: 4 ow + 2 taps ow
+  int64_t ref_rows;  // 1 where one reference serves all samples
+  int64_t channels;
+  int64_t out_tap;
+  Pool pool;
+  bool relu;
+  T eps;
+};
+
 template <class T>
 GK_HD T outside() {
   return T(-INFINITY);

@@ -184,8 +184,7 @@ class HostDevice:
         if n == 0:
             return found
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
-        region, sample, bits, _, shared, block = sizes
-        assert shared <= self.machine.shared_bytes
+        assert sizes.bytes <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
             pointers(found), pointers(cotangents), pointers(results),
@@ -198,15 +197,15 @@ class HostDevice:
             args.seed_rows_n = seeds * row if seed_rows.dim() == 3 else 0
         args.samples, args.forward_count, args.backward_count = n, len(forward), len(backward)
         args.seeds, args.seed_tile = seeds, seed_tile
-        args.region, args.sample, args.bits = region, sample, bits
-        args.block, args.planned = min(block, -(-n // self.blocks)), block
+        args.region, args.sample, args.bits = sizes.region, sizes.sample, sizes.bits
+        args.block, args.planned = min(sizes.block, -(-n // self.blocks)), sizes.block
         if self.record is not None:
             tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]
             tensors += [t for t in (targets, seed_rows) if t is not None]
-            numbers = (packed.element_size(), 0, self.blocks, self.machine.threads, shared)
+            numbers = (packed.element_size(), 0, self.blocks, self.machine.threads, sizes.bytes)
             self.record.append(Recording(args, tensors, numbers))
         run = self.library.gk_run_f32 if packed.dtype == torch.float32 else self.library.gk_run_f64
-        error = run(ctypes.byref(args), self.blocks, self.machine.threads, ctypes.c_int64(shared))
+        error = run(ctypes.byref(args), self.blocks, self.machine.threads, ctypes.c_int64(sizes.bytes))
         assert error is None, error
         self.launches += 1
         return found

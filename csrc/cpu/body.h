@@ -4,9 +4,11 @@
 
 namespace {
 
-// A buffer of one sample: interior rows of `row` elements apart, W positions of C contiguous channels.
-#define GK_SRC(n) (ctx.buf + op.src + (n) * op.src_n)
-#define GK_DST(n) (ctx.buf + op.dst + (n) * op.dst_n)
+// Where sample n has its part of a place.
+template <class T>
+GK_INLINE T* at(const Context<T>& ctx, const Place& place, int64_t n) {
+  return ctx.buf + place.offset + n * place.sample;
+}
 
 #include "body_ports.h"
 #include "body_pattern.h"
@@ -14,54 +16,61 @@ namespace {
 #include "body_forms.h"
 #include "body_matmul.h"
 
-#undef GK_SRC
-#undef GK_DST
+// A row of integers as the record of its kind.
+template <class R>
+GK_INLINE const R& as(const Record& record) {
+  static_assert(sizeof(R) <= sizeof(Record));
+  return reinterpret_cast<const R&>(record);
+}
 
 template <class T>
-void run_op(const Op& op, Context<T>& ctx, int64_t n) {
-  switch (static_cast<Kind>(op.kind)) {
-    case Kind::Load: return run_load(op, ctx, n);
-    case Kind::Window: return run_window(op, ctx, n);
-    case Kind::Stencil: return run_stencil(op, ctx, n);
-    case Kind::Pattern: return run_pattern(op, ctx, n);
-    case Kind::Scale: return run_scale(op, ctx, n);
-    case Kind::Sum: return run_sum(op, ctx, n);
-    case Kind::Move: return run_move(op, ctx, n);
-    case Kind::Product: return run_product(op, ctx, n);
-    case Kind::Lines: return run_lines(op, ctx, n);
-    case Kind::Store: return run_store(op, ctx, n);
-    case Kind::SeedRows: return run_seed_rows(op, ctx, n);
-    case Kind::SeedOneHot: return run_seed_onehot(op, ctx, n);
-    case Kind::SeedDense: return run_seed_dense(op, ctx, n);
-    case Kind::Zero: return run_zero(op, ctx, n);
-    case Kind::WindowT: return run_window_t(op, ctx, n);
-    case Kind::StencilT: return run_stencil_t(op, ctx, n);
-    case Kind::Expand: return run_expand(op, ctx, n);
-    case Kind::MulD: return run_mul_d(op, ctx, n);
-    case Kind::Add: return run_add(op, ctx, n);
-    case Kind::MoveT: return run_move_t(op, ctx, n);
-    case Kind::ProductT: return run_product_t(op, ctx, n);
-    case Kind::LinesT: return run_lines_t(op, ctx, n);
-    case Kind::StoreT: return run_store_t(op, ctx, n);
-    case Kind::Rectify: return run_rectify(op, ctx, n);
-    case Kind::MatMul: return run_matmul(op, ctx, n);
-    case Kind::MatMulT: return run_matmul_t(op, ctx, n);
+void run_record(const Record& record, Context<T>& ctx, int64_t n) {
+  switch (record.kind) {
+    case Kind::Load: return run_load(as<LoadRecord>(record), ctx, n);
+    case Kind::Store: return run_store(as<StoreRecord>(record), ctx, n);
+    case Kind::Window: return run_window(as<WindowRecord>(record), ctx, n);
+    case Kind::Stencil: return run_stencil(as<StencilRecord>(record), ctx, n);
+    case Kind::Pattern: return run_pattern(as<PatternRecord>(record), ctx, n);
+    case Kind::Scale: return run_scale(as<ScaleRecord>(record), ctx, n);
+    case Kind::Sum: return run_sum(as<SumRecord>(record), ctx, n);
+    case Kind::Move: return run_move(as<MoveRecord>(record), ctx, n);
+    case Kind::Product: return run_product(as<ProductRecord>(record), ctx, n);
+    case Kind::Lines: return run_lines(as<LinesRecord>(record), ctx, n);
+    case Kind::MatMul: return run_matmul(as<MatMulRecord>(record), ctx, n);
+    case Kind::Zero: return run_zero(as<ZeroRecord>(record), ctx, n);
+    case Kind::Rectify: return run_rectify(as<RectifyRecord>(record), ctx, n);
+    case Kind::SeedRows: return run_seed_rows(as<SeedRowsRecord>(record), ctx, n);
+    case Kind::SeedOneHot: return run_seed_onehot(as<SeedOneHotRecord>(record), ctx, n);
+    case Kind::SeedDense: return run_seed_dense(as<SeedDenseRecord>(record), ctx, n);
+    case Kind::WindowT: return run_window_t(as<WindowTRecord>(record), ctx, n);
+    case Kind::StencilT: return run_stencil_t(as<StencilTRecord>(record), ctx, n);
+    case Kind::PatternT: return run_pattern_t(as<PatternTRecord>(record), ctx, n);
+    case Kind::ScaleT: return run_scale_t(as<ScaleTRecord>(record), ctx, n);
+    case Kind::Add: return run_add(as<AddRecord>(record), ctx, n);
+    case Kind::MoveT: return run_move_t(as<MoveTRecord>(record), ctx, n);
+    case Kind::ProductT: return run_product_t(as<ProductTRecord>(record), ctx, n);
+    case Kind::LinesT: return run_lines_t(as<LinesTRecord>(record), ctx, n);
+    case Kind::MatMulT: return run_matmul_t(as<MatMulTRecord>(record), ctx, n);
+    case Kind::StoreT: return run_store_t(as<StoreTRecord>(record), ctx, n);
+    case Kind::PooledWindow:
+    case Kind::ScatterT:
+    case Kind::DenseT: return;  // a GPU's
   }
 }
 
-// Runs of per-sample ops go sample by sample, so that a sample's chain stays in L1; block ops go at once, so that
-// a weight is read once per block.
+// Runs of per-sample records go sample by sample, so that a sample's chain stays in L1; those of the whole block go at
+// once, so that a weight is read once per block.
 template <class T>
-void run_chain(const Op* ops, int64_t count, Context<T>& ctx) {
+void run_chain(const Record* records, int64_t count, Context<T>& ctx) {
   for (int64_t i = 0; i < count;) {
-    if (ops[i].block) {
-      run_op(ops[i++], ctx, 0);
+    if (records[i].block) {
+      run_record(records[i++], ctx, 0);
       continue;
     }
     int64_t end = i;
-    while (end < count && !ops[end].block) ++end;
+    while (end < count && !records[end].block) ++end;
     for (int64_t n = 0; n < ctx.samples; ++n)
-      for (int64_t k = i; k < end; ++k) run_op(ops[k], ctx, n);
+      for (int64_t k = i; k < end; ++k) run_record(records[k], ctx, n);
     i = end;
   }
 }

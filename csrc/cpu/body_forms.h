@@ -4,14 +4,12 @@
 // ---- elementwise functions and sums --------------------------------------------------------------------------
 
 template <class T, Fn F>
-void scale_rows(const Op& op, const T* src, T* dst, T* slope) {
-  const T p0 = static_cast<T>(__builtin_bit_cast(double, op.p0)),
-          p1 = static_cast<T>(__builtin_bit_cast(double, op.p1)),
-          p2 = static_cast<T>(__builtin_bit_cast(double, op.p2));
-  for (int64_t h = 0; h < op.H; ++h) {
-    const T* x = src + h * op.src_row;
-    T *y = dst + h * op.dst_row, *d = slope + h * op.aux_row;
-    const int64_t count = op.W * op.C;
+void scale_rows(const ScaleRecord& op, const T* src, T* dst, T* slope) {
+  const T p0 = static_cast<T>(op.p0), p1 = static_cast<T>(op.p1), p2 = static_cast<T>(op.p2);
+  for (int64_t h = 0; h < op.extent.H; ++h) {
+    const T* x = src + h * op.src.row;
+    T *y = dst + h * op.dst.row, *d = slope + h * op.slope.row;
+    const int64_t count = op.extent.W * op.extent.C;
 #pragma GCC ivdep  // in place or apart, element i depends on element i alone
     for (int64_t i = 0; i < count; ++i) {
       const Pair<T> r = Function<F>::at(x[i], p0, p1, p2);
@@ -22,11 +20,11 @@ void scale_rows(const Op& op, const T* src, T* dst, T* slope) {
 }
 
 template <class T>
-void run_scale(const Op& op, Context<T>& ctx, int64_t n) {
-  T* slope = ctx.buf + op.aux + n * op.aux_n;
-  switch (static_cast<Fn>(op.fn)) {
+void run_scale(const ScaleRecord& op, Context<T>& ctx, int64_t n) {
+  T* slope = at(ctx, op.slope, n);
+  switch (static_cast<Fn>(op.function)) {
 #define X(name) \
-  case Fn::name: return scale_rows<T, Fn::name>(op, GK_SRC(n), GK_DST(n), slope);
+  case Fn::name: return scale_rows<T, Fn::name>(op, at(ctx, op.src, n), at(ctx, op.dst, n), slope);
     GRADKERN_FUNCTIONS(X)
 #undef X
   }
@@ -34,62 +32,64 @@ void run_scale(const Op& op, Context<T>& ctx, int64_t n) {
 
 // dst (+)= src · slope.  In place where the value has one reader.
 template <class T>
-void run_mul_d(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* d = ctx.buf + op.aux + n * op.aux_n;
+void run_scale_t(const ScaleTRecord& op, Context<T>& ctx, int64_t n) {
+  const T* d = at(ctx, op.slope, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for (int64_t h = 0; h < op.H; ++h) {
-      const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row;
-      T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row;
-      const T* dr = d + h * op.aux_row;
+    for (int64_t h = 0; h < op.extent.H; ++h) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row;
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row;
+      const T* dr = d + h * op.slope.row;
       if (op.assign)
-        for (int64_t i = 0; i < op.W * op.C; ++i) y[i] = g[i] * dr[i];
+        for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] = g[i] * dr[i];
       else
-        for (int64_t i = 0; i < op.W * op.C; ++i) y[i] += g[i] * dr[i];
+        for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] += g[i] * dr[i];
     }
 }
 
 template <class T>
-void run_sum(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* b = ctx.buf + op.aux + n * op.aux_n;
-  for (int64_t h = 0; h < op.H; ++h)
-    for (int64_t i = 0; i < op.W * op.C; ++i)
-      GK_DST(n)[h * op.dst_row + i] = GK_SRC(n)[h * op.src_row + i] + b[h * op.aux_row + i];
+void run_sum(const SumRecord& op, Context<T>& ctx, int64_t n) {
+  const T *a = at(ctx, op.left, n), *b = at(ctx, op.right, n);
+  T* y = at(ctx, op.dst, n);
+  for (int64_t h = 0; h < op.extent.H; ++h)
+    for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i)
+      y[h * op.dst.row + i] = a[h * op.left.row + i] + b[h * op.right.row + i];
 }
 
 template <class T>
-void run_add(const Op& op, Context<T>& ctx, int64_t n) {
+void run_add(const AddRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for (int64_t h = 0; h < op.H; ++h) {
-      const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row;
-      T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row;
-      for (int64_t i = 0; i < op.W * op.C; ++i) y[i] += g[i];
+    for (int64_t h = 0; h < op.extent.H; ++h) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row;
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row;
+      for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] += g[i];
     }
 }
 
 // ---- cotangents in place -------------------------------------------------------------------------------------
 
 template <class T>
-void run_zero(const Op& op, Context<T>& ctx, int64_t n) {
-  for (int64_t s = 0; s < ctx.seeds; ++s) __builtin_memset(GK_DST(n) + s * op.dst_s, 0, op.size * sizeof(T));
+void run_zero(const ZeroRecord& op, Context<T>& ctx, int64_t n) {
+  for (int64_t s = 0; s < ctx.seeds; ++s)
+    __builtin_memset(at(ctx, op.dst, n) + s * op.dst.seed, 0, op.elements * sizeof(T));
 }
 
 // A cotangent without its negative part.
 template <class T>
-void run_rectify(const Op& op, Context<T>& ctx, int64_t n) {
+void run_rectify(const RectifyRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s) {
-    T* y = GK_DST(n) + s * op.dst_s;
-    for (int64_t i = 0; i < op.size; ++i) y[i] = y[i] < T(0) ? T(0) : y[i];
+    T* y = at(ctx, op.dst, n) + s * op.dst.seed;
+    for (int64_t i = 0; i < op.elements; ++i) y[i] = y[i] < T(0) ? T(0) : y[i];
   }
 }
 
 // ---- copies: runs (source offset, destination offset, count, source step, destination step) --------------------
 
 template <class T>
-void run_move(const Op& op, Context<T>& ctx, int64_t n) {
-  const int32_t* run = ctx.tables + op.table;
-  for (int64_t k = 0; k < op.size; ++k, run += 5) {
-    const T* x = GK_SRC(n) + run[0];
-    T* y = GK_DST(n) + run[1];
+void run_move(const MoveRecord& op, Context<T>& ctx, int64_t n) {
+  const int32_t* run = ctx.tables + op.run_table;
+  for (int64_t k = 0; k < op.runs; ++k, run += 5) {
+    const T* x = at(ctx, op.src, n) + run[0];
+    T* y = at(ctx, op.dst, n) + run[1];
     const int64_t count = run[2], dx = run[3], dy = run[4];
     if (dx == 1 && dy == 1) __builtin_memcpy(y, x, count * sizeof(T));
     else
@@ -98,12 +98,12 @@ void run_move(const Op& op, Context<T>& ctx, int64_t n) {
 }
 
 template <class T>
-void run_move_t(const Op& op, Context<T>& ctx, int64_t n) {
+void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s) {
-    const int32_t* run = ctx.tables + op.table;
-    for (int64_t k = 0; k < op.size; ++k, run += 5) {
-      const T* g = GK_SRC(n) + s * op.src_s + run[1];
-      T* y = GK_DST(n) + s * op.dst_s + run[0];
+    const int32_t* run = ctx.tables + op.run_table;
+    for (int64_t k = 0; k < op.runs; ++k, run += 5) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + run[1];
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + run[0];
       const int64_t count = run[2], dy = run[3], dg = run[4];
       if (dy == 1 && dg == 1) {
 #pragma GCC ivdep
@@ -138,113 +138,116 @@ GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int3
 
 // `bias` null: add to what is there.
 template <class T>
-void stencil(const Op& op, const Context<T>& ctx, const T* src, T* dst, const T* bias) {
+void stencil(const StencilTable& op, int64_t C, const Context<T>& ctx, const T* src, T* dst, const T* bias) {
   constexpr int VL = Simd<T>::VL;
-  const int32_t* block = ctx.tables + op.table;
-  const int32_t* table = ctx.tables + op.table2;
-  const T* w = ctx.packed + op.wf;
-  for (int64_t k = 0; k < op.size; ++k, block += 7) {
+  const int32_t* block = ctx.tables + op.block_table;
+  const int32_t* table = ctx.tables + op.entry_table;
+  const T* w = ctx.packed + op.weights;
+  for (int64_t k = 0; k < op.blocks; ++k, block += 7) {
     const int64_t count = block[2], dx = block[3], dy = block[4];
     const int32_t* entry = table + 2 * block[5];
-    for (int64_t c = 0; c < op.C; c += VL) {
+    for (int64_t c = 0; c < C; c += VL) {
       const T* x = src + block[0] + c;
       T* y = dst + block[1] + c;
       const T* b = bias ? bias + c : nullptr;
       int64_t q = 0;
       for (; q + 8 <= count; q += 8)
-        stencil_tile<T, 8>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.ldw, b, op.C - c);
+        stencil_tile<T, 8>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.row_length, b, C - c);
       for (; q + 2 <= count; q += 2)
-        stencil_tile<T, 2>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.ldw, b, op.C - c);
+        stencil_tile<T, 2>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.row_length, b, C - c);
       for (; q < count; ++q)
-        stencil_tile<T, 1>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.ldw, b, op.C - c);
+        stencil_tile<T, 1>(x + q * dx, dx, y + q * dy, dy, entry, block[6], w + c, op.row_length, b, C - c);
     }
   }
 }
 
 template <class T>
-void run_stencil(const Op& op, Context<T>& ctx, int64_t n) {
-  stencil<T>(op, ctx, GK_SRC(n), GK_DST(n), ctx.packed + op.bias);
+void run_stencil(const StencilRecord& op, Context<T>& ctx, int64_t n) {
+  stencil<T>(op.stencil, op.C, ctx, at(ctx, op.src, n), at(ctx, op.dst, n), ctx.packed + op.bias);
 }
 
 template <class T>
-void run_stencil_t(const Op& op, Context<T>& ctx, int64_t n) {
+void run_stencil_t(const StencilTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    stencil<T>(op, ctx, GK_SRC(n) + s * op.src_s, GK_DST(n) + s * op.dst_s, static_cast<const T*>(nullptr));
+    stencil<T>(op.stencil, op.C, ctx, at(ctx, op.src, n) + s * op.src.seed, at(ctx, op.dst, n) + s * op.dst.seed,
+               static_cast<const T*>(nullptr));
 }
 
 // ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
 
 template <class T>
-void run_product(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* other = ctx.buf + op.aux + n * op.aux_n;
-  for (int64_t h = 0; h < op.H; ++h)
-    for (int64_t w = 0; w < op.W; ++w) {
-      const T* a = GK_SRC(n) + h * op.src_row + w * op.src_px;
-      const T* b = other + h * op.aux_row + w * op.aux_px;
-      T* y = GK_DST(n) + h * op.dst_row + w * op.dst_px;
-      for (int64_t c = 0; c < op.C; ++c) y[c] = a[c * op.kh] * b[c * op.kw];
+void run_product(const ProductRecord& op, Context<T>& ctx, int64_t n) {
+  const T* other = at(ctx, op.right, n);
+  for (int64_t h = 0; h < op.extent.H; ++h)
+    for (int64_t w = 0; w < op.extent.W; ++w) {
+      const T* a = at(ctx, op.left, n) + h * op.left.row + w * op.left.position;
+      const T* b = other + h * op.right.row + w * op.right.position;
+      T* y = at(ctx, op.dst, n) + h * op.dst.row + w * op.dst.position;
+      for (int64_t c = 0; c < op.extent.C; ++c) y[c] = a[c * op.left_channel] * b[c * op.right_channel];
     }
 }
 
 // dst += g · other, summed where dst was stretched.
 template <class T>
-void run_product_t(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* other = ctx.buf + op.aux + n * op.aux_n;
+void run_product_t(const ProductTRecord& op, Context<T>& ctx, int64_t n) {
+  const T* other = at(ctx, op.other, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for (int64_t h = 0; h < op.H; ++h)
-      for (int64_t w = 0; w < op.W; ++w) {
-        const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row + w * op.src_px;
-        const T* b = other + h * op.aux_row + w * op.aux_px;
-        T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row + w * op.dst_px;
-        if (op.kh && op.kw) {
+    for (int64_t h = 0; h < op.extent.H; ++h)
+      for (int64_t w = 0; w < op.extent.W; ++w) {
+        const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.src.position;
+        const T* b = other + h * op.other.row + w * op.other.position;
+        T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.dst.position;
+        if (op.dst_channel && op.other_channel) {
 #pragma GCC ivdep
-          for (int64_t c = 0; c < op.C; ++c) y[c] += g[c] * b[c];
-        } else if (op.kh) {
+          for (int64_t c = 0; c < op.extent.C; ++c) y[c] += g[c] * b[c];
+        } else if (op.dst_channel) {
           const T b0 = b[0];
 #pragma GCC ivdep
-          for (int64_t c = 0; c < op.C; ++c) y[c] += g[c] * b0;
+          for (int64_t c = 0; c < op.extent.C; ++c) y[c] += g[c] * b0;
         } else {
           T sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t c = 0; c < op.C; ++c) sum += g[c] * b[c * op.kw];
+          for (int64_t c = 0; c < op.extent.C; ++c) sum += g[c] * b[c * op.other_channel];
           y[0] += sum;
         }
       }
 }
 
 // ---- softmax, log-softmax and normalisation along one axis of the storage ------------------------------------
-// taps: 0 channels, 1 columns, 2 rows.  fn: 0 softmax, 1 log-softmax, 2 normalise.  aux keeps the probabilities, or
-// the normalised numbers and, `entries` behind them, every line's inverse deviation.
-
 // Bundles of at most 64 parallel lines whose k-th elements are neighbours; f gets the bundle's offset for a given
 // row step, the number of lines, and its first line.
 template <class F>
-GK_INLINE void for_bundles(const Op& op, const F& f) {
-  if (op.taps == 0) {
-    for (int64_t h = 0; h < op.H; ++h)
-      for (int64_t w = 0; w < op.W; ++w) f(h, w, int64_t(0), int64_t(1), h * op.W + w);
+GK_INLINE void for_bundles(const LineSet& op, const F& f) {
+  if (op.along == Along::Channels) {
+    for (int64_t h = 0; h < op.extent.H; ++h)
+      for (int64_t w = 0; w < op.extent.W; ++w) f(h, w, int64_t(0), int64_t(1), h * op.extent.W + w);
     return;
   }
-  const int64_t outer = op.taps == 1 ? op.H : op.W;
+  const int64_t outer = op.along == Along::Columns ? op.extent.H : op.extent.W;
   for (int64_t o = 0; o < outer; ++o)
-    for (int64_t c = 0; c < op.C; c += 64)
-      f(op.taps == 1 ? o : 0, op.taps == 1 ? 0 : o, c, op.C - c < 64 ? op.C - c : int64_t(64), o * op.C + c);
+    for (int64_t c = 0; c < op.extent.C; c += 64)
+      f(op.along == Along::Columns ? o : 0, op.along == Along::Columns ? 0 : o, c,
+        op.extent.C - c < 64 ? op.extent.C - c : int64_t(64), o * op.extent.C + c);
 }
 // Elements of a line and the step between them.
-GK_INLINE int64_t line_length(const Op& op) { return op.taps == 0 ? op.C : (op.taps == 1 ? op.W : op.H); }
-GK_INLINE int64_t line_step(const Op& op, int64_t row) { return op.taps == 0 ? 1 : (op.taps == 1 ? op.C : row); }
+GK_INLINE int64_t line_length(const LineSet& op) {
+  return op.along == Along::Channels ? op.extent.C : (op.along == Along::Columns ? op.extent.W : op.extent.H);
+}
+GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
+  return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
+}
 
 // One line whose elements are neighbours; returns its inverse deviation (normalise).
 template <class T>
-GK_INLINE T line_forward(const Op& op, int64_t len, const T* x, T* y, T* p) {
-  if (op.fn == 2) {
+GK_INLINE T line_forward(const LineSet& op, int64_t len, const T* x, T* y, T* p) {
+  if (op.function == LineFunction::Normalize) {
     T mean = 0, square = 0;
 #pragma omp simd reduction(+ : mean)
     for (int64_t k = 0; k < len; ++k) mean += x[k];
     mean /= static_cast<T>(len);
 #pragma omp simd reduction(+ : square)
     for (int64_t k = 0; k < len; ++k) square += (x[k] - mean) * (x[k] - mean);
-    const T r = T(1) / std::sqrt(square / static_cast<T>(len) + static_cast<T>(__builtin_bit_cast(double, op.p0)));
+    const T r = T(1) / std::sqrt(square / static_cast<T>(len) + static_cast<T>(op.epsilon));
 #pragma GCC ivdep
     for (int64_t k = 0; k < len; ++k) y[k] = p[k] = (x[k] - mean) * r;
     return r;
@@ -255,39 +258,39 @@ GK_INLINE T line_forward(const Op& op, int64_t len, const T* x, T* y, T* p) {
   for (int64_t k = 0; k < len; ++k) p[k] = power_of_e(x[k] - most);
 #pragma omp simd reduction(+ : total)
   for (int64_t k = 0; k < len; ++k) total += p[k];
-  const T log = op.fn ? std::log(total) : T(0);
+  const T log = op.function == LineFunction::LogSoftmax ? std::log(total) : T(0);
 #pragma GCC ivdep
   for (int64_t k = 0; k < len; ++k) {
     p[k] /= total;
-    y[k] = op.fn ? x[k] - most - log : p[k];
+    y[k] = op.function == LineFunction::LogSoftmax ? x[k] - most - log : p[k];
   }
   return 0;
 }
 
 template <class T>
-void run_lines(const Op& op, Context<T>& ctx, int64_t n) {
-  const int64_t len = line_length(op), dx = line_step(op, op.src_row), dy = line_step(op, op.dst_row),
-                dp = line_step(op, op.aux_row);
-  T* const stored = ctx.buf + op.aux + n * op.aux_n;
-  for_bundles(op, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
-    const T* x = GK_SRC(n) + h * op.src_row + w * op.C + c;
-    T* y = GK_DST(n) + h * op.dst_row + w * op.C + c;
-    T* p = stored + h * op.aux_row + w * op.C + c;
-    if (op.taps == 0) {
-      const T r = line_forward<T>(op, len, x, y, p);
-      if (op.fn == 2) stored[op.entries + line] = r;
+void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
+  const int64_t len = line_length(op.lines), dx = line_step(op.lines, op.src.row), dy = line_step(op.lines, op.dst.row),
+                dp = line_step(op.lines, op.lines.saved.row);
+  T* const stored = at(ctx, op.lines.saved, n);
+  for_bundles(op.lines, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
+    const T* x = at(ctx, op.src, n) + h * op.src.row + w * op.lines.extent.C + c;
+    T* y = at(ctx, op.dst, n) + h * op.dst.row + w * op.lines.extent.C + c;
+    T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;
+    if (op.lines.along == Along::Channels) {
+      const T r = line_forward<T>(op.lines, len, x, y, p);
+      if (op.lines.function == LineFunction::Normalize) stored[op.lines.deviations + line] = r;
       return;
     }
     T a[64] = {}, b[64] = {};
-    if (op.fn == 2) {
+    if (op.lines.function == LineFunction::Normalize) {
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) a[i] += x[k * dx + i];
       for (int64_t i = 0; i < lines; ++i) a[i] /= static_cast<T>(len);
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) b[i] += (x[k * dx + i] - a[i]) * (x[k * dx + i] - a[i]);
-      const T eps = static_cast<T>(__builtin_bit_cast(double, op.p0));
+      const T eps = static_cast<T>(op.lines.epsilon);
       for (int64_t i = 0; i < lines; ++i)
-        stored[op.entries + line + i] = b[i] = T(1) / std::sqrt(b[i] / static_cast<T>(len) + eps);
+        stored[op.lines.deviations + line + i] = b[i] = T(1) / std::sqrt(b[i] / static_cast<T>(len) + eps);
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) y[k * dy + i] = p[k * dp + i] = (x[k * dx + i] - a[i]) * b[i];
       return;
@@ -303,26 +306,27 @@ void run_lines(const Op& op, Context<T>& ctx, int64_t n) {
     for (int64_t k = 0; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
         p[k * dp + i] /= b[i];
-        y[k * dy + i] = op.fn ? x[k * dx + i] - a[i] - std::log(b[i]) : p[k * dp + i];
+        y[k * dy + i] =
+            op.lines.function == LineFunction::LogSoftmax ? x[k * dx + i] - a[i] - std::log(b[i]) : p[k * dp + i];
       }
   });
 }
 
 // One line of the cotangent.
 template <class T>
-GK_INLINE void line_backward(const Op& op, int64_t len, const T* g, T* y, const T* p, T r) {
+GK_INLINE void line_backward(const LineSet& op, int64_t len, const T* g, T* y, const T* p, T r) {
   T sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t k = 0; k < len; ++k) {
     sum += g[k];
     dot += g[k] * p[k];
   }
-  if (op.fn == 2) {
+  if (op.function == LineFunction::Normalize) {
     sum /= static_cast<T>(len);
     dot /= static_cast<T>(len);
 #pragma GCC ivdep
     for (int64_t k = 0; k < len; ++k) y[k] += r * (g[k] - sum - p[k] * dot);
-  } else if (op.fn == 1) {
+  } else if (op.function == LineFunction::LogSoftmax) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < len; ++k) y[k] += g[k] - p[k] * sum;
   } else {
@@ -333,16 +337,19 @@ GK_INLINE void line_backward(const Op& op, int64_t len, const T* g, T* y, const 
 
 // softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
 template <class T>
-void run_lines_t(const Op& op, Context<T>& ctx, int64_t n) {
-  const int64_t len = line_length(op), dg = line_step(op, op.src_row), dy = line_step(op, op.dst_row),
-                dp = line_step(op, op.aux_row);
-  const T* const stored = ctx.buf + op.aux + n * op.aux_n;
+void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
+  const int64_t len = line_length(op.lines), dg = line_step(op.lines, op.src.row), dy = line_step(op.lines, op.dst.row),
+                dp = line_step(op.lines, op.lines.saved.row);
+  const T* const stored = at(ctx, op.lines.saved, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for_bundles(op, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
-      const T* g = GK_SRC(n) + s * op.src_s + h * op.src_row + w * op.C + c;
-      T* y = GK_DST(n) + s * op.dst_s + h * op.dst_row + w * op.C + c;
-      const T* p = stored + h * op.aux_row + w * op.C + c;
-      if (op.taps == 0) return line_backward<T>(op, len, g, y, p, op.fn == 2 ? stored[op.entries + line] : T(0));
+    for_bundles(op.lines, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.lines.extent.C + c;
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.lines.extent.C + c;
+      const T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;
+      if (op.lines.along == Along::Channels)
+        return line_backward<T>(
+            op.lines, len, g, y, p,
+            op.lines.function == LineFunction::Normalize ? stored[op.lines.deviations + line] : T(0));
       T sum[64] = {}, dot[64] = {};
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) {
@@ -352,9 +359,10 @@ void run_lines_t(const Op& op, Context<T>& ctx, int64_t n) {
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) {
           const T gk = g[k * dg + i], pk = p[k * dp + i];
-          if (op.fn == 2)
-            y[k * dy + i] += stored[op.entries + line + i] * (gk - (sum[i] + pk * dot[i]) / static_cast<T>(len));
-          else y[k * dy + i] += op.fn ? gk - pk * sum[i] : pk * (gk - dot[i]);
+          if (op.lines.function == LineFunction::Normalize)
+            y[k * dy + i] +=
+                stored[op.lines.deviations + line + i] * (gk - (sum[i] + pk * dot[i]) / static_cast<T>(len));
+          else y[k * dy + i] += op.lines.function == LineFunction::LogSoftmax ? gk - pk * sum[i] : pk * (gk - dot[i]);
         }
     });
 }

@@ -84,35 +84,24 @@ void matmul(MatMulArgs<T> m, int64_t rows, int64_t columns) {
   }
 }
 
-// H × [W, C] · [C, O].
-template <class T>
-void run_matmul(const Op& op, Context<T>& ctx, int64_t n) {
-  const T *a = ctx.buf + op.src + n * op.src_n, *b = ctx.buf + op.aux + n * op.aux_n;
-  T* y = ctx.buf + op.dst + n * op.dst_n;
-  for (int64_t h = 0; h < op.H; ++h)
-    matmul<T>({a + h * op.src_row, op.kh, op.kw, b + h * op.aux_row, op.aux_px, y + h * op.dst_row, op.dst_px, op.C, 0,
-               false},
-              op.W, op.O);
+// Every matrix of a sample (and, of cotangents, of a seed).
+template <class T, class R>
+void matmul_all(const R& op, const T* left, const T* right, T* y, bool add) {
+  for (int64_t h = 0; h < op.matrices; ++h)
+    matmul<T>({left + h * op.left.row, op.left.position, op.left_term, right + h * op.right.row, op.right.position,
+               y + h * op.dst.row, op.dst.position, op.terms, 0, add},
+              op.rows, op.columns);
 }
 
-// The cotangents of all seeds: one side is `src`, with seeds, and the other `aux`, without.  fn 0: src · aux, where
-// aux is the right side turned over; fn 1: the left side turned over (`aux`, by its steps) · src.
 template <class T>
-void run_matmul_t(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* aux = ctx.buf + op.aux + n * op.aux_n;
-  for (int64_t s = 0; s < ctx.seeds; ++s) {
-    const T* g = ctx.buf + op.src + n * op.src_n + s * op.src_s;
-    T* y = ctx.buf + op.dst + n * op.dst_n + s * op.dst_s;
-    for (int64_t h = 0; h < op.H; ++h) {
-      MatMulArgs<T> m{
-          g + h * op.src_row, op.kh, op.kw, aux + h * op.aux_row, op.aux_px, y + h * op.dst_row, op.dst_px, op.C, 0,
-          !op.assign};
-      if (op.fn) {
-        m.a = aux + h * op.aux_row;
-        m.b = g + h * op.src_row;
-        m.ldb = op.src_px;
-      }
-      matmul<T>(m, op.W, op.O);
-    }
-  }
+void run_matmul(const MatMulRecord& op, Context<T>& ctx, int64_t n) {
+  matmul_all<T>(op, at(ctx, op.left, n), at(ctx, op.right, n), at(ctx, op.dst, n), false);
+}
+
+// One side has seeds, the other has none.
+template <class T>
+void run_matmul_t(const MatMulTRecord& op, Context<T>& ctx, int64_t n) {
+  for (int64_t s = 0; s < ctx.seeds; ++s)
+    matmul_all<T>(op, at(ctx, op.left, n) + s * op.left.seed, at(ctx, op.right, n) + s * op.right.seed,
+                  at(ctx, op.dst, n) + s * op.dst.seed, !op.assign);
 }

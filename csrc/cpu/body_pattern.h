@@ -5,14 +5,14 @@
 
 // One output position and 16 channels, any window: x(j) gives tap j's address or null outside the input.
 template <class T, class Tap>
-GK_INLINE void pattern16(const Op& op, int64_t c, const Tap& tap, T* y, uint8_t* planes) {
+GK_INLINE void pattern16(const PatternRecord& op, int64_t c, const Tap& tap, T* y, uint8_t* planes) {
   constexpr int VL = Simd<T>::VL;
-  const int64_t left = op.C - c < 16 ? op.C - c : 16;
+  const int64_t left = op.extent.C - c < 16 ? op.extent.C - c : 16;
   uint16_t wins[256];
   T m[16];
   int64_t first = -1;
   for (int64_t i = 0; i < 16; ++i) m[i] = -__builtin_inff();
-  for (int64_t j = 0; j < op.taps; ++j) {
+  for (int64_t j = 0; j < op.pattern.taps; ++j) {
     const T* x = tap(j);
     wins[j] = 0;
     if (!x) continue;
@@ -31,12 +31,12 @@ GK_INLINE void pattern16(const Op& op, int64_t c, const Tap& tap, T* y, uint8_t*
   }
   // The last replacement won; where nothing ever beat -inf, the first tap did.
   uint32_t dead = ~open;
-  for (int64_t j = op.taps - 1; j >= 0; --j) {
+  for (int64_t j = op.pattern.taps - 1; j >= 0; --j) {
     uint32_t k = wins[j] & ~dead;
     dead |= k;
     if (j == first) k |= ~dead & 0xffff;
     const uint16_t word = static_cast<uint16_t>(k);
-    __builtin_memcpy(planes + j * op.nb + c / 8, &word, 2);
+    __builtin_memcpy(planes + j * op.pattern.plane_bytes + c / 8, &word, 2);
   }
   __builtin_memcpy(y + c, m, left * sizeof(T));
 }
@@ -44,9 +44,9 @@ GK_INLINE void pattern16(const Op& op, int64_t c, const Tap& tap, T* y, uint8_t*
 #if GK_ISA == 512
 // The same for float windows of at most four taps that lie inside: everything in registers.
 template <int Taps>
-GK_INLINE void pattern_inside(const Op& op, const float* const* taps, float* y, uint8_t* planes) {
-  for (int64_t c = 0; c < op.C; c += 16) {
-    const __mmask16 lanes = op.C - c < 16 ? (__mmask16)((1u << (op.C - c)) - 1) : (__mmask16)0xffff;
+GK_INLINE void pattern_inside(const PatternRecord& op, const float* const* taps, float* y, uint8_t* planes) {
+  for (int64_t c = 0; c < op.extent.C; c += 16) {
+    const __mmask16 lanes = op.extent.C - c < 16 ? (__mmask16)((1u << (op.extent.C - c)) - 1) : (__mmask16)0xffff;
     __mmask16 win[Taps];
     __m512 m = _mm512_maskz_loadu_ps(lanes, taps[0] + c);
     win[0] = 0xffff;
@@ -65,7 +65,7 @@ GK_INLINE void pattern_inside(const Op& op, const float* const* taps, float* y, 
     for (int j = Taps - 1; j >= 0; --j) {
       const uint16_t word = open & win[j];
       open &= ~win[j];
-      __builtin_memcpy(planes + j * op.nb + c / 8, &word, 2);
+      __builtin_memcpy(planes + j * op.pattern.plane_bytes + c / 8, &word, 2);
     }
     _mm512_mask_storeu_ps(y + c, lanes, m);
   }
@@ -73,73 +73,75 @@ GK_INLINE void pattern_inside(const Op& op, const float* const* taps, float* y, 
 #endif
 
 template <class T>
-void run_pattern(const Op& op, Context<T>& ctx, int64_t n) {
-  const T* src = GK_SRC(n);
-  uint8_t* planes = ctx.bits + op.bits + n * op.bits_n;
+void run_pattern(const PatternRecord& op, Context<T>& ctx, int64_t n) {
+  const T* src = at(ctx, op.src, n);
+  uint8_t* planes = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
   const T* taps[256];
-  for (int64_t h = 0; h < op.H; ++h)
-    for (int64_t w = 0; w < op.W; ++w, planes += op.taps * op.nb) {
-      T* y = GK_DST(n) + h * op.dst_row + w * op.dst_px;
+  for (int64_t h = 0; h < op.extent.H; ++h)
+    for (int64_t w = 0; w < op.extent.W; ++w, planes += op.pattern.taps * op.pattern.plane_bytes) {
+      T* y = at(ctx, op.dst, n) + h * op.dst.row + w * op.dst.position;
       bool inside = true;
       const T** tap = taps;
-      for (int64_t jh = 0; jh < op.kh; ++jh)
-        for (int64_t jw = 0; jw < op.kw; ++jw) {
-          const int64_t hi = h * op.sh - op.ph + jh * op.dh, wi = w * op.sw - op.pw + jw * op.dw;
-          const bool in = hi >= 0 && hi < op.Hi && wi >= 0 && wi < op.Wi;
+      for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
+        for (int64_t jw = 0; jw < op.pattern.kw; ++jw) {
+          const int64_t hi = h * op.pattern.sh - op.pattern.ph + jh * op.pattern.dh,
+                        wi = w * op.pattern.sw - op.pattern.pw + jw * op.pattern.dw;
+          const bool in = hi >= 0 && hi < op.pattern.H && wi >= 0 && wi < op.pattern.W;
           inside &= in;
-          *tap++ = in ? src + hi * op.src_row + wi * op.src_px : nullptr;
+          *tap++ = in ? src + hi * op.src.row + wi * op.src.position : nullptr;
         }
 #if GK_ISA == 512
       if constexpr (sizeof(T) == 4)
         if (inside) {
-          if (op.taps == 1) {
+          if (op.pattern.taps == 1) {
             pattern_inside<1>(op, taps, y, planes);
             continue;
           }
-          if (op.taps == 2) {
+          if (op.pattern.taps == 2) {
             pattern_inside<2>(op, taps, y, planes);
             continue;
           }
-          if (op.taps == 3) {
+          if (op.pattern.taps == 3) {
             pattern_inside<3>(op, taps, y, planes);
             continue;
           }
-          if (op.taps == 4) {
+          if (op.pattern.taps == 4) {
             pattern_inside<4>(op, taps, y, planes);
             continue;
           }
         }
 #endif
-      for (int64_t c = 0; c < op.C; c += 16) pattern16<T>(op, c, [&](int64_t j) { return taps[j]; }, y, planes);
+      for (int64_t c = 0; c < op.extent.C; c += 16) pattern16<T>(op, c, [&](int64_t j) { return taps[j]; }, y, planes);
     }
 }
 
 // The position that tap (jh, jw) of pool output (h, w) reads, or false outside.
-GK_INLINE bool tap_position(const Op& op, int64_t h, int64_t w, int64_t jh, int64_t jw, int64_t& hi, int64_t& wi) {
-  hi = h * op.sh - op.ph + jh * op.dh;
-  wi = w * op.sw - op.pw + jw * op.dw;
-  return hi >= 0 && hi < op.Hi && wi >= 0 && wi < op.Wi;
+GK_INLINE bool tap_position(const PatternRef& p, int64_t h, int64_t w, int64_t jh, int64_t jw, int64_t& hi,
+                            int64_t& wi) {
+  hi = h * p.sh - p.ph + jh * p.dh;
+  wi = w * p.sw - p.pw + jw * p.dw;
+  return hi >= 0 && hi < p.H && wi >= 0 && wi < p.W;
 }
 
 // A pattern applied to a dense destination: what was routed moves, the rest stays as it is.
 template <class T>
-void run_expand(const Op& op, Context<T>& ctx, int64_t n) {
-  const uint8_t* planes = ctx.bits + op.bits + n * op.bits_n;
-  for (int64_t h = 0; h < op.H; ++h)
-    for (int64_t w = 0; w < op.W; ++w)
-      for (int64_t jh = 0; jh < op.kh; ++jh)
-        for (int64_t jw = 0; jw < op.kw; ++jw, planes += op.nb) {
+void run_pattern_t(const PatternTRecord& op, Context<T>& ctx, int64_t n) {
+  const uint8_t* planes = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
+  for (int64_t h = 0; h < op.extent.H; ++h)
+    for (int64_t w = 0; w < op.extent.W; ++w)
+      for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
+        for (int64_t jw = 0; jw < op.pattern.kw; ++jw, planes += op.pattern.plane_bytes) {
           int64_t hi, wi;
-          if (!tap_position(op, h, w, jh, jw, hi, wi)) continue;
-          const T* g = GK_SRC(n) + h * op.src_row + w * op.src_px;
-          T* y = GK_DST(n) + hi * op.dst_row + wi * op.dst_px;
-          for (int64_t c = 0; c < op.C; c += 16) {
+          if (!tap_position(op.pattern, h, w, jh, jw, hi, wi)) continue;
+          const T* g = at(ctx, op.src, n) + h * op.src.row + w * op.src.position;
+          T* y = at(ctx, op.dst, n) + hi * op.dst.row + wi * op.dst.position;
+          for (int64_t c = 0; c < op.extent.C; c += 16) {
             uint16_t word;
             __builtin_memcpy(&word, planes + c / 8, 2);
             uint16_t out[32];
             const int64_t count = append(out, word, c);
             for (int64_t s = 0; s < ctx.seeds; ++s)
-              for (int64_t i = 0; i < count; ++i) y[s * op.dst_s + out[i]] += g[s * op.src_s + out[i]];
+              for (int64_t i = 0; i < count; ++i) y[s * op.dst.seed + out[i]] += g[s * op.src.seed + out[i]];
           }
         }
 }

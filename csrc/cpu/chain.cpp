@@ -1,4 +1,4 @@
-// CPU launch of a chain: blocks of samples over torch's own threads, one scratch arena per thread.
+// CPU launch of a chain: blocks of samples over torch's own threads, one piece of scratch memory per thread.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -72,28 +72,22 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// arena sizes: shared and per-sample elements, bit bytes per sample, list entries and segments (both
-// for a whole block).  `block` is the number of samples per block.
-struct Arena {
-  int64_t shared, sample, bits_sample, idx, segs;
-};
-
 template <class T>
 void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
-            const at::Tensor& forward, const at::Tensor& backward, const Arena& arena, int64_t block,
-            at::IntArrayRef output_sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
-            at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
+            const at::Tensor& forward, const at::Tensor& backward, const CpuSizes& sizes, at::IntArrayRef output_sizes,
+            const at::Tensor& targets, const at::Tensor& seed_rows, at::TensorList cotangents, int64_t seed_tile,
+            at::TensorList outputs, at::TensorList results) {
   const int64_t samples = inputs[0].size(0);
   const int64_t threads = at::get_num_threads();
-  block = std::max<int64_t>(1, std::min(block, (samples + threads - 1) / threads));
+  const int64_t block = std::max<int64_t>(1, std::min(sizes.block, (samples + threads - 1) / threads));
   const int64_t blocks = (samples + block - 1) / block;
   const int64_t seeds = backward.size(0) == 0 ? 0 : targets.defined() ? targets.size(-1) : cotangents[0].size(1);
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
-  const int64_t elements = round(arena.shared + block * arena.sample + 64);
-  const int64_t bits = round(block * arena.bits_sample + 64);
-  const int64_t idx = round(arena.idx + 64), segs = arena.segs + 8;
-  const int64_t bytes =
-      elements * static_cast<int64_t>(sizeof(T)) + bits + idx * 4 + segs * static_cast<int64_t>(sizeof(Segment));
+  const int64_t elements = round(sizes.shared + block * sizes.sample + 64);
+  const int64_t bits = round(block * sizes.bits + 64);
+  const int64_t entries = round(sizes.entries + 64), segments = sizes.segments + 8;
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T)) + bits + entries * 4 +
+                        segments * static_cast<int64_t>(sizeof(Segment));
 
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
@@ -101,9 +95,10 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
     Context<T> ctx{};
     ctx.buf = reinterpret_cast<T*>(memory);
     ctx.bits = reinterpret_cast<uint8_t*>(memory + elements * sizeof(T));
-    ctx.segs = reinterpret_cast<Segment*>(ctx.bits + bits);
-    ctx.idx = reinterpret_cast<uint16_t*>(ctx.segs + segs);
-    ctx.rows = ctx.idx + idx;
+    ctx.bits_sample = sizes.bits;
+    ctx.segments = reinterpret_cast<Segment*>(ctx.bits + bits);
+    ctx.channels = reinterpret_cast<uint16_t*>(ctx.segments + segments);
+    ctx.weight_rows = ctx.channels + entries;
     ctx.packed = packed.const_data_ptr<T>();
     ctx.tables = tables.const_data_ptr<int32_t>();
     // Halos and slack must be zero, and stay so: ops write interiors only.
@@ -122,7 +117,7 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
       ctx.input_n = in_n.data();
       ctx.outputs = out.data();
       ctx.output_n = output_sizes.data();
-      kernels.run(static_cast<const Op*>(forward.const_data_ptr()), forward.size(0), ctx);
+      kernels.run(static_cast<const Record*>(forward.const_data_ptr()), forward.size(0), ctx);
       for (int64_t s0 = 0; s0 < seeds; s0 += seed_tile) {
         ctx.seeds = std::min(seed_tile, seeds - s0);
         ctx.seeds_total = seeds;
@@ -145,7 +140,7 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
         }
         ctx.results = res.data();
         ctx.cotangents = cot.data();
-        kernels.run(static_cast<const Op*>(backward.const_data_ptr()), backward.size(0), ctx);
+        kernels.run(static_cast<const Record*>(backward.const_data_ptr()), backward.size(0), ctx);
       }
     }
     scratch.trim();
@@ -153,29 +148,27 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
 }
 
 void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-         const at::Tensor& backward, at::IntArrayRef sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
+         const at::Tensor& backward, const CpuSizes& sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
          at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
   if (inputs[0].size(0) == 0) return;
-  const Arena arena{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  const int64_t block = sizes[5];
   std::vector<int64_t> output_sizes;
   for (const at::Tensor& y : outputs) output_sizes.push_back(y.size(1));
   const Isa& isa = current_isa();
   if (packed.scalar_type() == at::kFloat)
-    launch<float>(isa.f32, inputs, packed, tables, forward, backward, arena, block, output_sizes, targets, seed_rows,
+    launch<float>(isa.f32, inputs, packed, tables, forward, backward, sizes, output_sizes, targets, seed_rows,
                   cotangents, seed_tile, outputs, results);
   else if (packed.scalar_type() == at::kDouble)
-    launch<double>(isa.f64, inputs, packed, tables, forward, backward, arena, block, output_sizes, targets, seed_rows,
+    launch<double>(isa.f64, inputs, packed, tables, forward, backward, sizes, output_sizes, targets, seed_rows,
                    cotangents, seed_tile, outputs, results);
   else TORCH_CHECK(false, "gradkern: the CPU kernels take float32 or float64, got ", packed.scalar_type());
 }
 
 std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
                                       const at::Tensor& forward, at::IntArrayRef sizes, at::IntArrayRef output_sizes) {
-  check_chain(inputs, packed, tables, forward, forward, sizes);
+  check_chain(inputs, packed, tables, forward, forward);
   std::vector<at::Tensor> outputs;
   for (const int64_t size : output_sizes) outputs.push_back(at::empty({inputs[0].size(0), size}, inputs[0].options()));
-  run(inputs, packed, tables, forward, forward.slice(0, 0, 0), sizes, {}, {}, {}, 1, outputs, {});
+  run(inputs, packed, tables, forward, forward.slice(0, 0, 0), sizes_of<CpuSizes>(sizes), {}, {}, {}, 1, outputs, {});
   return outputs;
 }
 
@@ -184,9 +177,10 @@ void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor
                const std::optional<at::Tensor>& targets, const std::optional<at::Tensor>& seed_rows,
                at::TensorList cotangents, int64_t seed_tile, at::TensorList results) {
   const at::Tensor t = targets.value_or(at::Tensor()), rows = seed_rows.value_or(at::Tensor());
-  check_chain(inputs, packed, tables, forward, backward, sizes);
+  check_chain(inputs, packed, tables, forward, backward);
   check_seeds(inputs, packed, outputs, t, rows, cotangents, seed_tile, results);
-  run(inputs, packed, tables, forward, backward, sizes, t, rows, cotangents, seed_tile, outputs, results);
+  run(inputs, packed, tables, forward, backward, sizes_of<CpuSizes>(sizes), t, rows, cotangents, seed_tile, outputs,
+      results);
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 // The ISA table: one entry per translation unit, best first.
 #pragma once
-#include "../program.h"
+#include "context.h"
 
 namespace gradkern {
 

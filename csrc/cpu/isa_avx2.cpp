@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <immintrin.h>
 
-#include "../rescale.h"
 #include "isa.h"
 
 #pragma GCC push_options

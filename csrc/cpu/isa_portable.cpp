@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../rescale.h"
 #include "isa.h"
 
 #define GK_ISA 0

@@ -91,7 +91,7 @@ GK_INLINE void window_dispatch(const WindowArgs<T>& a, int nv, int64_t count) {
 }
 
 // ---- backward: S seeds × NV vectors of the window, over the live channels of each segment --------------------
-//   out[s][dst + slot] += Σ_{c live} g[s][src + c] · w[row(c)][slot]
+//   out[s][dst + e] += Σ_{c live} g[s][src + c] · w[row(c)][e]
 template <class T>
 struct ScatterArgs {
   const Segment* segs;
@@ -104,7 +104,7 @@ struct ScatterArgs {
   int64_t os;  // seed stride of out
   const T* w;
   int64_t ldw;
-  const int32_t* slots;  // pairs (destination offset, live lanes)
+  const int32_t* window;  // pairs (destination offset, live lanes)
   bool assign;
 };
 
@@ -138,8 +138,8 @@ void scatter_tile(const ScatterArgs<T>& a) {
     T* out = a.out + seg.dst;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      T* o = out + a.slots[2 * v];
-      const int32_t n = a.slots[2 * v + 1];
+      T* o = out + a.window[2 * v];
+      const int32_t n = a.window[2 * v + 1];
       if (a.assign) {
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s)
@@ -178,23 +178,23 @@ GK_INLINE void scatter_seeds(const ScatterArgs<T>& a, int seeds, int nv) {
 
 // All seeds and all vectors of the window, tile by tile.
 template <class T>
-void scatter(ScatterArgs<T> a, int64_t seeds, int64_t slots) {
+void scatter(ScatterArgs<T> a, int64_t seeds, int64_t vectors) {
   constexpr int VL = Simd<T>::VL;
   const T* g = a.g;
   T* out = a.out;
   const int64_t blocks = (seeds + kMaxSeeds - 1) / kMaxSeeds;
   const T* w = a.w;
-  const int32_t* table = a.slots;
+  const int32_t* table = a.window;
   for (int64_t b = 0, s0 = 0; b < blocks; ++b) {
     const int64_t sb = (seeds - s0 + (blocks - b) - 1) / (blocks - b);
     const int64_t most = max_vectors(static_cast<int>(sb));
-    const int64_t tiles = (slots + most - 1) / most;
+    const int64_t tiles = (vectors + most - 1) / most;
     for (int64_t t = 0, v0 = 0; t < tiles; ++t) {
-      const int64_t nv = (slots - v0 + (tiles - t) - 1) / (tiles - t);
+      const int64_t nv = (vectors - v0 + (tiles - t) - 1) / (tiles - t);
       a.g = g + s0 * a.gs;
       a.out = out + s0 * a.os;
       a.w = w + v0 * VL;
-      a.slots = table + 2 * v0;
+      a.window = table + 2 * v0;
       scatter_seeds<T, kMaxSeeds>(a, static_cast<int>(sb), static_cast<int>(nv));
       v0 += nv;
     }

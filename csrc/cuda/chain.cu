@@ -1,6 +1,5 @@
 // The chain kernel in single and double precision.
 #include "chain.cuh"
-#include "launch.h"
 
 namespace gradkern::cuda {
 

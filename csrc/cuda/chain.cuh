@@ -1,51 +1,63 @@
 // The chain kernel: persistent blocks, each taking tiles of samples through all records of a chain, forward and then
 // backward for one tile of seeds after the other, with everything between the input and its gradient in shared memory.
 #pragma once
-#include "elementwise.cuh"
 #include "forms.cuh"
 #include "matmul.cuh"
 #include "narrow.cuh"
+#include "pattern.cuh"
 #include "pooled.cuh"
+#include "ports.cuh"
 #include "quads.cuh"
 #include "scatter.cuh"
 #include "window.cuh"
 
 namespace gradkern::cuda {
 
+// A row of integers as the record of its kind.
+template <class R>
+GK_DEVICE const R& as(const Record& record) {
+  static_assert(sizeof(R) <= sizeof(Record));
+  return reinterpret_cast<const R&>(record);
+}
+
 template <class T>
-GK_DEVICE void run_op(const Op& op, const Tile<T> t) {
-  switch (static_cast<Kind>(op.kind)) {
-    case Kind::Load: return run_load(op, t);
-    case Kind::Window: return op.taps ? run_window_pooled(op, t) : run_window(op, t);
-    case Kind::Stencil: return run_stencil<T, true>(op, t);
-    case Kind::Pattern: return run_pattern(op, t);
-    case Kind::Scale: return run_scale(op, t);
-    case Kind::Sum: return run_sum(op, t);
-    case Kind::Move: return run_move(op, t);
-    case Kind::Product: return run_times(op, t);
-    case Kind::Lines: return run_lines(op, t);
-    case Kind::Store: return run_store(op, t);
-    case Kind::SeedRows: return run_seed_rows(op, t);
-    case Kind::SeedOneHot: return run_seed_onehot(op, t);
-    case Kind::SeedDense: return run_seed_dense(op, t);
-    case Kind::Zero: return run_zero(op, t);
-    case Kind::WindowT: return run_window_t(op, t);
-    case Kind::StencilT: return run_stencil<T, false>(op, t);
-    case Kind::Expand: return run_expand(op, t);
-    case Kind::MulD: return run_add<T, true>(op, t);
-    case Kind::Add: return run_add<T, false>(op, t);
-    case Kind::MoveT: return run_move_t(op, t);
-    case Kind::ProductT: return run_times_t(op, t);
-    case Kind::LinesT: return run_lines_t(op, t);
-    case Kind::StoreT: return run_store_t(op, t);
-    case Kind::Rectify: return run_rectify(op, t);
-    case Kind::MatMul:
-    case Kind::MatMulT: return run_matmul(op, t);
+GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
+  switch (record.kind) {
+    case Kind::Load: return run_load(as<LoadRecord>(record), t);
+    case Kind::Store: return run_store(as<StoreRecord>(record), t);
+    case Kind::Window: return run_window(as<WindowRecord>(record), t);
+    case Kind::PooledWindow: return run_window_pooled(as<PooledWindowRecord>(record), t);
+    case Kind::Stencil: return run_stencil(as<StencilRecord>(record), t);
+    case Kind::Pattern: return run_pattern(as<PatternRecord>(record), t);
+    case Kind::Scale: return run_scale(as<ScaleRecord>(record), t);
+    case Kind::Sum: return run_sum(as<SumRecord>(record), t);
+    case Kind::Move: return run_move(as<MoveRecord>(record), t);
+    case Kind::Product: return run_product(as<ProductRecord>(record), t);
+    case Kind::Lines: return run_lines(as<LinesRecord>(record), t);
+    case Kind::MatMul: return run_matmul(as<MatMulRecord>(record), t, 1, false);
+    case Kind::Zero: return run_zero(as<ZeroRecord>(record), t);
+    case Kind::Rectify: return run_rectify(as<RectifyRecord>(record), t);
+    case Kind::SeedRows: return run_seed_rows(as<SeedRowsRecord>(record), t);
+    case Kind::SeedOneHot: return run_seed_onehot(as<SeedOneHotRecord>(record), t);
+    case Kind::SeedDense: return run_seed_dense(as<SeedDenseRecord>(record), t);
+    case Kind::ScatterT: return run_scatter(as<ScatterTRecord>(record), t);
+    case Kind::DenseT: return run_dense_t(as<DenseTRecord>(record), t);
+    case Kind::StencilT: return run_stencil_t(as<StencilTRecord>(record), t);
+    case Kind::PatternT: return run_pattern_t(as<PatternTRecord>(record), t);
+    case Kind::ScaleT: return run_scale_t(as<ScaleTRecord>(record), t);
+    case Kind::Add: return run_add(as<AddRecord>(record), t);
+    case Kind::MoveT: return run_move_t(as<MoveTRecord>(record), t);
+    case Kind::ProductT: return run_product_t(as<ProductTRecord>(record), t);
+    case Kind::LinesT: return run_lines_t(as<LinesTRecord>(record), t);
+    case Kind::MatMulT:  // begins as a MatMulRecord does
+      return run_matmul(as<MatMulRecord>(record), t, t.seeds, !as<MatMulTRecord>(record).assign);
+    case Kind::StoreT: return run_store_t(as<StoreTRecord>(record), t);
+    case Kind::WindowT: return;  // the CPU's
   }
 }
 
-// Block ops take all samples of the tile, so that a weight is read once for them; runs of other ops take `outer` at a
-// time, as many as there are slots of scratch.
+// Records of the whole block take all samples of the tile, so that a weight is read once for them; runs of others take
+// `samples` at a time, as many as scratch has room for.
 // What can be worked out again from the arguments is not kept: the records' functions want the registers.
 template <class T>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
@@ -56,17 +68,17 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
     for (t.s0 = -args.seed_tile; t.s0 < (args.backward_count ? args.seeds : 0); t.s0 += args.seed_tile) {
       const bool forward = t.s0 < 0;
       t.seeds = forward ? 1 : args.seeds - t.s0 < args.seed_tile ? args.seeds - t.s0 : args.seed_tile;
-      const Op* ops = forward ? args.forward : args.backward;
+      const Record* records = forward ? args.forward : args.backward;
       const int count = forward ? args.forward_count : args.backward_count;
       for (int begin = 0, end; begin < count; begin = end) {
-        const bool block = ops[begin].block;
+        const bool block = records[begin].block;
         end = begin + 1;
-        while (!block && end < count && !ops[end].block) ++end;
-        const int step = block ? args.block : static_cast<int>(ops[begin].outer);
+        while (!block && end < count && !records[end].block) ++end;
+        const int step = block ? args.block : static_cast<int>(records[begin].samples);
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {
-            run_op(ops[k], t);
+            run_record(records[k], t);
             __syncthreads();
           }
         }

@@ -2,9 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "../program.h"
-#include "../scale.h"
-
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define GK_DEVICE __device__ __forceinline__

@@ -17,20 +17,19 @@ enum class Reading {
 
 // One of the two factors.
 struct Factor {
-  int64_t offset, sample;  // as Tile::at takes them
-  int seed, plane;         // steps from one seed and one matrix to the next
-  int line, term;
+  const Place& place;  // row: from one matrix to the next
+  int line, term;      // steps from one line and one term to the next
 };
 
 struct MatMul {
   Factor left, right;
-  int planes, copies;  // matrices of a sample; how many times each, once per seed where a factor has seeds
+  int planes, copies;  // matrices of a sample; how many times each, once per seed on the way back
   int rows, columns, terms;
   bool add;  // to what is there
 };
 
 GK_DEVICE Reading reading_of(const Factor& f, int lines, int at_once) {
-  if ((f.offset | f.sample | f.seed | f.plane) & 3) return Reading::kScattered;
+  if ((f.place.offset | f.place.sample | f.place.seed | f.place.row) & 3) return Reading::kScattered;
   if (f.term == 1 && f.line % 4 == 0) return Reading::kTerms;
   return at_once == 4 && f.line == 1 && f.term % 4 == 0 && lines % 4 == 0 ? Reading::kLines : Reading::kScattered;
 }
@@ -62,9 +61,9 @@ GK_DEVICE void take(T (&x)[N][4], const T* p, const int (&at)[N], int term, Read
 
 // A thread's lines of a side: the first, and the step to the next.  Past the end it reads the first line again.
 template <int N>
-struct Lines {
+struct TileLines {
   int first, step, at[N];
-  GK_DEVICE Lines(const Factor& f, Reading how, int tile, int tiles, int lines)
+  GK_DEVICE TileLines(const Factor& f, Reading how, int tile, int tiles, int lines)
       : first(how == Reading::kLines ? 4 * tile : tile), step(how == Reading::kLines ? 1 : tiles) {
 #pragma unroll
     for (int i = 0; i < N; ++i) at[i] = (first + i * step < lines ? first + i * step : first) * f.line;
@@ -104,25 +103,25 @@ GK_DEVICE void matmul_sum(T (&acc)[R][4], const T* a, const int (&at_a)[R], int 
 // R × 4 results per thread.  Where columns lie a multiple of the banks apart, threads beside each other start at other
 // terms, or all would ask one bank.
 template <class T, int R>
-GK_DEVICE void matmul_tiles(const Op& op, const Tile<T>& t, const MatMul& p) {
+GK_DEVICE void matmul_tiles(const MatMulRecord& op, const Tile<T>& t, const MatMul& p) {
   const Reading left = reading_of(p.left, p.rows, R), right = reading_of(p.right, p.columns, 4);
   const int along = (p.rows + R - 1) / R, across = (p.columns + 3) / 4, tiles = along * across;
-  const bool together = right == Reading::kLines && ((op.dst | op.dst_n | op.dst_s | op.dst_row | op.dst_px) & 3) == 0;
+  const bool together = right == Reading::kLines && by_fours(op.dst);
   for (int i = t.tid(); i < t.count * p.copies * p.planes * tiles; i += t.threads()) {
     const int q = i / tiles, tile = i - q * tiles, ms = q / p.planes, h = q - ms * p.planes;
     const int m = ms / p.copies, s = ms - m * p.copies, down = tile / across, over = tile - down * across;
-    const Lines<R> rows(p.left, left, down, along, p.rows);
-    const Lines<4> columns(p.right, right, over, across, p.columns);
-    const T* a = t.at(p.left.offset, p.left.sample, m) + s * p.left.seed + h * p.left.plane;
-    const T* b = t.at(p.right.offset, p.right.sample, m) + s * p.right.seed + h * p.right.plane;
+    const TileLines<R> rows(p.left, left, down, along, p.rows);
+    const TileLines<4> columns(p.right, right, over, across, p.columns);
+    const T* a = t.at(p.left.place, m, s) + Steps(p.left.place)(h, 0);
+    const T* b = t.at(p.right.place, m, s) + Steps(p.right.place)(h, 0);
     T acc[R][4] = {};
     matmul_sum<T, R>(acc, a, rows.at, p.left.term, left, b, columns.at, p.right.term, right, p.terms,
                      right == Reading::kTerms ? over : 0);
-    T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s) + h * static_cast<int>(op.dst_row);
+    T* y = t.at(op.dst, m, s) + Steps(op.dst)(h, 0);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       if (rows.first + r * rows.step >= p.rows) continue;
-      T* row = y + (rows.first + r * rows.step) * static_cast<int>(op.dst_px) + columns.first;
+      T* row = y + Steps(op.dst)(0, rows.first + r * rows.step) + columns.first;
       if (together) {
         Four<T> sum = p.add ? load4(row) : Four<T>{};
 #pragma unroll
@@ -140,28 +139,7 @@ GK_DEVICE void matmul_tiles(const Op& op, const Tile<T>& t, const MatMul& p) {
   }
 }
 
-// Forward: H × [W, C] · [C, O].  Backward, the cotangents of all seeds: one side is `src`, with seeds, and the other
-// `aux`, without.  fn 0: src · aux, the right side as it lies, its columns `sw` apart; fn 1: aux · src, the left side
-// turned over by its steps.
-GK_DEVICE MatMul matmul_of(const Op& op, int seeds) {
-  const bool back = static_cast<Kind>(op.kind) == Kind::MatMulT, swapped = back && op.fn;
-  Factor src{op.src, op.src_n, back ? static_cast<int>(op.src_s) : 0, static_cast<int>(op.src_row), 1, 1};
-  Factor aux{op.aux, op.aux_n, 0, static_cast<int>(op.aux_row), 1, 1};
-  Factor &left = swapped ? aux : src, &right = swapped ? src : aux;
-  left.line = static_cast<int>(op.kh), left.term = static_cast<int>(op.kw);
-  right.line = back && !swapped ? static_cast<int>(op.sw) : 1;
-  right.term = static_cast<int>(swapped ? op.src_px : op.aux_px);
-  return {left,
-          right,
-          static_cast<int>(op.H),
-          back ? seeds : 1,
-          static_cast<int>(op.W),
-          static_cast<int>(op.O),
-          static_cast<int>(op.C),
-          back && !op.assign};
-}
-
-// Issued instructions of the busiest thread with tiles of so many rows; gradkern/codegen/cuda/lowering.py: matmul_cost.
+// Issued instructions of the busiest thread with tiles of so many rows; gradkern/codegen/cuda/cost.py: Work.matmul.
 GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height) {
   const int tiles = samples * p.copies * p.planes * ((p.rows + height - 1) / height) * ((p.columns + 3) / 4);
   return (tiles + threads - 1) / threads * (100 + 16 * height + p.terms * 4 * (height + 1));
@@ -169,8 +147,15 @@ GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height)
 
 // Forward and backward are one piece of code: a kernel that the instruction cache holds is worth more than a branch.
 template <class T>
-GK_RECORD void run_matmul(const Op& op, const Tile<T> t) {
-  const MatMul p = matmul_of(op, t.seeds);
+GK_RECORD void run_matmul(const MatMulRecord& op, const Tile<T> t, int copies, bool add) {
+  const MatMul p{{op.left, static_cast<int>(op.left.position), static_cast<int>(op.left_term)},
+                 {op.right, static_cast<int>(op.right_column), static_cast<int>(op.right.position)},
+                 static_cast<int>(op.matrices),
+                 copies,
+                 static_cast<int>(op.rows),
+                 static_cast<int>(op.columns),
+                 static_cast<int>(op.terms),
+                 add};
   if (matmul_pace(p, t.count, t.threads(), 4) <= matmul_pace(p, t.count, t.threads(), 1)) matmul_tiles<T, 4>(op, t, p);
   else matmul_tiles<T, 1>(op, t, p);
 }

@@ -30,9 +30,10 @@ GK_DEVICE void add_up(T (&sums)[N], int mine) {
 
 // One visit: a lane has four channels of every sixteen, and the whole window.
 template <class T, int NV, int S>
-GK_DEVICE void visit_narrow(const Op& op, const T* weights, const Visit<T>& at, int mine, int first) {
+GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Visit<T>& at, int mine, int first) {
   constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
-  const int O = op.O, width = op.K, planes = op.merged ? op.taps : 1, rows = O / 4, dst_s = op.dst_s, nb = op.nb;
+  const int O = op.O, width = op.window_elements, planes = op.merged ? op.pattern.taps : 1, rows = O / 4;
+  const int seed = op.dst.seed, nb = op.pattern.plane_bytes;
   const Taps taps{0, {O * kRow, 2 * O * kRow, 3 * O * kRow}};
   const T* from[S];
   seed_starts(from, at.from, at.stride, at.seeds);
@@ -70,22 +71,22 @@ GK_DEVICE void visit_narrow(const Op& op, const T* weights, const Visit<T>& at, 
 #pragma unroll
   for (int i = 0; i < kSums / 4; ++i) {
     const int place = mine * (kSums / 4) + i, s = place / NV, e = place - s * NV;
-    if (s < at.seeds && e < width) at.to[s * dst_s + first + e] += sums[i];
+    if (s < at.seeds && e < width) at.to[s * seed + first + e] += sums[i];
   }
 }
 
 template <class T, int NV, int S>
-GK_DEVICE void narrow(const Op& op, const Tile<T>& t) {
-  const int first = fixed(t.args.tables + op.table2);
-  const T* weights = t.args.packed + op.wb;
+GK_DEVICE void narrow(const ScatterTRecord& op, const Tile<T>& t) {
+  const int first = fixed(t.args.tables + op.window_table);
+  const T* weights = t.args.packed + op.weights;
   over_bands<false>(op, t, kNarrowLanes, S, [&](const Visit<T>& at) {
     visit_narrow<T, NV, S>(op, weights, at, t.lane() % kNarrowLanes, first);
   });
 }
 
 template <class T>
-GK_RECORD void run_narrow(const Op& op, const Tile<T> t) {
-  const int width = op.K;
+GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t) {
+  const int width = op.window_elements;
   with_count<kNarrowSeeds>(seeds_together(t.seeds, kNarrowSeeds), [&]<int S>() {
     width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, 8, S>(op, t);
   });

@@ -2,7 +2,7 @@
 //
 // As window.cuh's tiles, but a thread's positions are whole pools.
 #pragma once
-#include "elementwise.cuh"
+#include "pattern.cuh"
 #include "window.cuh"
 
 namespace gradkern::cuda {
@@ -24,15 +24,16 @@ GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int nb, in
 }
 
 template <class T, int Taps>
-GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
+GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
   constexpr int P = kPooled<T>, kPools = P / Taps;
-  const int wide = op.Wi, pooled = static_cast<int>(op.Hi) * wide, positions = t.count * pooled * Taps;
-  const int O = op.O, K = op.K, L = op.L, ldf = op.ldw, kh = op.kh, kw = op.kw, nb = op.nb;
-  const int px = op.sw * op.src_px, row = op.sh * op.src_row;
+  const int wide = op.W, pooled = static_cast<int>(op.H) * wide, positions = t.count * pooled * Taps;
+  const int O = op.O, L = op.run_length, K = static_cast<int>(op.runs) * L, ldf = weight_row(O);
+  const int kh = op.pattern.kh, kw = op.pattern.kw, nb = op.pattern.plane_bytes;
+  const int px = op.src.position, row = op.src.row;
   const WindowShape s = window_shape<P>(positions, O, 1, K, t.warps(), 0);
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
-  const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
-  const bool joined = ((op.dst | op.dst_n | op.dst_row | op.dst_px | O) & 3) == 0;
+  const bool aligned = ((op.src.offset | op.src.sample | px | row | op.C) & 3) == 0;
+  const bool joined = O % 4 == 0 && by_fours(op.dst);
   const Divider samples(pooled), rows(wide), columns(kw), across(s.across);
   for (int item = t.warp(); item < s.tiles; item += t.warps()) {
     const auto [along, part] = across.parts(item);
@@ -48,12 +49,12 @@ GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
       for (int j = 0; j < Taps; ++j) {
         const auto [jh, jw] = columns.parts(j);
         offset[i * Taps + j] =
-            static_cast<int>(t.at(op.src, op.src_n, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * px;
+            static_cast<int>(t.at(op.src, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * px;
       }
     }
     T acc[P][4] = {};
-    window_sum(acc, t.buf, offset, aligned, t.args.tables + op.table, L, t.args.packed + op.wf + (o < O ? o : 0), ldf,
-               0, K);
+    window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L,
+               t.args.packed + op.weights + (o < O ? o : 0), ldf, 0, K);
     const Four<T> bias = fixed4(t.args.packed + op.bias + (o < O ? o : 0));
 #pragma unroll
     for (int i = 0; i < kPools; ++i) {
@@ -68,24 +69,22 @@ GK_DEVICE void window_pooled(const Op& op, const Tile<T>& t) {
       }
       if (op.relu) winners.rectify();
       const auto [h, w] = rows.parts(q[i]);
-      T* y = t.at(op.dst, op.dst_n, m[i]) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + o;
+      T* y = t.at(op.dst, m[i]) + Steps(op.dst)(h, w) + o;
       if (on && joined) store4(y, winners.top);
       if (on && !joined) {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           if (o + k < O) y[k] = winners.top.v[k];
       }
-      store_bits(winners, const_cast<uint8_t*>(t.planes(op, m[i])) + q[i] * Taps * nb + o / 8, nb, Taps, on, real,
-                 lane_o, s.lo);
+      store_bits(winners, t.bits(op.pattern, m[i]) + q[i] * Taps * nb + o / 8, nb, Taps, on, real, lane_o, s.lo);
     }
   }
 }
 
-// Fields: H, W of the convolution; Hi, Wi and kh, kw of a pool whose windows neither meet nor hang over; `taps` =
-// kh·kw.
 template <class T>
-GK_RECORD void run_window_pooled(const Op& op, const Tile<T> t) {
-  op.taps == 1 ? window_pooled<T, 1>(op, t) : op.taps == 2 ? window_pooled<T, 2>(op, t) : window_pooled<T, 4>(op, t);
+GK_RECORD void run_window_pooled(const PooledWindowRecord& op, const Tile<T> t) {
+  const int64_t taps = op.pattern.taps;
+  taps == 1 ? window_pooled<T, 1>(op, t) : taps == 2 ? window_pooled<T, 2>(op, t) : window_pooled<T, 4>(op, t);
 }
 
 }  // namespace gradkern::cuda

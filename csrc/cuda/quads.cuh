@@ -43,9 +43,9 @@ GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kMaxPlanes], int shift, const
 
 // One visit: all channels, four at a time.  A lane's quads of a row lie side by side.
 template <class T, int NQ, int S>
-GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, const int (&offset)[NQ],
+GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Visit<T>& at, const int (&offset)[NQ],
                            const Taps& taps, int planes, bool alone) {
-  const int O = op.O, ldw = op.ldw, dst_s = op.dst_s, nb = op.nb;
+  const int O = op.O, row_length = op.row_length, seed = op.dst.seed, nb = op.pattern.plane_bytes;
   constexpr bool kSkips = NQ == 2;  // a branch costs the others more than it saves
   const T* from[S];
   seed_starts(from, at.from, at.stride, at.seeds);
@@ -65,7 +65,7 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
       for (int k = 0; k < 4; ++k) {
         const bool alive = four.alive & 1u << k;
         if (kSkips && alone && !alive) continue;
-        const T* w = weights + ((c + k) * ldw + four.place[k]);
+        const T* w = weights + ((c + k) * row_length + four.place[k]);
         Four<T> ws[NQ];
 #pragma unroll
         for (int v = 0; v < NQ; ++v) ws[v] = fixed4(w + 4 * v);
@@ -87,7 +87,7 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
 #pragma unroll
     for (int s = 0; s < S; ++s) {
       if (s >= at.seeds) continue;
-      T* y = at.to + s * dst_s + offset[v];
+      T* y = at.to + s * seed + offset[v];
       Four<T> total = load4(y);
 #pragma unroll
       for (int e = 0; e < 4; ++e) total.v[e] += sum[s][v].v[e];
@@ -97,9 +97,9 @@ GK_DEVICE void visit_quads(const Op& op, const T* weights, const Visit<T>& at, c
 }
 
 template <class T, int NQ, int S>
-GK_DEVICE void quads(const Op& op, const Tile<T>& t) {
-  const int lanes = op.slots, many = op.K / 4, planes = op.merged ? op.taps : 1;
-  const int32_t *windows = t.args.tables + op.table2, *rows = t.args.tables + op.table;
+GK_DEVICE void quads(const ScatterTRecord& op, const Tile<T>& t) {
+  const int lanes = op.lanes, many = op.window_elements / 4, planes = op.merged ? op.pattern.taps : 1;
+  const int32_t *windows = t.args.tables + op.window_table, *rows = t.args.tables + op.tap_table;
   Taps taps{fixed(rows), {}};
 #pragma unroll
   for (int j = 1; j < kMaxPlanes; ++j)
@@ -109,7 +109,7 @@ GK_DEVICE void quads(const Op& op, const Tile<T>& t) {
     int offset[NQ];
 #pragma unroll
     for (int v = 0; v < NQ; ++v) offset[v] = mine + v < many ? fixed(windows + 4 * (mine + v)) : -1;
-    const T* weights = t.args.packed + op.wb + 4 * mine;
+    const T* weights = t.args.packed + op.weights + 4 * mine;
     over_bands<false>(op, t, lanes, S, [&](const Visit<T>& at) {
       visit_quads<T, NQ, S>(op, weights, at, offset, taps, planes, lanes == kWarp);
     });
@@ -117,14 +117,14 @@ GK_DEVICE void quads(const Op& op, const Tile<T>& t) {
 }
 
 template <class T, int NQ>
-GK_DEVICE void quads_of(const Op& op, const Tile<T>& t) {
+GK_DEVICE void quads_of(const ScatterTRecord& op, const Tile<T>& t) {
   constexpr int kMost = kQuadSums<T> / NQ < kQuadSeeds ? kQuadSums<T> / NQ : kQuadSeeds;
   with_count<kMost>(seeds_together(t.seeds, kMost), [&]<int S>() { quads<T, NQ, S>(op, t); });
 }
 
 template <class T>
-GK_RECORD void run_quads(const Op& op, const Tile<T> t) {
-  const int lanes = op.slots, each = (static_cast<int>(op.K) / 4 + lanes - 1) / lanes;
+GK_RECORD void run_quads(const ScatterTRecord& op, const Tile<T> t) {
+  const int lanes = op.lanes, each = (static_cast<int>(op.window_elements) / 4 + lanes - 1) / lanes;
   if (each <= 2) return quads_of<T, 2>(op, t);
   if (each <= 3 || kMaxQuads<T> == 3) return quads_of<T, 3>(op, t);
   if constexpr (kMaxQuads<T> > 3) each <= 5 ? quads_of<T, 5>(op, t) : quads_of<T, 6>(op, t);

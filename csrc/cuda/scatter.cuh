@@ -12,17 +12,17 @@
 
 namespace gradkern::cuda {
 
-constexpr int kMaxSlots = 5;  // window elements per lane
+constexpr int kMaxElements = 5;  // window elements per lane
 template <class T>
 constexpr int kMaxSeeds = sizeof(T) == 4 ? 5 : 2;  // seeds per walk: what the registers hold beside them
 
 // Lanes of a worker: as few as leave no lane idle, since a walk costs the same for one element as for five.
-GK_DEVICE int worker_lanes(int slots) {
+GK_DEVICE int worker_lanes(int elements) {
   int best = kWarp;
-  if (slots > kWarp * kMaxSlots) return best;
-  const auto work = [&](int lanes) { return lanes * ((slots + lanes - 1) / lanes); };
+  if (elements > kWarp * kMaxElements) return best;
+  const auto work = [&](int lanes) { return lanes * ((elements + lanes - 1) / lanes); };
   for (int lanes = kWarp / 2; lanes >= 4; lanes /= 2)
-    if ((slots + lanes - 1) / lanes <= kMaxSlots && work(lanes) <= work(best)) best = lanes;
+    if ((elements + lanes - 1) / lanes <= kMaxElements && work(lanes) <= work(best)) best = lanes;
   return best;
 }
 
@@ -103,15 +103,16 @@ struct Visit {
   T* to;  // where its window begins
 };
 
-// Every position once for every group of `together` seeds.  Bands are rectangles of R × L positions, coloured so that
-// those of one colour are apart: `size` colours of rows by `entries` of columns.  All lanes of a warp make the same
-// number of visits. `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler knows
-// that they are shared.
+// Every position once for every group of `together` seeds, band by band of one colour.  All lanes of a warp make the
+// same number of visits.  `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler
+// knows that they are shared.
 template <bool Rows, class T, class Each>
-GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int together, const Each& each) {
-  const int H = op.H, W = op.W, nb = op.nb, kw = op.taps && !op.merged ? op.kw : 1;
-  const int all = op.taps ? op.taps : 1, taps = op.merged ? 1 : all;
-  const int high = op.R, wide = op.L, row_colours = op.size, colours = op.entries;
+GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes, int together, const Each& each) {
+  const PatternRef& pattern = op.pattern;
+  const int H = op.H, W = op.W, nb = pattern.plane_bytes, kw = pattern.taps && !op.merged ? pattern.kw : 1;
+  const int all = pattern.taps ? pattern.taps : 1, taps = op.merged ? 1 : all;
+  const int high = op.bands.rows, wide = op.bands.columns, row_colours = op.bands.row_colours;
+  const int colours = op.bands.column_colours;
   const int down = (H + high - 1) / high, across = (W + wide - 1) / wide;
   const int seed_groups = (t.seeds + together - 1) / together, per_warp = kWarp / lanes, sub = t.lane() / lanes;
   const Divider bands_across(wide), pool_columns(kw), tap_count(taps), groups_of_seeds(seed_groups);
@@ -127,14 +128,14 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
       const auto [y, x] = line.parts(band);
       const auto [m, group] = groups_of_seeds.parts(rest);
       const int h0 = (y * row_colours + ch) * high, w0 = (x * colours + cw) * wide, s0 = group * together;
-      const T* from = t.at(op.src, op.src_n, m) + s0 * static_cast<int>(op.src_s);
-      int stride = op.src_s;
-      if (Rows && op.rows) {
+      const T* from = t.at(op.src, m, s0);
+      int stride = op.src.seed;
+      if (Rows && op.seed_rows) {
         from = t.args.seed_rows + t.sample(m) * t.args.seed_rows_n + (t.s0 + s0) * t.args.seed_rows_s;
         stride = static_cast<int>(t.args.seed_rows_s);
       }
-      T* to = t.at(op.dst, op.dst_n, m) + s0 * static_cast<int>(op.dst_s);
-      const uint8_t* bits = op.taps ? t.planes(op, m) : nullptr;
+      T* to = t.at(op.dst, m, s0);
+      const uint8_t* bits = pattern.taps ? t.bits(pattern, m) : nullptr;
       for (int i = 0; i < high * wide * taps; ++i) {
         const auto [q, j] = tap_count.parts(i);
         const auto [down_band, along_band] = bands_across.parts(q);
@@ -143,12 +144,12 @@ GK_DEVICE void over_bands(const Op& op, const Tile<T>& t, int lanes, int togethe
         const int h = there ? h0 + down_band : 0, w = there ? w0 + along_band : 0;
         int hi = h, wi = w;
         Visit<T> visit{};
-        visit.inside = there && (!op.taps || op.merged || tap_position(op, h, w, jh, jw, hi, wi));
+        visit.inside = there && (!pattern.taps || op.merged || tap_position(pattern, h, w, jh, jw, hi, wi));
         visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
-        visit.from = from + h * static_cast<int>(op.src_row) + w * static_cast<int>(op.src_px);
+        visit.from = from + Steps(op.src)(h, w);
         visit.stride = stride;
         visit.seeds = t.seeds - s0 < together ? t.seeds - s0 : together;
-        visit.to = to + hi * static_cast<int>(op.dst_row) + wi * static_cast<int>(op.dst_px);
+        visit.to = to + Steps(op.dst)(hi, wi);
         each(visit);
         __syncwarp();
       }
@@ -164,38 +165,40 @@ GK_DEVICE int seeds_together(int seeds, int most) {
 }
 
 template <bool Rows, class T, int NV, int S>
-GK_DEVICE void scatter(const Op& op, const Tile<T>& t, int lanes) {
-  const int slots = op.K, nb = op.nb, planes = op.merged ? op.taps : 1, mine = t.lane() % lanes;
-  const int groups = op.groups, per_group = static_cast<int>(op.O) / groups, ldw = op.ldw, dst_s = op.dst_s;
-  const int32_t* table = t.args.tables + op.table2;
-  for (int chunk = 0; chunk < slots; chunk += lanes * NV) {
+GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
+  const int elements = op.window_elements, nb = op.pattern.plane_bytes, planes = op.merged ? op.pattern.taps : 1;
+  const int mine = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
+  const int row_length = op.row_length, seed = op.dst.seed;
+  const int32_t* table = t.args.tables + op.window_table;
+  for (int chunk = 0; chunk < elements; chunk += lanes * NV) {
     int offset[NV];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int k = chunk + v * lanes + mine;
-      offset[v] = k < slots ? fixed(table + k) : -1;
+      offset[v] = k < elements ? fixed(table + k) : -1;
     }
-    const T* weights = t.args.packed + op.wb + chunk + mine;
+    const T* weights = t.args.packed + op.weights + chunk + mine;
     over_bands<Rows>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
         walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
-                       at.seeds, weights, ldw, lanes, at.to + group * static_cast<int>(op.C), dst_s, offset);
+                       at.seeds, weights, row_length, lanes, at.to + group * static_cast<int>(op.C), seed, offset);
     });
   }
 }
 
 template <class T>
-GK_RECORD void run_quads(const Op& op, const Tile<T> t);  // quads.cuh
+GK_RECORD void run_quads(const ScatterTRecord& op, const Tile<T> t);  // quads.cuh
 template <class T>
-GK_RECORD void run_narrow(const Op& op, const Tile<T> t);  // narrow.cuh
+GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t);  // narrow.cuh
 
 template <class T>
-GK_RECORD void run_scatter(const Op& op, const Tile<T> t) {
-  if (op.fn) return op.fn == 1 ? run_quads(op, t) : run_narrow(op, t);
-  const int lanes = worker_lanes(op.K);
-  with_count<kMaxSlots>((static_cast<int>(op.K) + lanes - 1) / lanes, [&]<int NV>() {
-    if (op.rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);
+GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
+  if (op.way == Way::Quads) return run_quads(op, t);
+  if (op.way == Way::Narrow) return run_narrow(op, t);
+  const int elements = op.window_elements, lanes = worker_lanes(elements);
+  with_count<kMaxElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
+    if (op.seed_rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);
     with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>),
                              [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
   });
@@ -222,16 +225,16 @@ GK_DEVICE void outer(T (&acc)[Rows][4], const T* g, const Four<T>& w) {
 
 // Where a warp's part of a product goes: `Rows` rows per lane from r0 on, four columns from col on.
 template <class T, int Rows>
-GK_DEVICE void store_product(const Op& op, const Tile<T>& t, const T (&acc)[Rows][4], int rows, int r0, int col,
-                             bool assign) {
-  const int columns = op.K;
-  const int32_t* table = t.args.tables + op.table2;
-  const bool joined = op.size && ((op.dst | op.dst_n | op.dst_s | columns) & 3) == 0;
+GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (&acc)[Rows][4], int rows, int r0,
+                             int col, bool assign) {
+  const int columns = op.window_elements;
+  const int32_t* table = t.args.tables + op.window_table;
+  const bool joined = op.joined && ((op.dst.offset | op.dst.sample | op.dst.seed | columns) & 3) == 0;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     if (r0 + r >= rows || col >= columns) continue;
     const int m = (r0 + r) / t.seeds, s = r0 + r - m * t.seeds;
-    T* y = t.at(op.dst, op.dst_n, m) + s * static_cast<int>(op.dst_s);
+    T* y = t.at(op.dst, m, s);
     if (joined) {
       Four<T> sum = assign ? Four<T>{} : load4(y + col);
 #pragma unroll
@@ -253,8 +256,9 @@ constexpr int kPartRows = 12;  // of the weight, at least, for each warp that sh
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
 // fewer tiles than warps, several share the sum over c, and add their parts one after the other.
 template <class T, int Rows>
-GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
-  const int columns = op.K, ldw = op.ldw;
+GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int stride, int c0, int channels,
+                       bool assign) {
+  const int columns = op.window_elements, row_length = op.row_length;
   const int down = (rows + 2 * Rows - 1) / (2 * Rows), items = down * ((columns + 4 * kColumns - 1) / (4 * kColumns));
   int parts = t.warps() / items < channels / kPartRows ? t.warps() / items : channels / kPartRows;
   if (parts < 1) parts = 1;
@@ -264,16 +268,16 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
     const int all = active ? base + t.warp() : 0, part = all / items, item = all - part * items, first = part * share;
     const int col = item / down * (4 * kColumns) + t.lane() % kColumns * 4;
     const int r0 = item % down * (2 * Rows) + t.lane() / kColumns * Rows;
-    const T* w = t.args.packed + op.wb + (c0 + first) * ldw + (col < columns ? col : 0);
+    const T* w = t.args.packed + op.weights + (c0 + first) * row_length + (col < columns ? col : 0);
     const T* g = t.buf + first * stride + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
     Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
 #pragma unroll
-    for (int k = 0; k < kAhead<T>; ++k, w += ldw) ahead[k] = fixed4(w);
+    for (int k = 0; k < kAhead<T>; ++k, w += row_length) ahead[k] = fixed4(w);
     int left = !active ? 0 : channels - first < share ? channels - first : share;
     for (; left >= kAhead<T>; left -= kAhead<T>)
 #pragma unroll
-      for (int k = 0; k < kAhead<T>; ++k, w += ldw, g += stride) {
+      for (int k = 0; k < kAhead<T>; ++k, w += row_length, g += stride) {
         outer<T, Rows>(acc, g, ahead[k]);
         ahead[k] = fixed4(w);
       }
@@ -289,7 +293,8 @@ GK_DEVICE void product(const Op& op, const Tile<T>& t, int rows, int stride, int
 
 // The tallest tile that wastes the fewest rows.
 template <class T, int Rows>
-GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride, int c0, int channels, bool assign) {
+GK_DEVICE void product_rows(const DenseTRecord& op, const Tile<T>& t, int rows, int stride, int c0, int channels,
+                            bool assign) {
   const auto padded = [&](int height) { return (rows + 2 * height - 1) / (2 * height) * height; };
   if constexpr (Rows > 4) {
     bool tallest = true;
@@ -300,7 +305,7 @@ GK_DEVICE void product_rows(const Op& op, const Tile<T>& t, int rows, int stride
 }
 
 template <class T>
-GK_RECORD void run_product(const Op& op, const Tile<T> t) {
+GK_RECORD void run_dense_t(const DenseTRecord& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
   // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on.
   const int stride = (rows + 3) / 4 * 4, most = (t.args.region - 32) / stride, chunk = most < O ? most : O;
@@ -312,11 +317,11 @@ GK_RECORD void run_product(const Op& op, const Tile<T> t) {
       T value = T(0);
       if (r < rows) {
         const auto [m, s] = seeds.parts(r);
-        const bool alive = !op.taps || (t.planes(op, m)[(c0 + c) / 8] >> ((c0 + c) % 8) & 1);
+        const bool alive = !op.pattern.taps || (t.bits(op.pattern, m)[(c0 + c) / 8] >> ((c0 + c) % 8) & 1);
         if (alive)
-          value = op.rows ? fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n +
-                                  (t.s0 + s) * t.args.seed_rows_s + c0 + c)
-                          : t.at(op.src, op.src_n, m)[s * static_cast<int>(op.src_s) + c0 + c];
+          value = op.seed_rows ? fixed(t.args.seed_rows + t.sample(m) * t.args.seed_rows_n +
+                                       (t.s0 + s) * t.args.seed_rows_s + c0 + c)
+                               : t.at(op.src, m, s)[c0 + c];
       }
       t.buf[c * stride + r] = value;
     }
@@ -326,11 +331,6 @@ GK_RECORD void run_product(const Op& op, const Tile<T> t) {
     else product_rows<T, 16>(op, t, rows, stride, c0, channels, assign);
     __syncthreads();
   }
-}
-
-template <class T>
-GK_RECORD void run_window_t(const Op& op, const Tile<T> t) {
-  op.block ? run_product(op, t) : run_scatter(op, t);
 }
 
 }  // namespace gradkern::cuda

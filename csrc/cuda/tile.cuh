@@ -1,6 +1,6 @@
 // The view that a record's function has of its block: which samples, which seeds, where the buffers lie.
 #pragma once
-#include "args.h"
+#include "chain.h"
 #include "device.cuh"
 
 namespace gradkern::cuda {
@@ -14,21 +14,25 @@ struct Tile {
   int count;      // samples at hand
   int s0, seeds;  // seeds at hand
 
-  // Sample m of those at hand: `stride` ≥ 0 counts from the tile's first sample, < 0 from the first one at hand.
-  GK_DEVICE T* at(int64_t offset, int64_t stride, int m) const {
-    const int step = static_cast<int>(stride);
+  // Of sample m of those at hand: the place's stride between samples counts from the tile's first sample, or where it
+  // is negative from the first one at hand.
+  GK_DEVICE T* at(const Place& place, int m) const {
+    const int step = static_cast<int>(place.sample);
     GK_SHARED(buf);
-    return buf + static_cast<int>(offset) + (step >= 0 ? (first + m) * step : m * -step);
+    return buf + static_cast<int>(place.offset) + (step >= 0 ? (first + m) * step : m * -step);
+  }
+  GK_DEVICE T* at(const Place& place, int m, int seed) const {
+    return at(place, m) + seed * static_cast<int>(place.seed);
   }
   GK_DEVICE int64_t sample(int m) const { return static_cast<int64_t>(tile) * args.block + first + m; }
   GK_DEVICE int samples() const {
     const int64_t left = args.samples - static_cast<int64_t>(tile) * args.block;
     return left < args.block ? static_cast<int>(left) : args.block;
   }
-  GK_DEVICE const uint8_t* planes(const Op& op, int m) const {
-    const auto* bits = reinterpret_cast<const uint8_t*>(buf + args.region + args.planned * args.sample);
-    GK_SHARED(bits);
-    return bits + (first + m) * args.bits + static_cast<int>(op.bits);
+  GK_DEVICE uint8_t* bits(const PatternRef& pattern, int m) const {
+    auto* const all = reinterpret_cast<uint8_t*>(buf + args.region + args.planned * args.sample);
+    GK_SHARED(all);
+    return all + (first + m) * args.bits + static_cast<int>(pattern.bits);
   }
   GK_DEVICE int tid() const { return static_cast<int>(threadIdx.x); }
   GK_DEVICE int threads() const { return static_cast<int>(blockDim.x); }
@@ -36,6 +40,18 @@ struct Tile {
   GK_DEVICE int lane() const { return tid() % kWarp; }
   GK_DEVICE int warps() const { return threads() / kWarp; }
 };
+
+// The elements from a place's first position to another.
+struct Steps {
+  int row, position;
+
+  GK_DEVICE explicit Steps(const Place& place)
+      : row(static_cast<int>(place.row)), position(static_cast<int>(place.position)) {}
+  GK_DEVICE int operator()(int h, int w) const { return h * row + w * position; }
+};
+
+// Whether all that is read or written there can be moved four numbers at a time.
+GK_DEVICE bool by_fours(const Place& p) { return ((p.offset | p.sample | p.seed | p.row | p.position) & 3) == 0; }
 
 // Reads of pointers that may be null elsewhere, so that the compiler cannot see for itself where they point.
 GK_DEVICE uint32_t shared_byte(const uint8_t* p) {
@@ -47,25 +63,29 @@ GK_DEVICE uint32_t shared_half(const uint8_t* p) {
   return *reinterpret_cast<const uint16_t*>(p);
 }
 
-// Position (h, w) and channel of an element in the caller's order [C][H][W].
-struct Place {
+// An element in the caller's order [C][H][W].
+struct Element {
   int c, h, w;
 };
-struct Places {
+struct Order {
+  int size;
   Divider plane, row;
 
-  GK_DEVICE Places(int H, int W) : plane(H * W), row(W) {}
-  GK_DEVICE Place of(int i) const {
+  GK_DEVICE explicit Order(const Extent& extent)
+      : size(static_cast<int>(extent.C * extent.H * extent.W)),
+        plane(static_cast<int>(extent.H * extent.W)),
+        row(static_cast<int>(extent.W)) {}
+  GK_DEVICE Element of(int i) const {
     const auto channel = plane.parts(i), line = row.parts(channel.rest);
     return {channel.quotient, line.quotient, line.rest};
   }
 };
 
 // The position that tap (jh, jw) of pool output (h, w) reads, or false outside.
-GK_DEVICE bool tap_position(const Op& op, int h, int w, int jh, int jw, int& hi, int& wi) {
-  hi = h * static_cast<int>(op.sh) - static_cast<int>(op.ph) + jh * static_cast<int>(op.dh);
-  wi = w * static_cast<int>(op.sw) - static_cast<int>(op.pw) + jw * static_cast<int>(op.dw);
-  return hi >= 0 && hi < static_cast<int>(op.Hi) && wi >= 0 && wi < static_cast<int>(op.Wi);
+GK_DEVICE bool tap_position(const PatternRef& p, int h, int w, int jh, int jw, int& hi, int& wi) {
+  hi = h * static_cast<int>(p.sh) - static_cast<int>(p.ph) + jh * static_cast<int>(p.dh);
+  wi = w * static_cast<int>(p.sw) - static_cast<int>(p.pw) + jw * static_cast<int>(p.dw);
+  return hi >= 0 && hi < static_cast<int>(p.H) && wi >= 0 && wi < static_cast<int>(p.W);
 }
 
 }  // namespace gradkern::cuda

@@ -31,6 +31,9 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
   return s;
 }
 
+// Numbers in a row of a weight with so many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
+GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
+
 // Four rows of the weight; `w` moves on.
 template <class T>
 GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int ldf) {
@@ -97,15 +100,15 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 }
 
 template <class T>
-GK_RECORD void run_window(const Op& op, const Tile<T> t) {
+GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.block ? 1 : HW, positions = t.count * each;
-  const int O = op.O, groups = op.groups, K = op.K, L = op.L, ldf = op.ldw;
-  const int px = op.block ? 0 : op.sw * op.src_px, row = op.block ? 0 : op.sh * op.src_row;
+  const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L, ldf = weight_row(O);
+  const int px = op.block ? 0 : op.src.position, row = op.block ? 0 : op.src.row;
   // A block op has the region to itself; the others have their scratch there.
   const WindowShape s = window_shape<kPositions>(positions, O, groups, K, t.warps(), op.block ? t.args.region : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
-  const bool aligned = ((op.src | op.src_n | px | row | op.C) & 3) == 0;
+  const bool aligned = ((op.src.offset | op.src.sample | px | row | op.C) & 3) == 0;
   const Divider samples(each), rows(W);
   T* parts = t.buf;  // [part][tile][4 · 4][lane]
 
@@ -120,13 +123,12 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
       const int at = p0 + p * s.lp < positions ? p0 + p * s.lp : 0;
       const auto [m, q] = samples.parts(at);
       const auto [h, w] = rows.parts(q);
-      offset[p] =
-          static_cast<int>(t.at(op.src, op.src_n, m) - t.buf) + h * row + w * px + group * static_cast<int>(op.C);
+      offset[p] = static_cast<int>(t.at(op.src, m) - t.buf) + h * row + w * px + group * static_cast<int>(op.C);
     }
     T acc[kPositions][4] = {};
-    const T* w = t.args.packed + op.wf + group * K * ldf + (on ? o : 0);
+    const T* w = t.args.packed + op.weights + group * K * ldf + (on ? o : 0);
     const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
-    if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.table, L, w, ldf, k0, k1);
+    if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L, w, ldf, k0, k1);
     if (s.split > 1) {
 #pragma unroll
       for (int p = 0; p < kPositions; ++p)
@@ -142,8 +144,7 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
       if (at >= positions) continue;
       const auto [m, q] = samples.parts(at);
       const auto [h, w] = rows.parts(q);
-      T* y = t.at(op.dst, op.dst_n, m) + h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) +
-             group * O + o;
+      T* y = t.at(op.dst, m) + Steps(op.dst)(h, w) + group * O + o;
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         if (o + k < O) y[k] = acc[p][k] + fixed(bias + k);
@@ -161,7 +162,7 @@ GK_RECORD void run_window(const Op& op, const Tile<T> t) {
     for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];
     const auto [m, q] = samples.parts(at);
     const auto [h, w] = rows.parts(q);
-    t.at(op.dst, op.dst_n, m)[h * static_cast<int>(op.dst_row) + w * static_cast<int>(op.dst_px) + group * O + o] = sum;
+    t.at(op.dst, m)[Steps(op.dst)(h, w) + group * O + o] = sum;
   }
 }
 

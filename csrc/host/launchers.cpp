@@ -2,8 +2,9 @@
 // run on CPU tensors.  Built beside run.cpp, with the folder of this file in front of torch's headers, and called by
 // tests/host_device.py under the dispatch key that they register themselves for.
 #include "../checks.cpp"
-#include "../cuda/launch.cpp"
-#include "../cuda/shares_launch.cpp"
+#include "../cuda/chain_launch.cpp"
+#include "../cuda/hash_launch.cpp"
+#include "../cuda/rescale_launch.cpp"
 
 namespace {
 

@@ -10,7 +10,8 @@
 #include <memory>
 #include <vector>
 
-#include "../cuda/args.h"
+#include "../cuda/chain.h"
+#include "../rescale.h"
 
 using gradkern::SharesArgs;
 using gradkern::cuda::Args;

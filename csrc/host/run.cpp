@@ -7,7 +7,7 @@
 
 #include "../cuda/chain.cu"
 #include "../cuda/hash.cu"
-#include "../cuda/shares.cu"
+#include "../cuda/rescale.cu"
 
 using namespace gradkern;
 
@@ -75,8 +75,8 @@ void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks
   const auto count = static_cast<uint32_t>(windows);
   host::launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 16, [&] {
     !pooled     ? cuda::secant_kernel<T>(args, count)
-    : args.relu ? cuda::shares_kernel<T, true>(args, count)
-                : cuda::shares_kernel<T, false>(args, count);
+    : args.relu ? cuda::rescale_kernel<T, true>(args, count)
+                : cuda::rescale_kernel<T, false>(args, count);
   });
 }
 

@@ -2,168 +2,161 @@
 
 from __future__ import annotations
 
-import math
-import struct
-from typing import Any
-
 from ..ir.program import Channels, Index, LowRank, Scale
+from . import records
 from .aliasing import Cotangent
-from .recording import Recording
-from .scratch import padded
+from .recording import Recording, extent, interior
+from .records import Along, Contraction, LineFunction, LineSet, PatternRef, Place, StencilTable, WindowT
+from .scratch import Buffer, padded
 from .support import NATIVE_FUNCTIONS
 from .tables import moves, positions, stencil, transposed
-from .units import POINT, Node, Unit, planar
+from .units import Node, Unit
 from .weights import MixLayout, ScatterLayout
 
 L1_BYTES = 24 << 10  # weights above this are walked tile by tile (half of a common 48 KiB L1)
+LINE_FUNCTIONS = {
+    "softmax": LineFunction.Softmax,
+    "log_softmax": LineFunction.LogSoftmax,
+    "normalize": LineFunction.Normalize,
+}
+ALONG = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
 class UnitRecords(Recording):
     """One pair of methods per unit kind."""
 
-    def forward_load(self, unit: Unit, fields: dict[str, Any]) -> None:
-        self.emit(self.forward, "Load", **fields)
+    def forward_load(self, unit: Unit) -> None:
+        node = unit.out
+        number, value = next((k, v) for k, (v, n) in enumerate(self.graph.inputs.items()) if n is node)
+        dst, shape = self.outside(value, node, self.store(node))
+        self.forward.append(records.Load(input=number, dst=dst, extent=shape))
 
     # ---- contractions
 
-    def forward_window(self, unit: Unit, fields: dict[str, Any]) -> None:
-        layout = self.window(unit)
-        source = unit.reads[0]
-        fields["src"] = (self.store(source), source.interior + layout.origin)
-        self.emit(
-            self.forward,
-            "Window",
-            unit.dense,
-            **fields | {"C": layout.channels, "O": layout.O, "groups": layout.groups, "K": layout.R * layout.L},
-            R=layout.R,
-            L=layout.L,
-            sh=layout.stride[0],
-            sw=layout.stride[1],
-            wf=layout.wf,
-            bias=layout.bias,
-            table=self.table(layout.runs),
+    def forward_window(self, unit: Unit) -> None:
+        layout, source, out = self.window(unit), unit.reads[0], unit.out
+        (down, along), first = layout.stride, source.interior + layout.origin
+        self.forward.append(
+            records.Window(
+                block=unit.dense,
+                src=Place(self.store(source), first, down * source.row, along * source.C),
+                dst=self.value(out),
+                H=out.H,
+                W=out.W,
+                C=layout.channels,
+                O=layout.O,
+                groups=layout.groups,
+                runs=layout.R,
+                run_length=layout.L,
+                run_table=self.table(layout.runs),
+                weights=layout.weights,
+                bias=layout.bias,
+            )
         )
 
-    def backward_window(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        layout = self.scatter(unit, behind.pattern)
-        whole = unit.dense and len(layout.runs) == 1 and node.size == node.C * node.P
-        assign = whole and node.id not in self.touched
+    def backward_window(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        layout = self.scatter(unit, upstream.pattern)
+        filled = unit.dense and len(layout.runs) == 1 and node.size == node.C * node.P
+        assign = filled and node.id not in self.touched  # the first to write it writes all of it
         if assign:
             self.touched.add(node.id)
         else:
             self.first_touch(node)
-        self.emit(
-            self.backward,
-            "WindowT",
-            unit.dense,
-            **self.skipping(behind, unit.out),
-            dst=(self.grad(node), node.interior + layout.origin),
-            dst_row=layout.step[0],
-            dst_px=layout.step[1],
-            C=layout.channels,
+        source = upstream.node
+        pattern = None if upstream.pattern is None else self.pattern(upstream.pattern)
+        buffer, first = (None, 0) if upstream.rows else (self.grad(source), source.interior)
+        row = source.W * source.C if upstream.rows else source.row
+        common = Contraction(
+            block=unit.dense,
+            src=Place(buffer, first, row, source.C),
+            seed_rows=upstream.rows,
+            dst=Place(self.grad(node), node.interior + layout.origin, *layout.step),
             O=layout.O,
+            pattern=pattern,
+            weights=layout.weights,
+            row_length=layout.row_length,
+            window_table=self.table(layout.window),
+        )
+        read = unit.out if upstream.pattern is None else upstream.pattern.out
+        self.backward.append(self.contraction(unit, layout, read, common, assign))
+
+    def contraction(
+        self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
+    ) -> Contraction:
+        """The transposed record of a window unit; ``read``: the node whose cotangent it reads."""
+        self.reserve_lists(read, common.pattern)
+        return WindowT(
+            **vars(common),
+            H=read.H,
+            W=read.W,
+            C=layout.channels,
             groups=layout.groups,
-            slots=len(layout.slots) // 2,
-            wb=layout.wb,
-            ldw=layout.ldw,
-            table2=self.table(layout.slots),
-            assign=int(assign),
-            outer=self.sweep(unit, layout),
-            merged=int(layout.merged),
+            merged=layout.merged,
+            window_vectors=len(layout.window) // 2,
+            sweep=self.sweep(unit, layout),
+            assign=assign,
         )
 
-    def skipping(self, behind: Cotangent, out: Node) -> dict[str, Any]:
-        """Fields of a cotangent that a contraction with the result ``out`` reads by lists of what is not zero."""
-        fields: dict[str, Any] = {"rows": int(behind.rows)}
-        if behind.rows:
-            fields |= {"src": 0, "src_row": behind.node.W * behind.node.C, "src_px": behind.node.C}
-        else:
-            fields |= self.at("src", behind.node, self.grad(behind.node))
-        if behind.pattern is None:
-            fields |= {"taps": 0, "H": out.H, "W": out.W}
-            entries, segments = out.C, out.P
-        else:
-            pooled = behind.pattern.out
-            fields |= self.pattern_fields(behind.pattern) | {"H": pooled.H, "W": pooled.W}
-            segments = pooled.P * fields["taps"] + 1
-            entries = segments * padded(pooled.C) + 64
-        self.idx, self.segs = max(self.idx, entries), max(self.segs, segments)
-        return fields
+    def reserve_lists(self, out: Node, pattern: PatternRef | None) -> None:
+        """Room for the lists of live channels."""
+        entries, segments = out.C, out.P
+        if pattern is not None:
+            segments = out.P * pattern.taps + 1
+            entries = segments * padded(out.C) + 64
+        self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
         if unit.dense:
             return 1 << 30
-        weights = layout.ldw * layout.O * len(layout.taps) * self.itemsize
+        weights = layout.row_length * layout.O * len(layout.taps) * self.itemsize
         return 8 if weights <= L1_BYTES else 64
 
     # ---- ReLU and max pool
 
-    def forward_pattern(self, unit: Unit, fields: dict[str, Any]) -> None:
-        self.emit(self.forward, "Pattern", **fields, **self.pattern_fields(unit), relu=int(unit.relu))
+    def forward_pattern(self, unit: Unit) -> None:
+        self.forward.append(
+            records.Pattern(
+                src=self.value(unit.reads[0]),
+                dst=self.value(unit.out),
+                extent=extent(unit.out),
+                pattern=self.pattern(unit),
+                relu=unit.relu,
+            )
+        )
 
-    def pattern_fields(self, unit: Unit) -> dict[str, Any]:
-        source, out = unit.reads[0], unit.out
-        kernel, stride, padding, dilation = planar(unit.windows or POINT)
-        taps, nb = math.prod(kernel), (out.C + 15) // 16 * 2
-        if id(unit) not in self.bits:
-            self.bits[id(unit)] = self.bit_bytes
-            self.bit_bytes += (out.P * taps * nb + 63) // 64 * 64
-        return {
-            "bits": self.bits[id(unit)],
-            "nb": nb,
-            "taps": taps,
-            "Hi": source.H,
-            "Wi": source.W,
-            "kh": kernel[0],
-            "kw": kernel[1],
-            "sh": stride[0],
-            "sw": stride[1],
-            "ph": padding[0][0],
-            "pw": padding[1][0],
-            "dh": dilation[0],
-            "dw": dilation[1],
-        }
-
-    def backward_pattern(self, unit: Unit, node: Node, behind: Cotangent) -> None:
+    def backward_pattern(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         expression = self.cotangents.of(node)
         if expression is not None and expression.pattern is unit:
             return
-        if unit.opened:
-            if expression is not behind:
-                self.emit(self.backward, "Add", **self.plain(behind), **self.into(node), **self.extent(node))
-            return
-        self.emit(
-            self.backward,
-            "Expand",
-            **self.plain(behind),
-            **self.into(node),
-            **self.extent(unit.out),
-            **self.pattern_fields(unit),
+        if not unit.opened:
+            self.through_pattern(unit, self.upstream(upstream), node)
+        elif expression is not upstream:
+            self.add(upstream, node)
+
+    def through_pattern(self, pattern: Unit, src: Place, node: Node) -> None:
+        dst = self.accumulated(node)
+        self.backward.append(
+            records.PatternT(src=src, dst=dst, extent=extent(pattern.out), pattern=self.pattern(pattern))
         )
 
     # ---- sums
 
-    def forward_sum(self, unit: Unit, fields: dict[str, Any]) -> None:
-        other = self.at("aux", unit.reads[1], self.store(unit.reads[1]))
-        other.pop("aux_px")
-        self.emit(self.forward, "Sum", **fields, **other)
+    def forward_sum(self, unit: Unit) -> None:
+        left, right = map(self.value, unit.reads)
+        self.forward.append(records.Sum(left=left, right=right, dst=self.value(unit.out), extent=extent(unit.out)))
 
-    def backward_sum(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        if self.cotangents.of(node) is behind:
+    def backward_sum(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        if self.cotangents.of(node) is upstream:
             return
-        if behind.pattern is not None:
-            pattern = behind.pattern
-            self.emit(
-                self.backward,
-                "Expand",
-                **self.at("src", behind.node, self.grad(behind.node)),
-                **self.into(node),
-                **self.extent(pattern.out),
-                **self.pattern_fields(pattern),
-            )
-            return
-        self.emit(self.backward, "Add", **self.plain(behind), **self.into(node), **self.extent(node))
+        if upstream.pattern is not None:
+            self.through_pattern(upstream.pattern, self.cotangent(upstream.node), node)
+        else:
+            self.add(upstream, node)
+
+    def add(self, upstream: Cotangent, node: Node) -> None:
+        src, dst = self.upstream(upstream), self.accumulated(node)
+        self.backward.append(records.Add(src=src, dst=dst, extent=extent(node)))
 
     # ---- copies
 
@@ -175,153 +168,194 @@ class UnitRecords(Recording):
             self.tables_of[key] = moves(form, unit.reads, out, unit.sides)
         return self.tables_of[key]
 
-    def forward_move(self, unit: Unit, fields: dict[str, Any]) -> None:
+    def forward_move(self, unit: Unit) -> None:
         for node, runs in zip(unit.reads, self.runs(unit, unit.out), strict=True):
-            source = self.at("src", node, self.store(node))
-            self.emit(self.forward, "Move", **fields | source, size=len(runs) // 5, table=self.table(runs))
+            self.copy(self.value(node), self.value(unit.out), runs)
 
-    def backward_move(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        runs = self.runs(unit, behind.node)[self.turn(unit, node)]
-        target = self.into(node)
-        self.emit(self.backward, "MoveT", **self.plain(behind), **target, size=len(runs) // 5, table=self.table(runs))
+    def copy(self, src: Place, dst: Place, runs: list[int]) -> None:
+        self.forward.append(records.Move(src=src, dst=dst, runs=len(runs) // 5, run_table=self.table(runs)))
+
+    def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        runs = self.runs(unit, upstream.node)[self.operand_index(unit, node)]
+        dst = self.accumulated(node)
+        src, table = self.upstream(upstream), self.table(runs)
+        self.backward.append(records.MoveT(src=src, dst=dst, runs=len(runs) // 5, run_table=table))
 
     # ---- maps over positions, channel by channel
 
-    def mix(self, unit: Unit) -> MixLayout:
-        return self.layout("mix", unit, lambda: MixLayout.of(unit))
-
-    def forward_mix(self, unit: Unit, fields: dict[str, Any]) -> None:
+    def forward_mix(self, unit: Unit) -> None:
         layout = self.mix(unit)
-        blocks, entries = stencil(layout.entries, positions(unit.out), keep_empty=True)
-        self.emit(self.forward, "Stencil", **fields, **self.stencil_fields(layout, blocks, entries), bias=layout.bias)
+        table = self.stencil(layout, *stencil(layout.entries, positions(unit.out), keep_empty=True))
+        self.forward.append(
+            records.Stencil(
+                src=self.value(unit.reads[0]),
+                dst=self.value(unit.out),
+                C=unit.out.C,
+                stencil=table,
+                bias=layout.bias,
+            )
+        )
 
-    def stencil_fields(self, layout: MixLayout, blocks: list[int], entries: list[int]) -> dict[str, Any]:
-        return {
-            "wf": layout.wf,
-            "ldw": layout.ldw,
-            "size": len(blocks) // 7,
-            "table": self.table(blocks),
-            "table2": self.table(entries),
-        }
+    def stencil(self, layout: MixLayout, blocks: list[int], entries: list[int]) -> StencilTable:
+        return StencilTable(
+            layout.weights, layout.row_length, len(blocks) // 7, self.table(blocks), self.table(entries)
+        )
 
-    def backward_mix(self, unit: Unit, node: Node, behind: Cotangent) -> None:
+    def backward_mix(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         layout = self.mix(unit)
         if isinstance(layout.form.map, Channels) and layout.form.weight is None:
-            blocks, entries = stencil([[(q, 0)] for q in positions(behind.node)], positions(node), keep_empty=False)
+            entries = [[(q, 0)] for q in positions(upstream.node)]
         else:
-            blocks, entries = stencil(transposed(layout.entries, behind.node, node), positions(node), keep_empty=False)
-        self.emit(
-            self.backward,
-            "StencilT",
-            **self.plain(behind),
-            **self.into(node),
-            C=node.C,
-            **self.stencil_fields(layout, blocks, entries),
-        )
+            entries = transposed(layout.entries, upstream.node, node)
+        table = self.stencil(layout, *stencil(entries, positions(node), keep_empty=False))
+        src, dst = self.upstream(upstream), self.accumulated(node)
+        self.backward.append(records.StencilT(src=src, dst=dst, C=node.C, stencil=table))
 
     # ---- elementwise functions
 
-    def forward_scale(self, unit: Unit, fields: dict[str, Any]) -> None:
+    def slope(self, unit: Unit) -> Place:
+        """Where the derivative lies."""
+        return interior(unit.out, self.keep(unit, unit.out.size))
+
+    def forward_scale(self, unit: Unit) -> None:
         form = unit.form
         assert isinstance(form, Scale)
-        p = [bits_of(x) for x in (*form.params, 0.0, 0.0, 0.0)[:3]]
-        fn = list(NATIVE_FUNCTIONS).index(form.function)
-        self.emit(self.forward, "Scale", **fields, **self.slope(unit), fn=fn, p0=p[0], p1=p[1], p2=p[2])
+        p0, p1, p2 = (*form.params, 0.0, 0.0, 0.0)[:3]
+        self.forward.append(
+            records.Scale(
+                src=self.value(unit.reads[0]),
+                dst=self.value(unit.out),
+                slope=self.slope(unit),
+                extent=extent(unit.out),
+                function=list(NATIVE_FUNCTIONS).index(form.function),
+                p0=p0,
+                p1=p1,
+                p2=p2,
+            )
+        )
 
-    def backward_scale(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        in_place = self.cotangents.of(node) is behind
-        target = self.at("dst", behind.node, self.grad(behind.node)) if in_place else self.into(node)
-        self.emit(
-            self.backward,
-            "MulD",
-            **self.plain(behind),
-            **target,
-            **self.extent(unit.out),
-            **self.slope(unit),
-            assign=int(in_place),
+    def backward_scale(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        in_place = self.cotangents.of(node) is upstream
+        src = self.upstream(upstream)
+        dst = src if in_place else self.accumulated(node)
+        self.backward.append(
+            records.ScaleT(src=src, dst=dst, slope=self.slope(unit), extent=extent(unit.out), assign=in_place)
         )
 
     # ---- products of two values
 
-    @staticmethod
-    def steps(prefix: str, node: Node, out: Node, channel: str) -> dict[str, int]:
-        """Strides of a side: zero along the axes that are stretched."""
-        return {
-            f"{prefix}_row": node.row if node.H == out.H else 0,
-            f"{prefix}_px": node.C if node.W == out.W else 0,
-            channel: int(node.C == out.C),
-        }
+    def stretched(self, node: Node, out: Node, buffer: Buffer) -> tuple[Place, int]:
+        """A side of a product, and its stride between channels: strides are zero along the axes that are stretched."""
+        row, position = node.row if node.H == out.H else 0, node.C if node.W == out.W else 0
+        return Place(buffer, node.interior, row, position), int(node.C == out.C)
 
-    def forward_product(self, unit: Unit, fields: dict[str, Any]) -> None:
-        a, b = unit.reads
-        fields |= self.steps("src", a, unit.out, "kh") | self.steps("aux", b, unit.out, "kw")
-        self.emit(self.forward, "Product", **fields, aux=(self.store(b), b.interior))
+    def forward_product(self, unit: Unit) -> None:
+        (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
+        self.forward.append(
+            records.Product(
+                left=left,
+                right=right,
+                dst=self.value(unit.out),
+                extent=extent(unit.out),
+                left_channel=left_channel,
+                right_channel=right_channel,
+            )
+        )
 
-    def backward_product(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        other = unit.reads[1 - self.turn(unit, node)]
-        fields = self.plain(behind) | self.into(node) | self.extent(unit.out)
-        fields |= self.steps("dst", node, unit.out, "kh") | self.steps("aux", other, unit.out, "kw")
-        self.emit(self.backward, "ProductT", **fields, aux=(self.store(other), other.interior))
+    def backward_product(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        other = unit.reads[1 - self.operand_index(unit, node)]
+        src = self.upstream(upstream)
+        self.first_touch(node)
+        dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
+        side, other_channel = self.stretched(other, unit.out, self.store(other))
+        self.backward.append(
+            records.ProductT(
+                src=src,
+                other=side,
+                dst=dst,
+                extent=extent(unit.out),
+                dst_channel=dst_channel,
+                other_channel=other_channel,
+            )
+        )
 
     # ---- products of two matrices of values, H of them, each as it lies row by row
 
-    def forward_matmul(self, unit: Unit, fields: dict[str, Any]) -> None:
+    def forward_matmul(self, unit: Unit) -> None:
         a, b = unit.reads
-        other = self.at("aux", b, self.store(b))
-        self.emit(self.forward, "MatMul", **fields | {"C": a.C, "O": b.C}, **other, kh=a.C, kw=1)
+        self.forward.append(
+            records.MatMul(
+                left=self.value(a),
+                right=self.value(b),
+                dst=self.value(unit.out),
+                left_term=1,
+                right_column=1,
+                matrices=unit.out.H,
+                rows=unit.out.W,
+                columns=b.C,
+                terms=a.C,
+            )
+        )
         if a.id in self.cotangents.needs:
-            self.turn_over(unit)
+            self.transpose_right(unit)
 
-    def turn_over(self, unit: Unit) -> None:
-        """The rows of the right side turned over: vectors read columns that lie side by side."""
+    def right_transposed(self, unit: Unit) -> tuple[Place, int]:
+        """The transposed right side [columns][terms], as the left side's backward pass reads it, and the stride
+        between its columns."""
+        b = unit.reads[1]
+        return Place(self.keep(unit, b.C * b.P), 0, b.C * b.W, b.W), 1
+
+    def transpose_right(self, unit: Unit) -> None:
+        """Store the right side transposed: vectors read columns that lie side by side."""
         b = unit.reads[1]
         runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
-        sides = self.at("src", b, self.store(b)) | {"dst": self.turned_over(unit)}
-        self.emit(self.forward, "Move", **sides, size=len(runs), table=self.table([x for run in runs for x in run]))
+        src = self.value(b)
+        self.copy(src, Place(self.right_transposed(unit)[0].buffer, 0), [x for run in runs for x in run])
 
-    def right_turned(self, unit: Unit) -> dict[str, Any]:
-        """Where the left side's backward pass finds the right side, and the step from term to term."""
-        b = unit.reads[1]
-        return {"aux": self.turned_over(unit), "aux_row": b.C * b.W, "aux_px": b.W}
-
-    def backward_matmul(self, unit: Unit, node: Node, behind: Cotangent) -> None:
+    def backward_matmul(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         a, out = unit.reads[0], unit.out
         assign = node.size == node.C * node.P and node.id not in self.touched  # the first to write it writes all of it
         if assign:
             self.touched.add(node.id)
-        fields = self.plain(behind) | self.into(node) | self.extent(node) | {"O": node.C, "assign": int(assign)}
-        if self.turn(unit, node) == 0:  # g [M, P] · b^T [P, K]
-            other = self.right_turned(unit) | {"C": out.C}
-            self.emit(self.backward, "MatMulT", **fields | other, kh=out.C, kw=1)
+        g, dst = self.upstream(upstream), self.accumulated(node)
+        if self.operand_index(unit, node) == 0:  # g [M, P] · b^T [P, K]
+            right, right_column = self.right_transposed(unit)
+            left, left_term, terms = g, 1, out.C
         else:  # a^T [K, M] · g [M, P]
-            other = self.at("aux", a, self.store(a))
-            self.emit(self.backward, "MatMulT", **fields | other | {"C": out.W}, kh=1, kw=a.C, fn=1)
+            at = self.value(a)
+            left, left_term, terms = Place(at.buffer, at.offset, at.row, 1), a.C, out.W
+            right, right_column = g, 1
+        self.backward.append(
+            records.MatMulT(
+                left=left,
+                right=right,
+                dst=dst,
+                left_term=left_term,
+                right_column=right_column,
+                matrices=node.H,
+                rows=node.W,
+                columns=node.C,
+                terms=terms,
+                assign=assign,
+            )
+        )
 
     # ---- softmax and norms
 
-    def lines(self, unit: Unit) -> dict[str, Any]:
+    def lines(self, unit: Unit) -> LineSet:
         form, out = unit.form, unit.out
         assert isinstance(form, LowRank)
-        fn = ("softmax", "log_softmax", "normalize").index(form.function)
-        buffer = self.slope(unit, more=out.C * out.P)
-        eps = bits_of(form.params[0] if form.params else 0.0)
-        # Where a line's own number lies (its inverse deviation): behind the storage.
-        return buffer | {"fn": fn, "taps": "CWH".index(unit.along), "p0": eps, "entries": out.size - out.interior}
-
-    def forward_lowrank(self, unit: Unit, fields: dict[str, Any]) -> None:
-        self.emit(self.forward, "Lines", **fields, **self.lines(unit))
-
-    def backward_lowrank(self, unit: Unit, node: Node, behind: Cotangent) -> None:
-        self.emit(
-            self.backward,
-            "LinesT",
-            **self.plain(behind),
-            **self.into(node),
-            **self.extent(unit.out),
-            **self.lines(unit),
+        saved = interior(out, self.keep(unit, out.size + out.C * out.P))
+        epsilon = form.params[0] if form.params else 0.0
+        # The lines' own numbers lie after the storage.
+        return LineSet(
+            extent(out), ALONG[unit.along], LINE_FUNCTIONS[form.function], epsilon, saved, out.size - out.interior
         )
 
+    def forward_lowrank(self, unit: Unit) -> None:
+        src, dst = self.value(unit.reads[0]), self.value(unit.out)
+        self.forward.append(records.Lines(src=src, dst=dst, lines=self.lines(unit)))
 
-def bits_of(number: float) -> int:
-    """A double as the integer that a record carries."""
-    return struct.unpack("<q", struct.pack("<d", float(number)))[0]
+    def backward_lowrank(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        src, dst = self.upstream(upstream), self.accumulated(node)
+        self.backward.append(records.LinesT(src=src, dst=dst, lines=self.lines(unit)))

@@ -8,23 +8,28 @@ It is pure: equal arguments give equal chains.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ..ir.program import Program
-from .chain import FIELDS, Chain, Machine
+from . import records
+from .chain import Chain, Row
 from .emitters import UnitRecords
+from .encoding import CpuSizes, Sizes, encode
 from .grouping import Builder
-from .scratch import block_size, mark_lives, padded, place, seed_tile, stacked
+from .machine import Machine
+from .recording import extent
+from .records import Extent, Place, Record
+from .scratch import block_size, mark_lives, place, seed_tile, stacked
 from .units import Node, Unit
 
 
 class Lowering(UnitRecords):
     """One group on one machine, for ``seeds`` seeds of element size ``itemsize``.
 
-    The layout of weights and arena is the machine's: :mod:`gradkern.codegen.cuda.lowering` has the GPU's.
+    The layout of weights and scratch memory is the machine's: :mod:`gradkern.codegen.cuda.lowering` has the GPU's.
     """
 
     forward_blocks = True  # whether the forward pass says how many samples go together
+    sample = 0  # elements of a sample's own scratch memory, once it is laid out
 
     # ---- forward
 
@@ -34,36 +39,27 @@ class Lowering(UnitRecords):
         self.forward_blocks = False
         for unit in self.graph.units:
             if unit.kind == "scale":
-                buffer, interior = self.slope(unit)["aux"]
-                out, fields = unit.out, {"dst": (buffer, interior), "dst_row": unit.out.row, "dst_px": unit.out.C}
-                extent = self.extent(out)
-                if unit.turned:  # storage order is the tensor's own
-                    fields["dst_px"], extent = 1, {"C": 1, "H": out.H, "W": out.W * out.C}
-                self.emit(self.forward, "Load", ext=order.index(unit.slope), **fields, **extent)
+                dst, shape, out = self.slope(unit), extent(unit.out), unit.out
+                if unit.storage_order:  # storage order is the tensor's own
+                    dst, shape = Place(dst.buffer, dst.offset, dst.row, 1), Extent(1, out.H, out.W * out.C)
+                self.forward.append(records.Load(input=order.index(unit.slope), dst=dst, extent=shape))
 
     def run_forward(self) -> None:
-        order = list(self.graph.inputs)
         for unit in self.graph.units:
-            out = unit.out
             self.prepare(unit)
-            fields = self.at("dst", out, self.store(out)) | self.extent(out)
-            if unit.reads:
-                fields |= self.at("src", unit.reads[0], self.store(unit.reads[0]))
-            getattr(self, f"forward_{unit.kind}")(unit, fields)
-            if unit.kind == "load":
-                value = next(v for v in order if self.graph.inputs[v] is out)
-                self.forward[-1] |= self.outside("dst", value, out, self.store(out)) | {"ext": order.index(value)}
+            getattr(self, f"forward_{unit.kind}")(unit)
         for k, (value, node) in enumerate(self.graph.outputs.items()):
-            self.emit(self.forward, "Store", ext=k, **self.outside("src", value, node, self.store(node)))
+            src, shape = self.outside(value, node, self.store(node))
+            self.forward.append(records.Store(src=src, output=k, extent=shape))
 
     def prepare(self, unit: Unit) -> None:
-        """Before a unit's record: the CPU's arena starts out as zeros, and borders stay so."""
+        """Before a unit's record: the CPU's scratch memory starts out as zeros, and borders stay so."""
 
     # ---- backward
 
     def run_backward(self) -> None:
         cotangents = self.cotangents
-        for node in cotangents.outputs:  # decide from the end, so that expressions see what is behind them
+        for node in cotangents.outputs:  # decide from the end, so that expressions see what follows them
             cotangents.of(node)
         for k, (value, node) in enumerate(self.graph.outputs.items()):
             if node.id in cotangents.needs and node.producer is not cotangents.rows_unit:
@@ -79,15 +75,15 @@ class Lowering(UnitRecords):
             self.store_cotangent(k, value)
 
     def backward_unit(self, unit: Unit) -> None:
-        behind = self.cotangents.of(unit.out)
-        if behind is None:
+        upstream = self.cotangents.of(unit.out)
+        if upstream is None:
             return
-        if unit.rectify and not behind.rows:
-            buffer = self.grad(behind.node)
-            self.emit(self.backward, "Rectify", dst=(buffer, 0), size=buffer.elements)
+        if unit.rectify and not upstream.rows:
+            buffer = self.grad(upstream.node)
+            self.backward.append(records.Rectify(dst=Place(buffer, 0), elements=buffer.elements))
         for node in unit.reads:
             if node.id in self.cotangents.needs:
-                getattr(self, f"backward_{unit.kind}")(unit, node, behind)
+                getattr(self, f"backward_{unit.kind}")(unit, node, upstream)
 
     def store_cotangent(self, k: int, value: int) -> None:
         """The ``k``-th wanted cotangent, that of the external ``value``, goes to the caller."""
@@ -97,64 +93,62 @@ class Lowering(UnitRecords):
             return
         if source.node is node:
             self.first_touch(node)  # zeros where nothing was added
-        fields = self.outside("src", value, source.node, self.grad(source.node))
-        if (fold := self.folded.get(source.node.id, 1)) > 1:
-            fields |= {"src": (self.grad(node), 0), "fold": fold, "Hi": node.halo[0], "Wi": node.halo[2]}
-        self.emit(self.backward, "StoreT", ext=k, **fields)
+        src, shape = self.outside(value, source.node, self.grad(source.node))
+        fold = self.folded.get(source.node.id, 1)
+        if fold == 1:
+            self.backward.append(records.StoreT(src=src, result=k, extent=shape))
+            return
+        src = Place(self.grad(node), 0, src.row, src.position)
+        rows, columns = node.halo[0], node.halo[2]
+        self.backward.append(
+            records.StoreT(src=src, result=k, extent=shape, fold=fold, halo_rows=rows, halo_columns=columns)
+        )
 
     def seed(self, k: int, value: int, node: Node) -> None:
         self.first_touch(node)
-        kind = "SeedOneHot" if self.onehot else "SeedDense"
-        self.emit(self.backward, kind, ext=k, **self.outside("dst", value, node, self.grad(node)))
+        dst, shape = self.outside(value, node, self.grad(node))
+        if self.onehot:
+            self.backward.append(records.SeedOneHot(dst=dst, extent=shape))
+        else:
+            self.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=shape))
 
     def backward_rows(self, unit: Unit) -> None:
         node = unit.reads[0]
         expression = self.cotangents.of(node)
         if expression is None or expression.rows:
             return
-        self.first_touch(node)
-        self.emit(self.backward, "SeedRows", **self.at("dst", node, self.grad(node)), size=node.C * node.P)
+        self.backward.append(records.SeedRows(dst=self.accumulated(node), elements=node.C * node.P))
 
-    # ---- layout of the arena
+    # ---- layout of scratch memory
 
-    def finish(self) -> tuple[tuple[int, ...], int]:
-        """Place all buffers; returns the arena sizes and the seed tile."""
+    def finish(self) -> tuple[Sizes, int]:
+        """Place all buffers; returns the sizes of scratch memory and the seed tile."""
         mark_lives((self.forward, self.backward))
         for buffer in (*self.stores.values(), *self.grads.values()):
             buffer.per_sample = len(buffer.stages) > 1
         grads = list(self.grads.values())
         per_seed = stacked(grads)
         tile = seed_tile(self.seeds, sum(per_seed) * self.itemsize)
-        shared, sample = place([*self.stores.values(), *self.slopes.values()], grads, per_seed, tile)
-        blocked = any(op["block"] for op in (self.forward if self.forward_blocks else self.backward))
-        each, lists = sample * self.itemsize + self.bit_bytes, 2 * self.idx + 32 * self.segs
+        shared, self.sample = place([*self.stores.values(), *self.saved.values()], grads, per_seed, tile)
+        blocked = any(r.block for r in (self.forward if self.forward_blocks else self.backward))
+        each, lists = self.sample * self.itemsize + self.bit_bytes, 2 * self.entries + 32 * self.segments
         block = block_size(blocked, shared * self.itemsize, each, lists)
-        sizes = (shared, sample, self.bit_bytes, self.idx * block, self.segs * block, block)
+        sizes = CpuSizes(shared, self.sample, self.bit_bytes, self.entries * block, self.segments * block, block)
         return sizes, tile
 
-    def scratch(self, sizes: tuple[int, ...]) -> int:
+    def scratch(self, sizes: Sizes) -> int:
         """Bytes of scratch per thread."""
-        shared, sample, bits, idx, segs, block = sizes
-        return (shared + sample * block) * self.itemsize + bits * block + idx * 4 + segs * 32
+        assert isinstance(sizes, CpuSizes)
+        elements = sizes.shared + sizes.sample * sizes.block
+        return elements * self.itemsize + sizes.bits * sizes.block + sizes.entries * 4 + sizes.segments * 32
 
     def clocks(self) -> tuple[float, ...]:
         """What each record is estimated to take, where the machine's planner estimates that."""
         return ()
 
-    def resolve(self, op: dict[str, Any], sample: int) -> tuple[int, ...]:
-        """A symbolic record → numbers in the order of `FIELDS`."""
-        out = dict.fromkeys(FIELDS, 0)
-        for key, value in op.items():
-            if isinstance(value, tuple):
-                buffer, offset = value
-                out[key] = buffer.base + offset
-                out[f"{key}_n"] = sample if buffer.per_sample else 0
-                if f"{key}_s" in out and any(buffer is b for b in self.grads.values()):
-                    out[f"{key}_s"] = padded(buffer.elements)
-            else:
-                out[key] = value
-        out["bits_n"] = self.bit_bytes
-        return tuple(int(out[f]) for f in FIELDS)
+    def encoded(self, ops: list[Record]) -> tuple[Row, ...]:
+        """The records as rows, once scratch memory is laid out."""
+        return tuple(encode(op, self.sample) for op in ops)
 
 
 def lower(
@@ -183,8 +177,10 @@ def lower(
     sizes, tile = low.finish()
     rows, rows_unit = low.rows, low.cotangents.rows_unit
     return Chain(
-        forward=tuple(low.resolve(op, sizes[1]) for op in low.forward),
-        backward=tuple(low.resolve(op, sizes[1]) for op in low.backward),
+        forward=tuple(low.forward),
+        backward=tuple(low.backward),
+        forward_rows=low.encoded(low.forward),
+        backward_rows=low.encoded(low.backward),
         tables=tuple(low.tables),
         layouts=tuple(low.layouts),
         sizes=sizes,
@@ -194,8 +190,8 @@ def lower(
         output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
         wrt=low.wrt,
         seed_tile=tile,
-        rows=None if rows is None else (rows.wb, rows.ldw),
-        rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,  # type: ignore[union-attr]
+        rows=None if rows is None else (rows.weights, rows.row_length),
+        rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,
         scratch=low.scratch(sizes),
         clocks=low.clocks(),
     )

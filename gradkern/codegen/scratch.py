@@ -1,4 +1,4 @@
-"""The arena of a chain: where its buffers lie in a thread's scratch, and how much is worked on at a time.
+"""Scratch memory of a chain: where its buffers lie, and how much is worked on at a time.
 
 Memory that lives within one run of records is shared between samples; what outlives it has room for every sample of
 a block.  Cotangents that are never alive together lie on top of each other.  Seeds are taken in tiles, samples in
@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .records import Record
 
 SLACK = 64  # elements past every buffer that a vector may read or an unused lane may touch
 BLOCK_BYTES = 512 << 10  # scratch that a thread's block of samples should fit (half of a common L2)
@@ -19,11 +22,12 @@ MAX_BLOCK = 32
 SCRATCH_BYTES = 32 << 20  # per thread, unless one sample with one seed needs more
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffer:
-    """A piece of the arena: per-sample where it must outlive a stage, shared between samples otherwise."""
+    """A piece of scratch memory: per-sample where it must outlive a stage, shared between samples otherwise."""
 
-    elements: int
+    elements: int  # of one seed, where it holds a cotangent
+    cotangent: bool = False
     stages: set[int] = field(default_factory=set)
     base: int = -1
     first: int = -1  # the records between which its content matters
@@ -35,25 +39,23 @@ def padded(elements: int) -> int:
     return (elements + 15) // 16 * 16
 
 
-def mark_lives(passes: Iterable[Sequence[dict[str, Any]]]) -> None:
+def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
     """Note in every buffer its first and last record, and the stages that touch it.
 
     A stage is a run of records that takes sample after sample; a record that takes all of them at once stands alone.
     """
     stage = count = 0
-    for ops in passes:
-        previous = None
-        for op in ops:
-            if previous is None or op["block"] or previous["block"]:
+    for records in passes:
+        previous: Record | None = None
+        for record in records:
+            if previous is None or record.block or previous.block:
                 stage += 1
-            previous = op
+            previous = record
             count += 1
-            for key in ("src", "aux", "dst"):
-                if isinstance(op.get(key), tuple):
-                    buffer = op[key][0]
-                    buffer.stages.add(stage)
-                    buffer.first = count if buffer.first < 0 else buffer.first
-                    buffer.last = count
+            for buffer in record.buffers():
+                buffer.stages.add(stage)
+                buffer.first = count if buffer.first < 0 else buffer.first
+                buffer.last = count
         stage += 1
 
 
@@ -97,7 +99,7 @@ def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
 def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, int], tile: int) -> tuple[int, int]:
     """Give every buffer its base; returns the elements that samples share, and those of each sample.
 
-    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part lies behind what is shared.
+    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part follows what is shared.
     """
     shared, sample = (size * tile for size in sizes)
     for buffer in grads:

@@ -42,11 +42,12 @@ MAX_TAPS = 256  # planes of a pattern
 def unsupported_reason(program: Program, step: Step) -> str | None:
     """Why no kernel can run this step; None where one can."""
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
-    if any(geometry(s) is None for s in shapes):
+    extents = [geometry(s) for s in shapes]
+    if None in extents:
         return "values of more than 3 axes per sample have no kernel yet"
     if any(math.prod(s) == 0 for s in shapes):
         return "empty values have no kernel"
-    if any(geometry(s)[0] > MAX_CHANNELS for s in shapes):  # type: ignore[index]
+    if any(extent and extent[0] > MAX_CHANNELS for extent in extents):
         return f"more than {MAX_CHANNELS} channels"
     match step.form:
         case Contract(map=Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..codegen.chain import Chain, Machine
+from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import Device, TooLarge, lowering
+from ..codegen.machine import Machine
 from ..ir.program import Program, View
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..codegen.chain import Machine
 from ..codegen.cuda.lowering import Device, heavy
+from ..codegen.machine import Machine
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
 from ..ir.recurrent import GATES, recognise

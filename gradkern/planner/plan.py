@@ -14,9 +14,10 @@ from functools import cached_property
 
 import torch
 
-from ..codegen.chain import Chain, Machine
+from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import CAST_DTYPES, Device
 from ..codegen.grouping import Builder
+from ..codegen.machine import Machine
 from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.cost import total_macs

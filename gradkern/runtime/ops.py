@@ -14,8 +14,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..codegen.chain import FIELDS, KINDS, Machine
 from ..codegen.cuda.lowering import Device
+from ..codegen.encoding import Sizes, layout_fingerprint
+from ..codegen.machine import Machine
 from ..codegen.support import NATIVE_FUNCTIONS
 
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
@@ -34,8 +35,7 @@ def extension() -> ModuleType | None:
             stacklevel=3,
         )
         return None
-    found = (list(_C.op_fields()), list(_C.op_kinds()), list(_C.functions()))
-    if found != (list(FIELDS), list(KINDS), list(NATIVE_FUNCTIONS)):
+    if getattr(_C, "record_layout", None) != layout_fingerprint() or list(_C.functions()) != list(NATIVE_FUNCTIONS):
         warnings.warn(
             f"gradkern's compiled extension was built from another version and is not used. {HOW_TO_BUILD}",
             RuntimeWarning,
@@ -82,11 +82,11 @@ def chain_forward(
     packed: Tensor,
     tables: Tensor,
     forward: Tensor,
-    sizes: Sequence[int],
+    sizes: Sizes,
     outputs: Sequence[int],
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
-    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, list(sizes), list(outputs))
+    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.numbers, list(outputs))
 
 
 def chain_vjp(
@@ -95,7 +95,7 @@ def chain_vjp(
     tables: Tensor,
     forward: Tensor,
     backward: Tensor,
-    sizes: Sequence[int],
+    sizes: Sizes,
     outputs: Sequence[int],
     targets: Tensor | None,
     seed_rows: Tensor | None,
@@ -111,7 +111,7 @@ def chain_vjp(
         tables,
         forward,
         backward,
-        list(sizes),
+        sizes.numbers,
         values,
         targets,
         seed_rows,

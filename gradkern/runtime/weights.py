@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..codegen.chain import FIELDS, Chain
+from ..codegen.chain import Chain
+from ..codegen.encoding import WIDTH
 from ..planner.plan import Plan
 from ..util.memo import on_reset
 from . import ops
@@ -37,10 +38,10 @@ class Packed:
     def __init__(self, chain: Chain, params: Params, like: Tensor):
         self.chain = chain
         self.tables = torch.tensor(chain.tables or (0,), dtype=torch.int32, device=like.device)
-        forward, backward = (
-            torch.tensor(r, dtype=torch.int64, device=like.device) for r in (chain.forward, chain.backward)
+        self.forward, self.backward = (
+            torch.tensor(rows, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
+            for rows in (chain.forward_rows, chain.backward_rows)
         )
-        self.forward, self.backward = forward.reshape(-1, len(FIELDS)), backward.reshape(-1, len(FIELDS))
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
             layout.fill(self.weights, params)

@@ -62,4 +62,4 @@ def test_scratch_of_a_deep_network_is_a_few_layers():
     sizes = [math.prod(s.shape) for s in program.steps if isinstance(s.form, Contract)]
     assert chain.seed_tile == 5
     assert len(sizes) > 15
-    assert chain.sizes[0] < 2 * sum(sizes) + 5 * 5 * max(sizes) < 5 * sum(sizes)
+    assert chain.sizes.shared < 2 * sum(sizes) + 5 * 5 * max(sizes) < 5 * sum(sizes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gradkern.codegen.encoding import CudaSizes
 from gradkern.frontend import tracer
 from gradkern.runtime import binding, executor, ops
 from tests import oracle
@@ -111,7 +113,7 @@ def test_blocks(n: int, processors: int) -> None:
     """A small batch is spread over all multiprocessors; a large one gives each its own block."""
     device = Launchers(processors)
     model, inputs, y, found, _ = run(CASES["linear_nobias"], torch.float64, n, device)
-    planned = device.calls[-1][1][5][5]
+    planned = CudaSizes(*device.calls[-1][1][5]).block
     block = min(planned, -(-n // processors))
     assert device.gpu.blocks == min(-(-n // block), processors)
     few = [x[-3:] for x in inputs]
@@ -121,6 +123,7 @@ def test_blocks(n: int, processors: int) -> None:
 @pytest.mark.parametrize("group", [False, True])
 def test_an_empty_batch(group: bool) -> None:
     found, device = arguments(group=group, n=0), Launchers()
+    found["sizes"] = CudaSizes(*found["sizes"])
     with installed(device):
         (y,) = ops.chain_forward(*test_ops.forward_arguments(found))
         assert y.shape == (0, 3)
@@ -193,7 +196,7 @@ def test_other_dtypes_and_too_many_ports() -> None:
 
 def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
     found, device = arguments(), Launchers()
-    large = dict(found, sizes=[*found["sizes"][:4], 1 << 20, found["sizes"][5]])
+    large = dict(found, sizes=replace(CudaSizes(*found["sizes"]), bytes=1 << 20).numbers)
     with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
         device.redispatched("chain_vjp", *large.values())
     device.redispatched("chain_vjp", *found.values())
@@ -205,7 +208,7 @@ def test_a_small_chain_takes_nothing_from_a_large_one() -> None:
     larger chain's two calls."""
     device = Launchers()
     found = arguments()
-    assert found["sizes"][5] < device.gpu.shared_bytes
+    assert CudaSizes(*found["sizes"]).bytes < device.gpu.shared_bytes
     device.redispatched("chain_vjp", *found.values())
     assert device.gpu.allowed == device.gpu.shared_bytes
 

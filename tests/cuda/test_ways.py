@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.codegen.chain import FIELDS, KINDS
 from gradkern.codegen.cuda import lowering, slices
-from gradkern.codegen.cuda.cost import IN_NARROW, IN_QUADS, WALKS
 from gradkern.codegen.cuda.lowering import DeviceLowering
-from gradkern.codegen.cuda.weights import DeviceScatter, NarrowScatter, QuadScatter
+from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
+from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
 from gradkern.frontend import tracer
 from gradkern.planner import plan
 from gradkern.runtime import binding, executor
@@ -27,8 +26,6 @@ from tests import oracle
 from tests.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
-FIELD = {name: k for k, name in enumerate(FIELDS)}
-WAYS = {WALKS: DeviceScatter, IN_QUADS: QuadScatter, IN_NARROW: NarrowScatter}
 
 
 def pooled(inputs: int, kernel: int, pool: int, seeds: int, stride: int = 1) -> nn.Module:
@@ -62,12 +59,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def prefer(monkeypatch: pytest.MonkeyPatch, way: int) -> None:
+def prefer(monkeypatch: pytest.MonkeyPatch, way: Way) -> None:
     """Where it fits at all, transposed convolutions go that way."""
     before = DeviceLowering.scatter_clocks
 
     def clocks(self: DeviceLowering, layout: DeviceScatter, taps: int, pattern: bool) -> float:
-        return before(self, layout, taps, pattern) * (1e-6 if type(layout) is WAYS[way] else 1.0)
+        return before(self, layout, taps, pattern) * (1e-6 if layout.way == way else 1.0)
 
     monkeypatch.setattr(DeviceLowering, "scatter_clocks", clocks)
 
@@ -103,29 +100,28 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
     return y, found, want_y, want, chain
 
 
-def ways_of(chain) -> set[int]:
-    transposed = KINDS.index("WindowT")
-    return {op[FIELD["fn"]] for op in chain.backward if op[FIELD["kind"]] == transposed and not op[FIELD["block"]]}
+def ways_of(chain) -> set[Way]:
+    return {op.way for op in chain.backward if isinstance(op, ScatterT)}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize("name", NETS)
-def test_transposed_convolutions(name: str, way: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transposed_convolutions(name: str, way: Way, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prefer(monkeypatch, way)
     slice_by(monkeypatch, count)
     y, found, want_y, want, chain = solve(name)
     assert oracle.relative_error(y, want_y) < 1e-12
     assert oracle.relative_error(found, want) < 1e-11
     # Narrow windows are short and in one piece; quads want channels in fours.
-    if way == WALKS or (way == IN_QUADS and name != "2-D, 5 channels") or name in ("pool2", "no pool", "stride"):
+    if way == Way.Walk or (way == Way.Quads and name != "2-D, 5 channels") or name in ("pool2", "no pool", "stride"):
         assert way in ways_of(chain)
 
 
 @pytest.mark.parametrize("name", ["pool2", "pool4", "2-D, 8 channels"])
 def test_in_float32_with_many_seeds_and_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six quads a lane, several seeds a visit, and eight positions a thread are float's alone."""
-    prefer(monkeypatch, IN_QUADS)
+    prefer(monkeypatch, Way.Quads)
     y, found, want_y, want, _ = solve(name, torch.float32, 9, blocks=2)
     assert oracle.relative_error(y, want_y) < 1e-5
     assert oracle.disagreeing(found, want) <= 0.25  # a pattern flips
@@ -136,8 +132,8 @@ def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2, 4):
         slice_by(monkeypatch, count)
         *_, chain = solve("pool2")
-        wide = [op for op in chain.backward if op[FIELD["block"]]]
-        kept.append(chain.sizes[1])
+        wide = [op for op in chain.backward if op.block]
+        kept.append(chain.sizes.sample)
         assert len(wide) >= count
     assert kept[0] > kept[1] > kept[2]
 
@@ -152,7 +148,7 @@ def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
     )  # fmt: skip
     monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
     _, found, _, want, chain = solve("groups")
-    assert sum(op[FIELD["block"]] for op in chain.backward) == 3
+    assert sum(op.block for op in chain.backward) == 3
     assert oracle.relative_error(found, want) < 1e-11
 
 
@@ -176,7 +172,7 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
     _, found, _, want, chain = solve("border")
-    assert any(op[FIELD["block"]] for op in chain.backward)
+    assert any(op.block for op in chain.backward)
     assert oracle.relative_error(found, want) < 1e-11
 
 
@@ -225,7 +221,8 @@ def test_rows_asked_for_ahead_of_time_are_there() -> None:
     made = plan.plan(program, 0, machine=HostDevice().machine)
     chain = made.chain(0, 0, (), False)
     (layout,) = chain.layouts
-    assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
+    assert isinstance(layout, DeviceWindow)
+    assert layout.weights + (layout.K + 4) * layout.row_length <= chain.packed_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -260,8 +257,8 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)
     (chain,) = plan._chains.values()
-    windows = [op for op in chain.forward if op[FIELD["kind"]] == KINDS.index("Window")]
-    assert (windows[0][FIELD["taps"]] > 0) == (joined is not None and not overlaps)
+    window = next(op for op in chain.forward if isinstance(op, Window))
+    assert isinstance(window, PooledWindow) == (joined is not None and not overlaps)
     rows = x.detach().clone().requires_grad_(True)
     want_y = model(rows)
     want = torch.stack([torch.autograd.grad(want_y[:, s].sum(), rows, retain_graph=True)[0] for s in range(3)], 1)

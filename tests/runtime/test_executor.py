@@ -142,7 +142,7 @@ def test_block_boundaries(name, threads):
     _, inputs, program, params = parts(name, 66)
     want_y, want = exact(name, 66)
     p = executor.plan_for(program, program.outputs, torch.float64)
-    block = p.chain(0, program.outputs, (0,), True).sizes[5]
+    block = p.chain(0, program.outputs, (0,), True).sizes.block
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

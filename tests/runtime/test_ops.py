@@ -27,7 +27,7 @@ def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.fl
         "tables": packed.tables,
         "forward": packed.forward,
         "backward": packed.backward,
-        "sizes": list(chain.sizes),
+        "sizes": chain.sizes.numbers,
         "outputs": [torch.zeros(n, s, dtype=dtype) for s in chain.output_sizes],
         "targets": targets,
         "seed_rows": None if group else packed.seed_rows(targets, program.outputs),
@@ -103,8 +103,8 @@ WRONG_CHAIN = {
     "tables int32": lambda a: a.update(tables=a["tables"].long()),
     "records must be a contiguous int64": lambda a: a.update(forward=a["forward"][:, 1:]),
     "are of different versions": lambda a: a.update(forward=a["forward"].int()),
-    "expected 6 arena sizes, got 5": lambda a: a.update(sizes=a["sizes"][:5]),
-    "negative arena size -1": lambda a: a.update(sizes=[-1, *a["sizes"][1:]]),
+    "expected 6 sizes of scratch memory, got 5": lambda a: a.update(sizes=a["sizes"][:5]),
+    "negative size of scratch memory: -1": lambda a: a.update(sizes=[-1, *a["sizes"][1:]]),
 }  # fmt: skip
 WRONG_SEEDS = {
     "seed_tile must be positive, got 0": lambda a: a.update(seed_tile=0),

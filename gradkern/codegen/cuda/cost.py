@@ -9,31 +9,42 @@ counted in sm_90 machine code (nvcc 13.0); what a GPU measured is in benchmarks/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 
-from ..chain import KINDS
+from ..records import (
+    Bands,
+    DenseT,
+    MatMul,
+    MatMulT,
+    Part,
+    Pattern,
+    Place,
+    PooledWindow,
+    Record,
+    ScatterT,
+    Way,
+    Window,
+    Zero,
+)  # fmt: skip
 
 WARP = 32
-WALK_SEEDS, WALK_SLOTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
+WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
 QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
 QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
 POOLED = 8  # csrc/cuda/pooled.cuh
 NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
-WALKS, IN_QUADS, IN_NARROW = range(3)  # ways of a transposed convolution: the field ``fn`` of its record
 PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
 PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-WINDOW, PATTERN, ZERO, WINDOW_T = (KINDS.index(k) for k in ("Window", "Pattern", "Zero", "WindowT"))
-MATMUL, MATMUL_T = KINDS.index("MatMul"), KINDS.index("MatMulT")
-Op = Mapping[str, Any]
-Bands = tuple[int, int, int, int]  # rows, columns, colours of rows and of columns
-PLACES = ("bits", "table", "table2", "wb", "wf", "bias", "ext", "outer", "scratch", "slots")  # cost nothing
+#: What costs nothing: where weights, bits and tables lie, and what is settled after the price.
+PLACES = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
+Ways = Mapping[int, list[Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -53,111 +64,120 @@ def even(count: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """Samples at a time in scratch (``slots``), in a block, and seeds at a time."""
+    """How the work is cut: samples at a time in scratch (``resident``), in a block, and seeds at a time."""
 
     warps: int
-    slots: int
+    resident: int
     block: int
     tile: int
     itemsize: int
+    ways: Ways
 
-    def forward(self, op: Op) -> float:
+    def samples(self, op: Record) -> int:
+        """How many go through the record together."""
+        return self.block if op.block else self.resident
+
+    def forward(self, op: Record) -> float:
         """Clocks per sample of a record of the forward pass."""
-        clocks = BARRIER / (self.block if op["block"] else self.slots)
-        if op["kind"] == WINDOW:
-            clocks += self.window(op)
-        elif op["kind"] == PATTERN:
-            clocks += op["H"] * op["W"] * op["nb"] * 2 / WARP * loop(80 + 45 * op["taps"], 8 + 4 * op["taps"])
-        elif op["kind"] == ZERO:
-            clocks += op["size"] / 4 / WARP * loop(10, 4)
-        elif op["kind"] == MATMUL:
-            clocks += self.matmul(op, 1)
+        clocks = BARRIER / self.samples(op)
+        match op:
+            case Window():
+                clocks += self.window(op)
+            case Pattern(extent=e, pattern=p):
+                clocks += e.H * e.W * p.plane_bytes * 2 / WARP * loop(80 + 45 * p.taps, 8 + 4 * p.taps)
+            case Zero(elements=n):
+                clocks += n / 4 / WARP * loop(10, 4)
+            case MatMul():
+                clocks += self.matmul(op, 1)
         return clocks
 
-    def backward(self, op: Op) -> float:
+    def backward(self, op: Record) -> float:
         """Clocks per sample and tile of seeds of a record of the backward pass."""
-        clocks = BARRIER / (self.block if op["block"] else self.slots)
-        if op["kind"] == ZERO:
-            clocks += self.tile * op["size"] / 4 / WARP * loop(10, 4)
-        elif op["kind"] == MATMUL_T:
-            clocks += self.matmul(op, self.tile)
-        elif op["kind"] == WINDOW_T and op["block"]:
-            clocks += self.product(op)
-        elif op["kind"] == WINDOW_T:
-            clocks += self.transposed(op)[0]
+        clocks = BARRIER / self.samples(op)
+        match op:
+            case Zero(elements=n):
+                clocks += self.tile * n / 4 / WARP * loop(10, 4)
+            case MatMulT():
+                clocks += self.matmul(op, self.tile)
+            case DenseT():
+                clocks += self.product(op)
+            case ScatterT():
+                clocks += self.transposed(op)[0]
         return clocks
 
-    def window(self, op: Op) -> float:
+    def window(self, op: Window) -> float:
         """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
-        samples = self.block if op["block"] else self.slots
-        taps = op.get("taps", 0)  # of the pattern that is joined to it
-        places = op["Hi"] * op["Wi"] * taps if taps else op["H"] * op["W"]
-        positions = samples * (1 if op["block"] else places)
-        lanes = 8 if op["O"] > 16 else 4 if op["O"] > 8 else 2 if op["O"] > 4 else 1
+        samples = self.samples(op)
+        taps = op.pattern.taps if isinstance(op, PooledWindow) else 0
+        positions = samples * (1 if op.block else op.H * op.W * max(taps, 1))
+        lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
         each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
-        tiles = math.ceil(op["O"] / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op["groups"]
-        share = busy(tiles * (max(self.warps // tiles, 1) if op["block"] else 1), self.warps)
+        tiles = math.ceil(op.O / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op.groups
+        share = busy(tiles * (max(self.warps // tiles, 1) if op.block else 1), self.warps)
         # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
-        term = loop(4 * each + 7, each / 4 + 2) if op["L"] % 4 == 0 else loop(5 * each + 7, each + 1)
-        work = tiles * (op["K"] * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
-        return max(work, op["K"] * op["O"] * self.itemsize / L2_PACE if op["block"] else 0.0) / samples
+        term = loop(4 * each + 7, each / 4 + 2) if op.run_length % 4 == 0 else loop(5 * each + 7, each + 1)
+        terms = op.runs * op.run_length
+        work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
+        return max(work, terms * op.O * self.itemsize / L2_PACE if op.block else 0.0) / samples
 
-    def product(self, op: Op) -> float:
+    def product(self, op: DenseT) -> float:
         """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
-        rows = self.block * self.tile
+        rows, columns = self.block * self.tile, op.window_elements
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
-        items = math.ceil(rows / (2 * height)) * math.ceil(op["K"] / 64)
-        parts = max(min(self.warps // items, op["O"] // PART_ROWS), 1)  # warps that share a sum
-        work = items * op["O"] * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
+        items = math.ceil(rows / (2 * height)) * math.ceil(columns / 64)
+        parts = max(min(self.warps // items, op.O // PART_ROWS), 1)  # warps that share a sum
+        work = items * op.O * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
         if parts > 1:
             work += parts * (BARRIER + loop(12 * height, 2 * height))
-        spread = rows * op["O"] / WARP * loop(24, 2)  # the cotangents, turned over into the region
-        return (max(work, op["K"] * op["O"] * self.itemsize / L2_PACE) + spread) / self.block
+        spread = rows * op.O / WARP * loop(24, 2)  # the cotangents, transposed into the region
+        return (max(work, columns * op.O * self.itemsize / L2_PACE) + spread) / self.block
 
-    def matmul(self, op: Op, copies: int) -> float:
+    def matmul(self, op: MatMul, copies: int) -> float:
         """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
 
         def clocks(height: int) -> float:
-            tiles = self.slots * copies * op["H"] * math.ceil(op["W"] / height) * math.ceil(op["O"] / 4)
+            tiles = self.resident * copies * op.matrices * math.ceil(op.rows / height) * math.ceil(op.columns / 4)
             rounds = math.ceil(tiles / (self.warps * WARP)) * self.warps
-            instructions = 100 + 16 * height + op["C"] * 4 * (height + 1)
-            return rounds * loop(instructions, op["C"] * (height + 2) + 8 * height)
+            instructions = 100 + 16 * height + op.terms * 4 * (height + 1)
+            return rounds * loop(instructions, op.terms * (height + 2) + 8 * height)
 
-        return min(clocks(4), clocks(1)) / self.slots
+        return min(clocks(4), clocks(1)) / self.resident
 
-    def transposed(self, op: Op) -> tuple[float, int, Bands]:
+    def transposed(self, op: ScatterT) -> tuple[float, int, Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
-        planes, taps = op["taps"] if op["merged"] else 1, max(op["taps"], 1)
+        alive, elements = op.pattern.taps if op.pattern else 0, op.window_elements
+        planes, taps = alive if op.merged else 1, max(alive, 1)
         ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        way = op.get("fn", WALKS)
-        if way == WALKS:
+        if op.way == Way.Walk:
             visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
-            one = walk_clocks(op["K"], op["O"], op["merged"], together, taps, op["taps"])
-            ways.append((visits * one, visits, worker_lanes(op["K"])))
-        elif way == IN_QUADS:
+            one = walk_clocks(elements, op.O, op.merged, together, taps, bool(alive))
+            ways.append((visits * one, visits, worker_lanes(elements)))
+        elif op.way == Way.Quads:
             for lanes in QUAD_LANES:
-                one, visits = quad_clocks(op["K"] // 4, op["O"], self.tile, planes, op["taps"], lanes, self.itemsize)
+                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, bool(alive), lanes, self.itemsize)
                 ways.append((taps / max(planes, 1) * one, visits, lanes))
         else:
-            one, visits = narrow_clocks(op["K"], op["O"], self.tile, planes)
+            one, visits = narrow_clocks(elements, op.O, self.tile, planes)
             ways.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
-        return min(
-            (op["H"] * op["W"] * clocks / self.share(op, bands, visits, lanes), lanes, bands)
+        priced = (
+            (op.H * op.W * clocks / self.share(op, bands, visits, lanes), lanes, bands)
             for clocks, visits, lanes in ways
-            for bands in op["ways"]
+            for bands in self.ways[op.weights]
         )
+        return min(priced)
 
-    def share(self, op: Op, bands: Bands, visits: int, lanes: int) -> float:
+    def share(self, op: ScatterT, bands: Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
-        rows, columns, row_colours, colours = bands
         workers = self.warps * (WARP // lanes)
         turns = 0
-        for down in range(row_colours):
-            for along in range(colours):
-                high = max(math.ceil(op["H"] / rows) + row_colours - 1 - down, 0) // row_colours
-                wide = max(math.ceil(op["W"] / columns) + colours - 1 - along, 0) // colours
-                turns += math.ceil(self.slots * visits * high * wide / workers) * rows * columns
-        return self.slots * visits * op["H"] * op["W"] / (workers * turns)
+        for down in range(bands.row_colours):
+            for along in range(bands.column_colours):
+                high = max(math.ceil(op.H / bands.rows) + bands.row_colours - 1 - down, 0) // bands.row_colours
+                wide = math.ceil(op.W / bands.columns) + bands.column_colours - 1 - along
+                wide = max(wide, 0) // bands.column_colours
+                busiest = math.ceil(self.resident * visits * high * wide / workers)
+                turns += busiest * bands.rows * bands.columns
+        return self.resident * visits * op.H * op.W / (workers * turns)
 
 
 @dataclass
@@ -168,18 +188,18 @@ class RunPrice:
     warps: int
     tile: int
     itemsize: int
+    ways: Ways
     known: dict[tuple, float]  # prices of records: slices repeat theirs
-    ops: list[tuple[Op, tuple, bool, int]] = field(default_factory=list)
-    cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … slots: clocks, slots
+    ops: list[tuple[Record, tuple, bool, int]] = field(default_factory=list)
+    cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … resident samples
 
-    def add(self, op: Op, forward: bool, times: int) -> None:
-        numbers = tuple(v for k, v in sorted(op.items()) if isinstance(v, int) and k not in PLACES)
-        self.ops.append((op, (numbers, tuple(op.get("ways", ()))), forward, times))
+    def add(self, op: Record, forward: bool, times: int) -> None:
+        self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
 
-    def price(self, slots: int, block: int) -> float:
-        work, total = Work(self.warps, slots, block, self.tile, self.itemsize), 0.0
+    def price(self, resident: int, block: int) -> float:
+        work, total = Work(self.warps, resident, block, self.tile, self.itemsize, self.ways), 0.0
         for op, what, forward, times in self.ops:
-            key = (what, forward, self.tile, slots, block)
+            key = (what, forward, self.tile, resident, block)
             if key not in self.known:
                 self.known[key] = work.forward(op) if forward else work.backward(op)
             total += times * self.known[key]
@@ -189,33 +209,52 @@ class RunPrice:
         return self.price(0, block)
 
     def best(self, most: int) -> tuple[float, int]:
-        """The lowest price with at most that many slots, and the slots."""
+        """The lowest price with at most that many resident samples, and their number."""
         while len(self.cheapest) < most:
-            slots = len(self.cheapest) + 1
-            found = (self.price(slots, 0), slots)
-            self.cheapest.append(min(found, self.cheapest[-1]) if self.cheapest else found)
+            resident = len(self.cheapest) + 1
+            option = (self.price(resident, 0), resident)
+            self.cheapest.append(min(option, self.cheapest[-1]) if self.cheapest else option)
         return self.cheapest[most - 1]
 
 
-def worker_lanes(slots: int) -> int:
-    """Lanes of a worker for a window of ``slots`` elements; csrc/cuda/scatter.cuh decides the same way."""
+def priced_numbers(part: Record | Part) -> Iterator[int]:
+    """The numbers of a record that its price may depend on."""
+    cls: type = type(part)
+    for name in priced_fields(cls):
+        value = getattr(part, name)
+        if isinstance(value, Part):
+            if not isinstance(value, Place):
+                yield from priced_numbers(value)
+        elif isinstance(value, int):
+            yield value
+
+
+@cache
+def priced_fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls) if f.name not in PLACES and not f.name.endswith("_table"))
+
+
+def worker_lanes(elements: int) -> int:
+    """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
     best = WARP
     for lanes in (16, 8, 4):
-        if slots <= lanes * WALK_SLOTS and lanes * math.ceil(slots / lanes) <= best * math.ceil(slots / best):
+        if elements <= lanes * WALK_ELEMENTS and lanes * math.ceil(elements / lanes) <= best * math.ceil(
+            elements / best
+        ):
             best = lanes
     return best
 
 
 def alive(planes: int, pattern: bool) -> float:
-    """The share of channels that carry a cotangent: half behind a ReLU, three in four behind a pool too."""
+    """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
 
 
-def walk_clocks(slots: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
+def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
     """Per pool output and group of seeds: a start and a read-add-write per walk, and per live channel its loads and
     multiply-adds, a few elements of the window per lane.  The walks of a warp end with its longest."""
-    lanes = worker_lanes(slots)
-    workers, each = WARP // lanes, math.ceil(slots / lanes)
+    lanes = worker_lanes(elements)
+    workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
     live = channels * alive(planes, pattern) / walks
     longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly

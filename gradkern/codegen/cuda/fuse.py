@@ -1,50 +1,50 @@
-"""Convolutions with the ReLU or the pool behind them as one record: what the convolution gives never leaves registers.
+"""Convolutions and the ReLU or pool after them as one record: what the convolution gives never leaves registers.
 
 A rewriting of a chain's forward records for the GPU (csrc/cuda/pooled.cuh), which has threads that hold whole pools.
 """
 
 from __future__ import annotations
 
-from .cost import PATTERN, WINDOW, ZERO
-from .slices import Op, touches
+from collections.abc import Iterable, Sequence
+
+from ..records import Pattern, PooledWindow, Record, Window, Zero
+from ..scratch import Buffer
 
 TAPS = (1, 2, 4)  # of a pool that a thread's positions hold whole: eight, or four doubles
 
 
-def fused(forward: list[Op], backward: list[Op]) -> list[Op]:
-    """The forward records, with every convolution that only the pattern behind it reads joined to that."""
-    out: list[Op] = []
-    dropped: set[int] = set()
+def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:
+    """The forward records, with every convolution that only the pattern after it reads joined to that."""
+    out: list[Record] = []
+    dropped: set[Buffer | None] = set()
     for i, op in enumerate(forward):
-        window = next((w for w in reversed(out) if w["kind"] == WINDOW), None)
-        if op["kind"] == PATTERN and window is not None and joins(window, op, forward[:i], forward[i + 1 :] + backward):
-            if window["dst"][0] is not op["dst"][0]:
-                dropped.add(id(window["dst"][0]))
+        window = next((w for w in reversed(out) if isinstance(w, Window)), None)
+        if isinstance(op, Pattern) and window and joins(window, op, forward[:i], [*forward[i + 1 :], *backward]):
+            if window.dst.buffer is not op.dst.buffer:
+                dropped.add(window.dst.buffer)
             out.remove(window)
-            keep = ("dst", "dst_row", "dst_px", "bits", "nb", "taps", "relu", "kh", "kw")
-            out.append(window | {k: op[k] for k in keep} | {"Hi": op["H"], "Wi": op["W"]})
+            own = {"dst": op.dst, "H": op.extent.H, "W": op.extent.W}
+            out.append(PooledWindow(**vars(window) | own, pattern=op.pattern, relu=op.relu))
         else:
             out.append(op)
-    return [op for op in out if not (op["kind"] == ZERO and id(op["dst"][0]) in dropped)]
+    return [op for op in out if not (isinstance(op, Zero) and op.dst.buffer in dropped)]
 
 
-def joins(window: Op, pattern: Op, before: list[Op], after: list[Op]) -> bool:
+def joins(window: Window, pattern: Pattern, before: Iterable[Record], after: Iterable[Record]) -> bool:
     """Whether the pattern alone reads the convolution's result, in pools that neither meet nor hang over the edge.
 
     A ReLU may work in place: then later records read what it leaves.
     """
-    buffer, in_place = window["dst"][0], window["dst"][0] is pattern["dst"][0]
-    users = [
-        op
-        for op in before + (after if not in_place else [])
-        if any(touches(op, key, buffer) for key in ("src", "aux", "dst"))
-    ]
-    alone = all(op is window or op["kind"] == ZERO for op in users) and pattern["src"] == window["dst"]
+    buffer, p = window.dst.buffer, pattern.pattern
+    assert buffer is not None
+    others = before if buffer is pattern.dst.buffer else [*before, *after]
+    alone = all(op is window or isinstance(op, Zero) for op in others if op.reads(buffer) or op.writes(buffer))
+    same = pattern.src.buffer is buffer and pattern.src.offset == window.dst.offset
     apart = all(
-        pattern["s" + x] == pattern["k" + x] and pattern["d" + x] == 1 and pattern["p" + x] == 0
-        for x in "hw"
-        if pattern["k" + x] > 1 or pattern["p" + x]
+        stride == kernel and dilation == 1 and padding == 0
+        for kernel, stride, padding, dilation in ((p.kh, p.sh, p.ph, p.dh), (p.kw, p.sw, p.pw, p.dw))
+        if kernel > 1 or padding
     )
-    inside = all(pattern[a] * pattern["k" + x] <= window[a] for a, x in (("H", "h"), ("W", "w")))
-    plain = not window["block"] and window["groups"] == 1 and pattern["taps"] in TAPS and not window.get("taps")
-    return alone and apart and inside and plain
+    inside = pattern.extent.H * p.kh <= window.H and pattern.extent.W * p.kw <= window.W
+    plain = not window.block and window.groups == 1 and p.taps in TAPS and type(window) is Window
+    return alone and same and apart and inside and plain

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..records import Way
 from ..units import Node
 from ..weights import ScatterLayout, WindowLayout, aligned
-from .cost import NARROW, QUAD_PLANES, WALK_SLOTS, WARP
+from .cost import NARROW, QUAD_PLANES, WALK_ELEMENTS, WARP
 
 
 class DeviceWindow(WindowLayout):
     """Forward weights ``[groups][K][O to a multiple of 4]``."""
 
     @property
-    def ldf(self) -> int:
+    def row_length(self) -> int:
         return (self.O + 3) // 4 * 4
 
     def place(self, offset: int) -> int:
-        self.wf = offset
-        self.bias = self.wf + aligned(self.groups * self.K * self.ldf)
-        return self.bias + aligned(self.groups * self.ldf)
+        self.weights = offset
+        self.bias = self.weights + aligned(self.groups * self.K * self.row_length)
+        return self.bias + aligned(self.groups * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, b = self.folded(params)  # [groups·O, K], [groups·O]
         g, o, k = self.groups, self.O, self.K
-        wide = packed[self.wf : self.wf + g * k * self.ldf].view(g, k, self.ldf)
+        wide = packed[self.weights : self.weights + g * k * self.row_length].view(g, k, self.row_length)
         wide[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
-        packed[self.bias : self.bias + g * self.ldf].view(g, self.ldf)[:, :o] = b.reshape(g, o)
+        packed[self.bias : self.bias + g * self.row_length].view(g, self.row_length)[:, :o] = b.reshape(g, o)
 
 
 class DeviceScatter(ScatterLayout):
-    """Backward weights ``[taps · O][window to a multiple of 4]``; ``slots`` are the window's offsets, one by one."""
+    """Backward weights ``[taps · O][window to a multiple of 4]``; ``window`` holds its offsets, one by one."""
+
+    way: ClassVar[Way] = Way.Walk
 
     @property
-    def slots(self) -> list[int]:
+    def window(self) -> list[int]:
         return [r + i for r in self.runs for i in range(self.L)]
 
     @property
-    def ldw(self) -> int:
+    def row_length(self) -> int:
         return (len(self.runs) * self.L + 3) // 4 * 4
 
     def place(self, offset: int) -> int:
-        return super().place(offset) + WARP * WALK_SLOTS  # idle lanes read on past the last row
+        return super().place(offset) + WARP * WALK_ELEMENTS  # idle lanes read on past the last row
 
-    def fits(self, node: Node, behind: Node) -> bool:
-        """Whether the kernel can add to the cotangent of ``node``, reading that of ``behind``."""
+    def fits(self, node: Node, upstream: Node) -> bool:
+        """Whether the kernel can add to the cotangent of ``node``, reading that of ``upstream``."""
         return True
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
         if self.merged:
             w = self.shifted(w)
-        back = packed[self.wb : self.wb + w.shape[0] * self.ldw].view(w.shape[0], self.ldw)
+        back = packed[self.weights : self.weights + w.shape[0] * self.row_length].view(w.shape[0], self.row_length)
         back[:, : w.shape[1]] = w
 
 
@@ -64,6 +68,8 @@ class QuadScatter(DeviceScatter):
     between zeros, and the window's quads lie side by side.  A window of one row is shifted by columns in the same
     way; otherwise every shift by columns is a variant of its own.
     """
+
+    way = Way.Quads
 
     @property
     def margin(self) -> tuple[int, int]:
@@ -81,7 +87,7 @@ class QuadScatter(DeviceScatter):
         return self.L + self.margin[1] * self.channels * (len(self.variants) == 1)
 
     @property
-    def ldw(self) -> int:
+    def row_length(self) -> int:
         return ((len(self.runs) + self.margin[0]) * self.length + 3) // 4 * 4
 
     def offsets(self) -> list[int]:
@@ -89,30 +95,32 @@ class QuadScatter(DeviceScatter):
         rows, columns = self.margin
         return [
             (rows - i) * self.length
-            + (self.variants.index(j) * self.O * self.ldw if j in self.variants[1:] else 0)
+            + (self.variants.index(j) * self.O * self.row_length if j in self.variants[1:] else 0)
             + ((columns - j) * self.channels if len(self.variants) == 1 else 0)
             for i, j in (self.taps if self.merged else [(0, 0)])
         ]
 
     def place(self, offset: int) -> int:
-        self.wb = offset
-        return offset + aligned(len(self.variants) * self.O * self.ldw)
+        self.weights = offset
+        return offset + aligned(len(self.variants) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
         rows, columns = self.margin
         high = len(self.runs) + rows
         inner = w.reshape(self.O, high - 2 * rows, -1)  # [O, rows, columns · channels]
-        back = packed[self.wb : self.wb + len(self.variants) * self.O * self.ldw].view(-1, self.O, self.ldw)
+        back = packed[self.weights : self.weights + len(self.variants) * self.O * self.row_length].view(
+            -1, self.O, self.row_length
+        )
         back = back[:, :, : high * self.length].unflatten(2, (high, self.length))
         for variant, shift in zip(back, self.variants, strict=True):
             start = (shift if len(self.variants) > 1 else columns) * self.channels
             variant[:, rows : high - rows, start : start + inner.shape[2]] = inner
 
-    def fits(self, node: Node, behind: Node) -> bool:
+    def fits(self, node: Node, upstream: Node) -> bool:
         """Whether all that quads read and write lies on multiples of four numbers."""
         origin = node.interior + self.origin
-        steps = (origin, *self.step, *self.runs, self.L, self.O, behind.interior, behind.row)
+        steps = (origin, *self.step, *self.runs, self.L, self.O, upstream.interior, upstream.row)
         return self.groups == 1 and len(self.taps) <= QUAD_PLANES and all(n % 4 == 0 for n in steps)
 
 
@@ -122,17 +130,21 @@ class NarrowScatter(DeviceScatter):
     Channels in the order 0, 4, 8 …, 1, 5, 9 …, 2 …: those of neighbouring lanes lie side by side.
     """
 
+    way = Way.Narrow
+
     def place(self, offset: int) -> int:
-        self.wb = offset
-        return offset + aligned(len(self.taps) * self.O * self.ldw)
+        self.weights = offset
+        return offset + aligned(len(self.taps) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
         w = self.shifted(w) if self.merged else w  # [taps · O, window]
         order = w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
-        packed[self.wb : self.wb + w.shape[0] * self.ldw].view(-1, self.ldw)[:, : w.shape[1]] = order
+        packed[self.weights : self.weights + w.shape[0] * self.row_length].view(-1, self.row_length)[
+            :, : w.shape[1]
+        ] = order
 
-    def fits(self, node: Node, behind: Node) -> bool:
+    def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the window is short and in one piece, and cotangents can be read four at a time."""
         one = self.groups == 1 and len(self.runs) == 1 and self.L <= NARROW and len(self.taps) <= QUAD_PLANES
-        return one and all(n % 4 == 0 for n in (self.O, behind.interior, behind.row))
+        return one and all(n % 4 == 0 for n in (self.O, upstream.interior, upstream.row))

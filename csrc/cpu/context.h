@@ -1,0 +1,56 @@
+// What the CPU's kernels are called with.
+#pragma once
+#include "../records.h"
+#include "../rescale.h"
+
+namespace gradkern {
+
+// A run of live channels: dst window += Σ_c g[src + c] · W[c].
+struct Segment {
+  int64_t src, dst;
+  int64_t start, count;  // into the lists of live channels
+};
+
+// Everything a kernel needs for one block of samples on one thread.
+template <class T>
+struct Context {
+  T* buf;                 // scratch memory: the shared part, then a part per sample
+  uint8_t* bits;          // bits of patterns: a part per sample
+  int64_t bits_sample;    // bytes of that part
+  uint16_t* channels;     // live channels of the record at hand
+  uint16_t* weight_rows;  // their weight rows, where those are not the channels themselves
+  Segment* segments;
+  const T* packed;  // folded weights
+  const int32_t* tables;
+  const T* const* inputs;  // per external input: first sample of the block
+  const int64_t* input_n;  // elements per sample
+  T* const* outputs;       // forward results, likewise
+  const int64_t* output_n;
+  const T* const* cotangents;  // dense seeds [n][S][size], likewise, at the first seed of the tile
+  T* const* results;           // Jacobians [n][S][size], likewise
+  const int64_t* targets;      // flat output index per seed; [S] or [n][S]
+  int64_t target_n;            // 0 where all samples share them
+  const T* seed_rows;          // rows of the last weight, [S][row] or [n][S][row]
+  int64_t seed_rows_n, seed_rows_s;
+  int64_t seeds_total;  // S of the whole call: stride of cotangents and results
+  int64_t seeds;        // seeds of this tile
+  int64_t samples;      // samples of this block
+};
+
+// What one ISA's translation unit offers.
+template <class T>
+struct Kernels {
+  void (*run)(const Record* records, int64_t count, Context<T>& context);
+  void (*shares)(const SharesArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
+  void (*secant)(const SharesArgs<T>& args, int64_t begin, int64_t end);
+};
+
+struct Isa {
+  const char* name;
+  int vector_bytes;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace gradkern

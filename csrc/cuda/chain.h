@@ -1,0 +1,48 @@
+// A chain's launch: what the launcher, which knows torch, and the kernels, which do not, say to each other.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../records.h"
+
+namespace gradkern::cuda {
+
+constexpr int kPorts = 16;  // external inputs or outputs of a chain; gradkern/codegen/cuda/lowering.py: MAX_PORTS
+// Threads of a block on a GPU: registers are handed out to warps in fours, so 9 to 12 warps get 168 each and spill; 8
+// get 255.  gradkern/codegen/cuda/lowering.py: Device.threads.
+constexpr int kThreads = 256;
+
+// Shared memory of a block, in elements: `region` (scratch for a few samples at a time, or the temporary matrices of a
+// record that takes the whole block), then `sample` elements of each sample that the block has room for, then the
+// bits, `bits` bytes per sample.
+template <class T>
+struct Args {
+  const Record* forward;
+  const Record* backward;
+  const T* packed;
+  const int32_t* tables;
+  const T* inputs[kPorts];
+  T* outputs[kPorts];
+  const T* cotangents[kPorts];
+  T* results[kPorts];
+  const int64_t* targets;
+  const T* seed_rows;
+  int64_t target_n;  // 0 where all samples share the targets
+  int64_t seed_rows_n, seed_rows_s;
+  int64_t samples;
+  int forward_count, backward_count;
+  int seeds, seed_tile;
+  int region, sample, bits;
+  int block;    // samples of a tile in this launch
+  int planned;  // samples that the block has room for
+};
+
+// Lets the kernel use as much shared memory as the current device gives a block.  The error text, or null.
+template <class T>
+const char* prepare_chain(int bytes);
+
+// The error text, or null.
+template <class T>
+const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
+
+}  // namespace gradkern::cuda

@@ -1,0 +1,14 @@
+// DeepLift's multipliers on the GPU: what the launcher, which knows torch, and the kernel say to each other.
+#pragma once
+#include <cstdint>
+
+#include "../rescale.h"
+
+namespace gradkern::cuda {
+
+// `windows`: results per place of a window, below 2^31.  `pooled`: a max pool's shares, else a ReLU's secants.  The
+// error text, or null.
+template <class T>
+const char* launch_rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, void* stream);
+
+}  // namespace gradkern::cuda

@@ -1,0 +1,514 @@
+// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.
+//
+// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py; not to be edited.
+#pragma once
+#include <cstdint>
+
+namespace gradkern {
+
+// Of everything below; gradkern compares it with its own when the extension is loaded.
+constexpr char kRecordLayout[] = "ba1b3cc3c2d2d48e";
+constexpr int kRecordWidth = 44;  // integers in a row
+
+enum class Kind : int64_t {
+  Load,
+  Store,
+  Window,
+  PooledWindow,
+  Stencil,
+  Pattern,
+  Scale,
+  Sum,
+  Move,
+  Product,
+  Lines,
+  MatMul,
+  Zero,
+  Rectify,
+  SeedRows,
+  SeedOneHot,
+  SeedDense,
+  WindowT,
+  ScatterT,
+  DenseT,
+  StencilT,
+  PatternT,
+  ScaleT,
+  Add,
+  MoveT,
+  ProductT,
+  LinesT,
+  MatMulT,
+  StoreT,
+};
+
+// The axis of the storage that lines lie along.
+enum class Along : int64_t {
+  Channels = 0,
+  Columns = 1,
+  Rows = 2,
+};
+
+// What is done to each line.
+enum class LineFunction : int64_t {
+  Softmax = 0,
+  LogSoftmax = 1,
+  Normalize = 2,
+};
+
+// How a GPU's workers go through the channels of a transposed convolution.
+enum class Way : int64_t {
+  Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
+  Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
+  Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+};
+
+// Where the channels-last interior of a value or cotangent begins in scratch memory.
+struct Place {
+  int64_t offset;    // of the first element, of the first sample and seed
+  int64_t sample;    // stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand
+  int64_t seed;      // stride between seeds; 0: no cotangent
+  int64_t row;       // elements from one row of positions to the next
+  int64_t position;  // elements from one position to the next
+};
+
+// Channels, rows and columns.
+struct Extent {
+  int64_t C;
+  int64_t H;
+  int64_t W;
+};
+
+// Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
+//
+// Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
+// output came from, where that is alive.
+struct PatternRef {
+  int64_t bits;         // byte offset among a sample's bits
+  int64_t taps;         // planes per position; 0: no pattern
+  int64_t plane_bytes;  // of one plane: a bit per channel, in whole 16-bit words
+  int64_t H;            // rows of the pool's input
+  int64_t W;            // columns of the pool's input
+  int64_t kh;           // kernel
+  int64_t kw;
+  int64_t sh;  // stride
+  int64_t sw;
+  int64_t ph;  // padding before
+  int64_t pw;
+  int64_t dh;  // dilation
+  int64_t dw;
+};
+
+// Blocks of positions that read alike; tables.py says what a block and an entry are.
+struct StencilTable {
+  int64_t weights;      // offset in the packed weights: rows of one weight per channel
+  int64_t row_length;   // of the weights
+  int64_t blocks;       // how many
+  int64_t block_table;  // their offset in the tables, 7 numbers each
+  int64_t entry_table;  // offset of the entries in the tables, 2 numbers each
+};
+
+// Softmax or normalisation along one axis of the storage, and what the backward pass needs of it.
+struct LineSet {
+  Extent extent;
+  Along along;
+  LineFunction function;
+  double epsilon;      // added to the variance
+  Place saved;         // the probabilities, or the normalised numbers
+  int64_t deviations;  // elements from `saved` to the lines' inverse standard deviations
+};
+
+// Rectangles of positions that GPU workers own; those of one colour touch different memory.
+struct Bands {
+  int64_t rows;  // of positions in a band
+  int64_t columns;
+  int64_t row_colours;
+  int64_t column_colours;
+};
+
+// Scratch memory of one thread.
+struct CpuSizes {
+  int64_t shared;    // elements that all samples share
+  int64_t sample;    // elements of each sample
+  int64_t bits;      // bytes of each sample's bits
+  int64_t entries;   // of the lists of live channels
+  int64_t segments;  // of those lists
+  int64_t block;     // samples that go together
+};
+
+// Shared memory of one thread block.
+struct CudaSizes {
+  int64_t region;   // elements of scratch, for a few samples at a time
+  int64_t sample;   // elements of each sample
+  int64_t bits;     // bytes of each sample's bits
+  int64_t samples;  // the most at a time in the region
+  int64_t bytes;    // of shared memory in all
+  int64_t block;    // samples of a block
+};
+
+// Any record: a row of integers.
+struct Record {
+  Kind kind;
+  int64_t block;    // takes all samples of a block at once, so that its weight is read once for all of them
+  int64_t samples;  // on a GPU: how many samples go together through the record's run
+  int64_t fields[kRecordWidth - 3];
+};
+
+// An external input [C][H][W] → channels-last.
+struct LoadRecord {
+  Kind kind;
+  int64_t block, samples;
+  int64_t input;  // which of the external inputs
+  Place dst;
+  Extent extent;
+};
+
+// A value → an external output [C][H][W].
+struct StoreRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  int64_t output;  // which of the external outputs
+  Extent extent;
+};
+
+// A convolution; or, over the whole block, a linear layer, whose positions are the samples.
+//
+// A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+// the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
+struct WindowRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;  // where the first window begins; row, position: from one window to the next
+  Place dst;
+  int64_t H;  // positions of the output
+  int64_t W;
+  int64_t C;  // channels read per group
+  int64_t O;  // channels written per group
+  int64_t groups;
+  int64_t runs;  // per window
+  int64_t run_length;
+  int64_t run_table;  // offset of the runs' starts in the tables
+  int64_t weights;    // offset in the packed weights
+  int64_t bias;       // likewise
+};
+
+// On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
+//
+// The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
+struct PooledWindowRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;  // where the first window begins; row, position: from one window to the next
+  Place dst;
+  int64_t H;  // positions of the output
+  int64_t W;
+  int64_t C;  // channels read per group
+  int64_t O;  // channels written per group
+  int64_t groups;
+  int64_t runs;  // per window
+  int64_t run_length;
+  int64_t run_table;  // offset of the runs' starts in the tables
+  int64_t weights;    // offset in the packed weights
+  int64_t bias;       // likewise
+  PatternRef pattern;
+  int64_t relu;
+};
+
+// A channelwise map over positions: y[q][c] = bias[c] + Σ_e x[q][e][c] · w[row_e][c].
+struct StencilRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  int64_t C;  // channels
+  StencilTable stencil;
+  int64_t bias;  // offset in the packed weights
+};
+
+// A ReLU, a max pool, or both: the values and their bits.
+struct PatternRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  Extent extent;  // of the output
+  PatternRef pattern;
+  int64_t relu;
+};
+
+// An elementwise function, and its derivative for the backward pass.
+struct ScaleRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  Place slope;  // where the derivative goes
+  Extent extent;
+  int64_t function;  // which of csrc/scale.h's functions
+  double p0;         // its parameters
+  double p1;
+  double p2;
+};
+
+// The sum of two values.
+struct SumRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place left;
+  Place right;
+  Place dst;
+  Extent extent;
+};
+
+// Copies of strided runs.
+struct MoveRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  int64_t runs;
+  int64_t run_table;  // offset in the tables; 5 numbers each: source, destination, count, source step, destination step
+};
+
+// The product of two values; a stride of 0 stretches a side along that axis.
+struct ProductRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place left;
+  Place right;
+  Place dst;
+  Extent extent;
+  int64_t left_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t right_channel;
+};
+
+// Softmax, log-softmax or normalisation.
+struct LinesRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  LineSet lines;
+};
+
+// Products of matrices of values: left [rows][terms] · right [terms][columns], `matrices` of them per sample.
+struct MatMulRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place left;            // row: from one matrix to the next; position: from one row to the next
+  Place right;           // row: from one matrix to the next; position: from one term to the next
+  Place dst;             // row: from one matrix to the next; position: from one row to the next
+  int64_t left_term;     // stride between terms of the left side
+  int64_t right_column;  // stride between columns of the right side; 1 on the CPU
+  int64_t matrices;
+  int64_t rows;
+  int64_t columns;
+  int64_t terms;
+};
+
+// Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border.
+struct ZeroRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place dst;
+  int64_t elements;
+};
+
+// A cotangent without its negative part, in place.
+struct RectifyRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place dst;
+  int64_t elements;
+};
+
+// The rows of the last weight that the targets choose: the first cotangent.
+struct SeedRowsRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place dst;
+  int64_t elements;
+};
+
+// A one at each seed's target.
+struct SeedOneHotRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place dst;
+  Extent extent;
+};
+
+// Adds the caller's cotangent of an output, [C][H][W].
+struct SeedDenseRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place dst;
+  int64_t cotangent;  // which of the external outputs
+  Extent extent;
+};
+
+// On the CPU: a transposed convolution, or over the whole block a transposed linear layer.
+struct WindowTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
+  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t H;             // positions of the cotangent
+  int64_t W;
+  int64_t C;  // channels of a window, per group
+  int64_t groups;
+  int64_t merged;          // the taps of the pool share one window, with one weight row per tap and channel
+  int64_t window_vectors;  // pairs (offset, live lanes) in the window table
+  int64_t sweep;           // positions per sweep over the weights
+  int64_t assign;          // the first write of the destination: store instead of add
+};
+
+// On a GPU: a transposed convolution.
+struct ScatterTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
+  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t H;             // positions of the cotangent
+  int64_t W;
+  int64_t C;  // channels of a window, per group
+  int64_t groups;
+  int64_t merged;           // the taps of the pool share one window
+  int64_t window_elements;  // offsets in the window table
+  Way way;
+  int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
+  int64_t lanes;      // of a worker
+  Bands bands;
+};
+
+// On a GPU: a transposed linear layer, over the whole block.
+struct DenseTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
+  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_elements;  // columns of the weight
+  int64_t joined;           // the destination is one contiguous run
+  int64_t assign;           // the first write of the destination: store instead of add
+};
+
+// Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
+struct StencilTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  int64_t C;  // channels
+  StencilTable stencil;
+};
+
+// Adds a cotangent where the pattern's bits lead it.
+struct PatternTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  Extent extent;  // of the pattern's output
+  PatternRef pattern;
+};
+
+// Multiplies a cotangent by the derivative.
+struct ScaleTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  Place slope;
+  Extent extent;
+  int64_t assign;  // store (in place) instead of add
+};
+
+// Adds one cotangent to another.
+struct AddRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  Extent extent;
+};
+
+// Adds to what the runs of a move read.
+struct MoveTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  int64_t runs;
+  int64_t run_table;  // that of the move: destinations and sources change places
+  int64_t distinct;   // no number is read twice: runs can be taken in parallel
+};
+
+// Adds a cotangent times the product's other side, summed where `dst` was stretched.
+struct ProductTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place other;
+  Place dst;
+  Extent extent;
+  int64_t dst_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t other_channel;
+};
+
+// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
+struct LinesTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  Place dst;
+  LineSet lines;
+};
+
+// The cotangent of one side for all seeds; one of left and right is a cotangent, the other a value.
+struct MatMulTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place left;            // row: from one matrix to the next; position: from one row to the next
+  Place right;           // row: from one matrix to the next; position: from one term to the next
+  Place dst;             // row: from one matrix to the next; position: from one row to the next
+  int64_t left_term;     // stride between terms of the left side
+  int64_t right_column;  // stride between columns of the right side; 1 on the CPU
+  int64_t matrices;
+  int64_t rows;
+  int64_t columns;
+  int64_t terms;
+  int64_t assign;  // the first write of the destination: store instead of add
+};
+
+// The cotangent of an input → the caller's [C][H][W].
+struct StoreTRecord {
+  Kind kind;
+  int64_t block, samples;
+  Place src;
+  int64_t result;  // which of the results
+  Extent extent;
+  int64_t fold;          // rows interleaved in the source, which then begins at its border (1: none)
+  int64_t halo_rows;     // where rows are interleaved: rows of the border above
+  int64_t halo_columns;  // and columns of the border on the left
+};
+
+}  // namespace gradkern

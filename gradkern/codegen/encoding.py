@@ -1,0 +1,137 @@
+"""Encoding: records and sizes as the compiled kernels read them.
+
+A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
+a ``float`` one double, a `Part` its fields in order (zeros where it is None), and a `Place` the numbers of `PLACE`.
+csrc/records.h has the same as structs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from functools import cache, cached_property
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from .records import ENUMS, KINDS, PARTS, Part, Place, Record
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a chain's scratch memory takes, for one backend; one int64 each."""
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """As the compiled ops take them."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+@dataclass(frozen=True)
+class CpuSizes(Sizes):
+    """Scratch memory of one thread."""
+
+    shared: int  # elements that all samples share
+    sample: int  # elements of each sample
+    bits: int  # bytes of each sample's bits
+    entries: int  # of the lists of live channels
+    segments: int  # of those lists
+    block: int  # samples that go together
+
+
+@dataclass(frozen=True)
+class CudaSizes(Sizes):
+    """Shared memory of one thread block."""
+
+    region: int  # elements of scratch, for a few samples at a time
+    sample: int  # elements of each sample
+    bits: int  # bytes of each sample's bits
+    samples: int  # the most at a time in the region
+    bytes: int  # of shared memory in all
+    block: int  # samples of a block
+
+
+SIZES = (CpuSizes, CudaSizes)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoding
+
+#: The numbers that every row begins with; `samples`: on a GPU, how many go together through the record's run.
+HEADER = ("kind", "block", "samples")
+#: What a place is in C++.
+PLACE = (
+    ("offset", "of the first element, of the first sample and seed"),
+    ("sample", "stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand"),
+    ("seed", "stride between seeds; 0: no cotangent"),
+    ("row", "elements from one row of positions to the next"),
+    ("position", "elements from one position to the next"),
+)
+
+
+@cache
+def layout_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """Names and types of a class's own fields, `X | None` as X; the common ones of records are the header's."""
+    hints, common = get_type_hints(cls), HEADER if issubclass(cls, Record) else ()
+
+    def plain(t: Any) -> Any:
+        return next((a for a in get_args(t) if a is not NoneType), t)
+
+    return tuple((f.name, plain(hints[f.name])) for f in fields(cls) if f.name not in common)
+
+
+def width_of(t: Any) -> int:
+    """Numbers that a field of this type takes in a row."""
+    if t is Place:
+        return len(PLACE)
+    return sum(width_of(inner) for _, inner in layout_of(t)) if issubclass(t, Part | Record) else 1
+
+
+#: Integers in a row.
+WIDTH = len(HEADER) + max(width_of(kind) for kind in KINDS)
+
+
+def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tuple[int, ...]:
+    """A record as a row, once every buffer has its base.
+
+    ``sample``: stride between samples in buffers that each sample has for itself; ``shared``: in the others.
+    """
+
+    def numbers(value: Any, t: Any) -> Iterator[int]:
+        if value is None:
+            yield from [0] * width_of(t)
+        elif isinstance(value, Place):
+            b = value.buffer
+            if b is None:
+                yield from (value.offset, 0, 0, value.row, value.position)
+            else:
+                stride = sample if b.per_sample else shared
+                yield from (b.base + value.offset, stride, b.elements * b.cotangent, value.row, value.position)
+        elif issubclass(t, Part | Record):
+            for name, inner in layout_of(t):
+                yield from numbers(getattr(value, name), inner)
+        elif t is float:
+            yield struct.unpack("<q", struct.pack("<d", value))[0]
+        else:
+            yield int(value)
+
+    row = [KINDS.index(type(record)), int(record.block), samples, *numbers(record, type(record))]
+    return tuple(row + [0] * (WIDTH - len(row)))
+
+
+def c_type(t: type) -> str:
+    if issubclass(t, Part | IntEnum):
+        return t.__name__
+    return "double" if t is float else "int64_t"
+
+
+def layout_fingerprint() -> str:
+    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types and their order."""
+    text = [f"{HEADER} {[name for name, _ in PLACE]}"]
+    text += [f"{e.__name__} {[(m.name, m.value) for m in e]}" for e in ENUMS]
+    text += [f"{c.__name__} {[(n, c_type(t)) for n, t in layout_of(c)]}" for c in (*PARTS, *KINDS, *SIZES)]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]

@@ -1,0 +1,500 @@
+"""Kernel records: one frozen dataclass per kind.
+
+A chain is a list of records for its forward and one for its backward pass.  They keep buffers symbolic until scratch
+memory is laid out; :mod:`gradkern.codegen.encoding` then turns them into rows of integers, which the kernels read as
+the C++ structs of their kinds.  The structs are written from these classes: after a change here, run
+``python -m gradkern.codegen.records_header``, which rewrites csrc/records.h, comments included, and build the
+extension anew.
+
+Offsets and strides count elements, except those of bits, which count bytes.  Kinds that end in T are the transposed
+actions, on the cotangents of all seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+from .scratch import Buffer
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+class Part:
+    """What records and sizes are composed of; a struct of its own in C++."""
+
+
+@dataclass(frozen=True)
+class Place(Part):
+    """Where the channels-last interior of a value or cotangent begins in scratch memory."""
+
+    buffer: Buffer | None  # None: not in scratch memory (the seed rows)
+    offset: int  # of the first element
+    row: int = 0  # elements from one row of positions to the next
+    position: int = 0  # elements from one position to the next
+
+
+@dataclass(frozen=True)
+class Extent(Part):
+    """Channels, rows and columns."""
+
+    C: int
+    H: int
+    W: int
+
+
+@dataclass(frozen=True)
+class PatternRef(Part):
+    """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
+
+    Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
+    output came from, where that is alive.
+    """
+
+    bits: int  # byte offset among a sample's bits
+    taps: int  # planes per position; 0: no pattern
+    plane_bytes: int  # of one plane: a bit per channel, in whole 16-bit words
+    H: int  # rows of the pool's input
+    W: int  # columns of the pool's input
+    kh: int  # kernel
+    kw: int
+    sh: int  # stride
+    sw: int
+    ph: int  # padding before
+    pw: int
+    dh: int  # dilation
+    dw: int
+
+
+@dataclass(frozen=True)
+class StencilTable(Part):
+    """Blocks of positions that read alike; tables.py says what a block and an entry are."""
+
+    weights: int  # offset in the packed weights: rows of one weight per channel
+    row_length: int  # of the weights
+    blocks: int  # how many
+    block_table: int  # their offset in the tables, 7 numbers each
+    entry_table: int  # offset of the entries in the tables, 2 numbers each
+
+
+class Along(IntEnum):
+    """The axis of the storage that lines lie along."""
+
+    Channels = 0
+    Columns = 1
+    Rows = 2
+
+
+class LineFunction(IntEnum):
+    """What is done to each line."""
+
+    Softmax = 0
+    LogSoftmax = 1
+    Normalize = 2
+
+
+@dataclass(frozen=True)
+class LineSet(Part):
+    """Softmax or normalisation along one axis of the storage, and what the backward pass needs of it."""
+
+    extent: Extent
+    along: Along
+    function: LineFunction
+    epsilon: float  # added to the variance
+    saved: Place  # the probabilities, or the normalised numbers
+    deviations: int  # elements from `saved` to the lines' inverse standard deviations
+
+
+@dataclass(frozen=True, order=True)
+class Bands(Part):
+    """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
+
+    rows: int = 1  # of positions in a band
+    columns: int = 1
+    row_colours: int = 1
+    column_colours: int = 1
+
+
+class Way(IntEnum):
+    """How a GPU's workers go through the channels of a transposed convolution."""
+
+    Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
+    Quads = 1  # all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
+    Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
+    """The places in a record or part by their fields' names."""
+    for f in fields(value):  # type: ignore[arg-type]
+        part = getattr(value, f.name)
+        if isinstance(part, Place):
+            yield f.name, part
+        elif isinstance(part, Part):
+            yield from places_of(part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What all kinds have in common."""
+
+    block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
+
+    def buffers(self) -> list[Buffer]:
+        """What the record reads or writes of scratch memory."""
+        return [p.buffer for _, p in places_of(self) if p.buffer is not None]
+
+    def reads(self, buffer: Buffer) -> bool:
+        """Whether the record has a place in the buffer other than its destination."""
+        return any(p.buffer is buffer and name != "dst" for name, p in places_of(self))
+
+    def writes(self, buffer: Buffer) -> bool:
+        """Whether the record's destination is in the buffer."""
+        return any(p.buffer is buffer and name == "dst" for name, p in places_of(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load(Record):
+    """An external input [C][H][W] → channels-last."""
+
+    input: int  # which of the external inputs
+    dst: Place
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(Record):
+    """A value → an external output [C][H][W]."""
+
+    src: Place
+    output: int  # which of the external outputs
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Record):
+    """A convolution; or, over the whole block, a linear layer, whose positions are the samples.
+
+    A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+    the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
+    """
+
+    src: Place  # where the first window begins; row, position: from one window to the next
+    dst: Place
+    H: int  # positions of the output
+    W: int
+    C: int  # channels read per group
+    O: int  # channels written per group  # noqa: E741
+    groups: int
+    runs: int  # per window
+    run_length: int
+    run_table: int  # offset of the runs' starts in the tables
+    weights: int  # offset in the packed weights
+    bias: int  # likewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledWindow(Window):
+    """On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
+
+    The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
+    """
+
+    pattern: PatternRef
+    relu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stencil(Record):
+    """A channelwise map over positions: y[q][c] = bias[c] + Σ_e x[q][e][c] · w[row_e][c]."""
+
+    src: Place
+    dst: Place
+    C: int  # channels
+    stencil: StencilTable
+    bias: int  # offset in the packed weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(Record):
+    """A ReLU, a max pool, or both: the values and their bits."""
+
+    src: Place
+    dst: Place
+    extent: Extent  # of the output
+    pattern: PatternRef
+    relu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale(Record):
+    """An elementwise function, and its derivative for the backward pass."""
+
+    src: Place
+    dst: Place
+    slope: Place  # where the derivative goes
+    extent: Extent
+    function: int  # which of csrc/scale.h's functions
+    p0: float  # its parameters
+    p1: float
+    p2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Record):
+    """The sum of two values."""
+
+    left: Place
+    right: Place
+    dst: Place
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move(Record):
+    """Copies of strided runs."""
+
+    src: Place
+    dst: Place
+    runs: int
+    run_table: int  # offset in the tables; 5 numbers each: source, destination, count, source step, destination step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(Record):
+    """The product of two values; a stride of 0 stretches a side along that axis."""
+
+    left: Place
+    right: Place
+    dst: Place
+    extent: Extent
+    left_channel: int  # stride between channels: 1, or 0 where there is one for all
+    right_channel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Record):
+    """Softmax, log-softmax or normalisation."""
+
+    src: Place
+    dst: Place
+    lines: LineSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatMul(Record):
+    """Products of matrices of values: left [rows][terms] · right [terms][columns], `matrices` of them per sample."""
+
+    left: Place  # row: from one matrix to the next; position: from one row to the next
+    right: Place  # row: from one matrix to the next; position: from one term to the next
+    dst: Place  # row: from one matrix to the next; position: from one row to the next
+    left_term: int  # stride between terms of the left side
+    right_column: int  # stride between columns of the right side; 1 on the CPU
+    matrices: int
+    rows: int
+    columns: int
+    terms: int
+
+
+# ---- backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Record):
+    """Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border."""
+
+    dst: Place
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rectify(Record):
+    """A cotangent without its negative part, in place."""
+
+    dst: Place
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRows(Record):
+    """The rows of the last weight that the targets choose: the first cotangent."""
+
+    dst: Place
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOneHot(Record):
+    """A one at each seed's target."""
+
+    dst: Place
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedDense(Record):
+    """Adds the caller's cotangent of an output, [C][H][W]."""
+
+    dst: Place
+    cotangent: int  # which of the external outputs
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contraction(Record):
+    """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
+
+    src: Place  # the cotangent of the contraction's output; of the pattern's output where one is read through
+    seed_rows: bool  # the cotangent is the seed rows (the first gradient, free), not in scratch memory
+    dst: Place  # where the window of the first position begins; row, position: from one window to the next
+    O: int  # channels of the cotangent, all groups  # noqa: E741
+    pattern: PatternRef | None  # the ReLU or pool through whose bits the cotangent is read
+    weights: int  # offset in the packed weights
+    row_length: int  # of the weights
+    window_table: int  # offset in the tables of where the window's elements lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowT(Contraction):
+    """On the CPU: a transposed convolution, or over the whole block a transposed linear layer."""
+
+    H: int  # positions of the cotangent
+    W: int
+    C: int  # channels of a window, per group
+    groups: int
+    merged: bool  # the taps of the pool share one window, with one weight row per tap and channel
+    window_vectors: int  # pairs (offset, live lanes) in the window table
+    sweep: int  # positions per sweep over the weights
+    assign: bool  # the first write of the destination: store instead of add
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterT(Contraction):
+    """On a GPU: a transposed convolution."""
+
+    H: int  # positions of the cotangent
+    W: int
+    C: int  # channels of a window, per group
+    groups: int
+    merged: bool  # the taps of the pool share one window
+    window_elements: int  # offsets in the window table
+    way: Way
+    tap_table: int = 0  # Quads: offset in the tables of where each tap's weights begin
+    lanes: int = 32  # of a worker
+    bands: Bands = Bands()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseT(Contraction):
+    """On a GPU: a transposed linear layer, over the whole block."""
+
+    window_elements: int  # columns of the weight
+    joined: bool  # the destination is one contiguous run
+    assign: bool  # the first write of the destination: store instead of add
+
+
+@dataclass(frozen=True, kw_only=True)
+class StencilT(Record):
+    """Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c]."""
+
+    src: Place
+    dst: Place
+    C: int  # channels
+    stencil: StencilTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternT(Record):
+    """Adds a cotangent where the pattern's bits lead it."""
+
+    src: Place
+    dst: Place
+    extent: Extent  # of the pattern's output
+    pattern: PatternRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleT(Record):
+    """Multiplies a cotangent by the derivative."""
+
+    src: Place
+    dst: Place
+    slope: Place
+    extent: Extent
+    assign: bool  # store (in place) instead of add
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(Record):
+    """Adds one cotangent to another."""
+
+    src: Place
+    dst: Place
+    extent: Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveT(Record):
+    """Adds to what the runs of a move read."""
+
+    src: Place
+    dst: Place
+    runs: int
+    run_table: int  # that of the move: destinations and sources change places
+    distinct: bool = False  # no number is read twice: runs can be taken in parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductT(Record):
+    """Adds a cotangent times the product's other side, summed where `dst` was stretched."""
+
+    src: Place
+    other: Place
+    dst: Place
+    extent: Extent
+    dst_channel: int  # stride between channels: 1, or 0 where there is one for all
+    other_channel: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinesT(Record):
+    """softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p))."""
+
+    src: Place
+    dst: Place
+    lines: LineSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatMulT(MatMul):
+    """The cotangent of one side for all seeds; one of left and right is a cotangent, the other a value."""
+
+    assign: bool  # the first write of the destination: store instead of add
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreT(Record):
+    """The cotangent of an input → the caller's [C][H][W]."""
+
+    src: Place
+    result: int  # which of the results
+    extent: Extent
+    fold: int = 1  # rows interleaved in the source, which then begins at its border (1: none)
+    halo_rows: int = 0  # where rows are interleaved: rows of the border above
+    halo_columns: int = 0  # and columns of the border on the left
+
+
+#: A record's kind is its place in this list.
+KINDS: tuple[type[Record], ...] = (
+    Load, Store, Window, PooledWindow, Stencil, Pattern, Scale, Sum, Move, Product, Lines, MatMul,
+    Zero, Rectify, SeedRows, SeedOneHot, SeedDense, WindowT, ScatterT, DenseT, StencilT, PatternT, ScaleT, Add, MoveT,
+    ProductT, LinesT, MatMulT, StoreT,
+)  # fmt: skip
+
+PARTS = (Extent, PatternRef, StencilTable, LineSet, Bands)
+ENUMS = (Along, LineFunction, Way)

@@ -1,0 +1,81 @@
+"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records`, comments included.
+
+``python -m gradkern.codegen.records_header`` rewrites the file; a test fails where it is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, layout_of
+from .records import ENUMS, KINDS, PARTS, Place, Record
+
+HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
+
+
+def comments(cls: type) -> dict[str, str]:
+    """The comment on each field in the source, base classes included."""
+    found: dict[str, str] = {}
+    for base in (c for c in reversed(cls.__mro__) if c.__module__.startswith(__package__)):
+        for name, text in re.findall(r"^    (\w+):? .*?  # (.*)$", inspect.getsource(base), re.MULTILINE):
+            found[name] = text.removesuffix("# noqa: E741").strip()
+    return found
+
+
+def header() -> str:
+    """The text of csrc/records.h."""
+
+    def line(indent: str, text: str, comment: str) -> str:
+        return f"{indent}{text}  // {comment}" if comment else indent + text
+
+    def doc(cls: type) -> list[str]:
+        return [f"// {row.strip()}".rstrip() for row in inspect.cleandoc(cls.__doc__ or "").splitlines()]
+
+    def members(cls: type) -> list[str]:
+        notes = comments(cls)
+        return [line("  ", f"{c_type(t)} {name};", notes.get(name, "")) for name, t in layout_of(cls)]
+
+    out = [
+        "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
+        "//",
+        "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py; not to be edited.",
+        "#pragma once",
+        "#include <cstdint>",
+        "",
+        "namespace gradkern {",
+        "",
+        "// Of everything below; gradkern compares it with its own when the extension is loaded.",
+        f'constexpr char kRecordLayout[] = "{layout_fingerprint()}";',
+        f"constexpr int kRecordWidth = {WIDTH};  // integers in a row",
+        "",
+        "enum class Kind : int64_t {",
+        *(f"  {cls.__name__}," for cls in KINDS),
+        "};",
+    ]
+    for enum in ENUMS:
+        notes = comments(enum)
+        out += ["", *doc(enum), f"enum class {enum.__name__} : int64_t {{"]
+        out += [line("  ", f"{m.name} = {m.value},", notes.get(m.name, "")) for m in enum] + ["};"]
+    out += ["", *doc(Place), "struct Place {", *(line("  ", f"int64_t {n};", text) for n, text in PLACE), "};"]
+    for part in (*PARTS, *SIZES):
+        out += ["", *doc(part), f"struct {part.__name__} {{", *members(part), "};"]
+    out += [
+        "",
+        "// Any record: a row of integers.",
+        "struct Record {",
+        "  Kind kind;",
+        "  int64_t block;  // " + comments(Record)["block"],
+        "  int64_t samples;  // on a GPU: how many samples go together through the record's run",
+        f"  int64_t fields[kRecordWidth - {len(HEADER)}];",
+        "};",
+    ]
+    for cls in KINDS:
+        out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t block, samples;"]
+        out += [*members(cls), "};"]
+    return "\n".join([*out, "", "}  // namespace gradkern", ""])
+
+
+if __name__ == "__main__":
+    HEADER_FILE.write_text(header())
