@@ -7,7 +7,6 @@ model's structure.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ir.calls import LITERAL, evaluate, form_params, operator_of, params_in
 from ..ir.program import Call, Derived, Param, Program
+from ..util.memo import Memo
 
 # ---------------------------------------------------------------------------------------------------------------
 # Binding
@@ -37,7 +37,7 @@ class Binder:
         self.derived = [_Computed(d) for d in program.derived]
 
     def __call__(self, model: nn.Module) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path, items in self.groups:
             at = _submodule(model, path)
             own = at.__dict__ if isinstance(at, nn.Module) else {}
@@ -50,30 +50,29 @@ class Binder:
                     tensor = getattr(at, attribute, None)
                 if not isinstance(tensor, Tensor):
                     raise KeyError(f"the model has no tensor {name!r} any more; trace it again")
-                found[name] = tensor.detach() if tensor.requires_grad else tensor
+                tensors[name] = tensor.detach() if tensor.requires_grad else tensor
         if self.derived:
             with torch.no_grad():
                 for derived in self.derived:
-                    found[derived.name] = derived(found)
-        return found
+                    tensors[derived.name] = derived(tensors)
+        return tensors
 
 
 class _Computed:
     """One derived tensor, its op and the kinds of its arguments looked up once."""
 
     def __init__(self, derived: Derived) -> None:
-        call = derived.call
+        call = self.call = derived.call
         self.name = derived.name
-        self.call = call
-        items = [(isinstance(x, Param), x.name if isinstance(x, Param) else x) for x in call.args]
-        simple = all(is_param or not isinstance(x, (tuple, Call)) for is_param, x in items)
-        self.plain = items if simple and not call.kwargs and call.index is None and call.op != LITERAL else None
-        self.op = operator_of(call.op) if self.plain is not None else None
+        simple = all(isinstance(x, Param) or not isinstance(x, (tuple, Call)) for x in call.args)
+        plain = simple and not call.kwargs and call.index is None and call.op != LITERAL
+        self.op = operator_of(call.op) if plain else None
+        self.arguments = [(isinstance(x, Param), x.name if isinstance(x, Param) else x) for x in call.args]
 
-    def __call__(self, found: Mapping[str, Tensor]) -> Tensor:
-        if self.plain is not None:
-            return self.op(*[found[x] if is_param else x for is_param, x in self.plain])
-        return evaluate(self.call, lambda leaf: found[leaf.name])
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        if self.op is not None:
+            return self.op(*[tensors[x] if is_param else x for is_param, x in self.arguments])
+        return evaluate(self.call, lambda leaf: tensors[leaf.name])
 
 
 def _submodule(model: nn.Module, path: tuple[str, ...]) -> Any:
@@ -85,7 +84,7 @@ def _submodule(model: nn.Module, path: tuple[str, ...]) -> Any:
     return at
 
 
-_binders: dict[int, tuple[weakref.ref[Program], Binder]] = {}  # by id: hashing a Program walks all of it
+_binders: Memo[Binder] = Memo(256)
 
 
 def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:
@@ -93,13 +92,7 @@ def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:
 
     Raises KeyError where the model has no such tensor any more.
     """
-    known = _binders.get(id(program))
-    if known is None or known[0]() is not program:
-        number = id(program)
-        binder = Binder(program)
-        _binders[number] = (weakref.ref(program, lambda _: _binders.pop(number, None)), binder)
-        return binder(model)
-    return known[1](model)
+    return _binders.get_or_make(program.key, lambda: Binder(program))(model)
 
 
 def all_finite(params: Mapping[str, Tensor]) -> bool:

@@ -104,7 +104,7 @@ def chain_vjp(
     results: Sequence[Tensor],
 ) -> list[Tensor]:
     """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
-    found = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
+    values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
     torch.ops.gradkern.chain_vjp(
         list(inputs),
         packed,
@@ -112,19 +112,19 @@ def chain_vjp(
         forward,
         backward,
         sizes.numbers,
-        found,
+        values,
         targets,
         seed_rows,
         list(cotangents),
         seed_tile,
         list(results),
     )
-    return found
+    return values
 
 
 def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:
     """DeepLift's multipliers of a ReLU, of a max pool (``pool``: pairs of kernel, stride, padding before, dilation and
-    output), or of a ReLU and the pool behind it: ``[taps, N, C, oh, ow]`` for ``z [N, C, H, W]``."""
+    output), or of a ReLU and the pool after it: ``[taps, N, C, oh, ow]`` for ``z [N, C, H, W]``."""
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
