@@ -13,31 +13,37 @@ ASKED := $(if $(filter command line environment override,$(origin TORCH)),--torc
 TORCH ?= torch==2.13.0
 ARGS ?=
 
+# `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
+EXTRAS := $(if $(filter-out demo,$(or $(MAKECMDGOALS),help)),,--extras demo)
 BIN := $(VENV)/bin
 EXT := build/extension.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo "Variables (PYTHON, VENV, REUSE_TORCH, TORCH, ARGS) are explained at the top of the Makefile."
 
 demo: $(EXT) ## train two small networks on real data, explain them, write an HTML report
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(EXT) ## all tests
+test: $(EXT) ## the tests, but for the slow ones (about five minutes on two cores)
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(EXT) ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
 
-bench: $(EXT) ## benchmarks against what torch and Captum offer
+bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
+	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
-	$(BIN)/python -m benchmarks.networks --compiled
+	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
 	@PYTHON='$(PYTHON)' tools/gpu.sh
@@ -68,7 +74,7 @@ clean: ## remove what was built (not the environment)
 
 # Runs always and touches its file only when the environment changed, so that nothing is rebuilt in vain.
 build/env.txt: FORCE
-	@$(PYTHON) tools/setup_env.py --venv '$(VENV)' --torch '$(TORCH)' $(ASKED) $(REUSE)
+	@$(PYTHON) tools/setup_env.py --venv '$(VENV)' --torch '$(TORCH)' $(ASKED) $(REUSE) $(EXTRAS)
 
 $(EXT): build/env.txt $(SOURCES)
 	@echo "building the extension (a minute or two the first time)"

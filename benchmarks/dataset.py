@@ -74,7 +74,7 @@ def disk_rate(folder: Path, size: int, count: int) -> float:
     """Bytes per second of ``count`` files of ``size`` bytes, two at a time, forced to disk as the store does it."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from gradkern.data.durable import write_file
+    from gradkern.data.store.durable import write_file
 
     content = np.random.default_rng(0).bytes(size)
     place = folder / "disk"
@@ -137,15 +137,15 @@ def spawn(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The run with the median time, and its shares of the engine's and of the disk's own rate."""
-    middle = dict(sorted(found, key=lambda f: f["seconds"])[(len(found) - 1) // 2])
+    middle = dict(sorted(runs, key=lambda f: f["seconds"])[(len(runs) - 1) // 2])
     engine_share = middle["samples_per_second"] / middle["engine_samples_per_second"]
     disk_share = middle["written_bytes"] / middle["seconds"] / middle["disk_bytes_per_second"]
     return middle | {
         "engine_share": engine_share,
         "disk_share": disk_share,
-        "all_seconds": [f["seconds"] for f in found],
+        "all_seconds": [f["seconds"] for f in runs],
         "met": engine_share >= ENGINE_SHARE or disk_share >= DISK_SHARE,
     }
 
@@ -180,11 +180,11 @@ def main(words: Sequence[str] | None = None) -> int:
             x[first : first + 8192] = generator.standard_normal(x[first : first + 8192].shape, np.float32)
         x.flush()
         del x
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
         for _ in range(options.repeats):
             for name in RUNS:
-                found[name].append(spawn(options, name))
-    rows = {name: summary(f) for name, f in found.items()}
+                measured[name].append(spawn(options, name))
+    rows = {name: summary(f) for name, f in measured.items()}
     print(f"{NET}, {options.samples}×1×224 -> 3, from a memory map to a zarr store\n")
     print("\n".join(report.align([HEADER, *(row(n, f) for n, f in rows.items())])))
     maps = rows["maps"]

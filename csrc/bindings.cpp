@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets that this processor can run, best first");
   m.def("vector_bytes", [] { return gradkern::current_isa().vector_bytes; });
-  m.def("advise_huge", advise_huge, "Ask the system for huge pages behind a fresh allocation");
+  m.def("advise_huge", advise_huge, "Ask the system for huge pages for a fresh allocation");
 #ifdef GRADKERN_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_shared_bytes", gradkern::cuda::shared_bytes, "Shared memory that one block of a GPU may have");

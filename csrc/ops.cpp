@@ -18,7 +18,7 @@ TORCH_LIBRARY(gradkern, m) {
       "chain_vjp(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, Tensor backward, int[] sizes, "
       "Tensor(a!)[] outputs, Tensor? targets, Tensor? seed_rows, Tensor[] cotangents, int seed_tile, "
       "Tensor(b!)[] results) -> ()");
-  // DeepLift's multipliers of a ReLU (`pool` empty), a max pool, or a ReLU and the pool behind it: [taps, N, C, oh, ow]
+  // DeepLift's multipliers of a ReLU (`pool` empty), a max pool, or a ReLU and the pool after it: [taps, N, C, oh, ow]
   // for z [N, C, H, W] and a reference [N or 1, C, H, W]; `pool`: kernel, stride, padding before, dilation, output, in
   // pairs.  Without a pool [1, N, C, H, W].
   m.def("rescale(Tensor z, Tensor reference, int[] pool, bool relu, float eps) -> Tensor");

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +29,8 @@ from gradkern.report import Report, Section, figures
 FLIP = 1e-4  # a difference above this share of the largest gradient is a changed ReLU pattern, not rounding
 TOP = 10
 PATIENCE = 3.0  # seconds to spend on repeating one measurement
+FEW = 50  # samples that the slowest way is timed on
+BATCHES = (32, 128, 512)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,6 +165,11 @@ def progress(items: Iterable, label: str, unit: str) -> tqdm:
     return tqdm(items, desc=label, unit=unit, leave=False, disable=None)
 
 
+def announce(problem: Problem, stage: str) -> None:
+    """A line that says what is going on, wherever the output goes."""
+    print(f"{problem.name}: {stage}", flush=True)
+
+
 def timed(function: Callable[[], Tensor], repeats: int, label: str) -> tuple[float, Tensor]:
     """Median seconds of ``repeats`` calls (of fewer on a busy machine), and the last result."""
     seconds = []
@@ -176,7 +184,7 @@ def timed(function: Callable[[], Tensor], repeats: int, label: str) -> tuple[flo
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rates in samples per second for all classes, and how far gradkern and the sample loop differ."""
+    """Rates in samples per second for all classes, and how far gradkern and the loop over classes differ."""
 
     gradients: Tensor  # [N, C, *shape], by gradkern
     preparation: float  # seconds, once per network
@@ -192,7 +200,7 @@ class Comparison:
 
 
 def compare(problem: Problem, repeats: int) -> Comparison:
-    """Runs the three ways over the whole data set, training part and test part."""
+    """gradkern and the loop over classes on the whole data set, the loop over samples on a few of it."""
     model, x = problem.network, problem.x
     start = time.perf_counter()
     gradkern.prepare(model, x)
@@ -200,18 +208,18 @@ def compare(problem: Problem, repeats: int) -> Comparison:
     by_gradkern(model, x[:64])  # warm
     own, gradients = timed(lambda: by_gradkern(model, x), repeats, "gradkern")
     by_class_loop(model, x[:64], 64)
-    classes, batch = min(
-        (timed(lambda b=b: by_class_loop(model, x, b), repeats, f"loop over classes, batches of {b}")[0], b)
-        for b in (32, 128, 512)
-    )
-    samples, expected = timed(lambda: by_sample_loop(model, x), 1, "loop over samples")
+    loops = {b: timed(lambda b=b: by_class_loop(model, x, b), repeats, f"loop over classes, {b}") for b in BATCHES}
+    batch = min(loops, key=lambda b: loops[b][0])
+    classes, expected = loops[batch]
+    few = x[:FEW]
+    samples, _ = timed(lambda: by_sample_loop(model, few), 1, "loop over samples")
 
     worst = (gradients - expected).abs().flatten(1).amax(1) / expected.abs().max()  # [N]
     agree = worst <= FLIP
     rates = {
         "gradkern.jacobian": len(x) / own,
         f"loop over classes, batches of {batch}": len(x) / classes,
-        "loop over samples, functional.jacobian": len(x) / samples,
+        f"functional.jacobian per sample (timed on {len(few)})": len(few) / samples,
     }
     difference = worst[agree].max().item() if agree.any() else float("nan")
     return Comparison(gradients, preparation, rates, difference, int((~agree).sum()), in_float64(model, x[~agree]))
@@ -261,8 +269,8 @@ def describe(problem: Problem, accuracy: float, result: Comparison, top: list[li
     slower = [1.0, *result.ratios]
     for (name, rate), ratio in zip(result.rates.items(), slower, strict=True):
         note = "" if ratio == 1.0 else f"   gradkern is {ratio:.1f}× as fast"
-        yield f"  {name:<42} {rate:>10,.0f} samples/s{note}"
-    yield f"  largest difference to the loop over samples: {result.difference:.1e} of the largest gradient"
+        yield f"  {name:<44} {rate:>10,.0f} samples/s{note}"
+    yield f"  largest difference to the loop over classes: {result.difference:.1e} of the largest gradient"
     if result.flipped:
         yield f"  ({result.flipped} samples set aside: {flips(result)})"
     yield f"  the {TOP} most important features per class, mean |gradient| × the feature's standard deviation:"
@@ -292,7 +300,7 @@ def fill(section: Section, problem: Problem, accuracy: float, result: Comparison
     section.facts([
         (f"{accuracy:.1%}", "accuracy on the test part"),
         (f"{len(x):,} × {len(problem.classes)}", "samples × classes explained"),
-        (f"{result.ratios[-1]:.1f}×", "as fast as the loop over samples"),
+        (f"{result.ratios[-1]:.1f}×", f"as fast as the loop over samples, timed on {FEW} of them"),
         (f"{result.ratios[0]:.1f}×", "as fast as the loop over classes at its best batch size"),
     ])  # fmt: skip
     rates = figures.bars(list(result.rates), list(result.rates.values()), "samples per second, all classes")
@@ -331,9 +339,19 @@ def fill(section: Section, problem: Problem, accuracy: float, result: Comparison
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("report/index.html"), help="where the report goes")
+    parser.add_argument("--threads", type=int, help="threads for all ways (default: as many as there are idle cores)")
     parser.add_argument("--quick", action="store_true", help="hardly any training, few samples: to see that it runs")
     args = parser.parse_args(arguments)
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or idle_cores())
+    try:
+        return explain_both(args.out, args.quick)
+    finally:
+        torch.set_num_threads(before)
+
+
+def explain_both(out: Path, quick: bool) -> Path:
     torch.manual_seed(0)
     start = time.perf_counter()
     report = Report(
@@ -343,16 +361,26 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     for load in (arrow_heads, digits):
         problem = load()
-        if args.quick:
+        if quick:
             problem = shortened(problem)
+        announce(problem, f"training for {problem.epochs} epochs")
         accuracy = train(problem, problem.epochs)
-        result = compare(problem, repeats=1 if args.quick else 3)
+        announce(problem, f"gradients of {len(problem.classes)} classes for {len(problem.x)} samples, three ways")
+        result = compare(problem, repeats=1 if quick else 3)
         top = top_features(importance(result.gradients, problem.x), problem.is_image)
         print(*describe(problem, accuracy, result, top), sep="\n", end="\n\n", flush=True)
+        announce(problem, "drawing its part of the report")
         fill(report.section(problem.name), problem, accuracy, result, top)
-    path = report.write(args.out)
+    path = report.write(out)
     print(f"All of it took {time.perf_counter() - start:.0f} s. The report: {path}")
     return path
+
+
+def idle_cores() -> int:
+    """A thread without a core of its own makes all others wait: on a busy machine, two threads can be far slower than
+    one."""
+    cores = torch.get_num_threads()
+    return max(1, min(cores, round(cores - os.getloadavg()[0])))
 
 
 def shortened(problem: Problem) -> Problem:

@@ -6,8 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .api import explain, iter_jacobian, jacobian, prepare
-from .checking import check
+from .checking import Check, check
 from .dispatch.targets import TopK
+from .ir.program import Program
+from .planner.plan import Plan
+from .util.memo import reset
 from .util.options import GradkernWarning, use
 
 if TYPE_CHECKING:
@@ -39,7 +42,10 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Check",
     "GradkernWarning",
+    "Plan",
+    "Program",
     "TopK",
     "accelerate",
     "check",
@@ -48,6 +54,7 @@ __all__ = [
     "iter_jacobian",
     "jacobian",
     "prepare",
+    "reset",
     "run",
     "use",
 ]

@@ -17,9 +17,8 @@ from .dispatch.eager import Facts
 from .dispatch.request import Job, OutArgument, check_devices, jacobian_choice, read_inputs
 from .dispatch.targets import Seeds, TopSeeds
 from .ir.program import Opaque, Program
-from .passes.prune_positions import narrowed
-from .planner import plan
-from .runtime import binding
+from .planner.plan import Plan
+from .runtime import binding, executor
 from .util import options
 from .util.chunks import spans
 from .util.options import BadType, BadValue
@@ -169,13 +168,12 @@ def explain(
     return found
 
 
-def _plan(job: Job, program: Program, seeds: Seeds) -> plan.Plan:
+def _plan(job: Job, program: Program, seeds: Seeds) -> Plan:
     assert job.module is not None
-    program = narrowed(program)
-    with torch.inference_mode(False), torch.no_grad():
-        counted = batching.opaque_macs(program, binding.bind(program, job.module), job.pick(2))
     x = job.inputs[job.wrt[0]]
-    return plan.plan(program, seeds=seeds.count, dtype=x.dtype, opaque_macs=counted, device=x.device)
+    plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
+    with torch.inference_mode(False), torch.no_grad():
+        return plan.counting(batching.opaque_macs(plan.program, binding.bind(plan.program, job.module), job.pick(2)))
 
 
 class WholeModel:

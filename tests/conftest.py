@@ -7,15 +7,19 @@ them.
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from gradkern.planner import plan
+import gradkern
+from gradkern.frontend import tracer
+from tests import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 
+EXPORTING = {"frontend", "dispatch", "gpu", "test_threads.py"}
 SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
 
 
@@ -31,11 +35,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         terminalreporter.write_line(f"GRADKERN_SEED={SEED} repeats this run's random numbers")
 
 
+@pytest.fixture(autouse=True)
+def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except where capturing a network, or noticing that it has changed, is what is tested."""
+    if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
+        monkeypatch.setattr(tracer, "export", exports.remembered)
+
+
 @pytest.fixture
-def fresh_plans():
+def fresh_plans() -> Iterator[None]:
     """No plan or chain of other constants, neither before nor after."""
-    plan._chains.clear()
-    plan._plans.clear()
+    gradkern.reset()
     yield
-    plan._chains.clear()
-    plan._plans.clear()
+    gradkern.reset()

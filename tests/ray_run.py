@@ -42,7 +42,7 @@ def descends(pid: int) -> bool:
 
 
 def workers() -> list[int]:
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -50,8 +50,8 @@ def workers() -> list[int]:
             except OSError:
                 continue
             if title.startswith(b"ray::") and b"MapWorker" in title and descends(int(folder.name)):
-                found.append(int(folder.name))
-    return sorted(found)
+                pids.append(int(folder.name))
+    return sorted(pids)
 
 
 def kill_one(out: str) -> None:

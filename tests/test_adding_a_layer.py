@@ -15,7 +15,6 @@ from gradkern.frontend import tracer, verify
 from gradkern.frontend.lowerings.activation import elementwise
 from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
-from gradkern.planner import plan
 from gradkern.runtime import executor
 from gradkern.runtime.binding import bind
 from tests import oracle
@@ -70,7 +69,7 @@ def test_two_places_make_it_right(made_up):
     verify.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
-    found = plan.plan(program, 3, torch.float64)
+    found = executor.plan_for(program, 3, torch.float64)
     assert found.fused_share == 1.0
     assert "the function softsign_squared has no kernel yet" in str(found)
 

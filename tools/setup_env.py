@@ -1,8 +1,9 @@
 """Prepares the virtual environment that the Makefile's targets run in.  Standard library only.
 
-    python tools/setup_env.py --venv .venv --torch torch==2.13.0 [--reuse-torch]
+    python tools/setup_env.py --venv .venv --torch torch==2.13.0 [--reuse-torch] [--extras demo]
 
-Does nothing, in a few milliseconds, where the environment is as asked for.  It never installs a torch that drags in
+Does nothing, in a few milliseconds, where the environment is as asked for; extras that are missing are added to those
+that are there.  It never installs a torch that drags in
 gigabytes of CUDA packages on a machine without an NVIDIA GPU: it looks at what pip would fetch first.  A torch that
 is already importable in ``--venv`` is kept; ``--reuse-torch`` makes the one of the running Python importable there.
 """
@@ -17,10 +18,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
+EXTRAS = ("demo", "data", "ray", "bench", "dev")
 PIP_ENV = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_NO_INPUT": "1"}
 
 
@@ -94,17 +97,23 @@ def install_torch(python: Path, torch: list[str], asked: bool) -> None:
         stop(f"pip could not install {' '.join(torch)}; its message is above.")
 
 
-def install_package(python: Path, venv: Path, version: str) -> None:
-    """gradkern itself in editable mode without its extension (the Makefile builds that), and all dependencies."""
-    say("installing the dependencies of gradkern[demo,data,ray,bench,dev]")
+def install_package(python: Path, venv: Path, version: str, extras: Sequence[str]) -> None:
+    """gradkern itself in editable mode without its extension (the Makefile builds that), and its dependencies."""
+    package = f".[{','.join(extras)}]"
+    say(f"installing the dependencies of gradkern{package[1:]}")
     keep = venv / "gradkern-constraints.txt"
     keep.write_text(f"torch=={version}\n")  # nothing may replace the torch that is there
     os.environ["GRADKERN_BUILD_EXT"] = "0"
     build = pip(python, "setuptools>=64", "wheel", "ninja")
-    extras = ".[demo,data,ray,bench,dev]"
-    rest = build.returncode or pip(python, "--no-build-isolation", "-c", str(keep), "-e", extras).returncode
+    rest = build.returncode or pip(python, "--no-build-isolation", "-c", str(keep), "-e", package).returncode
     if rest != 0:
         stop("pip could not install the dependencies; its message is above.")
+
+
+def extras_in(done: Path) -> set[str]:
+    """The extras that an earlier run installed."""
+    lines = done.read_text().splitlines() if done.exists() else []
+    return {name for line in lines if line.startswith("extras ") for name in line.split()[1:]}
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -119,6 +128,7 @@ def main() -> None:
     parser.add_argument("--torch", required=True, help="what to hand to pip for torch")
     parser.add_argument("--torch-asked", action="store_true", help="the user chose --torch: do not question its size")
     parser.add_argument("--reuse-torch", action="store_true", help="use the torch of the Python that runs this")
+    parser.add_argument("--extras", nargs="+", choices=EXTRAS, default=EXTRAS, help="default: all of them")
     args = parser.parse_args()
 
     venv = args.venv.absolute()
@@ -126,7 +136,9 @@ def main() -> None:
     recipe = [(ROOT / "pyproject.toml").read_text(), Path(__file__).read_text(), args.torch, str(args.reuse_torch)]
     key = hashlib.sha256("\0".join([str(ROOT), *recipe]).encode()).hexdigest()
     done, marker = venv / "gradkern-env.txt", ROOT / "build" / "env.txt"
-    if not (done.exists() and done.read_text().startswith(key) and python.exists()):
+    there = extras_in(done) if python.exists() else set()
+    extras = [name for name in EXTRAS if name in there | set(args.extras)]
+    if not (done.exists() and done.read_text().startswith(key) and there >= set(args.extras)):
         if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything has checked
             stop(f"got Python {sys.version.split()[0]}, 3.11 or newer is needed. Name one: make test PYTHON=python3.11")
         if not python.exists():
@@ -141,11 +153,11 @@ def main() -> None:
             stop(f"{python} cannot import torch after installing {args.torch}. Remove {venv} and try again.")
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
             stop(f"torch {version} is too old: gradkern needs 2.11 or newer.")
-        install_package(python, venv, version)
-        done.write_text(f"{key}\n{python}\ntorch {version}\n")
+        install_package(python, venv, version, extras)
+        done.write_text(f"{key}\n{python}\ntorch {version}\nextras {' '.join(extras)}\n")
         say(f"ready: torch {version} in {venv}")
-    # The extension is rebuilt when this changes: another environment or another torch.
-    write_if_changed(marker, done.read_text())
+    # The extension is rebuilt when this changes: another environment or another torch, not more packages.
+    write_if_changed(marker, "".join(done.read_text().splitlines(keepends=True)[:3]))
 
 
 if __name__ == "__main__":

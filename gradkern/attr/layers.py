@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import jacobian_choice
+from ..ir import graph
 from ..runtime import executor, reference
 from ..util.options import Complaint
 from .outputs import answer, completeness, each_output, points_for, resolved, with_indices
 from .plug import GradientFunc, captum_seeds
 from .points import part
 from .rulemethods import GuidedBackprop
-from .split import LayerView, head_of, view_of
+from .split import LayerView, view_of
 
 
 class LayerMethod:
@@ -103,7 +104,7 @@ class LayerGradientXActivation(LayerMethod, captum_attr.LayerGradientXActivation
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -156,7 +157,7 @@ class LayerGradCam(LayerMethod, captum_attr.LayerGradCam):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -226,9 +227,9 @@ class GuidedGradCam(captum_attr.GuidedGradCam):
 
     def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
         super().__init__(model, layer, device_ids)
-        self.gradient_func = GradientFunc(executor)
-        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=executor)
-        self.guided_backprop = GuidedBackprop(model, executor)
+        self.gradient_func = GradientFunc(engine)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
+        self.guided_backprop = GuidedBackprop(model, engine)
 
     def attribute_all(
         self,
@@ -275,7 +276,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
 
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(executor)
+        self.gradient_func = GradientFunc(engine)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -306,7 +307,7 @@ class NeuronGradient(captum_attr.NeuronGradient):
         if points is None or view is None:
             return None
         flat = _unit_number(selector, view.shape)
-        head = head_of(view.program, view.value)
+        head = graph.up_to(view.program, view.value)
         if flat is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))

@@ -7,9 +7,6 @@ each other are multiplied, and those at either end are left to the caller.  The 
 
 from __future__ import annotations
 
-import math
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,12 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import TooLarge, lowering
-from ..codegen.support import why_not
-from ..ir.program import Contract, Given, Param, Positions, Program, Select, Shape, Step, Sum, View, Windows
-from ..planner.plan import NATIVE_DTYPES, Plan, cached_plan, chain_of
-from ..runtime import executor, ops, reference
+from ..codegen.support import unsupported_reason
+from ..ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
+from ..runtime import executor, reference
+from ..util.memo import Memo
 from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
@@ -91,6 +86,7 @@ class _Writer:
         return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], shape, of)
 
     def pool(self, i: int, step: Step, places: int) -> tuple[str, int]:
+        assert isinstance(step.form, Select)
         node, refs = self.at[step.inputs[0]]
         spatial = self.program.shape(step.inputs[0])[1:]
         parts = []
@@ -162,37 +158,21 @@ def build(program: Program, pattern: Pattern) -> Linear | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Caches of pure results
+# Remembered
 
-_KEEP = 64
-_lock = threading.Lock()
-_linear: OrderedDict[Any, Linear | None] = OrderedDict()
-_chains: OrderedDict[Any, Chain | None] = OrderedDict()
-
-
-def _remembered(table: OrderedDict[Any, Any], key: Any, make: Any) -> Any:
-    with _lock:
-        if key in table:
-            table.move_to_end(key)
-            return table[key]
-    made = make()
-    with _lock:
-        table[key] = made
-        while len(table) > _KEEP:
-            table.popitem(last=False)
-    return made
+_linear: Memo[Linear | None] = Memo(64)
 
 
 def linear_of(program: Program, pattern: Pattern) -> Linear | None:
     """`build`, remembered, where kernels run every step of it."""
 
     def make() -> Linear | None:
-        found = build(program, pattern)
-        if found is None or any(why_not(found.program, s) is not None for s in found.program.steps):
+        linear = build(program, pattern)
+        if linear is None or any(unsupported_reason(linear.program, s) is not None for s in linear.program.steps):
             return None
-        return found
+        return linear
 
-    return _remembered(_linear, (program.key, pattern), make)
+    return _linear.get_or_make((program.key, pattern), make)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,16 +193,17 @@ def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape
 def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
     """The values of one slope, ``[N, *shape]``, in one piece."""
     if slope.tap is None:
-        found = product(slope, locals_, slope.shape)
-        assert found is not None
-        return found.contiguous()
+        whole = product(slope, locals_, slope.shape)
+        assert whole is not None
+        return whole.contiguous()
     i, t = slope.tap
-    step = program.steps[i]
-    share = locals_[i].taps[t]  # type: ignore[index]
+    step, taps = program.steps[i], locals_[i].taps
+    assert isinstance(step.form, Select) and taps is not None
+    share, windows = taps[t], step.form.windows
     factor = product(slope, locals_, program.shape(step.inputs[0]))
     if factor is not None:
-        windows: Windows = step.form.windows  # type: ignore[union-attr]
-        share = share * padded(windows, factor, 0.0)[(..., *tap_slices(windows, t, slope.shape[1:]))]
+        places: Any = (..., *tap_slices(windows, t, slope.shape[1:]))
+        share = share * padded(windows, factor, 0.0)[places]
     return share.contiguous()
 
 
@@ -238,23 +219,18 @@ def transposed(
 ) -> tuple[Tensor, ...]:
     """The rule's maps, transposed, on the kernels: one ``[N, S, *in]`` per input of ``wrt``.
 
-    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or where it is given ``cotangent [N, S, C]``.
+    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` where it is given.
     """
     lp, n, seeds = linear.program, inputs[0].shape[0], targets.shape[-1]
-    outer = product(linear.outer, locals_, (math.prod(lp.output_shape),)) if linear.outer else None  # [N, C]
+    outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]
     if cotangent is not None and outer is not None:
         cotangent = cotangent * outer.unsqueeze(1)
-    params = {**params, **{name: locals_[i].weight for name, i in linear.weights}}
-    p = cached_plan(lp, seeds, inputs[0].dtype, inputs[0].device)
-    if not any(g.native for g in p.groups):
-        raise executor.NoKernel
+    if not executor.plan_for(lp, seeds, inputs[0].dtype, inputs[0].device).native:
+        raise executor.KernelsUnavailable
+    rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
-    try:
-        run = _whole if p.whole else _pieces
-        run(p, params, values, wrt, targets.contiguous(), cotangent, results)
-    except TooLarge:  # the plan was made for one-hot seeds, which need less room than dense ones
-        raise executor.NoKernel from None
+    executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
     if cotangent is None and outer is not None:
         picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
@@ -262,107 +238,10 @@ def transposed(
     return results
 
 
-def _whole(
-    p: Plan,
-    params: Params,
-    values: Sequence[Tensor],
-    wrt: Sequence[int],
-    targets: Tensor,
-    cotangent: Tensor | None,
-    results: Sequence[Tensor],
-) -> None:
-    """One chain.  ``values``: the network's inputs, then the slopes."""
-    like, seeds = values[0], targets.shape[-1]
-    chain = chain_of(p, 0, seeds, tuple(wrt), cotangent is None)
-    packed = executor.packed_for(chain, params, like)
-    given = [values[v].contiguous() for v in chain.inputs] or [like.contiguous()]
-    wanted = [results[wrt.index(v)] for v in chain.wrt]
-    if cotangent is None:
-        executor.call(packed, given, targets, packed.seed_rows(targets, p.program.outputs), [], wanted)
-    else:
-        executor.call(packed, given, None, None, [cotangent.reshape(len(like), seeds, -1).contiguous()], wanted)
-    for w, result in zip(wrt, results, strict=True):
-        if w not in chain.wrt:
-            result.zero_()
-
-
-def _pieces(
-    p: Plan,
-    params: Params,
-    values: Sequence[Tensor],
-    wrt: Sequence[int],
-    targets: Tensor,
-    cotangent: Tensor | None,
-    results: Sequence[Tensor],
-) -> None:
-    """What fits no chain, as the plan cuts it.  There is no forward pass."""
-    pieces = _Backward(p, params, values, targets, tuple(wrt))
-    if cotangent is not None:
-        pieces.backward(results, cotangent.view(*cotangent.shape[:2], *p.program.output_shape))
-    elif pieces.starts_native():
-        pieces.backward(results, None)
-    else:
-        pieces.backward(results, one_hot(p.program, values[0], targets))
-
-
-class _Backward(executor.Pieces):
-    """The backward pass of a linear Program, which reads its slopes and of other values the shape alone."""
-
-    def backward_native(self, k: int) -> None:
-        try:
-            super().backward_native(k)
-        except TooLarge:  # as in `transposed`
-            self.backward_reference(k)
-
-    def reads(self, chain: Chain) -> list[Tensor]:
-        return [self.values.get(v, self.values[0]).contiguous() for v in chain.inputs] or [self.values[0].contiguous()]
-
-    def looked_at(self, i: int, g: Tensor) -> tuple[list[Tensor], Tensor]:
-        empty = g.new_empty(1)
-        inputs = self.program.steps[i].inputs
-        return [self.values.get(v, empty.expand(self.n, *self.program.shape(v))) for v in inputs], g
-
-
 def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
-    """The wanted values of a forward pass, by the kernels where one chain runs the whole Program."""
-    found = dict(enumerate(inputs))
-    n, dtype = inputs[0].shape[0], inputs[0].dtype
-    wanted = [v for v in wanted if v >= len(inputs)]
-    if n and wanted and dtype in NATIVE_DTYPES and cached_plan(program, 1, dtype, inputs[0].device).whole:
-        with suppress(executor.NoKernel):
-            found |= _native_values(program, params, inputs, wanted)
-    return Values(program, params, found)
-
-
-def _native_values(
-    program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]
-) -> dict[int, Tensor]:
-    machine, dtype = ops.machine(inputs[0].device), inputs[0].dtype
-    assert machine is not None
-
-    def make() -> Chain | None:
-        with suppress(TooLarge):  # all that is wanted stays on the chip until the end
-            size = NATIVE_DTYPES[dtype]
-            return lowering(machine)(program, _steps_to(program, wanted), list(wanted), machine, size, 0, (), False)
-        return None
-
-    chain = _remembered(_chains, (program.key, machine, dtype, tuple(wanted)), make)
-    if chain is None:
-        raise executor.NoKernel
-    packed = executor.packed_for(chain, params, inputs[0])
-    ins = executor.chain_inputs(chain, inputs, dtype)
-    found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
-    return {v: y.view(y.shape[0], *program.shape(v)) for v, y in zip(wanted, found, strict=True)}
-
-
-def _steps_to(program: Program, wanted: Sequence[int]) -> list[int]:
-    base, needed, stack = len(program.inputs), set(), list(wanted)
-    while stack:
-        v = stack.pop()
-        if v >= base and v - base not in needed:
-            needed.add(v - base)
-            stack.extend(program.steps[v - base].inputs)
-    return sorted(needed)
+    """The wanted values of a forward pass, by the kernels where they may run; `Values` computes what is missing."""
+    known = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
+    return Values(program, params, known)
 
 
 def looked_at(program: Program, outputs_too: bool) -> list[int]:
@@ -381,12 +260,9 @@ def looked_at(program: Program, outputs_too: bool) -> list[int]:
 
     def source(v: int) -> int:
         """Elementwise functions, views and pools of a stored value are computed from it."""
-        while (v >= base and isinstance(program.steps[v - base].form, (View, Select))) or (v >= base and is_scale(v)):
+        while v >= base and isinstance(program.steps[v - base].form, (Scale, View, Select)):
             v = program.steps[v - base].inputs[0]
         return v
-
-    def is_scale(v: int) -> bool:
-        return type(program.steps[v - base].form).__name__ == "Scale"
 
     return sorted({source(v) for v in wanted} - set(range(base)))
 
@@ -425,7 +301,7 @@ def attribute(
             pattern = pattern_of(locals_[: len(cut.steps)])
             linear = None if pattern is None else linear_of(cut, pattern)
             if linear is not None:
-                with suppress(executor.NoKernel):
+                with suppress(executor.KernelsUnavailable):
                     return transposed(linear, cut, rule.params, locals_, inputs, wrt, targets, cotangent)
     held = pull(_TailRule(rule, locals_), one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]

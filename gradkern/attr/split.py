@@ -6,7 +6,6 @@ of the Program that equals what the hook saw is the one (module paths decide bet
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from ..dispatch import batching, state
 from ..dispatch.eager import buffers_kept
 from ..dispatch.targets import Seeds
-from ..frontend.lowerings.builder import renumbered
+from ..ir import graph
 from ..ir.program import Program
 from ..runtime import binding, executor, reference
 from ..util import options
+from ..util.chunks import stepwise_bytes
 from .linear import forward_values
 from .points import Points
 from .rules import Values
@@ -123,43 +123,16 @@ def tail_of(program: Program, value: int) -> Tail:
         if key in _tails:
             return _tails[key]
     base = len(program.inputs)
-    needed, stack = set(), [program.output]
-    while stack:
-        v = stack.pop()
-        if v not in needed and v != value:
-            needed.add(v)
-            stack.extend(program.steps[v - base].inputs if v >= base else ())
-    behind = {value}
-    steps = []
-    for i, step in enumerate(program.steps):
-        if base + i in needed and base + i != value and any(v in behind for v in step.inputs):
-            behind.add(base + i)
-            steps.append(i)
+    needed = graph.ancestors(program, [program.output], without=[value])
+    behind = (needed & graph.descendants(program, [value])) | {value}
+    steps = [v - base for v in sorted(behind - {value})]
     crossing = sorted({v for i in steps for v in program.steps[i].inputs} - behind)
-    number = {value: 0} | {v: 1 + k for k, v in enumerate(crossing)}
-    number |= {base + i: 1 + len(crossing) + k for k, i in enumerate(steps)}
-    shapes = tuple(program.shape(v) for v in (value, *crossing))
-    cut = tuple(renumbered(program.steps[i], number) for i in steps)
-    tail = Tail(Program(shapes, cut, number.get(program.output, -1), program.derived), tuple(crossing))
+    tail = Tail(graph.part(program, [value, *crossing], steps, program.output), tuple(crossing))
     with _lock:
         _tails[key] = tail
         while len(_tails) > _KEEP:
             _tails.popitem(last=False)
     return tail
-
-
-def head_of(program: Program, value: int) -> Program:
-    """The Program with ``value`` as its output."""
-    base, needed, stack = len(program.inputs), set(), [value]
-    while stack:
-        v = stack.pop()
-        if v >= base and v not in needed:
-            needed.add(v)
-            stack.extend(program.steps[v - base].inputs)
-    kept = sorted(needed)
-    number = {v: v for v in range(base)} | {v: base + k for k, v in enumerate(kept)}
-    steps = tuple(renumbered(program.steps[v - base], number) for v in kept)
-    return Program(program.inputs, steps, number[value], program.derived)
 
 
 class LayerView:
@@ -214,11 +187,9 @@ class LayerView:
 
     def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
         tail = self.tail.program
-        if executor.bounded(tail, seeds, dtype, self.points.inputs[0].device):
+        if executor.plan_for(tail, seeds, dtype, self.points.inputs[0].device).single_chain:
             return 1 << 30
-        numels = [math.prod(tail.shape(v)) for v in range(len(tail.inputs) + len(tail.steps))]
-        need = dtype.itemsize * (sum(numels) + 3 * seeds * max(numels))
-        return max(1, options.memory_budget() // max(need, 1))
+        return max(1, options.memory_budget() // stepwise_bytes(tail.shapes, seeds, dtype.itemsize))
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:

@@ -2,8 +2,8 @@
 
 The cotangent of a node with a single reader is often only another cotangent seen through bits (ReLU, max pool) or
 the very same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
-it through, and the contraction behind it skips what the bits say is zero.  When the group ends in a linear layer and
-the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
+it through, and the contraction that reads it skips what the bits say is zero.  When the group ends in a linear layer
+and the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cotangents:
             return None
         out = self.outputs[0]
         unit = out.producer
-        if unit is None or not unit.dense or out.readers or not any(n.id in self.needs for n in unit.reads):
+        if not unit.dense or out.readers or not any(n.id in self.needs for n in unit.reads):
             return None
         return unit if len(WindowLayout.of(unit, 1).runs) == 1 else None
 
@@ -66,55 +66,58 @@ class Cotangents:
         if self.is_output(node) or len(readers) != 1:
             return own
         reader, producer = readers[0], node.producer
-        through_bits = producer.kind in ("window", "sum")  # type: ignore[union-attr]
+        through_bits = producer.kind in ("window", "sum")
         if reader is self.rows_unit:
             return Cotangent(node, rows=True) if self.takes_rows(node) else own
-        behind = self.of(reader.out)
-        if behind is None:
+        upstream = self.of(reader.out)
+        if upstream is None:
             return None
         if reader.opened:
-            plain = behind.node is reader.out and not behind.rows
-            return behind if plain or (behind.pattern is not None and through_bits) else own
-        if reader.kind == "pattern" and behind.pattern is None and (through_bits or self.sheltered(reader, behind)):
-            return Cotangent(behind.node, behind.rows, reader)
-        if reader.kind == "sum" and producer.rectify:  # type: ignore[union-attr]
+            plain = upstream.node is reader.out and not upstream.rows
+            return upstream if plain or (upstream.pattern is not None and through_bits) else own
+        if (
+            reader.kind == "pattern"
+            and upstream.pattern is None
+            and (through_bits or self.can_defer_rectify(reader, upstream))
+        ):
+            return Cotangent(upstream.node, upstream.rows, reader)
+        if reader.kind == "sum" and producer.rectify:
             return own  # its negative part goes, and the sum's other branches keep theirs
-        if reader.kind == "sum" and (through_bits or not (behind.rows or behind.pattern)):
-            return behind
-        if reader.kind == "scale" and behind.node is reader.out:
-            return behind  # multiplied in place
+        if reader.kind == "sum" and (through_bits or not (upstream.rows or upstream.pattern)):
+            return upstream
+        if reader.kind == "scale" and upstream.node is reader.out:
+            return upstream  # multiplied in place
         return own
 
-    def sheltered(self, pool: Unit, behind: Cotangent) -> bool:
+    def can_defer_rectify(self, pool: Unit, upstream: Cotangent) -> bool:
         """Whether an opened ReLU in front of a pool can rectify what the pool gets instead of what it gives.
 
         Nothing may be added in between (windows apart, one reader each), and whoever stands in front of the ReLU has
         to read through the pool's bits.
         """
         relu = pool.reads[0].producer
-        if not (relu and relu.opened and pool.windows) or behind.rows or behind.node is not pool.out:
+        if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
             return False
         source = relu.reads[0]
         alone = len(self.readers(source)) == 1 and not self.is_output(source)
-        return alone and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)  # type: ignore[union-attr]
+        return alone and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)
 
     def takes_rows(self, node: Node) -> bool:
         """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""
         producer = node.producer
-        assert producer is not None
         if producer.kind == "pattern":
             if producer.opened:
                 return False
             source = producer.reads[0]
             alone = len(self.readers(source)) == 1 and not self.is_output(source)
-            return alone and source.producer.kind == "window"  # type: ignore[union-attr]
+            return alone and source.producer.kind == "window"
         return producer.kind == "window"
 
 
 def reachable(graph: Graph, wrt: tuple[int, ...]) -> set[int]:
     """Nodes whose cotangent matters: they depend on a wanted input."""
-    found = {graph.inputs[v].id for v in wrt}
+    ids = {graph.inputs[v].id for v in wrt}
     for unit in graph.units:
-        if any(n.id in found for n in unit.reads):
-            found.add(unit.out.id)
-    return found
+        if any(n.id in ids for n in unit.reads):
+            ids.add(unit.out.id)
+    return ids

@@ -1,15 +1,16 @@
 """From the native steps of a group to units and nodes (:mod:`gradkern.codegen.units`).
 
-A flattened node keeps the channels-last order of what it was flattened from; a linear layer behind it permutes
+A flattened node keeps the channels-last order of what it was flattened from; a linear layer after it permutes
 its weight when packed, so the flatten costs nothing.  A value whose *last* axis holds the channels (tokens, a
-transposed signal) is the same storage read in another order: such values are in ``turned``, and a transpose between
-``[C, L]`` and ``[L, C]`` costs nothing either.
+transposed signal) is the same storage read in another order: such values are in ``channels_last``, and a transpose
+between ``[C, L]`` and ``[L, C]`` costs nothing either.
 """
 
 from __future__ import annotations
 
 from ..ir.functions import RECTIFYING
-from ..ir.indexing import along, is_permutation, whole
+from ..ir.graph import steps_to
+from ..ir.indexing import along, identity_runs, is_permutation
 from ..ir.program import (
     Channels,
     Contract,
@@ -26,7 +27,7 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .support import why_not
+from .support import unsupported_reason
 from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
@@ -35,10 +36,10 @@ class Builder:
 
     def __init__(self, program: Program, steps: list[int], live_out: list[int]):
         self.program, self.live_out = program, live_out
-        self.steps = steps = leading_to(program, steps, live_out)
+        self.steps = steps = steps_to(program, live_out, among=steps)
         self.nodes: dict[int, Node] = {}  # value → node
-        self.turned: set[int] = set()  # values that read their node channels-last
-        self.wanted: dict[int, bool] = {}  # values that somebody would read channels-last
+        self.channels_last: set[int] = set()  # values that read their node channels-last
+        self.wanted: dict[int, bool] = {}  # values that some step would read channels-last
         self.copies: dict[tuple[int, bool], Node] = {}  # a value's node in another order
         self.units: list[Unit] = []
         self.count = 0
@@ -55,8 +56,8 @@ class Builder:
     def build(self) -> Graph:
         for v in self.external:
             if any(self.wants_tokens(i, v) for i in self.reads[v]):
-                self.turned.add(v)
-            node = self.node(self.program.shape(v), v in self.turned)
+                self.channels_last.add(v)
+            node = self.node(self.program.shape(v), v in self.channels_last)
             self.add(Unit("load", [], node, []))
             self.nodes[v] = node
         inputs = {v: self.nodes[v] for v in self.external}
@@ -68,12 +69,14 @@ class Builder:
             if unit.kind == "window":
                 reserve_halo(unit)
         share_in_place(self.units, outputs)
-        return Graph(self.units, inputs, outputs, self.turned & {*inputs, *outputs})
+        return Graph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
 
     # ---- small helpers
 
-    def node(self, shape: tuple[int, ...], turned: bool = False) -> Node:
-        c, h, w = tokens(shape) if turned else geometry(shape)  # type: ignore[misc]
+    def node(self, shape: tuple[int, ...], channels_last: bool = False) -> Node:
+        extent = tokens(shape) if channels_last else geometry(shape)
+        assert extent is not None  # `unsupported_reason` has seen to it
+        c, h, w = extent
         self.count += 1
         return Node(self.count - 1, c, h, w, store=self.count - 1)
 
@@ -94,7 +97,7 @@ class Builder:
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
     def follow(self, i: int, wanted) -> int | None:
-        """The step behind step ``i``, if it alone reads the result and ``wanted(step)`` holds."""
+        """The step after step ``i``, if it alone reads the result and ``wanted(step)`` holds."""
         j = self.only_reader(self.base + i)
         return j if j is not None and wanted(self.program.steps[j]) else None
 
@@ -112,21 +115,21 @@ class Builder:
             case Index(parts=(part,)) if is_permutation(part, shape) and part.order == (last, *range(last)):
                 return True
             case Index() | View() | Scale():
-                return self.stays_turned(step)
+                return self.stays_channels_last(step)
         return False
 
-    def in_order(self, value: int, turned: bool) -> Node:
+    def in_order(self, value: int, channels_last: bool) -> Node:
         """The value's node in the geometry of its own shape, copied where it is stored in another order."""
         node, shape = self.nodes[value], self.program.shape(value)
-        fits = node.is_a(tokens(shape) if turned else geometry(shape))
-        if fits and (node.trivial or (value in self.turned) == turned):
+        fits = node.is_a(tokens(shape) if channels_last else geometry(shape))
+        if fits and (node.trivial or (value in self.channels_last) == channels_last):
             return node
-        if (value, turned) not in self.copies:
-            copy = self.node(shape, turned)
-            sides = [Side(shape, value in self.turned), Side(shape, turned)]
+        if (value, channels_last) not in self.copies:
+            copy = self.node(shape, channels_last)
+            sides = [Side(shape, value in self.channels_last), Side(shape, channels_last)]
             self.add(Unit("move", [node], copy, [], sides=sides))
-            self.copies[value, turned] = copy
-        return self.copies[value, turned]
+            self.copies[value, channels_last] = copy
+        return self.copies[value, channels_last]
 
     def canonical(self, value: int) -> Node:
         return self.in_order(value, False)
@@ -145,7 +148,7 @@ class Builder:
                 self.window(i, self.in_order(source, True), Contract(POINT, form.weight, form.bias), True)
             case Contract(map=Dense()):
                 self.window(i, self.nodes[source], form)
-                self.nodes[self.base + i].producer.turned = source in self.turned  # type: ignore[union-attr]
+                self.nodes[self.base + i].producer.storage_order = source in self.channels_last
             case Contract(map=Windows()):
                 self.convolution(i, step)
             case Contract():
@@ -153,7 +156,7 @@ class Builder:
                 self.unit("mix", i, [self.in_order(source, last)], last, form=form)
             case Given():
                 self.unit("scale", i, [self.nodes[source]], like=source, form=form, slope=step.inputs[1])
-                self.units[-1].turned = source in self.turned
+                self.units[-1].storage_order = source in self.channels_last
             case Select() | Scale(function="relu" | "guided_relu" | "open_relu"):
                 self.pattern(i, step)
             case Scale():
@@ -161,76 +164,80 @@ class Builder:
             case Sum():
                 self.sum(i, step)
             case LowRank(axis=axis):
-                turned = source in self.turned and self.nodes[source].is_a(tokens(step.shape))
-                turned |= axis > 0 and axis == len(step.shape) - 1 and self.stays_turned(i)
-                node = self.in_order(source, turned)
-                order = storage_axes(len(step.shape), turned)
-                self.unit("lowrank", i, [node], turned, form=form, along=order[axis])
+                channels_last = source in self.channels_last and self.nodes[source].is_a(tokens(step.shape))
+                channels_last |= axis > 0 and axis == len(step.shape) - 1 and self.stays_channels_last(i)
+                node = self.in_order(source, channels_last)
+                order = storage_axes(len(step.shape), channels_last)
+                self.unit("lowrank", i, [node], channels_last, form=form, along=order[axis])
             case Product(function="matmul"):
                 self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
             case Product():
-                turned = any(v in self.turned for v in step.inputs)
-                self.unit("product", i, [self.in_order(v, turned) for v in step.inputs], turned, form=form)
+                channels_last = any(v in self.channels_last for v in step.inputs)
+                self.unit(
+                    "product", i, [self.in_order(v, channels_last) for v in step.inputs], channels_last, form=form
+                )
 
-    def stays_turned(self, i: int) -> bool:
-        """Whether somebody behind the step wants its result channels-last."""
+    def stays_channels_last(self, i: int) -> bool:
+        """Whether a later step wants this one's result channels-last."""
         value = self.base + i
         if value not in self.wanted:
             self.wanted[value] = any(self.wants_tokens(j, value) for j in self.reads.get(value, []))
         return self.wanted[value]
 
     def unit(
-        self, kind: UnitKind, i: int, reads: list[Node], turned: bool = False, like: int | None = None, **more
+        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **more
     ) -> Node:
         """A unit whose result has the step's shape, or lies as the value ``like`` does."""
         if like is not None:
-            out, turned = self.alike(self.nodes[like]), like in self.turned
+            out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
         else:
-            out = self.node(self.program.steps[i].shape, turned)
+            out = self.node(self.program.steps[i].shape, channels_last)
         self.add(Unit(kind, reads, out, [i], **more))
-        self.place(i, out, turned)
+        self.place(i, out, channels_last)
         return out
 
-    def place(self, i: int, node: Node, turned: bool = False) -> None:
+    def place(self, i: int, node: Node, channels_last: bool = False) -> None:
         self.nodes[self.base + i] = node
-        if turned:
-            self.turned.add(self.base + i)
+        if channels_last:
+            self.channels_last.add(self.base + i)
 
     def sum(self, i: int, step: Step) -> None:
         first = step.inputs[0]
         nodes, like = [self.nodes[v] for v in step.inputs], first
         same = all(n.is_a((nodes[0].C, nodes[0].H, nodes[0].W)) for n in nodes)
-        if not same or len({v in self.turned for v in step.inputs}) > 1:
-            turned = any(v in self.turned and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
-            nodes = [self.in_order(v, turned) for v in step.inputs]
+        if not same or len({v in self.channels_last for v in step.inputs}) > 1:
+            channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
+            nodes = [self.in_order(v, channels_last) for v in step.inputs]
             total = nodes[0]
-            self.place(i, total, turned)
+            self.place(i, total, channels_last)
             for other in nodes[1:]:
-                total = self.unit("sum", i, [total, other], turned)
+                total = self.unit("sum", i, [total, other], channels_last)
             return
         total = nodes[0]
-        self.place(i, total, like in self.turned)
+        self.place(i, total, like in self.channels_last)
         for other in nodes[1:]:
             total = self.unit("sum", i, [total, other], like=like)
 
     def view(self, i: int, step: Step) -> None:
         source = step.inputs[0]
-        node, turned = self.nodes[source], source in self.turned
-        if node.is_a(tokens(step.shape) if turned else geometry(step.shape)) or len(step.shape) == 1:
-            self.place(i, node, turned)
+        node, channels_last = self.nodes[source], source in self.channels_last
+        if node.is_a(tokens(step.shape) if channels_last else geometry(step.shape)) or len(step.shape) == 1:
+            self.place(i, node, channels_last)
             return
-        keeps = self.stays_turned(i)
-        self.unit("move", i, [node], keeps, sides=[Side(self.program.shape(source), turned), Side(step.shape, keeps)])
+        keeps = self.stays_channels_last(i)
+        self.unit(
+            "move", i, [node], keeps, sides=[Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
+        )
 
     def index(self, i: int, step: Step) -> None:
         """Copies; a change between channels first and channels last is none."""
         form, source = step.form, step.inputs[0]
         assert isinstance(form, Index)
-        shape, turned = self.program.shape(source), source in self.turned
+        shape, channels_last = self.program.shape(source), source in self.channels_last
         last = len(shape) - 1
         if len(form.parts) == 1 and is_permutation(form.parts[0], shape):
-            to_last = not turned and self.nodes[source].is_a(geometry(shape))
-            to_first = turned and self.nodes[source].is_a(tokens(shape))
+            to_last = not channels_last and self.nodes[source].is_a(geometry(shape))
+            to_first = channels_last and self.nodes[source].is_a(tokens(shape))
             order = form.parts[0].order
             if (to_last and order == (*range(1, last + 1), 0)) or (to_first and order == (last, *range(last))):
                 self.place(i, self.nodes[source], to_last)
@@ -240,31 +247,32 @@ class Builder:
         if len(reads) > 1 and self.side_by_side(step):
             reads, steps = self.pull_forward(i, step, reads)
         in_place = all(p.order == tuple(range(len(p.order))) for p in form.parts)
-        keeps = self.stays_turned(steps[-1]) or (in_place and all(v in self.turned for v in step.inputs))
+        keeps = self.stays_channels_last(steps[-1]) or (in_place and all(v in self.channels_last for v in step.inputs))
         out = self.node(step.shape, keeps)
-        sides = [Side(self.program.shape(v), v in self.turned) for v in step.inputs] + [Side(step.shape, keeps)]
+        sides = [Side(self.program.shape(v), v in self.channels_last) for v in step.inputs] + [Side(step.shape, keeps)]
         self.add(Unit("move", reads, out, steps, form=form, sides=sides))
         self.place(steps[-1], out, keeps)
 
     def side_by_side(self, step: Step) -> bool:
         """Whether a concatenation fills every channel, of values that lie channels first."""
-        rows = [p.axes for p in step.form.parts]  # type: ignore[union-attr]
-        full = all(axes[1:] == tuple(whole(n) for n in step.shape[1:]) for axes in rows)
+        assert isinstance(step.form, Index)
+        rows = [p.axes for p in step.form.parts]
+        full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)
         count = sum(c for axes in rows for start, c, _ in axes[0] if start >= 0)
         straight = all(
-            v not in self.turned and self.nodes[v].is_a(geometry(self.program.shape(v))) for v in step.inputs
+            v not in self.channels_last and self.nodes[v].is_a(geometry(self.program.shape(v))) for v in step.inputs
         )
         return full and straight and count == step.shape[0] and len(step.shape) > 1
 
     def pull_forward(self, i: int, step: Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
-        """Elementwise steps behind a concatenation are done to its parts: a norm folds, a ReLU stays bits."""
+        """Elementwise steps after a concatenation are done to its parts: a norm folds, a ReLU stays bits."""
         steps, alone = [i], [self.only_reader(v) == i for v in step.inputs]
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
             for k, node in enumerate(nodes):
                 producer = node.producer
-                if isinstance(form, Contract) and alone[k] and producer.kind == "window" and not node.readers:  # type: ignore[union-attr]
-                    producer.folds.append(Fold(form, first))  # type: ignore[union-attr]
+                if isinstance(form, Contract) and alone[k] and producer.kind == "window" and not node.readers:
+                    producer.folds.append(Fold(form, first))
                 else:
                     out, relu = self.alike(node), is_relu(self.program.steps[j])
                     kind: UnitKind = "mix" if isinstance(form, Contract) else "pattern" if relu else "scale"
@@ -277,9 +285,10 @@ class Builder:
 
     def convolution(self, i: int, step: Step) -> None:
         form, node = step.form, self.canonical(step.inputs[0])
-        groups, per_group = form.map.groups, step.shape[0] // form.map.groups  # type: ignore[union-attr]
+        assert isinstance(form, Contract) and isinstance(form.map, Windows)
+        groups, per_group = form.map.groups, step.shape[0] // form.map.groups
         if groups != node.C or groups == 1:
-            return self.window(i, node, form)  # type: ignore[arg-type]
+            return self.window(i, node, form)
         if per_group > 1:  # depthwise with several results per channel: each channel that often
             shape = self.program.shape(step.inputs[0])
             each = along(shape, 0, [c for c in range(groups) for _ in range(per_group)])
@@ -289,61 +298,58 @@ class Builder:
             node = copy
         self.unit("mix", i, [node], form=form)
 
-    def window(self, i: int, node: Node, form: Contract, turned: bool = False) -> None:
-        out = self.unit("window", i, [node], turned, form=form)
+    def window(self, i: int, node: Node, form: Contract, channels_last: bool = False) -> None:
+        out = self.unit("window", i, [node], channels_last, form=form)
         unit, last = self.units[-1], i
 
         def norm(step: Step) -> bool:
-            return is_channels(step) and (step.form.map.axis > 0) == turned  # type: ignore[union-attr]
+            axis = channel_axis(step)
+            return axis is not None and (axis > 0) == channels_last
 
         while (j := self.follow(last, norm)) is not None:
-            unit.folds.append(Fold(self.program.steps[j].form))  # type: ignore[arg-type]
+            factors = self.program.steps[j].form
+            assert isinstance(factors, Contract)
+            unit.folds.append(Fold(factors))
             unit.steps.append(j)
             self.done.add(j)
-            self.place(j, out, turned)
+            self.place(j, out, channels_last)
             last = j
 
     def pattern(self, i: int, step: Step) -> None:
         """ReLU, max pool, or the two in either order: all of them are one bit per unit and tap."""
         source = step.inputs[0]
-        node, turned = self.nodes[source], source in self.turned
+        node, channels_last = self.nodes[source], source in self.channels_last
         relu, rectify, opened, windows, steps, last = False, rectifies(step), False, None, [i], i
         if isinstance(step.form, Select):
-            node, windows, turned = self.canonical(source), step.form.windows, False
+            node, windows, channels_last = self.canonical(source), step.form.windows, False
             j = self.follow(i, is_relu)
             relu = j is not None
             rectify = j is not None and rectifies(self.program.steps[j])
         else:
             relu = True
-            j = self.follow(i, is_pool) if not turned and node.is_a(geometry(step.shape)) else None
-            opened = step.form.function == "open_relu"  # type: ignore[union-attr]
-            if j is not None and (opened or (rectify and overlaps(self.program.steps[j].form.windows))):
-                j = None  # what arrives from several windows is added before it is rectified
-            if j is not None and why_not(self.program, self.program.steps[j]) is None:
-                windows = self.program.steps[j].form.windows  # type: ignore[union-attr]
-            else:
-                j = None
+            opened = isinstance(step.form, Scale) and step.form.function == "open_relu"
+            first = not channels_last and node.is_a(geometry(step.shape)) and not opened
+            j = self.follow(i, lambda s: self.joinable(s, rectify)) if first else None
+            windows = None if j is None else pool_of(self.program.steps[j])
         if j is not None:
             steps.append(j)
             self.done.add(j)
             last = j
         out = self.node(self.program.steps[last].shape) if windows else self.alike(node)
         self.add(Unit("pattern", [node], out, steps, windows=windows, relu=relu, rectify=rectify, opened=opened))
-        self.place(last, out, turned)
+        self.place(last, out, channels_last)
 
-
-def leading_to(program: Program, steps: list[int], wanted: list[int]) -> list[int]:
-    """Those of ``steps`` that the values ``wanted`` need: nothing may wait for a cotangent that never comes."""
-    base, needed = len(program.inputs), set(wanted)
-    for i in reversed(steps):
-        if base + i in needed:
-            needed.update(program.steps[i].inputs)
-    return [i for i in steps if base + i in needed]
+    def joinable(self, step: Step, rectify: bool) -> bool:
+        """Whether a pool can be one pattern with the ReLU before it."""
+        windows = pool_of(step)
+        if windows is None or unsupported_reason(self.program, step) is not None:
+            return False
+        return not (rectify and overlaps(windows))  # what several windows send is added before it is rectified
 
 
 def reserve_halo(unit: Unit) -> None:
     """Padding becomes a zero border of the storage that is read, wide enough for every window on it."""
-    m = unit.form.map  # type: ignore[attr-defined]
+    m = unit.contraction.map
     if not isinstance(m, Windows):
         return
     node, out = unit.reads[0], unit.out
@@ -361,15 +367,16 @@ def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
         if unit.kind in ("pattern", "scale") and unit.windows is None:
             source = unit.reads[0]
             # What a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
-            if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):  # type: ignore[union-attr]
+            if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]
                 source.halo[:] = both
                 unit.out.halo = source.halo  # the same list: one storage, one border
                 unit.out.store = source.store
 
 
-def is_channels(step: Step) -> bool:
-    return isinstance(step.form, Contract) and isinstance(step.form.map, Channels)
+def channel_axis(step: Step) -> int | None:
+    """The axis along which a step has factors, such as a norm's; None where it is another step."""
+    return step.form.map.axis if isinstance(step.form, Contract) and isinstance(step.form.map, Channels) else None
 
 
 def is_relu(step: Step) -> bool:
@@ -384,8 +391,9 @@ def rectifies(step: Step) -> bool:
 def is_elementwise(step: Step) -> bool:
     if rectifies(step):
         return False
-    return isinstance(step.form, Scale) or (is_channels(step) and step.form.map.axis == 0)  # type: ignore[union-attr]
+    return isinstance(step.form, Scale) or channel_axis(step) == 0
 
 
-def is_pool(step: Step) -> bool:
-    return isinstance(step.form, Select) and step.form.ties == "first"
+def pool_of(step: Step) -> Windows | None:
+    """The windows of a max pool; None where the step is no such pool."""
+    return step.form.windows if isinstance(step.form, Select) and step.form.ties == "first" else None

@@ -40,7 +40,7 @@ class Lowering(UnitRecords):
         for unit in self.graph.units:
             if unit.kind == "scale":
                 dst, shape, out = self.slope(unit), extent(unit.out), unit.out
-                if unit.turned:  # storage order is the tensor's own
+                if unit.storage_order:  # storage order is the tensor's own
                     dst, shape = Place(dst.buffer, dst.offset, dst.row, 1), Extent(1, out.H, out.W * out.C)
                 self.forward.append(records.Load(input=order.index(unit.slope), dst=dst, extent=shape))
 
@@ -191,7 +191,7 @@ def lower(
         wrt=low.wrt,
         seed_tile=tile,
         rows=None if rows is None else (rows.weights, rows.row_length),
-        rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,  # type: ignore[union-attr]
+        rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,
         scratch=low.scratch(sizes),
         clocks=low.clocks(),
     )

@@ -83,14 +83,15 @@ class Recording:
         if unit.dense or pattern is None or not mergeable(unit, pattern):
             return plain
         node, pool = unit.reads[0], pattern.windows
+        assert pool is not None
         alone = len(self.cotangents.readers(node)) == 1 and not self.cotangents.is_output(node)
-        private = node.producer.kind == "load" and alone  # type: ignore[union-attr]
-        (th, _), (sh, _) = planar(pool)[1], planar(unit.form.map)[1]  # type: ignore[arg-type, attr-defined]
-        top = node.halo[0] - planar(unit.form.map)[2][0][0]  # type: ignore[attr-defined]
-        private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.turned)
+        private = node.producer.kind == "load" and alone
+        (th, _), (sh, _) = planar(pool)[1], planar(unit.convolution)[1]
+        top = node.halo[0] - planar(unit.convolution)[2][0][0]
+        private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.channels_last)
         folds = [f for f in (1, 2, 4) if f == 1 or (private and node.H > 1 and th * sh % f == 0 and top % f == 0)]
-        merged = [ScatterLayout.merge(unit, self.lanes, pool, f) for f in folds]  # type: ignore[arg-type]
-        best = min([plain, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))  # type: ignore[union-attr]
+        merged = [ScatterLayout.merge(unit, self.lanes, pool, f) for f in folds]
+        best = min([plain, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))
         if best.fold > 1:
             self.folded[node.id] = best.fold
         return best
@@ -140,7 +141,7 @@ class Recording:
     def outside(self, value: int, node: Node, buffer: Buffer) -> tuple[Place, Extent]:
         """A node that meets the caller's row-major tensor: storage order is that of a channels-last value."""
         place = interior(node, buffer)
-        if value not in self.graph.turned:
+        if value not in self.graph.channels_last:
             return place, extent(node)
         return Place(buffer, place.offset, node.row, 1), Extent(1, node.H, node.W * node.C)
 

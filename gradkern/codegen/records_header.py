@@ -16,7 +16,7 @@ HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
 
 
 def comments(cls: type) -> dict[str, str]:
-    """What stands behind each field in the source, base classes included."""
+    """The comment on each field in the source, base classes included."""
     found: dict[str, str] = {}
     for base in (c for c in reversed(cls.__mro__) if c.__module__.startswith(__package__)):
         for name, text in re.findall(r"^    (\w+):? .*?  # (.*)$", inspect.getsource(base), re.MULTILINE):

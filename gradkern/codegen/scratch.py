@@ -99,7 +99,7 @@ def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
 def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, int], tile: int) -> tuple[int, int]:
     """Give every buffer its base; returns the elements that samples share, and those of each sample.
 
-    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part lies behind what is shared.
+    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part follows what is shared.
     """
     shared, sample = (size * tile for size in sizes)
     for buffer in grads:

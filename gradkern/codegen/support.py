@@ -1,8 +1,10 @@
-"""What the compiled kernels cover: the functions that they know, their limits, and why a step has none."""
+"""What the compiled kernels cover: dtypes, functions and limits, and the reason where a step has no kernel."""
 
 from __future__ import annotations
 
 import math
+
+import torch
 
 from ..ir.functions import RECTIFYING
 from ..ir.program import (
@@ -23,6 +25,7 @@ from ..ir.program import (
 )
 from .units import geometry
 
+NATIVE_DTYPES = (torch.float32, torch.float64)
 #: Elementwise functions that csrc/scale.h knows, with the number of parameters each takes there.
 NATIVE_FUNCTIONS = {
     "relu": 0, "leaky_relu": 1, "elu": 3, "tanh": 0, "sigmoid": 0, "affine": 2, "gelu": 0, "gelu_tanh": 0, "silu": 0,
@@ -36,14 +39,15 @@ MAX_CHANNELS = 65535  # channel lists are uint16
 MAX_TAPS = 256  # planes of a pattern
 
 
-def why_not(program: Program, step: Step) -> str | None:
-    """Why no kernel runs this step; None where one does."""
+def unsupported_reason(program: Program, step: Step) -> str | None:
+    """Why no kernel can run this step; None where one can."""
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
-    if any(geometry(s) is None for s in shapes):
+    extents = [geometry(s) for s in shapes]
+    if None in extents:
         return "values of more than 3 axes per sample have no kernel yet"
     if any(math.prod(s) == 0 for s in shapes):
         return "empty values have no kernel"
-    if any(geometry(s)[0] > MAX_CHANNELS for s in shapes):  # type: ignore[index]
+    if any(extent and extent[0] > MAX_CHANNELS for extent in extents):
         return f"more than {MAX_CHANNELS} channels"
     match step.form:
         case Contract(map=Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:

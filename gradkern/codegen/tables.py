@@ -1,6 +1,6 @@
 """Integer tables of a chain's records: runs of copies, and stencils.
 
-Both are found once, when a chain is lowered, from element offsets into the storage of nodes.
+Both are worked out once, when a chain is lowered, from element offsets into the storage of nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
 def offsets(node: Node, side: Side) -> Tensor:
     """The offset from the node's interior of every element of a value, in the value's own shape."""
     h, w, c = torch.arange(node.H) * node.row, torch.arange(node.W) * node.C, torch.arange(node.C)
-    if side.turned:
+    if side.channels_last:
         return (h[:, None, None] + w[:, None] + c).reshape(side.shape)
     return (c[:, None, None] + h[:, None] + w).reshape(side.shape)
 
@@ -64,7 +64,7 @@ def strided(read: Tensor, write: Tensor) -> list[int]:
     # A run ends where a step differs from the one before it; the step that leads to a new run belongs to none.
     change = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).tolist()
     r, w, a, b = read.tolist(), write.tolist(), dr.tolist(), dw.tolist()
-    found: list[int] = []
+    runs: list[int] = []
     start, n = 0, len(r)
     while start < n:
         end = start + 1
@@ -74,9 +74,9 @@ def strided(read: Tensor, write: Tensor) -> list[int]:
                 end += 1
             if end - start == 2 and end < n and b[start] != 1:  # a lone leap: leave its end to the next run
                 end = start + 1
-        found += [r[start], w[start], end - start, *((a[start], b[start]) if end - start > 1 else (1, 1))]
+        runs += [r[start], w[start], end - start, *((a[start], b[start]) if end - start > 1 else (1, 1))]
         start = end
-    return found
+    return runs
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -90,11 +90,11 @@ def positions(node: Node) -> list[int]:
 
 def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
     """For each position of what is read, the results that read it."""
-    found: dict[int, Entries] = {q: [] for q in positions(source)}
+    readers: dict[int, Entries] = {q: [] for q in positions(source)}
     for place, reads in zip(positions(out), entries, strict=True):
         for offset, row in reads:
-            found[offset].append((place, row))
-    return list(found.values())
+            readers[offset].append((place, row))
+    return list(readers.values())
 
 
 def stencil(entries: list[Entries], places: list[int], keep_empty: bool) -> tuple[list[int], list[int]]:

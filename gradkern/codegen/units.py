@@ -1,10 +1,10 @@
 """Units and nodes: a native group of steps, regrouped the way the kernels run it.
 
-Between the :class:`~gradkern.ir.program.Program` and the records of :mod:`.chain` stand two small graphs:
+Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.records`) stand two small graphs:
 
 * a **node** is a piece of storage: one value, or several that are views of each other.  Inside a chain every node
   is *channels-last*, ``[H][W][C]`` per sample, because then the window of a convolution is a few contiguous runs;
-* a **unit** is what one kernel does: a contraction with the batch norms behind it folded in, a ReLU and max pool
+* a **unit** is what one kernel does: a contraction with the batch norms after it folded in, a ReLU and max pool
   as one bit pattern, …
 
 :mod:`gradkern.codegen.grouping` makes them of a group's steps.
@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..ir.program import Contract, Dense, Windows
+from ..ir.program import Contract, Dense, Form, Windows
 
+Pair = tuple[int, int]
 UnitKind = Literal["load", "window", "mix", "pattern", "scale", "sum", "move", "lowrank", "product", "matmul"]
 
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
@@ -38,16 +39,16 @@ def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
 
 def tokens(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """``(C, H, W)`` of a shape whose last axis is the channels."""
-    found = geometry(shape)
-    if found is None or len(shape) < 2:
-        return found
+    first = geometry(shape)
+    if first is None or len(shape) < 2:
+        return first
     return (shape[1], 1, shape[0]) if len(shape) == 2 else (shape[2], shape[0], shape[1])
 
 
-def storage_axes(rank: int, turned: bool) -> str:
+def storage_axes(rank: int, channels_last: bool) -> str:
     """The storage axis of each axis of a value."""
     first = {0: "C", 1: "C", 2: "CW", 3: "CHW"}[rank]
-    return first[1:] + first[0] if turned and rank > 1 else first
+    return first[1:] + first[0] if channels_last and rank > 1 else first
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Node:
     C: int
     H: int
     W: int
-    producer: Unit | None = None
+    producer: Unit = field(init=False)
     readers: list[Unit] = field(default_factory=list)  # once per read
     halo: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, bottom, left, right
     store: int = -1  # nodes of equal `store` share forward memory (a ReLU in place)
@@ -91,7 +92,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Fold:
-    """A batch norm behind a window, folded into its weights: channels ``first``, … of the norm's own."""
+    """A batch norm after a window, folded into its weights: channels ``first``, … of the norm's own."""
 
     form: Contract
     first: int = 0
@@ -99,10 +100,10 @@ class Fold:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a move: a value's shape, and whether its storage is read channels-last (``turned``)."""
+    """One side of a move: a value's shape, and whether its last axis is the channels."""
 
     shape: tuple[int, ...]
-    turned: bool
+    channels_last: bool
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Unit:
     reads: list[Node]
     out: Node
     steps: list[int]
-    form: object = None  # the Contract, Scale, LowRank, … itself
+    form: Form | None = None
     windows: Windows | None = None  # of a pattern: its pool; None for a bare ReLU
     relu: bool = False
     rectify: bool = False  # of a pattern with a guided or opened ReLU: negative cotangents stop here
@@ -121,13 +122,24 @@ class Unit:
     slope: int = -1  # of a given scale: the external value that holds its slopes
     folds: list[Fold] = field(default_factory=list)  # batch norms folded into a window unit
     first: int = 0  # of a batch norm over some of its channels: the first of them
-    turned: bool = False  # of a linear layer: what it reads is flat in storage order
+    storage_order: bool = False  # of a linear layer or given scale: what it reads is flat in storage order
     sides: list[Side] = field(default_factory=list)  # of a move: its sources, and at the end its destination
     along: str = "C"  # of a norm or softmax: the storage axis that it works along
 
     @property
     def dense(self) -> bool:
-        return self.kind == "window" and isinstance(self.form.map, Dense)  # type: ignore[attr-defined]
+        return self.kind == "window" and isinstance(self.contraction.map, Dense)
+
+    @property
+    def contraction(self) -> Contract:
+        assert isinstance(self.form, Contract)
+        return self.form
+
+    @property
+    def convolution(self) -> Windows:
+        """The windows of a contraction that has some."""
+        assert isinstance(self.contraction.map, Windows)
+        return self.contraction.map
 
 
 @dataclass
@@ -137,14 +149,14 @@ class Graph:
     units: list[Unit]
     inputs: dict[int, Node]  # external value → node
     outputs: dict[int, Node]
-    turned: set[int]  # external values whose storage is in their own row-major order (channels last)
+    channels_last: set[int]  # external values whose storage is in their own row-major order
 
 
-def planar(w: Windows):
+def planar(w: Windows) -> tuple[Pair, Pair, tuple[Pair, Pair], Pair]:
     """``(kernel, stride, padding, dilation)`` of a 1-D or 2-D window as 2-D pairs."""
-    if len(w.kernel) == 2:
-        return w.kernel, w.stride, w.padding, w.dilation
-    return (1, *w.kernel), (1, *w.stride), ((0, 0), *w.padding), (1, *w.dilation)
+    (kh, kw), (sh, sw) = (1, *w.kernel)[-2:], (1, *w.stride)[-2:]
+    (dh, dw), (above, before) = (1, *w.dilation)[-2:], ((0, 0), *w.padding)[-2:]
+    return (kh, kw), (sh, sw), (above, before), (dh, dw)
 
 
 def overlaps(w: Windows) -> bool:

@@ -1,7 +1,7 @@
 """Packed weights: folded, reordered and padded for one vector length.
 
 A layout knows *where* every weight goes (integers, decided when the chain is lowered); `fill` puts the live values
-there.  Batch norms behind a contraction are folded in here, in the weights' own precision.
+there.  Batch norms after a contraction are folded in here, in the weights' own precision.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ class Contraction:
     folds: list[Fold]
     lanes: int
     geometry: tuple[int, int, int]  # C, H, W of what is read
-    turned: bool  # a linear layer whose input is flat in storage order
+    storage_order: bool  # a linear layer whose input is flat in storage order
 
     def columns(self, weight: Tensor) -> Tensor:
         """The weight as ``[groups·O, K]``, K in the order of channels-last windows (rows, columns, channels)."""
         w = weight.detach()
         if isinstance(self.form.map, Dense):
             C, H, W = self.geometry
-            if self.turned:
+            if self.storage_order:
                 return w
             return w.reshape(-1, C, H, W).permute(0, 2, 3, 1).reshape(w.shape[0], -1)
         w = w.reshape(w.shape[0], w.shape[1], -1)  # [O, C/groups, taps]
         return w.transpose(1, 2).reshape(w.shape[0], -1)
 
     def folded(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Weight ``[groups·O, K]`` and bias ``[groups·O]`` with the batch norms behind them."""
-        w = self.columns(params[self.form.weight.name])  # type: ignore[union-attr]
+        """Weight ``[groups·O, K]`` and bias ``[groups·O]`` with the batch norms after them."""
+        assert self.form.weight is not None
+        w = self.columns(params[self.form.weight.name])
         b = params[self.form.bias.name].detach() if self.form.bias else w.new_zeros(w.shape[0])
         for fold in self.folds:
             mine = slice(fold.first, fold.first + w.shape[0])
@@ -97,26 +98,24 @@ class WindowLayout(Contraction):
 
     @classmethod
     def of(cls, unit: Unit, lanes: int) -> Self:
-        form, node, out = unit.form, unit.reads[0], unit.out
-        assert isinstance(form, Contract)
-        C = node.C
+        form, node, out = unit.contraction, unit.reads[0], unit.out
+        C, row = node.C, node.row
         if isinstance(form.map, Dense):
-            joined = node.row == node.W * C
-            runs = [0] if joined else [h * node.row for h in range(node.H)]
-            length = node.H * node.W * C if joined else node.W * C
-            args = (C, out.C, 1, len(runs), length, 0, (1, 1), runs)
+            joined = row == node.W * C
+            runs, groups = [0] if joined else [h * row for h in range(node.H)], 1
+            length, origin, stride = node.W * C * (node.H if joined else 1), 0, (1, 1)
         else:
-            assert isinstance(form.map, Windows)
-            (kh, kw), stride, (ph, pw), (dh, dw) = planar(form.map)
-            groups = form.map.groups
+            (kh, kw), stride, (ph, pw), (dh, dw) = planar(unit.convolution)
+            groups, origin = unit.convolution.groups, -(ph[0] * row + pw[0] * C)
             if groups == 1 and dw == 1:
-                runs, length = [i * dh * node.row for i in range(kh)], kw * C
+                runs, length = [i * dh * row for i in range(kh)], kw * C
             else:
-                runs = [i * dh * node.row + j * dw * C for i in range(kh) for j in range(kw)]
+                runs = [i * dh * row + j * dw * C for i in range(kh) for j in range(kw)]
                 length = C // groups
-            origin = -(ph[0] * node.row + pw[0] * C)
-            args = (C // groups, out.C // groups, groups, len(runs), length, origin, tuple(stride), runs)
-        return cls(form, unit.folds, lanes, (node.C, node.H, node.W), unit.turned, *args)  # type: ignore[arg-type]
+        return cls(
+            form, unit.folds, lanes, (C, node.H, node.W), unit.storage_order,
+            C // groups, out.C // groups, groups, len(runs), length, origin, stride, runs,
+        )  # fmt: skip
 
     def place(self, offset: int) -> int:
         """Reserve room from ``offset`` on; returns the end."""
@@ -145,7 +144,7 @@ class ScatterLayout(Contraction):
     """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
 
     A window is R contiguous runs of L elements of the cotangent, cut into vectors.  Where a pool
-    stands behind the contraction and windows are narrow, its taps are ``merged``: one window covers them all, and
+    follows the contraction and windows are narrow, its taps are ``merged``: one window covers them all, and
     tap j's rows hold the weight shifted to where that tap lies.  ``fold`` interleaves that many rows of the
     cotangent, so that one run of a narrow 2-D window fills more of a vector.
     """
@@ -179,16 +178,15 @@ class ScatterLayout(Contraction):
         w, node = WindowLayout.of(unit, lanes), unit.reads[0]
         step = (w.stride[0] * node.row, w.stride[1] * node.C)
         return cls(
-            w.form, w.folds, lanes, w.geometry, w.turned,
+            w.form, w.folds, lanes, w.geometry, w.storage_order,
             w.O * w.groups, w.groups, w.channels, w.runs, w.L, w.origin, step,
         )  # fmt: skip
 
     @classmethod
     def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> Self:
         """One window per pool output.  Needs groups and dilation of 1, and a pool that never leaves its input."""
-        form, node, out = unit.form, unit.reads[0], unit.out
-        assert isinstance(form, Contract) and isinstance(form.map, Windows)
-        (kh, kw), (sh, sw), (ph, pw), _ = planar(form.map)
+        form, node, out = unit.contraction, unit.reads[0], unit.out
+        (kh, kw), (sh, sw), (ph, pw), _ = planar(unit.convolution)
         (qh, qw), (th, tw), _, (eh, ew) = planar(pool)
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]
@@ -203,7 +201,7 @@ class ScatterLayout(Contraction):
             unit.folds,
             lanes,
             (node.C, node.H, node.W),
-            unit.turned,
+            unit.storage_order,
             out.C,
             1,
             node.C,
@@ -232,7 +230,8 @@ class ScatterLayout(Contraction):
 
     def shifted(self, w: Tensor) -> Tensor:
         """``[O, K] -> [taps·O, merged window]``, rows interleaved by ``fold``."""
-        (kh, kw), *_ = planar(self.form.map)  # type: ignore[arg-type]
+        assert isinstance(self.form.map, Windows)
+        (kh, kw), *_ = planar(self.form.map)
         rows, columns = self.extent
         wide = w.new_zeros(len(self.taps), self.O, rows, columns, self.channels)
         for j, (dh, dw) in enumerate(self.taps):
@@ -242,8 +241,8 @@ class ScatterLayout(Contraction):
 
 
 def mergeable(unit: Unit, pattern: Unit) -> bool:
-    """Whether all taps of the pool behind a convolution can share one window: no groups, dilation or overhang."""
-    pool, w = pattern.windows, unit.form.map  # type: ignore[attr-defined]
+    """Whether all taps of the pool after a convolution can share one window: no groups, dilation or overhang."""
+    pool, w = pattern.windows, unit.convolution
     if pool is None or pool.taps == 1 or w.groups != 1 or any(d != 1 for d in w.dilation):
         return False
     (qh, qw), (th, tw), padding, (eh, ew) = planar(pool)
@@ -279,14 +278,13 @@ class MixLayout:
 
     @classmethod
     def of(cls, unit: Unit) -> MixLayout:
-        form, node, out = unit.form, unit.reads[0], unit.out
-        assert isinstance(form, Contract)
+        form, node, out = unit.contraction, unit.reads[0], unit.out
         if isinstance(form.map, Channels):
             at = [[(h * node.row + w * node.C, 0)] for h in range(out.H) for w in range(out.W)]
             return cls(form, 1, node.C, at, None, unit.first)
         if isinstance(form.map, Positions):
             return cls(form, *averages(form.map, node), unit.first)
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(form.map)  # type: ignore[arg-type]  # depthwise
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(unit.convolution)  # depthwise
 
         def line(n: int, k: int, start: int, d: int, step: int) -> list[tuple[int, int]]:
             return [((start + j * d) * step, j) for j in range(k) if 0 <= start + j * d < n]
@@ -336,12 +334,12 @@ def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tupl
 
 def tiles(count: int, most: int) -> list[tuple[int, int]]:
     """``count`` things in even tiles of at most ``most``: (first, size); csrc/cpu/body_window.h cuts the same way."""
-    found, first, left = [], 0, math.ceil(count / most)
+    parts, first, left = [], 0, math.ceil(count / most)
     while first < count:
         size = math.ceil((count - first) / left)
-        found.append((first, size))
+        parts.append((first, size))
         first, left = first + size, left - 1
-    return found
+    return parts
 
 
 def param_names(forms: list[Contract]) -> list[str]:

@@ -9,16 +9,32 @@ Needs the ``data`` extra: ``pip install 'gradkern[data]'``.
 
 from __future__ import annotations
 
-from .fingerprint import Mismatch
-from .importance import Curve, Importance, importance
-from .methods import METHODS, Batch, Outcome, method
-from .results import Results
-from .runner import DiskFull, run
-from .shards import merge
-from .sources import Source, open_source
-from .statistics import REDUCTIONS
+import warnings
+from typing import Any
 
-open = Results.open
+from .methods import METHODS, Batch, Outcome, method
+from .ranking import Curve, Importance, importance
+from .runs.fingerprint import Mismatch
+from .runs.runner import DiskFull, run
+from .runs.settings import Settings
+from .runs.shards import merge
+from .sources import Source, open_source, register
+from .statistics import REDUCTIONS
+from .store.results import Results
+
+open_store = Results.open
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open":
+        warnings.warn(
+            "gradkern.data.open is now gradkern.data.open_store; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return open_store
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "METHODS",
@@ -30,11 +46,13 @@ __all__ = [
     "Mismatch",
     "Outcome",
     "Results",
+    "Settings",
     "Source",
     "importance",
     "merge",
     "method",
-    "open",
     "open_source",
+    "open_store",
+    "register",
     "run",
 ]

@@ -67,10 +67,8 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
         return METHODS[name]
-    from .. import attr
-
-    kind = next((getattr(attr, k) for k in dir(attr) if k.lower() == name.replace("_", "").lower()), None)
-    if kind is None or not _of_model_alone(kind):
+    kind = next((c for n, c in _classes().items() if n.lower() == name.replace("_", "").lower()), None)
+    if kind is None:
         raise BadValue(f"method: got {name!r}, expected one of {', '.join(known())}.")
     parameters = inspect.signature(kind.attribute_all).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -84,11 +82,16 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
 
 def known() -> list[str]:
     """Names of all methods."""
+    lower = {m.replace("_", "") for m in METHODS}
+    return [*METHODS, *(name for name in _classes() if name.lower() not in lower)]
+
+
+def _classes() -> dict[str, Any]:
+    """The classes of `gradkern.attr` that can be named, by name."""
     from .. import attr
 
-    classes = [k for k in dir(attr) if not k.startswith("_") and _of_model_alone(getattr(attr, k))]
-    lower = {m.replace("_", "") for m in METHODS}
-    return [*METHODS, *(k for k in classes if k.lower() not in lower)]
+    named = {name: getattr(attr, name) for name in dir(attr) if not name.startswith("_")}
+    return {name: kind for name, kind in named.items() if _of_model_alone(kind)}
 
 
 def _of_model_alone(kind: Any) -> bool:
@@ -97,7 +100,7 @@ def _of_model_alone(kind: Any) -> bool:
         return False
     if issubclass(kind, (LayerAttribution, NeuronAttribution, NoiseTunnel)):
         return False  # their maps belong to a layer, or they wrap another method
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]  # without self and the model
+    parameters = list(inspect.signature(kind).parameters.values())[1:]  # without the model
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
@@ -127,19 +130,19 @@ def jacobian(batch: Batch) -> Outcome:
 @method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
-    found = gradients(batch)
-    for j in found.maps:
+    outcome = gradients(batch)
+    for j in outcome.maps:
         j.abs_()
-    return found
+    return outcome
 
 
 @method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
-    found = gradients(batch)
-    for j, x in zip(found.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
+    outcome = gradients(batch)
+    for j, x in zip(outcome.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
         j.mul_(x[:, None])
-    return found
+    return outcome
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def _seeded(first: int) -> Iterator[None]:
 class FromCaptum:
     """A class with ``attribute_all(inputs, targets, ...)``; deltas where it takes ``return_convergence_delta``."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: Any) -> None:
         self.kind = kind
         self.deltas = "return_convergence_delta" in inspect.signature(kind.attribute_all).parameters
 
@@ -174,11 +177,11 @@ class FromCaptum:
             options["return_convergence_delta"] = True
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
         with api.options.use(batch.engine), _seeded(batch.first):
-            found = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
+            maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
         deltas = None
         if self.deltas:
-            found, deltas = found
-        maps = found if isinstance(found, tuple) else (found,)
+            maps, deltas = maps
+        maps = maps if isinstance(maps, tuple) else (maps,)
         with torch.no_grad():
             outputs = batch.model(*batch.inputs)
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()

@@ -7,8 +7,9 @@ a killed actor and tries its chunks again; a chunk that was finished before the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import nn
 
 from ..util.options import BadType, BadValue
 from . import methods
-from .layout import map_names
-from .results import Results
-from .runner import work
-from .settings import Settings
-from .sources import open_source, travels
-from .task import Task
+from .runs.probe import device_of
+from .runs.runner import work
+from .runs.settings import Options, Settings, settings_of
+from .runs.shards import owned
+from .runs.task import Task
+from .sources import can_be_pickled, open_source
+from .store.layout import map_names
+from .store.results import Results
 
 
 class Attribute:
@@ -42,7 +45,7 @@ class Attribute:
         self.arguments = dict(arguments or {})
         self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
         self.method = methods.find(method, self.arguments)
-        self.device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+        self.device = device_of(model)
         self.threads = threads
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -52,10 +55,10 @@ class Attribute:
         if missing:
             raise BadValue(f"columns: got {list(self.columns)}, but the batch has {list(batch)}.")
         inputs = tuple(torch.from_numpy(np.array(batch[c])).to(self.device) for c in self.columns)
-        found = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
-        names = map_names(range(len(found.maps)))
-        rows = {name: maps.cpu().numpy() for name, maps in zip(names, found.maps, strict=True)}
-        return batch | rows | {"predictions": found.outputs.cpu().numpy()}
+        outcome = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
+        names = map_names(len(outcome.maps))
+        rows = {name: maps.cpu().numpy() for name, maps in zip(names, outcome.maps, strict=True)}
+        return batch | rows | {"predictions": outcome.outputs.cpu().numpy()}
 
 
 class FillChunks:
@@ -71,21 +74,16 @@ class FillChunks:
         """``batch["id"]``: numbers of ranges of chunks; ``first`` and ``last`` their ends."""
         done = []
         for number in batch["id"]:
-            mine = spread(self.task.results.chunks, int(batch["pieces"][0]))[int(number)]
+            mine = owned(self.task.results.chunks, (int(number), int(batch["pieces"][0])))
             done.append(work(self.task, mine, progress=False))
         return {"id": batch["id"], "computed": np.array(done)}
-
-
-def spread(chunks: int, pieces: int) -> list[range]:
-    """Consecutive ranges of chunks, as even as they go."""
-    return [range(chunks * i // pieces, chunks * (i + 1) // pieces) for i in range(pieces)]
 
 
 def run_on_ray(
     model: nn.Module,
     source: Any,
     out: str | Path,
-    method: str = "saliency",
+    method: str | None = None,
     targets: Any = None,
     *,
     workers: int | None = None,
@@ -94,25 +92,23 @@ def run_on_ray(
     pieces: int | None = None,
     columns: Any = None,
     input_dtype: torch.dtype | None = None,
-    **options: Any,
+    settings: Settings | None = None,
+    **options: Unpack[Options],
 ) -> Results:
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
     ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is handed
     out in ``pieces`` ranges of chunks (by default eight per worker).  ``threads`` defaults to ``cpus``.
-    ``options`` as in `gradkern.run`.  Connects to a running cluster or starts a local one.
+    ``settings`` and ``options`` as in `gradkern.run`.  Connects to a running cluster or starts a local one.
     """
     import ray
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    options.setdefault("threads", max(1, int(cpus)))
-    made = {name: options.pop(name) for name in list(options) if name not in Settings.__dataclass_fields__}
-    if made:
-        raise BadValue(f"run_on_ray: got {', '.join(made)}, which gradkern.run_on_ray does not take.")
-    settings = Settings(method, targets, **options)
+    settings = settings_of("run_on_ray", settings, {"method": method, "targets": targets, **options})
+    settings = replace(settings, threads=settings.threads or max(1, int(cpus)))
     rows = open_source(source, columns, input_dtype)
-    if not travels(rows):
+    if not can_be_pickled(rows):
         raise BadType(
             f"source: {type(source).__name__} cannot be sent to other processes. Pass a path, a memory map, a zarr "
             "array or a tensor."
@@ -134,5 +130,5 @@ def run_on_ray(
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
     done.materialize()
-    task.finish()
+    task.results.complete()
     return Results.open(place)

@@ -110,19 +110,18 @@ class Accumulator:
         self.classes, self.shape = classes, shape
         full = (classes, *shape)
         self.sums: dict[str, Tensor] = {"count": torch.zeros(classes, dtype=torch.int64)}
-        zero = {"dtype": torch.float64}
         for name in sorted(self.needs & {"sum_abs", "sum", "sum_square"}):
-            self.sums[name] = torch.zeros(full, **zero)
+            self.sums[name] = torch.zeros(full, dtype=torch.float64)
         if "max_abs" in self.needs:
             self.sums["max_abs"] = torch.zeros(full)
         if "count_ranks" in self.needs:
             self.sums["count_ranks"] = torch.zeros(*full, RANK_BINS, dtype=torch.int64)
         if "sum_group_abs" in self.needs:
-            self.sums["sum_group_abs"] = torch.zeros(GROUPS, *full, **zero)
+            self.sums["sum_group_abs"] = torch.zeros(GROUPS, *full, dtype=torch.float64)
             self.sums["count_group"] = torch.zeros(GROUPS, classes, dtype=torch.int64)
         if "sum_group_inputs" in self.needs:
             for name in ("sum_group_inputs", "sum_group_inputs_square"):
-                self.sums[name] = torch.zeros(GROUPS, *shape, **zero)
+                self.sums[name] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None) -> None:
@@ -145,29 +144,29 @@ class Accumulator:
         """``maps`` [n, C or 1, *in] of the classes ``at``; ``numbers`` [n] within the batch where not all are there."""
         n = maps.shape[0]
         group = ((torch.arange(n) if numbers is None else numbers) + first) % GROUPS  # [n]
-        rows = {k: v[at] for k, v in self.sums.items() if k in ("sum", "sum_square", "sum_abs", "max_abs")}
+        rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
         self.sums["count"][at] += n
         if groups is not None:
             self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
         if "count_ranks" in self.sums:
             self.sums["count_ranks"][at] += ranks(maps.abs())
-        picked = [rows.get(k) for k in ("sum", "sum_square", "sum_abs", "max_abs")]
-        if not ops.accumulate(maps, group, *picked, groups):
-            _plainly(maps, group, *picked, groups)
+        total, square, size, largest = rows
+        if not ops.accumulate(maps, group, total, square, size, largest, groups):
+            _plainly(maps, group, total, square, size, largest, groups)
 
     def result(self, prefix: str) -> dict[str, np.ndarray]:
         return {f"{prefix}/{name}": value.numpy() for name, value in self.sums.items()}
 
 
 def _plainly(
-    maps: Tensor, group: Tensor, sum: Tensor | None, square: Tensor | None, size: Tensor | None,
+    maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None, size: Tensor | None,
     largest: Tensor | None, groups: Tensor | None,
 ) -> None:  # fmt: skip
     """What `ops.accumulate` does, in plain torch."""
     wide = maps.double()
-    if sum is not None:
-        sum += wide.sum(0)
+    if total is not None:
+        total += wide.sum(0)
     if square is not None:
         square += wide.square().sum(0)
     wide.abs_()

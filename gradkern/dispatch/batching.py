@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Opaque, Program
 from ..runtime import binding, executor, ops, reference
 from ..util import options
-from ..util.chunks import spans
+from ..util.chunks import spans, stepwise_bytes
 from ..util.options import BadValue
 from . import guards
 from . import state as cache
@@ -22,7 +23,6 @@ from .eager import buffers_kept, forward
 from .request import Job
 from .targets import Seeds, Shape
 
-NATIVE_DTYPES = (torch.float32, torch.float64)
 # Steps that run one by one write every value to memory: pieces of this size (as estimated; the peak is about twice
 # that) are no slower than larger ones, measured over five networks.
 STEPWISE_TARGET = 24 << 20  # bytes
@@ -72,29 +72,32 @@ def _casts(job: Job, program: Program, seeds: Seeds) -> bool:
     x = job.inputs[job.wrt[0]]
     if ops.machine(x.device) is None or len({y.dtype for y in job.inputs if y.is_floating_point()}) > 1:
         return False
-    return executor.casts(program, seeds.count, x.dtype, x.device)
+    return executor.plan_for(program, seeds.count, x.dtype, x.device).cast_dtype is not None
 
 
 def _chunk(job: Job, program: Program, params: Mapping[str, Tensor], seeds: Seeds, plain: bool, saved: int) -> int:
     """Samples at a time, so that what is allocated beside the result stays within the budget."""
     dtype = job.inputs[job.wrt[0]].dtype
     budget = options.memory_budget(job.inputs[0].device)
-    numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
-    rows = seeds.count * max(numels) * dtype.itemsize  # one cotangent of a sample
-    need = dtype.itemsize * sum(numels) + 3 * rows + saved * (1 + seeds.count)
+    largest = dtype.itemsize * max(map(math.prod, program.shapes))
+    rows = seeds.count * largest  # one cotangent of a sample
+    need = stepwise_bytes(program.shapes, seeds.count, dtype.itemsize) + saved * (1 + seeds.count)
     target = STEPWISE_TARGET if job.inputs[0].device.type == "cpu" else budget  # a GPU wants large pieces
     stepwise = max(1, min(budget // 3, target) // max(need, 1))
-    if plain or not executor.bounded(program, seeds.count, dtype, job.inputs[0].device):
+    if plain:
+        return stepwise
+    plan = executor.plan_for(program, seeds.count, dtype, job.inputs[0].device)
+    if not plan.single_chain:
         return stepwise
     if job.samples > stepwise and not _finite(params):
         return stepwise  # no kernel may skip zeros then, and the steps run one by one
     need = dtype.itemsize * program.outputs  # the outputs themselves
-    if executor.casts(program, seeds.count, dtype, job.inputs[0].device):
+    if plan.cast_dtype is not None:
         need += 4 * (sum(map(math.prod, program.inputs)) + seeds.count * sum(job.inputs[w][0].numel() for w in job.wrt))
     if seeds.indices is not None and seeds.indices.dim() == 2:
         need += rows  # the rows of the last weight, gathered for each sample
     if seeds.needs_logits:
-        need += rows + 2 * dtype.itemsize * max(numels)
+        need += rows + 2 * largest
     if not all(x.is_contiguous() for x in job.inputs):
         need += job.sample_bytes
     if any(not r.is_contiguous() or r.dtype != dtype for r in job.results):

@@ -5,8 +5,9 @@ the batch is in front again.  ``[N·H, L, E]``, samples by heads, is ``[H, L, E]
 the other with its axes counted from one on, unless it works along the batch axis.  So `nn.MultiheadAttention`, and
 encoders that keep sequences first, are lowered as if they had been written with the batch in front.
 
-A joined axis holds, for each of some numbers in front of the samples, each sample's numbers behind it: ``[L·N, E]`` has
-none behind, ``[N·H, L, E]`` has H.  A view that reads the samples in another order mixes them, and has no form here.
+A joined axis holds, for each index in front of the samples, the numbers of each sample after it: ``[L·N, E]`` has
+an inner extent of one, ``[N·H, L, E]`` of H.  A view that reads the samples in another order mixes them, and has no
+form here.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two ax
 
 
 @dataclass(frozen=True)
-class Moved:
+class NonLeadingBatch:
     """``value``: the tensor per sample, batch axis of one number included.  ``call``: the tensor itself.
 
-    ``behind``: how many numbers of a sample stand beside each other in the axis that holds the samples.
+    ``inner_extent``: how many numbers of a sample stand beside each other in the axis that holds the samples.
     """
 
     value: Value
     call: Call
-    behind: int = 1
+    inner_extent: int = 1
 
 
 def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
@@ -85,18 +86,18 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
         raise NoForm(f"{op} has no form where the batch is not axis 0")
 
 
-def behind(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:
+def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:
     """How many numbers of a sample stand beside each other in the axis that holds the samples, in an op's result.
 
-    ``sources``: the same number, and that of the elements behind the axis, of each tensor that the op reads; ``times``:
-    the numbers of a sample in the result's axis; ``after``: the sizes of the axes behind that.  Raises `NoForm` where
+    ``sources``: the same number, and that of the elements after the axis, of each tensor that the op reads; ``times``:
+    the numbers of a sample in the result's axis; ``after``: the sizes of the axes after that.  Raises `NoForm` where
     tensors or a view have the samples in different orders.
     """
     if op not in VIEWS:
-        found = {own for own, _ in sources}
-        if len(found) != 1:
+        extents = {own for own, _ in sources}
+        if len(extents) != 1:
             raise NoForm("it joins samples in different orders")
-        return found.pop()
+        return extents.pop()
     step = math.prod(sources[0])  # from one sample to the next; a view leaves it as it is
     own, rest = divmod(step, max(math.prod(after), 1))
     if rest or not own or times % own:

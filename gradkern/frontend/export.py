@@ -102,14 +102,15 @@ def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
 
 def _literals(exported: torch.export.ExportedProgram) -> set[str]:
     """Constants that the code of ``forward`` writes down (``torch.tensor(0.5)``): they are read by a fresh copy."""
-    found = set()
-    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    written = set()
+    specs: dict[str, Any] = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     for node in exported.graph.nodes:
         spec = specs.get(node.name)
-        constant = spec is not None and spec.kind == InputKind.CONSTANT_TENSOR
-        if node.op == "placeholder" and constant and all("lift_fresh" in str(user.target) for user in node.users):
-            found.add(spec.target)
-    return found
+        if node.op != "placeholder" or spec is None or spec.kind != InputKind.CONSTANT_TENSOR:
+            continue
+        if all("lift_fresh" in str(user.target) for user in node.users):
+            written.add(spec.target)
+    return written
 
 
 def _first_line(error: BaseException) -> str:

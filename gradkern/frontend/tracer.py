@@ -1,9 +1,9 @@
 """nn.Module -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
 
 The batch axis is followed through the graph by its symbol.  A value has it as axis 0 and nowhere else.  What has it
-elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form (`moved.py`);
-otherwise (an LSTM's state) it is no value of its own and stays an expression inside the call that reads it.  What has
-lost the batch, or has it twice, mixes samples, and the network is refused.
+elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form
+(`batch_axis.py`); otherwise (an LSTM's state) it is no value of its own and stays an expression inside the call that
+reads it.  What has lost the batch, or has it twice, mixes samples, and the network is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
-from ..ir.recurrent import GATES, batch_first, recognise, turned_back
-from .batch_axis import Moved, behind, per_sample
+from ..ir.recurrent import GATES, batch_first, net_within, recognise
+from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .export import export
 from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
 from .lowerings.builder import as_shape
@@ -157,13 +157,15 @@ class _Lowering:
             raise self._refused(node, "has no tensor as its result")
         index = None
         if node.target is operator.getitem:
-            node, index = self.known[node.args[0]].node, int(node.args[1])
+            of, piece = node.args
+            assert isinstance(of, torch.fx.Node) and isinstance(piece, int)
+            node, index = self.known[of].node, piece
             self.builder.op = str(node.target)
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self._refused(node, "is no ATen op")
         return self._lower_call(node, index, meta)
 
-    def _size(self, size: torch.SymInt) -> Batch | int:
+    def _size(self, size: Any) -> Batch:
         expression, symbol = size.node.expr, self.symbol.node.expr
         times = expression / symbol
         if not (times.is_Integer and times > 0):
@@ -178,16 +180,16 @@ class _Lowering:
             index,
         )
         if call.op in GATES and not call.args[-1]:
-            call = self._batch_first_net(call, node.args[0])
+            call = self._batch_first_net(call, node)
         self._refuse_random(node)
-        found = leaves(call)
-        if len(found) > _LARGEST_CALL:
+        atoms = leaves(call)
+        if len(atoms) > _LARGEST_CALL:
             raise self._refused(node, "keeps the batch away from axis 0 for too long")
-        if all(not isinstance(x, (Value, Batch)) for x in found):
+        if all(not isinstance(x, (Value, Batch)) for x in atoms):
             return self.builder.derive_call(call, meta)
         if not self._has_batch_first(node, meta, call):
             try:
-                return self._moved(node, meta, call)
+                return self._per_sample(node, meta, call)
             except (NoForm, MixesSamples):
                 return call
         return self._value(node, call, meta)
@@ -200,24 +202,31 @@ class _Lowering:
             if not reads and not symbolic:
                 return False
             raise self._mixing(node, "leaves no batch axis" if not symbolic else "has samples against samples")
-        size = meta.shape[symbolic[0]]
+        size: Any = meta.shape[symbolic[0]]
         exact = bool(size.node.expr == self.symbol.node.expr)
         return reads and exact and symbolic[0] == 0
 
-    def _batch_first_net(self, call: Call, source: torch.fx.Node) -> Call:
+    def _batch_first_net(self, call: Call, net: torch.fx.Node) -> Call:
         """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, where the samples are known one by one."""
+        source = net.args[0]
+        assert isinstance(source, torch.fx.Node)
         x, shape = self.known[source], source.meta["val"].shape
-        if not isinstance(x, Moved) or len(shape) != 3 or _batch_axis(shape) != 1 or self._size(shape[1]) != Batch(1):
+        if (
+            not isinstance(x, NonLeadingBatch)
+            or len(shape) != 3
+            or _batch_axis(shape) != 1
+            or self._size(shape[1]) != Batch(1)
+        ):
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
-    def _moved(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Moved:
+    def _per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
         """A tensor with the batch elsewhere, sample by sample; `NoForm` where its op has no form that way."""
-        b, net = self.builder, turned_back(call)
+        b, net = self.builder, net_within(call)
         if recognise(net) is not None:
             steps, width = int(meta.shape[0]), int(meta.shape[2])
             y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
-            return Moved(as_shape(b, y, (steps, 1, width)), call)
+            return NonLeadingBatch(as_shape(b, y, (steps, 1, width)), call)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not tensors:
             raise NoForm("it reads no tensor")
@@ -229,27 +238,28 @@ class _Lowering:
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
-            (getattr(self.known[n], "behind", 1), math.prod(n.meta["val"].shape[a + 1 :])) for n, a in axes.items()
+            (getattr(self.known[n], "inner_extent", 1), math.prod(n.meta["val"].shape[a + 1 :]))
+            for n, a in axes.items()
         ]
-        own = behind(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
+        own = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         self._check(lifted, meta)
         value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
         b.dtypes[value] = meta.dtype
-        return Moved(value, self._expressed(value, meta, call, own), own)
+        return NonLeadingBatch(value, self._expressed(value, meta, call, own), own)
 
     def _lifted(self, x: Any) -> Any:
         """An argument sample by sample: a value gets an axis of one number in front."""
         b = self.builder
-        found = self.known[x] if isinstance(x, torch.fx.Node) else x
-        if isinstance(found, Value):
-            lifted = as_shape(b, found, (1, *b.shape(found)))
+        known = self.known[x] if isinstance(x, torch.fx.Node) else x
+        if isinstance(known, Value):
+            lifted = as_shape(b, known, (1, *b.shape(known)))
             b.dtypes[lifted] = x.meta["val"].dtype
             return lifted
-        if isinstance(found, Moved):
-            return found.value
-        if isinstance(found, (Call, _Several)):
+        if isinstance(known, NonLeadingBatch):
+            return known.value
+        if isinstance(known, (Call, _Several)):
             raise NoForm("inside it the batch is not axis 0")
-        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else found
+        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
 
     def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
         b = self.builder
@@ -273,8 +283,8 @@ class _Lowering:
         if recognise(call) is not None:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
-            if any(isinstance(self.known[n], Moved) for n in node.all_input_nodes):
-                return as_shape(self.builder, self._moved(node, meta, call).value, shape)
+            if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):
+                return as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
         return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
@@ -291,7 +301,8 @@ class _Lowering:
             raise NoForm("it changes the dtype")
 
     def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
-        """A moved tensor for ops that have no form: by the call that made it, or by its value where that has grown."""
+        """A tensor with a non-leading batch, for ops that have no form: the call that made it while that is short,
+        else by way of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
         place = _batch_axis(meta.shape)
@@ -301,8 +312,8 @@ class _Lowering:
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
-            found = self.known[x]
-            return found.call if isinstance(found, Moved) else found
+            known = self.known[x]
+            return known.call if isinstance(known, NonLeadingBatch) else known
         if isinstance(x, (list, tuple)):
             return tuple(self._argument(item) for item in x)
         if isinstance(x, (bool, int, float, str, type(None), torch.dtype, torch.device)):
@@ -314,9 +325,9 @@ class _Lowering:
     # -- refusals
 
     def _refuse_random(self, node: torch.fx.Node) -> None:
-        if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             return
-        named = _bound(node.target, node.args, node.kwargs)
+        named = _bound(node.target, node.args, dict(node.kwargs))
         drops = [named[k] for k in ("dropout", "p", "dropout_p") if k in named]
         mode = [named[k] for k in ("train", "training") if k in named]
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
@@ -339,13 +350,13 @@ class _Lowering:
 
 def _reaching(output: torch.fx.Node) -> set[torch.fx.Node]:
     """The nodes that the output depends on."""
-    found, stack = set(), [output]
+    reached, stack = set(), [output]
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             stack.extend(node.all_input_nodes)
-    return found
+    return reached
 
 
 def _batch_axis(shape: Sequence[Any]) -> int:
@@ -353,8 +364,8 @@ def _batch_axis(shape: Sequence[Any]) -> int:
     return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
 
 
-def _bound(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by their schema names, defaults filled in."""
+def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names in the op's schema, defaults filled in."""
     schema = op._schema.arguments
     named = {a.name: a.default_value for a in schema if a.has_default_value()}
     named.update({a.name: x for a, x in zip(schema, args, strict=False)})

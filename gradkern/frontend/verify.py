@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..runtime import ops, reference
 from ..runtime.binding import bind
 
 _TOGETHER = 3  # samples
-_TRIES = 4  # the samples themselves, and slightly moved ones
+_TRIES = 4  # the samples themselves, and slightly perturbed ones
 _MOVE = 1e-3  # of the spread of the inputs
 # What rounding may do to an output, and to a gradient of which no activation pattern has flipped.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -39,7 +40,7 @@ class Untraceable(RuntimeError):
         self.op = op
         self.module = module
         self.mixes = mixes
-        self.final = False  # moving the samples cannot help
+        self.final = False  # perturbing the samples cannot help
 
 
 def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -47,7 +48,7 @@ def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None
 
     ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's buffers and the random state are put
     back, and no ``.grad`` is touched.  A float32 activation within rounding of a kink may flip a gradient, so where
-    gradients differ the samples are moved a little and compared again: a flip goes away, another backward does not.
+    gradients differ the samples are perturbed a little and compared again: a flip goes away, another backward does not.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
@@ -55,8 +56,8 @@ def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None
     with torch.inference_mode(False), _left_as_it_was(model):
         wrong: Untraceable | None = None
         for attempt in range(_TRIES):
-            moved = samples if attempt == 0 else _moved(samples, generator)
-            wrong = _difference(program, model, moved, cotangent)
+            tried = samples if attempt == 0 else _perturbed(samples, generator)
+            wrong = _difference(program, model, tried, cotangent)
             if wrong is None or wrong.final:
                 break
         if wrong is not None:
@@ -64,10 +65,10 @@ def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Some of the caller's samples; where there are too few, moved copies of them."""
+    """Some of the caller's samples; where there are too few, perturbed copies of them."""
     n = inputs[0].shape[0]
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
-    found = []
+    samples = []
     for x in inputs:
         own = x.detach()[pick.to(x.device)].clone()
         if own.is_floating_point():
@@ -78,11 +79,11 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
         if missing:
             more = own[-1:].expand(missing, *own.shape[1:])
             own = torch.cat([own, _noisy(more, 0.3, generator)])
-        found.append(own)
-    return tuple(found)
+        samples.append(own)
+    return tuple(samples)
 
 
-def _moved(samples: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+def _perturbed(samples: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
     return tuple(_noisy(x, _MOVE, generator) for x in samples)
 
 
@@ -156,7 +157,8 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """On a GPU one sample and several may take different kernels, and torch multiplies convolutions in TF32 unless
     told otherwise."""
     gpu = device.type == "cuda" and dtype == torch.float32
-    if gpu and (ops.precision() != "highest" or torch.backends.cudnn.conv.fp32_precision == "tf32"):
+    convolutions: Any = torch.backends.cudnn
+    if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
         return _TF32
     return _TOLERANCE.get(dtype, 0.0)
 

@@ -86,11 +86,11 @@ def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
     def run(call: Call) -> Any:
         if call.op == LITERAL:
             return literal_tensor(*call.args)
-        whole = call if call.index is None else Call(call.op, call.args, call.kwargs)
-        if whole not in done:
+        full = call if call.index is None else Call(call.op, call.args, call.kwargs)
+        if full not in done:
             args = [item(x) for x in call.args]
-            done[whole] = operator_of(call.op)(*args, **{k: item(v) for k, v in call.kwargs})
-        return done[whole] if call.index is None else done[whole][call.index]
+            done[full] = operator_of(call.op)(*args, **{k: item(v) for k, v in call.kwargs})
+        return done[full] if call.index is None else done[full][call.index]
 
     def item(x: Any) -> Any:
         if isinstance(x, tuple):

@@ -19,19 +19,19 @@ Runs = tuple[tuple[int, int, int], ...]
 
 def runs(indices: Iterable[int]) -> Runs:
     """The shortest greedy list of runs for ``indices``; zeros (-1) make runs of their own."""
-    found: list[list[int]] = []
+    made: list[list[int]] = []
     for i in indices:
-        if found:
-            start, count, step = found[-1]
+        if made:
+            start, count, step = made[-1]
             zeros = start < 0
             if zeros and i < 0:
-                found[-1][1] += 1
+                made[-1][1] += 1
                 continue
             if not zeros and i >= 0 and (count == 1 or i == start + count * step):
-                found[-1][1:] = [count + 1, i - start if count == 1 else step]
+                made[-1][1:] = [count + 1, i - start if count == 1 else step]
                 continue
-        found.append([-1, 1, 0] if i < 0 else [i, 1, 1])
-    return tuple((a, c, s if c > 1 else (0 if a < 0 else 1)) for a, c, s in found)
+        made.append([-1, 1, 0] if i < 0 else [i, 1, 1])
+    return tuple((a, c, s if c > 1 else (0 if a < 0 else 1)) for a, c, s in made)
 
 
 def indices(axis: Runs) -> list[int]:
@@ -43,7 +43,7 @@ def length(axis: Runs) -> int:
     return sum(count for _, count, _ in axis)
 
 
-def whole(n: int) -> Runs:
+def identity_runs(n: int) -> Runs:
     """The identity."""
     return ((0, n, 1),) if n else ()
 
@@ -51,19 +51,19 @@ def whole(n: int) -> Runs:
 def identity(shape: Shape, order: Sequence[int] | None = None) -> Part:
     """All of a value of ``shape``, its axes in ``order``."""
     order = tuple(range(len(shape))) if order is None else tuple(order)
-    return Part(order, tuple(whole(shape[a]) for a in order))
+    return Part(order, tuple(identity_runs(shape[a]) for a in order))
 
 
 def along(shape: Shape, axis: int, wanted: Iterable[int]) -> Part:
     """Other indices along one axis."""
-    axes = [whole(n) for n in shape]
+    axes = [identity_runs(n) for n in shape]
     axes[axis] = runs(wanted)
     return Part(tuple(range(len(shape))), tuple(axes))
 
 
 def is_permutation(part: Part, shape: Shape) -> bool:
     """Whether a part of a value of ``shape`` only puts its axes into another order."""
-    return all(axis == whole(shape[a]) for a, axis in zip(part.order, part.axes, strict=True))
+    return all(axis == identity_runs(shape[a]) for a, axis in zip(part.order, part.axes, strict=True))
 
 
 def then(first: Part, second: Part) -> Part:
@@ -117,14 +117,14 @@ def apply(form: Index, args: Sequence[Tensor], shape: Shape) -> Tensor:
 
 def transpose(form: Index, shapes: Sequence[Shape], g: Tensor) -> tuple[Tensor, ...]:
     """``g [N, S, *out]`` -> one ``[N, S, *in]`` per input: every element gets the sum over its copies."""
-    found = []
+    cotangents = []
     for part, shape in zip(form.parts, shapes, strict=True):
         back = _window(g, part, 2)
         for a, axis in enumerate(part.axes):
             back = _collected(back, a + 2, _axis(axis, g.device), shape[part.order[a]])
         inverse = sorted(range(len(part.order)), key=lambda a: part.order[a])
-        found.append(back.permute(0, 1, *[a + 2 for a in inverse]))
-    return tuple(found)
+        cotangents.append(back.permute(0, 1, *[a + 2 for a in inverse]))
+    return tuple(cotangents)
 
 
 def _window(y: Tensor, part: Part, lead: int) -> Tensor:
@@ -145,6 +145,7 @@ def _taken(part: Part, x: Tensor, lead: int) -> tuple[Tensor, tuple[Tensor, ...]
         if m.block is not None:
             x = x.narrow(a + lead, m.block[1], m.block[2])
         else:
+            assert m.source is not None, "an axis map is a block, or lists"
             x = x.index_select(a + lead, m.source)
             if m.live is not None:
                 scattered[a + lead] = m.live
@@ -164,6 +165,7 @@ def _collected(g: Tensor, dim: int, m: _Axis, size: int) -> Tensor:
         back = g.new_zeros(shape)
         back.narrow(dim, m.block[1], m.block[2]).copy_(g)
         return back
+    assert m.source is not None, "an axis map is a block, or lists"
     if m.live is not None:
         g = g.index_select(dim, m.live)
     return g.new_zeros(shape).index_add_(dim, m.source, g)

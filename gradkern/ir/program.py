@@ -240,8 +240,8 @@ class Part:
             rows.append(
                 " ".join(f"0·{c}" if a < 0 else f"{e[0]}:{e[1]}" for (a, c, _), e in zip(runs, ends, strict=True))
             )
-        moved = "" if self.order == tuple(range(len(self.order))) else "".join(map(str, self.order)) + " "
-        return f"{moved}[{', '.join(rows)}]"
+        order = "" if self.order == tuple(range(len(self.order))) else "".join(map(str, self.order)) + " "
+        return f"{order}[{', '.join(rows)}]"
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,11 @@ class Program:
         return self.inputs[value] if value < n else self.steps[value - n].shape
 
     @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Per-sample shapes of all values."""
+        return (*self.inputs, *(step.shape for step in self.steps))
+
+    @property
     def output_shape(self) -> Shape:
         return self.shape(self.output)
 
@@ -324,11 +329,11 @@ class Program:
     @cached_property
     def consumers(self) -> dict[int, tuple[int, ...]]:
         """For each value, the indices of the steps that read it (once per read)."""
-        found: dict[int, list[int]] = {v: [] for v in range(len(self.inputs) + len(self.steps))}
+        readers: dict[int, list[int]] = {v: [] for v in range(len(self.inputs) + len(self.steps))}
         for i, step in enumerate(self.steps):
             for v in step.inputs:
-                found[v].append(i)
-        return {v: tuple(s) for v, s in found.items()}
+                readers[v].append(i)
+        return {v: tuple(s) for v, s in readers.items()}
 
     @cached_property
     def slopes(self) -> frozenset[int]:
@@ -348,8 +353,8 @@ class Program:
         for i, step in enumerate(self.steps):
             name = f"v{len(self.inputs) + i}"
             reads = " ".join(f"v{j}" for j in step.inputs)
-            shape = "×".join(map(str, step.shape)) or "()"
-            rows.append(f"  {name:<4} {shape:>12}  {describe(step.form)} {reads}    # {step.module or step.op}")
+            size = "×".join(map(str, step.shape)) or "()"
+            rows.append(f"  {name:<4} {size:>12}  {describe(step.form)} {reads}    # {step.module or step.op}")
         rows.append(f"  return v{self.output}")
         return "\n".join(rows)
 

@@ -36,12 +36,12 @@ def recognise(call: Call) -> Recurrent | None:
 
 
 def batch_first(call: Call, x: Value) -> Call:
-    """A sequence-first call as one that reads ``x [N, T, I]``; its output ``[N, T, H]`` is turned back."""
+    """A sequence-first call as one that reads ``x [N, T, I]``; its output ``[N, T, H]`` is transposed back."""
     net = replace(call, args=(x, *call.args[1:8], True))
     return Call("aten.transpose.int", (net, 0, 1)) if call.index == 0 else net
 
 
-def turned_back(call: Call) -> Call:
+def net_within(call: Call) -> Call:
     """The net inside a call of `batch_first`."""
-    turned = call.op == "aten.transpose.int" and call.args[1:] == (0, 1) and isinstance(call.args[0], Call)
-    return call.args[0] if turned else call
+    transposed = call.op == "aten.transpose.int" and call.args[1:] == (0, 1) and isinstance(call.args[0], Call)
+    return call.args[0] if transposed else call

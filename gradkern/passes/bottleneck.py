@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..ir.calls import rewritten
+from ..ir import graph
 from ..ir.cost import forward_macs, sides
-from ..ir.program import Opaque, Program, Scale, Step, Value
+from ..ir.functions import RECTIFYING
+from ..ir.program import Program, Scale
 
 WORTHWHILE = 1.25  # times fewer operations, or two calls and a product are not worth it
 
 
 @dataclass(frozen=True)
-class SeedCut:
+class Bottleneck:
     """Seeds start at ``value``, which has ``width`` numbers.  Costs are multiply-adds per sample of the backward."""
 
     value: int
     width: int
     cost: int
-    plain: int  # without a cut
+    plain: int  # with the seeds at the outputs
 
     def __str__(self) -> str:
         return (
@@ -38,10 +39,10 @@ class SeedCut:
 def bottlenecks(program: Program) -> list[int]:
     """Values, other than inputs and the output, that every path from an input to the output crosses."""
     base = len(program.inputs)
-    needed = ancestors(program, program.output)
-    # Values are in topological order, so a value is crossed by all paths when no edge leaps over it.
+    needed = graph.ancestors(program, [program.output])
+    # Values are in topological order, so all paths cross a value when no edge leaps over it.
     reach = 0  # the last value that anything read so far leads to
-    found = []
+    crossed = []
     last_read = dict.fromkeys(needed, -1)
     for i, step in enumerate(program.steps):
         if base + i in needed:
@@ -49,89 +50,47 @@ def bottlenecks(program: Program) -> list[int]:
                 last_read[v] = base + i
     for v in sorted(needed):
         if v >= base and v != program.output and reach <= v:
-            found.append(v)
+            crossed.append(v)
         reach = max(reach, last_read[v])
-    return found
-
-
-def ancestors(program: Program, value: int) -> set[int]:
-    """The value and everything that it is computed from."""
-    base, found, stack = len(program.inputs), set(), [value]
-    while stack:
-        v = stack.pop()
-        if v not in found:
-            found.add(v)
-            stack.extend(program.steps[v - base].inputs if v >= base else ())
-    return found
+    return crossed
 
 
 def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], int]) -> int:
     """Multiply-adds of the backward per sample with the seeds at ``value`` (None: at the outputs).
 
-    Every step behind the value is crossed by ``seeds`` cotangents, every step before it by one per number of the
-    value; the multiplication is ``seeds × numbers × inputs``.
+    ``seeds`` cotangents cross every step after the value, and one per number of the value every step before it; the
+    multiplication is ``seeds × numbers × inputs``.
     """
     base = len(program.inputs)
-    needed = [v - base for v in ancestors(program, program.output) if v >= base]
+    needed = [v - base for v in graph.ancestors(program, [program.output]) if v >= base]
     if value is None:
         return seeds * sum(macs(i) for i in needed)
-    before = {v - base for v in ancestors(program, value) if v >= base}
+    before = {v - base for v in graph.ancestors(program, [value]) if v >= base}
     width = math.prod(program.shape(value))
     features = sum(math.prod(shape) for shape in program.inputs)
     crossed = width * sum(macs(i) for i in before) + seeds * sum(macs(i) for i in needed if i not in before)
     return crossed + seeds * width * features
 
 
-def choose(program: Program, seeds: int, macs: Callable[[int], int] | None = None) -> SeedCut | None:
-    """The cheapest place for the seeds; None where that is the outputs, or hardly better than they are.
+def choose(program: Program, seeds: int) -> Bottleneck | None:
+    """The cheapest place for the seeds; None where that is the outputs, or hardly better than they are."""
+    if program.slopes or any(isinstance(s.form, Scale) and s.form.function in RECTIFYING for s in program.steps):
+        return None  # slopes are inputs too; and a rectified cotangent is not linear: no product of Jacobians
 
-    ``macs(i)``: the multiply-adds of step i forward, by shapes where it is not given.
-    """
-    if any(isinstance(s.form, Scale) and s.form.function in ("guided_relu", "open_relu") for s in program.steps):
-        return None  # an attribution rule's backward is not linear in the cotangent: no product of Jacobians
-    forward = macs or (lambda i: forward_macs(program, i))
-    count = lambda i: forward(i) * sides(program, i)  # noqa: E731
+    def count(i: int) -> int:
+        return forward_macs(program, i) * sides(program, i)
+
     plain = cost(program, seeds, None, count)
     narrow = [v for v in bottlenecks(program) if math.prod(program.shape(v)) < seeds]
     best = min(((cost(program, seeds, v, count), v) for v in narrow), default=(plain, -1))
     if not narrow or plain < WORTHWHILE * best[0]:
         return None
-    return SeedCut(best[1], math.prod(program.shape(best[1])), best[0], plain)
+    return Bottleneck(best[1], math.prod(program.shape(best[1])), best[0], plain)
 
 
-_halves: dict[tuple[str, int], tuple[Program, Program]] = {}  # by key: hashing a Program walks all of it
-_KEEP = 64
-
-
-def halves(program: Program, value: int) -> tuple[Program, Program]:
-    """The network up to ``value``, and the one from there on; remembered."""
-    key = (program.key, value)
-    found = _halves.get(key)
-    if found is None:
-        found = split(program, value)
-        while len(_halves) >= _KEEP:
-            _halves.pop(next(iter(_halves)), None)
-        _halves[key] = found
-    return found
-
-
-def split(program: Program, value: int) -> tuple[Program, Program]:
-    base = len(program.inputs)
-    before = sorted(v for v in ancestors(program, value) if v >= base)
-    after = sorted(v for v in ancestors(program, program.output) - ancestors(program, value))
-    first = {v: v for v in range(base)} | {v: base + k for k, v in enumerate(before)}
-    second = {value: 0} | {v: 1 + k for k, v in enumerate(after)}
-    head = [renumbered(program.steps[v - base], first) for v in before]
-    tail = [renumbered(program.steps[v - base], second) for v in after]
-    return (
-        replace(program, steps=tuple(head), output=first[value]),
-        replace(program, inputs=(program.shape(value),), steps=tuple(tail), output=second[program.output]),
-    )
-
-
-def renumbered(step: Step, number: dict[int, int]) -> Step:
-    """A step with other numbers for the values that it reads."""
-    form = step.form
-    if isinstance(form, Opaque):
-        form = replace(form, call=rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x))
-    return replace(step, form=form, inputs=tuple(number[v] for v in step.inputs))
+def split_at(program: Program, value: int) -> tuple[Program, Program]:
+    """The network up to ``value``, and the network from there on."""
+    before = graph.ancestors(program, [value])
+    after = sorted(graph.ancestors(program, [program.output]) - before)
+    steps = [v - len(program.inputs) for v in after]
+    return graph.up_to(program, value), graph.part(program, [value], steps, program.output)

@@ -1,9 +1,9 @@
-"""Narrowing: a program without the positions that its output does not depend on.
+"""Pruning: a program without the positions that its output does not depend on.
 
-A causal network that reads its last time step needs, of every dilated layer behind it, only every 2nd, 4th, 8th …
-position; a sliced or strided layer leaves others unread.  Which positions those are is structure, so they are found
-once, per axis, as arithmetic progressions, from the output back; then the program is written anew for them alone.  A
-convolution of every g-th position with dilation d is one with dilation d/g over what is left.
+A causal network that reads its last time step needs, of every dilated layer before that, only every 2nd, 4th, 8th …
+position; a sliced or strided layer leaves others unread.  Which positions those are is structure, so they are worked
+out once, per axis, as arithmetic progressions, from the output back; then the program is written anew for them alone.
+A convolution of every g-th position with dilation d is one with dilation d/g over what is left.
 
 Results are equal: positions that are left out have cotangents of exact zeros.  Inputs keep their shapes.
 """
@@ -11,13 +11,13 @@ Results are equal: positions that are left out have cotangents of exact zeros.  
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..ir import indexing
 from ..ir.cost import forward_macs
+from ..ir.graph import renumbered
 from ..ir.program import (
     Channels,
     Contract,
@@ -36,7 +36,7 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .bottleneck import renumbered
+from ..util.memo import Memo
 
 WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it
 
@@ -152,30 +152,30 @@ def reach(w: Windows, axis: int, line: Line, length: int) -> Line:
 
 def read_by(part: Part, lines: Lines) -> Lines:
     """What a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
-    found: dict[int, Line] = {}
+    lines_of: dict[int, Line] = {}
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         every_index = indexing.indices(axis)
         read = sorted({every_index[k] for k in line.positions()} - {-1})
-        found[order] = covering(read) if read else Line(0, 1, 1)
-    return tuple(found[a] for a in range(len(found)))
+        lines_of[order] = covering(read) if read else Line(0, 1, 1)
+    return tuple(lines_of[a] for a in range(len(lines_of)))
 
 
 def demands(program: Program) -> dict[int, Lines]:
     """The positions of every value that anything needs; values that nobody needs are left out."""
     base = len(program.inputs)
-    found = {program.output: every(program.output_shape)}
+    lines_of = {program.output: every(program.output_shape)}
     for i in reversed(range(len(program.steps))):
-        step, lines = program.steps[i], found.get(base + i)
+        step, lines = program.steps[i], lines_of.get(base + i)
         if lines is None:
             continue
         free = free_axes(step, program.shape(step.inputs[0]) if step.inputs else ())
         lines = tuple(ln if f else Line(0, 1, n) for ln, f, n in zip(lines, free, step.shape, strict=True))
-        found[base + i] = lines
+        lines_of[base + i] = lines
         shapes = [program.shape(v) for v in step.inputs]
         for v, need in zip(step.inputs, needed(step, lines, shapes), strict=True):
-            known = found.get(v)
-            found[v] = need if known is None else tuple(union(a, b) for a, b in zip(known, need, strict=True))
-    return found | {v: every(shape) for v, shape in enumerate(program.inputs)}
+            known = lines_of.get(v)
+            lines_of[v] = need if known is None else tuple(union(a, b) for a, b in zip(known, need, strict=True))
+    return lines_of | {v: every(shape) for v, shape in enumerate(program.inputs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -270,31 +270,26 @@ def part_of(part: Part, lines: Lines, have: Lines) -> Part:
 
 # ---------------------------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
-_known: dict[str, Program] = {}
-_KEEP = 256
+_pruned: Memo[Program] = Memo(256)
 
 
-def narrowed(program: Program) -> Program:
+def pruned(program: Program) -> Program:
     """``program`` for the positions that its output needs; itself where that saves little."""
-    found = _known.get(program.key)
-    if found is None:
-        found = _narrowed(program)
-        with _lock:
-            while len(_known) >= _KEEP - 1:
-                _known.pop(next(iter(_known)))
-            _known[found.key] = found  # nothing is left to narrow
-            _known[program.key] = found
-    return found
+
+    def make() -> Program:
+        smaller = _pruned_once(program)
+        _pruned.put(smaller.key, smaller)  # nothing is left to prune
+        return smaller
+
+    return _pruned.get_or_make(program.key, make)
 
 
-def _narrowed(program: Program) -> Program:
+def _pruned_once(program: Program) -> Program:
     try:
         lines = demands(program)
     except OnlyPadding:
         return program
-    shapes = {v: tuple(ln.count for ln in found) for v, found in lines.items()}
-    if all(shape == program.shape(v) for v, shape in shapes.items()):
+    if all(tuple(line.count for line in own) == program.shape(v) for v, own in lines.items()):
         return program
     new = Writer(program, lines).write()
     before, after = (sum(forward_macs(p, i) for i in range(len(p.steps))) for p in (program, new))

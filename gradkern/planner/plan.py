@@ -1,42 +1,32 @@
 """Plan: which way each step of a Program goes, as a pure function of the program, the machine and the seeds.
 
-A plan cuts the DAG into groups.  A native group is one chain: forward pattern and all-seed backward of a block of
-samples without leaving the cache.  The other steps run through the plain reference, the seeds folded into the
-batch; `Opaque` ones are differentiated by torch.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
+A plan prunes the program, may start seeds at a bottleneck, and cuts the DAG into groups.  A native group is one chain:
+forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run through
+the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains that are
+lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import CAST_DTYPES, Device, TooLarge, heavy, lower_device, lowering
+from ..codegen.cuda.lowering import CAST_DTYPES, Device
 from ..codegen.grouping import Builder
 from ..codegen.machine import Machine
-from ..codegen.support import why_not
-from ..ir.cost import forward_macs, total_macs
-from ..ir.program import Opaque, Program, View, describe
-from ..ir.recurrent import recognise
-from ..passes.bottleneck import SeedCut, ancestors, choose
-from ..runtime import ops
-
-CPU = torch.device("cpu")
-NATIVE_DTYPES = {torch.float32: 4, torch.float64: 8}
-
-
-@dataclass(frozen=True)
-class Group:
-    """Steps that run together.  ``live_in`` and ``live_out`` are the values that cross its border."""
-
-    native: bool
-    steps: tuple[int, ...]
-    live_in: tuple[int, ...]
-    live_out: tuple[int, ...]
+from ..ir import graph
+from ..ir.calls import form_params
+from ..ir.cost import total_macs
+from ..ir.program import Contract, Opaque, Program, describe
+from ..passes import bottleneck
+from ..passes.bottleneck import Bottleneck
+from ..passes.prune_positions import pruned
+from .groups import Chains, Group, Partition
+from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose, kernel_reason
 
 
 @dataclass(frozen=True)
@@ -46,45 +36,120 @@ class PlanStep:
     value: int
     form: str
     shape: tuple[int, ...]
-    path: str  # what runs it
-    why: str  # why not something faster; empty where there is nothing faster
+    implementation: Implementation
+    path: str  # the implementation's name, with the instruction set of a kernel
+    refusals: tuple[str, ...]  # why those that come before it in the list do not take the step
     op: str
     module: str
     macs: int  # dense multiply-adds per sample, forward and all seeds
     group: int
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Groups in execution order, and a row per step."""
-
-    program: Program
-    machine: Machine | None
-    itemsize: int
-    seeds: int
-    groups: tuple[Group, ...]
-    steps: tuple[PlanStep, ...]
-    cut: SeedCut | None = None  # where seeds start instead of at the outputs
-    halves: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
-
     @property
-    def whole(self) -> bool:
+    def why(self) -> str:
+        """Why nothing faster; empty where there is nothing faster."""
+        return self.refusals[0] if self.refusals else ""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """How a Program runs for a number of seeds on a machine: groups in execution order, and a row per step.
+
+    ``str()`` is a table: what runs each step and why nothing faster does, where seeds start, and which shares of the
+    operations are fused (all seeds at once) and on gradkern's own kernels.
+    """
+
+    original: Program  # as it was handed over: what counts where weights are not finite
+    program: Program  # what runs: without the positions that the output does not need
+    machine: Machine | None
+    dtype: torch.dtype  # what is computed in
+    seeds: int
+    wanted: tuple[int, ...]  # values of the program that are to be had: its output, or those of a forward pass
+    groups: tuple[Group, ...]
+    kernel_reasons: tuple[str | None, ...]  # per step: why no kernel; None where there is one
+    chains: Chains = field(compare=False)
+    bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
+    parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
+    cast_dtype: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
+    measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
+
+    @cached_property
+    def native(self) -> bool:
+        """Whether any kernel runs."""
+        return any(g.native for g in self.groups)
+
+    @cached_property
+    def single_chain(self) -> bool:
         """One native group runs everything: nothing between the input and its gradient is written to memory."""
-        return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == (self.program.output,)
+        return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == self.wanted
+
+    @cached_property
+    def packed_names(self) -> tuple[str, ...]:
+        """The tensors that are packed for kernels, those of the parts included."""
+        names: dict[str, None] = {}
+        needed = set(graph.steps_to(self.program, self.wanted))
+        for i in (i for g in self.groups if g.native for i in g.steps if i in needed):
+            form = self.program.steps[i].form
+            names |= dict.fromkeys(p.name for p in form_params(form) if isinstance(form, Contract))
+        for part in self.parts or ():
+            names |= dict.fromkeys(part.packed_names)
+        return tuple(names)
+
+    def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
+        """The chain of a native group, lowered once; see `Chains.get`."""
+        return self.chains.get(self.groups[group], seeds, wrt, onehot)
+
+    def counting(self, measured_macs: Mapping[int, int]) -> Plan:
+        """The same plan with the multiply-adds of opaque steps as they were measured, by step of ``program``."""
+        return replace(self, measured_macs=dict(measured_macs))
+
+    # ---- the table
+
+    @cached_property
+    def steps(self) -> tuple[PlanStep, ...]:
+        """The rows, in the order of ``program.steps``."""
+        program, base = self.program, len(self.program.inputs)
+        units = [u for g in self.groups if g.native for u in self._builder(g).build().units]
+        folded = {i for u in units for i in u.steps[1:]}
+        before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
+        rows = []
+        for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
+            step = program.steps[i]
+            settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
+            way, refusals = choose(program, i, self.dtype, self.machine, settled)
+            seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
+            macs = total_macs(program, i, seeds, self.measured_macs.get(i))
+            if way is RECURRENT:
+                macs = macs * (2 + seeds) // (1 + seeds)  # its backward walks forward once more
+            form, path = describe(step.form), way.path(self.machine)
+            rows.append(PlanStep(base + i, form, step.shape, way, path, refusals, step.op, step.module, macs, k))
+        return tuple(rows)
+
+    def _builder(self, group: Group) -> Builder:
+        return Builder(self.program, list(group.steps), list(group.live_out))
 
     @cached_property
     def fused_share(self) -> float:
         """Share of the dense multiply-adds on kernels or on ATen calls with all seeds folded into the batch."""
-        return self._share(lambda s: not s.path.startswith("autograd"))
+        return self._share(lambda way: way.fused)
 
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda s: s.path.startswith("kernel") or s.path in ("folded", "view"))
+        return self._share(lambda way: way.own)
 
-    def _share(self, counted) -> float:
+    def _share(self, counted: Callable[[Implementation], bool]) -> float:
         total = sum(s.macs for s in self.steps)
-        return sum(s.macs for s in self.steps if counted(s)) / total if total else 1.0
+        return sum(s.macs for s in self.steps if counted(s.implementation)) / total if total else 1.0
+
+    @property
+    def _summary(self) -> str:
+        return (
+            f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
+            f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self._summary}>"
 
     def __str__(self) -> str:
         rows = [("value", "form", "shape", "path", "MMAC", "from")]
@@ -94,203 +159,42 @@ class Plan:
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        for s in self.steps:
-            if s.why:
-                lines.append(f"v{s.value} ({s.module or s.op}): {s.why}")
-        if self.cut is not None:
-            lines.append(str(self.cut))
-        if self.halves is not None:
-            name = str(self.halves).removeprefix("torch.")
+        lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s in self.steps for reason in s.refusals]
+        if self.bottleneck is not None:
+            lines.append(str(self.bottleneck))
+        if self.cast_dtype is not None:
+            name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
-        lines.append(
-            f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
-            f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, self._summary])
 
 
 def plan(
     program: Program,
     seeds: int,
     dtype: torch.dtype = torch.float32,
-    machine: Machine | None = None,
-    opaque_macs: Mapping[int, int] | None = None,
-    device: torch.device = CPU,
+    *,
+    machine: Machine | None,
+    wanted: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan of ``program`` for ``seeds`` seeds per sample.
+    """The plan of ``program`` for ``seeds`` seeds per sample on ``machine`` (None: there are no kernels).
 
-    ``machine`` defaults to what there is for ``device`` (None where there is no compiled extension).
-    ``opaque_macs`` gives the multiply-adds per sample of opaque steps, by step, where they were measured.
+    ``wanted``: the values that a forward pass is to give (then ``seeds`` is 0); by default a Jacobian is planned.
     """
-    machine = machine or ops.machine(device)
-    blocked = halves = None
-    if (
-        isinstance(machine, Device)
-        and dtype in CAST_DTYPES
-        and not any(isinstance(s.form, Opaque) for s in program.steps)
-    ):
-        # What torch runs by itself may name a dtype; everything else works in float32 as well.
-        halves, dtype = dtype, torch.float32
-    if machine is None:
-        blocked = f"the compiled extension {'is missing' if device.type == 'cpu' else f'has no {device.type} part'}"
-    elif dtype not in NATIVE_DTYPES:
-        blocked = f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
-    reasons = [blocked or why_not(program, step) for step in program.steps]
-    if isinstance(machine, Device):
-        reasons = [r or heavy(program, i) for i, r in enumerate(reasons)]
-        groups = fit(program, reasons, machine, NATIVE_DTYPES.get(dtype, 0), seeds)
-    else:
-        groups = cut(program, [r is None for r in reasons])
-    folded = {i for g in groups if g.native for u in units_of(program, g) for i in u.steps[1:]}
-    rows = []
-    base = len(program.inputs)
-    known = opaque_macs or {}
-    narrow = choose(program, seeds, lambda i: known.get(i) or forward_macs(program, i))
-    before = ancestors(program, narrow.value) if narrow else set()
-    for i, step in enumerate(program.steps):
-        path, why = row(program, i, reasons[i], machine, folded)
-        own = narrow.width if narrow and base + i in before else seeds
-        macs = total_macs(program, i, own, known.get(i))
-        if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
-            macs = macs * (2 + own) // (1 + own)  # its backward walks forward once more
-        group = next(k for k, g in enumerate(groups) if i in g.steps)
-        rows.append(PlanStep(base + i, describe(step.form), step.shape, path, why, step.op, step.module, macs, group))
-    return Plan(program, machine, NATIVE_DTYPES.get(dtype, 0), seeds, groups, tuple(rows), narrow, halves)
-
-
-def row(program: Program, i: int, reason: str | None, machine: Machine | None, folded: set[int]) -> tuple[str, str]:
-    """The path that a step takes, and why not a faster one."""
-    step = program.steps[i]
-    if isinstance(step.form, Opaque) and recognise(step.form.call) is not None:
-        return "aten, seeds folded", step.form.reason
-    if isinstance(step.form, Opaque):
-        return "autograd, per op", f"{step.op or step.form.call.op}: {step.form.reason}"
-    if isinstance(step.form, View):
-        return "view", ""
-    if i in folded:
-        return "folded", ""
-    if reason is not None:
-        return "aten, seeds folded", reason
-    return f"kernel {machine.isa if machine else ''}".strip(), ""
-
-
-def units_of(program: Program, group: Group):
-    return Builder(program, list(group.steps), list(group.live_out)).build().units
-
-
-def cut(program: Program, native: list[bool]) -> tuple[Group, ...]:
-    """Groups of one kind, in execution order.
-
-    A step's level is the number of changes of kind on the worst path to it, so steps of one level and kind can run
-    together, and every edge leads to the same or a later group.
-    """
-    base = len(program.inputs)
-    level: list[int] = []
-    for i, step in enumerate(program.steps):
-        producers = [v - base for v in step.inputs if v >= base]
-        level.append(max((level[p] + (native[p] != native[i]) for p in producers), default=0))
-    keys = sorted({(level[i], native[i]) for i in range(len(native))})
-    chosen = [[i for i in range(len(native)) if (level[i], native[i]) == key] for key in keys]
-    return tuple(group_of(program, steps, key[1]) for steps, key in zip(chosen, keys, strict=True))
-
-
-def group_of(program: Program, steps: list[int], native: bool) -> Group:
-    """The group of these steps, with the values that cross its border."""
-    base = len(program.inputs)
-    inside = {base + i for i in steps}
-    live_in = sorted({v for i in steps for v in program.steps[i].inputs} - inside)
-    leaves = {v for v in inside if any(base + j not in inside for j in program.consumers[v])}
-    live_out = sorted(leaves | ({program.output} & inside))
-    # torch views are free, and what nobody reads needs no kernel
-    worthwhile = native and bool(live_out) and not all(isinstance(program.steps[i].form, View) for i in steps)
-    return Group(worthwhile, tuple(steps), tuple(live_in), tuple(live_out))
-
-
-# ---- a GPU's shared memory
-
-
-def fit(program: Program, reasons: list[str | None], machine: Device, itemsize: int, seeds: int) -> tuple[Group, ...]:
-    """Groups as `cut` makes them, native ones split where they need more shared memory than a block has.
-
-    Steps that do not fit even alone get their reasons in ``reasons``, and the cut is made again.
-    """
-    while True:
-        groups: list[Group] = []
-        failed: dict[int, str] = {}
-        for group in cut(program, [r is None for r in reasons]):
-            pieces, large = split(program, group, machine, itemsize, seeds) if group.native else ([group], {})
-            failed |= large
-            groups += pieces
-        if not failed:
-            return tuple(groups)
-        for i, why in failed.items():
-            reasons[i] = why
-
-
-def split(
-    program: Program, group: Group, machine: Device, itemsize: int, seeds: int
-) -> tuple[list[Group], dict[int, str]]:
-    """The longest runs of a group's steps that fit, and the steps that do not, with why."""
-    pieces: list[Group] = []
-    failed: dict[int, str] = {}
-    steps = list(group.steps)
-    while steps:
-        low, high, best = 1, len(steps), None
-        size, why = len(steps), ""
-        while low <= high:
-            piece = group_of(program, steps[:size], True)
-            try:
-                if piece.native:
-                    onehot = piece.live_out == (program.output,)
-                    wrt = tuple(v for v in piece.live_in if v not in program.slopes)
-                    args = (program, steps[:size], list(piece.live_out), machine, itemsize, seeds, wrt)
-                    lower_device(*args, onehot=onehot, linear=bool(program.slopes))
-                best, low = piece, size + 1
-            except TooLarge as error:
-                why, high = str(error), size - 1
-            size = (low + high) // 2
-        if best is None:
-            failed[steps[0]] = why
-        else:
-            pieces.append(best)
-        steps = steps[1 if best is None else len(best.steps) :]
-    return pieces, failed
-
-
-# ---- caches of pure results, by the program's key
-
-_lock = threading.Lock()
-_chains: dict[tuple, Chain] = {}
-_plans: dict[tuple, Plan] = {}
-_KEEP = 256
-
-
-def cached_plan(program: Program, seeds: int, dtype: torch.dtype, device: torch.device = CPU) -> Plan:
-    """`plan` on this machine and device, remembered."""
-    machine = ops.machine(device)
-    key = (program.key, seeds, dtype, machine)
-    found = _plans.get(key)
-    if found is None:
-        found = _remember(_plans, key, plan(program, seeds, dtype, machine, device=device))
-    return found
-
-
-def chain_of(plan: Plan, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
-    """The lowered chain of a native group, remembered."""
-    assert plan.machine is not None
-    key = (plan.program.key, group, plan.machine, plan.itemsize, seeds, wrt, onehot)
-    found = _chains.get(key)
-    if found is None:
-        g = plan.groups[group]
-        program, make = plan.program, lowering(plan.machine)
-        args = (program, list(g.steps), list(g.live_out), plan.machine, plan.itemsize, seeds, wrt)
-        chain = make(*args, onehot=onehot, linear=bool(program.slopes))
-        found = _remember(_chains, key, chain)
-    return found
-
-
-def _remember(store: dict, key: tuple, value):
-    with _lock:
-        if len(store) >= _KEEP:
-            store.pop(next(iter(store)))
-        return store.setdefault(key, value)
+    original, cast_dtype = program, None
+    opaque = any(isinstance(s.form, Opaque) for s in program.steps)  # what torch runs by itself may name a dtype
+    if isinstance(machine, Device) and dtype in CAST_DTYPES and not opaque:
+        cast_dtype, dtype = dtype, torch.float32
+    if wanted is None and not program.slopes:
+        program = pruned(program)
+    reasons = [kernel_reason(program, i, dtype, machine) for i in range(len(program.steps))]
+    steps = list(range(len(reasons))) if wanted is None else graph.steps_to(program, wanted)
+    wanted = (program.output,) if wanted is None else wanted
+    chains = Chains(program, machine, dtype.itemsize)
+    groups = Partition(chains, seeds, steps, wanted, reasons).groups()
+    narrow, parts = bottleneck.choose(program, seeds), None
+    if narrow is not None:
+        before, after = bottleneck.split_at(program, narrow.value)
+        parts = plan(before, narrow.width, dtype, machine=machine), plan(after, seeds, dtype, machine=machine)
+    return Plan(
+        original, program, machine, dtype, seeds, wanted, groups, tuple(reasons), chains, narrow, parts, cast_dtype
+    )

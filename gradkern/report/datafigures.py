@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradkern.report.figures import ACCENT, INK, MAGNITUDE, PALE, SIGNED
+from gradkern.data import Curve
+from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED
 
 SMALLEST_IMAGE = 5  # rows or columns: anything thinner is drawn as a line per row
 
@@ -37,21 +38,6 @@ def coverage(finished: set[int], chunks: int) -> Figure:
     done = np.isin(np.arange(chunks), sorted(finished)).astype(float)
     axes.imshow(done[None], aspect="auto", cmap=MAGNITUDE, vmin=0, vmax=1.4, interpolation="nearest")
     axes.set(yticks=[], xlabel="chunk")
-    return figure
-
-
-def counts(labels: Sequence[str], values: np.ndarray) -> Figure:
-    """Horizontal bars with their values at the ends."""
-    figure = Figure(figsize=(8.5, 0.34 * len(labels) + 0.5), layout="constrained")
-    axes = figure.add_subplot()
-    drawn = axes.barh(range(len(labels)), values, color=PALE, height=0.66)
-    axes.bar_label(drawn, [f" {value:,}" for value in values], color=INK)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(left=False)
-    axes.set_xlabel("samples")
     return figure
 
 
@@ -87,16 +73,16 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
 
 
 def extremes(
-    maps: np.ndarray, behind: np.ndarray | None, titles: Sequence[Sequence[str]], names: Sequence[str]
+    maps: np.ndarray, inputs: np.ndarray | None, titles: Sequence[Sequence[str]], names: Sequence[str]
 ) -> Figure:
-    """Maps ``[R, 2, *in]`` of R outputs, typical left and atypical right; ``behind`` are the samples themselves."""
+    """Maps ``[R, 2, *in]`` of R outputs, typical left and atypical right, over the samples themselves (``inputs``)."""
     height = 2.3 if flat(maps[0, 0]).ndim == 2 else 1.6
     figure = Figure(figsize=(9, height * len(maps) + 0.3), layout="constrained")
     panels = figure.subplots(len(maps), 2, squeeze=False)
     for row in range(len(maps)):
         for column in range(2):
             axes, values = panels[row, column], flat(maps[row, column])
-            _one_map(axes, values, None if behind is None else flat(behind[row, column]))
+            _one_map(axes, values, None if inputs is None else flat(inputs[row, column]))
             axes.set_title(titles[row][column], fontsize=9, loc="left")
         panels[row, 0].set_ylabel(names[row], fontsize=9)
     return figure
@@ -123,7 +109,7 @@ def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
     _plain(axes)
 
 
-def curves(curve: Any) -> Figure:
+def curves(curve: Curve) -> Figure:
     """Deletion and insertion, each against features in random order."""
     figure = Figure(figsize=(9, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

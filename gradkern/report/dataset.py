@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import nn
 
-from gradkern.report import datafigures
+from gradkern.data import Curve, Importance, Results, Source, open_store
+from gradkern.data.ranking import of_results, place
+from gradkern.report import datafigures, figures
 from gradkern.report.page import Report, Section
-from gradkern.report.places import place
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from gradkern.data import Results, Source
 
 TOP = 10
 SHOWN_CLASSES = 6
@@ -37,17 +35,15 @@ def report(
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
     insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
     """
-    from gradkern.data import open as open_results
-
-    found = open_results(results) if isinstance(results, (str, Path)) else results
-    view = View(found, model, source, names)
-    page = Report(title or f"Attributions: {Path(found.place).name}", view.summary())
+    store = open_store(results) if isinstance(results, (str, Path)) else results
+    view = View(store, model, source, names)
+    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
-    if "attributions" in found:
+    if "attributions" in store:
         view.samples(page.section("Typical and atypical samples"))
     if view.stability is not None and view.stability.curve is not None:
-        view.curves(page.section("What the ranking is worth"))
+        view.curves(page.section("What the ranking is worth"), view.stability.curve)
     view.settings(page.section("How it was made"))
     return page.write(path)
 
@@ -88,11 +84,9 @@ class View:
         shared = targets.ndim == 1 and len(targets) == count
         return [f"output {targets[c] if shared else c}" for c in range(count)]
 
-    def _stability(self) -> Any:
+    def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
             return None
-        from gradkern.data.importance import of_results
-
         return of_results(self.results, self.model, self.source)
 
     def _scores(self) -> tuple[np.ndarray | None, str]:
@@ -102,11 +96,10 @@ class View:
         if self.about["finished"] and "mean_abs" in self.about["reductions"]:
             return self.results.reduction("mean_abs"), "mean |attribution|"
         if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
-            total, count = 0.0, 0
-            for start, stop in self._spans():
-                maps = self.results.maps(start, stop).double().abs()
-                total, count = total + maps.sum(0).numpy(), count + len(maps)
-            return total / count, f"mean |attribution| over {count:,} samples"
+            spans = self._spans()
+            sums = (self.results.maps(start, stop).double().abs().sum(0).numpy() for start, stop in spans)
+            count = sum(stop - start for start, stop in spans)
+            return reduce(np.add, sums) / count, f"mean |attribution| over {count:,} samples"
         return None, ""
 
     def _spans(self) -> list[tuple[int, int]]:
@@ -152,9 +145,8 @@ class View:
             counts = np.bincount(predictions[rows].argmax(1), minlength=predictions.shape[1])
             shown = np.argsort(-counts, kind="stable")[:20]
             labels = [self._name(c) for c in shown]
-            section.picture(
-                datafigures.counts(labels, counts[shown]), "How many samples are predicted as what.", vector=True
-            )
+            figure = figures.bars(labels, counts[shown], "samples", highlight=None)
+            section.picture(figure, "How many samples are predicted as what.", vector=True)
 
     def _name(self, output: int) -> str:
         targets = np.asarray(self.results.array("targets")[...])
@@ -196,25 +188,27 @@ class View:
         return list(range(min(len(self.scores), SHOWN_CLASSES)))
 
     def samples(self, section: Section) -> None:
-        found = self._extremes()
-        if not found:
+        extremes = self._extremes()
+        if not extremes:
             section.text("No two finished samples are predicted as one of the attributed outputs.")
             return
-        behind = None
+        inputs = None
         if self.source is not None:
-            behind = np.stack([
-                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in found
+            inputs = np.stack([
+                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
-        titles = [[f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in found]
+        titles = [
+            [f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in extremes
+        ]
         figure = datafigures.extremes(
-            np.stack([e.maps for e in found]), behind, titles, [self._name(e.output) for e in found]
+            np.stack([e.maps for e in extremes]), inputs, titles, [self._name(e.output) for e in extremes]
         )
         section.picture(
             figure,
             "Per output, of the samples predicted as it: the map nearest to the mean |map| (by cosine) and the one "
             "farthest from it, which is where to look for odd data or shortcuts. Red raises the output, blue lowers it "
-            "(a magnitude has no sign)." + ("" if behind is None else " The line is the sample itself."),
+            "(a magnitude has no sign)." + ("" if inputs is None else " The line is the sample itself."),
         )
 
     def _extremes(self) -> list[Extremes]:
@@ -250,15 +244,14 @@ class View:
                 cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
                 for i in {int(cosines.argmax()), int(cosines.argmin())}:
                     best[c].append((float(cosines[i]), start + int(numbers[i]), mine[i].numpy()))
-        found = []
+        extremes = []
         for c in sorted(wanted):
             low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])
             pair = np.stack([high[2], low[2]])
-            found.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
-        return found
+            extremes.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
+        return extremes
 
-    def curves(self, section: Section) -> None:
-        curve = self.stability.curve
+    def curves(self, section: Section, curve: Curve) -> None:
         deletion, insertion = curve.gain
         section.facts([
             (f"{deletion:+.3f}", "deletion: area between ranking and random order"),

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 MAGNITUDE, SIGNED = "Oranges", "RdBu_r"
 INK, ACCENT, PALE = "#1d2329", "#c2560c", "#b8c4cf"
 
 
-def bars(labels: Sequence[str], values: Sequence[float], unit: str, *, highlight: int = 0) -> Figure:
-    """Horizontal bars with their values written at the ends; bar ``highlight`` stands out."""
+def bars(
+    labels: Sequence[str], values: Sequence[float] | np.ndarray, unit: str, *, highlight: int | None = 0
+) -> Figure:
+    """Horizontal bars with their values written at the ends; bar ``highlight`` stands out (None: none does)."""
     figure = Figure(figsize=(8.5, 0.55 * len(labels) + 0.5), layout="constrained")
     axes = figure.add_subplot()
     colours = [ACCENT if i == highlight else PALE for i in range(len(labels))]
@@ -134,8 +138,10 @@ def image_samples(
         names: ``C`` names.
     """
     x, gradients = np.asarray(x), np.asarray(gradients)
-    figure = Figure(figsize=(0.98 * (len(names) + 1), 1.02 * len(x) + 0.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure = Figure(
+        figsize=(0.98 * (len(names) + 1), 1.02 * len(x) + 0.3),
+    )
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02))
     panels = figure.subplots(len(x), len(names) + 1, squeeze=False)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
@@ -153,7 +159,9 @@ def image_samples(
     return figure
 
 
-def _background(axes: Axes, values: np.ndarray, low: float, high: float, cmap: str, vmin: float, vmax: float):
+def _background(
+    axes: Axes, values: np.ndarray, low: float, high: float, cmap: str, vmin: float, vmax: float
+) -> AxesImage:
     """Colours the area behind a signal, one stripe per time step (values ``[T]``), between ``low`` and ``high``."""
     steps = len(values)
     axes.set_xlim(-0.5, steps - 0.5)

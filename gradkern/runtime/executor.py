@@ -1,36 +1,117 @@
 """The executor of plans: forward and all-seed backward, group by group.
 
-The same contract as `reference.jacobian`, which is its oracle.  A network that is one native group
-is a single call of the compiled op.  Otherwise the forward runs group by group, keeping what crosses the borders,
-and the backward hands cotangents ``[N, S, *shape]`` from group to group; a native group recomputes its own forward
-instead of saving it, which costs one forward in S backwards.
+The same contract as `reference.jacobian`, which is its oracle.  The forward pass runs group by group, keeping what
+crosses the borders, and the backward pass hands cotangents ``[N, S, *shape]`` from group to group.  A native group
+recomputes its own forward instead of saving it, which costs one forward in S backwards; so the last one, in which the
+seeds start, runs once for both, and a network that is one chain is a single call of the compiled op.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.encoding import WIDTH
+from ..codegen.cuda.lowering import TooLarge
+from ..ir import graph
 from ..ir.program import Program
-from ..passes.bottleneck import halves
-from ..passes.prune_positions import narrowed
-from ..planner import plan
-from ..planner.plan import Plan
+from ..planner.plan import Plan, plan
 from ..util import options
-from ..util.chunks import spans
+from ..util.chunks import spans, stepwise_bytes
+from ..util.memo import Memo
 from . import ops, reference
+from .weights import KernelsUnavailable, Packed, Params, PlanWeights
 
-GPU_ROOM = 16  # times as many packs are kept on a GPU: networks in many pieces, with large weights
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
+CPU = torch.device("cpu")
 
-Params = Mapping[str, Tensor]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plans, and what calls for some inputs need of them
+
+
+_plans: Memo[Plan] = Memo(256)
+_executables: Memo[Executable] = Memo(256)
+
+
+def plan_for(
+    program: Program,
+    seeds: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    wanted: tuple[int, ...] | None = None,
+) -> Plan:
+    """The plan for this machine, remembered."""
+    machine = ops.machine(device)
+    key = (program.key, seeds, dtype, machine, wanted)
+    return _plans.get_or_make(key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted))
+
+
+def executable_for(
+    program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
+) -> Executable:
+    """The plan for the dtype and device of ``like``, settled for the inputs ``wrt``, remembered."""
+    key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
+    return _executables.get_or_make(
+        key, lambda: Executable(plan_for(program, seeds, like.dtype, like.device, wanted), wrt)
+    )
+
+
+@dataclass(frozen=True)
+class BoundGroup:
+    """A group, and what calls need of it."""
+
+    number: int
+    native: bool
+    steps: tuple[int, ...]
+    live_out: tuple[int, ...]
+    wrt: tuple[int, ...]  # the values that it sends cotangents to
+    alone: frozenset[int]  # inputs of the network that no other group reads
+
+
+class Executable:
+    """A plan settled for the inputs ``wrt``: what does not depend on tensors is worked out once."""
+
+    def __init__(self, plan: Plan, wrt: tuple[int, ...]) -> None:
+        program = plan.program
+        self.plan, self.program, self.wrt = plan, program, wrt
+        self.native, self.linear = plan.native, bool(program.slopes)
+        self.outputs, self.shapes = program.outputs, program.shapes
+        self.needed = graph.descendants(program, wrt)  # the values whose cotangents are needed
+        self.groups = tuple(self._bound(k) for k in range(len(plan.groups)))
+        last = self.groups[-1] if self.groups else None
+        #: Whether seeds enter the last group as targets, so that no one-hot tensor is made.
+        self.targets_enter = bool(
+            last and last.native and last.wrt and last.live_out == (program.output,) and plan.seeds
+        )
+        self.parts: tuple[Executable, Executable] | None = None
+        if plan.parts is not None:
+            self.parts = Executable(plan.parts[0], wrt), Executable(plan.parts[1], (0,))
+        self._chains: dict[tuple[int, bool, bool], Chain] = {}
+
+    def _bound(self, k: int) -> BoundGroup:
+        group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
+        wrt = tuple(v for v in group.live_in if v in self.needed)
+        alone = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
+        return BoundGroup(k, group.native, group.steps, group.live_out, wrt, alone)
+
+    def chain(self, group: BoundGroup, *, backward: bool, onehot: bool = False) -> Chain:
+        """The group's chain, of the forward pass alone or with the backward pass.  Raises `TooLarge`."""
+        key = (group.number, backward, onehot)
+        chain = self._chains.get(key)
+        if chain is None:
+            seeds, wrt = (self.plan.seeds, group.wrt) if backward else (0, ())
+            chain = self._chains.setdefault(key, self.plan.chain(group.number, seeds, wrt, onehot))
+        return chain
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What can be asked for
 
 
 def jacobian(
@@ -41,232 +122,147 @@ def jacobian(
     wrt: Sequence[int] | None = None,
     *,
     out: Sequence[Tensor] | None = None,
-    planned: torch.dtype | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs ``[N, *out]`` and one Jacobian ``[N, S, *in]`` per input in ``wrt`` (default: all).
 
     ``targets``: flat output indices, int64 ``[S]`` shared by all samples or ``[N, S]``; None is every output.
-    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.  ``planned``: the dtype that the plan is made
-    for, where that is not the inputs'.
+    ``out``: tensors ``[N, S, *in]`` to fill, one per entry of ``wrt``.
     """
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
-    n, dtype = inputs[0].shape[0], dtype_of(inputs)
+    like = leading(inputs)
     if targets is None:
-        targets = torch.arange(program.outputs, device=inputs[0].device)
-    targets = targets.to(inputs[0].device)
-    seeds = targets.shape[-1]
+        targets = torch.arange(program.outputs, device=like.device)
+    targets = targets.to(inputs[0].device).contiguous()
+    n, seeds = inputs[0].shape[0], targets.shape[-1]
     if out is None:
         out = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
-    everything, program = program, narrowed(program)
-    p = plan.cached_plan(program, seeds, planned or dtype, inputs[0].device)
-    if p.halves == dtype:
-        return in_float32(program, params, inputs, targets, wrt, out), tuple(out)
-    if p.cut is not None and n:
-        return through_bottleneck(p, params, inputs, targets, wrt, out), tuple(out)
-    try:
-        if n == 0 or seeds == 0 or not program.steps or not any(g.native for g in p.groups):
-            raise NoKernel
-        if p.whole:
-            return whole(p, params, inputs, targets, wrt, out), tuple(out)
-        return Pieces(p, params, inputs, targets, wrt).run(out), tuple(out)
-    except NoKernel:  # with weights that are not finite, positions that are not needed send NaN back, as in torch
-        return by_reference(everything, params, inputs, targets, wrt, out), tuple(out)
+    x = executable_for(program, seeds, like, wrt)
+    if x.plan.cast_dtype is not None:
+        return _in_float32(x, params, inputs, targets, out), tuple(out)
+    return _fill(x, PlanWeights(x.plan, params, like), inputs, targets, out), tuple(out)
 
 
-def in_float32(
+def transpose(
     program: Program,
     params: Params,
-    inputs: Sequence[Tensor],
+    values: Sequence[Tensor],
     targets: Tensor,
     wrt: tuple[int, ...],
     out: Sequence[Tensor],
+    cotangent: Tensor | None = None,
+) -> None:
+    """The transpose of a linear Program, whose slopes are among its inputs ``values``: there is no forward pass.
+
+    Seeds are one-hot at ``targets``, or dense where ``cotangent [N, S, *out]`` is given.  Fills ``out`` as
+    `jacobian` does; raises `KernelsUnavailable` where the weights are not finite or of another dtype.
+    """
+    x = executable_for(program, targets.shape[-1], values[0], wrt)
+    weights = PlanWeights(x.plan, params, values[0])
+    try:
+        GroupExecutor(x, weights, values, targets.contiguous(), out).run(cotangent)
+    except TooLarge as error:
+        raise KernelsUnavailable from error
+
+
+def forward_values(
+    program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]
+) -> dict[int, Tensor]:
+    """The values ``wanted`` of a forward pass, ``[N, *shape]`` each; none of them where no kernel may run."""
+    like, wanted = leading(inputs), tuple(v for v in wanted if v >= len(inputs))
+    if not wanted:
+        return {}
+    x = executable_for(program, 0, like, (), wanted)
+    if not x.native or x.plan.cast_dtype is not None or not like.shape[0]:
+        return {}
+    groups = GroupExecutor(x, PlanWeights(x.plan, params, like), inputs, None, ())
+    with suppress(KernelsUnavailable, TooLarge):
+        groups.forward(x.groups)
+        return {v: groups.values[v] for v in wanted}
+    return {}
+
+
+def leading(inputs: Sequence[Tensor]) -> Tensor:
+    """The first input that is not of integers: a call computes in its dtype, on its device."""
+    return next((x for x in inputs if x.is_floating_point()), inputs[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ways to fill a Jacobian
+
+
+def _fill(
+    x: Executable, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
+) -> Tensor:
+    n = inputs[0].shape[0]
+    if x.parts is not None and n:
+        return _through_bottleneck(x.parts, weights, inputs, targets, out)
+    if n and x.plan.seeds and x.native:
+        with suppress(KernelsUnavailable, TooLarge):
+            return GroupExecutor(x, weights, inputs, targets, out).run()
+    # With weights that are not finite, positions that are not needed send NaN back, as in torch: all of them count.
+    return _by_reference(x, weights.params, inputs, targets, out)
+
+
+def _in_float32(
+    x: Executable, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
     """The kernels work in float32; a copy on either side costs less than they do."""
 
-    def cast(x: Tensor) -> Tensor:
-        return x.float() if x.is_floating_point() else x
+    def cast(t: Tensor) -> Tensor:
+        return t.float() if t.is_floating_point() else t
 
-    dtype = dtype_of(inputs)
-    wide = {name: cast(p) for name, p in params.items()}
-    y, found = jacobian(program, wide, [cast(x) for x in inputs], targets, wrt, planned=dtype)
-    for o, j in zip(out, found, strict=True):
-        o.copy_(j)
-    return y.to(dtype)
+    wide = [cast(t) for t in inputs]
+    results = [wide[w].new_empty(o.shape) for w, o in zip(x.wrt, out, strict=True)]
+    params = {name: cast(p) for name, p in params.items()}
+    y = _fill(x, PlanWeights(x.plan, params, leading(wide)), wide, targets, results)
+    for o, result in zip(out, results, strict=True):
+        o.copy_(result)
+    return y.to(leading(inputs).dtype)
 
 
-def through_bottleneck(
-    p: Plan, params: Params, inputs: Sequence[Tensor], targets: Tensor, wrt: tuple[int, ...], out: Sequence[Tensor]
+def _through_bottleneck(
+    parts: tuple[Executable, Executable],
+    weights: PlanWeights,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    out: Sequence[Tensor],
 ) -> Tensor:
     """``dy/dv · dv/dx``, a part of the batch at a time so that ``dv/dx`` stays small."""
-    assert p.cut is not None
-    before, after = halves(p.program, p.cut.value)
-    n, width = inputs[0].shape[0], p.cut.width
+    before, after = parts
+    width, like = before.outputs, leading(inputs)
     each = width * max(o[0, 0].numel() for o in out) * out[0].element_size()
+    every = torch.arange(width, device=targets.device)
     outputs = []
-    for a, b in spans(0, n, max(1, PRODUCT_BYTES // max(each, 1))):
+    for a, b in spans(0, inputs[0].shape[0], max(1, PRODUCT_BYTES // max(each, 1))):
         few = [x[a:b] for x in inputs]
-        values, inner = jacobian(before, params, few, None, wrt, planned=p.halves)  # [n, *v], [n, K, *in]
+        inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
+        v = _fill(before, weights, few, every, inner)  # [n, *v]
         own = targets[a:b] if targets.dim() == 2 else targets
-        y, (outer,) = jacobian(after, params, [values], own, planned=p.halves)  # [n, S, *v]
-        outer = outer.reshape(b - a, -1, width)
+        outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
+        outputs.append(_fill(after, weights, [v], own, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
-        outputs.append(y)
     return torch.cat(outputs)
 
 
-def by_reference(
-    program: Program,
-    params: Params,
-    inputs: Sequence[Tensor],
-    targets: Tensor,
-    wrt: tuple[int, ...],
-    out: Sequence[Tensor],
+def _by_reference(
+    x: Executable, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
     """The same without kernels, a part of the batch at a time: the caller counts on a kernel's need of memory."""
-    n = inputs[0].shape[0]
+    program, n = x.plan.original, inputs[0].shape[0]
+    need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
-    chunk = max(1, options.memory_budget(inputs[0].device) // need(program, targets.shape[-1], dtype_of(inputs)))
-    for a, b in list(spans(0, n, chunk)) or [(0, 0)]:
+    for a, b in list(spans(0, n, max(1, options.memory_budget(inputs[0].device) // need))) or [(0, 0)]:
         own = targets[a:b] if targets.dim() == 2 else targets
-        y, found = reference.jacobian(program, params, [x[a:b] for x in inputs], own, wrt)
+        y, jacobians = reference.jacobian(program, params, [t[a:b] for t in inputs], own, x.wrt)
         outputs.append(y)
-        for o, j in zip(out, found, strict=True):
+        for o, j in zip(out, jacobians, strict=True):
             o[a:b].copy_(j)
     return torch.cat(outputs)
 
 
-def dtype_of(inputs: Sequence[Tensor]) -> torch.dtype:
-    """What a call computes in: the dtype of the first input that is not of integers."""
-    return next((x.dtype for x in inputs if x.is_floating_point()), inputs[0].dtype)
-
-
-def need(program: Program, seeds: int, dtype: torch.dtype) -> int:
-    """Bytes per sample beside the result where values and cotangents are whole tensors."""
-    numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
-    return max(1, dtype.itemsize * (sum(numels) + 3 * seeds * max(numels)))
-
-
-def casts(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a call casts to float32 and back."""
-    return plan.cached_plan(narrowed(program), seeds, dtype, device).halves is not None
-
-
-def bounded(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a call of any size needs no memory beyond its result and a fixed scratch per thread."""
-    return plan.cached_plan(narrowed(program), seeds, dtype, device).whole
-
-
-class NoKernel(Exception):
-    """Skipping zeros is not exact here (0 · Inf is NaN), dtypes differ, or there is nothing for a kernel to do."""
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Packed weights
-
-
-class Packs:
-    """Packed weights of a few recent contents, by chain and content hash."""
-
-    def __init__(self, keep: int = 16, most: int = 64 << 20):
-        self.keep, self.most, self.lock = keep, most, threading.Lock()  # entries, bytes
-        self.found: OrderedDict[tuple[int, int, torch.device], Packed] = OrderedDict()
-
-    def get(self, chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
-        """The chain's packed weights, once per content: of these weights, or as given."""
-        tensors = [params[name] for layout in chain.layouts for name in layout.names()]
-        if any(t.dtype != like.dtype for t in tensors):
-            raise NoKernel
-        key = (id(chain), ops.content_hash(tensors) if content is None else content, like.device)
-        with self.lock:
-            known = self.found.get(key)
-            if known is not None and known.chain is chain:
-                self.found.move_to_end(key)
-                return known
-        packed = Packed(chain, params, like)
-        with self.lock:
-            self.found[key] = packed
-            held = sum(p.weights.nbytes for p in self.found.values())
-            room = 1 if like.device.type == "cpu" else GPU_ROOM
-            while len(self.found) > room * self.keep or (held > room * self.most and len(self.found) > 1):
-                held -= self.found.popitem(last=False)[1].weights.nbytes
-        return packed
-
-
-class Packed:
-    """Folded weights in kernel order, and the chain's integers as tensors, dtype and device of ``like``."""
-
-    def __init__(self, chain: Chain, params: Params, like: Tensor):
-        self.chain = chain
-        self.tables = torch.tensor(chain.tables or (0,), dtype=torch.int32, device=like.device)
-        self.forward, self.backward = (
-            torch.tensor(rows, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
-            for rows in (chain.forward_rows, chain.backward_rows)
-        )
-        self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
-        for layout in chain.layouts:
-            layout.fill(self.weights, params)
-        # The last thing, because on a GPU it also waits: from here on any stream may read the pack.
-        self.finite = bool(torch.isfinite(self.weights).all())
-
-    def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
-        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None where seeds start elsewhere."""
-        if self.chain.rows is None:
-            return None
-        start, row = self.chain.rows
-        rows = self.weights[start : start + outputs * row].view(outputs, row)
-        rows = rows[targets].contiguous()
-        return rows.clamp_(min=0) if self.chain.rectify_rows else rows
-
-
-_packs = Packs()
-
-
-def packed_for(chain: Chain, params: Params, like: Tensor, content: int | None = None) -> Packed:
-    """``content``: a hash of all parameters, where the caller has one."""
-    packed = _packs.get(chain, params, like, content)
-    if not packed.finite:
-        raise NoKernel
-    return packed
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One native group
-
-
-def whole(
-    p: Plan, params: Params, inputs: Sequence[Tensor], targets: Tensor, wrt: tuple[int, ...], out: Sequence[Tensor]
-) -> Tensor:
-    """A network that is one chain: one call, the Jacobian written once."""
-    chain = plan.chain_of(p, 0, targets.shape[-1], wrt, True)
-    ins = chain_inputs(chain, inputs, dtype_of(inputs))
-    packed = packed_for(chain, params, ins[0])
-    targets = targets.contiguous()
-    rows = packed.seed_rows(targets, p.program.outputs)
-    n, seeds = inputs[0].shape[0], targets.shape[-1]
-    direct = [contiguous_like(out[wrt.index(v)], inputs[v], n, seeds) for v in chain.wrt]
-    for w, o in zip(wrt, out, strict=True):
-        if w not in chain.wrt:
-            o.zero_()  # the output does not depend on this input
-    y = call(packed, ins, targets, rows, [], direct)[0]
-    for v, d in zip(chain.wrt, direct, strict=True):
-        if d is not out[wrt.index(v)]:
-            out[wrt.index(v)].copy_(d)
-    return y.view(n, *p.program.output_shape)
-
-
-def chain_inputs(chain: Chain, values: Sequence[Tensor] | Mapping[int, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """What a chain reads, in one piece each.  A network that changes the dtype on its way has no kernels."""
-    if any(values[v].dtype != dtype for v in chain.inputs):
-        raise NoKernel
-    return [values[v].contiguous() for v in chain.inputs]
-
-
-def contiguous_like(out: Tensor, x: Tensor, n: int, seeds: int) -> Tensor:
-    """``out`` itself where a kernel can write into it, else a temporary of its shape."""
-    if out.is_contiguous() and out.dtype == x.dtype and out.device == x.device:
-        return out
-    return x.new_empty(n, seeds, *x.shape[1:])
+# Group by group
 
 
 def call(
@@ -277,6 +273,7 @@ def call(
     cotangents: list[Tensor],
     results: list[Tensor],
 ) -> list[Tensor]:
+    """One chain, forward and backward: fills ``results``, returns the outputs."""
     c = packed.chain
     return ops.chain_vjp(
         inputs,
@@ -294,47 +291,48 @@ def call(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Several groups
+class GroupExecutor:
+    """Forward and backward over the groups of a plan, for one chunk of samples."""
 
-
-class Pieces:
-    """Forward and backward over groups, for one chunk of samples."""
-
-    def __init__(self, p: Plan, params: Params, inputs: Sequence[Tensor], targets: Tensor, wrt: tuple[int, ...]):
-        self.plan, self.params, self.inputs, self.targets, self.wrt = p, params, inputs, targets, wrt
-        self.program = p.program
-        self.n, self.seeds, self.dtype = inputs[0].shape[0], targets.shape[-1], dtype_of(inputs)
+    def __init__(
+        self,
+        x: Executable,
+        weights: PlanWeights,
+        inputs: Sequence[Tensor],
+        targets: Tensor | None,
+        out: Sequence[Tensor],
+    ) -> None:
+        self.x, self.program, self.weights, self.targets, self.out = x, x.program, weights, targets, out
+        self.base, self.n, self.seeds, self.like = len(inputs), inputs[0].shape[0], x.plan.seeds, weights.like
         self.values: dict[int, Tensor] = dict(enumerate(inputs))
         self.cotangents: dict[int, Tensor] = {}
-        self.needs = self.reachable()
-        # One hash for all pieces: on a GPU each waits.
-        self.content = ops.content_hash([t for t in params.values() if t.device == inputs[0].device])
 
-    def reachable(self) -> set[int]:
-        """Values that depend on a wanted input."""
-        found, base = set(self.wrt), len(self.program.inputs)
-        for i, step in enumerate(self.program.steps):
-            if any(v in found for v in step.inputs):
-                found.add(base + i)
-        return found
+    def run(self, cotangent: Tensor | None = None) -> Tensor:
+        """Fill ``out`` and return the output.  ``cotangent [N, S, *out]``: seeds in place of the one-hot targets."""
+        x, output = self.x, self.program.output
+        targets_enter = x.targets_enter and cotangent is None
+        if not x.linear:
+            self.forward(x.groups[:-1] if targets_enter else x.groups)
+        if cotangent is not None:
+            self.cotangents[output] = cotangent.view(self.n, self.seeds, *x.shapes[output])
+        elif not targets_enter:
+            self.cotangents[output] = reference.one_hot(self.program, self.values.get(output, self.like), self.targets)
+        for group in reversed(x.groups):
+            if not group.native:
+                self.backward_reference(group)
+            elif group.wrt:
+                self.backward_native(group, targets_enter and group is x.groups[-1])
+        for w, o in zip(x.wrt, self.out, strict=True):
+            own = self.cotangents.get(w)
+            if own is None:
+                o.zero_()  # the output does not depend on this input
+            elif own is not o:
+                o.copy_(own)
+        return self.values.get(output, self.like)
 
-    def run(self, out: Sequence[Tensor]) -> Tensor:
-        for k, group in enumerate(self.plan.groups):
-            self.forward_native(k) if group.native else self.forward_reference(group.steps)
-        y = self.values[self.program.output]
-        self.backward(out, None if self.starts_native() else reference.one_hot(self.program, y, self.targets))
-        return y
-
-    def backward(self, out: Sequence[Tensor], seeds: Tensor | None) -> None:
-        """``seeds [N, S, *out]``: None where they enter as targets."""
-        if seeds is not None:
-            self.cotangents[self.program.output] = seeds
-        for k in reversed(range(len(self.plan.groups))):
-            self.backward_native(k) if self.plan.groups[k].native else self.backward_reference(k)
-        for w, o in zip(self.wrt, out, strict=True):
-            found = self.cotangents.get(w)
-            o.zero_() if found is None else o.copy_(found)
+    def forward(self, groups: Sequence[BoundGroup]) -> None:
+        for group in groups:
+            self.forward_native(group) if group.native else self.forward_reference(group)
 
     def add(self, value: int, cotangent: Tensor) -> None:
         """``cotangent``: [N, S, *shape]."""
@@ -343,72 +341,84 @@ class Pieces:
 
     # ---- native groups
 
-    def starts_native(self) -> bool:
-        """Whether the seeds enter a native group as targets, so that no one-hot tensor is made."""
-        group = self.plan.groups[-1]
-        return group.native and group.live_out == (self.program.output,)
+    def forward_native(self, group: BoundGroup) -> None:
+        chain = self.x.chain(group, backward=False)
+        packed = self.weights.packed(chain)
+        results = ops.chain_forward(
+            self.reads(chain), packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes
+        )
+        self.keep(group, results)
 
-    def forward_native(self, k: int) -> None:
-        group = self.plan.groups[k]
-        chain = plan.chain_of(self.plan, k, 0, (), False)
-        ins = chain_inputs(chain, self.values, self.dtype)
-        packed = packed_for(chain, self.params, ins[0], self.content)
-        found = ops.chain_forward(ins, packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes)
-        for v, y in zip(group.live_out, found, strict=True):
-            self.values[v] = y.view(self.n, *self.program.shape(v))
+    def keep(self, group: BoundGroup, results: list[Tensor]) -> None:
+        for v, y in zip(group.live_out, results, strict=True):
+            self.values[v] = y.view(self.n, *self.x.shapes[v])
 
-    def backward_native(self, k: int) -> None:
-        group = self.plan.groups[k]
-        wrt = tuple(v for v in group.live_in if v in self.needs)
-        onehot = k == len(self.plan.groups) - 1 and self.starts_native() and self.program.output not in self.cotangents
-        wanted = onehot or any(v in self.cotangents for v in group.live_out)
-        if not wrt or not wanted:
+    def backward_native(self, group: BoundGroup, targets_enter: bool) -> None:
+        if not targets_enter and not any(v in self.cotangents for v in group.live_out):
             return
-        chain = plan.chain_of(self.plan, k, self.seeds, wrt, onehot)
-        ins = self.reads(chain)
-        packed = packed_for(chain, self.params, ins[0], self.content)
-        results = [ins[0].new_empty(self.n, self.seeds, math.prod(self.program.shape(v))) for v in chain.wrt]
-        targets = rows = None
-        cotangents: list[Tensor] = []
-        if onehot:
-            targets = self.targets.contiguous()
-            rows = packed.seed_rows(targets, self.program.outputs)
+        try:
+            chain = self.x.chain(group, backward=True, onehot=targets_enter)
+        except TooLarge:  # the plan was made for one-hot seeds, and dense ones may need more room
+            if not self.x.linear or targets_enter:
+                raise
+            return self.backward_reference(group)
+        packed, ins = self.weights.packed(chain), self.reads(chain)
+        results = [self.result(group, v) for v in chain.wrt]
+        if targets_enter:
+            assert self.targets is not None
+            rows = packed.seed_rows(self.targets, self.x.outputs)
+            outputs = call(packed, ins, self.targets, rows, [], results)
         else:
-            cotangents = [self.cotangent(v) for v in group.live_out]
-        call(packed, ins, targets, rows, cotangents, results)
+            outputs = call(packed, ins, None, None, [self.dense(v) for v in group.live_out], results)
+        if targets_enter and not self.x.linear:
+            self.keep(group, outputs)
         for v, r in zip(chain.wrt, results, strict=True):
-            self.add(v, r.view(self.n, self.seeds, *self.program.shape(v)))
+            self.add(v, r)
 
     def reads(self, chain: Chain) -> list[Tensor]:
-        return chain_inputs(chain, self.values, self.dtype)
+        """What a chain reads, in one piece each.  A network that changes the dtype on its way has no kernels."""
+        if self.x.linear:  # of other values than the slopes nothing is read
+            return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
+        if any(self.values[v].dtype != self.like.dtype for v in chain.inputs):
+            raise KernelsUnavailable
+        return [self.values[v].contiguous() for v in chain.inputs]
 
-    def cotangent(self, value: int) -> Tensor:
-        shape = self.program.shape(value)
-        found = self.cotangents.get(value)
-        if found is None:
-            found = self.inputs[0].new_zeros(self.n, self.seeds, *shape, dtype=self.dtype)
-        return found.reshape(self.n, self.seeds, -1).contiguous()
+    def result(self, group: BoundGroup, value: int) -> Tensor:
+        """Where a kernel writes a cotangent: into the caller's tensor where it can, else into a temporary."""
+        if value in group.alone and value not in self.cotangents:
+            o = self.out[self.x.wrt.index(value)]
+            if o.is_contiguous() and o.dtype == self.like.dtype and o.device == self.like.device:
+                return o
+        return self.like.new_empty(self.n, self.seeds, *self.x.shapes[value])
 
-    # ---- the others
+    def dense(self, value: int) -> Tensor:
+        """The cotangent of a value that a group gives, ``[N, S, size]``; zeros where nothing reads it."""
+        own, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
+        return self.like.new_zeros(shape) if own is None else own.reshape(shape).contiguous()
 
-    def forward_reference(self, steps: Sequence[int]) -> None:
-        base = len(self.program.inputs)
-        for i in steps:
+    # ---- the other groups
+
+    def forward_reference(self, group: BoundGroup) -> None:
+        for i in group.steps:
             args = [self.values[v] for v in self.program.steps[i].inputs]
-            self.values[base + i] = reference.forward_step(self.program, i, args, self.params)
+            self.values[self.base + i] = reference.forward_step(self.program, i, args, self.weights.params)
 
-    def backward_reference(self, k: int) -> None:
-        base = len(self.program.inputs)
-        for i in reversed(self.plan.groups[k].steps):
-            step = self.program.steps[i]
-            g = self.cotangents.pop(base + i, None)
-            if g is None or not any(v in self.needs for v in step.inputs):
+    def backward_reference(self, group: BoundGroup) -> None:
+        for i in reversed(group.steps):
+            inputs = self.program.steps[i].inputs
+            g = self.cotangents.pop(self.base + i, None)
+            if g is None or not any(v in self.x.needed for v in inputs):
                 continue
-            found = reference.vjp_step(self.program, i, *self.looked_at(i, g), g, self.params)
-            for v, cotangent in zip(step.inputs, found, strict=True):
-                if v in self.needs:
-                    self.add(v, cotangent)
+            args, out = [self.value(v) for v in inputs], self.value(self.base + i)
+            parts = reference.vjp_step(self.program, i, args, out, g, self.weights.params)
+            for v, part in zip(inputs, parts, strict=True):
+                if v in self.x.needed:
+                    self.add(v, part)
 
-    def looked_at(self, i: int, g: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The values that a step's VJP may read: its inputs and its result."""
-        return [self.values[v] for v in self.program.steps[i].inputs], self.values[len(self.program.inputs) + i]
+    def value(self, v: int) -> Tensor:
+        """A value that a step's VJP may read; of a linear Program's values other than slopes the shape alone counts."""
+        known = self.values.get(v)
+        if known is None:
+            assert self.x.linear
+            known = self.like.new_empty(1).expand(self.n, *self.x.shapes[v])
+        return known

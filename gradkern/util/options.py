@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def engine(argument: str | None = None) -> str:
 def memory_budget(device: torch.device | None = None) -> int:
     """Bytes that a call may allocate beside its result (one sample's need where that is more).
 
-    Where nobody chose: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
+    Default: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
     """
     chosen = _budget.get()
     if chosen is None and device is not None and device.type == "cuda":
@@ -80,13 +81,13 @@ def use(engine: str | None = None, *, memory_budget: int | None = None) -> Itera
     ``memory_budget``: bytes beside the result, by default 128 MiB, or a sixteenth of a GPU's memory.
     Both hold for this thread (and context) only; ``None`` leaves what holds outside.
     """
-    reset = []
+    undo: list[tuple[ContextVar[Any], Token[Any]]] = []
     if engine is not None:
-        reset.append((_engine, _engine.set(_valid_engine(engine, "gradkern.use(engine)"))))
+        undo.append((_engine, _engine.set(_valid_engine(engine, "gradkern.use(engine)"))))
     if memory_budget is not None:
-        reset.append((_budget, _budget.set(_valid_budget(memory_budget))))
+        undo.append((_budget, _budget.set(_valid_budget(memory_budget))))
     try:
         yield
     finally:
-        for variable, token in reversed(reset):
+        for variable, token in reversed(undo):
             variable.reset(token)

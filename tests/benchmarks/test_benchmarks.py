@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, full_set, measure, operations
+from benchmarks import accuracy, full_set, measure, operations, questions
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
@@ -43,6 +43,7 @@ def test_peers_agree_with_the_oracle(net: str, name: str, batch: int) -> None:
     assert oracle.relative_error(got, want) <= 1e-12
 
 
+@pytest.mark.slow
 def test_the_compiled_peer_pads_a_ragged_chunk() -> None:
     model = CASES["mlp"].build().requires_grad_(False)
     (x,) = CASES["mlp"].inputs(5)
@@ -143,6 +144,7 @@ def test_a_run_writes_whole_json_and_a_picture(tmp_path, capsys: pytest.CaptureF
     assert "max error" in printed
 
 
+@pytest.mark.slow
 def test_the_full_set_in_small(tmp_path) -> None:
     options = full_set.arguments(["--samples", "300", "--threads", "1", "--calls", "1", "--engine", "kernel"])
     figures = full_set.spawn(options, "gradkern", 300)
@@ -152,6 +154,28 @@ def test_the_full_set_in_small(tmp_path) -> None:
     assert figures["over_result_mib"] < 2000
     with pytest.raises(RuntimeError, match="status"):
         full_set.spawn(options, "nobody", 8)
+
+
+@pytest.mark.slow
+def test_the_two_questions_in_small(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "questions.json"
+    assert questions.main(["--quick", "--samples", "300", "--threads", "1", "--out", str(path)]) == 0
+    printed = capsys.readouterr().out
+    answers = json.loads(path.read_text())["answers"]
+    assert [a["goal"] for a in answers] == [10.0, 1e-3]
+    assert all(a["seconds"] > 0 and a["peer_seconds"] > 0 and a["wrong"] == 0 for a in answers)
+    assert "300 samples" in printed
+    assert "784×10 Jacobian" in printed
+
+
+def test_a_goal_is_printed_beside_the_figure() -> None:
+    answers = [
+        questions.Answer("a", 1.8, 10.0, "class loop at 256", 9.0, 0),
+        questions.Answer("b", 2e-3, 1e-3, "c", 1e-3, 0),
+    ]
+    met, missed = questions.table(answers).splitlines()[2:]
+    assert met.split() == ["a", "1.8", "s", "10.0", "s", "met", "class", "loop", "at", "256", "9.0", "s", "5.0"]
+    assert missed.split()[:6] == ["b", "2.00", "ms", "1.00", "ms", "MISSED"]
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from torch import nn
 
 import gradkern
 from gradkern.cli.main import main
+from gradkern.cli.models import load_model
 from gradkern.data import Results
-from gradkern.data.models import load_model
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "info")

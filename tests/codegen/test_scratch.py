@@ -12,7 +12,7 @@ from gradkern.codegen import scratch
 from gradkern.codegen.scratch import Buffer
 from gradkern.frontend import tracer
 from gradkern.ir.program import Contract
-from gradkern.planner import plan
+from gradkern.runtime import executor
 from tests.networks import NETWORKS
 
 
@@ -57,8 +57,8 @@ def test_scratch_of_a_deep_network_is_a_few_layers():
     """Cotangents of layers far apart share memory: twenty-four layers take about what two do."""
     model = NETWORKS["tcn"].full.build()
     program = tracer.trace(model, NETWORKS["tcn"].full.inputs(2))
-    p = plan.plan(program, 5, torch.float32)
-    chain = plan.chain_of(p, 0, 5, (0,), True)
+    p = executor.plan_for(program, 5, torch.float32)
+    chain = p.chain(0, 5, (0,), True)
     sizes = [math.prod(s.shape) for s in program.steps if isinstance(s.form, Contract)]
     assert chain.seed_tile == 5
     assert len(sizes) > 15

@@ -31,7 +31,7 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: tor
         params = binding.bind(program, model)
         with installed(device):
             y, found = executor.jacobian(program, params, inputs, targets)
-            used = plan.cached_plan(program, found[0].shape[1], dtype)
+            used = executor.plan_for(program, found[0].shape[1], dtype)
     return model, inputs, y, found, used
 
 
@@ -51,7 +51,7 @@ def test_agrees_with_the_oracle(case: Case) -> None:
 def test_measured_networks_in_float32(name: str) -> None:
     device = HostDevice(blocks=1, threads=32)
     model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
-    assert used.whole
+    assert used.single_chain
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-5
     assert oracle.disagreeing(found[0], want[0]) <= 0.5
@@ -63,7 +63,7 @@ def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
     inputs = case.inputs(2)
     program = tracer.trace(model, inputs)
     made = plan.plan(program, 5, machine=HostDevice().machine)
-    assert not made.whole
+    assert not made.single_chain
     assert any("KiB of shared memory" in s.why for s in made.steps)
     assert all(g.native or made.steps for g in made.groups)
 
@@ -101,7 +101,7 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
         params = binding.bind(program, model)
         with installed(device):
             y, found = executor.jacobian(program, params, inputs)
-            used = plan.cached_plan(program, found[0].shape[1], dtype)
+            used = executor.plan_for(program, found[0].shape[1], dtype)
         plain_y, plain = reference.jacobian(program, params, inputs)
     assert device.launches > 0
     assert f"{str(dtype).removeprefix('torch.')} is cast to float32" in str(used)
@@ -133,8 +133,8 @@ def test_half_precision_by_the_public_call() -> None:
 def test_what_torch_runs_keeps_half_precision_out() -> None:
     case = CASES["resnet1d_cumsum"]
     program = tracer.trace(case.build(), case.inputs(2))
-    made = plan.plan(program, 3, torch.bfloat16, HostDevice().machine)
-    assert made.halves is None
+    made = plan.plan(program, 3, torch.bfloat16, machine=HostDevice().machine)
+    assert made.cast_dtype is None
     assert any("not bfloat16" in s.why for s in made.steps)
 
 

@@ -11,7 +11,6 @@ import torch
 
 from gradkern.codegen.encoding import CudaSizes
 from gradkern.frontend import tracer
-from gradkern.planner import plan
 from gradkern.runtime import binding, executor, ops
 from tests import oracle
 from tests.cases import CASES
@@ -45,7 +44,7 @@ def test_agrees_with_the_oracle(name: str, processors: int) -> None:
     device = Launchers(processors)
     model, inputs, y, found, used = run(CASES[name], torch.float64, 5, device)
     assert device.launches == 1
-    assert used.whole
+    assert used.single_chain
     right(model, inputs, y, found)
     assert device.gpu.guards == 0
     assert device.gpu.kept == 4  # weights, tables, two lists of records
@@ -79,7 +78,7 @@ def test_dense_cotangents(kib: int) -> None:
     device = Launchers(shared_bytes=kib * 1024)
     model, inputs, y, found, used = run(CASES["maxpool2d"], torch.float64, 5, device)
     dense = [args for name, args in device.calls if name == "chain_vjp" and args[9]]
-    assert not used.whole
+    assert not used.single_chain
     assert dense
     assert "chain_forward" in dict(device.calls)
     right(model, inputs, y, found)
@@ -92,7 +91,7 @@ def test_several_tiles_of_seeds() -> None:
         device = Launchers(shared_bytes=shared)
         model, inputs, y, found, used = run(CASES["conv_output"], torch.float64, 2, device)
         name, args = device.calls[-1]
-        if used.whole and name == "chain_vjp":
+        if used.single_chain and name == "chain_vjp":
             seeds, tile = args[7].shape[-1], args[10]
             break
     assert 0 < tile < seeds
@@ -103,7 +102,7 @@ def test_measured_networks_in_float32() -> None:
     for name in ("cnn1d", "lenet5", "mlp"):
         device = Launchers()
         model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
-        assert used.whole
+        assert used.single_chain
         want_y, want = oracle.jacobian(model, inputs)
         assert oracle.relative_error(y, want_y) < 1e-5
         assert oracle.disagreeing(found[0], want[0]) <= 0.5
@@ -260,7 +259,7 @@ def test_new_weights_are_packed_again() -> None:
             next(model.parameters()).mul_(factor)
             program = tracer.trace(model, inputs)
             y, found = executor.jacobian(program, binding.bind(program, model), inputs)
-            assert plan.cached_plan(program, program.outputs, torch.float64).whole
+            assert executor.plan_for(program, program.outputs, torch.float64).single_chain
         right(model, inputs, y, found)
 
 

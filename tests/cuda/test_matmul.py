@@ -18,6 +18,7 @@ from gradkern.frontend import tracer
 from gradkern.ir.indexing import along
 from gradkern.ir.program import Index, Product, Program, Scale, Step
 from gradkern.planner import plan
+from gradkern.planner.plan import Plan
 from gradkern.runtime import executor, reference
 from tests import oracle
 from tests.cases import CASES
@@ -70,8 +71,8 @@ def least(program: Program, machine: Device, itemsize: int) -> int:
     return error.value.bytes
 
 
-def lowered(used: plan.Plan) -> Chain:
-    return plan.chain_of(used, 0, SEEDS, tuple(range(len(used.program.inputs))), True)
+def lowered(used: Plan) -> Chain:
+    return used.chain(0, SEEDS, tuple(range(len(used.program.inputs))), True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -87,9 +88,9 @@ def test_products_of_two_values(name: str, room: str, dtype: torch.dtype) -> Non
     targets = torch.randint(program.outputs, (N, SEEDS), generator=torch.Generator().manual_seed(2))
     with installed(device):
         y, found = executor.jacobian(program, {}, xs, targets)
-        used = plan.cached_plan(program, SEEDS, dtype)
+        used = executor.plan_for(program, SEEDS, dtype)
     want_y, want = reference.jacobian(program, {}, [x.double() for x in xs], targets)
-    assert used.whole
+    assert used.single_chain
     assert device.launches
     assert room == "ample" or lowered(used).seed_tile < SEEDS
     assert oracle.relative_error(y, want_y) < BOUND[dtype]
@@ -165,7 +166,7 @@ def test_attention(case: Case, shared: int) -> None:
     model, xs, y, found, used = run(case, torch.float64, 3, device)
     want_y, want = oracle.jacobian(model, xs)
     assert device.launches
-    assert used.whole == (shared > 1 << 17)
+    assert used.single_chain == (shared > 1 << 17)
     assert oracle.relative_error(y, want_y) < 1e-12
     assert oracle.relative_error(found[0], want[0]) < 1e-11
 
@@ -174,7 +175,7 @@ def test_attention_in_float32() -> None:
     device = HostDevice(threads=64)
     model, xs, y, found, used = run(NETWORKS["vit"].small, torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, xs)
-    assert used.whole
+    assert used.single_chain
     assert oracle.relative_error(y, want_y) < 1e-5
     assert oracle.disagreeing(found[0], want[0], 2e-5) == 0
 
@@ -183,7 +184,7 @@ def test_what_is_too_large_is_said() -> None:
     """65 tokens by four heads: softmax of 66 KiB, once as a result and once for the way back, fits no block."""
     program = tracer.trace(ViT(10, 32, 4, 64, 1, 4).eval(), [torch.zeros(2, 3, 32, 32)])
     made = plan.plan(program, 10, machine=HostDevice().machine)
-    assert not made.whole
+    assert not made.single_chain
     left = {s.form.split("(")[0] for s in made.steps if s.path == "aten, seeds folded"}
     assert left == {"LowRank"}
     assert all("KiB of shared memory" in s.why for s in made.steps if s.path == "aten, seeds folded")

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import gradkern
 from gradkern.codegen.cuda import lowering, slices
 from gradkern.codegen.cuda.lowering import DeviceLowering
-from gradkern.codegen.cuda.weights import DeviceScatter, NarrowScatter, QuadScatter
+from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
 from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
 from gradkern.frontend import tracer
 from gradkern.planner import plan
@@ -25,7 +26,6 @@ from tests import oracle
 from tests.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
-WAYS = {Way.Walk: DeviceScatter, Way.Quads: QuadScatter, Way.Narrow: NarrowScatter}
 
 
 def pooled(inputs: int, kernel: int, pool: int, seeds: int, stride: int = 1) -> nn.Module:
@@ -64,7 +64,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, way: Way) -> None:
     before = DeviceLowering.scatter_clocks
 
     def clocks(self: DeviceLowering, layout: DeviceScatter, taps: int, pattern: bool) -> float:
-        return before(self, layout, taps, pattern) * (1e-6 if type(layout) is WAYS[way] else 1.0)
+        return before(self, layout, taps, pattern) * (1e-6 if layout.way == way else 1.0)
 
     monkeypatch.setattr(DeviceLowering, "scatter_clocks", clocks)
 
@@ -88,13 +88,13 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
     model = make().eval()
     model(torch.zeros(1, *shape))  # settles the lazy layer
     model, x = model.to(dtype), torch.randn(n, *shape, dtype=torch.float64).to(dtype)
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         params = binding.bind(program, model)
         with installed(HostDevice(**options)):
             y, (found,) = executor.jacobian(program, params, (x,))
-            assert plan.cached_plan(program, found.shape[1], dtype).whole
+            assert executor.plan_for(program, found.shape[1], dtype).single_chain
     (chain,) = plan._chains.values()
     want_y, (want,) = oracle.jacobian(model, (x,))
     return y, found, want_y, want, chain
@@ -105,7 +105,7 @@ def ways_of(chain) -> set[Way]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", Way)
 @pytest.mark.parametrize("name", NETS)
 def test_transposed_convolutions(name: str, way: Way, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prefer(monkeypatch, way)
@@ -159,7 +159,7 @@ def test_what_cannot_be_sliced() -> None:
     x = torch.randn(2, 1, 4)
     program = tracer.trace(model.eval(), (x,))
     made = plan.plan(program, 3, machine=HostDevice().machine)
-    assert made.whole
+    assert made.single_chain
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -183,7 +183,7 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     body = [nn.Conv1d(1, channels, 3, padding=1), nn.MaxPool1d(2, 4, 1, 2), nn.Flatten()]
     model = nn.Sequential(*body[:2], *[nn.ReLU()][:relu], body[2]).double().eval()
     x = torch.randn(2, 1, 1, dtype=torch.float64)
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         with installed(HostDevice()):
@@ -219,9 +219,10 @@ def test_rows_asked_for_ahead_of_time_are_there() -> None:
     model = nn.Linear(64, 1000).eval()
     program = tracer.trace(model, (torch.zeros(3, 64),))
     made = plan.plan(program, 0, machine=HostDevice().machine)
-    chain = plan.chain_of(made, 0, 0, (), False)
+    chain = made.chain(0, 0, (), False)
     (layout,) = chain.layouts
-    assert layout.wf + (layout.K + 4) * layout.ldf <= chain.packed_size
+    assert isinstance(layout, DeviceWindow)
+    assert layout.weights + (layout.K + 4) * layout.row_length <= chain.packed_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -248,7 +249,7 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
             p.copy_(torch.randint(-1, 2, p.shape))
     model = model.to(dtype)
     x[3, 0, 5] = float("nan")
-    plan._chains.clear(), plan._plans.clear()
+    gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x[:3],))
         with installed(HostDevice()):
@@ -256,8 +257,8 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)
     (chain,) = plan._chains.values()
-    windows = [op for op in chain.forward if isinstance(op, Window)]
-    assert isinstance(windows[0], PooledWindow) == (joined is not None and not overlaps)
+    window = next(op for op in chain.forward if isinstance(op, Window))
+    assert isinstance(window, PooledWindow) == (joined is not None and not overlaps)
     rows = x.detach().clone().requires_grad_(True)
     want_y = model(rows)
     want = torch.stack([torch.autograd.grad(want_y[:, s].sum(), rows, retain_graph=True)[0] for s in range(3)], 1)

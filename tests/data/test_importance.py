@@ -9,8 +9,8 @@ from torch import nn
 
 import gradkern
 from gradkern.data import run
-from gradkern.data.importance import _average_ranks, _spearman, of_results
-from gradkern.data.importance import curve as curve_of
+from gradkern.data.ranking import _average_ranks, _spearman, of_results
+from gradkern.data.ranking import curve as curve_of
 from tests.cases import CASES
 
 PLANTED = (7, 21)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("ray", reason="Ray is not installed")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path):
     command = [sys.executable, "-m", "tests.ray_run", str(tmp_path / "ray.zarr")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

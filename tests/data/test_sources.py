@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from gradkern.data import open_source, run
+from gradkern.data import Source, open_source, register, run
+from gradkern.data.sources import registry
 from tests.cases import CASES
 
 X = np.random.default_rng(0).standard_normal((23, 2, 5)).astype(np.float32)
@@ -197,3 +198,66 @@ def test_two_inputs_make_two_arrays(tmp_path):
         maps = results.maps(0, 9, f"attributions_{i}")
         assert maps.shape[2:] == x.shape[1:]
         np.testing.assert_allclose(results.reduction("mean_abs", of=i), maps.double().mean(0).numpy(), atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A source of one's own: one class
+
+
+class Sensor:
+    """An object that no class of gradkern's takes: no length, no items."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.readings = rows
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The recipe: `Readings` reads a `Sensor`, and files of numbers in text."""
+    monkeypatch.setattr(registry, "KINDS", list(registry.KINDS))
+
+    @register
+    class Readings(Source):
+        about, suffixes = "a Sensor", (".txt",)
+
+        def __init__(self, rows: np.ndarray) -> None:
+            super().__init__(len(rows))
+            self.readings = rows
+
+        @classmethod
+        def accepts(cls, thing):
+            return isinstance(thing, Sensor)
+
+        @classmethod
+        def of(cls, thing, columns):
+            return cls(thing.readings)
+
+        @classmethod
+        def at(cls, path, name, columns):
+            return cls(np.loadtxt(path, dtype=np.float32))
+
+        def rows(self, start, stop):
+            return (torch.tensor(self.readings[start:stop]),)
+
+    return Readings
+
+
+def test_a_registered_class_is_all_that_a_new_source_takes(registered, tmp_path):
+    model, rows = torch.nn.Linear(10, 2).eval(), X.reshape(23, 10)
+    np.savetxt(tmp_path / "x.txt", rows, fmt="%.9g")
+    expected = run(model, rows, tmp_path / "a.zarr", method="jacobian")
+    for i, source in enumerate((Sensor(rows), str(tmp_path / "x.txt"))):
+        assert isinstance(open_source(source), registered)
+        results = run(model, source, tmp_path / f"{i}.zarr", method="jacobian")
+        assert torch.equal(results.maps(0, 23), expected.maps(0, 23))
+        assert results.about["fingerprint"] == expected.about["fingerprint"]
+    with pytest.raises(TypeError, match=r"got int, expected .*, a Sensor, .* that ends in .*\.txt"):
+        open_source(3)
+
+
+def test_workers_cast_as_one_process_does():
+    pixels = TensorDataset(torch.arange(24, dtype=torch.uint8).view(6, 4))
+    for workers in (0, 1):
+        source = open_source(DataLoader(pixels, batch_size=2, num_workers=workers), dtype=torch.float32)
+        (rows,) = next(source.stream([(0, 3)]))
+        assert rows.dtype == torch.float32

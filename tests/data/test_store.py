@@ -13,8 +13,9 @@ import xarray
 import zarr
 
 import gradkern
-from gradkern.data import REDUCTIONS, Results, durable, methods, run, statistics
-from gradkern.data.ledger import Ledger, Record
+from gradkern.data import REDUCTIONS, Results, methods, run, statistics
+from gradkern.data.store import durable
+from gradkern.data.store.ledger import Ledger, Record
 from tests.cases import CASES
 
 CASE = CASES["lenet5"]
@@ -305,7 +306,7 @@ def test_statistics_merge_to_the_same_bits_in_any_order(tmp_path, chunks):
     for attempt in range(4):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        store = gradkern.data.durable.DurableStore(folder)
+        store = durable.DurableStore(folder)
         cut = rng.randint(0, chunks)
         owned = [range(0, cut), range(cut, chunks)]  # two processes
         ledgers = [Ledger(store, chunks) for _ in owned]
@@ -328,7 +329,7 @@ def test_statistics_merge_to_the_same_bits_in_any_order(tmp_path, chunks):
 
 def test_the_total_while_another_process_joins_records(tmp_path, monkeypatch):
     """Records that vanish between the listing and the reading, because their parent is there by now."""
-    store = gradkern.data.durable.DurableStore(tmp_path)
+    store = durable.DurableStore(tmp_path)
     writer, reader = Ledger(store, 8), Ledger(store, 8)
     for chunk in (7, 0, 2, 4, 6, 1, 5):
         writer.add(chunk, record(chunk))
@@ -346,7 +347,7 @@ def test_the_total_while_another_process_joins_records(tmp_path, monkeypatch):
 
 
 def test_a_record_that_is_lost_is_an_error(tmp_path, monkeypatch):
-    store = gradkern.data.durable.DurableStore(tmp_path)
+    store = durable.DurableStore(tmp_path)
     ledger = Ledger(store, 4)
     ledger.add(1, record(1))
     monkeypatch.setattr(ledger, "nodes", lambda: {(0, 1), (0, 2)})

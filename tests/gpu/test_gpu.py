@@ -15,8 +15,8 @@ import torch
 import gradkern
 from gradkern import attr
 from gradkern.frontend import tracer
-from gradkern.planner import plan
 from gradkern.runtime import binding, executor, ops, reference
+from gradkern.runtime.weights import PlanWeights
 from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
@@ -138,9 +138,9 @@ def test_streams_and_threads() -> None:
 
 def test_a_cuda_graph_captures_the_launch() -> None:
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 300, torch.float32)
-    used = plan.cached_plan(program, 3, torch.float32, CUDA)
-    chain = plan.chain_of(used, 0, 3, (0,), True)
-    packed = executor.packed_for(chain, params, inputs[0])
+    used = executor.plan_for(program, 3, torch.float32, CUDA)
+    chain = used.chain(0, 3, (0,), True)
+    packed = PlanWeights(used, params, inputs[0]).packed(chain)
     targets = torch.arange(3, device=CUDA)
     rows = packed.seed_rows(targets, 3)
     x, out = inputs[0].clone(), torch.empty(300, 3, 1, 224, device=CUDA)
@@ -168,7 +168,7 @@ def test_products_of_two_values(name: str, dtype: torch.dtype) -> None:
     targets = torch.randint(program.outputs, (300, 7), generator=generator)
     on_device = [x.to(CUDA, dtype) for x in xs]
     y, found = executor.jacobian(program, {}, on_device, targets.to(CUDA))
-    assert plan.cached_plan(program, 7, dtype, CUDA).whole
+    assert executor.plan_for(program, 7, dtype, CUDA).single_chain
     want_y, want = reference.jacobian(program, {}, xs, targets)
     bound = PRODUCT_BOUND[dtype]
     assert oracle.relative_error(y.cpu(), want_y) < bound
@@ -182,8 +182,8 @@ def test_a_vision_transformer(size: str) -> None:
     case = getattr(NETWORKS["vit"], size)
     model, inputs, program, params = on_gpu(case, 200 if size == "small" else 9, torch.float32)
     _, found = executor.jacobian(program, params, inputs)
-    used = plan.cached_plan(program, program.outputs, torch.float32, CUDA)
-    assert used.whole == (size == "small")
+    used = executor.plan_for(program, program.outputs, torch.float32, CUDA)
+    assert used.single_chain == (size == "small")
     _, want = oracle.jacobian(model, inputs)
     assert oracle.disagreeing(found[0], want[0], 1e-4) == 0
 
@@ -212,8 +212,8 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
     with torch.no_grad(), small(shared):
         program = tracer.trace(model, (x,))
         y, (found,) = executor.jacobian(program, binding.bind(program, model), [x])
-        used = plan.cached_plan(program, found.shape[1], torch.float64, CUDA)
-    assert not used.whole or shared > 256
+        used = executor.plan_for(program, found.shape[1], torch.float64, CUDA)
+    assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-11
     assert oracle.relative_error(found, want) < 1e-10
@@ -223,7 +223,7 @@ def test_fcn_in_pieces() -> None:
     """Real sizes: layers of half a megabyte for one sample."""
     model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
     _, found = executor.jacobian(program, params, inputs)
-    assert not plan.cached_plan(program, 5, torch.float32, CUDA).whole
+    assert not executor.plan_for(program, 5, torch.float32, CUDA).single_chain
     _, want = oracle.jacobian(model, [x[:12] for x in inputs])
     assert oracle.disagreeing(found[0][:12], want[0]) <= 0.2
 

@@ -13,7 +13,6 @@ from gradkern.frontend import tracer
 from gradkern.ir.cost import forward_macs
 from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step, Sum
 from gradkern.passes import bottleneck
-from gradkern.planner import plan
 from gradkern.runtime import executor
 from gradkern.runtime.binding import bind
 from tests import oracle
@@ -90,7 +89,7 @@ def test_result_is_the_same(per_sample):
     case = NETWORKS["basset"].small
     model, inputs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     program = tracer.trace(model, inputs)
-    assert plan.plan(program, program.outputs, torch.float64).cut is not None
+    assert executor.plan_for(program, program.outputs, torch.float64).bottleneck is not None
     targets = torch.arange(program.outputs).flip(0)
     if per_sample:
         targets = torch.stack([targets.roll(k) for k in range(3)])
@@ -103,7 +102,7 @@ def test_explain_shows_the_cut():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 8), nn.ReLU(), nn.Linear(8, 60)).eval()
     found = gradkern.explain(model, torch.randn(2, 20), show=False)
-    assert found.cut.width == 8
+    assert found.bottleneck.width == 8
     assert "seeds start at" in str(found)
     assert "times fewer" in str(found)
 
@@ -111,7 +110,7 @@ def test_explain_shows_the_cut():
 def test_narrow_outputs_have_no_cut():
     case = NETWORKS["lenet5"].small
     program = tracer.trace(case.build(), case.inputs(2))
-    assert plan.plan(program, program.outputs).cut is None
+    assert executor.plan_for(program, program.outputs).bottleneck is None
 
 
 @pytest.mark.parametrize("function", ["guided_relu", "open_relu"])

@@ -14,7 +14,7 @@ from gradkern.frontend import tracer
 from gradkern.ir.cost import forward_macs
 from gradkern.ir.program import Product
 from gradkern.passes import prune_positions
-from gradkern.passes.prune_positions import Line, covering, narrowed, union
+from gradkern.passes.prune_positions import Line, covering, pruned, union
 from gradkern.runtime import reference
 from tests import oracle
 from tests.networks import NETWORKS, Chomp
@@ -44,11 +44,11 @@ def causal(c: int, o: int, dilation: int) -> list[nn.Module]:
 def test_a_causal_network_needs_few_positions():
     model = NETWORKS["tcn"].full.build(dtype=torch.float64)
     program = tracer.trace(model, NETWORKS["tcn"].full.inputs(2, dtype=torch.float64))
-    found = narrowed(program)
+    found = pruned(program)
     assert macs(found) < macs(program) / 5
     assert found.inputs == program.inputs
     assert found.output_shape == program.output_shape
-    assert narrowed(found) is found
+    assert pruned(found) is found
     x = torch.randn(2, 1, 784, dtype=torch.float64)
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
@@ -70,7 +70,7 @@ def test_last_position_of_convolutions(layers, shape):
     model = last_step(*layers)
     x = torch.randn(4, *shape, dtype=torch.float64)
     program = tracer.trace(model, (x,))
-    assert macs(narrowed(program)) <= macs(program)
+    assert macs(pruned(program)) <= macs(program)
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
@@ -79,7 +79,7 @@ def test_weights_that_are_not_finite_spread_as_in_torch():
     model = last_step(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3, dilation=5))
     x = torch.randn(3, 2, 40, dtype=torch.float64)
     program = gradkern.prepare(model, x)
-    assert narrowed(program) is not program
+    assert pruned(program) is not program
     with torch.no_grad():
         model.body[0].weight[0, 0, 0] = torch.inf
     want = oracle.jacobian(model, x)[1][0]
@@ -100,7 +100,7 @@ def test_images_narrow_along_both_axes():
 
     model, x = Corner().double().eval(), torch.randn(3, 2, 12, 16, dtype=torch.float64)
     program = tracer.trace(model, (x,))
-    assert macs(narrowed(program)) < macs(program) / 2
+    assert macs(pruned(program)) < macs(program) / 2
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
@@ -108,7 +108,7 @@ def test_images_narrow_along_both_axes():
 def test_a_class_token_needs_one_row_of_the_last_attention():
     case = NETWORKS["vit"].full
     program = tracer.trace(case.build(), case.inputs(2))
-    found = narrowed(program)
+    found = pruned(program)
     rows = [s.shape for s in found.steps if s.form == Product("matmul")]
     assert rows[-2:] == [(4, 1, 65), (4, 1, 16)]
     assert rows[:-2] == [(4, 65, 65), (4, 65, 16)] * 3
@@ -119,7 +119,7 @@ def test_nothing_to_narrow_leaves_the_program_as_it_is():
     for name in ("inceptiontime", "resnet18", "eegnet", "mlstm_fcn"):
         small = NETWORKS[name].small
         program = tracer.trace(small.build(), small.inputs(2))
-        assert narrowed(program) is program
+        assert pruned(program) is program
 
 
 def test_lines():

@@ -22,6 +22,7 @@ from gradkern.ir.program import (
     Windows,
 )
 from gradkern.planner import plan
+from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
 from tests.traced import program_of
 
@@ -47,26 +48,26 @@ def split() -> Program:
 
 
 def test_a_network_of_kernels_is_one_group():
-    p = plan.plan(make(Step(CONV, (0,), (4, 8)), Step(Scale("relu"), (1,), (4, 8))), 5)
-    assert p.whole
+    p = executor.plan_for(make(Step(CONV, (0,), (4, 8)), Step(Scale("relu"), (1,), (4, 8))), 5)
+    assert p.single_chain
     assert p.native_share == p.fused_share == 1.0
     assert {s.group for s in p.steps} == {0}
 
 
 @pytest.mark.parametrize("case", BENCH, ids=repr)
 def test_the_measured_networks_are_whole(case):
-    p = plan.plan(program_of(case.name), program_of(case.name).outputs)
-    assert p.whole
+    p = executor.plan_for(program_of(case.name), program_of(case.name).outputs)
+    assert p.single_chain
     assert p.native_share == 1.0
 
 
 def test_the_plan_splits_around_what_torch_does():
-    p = plan.plan(split(), 3)
+    p = executor.plan_for(split(), 3)
     assert [g.native for g in p.groups] == [True, False, True]
     assert [g.steps for g in p.groups] == [(0,), (1,), (2, 3, 4, 5)]
     assert [g.live_in for g in p.groups] == [(0,), (1,), (1, 2)]
     assert [g.live_out for g in p.groups] == [(1,), (2,), (6,)]
-    assert not p.whole
+    assert not p.single_chain
     row = p.steps[1]
     assert row.path == "autograd, per op"
     assert row.why == "aten.cumsum.default: a running sum has no form"
@@ -78,7 +79,7 @@ def test_the_plan_splits_around_what_torch_does():
 
 
 def test_measured_costs_of_opaque_steps_replace_the_guess():
-    p = plan.plan(split(), 3, opaque_macs={1: 10_000})
+    p = executor.plan_for(split(), 3).counting({1: 10_000})
     assert p.steps[1].macs == 40_000
     assert p.fused_share < 0.06
 
@@ -86,8 +87,8 @@ def test_measured_costs_of_opaque_steps_replace_the_guess():
 @pytest.mark.parametrize("case", TRACEABLE, ids=repr)
 def test_groups_are_in_order_and_complete(case):
     """Every value crosses from an earlier group to a later one, and every step belongs to exactly one group."""
-    program = program_of(case.name)
-    p = plan.plan(program, 3)
+    p = executor.plan_for(program_of(case.name), 3)
+    program = p.program
     base = len(program.inputs)
     assert sorted(i for g in p.groups for i in g.steps) == list(range(len(program.steps)))
     known = set(range(base))
@@ -116,34 +117,33 @@ def test_groups_are_in_order_and_complete(case):
     ],
 )
 def test_reasons(program, why):
-    (row,) = plan.plan(program, 2).steps
+    (row,) = executor.plan_for(program, 2).steps
     assert row.path == "aten, seeds folded"
     assert why in row.why
-    assert plan.plan(program, 2).fused_share == 1.0
-    assert plan.plan(program, 2).native_share == (0.0 if row.macs else 1.0)  # of no work all is done
+    assert executor.plan_for(program, 2).fused_share == 1.0
+    assert executor.plan_for(program, 2).native_share == (0.0 if row.macs else 1.0)  # of no work all is done
 
 
 def test_dtypes_without_kernels():
-    p = plan.plan(split(), 3, torch.bfloat16)
+    p = executor.plan_for(split(), 3, torch.bfloat16)
     assert not any(g.native for g in p.groups)
     assert "float32 and float64, not bfloat16" in p.steps[0].why
 
 
-def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(plan.ops, "machine", lambda device=None: None)
-    p = plan.plan(split(), 3)
+def test_without_the_extension():
+    p = plan.plan(split(), 3, machine=None)
     assert not any(g.native for g in p.groups)
-    assert p.steps[0].why == "the compiled extension is missing"
+    assert p.steps[0].why.startswith("the compiled extension is missing")
 
 
 def test_printing():
-    text = str(plan.plan(split(), 3))
+    text = str(executor.plan_for(split(), 3))
     lines = text.splitlines()
     assert lines[0].split() == ["value", "form", "shape", "path", "MMAC", "from"]
     assert len([line for line in lines if line.startswith("v")]) == 1 + len(split().steps) + 1
     assert "v2 (body.1): aten.cumsum.default: a running sum has no form" in lines
     assert lines[-1].startswith("3 seeds, 3 groups, fused ")
-    assert "1 group, fused 100.0 %" in str(plan.plan(make(Step(CONV, (0,), (4, 8))), 1))
+    assert "1 group, fused 100.0 %" in str(executor.plan_for(make(Step(CONV, (0,), (4, 8))), 1))
 
 
 def test_folded_steps_say_so():
@@ -152,10 +152,12 @@ def test_folded_steps_say_so():
         Step(Scale("relu"), (1,), (4, 8)),
         Step(Select(Windows((2,), (2,), ((0, 0),), (1,))), (2,), (4, 4)),
     )
-    assert [s.path.split()[0] for s in plan.plan(program, 1).steps] == ["kernel", "kernel", "folded"]
+    assert [s.path.split()[0] for s in executor.plan_for(program, 1).steps] == ["kernel", "kernel", "folded"]
 
 
 def test_plans_are_values():
-    assert plan.plan(split(), 3) == plan.plan(split(), 3)
-    assert plan.cached_plan(split(), 3, torch.float32) is plan.cached_plan(split(), 3, torch.float32)
-    assert plan.plan(split(), 3) != plan.plan(split(), 4)
+    machine = ops.machine()
+    assert plan.plan(split(), 3, machine=machine) == plan.plan(split(), 3, machine=machine)
+    assert executor.plan_for(split(), 3) is executor.plan_for(split(), 3)
+    assert plan.plan(split(), 3, machine=machine) != plan.plan(split(), 4, machine=machine)
+    assert repr(executor.plan_for(split(), 3)).startswith("<Plan: 3 seeds, 3 groups, fused ")

@@ -9,7 +9,6 @@ import torch
 
 from gradkern.codegen import emitters, scratch
 from gradkern.ir.program import Program, Scale, Step
-from gradkern.planner import plan
 from gradkern.runtime import executor
 from tests import oracle
 from tests.cases import BENCH, CASES, TRACEABLE
@@ -142,8 +141,8 @@ def test_block_boundaries(name, threads):
     """One sample more and less than a block, for any number of threads; every sample as if it were alone."""
     _, inputs, program, params = parts(name, 66)
     want_y, want = exact(name, 66)
-    p = plan.cached_plan(program, program.outputs, torch.float64)
-    block = plan.chain_of(p, 0, program.outputs, (0,), True).sizes.block
+    p = executor.plan_for(program, program.outputs, torch.float64)
+    block = p.chain(0, program.outputs, (0,), True).sizes.block
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -184,4 +183,4 @@ def test_a_permuted_batch_gives_permuted_bits(name, dtype):
 def test_every_bench_network_is_one_chain():
     for case in BENCH:
         program = program_of(case.name)
-        assert plan.cached_plan(program, program.outputs, torch.float32).whole
+        assert executor.plan_for(program, program.outputs, torch.float32).single_chain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 import math
 import weakref
 
@@ -11,10 +11,24 @@ from torch import nn
 
 import gradkern
 from gradkern.codegen import scratch
-from gradkern.ir.program import Contract, Param, Positions, Program, Scale, Step, View, Windows
-from gradkern.planner import plan
-from gradkern.runtime import executor, reference
+from gradkern.ir.program import (
+    Call,
+    Contract,
+    Dense,
+    Opaque,
+    Param,
+    Positions,
+    Program,
+    Scale,
+    Step,
+    Value,
+    View,
+    Windows,
+)
+from gradkern.runtime import executor, reference, weights
+from gradkern.runtime.weights import Packed
 from gradkern.util import options
+from gradkern.util.chunks import stepwise_bytes
 from tests import oracle
 from tests.runtime.test_executor_corners import dense
 from tests.traced import EXACT, exact, parts, run, worst
@@ -37,33 +51,110 @@ def test_packed_weights_follow_every_edit():
         assert worst(run(swapped, both, x)[1], reference.jacobian(swapped, both, x)[1]) <= EXACT
 
 
-def test_packs_are_few_and_small():
-    packs = executor.Packs(keep=3, most=1 << 20)
-    _, _, program, params = parts("bn_linear", 1)
-    p = plan.cached_plan(program, program.outputs, torch.float64)
-    c = plan.chain_of(p, 0, program.outputs, (0,), True)
-    for scale in range(1, 8):
-        packs.get(c, {k: v * scale for k, v in params.items()}, torch.empty(0, dtype=torch.float64))
-        assert len(packs.found) <= 3
-    packs.most = 1
-    packs.get(c, params, torch.empty(0, dtype=torch.float64))
-    assert len(packs.found) == 1  # the one in use always stays
+class Count:
+    """How often weights are packed."""
+
+    def __init__(self, monkeypatch):
+        self.packs, plain = [], Packed
+
+        def packed(chain, params, like):
+            self.packs.append(chain)
+            return plain(chain, params, like)
+
+        monkeypatch.setattr(weights, "Packed", packed)
+
+    def since(self) -> int:
+        self.packs, packs = [], self.packs
+        return len(packs)
 
 
-def test_a_chain_that_is_gone_leaves_no_pack_to_its_successor():
-    """Two chains may get one id, one after the other."""
-    packs = executor.Packs()
-    _, _, program, params = parts("bn_linear", 1)
-    p = plan.cached_plan(program, 2, torch.float64)
-    first = packs.get(plan.chain_of(p, 0, 2, (0,), True), params, torch.empty(0, dtype=torch.float64))
-    (key,) = packs.found
-    other = copy.copy(first.chain)
-    packs.found[(id(other), key[1])] = packs.found.pop(key)
-    assert packs.get(other, params, torch.empty(0, dtype=torch.float64)).chain is other
+def scaled(params, factor):
+    return {k: v * factor for k, v in params.items()}
+
+
+def test_packs_are_few_and_small(monkeypatch, fresh_plans):
+    monkeypatch.setattr(weights, "MOST_CONTENTS", 3)
+    _, inputs, program, params = parts("bn_linear", 1)
+    for factor in range(1, 8):
+        run(program, scaled(params, factor), inputs)
+        assert len(weights.store.entries) <= 3
+    count = Count(monkeypatch)
+    for factor in (7, 6, 5, 4):
+        run(program, scaled(params, factor), inputs)
+    assert count.since() == 1  # the latest three were there
+    monkeypatch.setitem(weights.MOST_BYTES, "cpu", 1)
+    run(program, params, inputs)
+    assert len(weights.store.entries) == 1  # the one in use always stays
+    run(program, params, inputs)
+    assert count.since() == 1
+
+
+def many_chains(links: int) -> Program:
+    """``links`` times a linear layer, a kernel's, and a running sum, which is torch's."""
+    steps = []
+    for k in range(links):
+        steps.append(Step(Contract(Dense(), Param(f"w{k}")), (2 * k,), (6,)))
+        steps.append(Step(Opaque(Call("aten.cumsum.default", (Value(2 * k + 1), 1)), "no form"), (2 * k + 1,), (6,)))
+    return Program(((6,),), tuple(steps), 2 * links)
+
+
+def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
+    """However many chains, however small the room, and however many chunks there are of a call."""
+    program = many_chains(20)
+    params = {f"w{k}": torch.randn(6, 6, dtype=torch.float64) / 3 for k in range(20)}
+    count = Count(monkeypatch)
+    monkeypatch.setitem(weights.MOST_BYTES, "cpu", 1)
+    for seed in range(4):
+        x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        y, (jac,) = executor.jacobian(program, params, (x,))
+        want_y, (want,) = reference.jacobian(program, params, (x,))
+        torch.testing.assert_close(y, want_y)
+        torch.testing.assert_close(jac, want)
+    assert len(count.packs) == len(set(map(id, count.packs))) == 2 * 20  # forward, and with the backward
+    params = scaled(params, 2)  # an optimizer's step
+    executor.jacobian(program, params, (x,))
+    assert len(count.packs) == 2 * 2 * 20
+    assert len(weights.store.entries) == 1
+
+
+def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
+    count = Count(monkeypatch)
+    first, second = parts("bn_linear", 1)[1:], parts("residual", 1)[1:]
+
+    def both():
+        for inputs, program, params in (first, second):
+            run(program, params, inputs)
+
+    both()
+    both()
+    assert count.since() == len(weights.store.entries) == 2
+    monkeypatch.setitem(weights.MOST_BYTES, "cpu", max(e.nbytes for e in weights.store.entries.values()))
+    both()
+    assert count.since() == 0  # room is looked for where something is packed
+    run(first[1], scaled(first[2], 2), first[0])
+    both()
+    assert count.since() == 3
+    assert len(weights.store.entries) == 1
+
+
+def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_plans):
+    """Two plans may get one id, one after the other: not while the packs of the first are kept."""
+    _, inputs, program, params = parts("bn_linear", 1)
+    run(program, params, inputs)
+    (entry,) = weights.store.entries.values()
+    gone = weakref.ref(entry.plan)
+    executor._plans.clear(), executor._executables.clear()
+    del entry
+    gc.collect()
+    assert gone() is not None
+    gradkern.reset()
+    gc.collect()
+    assert gone() is None
 
 
 def test_plans_are_forgotten(monkeypatch, fresh_plans):
-    monkeypatch.setattr(plan, "_KEEP", 4)
+    for table in (executor._plans, executor._executables):
+        monkeypatch.setattr(table, "most", 4)
     _, inputs, program, params = parts("bn_linear", 2)
     for s in range(1, 9):
         targets = torch.zeros(s, dtype=torch.int64)
@@ -71,8 +162,8 @@ def test_plans_are_forgotten(monkeypatch, fresh_plans):
             worst(run(program, params, inputs, targets)[1], [oracle.pick(exact("bn_linear", 2)[1][0], targets)])
             <= EXACT
         )
-    assert len(plan._plans) <= 4
-    assert len(plan._chains) <= 4
+    assert len(executor._plans) <= 4
+    assert len(executor._executables) <= 4
 
 
 def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):
@@ -87,7 +178,7 @@ def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):
     monkeypatch.setattr(
         reference, "jacobian", lambda p, b, xs, *a: (seen.append(xs[0].shape[0]), plain(p, b, xs, *a))[1]
     )
-    monkeypatch.setattr(options, "DEFAULT_MEMORY_BUDGET", 8 * executor.need(program, program.outputs, torch.float64))
+    monkeypatch.setattr(options, "DEFAULT_MEMORY_BUDGET", 8 * stepwise_bytes(program.shapes, program.outputs, 8))
     y, (jac,) = run(program, params, (x,))
     assert max(seen) <= 8
     assert sum(seen) == 32
@@ -109,9 +200,9 @@ def test_scratch_of_large_layers_is_one_samples():
     head = (Step(View(), (4,), (16,)), dense(30, 16, 5))
     steps = (conv(3, 32, 0, size), tanh, conv(32, 16, 2, size), mean, *head)
     program = Program(((3, size, size),), steps, 6)
-    p = plan.plan(program, 30, torch.float32)
-    assert p.whole
-    found, single = (plan.chain_of(p, 0, seeds, (0,), True) for seeds in (30, 1))
+    p = executor.plan_for(program, 30, torch.float32)
+    assert p.single_chain
+    found, single = (p.chain(0, seeds, (0,), True) for seeds in (30, 1))
     assert found.seed_tile < 6
     assert found.scratch <= max(scratch.SCRATCH_BYTES, single.scratch)
     assert found.sizes.block < 4

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from gradkern.frontend import tracer, verify
-from gradkern.planner import plan
 from gradkern.runtime import executor, reference
 from gradkern.runtime.binding import bind
 from tests import oracle
@@ -48,16 +47,16 @@ class Picked(torch.nn.Module):
 @pytest.mark.parametrize("name", FUSED)
 def test_everything_is_fused(name):
     _, _, program = traced(name)
-    found = plan.plan(program, 4, torch.float32)
+    found = executor.plan_for(program, 4, torch.float32)
     assert found.fused_share == 1.0
     assert found.native_share == 1.0
-    assert found.whole, str(found)
+    assert found.single_chain, str(found)
 
 
 @pytest.mark.parametrize("name", set(NETWORKS) - set(FUSED))
 def test_nothing_is_left_to_autograd(name):
     _, _, program = traced(name)
-    assert plan.plan(program, 4, torch.float32).fused_share == 1.0
+    assert executor.plan_for(program, 4, torch.float32).fused_share == 1.0
 
 
 @pytest.mark.slow

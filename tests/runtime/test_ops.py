@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradkern.planner import plan
 from gradkern.runtime import executor, ops
+from gradkern.runtime.weights import Packed
 from tests.traced import parts
 
 ops.extension()  # registers them
@@ -16,9 +16,9 @@ G = torch.ops.gradkern
 def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.float64, group: bool = False):
     """The arguments of `chain_vjp` for a case: one-hot seeds, or with ``group`` dense cotangents."""
     _, inputs, program, params = parts(name, n, dtype)
-    p = plan.cached_plan(program, program.outputs, dtype)
-    chain = plan.chain_of(p, 0, program.outputs, tuple(range(len(inputs))), not group)
-    packed = executor.Packed(chain, params, inputs[0])
+    p = executor.plan_for(program, program.outputs, dtype)
+    chain = p.chain(0, program.outputs, tuple(range(len(inputs))), not group)
+    packed = Packed(chain, params, inputs[0])
     targets = None if group else torch.arange(program.outputs)
     cotangents = [torch.randn(n, program.outputs, s, dtype=dtype) for s in chain.output_sizes] if group else []
     return {

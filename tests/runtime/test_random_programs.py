@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gradkern
 from gradkern.codegen import emitters, scratch
-from gradkern.planner import plan
 from gradkern.runtime import executor, reference
 from tests.random_programs import Network, programs
 
@@ -96,8 +96,7 @@ def test_random_programs_in_little_scratch(question, seed_bytes, block_bytes, l1
         patch.setattr(scratch, "SEED_BYTES", seed_bytes)
         patch.setattr(scratch, "BLOCK_BYTES", block_bytes)
         patch.setattr(emitters, "L1_BYTES", l1_bytes)
-        patch.setattr(plan, "_chains", {})
-        patch.setattr(plan, "_plans", {})
+        gradkern.reset()
         agrees(*question)
 
 

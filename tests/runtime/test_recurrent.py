@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from gradkern.frontend import tracer, verify
-from gradkern.planner import plan
 from gradkern.runtime import executor
 from gradkern.runtime.binding import bind
 from tests import oracle
@@ -46,7 +45,7 @@ def test_exact_and_fused(layer, options, read):
     (want,) = oracle.jacobian(model, x)[1]
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, want) <= 1e-10
-    assert plan.plan(program, 4, torch.float64).fused_share == 1.0
+    assert executor.plan_for(program, 4, torch.float64).fused_share == 1.0
 
 
 def test_relu_rnn():

@@ -246,7 +246,7 @@ def worker_lanes(elements: int) -> int:
 
 
 def alive(planes: int, pattern: bool) -> float:
-    """The share of channels that carry a cotangent: half behind a ReLU, three in four behind a pool too."""
+    """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
 
 

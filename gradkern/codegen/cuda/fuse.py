@@ -1,4 +1,4 @@
-"""Convolutions with the ReLU or the pool behind them as one record: what the convolution gives never leaves registers.
+"""Convolutions and the ReLU or pool after them as one record: what the convolution gives never leaves registers.
 
 A rewriting of a chain's forward records for the GPU (csrc/cuda/pooled.cuh), which has threads that hold whole pools.
 """
@@ -14,7 +14,7 @@ TAPS = (1, 2, 4)  # of a pool that a thread's positions hold whole: eight, or fo
 
 
 def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:
-    """The forward records, with every convolution that only the pattern behind it reads joined to that."""
+    """The forward records, with every convolution that only the pattern after it reads joined to that."""
     out: list[Record] = []
     dropped: set[Buffer | None] = set()
     for i, op in enumerate(forward):

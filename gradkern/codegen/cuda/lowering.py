@@ -114,7 +114,7 @@ class DeviceLowering(Lowering):
         return self.grads.setdefault(node.id, Buffer((node.size + 3) // 4 * 4, cotangent=True))
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
-        """One window per position or one for all taps of the pool behind it, walked channel by live channel or in
+        """One window per position or one for all taps of the pool after it, walked channel by live channel or in
         quads: whichever is expected to be fastest with all warps at work."""
         if unit.dense:
             return DeviceScatter.of(unit, 1)
@@ -376,7 +376,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
     positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  So an
     axis has bands in two colours, or single positions in as many colours as they need.
     """
-    (kh, kw), (sh, sw), _, (dh, dw) = planar(unit.form.map)  # type: ignore[attr-defined]
+    (kh, kw), (sh, sw), _, (dh, dw) = planar(unit.convolution)
     p = op.pattern
     pools = ((p.sh, (p.kh - 1) * p.dh), (p.sw, (p.kw - 1) * p.dw)) if p else ((1, 0), (1, 0))
     axes = []

@@ -1,7 +1,7 @@
 """Slices: a wide linear layer's backward pass made, and consumed, a few positions at a time.
 
 The cotangent in front of a wide linear layer is the largest thing that a sample keeps on the chip: 1792 numbers per
-seed in `cnn1d`, and the convolutions behind it make twice as many.  All of them are linear, so a slice of positions
+seed in `cnn1d`, and the convolutions before it make twice as many.  All of them are linear, so a slice of positions
 can be made and sent on to the input's cotangent before the next one is made; windows that reach over a slice's edge
 are simply added up.  Memory per sample falls to a slice and its halo, more samples share each weight on its way from
 L2, and what is computed twice is the halo.

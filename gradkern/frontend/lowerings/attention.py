@@ -20,8 +20,8 @@ def attention(b: Builder, a: SimpleNamespace) -> Value:
     if a.enable_gqa or not (a.attn_mask is None or isinstance(a.attn_mask, Param)):
         raise NoForm("attention with shared heads or a mask per sample has no form yet")
     rank, width = len(b.shape(q)), b.shape(q)[-1]
-    turned = permuted(b, k, [*range(rank - 2), rank - 1, rank - 2])
-    scores = affine(b, multiplied(b, q, turned), 1 / math.sqrt(width) if a.scale is None else a.scale, 0.0)
+    transposed = permuted(b, k, [*range(rank - 2), rank - 1, rank - 2])
+    scores = affine(b, multiplied(b, q, transposed), 1 / math.sqrt(width) if a.scale is None else a.scale, 0.0)
     if a.attn_mask is not None:
         scores = shifted(b, scores, additive(b, a.attn_mask, a.result_dtype))
     if a.is_causal:

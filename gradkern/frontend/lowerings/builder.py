@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ...ir.calls import form_params, params_in, rewritten
-from ...ir.program import Call, Derived, Form, Opaque, Param, Program, Shape, Step, Value, View
+from ...ir.calls import form_params, params_in
+from ...ir.graph import up_to
+from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Value, View
 
 Lowering = Callable[["Builder", SimpleNamespace], Value]
 LOWERINGS: dict[str, Lowering] = {}
@@ -96,18 +98,9 @@ class Builder:
 
     def program(self, output: Value) -> Program:
         """The finished Program, without the steps and derived tensors that its output does not need."""
-        n = len(self.inputs)
-        needed, stack = set(), [output.id]
-        while stack:
-            v = stack.pop()
-            if v >= n and v not in needed:
-                needed.add(v)
-                stack.extend(self.steps[v - n].inputs)
-        number = {v: v for v in range(n)}
-        for v in sorted(needed):
-            number[v] = len(number)
-        steps = tuple(renumbered(self.steps[v - n], number) for v in sorted(needed))
-        return Program(self.inputs, steps, number[output.id], self._used_derived(steps))
+        everything = Program(self.inputs, tuple(self.steps), output.id)
+        program = up_to(everything, output.id)
+        return replace(program, derived=self._used_derived(program.steps))
 
     def _used_derived(self, steps: tuple[Step, ...]) -> tuple[Derived, ...]:
         by_name = {param: call for call, param in self.derived_by_call.items()}
@@ -123,14 +116,6 @@ class Builder:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Helpers that several families share
-
-
-def renumbered(step: Step, number: dict[int, int]) -> Step:
-    form = step.form
-    if isinstance(form, Opaque):
-        call = rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x)
-        form = Opaque(call, form.reason)
-    return Step(form, tuple(number[v] for v in step.inputs), step.shape, step.op, step.module)
 
 
 def need_value(x: Any, what: str = "its input") -> Value:

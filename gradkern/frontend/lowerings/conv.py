@@ -61,8 +61,8 @@ def transposed(b: Builder, a: SimpleNamespace, dims: int) -> Value:
         sides.append((before, before))
     flipped = b.derive("aten.flip.default", a.weight, tuple(range(2, dims + 2)))
     split = b.derive("aten.reshape.default", flipped, (a.groups, channels // a.groups, per_group, *kernel))
-    turned = b.derive("aten.transpose.int", split, 1, 2)  # [groups, O/groups, C/groups, *kernel]
-    weight = b.derive("aten.reshape.default", turned, (a.groups * per_group, channels // a.groups, *kernel))
+    transposed = b.derive("aten.transpose.int", split, 1, 2)  # [groups, O/groups, C/groups, *kernel]
+    weight = b.derive("aten.reshape.default", transposed, (a.groups * per_group, channels // a.groups, *kernel))
     windows = Windows(tuple(kernel), (1,) * dims, tuple(sides), dilation, a.groups)
     spatial = window_counts(windows, b.shape(x)[1:])
     return b.emit(Contract(windows, weight, a.bias), (x,), (a.groups * per_group, *spatial))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from ...ir.indexing import along, identity, is_permutation, then, whole
+from ...ir.indexing import along, identity, identity_runs, is_permutation, then
 from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Shape, Value, Windows
 from .builder import SEVERAL, Builder, NoForm, as_shape, lowers, need_value, number_of, sample_axis
 
@@ -25,7 +25,9 @@ def emit(b: Builder, x: Value, part: Part) -> Value:
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
-    pairs = [(a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != whole(1)]
+    pairs = [
+        (a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != identity_runs(1)
+    ]
     if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: without those of length one that stay so
         kept = sorted(a for a, _ in pairs)
         small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
@@ -42,7 +44,7 @@ def stretched(b: Builder, x: Value, shape: Shape) -> Value:
     """Axes of length one repeated up to ``shape``; missing leading axes are added."""
     own = b.shape(x)
     x = as_shape(b, x, (1,) * (len(shape) - len(own)) + own)
-    axes = tuple(whole(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
+    axes = tuple(identity_runs(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
     return emit(b, x, Part(tuple(range(len(shape))), axes))
 
 
@@ -317,8 +319,8 @@ def repeat_interleave(b: Builder, a: SimpleNamespace) -> Value:
 
 def scales(a: SimpleNamespace) -> list[float | None]:
     """Scale factors that the caller gave, per axis; None where a size was given."""
-    found = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
-    return list(found)
+    scales = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
+    return list(scales)
 
 
 def upsampled(b: Builder, a: SimpleNamespace) -> list[tuple[int, int, float]]:

@@ -34,17 +34,17 @@ def last_state(b: Builder, call: Call) -> Value | None:
     inner, dim, index = call.args[:3]
     if inner.op not in GATES or inner.index != 1 or dim != 0:
         return None
-    whole = replace(inner, index=0)
-    r = recognise(whole)
+    net = replace(inner, index=0)
+    r = recognise(net)
     if r is None:
         return None
     states = len(r.weights)
     d = index % states - (states - r.directions)
     if d < 0:
         return None
-    x = whole.args[0]
+    x = net.args[0]
     hidden, steps = b.param_shape(r.weights[0][1])[1], b.shape(x)[0]
-    y = b.emit(Opaque(whole, "a recurrent net goes step by step"), (x,), (steps, r.directions * hidden))
+    y = b.emit(Opaque(net, "a recurrent net goes step by step"), (x,), (steps, r.directions * hidden))
     y = emit(b, y, along(b.shape(y), 0, [0 if d else steps - 1]))
     y = emit(b, y, along(b.shape(y), 1, range(d * hidden, (d + 1) * hidden)))
     return as_shape(b, y, (hidden,))

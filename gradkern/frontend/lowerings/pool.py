@@ -47,8 +47,8 @@ def max_pool2d(b: Builder, a: SimpleNamespace) -> Value:
 
 def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
-    whole = with_channels(b, x, dims)
-    channels, *spatial = b.shape(whole)
+    source = with_channels(b, x, dims)
+    channels, *spatial = b.shape(source)
     kernel = tuple_of(a.kernel_size, dims)
     stride = tuple_of(a.stride, dims) if a.stride else kernel
     padding, dilation = tuple_of(a.padding, dims), tuple_of(a.dilation, dims)
@@ -57,8 +57,8 @@ def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     # Under ``ceil`` the padding after grows until the last window fits.
     after = [max(p, (c - 1) * s + d * (k - 1) + 1 - n - p) for c, (n, k, s, p, d) in zip(counts, axes, strict=True)]
     windows = Windows(kernel, stride, tuple(zip(padding, after, strict=True)), dilation)
-    y = b.emit(Select(windows), (whole,), (channels, *counts))
-    return y if whole == x else as_shape(b, y, counts)
+    y = b.emit(Select(windows), (source,), (channels, *counts))
+    return y if source == x else as_shape(b, y, counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
 def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
     x = need_value(a.self)
-    whole = with_channels(b, x, dims)
-    channels, *spatial = b.shape(whole)
+    source = with_channels(b, x, dims)
+    channels, *spatial = b.shape(source)
     kernel = tuple_of(a.kernel_size, dims)
     stride = tuple_of(a.stride, dims) if a.stride else kernel
     padding = tuple_of(a.padding, dims)
@@ -91,8 +91,8 @@ def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     if divisor:
         axes = [tuple((start, (1.0,) * len(c)) for start, c in rows) for rows in axes]
         axes[0] = tuple((start, tuple(v / divisor for v in c)) for start, c in axes[0])
-    y = b.emit(Contract(Positions(tuple(axes))), (whole,), (channels, *(len(rows) for rows in axes)))
-    return y if whole == x else as_shape(b, y, tuple(len(rows) for rows in axes))
+    y = b.emit(Contract(Positions(tuple(axes))), (source,), (channels, *(len(rows) for rows in axes)))
+    return y if source == x else as_shape(b, y, tuple(len(rows) for rows in axes))
 
 
 def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool) -> Rows:
@@ -119,12 +119,12 @@ def adaptive_avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
 
 def adaptive(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
-    whole = with_channels(b, x, dims)
-    channels, *spatial = b.shape(whole)
+    source = with_channels(b, x, dims)
+    channels, *spatial = b.shape(source)
     counts = tuple_of(a.output_size, dims)
     axes = tuple(adaptive_rows(n, m) for n, m in zip(spatial, counts, strict=True))
-    y = whole if counts == tuple(spatial) else b.emit(Contract(Positions(axes)), (whole,), (channels, *counts))
-    return y if whole == x else as_shape(b, y, counts)
+    y = source if counts == tuple(spatial) else b.emit(Contract(Positions(axes)), (source,), (channels, *counts))
+    return y if source == x else as_shape(b, y, counts)
 
 
 def adaptive_rows(n: int, m: int) -> Rows:
@@ -163,9 +163,9 @@ def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
         )
         y = b.emit(Contract(Positions(axes)), (x,), (shape[0], *(len(rows) for rows in axes)))
         return without(b, y, shape, dims, a.keepdim)
-    whole, count = kept_first(b, x, dims)
+    source, count = kept_first(b, x, dims)
     row = ((0, (1.0 / count if average else 1.0,) * count),)
-    y = b.emit(Contract(Positions((row,))), (whole,), (b.shape(whole)[0], 1))
+    y = b.emit(Contract(Positions((row,))), (source,), (b.shape(source)[0], 1))
     return without(b, y, shape, dims, a.keepdim)
 
 
@@ -174,9 +174,9 @@ def kept_first(b: Builder, x: Value, dims: set[int]) -> tuple[Value, int]:
     shape = b.shape(x)
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")
-    moved = permuted(b, x, [d for d in range(len(shape)) if d not in dims] + sorted(dims))
+    permuted_x = permuted(b, x, [d for d in range(len(shape)) if d not in dims] + sorted(dims))
     count = math.prod(shape[d] for d in dims)
-    return as_shape(b, moved, (math.prod(shape) // count, count)), count
+    return as_shape(b, permuted_x, (math.prod(shape) // count, count)), count
 
 
 def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -> Value:
@@ -201,9 +201,9 @@ def maximum(b: Builder, a: SimpleNamespace, axes: Iterable[int], ties: str) -> V
     x = need_value(a.self)
     shape = b.shape(x)
     dims = {sample_axis(d, len(shape)) for d in axes or range(len(shape) + 1)}
-    whole, count = kept_first(b, x, dims)
+    source, count = kept_first(b, x, dims)
     windows = Windows((count,), (1,), ((0, 0),), (1,))
-    y = b.emit(Select(windows, ties), (whole,), (b.shape(whole)[0], 1))
+    y = b.emit(Select(windows, ties), (source,), (b.shape(source)[0], 1))
     return without(b, y, shape, dims, a.keepdim)
 
 

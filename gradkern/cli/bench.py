@@ -1,0 +1,52 @@
+"""`gradkern bench`: the user's own model and data, beside the loop over outputs that autograd makes possible."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import api
+from ..data import Source
+
+BATCHES = (32, 128, 512)
+
+
+def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Iterator[str]:
+    """Lines of a small table: samples per second for all outputs, the best of ``repeats``."""
+    inputs = source.read(0, min(samples, source.samples))
+    given = inputs[0] if len(inputs) == 1 else inputs
+    begin = time.perf_counter()
+    program = api.prepare(model, given)
+    yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if program else ": stays on autograd")
+    api.jacobian(model, given, engine="kernel" if program else "autograd")
+    own = _seconds(lambda: api.jacobian(model, given, engine="kernel" if program else "autograd"), repeats)
+    n = inputs[0].shape[0]
+    yield f"{'gradkern':<38} {n / own:>12,.0f} samples/s"
+    batches = [b for b in BATCHES if b <= n or b == BATCHES[0]]
+    best, batch = min((_seconds(partial(by_classes, model, inputs, b), repeats), b) for b in batches)
+    name = f"autograd, a backward per output, by {batch}"
+    yield f"{name:<38} {n / best:>12,.0f} samples/s   gradkern is {best / own:.1f}× as fast"
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    """The best of several times."""
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def by_classes(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> None:
+    """One forward per batch, one backward per output; the results are dropped."""
+    for first in range(0, inputs[0].shape[0], batch):
+        leaves = [x[first : first + batch].detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        wanted = [x for x in leaves if x.requires_grad]
+        y = model(*leaves).flatten(1).sum(0)  # [C]
+        for c in range(len(y)):
+            torch.autograd.grad(y[c], wanted, retain_graph=c + 1 < len(y), allow_unused=True)

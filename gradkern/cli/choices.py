@@ -1,0 +1,118 @@
+"""Arguments and options that several commands share: which model, which source, which outputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import Source
+
+Command = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """MODEL and the ways to load it."""
+
+    spec: str
+    weights: str | None = None
+    allow_pickle: bool = False
+
+    def load(self) -> nn.Module:
+        from .models import load_model
+
+        if self.allow_pickle:
+            click.echo("gradkern: warning: loading a pickle, which can run any code", err=True)
+        return load_model(self.spec, self.weights, allow_pickle=self.allow_pickle)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """SOURCE and how samples are read."""
+
+    spec: str
+    columns: str | None = None
+    cast: str | None = None
+
+    def open(self) -> Source:
+        import torch
+
+        from ..data import open_source
+
+        columns = tuple(self.columns.split(",")) if self.columns else None
+        return open_source(self.spec, columns, getattr(torch, self.cast) if self.cast else None)
+
+
+allow_pickle = click.option(
+    "--allow-pickle", is_flag=True,
+    help="Load a pickled module. WARNING: a pickle can run any code; only for files whose origin you trust.",
+)  # fmt: skip
+
+
+def model_and_source(command: Command) -> Command:
+    """MODEL, SOURCE and their options, which the command takes as ``model`` and ``samples``."""
+
+    @functools.wraps(command)
+    def gathered(
+        model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None, cast: str | None,
+        **rest: Any,
+    ) -> None:  # fmt: skip
+        command(model=Model(model, weights, allow_pickle), samples=Samples(source, columns, cast), **rest)
+
+    for option in (
+        click.option("--cast", type=click.Choice(["float32", "float64"]), help="Cast floating inputs and bytes to it."),
+        click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
+        allow_pickle,
+        click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),
+        click.argument("source"),
+        click.argument("model"),
+    ):
+        gathered = option(gathered)
+    return gathered
+
+
+class Targets(click.ParamType):
+    """``0,2`` or ``top3``."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from .. import TopK
+
+        try:
+            return TopK(int(value[3:])) if value.startswith("top") else [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"got {value!r}, expected numbers with commas between, or top3", param, ctx)
+
+
+class Shard(click.ParamType):
+    """``i/n``."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        try:
+            i, n = (int(part) for part in value.split("/"))
+        except ValueError:
+            self.fail(f"got {value!r}, expected i/n, such as 0/4", param, ctx)
+        return i, n
+
+
+def run_options(command: Command) -> Command:
+    """What ``run`` and ``importance`` share; passed on to `gradkern.run` as they are."""
+    for option in (
+        click.option("--targets", type=Targets(), help="Outputs, such as 0,2 or top3; all by default."),
+        click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
+        click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
+        click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
+        click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),
+    ):
+        command = option(command)
+    return command

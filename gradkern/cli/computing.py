@@ -1,0 +1,119 @@
+"""``gradkern run | importance | merge | bench``: the commands that compute."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+
+from . import choices
+from .choices import Model, Samples
+
+
+@click.command()
+@choices.model_and_source
+@click.argument("out")
+@choices.run_options
+@click.option("--method", help="saliency (the default), jacobian, input_x_gradient, or a class of gradkern.attr.")
+@click.option(
+    "--reduce", "reductions",
+    help="Statistics: mean_abs, mean, variance, max_abs, ranks, importance; with commas between.",
+)  # fmt: skip
+@click.option("--no-maps", is_flag=True, help="Store the statistics only.")
+@click.option("--top-features", type=click.IntRange(1), help="Per sample, the k largest features.")
+@click.option("--dtype", type=click.Choice(["float32", "float64", "float16", "bfloat16"]), help="Default: float32.")
+@click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
+@click.option("--shard", type=choices.Shard(), default="0/1", help="Only this part of the chunks, for job arrays.")
+def run(model: Model, samples: Samples, out: str, reductions: str | None, no_maps: bool, **options: Any) -> None:
+    """Attribute every sample of SOURCE; results go to the zarr store OUT.
+
+    The same command again continues a run that was killed.
+
+    \b
+    gradkern run net.pt2 x.npy maps.zarr
+    gradkern run net.pt2 x.npy maps.zarr --reduce mean_abs,importance --dtype float16 --compression zstd
+    gradkern run nets:build --weights net.safetensors data.h5:test/x stats.zarr --reduce importance --no-maps
+    gradkern run net.pt2 x.npy maps.zarr --shard $SLURM_ARRAY_TASK_ID/16
+    """
+    import gradkern
+
+    begin = time.perf_counter()
+    made_by = {
+        "model": model.spec, "weights": model.weights, "source": samples.spec, "columns": samples.columns,
+        "cast": samples.cast,
+    }  # fmt: skip
+    results = gradkern.run(
+        model.load(), samples.open(), out, maps=not no_maps, reductions=reductions.split(",") if reductions else (),
+        made_by=made_by, **options,
+    )  # fmt: skip
+    state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
+    click.echo(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
+    for note in results.about.get("notes", []):
+        click.echo(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
+
+
+@click.command()
+@choices.model_and_source
+@choices.run_options
+@click.option("--out", help="Keep the run in this store (it then resumes).")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
+def importance(model: Model, samples: Samples, top: int, as_json: bool, **options: Any) -> None:
+    """Rank the features of SOURCE by what each output depends on; no map is stored.
+
+    \b
+    gradkern importance net.pt2 x.npy
+    gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
+    """
+    import gradkern
+    from gradkern.data.ranking import place
+
+    ranking = gradkern.importance(model.load(), samples.open(), **options)
+    curve, best = ranking.curve, ranking.top(top)
+    if as_json:
+        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
+        shown = {"top": best, "agreement": ranking.agreement.tolist(), "samples": ranking.counts.tolist()}
+        click.echo(json.dumps(shown | {"curve": plain}))
+        return
+    shape = ranking.scores.shape[1:]
+    for c, features in enumerate(best):
+        places = " ".join(place(f, shape) for f in features)
+        click.echo(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
+    if curve is not None:
+        click.echo("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
+
+
+@click.command()
+@click.argument("out")
+@click.argument("parts", nargs=-1)
+def merge(out: str, parts: tuple[str, ...]) -> None:
+    """Complete the store OUT of a sharded run, after copying the finished chunks of other stores into it.
+
+    \b
+    gradkern merge maps.zarr                          shards that wrote to one store
+    gradkern merge part0.zarr part1.zarr part2.zarr   shards that wrote to stores of their own
+    """
+    from gradkern.data import merge
+
+    results = merge(out, parts)
+    click.echo(f"{out}: complete, {results.samples:,} samples")
+
+
+@click.command()
+@choices.model_and_source
+@click.option(
+    "--samples", "most", type=click.IntRange(2), default=2048, show_default=True, help="At most this many samples."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+def bench(model: Model, samples: Samples, most: int, repeats: int) -> None:
+    """Measure gradkern on MODEL and SOURCE, beside autograd with one backward pass per output.
+
+    \b
+    gradkern bench net.pt2 x.npy --samples 4096
+    """
+    from .bench import bench
+
+    for line in bench(model.load(), samples.open(), most, repeats):
+        click.echo(line)

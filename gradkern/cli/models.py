@@ -1,0 +1,101 @@
+"""Models for the command line: exported programs, factories with weights, and pickled modules only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..util.options import BadType, BadValue
+
+PICKLED = (".pt", ".pth", ".pkl", ".bin")
+
+
+def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = False) -> nn.Module:
+    """A model in eval mode.
+
+    ``spec`` is a ``.pt2`` from `torch.export.save`, or ``package.module:factory`` (called without arguments), to
+    which ``weights`` adds a ``.safetensors`` file or a state_dict that `torch.load` reads with weights_only.  A
+    pickled module (``.pt``) can run any code while it is loaded and is refused without ``allow_pickle``.
+    """
+    suffix = Path(spec).suffix.lower()
+    if suffix == ".pt2":
+        if weights is not None:
+            raise BadValue(f"--weights: {spec} brings its own weights. Leave it out.")
+        return exported(spec)
+    if suffix in PICKLED and ":" not in spec:
+        return _pickled(spec, allow_pickle)
+    if ":" not in spec:
+        raise BadValue(
+            f"model: got {spec!r}, expected a .pt2 file of torch.export.save, or package.module:factory with --weights."
+        )
+    model = _made(spec)
+    if weights is not None:
+        model.load_state_dict(state_dict(weights))
+    return model.eval()
+
+
+def exported(path: str) -> nn.Module:
+    """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces what has none."""
+    if not Path(path).exists():
+        raise BadValue(f"model: there is no {path!r}.")
+    program = torch.export.load(path)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs:
+            shape = getattr(node.meta.get("val"), "shape", (None,))
+            if shape and isinstance(shape[0], int):
+                raise BadValue(
+                    f"model: {path} was exported for batches of exactly {shape[0]}. Export it with a free batch axis: "
+                    "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('N')},))."
+                )
+    module = program.module()
+    unguarded = torch.fx.GraphModule(module, module.graph)
+    unguarded.train(False)
+    return unguarded
+
+
+def _pickled(path: str, allowed: bool) -> nn.Module:
+    if not allowed:
+        raise BadValue(
+            f"model: {path} is a pickled module, which can run any code while it is loaded. Export it with "
+            "torch.export.save, give package.module:factory with --weights, or, if you trust where it comes from, "
+            "add --allow-pickle."
+        )
+    if not Path(path).exists():
+        raise BadValue(f"model: there is no {path!r}.")
+    model = torch.load(path, weights_only=False, map_location="cpu")
+    if not isinstance(model, nn.Module):
+        raise BadType(f"model: {path} holds {type(model).__name__}, expected a pickled torch.nn.Module.")
+    return model.eval()
+
+
+def _made(spec: str) -> nn.Module:
+    where, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the factory may lie in the current folder, as for `python -m`
+    try:
+        target: Any = importlib.import_module(where)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise BadValue(f"model: cannot import {spec!r}: {error}") from error
+    model = target if isinstance(target, nn.Module) else target()
+    if not isinstance(model, nn.Module):
+        raise BadType(f"model: {spec} gave {type(model).__name__}, expected a torch.nn.Module.")
+    return model
+
+
+def state_dict(path: str) -> dict[str, torch.Tensor]:
+    """Weights from ``.safetensors``, or from a file that `torch.load` reads with weights_only."""
+    if not Path(path).exists():
+        raise BadValue(f"--weights: there is no {path!r}.")
+    if Path(path).suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    return content.get("state_dict", content)

@@ -1,0 +1,124 @@
+"""``gradkern explain | report | info``: the commands that say what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from . import choices
+from .choices import Model, Samples
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import Results, Source
+
+T = TypeVar("T")
+
+
+@click.command()
+@choices.model_and_source
+def explain(model: Model, samples: Samples) -> None:
+    """Print which way every step of MODEL goes, and why not a faster one.
+
+    \b
+    gradkern explain net.pt2 x.npy
+    """
+    import gradkern
+
+    inputs = samples.open().read(0, 1)
+    gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
+@click.option("--names", help="Names of the outputs, with commas between.")
+@click.option("--title", help="Title of the page.")
+@click.option("--model", help="The run's model, where its file is elsewhere now.")
+@click.option("--weights", help="Its weights.")
+@click.option("--source", help="The run's source, where its file is elsewhere now.")
+@choices.allow_pickle
+def report(
+    store: str, out: str | None, names: str | None, title: str | None, model: str | None, weights: str | None,
+    source: str | None, allow_pickle: bool,
+) -> None:  # fmt: skip
+    """Write one HTML file about STORE, finished or not.
+
+    Takes up the model and the source that `gradkern run` was given, where they are still there, for the samples
+    under the maps and the deletion curves.
+
+    \b
+    gradkern report maps.zarr --names cat,dog,horse
+    """
+    from gradkern.data import open_store
+    from gradkern.report.dataset import report
+
+    results = open_store(store)
+    made_by = results.about.get("made_by", {})
+    samples = Samples(source or made_by.get("source"), made_by.get("columns"), made_by.get("cast"))
+    chosen = Model(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
+    rows = _again(samples.open, "source", samples.spec, required=source is not None)
+    net = _again(chosen.load, "model", chosen.spec, required=model is not None)
+    _check_same(results, net, rows)
+    path = report(
+        results, out or Path(store.rstrip("/")).with_suffix(".html"), model=net, source=rows, title=title,
+        names=names.split(",") if names else None,
+    )  # fmt: skip
+    click.echo(path)
+
+
+def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool) -> T | None:
+    """The run's model or source; one that is only recorded, and gone, is no error."""
+    if spec is None:
+        return None
+    try:
+        return load()
+    except Exception as error:
+        if required:
+            raise
+        click.echo(f"gradkern: note: the report does without the run's {what}: {error}", err=True)
+        return None
+
+
+def _check_same(results: Results, model: nn.Module | None, source: Source | None) -> None:
+    """A report must not put another model's curves, or other samples, beside these maps."""
+    from gradkern.data import Mismatch
+    from gradkern.data.runs import fingerprint
+
+    stored = results.about["fingerprint"]
+    if model is not None and fingerprint.of_model(model, None)["weights"] != stored["model"]["weights"]:
+        raise Mismatch("--model: its weights are not those of the run.")
+    if source is not None and fingerprint.of_source(source) != stored["source"]:
+        raise Mismatch("--source: its samples are not those of the run.")
+
+
+@click.command()
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="All attributes as JSON.")
+def info(store: str, as_json: bool) -> None:
+    """What is in STORE, and how much of it is finished.
+
+    \b
+    gradkern info maps.zarr
+    """
+    from gradkern.data import open_store
+
+    results = open_store(store)
+    about = results.about
+    if as_json:
+        click.echo(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        return
+    click.echo(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
+    for part in (*about["fingerprint"].values(), about["pinned"]):
+        for key, value in part.items():
+            click.echo(f"  {key:<14} {value}")
+    for name, array in results.group.arrays():
+        click.echo(f"  {name:<14} {'×'.join(map(str, array.shape))} {array.dtype}")
+    if about["finished"]:
+        exact = "bit-equal to an uninterrupted run" if about["exact"] else "; ".join(about["notes"])
+        click.echo(f"  complete, {exact}")

@@ -1,0 +1,102 @@
+"""What the store of a new run holds: its attributes and its arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...dispatch.request import jacobian_choice
+from ...runtime import ops
+from ...util import options
+from ...util.options import BadValue
+from .. import statistics
+from ..sources import Source
+from ..store.layout import Array, map_names, reduction_key
+from ..store.results import FORMAT
+from . import fingerprint, forecast
+from .probe import Probe
+from .settings import Settings
+
+
+def attributes(
+    asked: dict[str, Any], source: Source, settings: Settings, probe: Probe, made_by: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The store's attributes.  Everything that decides about the last bits is under ``pinned``."""
+    budget = options.memory_budget()
+    stored = probe.map_elements * forecast.itemsize(settings.dtype) if settings.maps else 0
+    chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes), source.samples)
+    batch = settings.batch or forecast.batch_size(chunk, probe.map_bytes, settings.maps, budget)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "keys": fingerprint.KEYS,
+        "fingerprint": asked,
+        "pinned": {
+            "chunk": chunk,
+            "batch": min(batch, chunk),
+            "threads": settings.threads or torch.get_num_threads(),
+            "memory_budget": budget,
+            "engine": probe.engine,
+            "precision": ops.precision(),
+            "plan": probe.plan_key(),
+            **fingerprint.of_machine(),
+        },
+        "inputs": map_names(len(probe.floating)),
+        "reductions": list(settings.reductions),
+        "arrays": {"dtype": settings.dtype, "compression": settings.compression},
+        "output": list(probe.outcome.outputs.shape[1:]),
+        "program": str(probe.program) if probe.program else None,
+        "finished": False,
+    }
+    return about | ({"made_by": dict(made_by)} if made_by else {})
+
+
+def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
+    """The arrays of a new store, those that are written chunk by chunk and those that are known already."""
+    n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
+    outcome, inputs = probe.outcome, about["inputs"]
+    made = []
+    for i, (name, maps) in enumerate(zip(inputs, outcome.maps, strict=True)):
+        shape = tuple(maps.shape[2:])
+        axes = tuple(f"{name.replace('attributions', 'input')}_axis{k}" for k in range(len(shape)))
+        if settings.maps:
+            made.append(Array(name, (n, seeds, *shape), settings.dtype, ("sample", "target", *axes), chunk, True))
+        if settings.top_features:
+            k = settings.top_features
+            if k > math.prod(shape):
+                raise BadValue(f"top_features: got {k}, but a sample has {math.prod(shape)} features.")
+            top = name.replace("attributions", "top_features")
+            made.append(Array(top, (n, seeds, k), "int64", ("sample", "target", "place"), chunk))
+        for reduction in settings.reductions:
+            made.append(_reduction(reduction, reduction_key(reduction, inputs, i), (probe.classes, *shape), axes))
+    out = tuple(about["output"])
+    axes = tuple(f"output_axis{k}" for k in range(len(out)))
+    made.append(Array("predictions", (n, *out), _dtype_name(outcome.outputs), ("sample", *axes), chunk))
+    if outcome.rows is not None:
+        made.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
+    else:
+        indices = jacobian_choice(settings.targets)(1, out).indices
+        indices = torch.arange(seeds) if indices is None else indices
+        made.append(Array("targets", (seeds,), "int64", ("target",), content=indices.numpy()))
+    if outcome.deltas is not None:
+        made.append(Array("deltas", (n, seeds), _dtype_name(outcome.deltas), ("sample", "target"), chunk))
+    starts = np.arange(0, n, chunk)
+    spans = np.stack([starts, np.minimum(starts + chunk, n)], axis=1)  # [K, 2]
+    made.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
+    return made
+
+
+def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+    """The array ``[C, *in]`` of a reduction's result, with one axis more for ranks."""
+    dimensions, attributes = ("class", *axes), {"about": statistics.REDUCTIONS[reduction].about}
+    if reduction == "ranks":
+        ranked = (*shape, statistics.RANK_BINS)
+        return Array(key, ranked, "int64", (*dimensions, "rank"), 1, attributes=attributes)
+    return Array(key, shape, "float64", dimensions, 1, attributes=attributes)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,179 @@
+"""What makes two runs the same run: the model's weights and graph, the method, the source; and what pins its bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.targets import TopK
+from ...ir.program import Program
+from ...runtime import ops
+from ...util.options import BadValue
+from ..sources import Source
+from .settings import Settings
+
+LOOKED_AT = 32  # samples of a source whose content is hashed
+KEYS = 2  # how the keys of graph and plan are made; a store without the number has those of version 1
+
+
+class Mismatch(BadValue):
+    """The store belongs to another run: another model, method or source."""
+
+
+def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
+    """Hashes of everything that decides what the model computes: its weights and buffers, and its graph."""
+    digest = hashlib.sha256()
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        _add_tensor(digest, name, tensor)
+    graph = program.key if program is not None else hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+    return {"weights": digest.hexdigest()[:32], "graph": graph, "tensors": len(tensors)}
+
+
+def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data if not flat.is_complex() else flat.numpy().tobytes())
+
+
+def of_source(source: Source) -> dict[str, Any]:
+    """Length, shapes and dtypes, and a hash of some samples spread over the whole."""
+    numbers = sorted({int(i) for i in np.linspace(0, source.samples - 1, min(LOOKED_AT, source.samples))})
+    digest = hashlib.sha256()
+    rows: tuple[Tensor, ...] = ()
+    for i in numbers:
+        rows = source.read(i, i + 1)
+        for k, x in enumerate(rows):
+            _add_tensor(digest, f"{i} {k}", x)
+    return {
+        "samples": source.samples,
+        "shapes": [list(x.shape[1:]) for x in rows],
+        "dtypes": [_name(x.dtype) for x in rows],
+        "content": digest.hexdigest()[:32],
+    }
+
+
+def of_targets(targets: Any) -> Any:
+    """Targets as plain data: a word, a list, or the hash of a large array."""
+    if targets is None:
+        return None
+    if isinstance(targets, TopK):
+        return f"TopK({targets.k})"
+    if isinstance(targets, (Tensor, np.ndarray)):
+        array = np.asarray(targets)
+        if array.size <= 64:
+            return array.tolist()
+        return {
+            "shape": list(array.shape),
+            "content": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:32],
+        }
+    return json.loads(json.dumps(targets, default=int))
+
+
+def of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's arguments as plain data; tensors by their content."""
+    return {name: _plain(value) for name, value in sorted(arguments.items())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return of_targets(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    raise BadValue(f"arguments: got {type(value).__name__}, expected numbers, text, tensors, or lists of such.")
+
+
+def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
+    """Everything that must agree for one run to continue another."""
+    return {
+        "model": of_model(model, program),
+        "method": {
+            "method": settings.method,
+            "targets": of_targets(settings.targets),
+            "arguments": of_arguments(settings.arguments),
+        },
+        "source": of_source(source),
+        "stored": {
+            "maps": settings.maps,
+            "reductions": list(settings.reductions),
+            "top_features": settings.top_features,
+            "dtype": settings.dtype,
+            "compression": settings.compression,
+        },
+    }
+
+
+def of_machine() -> dict[str, Any]:
+    """Versions and instruction set: a run that goes on under others is equal within rounding only."""
+    machine = ops.machine()
+    return {
+        "isa": machine.isa if machine else "none",
+        "torch": torch.__version__,
+        "gradkern": _version("gradkern"),
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+WORDS = {
+    "model.weights": "the model has other weights",
+    "model.graph": "the model computes something else (its graph differs)",
+    "model.tensors": "the model has other parameters",
+    "source.samples": "the source has another number of samples",
+    "source.shapes": "the source has samples of another shape",
+    "source.dtypes": "the source has another dtype",
+    "source.content": "the source has other content",
+}
+
+
+def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    """How a store's keys of graph and plan were made (None: how they are made now).  Others say nothing about them."""
+    return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
+
+
+def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:
+    """Raise `Mismatch` where the run asked for is not the one that the store holds.
+
+    ``graph``: compare the graph's keys too, which makes sense only where both were made in the same way.
+    """
+    stored, asked = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))
+    differences = []
+    for part in stored:
+        for name in stored[part]:
+            was, now = stored[part][name], asked.get(part, {}).get(name)
+            if was != now and (graph or (part, name) != ("model", "graph")):
+                words = WORDS.get(f"{part}.{name}", f"{name} differs")
+                differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
+    if differences:
+        raise Mismatch(
+            f"{place} holds another run, and nothing was changed. "
+            + "; ".join(differences)
+            + ". Continue with what the "
+            "store was made with, or choose another place (gradkern never deletes results)."
+        )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,57 @@
+"""What decides about the last bits of a run, held as its store says: threads, memory, precision, instruction set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ...runtime import ops
+from ...util import options
+from . import fingerprint
+from .probe import Probe
+from .settings import Settings
+
+
+@contextmanager
+def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
+    """The store's number of threads, memory budget and precision (else the caller's), put back afterwards."""
+    threads, precision = torch.get_num_threads(), ops.precision()
+    with ExitStack() as stack:
+        if pinned:
+            stack.enter_context(options.use(memory_budget=pinned["memory_budget"]))
+        stack.callback(torch.set_num_threads, threads)
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        torch.set_num_threads(pinned.get("threads") or settings.threads or threads)
+        torch.set_float32_matmul_precision(pinned.get("precision") or precision)
+        yield
+
+
+def pin_isa(wanted: str | None) -> None:
+    """Ask for the store's instruction set, where none has been chosen yet: the choice is made once per process."""
+    if wanted in (None, "none") or os.environ.get("GRADKERN_ISA"):
+        return
+    extension = ops.extension()
+    if extension is None or ops.isa_is_chosen():
+        return
+    os.environ["GRADKERN_ISA"] = wanted
+    try:
+        ops.machine()
+    except RuntimeError:  # this processor does not have it: the difference is noted in the store
+        pass
+    finally:
+        del os.environ["GRADKERN_ISA"]
+
+
+def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -> list[str]:
+    """What of the pinned facts cannot be had here, in words: the result is then equal within rounding only.
+
+    ``plan``: compare the plans' keys too, which makes sense only where both were made in the same way.
+    """
+    now: dict[str, Any] = fingerprint.of_machine() | {"engine": probe.engine}
+    if plan and now["isa"] == pinned["isa"]:
+        now["plan"] = probe.plan_key()
+    return [f"{k} {now[k]} instead of {pinned[k]}" for k in now if k != "python" and now[k] != pinned[k]]

@@ -1,0 +1,116 @@
+"""A look at model and source before a run: whether it can be traced, and the method on a few samples."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ... import api
+from ...dispatch.request import Job, jacobian_choice
+from ...ir.program import Program
+from ...runtime import executor
+from ...util import options
+from ...util.options import BadValue
+from .. import methods
+from ..sources import Source
+from .settings import Settings
+
+PROBED = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few samples showed: shapes of the outcome, and the samples per second of a first try."""
+
+    program: Program | None
+    engine: str
+    outcome: methods.Outcome
+    inputs: tuple[Tensor, ...]
+    rate: float
+
+    @property
+    def seeds(self) -> int:
+        return self.outcome.maps[0].shape[1]
+
+    @property
+    def floating(self) -> list[int]:
+        """The inputs that are differentiated."""
+        return [i for i, x in enumerate(self.inputs) if x.is_floating_point()]
+
+    @property
+    def classes(self) -> int:
+        """The rows of a statistic: one per target, or one per output where samples have targets of their own."""
+        return self.seeds if self.outcome.rows is None else math.prod(self.outcome.outputs.shape[1:])
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of one sample's maps, as they are computed."""
+        return sum(m[:1].nbytes for m in self.outcome.maps)
+
+    @property
+    def map_elements(self) -> int:
+        return sum(m[:1].numel() for m in self.outcome.maps)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(x[:1].nbytes for x in self.inputs)
+
+    def plan_key(self) -> str | None:
+        """A hash of the plan: which way each step goes."""
+        if self.program is None or self.engine != "kernel":
+            return None
+        text = str(executor.plan_for(self.program, self.seeds, self.inputs[0].dtype))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    tensor = next(iter([*model.parameters(), *model.buffers()]), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def look_at(model: nn.Module, source: Source, settings: Settings, engine: str | None) -> Probe:
+    """Trace, and run the method on a few samples."""
+    count = min(PROBED, source.samples)
+    inputs = tuple(x.to(device_of(model)) for x in source.read(0, count))
+    engine = engine or options.engine(settings.engine)
+    program = None
+    if engine != "autograd":
+        program = api.prepare(model, inputs)
+        engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
+    if program is None and count > 1:
+        refuse_mixed(model, inputs)
+    method = methods.find(settings.method, settings.arguments)
+    targets = targets_of_first(settings.targets, count, source.samples)
+    batch = methods.Batch(model, inputs, targets, engine, settings.arguments)
+    outcome = method(batch)  # warms up
+    begin = time.perf_counter()
+    method(batch)
+    return Probe(program, engine, outcome, inputs, count / (time.perf_counter() - begin))
+
+
+def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
+    reason = api.why_whole(Job(model, inputs, floating, jacobian_choice(None)))
+    if reason:
+        raise BadValue(
+            f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "
+            "gradkern.jacobian on the whole batch."
+        )
+
+
+def targets_of_first(targets: Any, count: int, samples: int) -> Any:
+    """The targets of the first ``count`` of ``samples``, where every sample has its own; others as they are."""
+    if isinstance(targets, list) and targets and isinstance(targets[0], list):
+        targets = torch.tensor(targets)
+    if isinstance(targets, (Tensor, np.ndarray)) and np.ndim(targets) == 2:
+        if len(targets) != samples:
+            raise BadValue(f"targets: got {len(targets)} rows, expected one for each of {samples} samples.")
+        targets = torch.as_tensor(targets)[:count]
+    return targets

@@ -1,0 +1,172 @@
+"""`gradkern.run`: reading, computing and writing at the same time, chunk by chunk, until all chunks are finished.
+
+One thread reads ahead, the caller's thread computes (its number of torch threads is pinned), two threads write.  A
+chunk is finished when its record is in the ledger; whatever happens before that, the chunk is computed again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+
+from ..store.results import Results
+from .progress import Progress
+from .settings import Options, Settings, settings_of
+from .shards import Shard, owned
+from .task import Computed, Task
+from .transfer import Ready
+
+log = logging.getLogger("gradkern.data")
+
+AHEAD = 2
+WRITERS = 2
+
+
+class DiskFull(OSError):
+    """No space is left; everything finished so far is kept."""
+
+
+def run(
+    model: nn.Module,
+    source: Any,
+    out: str | Path,
+    method: str | None = None,
+    targets: Any = None,
+    *,
+    settings: Settings | None = None,
+    columns: Any = None,
+    input_dtype: torch.dtype | None = None,
+    shard: Shard = (0, 1),
+    progress: bool | None = None,
+    made_by: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
+) -> Results:
+    """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
+
+    A call with a store that is there continues it: finished chunks are kept, at most the chunks in flight are
+    computed again, and the result is bit-equal to that of an uninterrupted run.  A store of another model, method
+    or source is left alone, and `gradkern.data.Mismatch` says what differs.
+
+    Parameters
+    ----------
+    model
+        A `torch.nn.Module` in eval mode, on the device to compute on.
+    source
+        A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
+        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or what a class
+        of your own accepts (`gradkern.data.register`).
+    out
+        A folder, or an address that fsspec knows.
+    method
+        ``"saliency"`` (\\|gradient\\|, the default), ``"jacobian"``, ``"input_x_gradient"``, or the name of a class
+        in `gradkern.attr` that has ``attribute_all``; ``arguments`` go to that.
+    targets
+        As in `gradkern.jacobian`: None (all), a list of outputs, ``TopK(k)``, or a tensor ``[N, S]``.
+    settings
+        ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
+    columns, input_dtype
+        Which fields of a sample are the model's inputs; a dtype to cast floating inputs and bytes to.
+    shard
+        ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  Whichever shard ends last completes the
+        store.
+    progress
+        True or False; None shows a bar in a terminal only.
+    **options
+        ``maps=True``: store the maps themselves.
+        ``reductions=()``: statistics over samples (``"mean_abs"``, ``"mean"``, ``"variance"``, ``"max_abs"``,
+        ``"ranks"``, ``"importance"``).
+        ``top_features=0``: per sample, the k features with the largest \\|attribution\\|.
+        ``dtype="float32"`` of the stored maps, or float64, float16, bfloat16; ``compression="none"``, or ``"zstd"``,
+        ``"blosc"``.
+        ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
+        the engine; chosen where they are None, recorded and pinned.
+        ``arguments``: of the method.
+
+    Returns
+    -------
+    The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
+    """
+    settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
+    owned(1, shard)  # a shard that makes no sense is refused before anything is made
+    task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
+    work(task, owned(task.results.chunks, shard), progress)
+    task.results.complete()
+    return Results.open(out)
+
+
+def work(task: Task, mine: range, progress: bool | None = None) -> int:
+    """Compute the chunks of ``mine`` that are not finished; gives how many those were."""
+    results = task.results
+    done = results.ledger.finished()
+    todo = [c for c in mine if c not in done]
+    results.remove_partial(todo)
+    results.ledger.adopt(mine)
+    plan = task.forecast(todo)
+    log.info(
+        "event=start out=%s samples=%d chunks=%d finished=%d chunk=%d batch=%d engine=%s write_bytes=%d "
+        "memory_bytes=%d seconds=%.1f", results.place, results.samples, len(todo), len(mine) - len(todo), plan.chunk,
+        plan.batch, task.pinned["engine"], plan.write_bytes, plan.memory_bytes, plan.seconds or 0.0,
+    )  # fmt: skip
+    if not todo:
+        return 0
+    finished = sum(b - a for a, b in (results.span(c) for c in mine if c in done))
+    total = finished + plan.samples
+    begin = time.perf_counter()
+    try:
+        with Progress(str(plan), total, finished, progress) as bar, task.ready():
+            _fill(task, todo, bar)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            error.errno,
+            f"no space left at {results.place} with {results.done} of {results.chunks} chunks finished. They are "
+            "kept: free some space and run the same again",
+        ) from error
+    seconds = time.perf_counter() - begin
+    log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)
+    return len(todo)
+
+
+def _fill(task: Task, todo: Sequence[int], bar: Progress) -> None:
+    """Read ahead, compute, and write.  An error anywhere stops all; what is being written then is still finished."""
+    results, lock = task.results, threading.Lock()
+    stream = task.source.stream([results.span(c) for c in todo])
+
+    def read() -> Ready:
+        return task.transfer.upload(next(stream))
+
+    def write(computed: Computed) -> None:
+        results.write(computed.chunk, task.stored(computed.rows()))
+        computed.release()
+        with lock:
+            results.ledger.add(computed.chunk, computed.record)
+            bar.add(computed.record.facts["samples"])
+
+    reader = ThreadPoolExecutor(1, "gradkern-read")
+    writers = ThreadPoolExecutor(WRITERS, "gradkern-write")
+    try:
+        reading = deque(reader.submit(read) for _ in todo[:AHEAD])
+        writing: deque[Future[None]] = deque()
+        for i, chunk in enumerate(todo):
+            ready = reading.popleft().result()
+            if i + AHEAD < len(todo):
+                reading.append(reader.submit(read))
+            writing.append(writers.submit(write, task.compute(chunk, ready)))
+            if len(writing) > WRITERS:
+                writing.popleft().result()
+        for written in writing:
+            written.result()
+    finally:
+        for pool in (reader, writers):
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,76 @@
+"""What a dataset run is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+from ...util.options import BadValue
+from .. import statistics
+from ..store.layout import STORED_AS, codecs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, as one value: the fields are the keywords of `gradkern.run`, which says what they mean.
+
+    Plain data, so that it can travel to other processes.
+    """
+
+    method: str = "saliency"
+    targets: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    maps: bool = True
+    reductions: Sequence[str] | str = ()
+    top_features: int = 0
+    dtype: str = "float32"
+    compression: str = "none"
+    chunk: int | None = None
+    batch: int | None = None
+    threads: int | None = None
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_AS:
+            raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
+        codecs(self.compression)
+        object.__setattr__(self, "reductions", statistics.check(self.reductions))
+        object.__setattr__(self, "arguments", dict(self.arguments))
+        for name in ("chunk", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise BadValue(f"{name}: got {value!r}, expected a positive number, or None.")
+        if not self.maps and not self.reductions and not self.top_features:
+            raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Settings` that are keywords everywhere (method and target are positional too)."""
+
+    arguments: Mapping[str, Any] | None
+    maps: bool
+    reductions: Sequence[str] | str
+    top_features: int
+    dtype: str
+    compression: str
+    chunk: int | None
+    batch: int | None
+    threads: int | None
+    engine: str | None
+
+
+def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:
+    """The settings, from one value or from keywords; a keyword that is None was not given."""
+    unknown = keywords.keys() - {f.name for f in fields(Settings)}
+    if unknown:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {min(unknown)!r}")
+    given = {name: value for name, value in keywords.items() if value is not None}
+    if settings is None:
+        return Settings(**given)
+    if given:
+        raise BadValue(
+            f"{caller}: got {', '.join(sorted(given))} beside settings=. Say it in one place: "
+            f"dataclasses.replace(settings, {min(given)}=...), or keywords alone."
+        )
+    return settings

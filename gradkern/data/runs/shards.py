@@ -1,0 +1,75 @@
+"""Shards: which chunks are whose, and putting stores together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...util.options import BadValue
+from ..store import durable
+from ..store.layout import chunk_key
+from ..store.results import Results
+from . import fingerprint
+
+Shard = tuple[int, int]
+
+
+def owned(chunks: int, shard: Shard) -> range:
+    """The chunks of shard ``(i, n)``: consecutive, disjoint, all together all."""
+    ok = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(type(v) is int for v in shard)
+    if not ok or not 0 <= shard[0] < shard[1]:
+        raise BadValue(f"shard: got {shard!r}, expected (i, n) with 0 <= i < n, such as (0, 4).")
+    i, n = shard
+    return range(chunks * i // n, chunks * (i + 1) // n)
+
+
+def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
+    """Complete a store whose chunks are all there, after taking over the finished chunks of ``parts``.
+
+    ``parts`` are stores of the same run made elsewhere (each shard on its own disk).  Raises `Mismatch` where one
+    is of another run, `BadValue` where chunks are missing.
+    """
+    results = Results.open(out, read_only=False)
+    others = [Results.open(p) for p in parts]
+    for other in others:
+        same_keys = fingerprint.keys_version(other.about) == fingerprint.keys_version(results.about)
+        fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
+        grid = ("chunk", "batch")
+        if any(other.about["pinned"][k] != results.about["pinned"][k] for k in grid):
+            raise fingerprint.Mismatch(
+                f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
+            )
+    for other in others:
+        _take(results, other)
+    if not results.complete():
+        missing = sorted(set(range(results.chunks)) - results.ledger.finished())
+        raise BadValue(
+            f"{results.place}: {len(missing)} of {results.chunks} chunks are not finished (the first is {missing[0]}, "
+            f"samples {results.span(missing[0])[0]} on). Run the missing shards, or without shard=."
+        )
+    return Results.open(out)
+
+
+def _take(results: Results, other: Results) -> None:
+    """Copy finished chunks that are missing here: data first, then the records that make them finished."""
+    here = results.ledger.finished()
+    for node in sorted(other.ledger.nodes()):
+        chunks = set(results.ledger.span(node))
+        if chunks <= here:
+            continue
+        if chunks & here:
+            raise BadValue(
+                f"{other.place} and {results.place} share some, but not all, of the chunks {min(chunks)} … "
+                f"{max(chunks)}: they are not shards of one run. Run it again without shard=."
+            )
+        for name in other.arrays():
+            array = other.array(name)
+            for chunk in sorted(chunks):
+                key = chunk_key(name, chunk, array.ndim)
+                content = durable.get(other.store, key)
+                if content is None:
+                    raise BadValue(f"{other.place} has lost {key}. Run that shard again.")
+                durable.put(results.store, key, content)
+        content = durable.get(other.store, other.ledger.key(node))
+        durable.put(results.store, results.ledger.key(node), content or b"")
+        here |= chunks

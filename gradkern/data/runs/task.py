@@ -1,0 +1,268 @@
+"""A run with everything that it needs, and the computing of one chunk."""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...util import options
+from ...util.options import BadType
+from .. import methods, statistics
+from ..sources import Source, open_source
+from ..store.layout import map_names
+from ..store.ledger import Record
+from ..store.results import TOLERANCE, Results
+from . import contents, fingerprint, forecast
+from .pins import differences, pin_isa, pinning
+from .probe import Probe, device_of, look_at
+from .settings import Settings
+from .transfer import Ready, Transfer
+
+log = logging.getLogger("gradkern.data")
+
+
+class Task:
+    """A run with everything that computing a chunk needs.  `Task.prepare` makes or opens the store."""
+
+    def __init__(
+        self, model: nn.Module, source: Source, settings: Settings, results: Results, probe: Probe, notes: list[str]
+    ) -> None:
+        self.model, self.source, self.settings, self.results = model, source, settings, results
+        self.probe, self.notes = probe, notes
+        self.method = methods.find(settings.method, settings.arguments)
+        self.device = device_of(model)
+        self.transfer = Transfer(self.device)
+        self.pinned = results.about["pinned"]
+        self.batch = int(self.pinned["batch"])
+        self.pool: Pool | None = None
+        maps = probe.outcome.maps
+        if settings.maps and self.device.type == "cpu" and probe.outcome.outputs.dim() == 2:
+            self.pool = Pool([(results.chunk, *m.shape[1:]) for m in maps], [m.dtype for m in maps])
+
+    # ---- making
+
+    @classmethod
+    def prepare(
+        cls, model: Any, source: Any, out: str | Path, settings: Settings, *, columns: Any = None,
+        input_dtype: torch.dtype | None = None, made_by: Mapping[str, Any] | None = None,
+    ) -> Task:  # fmt: skip
+        """Look at model and source, and make the store, or open the one that is there and check that it is this run's.
+
+        Raises `fingerprint.Mismatch` where it is another run's.
+        """
+        if not isinstance(model, nn.Module):
+            raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
+        rows = open_source(source, columns, input_dtype)
+        known = Results.open(out, read_only=False) if Results.exists(out) else None
+        pinned = dict(known.about["pinned"]) if known else {}
+        pin_isa(pinned.get("isa"))
+        with pinning(pinned, settings):
+            probe = look_at(model, rows, settings, pinned.get("engine"))
+        asked = fingerprint.of_run(model, rows, settings, probe.program)
+        if known is None:
+            about = contents.attributes(asked, rows, settings, probe, made_by)
+            arrays = contents.arrays(rows, settings, probe, about)
+            known = Results.create(out, arrays, about, settings.compression)
+        same_keys = fingerprint.keys_version(known.about) == fingerprint.keys_version()
+        fingerprint.check_same(str(out), known.about["fingerprint"], asked, graph=same_keys)
+        task = cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe, plan=same_keys))
+        if not same_keys:
+            task.check_earlier(asked)
+        return task
+
+    def check_earlier(self, asked: Mapping[str, Any]) -> None:
+        """A store whose keys were made in another way than today's: is it this run's?  One finished chunk tells.
+
+        Raises `fingerprint.Mismatch` where it is another's; notes it where the bits are not those of today.
+        """
+        about = self.results.about
+        if (about["fingerprint"]["model"]["graph"], self.pinned["plan"]) == (
+            asked["model"]["graph"], self.probe.plan_key()
+        ):  # fmt: skip
+            return
+        ledger = self.results.ledger
+        node = min(ledger.nodes(), default=None)  # a chunk by itself where there is one
+        if node is None:
+            return
+        chunk = node[1] << node[0]
+        start, stop = self.results.span(chunk)
+        with self.ready():
+            computed = self.compute(chunk, self.transfer.upload(self.source.read(start, stop)))
+        rows = computed.rows()
+        before, now = self.results.maps(start, stop, "predictions").double(), rows["predictions"].double()
+        tolerance = TOLERANCE[str(rows["predictions"].dtype).removeprefix("torch.")]
+        if not torch.allclose(before, now, rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True):
+            raise fingerprint.Mismatch(
+                f"{self.results.place} holds another run, and nothing was changed: the model now predicts something "
+                f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
+            )
+        same = self.settings.maps or node[0] == 0
+        for name, value in self.stored(rows).items():
+            same &= value.tobytes() == np.asarray(self.results.array(name)[start:stop]).tobytes()
+        if node[0] == 0:
+            sums = ledger.read(node).sums
+            same &= all(value.tobytes() == computed.record.sums[name].tobytes() for name, value in sums.items())
+        computed.release()
+        if not same:
+            self.notes.append("another version of gradkern began the store")
+
+    def forecast(self, chunks: Sequence[int]) -> forecast.Forecast:
+        """What computing these chunks will take."""
+        samples = sum(b - a for a, b in map(self.results.span, chunks))
+        probe, keeps = self.probe, self.settings.maps
+        queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
+        return forecast.Forecast(
+            samples=samples,
+            chunks=len(chunks),
+            chunk=self.results.chunk,
+            batch=self.batch,
+            write_bytes=probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps,
+            memory_bytes=forecast.QUEUED * self.results.chunk * queued + options.memory_budget(),
+            rate=probe.rate,
+        )
+
+    # ---- computing
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Threads and memory budget as the store pins them, for the thread that computes."""
+        with pinning(self.pinned, self.settings):
+            yield
+
+    def compute(self, chunk: int, upload: Ready) -> Computed:
+        """One chunk, from inputs on the device to what is to be written."""
+        begin = time.perf_counter()
+        inputs = upload()
+        memory = self.pool.take() if self.pool and self.batch >= self.results.chunk else None
+        while True:
+            try:
+                reducers, kept = self._batches(chunk, inputs, memory)
+                break
+            except Exception as error:
+                if not forecast.out_of_memory(error) or self.batch == 1:
+                    raise
+                self._back_off()  # and do the chunk afresh: what it has summed up so far is not complete
+        facts = {
+            "samples": inputs[0].shape[0],
+            "seconds": time.perf_counter() - begin,
+            "batches": [self.batch],
+            "notes": list(self.notes),
+        }
+        sums = {k: v for name, r in reducers.items() for k, v in r.result(name).items()}
+        names = list(kept)
+        joined = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in kept.values()]
+        download = self.transfer.download(joined)
+        computed = Computed(chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts))
+        pool = self.pool
+        return computed if memory is None or pool is None else replace(computed, release=lambda: pool.give(memory))
+
+    def _batches(
+        self, chunk: int, inputs: tuple[Tensor, ...], memory: tuple[Tensor, ...] | None
+    ) -> tuple[dict[str, statistics.Accumulator], dict[str, list[Tensor]]]:
+        """The chunk's statistics by input, and its rows by array, in pieces."""
+        first, stop = self.results.span(chunk)
+        reducers = self._accumulators()
+        kept: dict[str, list[Tensor]] = {}
+        for at in range(0, stop - first, self.batch):
+            part = tuple(x[at : at + self.batch] for x in inputs)
+            out = None if memory is None else tuple(m[at : at + len(part[0])] for m in memory)
+            for name, rows in self._batch(part, first + at, reducers, out).items():
+                kept.setdefault(name, []).append(rows)
+        return reducers, kept
+
+    def _back_off(self) -> None:
+        self.batch = max(1, self.batch // 2)
+        note = "batches were halved for lack of memory"
+        if note not in self.notes:
+            self.notes.append(note)
+        log.warning("event=back_off batch=%d", self.batch)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _accumulators(self) -> dict[str, statistics.Accumulator]:
+        if not self.settings.reductions:
+            return {}
+        return {
+            name: statistics.Accumulator(
+                self.settings.reductions, self.probe.classes, tuple(self.probe.inputs[i].shape[1:])
+            )
+            for i, name in zip(self.probe.floating, map_names(len(self.probe.floating)), strict=True)
+        }
+
+    def _batch(
+        self, inputs: tuple[Tensor, ...], first: int, reducers: Mapping[str, statistics.Accumulator],
+        out: tuple[Tensor, ...] | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The rows to be stored of one batch; its statistics go to ``reducers``, and only if all went well."""
+        targets = self.settings.targets
+        if self.probe.outcome.rows is not None and isinstance(targets, (Tensor, np.ndarray, list)):
+            targets = torch.as_tensor(targets)[first : first + inputs[0].shape[0]]
+        engine = self.pinned["engine"]
+        batch = methods.Batch(self.model, inputs, targets, engine, self.settings.arguments, first, out)
+        outcome = self.method(batch)
+        rows = {"predictions": outcome.outputs}
+        if outcome.rows is not None:
+            rows["targets"] = outcome.rows
+        if outcome.deltas is not None:
+            rows["deltas"] = outcome.deltas
+        names = map_names(len(self.probe.floating))
+        if self.settings.maps:
+            rows |= dict(zip(names, outcome.maps, strict=True))
+        if self.settings.top_features:
+            for name, maps in zip(names, outcome.maps, strict=True):
+                top = maps.abs().flatten(2).topk(self.settings.top_features, dim=2).indices
+                rows[name.replace("attributions", "top_features")] = top
+        for i, name, maps in zip(self.probe.floating, names, outcome.maps, strict=True):
+            if name in reducers:
+                where = None if outcome.rows is None else outcome.rows.cpu()
+                reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)
+        return rows
+
+    def stored(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Rows as the store's arrays take them."""
+        dtype = getattr(torch, self.settings.dtype)
+        stored = {}
+        for name, value in rows.items():
+            value = value.to(dtype) if name.startswith("attributions") else value
+            value = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+            stored[name] = value.detach().numpy()
+        return stored
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A chunk's results, on their way to the CPU, and its record."""
+
+    chunk: int
+    rows: Callable[[], dict[str, Tensor]]
+    record: Record
+    release: Callable[[], None] = lambda: None  # called when the rows are written
+
+
+class Pool:
+    """Page-aligned memory for maps, used again and again: fresh memory costs a page fault for every 4 KiB of it."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
+        self.shapes, self.dtypes = shapes, dtypes
+        self.free: list[tuple[Tensor, ...]] = []
+
+    def take(self) -> tuple[Tensor, ...]:
+        try:
+            return self.free.pop()
+        except IndexError:
+            pairs = zip(self.shapes, self.dtypes, strict=True)
+            return tuple(torch.frombuffer(mmap.mmap(-1, math.prod(s) * d.itemsize), dtype=d).view(s) for s, d in pairs)
+
+    def give(self, memory: tuple[Tensor, ...]) -> None:
+        self.free.append(memory)

@@ -1,0 +1,59 @@
+"""To the model's device and back.  On CUDA: pinned memory and a stream of its own, so that copies overlap with work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Ready = Callable[[], tuple[Tensor, ...]]
+
+
+class Transfer:
+    """Copies that are started in one thread and waited for in another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.up = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.down = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def upload(self, inputs: Sequence[Tensor]) -> Ready:
+        """Start moving inputs to the device; the result, called by the computing thread, gives them there."""
+        if self.up is None:
+            there = tuple(x.to(self.device) for x in inputs)
+            return lambda: there
+        with torch.cuda.stream(self.up):
+            there = tuple(x.contiguous().pin_memory().to(self.device, non_blocking=True) for x in inputs)
+            event = torch.cuda.Event()
+            event.record(self.up)
+
+        def ready() -> tuple[Tensor, ...]:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            for x in there:
+                x.record_stream(current)
+            return there
+
+        return ready
+
+    def download(self, tensors: Sequence[Tensor]) -> Ready:
+        """Start moving results to the CPU; the result, called by the writing thread, gives them there."""
+        if self.down is None:
+            kept = tuple(t.cpu() for t in tensors)
+            return lambda: kept
+        self.down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.down):
+            kept = tuple(
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+            )
+            event = torch.cuda.Event()
+            event.record(self.down)
+        for t in tensors:
+            t.record_stream(self.down)
+
+        def ready() -> tuple[Tensor, ...]:
+            event.synchronize()
+            return kept
+
+        return ready

@@ -1,0 +1,150 @@
+"""Arrays as sources: tensors, numpy, memory maps, zarr, HDF5, and the files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...util.options import BadType, BadValue
+from .columns import members, to_tensor
+from .registry import Source, member, register
+
+
+@register
+class Arrays(Source):
+    """Anything with ``shape`` and slicing, one array ``[N, *in]`` per input of the model."""
+
+    about = "a tensor, a numpy array or memmap, a tuple or dict of arrays (one per input of the model)"
+    suffixes: ClassVar[tuple[str, ...]] = (".npy", ".npz", ".pt", ".safetensors")
+
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        for i, array in enumerate(arrays):
+            if not getattr(array, "shape", ()):
+                raise BadType(f"source: number {i} is {type(array).__name__} without axes, expected [N, ...].")
+            if array.shape[0] != arrays[0].shape[0]:
+                raise BadValue(
+                    f"source: number {i} has {array.shape[0]} samples and number 0 has {arrays[0].shape[0]}, expected "
+                    "as many."
+                )
+        super().__init__(arrays[0].shape[0])
+        self.arrays = list(arrays)
+
+    @classmethod
+    def accepts(cls, thing: Any) -> bool:
+        if isinstance(thing, (tuple, list)):
+            return bool(thing) and all(hasattr(a, "shape") for a in thing)
+        return isinstance(thing, (Tensor, np.ndarray, dict))
+
+    @classmethod
+    def of(cls, thing: Any, columns: Any) -> Source:
+        if isinstance(thing, (tuple, list)):
+            return cls(thing)
+        return cls([thing] if hasattr(thing, "shape") else members(thing, columns))
+
+    @classmethod
+    def at(cls, path: str, name: str | None, columns: Any) -> Source:
+        return cls.of(member(cls.load(path), name), columns)
+
+    @classmethod
+    def load(cls, path: str) -> Any:
+        """What a file holds: an array, or several by name.  Read as lazily as its kind allows."""
+        suffix = Path(path).suffix.lower()
+        if suffix == ".npy":
+            return np.load(path, mmap_mode="r")
+        if suffix == ".npz":
+            return dict(np.load(path).items())
+        if suffix == ".pt":
+            return torch.load(path, weights_only=True, mmap=True)
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        return tuple(to_tensor(a[start:stop]) for a in self.arrays)
+
+    # ---- to other processes: as the place to open an array again, where it has one, not as its content
+
+    def opener(self, array: Any) -> Opener | None:
+        """How to open ``array`` again in another process; None: its content travels."""
+        if not (isinstance(array, np.memmap) and array.filename is not None and array.flags.c_contiguous):
+            return None
+        offset = array.offset + array.__array_interface__["data"][0] - _start_of_map(array)
+        return Opener(np.memmap, str(array.filename), array.dtype, "r", offset, array.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"arrays": [self.opener(a) or a for a in self.arrays]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.arrays = [a() if isinstance(a, Opener) else a for a in self.arrays]
+
+
+class Opener:
+    """A function and its arguments: how to open an array again."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __call__(self) -> Any:
+        return self.function(*self.arguments)
+
+
+def _start_of_map(array: np.memmap) -> int:
+    """The address at which the map that ``array`` is a view of begins (its ``offset`` belongs to that)."""
+    base: Any = array
+    while isinstance(base.base, np.memmap):
+        base = base.base
+    return base.__array_interface__["data"][0]
+
+
+def package_of(thing: Any) -> str:
+    """The package that a thing's class comes from: told without importing an optional library."""
+    return type(thing).__module__.partition(".")[0]
+
+
+@register
+class Zarr(Arrays):
+    """A zarr array, or arrays of a zarr group."""
+
+    about = "a zarr array or group"
+    suffixes = (".zarr",)
+
+    @classmethod
+    def accepts(cls, thing: Any) -> bool:
+        return package_of(thing) == "zarr"
+
+    @classmethod
+    def load(cls, path: str) -> Any:
+        import zarr
+
+        return zarr.open(path, mode="r")
+
+
+@register
+class Hdf5(Arrays):
+    """An HDF5 dataset, or datasets of a group."""
+
+    about = "an h5py dataset or group"
+    suffixes = (".h5", ".hdf5")
+
+    @classmethod
+    def accepts(cls, thing: Any) -> bool:
+        return package_of(thing) == "h5py"
+
+    @classmethod
+    def load(cls, path: str) -> Any:
+        import h5py
+
+        return h5py.File(path, "r")
+
+    def opener(self, array: Any) -> Opener | None:
+        return Opener(_open_hdf5, str(array.file.filename), array.name)
+
+
+def _open_hdf5(path: str, name: str) -> Any:
+    return Hdf5.load(path)[name]

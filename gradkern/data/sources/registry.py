@@ -1,0 +1,179 @@
+"""What a source of samples is, and the registry by which a thing or a path finds the class that reads it.
+
+A source has a length and random access by ranges, because a run that resumes or is sharded must read the samples of
+one chunk alone.  Streams without either are refused, with what to do.
+
+A kind of source is one class:
+
+    @register
+    class Lines(Source):
+        about, suffixes = "a .txt file of numbers", (".txt",)
+
+        @classmethod
+        def at(cls, path, name, columns):
+            return cls(Path(path))
+
+        def rows(self, start, stop):
+            ...
+"""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...util.options import BadType, BadValue
+
+Span = tuple[int, int]
+
+
+class Source(ABC):
+    """Samples in a fixed order.  ``read(a, b)`` gives one tensor ``[b - a, *in]`` per input of the model.
+
+    ``about`` says what the class takes, for error messages; ``suffixes`` are those of the files that it opens.
+    """
+
+    about: ClassVar[str] = ""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, samples: int) -> None:
+        if samples < 1:
+            raise BadValue("source: got no samples, expected at least one.")
+        self.samples = samples
+        self.cast: torch.dtype | None = None
+
+    # ---- opening
+
+    @classmethod
+    def accepts(cls, thing: Any) -> bool:
+        """Does this class read such an object?"""
+        return False
+
+    @classmethod
+    def of(cls, thing: Any, columns: Any) -> Source:
+        """The source of an object that the class accepts; ``columns`` are the fields that the model takes."""
+        raise NotImplementedError(f"{cls.__name__} accepts objects, so it needs a class method of(thing, columns)")
+
+    @classmethod
+    def accepts_path(cls, path: str) -> bool:
+        """Does this class read such a file or folder?"""
+        return Path(path).suffix.lower() in cls.suffixes
+
+    @classmethod
+    def at(cls, path: str, name: str | None, columns: Any) -> Source:
+        """The source at a path; ``name`` picks one array of several (``path:name``)."""
+        raise NotImplementedError(f"{cls.__name__} has suffixes, so it needs a class method at(path, name, columns)")
+
+    # ---- reading
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """The samples ``start:stop``, one CPU tensor ``[stop - start, *in]`` per input of the model."""
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """`rows`, checked, and cast where a dtype was asked for."""
+        return self.prepared(self.rows(start, stop), start, stop)
+
+    def prepared(self, rows: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """Rows ``[stop - start, *in]``, checked, floating inputs and bytes cast where a dtype was asked for."""
+        for x in rows:
+            if x.shape[:1] != (stop - start,):
+                raise BadValue(
+                    f"source: reading samples {start} … {stop - 1} gave shape {list(x.shape)}, expected "
+                    f"[{stop - start}, ...]: one row per sample."
+                )
+        if self.cast is None:
+            return rows
+        return tuple(x.to(self.cast) if x.is_floating_point() or x.dtype == torch.uint8 else x for x in rows)
+
+    def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
+        """`read` of one span after the other."""
+        for start, stop in spans:
+            yield self.read(start, stop)
+
+    def cast_to(self, dtype: torch.dtype | None) -> Self:
+        if dtype is not None:
+            self.cast = dtype
+        return self
+
+
+Kind = TypeVar("Kind", bound=type[Source])
+KINDS: list[type[Source]] = []
+
+
+def register(kind: Kind) -> Kind:
+    """Enter a class into the registry.  The last one is asked first, so that yours come before gradkern's own."""
+    KINDS.insert(0, kind)
+    return kind
+
+
+def known() -> str:
+    """What `open_source` takes, in words."""
+    suffixes = sorted(s for kind in KINDS for s in kind.suffixes)
+    *kinds, fallback = KINDS
+    objects = [kind.about for kind in (*reversed(kinds), fallback) if kind.about]
+    return f"{', '.join(objects)}, or a path that ends in {', '.join(suffixes)}"
+
+
+def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
+    """Anything that a registered class takes, as a `Source`.
+
+    ``columns``: which fields of a sample are the model's inputs (names or numbers).  ``dtype``: cast floating
+    inputs and bytes to it, for data that is stored in another precision than the model's.
+    """
+    if isinstance(source, Source):
+        return source.cast_to(dtype)
+    if isinstance(source, (str, Path)):
+        return _open_path(str(source), columns).cast_to(dtype)
+    for kind in KINDS:
+        if kind.accepts(source):
+            return kind.of(source, columns).cast_to(dtype)
+    raise BadType(f"source: got {type(source).__name__}, expected {known()}.")
+
+
+def _open_path(text: str, columns: Any) -> Source:
+    path, name = _split(text)
+    kind = next((k for k in KINDS if k.accepts_path(path)), None)
+    if kind is None:
+        suffixes = sorted(s for k in KINDS for s in k.suffixes)
+        raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(suffixes)}.")
+    if "://" not in path and "*" not in path and not Path(path).exists():
+        raise BadValue(f"source: there is no {path!r}.")
+    return kind.at(path, name, columns)
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """``"data.h5:train/x"`` → ``("data.h5", "train/x")``; a path that exists is taken as it is."""
+    if not Path(text).exists():
+        for suffix in (s for kind in KINDS for s in kind.suffixes):
+            path, colon, name = text.partition(suffix + ":")
+            if colon:
+                return path + suffix, name
+    return text, None
+
+
+def member(container: Any, name: str | None) -> Any:
+    """What a file holds under ``name``; all of it where no name was given."""
+    if name is None:
+        return container
+    try:
+        return container[name]
+    except (KeyError, IndexError, TypeError):
+        has_names = hasattr(container, "__iter__") and not hasattr(container, "shape")
+        names = list(container) if has_names else "one array"
+        raise BadValue(f"source: got the name {name!r}, but the file holds {names}.") from None
+
+
+def can_be_pickled(source: Source) -> bool:
+    """Can the source be sent to another process?"""
+    try:
+        pickle.dumps(source)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The store on disk: its arrays, its ledger of finished chunks, and files that survive a kill."""

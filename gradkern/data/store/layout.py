@@ -1,0 +1,97 @@
+"""Arrays of a store: their names, dtypes and codecs, and making them.
+
+bfloat16, which zarr has no name for, is stored as the uint16 of its bits; the attribute ``dtype`` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, ZstdCodec
+
+from ...util.options import BadValue
+
+STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
+BFLOAT16_NAN = 0x7FC0
+ENCODING: Any = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array to be made.  ``chunk`` is the number of rows per chunk; None: all in one."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dimensions: tuple[str, ...]
+    chunk: int | None = None
+    compressed: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    content: np.ndarray | None = None
+
+
+def map_names(count: int) -> list[str]:
+    """Names of the arrays of maps, one per differentiated input."""
+    return ["attributions"] if count == 1 else [f"attributions_{i}" for i in range(count)]
+
+
+def reduction_key(reduction: str, inputs: Sequence[str], of: int) -> str:
+    """Where the result of a reduction lies, of the input numbered ``of``."""
+    return f"reductions/{reduction}" if len(inputs) == 1 else f"reductions/{reduction}_{of}"
+
+
+def chunk_key(name: str, chunk: int, axes: int) -> str:
+    """The file of a chunk of rows, of an array with so many axes."""
+    return f"{name}/c." + ".".join([str(chunk), *["0"] * (axes - 1)])
+
+
+def codecs(compression: str) -> Any:
+    """``none``, ``zstd`` or ``blosc``, each with an optional level: ``zstd:3``."""
+    name, _, level = compression.partition(":")
+    if name not in ("none", "zstd", "blosc") or (level and not level.isdigit()):
+        raise BadValue(f"compression: got {compression!r}, expected 'none', 'zstd' or 'blosc' (a level: 'zstd:3').")
+    if name == "none":
+        return None
+    if name == "zstd":
+        return ZstdCodec(level=int(level or 1))
+    return BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
+
+
+def fill(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:
+    """Make the arrays and attributes of a new store."""
+    group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
+    for a in arrays:
+        made = group.create_array(
+            a.name,
+            shape=a.shape,
+            chunks=(a.chunk or max(a.shape[0], 1), *(max(s, 1) for s in a.shape[1:])) if a.shape else (),
+            dtype=STORED_AS.get(a.dtype, a.dtype),
+            compressors=codecs(compression) if a.compressed else None,
+            fill_value=_fill_value(a.dtype),
+            dimension_names=list(a.dimensions),
+            chunk_key_encoding=ENCODING,
+            attributes={**({"dtype": "bfloat16"} if a.dtype == "bfloat16" else {}), **a.attributes},
+        )
+        if a.content is not None:
+            made[...] = a.content
+    consolidate(store)
+
+
+def consolidate(store: Store) -> None:
+    """One file with the metadata of all arrays, which readers open faster."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not in the specification of zarr v3 yet; readers know it
+        zarr.consolidate_metadata(store)
+
+
+def _fill_value(dtype: str) -> float:
+    if dtype == "bfloat16":
+        return BFLOAT16_NAN
+    return float("nan") if dtype.startswith("float") else -1 if dtype == "int64" else 0

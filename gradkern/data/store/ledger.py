@@ -1,0 +1,191 @@
+"""The ledger: which chunks are finished, and the statistics of each, as a tree that merges exactly.
+
+A finished chunk is a record at level 0.  Two records of neighbouring ranges become one at the next level, so a run
+of K chunks leaves about log K records, whatever the number of features.  The tree's shape depends on the chunks'
+numbers alone: sums taken in any order, by any number of processes, after any number of kills, are bit-equal.
+
+A record is written after all the data of its chunk, and in one piece, so it *is* the mark that the chunk is
+finished.  A parent is written before its children are removed; a record below a finished parent means nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from zarr.abc.store import Store
+
+from ..statistics import merge
+from . import durable
+
+FOLDER = "chunks/finished"
+Node = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished range of chunks.
+
+    ``sums``: statistics by name.  ``facts``: samples, seconds of computing, the batches that were used, and notes
+    of everything that makes the result differ in its last bits from an uninterrupted run.
+    """
+
+    sums: Mapping[str, np.ndarray]
+    facts: Mapping[str, Any]
+
+    def __add__(self, right: Record) -> Record:
+        """The record of this range and the one right of it."""
+        a, b = self.facts, right.facts
+        facts = {
+            "samples": a["samples"] + b["samples"],
+            "seconds": a["seconds"] + b["seconds"],
+            "batches": sorted({*a["batches"], *b["batches"]}),
+            "notes": sorted({*a["notes"], *b["notes"]}),
+        }
+        return Record(merge(self.sums, right.sums), facts)
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        text = np.frombuffer(json.dumps(dict(self.facts)).encode(), dtype=np.uint8)
+        entries: dict[str, Any] = {"facts.json": text, **self.sums}
+        np.savez(buffer, **entries)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Record:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            sums = {name: archive[name] for name in archive.files}
+        return cls(sums, json.loads(sums.pop("facts.json").tobytes()))
+
+
+class Ledger:
+    """The records of a store.  One process adds the chunks that are its own; others may do so beside it."""
+
+    def __init__(self, store: Store, chunks: int) -> None:
+        self.store = store
+        self.chunks = chunks
+        self.mine: dict[Node, Record] = {}
+
+    def key(self, node: Node) -> str:
+        return f"{FOLDER}/{name_of(node)}"
+
+    def nodes(self) -> set[Node]:
+        """Every record that is there, without those below another."""
+        there = {n for n in map(node_of, durable.names(self.store, FOLDER)) if n is not None}
+        return {n for n in there if not any(parent in there for parent in self.above(n))}
+
+    def above(self, node: Node) -> Iterable[Node]:
+        level, number = node
+        while (1 << level) < self.chunks:
+            level, number = level + 1, number // 2
+            yield level, number
+
+    def finished(self) -> set[int]:
+        """The numbers of the finished chunks."""
+        return {chunk for node in self.nodes() for chunk in self.span(node)}
+
+    def span(self, node: Node) -> range:
+        """The chunks that a record stands for."""
+        level, number = node
+        return range(number << level, min((number + 1) << level, self.chunks))
+
+    def span_of(self, file: str) -> range:
+        """The chunks that a record of that name stands for; none for other files."""
+        node = node_of(file)
+        return range(0) if node is None else self.span(node)
+
+    def read(self, node: Node) -> Record:
+        content = durable.get(self.store, self.key(node))
+        if content is None:
+            raise FileNotFoundError(f"the store has lost its record {self.key(node)}")
+        return Record.from_bytes(content)
+
+    def adopt(self, owned: range) -> None:
+        """Take over the records of this process's own chunks that an earlier run has left."""
+        top = self.nodes()
+        for node in map(node_of, durable.names(self.store, FOLDER)):
+            if node is None or not (self.span(node)[0] in owned and self.span(node)[-1] in owned):
+                continue
+            if node in top:
+                self.mine[node] = self.read(node)
+            else:  # a kill came between writing its parent and removing it
+                durable.delete(self.store, self.key(node))
+
+    def add(self, chunk: int, record: Record) -> None:
+        """Enter a finished chunk: this is the moment at which it becomes finished."""
+        node: Node = (0, chunk)
+        fresh, stale = {node}, []
+        self.mine[node] = record
+        while (pair := self._pair(node)) is not None:
+            left, right = pair
+            # the lone last record of an odd level moves up as it is
+            joined = self.mine[left] if right is None else self.mine[left] + self.mine[right]
+            for n in (left, right):
+                if n is not None:
+                    del self.mine[n]
+                    if n not in fresh:
+                        stale.append(n)
+            node = (left[0] + 1, left[1] // 2)
+            fresh.add(node)
+            self.mine[node] = joined
+        durable.put(self.store, self.key(node), self.mine[node].to_bytes())
+        for n in stale:
+            durable.delete(self.store, self.key(n))
+
+    def _pair(self, node: Node) -> tuple[Node, Node | None] | None:
+        """The two records to join now that ``node`` is there; None where its neighbour is missing."""
+        level, number = node
+        if (1 << level) >= self.chunks:
+            return None
+        left, right = (level, number & ~1), (level, number | 1)
+        if left not in self.mine:
+            return None
+        if right[1] << level >= self.chunks:
+            return left, None
+        return (left, right) if right in self.mine else None
+
+    def records(self) -> dict[Node, Record]:
+        """Every record that `nodes` lists, as of one moment.
+
+        Another process may join two records between the listing and the reading, and so remove them; their parent
+        was there before.  Then it is listed anew.  What is gone without any change of the list is lost.
+        """
+        nodes = self.nodes()
+        while True:
+            try:
+                return {n: self.read(n) for n in nodes}
+            except FileNotFoundError:
+                before, nodes = nodes, self.nodes()
+                if nodes == before:
+                    raise
+
+    def total(self, progress: Callable[[int], None] = lambda level: None) -> Record | None:
+        """The record of all chunks together; None while some are missing."""
+        records = self.records()
+        level = 0
+        while True:
+            count = -(-self.chunks // (1 << level))
+            if count == 1:
+                return records.get((level, 0))
+            progress(level)
+            for number in range(0, count, 2):
+                left, right = (level, number), (level, number + 1)
+                if left in records and (right in records or number + 1 >= count):
+                    first = records.pop(left)
+                    records[(level + 1, number // 2)] = first + records.pop(right) if right in records else first
+            level += 1
+
+
+def name_of(node: Node) -> str:
+    return f"{node[0]:02d}.{node[1]:08d}.npz"
+
+
+def node_of(name: str) -> Node | None:
+    parts = name.split(".")
+    if len(parts) != 3 or parts[2] != "npz" or not (parts[0].isdigit() and parts[1].isdigit()):
+        return None
+    return int(parts[0]), int(parts[1])

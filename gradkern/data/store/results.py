@@ -1,0 +1,216 @@
+"""The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of what is finished.
+
+attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
+predictions   [N, *out]     the model's outputs
+targets       [S] or [N, S] which outputs, as flat indices
+deltas        [N, S]        where the method has them
+top_features  [N, S, k]     where asked for: flat indices of the features with the largest |attribution|
+chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
+reductions/   [C, *in]      once the run is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.abc.store import Store
+
+from ...util.options import BadValue
+from .. import statistics
+from . import durable, layout
+from .layout import Array
+from .ledger import FOLDER, Ledger
+
+FORMAT = 1
+ABANDONED = 3600  # seconds
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+
+
+class Results:
+    """A store, open.  ``about`` are its attributes: fingerprint, what is pinned, versions."""
+
+    def __init__(self, place: str, store: Store, group: zarr.Group) -> None:
+        self.place = place
+        self.store = store
+        self.group = group
+        about = group.attrs["gradkern"]
+        assert isinstance(about, Mapping)
+        self.about: dict[str, Any] = dict(about)
+        self.samples = int(self.about["fingerprint"]["source"]["samples"])
+        self.chunk = int(self.about["pinned"]["chunk"])
+        self.chunks = -(-self.samples // self.chunk)
+        self.ledger = Ledger(store, self.chunks)
+        self._arrays: dict[str, Any] = {}
+
+    # ---- making and opening
+
+    @classmethod
+    def exists(cls, place: str | Path) -> bool:
+        """Is there a run at this place?  Raises `BadValue` where there is something else."""
+        text = str(place)
+        path = durable.local_path(text)
+        if path is None:
+            return durable.get(durable.store_at(text), "zarr.json") is not None
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return False
+        if not (path / "zarr.json").exists():
+            raise BadValue(f"out: {text} exists and is no zarr store. Choose another place; nothing was changed.")
+        return True
+
+    @classmethod
+    def open(cls, place: str | Path, *, read_only: bool = True) -> Results:
+        """Open a run.  Raises `BadValue` where there is none."""
+        text = str(place)
+        if not cls.exists(text):
+            raise BadValue(f"there is no store at {text}.")
+        store = durable.store_at(text, read_only=read_only)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            group = zarr.open_group(store, mode="r" if read_only else "r+", use_consolidated=False)
+        about = group.attrs.get("gradkern")
+        if not isinstance(about, Mapping) or about.get("format") != FORMAT:
+            raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
+        return cls(text, store, group)
+
+    @classmethod
+    def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
+        """Make a store, all of it or nothing; where another process was faster, open that one's."""
+        text = str(place)
+        path = durable.local_path(text)
+        if path is None:
+            layout.fill(durable.store_at(text), arrays, about, compression)
+            return cls.open(text, read_only=False)
+        path = path.absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
+        made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+        try:
+            layout.fill(durable.DurableStore(made), arrays, about, compression)
+            with contextlib.suppress(OSError):  # somebody else's is there already
+                os.rename(made, path)
+                durable.sync_folder(path.parent)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return cls.open(text, read_only=False)
+
+    # ---- writing
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """The samples of a chunk."""
+        return chunk * self.chunk, min((chunk + 1) * self.chunk, self.samples)
+
+    def write(self, chunk: int, parts: Mapping[str, np.ndarray]) -> None:
+        """Write a chunk's rows of some arrays: complete on disk when this returns, but not yet finished."""
+        start, stop = self.span(chunk)
+        for name, rows in parts.items():
+            array = self.array(name)
+            if self._stored_as_is(array, rows):
+                key = layout.chunk_key(name, chunk, rows.ndim)
+                durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
+            else:
+                array[start:stop] = rows
+
+    def remove_partial(self, chunks: Iterable[int]) -> None:
+        """Remove the half-written files of these chunks, which a killed run has left."""
+        if not isinstance(self.store, durable.DurableStore):
+            return
+        numbers = set(chunks)
+        names = {str(number) for number in numbers}
+        for array in self.arrays():
+            self.store.remove_partial(array, lambda file: file.split(".")[1] in names)  # c.12.0.0
+        self.store.remove_partial(FOLDER, lambda file: not numbers.isdisjoint(self.ledger.span_of(file)))
+
+    def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
+        """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
+        return (
+            rows.shape == array.chunks
+            and rows.dtype == array.dtype
+            and rows.dtype.byteorder in ("=", "|")
+            and sys.byteorder == "little"
+            and rows.flags.c_contiguous
+            and not array.compressors
+            and not array.filters
+        )
+
+    def note(self, **facts: Any) -> None:
+        """Change the store's attributes."""
+        self.about |= facts
+        self.group.attrs.update({"gradkern": self.about})
+        layout.consolidate(self.store)
+
+    def complete(self) -> bool:
+        """Write the reductions and mark the store complete; False where chunks are missing.  Several may call it."""
+        if self.about.get("finished"):
+            return True
+        total = self.ledger.total()
+        if total is None:
+            return False
+        names = self.about["inputs"]
+        for i, name in enumerate(names):
+            for reduction, value in statistics.finish(self.about["reductions"], total.sums, name).items():
+                self.array(layout.reduction_key(reduction, names, i))[...] = value
+        notes = total.facts["notes"]
+        tolerance = {"tolerance": TOLERANCE[self.about["arrays"]["dtype"]]} if notes else {}
+        self.note(finished=True, exact=not notes, notes=notes, **tolerance)
+        return True
+
+    # ---- reading
+
+    def array(self, name: str) -> Any:
+        """An array of the store, as zarr has it."""
+        if name not in self._arrays:
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                self._arrays[name] = self.group[name]
+        return self._arrays[name]
+
+    def arrays(self) -> list[str]:
+        """Names of the arrays that are written chunk by chunk."""
+        axes = {name: getattr(array.metadata, "dimension_names", None) or ("",) for name, array in self.group.arrays()}
+        return [name for name, dimensions in axes.items() if dimensions[0] == "sample"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.group
+
+    def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
+        """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
+        array = self.array(name)
+        rows = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
+        return rows.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else rows
+
+    def reduction(self, name: str, of: int = 0) -> np.ndarray:
+        """The result of a reduction ``[C, *in]``, of the input numbered ``of``.  The run must be complete."""
+        if not self.about.get("finished"):
+            raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
+        key = layout.reduction_key(name, self.about["inputs"], of)
+        if key not in self.group:
+            raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
+        return np.asarray(self.array(key)[...])
+
+    @property
+    def done(self) -> int:
+        """How many chunks are finished."""
+        return len(self.ledger.finished())
+
+    def __repr__(self) -> str:
+        return f"Results({self.place!r}, {self.done} of {self.chunks} chunks, {self.samples} samples)"
+
+
+def _tidy(path: Path) -> None:
+    """Remove stores that were killed while they were made, an hour ago or more: younger ones may be alive."""
+    for old in path.parent.glob(f".{path.name}.*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old)

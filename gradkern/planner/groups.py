@@ -1,0 +1,135 @@
+"""Groups: a Program cut into runs of steps that are one chain each, and steps that run one by one between them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..codegen.chain import Chain
+from ..codegen.cuda.lowering import Device, TooLarge, lowering
+from ..codegen.machine import Machine
+from ..ir.program import Program, View
+
+
+@dataclass(frozen=True)
+class Group:
+    """Steps that run together.  ``live_in`` and ``live_out`` are the values that cross its border."""
+
+    native: bool
+    steps: tuple[int, ...]
+    live_in: tuple[int, ...]
+    live_out: tuple[int, ...]
+
+
+class Chains:
+    """The chains of one Program on one machine, each lowered once: also to learn whether it fits."""
+
+    def __init__(self, program: Program, machine: Machine | None, itemsize: int) -> None:
+        self.program, self.machine, self.itemsize = program, machine, itemsize
+        self.made: dict[tuple[object, ...], Chain | TooLarge] = {}
+
+    def get(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
+        """The group's chain for ``seeds`` seeds, which gives the cotangents of the values ``wrt``.
+
+        ``onehot``: seeds start at the outputs of the network in this group.  Raises `TooLarge` where it fits no
+        block of a GPU.
+        """
+        key = (group.steps, group.live_out, seeds, wrt, onehot)
+        made = self.made.get(key)
+        if made is None:
+            made = self.made.setdefault(key, self._lowered(group, seeds, wrt, onehot))
+        if isinstance(made, TooLarge):
+            raise made
+        return made
+
+    def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
+        assert self.machine is not None
+        lower, linear = lowering(self.machine), bool(self.program.slopes)
+        args = (self.program, list(group.steps), list(group.live_out), self.machine, self.itemsize, seeds, wrt)
+        try:
+            return lower(*args, onehot=onehot, linear=linear)
+        except TooLarge as error:
+            return error
+
+    def keep(self, groups: Sequence[Group]) -> None:
+        """Forget what was lowered for other groups than these."""
+        kept = {(g.steps, g.live_out) for g in groups}
+        self.made = {key: chain for key, chain in self.made.items() if key[:2] in kept}
+
+
+class Partition:
+    """Cuts the steps ``steps`` of a Program, of which the values ``wanted`` are to be had, into groups.
+
+    ``reasons``: per step, why it has no kernel; None where it has one.  Steps that turn out not to fit a GPU even
+    alone get their reasons there.
+    """
+
+    def __init__(
+        self, chains: Chains, seeds: int, steps: list[int], wanted: Collection[int], reasons: list[str | None]
+    ):
+        self.chains, self.program, self.base = chains, chains.program, len(chains.program.inputs)
+        self.seeds, self.steps, self.wanted, self.reasons = seeds, steps, frozenset(wanted), reasons
+        self.planned = frozenset(steps)
+
+    def groups(self) -> tuple[Group, ...]:
+        if not isinstance(self.chains.machine, Device):
+            return self.cut()
+        while True:
+            pieces = [piece for g in self.cut() for piece in (self.split(g) if g.native else [g])]
+            groups = tuple(piece for piece in pieces if piece is not None)
+            if len(groups) == len(pieces):
+                self.chains.keep(groups)
+                return groups
+
+    def cut(self) -> tuple[Group, ...]:
+        """Groups of one kind, in execution order.
+
+        A step's level is the number of changes of kind on the worst path to it, so steps of one level and kind can
+        run together, and every edge leads to the same or a later group.
+        """
+        key: dict[int, tuple[int, bool]] = {}
+        for i in self.steps:
+            native = self.reasons[i] is None
+            before = [key[v - self.base] for v in self.program.steps[i].inputs if v >= self.base]
+            key[i] = (max((level + (kind != native) for level, kind in before), default=0), native)
+        return tuple(
+            self.group([i for i in self.steps if key[i] == own], native=own[1]) for own in sorted(set(key.values()))
+        )
+
+    def group(self, steps: list[int], native: bool) -> Group:
+        """The group of these steps, with the values that cross its border."""
+        program, base = self.program, self.base
+        inside = {base + i for i in steps}
+        live_in = sorted({v for i in steps for v in program.steps[i].inputs} - inside)
+        read = {v for v in inside if any(j in self.planned and base + j not in inside for j in program.consumers[v])}
+        live_out = sorted(read | (self.wanted & inside))
+        # torch's views are free, and what nothing reads needs no kernel
+        worthwhile = native and bool(live_out) and not all(isinstance(program.steps[i].form, View) for i in steps)
+        return Group(worthwhile, tuple(steps), tuple(live_in), tuple(live_out))
+
+    def split(self, group: Group) -> list[Group | None]:
+        """The longest runs of a group's steps that fit a block of a GPU; None for each step that does not fit."""
+        pieces: list[Group | None] = []
+        steps = list(group.steps)
+        while steps:
+            low, high, best = 1, len(steps), None
+            size, reason = len(steps), ""
+            while low <= high:
+                piece = self.group(steps[:size], native=True)
+                try:
+                    if piece.native:
+                        self.lower(piece)
+                    best, low = piece, size + 1
+                except TooLarge as error:
+                    reason, high = str(error), size - 1
+                size = (low + high) // 2
+            if best is None:
+                self.reasons[steps[0]] = reason
+            pieces.append(best)
+            steps = steps[1 if best is None else len(best.steps) :]
+        return pieces
+
+    def lower(self, group: Group) -> Chain:
+        """The chain that a call needs which wants the cotangents of all inputs."""
+        wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
+        return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

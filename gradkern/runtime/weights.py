@@ -1,0 +1,139 @@
+"""Packed weights: all chains of a plan together, for the latest contents of its parameters.
+
+Parameters change under a plan (training, attribution rules), and nothing tells that they did: their bytes are hashed
+once per call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..codegen.chain import Chain
+from ..codegen.encoding import WIDTH
+from ..planner.plan import Plan
+from ..util.memo import on_reset
+from . import ops
+
+Params = Mapping[str, Tensor]
+Key = tuple[int, int, torch.dtype, torch.device]  # of a plan (its id) and of a content of its parameters
+
+MOST_CONTENTS = 8  # of one plan: models of one structure, such as the folds of an ensemble
+MOST_ENTRIES = 256
+MOST_BYTES = {"cpu": 64 << 20}
+MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
+
+
+class KernelsUnavailable(Exception):
+    """Skipping zeros is not exact here (0 · Inf is NaN), dtypes differ, or there is nothing for a kernel to do."""
+
+
+class Packed:
+    """Folded weights in kernel order, and the chain's integers as tensors, dtype and device of ``like``."""
+
+    def __init__(self, chain: Chain, params: Params, like: Tensor):
+        self.chain = chain
+        self.tables = torch.tensor(chain.tables or (0,), dtype=torch.int32, device=like.device)
+        self.forward, self.backward = (
+            torch.tensor(rows, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
+            for rows in (chain.forward_rows, chain.backward_rows)
+        )
+        self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
+        for layout in chain.layouts:
+            layout.fill(self.weights, params)
+        # The last thing, because on a GPU it also waits: from here on any stream may read the pack.
+        self.finite = bool(torch.isfinite(self.weights).all())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights))
+
+    def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
+        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None where seeds start elsewhere."""
+        if self.chain.rows is None:
+            return None
+        start, row = self.chain.rows
+        rows = self.weights[start : start + outputs * row].view(outputs, row)
+        rows = rows[targets].contiguous()
+        return rows.clamp_(min=0) if self.chain.rectify_rows else rows
+
+
+class Entry:
+    """What is packed of one plan for one content, by chain."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device  # kept: while the entry lives, no other plan has its id
+        self.packs: dict[int, Packed] = {}  # by the chain's id
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pack.nbytes for pack in list(self.packs.values()))
+
+
+class Store:
+    """Entries of recent plans.  Where they are too large together, the least recently used goes, as a whole; the
+    latest one stays, however large it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.entries: OrderedDict[Key, Entry] = OrderedDict()
+
+    def entry(self, plan: Plan, content: int, like: Tensor) -> Entry:
+        key = (id(plan), content, like.dtype, like.device)
+        with self.lock:
+            entry = self.entries.setdefault(key, Entry(plan, like.device))
+            self.entries.move_to_end(key)
+            contents = [other for other in self.entries if other[0] == key[0]]
+            for other in contents[:-MOST_CONTENTS]:
+                del self.entries[other]
+            return entry
+
+    def packed(self, entry: Entry, chain: Chain, params: Params, like: Tensor) -> Packed:
+        known = entry.packs.get(id(chain))
+        if known is not None:
+            return known
+        packed = Packed(chain, params, like)
+        with self.lock:
+            packed = entry.packs.setdefault(id(chain), packed)
+            self._trim(entry)
+        return packed
+
+    def _trim(self, latest: Entry) -> None:
+        room = MOST_BYTES.get(latest.device.type, MOST_GPU_BYTES)
+        held = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
+        for key, entry in list(self.entries.items()):
+            if held <= room and len(self.entries) <= MOST_ENTRIES:
+                return
+            if entry is not latest and entry.device.type == latest.device.type:
+                held -= self.entries.pop(key).nbytes
+
+    def clear(self) -> None:
+        with self.lock:
+            self.entries.clear()
+
+
+store = Store()
+on_reset(store.clear)
+
+
+class PlanWeights:
+    """The packed weights of a plan for one call: its parameters are hashed here, once for all chains."""
+
+    def __init__(self, plan: Plan, params: Params, like: Tensor):
+        tensors = [params[name] for name in plan.packed_names]
+        self.params, self.like = params, like
+        self.mixed = any(t.dtype != like.dtype for t in tensors)
+        here = [t for t in tensors if t.device == like.device]
+        self.entry = store.entry(plan, 0 if self.mixed else ops.content_hash(here), like)
+
+    def packed(self, chain: Chain) -> Packed:
+        if self.mixed:
+            raise KernelsUnavailable
+        packed = store.packed(self.entry, chain, self.params, self.like)
+        if not packed.finite:
+            raise KernelsUnavailable
+        return packed

@@ -1,0 +1,94 @@
+"""The one table of results that can be made again: bounded, least recently used first out, safe between threads."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+V = TypeVar("V")
+
+_ABSENT: Any = object()
+_memos: weakref.WeakSet[Memo[Any]] = weakref.WeakSet()
+_on_reset: list[Callable[[], None]] = []
+
+
+class Memo(Generic[V]):
+    """At most ``most`` values by key.
+
+    A value is made outside the lock, so that making one may ask the same table; where two threads make the same one,
+    the first to finish wins and both get that.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.RLock()  # an RLock: a weak reference's callback may come while this thread holds it
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+        _memos.add(self)
+
+    def get(self, key: Hashable) -> V | None:
+        """The value of ``key``, or None where there is none (any more)."""
+        with self._lock:
+            value = self._values.get(key, _ABSENT)
+            if value is _ABSENT:
+                return None
+            self._values.move_to_end(key)
+            return value
+
+    def put(self, key: Hashable, value: V) -> None:
+        """Keep ``value``, in place of what is there."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            self._trim()
+
+    def get_or_make(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of ``key``; ``make`` is called where there is none."""
+        with self._lock:
+            value = self._values.get(key, _ABSENT)
+            if value is not _ABSENT:
+                self._values.move_to_end(key)
+                return value
+        made = make()
+        with self._lock:
+            value = self._values.setdefault(key, made)
+            self._values.move_to_end(key)
+            self._trim()
+        return value
+
+    def forget(self, key: Hashable) -> None:
+        with self._lock:
+            self._values.pop(key, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def _trim(self) -> None:
+        while len(self._values) > self.most:
+            self._values.popitem(last=False)
+
+
+def on_reset(forget: Callable[[], None]) -> Callable[[], None]:
+    """Call ``forget`` at every `reset`: for what is remembered elsewhere than in a `Memo`.  Usable as a decorator."""
+    _on_reset.append(forget)
+    return forget
+
+
+def reset() -> None:
+    """Forget everything that was learnt: Programs, plans, packed weights, measurements, and warnings that were given.
+
+    Results stay the same; the next call of every model pays for its capture again.
+    """
+    for memo in list(_memos):
+        memo.clear()
+    for forget in _on_reset:
+        forget()

@@ -1,0 +1,93 @@
+"""The floors of the house: each room of ``gradkern/`` may import the rooms listed for it, and no others."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gradkern"
+TOP = "top"  # the modules in gradkern/ itself
+#: The rooms from the ground up: a room imports itself and the rooms above its own line in this list.
+FLOORS = (
+    "util",
+    "ir",
+    "passes",
+    "codegen",
+    "planner",
+    "runtime",
+    "frontend",
+    "dispatch",
+    TOP,
+    "attr",
+    "data",
+    "report",
+    "cli",
+)
+MOST_AT_THE_TOP = 5  # files in gradkern/ itself
+#: Names that `gradkern/__init__.py` hands on from higher floors, at their first use.
+HANDED_ON = {("__init__.py", "attr"), ("__init__.py", "data")}
+COMPILED = ["gradkern", "_C"]  # the extension, which is no room
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE).parts
+    return inside[0] if len(inside) > 1 else TOP
+
+
+def imported(path: Path, source: str) -> Iterator[tuple[int, str]]:
+    """The line and the room of every import from gradkern in a file."""
+    package = ["gradkern", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = [*start, *(node.module or "").split(".")] if node.module else start
+            targets = [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            if target[0] == "gradkern" and target != COMPILED:
+                inside = (PACKAGE / Path(*target[1:2])).is_dir() if len(target) > 1 else False
+                yield node.lineno, target[1] if inside else TOP
+
+
+def violations(path: Path, source: str) -> list[str]:
+    own = FLOORS.index(room_of(path))
+    return [
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {room_of(path)} imports {room}"
+        for line, room in imported(path, source)
+        if FLOORS.index(room) > own and (path.relative_to(PACKAGE).as_posix(), room) not in HANDED_ON
+    ]
+
+
+def test_imports_lead_down() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {room_of(f) for f in files} == set(FLOORS)
+    found = [v for f in files for v in violations(f, f.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("ir/program.py", "from ..planner import plan"),
+        ("codegen/units.py", "from gradkern.runtime.ops import machine"),
+        ("codegen/cuda/cost.py", "from ...dispatch import request"),
+        ("planner/plan.py", "    import gradkern.runtime.executor"),
+        ("runtime/binding.py", "from .. import api"),
+        ("dispatch/guards.py", "from ..attr.points import Points"),
+        ("attr/points.py", "from ..data import run"),
+    ],
+)
+def test_a_planted_violation_is_seen(place: str, line: str) -> None:
+    path = PACKAGE / place
+    planted = f"def planted():\n{'' if line.startswith(' ') else '    '}{line}\n"
+    assert len(violations(path, path.read_text() + "\n\n" + planted)) == len(violations(path, path.read_text())) + 1
+
+
+def test_few_modules_stand_at_the_top() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
