@@ -103,10 +103,10 @@ at::Tensor rescaled(const at::Tensor& z, const at::Tensor& reference, at::IntArr
 
 // The same as a kernel reads it.
 template <class T>
-SharesArgs<T> shares_args(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps,
-                          at::Tensor& out) {
+RescaleArgs<T> rescale_args(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu,
+                            double eps, at::Tensor& out) {
   const int64_t H = z.size(2), W = z.size(3);
-  SharesArgs<T> a{};
+  RescaleArgs<T> a{};
   a.z = z.const_data_ptr<T>();
   a.ref = reference.const_data_ptr<T>();
   a.out = out.mutable_data_ptr<T>();

@@ -166,13 +166,13 @@ void run(const ChainCall& call, const CpuSizes& sizes) {
 }
 
 template <class T>
-void launch_rescale(const Kernels<T>& kernels, const SharesArgs<T>& args, int64_t rows, bool pooled) {
+void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64_t rows, bool pooled) {
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
-    SharesArgs<T> mine = args;
+    RescaleArgs<T> mine = args;
     mine.scratch = memory.data();
-    (pooled ? kernels.shares : kernels.secant)(mine, begin, end);
+    (pooled ? kernels.rescale : kernels.secant)(mine, begin, end);
   });
 }
 
@@ -182,8 +182,8 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
   const Isa& isa = current_isa();
   const int64_t rows = z.size(0) * z.size(1);
   if (z.scalar_type() == at::kFloat)
-    launch_rescale<float>(isa.f32, shares_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
-  else launch_rescale<double>(isa.f64, shares_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
+    launch_rescale<float>(isa.f32, rescale_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
+  else launch_rescale<double>(isa.f64, rescale_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   return out;
 }
 
