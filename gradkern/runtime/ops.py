@@ -155,12 +155,10 @@ def accumulate(
 HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
 
 
-def empty_result(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of ``like``'s dtype and device; large ones on huge pages where the system has them."""
-    out = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-    if out.device.type == "cpu" and out.nbytes >= HUGE and (c := extension()) is not None:
-        c.advise_huge(out.data_ptr(), out.nbytes)
-    return out
+def on_huge_pages(fresh: Tensor) -> None:
+    """Ask for huge pages behind a large tensor that nothing has been written to, where the system has them."""
+    if fresh.device.type == "cpu" and fresh.nbytes >= HUGE and (c := extension()) is not None:
+        c.advise_huge(fresh.data_ptr(), fresh.nbytes)
 
 
 def register_fakes() -> None:

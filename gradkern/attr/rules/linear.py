@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codegen.support import unsupported_reason
-from ..ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
-from ..runtime import executor, reference
-from ..util.memo import Memo
-from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
+from ...codegen.support import unsupported_reason
+from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
+from ...runtime import executor, reference
+from ...util.memo import Memo
+from .rule import Local, Params, Rule, Values, is_linear, padded, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
@@ -285,7 +285,7 @@ def attribute(
 
     On the kernels where every map is made of slopes and contractions, a tail of the network (a softmax) aside.
     """
-    from .rules import pull
+    from .rule import pull
 
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
