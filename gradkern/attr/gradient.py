@@ -12,15 +12,17 @@ from .. import api
 from ..dispatch.targets import TopK
 from .attribute_all import Inputs, Many, Options, RowMethod, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
-from .plug import GradientFunc
+from .plug import HooklessGradientFunc
 
 
 class GradientMethod(RowMethod):
     """A gradient, and what `_finish` makes of it."""
 
+    gradients = HooklessGradientFunc
+
     def __init__(self, forward_func: Callable[..., Tensor], engine: str | None = None) -> None:
         super().__init__(forward_func)
-        self.gradient_func = GradientFunc(engine)
+        self.gradient_func = self.gradients(engine)
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""

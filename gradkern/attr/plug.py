@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import Request, model_of
-from ..dispatch.route import Route, route, solve
+from ..dispatch.route import Route, route, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
 from ..util.options import BadType, BadValue, Complaint
@@ -32,6 +32,8 @@ from .captum_compat import (
 
 class GradientFunc:
     """A drop-in for Captum's `compute_gradients`.  ``engine`` as in `gradkern.use`; None: what holds at the call."""
+
+    _route = staticmethod(route)
 
     def __init__(self, engine: str | None = None) -> None:
         self.engine = engine if engine is None else options.engine(engine)
@@ -50,7 +52,7 @@ class GradientFunc:
             wrt = tuple(range(len(given)))
             request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
-                way = route(request, self.engine)
+                way = self._route(request, self.engine)
                 if stays_ours(way):
                     return tuple(j[:, 0] for j in solve(request, way, strict=True).jacobians)
             except Complaint:
@@ -62,6 +64,12 @@ class GradientFunc:
 
     def __repr__(self) -> str:
         return f"gradkern.GradientFunc(engine={self.engine!r})"
+
+
+class HooklessGradientFunc(GradientFunc):
+    """For methods that register no hooks: calls that belong to one public call (noisy copies) share their route."""
+
+    _route = staticmethod(shared_route)
 
 
 def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
@@ -147,7 +155,7 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
                 accelerate(getattr(attribution, part), engine)
     elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
-    attribution.gradient_func = GradientFunc(engine)
+    attribution.gradient_func = getattr(kind, "gradients", GradientFunc)(engine)
     return attribution
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from ...dispatch import batching
 from ...ir.program import Program, Scale
 from ...runtime import binding
 from ...util import options
+from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import Complaint
 from ..attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
@@ -116,11 +116,10 @@ class RuleMethod(ProgramMethod):
 
 def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
     """Samples at a time: their values, references and slopes, and the plain executor's cotangents."""
-    numels = [math.prod(program.shape(v)) for v in range(len(program.inputs) + len(program.steps))]
-    each = dtype.itemsize * (4 * sum(numels) + 3 * seeds * max(numels))
+    each = stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize)  # values and slopes, here and at the reference
     budget = options.memory_budget(device)
     room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
-    return max(1, room // max(each, 1))
+    return max(1, room // each)
 
 
 def values_of(
