@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda import lowering, slices
 from gradkern.codegen.cuda.lowering import DeviceLowering
 from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
 from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
 from gradkern.frontend import tracer
+from gradkern.ir.program import Program
 from gradkern.planner import plan
 from gradkern.runtime import binding, executor
 from tests import oracle
@@ -94,13 +96,19 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
         params = binding.bind(program, model)
         with installed(HostDevice(**options)):
             y, (got,) = executor.jacobian(program, params, (x,))
-            assert executor.plan_for(program, got.shape[1], dtype).single_chain
-    (chain,) = plan._chains.values()
+            chain = only_chain(program, got.shape[1], dtype)
     want_y, (want,) = oracle.jacobian(model, (x,))
     return y, got, want_y, want, chain
 
 
-def ways_of(chain) -> set[Way]:
+def only_chain(program: Program, seeds: int, dtype: torch.dtype) -> Chain:
+    """The chain that the whole network is."""
+    made = executor.plan_for(program, seeds, dtype)
+    assert made.single_chain
+    return made.chain(0, seeds, (0,), True)
+
+
+def ways_of(chain: Chain) -> set[Way]:
     return {op.way for op in chain.backward if isinstance(op, ScatterT)}
 
 
@@ -254,9 +262,9 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
         program = tracer.trace(model, (x[:3],))
         with installed(HostDevice()):
             y, (got,) = executor.jacobian(program, binding.bind(program, model), (x,))
+            chain = only_chain(program, 3, dtype)
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)
-    (chain,) = plan._chains.values()
     window = next(op for op in chain.forward if isinstance(op, Window))
     assert isinstance(window, PooledWindow) == (joined is not None and not overlaps)
     rows = x.detach().clone().requires_grad_(True)
