@@ -183,11 +183,11 @@ def explainer(package: Any, method: Method, model: nn.Module, net: Net) -> Any:
 
 def per_class(explain: Any, x: Tensor, options: dict[str, Any], batch: int, classes: int) -> list[Tensor]:
     """Stock Captum, called once per class on pieces of ``batch`` samples."""
-    found = []
+    pieces = []
     for a in range(0, x.shape[0], batch):
         part = x[a : a + batch]
-        found.append(torch.stack([explain.attribute(part, target=c, **options).detach() for c in range(classes)], 1))
-    return found
+        pieces.append(torch.stack([explain.attribute(part, target=c, **options).detach() for c in range(classes)], 1))
+    return pieces
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -258,12 +258,12 @@ def _compare_one(row: Row, n: int, fresh: Any, options: Any, theirs: Any, mine: 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
     """Bytes by which the process grew at most (Linux: the peak is reset first)."""
-    found: list[int] = []
+    growth: list[int] = []
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    yield found
-    found.append(_status("VmHWM") - before)
+    yield growth
+    growth.append(_status("VmHWM") - before)
 
 
 def _status(key: str) -> int:
@@ -289,9 +289,9 @@ def long_path(samples: int, all_outputs: bool) -> dict[str, Any]:
     few = x[:256]
     theirs = stock.IntegratedGradients(model)
     stock_seconds = min(
-        seconds(lambda: [theirs.attribute(few[a : a + 16], target=1) for a in range(0, 256, 16)]) for _ in range(3)
+        seconds(lambda: [theirs.attribute(few[a : a + 16], target=1) for a in range(0, len(few), 16)]) for _ in range(3)
     )
-    stock_us = stock_seconds / 256 * 1e6 * (3 if all_outputs else 1)
+    stock_us = stock_seconds / len(few) * 1e6 * (3 if all_outputs else 1)
     return {
         "samples": samples,
         "all_outputs": all_outputs,

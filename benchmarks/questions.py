@@ -23,7 +23,6 @@ from benchmarks.measure import Contender, Say
 from benchmarks.problems import PROBLEMS
 from benchmarks.run import RESULTS, ours, positive, progress
 
-IMAGE_PEERS = tuple(PEERS)
 QUICK_PEERS = ("loop_classes", "grads_batched")
 
 
@@ -49,7 +48,8 @@ def whole_set(options: argparse.Namespace, say: Say) -> Answer:
     chosen = full_set.arguments([str(word) for word in words])
     say("whole set: gradkern")
     mine = full_set.spawn(chosen, report.OURS, chosen.samples)
-    best = full_set.best_peer(chosen, say)
+    usual = measure.Screened("loop_classes", min(256, chosen.samples), None)
+    best = usual if options.quick else full_set.best_peer(chosen, say)
     say(f"whole set: {PEERS[best.peer].title} in batches of {best.batch}")
     peer = full_set.spawn(chosen, best.peer, best.batch)
     question = f"{full_set.NET}, 3 classes × 224 features of {chosen.samples:,} samples"
@@ -62,7 +62,7 @@ def one_image(options: argparse.Namespace, say: Say) -> Answer:
     torch.set_num_threads(options.threads)
     problem, outputs = PROBLEMS["lenet5"], 10
     model, generator = problem.model(), torch.Generator().manual_seed(20)
-    peers = QUICK_PEERS if options.quick else IMAGE_PEERS
+    peers = QUICK_PEERS if options.quick else tuple(PEERS)
     screening = measure.screen(problem, model, 1, outputs, generator, 0.01 if options.quick else 0.3, peers, say)
     rivals = [measure.contender(row, model, outputs) for row in measure.finalists(screening)]
     mine = Contender(report.OURS, report.OURS, 1, ours(model, "kernel"))

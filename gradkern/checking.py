@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import api
 from .dispatch import eager
-from .dispatch.request import Job, jacobian_choice, model_of, read_inputs
-from .dispatch.targets import TopK
+from .dispatch.request import Request, Results, jacobian_choice, model_of, read_inputs
+from .dispatch.route import route, solve
+from .dispatch.targets import Targets, TopK
 from .util.options import BadValue
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
@@ -48,7 +49,7 @@ class Check:
         return "\n".join(rows)
 
 
-def check(model: Callable[..., Tensor], inputs: Tensor | Sequence[Tensor], targets: Any = None) -> Check:
+def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None) -> Check:
     """Compare what ``engine="auto"`` gives (once it has traced the model) with autograd on a float64 copy.
 
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
@@ -56,56 +57,56 @@ def check(model: Callable[..., Tensor], inputs: Tensor | Sequence[Tensor], targe
     """
     given, numbers = read_inputs(inputs, None)
     state = torch.get_rng_state()
-    found = api.jacobian(model, given, targets, engine="kernel")
     if isinstance(targets, TopK):
-        found, targets = found
+        answer, targets = api.jacobian(model, given, targets, engine="kernel")
+    else:
+        answer = api.jacobian(model, given, targets, engine="kernel")
     torch.set_rng_state(state)
-    job, against = _exact_job(model, given, numbers, targets)
-    expected, names = _reference(job)
+    request, against = _exact_request(model, given, numbers, targets)
+    results = solve(request, route(request, "autograd"))
+    expected = results.jacobians
     torch.set_rng_state(state)
-    return _compare([f.reshape(e.shape) for f, e in zip(found, expected, strict=True)], expected, names, against)
+    compared = [a.reshape(e.shape) for a, e in zip(answer, expected, strict=True)]
+    return _compare(compared, expected, _names(results), against)
 
 
-def _exact_job(model: Any, given: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any) -> tuple[Job, str]:
+def _exact_request(
+    model: Any, given: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any
+) -> tuple[Request, str]:
     module = model_of(model)
     exact = tuple(x.double() if x.is_floating_point() else x for x in given)
     try:
         if module is None:
             raise BadValue("a callable that is no module")
         twin = copy.deepcopy(module).double()
-        job = Job(twin, exact, numbers, jacobian_choice(targets))
         with torch.no_grad(), eager.buffers_kept(twin):
             twin(*[x[:2].clone() for x in exact])
-        return job, "autograd in float64"
+        return Request(twin, exact, numbers, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         dtype = given[numbers[0]].dtype
-        return Job(model, given, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {why})"
+        return Request(model, given, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
-def _reference(job: Job) -> tuple[tuple[Tensor, ...], list[str]]:
-    api.solve(job, "autograd")
-    assert job.seeds is not None
-    seeds = job.seeds
-    if seeds.indices is not None and seeds.indices.dim() == 1:
-        numbers = seeds.indices
-    elif seeds.indices is not None:
-        return job.results, [f"#{s}" for s in range(seeds.count)]  # another output in each sample
-    else:
-        numbers = torch.arange(seeds.count)
-    if len(job.out_shape) < 2:
-        return job.results, [str(int(n)) for n in numbers]
-    return job.results, [str(tuple(int(i) for i in torch.unravel_index(n, job.out_shape))) for n in numbers]
+def _names(results: Results) -> list[str]:
+    """What to call the outputs that were differentiated."""
+    seeds, shape = results.seeds, results.output_shape
+    if seeds.indices is not None and seeds.indices.dim() == 2:
+        return [f"#{s}" for s in range(seeds.count)]  # another output in each sample
+    numbers = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
+    if len(shape) < 2:
+        return [str(int(n)) for n in numbers]
+    return [str(tuple(int(i) for i in torch.unravel_index(n, shape))) for n in numbers]
 
 
-def _compare(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], against: str) -> Check:
+def _compare(answer: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], against: str) -> Check:
     absolute, relative, off = [], [], []
     samples = expected[0].shape[0]
     for s in range(len(names)):
         error = torch.zeros(samples, dtype=torch.float64)
         scale = torch.zeros(samples, dtype=torch.float64)
-        for f, e in zip(found, expected, strict=True):
-            want, got = e[:, s].double().flatten(1).cpu(), f[:, s].double().flatten(1).cpu()  # [N, F]
+        for a, e in zip(answer, expected, strict=True):
+            want, got = e[:, s].double().flatten(1).cpu(), a[:, s].double().flatten(1).cpu()  # [N, F]
             same = (want == got) | (want.isnan() & got.isnan())
             gap = torch.where(same, 0.0, (want - got).abs()).nan_to_num(torch.inf)
             if want.shape[1]:

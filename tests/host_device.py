@@ -127,7 +127,7 @@ class Recording:
     """A launch as `csrc/host/replay.cpp` reads it."""
 
     def __init__(self, args: ctypes.Structure, tensors: list[Tensor], numbers: tuple[int, ...]):
-        """``numbers``: bytes of a number, whether there is a pool, blocks, threads, shared bytes or windows."""
+        """``numbers``: bytes per number, whether there is a pool, blocks, threads, shared bytes (or windows)."""
         self.results = tensors
         words = (ctypes.c_int64 * (ctypes.sizeof(args) // 8)).from_buffer_copy(args)
         number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}

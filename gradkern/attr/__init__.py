@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from captum import attr as _captum
-
-from .deeplift import DeepLift, DeepLiftShap
-from .gradients import GradientShap, InputXGradient, IntegratedGradients
-from .layerpaths import InternalInfluence, LayerConductance, LayerIntegratedGradients
-from .layers import GuidedGradCam, LayerGradCam, LayerGradientXActivation, NeuronGradient
-from .lrp import LRP
-from .rulemethods import Deconvolution, GuidedBackprop
-from .saliency import Saliency
-from .tunnel import NoiseTunnel
+from .captum_compat import stock
+from .gradient import InputXGradient, Saliency
+from .layer.methods import GuidedGradCam, LayerGradCam, LayerGradientXActivation
+from .layer.neuron import NeuronGradient
+from .layer.paths import InternalInfluence, LayerConductance, LayerIntegratedGradients
+from .noise_tunnel import NoiseTunnel
+from .paths import GradientShap, IntegratedGradients
+from .rules.deeplift import DeepLift, DeepLiftShap
+from .rules.lrp import LRP
+from .rules.methods import Deconvolution, GuidedBackprop
 
 __all__ = [
     "LRP",
@@ -34,4 +34,4 @@ __all__ = [
 ]
 
 #: Captum's own classes and what `gradkern.accelerate` makes of their objects.
-TWINS = {getattr(_captum, name): globals()[name] for name in __all__}
+TWINS = {getattr(stock, name): globals()[name] for name in __all__}

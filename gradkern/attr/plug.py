@@ -13,21 +13,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum._utils.common import _format_additional_forward_args, _format_tensor_into_tuples, _select_targets
-from captum._utils.gradient import compute_gradients
-from captum.attr import LayerAttribution, NeuronAttribution
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import api
-from ..dispatch import guards, state
-from ..dispatch.request import Job, model_of
+from ..dispatch import state
+from ..dispatch.request import Request, model_of
+from ..dispatch.route import Route, route, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
 from ..util.options import BadType, BadValue, Complaint
+from .captum_compat import (
+    compute_gradients,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+    select_targets,
+    stock,
+)
 
 
 class GradientFunc:
     """A drop-in for Captum's `compute_gradients`.  ``engine`` as in `gradkern.use`; None: what holds at the call."""
+
+    _route = staticmethod(route)
 
     def __init__(self, engine: str | None = None) -> None:
         self.engine = engine if engine is None else options.engine(engine)
@@ -40,11 +46,15 @@ class GradientFunc:
         additional_forward_args: Any = None,
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, shaped as the inputs."""
-        job = self._job(forward_fn, inputs, target_ind, additional_forward_args)
-        if job is not None:
+        given = format_tensor_into_tuples(inputs)
+        if takes_over(forward_fn, given, additional_forward_args, self.engine):
+            more = format_additional_forward_args(additional_forward_args) or ()
+            wrt = tuple(range(len(given)))
+            request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
-                api.solve(job, self.engine, strict=True)
-                return tuple(j[:, 0] for j in job.results)
+                way = self._route(request, self.engine)
+                if stays_ours(way):
+                    return tuple(j[:, 0] for j in solve(request, way, strict=True).jacobians)
             except Complaint:
                 pass  # Captum has its own error for it, or knows better
             except Exception:
@@ -55,48 +65,47 @@ class GradientFunc:
     def __repr__(self) -> str:
         return f"gradkern.GradientFunc(engine={self.engine!r})"
 
-    def _job(self, fn: Callable[..., Any], inputs: Any, target: Any, extra: Any) -> Job | None:
-        """The call as a job, or None where it is Captum's: one warning says why."""
-        given = _format_tensor_into_tuples(inputs)
-        why = not_ours(fn, given, extra, options.engine(self.engine))
-        if why is None:
-            return None
-        if why:
-            say(fn, why)
-            return None
-        more = _format_additional_forward_args(extra) or ()
-        return Job(fn, (*given, *more), tuple(range(len(given))), lambda n, out: captum_seeds(target, n, out))
+
+class HooklessGradientFunc(GradientFunc):
+    """For methods that register no hooks: calls that belong to one public call (noisy copies) share their route."""
+
+    _route = staticmethod(shared_route)
 
 
-def not_ours(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str) -> str | None:
-    """Why a call stays with Captum: words to warn with, None for without a word, and "" where it is ours."""
-    if engine == "autograd":
-        return None
+def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
+    """May gradkern take over a call with these arguments?  Where it may not, a warning says why if there is a why."""
+    if options.engine(engine) == "autograd":
+        return False
     if not given or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in given):
-        return None  # Captum's own error, or nothing to gain
+        return False  # Captum's own error, or nothing to gain
     samples = given[0].shape[0]
     if samples == 0 or any(x.shape[0] != samples for x in given):
-        return None
+        return False
+    reason = ""
     if model_of(fn) is None:
         if not inspect.signature(fn).parameters:
-            return "this method hands over a closed computation instead of a model (as DeepLift does)"
-        return f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
-    refused = guards.at_once(fn, given)
-    if refused is not None:
-        return refused.reason
-    for x in _format_additional_forward_args(extra) or ():
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != samples:
-            return "an additional_forward_args entry is not a tensor with one row per sample"
-    return ""
+            reason = "this method hands over a closed computation instead of a model (as DeepLift does)"
+        else:
+            reason = f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
+    elif not all(
+        isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in format_additional_forward_args(extra) or ()
+    ):
+        reason = "an additional_forward_args entry is not a tensor with one row per sample"
+    if reason:
+        _say(model_of(fn), reason)
+    return not reason
 
 
-def say(fn: Callable[..., Any], reason: str) -> None:
-    module = model_of(fn)
-    message = f"{{}} stays with Captum's own gradients: {reason}."
-    if module is None:
-        state.warn_once(message.format("This call"))
-    else:
-        state.entry(module).warn(message.format(type(module).__name__))
+def stays_ours(way: Route) -> bool:
+    """Does gradkern take this route?  Where autograd has to, Captum's own gradients do it, and a warning says why."""
+    if way.eager_reason is not None:
+        _say(way.module, way.eager_reason.text)
+    return way.eager_reason is None
+
+
+def _say(module: nn.Module | None, reason: str) -> None:
+    name = "This call" if module is None else type(module).__name__
+    state.warn(module, f"{name} stays with Captum's own gradients: {reason}.")
 
 
 def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
@@ -106,7 +115,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     """
     numbers = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
-        chosen = _select_targets(
+        chosen = select_targets(
             numbers.expand(samples, *out_shape),  # [N, *out], no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
@@ -138,15 +147,15 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
             f"accelerate: got {type(attribution).__name__}, expected a Captum gradient attribution (an object with "
             "a gradient_func), such as captum.attr.IntegratedGradients(model)."
         )
-    twin = TWINS.get(type(attribution))
-    if twin is not None:
-        attribution.__class__ = twin
+    kind = TWINS.get(type(attribution), type(attribution))
+    if kind in TWINS.values():
+        attribution.__class__ = kind
         for part in ("grad_cam", "guided_backprop"):
             if hasattr(attribution, part):
                 accelerate(getattr(attribution, part), engine)
-    elif isinstance(attribution, (LayerAttribution, NeuronAttribution)) and type(attribution) not in TWINS.values():
-        state.warn_once(f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
-    attribution.gradient_func = GradientFunc(engine)
+    elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
+        state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
+    attribution.gradient_func = getattr(kind, "gradients", GradientFunc)(engine)
     return attribution
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from captum._utils.common import _format_additional_forward_args
 from torch import Tensor
 
-from .. import api
-from ..dispatch import batching, guards, state
-from ..dispatch.request import Job, model_of
+from ..dispatch import batching
+from ..dispatch.request import Request
+from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, Shape, TopSeeds
 from ..ir.program import Program
 from ..util import options
+from .captum_compat import format_additional_forward_args
 
 BLOCK_BYTES = 8 << 20  # gradients held at a time: what the last-level cache of a core or two holds
 LEAST_BLOCK = 64  # points, below which the cost of a call shows
@@ -40,42 +41,40 @@ class Points:
         *,
         ahead: int = 0,
     ) -> None:
-        self.fn, self.module, self.engine = fn, model_of(fn), engine
+        self.engine = engine
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(range(len(self.inputs)))
         self.samples = self.inputs[0].shape[0]
         self.ahead = ahead  # points still to come, for the decision to trace
+        self.own = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
+        self.fn, self.module = self.own.fn, self.own.module
 
-    def job(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Job:
-        return Job(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
+    @cached_property
+    def route(self) -> Route:
+        """The way that all points of this call go."""
+        return shared_route(self.own, self.engine)
+
+    def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:
+        return Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
 
     @property
-    def mixes(self) -> bool:
+    def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return api.samples_mix(self.job(self.inputs, self.more, Seeds(1, (1,), torch.zeros(1, dtype=torch.int64))))
+        return bool(couples_batch(self.own, self.route))
 
     def program(self) -> Program | None:
         """The model's Program where it is known already."""
-        if self.module is None or options.engine(self.engine) == "autograd":
-            return None
-        given = (*self.inputs, *self.more)
-        if guards.at_once(self.fn, given) is not None:
-            return None
-        verdict = state.entry(self.module).verdict(state.key_of(self.module, given))
-        return None if verdict is None else verdict.program
+        return self.route.program
 
     def traced(self) -> Program | None:
         """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
-        known = self.program()
-        if known is not None or self.module is None or options.engine(self.engine) == "autograd":
-            return known
-        verdict = api.verdict_of(self.job(self.inputs, self.more, Seeds(0, (0,), None)))
-        return None if verdict is None else verdict.program
+        if self.route.engine != "autograd" and self.module is not None:
+            verdict_now(self.own, self.route)
+        return self.route.program
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
-        job = Job(self.fn, (*self.inputs, *self.more), self.wrt, choice)
-        out = batching.output_shape(job)
+        out = output_shape(self.own, self.route)
         seeds = choice(self.samples, out)
         if isinstance(seeds, TopSeeds):
             with torch.inference_mode(False), torch.no_grad():
@@ -97,39 +96,51 @@ class Points:
 
         ``program`` takes the place of the model's own.
         """
-        job = self.job(points, more, Seeds(seeds, (seeds,), index))
-        program = program or self.program()
+        request = self.request(points, more, Seeds(seeds, (seeds,), index))
+        way = self.route
+        if not way.serves(request, way.engine):  # points of another dtype than the inputs
+            way = shared_route(request, self.engine)
         if program is None:
-            api.solve(job, self.engine, strict=strict)
+            found = solve(request, way, strict=strict)
         else:
-            batching.run(job, program, 0, options.engine(self.engine), strict=strict)
+            found = batching.run(request, program, way.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
-        return job.results
+        return found.jacobians
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
-        each = max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in self.inputs)
-        rows = max(LEAST_BLOCK, BLOCK_BYTES // max(each, 1))
-        rows = max(1, min(rows, options.memory_budget() // (2 * max(each, 1))))
-        samples = max(1, min(self.samples, rows // steps))
-        for a in range(0, self.samples, samples):
-            b = min(a + samples, self.samples)
-            count = max(1, rows // (b - a))
-            for first in range(0, steps, count):
-                yield a, b, first, min(first + count, steps)
+        return blocks(self.samples, steps, gradient_bytes(self.inputs, seeds))
+
+
+def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
+    """Bytes of all seeds' gradients at one point."""
+    return max(1, max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
+
+
+def block_rows(point_bytes: int) -> int:
+    """Points whose gradients, ``point_bytes`` each, are held at a time."""
+    return max(1, min(max(LEAST_BLOCK, BLOCK_BYTES // point_bytes), options.memory_budget() // (2 * point_bytes)))
+
+
+def blocks(samples: int, steps: int, point_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Pieces ``(first sample, last, first step, last)`` of a path's points whose gradients fit in a block."""
+    rows = block_rows(point_bytes)
+    size = max(1, min(samples, rows // steps))
+    for a in range(0, samples, size):
+        b = min(a + size, samples)
+        count = max(1, rows // (b - a))
+        for first in range(0, steps, count):
+            yield a, b, first, min(first + count, steps)
 
 
 def part(seeds: Seeds, a: int, b: int) -> Tensor | None:
     """Flat indices of the samples ``a:b``: None, ``[S]`` or ``[b - a, S]``."""
-    if isinstance(seeds, TopSeeds):
-        found = seeds._found  # [N, k]
-        return None if found is None else found[a:b]
     return seeds.rows(a, b)
 
 
 def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
     """``additional_forward_args`` where all of them are tensors with a row per sample, else None."""
-    more = _format_additional_forward_args(extra) or ()
+    more = format_additional_forward_args(extra) or ()
     if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in more):
         return tuple(more)
     return None
@@ -137,14 +148,24 @@ def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
 
 def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, alphas: Tensor) -> list[Tensor]:
     """The points ``baseline + α (input - baseline)`` of the samples ``a:b``, ``[K (b - a), *in]``, steps first."""
-    found = []
+    path = []
     for x, base in zip(inputs, baselines, strict=True):
         base = rows_of(base, a, b)
         here = x[a:b].detach()
         steps = alphas.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * here.dim())
         points = base + steps * (here - base)  # [K, b - a, *in]
-        found.append(points.reshape(-1, *x.shape[1:]))
-    return found
+        path.append(points.reshape(-1, *x.shape[1:]))
+    return path
+
+
+def repeated(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
+    """What goes with `between`: the rows ``a:b`` again for every step, ``[K (b - a), ...]``."""
+    return [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in rows]
+
+
+def repeated_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
+    """The same for the seeds of all samples: None, ``[S]`` or ``[N, S]``."""
+    return index if index is None or index.dim() == 1 else index[a:b].repeat(steps, 1)
 
 
 def rows_of(baseline: Any, a: int, b: int) -> Any:
@@ -179,15 +200,12 @@ def path_sum(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
     )
     points.ahead = len(alphas) * points.samples
+    index = part(seeds, 0, points.samples)
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
-            steps = last - first
-            more = [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in points.more]
-            index = part(seeds, a, b)
-            if index is not None and index.dim() == 2:
-                index = index.repeat(steps, 1)  # [K (b - a), S]
-            found = points.gradients(at, more, index, seeds.count, strict=strict)
-            for total, grads in zip(totals, found, strict=True):
-                total[a:b] += weighted_sum(grads, weights[first:last])
+            more, here = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
+            gradients = points.gradients(at, more, here, seeds.count, strict=strict)
+            for total, g in zip(totals, gradients, strict=True):
+                total[a:b] += weighted_sum(g, weights[first:last])
     return totals

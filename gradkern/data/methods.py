@@ -17,10 +17,9 @@ import torch
 from captum.attr import LayerAttribution, NeuronAttribution, NoiseTunnel
 from torch import Tensor, nn
 
-from .. import api
-from ..dispatch.request import Job, jacobian_choice, read_inputs
-from ..dispatch.targets import TopSeeds
-from ..util.options import BadType, BadValue
+from ..dispatch.request import Request, jacobian_choice, read_inputs
+from ..dispatch.route import route, solve
+from ..util.options import BadType, BadValue, use
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,11 @@ def gradients(batch: Batch) -> Outcome:
     """The Jacobian rows of the targets, with the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
     given, numbers = read_inputs(batch.inputs, floating)
-    job = Job(batch.model, given, numbers, jacobian_choice(batch.targets), out=batch.out)
-    job.keep_outputs = True
-    api.solve(job, batch.engine)
-    assert job.seeds is not None
-    assert job.outputs is not None
-    rows = job.seeds.rows(0, job.samples, job.outputs) if isinstance(job.seeds, TopSeeds) else job.seeds.indices
-    return Outcome(job.results, job.outputs, rows if rows is not None and rows.dim() == 2 else None)
+    choice = jacobian_choice(batch.targets)
+    request = Request(batch.model, given, numbers, choice, out=batch.out, keep_outputs=True)
+    results = solve(request, route(request, batch.engine))
+    rows = results.seeds.rows(0, request.samples)
+    return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
 
 
 @method("jacobian")
@@ -176,7 +173,7 @@ class FromCaptum:
         if self.deltas:
             options["return_convergence_delta"] = True
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
-        with api.options.use(batch.engine), _seeded(batch.first):
+        with use(batch.engine), _seeded(batch.first):
             maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
         deltas = None
         if self.deltas:

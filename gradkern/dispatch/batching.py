@@ -1,9 +1,11 @@
-"""Running a Program for a job: live values bound, the batch cut to the memory budget, rows of the result filled."""
+"""Running a Program for a request: the batch cut to the memory budget, live values bound, rows of the result filled."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,50 +18,76 @@ from ..ir.program import Opaque, Program
 from ..runtime import binding, executor, ops, reference
 from ..util import options
 from ..util.chunks import spans, stepwise_bytes
-from ..util.options import BadValue
-from . import guards
-from . import state as cache
-from .eager import buffers_kept, forward
-from .request import Job
-from .targets import Seeds, Shape
+from ..util.options import BadValue, Engine
+from .eager import forward
+from .request import Request, Results, allocate
+from .targets import TopSeeds
 
 # Steps that run one by one write every value to memory: pieces of this size (as estimated; the peak is about twice
 # that) are no slower than larger ones, measured over five networks.
 STEPWISE_TARGET = 24 << 20  # bytes
 
 
-def run(job: Job, program: Program, start: int, name: str, *, strict: bool = False, saved: int = 0) -> None:
-    """Fill ``job.results`` from sample ``start`` on, with the engine ``name`` (``"reference"`` or a faster one).
+def run(
+    request: Request,
+    program: Program,
+    engine: Engine,
+    start: int = 0,
+    known: Results | None = None,
+    *,
+    strict: bool = False,
+    saved: int = 0,
+) -> Results:
+    """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``saved``: bytes per sample that live autograd saves, where some steps are torch's to differentiate.
     """
-    assert job.module is not None
+    assert request.module is not None
     if strict:
-        for w in job.wrt:
+        for w in request.wrt:
             if not program.consumers[w] and program.output != w:
                 raise BadValue(f"the output does not depend on input {w}.")
     with torch.inference_mode(False), torch.no_grad():
-        seeds = job.open(program.output_shape)
-        params = binding.bind(program, job.module)
-        plain = name == "reference" or (any(map(not_native, job.inputs)) and not _casts(job, program, seeds))
-        for a, b in spans(start, job.samples, _chunk(job, program, params, seeds, plain, saved)):
-            inputs = tuple(_plain(x[a:b], plain) for x in job.inputs)
-            index = seeds.rows(a, b, _logits(job, inputs) if seeds.needs_logits else None)
-            rows = tuple(r[a:b] for r in job.results)  # each [n, S, *in]
+        results = allocate(request, program.output_shape, known)
+        chunks = _chunks(request, program, results, saved)
+        inputs = [x.detach() for x in request.inputs]
+        seeds, x = results.seeds, request.inputs[request.wrt[0]]
+        samples, devices = request.samples, {x.device for x in inputs}
+        floating = {x.dtype for x in inputs if x.is_floating_point()}
+        # From here on the work is the runtime's, and nothing of this room is called but for chosen outputs.
+        if known is None and request.out is None:
+            for fresh in results.jacobians:
+                ops.on_huge_pages(fresh)
+        params = binding.bind(program, request.module)
+        plain = engine == "reference" or not all(map(ops.machine, devices))
+        chunk = chunks.stepwise
+        if not plain:
+            plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
+            casts = plan.cast_dtype is not None and len(floating) == 1
+            plain = not casts and not floating.issubset(NATIVE_DTYPES)
+            # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
+            if not plain and plan.single_chain and (samples <= chunk or binding.all_finite(params)):
+                chunk = chunks.cast if casts else chunks.fused
+        for a, b in spans(start, samples, chunk):
+            cut = itemgetter(slice(a, b))
+            here = [x.contiguous() for x in map(cut, inputs)]
+            index = seeds.indices
+            if isinstance(seeds, TopSeeds):
+                index = seeds.rows(a, b, _logits(request, here))
+            elif index is not None and index.dim() == 2:
+                index = index[a:b]
+            rows = tuple(map(cut, results.jacobians))  # each [n, S, *in]
             if plain:
-                y, found = reference.jacobian(program, params, inputs, index, job.wrt)
-                for row, jac in zip(rows, found, strict=True):
-                    row.copy_(jac)
+                here = [x.clone() if x.is_inference() else x for x in here]  # autograd refuses inference tensors
+                y, jacobians = reference.jacobian(program, params, here, index, request.wrt)
+                for row, jacobian in zip(rows, jacobians, strict=True):
+                    row.copy_(jacobian)
             else:
-                y, _ = executor.jacobian(program, params, inputs, index, job.wrt, out=rows)
-            job.note(a, y)
+                y, _ = executor.jacobian(program, params, here, index, request.wrt, out=rows)
+            if request.keep_outputs:
+                results.kept.append(y)
             del y  # before the next one is made
-
-
-def _plain(x: Tensor, copies: bool) -> Tensor:
-    """The values alone, in one piece; with ``copies`` also fit for autograd, which refuses inference tensors."""
-    x = x.detach().contiguous()
-    return x.clone() if copies and x.is_inference() else x
+    return results
 
 
 def not_native(x: Tensor) -> bool:
@@ -67,69 +95,45 @@ def not_native(x: Tensor) -> bool:
     return ops.machine(x.device) is None or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
 
 
-def _casts(job: Job, program: Program, seeds: Seeds) -> bool:
-    """Whether the engine takes these inputs by way of float32."""
-    x = job.inputs[job.wrt[0]]
-    if ops.machine(x.device) is None or len({y.dtype for y in job.inputs if y.is_floating_point()}) > 1:
-        return False
-    return executor.plan_for(program, seeds.count, x.dtype, x.device).cast_dtype is not None
+@dataclass(frozen=True)
+class Chunks:
+    """Samples at a time, so that what is allocated beside the result stays within the budget.
+
+    ``stepwise``: every value is a tensor of its own.  ``fused``: one kernel call, whatever the number of samples.
+    ``cast``: the same by way of float32.
+    """
+
+    stepwise: int
+    fused: int
+    cast: int
 
 
-def _chunk(job: Job, program: Program, params: Mapping[str, Tensor], seeds: Seeds, plain: bool, saved: int) -> int:
-    """Samples at a time, so that what is allocated beside the result stays within the budget."""
-    dtype = job.inputs[job.wrt[0]].dtype
-    budget = options.memory_budget(job.inputs[0].device)
-    largest = dtype.itemsize * max(map(math.prod, program.shapes))
+def _chunks(request: Request, program: Program, results: Results, saved: int) -> Chunks:
+    x = request.inputs[request.wrt[0]]
+    seeds, size = results.seeds, x.dtype.itemsize
+    budget = options.memory_budget(request.inputs[0].device)
+    largest = size * max(map(math.prod, program.shapes))
     rows = seeds.count * largest  # one cotangent of a sample
-    need = stepwise_bytes(program.shapes, seeds.count, dtype.itemsize) + saved * (1 + seeds.count)
-    target = STEPWISE_TARGET if job.inputs[0].device.type == "cpu" else budget  # a GPU wants large pieces
+    need = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
+    target = STEPWISE_TARGET if request.inputs[0].device.type == "cpu" else budget  # a GPU wants large pieces
     stepwise = max(1, min(budget // 3, target) // max(need, 1))
-    if plain:
-        return stepwise
-    plan = executor.plan_for(program, seeds.count, dtype, job.inputs[0].device)
-    if not plan.single_chain:
-        return stepwise
-    if job.samples > stepwise and not _finite(params):
-        return stepwise  # no kernel may skip zeros then, and the steps run one by one
-    need = dtype.itemsize * program.outputs  # the outputs themselves
-    if plan.cast_dtype is not None:
-        need += 4 * (sum(map(math.prod, program.inputs)) + seeds.count * sum(job.inputs[w][0].numel() for w in job.wrt))
+    gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
+    need = size * program.outputs  # the outputs themselves
     if seeds.indices is not None and seeds.indices.dim() == 2:
         need += rows  # the rows of the last weight, gathered for each sample
-    if seeds.needs_logits:
+    if isinstance(seeds, TopSeeds):
         need += rows + 2 * largest
-    if not all(x.is_contiguous() for x in job.inputs):
-        need += job.sample_bytes
-    if any(not r.is_contiguous() or r.dtype != dtype for r in job.results):
-        need += sum(job.inputs[w][0].numel() for w in job.wrt) * seeds.count * dtype.itemsize
-    return max(1, budget // need)
+    if not all(x.is_contiguous() for x in request.inputs):
+        need += request.sample_bytes
+    if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
+        need += gradients * size
+    cast = need + 4 * (sum(map(math.prod, program.inputs)) + gradients)
+    return Chunks(stepwise, max(1, budget // max(need, 1)), max(1, budget // max(cast, 1)))
 
 
-def _finite(params: Mapping[str, Tensor]) -> bool:
-    """No NaN or Inf (a sum that overflows counts as one)."""
-    return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
-
-
-def _logits(job: Job, inputs: tuple[Tensor, ...]) -> Tensor:
+def _logits(request: Request, inputs: Sequence[Tensor]) -> Tensor:
     """The model's own outputs ``[n, *out]``, by which the k highest are chosen."""
-    return forward(job.fn, job.module, [x.clone() for x in inputs])
-
-
-def output_shape(job: Job) -> Shape:
-    """Per-sample shape of the model's output: as known from its Program, else from a run of one or two samples."""
-    if job.module is not None and guards.at_once(job.fn, job.inputs) is None:
-        verdict = cache.entry(job.module).verdict(cache.key_of(job.module, job.inputs))
-        if verdict is not None and verdict.program is not None:
-            return verdict.program.output_shape
-    few = tuple(
-        x[:2] if job.samples else torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device) for x in job.inputs
-    )
-    state = torch.get_rng_state()
-    with torch.inference_mode(False), torch.no_grad(), buffers_kept(job.module):
-        y = forward(job.fn, job.module, [x.detach().clone() for x in few])
-    if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
-    return tuple(y.shape[1:])
+    return forward(request.fn, request.module, [x.clone() for x in inputs])
 
 
 class MacCounter(TorchDispatchMode):
@@ -158,10 +162,10 @@ def opaque_macs(program: Program, params: Mapping[str, Tensor], samples: Sequenc
     A step of which torch's table knows nothing is left out: the plan then counts its elements.
     """
     values = list(samples)
-    found: dict[int, int] = {}
+    macs: dict[int, int] = {}
     for i, step in enumerate(program.steps):
         with MacCounter() as counter:
             values.append(reference.forward_step(program, i, [values[v] for v in step.inputs], params))
         if isinstance(step.form, Opaque) and counter.macs:
-            found[i] = max(1, counter.macs // samples[0].shape[0])
-    return found
+            macs[i] = max(1, counter.macs // samples[0].shape[0])
+    return macs

@@ -1,7 +1,7 @@
 """Live autograd on the module itself: what every network can do, and what the others are measured by.
 
-One forward is shared by all seeds.  The batch is cut into chunks unless samples mix.  Buffers are put back and
-nobody's ``.grad`` is touched.
+One forward is shared by all seeds.  The batch is cut into chunks unless its samples depend on each other.  Buffers
+are put back, and no ``.grad`` is touched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..util.options import BadValue, Complaint
-from .request import Job, check_output, explain_failure
+from ..runtime import ops
+from ..util.chunks import spans
+from ..util.options import BadValue, Complaint, memory_budget
+from .request import Request, Results, allocate, check_devices, check_output, explain_failure
+from .targets import Shape
 
 # A chunk whose saved activations fit in cache is fastest on the CPU (measured: 3 … 35 MB over five nets).
 CACHE_TARGET = 24 << 20  # bytes of saved activations per chunk
@@ -35,21 +38,21 @@ BATCHED_NODES = frozenset(
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelProfile:
     """What one model does, measured on a few samples: may the batch be cut, and how much memory a sample takes.
 
-    ``whole`` says why one forward must see the whole batch (empty: it need not).  ``mutates``: a forward changes
-    buffers.  ``fixed`` and ``per_sample`` are bytes that autograd saves for the backward pass.
+    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``mutates``: a forward
+    changes buffers.  ``fixed`` and ``per_sample`` are bytes that autograd saves for the backward pass.
     """
 
-    whole: str = ""
+    couples_batch: str = ""
     mutates: bool = False
     fixed: int = 0
     per_sample: int = 0
 
     def chunk(self, samples: int, per_input: int, budget: int) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
-        if self.whole:
+        if self.couples_batch:
             return samples
         # Saved activations once, and about as much again for the live activations and cotangents of a sweep.
         need = 2 * self.per_sample + 4 * per_input + 1
@@ -125,7 +128,9 @@ def forward(fn: Callable[..., Any], module: nn.Module | None, arguments: Sequenc
 # Measuring a model
 
 
-def probe(fn: Callable[..., Any], module: nn.Module | None, samples: Sequence[Tensor], wrt: Sequence[int]) -> Facts:
+def probe(
+    fn: Callable[..., Any], module: nn.Module | None, samples: Sequence[Tensor], wrt: Sequence[int]
+) -> ModelProfile:
     """Run a few samples (at least two) together and one alone, and see what that says about the model.
 
     Samples mix where the gradient of one sample's outputs reaches another sample, or where a sample alone gives
@@ -138,11 +143,11 @@ def probe(fn: Callable[..., Any], module: nn.Module | None, samples: Sequence[Te
         with _saved_bytes(module) as together, _ReadsValues(module) as reads:
             y = forward(fn, module, arguments)
         random = not torch.equal(state, torch.get_rng_state())
-        whole = ""
+        reason = ""
         if y.requires_grad:
-            found = torch.autograd.grad(y[0].sum(), leaves, allow_unused=True)
-            if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in found):
-                whole = "samples of one batch depend on each other"
+            gradients = torch.autograd.grad(y[0].sum(), leaves, allow_unused=True)
+            if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in gradients):
+                reason = "samples of one batch depend on each other"
         y = y.detach()
         one = _leaves([x[:1] for x in samples], wrt)[1]
         with _saved_bytes(module) as alone:
@@ -150,18 +155,18 @@ def probe(fn: Callable[..., Any], module: nn.Module | None, samples: Sequence[Te
                 single = fn(*one)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
                 single = None
-        if not whole and not _close(single, y[:1]):
-            whole = "a sample alone gives other outputs than among others"
+        if not reason and not _close(single, y[:1]):
+            reason = "a sample alone gives other outputs than among others"
         del single, y
-    if reads.found:
-        whole = whole or "the model's code reads values of the batch as Python numbers"
+    if reads.seen:
+        reason = reason or "the model's code reads values of the batch as Python numbers"
     if random:
         torch.set_rng_state(state)
-        whole = "the model draws random numbers"
+        reason = "the model draws random numbers"
     if changed:
-        whole = whole or "the model changes its buffers"
+        reason = reason or "the model changes its buffers"
     per_sample = max(together.bytes - alone.bytes, 0) // (count - 1)
-    return Facts(whole, bool(changed), max(alone.bytes - per_sample, 0), per_sample)
+    return ModelProfile(reason, bool(changed), max(alone.bytes - per_sample, 0), per_sample)
 
 
 def _close(a: Any, b: Tensor) -> bool:
@@ -187,12 +192,12 @@ class _ReadsValues(TorchDispatchMode):
 
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
-        self.found = False
+        self.seen = False
         self.own = _storages(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func._schema.name in self.READS:
-            self.found |= args[0].untyped_storage().data_ptr() not in self.own
+            self.seen |= args[0].untyped_storage().data_ptr() not in self.own
         return func(*args, **(kwargs or {}))
 
 
@@ -223,25 +228,45 @@ def _saved_bytes(module: nn.Module | None) -> Iterator[_Meter]:
 # Jacobians
 
 
-def fill(job: Job, start: int, stop: int, budget: int, *, strict: bool = False) -> None:
-    """Differentiate the samples ``start:stop`` in one forward and write their rows of ``job.results``.
+def pieces(request: Request, profile: ModelProfile, start: int = 0) -> Iterator[tuple[int, int]]:
+    """The samples from ``start`` on, as many at a time as one forward may take."""
+    return spans(start, request.samples, profile.chunk(request.samples, request.sample_bytes, memory_budget()))
+
+
+def run(
+    request: Request, profile: ModelProfile, start: int = 0, known: Results | None = None, *, strict: bool = False
+) -> Results:
+    """Differentiate the samples from ``start`` on.  ``known``: the results so far."""
+    for a, b in pieces(request, profile, start):
+        known = fill(request, known, a, b, strict=strict)
+    assert known is not None
+    return known
+
+
+def fill(request: Request, known: Results | None, start: int, stop: int, *, strict: bool = False) -> Results:
+    """Differentiate the samples ``start:stop`` in one forward and write their rows of the results.
 
     ``strict``: an input that the output does not depend on is an error in place of zeros.
     """
     with outside_modes():
-        leaves, arguments = _leaves([x[start:stop] for x in job.inputs], job.wrt)
-        y = forward(job.fn, job.module, arguments)  # [n, *out]
-        seeds = job.open(tuple(y.shape[1:]))
+        leaves, arguments = _leaves([x[start:stop] for x in request.inputs], request.wrt)
+        y = forward(request.fn, request.module, arguments)  # [n, *out]
+        results = allocate(request, tuple(y.shape[1:]), known)
+        if known is None and request.out is None:
+            for fresh in results.jacobians:
+                ops.on_huge_pages(fresh)
         _check_differentiable(y)
-        job.note(start, y)
+        if request.keep_outputs:
+            results.kept.append(y.detach())
+        seeds = results.seeds
         index = seeds.rows(start, stop, y)
-        rows = [r[start:stop] for r in job.results]  # each [n, S, *in]
-        group = _group_size(y, leaves, seeds.count, budget)
+        rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
+        group = _group_size(y, leaves, seeds.count, memory_budget() // 2)
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
             cotangents = _cotangents(y, index, first, last)  # [s, n, *out]
             batched = group > 1
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 y,
                 leaves,
                 cotangents if batched else cotangents[0],
@@ -249,13 +274,28 @@ def fill(job: Job, start: int, stop: int, budget: int, *, strict: bool = False) 
                 allow_unused=True,
                 is_grads_batched=batched,
             )
-            for row, gradient, w in zip(rows, found, job.wrt, strict=True):
+            for row, gradient, w in zip(rows, gradients, request.wrt, strict=True):
                 if gradient is None:
                     if strict:
                         raise BadValue(f"the output does not depend on input {w}.")
                     row[:, first:last] = 0
                 else:
                     row[:, first:last] = gradient.movedim(0, 1) if batched else gradient[:, None]
+    return results
+
+
+def measured_output_shape(request: Request) -> Shape:
+    """Per-sample shape of the model's output, from a run of one or two samples."""
+    few = tuple(
+        x[:2] if request.samples else torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)
+        for x in request.inputs
+    )
+    state = torch.get_rng_state()
+    with torch.inference_mode(False), torch.no_grad(), buffers_kept(request.module):
+        y = forward(request.fn, request.module, [x.detach().clone() for x in few])
+    if not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+    return tuple(y.shape[1:])
 
 
 def check_followed(module: nn.Module, samples: Sequence[Tensor]) -> None:
@@ -306,26 +346,27 @@ def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) ->
     return max(1, min(seeds, budget // (8 * y.shape[0] * widest * y.element_size() + 1)))
 
 
-def with_graph(job: Job) -> tuple[Tensor, ...]:
+def with_graph(request: Request) -> Results:
     """The Jacobian as a differentiable function of the caller's own inputs and of the parameters (unchunked)."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise BadValue("create_graph: got True under torch.no_grad or inference_mode, expected grad mode on.")
+    check_devices(request.module, request.inputs)
     inputs = [
-        x.detach().clone().requires_grad_() if i in job.wrt and not x.requires_grad else x
-        for i, x in enumerate(job.inputs)
+        x.detach().clone().requires_grad_() if i in request.wrt and not x.requires_grad else x
+        for i, x in enumerate(request.inputs)
     ]
-    y = forward(job.fn, job.module, inputs)
-    seeds = job.open(tuple(y.shape[1:]))
+    y = forward(request.fn, request.module, inputs)
+    shape = tuple(y.shape[1:])
+    seeds = request.choose(request.samples, shape)
     _check_differentiable(y)
-    index = seeds.rows(0, job.samples, y)
-    leaves = [inputs[w] for w in job.wrt]
+    index = seeds.rows(0, request.samples, y)
+    leaves = [inputs[w] for w in request.wrt]
     columns: list[list[Tensor]] = [[] for _ in leaves]
     for s in range(seeds.count):
         hot = _cotangents(y, index, s, s + 1)[0]
-        found = torch.autograd.grad(y, leaves, hot, create_graph=True, allow_unused=True)
-        for column, gradient, leaf in zip(columns, found, leaves, strict=True):
+        gradients = torch.autograd.grad(y, leaves, hot, create_graph=True, allow_unused=True)
+        for column, gradient, leaf in zip(columns, gradients, leaves, strict=True):
             column.append(torch.zeros_like(leaf) if gradient is None else gradient)
-    return tuple(
-        torch.stack(column, dim=1).view(job.samples, *seeds.axes, *leaf.shape[1:])
-        for column, leaf in zip(columns, leaves, strict=True)
-    )
+    flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]
+    shaped = tuple(j.view(request.samples, *seeds.axes, *j.shape[2:]) for j in flat)
+    return Results(seeds, shape, flat, shaped)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runtime import ops
 from ..util.options import BadType, BadValue
-from .targets import Seeds, Shape, resolve
+from .targets import Choice, Seeds, Shape, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -38,95 +39,52 @@ def uncompiled(fn: Any) -> Any:
     return inner if plain and not fn._forward_pre_hooks and not fn._backward_hooks else fn
 
 
-class Job:
+@dataclass(frozen=True, eq=False)
+class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs numbered ``wrt``.
 
-    ``open(out_shape)`` is called once the output's shape is known (per sample); then ``seeds`` says which outputs,
-    and ``results`` holds one tensor ``[N, S, *in]`` per differentiated input, to be filled by rows of samples.
+    ``choose`` gives the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
+    for the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        inputs: tuple[Tensor, ...],
-        wrt: tuple[int, ...],
-        choose: Callable[[int, Shape], Seeds],
-        *,
-        out: OutArgument = None,
-        ahead: int = 0,
-    ) -> None:
-        self.fn = uncompiled(fn)
-        self.module = model_of(self.fn)
-        self.inputs = inputs
-        self.wrt = wrt
-        self.samples = inputs[0].shape[0]
-        self.ahead = ahead  # samples that will follow in later calls, for the decision to trace
-        self.seeds: Seeds | None = None
-        self.results: tuple[Tensor, ...] = ()
-        self.out_shape: Shape = ()
-        self.outputs: Tensor | None = None  # [N, *out], where keep_outputs asks for the model's own outputs
-        self.keep_outputs = False
-        self.choose = choose
-        self._out = out
+    fn: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    wrt: tuple[int, ...]
+    choose: Choice
+    out: OutArgument = None
+    ahead: int = 0
+    keep_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fn", uncompiled(self.fn))
+
+    @cached_property
+    def module(self) -> nn.Module | None:
+        return model_of(self.fn)
 
     @property
-    def to_caller(self) -> bool:
-        """Do the results go to tensors of the caller's?"""
-        return self._out is not None
+    def samples(self) -> int:
+        return self.inputs[0].shape[0]
 
     @property
     def sample_bytes(self) -> int:
         """Bytes of one sample's inputs."""
         return sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in self.inputs)
 
-    def part(self, start: int, stop: int, seeds: Seeds) -> Job:
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one sample's gradients for one seed."""
+        return sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in (self.inputs[w] for w in self.wrt))
+
+    def part(self, start: int, stop: int, seeds: Seeds) -> Request:
         """The same call for the samples ``start:stop``."""
-        return Job(
+        return Request(
             self.fn,
             tuple(x[start:stop] for x in self.inputs),
             self.wrt,
-            lambda samples, out_shape: seeds.part(start, stop),
+            lambda samples, output_shape: seeds.part(start, stop),
             ahead=self.ahead + self.samples - stop,
         )
-
-    def open(self, out_shape: Shape) -> Seeds:
-        """Resolve the targets against the output's shape and make room for the results; later calls only compare."""
-        if self.seeds is None:
-            self.seeds = self.choose(self.samples, out_shape)
-            self.out_shape = out_shape
-            self.results = self._room(self.seeds)
-        elif out_shape != self.out_shape:
-            raise BadValue(
-                f"the model gave outputs [N, {_times(self.out_shape)}] for some samples and [N, {_times(out_shape)}] "
-                "for others, expected one shape."
-            )
-        return self.seeds
-
-    def note(self, start: int, y: Tensor) -> None:
-        """Keep the model's outputs ``[n, *out]`` of the samples from ``start`` on, where they are asked for."""
-        if self.keep_outputs:
-            if self.outputs is None:
-                self.outputs = torch.empty(self.samples, *self.out_shape, dtype=y.dtype, device=y.device)
-            self.outputs[start : start + y.shape[0]] = y.detach()
-
-    def _room(self, seeds: Seeds) -> tuple[Tensor, ...]:
-        """One ``[N, S, *in]`` tensor per differentiated input: the caller's own, or new."""
-        targets = [self.inputs[w] for w in self.wrt]
-        shapes = [(self.samples, *seeds.axes, *x.shape[1:]) for x in targets]
-        flat = [(self.samples, seeds.count, *x.shape[1:]) for x in targets]
-        if self._out is None:
-            _forecast(sum(x.dtype.itemsize * math.prod(s) for x, s in zip(targets, flat, strict=True)))
-            return tuple(ops.empty_result(s, x) for x, s in zip(targets, flat, strict=True))
-        given = list(self._out) if isinstance(self._out, (tuple, list)) else [self._out]
-        if len(given) != len(shapes):
-            raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
-        return tuple(_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True))
-
-    def shaped(self) -> tuple[Tensor, ...]:
-        """The results as the caller reads them: ``[N, *axes, *in]``."""
-        assert self.seeds is not None
-        axes = self.seeds.axes
-        return tuple(r.view(r.shape[0], *axes, *r.shape[2:]) for r in self.results)
 
     def pick(self, most: int) -> tuple[Tensor, ...]:
         """Two to ``most`` of the caller's own samples, spread over the batch, finite ones where there are enough.
@@ -148,6 +106,51 @@ class Job:
                 good = torch.arange(rows[0].shape[0])
             spread = good[torch.linspace(0, len(good) - 1, min(most, len(good))).long()]
             return tuple(x[spread.to(x.device)] for x in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What a request is answered with, filled in by rows of samples.
+
+    ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, of the caller's memory where ``out`` names
+    it; ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
+    """
+
+    seeds: Seeds
+    output_shape: Shape
+    jacobians: tuple[Tensor, ...]
+    shaped: tuple[Tensor, ...]
+    kept: list[Tensor] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs ``[N, *out]``, where the request asked to keep them."""
+        return torch.cat(self.kept)
+
+
+def allocate(request: Request, output_shape: Shape, known: Results | None = None) -> Results:
+    """Resolve the targets against the output's shape and make room for the results; ``known`` is only compared."""
+    if known is not None:
+        if output_shape != known.output_shape:
+            raise BadValue(
+                f"the model gave outputs [N, {_times(known.output_shape)}] for some samples and "
+                f"[N, {_times(output_shape)}] for others, expected one shape."
+            )
+        return known
+    seeds = request.choose(request.samples, output_shape)
+    inputs = [request.inputs[w] for w in request.wrt]
+    shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
+    flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
+    if request.out is None:
+        _forecast(request.gradient_bytes * request.samples * seeds.count)
+        rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
+    else:
+        given = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
+        if len(given) != len(shapes):
+            raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
+        rows = [_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True)]
+    shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
+    return Results(seeds, output_shape, tuple(rows), shaped)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -239,10 +242,10 @@ def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
             raise BadValue(f"wrt: got {w!r}, expected numbers of inputs, 0 … {count - 1}.")
     if not numbers:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    found = tuple(w % count for w in numbers)
-    if len(set(found)) < len(found):
+    counted = tuple(w % count for w in numbers)
+    if len(set(counted)) < len(counted):
         raise BadValue(f"wrt: got {numbers}, which names an input twice, expected each input once.")
-    return found
+    return counted
 
 
 def check_output(y: Any, samples: int) -> Tensor:
@@ -308,6 +311,12 @@ def _times(shape: Shape) -> str:
     return ", ".join(map(str, shape))
 
 
-def jacobian_choice(targets: Any) -> Callable[[int, Shape], Seeds]:
+def jacobian_choice(targets: Any) -> Choice:
     """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
-    return lambda samples, out_shape: resolve(targets, samples, out_shape)
+    if targets is None:
+        return _every_output
+    return lambda samples, output_shape: resolve(targets, samples, output_shape)
+
+
+def _every_output(samples: int, output_shape: Shape) -> Seeds:
+    return Seeds(math.prod(output_shape), output_shape, None)

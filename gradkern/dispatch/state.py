@@ -1,7 +1,7 @@
-"""What is known about each model: its Programs, the models that cannot be traced, and the cost of both.
+"""What is known about each model: its Programs, why one cannot be traced, what it does on autograd, and what that cost.
 
-Everything hangs weakly on the model and is guarded by a key of its structure (`binding.structure_key`) and of the
-inputs' shapes, dtypes and devices, so that nothing is ever stale.  Values are never cached here.
+Everything hangs weakly on the model and is guarded by a key (`guards.key_of`) of its structure and of the inputs'
+shapes, dtypes and devices, so that nothing is ever stale.  Values of tensors are never kept here.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ import sys
 import threading
 import time
 import warnings
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ..frontend import tracer
 from ..ir.program import Opaque, Program
-from ..runtime import binding
+from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import Complaint, GradkernWarning
-from .eager import Facts, buffers_kept, check_followed
-from .guards import autocast
+from .eager import ModelProfile, buffers_kept, check_followed
 
-KEPT = 16  # structures per model
+STRUCTURES_PER_MODEL = 16
 FIRST_TRACE = 1.2  # seconds, the first in a process (measured: about 1.1)
 LATER_TRACE = 0.15  # seconds (measured: 0.08 … 0.12 and the verification)
 SAVED_SHARE = 0.7  # of autograd's time, as predicted before anything is known (measured: 0.1 … 0.9)
@@ -40,76 +37,87 @@ class Verdict:
 
     program: Program | None
     reason: str = ""
-    mixes: bool = False  # samples of one batch depend on each other
+    couples_batch: bool = False  # samples of one batch depend on each other
+
+    @cached_property
+    def opaque(self) -> bool:
+        """Does torch differentiate some of the steps?"""
+        return self.program is not None and any(isinstance(step.form, Opaque) for step in self.program.steps)
 
 
-class Entry:
+@dataclass
+class CacheEntry:
+    """What is known about one structure of one model."""
+
+    verdict: Verdict | None = None
+    profile: ModelProfile | None = None
+    seconds: float = 0.0  # spent on autograd where a Program might have saved some
+
+
+class ModelState:
     """All that is known about one model."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.live = threading.RLock()  # held where a forward changes the model's buffers
-        self._verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()
-        self._facts: OrderedDict[Hashable, Facts] = OrderedDict()
-        self._spent: OrderedDict[Hashable, float] = OrderedDict()
+        self.entries: Memo[CacheEntry] = Memo(STRUCTURES_PER_MODEL)  # by the key of a structure
         self._warned: set[str] = set()
 
-    def verdict(self, key: Hashable) -> Verdict | None:
-        with self.lock:
-            return self._verdicts.get(key)
-
-    def facts(self, key: Hashable, measure: Callable[[], Facts]) -> Facts:
-        """The model's measured facts; ``measure`` is called where they are not known yet."""
-        with self.lock:
-            known = self._facts.get(key)
-        if known is None:
+    def profile(self, entry: CacheEntry, measure: Callable[[], ModelProfile]) -> ModelProfile:
+        """The profile of this structure, measured where it is not known yet."""
+        if entry.profile is None:
             with self.live:
-                known = measure()
-            with self.lock:
-                _remember(self._facts, key, known)
-        return known
+                measured = measure()
+            entry.profile = measured
+        return entry.profile
 
-    def spend(self, key: Hashable, seconds: float) -> None:
+    def spend(self, entry: CacheEntry, seconds: float) -> None:
         """Note time spent on autograd that a Program might have saved."""
         with self.lock:
-            _remember(self._spent, key, self._spent.get(key, 0.0) + seconds)
+            entry.seconds += seconds
 
-    def worth_tracing(self, key: Hashable, predicted: float) -> bool:
-        """Would tracing have paid by now?  ``predicted``: seconds of autograd that this call still needs."""
+    def trace(self, entry: CacheEntry, module: nn.Module, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
+        """Trace and verify now, unless that has been done; warns once where autograd takes over."""
         with self.lock:
-            spent = self._spent.get(key, 0.0)
-        return SAVED_SHARE * (spent + predicted) >= trace_cost()
-
-    def trace(self, key: Hashable, module: nn.Module, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
-        """Trace and verify now, unless another thread has done so meanwhile; warns once where autograd takes over."""
-        with self.lock:
-            known = self._verdicts.get(key)
-            if known is not None:
-                return known
-            verdict = _traced(module, samples())
-            _remember(self._verdicts, key, verdict)
-        self.report(module, verdict)
-        return verdict
-
-    def report(self, module: nn.Module, verdict: Verdict) -> None:
-        """One warning for a model that stays on autograd, or for the steps that do."""
+            if entry.verdict is not None:
+                return entry.verdict
+            verdict = entry.verdict = _traced(module, samples())
         name = type(module).__name__
         if verdict.program is None:
             self.warn(f"{name} runs on autograd as a whole: {verdict.reason}.")
-            return
-        opaque = [s for s in verdict.program.steps if isinstance(s.form, Opaque)]
+            return verdict
+        opaque = [(s, s.form) for s in verdict.program.steps if isinstance(s.form, Opaque)]
         if opaque:
-            listed = "; ".join(dict.fromkeys(f"{s.op or s.form.call.op} in {s.module or name}" for s in opaque))
+            listed = "; ".join(dict.fromkeys(f"{s.op or form.call.op} in {s.module or name}" for s, form in opaque))
             self.warn(
                 f"{name}: torch differentiates these steps, which have no kernel: {listed}. See gradkern.explain."
             )
+        return verdict
 
     def warn(self, message: str) -> None:
+        """Warn, once per model and message."""
         with self.lock:
             if message in self._warned:
                 return
             self._warned.add(message)
         warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
+
+
+models = WeakMemo(ModelState)
+_callables = ModelState()  # of it only the warnings about callables that are no modules, once per process
+
+
+def warn(module: nn.Module | None, message: str) -> None:
+    """Warn, once per model and message."""
+    (_callables if module is None else models.of(module)).warn(message)
+
+
+on_reset(_callables._warned.clear)
+
+
+def worth_tracing(entry: CacheEntry, predicted: float) -> bool:
+    """Would tracing have paid by now?  ``predicted``: seconds of autograd that this call still needs."""
+    return SAVED_SHARE * (entry.seconds + predicted) >= trace_cost()
 
 
 def _traced(module: nn.Module, samples: tuple[Tensor, ...]) -> Verdict:
@@ -121,7 +129,7 @@ def _traced(module: nn.Module, samples: tuple[Tensor, ...]) -> Verdict:
             tracer.verify(program, module, samples)
         return Verdict(program)
     except tracer.Untraceable as error:
-        return Verdict(None, _one_line(error.reason), error.mixes)
+        return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
     except Complaint:
         raise
     except Exception as error:  # whatever an export may raise, autograd still gives the right result
@@ -144,23 +152,6 @@ def trace_cost() -> float:
     return later[len(later) // 2]
 
 
-def _remember(table: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > KEPT:
-        table.popitem(last=False)
-
-
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """A warning about a plain callable, which has no entry: once per process and message."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
-
-
 def _stack_level() -> int:
     """Steps from the function that warns to the first caller outside gradkern and Captum."""
     frame, level = sys._getframe(1), 1
@@ -169,38 +160,3 @@ def _stack_level() -> int:
         if frame.f_globals.get("__name__", "").split(".")[0] not in ("gradkern", "captum", "contextlib"):
             break
     return level
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One entry per model
-
-
-_entries: dict[int, tuple[weakref.ref[nn.Module], Entry]] = {}  # by identity: a module may define == as it likes
-_entries_lock = threading.Lock()
-
-
-def entry(module: nn.Module) -> Entry:
-    """What is known about this model; forgotten with the model."""
-    number = id(module)
-    with _entries_lock:
-        found = _entries.get(number)
-        if found is not None and found[0]() is module:
-            return found[1]
-        made = Entry()
-        _entries[number] = (weakref.ref(module, lambda gone: _forget(number, gone)), made)
-        return made
-
-
-def _forget(number: int, gone: weakref.ref[nn.Module]) -> None:
-    # No lock: a garbage collection may come while this thread holds it, and popping is atomic.
-    found = _entries.get(number)
-    if found is not None and found[0] is gone:
-        _entries.pop(number, None)
-
-
-def key_of(module: nn.Module, inputs: Sequence[Tensor]) -> Hashable:
-    """Structure of the model, and shapes, dtypes and devices of the inputs."""
-    signature = tuple((tuple(x.shape[1:]), x.dtype, str(x.device)) for x in inputs)
-    if isinstance(module, torch.jit.ScriptModule):  # it has no attributes to look at, and is never traced
-        return (tuple(part.training for part in module.modules()), signature, autocast(inputs))
-    return (binding.structure_key(module), signature, autocast(inputs))

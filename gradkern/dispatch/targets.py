@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..util.options import BadType, BadValue
 
 Shape = tuple[int, ...]
+Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S], a tuple of ints, or TopK(k)"
 
 
@@ -36,6 +37,7 @@ class TopK:
             raise BadValue(f"TopK(k): got {self.k!r}, expected an int of at least 1.")
 
 
+@dataclass(frozen=True, eq=False)
 class Seeds:
     """The outputs that one call differentiates, resolved against the output's shape.
 
@@ -43,11 +45,9 @@ class Seeds:
     the input's own; ``indices`` is None (all C), ``[S]`` (for all samples) or ``[N, S]``, flat, int64, on the CPU.
     """
 
-    def __init__(self, count: int, axes: Shape, indices: Tensor | None) -> None:
-        self.count = count
-        self.axes = axes
-        self.indices = indices
-        self.needs_logits = False
+    count: int
+    axes: Shape
+    indices: Tensor | None
 
     def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor | None:
         """Indices for the samples ``start:stop``: None (all C), ``[S]`` or ``[stop - start, S]``."""
@@ -60,33 +60,37 @@ class Seeds:
         return Seeds(self.count, self.axes, self.rows(start, stop))
 
 
+@dataclass(frozen=True, eq=False)
 class TopSeeds(Seeds):
-    """The k highest outputs: known only once the outputs are."""
+    """The k highest outputs of each sample: ``chosen`` [N, k] is filled in as the outputs become known."""
 
-    def __init__(self, k: int, samples: int, out: Shape) -> None:
-        super().__init__(k, (k,), None)
-        self.samples = samples
-        self.out = out
-        self._found: Tensor | None = None  # [N, k]
-        self.needs_logits = True
+    out: Shape
+    chosen: Tensor
 
-    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor | None:
-        assert logits is not None
-        if self._found is None:
-            self._found = torch.zeros(self.samples, self.count, dtype=torch.int64)
-        flat = logits.detach().reshape(stop - start, -1)  # [n, C]
-        self._found[start:stop] = flat.topk(self.count, dim=1).indices.cpu()
-        return self._found[start:stop]
+    @classmethod
+    def unknown(cls, k: int, samples: int, out: Shape) -> TopSeeds:
+        """Seeds of ``samples`` samples whose outputs have not been computed yet."""
+        return cls(k, (k,), None, out, torch.zeros(samples, k, dtype=torch.int64))
+
+    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor:
+        """Indices ``[stop - start, k]``, chosen now where the outputs ``logits [n, *out]`` are given."""
+        if logits is not None:
+            flat = logits.detach().reshape(stop - start, -1)  # [n, C]
+            self.chosen[start:stop] = flat.topk(self.count, dim=1).indices.cpu()
+        return self.chosen[start:stop]
 
     def part(self, start: int, stop: int) -> Seeds:
-        return TopSeeds(self.count, stop - start, self.out)
+        return TopSeeds.unknown(self.count, stop - start, self.out)
 
-    def found(self) -> Tensor:
+    def indices_per_sample(self) -> Tensor:
         """``[N, k]``, or ``[N, k, axes]`` where the output has several axes."""
-        found = self._found if self._found is not None else torch.zeros(self.samples, self.count, dtype=torch.int64)
         if len(self.out) < 2:
-            return found
-        return torch.stack(torch.unravel_index(found, self.out), dim=-1)
+            return self.chosen
+        return torch.stack(torch.unravel_index(self.chosen, self.out), dim=-1)
+
+
+Choice = Callable[[int, Shape], Seeds]
+"""The seeds of so many samples, once the output's shape per sample is known."""
 
 
 def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
@@ -102,7 +106,7 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     if isinstance(targets, TopK):
         if targets.k > total:
             raise BadValue(f"targets: got TopK({targets.k}), but the model has {total} outputs per sample.")
-        return TopSeeds(targets.k, samples, out)
+        return TopSeeds.unknown(targets.k, samples, out)
     flat = _flat_indices(targets, samples, out)
     return Seeds(flat.shape[-1], (flat.shape[-1],), flat)
 

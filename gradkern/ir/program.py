@@ -312,16 +312,16 @@ class Program:
         n = len(self.inputs)
         return self.inputs[value] if value < n else self.steps[value - n].shape
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Per-sample shapes of all values."""
         return (*self.inputs, *(step.shape for step in self.steps))
 
-    @property
+    @cached_property
     def output_shape(self) -> Shape:
         return self.shape(self.output)
 
-    @property
+    @cached_property
     def outputs(self) -> int:
         """How many numbers the network gives per sample (C)."""
         return math.prod(self.output_shape)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ..ir import indexing
 from ..ir.cost import forward_macs
@@ -45,7 +44,8 @@ class OnlyPadding(Exception):
     """All that is wanted of a convolution lies in its padding: nothing of the input is needed, and no line says so."""
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True)
+class Line:
     """Positions ``start``, ``start + step``, … of an axis, ``count`` of them."""
 
     start: int
@@ -221,6 +221,7 @@ class Writer:
     def step(self, step: Step, lines: Lines) -> int:
         shape = tuple(ln.count for ln in lines)
         needs = needed(step, lines, [self.program.shape(v) for v in step.inputs])
+        reads: tuple[int, ...]
         match step.form:
             case Contract(map=Windows() as w) if len(w.kernel) == len(lines) - 1:
                 (source,), have = step.inputs, self.lines[step.inputs[0]]

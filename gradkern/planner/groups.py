@@ -39,7 +39,7 @@ class Chains:
         if made is None:
             made = self.made.setdefault(key, self._lowered(group, seeds, wrt, onehot))
         if isinstance(made, TooLarge):
-            raise made
+            raise made.with_traceback(None)  # it is raised again and again
         return made
 
     def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:

@@ -104,7 +104,7 @@ def chain_vjp(
     results: Sequence[Tensor],
 ) -> list[Tensor]:
     """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
-    found = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
+    values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
     torch.ops.gradkern.chain_vjp(
         list(inputs),
         packed,
@@ -112,19 +112,19 @@ def chain_vjp(
         forward,
         backward,
         sizes.numbers,
-        found,
+        values,
         targets,
         seed_rows,
         list(cotangents),
         seed_tile,
         list(results),
     )
-    return found
+    return values
 
 
 def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: float) -> Tensor:
     """DeepLift's multipliers of a ReLU, of a max pool (``pool``: pairs of kernel, stride, padding before, dilation and
-    output), or of a ReLU and the pool behind it: ``[taps, N, C, oh, ow]`` for ``z [N, C, H, W]``."""
+    output), or of a ReLU and the pool after it: ``[taps, N, C, oh, ow]`` for ``z [N, C, H, W]``."""
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
@@ -155,12 +155,10 @@ def accumulate(
 HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
 
 
-def empty_result(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of ``like``'s dtype and device; large ones on huge pages where the system has them."""
-    out = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
-    if out.device.type == "cpu" and out.nbytes >= HUGE and (c := extension()) is not None:
-        c.advise_huge(out.data_ptr(), out.nbytes)
-    return out
+def on_huge_pages(fresh: Tensor) -> None:
+    """Ask for huge pages behind a large tensor that nothing has been written to, where the system has them."""
+    if fresh.device.type == "cpu" and fresh.nbytes >= HUGE and (c := extension()) is not None:
+        c.advise_huge(fresh.data_ptr(), fresh.nbytes)
 
 
 def register_fakes() -> None:

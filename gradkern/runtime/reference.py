@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ir import indexing
+from ..ir import graph, indexing
 from ..ir.calls import calls_in, evaluate, operator_of, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING, Function
 from ..ir.program import (
@@ -41,6 +41,7 @@ from ..ir.program import (
     Windows,
 )
 from ..ir.recurrent import recognise
+from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
 
 __all__ = [
@@ -96,8 +97,10 @@ def _contract(form: Contract, x: Tensor, params: Params) -> Tensor:
     weight = params[form.weight.name] if form.weight else None
     bias = params[form.bias.name] if form.bias else None
     if isinstance(form.map, Dense):
+        assert weight is not None
         return F.linear(x, weight, bias)  # [N, *, I] -> [N, *, O]
     if isinstance(form.map, Windows):
+        assert weight is not None
         w = form.map
         padding, padded = _padded(w, x)
         zeros = (0,) * len(padding)
@@ -221,11 +224,13 @@ def vjp_step(
 def _contract_back(form: Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
     weight = params[form.weight.name] if form.weight else None
     if isinstance(form.map, Dense):
+        assert weight is not None
         return g @ weight  # [N, S, *, O] @ [O, I]
     if isinstance(form.map, Positions):
         return _positions_back(form.map, g, x.shape[2:])
     if isinstance(form.map, Channels):
         return g if weight is None else g * weight.reshape(_per_channel(form.map, x)).to(g.dtype)
+    assert weight is not None
     return _convolution_back(form.map, weight, x, g)
 
 
@@ -298,6 +303,7 @@ def _product_back(form: Product, args: Sequence[Tensor], g: Tensor) -> tuple[Ten
 # Opaque steps: torch differentiates
 
 _looped: set[tuple[str, ...]] = set()  # the ops of calls whose backward torch cannot run for all seeds at once
+on_reset(_looped.clear)
 
 
 def _opaque_back(
@@ -324,8 +330,8 @@ def _opaque_back(
             return _opaque(call, ids, full, params)
 
         moving = [args[k] for k in smooth]
-        found = _all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
-    for k, grad in zip(smooth, found, strict=True):
+        grads = _all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
+    for k, grad in zip(smooth, grads, strict=True):
         result[k] = grad  # [N, S, *in]
     return tuple(result)
 
@@ -336,7 +342,7 @@ def _all_seeds(
     if ops not in _looped:
         try:
             with _without_fallback_warning():
-                _, back = torch.func.vjp(run, *moving)
+                back: Callable[..., Sequence[Tensor]] = torch.func.vjp(run, *moving)[1]
                 return torch.vmap(back, in_dims=1, out_dims=1)(g)
         except RuntimeError:
             _looped.add(ops)
@@ -386,7 +392,7 @@ def vjp(
     wanted = tuple(range(n)) if wrt is None else tuple(wrt)
     if cotangent.shape[0] * cotangent.shape[1] == 0:  # torch cannot infer a shape from nothing
         return tuple(cotangent.new_zeros(*cotangent.shape[:2], *program.inputs[v]) for v in wanted)
-    leads = _leading_to(program, wanted)
+    leads = graph.descendants(program, wanted)  # a cotangent reaches the wanted inputs through these
     held: dict[int, Tensor] = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         step = program.steps[i]
@@ -399,15 +405,6 @@ def vjp(
                 held[v] = held[v] + part if v in held else part
     seeds = cotangent.shape[:2]
     return tuple(held[v] if v in held else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)
-
-
-def _leading_to(program: Program, wanted: Sequence[int]) -> set[int]:
-    """The values through which a cotangent reaches the wanted inputs."""
-    leads = set(wanted)
-    for i, step in enumerate(program.steps):
-        if any(v in leads for v in step.inputs):
-            leads.add(len(program.inputs) + i)
-    return leads
 
 
 def one_hot(program: Program, y: Tensor, targets: Tensor | None) -> Tensor:

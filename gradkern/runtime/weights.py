@@ -75,8 +75,11 @@ class Entry:
 
 
 class Store:
-    """Entries of recent plans.  Where they are too large together, the least recently used goes, as a whole; the
-    latest one stays, however large it is."""
+    """Entries of recent plans.
+
+    Where they are too large together, the least recently used goes, with all its chains; the one in use stays,
+    however large it is.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -85,11 +88,13 @@ class Store:
     def entry(self, plan: Plan, content: int, like: Tensor) -> Entry:
         key = (id(plan), content, like.dtype, like.device)
         with self.lock:
-            entry = self.entries.setdefault(key, Entry(plan, like.device))
+            entry = self.entries.get(key)
+            if entry is None:
+                entry = self.entries[key] = Entry(plan, like.device)
+                contents = [other for other in self.entries if other[0] == key[0]]
+                for other in contents[:-MOST_CONTENTS]:
+                    del self.entries[other]
             self.entries.move_to_end(key)
-            contents = [other for other in self.entries if other[0] == key[0]]
-            for other in contents[:-MOST_CONTENTS]:
-                del self.entries[other]
             return entry
 
     def packed(self, entry: Entry, chain: Chain, params: Params, like: Tensor) -> Packed:

@@ -66,6 +66,11 @@ class Memo(Generic[V]):
         with self._lock:
             self._values.clear()
 
+    def values(self) -> list[V]:
+        """All values, the least recently used one first."""
+        with self._lock:
+            return list(self._values.values())
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -75,6 +80,47 @@ class Memo(Generic[V]):
     def _trim(self) -> None:
         while len(self._values) > self.most:
             self._values.popitem(last=False)
+
+
+class WeakMemo(Generic[V]):
+    """One value per living object, forgotten with the object.
+
+    Objects are told apart by identity: one may define ``==`` as it likes.
+    """
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._values: dict[int, tuple[weakref.ref[Any], V]] = {}
+        _on_reset.append(self._values.clear)
+
+    def of(self, owner: object) -> V:
+        """The owner's value, made at its first use."""
+        number = id(owner)
+        with self._lock:
+            known = self._values.get(number)
+            if known is not None and known[0]() is owner:
+                return known[1]
+            value = self._make()
+            self._values[number] = (weakref.ref(owner, lambda gone: self._forget(number, gone)), value)
+            return value
+
+    def forget(self, owner: object) -> None:
+        with self._lock:
+            self._values.pop(id(owner), None)
+
+    def __contains__(self, owner: object) -> bool:
+        known = self._values.get(id(owner))
+        return known is not None and known[0]() is owner
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def _forget(self, number: int, gone: weakref.ref[Any]) -> None:
+        # No lock: a garbage collection may come while this thread holds it, and popping is atomic.
+        known = self._values.get(number)
+        if known is not None and known[0] is gone:
+            self._values.pop(number, None)
 
 
 def on_reset(forget: Callable[[], None]) -> Callable[[], None]:

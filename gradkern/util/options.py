@@ -10,16 +10,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 
-ENGINES = ("auto", "kernel", "reference", "autograd")
+Engine = Literal["auto", "kernel", "reference", "autograd"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
 GPU_SHARE = 16  # of whose memory one part is the budget: a GPU wants large pieces
 
-_engine: ContextVar[str | None] = ContextVar("gradkern_engine", default=None)
+_engine: ContextVar[Engine | None] = ContextVar("gradkern_engine", default=None)
 _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
 
 
@@ -39,10 +40,10 @@ class BadType(Complaint, TypeError):
     """A dtype or a Python type that does not fit."""
 
 
-def _valid_engine(name: str, source: str) -> str:
+def _valid_engine(name: str, source: str) -> Engine:
     if name not in ENGINES:
         raise BadValue(f"{source}: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}.")
-    return name
+    return cast(Engine, name)
 
 
 def _valid_budget(size: int) -> int:
@@ -51,7 +52,7 @@ def _valid_budget(size: int) -> int:
     return size
 
 
-def engine(argument: str | None = None) -> str:
+def engine(argument: str | None = None) -> Engine:
     """The engine that holds here and now: the argument, else `use`, else the environment, else ``"auto"``."""
     if argument is not None:
         return _valid_engine(argument, "engine=")

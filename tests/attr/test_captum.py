@@ -17,7 +17,8 @@ from torch import nn
 import gradkern
 from gradkern.attr import Saliency
 from gradkern.attr.plug import GradientFunc
-from gradkern.dispatch import state
+from gradkern.dispatch.request import Request, jacobian_choice
+from gradkern.dispatch.route import route
 from gradkern.util import options
 from gradkern.util.options import GradkernWarning
 from tests.cases import CASES
@@ -211,7 +212,7 @@ def test_classes_that_nobody_knows_keep_their_gradient():
 
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
     x = torch.randn(N, 6, dtype=torch.float64)
-    state._warned.clear()
+    gradkern.reset()
     with pytest.warns(GradkernWarning, match="Mine"):
         fast = gradkern.accelerate(Mine(model, model[0]))
     same(fast.attribute(x, target=1), captum_attr.LayerGradientXActivation(model, model[0]).attribute(x, target=1))
@@ -298,7 +299,7 @@ def test_engine_of_one_attribution():
     model, (x,) = net()
     saliency = Saliency(model, engine="kernel")
     saliency.attribute(x, target=0)
-    assert state.entry(model).verdict(state.key_of(model, (x,))).program is not None
+    assert route(Request(model, (x,), (0,), jacobian_choice(None))).program is not None
     again = pickle.loads(pickle.dumps(saliency))
     assert again.gradient_func.engine == "kernel"
     same(again.attribute(x, target=0), saliency.attribute(x, target=0))

@@ -10,7 +10,7 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import points, tunnel
+from gradkern.attr import points
 from tests.cases import CASES
 
 N = 5
@@ -30,8 +30,6 @@ def small_blocks(monkeypatch):
     """Blocks of a few points, so that every loop over blocks turns."""
     monkeypatch.setattr(points, "BLOCK_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 7)
-    monkeypatch.setattr(tunnel, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(tunnel, "LEAST_BLOCK", 7)
 
 
 def net(name="relu_inplace", n=N):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from captum import attr as stock
@@ -9,7 +11,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import layers
+from gradkern.attr.layer import methods as layers
+from gradkern.attr.layer.methods import LayerMethod, all_outputs, one_output
 from tests.cases import CASES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -162,3 +165,37 @@ def test_lists_of_layers_stay_with_captum():
         got, want = (getattr(p, name)(model, layers_).attribute(x, target=1) for p in (ours, stock))
         same(got, want)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class LayerSquaredGradient(LayerMethod, stock.LayerGradientXActivation):
+    """A method that gradkern lacks: its mathematics and two lines."""
+
+    attribute = one_output(stock.LayerGradientXActivation)
+    attribute_all = all_outputs(stock.LayerGradientXActivation)
+
+    def _layer(self, view, index, seeds, options):
+        return view.at_inputs(index, seeds)[1] ** 2
+
+
+def test_a_new_layer_method_is_its_mathematics():
+    model, x = net("residual")
+    mine = LayerSquaredGradient(model, model.conv2, engine="kernel")
+    plain = stock.LayerGradientXActivation(model, model.conv2, multiply_by_inputs=False)
+    want = stacked([plain.attribute(x, target=c) ** 2 for c in range(4)])
+    same(mine.attribute_all(x), want)
+    same(mine.attribute(x, 1), want[:, 1])
+    same(mine.attribute_all(x, [2, 0], attribute_to_layer_input=False), want[:, [2, 0]])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_signatures_are_captums(name):
+    mine, captums = getattr(ours, name), getattr(stock, name)
+    assert inspect.signature(mine.attribute) == inspect.signature(captums.attribute)
+    every = list(inspect.signature(mine.attribute_all).parameters)
+    kept = [
+        n for n in inspect.signature(captums.attribute).parameters if n not in ("internal_batch_size", "grad_kwargs")
+    ]
+    assert every[:3] == ["self", "inputs", "targets"]
+    assert every[3:] == [n for n in kept[2:] if n != "target"]
+    with pytest.raises(TypeError, match="nonsense"):
+        mine(nn.Linear(3, 3), None).attribute_all(torch.zeros(1, 3), nonsense=1)

@@ -13,7 +13,11 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr import linear, rules
+from gradkern.attr import points
+from gradkern.attr.rules import linear
+from gradkern.attr.rules import rule as rules
+from gradkern.attr.rules.deeplift import Rescale
+from gradkern.attr.rules.lrp import Relevance
 from gradkern.runtime import binding, reference
 from tests import rule_oracle
 from tests.cases import CASES
@@ -334,3 +338,43 @@ def test_bad_targets_are_captums_errors():
                 getattr(ours, name)(model).attribute(x, target=target)
             assert str(got.value) == str(want.value)
     assert not any(m._backward_hooks or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("engine", ["kernel", "reference"])
+def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
+    """DeepLift by the derivative at a tanh, LRP by the derivative there: in both tables, a line for that function."""
+    model, x, base = build(PoolThenRelu), images(), images(5)
+    secants = ours.DeepLift(model, engine=engine).attribute_all(x, baselines=base)
+    monkeypatch.setitem(Rescale.table, "tanh", rules.slope)
+    monkeypatch.setitem(Relevance.table, "tanh", rules.slope)
+    multipliers = ours.DeepLift(model, False, engine=engine).attribute_all(x, baselines=base)
+    assert not torch.allclose(multipliers * (x - base)[:, None], secants)
+    z = model.fc1(model.pool(model.relu1(model.conv(x))).flatten(1))
+    last = torch.einsum("co,no->nco", model.fc2.weight, 1 - z.tanh() ** 2)  # [N, C, 5]
+    flat = (last @ model.fc1.weight).view(N, 3, 4, 3, 3)
+    up = F.interpolate(flat.flatten(1, 2), scale_factor=2).view(N, 3, 4, 6, 6) / 4
+    a, b = model.conv(x), model.conv(base)
+    secant = torch.where((a - b).abs() < 1e-10, (a > 0).double(), (a.relu() - b.relu()) / (a - b))
+    g = (up * secant[:, None]).flatten(0, 1)
+    want = F.conv_transpose2d(g, model.conv.weight).view(N, 3, 1, 8, 8)
+    same(multipliers, want.detach())
+    relevance = ours.LRP(model, engine=engine).attribute_all(x)
+    monkeypatch.undo()
+    assert not torch.allclose(ours.LRP(model, engine=engine).attribute_all(x), relevance)
+
+
+def test_rules_serve_all_pieces_of_a_noise_tunnel(monkeypatch):
+    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(points, "LEAST_BLOCK", 7)
+    model, x = build(PoolThenRelu, True), images(n=40)
+    options = {"nt_samples": 3, "stdevs": 0.3}
+    results = []
+    for package in (stock, ours):
+        lrp_rules(model, "gamma")
+        torch.manual_seed(0)
+        results.append(package.NoiseTunnel(package.LRP(model)).attribute(x, target=1, **options))
+        assert not hasattr(model.conv, "rule")
+    same(results[1], results[0])
+    lrp_rules(model, "gamma")
+    torch.manual_seed(0)
+    same(ours.NoiseTunnel(ours.LRP(model)).attribute_all(x, **options)[:, 1], results[0])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern import attr
-from gradkern.attr import linear, rules
-from gradkern.attr.deeplift import Rescale
-from gradkern.attr.rulemethods import chunk_of, values_of, with_relu
+from gradkern.attr.rules import linear
+from gradkern.attr.rules import rule as rules
+from gradkern.attr.rules.deeplift import Rescale
+from gradkern.attr.rules.methods import chunk_of, values_of, with_relu
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import TooLarge
 from gradkern.planner import plan

@@ -11,6 +11,8 @@ from torch import nn
 
 import gradkern
 from gradkern.dispatch import state
+from gradkern.dispatch.request import Request, jacobian_choice
+from gradkern.dispatch.route import route
 from gradkern.frontend import verify
 from gradkern.runtime import ops
 from gradkern.util import options
@@ -45,7 +47,7 @@ def test_engine_choice(monkeypatch):
 
 
 def known(model, x):
-    return state.entry(model).verdict(state.key_of(model, (x,)))
+    return route(Request(model, (x,), (0,), jacobian_choice(None))).verdict
 
 
 def test_each_engine_traces_as_it_says(monkeypatch):
@@ -88,7 +90,7 @@ def test_prepare_traces_now_and_only_once(monkeypatch):
     assert program is not None
     assert program.output_shape == (3,)
     assert gradkern.prepare(model.forward, x) is program
-    monkeypatch.setattr(state.trace, "trace", None)  # any further trace would fail
+    monkeypatch.setattr(state.tracer, "trace", None)  # any further trace would fail
     gradkern.jacobian(model, x, engine="kernel")
     gradkern.jacobian(model, x[:1])
 
@@ -98,11 +100,11 @@ def test_forgets_a_model_with_the_model():
 
     model, (x,) = net()
     gradkern.prepare(model, x)
-    number = id(model)
-    assert number in state._entries
+    assert model in state.models
+    count = len(state.models)
     del model
     gc.collect()
-    assert number not in state._entries
+    assert len(state.models) < count
 
 
 @pytest.mark.parametrize("name", [c.name for c in CASES.values() if not c.traceable])
@@ -128,7 +130,7 @@ def test_opaque_steps_are_named_in_one_warning():
 def test_plain_callables_run_on_autograd():
     model, (x,) = net(n=20)
     want = gradkern.jacobian(model, x, engine="autograd")
-    state._warned.clear()
+    gradkern.reset()
     with pytest.warns(GradkernWarning, match="neither"), gradkern.use(memory_budget=50_000):
         torch.testing.assert_close(gradkern.jacobian(lambda t: model(t) * 2.0, x), want * 2)
 

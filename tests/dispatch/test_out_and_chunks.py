@@ -9,7 +9,7 @@ from torch import nn
 
 import gradkern
 from gradkern.dispatch import eager
-from gradkern.dispatch.request import Job, jacobian_choice
+from gradkern.dispatch.request import Request, allocate, jacobian_choice
 from gradkern.util.options import ENGINES, BadValue
 from tests.cases import net
 
@@ -81,7 +81,7 @@ def test_bad_out(out, error, words):
 def test_a_result_beyond_the_machine_is_refused_with_a_forecast():
     x = torch.zeros(1, 1).expand(1 << 20, 1 << 20)  # no memory
     with pytest.raises(MemoryError, match=r"GiB.*iter_jacobian"):
-        Job(nn.Identity(), (x,), (0,), jacobian_choice(None)).open((1 << 10,))
+        allocate(Request(nn.Identity(), (x,), (0,), jacobian_choice(None)), (1 << 10,))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -103,10 +103,11 @@ def test_autograd_stays_within_its_budget():
     seen = []
     real = eager.fill
 
-    def watching(job, start, stop, *args, **kwargs):
-        with eager._saved_bytes(job.module) as meter:
-            real(job, start, stop, *args, **kwargs)
+    def watching(request, known, start, stop, **kwargs):
+        with eager._saved_bytes(request.module) as meter:
+            results = real(request, known, start, stop, **kwargs)
         seen.append((stop - start, meter.bytes))
+        return results
 
     eager.fill = watching
     try:

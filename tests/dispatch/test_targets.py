@@ -183,4 +183,4 @@ def test_seeds_are_per_chunk():
     assert seeds.part(1, 3).rows(1, 2).tolist() == [[1, 2]]
     top = resolve(gradkern.TopK(1), 4, (3,))
     assert isinstance(top, TopSeeds)
-    assert top.found().shape == (4, 1)
+    assert top.indices_per_sample().shape == (4, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gradkern.codegen.cuda.lowering import Device, lower_device
 from gradkern.ir.program import (
     Call,
     Contract,
@@ -21,7 +22,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from gradkern.planner import plan
+from gradkern.planner import groups, implementations, plan
 from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
 from tests.traced import program_of
@@ -161,3 +162,41 @@ def test_plans_are_values():
     assert executor.plan_for(split(), 3) is executor.plan_for(split(), 3)
     assert plan.plan(split(), 3, machine=machine) != plan.plan(split(), 4, machine=machine)
     assert repr(executor.plan_for(split(), 3)).startswith("<Plan: 3 seeds, 3 groups, fused ")
+
+
+@pytest.mark.parametrize("kib", [3, 6, 227])
+def test_a_chain_is_lowered_once(kib, monkeypatch):
+    """Whether a chain fits a block of a GPU shows when it is lowered: the plan keeps what it lowered to see that."""
+    lowered = []
+
+    def counted(*args, **kwargs):
+        chain = lower_device(*args, **kwargs)
+        lowered.append((tuple(args[1]), args[5:], tuple(kwargs.items())))
+        return chain
+
+    monkeypatch.setattr(groups, "lowering", lambda machine: counted)
+    p = plan.plan(program_of("maxpool2d"), 3, machine=Device("cuda", 16, kib << 10))
+    assert p.single_chain == (kib == 227)
+    before = len(lowered)
+    for k, group in enumerate(p.groups):
+        if group.native:
+            onehot = group.live_out == (p.program.output,)
+            assert p.chain(k, 3, group.live_in, onehot) is p.chain(k, 3, group.live_in, onehot)
+    assert len(lowered) == before == len(set(lowered)) > 0
+
+
+def test_reasons_of_every_implementation_that_does_not_take_a_step():
+    """The table has a line for each; what nobody would expect to take the step is not listed."""
+    call = Call("aten.gru.input", (Value(0), Value(0), (), False, 1, 0.0, False, False, True), index=0)
+    program = make(Step(Opaque(call, "its state is given"), (0,), (4, 8), "aten.gru.input", "rnn"))
+    (row,) = executor.plan_for(program, 2).steps
+    assert row.implementation is implementations.PER_OP
+    assert row.refusals == (
+        "aten.gru.input: its state is given",
+        "a recurrent layer with a state or with dropout of its own",
+    )
+    assert [line for line in str(executor.plan_for(program, 2)).splitlines() if line.startswith("v1 (")] == [
+        f"v1 (rnn): {reason}" for reason in row.refusals
+    ]
+    (view,) = executor.plan_for(make(Step(View(), (0,), (32,))), 2).steps
+    assert (view.path, view.refusals, view.why) == ("view", (), "")

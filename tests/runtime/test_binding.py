@@ -17,10 +17,11 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
+from gradkern.dispatch.guards import structure_key
 from gradkern.frontend.tracer import trace
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
-from gradkern.runtime.binding import bind, structure_key
+from gradkern.runtime.binding import bind
 from tests.cases import CASES
 
 

@@ -47,7 +47,7 @@ def test_concurrent_calls_on_a_fresh_model(engine):
     for results in together(*jobs):
         for got in results:
             torch.testing.assert_close(got, want)
-    assert len(state.entry(model)._verdicts) <= 1
+    assert len(state.models.of(model).entries) <= 1
 
 
 def test_concurrent_calls_on_several_models_trace_each_once():
@@ -76,7 +76,7 @@ def test_tracing_while_another_thread_uses_the_model():
     def calls():
         try:
             for _ in range(3):
-                state._entries.pop(id(model), None)  # as if it had never been seen: traced again
+                state.models.forget(model)  # as if it had never been seen: traced again
                 for engine in ("kernel", "reference", "auto"):
                     torch.testing.assert_close(gradkern.jacobian(model, x, engine=engine), want)
         finally:

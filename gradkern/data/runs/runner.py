@@ -74,6 +74,7 @@ def run(
         As in `gradkern.jacobian`: None (all), a list of outputs, ``TopK(k)``, or a tensor ``[N, S]``.
     settings
         ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
+        A keyword that is None counts as not given.
     columns, input_dtype
         Which fields of a sample are the model's inputs; a dtype to cast floating inputs and bytes to.
     shard

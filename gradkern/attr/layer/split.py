@@ -6,8 +6,6 @@ of the Program that equals what the hook saw is the one (module paths decide bet
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,57 +13,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import batching, state
-from ..dispatch.eager import buffers_kept
-from ..dispatch.targets import Seeds
-from ..ir import graph
-from ..ir.program import Program
-from ..runtime import binding, executor, reference
-from ..util import options
-from ..util.chunks import stepwise_bytes
-from .linear import forward_values
-from .points import Points
-from .rules import Values
+from ...dispatch import batching
+from ...dispatch.eager import buffers_kept
+from ...ir import graph
+from ...ir.program import Program
+from ...runtime import binding, executor, reference
+from ...util import options
+from ...util.chunks import stepwise_bytes
+from ...util.memo import Memo
+from ..points import Points
+from ..rules.linear import forward_values
+from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
-_KEEP = 256
-_lock = threading.Lock()
-_found: OrderedDict[Any, int | None] = OrderedDict()
-_tails: OrderedDict[Any, Tail] = OrderedDict()
+_values: Memo[int | None] = Memo(256)
+_tails: Memo[Tail] = Memo(256)
 
 
 @dataclass(frozen=True)
 class Tail:
-    """The part of a Program behind a value.  Its inputs are that value, then the others that cross the cut."""
+    """The part of a Program from a value on.  Its inputs are that value, then the others that cross the cut."""
 
     program: Program
     crossing: tuple[int, ...]
 
 
-def layer_value(points: Points, program: Program, layer: Any, to_input: bool) -> int | None:
+def path_of(points: Points, layer: Any) -> str | None:
+    """The layer's name in the model; None where it is no part of it."""
+    modules = points.module.named_modules() if points.module is not None else ()
+    return next((path for path, m in modules if m is layer), None)
+
+
+def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
     """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none."""
-    model = points.module
-    if not isinstance(layer, nn.Module) or model is None:
-        return None
-    path = next((p for p, m in model.named_modules() if m is layer), None)
-    if path is None:
-        return None
-    key = (program.key, path, to_input, type(model))
-    with _lock:
-        if key in _found:
-            return _found[key]
-    value = _locate(points, program, layer, path, to_input)
-    with _lock:
-        _found[key] = value
-        while len(_found) > _KEEP:
-            _found.popitem(last=False)
-    return value
+    key = (program.key, path, to_input, type(points.module))
+    return _values.get_or_make(key, lambda: _locate(points, program, layer, path, to_input))
 
 
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    model, job = points.module, points.job(points.inputs, points.more, Seeds(0, (0,), None))
+    model = points.module
     assert model is not None
-    picked = job.pick(SAMPLES)
+    picked = points.own.pick(SAMPLES)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for x in picked:
@@ -118,32 +106,27 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
 
 def tail_of(program: Program, value: int) -> Tail:
     """What stands between ``value`` and the output, remembered."""
-    key = (program.key, value)
-    with _lock:
-        if key in _tails:
-            return _tails[key]
-    base = len(program.inputs)
-    needed = graph.ancestors(program, [program.output], without=[value])
-    behind = (needed & graph.descendants(program, [value])) | {value}
-    steps = [v - base for v in sorted(behind - {value})]
-    crossing = sorted({v for i in steps for v in program.steps[i].inputs} - behind)
-    tail = Tail(graph.part(program, [value, *crossing], steps, program.output), tuple(crossing))
-    with _lock:
-        _tails[key] = tail
-        while len(_tails) > _KEEP:
-            _tails.popitem(last=False)
-    return tail
+
+    def make() -> Tail:
+        needed = graph.ancestors(program, [program.output], without=[value])
+        changing = (needed & graph.descendants(program, [value])) | {value}
+        steps = [v - len(program.inputs) for v in sorted(changing - {value})]
+        crossing = sorted({v for i in steps for v in program.steps[i].inputs} - changing)
+        return Tail(graph.part(program, [value, *crossing], steps, program.output), tuple(crossing))
+
+    return _tails.get_or_make((program.key, value), make)
 
 
 class LayerView:
     """One model seen from one layer: activations there, and gradients of the outputs with respect to them."""
 
-    def __init__(self, points: Points, program: Program, value: int) -> None:
+    def __init__(self, points: Points, program: Program, value: int, exclusive: bool) -> None:
+        assert points.module is not None
         self.points, self.program, self.value = points, program, value
+        self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
-        self.exclusive = True  # whether all that reads the value reads it from the layer
         with torch.inference_mode(False), torch.no_grad():
-            self.params = binding.bind(program, points.module)  # type: ignore[arg-type]
+            self.params = binding.bind(program, points.module)
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )
@@ -167,6 +150,16 @@ class LayerView:
             else:
                 values = forward_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
+
+    def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
+        """The layer's value ``[N, *layer]`` at the inputs themselves, and the gradients there, ``[N, S, *layer]``."""
+        held = self.forward(self.points.inputs, self.points.more)
+        return held[0], self.gradients(held, index, seeds)
+
+    def zeros(self, seeds: int) -> Tensor:
+        """Room for attributions, ``[N, S, *layer]``."""
+        x = self.points.inputs[0]
+        return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
 
     def gradients(self, held: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
         """``[R, S, *layer]`` at the values that `forward` gives."""
@@ -198,29 +191,25 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
     program = points.traced() if now or name in ("kernel", "reference") or _paid(points) else points.program()
     if program is None:
         return None
-    value = layer_value(points, program, layer, to_input)
-    if value is None:
+    path = path_of(points, layer)
+    value = None if path is None else layer_value(points, program, layer, path, to_input)
+    if path is None or value is None:
         if points.module is not None:
-            state.entry(points.module).warn(
+            points.route.warn(
                 f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
                 "network, so Captum's own hooks run it."
             )
         return None
-    found = LayerView(points, program, value)
-    if not found.reaches:
-        return None
-    found.exclusive = _only_there(points, program, layer, value, to_input)
-    return found
+    view = LayerView(points, program, value, _only_there(program, path, value, to_input))
+    return view if view.reaches else None
 
 
-def _only_there(points: Points, program: Program, layer: nn.Module, value: int, to_input: bool) -> bool:
+def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool:
     """Does putting another tensor in the layer's place change this value for every reader?"""
-    base = len(program.inputs)
-    path = next(p for p, m in points.module.named_modules() if m is layer)  # type: ignore[union-attr]
-    if not to_input and value >= base and _inside(program, path, value - base):
-        return True
-    readers = program.consumers[value]
-    return len(readers) <= 1 if not to_input else all(_inside(program, path, i) for i in readers)
+    base, readers = len(program.inputs), program.consumers[value]
+    if to_input:
+        return all(_inside(program, path, i) for i in readers)
+    return len(readers) <= 1 or (value >= base and _inside(program, path, value - base))
 
 
 def _inside(program: Program, path: str, i: int) -> bool:
@@ -229,7 +218,4 @@ def _inside(program: Program, path: str, i: int) -> bool:
 
 
 def _paid(points: Points) -> bool:
-    if points.module is None:
-        return False
-    key = state.key_of(points.module, (*points.inputs, *points.more))
-    return state.entry(points.module).worth_tracing(key, 0.0)
+    return points.route.pays

@@ -6,27 +6,31 @@ are drawn piece by piece, so that neither noise nor maps grow with ``nt_samples`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from captum import attr as captum_attr
-from captum._utils.common import _format_tensor_into_tuples, _is_tuple
-from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
-from captum.attr._utils.common import _validate_noise_tunnel_type
-from captum.log import log_usage
 from torch import Tensor
 
 from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
-from .outputs import RowMethod, answer, each_output, points_for, resolved, with_indices
-from .points import BLOCK_BYTES, LEAST_BLOCK, Points, part, rows_of
+from .attribute_all import Inputs, Many, Options, RowMethod, answer, one_by_one, points_for, typed
+from .captum_compat import (
+    SUPPORTED_NOISE_TUNNEL_TYPES,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    stock,
+    unlogged,
+    validate_noise_tunnel_type,
+)
+from .points import Points, block_rows, gradient_bytes, part, rows_of
 
 FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence
 
 
-class NoiseTunnel(captum_attr.NoiseTunnel):
+class NoiseTunnel(stock.NoiseTunnel):
     """An average over noisy copies of the input (SmoothGrad, arXiv:1706.03825; VarGrad, arXiv:1810.03307).
 
     A drop-in for `captum.attr.NoiseTunnel`, with equal numbers for equal seeds.  What to attribute, logits or
@@ -34,9 +38,10 @@ class NoiseTunnel(captum_attr.NoiseTunnel):
     """
 
     @log_usage(part_of_slo=True)
+    @one_call()
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         nt_type: str = "smoothgrad",
         nt_samples: int = 5,
         nt_samples_batch_size: int | None = None,
@@ -45,74 +50,61 @@ class NoiseTunnel(captum_attr.NoiseTunnel):
         **kwargs: Any,
     ) -> Any:
         """As Captum's; a batch too large for one block goes through in pieces of samples."""
-        rows = _format_tensor_into_tuples(inputs)
-        pieces = None
-        if not draw_baseline_from_distrib and isinstance(self.attribution_method, RowMethod):
-            pieces = self._pieces(rows, nt_samples, stdevs, kwargs)
-        if pieces is None or len(pieces) < 2:
-            return captum_attr.NoiseTunnel.attribute.__wrapped__(
+        rows = format_tensor_into_tuples(inputs)
+        pieces = [] if draw_baseline_from_distrib else self._pieces(rows, nt_samples, stdevs, kwargs)
+        if len(pieces) < 2:
+            return unlogged(stock.NoiseTunnel)(
                 self, inputs, nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib, **kwargs
             )
+        validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
         with torch.no_grad():
-            _validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
             return self._in_pieces(inputs, pieces, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
-    def _pieces(
-        self, rows: tuple[Tensor, ...], samples: int, stdevs: Any, kwargs: dict[str, Any]
-    ) -> list[tuple[int, int]] | None:
-        """Pieces of samples whose noise continues Captum's sequence of numbers; None where there are none."""
+    def _pieces(self, rows: Many, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
+        """Pieces of samples whose noise continues Captum's sequence of numbers; none where the call is Captum's."""
+        method = self.attribution_method
+        if not isinstance(method, RowMethod) or method._uses_up_something():
+            return []
         if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in rows):
-            return None
+            return []
         if not isinstance(stdevs, (float, tuple)) or (isinstance(stdevs, tuple) and len(stdevs) != len(rows)):
-            return None
-        if points_for(self.attribution_method, rows, kwargs.get("additional_forward_args")) is None:
-            return None
-        n = rows[0].shape[0]
-        size = max(FILL, _block(rows, samples, 1))
-        return _spans(n, size)
+            return []
+        if points_for(method, rows, kwargs.get("additional_forward_args")) is None:
+            return []
+        return _spans(rows[0].shape[0], max(FILL, _block(rows, samples, 1)))
 
     def _in_pieces(
         self,
         inputs: Any,
         pieces: list[tuple[int, int]],
         nt_type: str,
-        nt_samples: int,
+        samples: int,
         batch: int | None,
         stdevs: Any,
-        kwargs: dict[str, Any],
+        kwargs: Options,
     ) -> Any:
-        rows, many = _format_tensor_into_tuples(inputs), _is_tuple(inputs)
-        delta_wanted = self.is_delta_supported and bool(kwargs.get("return_convergence_delta"))
-        batch = nt_samples if batch is None else min(nt_samples, batch)
-        draws = [batch] * (nt_samples // batch) + ([nt_samples % batch] if nt_samples % batch else [])
-        sums: list[Any] = [None] * len(rows)
-        squares: list[Any] = [None] * len(rows)
-        deltas: list[Tensor] = []
-        for count in draws:
+        rows = format_tensor_into_tuples(inputs)
+        n = rows[0].shape[0]
+        wants_delta = self.is_delta_supported and bool(kwargs.get("return_convergence_delta"))
+        average = _Average(rows, [x.shape for x in rows])
+        for count in _draws(samples, batch):
             noise = Noise(rows, count, stdevs)
             for a, b in pieces:
-                here = tuple(x[a:b] for x in rows)
-                given = {k: _rows_of_option(v, a, b, rows[0].shape[0]) for k, v in kwargs.items()}
-                self._expand_partial(count, given, here, False)
-                found, _, delta = self._compute_partial_attribution(noise.piece(a, b), given, many, delta_wanted)
-                partial: list[Any] = [None] * len(found)
-                partial_sq: list[Any] = [None] * len(found)
-                self._update_partial_attribution_and_delta(
-                    found, delta, partial, partial_sq, deltas, count, delta_wanted
-                )
-                for i in range(len(found)):
-                    sums[i] = _added(sums[i], partial[i], a, b, rows[i].shape[0])
-                    squares[i] = _added(squares[i], partial_sq[i], a, b, rows[i].shape[0])
+                options = {k: _rows_of_option(v, a, b, n) for k, v in kwargs.items()}
+                self._expand_partial(count, options, tuple(x[a:b] for x in rows), False)
+                noisy = noise.piece(a, b)
+                maps, _, delta = self._compute_partial_attribution(noisy, options, is_tuple(inputs), wants_delta)
+                average.add(a, b, count, maps, delta)
             noise.finish()
-        mean = tuple(s * 1 / nt_samples for s in sums)
-        mean_sq = tuple(s * 1 / nt_samples for s in squares)
-        found = self._compute_smoothing(mean, mean_sq, nt_type)
-        delta = torch.cat(deltas) if delta_wanted else None
-        return self._apply_checks_and_return_attributions(found, many, delta_wanted, delta)
+        maps = average.smoothed(self, nt_type, samples)
+        result = maps if is_tuple(inputs) else maps[0]
+        return (result, average.delta()) if wants_delta else result
 
+    @typed
+    @one_call()
     def attribute_all(
         self,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Inputs,
         targets: Any = None,
         nt_type: str = "smoothgrad",
         nt_samples: int = 5,
@@ -127,79 +119,82 @@ class NoiseTunnel(captum_attr.NoiseTunnel):
 
         All outputs share the noise.  ``kwargs`` are the inner method's; the delta is per draw, as Captum's.
         """
-        _validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
-        rows, many = _format_tensor_into_tuples(inputs), _is_tuple(inputs)
-        method = self.attribution_method
-        delta_wanted = self.is_delta_supported and return_convergence_delta
+        validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
+        rows, method = format_tensor_into_tuples(inputs), self.attribution_method
+        wants_delta = self.is_delta_supported and return_convergence_delta
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:
             seeds, _ = points.choose(jacobian_choice(targets))
-            run = _AllNoise(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, delta_wanted)
-            found = run(nt_type, nt_samples, nt_samples_batch_size, stdevs)
-            if found is not None:
-                return answer(found, many, seeds, run.delta())
-        seeds, out = resolved(method.forward_func, rows, additional_forward_args, targets)
-        options = kwargs | ({"return_convergence_delta": True} if delta_wanted else {})
+            run = _AllOutputs(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, wants_delta)
+            average = run.average(nt_samples, nt_samples_batch_size, stdevs)
+            if average is not None:
+                maps = average.smoothed(self, nt_type, nt_samples)
+                return answer(maps, is_tuple(inputs), seeds, average.delta() if wants_delta else None)
+        options = kwargs | ({"return_convergence_delta": True} if wants_delta else {})
+        fixed = (nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib)
 
         def attribute(target: Any) -> Any:
-            return self.attribute(
-                inputs,
-                nt_type,
-                nt_samples,
-                nt_samples_batch_size,
-                stdevs,
-                draw_baseline_from_distrib,
-                target=target,
-                additional_forward_args=additional_forward_args,
-                **options,
-            )
+            given = {"target": target, "additional_forward_args": additional_forward_args}
+            return self.attribute(inputs, *fixed, **given, **options)
 
-        return with_indices(each_output(attribute, seeds, out, rows[0].shape[0]), seeds)
+        return one_by_one(method.forward_func, inputs, additional_forward_args, targets, attribute)
 
 
-class _AllNoise:
+class _Average:
+    """Sums and squares of the maps of all noisy copies, of shapes ``[N, …]``, and their convergence deltas."""
+
+    def __init__(self, rows: Many, shapes: Sequence[Sequence[int]]) -> None:
+        self.sums = [torch.zeros(s, dtype=x.dtype, device=x.device) for s, x in zip(shapes, rows, strict=True)]
+        self.squares = [torch.zeros_like(s) for s in self.sums]
+        self.deltas: list[Tensor] = []
+
+    def add(self, a: int, b: int, copies: int, maps: Sequence[Tensor], delta: Tensor | None) -> None:
+        """The maps ``[(b - a) · copies, …]`` of copies of the samples ``a:b``."""
+        for total, square, m in zip(self.sums, self.squares, maps, strict=True):
+            m = m.detach().reshape(b - a, copies, *m.shape[1:])
+            total[a:b] += m.sum(1)
+            square[a:b] += (m * m).sum(1)
+        if delta is not None:
+            self.deltas.append(delta)
+
+    def smoothed(self, tunnel: NoiseTunnel, nt_type: str, samples: int) -> Many:
+        mean = tuple(s * 1 / samples for s in self.sums)
+        mean_sq = tuple(s * 1 / samples for s in self.squares)
+        smoothed: Many = tunnel._compute_smoothing(mean, mean_sq, nt_type)
+        return smoothed
+
+    def delta(self) -> Tensor:
+        return torch.cat(self.deltas)
+
+
+class _AllOutputs:
     """One call of `NoiseTunnel.attribute_all` on the engine."""
 
     def __init__(
-        self,
-        tunnel: NoiseTunnel,
-        rows: tuple[Tensor, ...],
-        points: Points,
-        seeds: Seeds,
-        kwargs: dict[str, Any],
-        draw: bool,
-        delta: bool,
+        self, tunnel: NoiseTunnel, rows: Many, points: Points, seeds: Seeds, options: Options, draw: bool, delta: bool
     ) -> None:
         self.tunnel, self.rows, self.points, self.seeds = tunnel, rows, points, seeds
-        self.kwargs, self.draw, self.wants_delta = kwargs, draw, delta
-        self.deltas: list[Tensor] = []
-        shapes = [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows]
-        self.sums = [torch.zeros(s, dtype=x.dtype, device=x.device) for s, x in zip(shapes, rows, strict=True)]
-        self.squares = [torch.zeros_like(s) for s in self.sums]
+        self.options, self.draw, self.wants_delta = options, draw, delta
+        self.sums = _Average(rows, [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows])
 
-    def __call__(self, nt_type: str, samples: int, batch: int | None, stdevs: Any) -> tuple[Tensor, ...] | None:
-        batch = samples if batch is None else min(samples, batch)
-        draws = [batch] * (samples // batch) + ([samples % batch] if samples % batch else [])
+    def average(self, samples: int, batch: int | None, stdevs: Any) -> _Average | None:
+        """Over all copies; None where the method has no Program."""
+        draws = _draws(samples, batch)
         with torch.no_grad():
-            shared = self._expanded(batch)
+            shared = self._expanded(draws[0])
             for count in draws:
-                if not self._one_draw(count, stdevs, shared if count == batch else self._expanded(count)):
+                if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expanded(count)):
                     return None
-        mean = tuple(s * 1 / samples for s in self.sums)
-        mean_sq = tuple(s * 1 / samples for s in self.squares)
-        return self.tunnel._compute_smoothing(mean, mean_sq, nt_type)
+        return self.sums
 
-    def delta(self) -> Tensor | None:
-        return torch.cat(self.deltas) if self.wants_delta else None
-
-    def _expanded(self, count: int) -> dict[str, Any]:
+    def _expanded(self, count: int) -> Options:
         """The inner method's options for ``count`` copies of every sample: baselines drawn where asked for."""
-        options = dict(self.kwargs)
+        options = dict(self.options)
         if self.draw:
             self.tunnel._expand_partial(count, options, self.rows, True)
         return options
 
-    def _one_draw(self, count: int, stdevs: Any, options: dict[str, Any]) -> bool:
+    def _one_draw(self, count: int, stdevs: Any, options: Options) -> bool:
         n = self.rows[0].shape[0]
         size = _block(self.rows, count, self.seeds.count)
         size = n if any(x.device.type != "cpu" for x in self.rows) else max(size, FILL)
@@ -210,10 +205,13 @@ class _AllNoise:
         noise.finish()
         return True
 
-    def _piece(self, noisy: tuple[Tensor, ...], a: int, b: int, count: int, options: dict[str, Any]) -> bool:
+    def _piece(self, noisy: Many, a: int, b: int, count: int, options: Options) -> bool:
         """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
+        method = self.tunnel.attribution_method
         index, more = part(self.seeds, a, b), [x[a:b] for x in self.points.more]
-        for first, last, step, stop in _row_blocks(b - a, count, _block_rows(self.rows, self.seeds.count)):
+        for first, last, step, stop in _row_blocks(
+            b - a, count, block_rows(gradient_bytes(self.rows, self.seeds.count))
+        ):
             take = slice(first * count + step, (last - 1) * count + stop)
             rows = tuple(x[take].detach() for x in noisy)
             copies = stop - step
@@ -222,29 +220,15 @@ class _AllNoise:
                 these = index[first:last].repeat_interleave(copies, 0)
             here = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
             extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
-            method: Any = self.tunnel.attribution_method
-            found = method._rows(rows, extra, these, self.seeds.count, here)
-            if found is None:
+            maps = method._rows(rows, extra, these, self.seeds.count, here)
+            if maps is None:
                 return False
-            for total, square, g in zip(self.sums, self.squares, found, strict=True):
-                g = g.view(last - first, copies, *g.shape[1:])  # [m, k, S, *in]
-                total[a + first : a + last] += g.sum(1)
-                square[a + first : a + last] += (g * g).sum(1)
+            delta = None
             if self.wants_delta:
-                self._note_delta(found, rows, extra, these, here)
+                seeds = Seeds(self.seeds.count, self.seeds.axes, these)
+                delta = method._row_delta(maps, rows, extra, seeds, here)
+            self.sums.add(a + first, a + last, copies, maps, delta)
         return True
-
-    def _note_delta(
-        self,
-        found: Sequence[Tensor],
-        rows: tuple[Tensor, ...],
-        extra: tuple[Tensor, ...],
-        index: Tensor | None,
-        options: dict[str, Any],
-    ) -> None:
-        method: Any = self.tunnel.attribution_method
-        seeds = Seeds(self.seeds.count, self.seeds.axes, index)
-        self.deltas.append(method._row_delta(found, rows, extra, seeds, options))
 
     def _option(self, value: Any, name: str, a: int, b: int, step: int, stop: int, count: int) -> Any:
         """A baseline's rows for the copies ``step:stop`` of the samples ``a:b``."""
@@ -294,13 +278,13 @@ class Noise:
 
     def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
         """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""
-        found = []
+        noisy = []
         for x, stdev, generator in zip(self.rows, self.stdevs, self.generators, strict=True):
             size = ((b - a) * self.copies, *x.shape[1:])
             spread = torch.tensor(stdev, device=x.device).repeat(size)
             noise = torch.normal(0, spread) if generator is None else torch.normal(0, spread, generator=generator)
-            found.append(x[a:b].repeat_interleave(self.copies, dim=0) + noise)
-        return tuple(found)
+            noisy.append(x[a:b].repeat_interleave(self.copies, dim=0) + noise)
+        return tuple(noisy)
 
     def finish(self) -> None:
         """Leave torch's generator where Captum would."""
@@ -317,14 +301,9 @@ def _even(total: int, piece: int = 1 << 20) -> Iterator[int]:
     yield total
 
 
-def _block_rows(rows: Sequence[Tensor], seeds: int) -> int:
-    each = max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in rows)
-    return max(LEAST_BLOCK, BLOCK_BYTES // max(each, 1))
-
-
 def _block(rows: Sequence[Tensor], copies: int, seeds: int) -> int:
     """Samples per piece, in whole blocks of the random sequence."""
-    return max(1, _block_rows(rows, seeds) // max(copies, 1)) // FILL * FILL
+    return max(1, block_rows(gradient_bytes(rows, seeds)) // max(copies, 1)) // FILL * FILL
 
 
 def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -339,24 +318,18 @@ def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int
             yield a, a + 1, first, min(first + rows, copies)
 
 
+def _draws(samples: int, batch: int | None) -> list[int]:
+    """Copies per draw: as many as ``batch`` at a time, and the rest."""
+    batch = samples if batch is None else min(samples, batch)
+    return [batch] * (samples // batch) + ([samples % batch] if samples % batch else [])
+
+
 def _rows_of_option(value: Any, a: int, b: int, n: int) -> Any:
     """An option of the inner method for the samples ``a:b``, where it has a row for each sample."""
     if isinstance(value, tuple) and not all(isinstance(v, int) for v in value):
         return tuple(_rows_of_option(v, a, b, n) for v in value)
-    if isinstance(value, (Tensor, list)) and len(_sized(value)) == n and n > 1:
-        return value[a:b]
-    return value
-
-
-def _sized(value: Any) -> Any:
-    return value if not isinstance(value, Tensor) or value.dim() else ()
-
-
-def _added(total: Tensor | None, piece: Tensor, a: int, b: int, n: int) -> Tensor:
-    if total is None:
-        total = torch.zeros(n, *piece.shape[1:], dtype=piece.dtype, device=piece.device)
-    total[a:b] += piece
-    return total
+    per_sample = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[a:b] if per_sample and len(value) == n > 1 else value
 
 
 def _spans(n: int, size: int) -> list[tuple[int, int]]:

@@ -7,18 +7,18 @@ each other are multiplied, and those at either end are left to the caller.  The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from ..codegen.support import unsupported_reason
-from ..ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
-from ..runtime import executor, reference
-from ..util.memo import Memo
-from .rules import Local, Params, Rule, Values, is_linear, padded, tap_slices
+from ...codegen.support import unsupported_reason
+from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
+from ...runtime import executor, reference
+from ...util.memo import Memo
+from .rule import Local, Params, Rule, Values, at_place, is_linear, padded, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
@@ -85,13 +85,12 @@ class _Writer:
         self.slopes.append(Slope(shape, refs))
         return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], shape, of)
 
-    def pool(self, i: int, step: Step, places: int) -> tuple[str, int]:
-        assert isinstance(step.form, Select)
+    def pool(self, i: int, step: Step, windows: Windows, places: int) -> tuple[str, int]:
         node, refs = self.at[step.inputs[0]]
         spatial = self.program.shape(step.inputs[0])[1:]
         parts = []
         for t in range(places):
-            gather = Contract(tap_positions(step.form.windows, t, spatial, step.shape[1:]))
+            gather = Contract(tap_positions(windows, t, spatial, step.shape[1:]))
             here = self.emit(gather, [node], step.shape, step)
             self.slopes.append(Slope(step.shape, refs, (i, t)))
             parts.append(self.emit(Given(), [here, ("slope", len(self.slopes) - 1)], step.shape, step))
@@ -103,7 +102,8 @@ class _Writer:
         rest: tuple[Ref, ...] = (("after", i, 0),) if after else ()
         node, refs = self.at[step.inputs[0]]
         if places:
-            self.at[v] = (self.pool(i, step, places), rest)
+            assert isinstance(step.form, Select)
+            self.at[v] = (self.pool(i, step, step.form.windows, places), rest)
         elif through:
             self.at[v] = (node, refs + rest)
         elif isinstance(step.form, View):
@@ -179,10 +179,10 @@ def linear_of(program: Program, pattern: Pattern) -> Linear | None:
 # Running
 
 
-def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape) -> Tensor | None:
+def product(refs: Sequence[Ref], locals_: Sequence[Local], shape: Shape) -> Tensor | None:
     """The factors multiplied, ``[N, *shape]``."""
     total = None
-    for kind, i, k in slope.refs if isinstance(slope, Slope) else slope:
+    for kind, i, k in refs:
         factor = locals_[i].after if kind == "after" else locals_[i].before[k]
         assert factor is not None
         factor = factor.reshape(factor.shape[0], *shape)
@@ -193,17 +193,17 @@ def product(slope: Slope | Sequence[Ref], locals_: Sequence[Local], shape: Shape
 def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
     """The values of one slope, ``[N, *shape]``, in one piece."""
     if slope.tap is None:
-        whole = product(slope, locals_, slope.shape)
-        assert whole is not None
-        return whole.contiguous()
+        factor = product(slope.refs, locals_, slope.shape)
+        assert factor is not None
+        return factor.contiguous()
     i, t = slope.tap
     step, taps = program.steps[i], locals_[i].taps
-    assert isinstance(step.form, Select) and taps is not None
+    assert taps is not None
+    assert isinstance(step.form, Select)
     share, windows = taps[t], step.form.windows
-    factor = product(slope, locals_, program.shape(step.inputs[0]))
+    factor = product(slope.refs, locals_, program.shape(step.inputs[0]))
     if factor is not None:
-        places: Any = (..., *tap_slices(windows, t, slope.shape[1:]))
-        share = share * padded(windows, factor, 0.0)[places]
+        share = share * at_place(windows, t, padded(windows, factor, 0.0), slope.shape[1:])
     return share.contiguous()
 
 
@@ -232,9 +232,9 @@ def transposed(
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
     executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
     if cotangent is None and outer is not None:
-        picked = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
+        scale = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
-            r.mul_(picked.view(n, seeds, *(1,) * (r.dim() - 2)))
+            r.mul_(scale.view(n, seeds, *(1,) * (r.dim() - 2)))
     return results
 
 
@@ -273,20 +273,12 @@ def one_hot(program: Program, like: Tensor, targets: Tensor) -> Tensor:
 
 
 def attribute(
-    rule: Rule,
-    inputs: Sequence[Tensor],
-    targets: Tensor,
-    wrt: Sequence[int],
-    *,
-    native: bool,
-    memo: Mapping[str, Any] | None = None,
+    rule: Rule, inputs: Sequence[Tensor], targets: Tensor, wrt: Sequence[int], *, native: bool
 ) -> tuple[Tensor, ...]:
     """The rule's multipliers of the outputs ``targets`` for the inputs ``wrt``: one ``[N, S, *in]`` each.
 
     On the kernels where every map is made of slopes and contractions, a tail of the network (a softmax) aside.
     """
-    from .rules import pull
-
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
     if native:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ir.functions import FUNCTIONS
-from ..ir.program import Contract, Program, Scale, Select, Sum, View, Windows
-from ..runtime import reference
+from ...ir import graph
+from ...ir.functions import FUNCTIONS
+from ...ir.program import Contract, Form, Index, LowRank, Product, Program, Scale, Select, Sum, View, Windows
+from ...runtime import reference
 
 Params = Mapping[str, Tensor]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -43,71 +46,96 @@ class Local:
 class Values:
     """The values of a forward pass, ``[N, *shape]`` each; those not stored are computed from others when asked for."""
 
-    def __init__(self, program: Program, params: Params, found: dict[int, Tensor]) -> None:
-        self.program, self.params, self.found = program, params, found
+    def __init__(self, program: Program, params: Params, stored: dict[int, Tensor]) -> None:
+        self.program, self.params, self.stored = program, params, stored
 
     def __getitem__(self, v: int) -> Tensor:
-        if v not in self.found:
+        if v not in self.stored:
             i = v - len(self.program.inputs)
             args = [self[u] for u in self.program.steps[i].inputs]
-            self.found[v] = reference.forward_step(self.program, i, args, self.params)
-        return self.found[v]
+            self.stored[v] = reference.forward_step(self.program, i, args, self.params)
+        return self.stored[v]
 
 
 class Rule:
     """The gradient itself, and the base of the other rules.  ``at(i)`` is step i's map."""
 
+    #: What makes a step's map, by the name of its function, or else by its form.
+    table: ClassVar[Mapping[str | type, Maker]] = {}
+
     def __init__(self, program: Program, params: Params, values: Values) -> None:
         self.program, self.params, self.values = program, params, values
         self.base = len(program.inputs)
 
+    @classmethod
+    def maker(cls, form: Form) -> Maker | None:
+        """What ``table`` has for a form."""
+        named = isinstance(form, (Scale, LowRank, Product)) and cls.table.get(form.function)
+        return named or cls.table.get(type(form))
+
     def at(self, i: int) -> Local:
-        form = self.program.steps[i].form
-        if is_linear(form):
-            return Local()
-        if isinstance(form, Scale):
-            return self.scale(i)
-        if isinstance(form, Select):
-            return self.select(i)
-        return self.other(i)
-
-    def scale(self, i: int) -> Local:
-        return Local(after=self.slope(i), through=True)
-
-    def select(self, i: int) -> Local:
-        if self.program.steps[i].form.ties != "first":
-            return self.other(i)
-        x = self.pre(i)
-        windows = self.program.steps[i].form.windows
-        return Local(taps=tuple(t.to(x.dtype) for t in chosen(windows, x, self.post(i).shape)))
-
-    def other(self, i: int) -> Local:
-        """A step without a rule: its own derivative at the input."""
-        step = self.program.steps[i]
-        args = [self.values[v] for v in step.inputs]
-
-        def own(g: Tensor) -> tuple[Tensor, ...]:
-            return reference.vjp_step(self.program, i, args, self.post(i), g, self.params)
-
-        return Local(own=own)
+        return (self.maker(self.program.steps[i].form) or derivative)(self, i)
 
     # ---- what a rule sees of a step
 
+    def form(self, i: int, kind: type[Kind]) -> Kind:
+        form = self.program.steps[i].form
+        assert isinstance(form, kind), f"step {i}: got {form}, expected {kind.__name__}"
+        return form
+
+    def source(self, i: int) -> int:
+        """The number of a step's (first) input."""
+        return self.program.steps[i].inputs[0]
+
     def pre(self, i: int) -> Tensor:
-        return self.values[self.program.steps[i].inputs[0]]
+        return self.values[self.source(i)]
 
     def post(self, i: int) -> Tensor:
         return self.values[self.base + i]
 
     def slope(self, i: int) -> Tensor:
         """The derivative of an elementwise step."""
-        form, x = self.program.steps[i].form, self.pre(i)
+        form, x = self.form(i, Scale), self.pre(i)
         return FUNCTIONS[form.function].df(x, self.post(i), *form.params).to(x.dtype)
 
 
-def is_linear(form: object) -> bool:
+Maker = Callable[[Any, int], Local]  # (rule, step) to the step's map
+
+
+def own_map(rule: Rule, i: int) -> Local:
+    """The step's own, transposed."""
+    return Local()
+
+
+def pass_through(rule: Rule, i: int) -> Local:
+    return Local(through=True)
+
+
+def slope(rule: Rule, i: int) -> Local:
+    """The derivative of an elementwise step."""
+    return Local(after=rule.slope(i), through=True)
+
+
+def routed(rule: Rule, i: int) -> Local:
+    """A pool: to where the maximum is."""
+    form, x = rule.form(i, Select), rule.pre(i)
+    if form.ties != "first":
+        return derivative(rule, i)
+    return Local(taps=tuple(t.to(x.dtype) for t in chosen(form.windows, x, rule.post(i).shape)))
+
+
+def derivative(rule: Rule, i: int) -> Local:
+    """A step without a rule: its own derivative at the input."""
+    args = [rule.values[v] for v in rule.program.steps[i].inputs]
+    return Local(own=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
+
+
+Rule.table = {Contract: own_map, View: own_map, Sum: own_map, Index: own_map, Scale: slope, Select: routed}
+
+
+def is_linear(form: Form) -> bool:
     """Does the step's own transposed map ignore the values?"""
-    return isinstance(form, (Contract, View, Sum)) or type(form).__name__ == "Index"
+    return isinstance(form, (Contract, View, Sum, Index))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,6 +150,12 @@ def tap_slices(w: Windows, t: int, counts: Sequence[int]) -> tuple[slice, ...]:
     )
 
 
+def at_place(w: Windows, t: int, wide: Tensor, counts: Sequence[int]) -> Tensor:
+    """The t-th place of every window in a padded value, as a view."""
+    index: Any = (..., *tap_slices(w, t, counts))
+    return wide[index]
+
+
 def padded(w: Windows, x: Tensor, value: float) -> Tensor:
     """``[..., *spatial]`` with the windows' padding."""
     sides = [p for pair in reversed(w.padding) for p in pair]
@@ -132,16 +166,16 @@ def chosen(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """For each place of a window, where it holds the maximum (the first of equals): bool ``[N, C, *out]``."""
     counts = shape[2:]
     wide = padded(w, x, float("-inf"))
-    taps = [wide[(..., *tap_slices(w, t, counts))] for t in range(w.taps)]
+    taps = [at_place(w, t, wide, counts) for t in range(w.taps)]
     top = taps[0]
     for tap in taps[1:]:
         top = torch.maximum(top, tap)
-    found, free = [], torch.ones_like(top, dtype=torch.bool)
+    places, free = [], torch.ones_like(top, dtype=torch.bool)
     for tap in taps:
         here = (tap == top) & free
         free = free & ~here
-        found.append(here)
-    return found
+        places.append(here)
+    return places
 
 
 def scatter_taps(w: Windows, taps: Sequence[Tensor], g: Tensor, spatial: Sequence[int]) -> Tensor:
@@ -149,41 +183,39 @@ def scatter_taps(w: Windows, taps: Sequence[Tensor], g: Tensor, spatial: Sequenc
     sizes = [n + a + b for n, (a, b) in zip(spatial, w.padding, strict=True)]
     back = g.new_zeros(*g.shape[:3], *sizes)
     for t, share in enumerate(taps):
-        back[(..., *tap_slices(w, t, g.shape[3:]))] += g * share.unsqueeze(1)
-    inner = tuple(slice(a, a + n) for n, (a, _) in zip(spatial, w.padding, strict=True))
-    return back[(..., *inner)]
+        at_place(w, t, back, g.shape[3:]).add_(g * share.unsqueeze(1))
+    inner: Any = (..., *(slice(a, a + n) for n, (a, _) in zip(spatial, w.padding, strict=True)))
+    return back[inner]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The plain executor
 
 
-def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int], stop: Sequence[int] = ()) -> dict[int, Tensor]:
+def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]:
     """``cotangent [N, S, *out]`` back through the rule's maps: the cotangents of the values ``wrt``.
 
-    Values of ``stop`` are not passed.  What nothing reaches is missing in the result.
+    What nothing reaches is missing in the result.
     """
     program, base = rule.program, rule.base
-    leads = set(wrt)
-    for i, step in enumerate(program.steps):
-        if any(v in leads for v in step.inputs):
-            leads.add(base + i)
+    leads = graph.descendants(program, wrt)
     held = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         v = base + i
-        if v not in leads or v in stop or v in wrt or v not in held:
+        if v not in leads or v in wrt or v not in held:
             continue
         step = program.steps[i]
-        back = through(rule, i, rule.at(i), held.pop(v))
+        back = transposed_step(rule, i, rule.at(i), held.pop(v))
         for u, part in zip(step.inputs, back, strict=True):
             if u in leads:
                 held[u] = held[u] + part if u in held else part
     return held
 
 
-def through(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor, ...]:
+def transposed_step(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor, ...]:
     """One step: ``g [N, S, *shape]`` to one ``[N, S, *in]`` per input."""
-    step = rule.program.steps[i]
+    inputs = rule.program.steps[i].inputs
+    back: Sequence[Tensor]
     if local.after is not None:
         g = g * local.after.unsqueeze(1)
     if local.own is not None:
@@ -191,19 +223,18 @@ def through(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor, ...]:
     elif local.through:
         back = (g,)
     elif local.taps is not None:
-        back = (scatter_taps(step.form.windows, local.taps, g, rule.program.shape(step.inputs[0])[1:]),)
+        back = (scatter_taps(rule.form(i, Select).windows, local.taps, g, rule.program.shape(inputs[0])[1:]),)
     else:
         params = rule.params
         if local.weight is not None:
-            params = {**params, step.form.weight.name: local.weight}
-        back = reference.vjp_step(rule.program, i, [_Shape(rule, v, g) for v in step.inputs], g, g, params)
+            weight = rule.form(i, Contract).weight
+            assert weight is not None
+            params = {**params, weight.name: local.weight}
+        # a linear step's VJP needs the shape of its inputs alone
+        shapes = [g.new_empty(1).expand(g.shape[0], *rule.program.shape(v)) for v in inputs]
+        back = reference.vjp_step(rule.program, i, shapes, g, g, params)
     if not any(b is not None for b in local.before):
         return tuple(back)
     return tuple(
         part if factor is None else part * factor.unsqueeze(1) for part, factor in zip(back, local.before, strict=True)
     )
-
-
-def _Shape(rule: Rule, v: int, g: Tensor) -> Tensor:
-    """A stand-in for a value of which a linear step's VJP needs the shape alone."""
-    return g.new_empty(1).expand(g.shape[0], *rule.program.shape(v))

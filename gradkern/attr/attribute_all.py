@@ -1,0 +1,216 @@
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
+
+Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
+plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, cast, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..dispatch.request import jacobian_choice
+from ..dispatch.route import one_call
+from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
+from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
+from .plug import stays_ours, takes_over
+from .points import Points, part, row_tensors
+
+NATIVE = (torch.float32, torch.float64)
+Options = dict[str, Any]  # a method's own options, by Captum's names
+Many = tuple[Tensor, ...]
+Inputs = Tensor | Many
+Yes = Literal[True]
+
+
+class AttributeAll(Protocol):
+    """What an ``attribute_all`` returns: attributions as the inputs are given, then the convergence delta where it is
+    asked for, then the indices of `TopK`."""
+
+    # fmt: off
+    @overload
+    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor, Tensor]: ...  # noqa: E501
+    @overload
+    def __call__(self, inputs: Tensor, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, **k: Any) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Tensor, *a: Any, **k: Any) -> Tensor: ...
+    @overload
+    def __call__(self, inputs: Many, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor, Tensor]: ...  # noqa: E501
+    @overload
+    def __call__(self, inputs: Many, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Many, targets: TopK, *a: Any, **k: Any) -> tuple[Many, Tensor]: ...
+    @overload
+    def __call__(self, inputs: Many, *a: Any, **k: Any) -> Many: ...
+    # fmt: on
+
+
+def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
+    """The method as it is, with the types of its results."""
+    return cast(AttributeAll, attribute_all)
+
+
+def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any) -> Points | None:
+    """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why)."""
+    engine = getattr(attribution.gradient_func, "engine", None)
+    if not takes_over(attribution.forward_func, inputs, extra, engine) or any(x.dtype not in NATIVE for x in inputs):
+        return None
+    points = Points(attribution.forward_func, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
+    try:
+        return points if stays_ours(points.route) and not points.couples_batch else None
+    except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
+        return None
+
+
+def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
+    """``targets`` as `gradkern.jacobian` reads them, for the model's output at these inputs."""
+    more = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
+    with torch.no_grad():
+        few = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
+        y = fn(*[x.detach().clone() for x in few], *more)
+    out = tuple(y.shape[1:])
+    seeds = jacobian_choice(targets)(inputs[0].shape[0], out)
+    if isinstance(seeds, TopSeeds):
+        seeds.rows(0, inputs[0].shape[0], y)
+    return seeds, out
+
+
+def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:
+    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers."""
+    rows = format_tensor_into_tuples(inputs)
+    seeds, out = resolved(fn, rows, extra, targets)
+    index = part(seeds, 0, rows[0].shape[0])
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    results = []
+    for s in range(seeds.count):
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
+        results.append(attribute(captum_target(column, out)))
+    tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
+    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
+
+
+def captum_target(flat: Tensor, out: Shape) -> Any:
+    """A flat output number, or one per sample, as Captum wants it."""
+    if not out:
+        return None
+    if len(out) == 1:
+        return flat.tolist()
+    axes = torch.stack(torch.unravel_index(flat, out), dim=-1).tolist()
+    return tuple(axes) if flat.dim() == 0 else [tuple(a) for a in axes]
+
+
+def shaped(tree: Any, seeds: Seeds) -> Any:
+    """``[N, S, ...]`` everywhere as ``[N, *axes, ...]``."""
+    return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
+
+
+def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
+    """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
+    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    if delta is not None:
+        items.append(shaped(delta, seeds))
+    if isinstance(seeds, TopSeeds):
+        items.append(seeds.indices_per_sample())
+    return items[0] if len(items) == 1 else tuple(items)
+
+
+def completeness(
+    fn: Callable[..., Any],
+    parts: Sequence[Tensor],
+    start: Sequence[Any],
+    end: Sequence[Tensor],
+    more: Sequence[Tensor],
+    seeds: Seeds,
+) -> Tensor:
+    """``Σ attribution - (F(end) - F(start))`` per sample and output, ``[N, S]``, as Captum's convergence delta.
+
+    ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each sample.
+    """
+    n = end[0].shape[0]
+    sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
+    before = [b if isinstance(b, Tensor) else torch.full_like(x[:1], float(b)) for b, x in zip(start, end, strict=True)]
+    before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
+    with torch.no_grad():
+        difference = rows_out(fn, end, more) - rows_out(fn, before, more)  # [N, C]
+    return sum(sums[1:], sums[0]).detach() - picked(difference, part(seeds, 0, n))
+
+
+def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
+    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, C]``: ``[N, S]``."""
+    if index is None:
+        return outputs
+    index = index.to(outputs.device)
+    return outputs[:, index] if index.dim() == 1 else outputs.gather(1, index)
+
+
+def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Tensor], rows: int = 1024) -> Tensor:
+    """The model's outputs, flat, ``[N, C]``, some rows at a time."""
+    n = inputs[0].shape[0]
+    pieces = [fn(*[x[a : a + rows].detach().clone() for x in (*inputs, *more)]) for a in range(0, max(n, 1), rows)]
+    return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
+
+
+class RowMethod(stock.GradientAttribution):
+    """An input method whose attribution of a row depends on that row alone.
+
+    ``_rows`` is all that it has to bring: the attributions of every seed at given rows.  With it come
+    ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
+    """
+
+    def _rows(
+        self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options
+    ) -> tuple[Tensor, ...] | None:
+        """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
+
+        None where the model has no Program and the method needs one.
+        """
+        raise NotImplementedError
+
+    def _uses_up_something(self) -> bool:
+        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+        return False
+
+    def _points(self, rows: Many, more: Many) -> Points:
+        """The model, to be differentiated at these rows."""
+        return Points(self.forward_func, rows, more, getattr(self.gradient_func, "engine", None))
+
+    def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Seeds, options: Options) -> Tensor:
+        """The convergence delta of `_rows`, ``[R, S]``."""
+        _, start = format_input_baseline(rows, options.get("baselines"))
+        return completeness(self.forward_func, parts, start, rows, more, seeds)
+
+    @one_call()
+    def _all_on_engine(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool) -> Any:
+        """``attribute_all`` on the engine; None where the call is Captum's."""
+        rows = format_tensor_into_tuples(inputs)
+        points = points_for(self, rows, extra)
+        if points is None:
+            return None
+        seeds, _ = points.choose(jacobian_choice(targets))
+        parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, options)
+        if parts is None:
+            return None
+        off = self._row_delta(parts, rows, points.more, seeds, options) if delta else None
+        return answer(parts, is_tuple(inputs), seeds, off)
+
+    def _all(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool = False) -> Any:
+        """``attribute_all``; with ``delta`` also the convergence delta."""
+        result = self._all_on_engine(inputs, targets, extra, options, delta)
+        if result is not None:
+            return result
+        more = options | ({"return_convergence_delta": True} if delta else {})
+
+        def attribute(target: Any) -> Any:
+            return self.attribute(inputs, target=target, additional_forward_args=extra, **more)
+
+        return one_by_one(self.forward_func, inputs, extra, targets, attribute)

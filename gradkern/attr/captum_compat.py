@@ -1,0 +1,75 @@
+# ruff: noqa: F401  (names are imported here for the other files)
+"""Captum as gradkern uses it: its classes and its private names, each imported here and nowhere else.
+
+The classes are those of import time.  ``captum.attr.Saliency = gradkern.attr.Saliency`` is how users try this package
+on code of theirs; were Captum's class looked up at call time, ours would then find itself and recurse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import captum.attr
+
+#: Versions of Captum that all of this was tried with.
+TRIED = ("0.9.0",)
+_USED_METHODS = {
+    "IntegratedGradients": ("_attribute",),
+    "NoiseTunnel": ("_expand_partial", "_compute_partial_attribution", "_compute_smoothing"),
+}
+
+
+def _error(missing: object) -> ImportError:
+    return ImportError(
+        f"gradkern.attr builds on private names of Captum, and captum {version('captum')} lacks one: {missing}. "
+        f"Versions that work: {', '.join(TRIED)}. Install one, as in: pip install 'captum=={TRIED[-1]}'"
+    )
+
+
+try:
+    from captum._utils.common import _format_additional_forward_args as format_additional_forward_args
+    from captum._utils.common import _format_baseline as format_baseline
+    from captum._utils.common import _format_output as format_output
+    from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
+    from captum._utils.common import _is_tuple as is_tuple
+    from captum._utils.common import _run_forward as run_forward
+    from captum._utils.common import _select_targets as select_targets
+    from captum._utils.gradient import apply_gradient_requirements, compute_gradients, undo_gradient_requirements
+    from captum.attr._core.gradient_shap import InputBaselineXGradient
+    from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
+    from captum.attr._utils.approximation_methods import approximation_parameters
+    from captum.attr._utils.common import _call_custom_attribution_func as call_custom_attribution_func
+    from captum.attr._utils.common import _compute_conv_delta_and_format_attrs as compute_conv_delta_and_format_attrs
+    from captum.attr._utils.common import _format_callable_baseline as format_callable_baseline
+    from captum.attr._utils.common import _format_input_baseline as format_input_baseline
+    from captum.attr._utils.common import _sum_rows as sum_rows
+    from captum.attr._utils.common import _tensorize_baseline as tensorize_baseline
+    from captum.attr._utils.common import _validate_input as validate_input
+    from captum.attr._utils.common import _validate_noise_tunnel_type as validate_noise_tunnel_type
+    from captum.attr._utils.lrp_rules import (
+        Alpha1_Beta0_Rule,
+        EpsilonRule,
+        GammaRule,
+        IdentityRule,
+        PropagationRule,
+    )
+    from captum.log import log_usage
+except ImportError as error:
+    raise _error(error) from error
+
+#: Captum's own classes, whatever stands under their names in `captum.attr` later.
+stock: Any = SimpleNamespace(**vars(captum.attr))
+
+for _class, _names in _USED_METHODS.items():
+    for _name in _names:
+        if not hasattr(getattr(stock, _class), _name):
+            raise _error(f"{_class}.{_name}")
+
+
+def unlogged(kind: type) -> Callable[..., Any]:
+    """Captum's ``attribute`` of a class without its usage log, which the method around it writes already."""
+    attribute: Callable[..., Any] = kind.attribute  # type: ignore[attr-defined]
+    return getattr(attribute, "__wrapped__", attribute)

@@ -1,0 +1,115 @@
+"""The methods that are one gradient and a last touch: Saliency, input × gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import api
+from ..dispatch.targets import TopK
+from .attribute_all import Inputs, Many, Options, RowMethod, typed
+from .captum_compat import format_tensor_into_tuples, is_tuple, stock
+from .plug import HooklessGradientFunc
+
+
+class GradientMethod(RowMethod):
+    """A gradient, and what `_finish` makes of it."""
+
+    gradients = HooklessGradientFunc
+
+    def __init__(self, forward_func: Callable[..., Tensor], engine: str | None = None) -> None:
+        super().__init__(forward_func)
+        self.gradient_func = self.gradients(engine)
+
+    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+        """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
+        raise NotImplementedError
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+        gradients = self._points(rows, more).gradients(rows, more, index, seeds)
+        self._finish_each(gradients, rows, options)
+        return gradients
+
+    def _finish_each(self, gradients: Any, rows: Many, options: Options) -> None:
+        for gradient, x in zip(gradients, rows, strict=True):
+            own = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
+            lead = (x.shape[0], *(1,) * (own.dim() - x.dim()))
+            self._finish(own, x.detach().to(own.device).reshape(*lead, *x.shape[1:]), options)
+
+    def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
+        """``attribute_all`` by `gradkern.jacobian`, whose ``options`` hold."""
+        options.setdefault("engine", self.gradient_func.engine)
+        jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
+        rows, wrt = format_tensor_into_tuples(inputs), options.get("wrt")
+        maps = jacobian[0] if isinstance(targets, TopK) else jacobian
+        numbers = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
+        each = maps if isinstance(maps, (tuple, list)) else [maps]
+        self._finish_each(each, tuple(rows[w] for w in numbers), finish)
+        return jacobian
+
+
+class Saliency(GradientMethod, stock.Saliency):
+    """The gradient of an output with respect to the input (Simonyan et al., arXiv:1312.6034).
+
+    A drop-in for `captum.attr.Saliency`: the same arguments, targets as Captum reads them, the same results and
+    errors.  ``engine`` as in `gradkern.use`; None takes what holds at each call.  Attribute logits: the gradient of
+    a probability vanishes where the model is sure.
+    """
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        targets: Any = None,
+        abs: bool = True,
+        additional_forward_args: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Saliency of every output (or of ``targets``, as `gradkern.jacobian` reads them): ``[N, C, *in]``.
+
+        ``abs=False`` keeps the sign.  ``options`` are those of `gradkern.jacobian` (``out=``, ``wrt=``).  A tuple of
+        inputs gives a tuple; ``TopK(k)`` gives the pair of that and the indices.
+        """
+        return self._jacobian(inputs, targets, additional_forward_args, options, {"abs": abs})
+
+    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+        if options.get("abs", True):
+            gradient.abs_()
+
+
+class InputXGradient(GradientMethod, stock.InputXGradient):
+    """Input times gradient (Shrikumar et al., arXiv:1605.01713).
+
+    A drop-in for `captum.attr.InputXGradient`.  Attribute logits: a probability's gradient vanishes where the model
+    is sure, and one class's evidence is mixed with all others'.
+    """
+
+    @typed
+    def attribute_all(
+        self, inputs: Inputs, targets: Any = None, additional_forward_args: Any = None, **options: Any
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
+        return self._jacobian(inputs, targets, additional_forward_args, options, {})
+
+    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+        gradient.mul_(x)
+
+
+def jacobians(fn: Callable[..., Any], inputs: Any, targets: Any, extra: Any, options: Options) -> Any:
+    """`gradkern.jacobian` with Captum's ``additional_forward_args`` after the inputs."""
+    if extra is None:
+        return api.jacobian(fn, inputs, targets, **options)
+    more = extra if isinstance(extra, tuple) else (extra,)
+    rows = format_tensor_into_tuples(inputs)
+    n = rows[0].shape[0]
+    if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == n for x in more):
+        options.setdefault("wrt", list(range(len(rows))))
+        jacobian = api.jacobian(fn, (*rows, *more), targets, **options)
+    else:  # something that the batch cannot be cut along
+        jacobian = api.jacobian(lambda *xs: fn(*xs, *more), rows, targets, **options)
+    if is_tuple(inputs) or isinstance(options.get("wrt"), int):
+        return jacobian
+    return (jacobian[0][0], jacobian[1]) if isinstance(targets, TopK) else jacobian[0]

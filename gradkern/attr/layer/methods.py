@@ -1,0 +1,252 @@
+"""Layer methods: Captum's, on a Program that is cut at the layer.
+
+A layer method is its mathematics (`_layer`, on a `LayerView`) and two lines: `one_output` and `all_outputs` read
+Captum's signature and give ``attribute`` and ``attribute_all``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...dispatch.request import jacobian_choice
+from ...util.options import Complaint
+from ..attribute_all import (
+    AttributeAll,
+    Inputs,
+    Many,
+    Options,
+    answer,
+    completeness,
+    one_by_one,
+    points_for,
+    resolved,
+    typed,
+)
+from ..captum_compat import (
+    format_input_baseline,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    stock,
+    unlogged,
+    validate_input,
+)
+from ..plug import GradientFunc, captum_seeds
+from ..points import part
+from ..rules.methods import GuidedBackprop
+from .split import LayerView, view_of
+
+
+class LayerMethod(stock.GradientAttribution):
+    """A method of a layer: ``_layer`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
+
+    def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradient_func = GradientFunc(engine)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+        raise NotImplementedError
+
+    def _view(self, inputs: Many, extra: Any, options: Options, *, now: bool) -> LayerView | None:
+        """The model seen from the layer, where this call is not Captum's."""
+        if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in inputs):
+            return None
+        if options.get("grad_kwargs") or not isinstance(self.layer, nn.Module) or self.device_ids:
+            return None
+        points = points_for(self, inputs, extra)
+        if points is None:
+            return None
+        to_input = options.get("attribute_to_layer_input") or options.get("attribute_to_neuron_input")
+        return view_of(points, self.layer, bool(to_input), now=now)
+
+    def _one(self, rows: Many, options: Options) -> Any:
+        """``attribute`` on the engine, where the model is traced; None where the call is Captum's."""
+        try:
+            view = self._view(rows, options["additional_forward_args"], options, now=False)
+            if view is None:
+                return None
+            seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
+            maps = self._layer(view, part(seeds, 0, view.points.samples), seeds.count, options)
+        except Complaint:
+            return None
+        return None if maps is None else maps[:, 0]
+
+    def _all(self, rows: Many, targets: Any, options: Options) -> Any:
+        """``attribute_all`` on the engine; None where the call is Captum's."""
+        view = self._view(rows, options["additional_forward_args"], options, now=True)
+        if view is None:
+            return None
+        seeds, _ = view.points.choose(jacobian_choice(targets))
+        maps = self._layer(view, part(seeds, 0, view.points.samples), seeds.count, options)
+        if maps is None:
+            return None
+        delta = None
+        if options.get("return_convergence_delta"):
+            _, start = format_input_baseline(rows, options["baselines"])
+            delta = completeness(self.forward_func, (maps,), start, rows, view.points.more, seeds)
+        return answer((maps,), False, seeds, delta)
+
+    def _spent(self, rows: Many, extra: Any, seconds: float) -> None:
+        """Captum's time counts towards tracing."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            points = points_for(self, rows, extra) if all(isinstance(x, Tensor) for x in rows) else None
+        if points is not None and points.module is not None:
+            points.route.spend(seconds)
+
+
+def one_output(kind: Any) -> Any:
+    """The ``attribute`` of Captum's class on the engine: its signature, its results, its errors."""
+    captums = unlogged(kind)
+    signature = inspect.signature(captums)
+
+    @log_usage(part_of_slo=True)
+    @functools.wraps(captums)
+    def attribute(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
+        options = _arguments(signature, self, args, kwargs)
+        rows, extra = format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
+        wants_delta = options.pop("return_convergence_delta", False)
+        maps = self._one(rows, options)
+        if maps is None:
+            begin = time.perf_counter()
+            maps = captums(self, **options)
+            self._spent(rows, extra, time.perf_counter() - begin)
+        if not wants_delta:
+            return maps
+        layers = maps if isinstance(maps, list) else [maps]
+        parts = [t for layer in layers for t in format_tensor_into_tuples(layer)]
+        rows, start = format_input_baseline(options["inputs"], options["baselines"])
+        return maps, self.compute_convergence_delta(
+            tuple(parts), start, rows, additional_forward_args=extra, target=options["target"]
+        )
+
+    return attribute
+
+
+def all_outputs(kind: Any) -> AttributeAll:
+    """Its ``attribute_all``: Captum's arguments, with ``targets`` after the inputs."""
+    own = dict(inspect.signature(unlogged(kind)).parameters)
+    targets = own.pop("target").replace(name="targets", annotation=Any)
+    kept = [p for name, p in own.items() if name not in ("internal_batch_size", "grad_kwargs")]
+    signature = inspect.Signature([*kept[:2], targets, *kept[2:]])
+
+    def attribute_all(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *layer]``."""
+        options = _arguments(signature, self, args, kwargs)
+        targets, inputs = options.pop("targets"), options["inputs"]
+        maps = self._all(format_tensor_into_tuples(inputs), targets, options)
+        if maps is not None:
+            return maps
+        extra = options["additional_forward_args"]
+        return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self.attribute(target=t, **options))
+
+    attribute_all.__signature__ = signature  # type: ignore[attr-defined]
+    return typed(attribute_all)
+
+
+def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwargs: Options) -> Options:
+    """The call's arguments by name, without ``self``; paths are checked as Captum checks them."""
+    bound = signature.bind(method, *args, **kwargs)
+    bound.apply_defaults()
+    _, *names = bound.arguments
+    options = {name: bound.arguments[name] for name in names}
+    if "n_steps" in options:
+        path = format_input_baseline(options["inputs"], options["baselines"])
+        validate_input(*path, options["n_steps"], options["method"])
+    return options
+
+
+class LayerGradientXActivation(LayerMethod, stock.LayerGradientXActivation):
+    """Gradient times activation at a layer.
+
+    A drop-in for `captum.attr.LayerGradientXActivation`.  Attribute logits: a probability's gradient vanishes where
+    the model is sure.
+    """
+
+    attribute = one_output(stock.LayerGradientXActivation)
+    attribute_all = all_outputs(stock.LayerGradientXActivation)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+        value, gradients = view.at_inputs(index, seeds)
+        return gradients.mul_(value.unsqueeze(1)) if self.multiplies_by_inputs else gradients
+
+
+class LayerGradCam(LayerMethod, stock.LayerGradCam):
+    """Activations of a layer, weighted by each channel's mean gradient (Grad-CAM, arXiv:1610.02391).
+
+    A drop-in for `captum.attr.LayerGradCam`.  Attribute logits, as the paper does.
+    """
+
+    attribute = one_output(stock.LayerGradCam)
+    attribute_all = all_outputs(stock.LayerGradCam)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+        value, gradients = view.at_inputs(index, seeds)  # [N, S, channels, *spatial]
+        if gradients.dim() > 3:
+            gradients = gradients.mean(tuple(range(3, gradients.dim())), keepdim=True)
+        maps = gradients * value.unsqueeze(1)
+        if options["attr_dim_summation"]:
+            maps = maps.sum(2, keepdim=True)
+        return F.relu(maps) if options["relu_attributions"] else maps
+
+
+class GuidedGradCam(stock.GuidedGradCam):
+    """Guided backpropagation times upsampled Grad-CAM (arXiv:1610.02391).
+
+    A drop-in for `captum.attr.GuidedGradCam`.  Attribute logits, as the paper does.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
+        super().__init__(model, layer, device_ids)
+        self.gradient_func = GradientFunc(engine)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
+        self.guided_backprop = GuidedBackprop(model, engine)
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        interpolate_mode: str = "nearest",
+        attribute_to_layer_input: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
+        rows = format_tensor_into_tuples(inputs)
+        seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
+        chosen = _as_targets(part(seeds, 0, rows[0].shape[0]), out)
+        cam = self.grad_cam.attribute_all(
+            rows, chosen, additional_forward_args, attribute_to_layer_input, relu_attributions=True
+        )
+        guided = self.guided_backprop.attribute_all(rows, chosen, additional_forward_args)
+        cam = cam.reshape(cam.shape[0], seeds.count, *cam.shape[1 + len(seeds.axes) :]).flatten(0, 1)
+        maps = []
+        for x, g in zip(rows, guided, strict=True):
+            g = g.reshape(x.shape[0], seeds.count, *x.shape[1:])
+            try:
+                wide = stock.LayerAttribution.interpolate(cam, tuple(x.shape[2:]), interpolate_mode=interpolate_mode)
+                maps.append(g * wide.view(x.shape[0], seeds.count, *wide.shape[1:]))
+            except Exception:  # as Captum: shapes that cannot be interpolated
+                warnings.warn(
+                    "Couldn't appropriately interpolate GradCAM attributions for some input tensors, returning empty "
+                    "tensor for corresponding attributions.",
+                    stacklevel=2,
+                )
+                maps.append(torch.empty(0).reshape(0, *(0,) * len(seeds.axes)))
+        return answer(maps, is_tuple(inputs), seeds)
+
+
+def _as_targets(index: Tensor | None, out: tuple[int, ...]) -> Any:
+    """Flat output numbers (None, ``[S]`` or ``[N, S]``) as `gradkern.jacobian` takes them."""
+    if index is None or len(out) == 1:
+        return index
+    axes = torch.stack(torch.unravel_index(index, out), -1)  # [..., axes]
+    return axes if axes.dim() == 3 else [tuple(a) for a in axes.tolist()]

@@ -1,0 +1,49 @@
+"""Neuron methods: Captum's, on a Program that ends at the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...ir import graph
+from ...runtime import executor, reference
+from ..attribute_all import Many, Options
+from ..captum_compat import format_output, is_tuple, stock
+from .methods import LayerMethod, one_output
+
+
+class NeuronGradient(LayerMethod, stock.NeuronGradient):
+    """The gradient of one unit of a layer with respect to the input.
+
+    A drop-in for `captum.attr.NeuronGradient`.  Logits or probabilities do not matter: the unit is what is explained.
+    """
+
+    attribute = one_output(stock.NeuronGradient)
+
+    def _one(self, rows: Many, options: Options) -> Any:
+        view = self._view(rows, options["additional_forward_args"], options, now=False)
+        if view is None:
+            return None
+        unit = unit_number(options["neuron_selector"], view.shape)
+        head, points = graph.up_to(view.program, view.value), view.points
+        if unit is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
+            return None
+        inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
+        run = reference.jacobian if view.plain else executor.jacobian
+        with torch.inference_mode(False), torch.no_grad():
+            gradients = run(head, view.params, inputs, torch.tensor([unit]), points.wrt)[1]
+        return format_output(is_tuple(options["inputs"]), tuple(g[:, 0] for g in gradients))
+
+
+def unit_number(selector: Any, shape: tuple[int, ...]) -> int | None:
+    """A unit's flat number; None for selectors that are Captum's (slices, functions) or do not fit."""
+    axes = (selector,) if isinstance(selector, int) and not isinstance(selector, bool) else selector
+    if not isinstance(axes, tuple) or len(axes) != len(shape) or not all(type(a) is int for a in axes):
+        return None
+    flat = 0
+    for a, n in zip(axes, shape, strict=True):
+        if not -n <= a < n:
+            return None
+        flat = flat * n + a % n
+    return flat

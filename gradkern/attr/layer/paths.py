@@ -1,0 +1,111 @@
+"""Layer methods along a path of inputs or activations, their steps summed as they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attribute_all import Options
+from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
+from ..paths import path_steps, times_difference
+from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from .methods import LayerMethod, all_outputs, one_output
+from .split import LayerView
+
+
+class InternalInfluence(LayerMethod, stock.InternalInfluence):
+    """The mean gradient at a layer along a path of inputs (Leino et al., arXiv:1802.03788).
+
+    A drop-in for `captum.attr.InternalInfluence`.  Attribute logits: the path saturates in probabilities.
+    """
+
+    attribute = one_output(stock.InternalInfluence)
+    attribute_all = all_outputs(stock.InternalInfluence)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+        weights, alphas = path_steps(options["method"], options["n_steps"])
+        total = view.zeros(seeds)
+        for block in blocks_of_path(view, alphas, index, seeds, options):
+            total[block.a : block.b] += weighted_sum(block.gradients, weights[block.first : block.last])
+        return total
+
+
+class LayerConductance(LayerMethod, stock.LayerConductance):
+    """How much of integrated gradients flows through each unit of a layer (Dhamdhere et al., arXiv:1805.12233).
+
+    A drop-in for `captum.attr.LayerConductance`.  Logits and probabilities are both complete; prefer logits.
+    """
+
+    attribute = one_output(stock.LayerConductance)
+    attribute_all = all_outputs(stock.LayerConductance)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+        _, places = approximation_parameters(options["method"])
+        alphas = torch.tensor(places(options["n_steps"] + 1), dtype=torch.float64)
+        total = view.zeros(seeds)
+        last: tuple[Tensor, Tensor] | None = None  # the activations and gradients of the step before
+        for block in blocks_of_path(view, alphas, index, seeds, options):
+            steps, rows = block.last - block.first, block.b - block.a
+            values = block.values.view(steps, rows, 1, *view.shape)
+            gradients = block.gradients.view(steps, rows, seeds, *view.shape)
+            if block.first and last is not None:
+                total[block.a : block.b] += last[1] * (values[0] - last[0])
+            for k in range(steps - 1):
+                total[block.a : block.b] += gradients[k] * (values[k + 1] - values[k])
+            last = (values[-1], gradients[-1])
+        return total
+
+
+class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
+    """Integrated gradients on a path between a layer's activations at the baseline and at the input.
+
+    A drop-in for `captum.attr.LayerIntegratedGradients`.  Logits and probabilities are both complete; prefer logits.
+    """
+
+    attribute = one_output(stock.LayerIntegratedGradients)
+    attribute_all = all_outputs(stock.LayerIntegratedGradients)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+        if not view.exclusive:  # Captum moves the layer's input alone, and other readers of that value stay
+            return None
+        inputs, start = format_input_baseline(view.points.inputs, options["baselines"])
+        value, *crossing = view.forward(inputs, view.points.more)
+        base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
+        weights, alphas = path_steps(options["method"], options["n_steps"])
+        total = view.zeros(seeds)
+        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds)):
+            steps = last - first
+            held = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
+            gradients = view.gradients(held, repeated_index(index, a, b, steps), seeds)
+            total[a:b] += weighted_sum(gradients, weights[first:last].float())
+        if self.multiplies_by_inputs:
+            times_difference([total], [value], [base])
+        return total
+
+
+@dataclass(frozen=True)
+class Block:
+    """The steps ``first:last`` of the samples ``a:b``, steps first."""
+
+    a: int
+    b: int
+    first: int
+    last: int
+    values: Tensor  # the layer's, [K (b - a), *layer]
+    gradients: Tensor  # [K (b - a), S, *layer]
+
+
+def blocks_of_path(
+    view: LayerView, alphas: Tensor, index: Tensor | None, seeds: int, options: Options
+) -> Iterator[Block]:
+    """The layer along the path of inputs from the baselines, block by block."""
+    points = view.points
+    inputs, start = format_input_baseline(points.inputs, options["baselines"])
+    layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
+    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds)):
+        at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
+        held = view.forward(at, repeated(points.more, a, b, steps))
+        yield Block(a, b, first, last, held[0], view.gradients(held, repeated_index(index, a, b, steps), seeds))

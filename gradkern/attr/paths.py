@@ -1,0 +1,173 @@
+"""Gradients along paths: integrated gradients and GradientShap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..dispatch.targets import Seeds
+from ..util.options import Complaint
+from .attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
+from .captum_compat import (
+    InputBaselineXGradient,
+    approximation_parameters,
+    format_callable_baseline,
+    format_input_baseline,
+    stock,
+    validate_input,
+)
+from .noise_tunnel import NoiseTunnel
+from .plug import GradientFunc, captum_seeds
+from .points import path_sum
+
+
+class IntegratedGradients(RowMethod, stock.IntegratedGradients):
+    """The mean gradient on the straight path from a baseline, times input minus baseline (arXiv:1703.01365).
+
+    A drop-in for `captum.attr.IntegratedGradients` whose steps are summed as they are computed: memory does not grow
+    with ``n_steps``.  Logits and probabilities are both complete (attributions add up to the change of what is
+    attributed); prefer logits, as the path saturates in probabilities.
+    """
+
+    def __init__(
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+    ) -> None:
+        super().__init__(forward_func, multiply_by_inputs)
+        self.gradient_func = GradientFunc(engine)
+
+    def _attribute(
+        self,
+        inputs: Many,
+        baselines: tuple[Any, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        step_sizes_and_alphas: tuple[list[float], list[float]] | None = None,
+    ) -> Many:
+        """Captum's own hook for one path, also called by its ``internal_batch_size``."""
+        given = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
+        points = None
+        if isinstance(self.gradient_func, GradientFunc):
+            points = points_for(self, inputs, additional_forward_args)
+        if points is None:
+            return super()._attribute(*given)
+        weights, alphas = path_steps(method, n_steps, step_sizes_and_alphas)
+        try:
+            seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
+            totals = path_sum(points, baselines, seeds, weights.float(), alphas, strict=True)  # float, as in Captum
+        except Complaint:
+            return super()._attribute(*given)
+        except Exception:
+            super()._attribute(*given)  # Captum's own error, where it has one
+            raise
+        mean = tuple(t[:, 0] for t in totals)
+        if not self.multiplies_by_inputs:
+            return mean
+        return tuple(g * (x - base) for g, x, base in zip(mean, inputs, baselines, strict=True))
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        targets: Any = None,
+        baselines: Any = None,
+        additional_forward_args: Any = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
+
+        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
+        """
+        validate_input(*format_input_baseline(inputs, baselines), n_steps, method)
+        options = {"baselines": baselines, "n_steps": n_steps, "method": method}
+        return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+        rows, baselines = format_input_baseline(rows, options.get("baselines"))
+        weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
+        totals = path_sum(self._points(rows, more), baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
+        if self.multiplies_by_inputs:
+            times_difference(totals, rows, baselines)
+        return totals
+
+
+def path_steps(
+    method: str, n: int, known: tuple[Sequence[float], Sequence[float]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weights and places of Captum's ``n`` steps, ``[steps]`` each."""
+    sizes, places = known or [make(n) for make in approximation_parameters(method)]
+    return torch.tensor(sizes), torch.tensor(places, dtype=torch.float64)
+
+
+def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baselines: Sequence[Any]) -> None:
+    """``parts [N, S, *in]`` times input minus baseline, in place."""
+    with torch.no_grad():
+        for part, x, base in zip(parts, inputs, baselines, strict=True):
+            part.mul_((x - base).unsqueeze(1))
+
+
+class RandomPoint(RowMethod, InputBaselineXGradient):
+    """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+        rows, baselines = format_input_baseline(rows, options.get("baselines"))
+        r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
+        with torch.no_grad():
+            shares = [r.view(-1, *(1,) * (x.dim() - 1)) for x in rows]
+            at = [a * x + (1.0 - a) * base for a, x, base in zip(shares, rows, baselines, strict=True)]
+            gradients = self._points(rows, more).gradients(at, more, index, seeds)
+        if self.multiplies_by_inputs:
+            times_difference(gradients, rows, baselines)
+        return gradients
+
+
+class GradientShap(stock.GradientShap):
+    """Expected gradients over random baselines and random points on the way (SHAP's GradientExplainer).
+
+    A drop-in for `captum.attr.GradientShap`, with equal numbers for equal seeds of torch and numpy.  Attribute
+    logits: only they add up over features on the scale on which the classes compete.
+    """
+
+    def __init__(
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+    ) -> None:
+        super().__init__(forward_func, multiply_by_inputs)
+        self.gradient_func = GradientFunc(engine)
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        baselines: Any,
+        n_samples: int = 5,
+        stdevs: float | tuple[float, ...] = 0.0,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
+
+        All outputs share the random draws.  The delta is per draw, as Captum's: ``[N · n_samples, C]``.
+        """
+        start = format_callable_baseline(baselines, inputs)
+        if not isinstance(start[0], Tensor):
+            raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {start[0]}.")
+        inner = RandomPoint(self.forward_func, self.multiplies_by_inputs)
+        inner.gradient_func = self.gradient_func
+        return NoiseTunnel(inner).attribute_all(
+            inputs,
+            targets,
+            nt_samples=n_samples,
+            stdevs=stdevs,
+            draw_baseline_from_distrib=True,
+            baselines=start,
+            additional_forward_args=additional_forward_args,
+            return_convergence_delta=return_convergence_delta,
+        )

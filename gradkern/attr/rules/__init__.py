@@ -1,0 +1,1 @@
+"""Methods that put a rule in place of each step's derivative."""

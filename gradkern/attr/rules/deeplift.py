@@ -1,0 +1,311 @@
+"""DeepLift and DeepLiftShap by the rescale rule: secants in place of slopes, per sample and complete.
+
+Captum 0.9 hooks modules and is wrong where a ReLU stands directly before a max pool, where a pool's input does not
+differ from its reference (#1276), where pool windows overlap, and mixes samples in a softmax (#1367); docs/captum.md
+shows it.  Here the rule stands in the Program, so it also holds for functional, in-place and reused activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.request import jacobian_choice
+from ...dispatch.route import one_call
+from ...dispatch.targets import Seeds
+from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
+from ...runtime import ops, reference
+from ..attribute_all import Inputs, Many, Options, answer, one_by_one, points_for, typed
+from ..captum_compat import (
+    call_custom_attribution_func,
+    compute_conv_delta_and_format_attrs,
+    format_baseline,
+    format_callable_baseline,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    stock,
+    tensorize_baseline,
+    unlogged,
+    validate_input,
+)
+from ..plug import GradientFunc
+from ..points import part, rows_of
+from .methods import Chunk, RuleMethod
+from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
+
+
+class Rescale(Rule):
+    """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
+
+    Elementwise steps: the secant, the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
+    to where the input's maximum is and to where the reference's was, as much as each of them changed.  Softmax: the
+    secant on logits less their mean (the paper's normalisation, section 3.6), which is complete and per sample.
+    Products: the mean of both points, which is complete.  Other steps: the derivative at the input.
+    """
+
+    def __init__(
+        self, program: Program, params: Params, values: Values, reference: Values, eps: float, native: bool = False
+    ) -> None:
+        super().__init__(program, params, values)
+        self.reference, self.eps, self.native = reference, eps, native
+
+    def differences(self, i: int) -> tuple[Tensor, Tensor]:
+        """How a step's input and its value differ from those of the reference."""
+        u, v = self.source(i), self.base + i
+        return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
+
+    def pooled_relu(self, i: int) -> bool:
+        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
+        alone = len(readers) == 1 and self.base + i != self.program.output
+        is_relu = isinstance(form, Scale) and form.function == "relu"
+        return is_relu and alone and isinstance(self.program.steps[readers[0]].form, Select)
+
+    def multipliers(self, u: int, pool: Sequence[int], relu: bool) -> Tensor:
+        """The compiled op on a value ``[N, C, *spatial]`` and its reference."""
+        z, ref = (
+            x.reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, *(x.shape[2:] if x.dim() == 4 else (1, -1)))
+            for x in (self.values[u], self.reference[u])
+        )
+        return ops.rescale(z.contiguous(), ref.contiguous(), pool, relu, self.eps)
+
+
+def secant(rule: Rescale, i: int) -> Local:
+    din, dout = rule.differences(i)
+    return Local(after=torch.where(din.abs() < rule.eps, rule.slope(i), dout / din), through=True)
+
+
+def relu_secant(rule: Rescale, i: int) -> Local:
+    if not rule.native:
+        return secant(rule, i)
+    if rule.pooled_relu(i):
+        return pass_through(rule, i)
+    u = rule.source(i)
+    return Local(after=rule.multipliers(u, (), True)[0].reshape(rule.values[u].shape), through=True)
+
+
+def shared_by_pool(rule: Rescale, i: int) -> Local:
+    w, u, shape = rule.form(i, Select).windows, rule.source(i), rule.program.steps[i].shape
+    if rule.native and len(w.kernel) <= 2:
+        relu = u >= rule.base and rule.pooled_relu(u - rule.base)
+        pool = [n for pair in zip(*_planar(w, shape[1:]), strict=True) for n in pair]
+        shares = rule.multipliers(rule.source(u - rule.base) if relu else u, pool, relu)
+        return Local(taps=tuple(shares.view(shares.shape[0], -1, *shape)))
+    x, x_ref = rule.values[u], rule.reference[u]
+    y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
+    top = torch.maximum(y, y_ref)
+    up, down = top - y_ref, y - top
+    wide = padded(w, x - x_ref, 0.0)
+    taps = []
+    for t, (here, there) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
+        din = at_place(w, t, wide, y.shape[2:])
+        share = (here * up + there * down) / din
+        taps.append(torch.where(din.abs() < rule.eps, here.to(x.dtype), share))
+    return Local(taps=tuple(taps))
+
+
+def normalised(rule: Rescale, i: int) -> Local:
+    axis = rule.form(i, LowRank).axis
+    din, dout = rule.differences(i)
+    din = din - din.mean(axis + 1, keepdim=True)  # a softmax does not see the mean
+    flat = din.abs() < rule.eps
+    ratio = torch.where(flat, 0.0, dout / din)
+
+    def own(g: Tensor) -> tuple[Tensor, ...]:
+        back = g * ratio.unsqueeze(1)  # [N, S, *shape]
+        back = back - back.mean(axis + 2, keepdim=True)
+        if not bool(flat.any()):
+            return (back,)
+        kept = g * flat.unsqueeze(1)
+        return (back + reference.vjp_step(rule.program, i, [rule.pre(i)], rule.post(i), kept, rule.params)[0],)
+
+    return Local(own=own)
+
+
+def midpoint(rule: Rescale, i: int) -> Local:
+    middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
+    out = reference.forward_step(rule.program, i, middle, rule.params)
+    return Local(own=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
+
+
+#: DeepLift's rules: a line for a function, or for all functions of a form.
+Rescale.table = {
+    **Rule.table,
+    Scale: secant,
+    "affine": slope,
+    "relu": relu_secant,
+    Select: shared_by_pool,
+    "softmax": normalised,
+    "log_softmax": normalised,
+    Product: midpoint,
+}
+
+
+class DeepLift(RuleMethod, stock.DeepLift):
+    """Differences from a reference instead of gradients (Shrikumar et al., arXiv:1704.02685), the rescale rule.
+
+    A drop-in for `captum.attr.DeepLift`, complete also where Captum is not.  Attribute logits: through a softmax
+    each class's contributions are relative to the mean of all classes.
+    """
+
+    def __init__(
+        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: str | None = None
+    ) -> None:
+        stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
+        self.gradient_func = GradientFunc(engine)
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
+    ) -> Any:
+        """As Captum's, by the rule above."""
+        rows = format_tensor_into_tuples(inputs)
+        start = format_baseline(baselines, rows)
+        if isinstance(self.gradient_func, GradientFunc):
+            validate_input(rows, start)
+        maps = self._one(rows, target, additional_forward_args, {"baselines": start, "multiply": False})
+        if maps is None:
+            fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
+            return unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
+        start = tensorize_baseline(rows, start)
+        if custom_attribution_func is not None:
+            maps = call_custom_attribution_func(custom_attribution_func, maps, rows, start)
+        elif self.multiplies_by_inputs:
+            maps = tuple((x - base) * m for x, base, m in zip(rows, start, maps, strict=True))
+        return compute_conv_delta_and_format_attrs(
+            self, return_convergence_delta, maps, start, rows, additional_forward_args, target, is_tuple(inputs)
+        )
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        targets: Any = None,
+        baselines: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
+
+        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
+        """
+        rows = format_tensor_into_tuples(inputs)
+        start = format_baseline(baselines, rows)
+        validate_input(rows, start)
+        return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+        given = given | {"baselines": format_baseline(given.get("baselines"), rows)}
+        return super()._rows(rows, more, index, seeds, given)
+
+    def _rule(self, chunk: Chunk) -> Rescale:
+        values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
+        return Rescale(chunk.program, chunk.params, values, start, self.eps, not chunk.plain)
+
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+        if not chunk.options.get("multiply", self.multiplies_by_inputs):
+            return multipliers
+        points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
+        return tuple(m.mul_((x - start).unsqueeze(1)) for m, x, start in points)
+
+
+def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A pool's geometry per axis, rows first: kernel, stride, padding before, dilation, windows."""
+    axes = list(zip(w.kernel, w.stride, (a for a, _ in w.padding), w.dilation, counts, strict=True))
+    rows, columns = ((1, 1, 0, 1, 1), axes[0]) if len(axes) == 1 else axes
+    return rows, columns
+
+
+def _start(chunk: Chunk) -> Many:
+    """The chunk's reference point: one row where one serves all, else one each; then what is no input."""
+    start = []
+    for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
+        here = rows_of(base, chunk.a, chunk.b)
+        start.append(here.to(x.dtype) if isinstance(here, Tensor) else torch.full_like(x[:1], float(here)))
+    more = chunk.rows[len(start) :]
+    if more or len({s.shape[0] for s in start}) > 1:
+        start = [s.expand(x.shape).contiguous() for s, x in zip(start, chunk.rows, strict=False)]
+    return (*start, *more)
+
+
+class DeepLiftShap(stock.DeepLiftShap, DeepLift):
+    """The mean of DeepLift over a distribution of references (SHAP's DeepExplainer, arXiv:1705.07874).
+
+    A drop-in for `captum.attr.DeepLiftShap`, complete also where Captum is not.  Attribute logits, as for DeepLift.
+    """
+
+    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: str | None = None) -> None:
+        stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
+        self.gradient_func = GradientFunc(engine)
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        baselines: Any,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
+
+        The delta is per pair of sample and reference, as Captum's: ``[N · references, C]``.
+        """
+        start = format_callable_baseline(baselines, inputs)
+        if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
+            raise AssertionError(
+                "Baselines distribution has to be provided in form of a torch.Tensor with more than one example but "
+                f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
+                "`DeepLift` approach can be used instead."
+            )
+        many, rows = is_tuple(inputs), format_tensor_into_tuples(inputs)
+        with one_call():
+            points = points_for(self, rows, additional_forward_args)
+            if points is not None and points.traced() is not None:
+                seeds, _ = points.choose(jacobian_choice(targets))
+                maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
+                return answer(maps, many, seeds, delta)
+
+        def attribute(target: Any) -> Any:
+            return self.attribute(
+                inputs,
+                baselines=start if many else start[0],
+                target=target,
+                additional_forward_args=additional_forward_args,
+                return_convergence_delta=return_convergence_delta,
+            )
+
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+
+    def _mean(self, rows: Many, more: Many, seeds: Seeds, start: Many, wants_delta: bool) -> tuple[Many, Tensor | None]:
+        """Some samples at a time against all references."""
+        n, count, index = rows[0].shape[0], start[0].shape[0], part(seeds, 0, rows[0].shape[0])
+        means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
+        deltas = []
+        each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
+        size = max(1, (16 << 20) // max(each, 1))
+        for a in range(0, n, size):
+            b = min(a + size, n)
+            pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
+            extra = tuple(x[a:b].repeat_interleave(count, 0) for x in more)
+            options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
+            here = index
+            if index is not None and index.dim() == 2:
+                here = index[a:b].repeat_interleave(count, 0)
+            maps = self._rows(pairs, extra, here, seeds.count, options)
+            assert maps is not None
+            for mean, m in zip(means, maps, strict=True):
+                mean[a:b] = m.view(b - a, count, *m.shape[1:]).mean(1)
+            if wants_delta:
+                deltas.append(self._row_delta(maps, pairs, extra, Seeds(seeds.count, seeds.axes, here), options))
+        return means, torch.cat(deltas) if wants_delta else None

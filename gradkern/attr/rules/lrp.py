@@ -1,0 +1,247 @@
+"""Layer-wise relevance propagation: Captum's rules on the Program, for more layers than Captum knows.
+
+The relevance of a value is its share of the output.  At a contraction ``z = W a + b`` the rule gives
+``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon of its own sign.
+Activations hand relevance through.  So LRP is a chain of contractions and slopes, like a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.request import model_of
+from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
+from ...runtime import reference
+from ..attribute_all import Inputs, Many, Options, one_by_one, picked, rows_out, typed
+from ..captum_compat import (
+    Alpha1_Beta0_Rule,
+    EpsilonRule,
+    GammaRule,
+    IdentityRule,
+    PropagationRule,
+    format_output,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    run_forward,
+    stock,
+    sum_rows,
+    unlogged,
+)
+from ..plug import GradientFunc
+from ..points import part
+from .methods import Chunk, RuleMethod
+from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
+
+KNOWN = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
+EPSILON = 1e-9  # Captum's default
+Rules = Mapping[str, PropagationRule | None]  # by the module's path
+
+
+class Relevance(Rule):
+    """LRP as maps of relevance, with one of Captum's rules per module path; epsilon where there is none."""
+
+    def __init__(self, program: Program, params: Params, values: Values, rules: Rules, model: nn.Module) -> None:
+        super().__init__(program, params, values)
+        self.rules, self.model = rules, model
+
+    def at(self, i: int) -> Local:
+        step = self.program.steps[i]
+        if isinstance(self.rules.get(step.module), IdentityRule) and not isinstance(step.form, (View, Index)):
+            return pass_through(self, i)
+        return super().at(i)
+
+    def normalised(self, i: int, z: Tensor) -> Tensor:
+        """``1 / z``, stabilised by an epsilon of its own sign."""
+        return 1 / self.stable(i, z)
+
+    def stable(self, i: int, z: Tensor) -> Tensor:
+        rule = self.rules.get(self.program.steps[i].module)
+        epsilon = EPSILON if rule is None else rule.STABILITY_FACTOR
+        return torch.where(z < 0, z - epsilon, z + epsilon)
+
+    def changed(self, i: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias as a gamma or alpha-beta rule wants them; None where they stay."""
+        form, path = self.form(i, Contract), self.program.steps[i].module
+        rule = self.rules.get(path)
+        if not isinstance(rule, (GammaRule, Alpha1_Beta0_Rule)) or form.weight is None:
+            return None
+        module = self.model.get_submodule(path)
+        if isinstance(form.map, Channels) and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return _batch_norm(module, rule)
+        bias = None if form.bias is None else self.params[form.bias.name]
+        if bias is not None and rule.set_bias_to_zero:
+            bias = torch.zeros_like(bias)
+        return _modified(self.params[form.weight.name], rule), bias
+
+
+def _modified(weight: Tensor, rule: Any) -> Tensor:
+    positive = weight.clamp(min=0)
+    return weight + rule.gamma * positive if isinstance(rule, GammaRule) else positive
+
+
+def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
+    """A rule changes the factor that was learnt, not the one that includes the variance."""
+    inverse = torch.rsqrt(module.running_var + module.eps)
+    weight = torch.ones_like(inverse) if module.weight is None else _modified(module.weight.detach(), rule)
+    bias = torch.zeros_like(inverse) if module.bias is None or rule.set_bias_to_zero else module.bias.detach()
+    factor = weight * inverse
+    return factor, bias - module.running_mean * factor
+
+
+def contraction(rule: Relevance, i: int) -> Local:
+    a, form, changed = rule.pre(i), rule.form(i, Contract), rule.changed(i)
+    if changed is None:
+        return Local(after=rule.normalised(i, rule.post(i)), before=(a,))
+    weight, bias = changed
+    params = {p.name: new for p, new in ((form.weight, weight), (form.bias, bias)) if p is not None and new is not None}
+    z = reference.forward_step(rule.program, i, [a], {**rule.params, **params})
+    return Local(after=rule.normalised(i, z), weight=weight, before=(a,))
+
+
+def winner(rule: Relevance, i: int) -> Local:
+    """A pool hands relevance to the maximum."""
+    y = rule.post(i)
+    share = y / rule.stable(i, y)
+    return Local(taps=tuple(here * share for here in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+
+
+def in_proportion(rule: Relevance, i: int) -> Local:
+    inputs = rule.program.steps[i].inputs
+    if all(v < rule.base for v in inputs):
+        return Local()  # inputs that are added before anything else share one relevance, as in Captum
+    return Local(after=rule.normalised(i, rule.post(i)), before=tuple(rule.values[v] for v in inputs))
+
+
+def affine(rule: Relevance, i: int) -> Local:
+    """``y = a x + b``: the share of ``a x``."""
+    factor = rule.form(i, Scale).params[0]
+    return Local(after=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
+
+
+#: LRP's rules: a line for a function, or for all functions of a form.  A form without one has no LRP.
+Relevance.table = {
+    Contract: contraction,
+    View: own_map,
+    Index: own_map,
+    Sum: in_proportion,
+    Select: winner,
+    Scale: pass_through,
+    "affine": affine,
+}
+
+
+class LRP(RuleMethod, stock.LRP):
+    """Layer-wise relevance propagation (Bach et al., doi:10.1371/journal.pone.0130140).
+
+    A drop-in for `captum.attr.LRP` with Captum's rules (set as ``module.rule``: `EpsilonRule`, `GammaRule`,
+    `Alpha1_Beta0_Rule`, which with a bias of zero is z-plus, `IdentityRule`), also for Conv1d, BatchNorm1d, ELU,
+    average pools of one dimension, residual sums, functional and reused activations.  Attribute logits: a softmax
+    has no rule.
+    """
+
+    def __init__(self, model: nn.Module, engine: str | None = None) -> None:
+        stock.LRP.__init__(self, model)
+        self.gradient_func = GradientFunc(engine)
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        verbose: bool = False,
+    ) -> Any:
+        """As Captum's.  As there, rules set on modules serve one call and are gone after it."""
+        rows = format_tensor_into_tuples(inputs)
+        with self._rules() as rules:
+            maps = self._one(rows, target, additional_forward_args, {"rules": rules})
+        if maps is None:
+            fixed = (target, additional_forward_args, return_convergence_delta, verbose)
+            return unlogged(stock.LRP)(self, inputs, *fixed)
+        for path, rule in rules.items():
+            if verbose:
+                print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
+            del self.model.get_submodule(path).rule
+        result = format_output(is_tuple(inputs), maps)
+        if not return_convergence_delta:
+            return result
+        with torch.no_grad():
+            outputs = run_forward(self.model, rows, target, additional_forward_args)
+        return result, self.compute_convergence_delta(maps, outputs)
+
+    @typed
+    def attribute_all(
+        self,
+        inputs: Inputs,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
+
+        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.  Rules stay set.
+        """
+        with self._rules() as rules:
+            options = {"rules": rules}
+            maps = self._all_on_engine(inputs, targets, additional_forward_args, options, return_convergence_delta)
+        if maps is not None:
+            return maps
+
+        def attribute(target: Any) -> Any:
+            try:
+                return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
+            finally:  # Captum takes them off
+                for path, rule in rules.items():
+                    self.model.get_submodule(path).rule = rule
+
+        return one_by_one(self.model, inputs, additional_forward_args, targets, attribute)
+
+    @contextmanager
+    def _rules(self) -> Iterator[Rules]:
+        """The rules set on modules, by path; taken off meanwhile, as they are no part of the network."""
+        ruled = {path: m for path, m in self.model.named_modules() if "rule" in m.__dict__}
+        rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
+        try:
+            yield rules
+        finally:
+            for path, m in ruled.items():
+                m.rule = rules[path]
+
+    def _uses_up_something(self) -> bool:
+        return any("rule" in m.__dict__ for m in self.model.modules())
+
+    def _supports(self, program: Program) -> bool:
+        named = [s.module for s in program.steps if isinstance(s.form, Contract) and s.form.weight and s.module]
+        if len(set(named)) < len(named):
+            return False  # one layer's weight used twice: Captum's error
+        return all(Relevance.maker(s.form) for s in program.steps)
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+        if "rules" not in given:
+            with self._rules() as rules:
+                return self._rows(rows, more, index, seeds, given | {"rules": rules})
+        if not all(type(r) in KNOWN or r is None for r in given["rules"].values()):
+            return None
+        return super()._rows(rows, more, index, seeds, given)
+
+    def _rule(self, chunk: Chunk) -> Relevance:
+        values = chunk.values(chunk.rows, outputs_too=True)
+        model = model_of(self.forward_func) or self.model
+        return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], model)
+
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+        score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]
+        return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
+
+    def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Any, options: Options) -> Tensor:
+        with torch.no_grad():
+            score = picked(rows_out(self.forward_func, rows, more), part(seeds, 0, rows[0].shape[0]))
+        sums = [sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
+        return score - sum(sums[1:], sums[0])

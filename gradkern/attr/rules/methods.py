@@ -1,0 +1,198 @@
+"""Guided backpropagation and deconvolution, and what every method made of a rule shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import batching
+from ...ir.program import Program, Scale
+from ...runtime import binding
+from ...util import options
+from ...util.chunks import stepwise_bytes
+from ...util.memo import Memo
+from ...util.options import Complaint
+from ..attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
+from ..captum_compat import (
+    apply_gradient_requirements,
+    format_output,
+    format_tensor_into_tuples,
+    is_tuple,
+    log_usage,
+    stock,
+    undo_gradient_requirements,
+)
+from ..plug import GradientFunc, captum_seeds
+from ..points import part
+from .linear import attribute as rule_attribute
+from .linear import forward_values, looked_at
+from .rule import Params, Rule, Values
+
+CHUNK_BYTES = 64 << 20  # values and slopes that a CPU holds at a time, where the budget allows it
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows ``a:b`` of one call, all that the model takes of them, and how they are to be attributed."""
+
+    program: Program
+    params: Params
+    rows: Many
+    a: int
+    b: int
+    options: Options
+    plain: bool  # by plain torch: the reference engine, or numbers that kernels do not take
+
+    def values(self, rows: Sequence[Tensor], outputs_too: bool = False) -> Values:
+        return values_of(self.program, self.params, rows, self.plain, outputs_too)
+
+
+class ProgramMethod(RowMethod):
+    """An input method that needs the model's Program."""
+
+    def _one(self, rows: Many, target: Any, extra: Any, given: Options) -> Many | None:
+        """Attributions ``[N, *in]`` of Captum's ``target``; None where the call is Captum's, its errors included."""
+        if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in rows):
+            return None
+        points = points_for(self, rows, extra)
+        if points is None:
+            return None
+        try:
+            program = points.traced()
+            if program is None or any(not program.consumers[w] for w in points.wrt):
+                return None
+            seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
+            parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, given)
+        except Complaint:
+            return None
+        if parts is None:
+            return None
+        undo_gradient_requirements(rows, apply_gradient_requirements(rows))  # Captum's warnings
+        return tuple(p[:, 0] for p in parts)
+
+
+class RuleMethod(ProgramMethod):
+    """An input method that is a rule per form."""
+
+    def _rule(self, chunk: Chunk) -> Rule:
+        raise NotImplementedError
+
+    def _supports(self, program: Program) -> bool:
+        """Has the rule something to say about every step?"""
+        return True
+
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+        """The reduction: multipliers ``[n, S, *in]`` to attributions."""
+        return multipliers
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+        points = self._points(rows, more)
+        program = points.traced()
+        if program is None or not self._supports(program):
+            return None
+        inputs = tuple(x.detach().contiguous() for x in (*rows, *more))
+        device, n = inputs[0].device, inputs[0].shape[0]
+        targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
+        plain = options.engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
+        results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
+        with torch.inference_mode(False), torch.no_grad():
+            assert points.module is not None
+            params = binding.bind(program, points.module)
+            step = chunk_of(program, seeds, inputs[0].dtype, device)
+            for a in range(0, n, step):
+                b = min(a + step, n)
+                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, given, plain)
+                chosen = targets[a:b] if targets.dim() == 2 else targets
+                rule = self._rule(chunk)
+                multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not plain)
+                for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
+                    result[a:b] = m
+        return results
+
+
+def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Samples at a time: their values, references and slopes, and the plain executor's cotangents."""
+    each = stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize)  # values and slopes, here and at the reference
+    budget = options.memory_budget(device)
+    room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
+    return max(1, room // each)
+
+
+def values_of(
+    program: Program, params: Params, rows: Sequence[Tensor], plain: bool, outputs_too: bool = False
+) -> Values:
+    """The forward pass that a rule looks at."""
+    if plain:
+        return Values(program, params, dict(enumerate(rows)))
+    return forward_values(program, params, rows, looked_at(program, outputs_too))
+
+
+class _Rectifying(ProgramMethod):
+    """Guided backpropagation and deconvolution: the gradient of a network whose ReLUs send no negative numbers back."""
+
+    _relu = ""
+
+    def __init__(self, model: torch.nn.Module, engine: str | None = None) -> None:
+        super().__init__(model)
+        self.gradient_func = GradientFunc(engine)
+
+    @log_usage(part_of_slo=True)
+    def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
+        """As Captum's, but for every ReLU of the network, functional, in-place and reused ones included."""
+        rows = format_tensor_into_tuples(inputs)
+        maps = self._one(rows, target, additional_forward_args, {})
+        if maps is not None:
+            return format_output(is_tuple(inputs), maps)
+        captums: Callable[..., Any] = super().attribute.__wrapped__
+        return captums(self, inputs, target, additional_forward_args)
+
+    @typed
+    def attribute_all(self, inputs: Inputs, targets: Any = None, additional_forward_args: Any = None) -> Any:
+        """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
+        return self._all(inputs, targets, additional_forward_args, {})
+
+    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+        points = self._points(rows, more)
+        program = points.traced()
+        if program is None:
+            return None
+        return points.gradients(rows, more, index, seeds, program=with_relu(program, self._relu))
+
+
+class GuidedBackprop(_Rectifying, stock.GuidedBackprop):
+    """The gradient that passes a ReLU only where its input and the gradient are positive (arXiv:1412.6806).
+
+    A drop-in for `captum.attr.GuidedBackprop`.  Attribute logits: a softmax mixes the other classes' negative
+    gradients in, which the rule then drops at random.
+    """
+
+    _relu = "guided_relu"
+
+
+class Deconvolution(_Rectifying, stock.Deconvolution):
+    """The gradient that passes a ReLU only where it is positive, whatever its input was (arXiv:1311.2901).
+
+    A drop-in for `captum.attr.Deconvolution`.  Attribute logits, as for guided backpropagation.
+    """
+
+    _relu = "open_relu"
+
+
+_rectified: Memo[Program] = Memo(64)
+
+
+def with_relu(program: Program, function: str) -> Program:
+    """The Program with another function for every ReLU, remembered."""
+
+    def make() -> Program:
+        steps = tuple(
+            replace(s, form=Scale(function)) if isinstance(s.form, Scale) and s.form.function == "relu" else s
+            for s in program.steps
+        )
+        return replace(program, steps=steps)
+
+    return _rectified.get_or_make((program.key, function), make)

@@ -1,0 +1,168 @@
+"""Decide once: one place asks the guards, one makes the key, and a public call does either once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradkern
+from gradkern import attr
+from gradkern.dispatch import guards
+from gradkern.dispatch.request import Request, jacobian_choice
+from gradkern.dispatch.route import couples_batch, one_call, output_shape, route, shared_route, solve
+from tests.cases import net
+
+PACKAGE = Path(gradkern.__file__).parent
+ROUTE = "dispatch/route.py"
+
+
+def calls_of(name: str) -> Iterator[str]:
+    """The files of the package that call a function of this name, once per call."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = node.func
+                own = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
+                if own == name:
+                    yield path.relative_to(PACKAGE).as_posix()
+
+
+def test_one_call_site_of_the_guards_and_one_of_the_key() -> None:
+    assert list(calls_of("eager_reason")) == [ROUTE]
+    assert list(calls_of("key_of")) == [ROUTE]
+    assert list(calls_of("structure_key")) == ["dispatch/guards.py"]  # key_of itself
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the guards are asked and keys are made, counted from here on."""
+    counts = {"eager_reason": 0, "key_of": 0}
+
+    def counted(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            counts[name] += 1
+            return real(*args)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(guards, name, counted(name, getattr(guards, name)))
+    return counts
+
+
+CALLS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
+    "jacobian": lambda model, x: gradkern.jacobian(model, x),
+    "jacobian, traced now": lambda model, x: gradkern.jacobian(model, x, engine="kernel"),
+    "jacobian, autograd": lambda model, x: gradkern.jacobian(model, x, engine="autograd"),
+    "TopK": lambda model, x: gradkern.jacobian(model, x, gradkern.TopK(2)),
+    "prepare": lambda model, x: gradkern.prepare(model, x),
+    "explain": lambda model, x: gradkern.explain(model, x, show=False),
+    "Saliency.attribute": lambda model, x: attr.Saliency(model).attribute(x, target=1),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_decides_once(name: str, asked: dict[str, int]) -> None:
+    model, (x,) = net(n=30)
+    with gradkern.use(memory_budget=50_000):  # in several chunks
+        CALLS[name](model, x)
+    assert asked == {"eager_reason": 1, "key_of": 1}
+
+
+PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
+    "IntegratedGradients.attribute": lambda m, x: attr.IntegratedGradients(m).attribute(x, target=1, n_steps=50),
+    "IntegratedGradients.attribute_all": lambda m, x: attr.IntegratedGradients(m).attribute_all(x, n_steps=50),
+    "GradientShap.attribute_all": lambda m, x: attr.GradientShap(m).attribute_all(x, baselines=x[:3]),
+    "NoiseTunnel(IntegratedGradients).attribute": lambda m, x: attr.NoiseTunnel(attr.IntegratedGradients(m)).attribute(
+        x, target=1, n_steps=20
+    ),
+    "NoiseTunnel(Saliency).attribute_all": lambda m, x: attr.NoiseTunnel(attr.Saliency(m)).attribute_all(x),
+    "NoiseTunnel(IntegratedGradients).attribute_all": lambda m, x: attr.NoiseTunnel(
+        attr.IntegratedGradients(m)
+    ).attribute_all(x, n_steps=20),
+    "DeepLiftShap.attribute_all": lambda m, x: attr.DeepLiftShap(m).attribute_all(x, baselines=x[:3]),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "kernel"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_of_many_blocks_decides_once(
+    name: str, engine: str, asked: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x,) = net(n=40, dtype=torch.float32)
+    gradkern.prepare(model, x)
+    asked.update(eager_reason=0, key_of=0)
+    with gradkern.use(engine, memory_budget=20_000):
+        PATHS[name](model, x)
+    assert 1 <= asked["eager_reason"] <= 2
+    assert 1 <= asked["key_of"] <= 2
+
+
+def test_noise_in_pieces_decides_once_per_piece(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Captum's own ``attribute`` asks for gradients it may have hooked the model, so each asks again."""
+    pieces = []
+    real = attr.Saliency.attribute.__wrapped__
+
+    def noted(*args: object, **kwargs: object) -> object:
+        pieces.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attr.Saliency.attribute, "__wrapped__", noted)
+    model, (x,) = net(n=40, dtype=torch.float32)
+    gradkern.prepare(model, x)
+    asked.update(eager_reason=0, key_of=0)
+    with gradkern.use(memory_budget=20_000):
+        attr.NoiseTunnel(attr.Saliency(model)).attribute(x, target=1)
+    assert len(pieces) > 1
+    assert asked["eager_reason"] == asked["key_of"] == 1 + len(pieces)
+
+
+def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:
+    return Request(model, (x,), (0,), jacobian_choice(None))
+
+
+def test_a_route_sees_a_program_that_is_traced_after_it_was_made() -> None:
+    model, (x,) = net()
+    request = request_of(model, x)
+    way = route(request, "kernel")
+    assert way.program is None
+    shape = output_shape(request, way)
+    want = solve(request, route(request, "autograd")).shaped
+    torch.testing.assert_close(solve(request, way).shaped, want)
+    assert way.program is not None
+    assert way.program.output_shape == shape
+    assert couples_batch(request, way) == ""
+
+
+def test_parts_of_one_call_share_a_route_where_it_fits() -> None:
+    model, (x,) = net()
+    other, _ = net()
+    request = request_of(model, x)
+    assert shared_route(request) is not shared_route(request)  # no call is under way
+    with one_call():
+        way = shared_route(request, "kernel")
+        with one_call():
+            assert shared_route(request_of(model, x[:2]), "kernel") is way
+        assert shared_route(request, "reference") is not way
+        assert shared_route(request_of(other, x), "kernel") is not way
+        assert shared_route(request_of(model, x.float()), "kernel") is not way
+        model[0].register_forward_hook(lambda *args: None)
+        assert route(request, "kernel").eager_reason is not None  # a route of its own looks again
+    assert shared_route(request, "kernel").eager_reason is not None
+
+
+def test_pieces_see_a_model_that_changes_between_them() -> None:
+    model, (x,) = net(n=4)
+    gradkern.prepare(model, x)
+    for k, part in enumerate(gradkern.iter_jacobian(model, x, chunk=1, engine="kernel")):
+        torch.testing.assert_close(part, gradkern.jacobian(model, x[k : k + 1], engine="autograd"))
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.5)
+        handle = model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+        if k == 1:
+            handle.remove()
