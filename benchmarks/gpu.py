@@ -89,12 +89,12 @@ def compiled_folded(model: nn.Module, outputs: int) -> Chunk:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                found = plain(static, None)
-            graphs[n] = graph, static, found
-        graph, static, found = graphs[n]
+                got = plain(static, None)
+            graphs[n] = graph, static, got
+        graph, static, got = graphs[n]
         static.copy_(x)
         graph.replay()
-        return deliver(found, out)
+        return deliver(got, out)
 
     return chunk
 
@@ -122,8 +122,8 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
     """The public call."""
 
     def chunk(x: Tensor, out: Tensor | None) -> Tensor:
-        found = gradkern.jacobian(model, x, engine="kernel", out=out)
-        return found if out is None else out
+        got = gradkern.jacobian(model, x, engine="kernel", out=out)
+        return got if out is None else out
 
     return chunk
 
@@ -180,10 +180,10 @@ def on_cpu(call: Callable[[], Tensor]) -> float:
     return 1e3 * (time.perf_counter() - begun)
 
 
-def accuracy(model: nn.Module, x: Tensor, found: Tensor) -> tuple[float, float]:
+def accuracy(model: nn.Module, x: Tensor, got: Tensor) -> tuple[float, float]:
     """Worst relative error among samples whose pattern agrees with float64, and the share of the others."""
     _, (want,) = oracle.jacobian(model, x)
-    gap = (found.double().reshape(want.shape) - want).flatten(1).abs().amax(1)
+    gap = (got.double().reshape(want.shape) - want).flatten(1).abs().amax(1)
     gap /= want.flatten(1).abs().amax(1).clamp_min(1e-30)
     flipped = gap > 1e-2 if torch.get_float32_matmul_precision() != "highest" else gap > 1e-4
     kept = gap[~flipped]
@@ -215,13 +215,13 @@ def contend(
                 chunk = CONTENDERS[name](model, outputs)
                 ms = timed(lambda x, c=chunk, s=size: whole(c, x, s, outputs), sets, seconds)
                 few = sets[0][: max(CHECKED, size if name.startswith(("compiled", "folded")) else CHECKED)][:size]
-                found = chunk(few, None)[:CHECKED].clone()
+                got = chunk(few, None)[:CHECKED].clone()
         except Exception as error:
             best.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:140] if str(error) else ''}"
             emptied()
             continue
         if best.ms is None or ms < best.ms:
-            best.error, best.flipped = accuracy(model, few[:CHECKED], found)
+            best.error, best.flipped = accuracy(model, few[:CHECKED], got)
             best.ms, best.chunk = ms, size
         elif ms > 2 * best.ms:
             break
@@ -258,23 +258,25 @@ def peers_of(row: Row, rows: list[Row]) -> list[Row]:
     return [r for r in same if r.name != "gradkern"]
 
 
-def floor_of(net: str, found: dict[str, Any], counts: dict[str, operations.Operations]) -> tuple[float, float, float]:
+def floor_of(
+    net: str, measured: dict[str, Any], counts: dict[str, operations.Operations]
+) -> tuple[float, float, float]:
     """Bytes moved, operations needed, and the milliseconds that the ceilings allow for them."""
     n, size = SAMPLES[net], torch.Size(NETS[net].shapes[0]).numel() * 4
     moved, work = n * size * (1 + counts[net].outputs), n * counts[net].needed
-    return moved, work, max(moved / found["copy_gb_s"] / 1e6, work / found["fp32_tflop_s"] / 1e9)
+    return moved, work, max(moved / measured["copy_gb_s"] / 1e6, work / measured["fp32_tflop_s"] / 1e9)
 
 
-def report(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
+def report(rows: list[Row], measured: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
     """Every row."""
-    lines = [f"copy {found['copy_gb_s']:.0f} GB/s, fp32 product {found['fp32_tflop_s']:.1f} TFLOP/s"]
+    lines = [f"copy {measured['copy_gb_s']:.0f} GB/s, fp32 product {measured['fp32_tflop_s']:.1f} TFLOP/s"]
     head = f"{'net':14}{'precision':10}{'contender':22}{'chunk':>8}{'ms':>10}{'TFLOP/s':>9}{'GB/s':>7}{'roof':>6}"
     lines.append(head + f"{'best peer/it':>13}{'error':>10}{'flipped':>9}")
     for row in sorted(rows, key=lambda r: (list(SAMPLES).index(r.net), r.precision)):
         if row.ms is None:
             lines.append(f"{row.net:14}{row.precision:10}{row.name:22}{'':8}{'-':>10}  {row.note}")
             continue
-        moved, work, floor = floor_of(row.net, found, counts)
+        moved, work, floor = floor_of(row.net, measured, counts)
         peers = [r.ms for r in peers_of(row, rows) if r.ms]
         ratio = min(peers) / row.ms if peers else math.nan
         lines.append(
@@ -284,7 +286,7 @@ def report(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.
     return lines
 
 
-def digest(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
+def digest(rows: list[Row], measured: dict[str, Any], counts: dict[str, operations.Operations]) -> list[str]:
     """One line per network and precision: the public call beside its best peer."""
     lines = [f"{'net':14}{'precision':10}{'gradkern ms':>12}{'roof':>6}{'error':>10}{'x peer':>8}  best peer"]
     for row in rows:
@@ -295,7 +297,7 @@ def digest(rows: list[Row], found: dict[str, Any], counts: dict[str, operations.
             continue
         best = min(peers_of(row, rows), key=lambda r: r.ms or math.inf, default=None)
         peer = f"{best.ms / row.ms:8.2f}  {best.name}, {best.ms:.2f} ms" if best and best.ms else f"{'-':>8}  none ran"
-        roof = floor_of(row.net, found, counts)[2] / row.ms
+        roof = floor_of(row.net, measured, counts)[2] / row.ms
         lines.append(f"{row.net:14}{row.precision:10}{row.ms:12.2f}{roof:6.0%}{row.error:10.1e}{peer}")
     return lines
 
@@ -307,7 +309,7 @@ class Run:
         self.begun, self.seconds, self.out, self.where = time.perf_counter(), seconds, out, where
         self.rows: list[Row] = []
         self.counts: dict[str, operations.Operations] = {}
-        self.found = ceilings(where)
+        self.measured = ceilings(where)
         for net in SAMPLES:
             SAMPLES[net] = max(CHECKED if where.type == "cuda" else 8, int(SAMPLES[net] * share))
 
@@ -333,11 +335,11 @@ class Run:
             self.rows[-1] = contend(net, precision, name, model, sets, outputs, min(2.0, part / 20), until)
             print(f"{self.passed():6.0f} s  {self.rows[-1]}", flush=True)
             emptied()
-        save(self.out, self.rows, self.found, self.counts, self.where)
+        save(self.out, self.rows, self.measured, self.counts, self.where)
 
     def close(self) -> None:
         if self.rows:
-            save(self.out, self.rows, self.found, self.counts, self.where)
+            save(self.out, self.rows, self.measured, self.counts, self.where)
             print((self.out / "gpu.txt").read_text(), flush=True)
 
 
@@ -376,7 +378,7 @@ def main() -> int:
 def save(
     folder: Path,
     rows: list[Row],
-    found: dict[str, float],
+    measured: dict[str, float],
     counts: dict[str, operations.Operations],
     where: torch.device,
 ) -> None:
@@ -391,13 +393,13 @@ def save(
         }
     content = {
         "machine": about,
-        "ceilings": found,
+        "ceilings": measured,
         "samples": SAMPLES,
         "operations": {net: {"needed": c.needed, "dense": c.dense} for net, c in counts.items()},
         "rows": [row.__dict__ for row in rows],
     }
     (folder / "gpu.json").write_text(json.dumps(content, indent=1))
-    lines = [*report(rows, found, counts), "", *digest(rows, found, counts)]
+    lines = [*report(rows, measured, counts), "", *digest(rows, measured, counts)]
     (folder / "gpu.txt").write_text("\n".join(lines) + "\n")
 
 

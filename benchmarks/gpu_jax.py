@@ -30,9 +30,9 @@ def chunk(model: nn.Module, outputs: int) -> Callable[[Tensor, Tensor | None], T
     jacobian = jax.jit(jax.vmap(jax.jacrev(network)))
 
     def run(x: Tensor, out: Tensor | None) -> Tensor:
-        found = jacobian(jax.dlpack.from_dlpack(x.contiguous()))
-        found.block_until_ready()
-        result = dlpack.from_dlpack(found)
+        got = jacobian(jax.dlpack.from_dlpack(x.contiguous()))
+        got.block_until_ready()
+        result = dlpack.from_dlpack(got)
         return result if out is None else out.copy_(result)
 
     return run

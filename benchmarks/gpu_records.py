@@ -43,10 +43,10 @@ def shape_of(record: Record) -> str:
     """The numbers of a record that say how large its work is."""
     extent, pattern = getattr(record, "extent", None), getattr(record, "pattern", None)
     sources = (extent, record) if isinstance(extent, Extent) else (record,)
-    found = {n: getattr(x, n) for x in sources for n in SHOWN if hasattr(x, n)}
+    numbers = {n: getattr(x, n) for x in sources for n in SHOWN if hasattr(x, n)}
     if isinstance(pattern, PatternRef):
-        found["taps"] = pattern.taps
-    return " ".join(f"{name}={int(number)}" for name, number in found.items() if number)
+        numbers["taps"] = pattern.taps
+    return " ".join(f"{name}={int(number)}" for name, number in numbers.items() if number)
 
 
 def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
@@ -69,7 +69,7 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
     """Every record of the network's only chain, for all samples of ``x``."""
     packed, inputs, targets, rows, cotangents, results = captured(model, x)
     chain, weights, tables = packed.chain, packed.weights, packed.tables
-    found, before, place = [], 0.0, 0
+    timed_records, before, place = [], 0.0, 0
     for part, ops_of in (("forward", chain.forward), ("backward", chain.backward)):
         for k, record in enumerate(ops_of, 1):
             if part == "forward":
@@ -80,9 +80,9 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
                 cut = (*first, targets, rows, cotangents, chain.seed_tile, results)
                 now = timed(lambda _, cut=cut: ops.chain_vjp(*cut), [x], seconds)
             expected = chain.clocks[place] * len(x) / processors / CLOCK * 1e3
-            found.append(Timed(part, type(record).__name__, shape_of(record), expected, now - before))
+            timed_records.append(Timed(part, type(record).__name__, shape_of(record), expected, now - before))
             before, place = now, place + 1
-    return found
+    return timed_records
 
 
 def table(net: str, samples: int, rows: list[Timed]) -> list[str]:

@@ -8,11 +8,13 @@
 
 namespace gradkern {
 
-void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-                 const at::Tensor& backward) {
-  TORCH_CHECK(!inputs.empty(), "gradkern: a chain needs at least one input, got none");
-  const int64_t n = inputs[0].size(0);
-  for (const at::Tensor& x : inputs) {
+namespace {
+
+void check_operands(const ChainCall& call) {
+  TORCH_CHECK(!call.inputs.empty(), "gradkern: a chain needs at least one input, got none");
+  const at::Tensor &packed = call.packed, &tables = call.tables;
+  const int64_t n = call.samples();
+  for (const at::Tensor& x : call.inputs) {
     TORCH_CHECK(x.is_contiguous(), "gradkern: chain inputs must be contiguous, got strides ", x.strides());
     TORCH_CHECK(x.scalar_type() == packed.scalar_type(), "gradkern: chain inputs are ", x.scalar_type(),
                 " but the packed weights are ", packed.scalar_type(), "; bind the model again");
@@ -20,64 +22,77 @@ void check_chain(at::TensorList inputs, const at::Tensor& packed, const at::Tens
     TORCH_CHECK(x.device() == packed.device(), "gradkern: an input is on ", x.device(), ", the weights on ",
                 packed.device());
   }
+  TORCH_CHECK(call.single() || packed.scalar_type() == at::kDouble,
+              "gradkern: the kernels take float32 or float64, got ", packed.scalar_type());
   TORCH_CHECK(packed.is_contiguous() && tables.is_contiguous() && tables.scalar_type() == at::kInt &&
                   tables.device() == packed.device(),
               "gradkern: packed weights and tables must be contiguous and on one device, tables int32");
-  for (const at::Tensor* ops : {&forward, &backward}) {
-    TORCH_CHECK(ops->scalar_type() == at::kLong && ops->is_contiguous() && ops->device() == packed.device() &&
-                    ops->dim() == 2 && ops->size(1) == kRecordWidth,
-                "gradkern: records must be a contiguous int64 tensor on the weights' device, [ops, ", kRecordWidth,
-                "], got ", ops->sizes(), "; this extension and the Python package are of different versions");
+  for (const at::Tensor* records : {&call.forward, &call.backward}) {
+    TORCH_CHECK(records->scalar_type() == at::kLong && records->is_contiguous() &&
+                    records->device() == packed.device() && records->dim() == 2 && records->size(1) == kRecordWidth,
+                "gradkern: records must be a contiguous int64 tensor on the weights' device, [records, ", kRecordWidth,
+                "], got ", records->sizes(), "; this extension and the Python package are of different versions");
   }
 }
 
-// What goes in and out of a backward pass: seeds as targets (with rows of the last weight, or not) or as dense
-// cotangents, one result per wanted input.
-void check_seeds(at::TensorList inputs, const at::Tensor& packed, at::TensorList outputs, const at::Tensor& targets,
-                 const at::Tensor& seed_rows, at::TensorList cotangents, int64_t seed_tile, at::TensorList results) {
-  const int64_t n = inputs[0].size(0);
+void check_targets(const ChainCall& call) {
+  const at::Tensor &targets = call.targets, &packed = call.packed;
+  const int64_t n = call.samples();
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == packed.device() &&
+                  (targets.dim() == 1 || (targets.dim() == 2 && targets.size(0) == n)),
+              "gradkern: targets must be contiguous int64 on the weights' device, [S] or [", n, ", S], got ",
+              targets.scalar_type(), " ", targets.sizes());
+  TORCH_CHECK(call.outputs.size() == 1, "gradkern: targets need one output, got ", call.outputs.size());
+  // A GPU's targets are not looked at: that would wait for it.
+  const int64_t* t = targets.const_data_ptr<int64_t>();
+  const int64_t size = call.outputs[0].size(1);
+  for (int64_t i = 0; targets.device().is_cpu() && i < targets.numel(); ++i)
+    TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < size, "gradkern: target ", t[i], " is out of range, expected 0 … ", size - 1);
+}
+
+// Seeds as targets (with rows of the last weight, or not) or as dense cotangents, one result per wanted input.
+void check_seeds(const ChainCall& call) {
+  const at::Tensor &targets = call.targets, &rows = call.seed_rows, &packed = call.packed;
+  const at::TensorList outputs = call.outputs, cotangents = call.cotangents;
+  const int64_t n = call.samples();
   const auto dtype = packed.scalar_type();
-  std::vector<int64_t> output_sizes;
-  for (const at::Tensor& y : outputs) {
+  for (const at::Tensor& y : outputs)
     TORCH_CHECK(y.is_contiguous() && y.scalar_type() == dtype && y.dim() == 2 && y.size(0) == n,
                 "gradkern: outputs must be contiguous ", dtype, " [", n, ", size], got ", y.scalar_type(), " ",
                 y.sizes());
-    output_sizes.push_back(y.size(1));
-  }
-  TORCH_CHECK(seed_tile > 0, "gradkern: seed_tile must be positive, got ", seed_tile);
+  TORCH_CHECK(call.seed_tile > 0, "gradkern: seed_tile must be positive, got ", call.seed_tile);
   TORCH_CHECK(targets.defined() != !cotangents.empty(), "gradkern: give targets or cotangents, one of them");
-  if (targets.defined()) {
-    TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == packed.device() &&
-                    (targets.dim() == 1 || (targets.dim() == 2 && targets.size(0) == n)),
-                "gradkern: targets must be contiguous int64 on the weights' device, [S] or [", n, ", S], got ",
-                targets.scalar_type(), " ", targets.sizes());
-    TORCH_CHECK(output_sizes.size() == 1, "gradkern: targets need one output, got ", output_sizes.size());
-    // A GPU's targets are not looked at: that would wait for it.
-    const int64_t* t = targets.const_data_ptr<int64_t>();
-    for (int64_t i = 0; targets.device().is_cpu() && i < targets.numel(); ++i)
-      TORCH_CHECK_INDEX(t[i] >= 0 && t[i] < output_sizes[0], "gradkern: target ", t[i],
-                        " is out of range, expected 0 … ", output_sizes[0] - 1);
-  }
-  if (seed_rows.defined())
-    TORCH_CHECK(targets.defined() && seed_rows.is_contiguous() && seed_rows.scalar_type() == dtype &&
-                    seed_rows.device() == packed.device() && seed_rows.dim() == targets.dim() + 1 &&
-                    seed_rows.sizes().slice(0, targets.dim()) == targets.sizes(),
-                "gradkern: seed_rows must be contiguous ", dtype, " on ", packed.device(),
-                ", [S, K] or [N, S, K] beside targets, got ", seed_rows.scalar_type(), " ", seed_rows.sizes(), " on ",
-                seed_rows.device());
-  TORCH_CHECK(cotangents.empty() || cotangents.size() == output_sizes.size(), "gradkern: expected ",
-              output_sizes.size(), " cotangents, one per output, got ", cotangents.size());
+  if (targets.defined()) check_targets(call);
+  if (rows.defined())
+    TORCH_CHECK(
+        targets.defined() && rows.is_contiguous() && rows.scalar_type() == dtype && rows.device() == packed.device() &&
+            rows.dim() == targets.dim() + 1 && rows.sizes().slice(0, targets.dim()) == targets.sizes(),
+        "gradkern: seed_rows must be contiguous ", dtype, " on ", packed.device(),
+        ", [S, K] or [N, S, K] beside targets, got ", rows.scalar_type(), " ", rows.sizes(), " on ", rows.device());
+  TORCH_CHECK(cotangents.empty() || cotangents.size() == outputs.size(), "gradkern: expected ", outputs.size(),
+              " cotangents, one per output, got ", cotangents.size());
   const int64_t seeds = targets.defined() ? targets.size(-1) : cotangents[0].dim() == 3 ? cotangents[0].size(1) : -1;
   for (size_t i = 0; i < cotangents.size(); ++i) {
     const at::Tensor& g = cotangents[i];
-    TORCH_CHECK(g.is_contiguous() && g.scalar_type() == dtype && g.sizes().equals({n, seeds, output_sizes[i]}),
-                "gradkern: cotangents must be contiguous ", dtype, " [", n, ", S, ", output_sizes[i], "], got ",
+    TORCH_CHECK(g.is_contiguous() && g.scalar_type() == dtype && g.sizes().equals({n, seeds, outputs[i].size(1)}),
+                "gradkern: cotangents must be contiguous ", dtype, " [", n, ", S, ", outputs[i].size(1), "], got ",
                 g.scalar_type(), " ", g.sizes());
   }
-  for (const at::Tensor& r : results)
+  for (const at::Tensor& r : call.results)
     TORCH_CHECK(r.is_contiguous() && r.scalar_type() == dtype && r.dim() >= 2 && r.size(0) == n && r.size(1) == seeds,
                 "gradkern: results must be contiguous ", dtype, " [", n, ", ", seeds, ", …], got ", r.scalar_type(),
                 " ", r.sizes());
+  for (const at::TensorList list : {outputs, cotangents, call.results})
+    for (const at::Tensor& t : list)
+      TORCH_CHECK(t.device() == packed.device(), "gradkern: expected all tensors on ", packed.device(), ", got one on ",
+                  t.device());
+}
+
+}  // namespace
+
+void check(const ChainCall& call, bool backward) {
+  check_operands(call);
+  if (backward) check_seeds(call);
 }
 
 at::Tensor rescaled(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu) {

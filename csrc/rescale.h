@@ -14,7 +14,7 @@ struct Pool {
 
 // DeepLift's multipliers of a ReLU, a max pool, or of a pool with a ReLU in front.
 template <class T>
-struct SharesArgs {
+struct RescaleArgs {
   const T* z;        // [N][C][H][W]
   const T* ref;      // [N or 1][C][H][W]
   T* out;            // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
@@ -64,8 +64,8 @@ GK_HD T share(T z1, T z0, T y1, T y0, bool here, bool there, T eps) {
   const T dx = real ? rectified<Relu>(z1) - rectified<Relu>(z0) : T(0);
   const bool still = std::abs(dx) < eps;
   const T pooled = still ? (here ? T(1) : T(0)) : change / (still ? T(1) : dx);
-  const T found = Relu ? pooled * secant(z1, z0, eps) : pooled;
-  return real ? found : T(0);
+  const T multiplier = Relu ? pooled * secant(z1, z0, eps) : pooled;
+  return real ? multiplier : T(0);
 }
 
 }  // namespace gradkern

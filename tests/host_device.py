@@ -31,7 +31,7 @@ THREADS = 64
 
 
 class Args(ctypes.Structure):
-    """csrc/cuda/args.h"""
+    """csrc/cuda/chain.h"""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("forward", "backward", "packed", "tables")),
@@ -43,10 +43,10 @@ class Args(ctypes.Structure):
     )
 
 
-def shares_args(number: type) -> type[ctypes.Structure]:
-    """csrc/program.h"""
+def rescale_args(number: type) -> type[ctypes.Structure]:
+    """csrc/rescale.h"""
 
-    class SharesArgs(ctypes.Structure):
+    class RescaleArgs(ctypes.Structure):
         _fields_ = (
             *((name, ctypes.c_void_p) for name in ("z", "ref", "out", "scratch")),
             *((name, ctypes.c_int64) for name in ("ref_rows", "channels", "out_tap")),
@@ -55,10 +55,10 @@ def shares_args(number: type) -> type[ctypes.Structure]:
             ("eps", number),
         )
 
-    return SharesArgs
+    return RescaleArgs
 
 
-SHARES_ARGS = {torch.float32: shares_args(ctypes.c_float), torch.float64: shares_args(ctypes.c_double)}
+RESCALE_ARGS = {torch.float32: rescale_args(ctypes.c_float), torch.float64: rescale_args(ctypes.c_double)}
 POISON = -1.7e30  # of results that may hold NaN
 
 
@@ -95,14 +95,14 @@ def built(name: str, source: str, *arguments: str) -> Path:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shim, compiled."""
-    found = ctypes.CDLL(str(built("host", "run.cpp", "-g", *FLAGS)))
-    assert found.gk_args_size() == ctypes.sizeof(Args)
-    assert found.gk_shares_args_size() == ctypes.sizeof(SHARES_ARGS[torch.float64])
-    assert found.gk_gpu_size() == ctypes.sizeof(Gpu)
-    found.gk_gpu.restype = ctypes.POINTER(Gpu)
+    shim = ctypes.CDLL(str(built("host", "run.cpp", "-g", *FLAGS)))
+    assert shim.gk_args_size() == ctypes.sizeof(Args)
+    assert shim.gk_rescale_args_size() == ctypes.sizeof(RESCALE_ARGS[torch.float64])
+    assert shim.gk_gpu_size() == ctypes.sizeof(Gpu)
+    shim.gk_gpu.restype = ctypes.POINTER(Gpu)
     for name in ("gk_run_f32", "gk_run_f64"):
-        getattr(found, name).restype = ctypes.c_char_p
-    return found
+        getattr(shim, name).restype = ctypes.c_char_p
+    return shim
 
 
 @functools.cache
@@ -127,12 +127,12 @@ class Recording:
     """A launch as `csrc/host/replay.cpp` reads it."""
 
     def __init__(self, args: ctypes.Structure, tensors: list[Tensor], numbers: tuple[int, ...]):
-        """``numbers``: bytes per number, whether there is a pool, blocks, threads, arena bytes (or windows)."""
+        """``numbers``: bytes per number, whether there is a pool, blocks, threads, shared bytes (or windows)."""
         self.results = tensors
         words = (ctypes.c_int64 * (ctypes.sizeof(args) // 8)).from_buffer_copy(args)
         number = {t.data_ptr(): i + 1 for i, t in enumerate(tensors) if t.numel()}
         kind = int(not isinstance(args, Args))
-        pointers = (SHARES_ARGS[torch.float32].ref_rows if kind else Args.target_n).offset
+        pointers = (RESCALE_ARGS[torch.float32].ref_rows if kind else Args.target_n).offset
         for i in range(pointers // 8):
             words[i] = number.get(words[i], 0)
         head = (kind, *numbers, ctypes.sizeof(args), len(tensors))
@@ -178,16 +178,16 @@ class HostDevice:
         results,
     ) -> list[Tensor]:
         n = inputs[0].shape[0]
-        found = [torch.full((n, size), float("nan"), dtype=packed.dtype) for size in outputs]
+        values = [torch.full((n, size), float("nan"), dtype=packed.dtype) for size in outputs]
         for r in results:
-            r.fill_(float("nan"))  # so that a number that nobody wrote shows
+            r.fill_(float("nan"))  # so that a number that was never written shows
         if n == 0:
-            return found
+            return values
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
         assert sizes.bytes <= self.machine.shared_bytes
         args = Args(
             forward.data_ptr(), backward.data_ptr(), packed.data_ptr(), tables.data_ptr(), pointers(inputs),
-            pointers(found), pointers(cotangents), pointers(results),
+            pointers(values), pointers(cotangents), pointers(results),
         )  # fmt: skip
         if targets is not None:
             args.targets, args.target_n = targets.data_ptr(), seeds if targets.dim() == 2 else 0
@@ -200,7 +200,7 @@ class HostDevice:
         args.region, args.sample, args.bits = sizes.region, sizes.sample, sizes.bits
         args.block, args.planned = min(sizes.block, -(-n // self.blocks)), sizes.block
         if self.record is not None:
-            tensors = [forward, backward, packed, tables, *inputs, *found, *cotangents, *results]
+            tensors = [forward, backward, packed, tables, *inputs, *values, *cotangents, *results]
             tensors += [t for t in (targets, seed_rows) if t is not None]
             numbers = (packed.element_size(), 0, self.blocks, self.machine.threads, sizes.bytes)
             self.record.append(Recording(args, tensors, numbers))
@@ -208,7 +208,7 @@ class HostDevice:
         error = run(ctypes.byref(args), self.blocks, self.machine.threads, ctypes.c_int64(sizes.bytes))
         assert error is None, error
         self.launches += 1
-        return found
+        return values
 
     def rescale(self, z, reference, pool, relu, eps) -> Tensor:
         assert z.is_contiguous() and reference.is_contiguous() and z.dtype == reference.dtype
@@ -216,7 +216,7 @@ class HostDevice:
         own = tuple(pool) or (1, 1, 1, 1, 0, 0, 1, 1, h, w)
         out = z.new_full((own[0] * own[1], n, c, own[8], own[9]), POISON)
         pointers = (z.data_ptr(), reference.data_ptr(), out.data_ptr(), 0)
-        args = SHARES_ARGS[z.dtype](
+        args = RESCALE_ARGS[z.dtype](
             *pointers, reference.shape[0], c, out[0].numel(), (ctypes.c_int64 * 12)(h, w, *own), relu, eps
         )
         if self.record is not None:

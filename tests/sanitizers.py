@@ -59,12 +59,12 @@ def recordings():
 def main(kinds: list[str]) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        found = list(recordings())
+        launches = list(recordings())
         for kind in kinds or list(KINDS):
             program = Path(folder, kind)
             sources = [str(CSRC / "host" / n) for n in ("replay.cpp", "run.cpp")]
             subprocess.run(["g++", "-O1", "-g", *FLAGS, *KINDS[kind], *sources, "-o", str(program)], check=True)
-            for name, recording in found:
+            for name, recording in launches:
                 source, target = Path(folder, "in"), Path(folder, "out")
                 source.write_bytes(recording.content)
                 target.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def main(kinds: list[str]) -> int:
                 if not good:
                     print(f"{kind}: {name}: FAILED (exit {done.returncode})\n{done.stderr[:6000]}", flush=True)
             print(
-                f"{kind}: {len(found)} launches of {len(NETS)} networks",
+                f"{kind}: {len(launches)} launches of {len(NETS)} networks",
                 "clean" if not failed else "",
                 flush=True,
             )

@@ -40,27 +40,27 @@ def find_nvcc() -> str | None:
 
 def reached(source: Path) -> list[Path]:
     """The file and every header of this repository that it includes."""
-    found, todo = [], [source]
+    files, todo = [], [source]
     while todo:
         path = todo.pop()
-        if path in found:
+        if path in files:
             continue
-        found.append(path)
+        files.append(path)
         for name in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text()):
             for base in (path.parent, ROOT / "csrc"):
                 if (base / name).exists():
                     todo.append((base / name).resolve())
                     break
-    return found
+    return files
 
 
 def spilled(text: str) -> dict[str, int]:
     """Bytes that each function spills, the most of its architectures, in what ptxas says."""
-    found: dict[str, int] = {}
+    most: dict[str, int] = {}
     pattern = r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     for function, stores, loads in re.findall(pattern, text):
-        found[function] = max(found.get(function, 0), int(stores), int(loads))
-    return found
+        most[function] = max(most.get(function, 0), int(stores), int(loads))
+    return most
 
 
 def check(nvcc: str, source: Path, targets: Targets, folder: Path) -> tuple[str, list[str]]:

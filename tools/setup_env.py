@@ -100,7 +100,7 @@ def install_torch(python: Path, torch: list[str], asked: bool) -> None:
 def install_package(python: Path, venv: Path, version: str, extras: Sequence[str]) -> None:
     """gradkern itself in editable mode without its extension (the Makefile builds that), and its dependencies."""
     package = f".[{','.join(extras)}]"
-    say(f"installing the dependencies of gradkern{package[1:]}")
+    say(f"installing the dependencies of gradkern{package[1:]} (minutes, the first time)")
     keep = venv / "gradkern-constraints.txt"
     keep.write_text(f"torch=={version}\n")  # nothing may replace the torch that is there
     os.environ["GRADKERN_BUILD_EXT"] = "0"

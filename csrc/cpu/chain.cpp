@@ -72,22 +72,66 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// The caller's tensors as one thread's kernels see them: from a block's first sample and a tile's first seed on.
 template <class T>
-void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
-            const at::Tensor& forward, const at::Tensor& backward, const CpuSizes& sizes, at::IntArrayRef output_sizes,
-            const at::Tensor& targets, const at::Tensor& seed_rows, at::TensorList cotangents, int64_t seed_tile,
-            at::TensorList outputs, at::TensorList results) {
-  const int64_t samples = inputs[0].size(0);
-  const int64_t threads = at::get_num_threads();
+class Ports {
+ public:
+  Ports(const ChainCall& call, Context<T>& context)
+      : call_(call),
+        context_(context),
+        inputs_(call.inputs.size()),
+        cotangents_(call.cotangents.size()),
+        outputs_(call.outputs.size()),
+        results_(call.results.size()) {
+    for (const at::Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
+    for (const at::Tensor& y : call.outputs) output_n_.push_back(y.size(1));
+    context.inputs = inputs_.data(), context.input_n = input_n_.data();
+    context.outputs = outputs_.data(), context.output_n = output_n_.data();
+    context.results = results_.data(), context.cotangents = cotangents_.data();
+    context.seeds_total = call.seeds();
+    call.describe_seeds<T>(context);
+    targets_ = context.targets, seed_rows_ = context.seed_rows;
+  }
+  void go_to_block(int64_t first, int64_t samples) {
+    context_.samples = samples;
+    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = call_.inputs[i].const_data_ptr<T>() + first * input_n_[i];
+    for (size_t i = 0; i < outputs_.size(); ++i)
+      outputs_[i] = call_.outputs[i].mutable_data_ptr<T>() + first * output_n_[i];
+  }
+  void go_to_seeds(int64_t first, int64_t seed, int64_t seeds) {
+    context_.seeds = seeds;
+    if (targets_) context_.targets = targets_ + first * context_.target_n + seed;
+    if (seed_rows_) context_.seed_rows = seed_rows_ + first * context_.seed_rows_n + seed * context_.seed_rows_s;
+    const int64_t all = call_.samples() * context_.seeds_total, row = first * context_.seeds_total + seed;
+    for (size_t i = 0; i < results_.size(); ++i)
+      results_[i] = call_.results[i].mutable_data_ptr<T>() + row * (call_.results[i].numel() / all);
+    for (size_t i = 0; i < cotangents_.size(); ++i)
+      cotangents_[i] = call_.cotangents[i].const_data_ptr<T>() + row * (call_.cotangents[i].numel() / all);
+  }
+
+ private:
+  const ChainCall& call_;
+  Context<T>& context_;
+  std::vector<const T*> inputs_, cotangents_;
+  std::vector<T*> outputs_, results_;
+  std::vector<int64_t> input_n_, output_n_;
+  const int64_t* targets_;
+  const T* seed_rows_;
+};
+
+template <class T>
+void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& sizes) {
+  const int64_t samples = call.samples(), seeds = call.seeds(), threads = at::get_num_threads();
   const int64_t block = std::max<int64_t>(1, std::min(sizes.block, (samples + threads - 1) / threads));
   const int64_t blocks = (samples + block - 1) / block;
-  const int64_t seeds = backward.size(0) == 0 ? 0 : targets.defined() ? targets.size(-1) : cotangents[0].size(1);
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
   const int64_t elements = round(sizes.shared + block * sizes.sample + 64);
   const int64_t bits = round(block * sizes.bits + 64);
   const int64_t entries = round(sizes.entries + 64), segments = sizes.segments + 8;
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T)) + bits + entries * 4 +
                         segments * static_cast<int64_t>(sizeof(Segment));
+  const auto* forward = static_cast<const Record*>(call.forward.const_data_ptr());
+  const auto* backward = static_cast<const Record*>(call.backward.const_data_ptr());
 
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
@@ -99,98 +143,36 @@ void launch(const Kernels<T>& kernels, at::TensorList inputs, const at::Tensor& 
     ctx.segments = reinterpret_cast<Segment*>(ctx.bits + bits);
     ctx.channels = reinterpret_cast<uint16_t*>(ctx.segments + segments);
     ctx.weight_rows = ctx.channels + entries;
-    ctx.packed = packed.const_data_ptr<T>();
-    ctx.tables = tables.const_data_ptr<int32_t>();
+    ctx.packed = call.packed.const_data_ptr<T>();
+    ctx.tables = call.tables.const_data_ptr<int32_t>();
     // Halos and slack must be zero, and stay so: ops write interiors only.
     std::memset(memory, 0, static_cast<size_t>(elements * sizeof(T) + bits));
-
-    std::vector<const T*> in(inputs.size()), cot(cotangents.size());
-    std::vector<T*> out(outputs.size()), res(results.size());
-    std::vector<int64_t> in_n(inputs.size());
-    for (size_t i = 0; i < inputs.size(); ++i) in_n[i] = inputs[i].numel() / std::max<int64_t>(samples, 1);
+    Ports<T> ports(call, ctx);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t n0 = b * block;
-      ctx.samples = std::min(block, samples - n0);
-      for (size_t i = 0; i < inputs.size(); ++i) in[i] = inputs[i].const_data_ptr<T>() + n0 * in_n[i];
-      for (size_t i = 0; i < outputs.size(); ++i) out[i] = outputs[i].mutable_data_ptr<T>() + n0 * output_sizes[i];
-      ctx.inputs = in.data();
-      ctx.input_n = in_n.data();
-      ctx.outputs = out.data();
-      ctx.output_n = output_sizes.data();
-      kernels.run(static_cast<const Record*>(forward.const_data_ptr()), forward.size(0), ctx);
-      for (int64_t s0 = 0; s0 < seeds; s0 += seed_tile) {
-        ctx.seeds = std::min(seed_tile, seeds - s0);
-        ctx.seeds_total = seeds;
-        if (targets.defined()) {
-          ctx.target_n = targets.dim() == 2 ? seeds : 0;
-          ctx.targets = targets.const_data_ptr<int64_t>() + n0 * ctx.target_n + s0;
-        }
-        if (seed_rows.defined()) {
-          ctx.seed_rows_s = seed_rows.size(-1);
-          ctx.seed_rows_n = seed_rows.dim() == 3 ? seeds * ctx.seed_rows_s : 0;
-          ctx.seed_rows = seed_rows.const_data_ptr<T>() + n0 * ctx.seed_rows_n + s0 * ctx.seed_rows_s;
-        }
-        for (size_t i = 0; i < results.size(); ++i) {
-          const int64_t size = results[i].numel() / std::max<int64_t>(samples * seeds, 1);
-          res[i] = results[i].mutable_data_ptr<T>() + (n0 * seeds + s0) * size;
-        }
-        for (size_t i = 0; i < cotangents.size(); ++i) {
-          const int64_t size = cotangents[i].numel() / std::max<int64_t>(samples * seeds, 1);
-          cot[i] = cotangents[i].const_data_ptr<T>() + (n0 * seeds + s0) * size;
-        }
-        ctx.results = res.data();
-        ctx.cotangents = cot.data();
-        kernels.run(static_cast<const Record*>(backward.const_data_ptr()), backward.size(0), ctx);
+      ports.go_to_block(b * block, std::min(block, samples - b * block));
+      kernels.run(forward, call.forward.size(0), ctx);
+      for (int64_t s = 0; s < seeds; s += call.seed_tile) {
+        ports.go_to_seeds(b * block, s, std::min(call.seed_tile, seeds - s));
+        kernels.run(backward, call.backward.size(0), ctx);
       }
     }
     scratch.trim();
   });
 }
 
-void run(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-         const at::Tensor& backward, const CpuSizes& sizes, const at::Tensor& targets, const at::Tensor& seed_rows,
-         at::TensorList cotangents, int64_t seed_tile, at::TensorList outputs, at::TensorList results) {
-  if (inputs[0].size(0) == 0) return;
-  std::vector<int64_t> output_sizes;
-  for (const at::Tensor& y : outputs) output_sizes.push_back(y.size(1));
+void run(const ChainCall& call, const CpuSizes& sizes) {
   const Isa& isa = current_isa();
-  if (packed.scalar_type() == at::kFloat)
-    launch<float>(isa.f32, inputs, packed, tables, forward, backward, sizes, output_sizes, targets, seed_rows,
-                  cotangents, seed_tile, outputs, results);
-  else if (packed.scalar_type() == at::kDouble)
-    launch<double>(isa.f64, inputs, packed, tables, forward, backward, sizes, output_sizes, targets, seed_rows,
-                   cotangents, seed_tile, outputs, results);
-  else TORCH_CHECK(false, "gradkern: the CPU kernels take float32 or float64, got ", packed.scalar_type());
-}
-
-std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
-                                      const at::Tensor& forward, at::IntArrayRef sizes, at::IntArrayRef output_sizes) {
-  check_chain(inputs, packed, tables, forward, forward);
-  std::vector<at::Tensor> outputs;
-  for (const int64_t size : output_sizes) outputs.push_back(at::empty({inputs[0].size(0), size}, inputs[0].options()));
-  run(inputs, packed, tables, forward, forward.slice(0, 0, 0), sizes_of<CpuSizes>(sizes), {}, {}, {}, 1, outputs, {});
-  return outputs;
-}
-
-void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-               const at::Tensor& backward, at::IntArrayRef sizes, at::TensorList outputs,
-               const std::optional<at::Tensor>& targets, const std::optional<at::Tensor>& seed_rows,
-               at::TensorList cotangents, int64_t seed_tile, at::TensorList results) {
-  const at::Tensor t = targets.value_or(at::Tensor()), rows = seed_rows.value_or(at::Tensor());
-  check_chain(inputs, packed, tables, forward, backward);
-  check_seeds(inputs, packed, outputs, t, rows, cotangents, seed_tile, results);
-  run(inputs, packed, tables, forward, backward, sizes_of<CpuSizes>(sizes), t, rows, cotangents, seed_tile, outputs,
-      results);
+  call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }
 
 template <class T>
-void launch_rescale(const Kernels<T>& kernels, const SharesArgs<T>& args, int64_t rows, bool pooled) {
+void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64_t rows, bool pooled) {
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
-    SharesArgs<T> mine = args;
+    RescaleArgs<T> mine = args;
     mine.scratch = memory.data();
-    (pooled ? kernels.shares : kernels.secant)(mine, begin, end);
+    (pooled ? kernels.rescale : kernels.secant)(mine, begin, end);
   });
 }
 
@@ -200,8 +182,8 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
   const Isa& isa = current_isa();
   const int64_t rows = z.size(0) * z.size(1);
   if (z.scalar_type() == at::kFloat)
-    launch_rescale<float>(isa.f32, shares_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
-  else launch_rescale<double>(isa.f64, shares_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
+    launch_rescale<float>(isa.f32, rescale_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
+  else launch_rescale<double>(isa.f64, rescale_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   return out;
 }
 
@@ -209,8 +191,8 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
 
 TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
   m.impl("rescale", rescale);
-  m.impl("chain_forward", chain_forward);
-  m.impl("chain_vjp", chain_vjp);
+  m.impl("chain_forward", chain_forward<CpuSizes, run>);
+  m.impl("chain_vjp", chain_vjp<CpuSizes, run>);
 }
 
 }  // namespace gradkern

@@ -41,8 +41,8 @@ struct Context {
 template <class T>
 struct Kernels {
   void (*run)(const Record* records, int64_t count, Context<T>& context);
-  void (*shares)(const SharesArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
-  void (*secant)(const SharesArgs<T>& args, int64_t begin, int64_t end);
+  void (*rescale)(const RescaleArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
+  void (*secant)(const RescaleArgs<T>& args, int64_t begin, int64_t end);
 };
 
 struct Isa {

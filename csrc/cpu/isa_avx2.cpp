@@ -19,14 +19,14 @@
 namespace gradkern {
 namespace avx2 {
 #include "body.h"
-#include "shares.h"
+#include "rescale_rows.h"
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace avx2
 const Isa kAvx2{"avx2",
                 GK_VECTOR_BYTES,
                 avx2::supported,
-                {avx2::run_chain<float>, avx2::run_shares<float>, avx2::run_secant<float>},
-                {avx2::run_chain<double>, avx2::run_shares<double>, avx2::run_secant<double>}};
+                {avx2::run_chain<float>, avx2::run_rescale<float>, avx2::run_secant<float>},
+                {avx2::run_chain<double>, avx2::run_rescale<double>, avx2::run_secant<double>}};
 }  // namespace gradkern
 #ifdef __clang__
 #pragma clang attribute pop

@@ -20,7 +20,7 @@
 namespace gradkern {
 namespace avx512 {
 #include "body.h"
-#include "shares.h"
+#include "rescale_rows.h"
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -29,8 +29,8 @@ bool supported() {
 const Isa kAvx512{"avx512",
                   GK_VECTOR_BYTES,
                   avx512::supported,
-                  {avx512::run_chain<float>, avx512::run_shares<float>, avx512::run_secant<float>},
-                  {avx512::run_chain<double>, avx512::run_shares<double>, avx512::run_secant<double>}};
+                  {avx512::run_chain<float>, avx512::run_rescale<float>, avx512::run_secant<float>},
+                  {avx512::run_chain<double>, avx512::run_rescale<double>, avx512::run_secant<double>}};
 }  // namespace gradkern
 #ifdef __clang__
 #pragma clang attribute pop

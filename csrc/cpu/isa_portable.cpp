@@ -12,12 +12,12 @@
 namespace gradkern {
 namespace portable {
 #include "body.h"
-#include "shares.h"
+#include "rescale_rows.h"
 bool supported() { return true; }
 }  // namespace portable
 const Isa kPortable{"portable",
                     GK_VECTOR_BYTES,
                     portable::supported,
-                    {portable::run_chain<float>, portable::run_shares<float>, portable::run_secant<float>},
-                    {portable::run_chain<double>, portable::run_shares<double>, portable::run_secant<double>}};
+                    {portable::run_chain<float>, portable::run_rescale<float>, portable::run_secant<float>},
+                    {portable::run_chain<double>, portable::run_rescale<double>, portable::run_secant<double>}};
 }  // namespace gradkern

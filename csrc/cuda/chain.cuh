@@ -90,7 +90,7 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
 template <class T>
 GK_KERNEL(kThreads, 1)
 chain_kernel(const __grid_constant__ Args<T> args) {
-  GK_SHARED_ARENA(memory);
+  GK_SHARED_MEMORY(memory);
   run_chain(args, memory);
 }
 

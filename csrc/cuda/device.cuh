@@ -11,7 +11,7 @@
 #define GK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Lets the compiler use shared memory's own loads and 32-bit addresses where it cannot see what a pointer points to.
 #define GK_SHARED(pointer) __builtin_assume(__isShared(pointer))
-#define GK_SHARED_ARENA(name) extern __shared__ __align__(16) unsigned char name[]
+#define GK_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #define GK_LAUNCH(kernel, grid, threads, shared, stream, ...) \
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
@@ -41,7 +41,7 @@ struct Divider {
     const int estimate = static_cast<int>(__umulhi(static_cast<uint32_t>(n), magic));
     return estimate + (n - estimate * divisor >= divisor);
   }
-  // n = found.quotient · divisor + found.rest.
+  // n = quotient · divisor + rest.
   struct Parts {
     int quotient, rest;
   };

@@ -40,16 +40,16 @@ GK_DEVICE void take(T (&x)[N][4], const T* p, const int (&at)[N], int term, Read
   if (how == Reading::kTerms) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Four<T> found = load4(p + at[i]);
+      const Four<T> four = load4(p + at[i]);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) x[i][k] = found.v[k];
+      for (int k = 0; k < 4; ++k) x[i][k] = four.v[k];
     }
   } else if (N == 4 && how == Reading::kLines) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const Four<T> found = load4(p + at[0] + k * term);
+      const Four<T> four = load4(p + at[0] + k * term);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i][k] = found.v[i];
+      for (int i = 0; i < N; ++i) x[i][k] = four.v[i];
     }
   } else {
 #pragma unroll

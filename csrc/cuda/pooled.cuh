@@ -1,4 +1,4 @@
-// A convolution with the ReLU or the pool behind it: what the convolution gives stays in registers.
+// A convolution with the ReLU or the pool after it: the result of the convolution stays in registers.
 //
 // As window.cuh's tiles, but a thread's positions are whole pools.
 #pragma once

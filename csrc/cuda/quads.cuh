@@ -3,7 +3,7 @@
 // The workers of a warp go through all channels in step, four at a time.  A weight is then read once for all of them,
 // sixteen bytes at a time, where scatter.cuh's walk over the live channels reads every worker's own.  A dead channel
 // costs its multiply-adds, except where a worker is a whole warp: that skips it.  Pays where most channels are alive:
-// behind a pool whose taps share one window, three in four are.
+// in front of a pool whose taps share one window, three in four are.
 #pragma once
 #include "scatter.cuh"
 
@@ -28,17 +28,17 @@ struct Nibble {
   int place[4];
 };
 GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kMaxPlanes], int shift, const Taps& taps, int planes) {
-  Nibble found{words[0] >> shift, {taps.first, taps.first, taps.first, taps.first}};
+  Nibble nibble{words[0] >> shift, {taps.first, taps.first, taps.first, taps.first}};
   const auto meet = [&](int j) {
     const uint32_t word = words[j] >> shift;
-    found.alive |= word;
+    nibble.alive |= word;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (word & 1u << k) found.place[k] = taps.first + taps.step[j - 1];
+      if (word & 1u << k) nibble.place[k] = taps.first + taps.step[j - 1];
   };
   if (planes > 1) meet(1);
   if (planes > 2) meet(2), meet(3);
-  return found;
+  return nibble;
 }
 
 // One visit: all channels, four at a time.  A lane's quads of a row lie side by side.

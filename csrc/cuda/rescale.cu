@@ -5,7 +5,7 @@
 namespace gradkern::cuda {
 
 template <class T>
-const char* launch_rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, void* stream) {
+const char* launch_rescale(const RescaleArgs<T>& args, int64_t windows, bool pooled, void* stream) {
   const int64_t wanted = (windows + kRescaleThreads - 1) / kRescaleThreads;
   const unsigned blocks = static_cast<unsigned>(wanted < 16384 ? wanted : 16384),
                  count = static_cast<unsigned>(windows);
@@ -14,7 +14,7 @@ const char* launch_rescale(const SharesArgs<T>& args, int64_t windows, bool pool
   return error_text(cudaGetLastError());
 }
 
-template const char* launch_rescale<float>(const SharesArgs<float>&, int64_t, bool, void*);
-template const char* launch_rescale<double>(const SharesArgs<double>&, int64_t, bool, void*);
+template const char* launch_rescale<float>(const RescaleArgs<float>&, int64_t, bool, void*);
+template const char* launch_rescale<double>(const RescaleArgs<double>&, int64_t, bool, void*);
 
 }  // namespace gradkern::cuda

@@ -48,7 +48,7 @@ struct PoolWindow {
 
 template <class T, bool Relu>
 GK_KERNEL(kRescaleThreads, 1)
-rescale_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
+rescale_kernel(const __grid_constant__ RescaleArgs<T> a, uint32_t windows) {
   const PoolPlan p(a.pool);
   const uint32_t area = static_cast<uint32_t>(p.oh * p.ow), channels = static_cast<uint32_t>(a.channels);
   const int64_t plane = a.pool.H * a.pool.W;
@@ -72,7 +72,7 @@ rescale_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t windows) {
 
 template <class T>
 GK_KERNEL(kRescaleThreads, 1)
-secant_kernel(const __grid_constant__ SharesArgs<T> a, uint32_t units) {
+secant_kernel(const __grid_constant__ RescaleArgs<T> a, uint32_t units) {
   const uint32_t sample = static_cast<uint32_t>(a.channels * a.pool.H * a.pool.W);
   for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < units; i += gridDim.x * blockDim.x)
     a.out[i] = secant(fixed(a.z + i), fixed(a.ref + (a.ref_rows == 1 ? i % sample : i)), a.eps);

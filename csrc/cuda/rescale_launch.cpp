@@ -17,7 +17,7 @@ constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // numbers of one launch: the
 
 // A launch per as many samples as 32 bits can count, which is nearly always all of them.
 template <class T>
-void launch(SharesArgs<T> args, int64_t samples, bool pooled) {
+void launch(RescaleArgs<T> args, int64_t samples, bool pooled) {
   const Pool& p = args.pool;
   const int64_t read = args.channels * p.H * p.W, windows = args.channels * p.oh * p.ow;
   const int64_t reach = std::max((p.oh - 1) * p.sh + (p.kh - 1) * p.dh, (p.ow - 1) * p.sw + (p.kw - 1) * p.dw);
@@ -40,8 +40,8 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
   at::Tensor out = rescaled(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   if (z.scalar_type() == at::kFloat)
-    launch(shares_args<float>(z, reference, pool, relu, eps, out), z.size(0), !pool.empty());
-  else launch(shares_args<double>(z, reference, pool, relu, eps, out), z.size(0), !pool.empty());
+    launch(rescale_args<float>(z, reference, pool, relu, eps, out), z.size(0), !pool.empty());
+  else launch(rescale_args<double>(z, reference, pool, relu, eps, out), z.size(0), !pool.empty());
   return out;
 }
 

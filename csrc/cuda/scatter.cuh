@@ -45,8 +45,8 @@ GK_DEVICE void seed_starts(const T* (&from)[S], const T* g, int stride, int seed
   for (int s = 0; s < S; ++s) from[s] = g + (s < seeds ? s : seeds - 1) * stride;
 }
 
-// One walk: out[s][slot] += Σ_j Σ_{c live in plane j} g[s][c] · w[j][c][slot], for the slots of this lane.  Several
-// planes are the taps of a pool that share one window.
+// One walk: out[s][e] += Σ_j Σ_{c live in plane j} g[s][c] · w[j][c][e], for this lane's elements e of the window.
+// Several planes are the taps of a pool that share one window.
 template <class T, int NV, int S>
 GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int low, int high, const T* g, int stride,
                     int seeds, const T* w, int ldw, int lanes, T* out, int os, const int (&offset)[NV]) {
@@ -251,7 +251,7 @@ GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (
   }
 }
 
-constexpr int kPartRows = 12;  // of the weight, at least, for each warp that shares a product; device_cost.py
+constexpr int kPartRows = 12;  // of the weight, at least, for each warp that shares a product; cost.py
 
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
 // fewer tiles than warps, several share the sum over c, and add their parts one after the other.
@@ -284,8 +284,8 @@ GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int s
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, g += stride)
       if (k < left) outer<T, Rows>(acc, g, ahead[k]);
-    for (int turn = 0; turn < parts; ++turn) {
-      if (active && part == turn) store_product<T, Rows>(op, t, acc, rows, r0, col, assign && turn == 0);
+    for (int next = 0; next < parts; ++next) {
+      if (active && part == next) store_product<T, Rows>(op, t, acc, rows, r0, col, assign && next == 0);
       if (parts > 1) __syncthreads();
     }
   }

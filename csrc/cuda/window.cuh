@@ -153,10 +153,10 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   if (s.split == 1) return;
   __syncthreads();
   for (int i = t.tid(); i < s.tiles * 16 * kWarp; i += t.threads()) {
-    const int lane = i % kWarp, slot = i / kWarp % 16, tile = i / (16 * kWarp);
+    const int lane = i % kWarp, number = i / kWarp % 16, tile = i / (16 * kWarp);
     const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
-    const int o = rest % s.across * (s.lo * 4) + lane % s.lo * 4 + slot % 4;
-    const int at = rest / s.across * (s.lp * kPositions) + lane / s.lo + slot / 4 * s.lp;
+    const int o = rest % s.across * (s.lo * 4) + lane % s.lo * 4 + number % 4;
+    const int at = rest / s.across * (s.lp * kPositions) + lane / s.lo + number / 4 * s.lp;
     if (o >= O || at >= positions) continue;
     T sum = fixed(t.args.packed + op.bias + group * ldf + o);
     for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];

@@ -1,9 +1,9 @@
 // One recorded launch, run again: what the sanitizers are built around.  Usage: replay INPUT OUTPUT
 //
 // INPUT holds eight int64 (0: a chain, 1: DeepLift's multipliers; bytes per number, whether there is a pool, blocks,
-// threads, arena bytes or windows, bytes of the arguments, blobs), the arguments with every pointer replaced by the
-// number of a blob plus one, and the blobs as (bytes, content).  OUTPUT gets the blobs again, in the same form, as they
-// are after the launch.
+// threads, bytes of shared memory or windows, bytes of the arguments, blobs), the arguments with every pointer replaced
+// by the number of a blob plus one, and the blobs as (bytes, content).  OUTPUT gets the blobs again, in the same form,
+// as they are after the launch.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,14 +13,14 @@
 #include "../cuda/chain.h"
 #include "../rescale.h"
 
-using gradkern::SharesArgs;
+using gradkern::RescaleArgs;
 using gradkern::cuda::Args;
 
 extern "C" {
 const char* gk_run_f32(const Args<float>*, int, int, int64_t);
 const char* gk_run_f64(const Args<double>*, int, int, int64_t);
-void gk_rescale_f32(const SharesArgs<float>*, int64_t, int, int, int);
-void gk_rescale_f64(const SharesArgs<double>*, int64_t, int, int, int);
+void gk_rescale_f32(const RescaleArgs<float>*, int64_t, int, int, int);
+void gk_rescale_f64(const RescaleArgs<double>*, int64_t, int, int, int);
 }
 
 namespace {
@@ -60,7 +60,7 @@ const char* launch(std::vector<char>& raw, const std::vector<Blob>& blobs, const
     const auto args = arguments<Args<T>>(raw, blobs, offsetof(Args<T>, target_n) / sizeof(void*));
     return chain(&args, blocks, threads, head[5]);
   }
-  const auto args = arguments<SharesArgs<T>>(raw, blobs, offsetof(SharesArgs<T>, ref_rows) / sizeof(void*));
+  const auto args = arguments<RescaleArgs<T>>(raw, blobs, offsetof(RescaleArgs<T>, ref_rows) / sizeof(void*));
   rescale(&args, head[5], pooled, blocks, threads);
   return nullptr;
 }

@@ -71,7 +71,7 @@ const char* chain(const cuda::Args<T>& args, int blocks, int threads, int64_t by
 
 // `windows`: results per place of a window.
 template <class T>
-void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks, int threads) {
+void rescale(const RescaleArgs<T>& args, int64_t windows, bool pooled, int blocks, int threads) {
   const auto count = static_cast<uint32_t>(windows);
   host::launch({static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 16, [&] {
     !pooled     ? cuda::secant_kernel<T>(args, count)
@@ -84,7 +84,7 @@ void rescale(const SharesArgs<T>& args, int64_t windows, bool pooled, int blocks
 
 extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
-int gk_shares_args_size() { return sizeof(SharesArgs<double>); }
+int gk_rescale_args_size() { return sizeof(RescaleArgs<double>); }
 int gk_gpu_size() { return sizeof(host::Gpu); }
 // The error text, or null.
 const char* gk_run_f32(const cuda::Args<float>* args, int blocks, int threads, int64_t bytes) {
@@ -105,10 +105,10 @@ void gk_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long
   host::launch({static_cast<unsigned>(blocks)}, cuda::kHashThreads, 16,
                [&] { cuda::hash_kernel(words, count, first, total); });
 }
-void gk_rescale_f32(const SharesArgs<float>* args, int64_t windows, int pooled, int blocks, int threads) {
+void gk_rescale_f32(const RescaleArgs<float>* args, int64_t windows, int pooled, int blocks, int threads) {
   rescale(*args, windows, pooled, blocks, threads);
 }
-void gk_rescale_f64(const SharesArgs<double>* args, int64_t windows, int pooled, int blocks, int threads) {
+void gk_rescale_f64(const RescaleArgs<double>* args, int64_t windows, int pooled, int blocks, int threads) {
   rescale(*args, windows, pooled, blocks, threads);
 }
 }

@@ -43,16 +43,16 @@ cudaError_t allow_shared(const void* kernel, int bytes);
 // Whether a GPU would launch this; otherwise what `cudaGetLastError` says then.
 bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared);
 
-// Blocks one after the other; the threads of a block at once.  Every block's arena starts as NaNs, so that a number
-// that nobody wrote shows.
+// Blocks one after the other; the threads of a block at once.  The shared memory of every block starts as NaNs, so that
+// a number that was never written shows.
 template <class Kernel>
 void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
   // Exactly as large as asked for, so that the address sanitizer sees one byte past it.
   const std::unique_ptr<unsigned char, void (*)(void*)> memory(
       static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), std::free);
-  unsigned char* const arena = memory.get();
+  unsigned char* const bottom = memory.get();
   std::vector<Warp> warps(threads / 32);
-  Block block{arena, bytes, Barrier(threads), warps.data()};
+  Block block{bottom, bytes, Barrier(threads), warps.data()};
   std::vector<std::thread> running;
   for (unsigned i = 0; i < threads; ++i)
     running.emplace_back([&, i] {
@@ -62,7 +62,7 @@ void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
       grid_size = grid;
       for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned b = 0; b < grid.x; ++b) {
-          if (i == 0) std::memset(arena, 0xff, bytes);
+          if (i == 0) std::memset(bottom, 0xff, bytes);
           __syncthreads();
           block_index = {b, 0, z};
           kernel();

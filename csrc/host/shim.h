@@ -12,7 +12,7 @@
 #define GK_DEVICE inline
 #define GK_RECORD inline
 #define GK_KERNEL(threads, blocks) void
-#define GK_SHARED_ARENA(name) unsigned char* name = ::gradkern::host::self.block->arena
+#define GK_SHARED_MEMORY(name) unsigned char* name = ::gradkern::host::self.block->memory
 #define __grid_constant__
 // What the device compiler is told to assume, looked at.
 #define GK_SHARED(pointer) ::gradkern::host::must_be_shared(pointer)
@@ -50,7 +50,7 @@ struct Warp {
 };
 
 struct Block {
-  unsigned char* arena;
+  unsigned char* memory;
   size_t bytes;
   Barrier barrier;
   Warp* warps;
@@ -68,8 +68,8 @@ inline thread_local Dim thread_index, block_index, block_size, grid_size;
 
 inline void must_be_shared(const void* pointer) {
   const auto* const byte = static_cast<const unsigned char*>(pointer);
-  if (byte >= self.block->arena && byte < self.block->arena + self.block->bytes) return;
-  std::fputs("a kernel calls a pointer shared that lies outside its block's arena\n", stderr);
+  if (byte >= self.block->memory && byte < self.block->memory + self.block->bytes) return;
+  std::fputs("a kernel calls a pointer shared that lies outside its block's memory\n", stderr);
   std::abort();
 }
 
@@ -88,10 +88,10 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   auto& me = gradkern::host::self;
   me.warp->word[me.lane] = vote;
   me.warp->barrier.wait();
-  uint32_t found = 0;
-  for (int l = 0; l < 32; ++l) found |= me.warp->word[l] << l;
+  uint32_t votes = 0;
+  for (int l = 0; l < 32; ++l) votes |= me.warp->word[l] << l;
   me.warp->barrier.wait();
-  return found;
+  return votes;
 }
 
 // As above: every lane of the warp.
@@ -101,9 +101,9 @@ inline T __shfl_xor_sync(uint32_t, T x, int lanes) {
   double* const kept = me.warp->number;
   kept[me.lane] = x;
   me.warp->barrier.wait();
-  const T found = static_cast<T>(kept[me.lane ^ static_cast<unsigned>(lanes)]);
+  const T other = static_cast<T>(kept[me.lane ^ static_cast<unsigned>(lanes)]);
   me.warp->barrier.wait();
-  return found;
+  return other;
 }
 
 inline void atomicAdd(unsigned long long* p, unsigned long long x) { __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }

@@ -30,31 +30,31 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: tor
         program = tracer.trace(model, inputs)
         params = binding.bind(program, model)
         with installed(device):
-            y, found = executor.jacobian(program, params, inputs, targets)
-            used = executor.plan_for(program, found[0].shape[1], dtype)
-    return model, inputs, y, found, used
+            y, got = executor.jacobian(program, params, inputs, targets)
+            used = executor.plan_for(program, got[0].shape[1], dtype)
+    return model, inputs, y, got, used
 
 
 @pytest.mark.parametrize("case", [c for c in COVERED if c.name not in HEAVY], ids=repr)
 def test_agrees_with_the_oracle(case: Case) -> None:
     device = HostDevice(blocks=2)
-    model, inputs, y, found, used = run(case, torch.float64, 3, device)
+    model, inputs, y, got, used = run(case, torch.float64, 3, device)
     assert device.launches > 0
     assert any(g.native for g in used.groups)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert oracle.relative_error(f, w) < 1e-11
 
 
 @pytest.mark.parametrize("name", [n for n in HEAVY if n != "fcn"])
 def test_measured_networks_in_float32(name: str) -> None:
     device = HostDevice(blocks=1, threads=32)
-    model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
+    model, inputs, y, got, used = run(CASES[name], torch.float32, 2, device)
     assert used.single_chain
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-5
-    assert oracle.disagreeing(found[0], want[0]) <= 0.5
+    assert oracle.disagreeing(got[0], want[0]) <= 0.5
 
 
 def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
@@ -71,10 +71,10 @@ def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
 @pytest.mark.parametrize("kib", [6, 12, 24])
 def test_small_shared_memory_splits_the_chain(kib: int) -> None:
     device = HostDevice(shared_bytes=kib * 1024)
-    model, inputs, y, found, _ = run(CASES["maxpool2d"], torch.float64, 5, device)
+    model, inputs, y, got, _ = run(CASES["maxpool2d"], torch.float64, 5, device)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
-    assert oracle.relative_error(found[0], want[0]) < 1e-11
+    assert oracle.relative_error(got[0], want[0]) < 1e-11
 
 
 @pytest.mark.parametrize("shape", [(2,), (5, 7)])
@@ -83,9 +83,9 @@ def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> Non
     case, generator = CASES[name], torch.Generator().manual_seed(3)
     outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
     targets = torch.randint(outputs, shape, generator=generator)
-    model, inputs, _, found, _ = run(case, torch.float64, 5, HostDevice(), targets)
+    model, inputs, _, got, _ = run(case, torch.float64, 5, HostDevice(), targets)
     _, want = oracle.jacobian(model, inputs)
-    assert oracle.relative_error(found[0], oracle.pick(want[0], targets)) < 1e-11
+    assert oracle.relative_error(got[0], oracle.pick(want[0], targets)) < 1e-11
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -100,8 +100,8 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
         program = tracer.trace(model, inputs)
         params = binding.bind(program, model)
         with installed(device):
-            y, found = executor.jacobian(program, params, inputs)
-            used = executor.plan_for(program, found[0].shape[1], dtype)
+            y, got = executor.jacobian(program, params, inputs)
+            used = executor.plan_for(program, got[0].shape[1], dtype)
         plain_y, plain = reference.jacobian(program, params, inputs)
     assert device.launches > 0
     assert f"{str(dtype).removeprefix('torch.')} is cast to float32" in str(used)
@@ -109,7 +109,7 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
     floor = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert y.dtype == dtype
     assert oracle.relative_error(y, want_y) <= max(oracle.relative_error(plain_y, want_y), floor)
-    for f, p, w in zip(found, plain, want, strict=True):
+    for f, p, w in zip(got, plain, want, strict=True):
         assert f.dtype == dtype
         bound = 3 * floor
         assert oracle.disagreeing(f, w, bound) <= max(oracle.disagreeing(p, w, bound), 0.25)  # a pattern flips
@@ -120,14 +120,14 @@ def test_half_precision_by_the_public_call() -> None:
     model, (x,) = case.build(dtype=torch.bfloat16), case.inputs(5, dtype=torch.bfloat16)
     device = HostDevice()
     with installed(device):
-        found = gradkern.jacobian(model, x, engine="kernel")
+        got = gradkern.jacobian(model, x, engine="kernel")
         table = str(gradkern.explain(model, x, show=False))
     assert device.launches > 0
     assert "kernel cuda" in table
     assert "bfloat16 is cast to float32" in table
     _, (want,) = oracle.jacobian(model, x)
-    assert found.dtype == torch.bfloat16
-    assert oracle.disagreeing(found.reshape(want.shape), want, 3e-2) <= 0.2
+    assert got.dtype == torch.bfloat16
+    assert oracle.disagreeing(got.reshape(want.shape), want, 3e-2) <= 0.2
 
 
 def test_what_torch_runs_keeps_half_precision_out() -> None:

@@ -28,10 +28,10 @@ FEW = [
 ]
 
 
-def right(model, inputs, y, found, error: float = 1e-11) -> None:
+def right(model, inputs, y, got, error: float = 1e-11) -> None:
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < error
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert oracle.relative_error(f, w) < error
 
 
@@ -42,10 +42,10 @@ def right(model, inputs, y, found, error: float = 1e-11) -> None:
 @pytest.mark.parametrize("name", FEW)
 def test_agrees_with_the_oracle(name: str, processors: int) -> None:
     device = Launchers(processors)
-    model, inputs, y, found, used = run(CASES[name], torch.float64, 5, device)
+    model, inputs, y, got, used = run(CASES[name], torch.float64, 5, device)
     assert device.launches == 1
     assert used.single_chain
-    right(model, inputs, y, found)
+    right(model, inputs, y, got)
     assert device.gpu.guards == 0
     assert device.gpu.kept == 4  # weights, tables, two lists of records
 
@@ -53,11 +53,11 @@ def test_agrees_with_the_oracle(name: str, processors: int) -> None:
 @pytest.mark.parametrize("name", ["conv1d_dilated", "residual", "two_inputs", "linear_only"])
 def test_in_float32(name: str) -> None:
     device = Launchers()
-    model, inputs, y, found, _ = run(CASES[name], torch.float32, 4, device)
+    model, inputs, y, got, _ = run(CASES[name], torch.float32, 4, device)
     want_y, want = oracle.jacobian(model, inputs)
     assert device.launches == 1
     assert oracle.relative_error(y, want_y) < 1e-6
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert oracle.disagreeing(f, w, 1e-5) <= 0.25
 
 
@@ -67,21 +67,21 @@ def test_targets_shared_and_per_sample(name: str, shape: tuple[int, ...]) -> Non
     case, generator = CASES[name], torch.Generator().manual_seed(3)
     outputs = math.prod(case.build()(*case.inputs(1)).shape[1:])
     targets = torch.randint(outputs, shape, generator=generator)
-    model, inputs, _, found, _ = run(case, torch.float64, 5, Launchers(), targets)
+    model, inputs, _, got, _ = run(case, torch.float64, 5, Launchers(), targets)
     _, want = oracle.jacobian(model, inputs)
-    assert oracle.relative_error(found[0], oracle.pick(want[0], targets)) < 1e-11
+    assert oracle.relative_error(got[0], oracle.pick(want[0], targets)) < 1e-11
 
 
 @pytest.mark.parametrize("kib", [6, 12])
 def test_dense_cotangents(kib: int) -> None:
     """Shared memory so small that a chain is split: a forward of its own, and cotangents from one to the next."""
     device = Launchers(shared_bytes=kib * 1024)
-    model, inputs, y, found, used = run(CASES["maxpool2d"], torch.float64, 5, device)
+    model, inputs, y, got, used = run(CASES["maxpool2d"], torch.float64, 5, device)
     dense = [args for name, args in device.calls if name == "chain_vjp" and args[9]]
     assert not used.single_chain
     assert dense
     assert "chain_forward" in dict(device.calls)
-    right(model, inputs, y, found)
+    right(model, inputs, y, got)
 
 
 def test_several_tiles_of_seeds() -> None:
@@ -89,45 +89,45 @@ def test_several_tiles_of_seeds() -> None:
     seeds, tile = 0, 0
     for shared in range(2048, 65536, 1024):
         device = Launchers(shared_bytes=shared)
-        model, inputs, y, found, used = run(CASES["conv_output"], torch.float64, 2, device)
+        model, inputs, y, got, used = run(CASES["conv_output"], torch.float64, 2, device)
         name, args = device.calls[-1]
         if used.single_chain and name == "chain_vjp":
             seeds, tile = args[7].shape[-1], args[10]
             break
     assert 0 < tile < seeds
-    right(model, inputs, y, found)
+    right(model, inputs, y, got)
 
 
 def test_measured_networks_in_float32() -> None:
     for name in ("cnn1d", "lenet5", "mlp"):
         device = Launchers()
-        model, inputs, y, found, used = run(CASES[name], torch.float32, 2, device)
+        model, inputs, y, got, used = run(CASES[name], torch.float32, 2, device)
         assert used.single_chain
         want_y, want = oracle.jacobian(model, inputs)
         assert oracle.relative_error(y, want_y) < 1e-5
-        assert oracle.disagreeing(found[0], want[0]) <= 0.5
+        assert oracle.disagreeing(got[0], want[0]) <= 0.5
 
 
 @pytest.mark.parametrize(("n", "processors"), [(1, 132), (5, 132), (40, 3), (1000, 3)])
 def test_blocks(n: int, processors: int) -> None:
     """A small batch is spread over all multiprocessors; a large one gives each its own block."""
     device = Launchers(processors)
-    model, inputs, y, found, _ = run(CASES["linear_nobias"], torch.float64, n, device)
+    model, inputs, y, got, _ = run(CASES["linear_nobias"], torch.float64, n, device)
     planned = CudaSizes(*device.calls[-1][1][5]).block
     block = min(planned, -(-n // processors))
     assert device.gpu.blocks == min(-(-n // block), processors)
     few = [x[-3:] for x in inputs]
-    right(model, few, y[-3:], [f[-3:] for f in found])
+    right(model, few, y[-3:], [f[-3:] for f in got])
 
 
 @pytest.mark.parametrize("group", [False, True])
 def test_an_empty_batch(group: bool) -> None:
-    found, device = arguments(group=group, n=0), Launchers()
-    found["sizes"] = CudaSizes(*found["sizes"])
+    given, device = arguments(group=group, n=0), Launchers()
+    given["sizes"] = CudaSizes(*given["sizes"])
     with installed(device):
-        (y,) = ops.chain_forward(*test_ops.forward_arguments(found))
+        (y,) = ops.chain_forward(*test_ops.forward_arguments(given))
         assert y.shape == (0, 3)
-        assert [y.shape for y in ops.chain_vjp(*named(found))] == [(0, 3)]
+        assert [y.shape for y in ops.chain_vjp(*named(given))] == [(0, 3)]
     assert device.gpu.launches == 0
 
 
@@ -140,29 +140,29 @@ def arguments(n: int = 3, **how):
         return test_ops.arguments(n=n, **how)
 
 
-def named(found: dict) -> list:
+def named(given: dict) -> list:
     """For `ops.chain_vjp`, which makes the outputs."""
-    return [[y.shape[1] for y in v] if k == "outputs" else v for k, v in found.items()]
+    return [[y.shape[1] for y in v] if k == "outputs" else v for k, v in given.items()]
 
 
 @pytest.mark.parametrize("message", [*test_ops.WRONG_CHAIN, *test_ops.WRONG_SEEDS])
 def test_wrong_arguments(message: str) -> None:
-    found, device = arguments(), Launchers()
-    (test_ops.WRONG_CHAIN | test_ops.WRONG_SEEDS)[message](found)
+    given, device = arguments(), Launchers()
+    (test_ops.WRONG_CHAIN | test_ops.WRONG_SEEDS)[message](given)
     with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
-        device.redispatched("chain_vjp", *found.values())
+        device.redispatched("chain_vjp", *given.values())
 
 
 @pytest.mark.parametrize("message", test_ops.WRONG_COTANGENTS)
 def test_wrong_cotangents(message: str) -> None:
-    found, device = arguments(group=True), Launchers()
-    test_ops.WRONG_COTANGENTS[message](found)
+    given, device = arguments(group=True), Launchers()
+    test_ops.WRONG_COTANGENTS[message](given)
     with pytest.raises(RuntimeError, match=message):
-        device.redispatched("chain_vjp", *found.values())
+        device.redispatched("chain_vjp", *given.values())
 
 
-def elsewhere(found: dict, key: str) -> None:
-    found[key] = [x.to("meta") for x in found[key]] if isinstance(found[key], list) else found[key].to("meta")
+def elsewhere(given: dict, key: str) -> None:
+    given[key] = [x.to("meta") for x in given[key]] if isinstance(given[key], list) else given[key].to("meta")
 
 
 @pytest.mark.parametrize(
@@ -178,28 +178,28 @@ def elsewhere(found: dict, key: str) -> None:
     ],
 )
 def test_tensors_on_another_device(message: str, key: str) -> None:
-    found = arguments()
-    elsewhere(found, key)
+    given = arguments()
+    elsewhere(given, key)
     with pytest.raises(RuntimeError, match=message):
-        Launchers().redispatched("chain_vjp", *found.values())
+        Launchers().redispatched("chain_vjp", *given.values())
 
 
 def test_other_dtypes_and_too_many_ports() -> None:
-    found, device = arguments(), Launchers()
-    halves = dict(found, inputs=[x.half() for x in found["inputs"]], packed=found["packed"].half())
+    given, device = arguments(), Launchers()
+    halves = dict(given, inputs=[x.half() for x in given["inputs"]], packed=given["packed"].half())
     with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):
         device.redispatched("chain_forward", *test_ops.forward_arguments(halves))
-    many = dict(found, inputs=found["inputs"] * 17)
+    many = dict(given, inputs=given["inputs"] * 17)
     with pytest.raises(RuntimeError, match="at most 16 inputs and outputs, got 17"):
         device.redispatched("chain_vjp", *many.values())
 
 
 def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
-    found, device = arguments(), Launchers()
-    large = dict(found, sizes=replace(CudaSizes(*found["sizes"]), bytes=1 << 20).numbers)
+    given, device = arguments(), Launchers()
+    large = dict(given, sizes=replace(CudaSizes(*given["sizes"]), bytes=1 << 20).numbers)
     with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
         device.redispatched("chain_vjp", *large.values())
-    device.redispatched("chain_vjp", *found.values())
+    device.redispatched("chain_vjp", *given.values())
     assert device.gpu.guards == 0
 
 
@@ -207,20 +207,20 @@ def test_a_small_chain_takes_nothing_from_a_large_one() -> None:
     """What a kernel may have of shared memory is one number per process: another thread must not lower it between a
     larger chain's two calls."""
     device = Launchers()
-    found = arguments()
-    assert CudaSizes(*found["sizes"]).bytes < device.gpu.shared_bytes
-    device.redispatched("chain_vjp", *found.values())
+    given = arguments()
+    assert CudaSizes(*given["sizes"]).bytes < device.gpu.shared_bytes
+    device.redispatched("chain_vjp", *given.values())
     assert device.gpu.allowed == device.gpu.shared_bytes
 
 
 def test_what_a_graph_captures_tells_no_stream() -> None:
     """Telling the allocator of a stream is not allowed while a CUDA graph is being captured."""
-    found, device = arguments(), Launchers()
+    given, device = arguments(), Launchers()
     device.gpu.capturing = 1
-    device.redispatched("chain_vjp", *found.values())
+    device.redispatched("chain_vjp", *given.values())
     assert device.gpu.kept == 0
     device.gpu.capturing = 0
-    device.redispatched("chain_vjp", *found.values())
+    device.redispatched("chain_vjp", *given.values())
     assert device.gpu.kept == 4
 
 
@@ -258,9 +258,9 @@ def test_new_weights_are_packed_again() -> None:
         with torch.no_grad(), installed(device):
             next(model.parameters()).mul_(factor)
             program = tracer.trace(model, inputs)
-            y, found = executor.jacobian(program, binding.bind(program, model), inputs)
+            y, got = executor.jacobian(program, binding.bind(program, model), inputs)
             assert executor.plan_for(program, program.outputs, torch.float64).single_chain
-        right(model, inputs, y, found)
+        right(model, inputs, y, got)
 
 
 # ---- DeepLift's multipliers
@@ -273,7 +273,7 @@ def test_rescale_as_on_the_cpu(relu: bool, dtype: torch.dtype) -> None:
     z = torch.randn(3, 4, 6, 8, generator=generator, dtype=dtype)
     for ref in (z.flip(0), z[:1] / 2):
         for pool in ([2, 2, 2, 2, 0, 0, 1, 1, 3, 4], *([[]] if relu else [])):
-            found = device.redispatched("rescale", z, ref.contiguous(), pool, relu, 1e-10)
+            got = device.redispatched("rescale", z, ref.contiguous(), pool, relu, 1e-10)
             want = device.ops["rescale"](z, ref.contiguous(), pool, relu, 1e-10)
-            assert torch.allclose(found, want, rtol=1e-5, atol=0)
+            assert torch.allclose(got, want, rtol=1e-5, atol=0)
     assert device.gpu.guards == 0

@@ -96,8 +96,8 @@ def solve(model: nn.Module, x: Tensor, device: HostDevice, targets: Tensor | Non
     with torch.no_grad(), installed(device):
         program = tracer.trace(model, (x,))
         params = binding.bind(program, model)
-        y, (found,) = executor.jacobian(program, params, [x], targets)
-        return y, found, executor.plan_for(program, found.shape[1], x.dtype)
+        y, (got,) = executor.jacobian(program, params, [x], targets)
+        return y, got, executor.plan_for(program, got.shape[1], x.dtype)
 
 
 @pytest.mark.parametrize("kib", [0.25, 1, 3])
@@ -110,10 +110,10 @@ def test_networks_in_pieces(name: str, kib: float) -> None:
     model = settle(make().double(), generator)
     x = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     device = HostDevice(shared_bytes=int(kib * 1024), threads=32)
-    y, found, used = solve(model, x, device)
+    y, got, used = solve(model, x, device)
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-12
-    assert oracle.relative_error(found, want) < 1e-11
+    assert oracle.relative_error(got, want) < 1e-11
     assert not used.single_chain or kib >= 1
     if kib >= 1:
         assert device.launches > 0
@@ -127,10 +127,10 @@ def test_cases_in_pieces(name: str) -> None:
     device = HostDevice(shared_bytes=SMALL, threads=32)
     with torch.no_grad(), installed(device):
         program = tracer.trace(model, inputs)
-        y, found = executor.jacobian(program, binding.bind(program, model), inputs)
+        y, got = executor.jacobian(program, binding.bind(program, model), inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert oracle.relative_error(f, w) < 1e-11
 
 
@@ -138,9 +138,9 @@ def test_targets_of_each_sample() -> None:
     model = settle(vgg().double(), torch.Generator().manual_seed(1))
     x = torch.randn(3, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     targets = torch.tensor([[0, 3], [2, 2], [1, 0]])
-    _, found, _ = solve(model, x, HostDevice(shared_bytes=SMALL), targets)
+    _, got, _ = solve(model, x, HostDevice(shared_bytes=SMALL), targets)
     _, (want,) = oracle.jacobian(model, x)
-    assert oracle.relative_error(found, oracle.pick(want, targets)) < 1e-11
+    assert oracle.relative_error(got, oracle.pick(want, targets)) < 1e-11
 
 
 def test_weights_that_are_not_finite_go_by_reference() -> None:
@@ -156,10 +156,10 @@ def test_nan_inputs_pass_masks_as_torch_has_it() -> None:
     model = settle(vgg().double(), torch.Generator().manual_seed(1))
     x = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x[1, 0, 4, 4] = float("nan")
-    y, found, _ = solve(model, x, HostDevice(shared_bytes=SMALL))
+    y, got, _ = solve(model, x, HostDevice(shared_bytes=SMALL))
     want_y, (want,) = oracle.jacobian(model, x)
     assert torch.equal(torch.isnan(y), torch.isnan(want_y))
-    assert torch.allclose(found, want, rtol=1e-11, atol=1e-12, equal_nan=True)
+    assert torch.allclose(got, want, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
 def test_large_weights_leave_their_chain() -> None:
@@ -183,10 +183,10 @@ def test_new_weights_are_packed_again() -> None:
     device = HostDevice(shared_bytes=3072, threads=32)
     for layer in (0, 2, 5, 9, 11):
         model[layer].weight.data[0].mul_(-2)
-        _, found, used = solve(model, x, device)
+        _, got, used = solve(model, x, device)
         assert not used.single_chain
         _, (want,) = oracle.jacobian(model, x)
-        assert oracle.relative_error(found, want) < 1e-11
+        assert oracle.relative_error(got, want) < 1e-11
 
 
 def test_a_gpus_budget(monkeypatch) -> None:

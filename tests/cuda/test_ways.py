@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda import lowering, slices
 from gradkern.codegen.cuda.lowering import DeviceLowering
 from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
 from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
 from gradkern.frontend import tracer
+from gradkern.ir.program import Program
 from gradkern.planner import plan
 from gradkern.runtime import binding, executor
 from tests import oracle
@@ -93,15 +95,20 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
         program = tracer.trace(model, (x,))
         params = binding.bind(program, model)
         with installed(HostDevice(**options)):
-            y, (found,) = executor.jacobian(program, params, (x,))
-            used = executor.plan_for(program, found.shape[1], dtype)
-    assert used.single_chain
-    (chain,) = used.chains.made.values()
+            y, (got,) = executor.jacobian(program, params, (x,))
+            chain = only_chain(program, got.shape[1], dtype)
     want_y, (want,) = oracle.jacobian(model, (x,))
-    return y, found, want_y, want, chain
+    return y, got, want_y, want, chain
 
 
-def ways_of(chain) -> set[Way]:
+def only_chain(program: Program, seeds: int, dtype: torch.dtype) -> Chain:
+    """The chain that the whole network is."""
+    made = executor.plan_for(program, seeds, dtype)
+    assert made.single_chain
+    return made.chain(0, seeds, (0,), True)
+
+
+def ways_of(chain: Chain) -> set[Way]:
     return {op.way for op in chain.backward if isinstance(op, ScatterT)}
 
 
@@ -111,9 +118,9 @@ def ways_of(chain) -> set[Way]:
 def test_transposed_convolutions(name: str, way: Way, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prefer(monkeypatch, way)
     slice_by(monkeypatch, count)
-    y, found, want_y, want, chain = solve(name)
+    y, got, want_y, want, chain = solve(name)
     assert oracle.relative_error(y, want_y) < 1e-12
-    assert oracle.relative_error(found, want) < 1e-11
+    assert oracle.relative_error(got, want) < 1e-11
     # Narrow windows are short and in one piece; quads want channels in fours.
     if way == Way.Walk or (way == Way.Quads and name != "2-D, 5 channels") or name in ("pool2", "no pool", "stride"):
         assert way in ways_of(chain)
@@ -123,9 +130,9 @@ def test_transposed_convolutions(name: str, way: Way, count: int, monkeypatch: p
 def test_in_float32_with_many_seeds_and_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six quads a lane, several seeds a visit, and eight positions a thread are float's alone."""
     prefer(monkeypatch, Way.Quads)
-    y, found, want_y, want, _ = solve(name, torch.float32, 9, blocks=2)
+    y, got, want_y, want, _ = solve(name, torch.float32, 9, blocks=2)
     assert oracle.relative_error(y, want_y) < 1e-5
-    assert oracle.disagreeing(found, want) <= 0.25  # a pattern flips
+    assert oracle.disagreeing(got, want) <= 0.25  # a pattern flips
 
 
 def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +155,9 @@ def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
         nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Linear(20, 5),
     )  # fmt: skip
     monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
-    _, found, _, want, chain = solve("groups")
+    _, got, _, want, chain = solve("groups")
     assert sum(op.block for op in chain.backward) == 3
-    assert oracle.relative_error(found, want) < 1e-11
+    assert oracle.relative_error(got, want) < 1e-11
 
 
 def test_what_cannot_be_sliced() -> None:
@@ -172,9 +179,9 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
         nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 2),
     )  # fmt: skip
     monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
-    _, found, _, want, chain = solve("border")
+    _, got, _, want, chain = solve("border")
     assert any(op.block for op in chain.backward)
-    assert oracle.relative_error(found, want) < 1e-11
+    assert oracle.relative_error(got, want) < 1e-11
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -188,9 +195,9 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         with installed(HostDevice()):
-            y, (found,) = executor.jacobian(program, binding.bind(program, model), (x,))
+            y, (got,) = executor.jacobian(program, binding.bind(program, model), (x,))
         assert torch.equal(y, model(x))
-    assert not found.any()
+    assert not got.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -201,10 +208,10 @@ def test_warps_share_the_sums_of_a_small_layer(threads: int, samples: int, dtype
         nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 101), nn.Tanh(), nn.Linear(101, 50), nn.ReLU(), nn.Linear(50, 3)
     )
     monkeypatch.setitem(NETS, "small", (lambda: model, (9,)))
-    found, want = solve("small", dtype, samples, threads=threads)[1:4:2]
+    got, want = solve("small", dtype, samples, threads=threads)[1:4:2]
     if dtype == torch.float64:
-        assert oracle.relative_error(found, want) < 1e-12
-    assert oracle.disagreeing(found, want) <= 0.15  # a pattern flips in float32
+        assert oracle.relative_error(got, want) < 1e-12
+    assert oracle.disagreeing(got, want) <= 0.15  # a pattern flips in float32
 
 
 def test_a_group_of_two_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,8 +261,8 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     with torch.no_grad():
         program = tracer.trace(model, (x[:3],))
         with installed(HostDevice()):
-            y, (found,) = executor.jacobian(program, binding.bind(program, model), (x,))
-            (chain,) = executor.plan_for(program, found.shape[1], dtype).chains.made.values()
+            y, (got,) = executor.jacobian(program, binding.bind(program, model), (x,))
+            chain = only_chain(program, 3, dtype)
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)
     window = next(op for op in chain.forward if isinstance(op, Window))
@@ -265,7 +272,7 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     want = torch.stack([torch.autograd.grad(want_y[:, s].sum(), rows, retain_graph=True)[0] for s in range(3)], 1)
     assert torch.equal(torch.isnan(y), torch.isnan(want_y))
     assert torch.equal(y[:3], want_y[:3].detach())
-    assert torch.equal(found, want)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 48, 1000, 65535, 65536, 46341, 2**30 + 1, 2**31 - 1])

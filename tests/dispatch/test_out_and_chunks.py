@@ -10,7 +10,6 @@ from torch import nn
 import gradkern
 from gradkern.dispatch import eager
 from gradkern.dispatch.request import Request, allocate, jacobian_choice
-from gradkern.util import chunks
 from gradkern.util.options import ENGINES, BadValue
 from tests.cases import net
 
@@ -123,7 +122,7 @@ def test_autograd_stays_within_its_budget():
 
 @pytest.mark.parametrize(("stop", "chunk"), [(10, 3), (257, 256), (5, 100), (0, 4), (7, 1)])
 def test_spans_are_even(stop, chunk):
-    parts = list(chunks.spans(0, stop, chunk))
+    parts = list(eager.spans(0, stop, chunk))
     assert [a for a, _ in parts] == [0, *[b for _, b in parts]][: len(parts)]
     assert sum(b - a for a, b in parts) == stop
     assert not parts or max(b - a for a, b in parts) <= chunk

@@ -18,9 +18,9 @@ def check(name: str, n: int) -> None:
     model, x = CASES[name].build(), CASES[name].inputs(n)[0]
     _, (want,) = oracle.jacobian(model, x[:8])  # on the CPU: a sanitizer slows every kernel
     model, x = model.cuda(), x.cuda()
-    found = gradkern.jacobian(model, x, engine="kernel")
+    got = gradkern.jacobian(model, x, engine="kernel")
     torch.cuda.synchronize()
-    assert oracle.disagreeing(found[:8].reshape(want.shape).cpu(), want, 1e-4) <= 0.3, name
+    assert oracle.disagreeing(got[:8].reshape(want.shape).cpu(), want, 1e-4) <= 0.3, name
 
 
 def main() -> None:

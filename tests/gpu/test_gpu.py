@@ -49,10 +49,10 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
 @pytest.mark.parametrize("n", [1, 7])
 def test_agrees_with_the_oracle_in_float64(case: Case, n: int) -> None:
     model, inputs, program, params = on_gpu(case, n, torch.float64)
-    y, found = executor.jacobian(program, params, inputs)
+    y, got = executor.jacobian(program, params, inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-11
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert f.device == CUDA
         assert oracle.relative_error(f, w) < 1e-10
 
@@ -61,11 +61,11 @@ def test_agrees_with_the_oracle_in_float64(case: Case, n: int) -> None:
 @pytest.mark.parametrize("n", [1, 131, 1000])
 def test_measured_networks_in_float32(name: str, n: int) -> None:
     model, inputs, program, params = on_gpu(CASES[name], n, torch.float32)
-    _, found = executor.jacobian(program, params, inputs)
-    assert torch.isfinite(found[0]).all()
+    _, got = executor.jacobian(program, params, inputs)
+    assert torch.isfinite(got[0]).all()
     few = [x[-16:] for x in inputs]
     _, want = oracle.jacobian(model, few)
-    assert oracle.disagreeing(found[0][-16:], want[0]) <= 0.2
+    assert oracle.disagreeing(got[0][-16:], want[0]) <= 0.2
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -98,9 +98,9 @@ def test_every_number_is_written() -> None:
 def test_targets(shape: tuple[int, ...]) -> None:
     model, inputs, program, params = on_gpu(CASES["mlp"], 33, torch.float64)
     targets = torch.randint(10, shape, generator=torch.Generator().manual_seed(0))
-    _, found = executor.jacobian(program, params, inputs, targets.to(CUDA))
+    _, got = executor.jacobian(program, params, inputs, targets.to(CUDA))
     _, want = oracle.jacobian(model, inputs)
-    assert oracle.relative_error(found[0], oracle.pick(want[0], targets.to(CUDA))) < 1e-10
+    assert oracle.relative_error(got[0], oracle.pick(want[0], targets.to(CUDA))) < 1e-10
 
 
 def test_the_public_call_follows_the_weights() -> None:
@@ -120,12 +120,12 @@ def test_streams_and_threads() -> None:
     _, inputs, program, params = on_gpu(CASES["cnn1d"], 256, torch.float32)
     want = executor.jacobian(program, params, inputs)[1][0]
     torch.cuda.synchronize()
-    found: dict[int, torch.Tensor] = {}
+    got: dict[int, torch.Tensor] = {}
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(10):
-                found[i] = executor.jacobian(program, params, inputs)[1][0]
+                got[i] = executor.jacobian(program, params, inputs)[1][0]
             torch.cuda.current_stream().synchronize()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -133,7 +133,7 @@ def test_streams_and_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(want, f) for f in found.values())
+    assert all(torch.equal(want, f) for f in got.values())
 
 
 def test_a_cuda_graph_captures_the_launch() -> None:
@@ -167,12 +167,12 @@ def test_products_of_two_values(name: str, dtype: torch.dtype) -> None:
     xs = [torch.randn(300, *s, generator=generator, dtype=torch.float64) for s in program.inputs]
     targets = torch.randint(program.outputs, (300, 7), generator=generator)
     on_device = [x.to(CUDA, dtype) for x in xs]
-    y, found = executor.jacobian(program, {}, on_device, targets.to(CUDA))
+    y, got = executor.jacobian(program, {}, on_device, targets.to(CUDA))
     assert executor.plan_for(program, 7, dtype, CUDA).single_chain
     want_y, want = reference.jacobian(program, {}, xs, targets)
     bound = PRODUCT_BOUND[dtype]
     assert oracle.relative_error(y.cpu(), want_y) < bound
-    for f, w in zip(found, want, strict=True):
+    for f, w in zip(got, want, strict=True):
         assert oracle.relative_error(f.cpu(), w) < bound
 
 
@@ -181,11 +181,11 @@ def test_a_vision_transformer(size: str) -> None:
     """The small one is one chain; the full one is chains beside ATen."""
     case = getattr(NETWORKS["vit"], size)
     model, inputs, program, params = on_gpu(case, 200 if size == "small" else 9, torch.float32)
-    _, found = executor.jacobian(program, params, inputs)
+    _, got = executor.jacobian(program, params, inputs)
     used = executor.plan_for(program, program.outputs, torch.float32, CUDA)
     assert used.single_chain == (size == "small")
     _, want = oracle.jacobian(model, inputs)
-    assert oracle.disagreeing(found[0], want[0], 1e-4) == 0
+    assert oracle.disagreeing(got[0], want[0], 1e-4) == 0
 
 
 # ---- networks that fit no chain
@@ -196,8 +196,8 @@ def small(shared: int):
     real = ops.machine
 
     def machine(device=None):
-        found = real(device)
-        return found if device is None or device.type == "cpu" else replace(found, shared_bytes=shared)
+        got = real(device)
+        return got if device is None or device.type == "cpu" else replace(got, shared_bytes=shared)
 
     return mock.patch.object(ops, "machine", machine)
 
@@ -211,21 +211,21 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
     with torch.no_grad(), small(shared):
         program = tracer.trace(model, (x,))
-        y, (found,) = executor.jacobian(program, binding.bind(program, model), [x])
-        used = executor.plan_for(program, found.shape[1], torch.float64, CUDA)
+        y, (got,) = executor.jacobian(program, binding.bind(program, model), [x])
+        used = executor.plan_for(program, got.shape[1], torch.float64, CUDA)
     assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)
     assert oracle.relative_error(y, want_y) < 1e-11
-    assert oracle.relative_error(found, want) < 1e-10
+    assert oracle.relative_error(got, want) < 1e-10
 
 
 def test_fcn_in_pieces() -> None:
     """Real sizes: layers of half a megabyte for one sample."""
     model, inputs, program, params = on_gpu(CASES["fcn"], 70, torch.float32)
-    _, found = executor.jacobian(program, params, inputs)
+    _, got = executor.jacobian(program, params, inputs)
     assert not executor.plan_for(program, 5, torch.float32, CUDA).single_chain
     _, want = oracle.jacobian(model, [x[:12] for x in inputs])
-    assert oracle.disagreeing(found[0][:12], want[0]) <= 0.2
+    assert oracle.disagreeing(got[0][:12], want[0]) <= 0.2
 
 
 # ---- half precision, rules, hashes, several GPUs
@@ -236,12 +236,12 @@ def test_fcn_in_pieces() -> None:
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     model, inputs = case.build(dtype=dtype).to(CUDA), tuple(x.to(CUDA) for x in case.inputs(40, dtype=dtype))
-    found = gradkern.jacobian(model, inputs, engine="kernel")
-    found = found[0] if isinstance(found, tuple) else found
+    got = gradkern.jacobian(model, inputs, engine="kernel")
+    got = got[0] if isinstance(got, tuple) else got
     _, want = oracle.jacobian(model, inputs)
-    assert found.dtype == dtype
+    assert got.dtype == dtype
     bound = {torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    assert oracle.disagreeing(found.reshape(want[0].shape), want[0], bound) <= 0.5
+    assert oracle.disagreeing(got.reshape(want[0].shape), want[0], bound) <= 0.5
     assert "is cast to float32" in str(gradkern.explain(model, inputs, show=False))
 
 
@@ -329,20 +329,20 @@ def test_two_gpus_at_once() -> None:
     want = executor.jacobian(program, params, inputs)[1][0].cpu()
     other = torch.device("cuda", 1)
     there = {k: v.to(other) for k, v in params.items()}
-    found: dict[int, torch.Tensor] = {}
+    got: dict[int, torch.Tensor] = {}
 
     def work(device: int) -> None:
         use, xs = ((params, inputs), (there, [x.to(other) for x in inputs]))[device]
         for _ in range(5):
-            found[device] = executor.jacobian(program, use, xs)[1][0]
+            got[device] = executor.jacobian(program, use, xs)[1][0]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[1].device == other
-    assert all(torch.equal(f.cpu(), want) for f in found.values())
+    assert got[1].device == other
+    assert all(torch.equal(f.cpu(), want) for f in got.values())
     assert torch.cuda.current_device() == 0
 
 

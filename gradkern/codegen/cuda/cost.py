@@ -30,7 +30,7 @@ from ..records import (
 )  # fmt: skip
 
 WARP = 32
-WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxSlots
+WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxElements
 QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
 QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
 POOLED = 8  # csrc/cuda/pooled.cuh

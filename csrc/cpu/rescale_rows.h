@@ -10,7 +10,7 @@
 #endif
 
 template <class T, bool Relu>
-void share_rows(const SharesArgs<T>& a, int64_t begin, int64_t end) {
+void rescale_rows(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
   const Pool p = a.pool;  // copies: what is written could alias what `a` points to
   const T eps = a.eps;
   const int64_t taps = p.kh * p.kw, plane = p.H * p.W, area = p.oh * p.ow;
@@ -65,12 +65,12 @@ void share_rows(const SharesArgs<T>& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void run_shares(const SharesArgs<T>& a, int64_t begin, int64_t end) {
-  a.relu ? share_rows<T, true>(a, begin, end) : share_rows<T, false>(a, begin, end);
+void run_rescale(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
+  a.relu ? rescale_rows<T, true>(a, begin, end) : rescale_rows<T, false>(a, begin, end);
 }
 
 template <class T>
-void run_secant(const SharesArgs<T>& a, int64_t begin, int64_t end) {
+void run_secant(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
   const int64_t plane = a.pool.H * a.pool.W;
   const T eps = a.eps;
   for (int64_t row = begin; row < end; ++row) {
