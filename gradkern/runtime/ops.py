@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-buil
 
 
 @functools.cache
-def extension() -> ModuleType | None:
+def extension() -> Any:
     """The compiled module, or None (with one warning) where it is missing or of another version."""
     try:
         from .. import _C

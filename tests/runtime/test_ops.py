@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradkern.runtime import executor, ops
-from gradkern.runtime.weights import Packed
+from gradkern.runtime.parameters import Packed
 from tests.traced import parts
 
 ops.extension()  # registers them
