@@ -6,7 +6,7 @@
 // own, isa_<name>.cpp, which says what the compiler may use, how long vectors are and how many registers there are;
 // block sizes follow from these numbers.
 #if defined(__x86_64__) || defined(_M_X64)
-#define GRADKERN_ISAS(X) X(avx512) X(avx2) X(portable)
+#define GRADKERN_ISAS(X) X(avx512) X(avx2) X(avx) X(portable)
 #else
 #define GRADKERN_ISAS(X) X(portable)
 #endif
