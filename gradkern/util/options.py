@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -43,7 +43,7 @@ class BadType(Complaint, TypeError):
 def _valid_engine(name: str, source: str) -> Engine:
     if name not in ENGINES:
         raise BadValue(f"{source}: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}.")
-    return cast(Engine, name)
+    return name
 
 
 def _valid_budget(size: int) -> int:
