@@ -54,9 +54,10 @@ cuda-check: ## build, link and import the whole extension with CUDA, without a G
 sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/python -m tests.sanitizers $(ARGS)
 
-lint: env ## ruff and clang-format, changing nothing
+lint: env ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: env ## format everything in place
