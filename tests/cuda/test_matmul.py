@@ -248,7 +248,7 @@ def test_random_programs_have_products() -> None:
     """The table's own strategy makes them too; this one makes them every time."""
     got: list[bool] = []
 
-    @settings(FAST, max_examples=60)
+    @settings(FAST, max_examples=300)
     @given(programs())
     def count(net: Network) -> None:
         got.append(multiplies(net))
