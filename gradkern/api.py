@@ -16,7 +16,7 @@ from .dispatch.route import couples_batch, output_shape, route, solve, verdict_n
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
-from .runtime import binding, executor
+from .runtime import executor, parameters
 from .util import options
 from .util.chunks import spans
 from .util.options import BadType, BadValue, Engine
@@ -309,7 +309,7 @@ def _plan(request: Request, program: Program, seeds: Seeds) -> Plan:
     x = request.inputs[request.wrt[0]]
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
-        params = binding.bind(plan.program, request.module)
+        params = parameters.bind(plan.program, request.module)
         return plan.counting(batching.opaque_macs(plan.program, params, request.pick(2)))
 
 

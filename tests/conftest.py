@@ -23,16 +23,6 @@ EXPORTING = {"frontend", "dispatch", "gpu", "test_threads.py"}
 SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
 
 
-def pytest_report_header() -> str:
-    """As many threads as there are idle cores: on a busy machine a thread that waits for a core holds up all others.
-
-    Tests whose subject is threads set their number themselves.
-    """
-    cores = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(cores, round(cores - os.getloadavg()[0]))))
-    return f"torch threads: {torch.get_num_threads()}"
-
-
 @pytest.fixture(autouse=True)
 def fresh_numbers(request: pytest.FixtureRequest) -> None:
     seed = SEED ^ zlib.crc32(request.node.nodeid.encode())

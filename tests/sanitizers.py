@@ -16,7 +16,7 @@ import torch
 from gradkern import attr
 from gradkern.attr.rules.methods import with_relu
 from gradkern.frontend import tracer
-from gradkern.runtime import binding, executor
+from gradkern.runtime import executor, parameters
 from tests.cases import CASES
 from tests.host_device import CSRC, FLAGS, HostDevice, installed
 
@@ -47,7 +47,7 @@ def recordings():
         device.record = []
         with torch.no_grad(), installed(device):
             program = tracer.trace(model, inputs)
-            params = binding.bind(program, model)
+            params = parameters.bind(program, model)
             executor.jacobian(program, params, inputs)
             if name in RULED:
                 executor.jacobian(with_relu(program, "guided_relu"), params, inputs)

@@ -78,7 +78,7 @@ def test_imports_lead_down() -> None:
         ("codegen/units.py", "from gradkern.runtime.ops import machine"),
         ("codegen/cuda/cost.py", "from ...dispatch import request"),
         ("planner/plan.py", "    import gradkern.runtime.executor"),
-        ("runtime/binding.py", "from .. import api"),
+        ("runtime/parameters.py", "from .. import api"),
         ("dispatch/guards.py", "from ..attr.points import Points"),
         ("attr/points.py", "from ..data import run"),
     ],

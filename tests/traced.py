@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradkern.frontend import tracer
 from gradkern.ir.program import Program
-from gradkern.runtime import binding, executor
+from gradkern.runtime import executor, parameters
 from tests import oracle
 from tests.cases import CASES
 
@@ -28,7 +28,7 @@ def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
     case = CASES[name]
     model, inputs, program = case.build(dtype=dtype), case.inputs(n, seed=seed, dtype=dtype), program_of(name)
     with torch.no_grad():
-        return model, inputs, program, binding.bind(program, model)
+        return model, inputs, program, parameters.bind(program, model)
 
 
 def run(program: Program, params, inputs, targets=None, wrt=None) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../checks.h"
@@ -14,33 +15,27 @@
 namespace gradkern {
 
 const Isa* const* isa_table() {
-  static const Isa* const table[] = {
-#if defined(__x86_64__) || defined(_M_X64)
-      &kAvx512, &kAvx2,
-#endif
-      &kPortable, nullptr};
+#define X(name) &name::kIsa,
+  static const Isa* const table[] = {GRADKERN_ISAS(X) nullptr};
+#undef X
   return table;
-}
-
-const Isa* find_isa(const char* name) {
-  for (const Isa* const* isa = isa_table(); *isa; ++isa)
-    if (std::strcmp((*isa)->name, name) == 0) return *isa;
-  return nullptr;
 }
 
 // Weights are packed for one vector length, so the choice is made once per process.
 const Isa& current_isa() {
   static const Isa* const chosen = [] {
     const char* wanted = std::getenv("GRADKERN_ISA");
-    if (wanted && *wanted) {
-      const Isa* isa = find_isa(wanted);
-      TORCH_CHECK(isa, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use avx512, avx2 or portable");
-      TORCH_CHECK(isa->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
-      return isa;
+    const bool named = wanted && *wanted;
+    std::string known;
+    for (const Isa* const* isa = isa_table(); *isa; ++isa) {
+      if (!named && (*isa)->supported()) return *isa;
+      if (named && std::strcmp((*isa)->name, wanted) == 0) {
+        TORCH_CHECK((*isa)->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
+        return *isa;
+      }
+      known += (known.empty() ? "" : ", ") + std::string((*isa)->name);
     }
-    const Isa* const* isa = isa_table();
-    while (!(*isa)->supported()) ++isa;
-    return *isa;
+    TORCH_CHECK(false, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use one of ", known);
   }();
   return *chosen;
 }

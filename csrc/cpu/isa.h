@@ -1,14 +1,26 @@
-// The ISA table: one entry per translation unit, best first.
+// The instruction sets that the interpreter is compiled for, chosen at run time.
 #pragma once
 #include "context.h"
 
+// Best first: the first one that the processor has is used, unless GRADKERN_ISA names another.  Each is a file of its
+// own, isa_<name>.cpp, which says what the compiler may use, how long vectors are and how many registers there are;
+// block sizes follow from these numbers.
+#if defined(__x86_64__) || defined(_M_X64)
+#define GRADKERN_ISAS(X) X(avx512) X(avx2) X(avx) X(portable)
+#else
+#define GRADKERN_ISAS(X) X(portable)
+#endif
+
 namespace gradkern {
 
-extern const Isa kAvx512, kAvx2, kPortable;
+#define X(name)          \
+  namespace name {       \
+  extern const Isa kIsa; \
+  }
+GRADKERN_ISAS(X)
+#undef X
 
-// Null-terminated, best first; the first supported one is used unless GRADKERN_ISA names another.
-const Isa* const* isa_table();
+const Isa* const* isa_table();  // null-terminated, best first
 const Isa& current_isa();
-const Isa* find_isa(const char* name);
 
 }  // namespace gradkern

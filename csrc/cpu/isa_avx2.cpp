@@ -11,23 +11,16 @@
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #endif
+#define GK_NAME avx2
 #define GK_ISA 2
 #define GK_VECTOR_BYTES 32
 #define GK_REGISTERS 16
 #define GK_INLINE inline __attribute__((always_inline))
 
-namespace gradkern {
-namespace avx2 {
-#include "body.h"
-#include "rescale_rows.h"
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-}  // namespace avx2
-const Isa kAvx2{"avx2",
-                GK_VECTOR_BYTES,
-                avx2::supported,
-                {avx2::run_chain<float>, avx2::run_rescale<float>, avx2::run_secant<float>},
-                {avx2::run_chain<double>, avx2::run_rescale<double>, avx2::run_secant<double>}};
-}  // namespace gradkern
+namespace gradkern::avx2 {
+static bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace gradkern::avx2
+#include "isa_body.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -12,26 +12,19 @@
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #endif
+#define GK_NAME avx512
 #define GK_ISA 512
 #define GK_VECTOR_BYTES 64
 #define GK_REGISTERS 32
 #define GK_INLINE inline __attribute__((always_inline))
 
-namespace gradkern {
-namespace avx512 {
-#include "body.h"
-#include "rescale_rows.h"
-bool supported() {
+namespace gradkern::avx512 {
+static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-}  // namespace avx512
-const Isa kAvx512{"avx512",
-                  GK_VECTOR_BYTES,
-                  avx512::supported,
-                  {avx512::run_chain<float>, avx512::run_rescale<float>, avx512::run_secant<float>},
-                  {avx512::run_chain<double>, avx512::run_rescale<double>, avx512::run_secant<double>}};
-}  // namespace gradkern
+}  // namespace gradkern::avx512
+#include "isa_body.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Opaque, Program
-from ..runtime import binding, executor, ops, reference
+from ..runtime import executor, ops, parameters, reference
 from ..util import options
 from ..util.chunks import spans, stepwise_bytes
 from ..util.options import BadValue, Engine
@@ -58,7 +58,7 @@ def run(
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
-        params = binding.bind(program, request.module)
+        params = parameters.bind(program, request.module)
         plain = engine == "reference" or not all(map(ops.machine, devices))
         chunk = chunks.stepwise
         if not plain:
@@ -66,7 +66,7 @@ def run(
             casts = plan.cast_dtype is not None and len(floating) == 1
             plain = not casts and not floating.issubset(NATIVE_DTYPES)
             # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
-            if not plain and plan.single_chain and (samples <= chunk or binding.all_finite(params)):
+            if not plain and plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
                 chunk = chunks.cast if casts else chunks.fused
         for a, b in spans(start, samples, chunk):
             cut = itemgetter(slice(a, b))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Program
 from ..runtime import ops, reference
-from ..runtime.binding import bind
+from ..runtime.parameters import bind
 
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones

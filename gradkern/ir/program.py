@@ -2,7 +2,7 @@
 
 A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
 optimizer step never makes it stale, and two networks of one architecture share it.  Values live in a
-:class:`~gradkern.runtime.binding.Binding`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
+:class:`~gradkern.runtime.parameters.Binding`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
 
 Values are numbered: ``0 … len(inputs)-1`` are the network's inputs, and step ``i`` defines value
 ``len(inputs) + i``.  Every shape here is **per sample**, without the batch axis (which is always axis 0 of the

@@ -25,7 +25,7 @@ from ..util import options
 from ..util.chunks import spans, stepwise_bytes
 from ..util.memo import Memo
 from . import ops, reference
-from .weights import KernelsUnavailable, Packed, Params, PlanWeights
+from .parameters import KernelsUnavailable, Packed, Params, PlanWeights
 
 PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-buil
 
 
 @functools.cache
-def extension() -> ModuleType | None:
+def extension() -> Any:
     """The compiled module, or None (with one warning) where it is missing or of another version."""
     try:
-        from .. import _C
+        from .. import _C as compiled
     except ImportError as error:
         warnings.warn(
             f"gradkern's compiled extension is not available ({error}); results are the same, only slower. "
@@ -35,7 +35,10 @@ def extension() -> ModuleType | None:
             stacklevel=3,
         )
         return None
-    if getattr(_C, "record_layout", None) != layout_fingerprint() or list(_C.functions()) != list(NATIVE_FUNCTIONS):
+    module: Any = compiled
+    if getattr(module, "record_layout", None) != layout_fingerprint() or list(module.functions()) != list(
+        NATIVE_FUNCTIONS
+    ):
         warnings.warn(
             f"gradkern's compiled extension was built from another version and is not used. {HOW_TO_BUILD}",
             RuntimeWarning,
@@ -43,7 +46,7 @@ def extension() -> ModuleType | None:
         )
         return None
     register_fakes()
-    return _C
+    return module
 
 
 def machine(device: torch.device | None = None) -> Machine | None:

@@ -18,7 +18,7 @@ from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
 from gradkern.attr.rules.lrp import Relevance
-from gradkern.runtime import binding, reference
+from gradkern.runtime import parameters, reference
 from tests import rule_oracle
 from tests.cases import CASES
 from tests.recipes import randomise_norm
@@ -293,7 +293,7 @@ def test_the_plain_rule_is_the_gradient(name):
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     program = gradkern.prepare(model, xs)
-    params = binding.bind(program, model)
+    params = parameters.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))
     for native in (True, False):

@@ -12,7 +12,7 @@ import torch
 import gradkern
 from gradkern.frontend import tracer
 from gradkern.planner import plan
-from gradkern.runtime import binding, executor, reference
+from gradkern.runtime import executor, parameters, reference
 from tests import oracle
 from tests.cases import CASES
 from tests.host_device import HostDevice, installed, library
@@ -28,7 +28,7 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: tor
     inputs = case.inputs(n, dtype=dtype)
     with torch.no_grad():
         program = tracer.trace(model, inputs)
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs, targets)
             used = executor.plan_for(program, got[0].shape[1], dtype)
@@ -98,7 +98,7 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
     device = HostDevice(shared_bytes=shared, threads=32)
     with torch.no_grad():
         program = tracer.trace(model, inputs)
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs)
             used = executor.plan_for(program, got[0].shape[1], dtype)

@@ -11,7 +11,7 @@ import torch
 
 from gradkern.codegen.encoding import CudaSizes
 from gradkern.frontend import tracer
-from gradkern.runtime import binding, executor, ops
+from gradkern.runtime import executor, ops, parameters
 from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_host import run
@@ -258,7 +258,7 @@ def test_new_weights_are_packed_again() -> None:
         with torch.no_grad(), installed(device):
             next(model.parameters()).mul_(factor)
             program = tracer.trace(model, inputs)
-            y, got = executor.jacobian(program, binding.bind(program, model), inputs)
+            y, got = executor.jacobian(program, parameters.bind(program, model), inputs)
             assert executor.plan_for(program, program.outputs, torch.float64).single_chain
         right(model, inputs, y, got)
 

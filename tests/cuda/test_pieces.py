@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradkern.frontend import tracer
 from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step
 from gradkern.planner import plan
-from gradkern.runtime import binding, executor
+from gradkern.runtime import executor, parameters
 from gradkern.util import options
 from tests import oracle
 from tests.cases import CASES
@@ -95,7 +95,7 @@ def settle(model: nn.Module, generator: torch.Generator) -> nn.Module:
 def solve(model: nn.Module, x: Tensor, device: HostDevice, targets: Tensor | None = None):
     with torch.no_grad(), installed(device):
         program = tracer.trace(model, (x,))
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
         y, (got,) = executor.jacobian(program, params, [x], targets)
         return y, got, executor.plan_for(program, got.shape[1], x.dtype)
 
@@ -127,7 +127,7 @@ def test_cases_in_pieces(name: str) -> None:
     device = HostDevice(shared_bytes=SMALL, threads=32)
     with torch.no_grad(), installed(device):
         program = tracer.trace(model, inputs)
-        y, got = executor.jacobian(program, binding.bind(program, model), inputs)
+        y, got = executor.jacobian(program, parameters.bind(program, model), inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
     for f, w in zip(got, want, strict=True):

@@ -23,7 +23,7 @@ from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
 from gradkern.frontend import tracer
 from gradkern.ir.program import Program
 from gradkern.planner import plan
-from gradkern.runtime import binding, executor
+from gradkern.runtime import executor, parameters
 from tests import oracle
 from tests.host_device import HostDevice, installed, library
 
@@ -93,7 +93,7 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
     gradkern.reset()
     with torch.no_grad():
         program = tracer.trace(model, (x,))
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
         with installed(HostDevice(**options)):
             y, (got,) = executor.jacobian(program, params, (x,))
             chain = only_chain(program, got.shape[1], dtype)
@@ -195,7 +195,7 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     with torch.no_grad():
         program = tracer.trace(model, (x,))
         with installed(HostDevice()):
-            y, (got,) = executor.jacobian(program, binding.bind(program, model), (x,))
+            y, (got,) = executor.jacobian(program, parameters.bind(program, model), (x,))
         assert torch.equal(y, model(x))
     assert not got.any()
 
@@ -261,7 +261,7 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     with torch.no_grad():
         program = tracer.trace(model, (x[:3],))
         with installed(HostDevice()):
-            y, (got,) = executor.jacobian(program, binding.bind(program, model), (x,))
+            y, (got,) = executor.jacobian(program, parameters.bind(program, model), (x,))
             chain = only_chain(program, 3, dtype)
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)

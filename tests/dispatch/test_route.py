@@ -78,6 +78,7 @@ PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
     "IntegratedGradients.attribute": lambda m, x: attr.IntegratedGradients(m).attribute(x, target=1, n_steps=50),
     "IntegratedGradients.attribute_all": lambda m, x: attr.IntegratedGradients(m).attribute_all(x, n_steps=50),
     "GradientShap.attribute_all": lambda m, x: attr.GradientShap(m).attribute_all(x, baselines=x[:3]),
+    "NoiseTunnel(Saliency).attribute": lambda m, x: attr.NoiseTunnel(attr.Saliency(m)).attribute(x, target=1),
     "NoiseTunnel(IntegratedGradients).attribute": lambda m, x: attr.NoiseTunnel(attr.IntegratedGradients(m)).attribute(
         x, target=1, n_steps=20
     ),
@@ -91,9 +92,7 @@ PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("engine", ["auto", "kernel"])
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_of_many_blocks_decides_once(
-    name: str, engine: str, asked: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_of_many_blocks_decides_once(name: str, engine: str, asked: dict[str, int]) -> None:
     model, (x,) = net(n=40, dtype=torch.float32)
     gradkern.prepare(model, x)
     asked.update(eager_reason=0, key_of=0)
@@ -101,25 +100,6 @@ def test_a_path_of_many_blocks_decides_once(
         PATHS[name](model, x)
     assert 1 <= asked["eager_reason"] <= 2
     assert 1 <= asked["key_of"] <= 2
-
-
-def test_noise_in_pieces_decides_once_per_piece(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Captum's own ``attribute`` asks for gradients it may have hooked the model, so each asks again."""
-    pieces = []
-    real = attr.Saliency.attribute.__wrapped__
-
-    def noted(*args: object, **kwargs: object) -> object:
-        pieces.append(args)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(attr.Saliency.attribute, "__wrapped__", noted)
-    model, (x,) = net(n=40, dtype=torch.float32)
-    gradkern.prepare(model, x)
-    asked.update(eager_reason=0, key_of=0)
-    with gradkern.use(memory_budget=20_000):
-        attr.NoiseTunnel(attr.Saliency(model)).attribute(x, target=1)
-    assert len(pieces) > 1
-    assert asked["eager_reason"] == asked["key_of"] == 1 + len(pieces)
 
 
 def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:

@@ -11,7 +11,7 @@ import gradkern
 from gradkern.frontend.tracer import trace
 from gradkern.ir.calls import form_params
 from gradkern.ir.program import Contract, Index, Opaque, View
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.cases import CASES
 from tests.frontend.test_tracer import Net, forms, proposed

@@ -11,7 +11,7 @@ from gradkern.frontend.tracer import trace, verify
 from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.recipes import closed, randomise_norm
 

@@ -29,7 +29,7 @@ from gradkern.ir.program import (
     Windows,
 )
 from gradkern.runtime import reference
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.cases import CASES, TRACEABLE
 from tests.recipes import Case, Fn

@@ -15,8 +15,8 @@ import torch
 import gradkern
 from gradkern import attr
 from gradkern.frontend import tracer
-from gradkern.runtime import binding, executor, ops, reference
-from gradkern.runtime.weights import PlanWeights
+from gradkern.runtime import executor, ops, parameters, reference
+from gradkern.runtime.parameters import PlanWeights
 from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
@@ -42,7 +42,7 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
     inputs = tuple(x.to(CUDA) for x in case.inputs(n, dtype=dtype))
     with torch.no_grad():
         program = tracer.trace(model, inputs)
-        return model, inputs, program, binding.bind(program, model)
+        return model, inputs, program, parameters.bind(program, model)
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=repr)
@@ -211,7 +211,7 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
     with torch.no_grad(), small(shared):
         program = tracer.trace(model, (x,))
-        y, (got,) = executor.jacobian(program, binding.bind(program, model), [x])
+        y, (got,) = executor.jacobian(program, parameters.bind(program, model), [x])
         used = executor.plan_for(program, got.shape[1], torch.float64, CUDA)
     assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)

@@ -14,7 +14,7 @@ from gradkern.ir.cost import forward_macs
 from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step, Sum
 from gradkern.passes import bottleneck
 from gradkern.runtime import executor
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.networks import NETWORKS
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gradkern.frontend import tracer
 from gradkern.ir.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View
-from gradkern.runtime import binding, executor, reference
+from gradkern.runtime import executor, parameters, reference
 from tests import oracle
 from tests.traced import EXACT, run, worst
 
@@ -100,7 +100,7 @@ def test_programs_that_differ_in_coefficients_are_different():
         model = net(count).eval()
         with torch.no_grad():
             program = tracer.trace(model, (x,))
-            params = binding.bind(program, model)
+            params = parameters.bind(program, model)
         programs.append(program)
         assert worst(run(program, params, (x,))[1], oracle.jacobian(model, x)[1]) <= EXACT
     assert programs[0].key != programs[1].key
@@ -141,7 +141,7 @@ def test_dtypes_that_change_on_the_way(model, dtypes):
     xs = tuple(torch.randn(6, 4 + i).to(d) for i, d in enumerate(dtypes))
     with torch.no_grad():
         program = tracer.trace(model, xs)
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
     _, jacobians = run(program, params, xs)
     assert worst(jacobians, oracle.jacobian(model, xs)[1]) <= 1e-5
 
@@ -164,7 +164,7 @@ def test_an_integer_input_first_leaves_the_kernels_to_the_others():
     index, x = torch.randint(7, (5,)), torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():
         program = tracer.trace(model, (index, x))
-        params = binding.bind(program, model)
+        params = parameters.bind(program, model)
     assert executor.leading((index, x)) is x
     _, (jac,) = run(program, params, (index, x), None, (1,))
     leaf = x.clone().requires_grad_()

@@ -25,8 +25,8 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from gradkern.runtime import executor, reference, weights
-from gradkern.runtime.weights import Packed
+from gradkern.runtime import executor, parameters, reference
+from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
 from tests import oracle
@@ -61,7 +61,7 @@ class Count:
             self.packs.append(chain)
             return plain(chain, params, like)
 
-        monkeypatch.setattr(weights, "Packed", packed)
+        monkeypatch.setattr(parameters, "Packed", packed)
 
     def since(self) -> int:
         self.packs, packs = [], self.packs
@@ -73,18 +73,18 @@ def scaled(params, factor):
 
 
 def test_packs_are_few_and_small(monkeypatch, fresh_plans):
-    monkeypatch.setattr(weights, "MOST_CONTENTS", 3)
+    monkeypatch.setattr(parameters, "MOST_CONTENTS", 3)
     _, inputs, program, params = parts("bn_linear", 1)
     for factor in range(1, 8):
         run(program, scaled(params, factor), inputs)
-        assert len(weights.store.entries) <= 3
+        assert len(parameters.store.entries) <= 3
     count = Count(monkeypatch)
     for factor in (7, 6, 5, 4):
         run(program, scaled(params, factor), inputs)
     assert count.since() == 1  # the latest three were there
-    monkeypatch.setitem(weights.MOST_BYTES, "cpu", 1)
+    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", 1)
     run(program, params, inputs)
-    assert len(weights.store.entries) == 1  # the one in use always stays
+    assert len(parameters.store.entries) == 1  # the one in use always stays
     run(program, params, inputs)
     assert count.since() == 1
 
@@ -103,7 +103,7 @@ def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
     program = many_chains(20)
     params = {f"w{k}": torch.randn(6, 6, dtype=torch.float64) / 3 for k in range(20)}
     count = Count(monkeypatch)
-    monkeypatch.setitem(weights.MOST_BYTES, "cpu", 1)
+    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", 1)
     for seed in range(4):
         x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         y, (jac,) = executor.jacobian(program, params, (x,))
@@ -114,7 +114,7 @@ def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
     params = scaled(params, 2)  # an optimizer's step
     executor.jacobian(program, params, (x,))
     assert len(count.packs) == 2 * 2 * 20
-    assert len(weights.store.entries) == 1
+    assert len(parameters.store.entries) == 1
 
 
 def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
@@ -127,21 +127,21 @@ def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
 
     both()
     both()
-    assert count.since() == len(weights.store.entries) == 2
-    monkeypatch.setitem(weights.MOST_BYTES, "cpu", max(e.nbytes for e in weights.store.entries.values()))
+    assert count.since() == len(parameters.store.entries) == 2
+    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", max(e.nbytes for e in parameters.store.entries.values()))
     both()
     assert count.since() == 0  # room is looked for where something is packed
     run(first[1], scaled(first[2], 2), first[0])
     both()
     assert count.since() == 3
-    assert len(weights.store.entries) == 1
+    assert len(parameters.store.entries) == 1
 
 
 def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_plans):
     """Two plans may get one id, one after the other: not while the packs of the first are kept."""
     _, inputs, program, params = parts("bn_linear", 1)
     run(program, params, inputs)
-    (entry,) = weights.store.entries.values()
+    (entry,) = parameters.store.entries.values()
     gone = weakref.ref(entry.plan)
     executor._plans.clear(), executor._executables.clear()
     del entry

@@ -52,4 +52,4 @@ def test_the_portable_body_is_always_there():
 def test_an_unknown_instruction_set_is_an_error():
     done = python("avx1024", "-c", "from gradkern.runtime import ops; ops.machine()")
     assert done.returncode != 0
-    assert "GRADKERN_ISA=avx1024 is unknown; use avx512, avx2 or portable" in done.stderr
+    assert "GRADKERN_ISA=avx1024 is unknown; use one of avx512, " in done.stderr

@@ -5,7 +5,7 @@ import torch
 
 from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor, reference
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.networks import NETWORKS
 

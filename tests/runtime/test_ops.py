@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradkern.runtime import executor, ops
-from gradkern.runtime.weights import Packed
+from gradkern.runtime.parameters import Packed
 from tests.traced import parts
 
 ops.extension()  # registers them
@@ -210,3 +210,10 @@ def test_hash_reads_values_not_strides():
     x = torch.randn(6, 7)
     assert ops.content_hash([x.T]) == ops.content_hash([x.T.contiguous()])
     assert ops.content_hash([x.T]) != ops.content_hash([x])
+
+
+def test_an_extension_with_other_records_is_not_used(monkeypatch):
+    """Rows that are encoded otherwise than the kernels read them would be garbage."""
+    monkeypatch.setattr(ops, "layout_fingerprint", lambda: "of another version")
+    with pytest.warns(RuntimeWarning, match="built from another version and is not used"):
+        assert ops.extension.__wrapped__() is None

@@ -6,7 +6,7 @@ from torch import nn
 
 from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradkern.frontend.tracer import trace
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
 from gradkern.runtime import reference
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 from tests.cases import BENCH, CASES, SMALL
 from tests.frontend.test_tracer import traced

@@ -17,7 +17,7 @@ from ...dispatch import batching
 from ...dispatch.eager import buffers_kept
 from ...ir import graph
 from ...ir.program import Program
-from ...runtime import binding, executor, reference
+from ...runtime import executor, parameters, reference
 from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
@@ -75,7 +75,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     try:
         with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
             model(*[x.clone() for x in rows])
-            params = binding.bind(program, model)
+            params = parameters.bind(program, model)
             values = reference.forward(program, params, rows)
     finally:
         handle.remove()
@@ -126,7 +126,7 @@ class LayerView:
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
         with torch.inference_mode(False), torch.no_grad():
-            self.params = binding.bind(program, points.module)
+            self.params = parameters.bind(program, points.module)
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )

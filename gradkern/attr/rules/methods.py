@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dispatch import batching
 from ...ir.program import Program, Scale
-from ...runtime import binding
+from ...runtime import parameters
 from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
@@ -101,7 +101,7 @@ class RuleMethod(ProgramMethod):
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
             assert points.module is not None
-            params = binding.bind(program, points.module)
+            params = parameters.bind(program, points.module)
             step = chunk_of(program, seeds, inputs[0].dtype, device)
             for a in range(0, n, step):
                 b = min(a + step, n)

@@ -1,4 +1,4 @@
-"""`docs/adding-a-layer.md` as it is written: a made-up activation needs the places that the page names."""
+"""`docs/recipes.md` as it is written: a made-up activation needs the places that the page names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gradkern.frontend.lowerings.activation import elementwise
 from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests import oracle
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "adding-a-layer.md").read_text()
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 LIST = r"#define GRADKERN_FUNCTIONS\(X\).*?[^\\]\n"
 CPP = re.findall(r"```cpp\n(.*?)```", PAGE, re.S)

@@ -21,7 +21,7 @@ from gradkern.dispatch.guards import structure_key
 from gradkern.frontend.tracer import trace
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
-from gradkern.runtime.binding import bind
+from gradkern.runtime.parameters import bind
 from tests.cases import CASES
 
 

@@ -1,0 +1,18 @@
+// Everything that is compiled for one instruction set, and its entry in the table.  Included by isa_*.cpp after the
+// pragma that names the set and the macros that describe it; includes nothing but kernels.
+namespace gradkern {
+namespace GK_NAME {
+#include "body.h"
+#include "rescale_rows.h"
+
+#define GK_TEXT(x) GK_STRING(x)
+#define GK_STRING(x) #x
+extern const Isa kIsa{GK_TEXT(GK_NAME),
+                      GK_VECTOR_BYTES,
+                      supported,
+                      {run_chain<float>, run_rescale<float>, run_secant<float>},
+                      {run_chain<double>, run_rescale<double>, run_secant<double>}};
+#undef GK_STRING
+#undef GK_TEXT
+}  // namespace GK_NAME
+}  // namespace gradkern
