@@ -13,13 +13,6 @@
 
 namespace gradkern::cuda {
 
-// A row of integers as the record of its kind.
-template <class R>
-GK_DEVICE const R& as(const Record& record) {
-  static_assert(sizeof(R) <= sizeof(Record));
-  return reinterpret_cast<const R&>(record);
-}
-
 template <class T>
 GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
   switch (record.kind) {
@@ -34,7 +27,6 @@ GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
     case Kind::Move: return run_move(as<MoveRecord>(record), t);
     case Kind::Product: return run_product(as<ProductRecord>(record), t);
     case Kind::Lines: return run_lines(as<LinesRecord>(record), t);
-    case Kind::MatMul: return run_matmul(as<MatMulRecord>(record), t, 1, false);
     case Kind::Zero: return run_zero(as<ZeroRecord>(record), t);
     case Kind::Rectify: return run_rectify(as<RectifyRecord>(record), t);
     case Kind::SeedRows: return run_seed_rows(as<SeedRowsRecord>(record), t);
@@ -49,8 +41,8 @@ GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
     case Kind::MoveT: return run_move_t(as<MoveTRecord>(record), t);
     case Kind::ProductT: return run_product_t(as<ProductTRecord>(record), t);
     case Kind::LinesT: return run_lines_t(as<LinesTRecord>(record), t);
-    case Kind::MatMulT:  // begins as a MatMulRecord does
-      return run_matmul(as<MatMulRecord>(record), t, t.seeds, !as<MatMulTRecord>(record).assign);
+    case Kind::MatMul:
+    case Kind::MatMulT: return run_matmul(record, t);
     case Kind::StoreT: return run_store_t(as<StoreTRecord>(record), t);
     case Kind::WindowT: return;  // the CPU's
   }

@@ -147,15 +147,17 @@ GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height)
 
 // Forward and backward are one piece of code: a kernel that the instruction cache holds is worth more than a branch.
 template <class T>
-GK_RECORD void run_matmul(const MatMulRecord& op, const Tile<T> t, int copies, bool add) {
+GK_RECORD void run_matmul(const Record& record, const Tile<T> t) {
+  const auto& op = as<MatMulRecord>(record);  // as a MatMulTRecord begins
+  const bool back = record.kind == Kind::MatMulT;
   const MatMul p{{op.left, static_cast<int>(op.left.position), static_cast<int>(op.left_term)},
                  {op.right, static_cast<int>(op.right_column), static_cast<int>(op.right.position)},
                  static_cast<int>(op.matrices),
-                 copies,
+                 back ? t.seeds : 1,
                  static_cast<int>(op.rows),
                  static_cast<int>(op.columns),
                  static_cast<int>(op.terms),
-                 add};
+                 back && !as<MatMulTRecord>(record).assign};
   if (matmul_pace(p, t.count, t.threads(), 4) <= matmul_pace(p, t.count, t.threads(), 1)) matmul_tiles<T, 4>(op, t, p);
   else matmul_tiles<T, 1>(op, t, p);
 }

@@ -35,19 +35,19 @@ GK_RECORD void run_store(const StoreRecord& op, const Tile<T> t) {
 template <class T>
 GK_RECORD void run_store_t(const StoreTRecord& op, const Tile<T> t) {
   constexpr int kPiece = 16 / sizeof(T);
-  const int H = op.extent.H, W = op.extent.W, seed = op.src.seed;
+  const int H = op.extent.H, W = op.extent.W;
   const Order order(op.extent);
   const Steps src(op.src);
   T* y = t.args.results[op.result];
   const int piece = order.size % kPiece == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0 ? kPiece : 1;
-  const int each = order.size / piece;
+  const int size = order.size, each = size / piece;
   const Divider copies(each), seeds(t.seeds);
   for (int i = t.tid(); i < t.count * t.seeds * each; i += t.threads()) {
     const auto [ms, rest] = copies.parts(i);
     const auto [m, s] = seeds.parts(ms);
     const int e = rest * piece;
-    const T* g = t.at(op.src, m) + s * seed;
-    T* out = y + (t.sample(m) * t.args.seeds + t.s0 + s) * order.size + e;
+    const T* g = t.at(op.src, m, s);
+    T* out = y + (t.sample(m) * t.args.seeds + t.s0 + s) * size + e;
     Element p = order.of(e);
     T numbers[kPiece];
 #pragma unroll

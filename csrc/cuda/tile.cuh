@@ -5,6 +5,13 @@
 
 namespace gradkern::cuda {
 
+// A row of integers as the record of its kind.
+template <class R>
+GK_DEVICE const R& as(const Record& record) {
+  static_assert(sizeof(R) <= sizeof(Record));
+  return reinterpret_cast<const R&>(record);
+}
+
 template <class T>
 struct Tile {
   const Args<T>& args;

@@ -54,7 +54,7 @@ CAST_DTYPES = (torch.float16, torch.bfloat16)  # cast to float32 on the way in, 
 CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_RESIDENT = 32  # samples at a time in scratch
-MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/args.h: kPorts
+MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/chain.h: kPorts
 
 
 class TooLarge(Exception):
