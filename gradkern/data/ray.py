@@ -80,21 +80,10 @@ class FillChunks:
 
 
 def run_on_ray(
-    model: nn.Module,
-    source: Any,
-    out: str | Path,
-    method: str | None = None,
-    targets: Any = None,
-    *,
-    workers: int | None = None,
-    cpus: float = 1,
-    gpus: float = 0,
-    pieces: int | None = None,
-    columns: Any = None,
-    input_dtype: torch.dtype | None = None,
-    settings: Settings | None = None,
-    **options: Unpack[Options],
-) -> Results:
+    model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
+    workers: int | None = None, cpus: float = 1, gpus: float = 0, pieces: int | None = None, columns: Any = None,
+    input_dtype: torch.dtype | None = None, settings: Settings | None = None, **options: Unpack[Options],
+) -> Results:  # fmt: skip
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
     ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is handed

@@ -107,7 +107,6 @@ class Accumulator:
 
     def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> None:
         self.needs = {n for r in wanted for n in REDUCTIONS[r].needs}
-        self.classes, self.shape = classes, shape
         full = (classes, *shape)
         self.sums: dict[str, Tensor] = {"count": torch.zeros(classes, dtype=torch.int64)}
         for name in sorted(self.needs & {"sum_abs", "sum", "sum_square"}):
@@ -120,8 +119,8 @@ class Accumulator:
             self.sums["sum_group_abs"] = torch.zeros(GROUPS, *full, dtype=torch.float64)
             self.sums["count_group"] = torch.zeros(GROUPS, classes, dtype=torch.int64)
         if "sum_group_inputs" in self.needs:
-            for name in ("sum_group_inputs", "sum_group_inputs_square"):
-                self.sums[name] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
+            self.sums["sum_group_inputs"] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
+            self.sums["sum_group_inputs_square"] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradkern.data import Curve
-from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED
+from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED, image_grid, outline
 
 SMALLEST_IMAGE = 5  # rows or columns: anything thinner is drawn as a line per row
 
@@ -20,10 +20,8 @@ def flat(values: np.ndarray) -> np.ndarray:
     values = np.squeeze(np.asarray(values, dtype=float))
     if values.ndim <= 1:
         return np.atleast_1d(values)
-    if values.ndim == 2 and min(values.shape) >= SMALLEST_IMAGE:
-        return values
     if values.ndim == 2:
-        return values.sum(0)
+        return values if min(values.shape) >= SMALLEST_IMAGE else values.sum(0)
     return flat(values.sum(0))
 
 
@@ -45,18 +43,7 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
     """Scores ``[C, *in]`` per output: lines with their intervals, or images."""
     drawn = [flat(v) for v in values]
     if drawn[0].ndim == 2:
-        columns = min(5, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(1.9 * columns + 0.7, 2.0 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
-        top = max(float(np.nanmax(d)) for d in drawn) or 1.0
-        for axes in panels.flat:
-            axes.set_axis_off()
-        for axes, image, name in zip(panels.flat, drawn, names, strict=False):
-            shade = axes.imshow(image, cmap=MAGNITUDE, vmin=0.0, vmax=top)
-            axes.set_title(name, fontsize=10)
-        figure.colorbar(shade, ax=panels, label="score", fraction=0.03, pad=0.01)
-        return figure
+        return image_grid(drawn, names, "score")[0]
     figure = Figure(figsize=(9, 1.5 * len(names) + 0.4), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for c, (axes, name) in enumerate(zip(panels, names, strict=True)):
@@ -95,8 +82,8 @@ def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
     if values.ndim == 2:
         axes.imshow(values, **style)
         axes.set(xticks=[], yticks=[])
-        if sample is not None and np.ptp(sample) > 0:
-            axes.contour(sample, levels=[sample.min() + 0.5 * np.ptp(sample)], colors=INK, linewidths=0.9)
+        if sample is not None:
+            outline(axes, sample)
         return
     low, high = (0.0, 1.0) if sample is None else (float(sample.min()), float(sample.max()) or 1.0)
     margin = 0.05 * (high - low) or 1.0

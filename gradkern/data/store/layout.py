@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, ZstdCodec
@@ -50,6 +51,11 @@ def reduction_key(reduction: str, inputs: Sequence[str], of: int) -> str:
 def chunk_key(name: str, chunk: int, axes: int) -> str:
     """The file of a chunk of rows, of an array with so many axes."""
     return f"{name}/c." + ".".join([str(chunk), *["0"] * (axes - 1)])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` and the like, as attributes and messages have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def codecs(compression: str) -> Any:

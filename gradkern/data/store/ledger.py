@@ -71,7 +71,7 @@ class Ledger:
         self.mine: dict[Node, Record] = {}
 
     def key(self, node: Node) -> str:
-        return f"{FOLDER}/{name_of(node)}"
+        return f"{FOLDER}/{node[0]:02d}.{node[1]:08d}.npz"
 
     def nodes(self) -> set[Node]:
         """Every record that is there, without those below another."""
@@ -178,10 +178,6 @@ class Ledger:
                     first = records.pop(left)
                     records[(level + 1, number // 2)] = first + records.pop(right) if right in records else first
             level += 1
-
-
-def name_of(node: Node) -> str:
-    return f"{node[0]:02d}.{node[1]:08d}.npz"
 
 
 def node_of(name: str) -> Node | None:
