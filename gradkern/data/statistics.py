@@ -128,7 +128,7 @@ class Accumulator:
         if "sum_group_inputs" in self.needs:
             group, wide = (torch.arange(len(x)) + first) % GROUPS, x.double()
             self.sums["sum_group_inputs"].index_add_(0, group, wide)
-            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square_())
+            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
             self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
         if rows is None:
             self._add(slice(None), first, maps)
@@ -168,7 +168,7 @@ def _plainly(
         total += wide.sum(0)
     if square is not None:
         square += wide.square().sum(0)
-    wide.abs_()
+    wide = wide.abs()  # not in place: float64 maps are the caller's own
     if size is not None:
         size += wide.sum(0)
     if largest is not None:

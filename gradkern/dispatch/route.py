@@ -75,7 +75,8 @@ class Route:
 
     def spend(self, seconds: float) -> None:
         """Note time spent on autograd that a Program might have saved."""
-        self.state.spend(self.entry, seconds)
+        with self.state.lock:
+            self.entry.seconds += seconds
 
     @property
     def pays(self) -> bool:

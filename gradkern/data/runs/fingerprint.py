@@ -90,6 +90,7 @@ def _plain(value: Any) -> Any:
 
 def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
     """Everything that must agree for one run to continue another."""
+    stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
         "model": of_model(model, program),
         "method": {
@@ -98,13 +99,7 @@ def of_run(model: nn.Module, source: Source, settings: Settings, program: Progra
             "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
         },
         "source": of_source(source),
-        "stored": {
-            "maps": settings.maps,
-            "reductions": list(settings.reductions),
-            "top_features": settings.top_features,
-            "dtype": settings.dtype,
-            "compression": settings.compression,
-        },
+        "stored": {name: getattr(settings, name) for name in stored},
     }
 
 

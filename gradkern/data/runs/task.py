@@ -204,14 +204,13 @@ class Task:
             rows["targets"] = outcome.rows
         if outcome.deltas is not None:
             rows["deltas"] = outcome.deltas
-        names = map_names(len(self.probe.floating))
-        if self.settings.maps:
-            rows |= dict(zip(names, outcome.maps, strict=True))
-        if self.settings.top_features:
-            for name, maps in zip(names, outcome.maps, strict=True):
-                top = maps.abs().flatten(2).topk(self.settings.top_features, dim=2).indices
+        floating = self.probe.floating
+        for i, name, maps in zip(floating, map_names(len(floating)), outcome.maps, strict=True):
+            if self.settings.maps:
+                rows[name] = maps
+            if k := self.settings.top_features:
+                top = maps.abs().flatten(2).topk(k, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
-        for i, name, maps in zip(self.probe.floating, names, outcome.maps, strict=True):
             if name in reducers:
                 where = None if outcome.rows is None else outcome.rows.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)

@@ -40,13 +40,9 @@ class Record:
     def __add__(self, right: Record) -> Record:
         """The record of this range and the one right of it."""
         a, b = self.facts, right.facts
-        facts = {
-            "samples": a["samples"] + b["samples"],
-            "seconds": a["seconds"] + b["seconds"],
-            "batches": sorted({*a["batches"], *b["batches"]}),
-            "notes": sorted({*a["notes"], *b["notes"]}),
-        }
-        return Record(merge(self.sums, right.sums), facts)
+        sums = {key: a[key] + b[key] for key in ("samples", "seconds")}
+        unions = {key: sorted({*a[key], *b[key]}) for key in ("batches", "notes")}
+        return Record(merge(self.sums, right.sums), sums | unions)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
