@@ -51,8 +51,7 @@ class Attribute:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.threads:
             torch.set_num_threads(self.threads)
-        missing = [c for c in self.columns if c not in batch]
-        if missing:
+        if any(c not in batch for c in self.columns):
             raise BadValue(f"columns: got {list(self.columns)}, but the batch has {list(batch)}.")
         inputs = tuple(torch.from_numpy(np.array(batch[c])).to(self.device) for c in self.columns)
         outcome = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
@@ -71,11 +70,9 @@ class FillChunks:
         self.task = Task.prepare(model, source, out, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``batch["id"]``: numbers of ranges of chunks; ``first`` and ``last`` their ends."""
-        done = []
-        for number in batch["id"]:
-            mine = owned(self.task.results.chunks, (int(number), int(batch["pieces"][0])))
-            done.append(work(self.task, mine, progress=False))
+        """``batch["id"]``: numbers of ranges of chunks, of which there are ``pieces``."""
+        shards = [(int(number), int(batch["pieces"][0])) for number in batch["id"]]
+        done = [work(self.task, owned(self.task.results.chunks, shard), progress=False) for shard in shards]
         return {"id": batch["id"], "computed": np.array(done)}
 
 

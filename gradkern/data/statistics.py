@@ -78,12 +78,10 @@ REDUCTIONS: dict[str, Reduction] = {
     "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
     "ranks": Reduction(
         f"how often a feature's |attribution| is in each of {RANK_BINS} equal classes of rank, highest first",
-        ("count_ranks",),
-        lambda s: s["count_ranks"],
+        ("count_ranks",), lambda s: s["count_ranks"],
     ),
     "importance": Reduction(
-        "mean |attribution| × standard deviation of the feature",
-        ("sum_group_abs", "sum_group_inputs"),
+        "mean |attribution| × standard deviation of the feature", ("sum_group_abs", "sum_group_inputs"),
         lambda s: scores(s, np.ones(GROUPS)),
     ),
 }  # fmt: skip

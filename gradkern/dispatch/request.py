@@ -309,4 +309,6 @@ def _times(shape: Shape) -> str:
 
 def jacobian_choice(targets: Any) -> Choice:
     """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
+    if targets is None:
+        return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)
     return lambda samples, output_shape: resolve(targets, samples, output_shape)

@@ -25,10 +25,6 @@ def flat(values: np.ndarray) -> np.ndarray:
     return flat(values.sum(0))
 
 
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def coverage(finished: set[int], chunks: int) -> Figure:
     """A stripe of all chunks, the finished ones filled."""
     figure = Figure(figsize=(9, 0.7), layout="constrained")
@@ -52,7 +48,7 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
             axes.fill_between(steps, flat(low[c]), flat(high[c]), color=ACCENT, alpha=0.3, linewidth=0, step="mid")
         axes.step(steps, drawn[c], where="mid", color=INK, linewidth=1.1)
         axes.set_title(name, fontsize=10, loc="left")
-        _plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     highest = [float(np.nanmax(d, initial=0.0)) for d in (*drawn, *([] if high is None else map(flat, high)))]
     panels[0].set_ylim(0, 1.05 * max(highest) or 1.0)
     panels[-1].set_xlabel("feature")
@@ -93,7 +89,7 @@ def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
         axes.set_yticks([])
     else:
         axes.plot(sample, color=INK, linewidth=1.0)
-    _plain(axes)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def curves(curve: Curve) -> Figure:
@@ -109,7 +105,7 @@ def curves(curve: Curve) -> Figure:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("share of the features")
         axes.set_xlim(0, 1)
-        _plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(curve.measure)
     left.legend(frameon=False)
     return figure

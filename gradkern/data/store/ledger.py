@@ -62,8 +62,7 @@ class Ledger:
     """The records of a store.  One process adds the chunks that are its own; others may do so beside it."""
 
     def __init__(self, store: Store, chunks: int) -> None:
-        self.store = store
-        self.chunks = chunks
+        self.store, self.chunks = store, chunks
         self.mine: dict[Node, Record] = {}
 
     def key(self, node: Node) -> str:
