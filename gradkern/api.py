@@ -175,10 +175,8 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
             shaped = tuple(j[start:stop] for j in whole.shaped)
         answer = shaped if many else shaped[0]
         chosen = results.seeds
-        if isinstance(chosen, TopSeeds):
-            yield answer, chosen.indices_per_sample()[first : first + stop - start]
-        else:
-            yield answer
+        shown = slice(first, first + stop - start)
+        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
 
 
 def prepare(model: Model, inputs: Tensor | Several) -> Program | None:

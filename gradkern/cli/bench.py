@@ -28,10 +28,8 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     own = min(repeat(own_call, number=1, repeat=repeats))
     n = inputs[0].shape[0]
     yield f"{'gradkern':<38} {n / own:>12,.0f} samples/s"
-    batches = [b for b in BATCHES if b <= n or b == BATCHES[0]]
-    best, batch = min(
-        (min(repeat(partial(by_classes, model, inputs, b), number=1, repeat=repeats)), b) for b in batches
-    )
+    calls = {b: partial(by_classes, model, inputs, b) for b in BATCHES if b <= n or b == BATCHES[0]}
+    best, batch = min((min(repeat(call, number=1, repeat=repeats)), b) for b, call in calls.items())
     name = f"autograd, a backward per output, by {batch}"
     yield f"{name:<38} {n / best:>12,.0f} samples/s   gradkern is {best / own:.1f}× as fast"
 
