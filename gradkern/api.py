@@ -28,82 +28,40 @@ Wrt: TypeAlias = int | Sequence[int] | None
 
 @overload
 def jacobian(
-    model: Model,
-    inputs: Tensor,
-    targets: TopK,
-    *,
-    out: Tensor | None = None,
-    wrt: int | None = None,
-    engine: Engine | None = None,
-    create_graph: bool = False,
-) -> tuple[Tensor, Tensor]: ...
+    model: Model, inputs: Tensor, targets: TopK, *, out: Tensor | None = None, wrt: int | None = None,
+    engine: Engine | None = None, create_graph: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
-    model: Model,
-    inputs: Several,
-    targets: TopK,
-    *,
-    out: Several | None = None,
-    wrt: Sequence[int] | None = None,
-    engine: Engine | None = None,
-    create_graph: bool = False,
-) -> tuple[tuple[Tensor, ...], Tensor]: ...
+    model: Model, inputs: Several, targets: TopK, *, out: Several | None = None, wrt: Sequence[int] | None = None,
+    engine: Engine | None = None, create_graph: bool = False,
+) -> tuple[tuple[Tensor, ...], Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
-    model: Model,
-    inputs: Tensor,
-    targets: Targets = None,
-    *,
-    out: Tensor | None = None,
-    wrt: int | None = None,
-    engine: Engine | None = None,
-    create_graph: bool = False,
-) -> Tensor: ...
+    model: Model, inputs: Tensor, targets: Targets = None, *, out: Tensor | None = None, wrt: int | None = None,
+    engine: Engine | None = None, create_graph: bool = False,
+) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
-    model: Model,
-    inputs: Tensor | Several,
-    targets: Targets = None,
-    *,
-    out: Tensor | None = None,
-    wrt: int,
-    engine: Engine | None = None,
-    create_graph: bool = False,
-) -> Tensor: ...
+    model: Model, inputs: Tensor | Several, targets: Targets = None, *, out: Tensor | None = None, wrt: int,
+    engine: Engine | None = None, create_graph: bool = False,
+) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
-    model: Model,
-    inputs: Several,
-    targets: Targets = None,
-    *,
-    out: Several | None = None,
-    wrt: Sequence[int] | None = None,
-    engine: Engine | None = None,
-    create_graph: bool = False,
-) -> tuple[Tensor, ...]: ...
+    model: Model, inputs: Several, targets: Targets = None, *, out: Several | None = None,
+    wrt: Sequence[int] | None = None, engine: Engine | None = None, create_graph: bool = False,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def jacobian(
-    model: Model,
-    inputs: Tensor | Several,
-    targets: Targets | TopK = None,
-    *,
-    out: OutArgument = None,
-    wrt: Wrt = None,
-    engine: str | None = None,
-    create_graph: bool = False,
-) -> Any: ...
+    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
+    engine: str | None = None, create_graph: bool = False,
+) -> Any: ...  # fmt: skip
 
 
 def jacobian(
-    model: Model,
-    inputs: Tensor | Several,
-    targets: Targets | TopK = None,
-    *,
-    out: OutArgument = None,
-    wrt: Wrt = None,
-    engine: str | None = None,
-    create_graph: bool = False,
-) -> Any:
+    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
+    engine: str | None = None, create_graph: bool = False,
+) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
     ``J[n, c] = ∂(Σ_m y[m, c]) / ∂x[n]``; where the samples of a batch do not mix, that is sample n's own Jacobian.
@@ -156,65 +114,35 @@ def jacobian(
 
 @overload
 def iter_jacobian(
-    model: Model,
-    inputs: Tensor,
-    targets: TopK,
-    *,
-    chunk: int | None = None,
-    wrt: int | None = None,
+    model: Model, inputs: Tensor, targets: TopK, *, chunk: int | None = None, wrt: int | None = None,
     engine: str | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]: ...
+) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
-    model: Model,
-    inputs: Several,
-    targets: TopK,
-    *,
-    chunk: int | None = None,
-    wrt: Sequence[int] | None = None,
+    model: Model, inputs: Several, targets: TopK, *, chunk: int | None = None, wrt: Sequence[int] | None = None,
     engine: str | None = None,
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]: ...
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
-    model: Model,
-    inputs: Tensor,
-    targets: Targets = None,
-    *,
-    chunk: int | None = None,
-    wrt: int | None = None,
+    model: Model, inputs: Tensor, targets: Targets = None, *, chunk: int | None = None, wrt: int | None = None,
     engine: str | None = None,
-) -> Iterator[Tensor]: ...
+) -> Iterator[Tensor]: ...  # fmt: skip
 @overload
 def iter_jacobian(
-    model: Model,
-    inputs: Several,
-    targets: Targets = None,
-    *,
-    chunk: int | None = None,
-    wrt: Sequence[int] | None = None,
-    engine: str | None = None,
-) -> Iterator[tuple[Tensor, ...]]: ...
+    model: Model, inputs: Several, targets: Targets = None, *, chunk: int | None = None,
+    wrt: Sequence[int] | None = None, engine: str | None = None,
+) -> Iterator[tuple[Tensor, ...]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
-    model: Model,
-    inputs: Tensor | Several,
-    targets: Targets | TopK = None,
-    *,
-    chunk: int | None = None,
-    wrt: Wrt = None,
-    engine: str | None = None,
-) -> Iterator[Any]: ...
+    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
+    wrt: Wrt = None, engine: str | None = None,
+) -> Iterator[Any]: ...  # fmt: skip
 
 
 def iter_jacobian(
-    model: Model,
-    inputs: Tensor | Several,
-    targets: Targets | TopK = None,
-    *,
-    chunk: int | None = None,
-    wrt: Wrt = None,
-    engine: str | None = None,
-) -> Iterator[Any]:
+    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
+    wrt: Wrt = None, engine: str | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
     Yields what `jacobian` returns, for ``chunk`` samples at a time (by default, as many as make a piece of the size
@@ -247,10 +175,8 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
             shaped = tuple(j[start:stop] for j in whole.shaped)
         answer = shaped if many else shaped[0]
         chosen = results.seeds
-        if isinstance(chosen, TopSeeds):
-            yield answer, chosen.indices_per_sample()[first : first + stop - start]
-        else:
-            yield answer
+        shown = slice(first, first + stop - start)
+        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
 
 
 def prepare(model: Model, inputs: Tensor | Several) -> Program | None:

@@ -40,10 +40,8 @@ def run(model: Model, samples: Samples, out: str, reductions: str | None, no_map
     import gradkern
 
     begin = time.perf_counter()
-    made_by = {
-        "model": model.spec, "weights": model.weights, "source": samples.spec, "columns": samples.columns,
-        "cast": samples.cast,
-    }  # fmt: skip
+    made_by = {"model": model.spec, "weights": model.weights}
+    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast}
     results = gradkern.run(
         model.load(), samples.open(), out, maps=not no_maps, reductions=reductions.split(",") if reductions else (),
         made_by=made_by, **options,

@@ -52,8 +52,7 @@ def _code(error: Exception) -> int:
 @click.option("--log", type=click.Choice(["quiet", "info"]), default="quiet", help="Structured log lines on stderr.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing (a store that is there pins its own).")
 @click.version_option(package_name="gradkern")
-@click.pass_context
-def main(context: click.Context, debug: bool, log: str, threads: int | None) -> None:
+def main(debug: bool, log: str, threads: int | None) -> None:
     """All-class input gradients of PyTorch networks, over whole data sets.
 
     \b

@@ -41,8 +41,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
 
 def exported(path: str) -> nn.Module:
     """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces what has none."""
-    if not Path(path).exists():
-        raise BadValue(f"model: there is no {path!r}.")
+    _check_exists("model", path)
     program = torch.export.load(path)
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs:
@@ -65,12 +64,16 @@ def _pickled(path: str, allowed: bool) -> nn.Module:
             "torch.export.save, give package.module:factory with --weights, or, if you trust where it comes from, "
             "add --allow-pickle."
         )
-    if not Path(path).exists():
-        raise BadValue(f"model: there is no {path!r}.")
+    _check_exists("model", path)
     model = torch.load(path, weights_only=False, map_location="cpu")
     if not isinstance(model, nn.Module):
         raise BadType(f"model: {path} holds {type(model).__name__}, expected a pickled torch.nn.Module.")
     return model.eval()
+
+
+def _check_exists(argument: str, path: str) -> None:
+    if not Path(path).exists():
+        raise BadValue(f"{argument}: there is no {path!r}.")
 
 
 def _made(spec: str) -> nn.Module:
@@ -91,8 +94,7 @@ def _made(spec: str) -> nn.Module:
 
 def state_dict(path: str) -> dict[str, torch.Tensor]:
     """Weights from ``.safetensors``, or from a file that `torch.load` reads with weights_only."""
-    if not Path(path).exists():
-        raise BadValue(f"--weights: there is no {path!r}.")
+    _check_exists("--weights", path)
     if Path(path).suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 

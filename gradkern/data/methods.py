@@ -107,21 +107,15 @@ def _of_model_alone(kind: Any) -> bool:
 # One gradient
 
 
+@method("jacobian")
 def gradients(batch: Batch) -> Outcome:
-    """The Jacobian rows of the targets, with the model's outputs from the same forward pass."""
+    """∂y/∂x of the targets, with its sign, and the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
     given, numbers = read_inputs(batch.inputs, floating)
-    choice = jacobian_choice(batch.targets)
-    request = Request(batch.model, given, numbers, choice, out=batch.out, keep_outputs=True)
+    request = Request(batch.model, given, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, route(request, batch.engine))
     rows = results.seeds.rows(0, request.samples)
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
-
-
-@method("jacobian")
-def jacobian(batch: Batch) -> Outcome:
-    """∂y/∂x, with its sign."""
-    return gradients(batch)
 
 
 @method("saliency")
@@ -169,15 +163,11 @@ class FromCaptum:
     def __call__(self, batch: Batch) -> Outcome:
         if not all(x.is_floating_point() for x in batch.inputs):
             raise BadType(f"source: {self.kind.__name__} needs floating inputs, got {[x.dtype for x in batch.inputs]}.")
-        options = dict(batch.arguments)
-        if self.deltas:
-            options["return_convergence_delta"] = True
+        options = {**batch.arguments, **({"return_convergence_delta": True} if self.deltas else {})}
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
         with use(batch.engine), _seeded(batch.first):
             maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
-        deltas = None
-        if self.deltas:
-            maps, deltas = maps
+        maps, deltas = maps if self.deltas else (maps, None)
         maps = maps if isinstance(maps, tuple) else (maps,)
         with torch.no_grad():
             outputs = batch.model(*batch.inputs)

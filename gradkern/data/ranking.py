@@ -112,19 +112,10 @@ def place(index: Sequence[int], shape: Sequence[int]) -> str:
 
 
 def importance(
-    model: nn.Module,
-    source: Any,
-    out: str | Path | None = None,
-    *,
-    targets: Any = None,
-    columns: Any = None,
-    input_dtype: torch.dtype | None = None,
-    level: float = 0.95,
-    draws: int = 200,
-    curve_samples: int = 256,
-    progress: bool | None = None,
-    **options: Any,
-) -> Importance:
+    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
+    progress: bool | None = None, **options: Any,
+) -> Importance:  # fmt: skip
     """Rank the features of a data set by what the model's outputs depend on, without storing any map.
 
     ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing stays.  ``level`` and
@@ -181,11 +172,13 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
     ends = [(1 - level) / 2, (1 + level) / 2]
     pairs = []
     for c in range(sums["sum_group_abs"].shape[1]):  # class by class: D maps at a time
-        n = (weights @ sums["count_group"][:, c]).reshape(-1, *[1] * (spreads.ndim - 1))
-        means = np.tensordot(weights, sums["sum_group_abs"][:, c], 1) / np.where(n > 0, n, np.nan)
-        valid = np.isfinite(n.ravel()) & (n.ravel() > 0)
+        n = weights @ sums["count_group"][:, c]  # [D]
+        valid = n > 0
+        means = np.tensordot(weights, sums["sum_group_abs"][:, c], 1)[valid] / n[valid].reshape(
+            -1, *[1] * (spreads.ndim - 1)
+        )
         empty = np.full((2, *spreads.shape[1:]), np.nan)
-        pairs.append(np.quantile((means * spreads)[valid], ends, axis=0) if valid.any() else empty)
+        pairs.append(np.quantile(means * spreads[valid], ends, axis=0) if valid.any() else empty)
     low, high = np.stack(pairs, axis=1)  # each [C, *in]
     return low, high
 
@@ -224,11 +217,9 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
     orders = [torch.as_tensor(ranking[rows], device=device)]  # [n, F]: the ranking of the predicted class
-    generator = torch.Generator().manual_seed(0)
-    features = ranking.shape[1]
+    generator, features = torch.Generator().manual_seed(0), ranking.shape[1]
     for _ in range(RANDOM_ORDERS):
-        drawn = torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x))])
-        orders.append(drawn.to(device))
+        orders.append(torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x))]).to(device))
     shares = np.array(sorted({math.ceil(s * features) / features for s in STEPS}))
     both = [[_track(model, x, baseline, y, order, shares, insert) for insert in (False, True)] for order in orders]
     random = np.mean(both[1:], axis=0)
@@ -256,6 +247,3 @@ def _holds(y: Tensor, now: Tensor) -> float:
         return float((y.argmax(1) == now.argmax(1)).double().mean())
     spread = float((y - y.mean()).square().sum())
     return 1.0 - float((y - now).square().sum()) / spread if spread else float("nan")
-
-
-__all__ = ["Curve", "Importance", "curve", "importance", "of_results"]

@@ -51,8 +51,7 @@ class Attribute:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.threads:
             torch.set_num_threads(self.threads)
-        missing = [c for c in self.columns if c not in batch]
-        if missing:
+        if any(c not in batch for c in self.columns):
             raise BadValue(f"columns: got {list(self.columns)}, but the batch has {list(batch)}.")
         inputs = tuple(torch.from_numpy(np.array(batch[c])).to(self.device) for c in self.columns)
         outcome = self.method(methods.Batch(self.model, inputs, self.targets, self.engine, self.arguments))
@@ -71,30 +70,17 @@ class FillChunks:
         self.task = Task.prepare(model, source, out, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``batch["id"]``: numbers of ranges of chunks; ``first`` and ``last`` their ends."""
-        done = []
-        for number in batch["id"]:
-            mine = owned(self.task.results.chunks, (int(number), int(batch["pieces"][0])))
-            done.append(work(self.task, mine, progress=False))
+        """``batch["id"]``: numbers of ranges of chunks, of which there are ``pieces``."""
+        shards = [(int(number), int(batch["pieces"][0])) for number in batch["id"]]
+        done = [work(self.task, owned(self.task.results.chunks, shard), progress=False) for shard in shards]
         return {"id": batch["id"], "computed": np.array(done)}
 
 
 def run_on_ray(
-    model: nn.Module,
-    source: Any,
-    out: str | Path,
-    method: str | None = None,
-    targets: Any = None,
-    *,
-    workers: int | None = None,
-    cpus: float = 1,
-    gpus: float = 0,
-    pieces: int | None = None,
-    columns: Any = None,
-    input_dtype: torch.dtype | None = None,
-    settings: Settings | None = None,
-    **options: Unpack[Options],
-) -> Results:
+    model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
+    workers: int | None = None, cpus: float = 1, gpus: float = 0, pieces: int | None = None, columns: Any = None,
+    input_dtype: torch.dtype | None = None, settings: Settings | None = None, **options: Unpack[Options],
+) -> Results:  # fmt: skip
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
     ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is handed

@@ -78,12 +78,10 @@ REDUCTIONS: dict[str, Reduction] = {
     "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
     "ranks": Reduction(
         f"how often a feature's |attribution| is in each of {RANK_BINS} equal classes of rank, highest first",
-        ("count_ranks",),
-        lambda s: s["count_ranks"],
+        ("count_ranks",), lambda s: s["count_ranks"],
     ),
     "importance": Reduction(
-        "mean |attribution| × standard deviation of the feature",
-        ("sum_group_abs", "sum_group_inputs"),
+        "mean |attribution| × standard deviation of the feature", ("sum_group_abs", "sum_group_inputs"),
         lambda s: scores(s, np.ones(GROUPS)),
     ),
 }  # fmt: skip
@@ -107,7 +105,6 @@ class Accumulator:
 
     def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> None:
         self.needs = {n for r in wanted for n in REDUCTIONS[r].needs}
-        self.classes, self.shape = classes, shape
         full = (classes, *shape)
         self.sums: dict[str, Tensor] = {"count": torch.zeros(classes, dtype=torch.int64)}
         for name in sorted(self.needs & {"sum_abs", "sum", "sum_square"}):
@@ -120,8 +117,8 @@ class Accumulator:
             self.sums["sum_group_abs"] = torch.zeros(GROUPS, *full, dtype=torch.float64)
             self.sums["count_group"] = torch.zeros(GROUPS, classes, dtype=torch.int64)
         if "sum_group_inputs" in self.needs:
-            for name in ("sum_group_inputs", "sum_group_inputs_square"):
-                self.sums[name] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
+            self.sums["sum_group_inputs"] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
+            self.sums["sum_group_inputs_square"] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None) -> None:
@@ -129,7 +126,7 @@ class Accumulator:
         if "sum_group_inputs" in self.needs:
             group, wide = (torch.arange(len(x)) + first) % GROUPS, x.double()
             self.sums["sum_group_inputs"].index_add_(0, group, wide)
-            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square_())
+            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
             self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
         if rows is None:
             self._add(slice(None), first, maps)
@@ -169,7 +166,7 @@ def _plainly(
         total += wide.sum(0)
     if square is not None:
         square += wide.square().sum(0)
-    wide.abs_()
+    wide = wide.abs()  # not in place: float64 maps are the caller's own
     if size is not None:
         size += wide.sum(0)
     if largest is not None:

@@ -29,15 +29,9 @@ STEPWISE_TARGET = 24 << 20  # bytes
 
 
 def run(
-    request: Request,
-    program: Program,
-    engine: Engine,
-    start: int = 0,
-    known: Results | None = None,
-    *,
-    strict: bool = False,
-    saved: int = 0,
-) -> Results:
+    request: Request, program: Program, engine: Engine, start: int = 0, known: Results | None = None, *,
+    strict: bool = False, saved: int = 0,
+) -> Results:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``saved``: bytes per sample that live autograd saves, where some steps are torch's to differentiate.
@@ -72,8 +66,8 @@ def run(
             cut = itemgetter(slice(a, b))
             here = [x.contiguous() for x in map(cut, inputs)]
             index = seeds.indices
-            if isinstance(seeds, TopSeeds):
-                index = seeds.rows(a, b, _logits(request, here))
+            if isinstance(seeds, TopSeeds):  # chosen by the model's own outputs
+                index = seeds.rows(a, b, forward(request.fn, request.module, [x.clone() for x in here]))
             elif index is not None and index.dim() == 2:
                 index = index[a:b]
             rows = tuple(map(cut, results.jacobians))  # each [n, S, *in]
@@ -118,7 +112,7 @@ def _chunks(request: Request, program: Program, results: Results, saved: int) ->
     target = STEPWISE_TARGET if request.inputs[0].device.type == "cpu" else budget  # a GPU wants large pieces
     stepwise = max(1, min(budget // 3, target) // max(need, 1))
     gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
-    need = size * program.outputs  # the outputs themselves
+    need = size * program.outputs
     if seeds.indices is not None and seeds.indices.dim() == 2:
         need += rows  # the rows of the last weight, gathered for each sample
     if isinstance(seeds, TopSeeds):
@@ -129,11 +123,6 @@ def _chunks(request: Request, program: Program, results: Results, saved: int) ->
         need += gradients * size
     cast = need + 4 * (sum(map(math.prod, program.inputs)) + gradients)
     return Chunks(stepwise, max(1, budget // max(need, 1)), max(1, budget // max(cast, 1)))
-
-
-def _logits(request: Request, inputs: Sequence[Tensor]) -> Tensor:
-    """The model's own outputs ``[n, *out]``, by which the k highest are chosen."""
-    return forward(request.fn, request.module, [x.clone() for x in inputs])
 
 
 class MacCounter(TorchDispatchMode):

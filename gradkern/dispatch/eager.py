@@ -31,8 +31,7 @@ BATCHED_NODES = frozenset(
     for name in (
         *("Addmm", "Mm", "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Clone", "Unsqueeze"),
         *("Squeeze", "Relu", "LeakyRelu", "Elu", "Tanh", "Sigmoid", "Add", "Sub", "Mul", "Neg", "Alias", "Expand"),
-        "Softmax",
-        "LogSoftmax",
+        *("Softmax", "LogSoftmax"),
     )
 ) | {"torch::autograd::AccumulateGrad"}
 
@@ -89,13 +88,9 @@ def buffers_kept(module: nn.Module | None) -> Iterator[list[bool]]:
                 if owner._buffers.get(name) is not buffer:
                     owner._buffers[name] = buffer
                     changed.append(True)
-                if not _same(buffer, value):
+                if buffer.shape != value.shape or not torch.equal(buffer, value):
                     buffer.copy_(value)
                     changed.append(True)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b))
 
 
 def _leaves(inputs: Sequence[Tensor], wrt: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -136,11 +131,11 @@ def probe(
     Samples mix where the gradient of one sample's outputs reaches another sample, or where a sample alone gives
     other outputs than among others.  The random state and the buffers are as before afterwards.
     """
-    count = samples[0].shape[0]
-    state = torch.get_rng_state()
+    count, state = samples[0].shape[0], torch.get_rng_state()
+    together, alone = _SavedBytes(module), _SavedBytes(module)
     with outside_modes(), buffers_kept(module) as changed:
         leaves, arguments = _leaves(samples, wrt)
-        with _saved_bytes(module) as together, _ReadsValues(module) as reads:
+        with together, _ReadsValues(module) as reads:
             y = forward(fn, module, arguments)
         random = not torch.equal(state, torch.get_rng_state())
         reason = ""
@@ -150,7 +145,7 @@ def probe(
                 reason = "samples of one batch depend on each other"
         y = y.detach()
         one = _leaves([x[:1] for x in samples], wrt)[1]
-        with _saved_bytes(module) as alone:
+        with alone:
             try:
                 single = fn(*one)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
@@ -178,10 +173,6 @@ def _close(a: Any, b: Tensor) -> bool:
     return bool(torch.allclose(a.detach(), b.detach(), rtol=coarse, atol=coarse * scale, equal_nan=True))
 
 
-class _Meter:
-    bytes = 0
-
-
 class _ReadsValues(TorchDispatchMode):
     """Notes where the model's code takes a number out of a tensor (``if x.mean() > 0``), its parameters aside.
 
@@ -207,21 +198,19 @@ def _storages(module: nn.Module | None) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
 
 
-@contextmanager
-def _saved_bytes(module: nn.Module | None) -> Iterator[_Meter]:
-    """Count the bytes that autograd saves, each storage once and the model's own not at all."""
-    meter = _Meter()
-    seen = _storages(module)
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves, each storage once and the model's own not at all."""
 
-    def pack(x: Tensor) -> Tensor:
+    def __init__(self, module: nn.Module | None) -> None:
+        self.bytes, self.seen = 0, _storages(module)
+        super().__init__(self._count, lambda x: x)
+
+    def _count(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            meter.bytes += storage.nbytes()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
         return x.detach()  # the tensor itself would be a reference cycle
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield meter
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -266,13 +255,9 @@ def fill(request: Request, known: Results | None, start: int, stop: int, *, stri
             last = min(first + group, seeds.count)
             cotangents = _cotangents(y, index, first, last)  # [s, n, *out]
             batched = group > 1
+            sent = cotangents if batched else cotangents[0]
             gradients = torch.autograd.grad(
-                y,
-                leaves,
-                cotangents if batched else cotangents[0],
-                retain_graph=last < seeds.count,
-                allow_unused=True,
-                is_grads_batched=batched,
+                y, leaves, sent, retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched
             )
             for row, gradient, w in zip(rows, gradients, request.wrt, strict=True):
                 if gradient is None:
@@ -290,22 +275,15 @@ def measured_output_shape(request: Request) -> Shape:
         x[:2] if request.samples else torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)
         for x in request.inputs
     )
-    state = torch.get_rng_state()
-    with torch.inference_mode(False), torch.no_grad(), buffers_kept(request.module):
-        y = forward(request.fn, request.module, [x.detach().clone() for x in few])
-    if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
-    return tuple(y.shape[1:])
+    with torch.inference_mode(False), torch.no_grad(), buffers_kept(request.module), torch.random.fork_rng([]):
+        return tuple(forward(request.fn, request.module, [x.detach().clone() for x in few]).shape[1:])
 
 
 def check_followed(module: nn.Module, samples: Sequence[Tensor]) -> None:
     """Complain at once about a model that gives no tensor, or one that autograd cannot follow to its inputs."""
-    state = torch.get_rng_state()
-    with outside_modes(), buffers_kept(module):
+    with outside_modes(), buffers_kept(module), torch.random.fork_rng([]):
         wrt = [i for i, x in enumerate(samples) if x.is_floating_point()]
         _check_differentiable(forward(module, module, _leaves(samples, wrt)[1]))
-    if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
 
 
 def _check_differentiable(y: Tensor) -> None:

@@ -38,9 +38,8 @@ class EagerReason:
 def eager_reason(fn: Any, module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
     """The reason to leave this call to autograd, or None where tracing has a chance.  ``module``: what ``fn`` runs."""
     if module is None:
-        return EagerReason(
-            f"{_name(fn)} is neither a torch.nn.Module nor a module's own forward, so it cannot be traced"
-        )
+        name = getattr(fn, "__qualname__", None) or type(fn).__name__
+        return EagerReason(f"{name} is neither a torch.nn.Module nor a module's own forward, so it cannot be traced")
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.export does not read")
     state = _state(module)
@@ -80,9 +79,8 @@ def _training(part: nn.Module) -> str:
         return "normalises by the batch (training mode, or no running statistics)"
     if not part.training:
         return ""
-    if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-        return "is in training mode and drops at random"
-    if isinstance(part, nn.RNNBase) and part.dropout > 0:
+    dropout = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else 0
+    if dropout > 0 or (isinstance(part, nn.RNNBase) and part.dropout > 0):
         return "is in training mode and drops at random"
     if isinstance(part, nn.RReLU):
         return "is in training mode and draws random slopes"
@@ -92,19 +90,8 @@ def _training(part: nn.Module) -> str:
 
 
 def _user_hooks(part: nn.Module) -> bool:
-    for name in HOOKS:
-        hooks = getattr(part, name, None)
-        if hooks and not all(_own(h) for h in hooks.values()):
-            return True
-    return False
-
-
-def _own(hook: Any) -> bool:
-    return type(hook).__module__ in OWN_HOOKS
-
-
-def _name(fn: Any) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__name__
+    tables = [hooks for name in HOOKS if (hooks := getattr(part, name, None))]
+    return any(type(hook).__module__ not in OWN_HOOKS for hooks in tables for hook in hooks.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -126,9 +113,7 @@ def signature(inputs: Sequence[Tensor]) -> Hashable:
 
 
 _BASE = frozenset(nn.Module().__dict__)  # what every module has; looked at by name below
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, "_global" + name) for name in HOOKS if hasattr(torch_module, "_global" + name)
-)
+_GLOBAL_HOOKS = tuple(getattr(torch_module, name) for name in GLOBAL_HOOKS[:-1] if hasattr(torch_module, name))
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _DEPTH = 6  # of nested containers and plain objects that are looked into
 
@@ -219,18 +204,13 @@ def _frozen_object(value: Any, kind: type, inner: Any) -> Hashable:
     if kind is functools.partial:
         return (kind, inner(value.func), inner(value.args), inner(value.keywords))
     if kind.__module__ == "numpy":
-        return _frozen_array(value, kind)
+        plain = hasattr(value, "tobytes") and getattr(value, "dtype", None) is not None and value.dtype.kind != "O"
+        return (kind, value.shape, value.dtype.str, value.tobytes()) if plain else _Same(value)
     if kind in (weakref.ref, type, types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket):
         return value if kind is not weakref.ref else inner(value())
     fields = getattr(value, "__dict__", None)
     if isinstance(fields, dict):
         return (_Same(value), tuple([(k, inner(v)) for k, v in fields.items()]))
-    return _Same(value)
-
-
-def _frozen_array(value: Any, kind: type) -> Hashable:
-    if hasattr(value, "tobytes") and getattr(value, "dtype", None) is not None and value.dtype.kind != "O":
-        return (kind, value.shape, value.dtype.str, value.tobytes())
     return _Same(value)
 
 

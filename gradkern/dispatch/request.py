@@ -93,7 +93,8 @@ class Request:
         """
         with torch.inference_mode(False), torch.no_grad():
             look = torch.linspace(0, self.samples - 1, min(self.samples, 16 * most)).long().unique()
-            rows = [_copy(x.detach()[look.to(x.device)]) for x in self.inputs]  # each [l, *in]
+            looked = [x.detach()[look.to(x.device)] for x in self.inputs]
+            rows = [x.clone() if x.is_inference() else x for x in looked]  # autograd accepts these; each [l, *in]
             if self.samples == 1:
                 rows = [torch.cat([x, x.flip(tuple(range(1, x.dim())))]) for x in rows]
             finite = torch.ones(rows[0].shape[0], dtype=torch.bool)
@@ -151,11 +152,6 @@ def allocate(request: Request, output_shape: Shape, known: Results | None = None
         rows = [_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
     return Results(seeds, output_shape, tuple(rows), shaped)
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A tensor that autograd accepts (not an inference tensor)."""
-    return x.clone() if x.is_inference() else x
 
 
 def _out_tensor(given: Any, shape: Shape, flat: Shape) -> Tensor:
@@ -314,9 +310,5 @@ def _times(shape: Shape) -> str:
 def jacobian_choice(targets: Any) -> Choice:
     """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
     if targets is None:
-        return _every_output
+        return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)
     return lambda samples, output_shape: resolve(targets, samples, output_shape)
-
-
-def _every_output(samples: int, output_shape: Shape) -> Seeds:
-    return Seeds(math.prod(output_shape), output_shape, None)

@@ -75,7 +75,8 @@ class Route:
 
     def spend(self, seconds: float) -> None:
         """Note time spent on autograd that a Program might have saved."""
-        self.state.spend(self.entry, seconds)
+        with self.state.lock:
+            self.entry.seconds += seconds
 
     @property
     def pays(self) -> bool:
@@ -138,11 +139,10 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 def verdict_now(request: Request, way: Route) -> Verdict | None:
     """Trace where that has not been done; None where autograd takes the call at once (and a warning says why)."""
     if way.eager_reason is not None:
-        _say_why_eager(way, way.eager_reason)
+        _say_why_eager(way)
         return None
-    module = way.module
-    assert module is not None
-    return way.state.trace(way.entry, module, lambda: request.pick(TRACE_SAMPLES))
+    assert way.module is not None
+    return way.state.trace(way.entry, way.module, lambda: request.pick(TRACE_SAMPLES))
 
 
 def output_shape(request: Request, way: Route) -> Shape:
@@ -175,9 +175,10 @@ def _profile(request: Request, way: Route) -> ModelProfile:
     return profile
 
 
-def _say_why_eager(way: Route, reason: EagerReason) -> None:
+def _say_why_eager(way: Route) -> None:
+    assert way.eager_reason is not None
     name = "This call" if way.module is None else type(way.module).__name__
-    way.warn(f"{name} runs on autograd: {reason.text}.")
+    way.warn(f"{name} runs on autograd: {way.eager_reason.text}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -190,8 +191,8 @@ def solve(request: Request, way: Route, *, strict: bool = False) -> Results:
         with eager.outside_modes():
             return allocate(request, output_shape(request, way))
     if way.engine == "autograd" or way.eager_reason is not None:
-        if way.engine != "autograd" and way.eager_reason is not None:
-            _say_why_eager(way, way.eager_reason)
+        if way.engine != "autograd":
+            _say_why_eager(way)
         return _on_autograd(request, way, strict=strict)
     start, results = 0, None
     if way.verdict is None and way.engine == "auto":
@@ -252,6 +253,3 @@ def _restored(way: Route, profile: ModelProfile) -> Iterator[None]:
         return
     with way.state.live, eager.buffers_kept(way.module):
         yield
-
-
-__all__ = ["Route", "couples_batch", "one_call", "output_shape", "route", "shared_route", "solve", "verdict_now"]

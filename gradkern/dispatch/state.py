@@ -71,11 +71,6 @@ class ModelState:
             entry.profile = measured
         return entry.profile
 
-    def spend(self, entry: CacheEntry, seconds: float) -> None:
-        """Note time spent on autograd that a Program might have saved."""
-        with self.lock:
-            entry.seconds += seconds
-
     def trace(self, entry: CacheEntry, module: nn.Module, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
         """Trace and verify now, unless that has been done; warns once where autograd takes over."""
         with self.lock:

@@ -113,7 +113,6 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
 
 def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
     """Flat indices ``[S]`` or ``[N, S]`` of anything but None and TopK."""
-    axes = len(out)
     if isinstance(targets, tuple):
         return _ravel(torch.tensor([_index_tuple(targets, out)]), out)
     if isinstance(targets, range):
@@ -127,7 +126,7 @@ def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
     number = _as_int(targets)
     if number is None:
         raise BadType(f"targets: got {_brief(targets)}, expected {ACCEPTED}.")
-    if axes > 1:
+    if len(out) > 1:
         raise BadValue(_needs_tuples(targets, out))
     return _ravel(torch.tensor([[number]]), out)
 
@@ -142,8 +141,7 @@ def _from_list(targets: list[Any], samples: int, out: Shape) -> Tensor:
             raise BadValue("targets: got lists of different lengths, expected the same number for every sample.")
         if len(targets) != samples:
             raise BadValue(f"targets: got {len(targets)} lists, expected one for each of the {samples} samples.")
-        rows = [_from_list(list(t), samples, out) for t in targets]  # N × [S]
-        return torch.stack(rows)
+        return torch.stack([_from_list(list(t), samples, out) for t in targets])  # [N, S]
     numbers = [_as_int(t) for t in targets]
     if any(n is None for n in numbers):
         wrong = next(t for t, n in zip(targets, numbers, strict=True) if n is None)
@@ -210,10 +208,9 @@ def _index_tuple(target: tuple[Any, ...], out: Shape) -> list[int]:
 
 
 def _needs_tuples(targets: Any, out: Shape) -> str:
-    example = "(" + ", ".join("0" for _ in out) + ")"
     return (
         f"targets: got {_brief(targets)} for an output [N, {', '.join(map(str, out))}], expected a tuple of "
-        f"{len(out)} indices such as {example}, a list of such tuples, or a tensor [N, S, {len(out)}]."
+        f"{len(out)} indices such as {(0,) * len(out)}, a list of such tuples, or a tensor [N, S, {len(out)}]."
     )
 
 

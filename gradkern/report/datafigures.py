@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradkern.data import Curve
-from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED
+from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED, image_grid, outline
 
 SMALLEST_IMAGE = 5  # rows or columns: anything thinner is drawn as a line per row
 
@@ -20,15 +20,9 @@ def flat(values: np.ndarray) -> np.ndarray:
     values = np.squeeze(np.asarray(values, dtype=float))
     if values.ndim <= 1:
         return np.atleast_1d(values)
-    if values.ndim == 2 and min(values.shape) >= SMALLEST_IMAGE:
-        return values
     if values.ndim == 2:
-        return values.sum(0)
+        return values if min(values.shape) >= SMALLEST_IMAGE else values.sum(0)
     return flat(values.sum(0))
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def coverage(finished: set[int], chunks: int) -> Figure:
@@ -45,18 +39,7 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
     """Scores ``[C, *in]`` per output: lines with their intervals, or images."""
     drawn = [flat(v) for v in values]
     if drawn[0].ndim == 2:
-        columns = min(5, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(1.9 * columns + 0.7, 2.0 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False)
-        top = max(float(np.nanmax(d)) for d in drawn) or 1.0
-        for axes in panels.flat:
-            axes.set_axis_off()
-        for axes, image, name in zip(panels.flat, drawn, names, strict=False):
-            shade = axes.imshow(image, cmap=MAGNITUDE, vmin=0.0, vmax=top)
-            axes.set_title(name, fontsize=10)
-        figure.colorbar(shade, ax=panels, label="score", fraction=0.03, pad=0.01)
-        return figure
+        return image_grid(drawn, names, "score")[0]
     figure = Figure(figsize=(9, 1.5 * len(names) + 0.4), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for c, (axes, name) in enumerate(zip(panels, names, strict=True)):
@@ -65,7 +48,7 @@ def scores(values: np.ndarray, names: Sequence[str], low: np.ndarray | None, hig
             axes.fill_between(steps, flat(low[c]), flat(high[c]), color=ACCENT, alpha=0.3, linewidth=0, step="mid")
         axes.step(steps, drawn[c], where="mid", color=INK, linewidth=1.1)
         axes.set_title(name, fontsize=10, loc="left")
-        _plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     highest = [float(np.nanmax(d, initial=0.0)) for d in (*drawn, *([] if high is None else map(flat, high)))]
     panels[0].set_ylim(0, 1.05 * max(highest) or 1.0)
     panels[-1].set_xlabel("feature")
@@ -95,8 +78,8 @@ def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
     if values.ndim == 2:
         axes.imshow(values, **style)
         axes.set(xticks=[], yticks=[])
-        if sample is not None and np.ptp(sample) > 0:
-            axes.contour(sample, levels=[sample.min() + 0.5 * np.ptp(sample)], colors=INK, linewidths=0.9)
+        if sample is not None:
+            outline(axes, sample)
         return
     low, high = (0.0, 1.0) if sample is None else (float(sample.min()), float(sample.max()) or 1.0)
     margin = 0.05 * (high - low) or 1.0
@@ -106,7 +89,7 @@ def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
         axes.set_yticks([])
     else:
         axes.plot(sample, color=INK, linewidth=1.0)
-    _plain(axes)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def curves(curve: Curve) -> Figure:
@@ -122,7 +105,7 @@ def curves(curve: Curve) -> Figure:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("share of the features")
         axes.set_xlim(0, 1)
-        _plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel(curve.measure)
     left.legend(frameon=False)
     return figure

@@ -22,14 +22,9 @@ LOOKED_AT = 1 << 30  # bytes of maps that are read for the typical and atypical 
 
 
 def report(
-    results: Results | str | Path,
-    path: str | Path,
-    *,
-    model: nn.Module | None = None,
-    source: Source | None = None,
-    names: Sequence[str] | None = None,
-    title: str | None = None,
-) -> Path:
+    results: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
+    names: Sequence[str] | None = None, title: str | None = None,
+) -> Path:  # fmt: skip
     """Write the report of a run to one HTML file that loads nothing; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
@@ -53,7 +48,6 @@ class Extremes:
     """Per output, the most and the least typical sample predicted as it, with their cosine to the mean |map|."""
 
     output: int
-    count: int
     numbers: tuple[int, int]
     cosines: tuple[float, float]
     maps: np.ndarray  # [2, *in]
@@ -72,17 +66,14 @@ class View:
         self.samples_done = sum(n.facts["samples"] for n in self.nodes)
         self.seconds = sum(n.facts["seconds"] for n in self.nodes)
         self.stability = self._stability()
-        scores = self._scores()
-        self.scores, self.scored_by = scores
+        self.scores, self.scored_by = self._scores()
         count = 0 if self.scores is None else len(self.scores)
         if names is not None and count and len(names) != count:
             raise ValueError(f"names: got {len(names)}, expected one for each of {count} outputs.")
-        self.names = list(names) if names is not None else self._numbered(count)
-
-    def _numbered(self, count: int) -> list[str]:
-        targets = np.asarray(self.results.array("targets")[...])
-        shared = targets.ndim == 1 and len(targets) == count
-        return [f"output {targets[c] if shared else c}" for c in range(count)]
+        self.targets = np.asarray(results.array("targets")[...])
+        shared = self.targets.ndim == 1 and len(self.targets) == count
+        numbers = self.targets if shared else range(count)
+        self.names = list(names) if names is not None else [f"output {c}" for c in numbers]
 
     def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
@@ -149,7 +140,7 @@ class View:
             section.picture(figure, "How many samples are predicted as what.", vector=True)
 
     def _name(self, output: int) -> str:
-        targets = np.asarray(self.results.array("targets")[...])
+        targets = self.targets
         if targets.ndim == 1 and len(targets) == len(self.names) and output in targets:
             return self.names[int(np.flatnonzero(targets == output)[0])]
         return self.names[output] if output < len(self.names) and targets.ndim > 1 else f"output {output}"
@@ -158,34 +149,24 @@ class View:
         if self.scores is None:
             section.text("Neither reductions nor maps with common targets are stored, so there is nothing to show.")
             return
+        shown = list(range(min(len(self.scores), SHOWN_CLASSES)))
+        names, shape, stability = [self.names[c] for c in shown], self.scores.shape[1:], self.stability
         low = high = None
         words = f"Per output: {self.scored_by}."
-        if self.stability is not None:
-            low, high = self.stability.low, self.stability.high
-            words += f" The band is the {self.stability.level:.0%} bootstrap interval over groups of samples."
-        shown = self._shown()
-        figure = datafigures.scores(
-            self.scores[shown], [self.names[c] for c in shown], low if low is None else low[shown],
-            high if high is None else high[shown],
-        )  # fmt: skip
-        section.picture(figure, words)
-        shape = self.scores.shape[1:]
+        caption = f"The {TOP} most important features of each output, by position in the sample."
+        if stability is not None:
+            low, high = stability.low[shown], stability.high[shown]
+            words += f" The band is the {stability.level:.0%} bootstrap interval over groups of samples."
+            caption += " “Halves agree” is the rank correlation between two halves of the data: 1 is perfect."
+        section.picture(datafigures.scores(self.scores[shown], names, low, high), words)
         rows = []
-        for c in shown:
+        for c, name in zip(shown, names, strict=True):
             order = np.argsort(-np.nan_to_num(self.scores[c].ravel(), nan=-1.0), kind="stable")[:TOP]
             cells = [place(np.unravel_index(i, shape), shape) for i in order]
-            cells += [""] * (TOP - len(cells))
-            agreement = [] if self.stability is None else [f"{self.stability.agreement[c]:.2f}"]
-            rows.append([self.names[c], *agreement, *cells])
-        head = ["output", *([] if self.stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]
-        caption = f"The {TOP} most important features of each output, by position in the sample."
-        if self.stability is not None:
-            caption += " “Halves agree” is the rank correlation between two halves of the data: 1 is perfect."
+            agreement = [] if stability is None else [f"{stability.agreement[c]:.2f}"]
+            rows.append([name, *agreement, *cells, *[""] * (TOP - len(cells))])
+        head = ["output", *([] if stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]
         section.table(head, rows, caption)
-
-    def _shown(self) -> list[int]:
-        assert self.scores is not None
-        return list(range(min(len(self.scores), SHOWN_CLASSES)))
 
     def samples(self, section: Section) -> None:
         extremes = self._extremes()
@@ -213,12 +194,10 @@ class View:
 
     def _extremes(self) -> list[Extremes]:
         """Two passes over the maps: the mean |map| of each predicted output, then every sample's cosine with it."""
-        results = self.results
-        targets = np.asarray(results.array("targets")[...])
-        predictions = results.array("predictions")
-        if targets.ndim != 1 or predictions.ndim != 2:
+        results, predictions = self.results, self.results.array("predictions")
+        if self.targets.ndim != 1 or predictions.ndim != 2:
             return []
-        column = {int(t): s for s, t in enumerate(targets)}
+        column = {int(t): s for s, t in enumerate(self.targets)}
         means: dict[int, Any] = {}
         counts: dict[int, int] = {}
         pieces = []
@@ -248,7 +227,7 @@ class View:
         for c in sorted(wanted):
             low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])
             pair = np.stack([high[2], low[2]])
-            extremes.append(Extremes(c, counts[c], (high[1], low[1]), (high[0], low[0]), pair))
+            extremes.append(Extremes(c, (high[1], low[1]), (high[0], low[0]), pair))
         return extremes
 
     def curves(self, section: Section, curve: Curve) -> None:

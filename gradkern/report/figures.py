@@ -42,11 +42,7 @@ def bars(
 def signal_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
     """Per class, the importance of every time step behind the mean signal of that class.
 
-    Args:
-        x: signals ``[N, T]``.
-        importance: ``[C, T]``, not negative.
-        labels: the class of each signal ``[N]``.
-        names: ``C`` names.
+    ``x``: signals ``[N, T]``.  ``importance`` ``[C, T]``, not negative.  ``labels`` ``[N]``: the class of each signal.
     """
     x, importance, labels = np.asarray(x), np.asarray(importance), np.asarray(labels)
     figure = Figure(figsize=(9, 1.75 * len(names) + 0.4), layout="constrained")
@@ -70,29 +66,36 @@ def signal_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, na
 def image_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Figure:
     """Per class, the importance of every pixel, with the outline of the mean image of that class over it.
 
-    Args:
-        x: images ``[N, H, W]``.
-        importance: ``[C, H, W]``, not negative.
-        labels: the class of each image ``[N]``.
-        names: ``C`` names.
+    ``x``: images ``[N, H, W]``.  ``importance`` ``[C, H, W]``, not negative.  ``labels`` ``[N]``: the class of each.
     """
-    x, importance, labels = np.asarray(x), np.asarray(importance), np.asarray(labels)
+    x, labels = np.asarray(x), np.asarray(labels)
+    figure, panels = image_grid(np.asarray(importance), names, "importance")
+    for c, axes in enumerate(panels):
+        if (labels == c).any():
+            outline(axes, x[labels == c].mean(0))
+    return figure
+
+
+def image_grid(images: Sequence[np.ndarray] | np.ndarray, names: Sequence[str], unit: str) -> tuple[Figure, list[Axes]]:
+    """Magnitudes ``[C, H, W]`` of one scale, five in a row under their names; the figure and its panels."""
     columns = min(5, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(1.8 * columns + 0.6, 1.95 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    top = float(importance.max()) or 1.0
+    top = max(float(np.nanmax(image)) for image in images) or 1.0
     for axes in panels.flat:
         axes.set_axis_off()
-    for c, name in enumerate(names):
-        axes = panels.flat[c]
-        shade = axes.imshow(importance[c], cmap=MAGNITUDE, vmin=0.0, vmax=top)
-        mean = x[labels == c].mean(0) if (labels == c).any() else np.zeros(x.shape[1:])  # [H, W]
-        if np.ptp(mean) > 0:
-            axes.contour(mean, levels=[mean.min() + 0.5 * np.ptp(mean)], colors=INK, linewidths=1.0)
+    for axes, image, name in zip(panels.flat, images, names, strict=False):
+        shade = axes.imshow(image, cmap=MAGNITUDE, vmin=0.0, vmax=top)
         axes.set_title(name, fontsize=10)
-    figure.colorbar(shade, ax=panels, label="importance", fraction=0.03, pad=0.01)
-    return figure
+    figure.colorbar(shade, ax=panels, label=unit, fraction=0.03, pad=0.01)
+    return figure, list(panels.flat[: len(names)])
+
+
+def outline(axes: Axes, image: np.ndarray) -> None:
+    """The contour at half height of an image ``[H, W]`` that is not constant."""
+    if np.ptp(image) > 0:
+        axes.contour(image, levels=[image.min() + 0.5 * np.ptp(image)], colors=INK, linewidths=1.0)
 
 
 def signal_samples(
@@ -100,11 +103,7 @@ def signal_samples(
 ) -> Figure:
     """Single signals (rows) and the gradient of every class (columns) behind them; a row shares one scale.
 
-    Args:
-        x: signals ``[S, T]``.
-        gradients: ``[S, C, T]``.
-        labels, predicted: classes ``[S]``.
-        names: ``C`` names.
+    ``x``: signals ``[S, T]``.  ``gradients`` ``[S, C, T]``.  ``labels`` and ``predicted`` ``[S]``: classes.
     """
     x, gradients = np.asarray(x), np.asarray(gradients)
     figure = Figure(figsize=(3.1 * len(names), 1.55 * len(x) + 0.4), layout="constrained")
@@ -131,16 +130,10 @@ def image_samples(
 ) -> Figure:
     """Single images (rows): the image, then the gradient of every class; a row shares one scale.
 
-    Args:
-        x: images ``[S, H, W]``.
-        gradients: ``[S, C, H, W]``.
-        labels, predicted: classes ``[S]``.
-        names: ``C`` names.
+    ``x``: images ``[S, H, W]``.  ``gradients`` ``[S, C, H, W]``.  ``labels`` and ``predicted`` ``[S]``: classes.
     """
     x, gradients = np.asarray(x), np.asarray(gradients)
-    figure = Figure(
-        figsize=(0.98 * (len(names) + 1), 1.02 * len(x) + 0.3),
-    )
+    figure = Figure(figsize=(0.98 * (len(names) + 1), 1.02 * len(x) + 0.3))
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02))
     panels = figure.subplots(len(x), len(names) + 1, squeeze=False)
     for axes in panels.flat:

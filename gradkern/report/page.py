@@ -44,11 +44,9 @@ class Section:
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Section:
         """A table; cells are shown as ``str`` gives them."""
         body = [[str(cell) for cell in row] for row in rows]
-        ragged = [row for row in body if len(row) != len(head)]
-        if ragged:
-            raise ValueError(
-                f"a row has {len(ragged[0])} cells under {len(head)} headings: {ragged[0]}; give one per heading"
-            )
+        for row in body:
+            if len(row) != len(head):
+                raise ValueError(f"a row has {len(row)} cells under {len(head)} headings: {row}; give one per heading")
         self.blocks.append(Block("table", {"head": list(head), "body": body}, caption))
         return self
 
@@ -95,8 +93,6 @@ class Report:
 def data_uri(figure: Figure, kind: str) -> str:
     """The figure as an address that carries the picture itself; ``kind`` is ``png`` or ``svg``."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format=kind, dpi=150, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None
-    )
-    mime = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+    dated, mime = (None, "image/png") if kind == "png" else ({"Date": None}, "image/svg+xml")
+    figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=dated)
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

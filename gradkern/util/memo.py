@@ -28,15 +28,6 @@ class Memo(Generic[V]):
         self._values: OrderedDict[Hashable, V] = OrderedDict()
         _memos.add(self)
 
-    def get(self, key: Hashable) -> V | None:
-        """The value of ``key``, or None where there is none (any more)."""
-        with self._lock:
-            value = self._values.get(key, _ABSENT)
-            if value is _ABSENT:
-                return None
-            self._values.move_to_end(key)
-            return value
-
     def put(self, key: Hashable, value: V) -> None:
         """Keep ``value``, in place of what is there."""
         with self._lock:
@@ -58,10 +49,6 @@ class Memo(Generic[V]):
             self._trim()
         return value
 
-    def forget(self, key: Hashable) -> None:
-        with self._lock:
-            self._values.pop(key, None)
-
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
@@ -73,9 +60,6 @@ class Memo(Generic[V]):
 
     def __len__(self) -> int:
         return len(self._values)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._values
 
     def _trim(self) -> None:
         while len(self._values) > self.most:

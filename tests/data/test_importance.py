@@ -106,3 +106,16 @@ def test_rank_correlation_with_ties():
     assert _spearman(a, b) == pytest.approx(scipy.spearmanr(a, b).statistic)
     assert _average_ranks(np.array([2.0, 1, 2])).tolist() == [1.5, 0, 1.5]
     assert np.isnan(_spearman(np.ones(3), a[:3]))
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_float64_samples_and_maps_are_left_as_they_are(tmp_path, monkeypatch, kernel):
+    """Statistics are taken in float64, but never in the memory of the samples or of the maps to be stored."""
+    if not kernel:
+        monkeypatch.setattr("gradkern.runtime.ops.accumulate", lambda *given: False)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    x = torch.randn(40, 4, dtype=torch.float64)
+    before, jacobian = x.clone(), gradkern.jacobian(model, x)
+    results = run(model, x, tmp_path / "a.zarr", "jacobian", reductions=["mean_abs", "importance"], dtype="float64")
+    assert torch.equal(x, before)
+    np.testing.assert_allclose(results.array("attributions")[...], jacobian.numpy(), rtol=1e-12, atol=1e-12)

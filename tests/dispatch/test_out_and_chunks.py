@@ -104,7 +104,8 @@ def test_autograd_stays_within_its_budget():
     real = eager.fill
 
     def watching(request, known, start, stop, **kwargs):
-        with eager._saved_bytes(request.module) as meter:
+        meter = eager._SavedBytes(request.module)
+        with meter:
             results = real(request, known, start, stop, **kwargs)
         seen.append((stop - start, meter.bytes))
         return results

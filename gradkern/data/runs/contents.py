@@ -15,7 +15,7 @@ from ...util import options
 from ...util.options import BadValue
 from .. import statistics
 from ..sources import Source
-from ..store.layout import Array, map_names, reduction_key
+from ..store.layout import Array, dtype_name, map_names, reduction_key
 from ..store.results import FORMAT
 from . import fingerprint, forecast
 from .probe import Probe
@@ -74,7 +74,7 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
             made.append(_reduction(reduction, reduction_key(reduction, inputs, i), (probe.classes, *shape), axes))
     out = tuple(about["output"])
     axes = tuple(f"output_axis{k}" for k in range(len(out)))
-    made.append(Array("predictions", (n, *out), _dtype_name(outcome.outputs), ("sample", *axes), chunk))
+    made.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
     if outcome.rows is not None:
         made.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
     else:
@@ -82,7 +82,7 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
         indices = torch.arange(seeds) if indices is None else indices
         made.append(Array("targets", (seeds,), "int64", ("target",), content=indices.numpy()))
     if outcome.deltas is not None:
-        made.append(Array("deltas", (n, seeds), _dtype_name(outcome.deltas), ("sample", "target"), chunk))
+        made.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
     starts = np.arange(0, n, chunk)
     spans = np.stack([starts, np.minimum(starts + chunk, n)], axis=1)  # [K, 2]
     made.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
@@ -91,12 +91,7 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
 
 def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
     """The array ``[C, *in]`` of a reduction's result, with one axis more for ranks."""
-    dimensions, attributes = ("class", *axes), {"about": statistics.REDUCTIONS[reduction].about}
+    dimensions, dtype, attributes = ("class", *axes), "float64", {"about": statistics.REDUCTIONS[reduction].about}
     if reduction == "ranks":
-        ranked = (*shape, statistics.RANK_BINS)
-        return Array(key, ranked, "int64", (*dimensions, "rank"), 1, attributes=attributes)
-    return Array(key, shape, "float64", dimensions, 1, attributes=attributes)
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+        shape, dimensions, dtype = (*shape, statistics.RANK_BINS), (*dimensions, "rank"), "int64"
+    return Array(key, shape, dtype, dimensions, 1, attributes=attributes)

@@ -18,6 +18,7 @@ from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
 from ..sources import Source
+from ..store.layout import dtype_name
 from .settings import Settings
 
 LOOKED_AT = 32  # samples of a source whose content is hashed
@@ -47,17 +48,16 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 def of_source(source: Source) -> dict[str, Any]:
     """Length, shapes and dtypes, and a hash of some samples spread over the whole."""
-    numbers = sorted({int(i) for i in np.linspace(0, source.samples - 1, min(LOOKED_AT, source.samples))})
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
-    for i in numbers:
+    for i in sorted({int(i) for i in np.linspace(0, source.samples - 1, min(LOOKED_AT, source.samples))}):
         rows = source.read(i, i + 1)
         for k, x in enumerate(rows):
             _add_tensor(digest, f"{i} {k}", x)
     return {
         "samples": source.samples,
         "shapes": [list(x.shape[1:]) for x in rows],
-        "dtypes": [_name(x.dtype) for x in rows],
+        "dtypes": [dtype_name(x.dtype) for x in rows],
         "content": digest.hexdigest()[:32],
     }
 
@@ -72,19 +72,13 @@ def of_targets(targets: Any) -> Any:
         array = np.asarray(targets)
         if array.size <= 64:
             return array.tolist()
-        return {
-            "shape": list(array.shape),
-            "content": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:32],
-        }
+        content = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:32]
+        return {"shape": list(array.shape), "content": content}
     return json.loads(json.dumps(targets, default=int))
 
 
-def of_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's arguments as plain data; tensors by their content."""
-    return {name: _plain(value) for name, value in sorted(arguments.items())}
-
-
 def _plain(value: Any) -> Any:
+    """A method's argument as plain data; tensors by their content."""
     if isinstance(value, (Tensor, np.ndarray)):
         return of_targets(value)
     if isinstance(value, (tuple, list)):
@@ -96,21 +90,16 @@ def _plain(value: Any) -> Any:
 
 def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
     """Everything that must agree for one run to continue another."""
+    stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
         "model": of_model(model, program),
         "method": {
             "method": settings.method,
             "targets": of_targets(settings.targets),
-            "arguments": of_arguments(settings.arguments),
+            "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
         },
         "source": of_source(source),
-        "stored": {
-            "maps": settings.maps,
-            "reductions": list(settings.reductions),
-            "top_features": settings.top_features,
-            "dtype": settings.dtype,
-            "compression": settings.compression,
-        },
+        "stored": {name: getattr(settings, name) for name in stored},
     }
 
 
@@ -130,10 +119,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 WORDS = {
@@ -167,9 +152,7 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
                 differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")
     if differences:
         raise Mismatch(
-            f"{place} holds another run, and nothing was changed. "
-            + "; ".join(differences)
-            + ". Continue with what the "
+            f"{place} holds another run, and nothing was changed. {'; '.join(differences)}. Continue with what the "
             "store was made with, or choose another place (gradkern never deletes results)."
         )
 

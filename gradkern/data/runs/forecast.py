@@ -54,11 +54,9 @@ def chunk_size(samples: int, stored: int, read: int) -> int:
 
 def batch_size(chunk: int, maps: int, keeps: bool, budget: int) -> int:
     """Samples per call of the engine.  ``maps``: bytes of a sample's maps; ``keeps``: they are stored."""
-    if keeps:
-        return max(1, min(chunk, _power(budget // max(maps, 1))))
-    return max(
-        1, min(chunk, max(SMALLEST_CACHED, _power(CACHED_BYTES // max(maps, 1))), _power(budget // max(maps, 1)))
-    )
+    fits = _power(budget // max(maps, 1))
+    cached = fits if keeps else max(SMALLEST_CACHED, _power(CACHED_BYTES // max(maps, 1)))
+    return max(1, min(chunk, cached, fits))
 
 
 def _power(n: int) -> int:

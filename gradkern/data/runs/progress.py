@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 
-class Progress:
-    """``shown``: True, False, or None for in a terminal only.  Without tqdm there is none."""
+@contextmanager
+def progress_bar(about: str, total: int, done: int, shown: bool | None) -> Iterator[Callable[[int], object]]:
+    """Yields what to call with the number of samples that have come; nothing is drawn without tqdm.
 
-    def __init__(self, about: str, total: int, done: int, shown: bool | None) -> None:
-        self.bar: Any = None
-        if shown or (shown is None and sys.stderr.isatty()):
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            print(about, file=sys.stderr)
-            self.bar = tqdm(total=total, initial=done, unit="sample", unit_scale=True, file=sys.stderr, smoothing=0.1)
+    ``shown``: True, False, or None for in a terminal only.
+    """
+    if not (sys.stderr.isatty() if shown is None else shown) or find_spec("tqdm") is None:
+        yield lambda samples: None
+        return
+    from tqdm import tqdm
 
-    def add(self, samples: int) -> None:
-        if self.bar is not None:
-            self.bar.update(samples)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    print(about, file=sys.stderr)
+    with tqdm(total=total, initial=done, unit="sample", unit_scale=True, file=sys.stderr, smoothing=0.1) as bar:
+        yield bar.update

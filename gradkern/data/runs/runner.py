@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..store.results import Results
-from .progress import Progress
+from .progress import progress_bar
 from .settings import Options, Settings, settings_of
 from .shards import Shard, owned
 from .task import Computed, Task
@@ -37,20 +37,11 @@ class DiskFull(OSError):
 
 
 def run(
-    model: nn.Module,
-    source: Any,
-    out: str | Path,
-    method: str | None = None,
-    targets: Any = None,
-    *,
-    settings: Settings | None = None,
-    columns: Any = None,
-    input_dtype: torch.dtype | None = None,
-    shard: Shard = (0, 1),
-    progress: bool | None = None,
-    made_by: Mapping[str, Any] | None = None,
+    model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
+    settings: Settings | None = None, columns: Any = None, input_dtype: torch.dtype | None = None,
+    shard: Shard = (0, 1), progress: bool | None = None, made_by: Mapping[str, Any] | None = None,
     **options: Unpack[Options],
-) -> Results:
+) -> Results:  # fmt: skip
     """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
 
     A call with a store that is there continues it: finished chunks are kept, at most the chunks in flight are
@@ -124,8 +115,8 @@ def work(task: Task, mine: range, progress: bool | None = None) -> int:
     total = finished + plan.samples
     begin = time.perf_counter()
     try:
-        with Progress(str(plan), total, finished, progress) as bar, task.ready():
-            _fill(task, todo, bar)
+        with progress_bar(str(plan), total, finished, progress) as advance, task.ready():
+            _fill(task, todo, advance)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -139,7 +130,7 @@ def work(task: Task, mine: range, progress: bool | None = None) -> int:
     return len(todo)
 
 
-def _fill(task: Task, todo: Sequence[int], bar: Progress) -> None:
+def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> None:
     """Read ahead, compute, and write.  An error anywhere stops all; what is being written then is still finished."""
     results, lock = task.results, threading.Lock()
     stream = task.source.stream([results.span(c) for c in todo])
@@ -152,7 +143,7 @@ def _fill(task: Task, todo: Sequence[int], bar: Progress) -> None:
         computed.release()
         with lock:
             results.ledger.add(computed.chunk, computed.record)
-            bar.add(computed.record.facts["samples"])
+            advance(computed.record.facts["samples"])
 
     reader = ThreadPoolExecutor(1, "gradkern-read")
     writers = ThreadPoolExecutor(WRITERS, "gradkern-write")

@@ -34,8 +34,7 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     for other in others:
         same_keys = fingerprint.keys_version(other.about) == fingerprint.keys_version(results.about)
         fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
-        grid = ("chunk", "batch")
-        if any(other.about["pinned"][k] != results.about["pinned"][k] for k in grid):
+        if any(other.about["pinned"][k] != results.about["pinned"][k] for k in ("chunk", "batch")):
             raise fingerprint.Mismatch(
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )

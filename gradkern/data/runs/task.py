@@ -6,8 +6,8 @@ import logging
 import math
 import mmap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...util import options
 from ...util.options import BadType
 from .. import methods, statistics
 from ..sources import Source, open_source
-from ..store.layout import map_names
+from ..store.layout import dtype_name, map_names
 from ..store.ledger import Record
 from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint, forecast
@@ -100,9 +100,11 @@ class Task:
         with self.ready():
             computed = self.compute(chunk, self.transfer.upload(self.source.read(start, stop)))
         rows = computed.rows()
-        before, now = self.results.maps(start, stop, "predictions").double(), rows["predictions"].double()
-        tolerance = TOLERANCE[str(rows["predictions"].dtype).removeprefix("torch.")]
-        if not torch.allclose(before, now, rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True):
+        before, now = self.results.maps(start, stop, "predictions").double(), rows["predictions"]
+        tolerance = TOLERANCE[dtype_name(now.dtype)]
+        if not torch.allclose(
+            before, now.double(), rtol=tolerance, atol=tolerance * float(before.abs().max()), equal_nan=True
+        ):
             raise fingerprint.Mismatch(
                 f"{self.results.place} holds another run, and nothing was changed: the model now predicts something "
                 f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
@@ -122,23 +124,15 @@ class Task:
         samples = sum(b - a for a, b in map(self.results.span, chunks))
         probe, keeps = self.probe, self.settings.maps
         queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
-        return forecast.Forecast(
-            samples=samples,
-            chunks=len(chunks),
-            chunk=self.results.chunk,
-            batch=self.batch,
-            write_bytes=probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps,
-            memory_bytes=forecast.QUEUED * self.results.chunk * queued + options.memory_budget(),
-            rate=probe.rate,
-        )
+        written = probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps
+        memory = forecast.QUEUED * self.results.chunk * queued + options.memory_budget()
+        return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
 
     # ---- computing
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
+    def ready(self) -> AbstractContextManager[None]:
         """Threads and memory budget as the store pins them, for the thread that computes."""
-        with pinning(self.pinned, self.settings):
-            yield
+        return pinning(self.pinned, self.settings)
 
     def compute(self, chunk: int, upload: Ready) -> Computed:
         """One chunk, from inputs on the device to what is to be written."""
@@ -153,17 +147,14 @@ class Task:
                 if not forecast.out_of_memory(error) or self.batch == 1:
                     raise
                 self._back_off()  # and do the chunk afresh: what it has summed up so far is not complete
-        facts = {
-            "samples": inputs[0].shape[0],
-            "seconds": time.perf_counter() - begin,
-            "batches": [self.batch],
-            "notes": list(self.notes),
-        }
+        facts = {"samples": inputs[0].shape[0], "seconds": time.perf_counter() - begin, "batches": [self.batch]}
         sums = {k: v for name, r in reducers.items() for k, v in r.result(name).items()}
         names = list(kept)
         joined = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in kept.values()]
         download = self.transfer.download(joined)
-        computed = Computed(chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts))
+        computed = Computed(
+            chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts | {"notes": list(self.notes)})
+        )
         pool = self.pool
         return computed if memory is None or pool is None else replace(computed, release=lambda: pool.give(memory))
 
@@ -193,12 +184,10 @@ class Task:
     def _accumulators(self) -> dict[str, statistics.Accumulator]:
         if not self.settings.reductions:
             return {}
-        return {
-            name: statistics.Accumulator(
-                self.settings.reductions, self.probe.classes, tuple(self.probe.inputs[i].shape[1:])
-            )
-            for i, name in zip(self.probe.floating, map_names(len(self.probe.floating)), strict=True)
-        }
+        shapes = [tuple(self.probe.inputs[i].shape[1:]) for i in self.probe.floating]
+        wanted, classes = self.settings.reductions, self.probe.classes
+        made = [statistics.Accumulator(wanted, classes, shape) for shape in shapes]
+        return dict(zip(map_names(len(made)), made, strict=True))
 
     def _batch(
         self, inputs: tuple[Tensor, ...], first: int, reducers: Mapping[str, statistics.Accumulator],
@@ -208,22 +197,20 @@ class Task:
         targets = self.settings.targets
         if self.probe.outcome.rows is not None and isinstance(targets, (Tensor, np.ndarray, list)):
             targets = torch.as_tensor(targets)[first : first + inputs[0].shape[0]]
-        engine = self.pinned["engine"]
-        batch = methods.Batch(self.model, inputs, targets, engine, self.settings.arguments, first, out)
-        outcome = self.method(batch)
+        arguments = self.settings.arguments
+        outcome = self.method(methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out))
         rows = {"predictions": outcome.outputs}
         if outcome.rows is not None:
             rows["targets"] = outcome.rows
         if outcome.deltas is not None:
             rows["deltas"] = outcome.deltas
-        names = map_names(len(self.probe.floating))
-        if self.settings.maps:
-            rows |= dict(zip(names, outcome.maps, strict=True))
-        if self.settings.top_features:
-            for name, maps in zip(names, outcome.maps, strict=True):
-                top = maps.abs().flatten(2).topk(self.settings.top_features, dim=2).indices
+        floating = self.probe.floating
+        for i, name, maps in zip(floating, map_names(len(floating)), outcome.maps, strict=True):
+            if self.settings.maps:
+                rows[name] = maps
+            if k := self.settings.top_features:
+                top = maps.abs().flatten(2).topk(k, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
-        for i, name, maps in zip(self.probe.floating, names, outcome.maps, strict=True):
             if name in reducers:
                 where = None if outcome.rows is None else outcome.rows.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)

@@ -15,8 +15,7 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.up = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.down = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
 
     def upload(self, inputs: Sequence[Tensor]) -> Ready:
         """Start moving inputs to the device; the result, called by the computing thread, gives them there."""

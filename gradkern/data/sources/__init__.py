@@ -1,21 +1,6 @@
 """Where samples come from.  One class per kind of source, entered into a registry; `open_source` asks each in turn."""
 
-from .arrays import Arrays, Hdf5, Zarr
-from .datasets import Samples, Table
-from .parquet import Parquet
-from .registry import Source, Span, can_be_pickled, known, open_source, register
+from . import arrays, datasets, parquet  # each enters its classes into the registry
+from .registry import Source, can_be_pickled, open_source, register
 
-__all__ = [
-    "Arrays",
-    "Hdf5",
-    "Parquet",
-    "Samples",
-    "Source",
-    "Span",
-    "Table",
-    "Zarr",
-    "can_be_pickled",
-    "known",
-    "open_source",
-    "register",
-]
+__all__ = ["Source", "arrays", "can_be_pickled", "datasets", "open_source", "parquet", "register"]

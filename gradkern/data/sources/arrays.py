@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,29 +70,19 @@ class Arrays(Source):
 
     # ---- to other processes: as the place to open an array again, where it has one, not as its content
 
-    def opener(self, array: Any) -> Opener | None:
+    def opener(self, array: Any) -> partial[Any] | None:
         """How to open ``array`` again in another process; None: its content travels."""
         if not (isinstance(array, np.memmap) and array.filename is not None and array.flags.c_contiguous):
             return None
         offset = array.offset + array.__array_interface__["data"][0] - _start_of_map(array)
-        return Opener(np.memmap, str(array.filename), array.dtype, "r", offset, array.shape)
+        return partial(np.memmap, str(array.filename), array.dtype, "r", offset, array.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"arrays": [self.opener(a) or a for a in self.arrays]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.arrays = [a() if isinstance(a, Opener) else a for a in self.arrays]
-
-
-class Opener:
-    """A function and its arguments: how to open an array again."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.function, self.arguments = function, arguments
-
-    def __call__(self) -> Any:
-        return self.function(*self.arguments)
+        self.arrays = [a() if isinstance(a, partial) else a for a in self.arrays]
 
 
 def _start_of_map(array: np.memmap) -> int:
@@ -142,8 +133,8 @@ class Hdf5(Arrays):
 
         return h5py.File(path, "r")
 
-    def opener(self, array: Any) -> Opener | None:
-        return Opener(_open_hdf5, str(array.file.filename), array.name)
+    def opener(self, array: Any) -> partial[Any]:
+        return partial(_open_hdf5, str(array.file.filename), array.name)
 
 
 def _open_hdf5(path: str, name: str) -> Any:

@@ -115,10 +115,13 @@ def register(kind: Kind) -> Kind:
 
 def known() -> str:
     """What `open_source` takes, in words."""
-    suffixes = sorted(s for kind in KINDS for s in kind.suffixes)
     *kinds, fallback = KINDS
     objects = [kind.about for kind in (*reversed(kinds), fallback) if kind.about]
-    return f"{', '.join(objects)}, or a path that ends in {', '.join(suffixes)}"
+    return f"{', '.join(objects)}, or a path that ends in {', '.join(sorted(_suffixes()))}"
+
+
+def _suffixes() -> list[str]:
+    return [suffix for kind in KINDS for suffix in kind.suffixes]
 
 
 def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
@@ -141,8 +144,7 @@ def _open_path(text: str, columns: Any) -> Source:
     path, name = _split(text)
     kind = next((k for k in KINDS if k.accepts_path(path)), None)
     if kind is None:
-        suffixes = sorted(s for k in KINDS for s in k.suffixes)
-        raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(suffixes)}.")
+        raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(sorted(_suffixes()))}.")
     if "://" not in path and "*" not in path and not Path(path).exists():
         raise BadValue(f"source: there is no {path!r}.")
     return kind.at(path, name, columns)
@@ -151,7 +153,7 @@ def _open_path(text: str, columns: Any) -> Source:
 def _split(text: str) -> tuple[str, str | None]:
     """``"data.h5:train/x"`` → ``("data.h5", "train/x")``; a path that exists is taken as it is."""
     if not Path(text).exists():
-        for suffix in (s for kind in KINDS for s in kind.suffixes):
+        for suffix in _suffixes():
             path, colon, name = text.partition(suffix + ":")
             if colon:
                 return path + suffix, name

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, ZstdCodec
@@ -19,7 +20,7 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from ...util.options import BadValue
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
-BFLOAT16_NAN = 0x7FC0
+FILL_VALUES = {"bfloat16": 0x7FC0, "int64": -1}  # the bits of a NaN; no index.  Others: NaN, or 0 where there is none
 ENCODING: Any = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
 
 
@@ -52,6 +53,11 @@ def chunk_key(name: str, chunk: int, axes: int) -> str:
     return f"{name}/c." + ".".join([str(chunk), *["0"] * (axes - 1)])
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` and the like, as attributes and messages have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def codecs(compression: str) -> Any:
     """``none``, ``zstd`` or ``blosc``, each with an optional level: ``zstd:3``."""
     name, _, level = compression.partition(":")
@@ -74,7 +80,7 @@ def fill(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compre
             chunks=(a.chunk or max(a.shape[0], 1), *(max(s, 1) for s in a.shape[1:])) if a.shape else (),
             dtype=STORED_AS.get(a.dtype, a.dtype),
             compressors=codecs(compression) if a.compressed else None,
-            fill_value=_fill_value(a.dtype),
+            fill_value=FILL_VALUES.get(a.dtype, float("nan") if a.dtype.startswith("float") else 0),
             dimension_names=list(a.dimensions),
             chunk_key_encoding=ENCODING,
             attributes={**({"dtype": "bfloat16"} if a.dtype == "bfloat16" else {}), **a.attributes},
@@ -89,9 +95,3 @@ def consolidate(store: Store) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is not in the specification of zarr v3 yet; readers know it
         zarr.consolidate_metadata(store)
-
-
-def _fill_value(dtype: str) -> float:
-    if dtype == "bfloat16":
-        return BFLOAT16_NAN
-    return float("nan") if dtype.startswith("float") else -1 if dtype == "int64" else 0

@@ -40,13 +40,9 @@ class Record:
     def __add__(self, right: Record) -> Record:
         """The record of this range and the one right of it."""
         a, b = self.facts, right.facts
-        facts = {
-            "samples": a["samples"] + b["samples"],
-            "seconds": a["seconds"] + b["seconds"],
-            "batches": sorted({*a["batches"], *b["batches"]}),
-            "notes": sorted({*a["notes"], *b["notes"]}),
-        }
-        return Record(merge(self.sums, right.sums), facts)
+        sums = {key: a[key] + b[key] for key in ("samples", "seconds")}
+        unions = {key: sorted({*a[key], *b[key]}) for key in ("batches", "notes")}
+        return Record(merge(self.sums, right.sums), sums | unions)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
@@ -66,12 +62,11 @@ class Ledger:
     """The records of a store.  One process adds the chunks that are its own; others may do so beside it."""
 
     def __init__(self, store: Store, chunks: int) -> None:
-        self.store = store
-        self.chunks = chunks
+        self.store, self.chunks = store, chunks
         self.mine: dict[Node, Record] = {}
 
     def key(self, node: Node) -> str:
-        return f"{FOLDER}/{name_of(node)}"
+        return f"{FOLDER}/{node[0]:02d}.{node[1]:08d}.npz"
 
     def nodes(self) -> set[Node]:
         """Every record that is there, without those below another."""
@@ -178,10 +173,6 @@ class Ledger:
                     first = records.pop(left)
                     records[(level + 1, number // 2)] = first + records.pop(right) if right in records else first
             level += 1
-
-
-def name_of(node: Node) -> str:
-    return f"{node[0]:02d}.{node[1]:08d}.npz"
 
 
 def node_of(name: str) -> Node | None:

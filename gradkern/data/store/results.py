@@ -43,9 +43,7 @@ class Results:
     """A store, open.  ``about`` are its attributes: fingerprint, what is pinned, versions."""
 
     def __init__(self, place: str, store: Store, group: zarr.Group) -> None:
-        self.place = place
-        self.store = store
-        self.group = group
+        self.place, self.store, self.group = place, store, group
         about = group.attrs["gradkern"]
         assert isinstance(about, Mapping)
         self.about: dict[str, Any] = dict(about)
@@ -145,12 +143,6 @@ class Results:
             and not array.filters
         )
 
-    def note(self, **facts: Any) -> None:
-        """Change the store's attributes."""
-        self.about |= facts
-        self.group.attrs.update({"gradkern": self.about})
-        layout.consolidate(self.store)
-
     def complete(self) -> bool:
         """Write the reductions and mark the store complete; False where chunks are missing.  Several may call it."""
         if self.about.get("finished"):
@@ -164,7 +156,9 @@ class Results:
                 self.array(layout.reduction_key(reduction, names, i))[...] = value
         notes = total.facts["notes"]
         tolerance = {"tolerance": TOLERANCE[self.about["arrays"]["dtype"]]} if notes else {}
-        self.note(finished=True, exact=not notes, notes=notes, **tolerance)
+        self.about |= {"finished": True, "exact": not notes, "notes": notes, **tolerance}
+        self.group.attrs.update({"gradkern": self.about})
+        layout.consolidate(self.store)
         return True
 
     # ---- reading
