@@ -184,13 +184,7 @@ def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor:
 
 
 def path_sum(
-    points: Points,
-    baselines: Sequence[Any],
-    seeds: Seeds,
-    weights: Tensor,
-    alphas: Tensor,
-    *,
-    strict: bool = False,
+    points: Points, baselines: Sequence[Any], seeds: Seeds, weights: Tensor, alphas: Tensor, *, strict: bool = False
 ) -> tuple[Tensor, ...]:
     """``Σ_k w_k ∂y_s/∂x (baseline + α_k (input - baseline))``: one ``[N, S, *in]`` per input.
 

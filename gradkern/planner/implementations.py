@@ -75,11 +75,7 @@ IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
 
 
 def choose(
-    program: Program,
-    i: int,
-    dtype: torch.dtype,
-    machine: Machine | None,
-    settled: Mapping[Implementation, str | None],
+    program: Program, i: int, dtype: torch.dtype, machine: Machine | None, settled: Mapping[Implementation, str | None]
 ) -> tuple[Implementation, tuple[str, ...]]:
     """The first implementation that takes step ``i``, and the reasons of those before it.
 

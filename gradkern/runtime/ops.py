@@ -81,12 +81,7 @@ def isa_is_chosen() -> bool:
 
 
 def chain_forward(
-    inputs: Sequence[Tensor],
-    packed: Tensor,
-    tables: Tensor,
-    forward: Tensor,
-    sizes: Sizes,
-    outputs: Sequence[int],
+    inputs: Sequence[Tensor], packed: Tensor, tables: Tensor, forward: Tensor, sizes: Sizes, outputs: Sequence[int]
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
     return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.numbers, list(outputs))
