@@ -133,11 +133,6 @@ def blocks(samples: int, steps: int, point_bytes: int) -> Iterator[tuple[int, in
             yield a, b, first, min(first + count, steps)
 
 
-def part(seeds: Seeds, a: int, b: int) -> Tensor | None:
-    """Flat indices of the samples ``a:b``: None, ``[S]`` or ``[b - a, S]``."""
-    return seeds.rows(a, b)
-
-
 def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
     """``additional_forward_args`` where all of them are tensors with a row per sample, else None."""
     more = format_additional_forward_args(extra) or ()
@@ -194,7 +189,7 @@ def path_sum(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
     )
     points.ahead = len(alphas) * points.samples
-    index = part(seeds, 0, points.samples)
+    index = seeds.rows(0, points.samples)
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
