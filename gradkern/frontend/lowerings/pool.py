@@ -35,16 +35,8 @@ def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
 # Maximum
 
 
-@lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default")
-def max_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return max_pool(b, a, 1)
-
-
-@lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
-def max_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return max_pool(b, a, 2)
-
-
+@lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default", dims=1)
+@lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", dims=2)
 def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -65,16 +57,8 @@ def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
 # Averages
 
 
-@lowers("aten.avg_pool1d.default")
-def avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return avg_pool(b, a, 1)
-
-
-@lowers("aten.avg_pool2d.default")
-def avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return avg_pool(b, a, 2)
-
-
+@lowers("aten.avg_pool1d.default", dims=1)
+@lowers("aten.avg_pool2d.default", dims=2)
 def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
     x = need_value(a.self)
@@ -107,16 +91,8 @@ def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool
     return tuple(rows)
 
 
-@lowers("aten.adaptive_avg_pool1d.default")
-def adaptive_avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return adaptive(b, a, 1)
-
-
-@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
-def adaptive_avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return adaptive(b, a, 2)
-
-
+@lowers("aten.adaptive_avg_pool1d.default", dims=1)
+@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default", dims=2)
 def adaptive(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -137,16 +113,8 @@ def adaptive_rows(n: int, m: int) -> Rows:
 # Means and sums over axes
 
 
-@lowers("aten.mean.dim")
-def mean(b: Builder, a: SimpleNamespace) -> Value:
-    return reduced(b, a, average=True)
-
-
-@lowers("aten.sum.dim_IntList")
-def total(b: Builder, a: SimpleNamespace) -> Value:
-    return reduced(b, a, average=False)
-
-
+@lowers("aten.mean.dim", average=True)
+@lowers("aten.sum.dim_IntList", average=False)
 def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
     """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
     x = need_value(a.self)
