@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ir import graph, indexing
-from ..ir.calls import calls_in, evaluate, operator_of, params_in
-from ..ir.functions import FUNCTIONS, RECTIFYING, Function
+from ..ir.calls import calls_in, evaluate, params_in
+from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.program import (
     Call,
     Channels,
@@ -43,11 +43,6 @@ from ..ir.program import (
 from ..ir.recurrent import recognise
 from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
-
-__all__ = [
-    "FUNCTIONS", "Function", "evaluate", "forward", "forward_step", "jacobian", "one_hot", "operator_of", "vjp",
-    "vjp_step",
-]  # fmt: skip
 
 Params = Mapping[str, Tensor]
 
@@ -125,24 +120,14 @@ def _padded(w: Windows, x: Tensor) -> tuple[Shape, Tensor]:
     return (0,) * len(w.padding), F.pad(x, flat)
 
 
-def _positions(positions: Positions, x: Tensor, spatial: Sequence[int]) -> Tensor:
-    """``x [*, *spatial]`` through one small matrix per axis."""
+def _positions(positions: Positions, x: Tensor, spatial: Sequence[int], *, back: bool = False) -> Tensor:
+    """``x [*, *spatial]`` through one small matrix per axis; with ``back`` the transpose, ``[*, *outputs]`` to that."""
     lead = x.dim() - len(spatial)
     for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
         matrix = _matrix(rows, int(n), x.dtype, x.device)  # [out, in], None for the identity
         if matrix is not None:
-            x = torch.movedim(torch.movedim(x, lead + a, -1) @ matrix.T, -1, lead + a)
+            x = torch.movedim(torch.movedim(x, lead + a, -1) @ (matrix if back else matrix.T), -1, lead + a)
     return x
-
-
-def _positions_back(positions: Positions, g: Tensor, spatial: Sequence[int]) -> Tensor:
-    """The transpose of `_positions`: ``g [*, *outputs] -> [*, *spatial]``."""
-    lead = g.dim() - len(spatial)
-    for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
-        matrix = _matrix(rows, int(n), g.dtype, g.device)
-        if matrix is not None:
-            g = torch.movedim(torch.movedim(g, lead + a, -1) @ matrix, -1, lead + a)
-    return g
 
 
 @lru_cache(maxsize=128)
@@ -227,7 +212,7 @@ def _contract_back(form: Contract, x: Tensor, g: Tensor, params: Params) -> Tens
         assert weight is not None
         return g @ weight  # [N, S, *, O] @ [O, I]
     if isinstance(form.map, Positions):
-        return _positions_back(form.map, g, x.shape[2:])
+        return _positions(form.map, g, x.shape[2:], back=True)
     if isinstance(form.map, Channels):
         return g if weight is None else g * weight.reshape(_per_channel(form.map, x)).to(g.dtype)
     assert weight is not None
