@@ -151,8 +151,7 @@ class _Average:
             self.deltas.append(delta)
 
     def smoothed(self, tunnel: NoiseTunnel, nt_type: str, samples: int) -> Many:
-        mean = tuple(s * 1 / samples for s in self.sums)
-        mean_sq = tuple(s * 1 / samples for s in self.squares)
+        mean, mean_sq = (tuple(s * 1 / samples for s in sums) for sums in (self.sums, self.squares))
         smoothed: Many = tunnel._compute_smoothing(mean, mean_sq, nt_type)
         return smoothed
 
@@ -202,15 +201,11 @@ class _AllOutputs:
         """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
         method = self.tunnel.attribution_method
         index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
-        for first, last, step, stop in _row_blocks(
-            b - a, count, block_rows(gradient_bytes(self.rows, self.seeds.count))
-        ):
+        room = block_rows(gradient_bytes(self.rows, self.seeds.count))
+        for first, last, step, stop in _row_blocks(b - a, count, room):
             take = slice(first * count + step, (last - 1) * count + stop)
-            rows = tuple(x[take].detach() for x in noisy)
-            copies = stop - step
-            these = index
-            if index is not None and index.dim() == 2:
-                these = index[first:last].repeat_interleave(copies, 0)
+            rows, copies = tuple(x[take].detach() for x in noisy), stop - step
+            these = index if index is None or index.dim() == 1 else index[first:last].repeat_interleave(copies, 0)
             here = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
             extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
             maps = method._rows(rows, extra, these, self.seeds.count, here)
@@ -257,17 +252,14 @@ class Noise:
         self.rows, self.copies, self.stdevs = rows, copies, stdevs
         self.generators: list[torch.Generator | None] = [None] * len(rows)
         if len(rows) > 1 and all(x.device.type == "cpu" for x in rows):
-            state = torch.get_rng_state()
-            for i, x in enumerate(rows):
-                own = torch.Generator()
-                own.set_state(state)
-                self.generators[i] = own
-                if i + 1 < len(rows):
-                    burnt = torch.Generator()
-                    burnt.set_state(state)
-                    for size in _even(x.numel() * copies):
-                        torch.normal(0.0, torch.ones(size), generator=burnt)
-                    state = burnt.get_state()
+            own = torch.Generator()
+            own.set_state(torch.get_rng_state())
+            self.generators = [own]
+            for x in rows[:-1]:
+                own = own.clone_state()
+                for size in _even(x.numel() * copies):  # the numbers that this input will use up
+                    torch.normal(0.0, torch.ones(size), generator=own)
+                self.generators.append(own)
 
     def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
         """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""

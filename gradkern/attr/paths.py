@@ -45,9 +45,8 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     ) -> Many:
         """Captum's own hook for one path, also called by its ``internal_batch_size``."""
         given = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
-        points = None
-        if isinstance(self.gradient_func, GradientFunc):
-            points = points_for(self, inputs, additional_forward_args)
+        ours = isinstance(self.gradient_func, GradientFunc)
+        points = points_for(self, inputs, additional_forward_args) if ours else None
         if points is None:
             return super()._attribute(*given)
         weights, alphas = path_steps(method, n_steps, step_sizes_and_alphas)

@@ -57,20 +57,12 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-def _takes_all(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
-    return None
-
-
-def _takes_none(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
-    return SILENT
-
-
-AS_VIEW = Implementation("view", (View,), _takes_all, own=True)
-FOLDED = Implementation("folded", COMPUTING, _takes_none, own=True)  # into a neighbour: only the grouping knows
+AS_VIEW = Implementation("view", (View,), lambda *_: None, own=True)
+FOLDED = Implementation("folded", COMPUTING, lambda *_: SILENT, own=True)  # into a neighbour: only the grouping knows
 KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, own=True)
-ATEN = Implementation("aten, seeds folded", COMPUTING, _takes_all)
+ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
-PER_OP = Implementation("autograd, per op", (Opaque,), _takes_all, fused=False)  # torch's own VJP, under vmap
+PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap
 IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
 
 

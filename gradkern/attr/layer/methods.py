@@ -148,8 +148,7 @@ def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwa
     """The call's arguments by name, without ``self``; paths are checked as Captum checks them."""
     bound = signature.bind(method, *args, **kwargs)
     bound.apply_defaults()
-    _, *names = bound.arguments
-    options = {name: bound.arguments[name] for name in names}
+    options = dict(list(bound.arguments.items())[1:])
     if "n_steps" in options:
         path = compat.format_input_baseline(options["inputs"], options["baselines"])
         compat.validate_input(*path, options["n_steps"], options["method"])

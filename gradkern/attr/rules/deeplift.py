@@ -266,13 +266,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 return answer(maps, many, seeds, delta)
 
         def attribute(target: Any) -> Any:
-            return self.attribute(
-                inputs,
-                baselines=start if many else start[0],
-                target=target,
-                additional_forward_args=additional_forward_args,
-                return_convergence_delta=return_convergence_delta,
-            )
+            base = start if many else start[0]
+            return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
@@ -288,9 +283,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
-            here = index
-            if index is not None and index.dim() == 2:
-                here = index[a:b].repeat_interleave(count, 0)
+            here = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
             maps = self._rows(pairs, extra, here, seeds.count, options)
             assert maps is not None
             for mean, m in zip(means, maps, strict=True):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from types import SimpleNamespace
 
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
 from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis, tuple_of
-from .index import permuted
+from .index import as_list, permuted
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
@@ -121,7 +120,7 @@ def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
     if a.dtype is not None:
         raise NoForm("it changes the dtype")
     shape = b.shape(x)
-    dims = {sample_axis(d, len(shape)) for d in (a.dim if a.dim else range(len(shape) + 1))}
+    dims = {sample_axis(d, len(shape)) for d in a.dim or range(len(shape) + 1)}
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")
     if dims and 0 not in dims:  # spatial axes: no element has to move
@@ -153,22 +152,13 @@ def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -
     return as_shape(b, y, kept if keepdim else tuple(n for i, n in enumerate(shape) if i not in dims))
 
 
-@lowers("aten.amax.default")
-def amax(b: Builder, a: SimpleNamespace) -> Value:
-    """The maximum over whole axes, whose cotangent equal maxima share."""
-    return maximum(b, a, a.dim, "split")
-
-
-@lowers("aten.max.dim")
-def max_along(b: Builder, a: SimpleNamespace) -> Value:
-    """The values of ``x.max(dim)``: the first of equal maxima gets the cotangent."""
-    return maximum(b, a, (a.dim,), "first")
-
-
-def maximum(b: Builder, a: SimpleNamespace, axes: Iterable[int], ties: str) -> Value:
+@lowers("aten.amax.default", ties="split")  # equal maxima share the cotangent
+@lowers("aten.max.dim", ties="first")  # the values of ``x.max(dim)``: the first of equal maxima gets it
+def maximum(b: Builder, a: SimpleNamespace, ties: str) -> Value:
+    """The maximum over whole axes."""
     x = need_value(a.self)
     shape = b.shape(x)
-    dims = {sample_axis(d, len(shape)) for d in axes or range(len(shape) + 1)}
+    dims = {sample_axis(d, len(shape)) for d in as_list(a.dim) or range(len(shape) + 1)}
     source, count = kept_first(b, x, dims)
     windows = Windows((count,), (1,), ((0, 0),), (1,))
     y = b.emit(Select(windows, ties), (source,), (b.shape(source)[0], 1))
