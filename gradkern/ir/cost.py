@@ -8,7 +8,7 @@ from . import program as ir
 
 
 def forward_macs(program: ir.Program, i: int) -> int:
-    """ir.Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, views nothing.
+    """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, views nothing.
 
     An `Opaque` step counts its elements here; the planner takes better numbers where they are known.
     """

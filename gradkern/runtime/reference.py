@@ -265,7 +265,7 @@ def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# ir.Opaque steps: torch differentiates
+# Opaque steps: torch differentiates
 
 _looped: set[tuple[str, ...]] = set()  # the ops of calls whose backward torch cannot run for all seeds at once
 on_reset(_looped.clear)
