@@ -101,11 +101,11 @@ class Points:
         if not way.serves(request, way.engine):  # points of another dtype than the inputs
             way = shared_route(request, self.engine)
         if program is None:
-            found = solve(request, way, strict=strict)
+            result = solve(request, way, strict=strict)
         else:
-            found = batching.run(request, program, way.engine, strict=strict)
+            result = batching.run(request, program, way.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
-        return found.jacobians
+        return result.jacobians
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
@@ -113,7 +113,7 @@ class Points:
 
 
 def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
-    """Bytes of all seeds' gradients at one point."""
+    """Bytes of the gradients of all seeds at one point."""
     return max(1, max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
 
 

@@ -263,11 +263,11 @@ class _Lowering:
         shape = tuple(int(d) for d in meta.shape[1:])
         try:
             value = self._by_form(node, call, shape, meta)
-        except NoForm as why:
+        except NoForm as reason:
             b.op = _ops_of(call)
-            value = b.emit(Opaque(call, str(why)), values_in(call), shape)
-        except MixesSamples as why:
-            raise self._mixing(node, str(why)) from None
+            value = b.emit(Opaque(call, str(reason)), values_in(call), shape)
+        except MixesSamples as reason:
+            raise self._mixing(node, str(reason)) from None
         assert b.shape(value) == shape, f"{b.op}: lowered to {b.shape(value)}, torch says {shape}"
         b.dtypes[value] = meta.dtype
         return value

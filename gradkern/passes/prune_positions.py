@@ -144,7 +144,7 @@ def read_by(part: ir.Part, lines: Lines) -> Lines:
 
 
 def demands(program: ir.Program) -> dict[int, Lines]:
-    """The positions of every value that anything needs; values that nobody needs are left out."""
+    """The positions of every value that anything needs; values that nothing needs are left out."""
     base = len(program.inputs)
     lines_of = {program.output: every(program.output_shape)}
     for i in reversed(range(len(program.steps))):

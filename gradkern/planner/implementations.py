@@ -17,7 +17,7 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that is not worth a line: nobody would expect this way here
+SILENT = ""  # a refusal that is not worth a line: this way is not expected here
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 

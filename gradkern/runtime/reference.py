@@ -126,10 +126,8 @@ def max_pool(w: ir.Windows, x: Tensor) -> tuple[Tensor, Tensor]:
     """Values and flat spatial indices of the maxima, both ``[N, C, *out]``."""
     padding = tuple(before for before, _ in w.padding)
     ceil = any(before != after for before, after in w.padding)
-    if len(w.kernel) == 1:
-        return F.max_pool1d_with_indices(x, w.kernel, w.stride, padding, w.dilation, ceil)
-    pool = F.max_pool2d_with_indices if len(w.kernel) == 2 else F.max_pool3d_with_indices
-    return pool(x, w.kernel, w.stride, padding, w.dilation, ceil)
+    pools = (F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)
+    return pools[len(w.kernel) - 1](x, w.kernel, w.stride, padding, w.dilation, ceil)
 
 
 def _opaque(call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], params: Params) -> Tensor:

@@ -71,7 +71,7 @@ def convolved(b: Builder, a: SimpleNamespace, dims: int) -> Value:
 
 
 def absorbed(b: Builder, x: Value, padding: Padding) -> tuple[Value, Padding]:
-    """Zeros that a step put around the value are padding of the convolution behind it."""
+    """Zeros that a step put around the value become padding of the convolution that reads it."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:
         return x, padding

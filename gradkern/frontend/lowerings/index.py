@@ -131,7 +131,7 @@ def takes_all(a: SimpleNamespace) -> bool:
 
 
 def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | None:
-    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding behind."""
+    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding after."""
     step = b.step(x)
     if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
         return None
