@@ -68,7 +68,7 @@ class HooklessGradientFunc(GradientFunc):
 
 
 def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
-    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if there is one."""
+    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any."""
     if options.engine(engine) == "autograd":
         return False
     if not given or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in given):
