@@ -19,7 +19,6 @@ from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from .. import captum_compat as compat
-from ...util.chunks import spans
 from ..attribute_all import Inputs, Many, Options, answer, one_by_one, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc
@@ -279,7 +278,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         deltas = []
         each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
         size = max(1, (16 << 20) // max(each, 1))
-        for a, b in spans(0, n, size):
+        for a in range(0, n, size):
+            b = min(a + size, n)
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}

@@ -13,7 +13,7 @@ from ...dispatch import batching
 from ...ir.program import Program, Scale
 from ...runtime import parameters
 from ...util import options
-from ...util.chunks import spans, stepwise_bytes
+from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import Complaint
 from .. import captum_compat as compat
@@ -95,7 +95,8 @@ class RuleMethod(ProgramMethod):
             assert points.module is not None
             params = parameters.bind(program, points.module)
             step = chunk_of(program, seeds, inputs[0].dtype, device)
-            for a, b in spans(0, n, step):
+            for a in range(0, n, step):
+                b = min(a + step, n)
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, given, plain)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
