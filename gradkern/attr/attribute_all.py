@@ -20,7 +20,7 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
-from .points import Points, part, row_tensors
+from .points import Points, row_tensors
 
 NATIVE = (torch.float32, torch.float64)
 Options = dict[str, Any]  # a method's own options, by Captum's names
@@ -87,7 +87,7 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
     """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers."""
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolved(fn, rows, extra, targets)
-    index = part(seeds, 0, rows[0].shape[0])
+    index = seeds.rows(0, rows[0].shape[0])
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
     results = []
     for s in range(seeds.count):
@@ -142,7 +142,7 @@ def completeness(
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
         difference = rows_out(fn, end, more) - rows_out(fn, before, more)  # [N, C]
-    return sum(sums[1:], sums[0]).detach() - picked(difference, part(seeds, 0, n))
+    return sum(sums[1:], sums[0]).detach() - picked(difference, seeds.rows(0, n))
 
 
 def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
@@ -197,7 +197,7 @@ class RowMethod(stock.GradientAttribution):
         if points is None:
             return None
         seeds, _ = points.choose(jacobian_choice(targets))
-        parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, options)
+        parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, options)
         if parts is None:
             return None
         off = self._row_delta(parts, rows, points.more, seeds, options) if delta else None

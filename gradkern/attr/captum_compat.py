@@ -49,13 +49,7 @@ try:
     from captum.attr._utils.common import _tensorize_baseline as tensorize_baseline
     from captum.attr._utils.common import _validate_input as validate_input
     from captum.attr._utils.common import _validate_noise_tunnel_type as validate_noise_tunnel_type
-    from captum.attr._utils.lrp_rules import (
-        Alpha1_Beta0_Rule,
-        EpsilonRule,
-        GammaRule,
-        IdentityRule,
-        PropagationRule,
-    )
+    from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule, PropagationRule
     from captum.log import log_usage
 except ImportError as error:
     raise _error(error) from error

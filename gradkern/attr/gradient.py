@@ -61,12 +61,7 @@ class Saliency(GradientMethod, stock.Saliency):
 
     @typed
     def attribute_all(
-        self,
-        inputs: Inputs,
-        targets: Any = None,
-        abs: bool = True,
-        additional_forward_args: Any = None,
-        **options: Any,
+        self, inputs: Inputs, targets: Any = None, abs: bool = True, additional_forward_args: Any = None, **options: Any
     ) -> Any:
         """Saliency of every output (or of ``targets``, as `gradkern.jacobian` reads them): ``[N, C, *in]``.
 

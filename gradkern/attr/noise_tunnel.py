@@ -15,17 +15,10 @@ from torch import Tensor
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
+from . import captum_compat as compat
 from .attribute_all import Inputs, Many, Options, RowMethod, answer, one_by_one, points_for, typed
-from .captum_compat import (
-    SUPPORTED_NOISE_TUNNEL_TYPES,
-    format_tensor_into_tuples,
-    is_tuple,
-    log_usage,
-    stock,
-    unlogged,
-    validate_noise_tunnel_type,
-)
-from .points import Points, block_rows, gradient_bytes, part, rows_of
+from .captum_compat import stock
+from .points import Points, block_rows, gradient_bytes, rows_of
 
 FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence
 
@@ -37,7 +30,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     probabilities, is as for the method inside; noise moves probabilities off their plateaus.
     """
 
-    @log_usage(part_of_slo=True)
+    @compat.log_usage(part_of_slo=True)
     @one_call()
     def attribute(
         self,
@@ -50,13 +43,13 @@ class NoiseTunnel(stock.NoiseTunnel):
         **kwargs: Any,
     ) -> Any:
         """As Captum's; a batch too large for one block goes through in pieces of samples."""
-        rows = format_tensor_into_tuples(inputs)
+        rows = compat.format_tensor_into_tuples(inputs)
         pieces = [] if draw_baseline_from_distrib else self._pieces(rows, nt_samples, stdevs, kwargs)
         if len(pieces) < 2:
-            return unlogged(stock.NoiseTunnel)(
+            return compat.unlogged(stock.NoiseTunnel)(
                 self, inputs, nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib, **kwargs
             )
-        validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
+        compat.validate_noise_tunnel_type(nt_type, compat.SUPPORTED_NOISE_TUNNEL_TYPES)
         with torch.no_grad():
             return self._in_pieces(inputs, pieces, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
@@ -83,7 +76,7 @@ class NoiseTunnel(stock.NoiseTunnel):
         stdevs: Any,
         kwargs: Options,
     ) -> Any:
-        rows = format_tensor_into_tuples(inputs)
+        rows = compat.format_tensor_into_tuples(inputs)
         n = rows[0].shape[0]
         wants_delta = self.is_delta_supported and bool(kwargs.get("return_convergence_delta"))
         average = _Average(rows, [x.shape for x in rows])
@@ -93,11 +86,11 @@ class NoiseTunnel(stock.NoiseTunnel):
                 options = {k: _rows_of_option(v, a, b, n) for k, v in kwargs.items()}
                 self._expand_partial(count, options, tuple(x[a:b] for x in rows), False)
                 noisy = noise.piece(a, b)
-                maps, _, delta = self._compute_partial_attribution(noisy, options, is_tuple(inputs), wants_delta)
+                maps, _, delta = self._compute_partial_attribution(noisy, options, compat.is_tuple(inputs), wants_delta)
                 average.add(a, b, count, maps, delta)
             noise.finish()
         maps = average.smoothed(self, nt_type, samples)
-        result = maps if is_tuple(inputs) else maps[0]
+        result = maps if compat.is_tuple(inputs) else maps[0]
         return (result, average.delta()) if wants_delta else result
 
     @typed
@@ -119,8 +112,8 @@ class NoiseTunnel(stock.NoiseTunnel):
 
         All outputs share the noise.  ``kwargs`` are the inner method's; the delta is per draw, as Captum's.
         """
-        validate_noise_tunnel_type(nt_type, SUPPORTED_NOISE_TUNNEL_TYPES)
-        rows, method = format_tensor_into_tuples(inputs), self.attribution_method
+        compat.validate_noise_tunnel_type(nt_type, compat.SUPPORTED_NOISE_TUNNEL_TYPES)
+        rows, method = compat.format_tensor_into_tuples(inputs), self.attribution_method
         wants_delta = self.is_delta_supported and return_convergence_delta
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:
@@ -129,7 +122,7 @@ class NoiseTunnel(stock.NoiseTunnel):
             average = run.average(nt_samples, nt_samples_batch_size, stdevs)
             if average is not None:
                 maps = average.smoothed(self, nt_type, nt_samples)
-                return answer(maps, is_tuple(inputs), seeds, average.delta() if wants_delta else None)
+                return answer(maps, compat.is_tuple(inputs), seeds, average.delta() if wants_delta else None)
         options = kwargs | ({"return_convergence_delta": True} if wants_delta else {})
         fixed = (nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib)
 
@@ -158,8 +151,7 @@ class _Average:
             self.deltas.append(delta)
 
     def smoothed(self, tunnel: NoiseTunnel, nt_type: str, samples: int) -> Many:
-        mean = tuple(s * 1 / samples for s in self.sums)
-        mean_sq = tuple(s * 1 / samples for s in self.squares)
+        mean, mean_sq = (tuple(s * 1 / samples for s in sums) for sums in (self.sums, self.squares))
         smoothed: Many = tunnel._compute_smoothing(mean, mean_sq, nt_type)
         return smoothed
 
@@ -208,16 +200,12 @@ class _AllOutputs:
     def _piece(self, noisy: Many, a: int, b: int, count: int, options: Options) -> bool:
         """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
         method = self.tunnel.attribution_method
-        index, more = part(self.seeds, a, b), [x[a:b] for x in self.points.more]
-        for first, last, step, stop in _row_blocks(
-            b - a, count, block_rows(gradient_bytes(self.rows, self.seeds.count))
-        ):
+        index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
+        room = block_rows(gradient_bytes(self.rows, self.seeds.count))
+        for first, last, step, stop in _row_blocks(b - a, count, room):
             take = slice(first * count + step, (last - 1) * count + stop)
-            rows = tuple(x[take].detach() for x in noisy)
-            copies = stop - step
-            these = index
-            if index is not None and index.dim() == 2:
-                these = index[first:last].repeat_interleave(copies, 0)
+            rows, copies = tuple(x[take].detach() for x in noisy), stop - step
+            these = index if index is None or index.dim() == 1 else index[first:last].repeat_interleave(copies, 0)
             here = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
             extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
             maps = method._rows(rows, extra, these, self.seeds.count, here)
@@ -264,17 +252,14 @@ class Noise:
         self.rows, self.copies, self.stdevs = rows, copies, stdevs
         self.generators: list[torch.Generator | None] = [None] * len(rows)
         if len(rows) > 1 and all(x.device.type == "cpu" for x in rows):
-            state = torch.get_rng_state()
-            for i, x in enumerate(rows):
-                own = torch.Generator()
-                own.set_state(state)
-                self.generators[i] = own
-                if i + 1 < len(rows):
-                    burnt = torch.Generator()
-                    burnt.set_state(state)
-                    for size in _even(x.numel() * copies):
-                        torch.normal(0.0, torch.ones(size), generator=burnt)
-                    state = burnt.get_state()
+            own = torch.Generator()
+            own.set_state(torch.get_rng_state())
+            self.generators = [own]
+            for x in rows[:-1]:
+                own = own.clone_state()
+                for size in _even(x.numel() * copies):  # the numbers that this input will use up
+                    torch.normal(0.0, torch.ones(size), generator=own)
+                self.generators.append(own)
 
     def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
         """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from ..dispatch.targets import Seeds
 from ..util.options import Complaint
+from . import captum_compat as compat
 from .attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
-from .captum_compat import (
-    InputBaselineXGradient,
-    approximation_parameters,
-    format_callable_baseline,
-    format_input_baseline,
-    stock,
-    validate_input,
-)
+from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds
 from .points import path_sum
@@ -51,9 +45,8 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     ) -> Many:
         """Captum's own hook for one path, also called by its ``internal_batch_size``."""
         given = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
-        points = None
-        if isinstance(self.gradient_func, GradientFunc):
-            points = points_for(self, inputs, additional_forward_args)
+        ours = isinstance(self.gradient_func, GradientFunc)
+        points = points_for(self, inputs, additional_forward_args) if ours else None
         if points is None:
             return super()._attribute(*given)
         weights, alphas = path_steps(method, n_steps, step_sizes_and_alphas)
@@ -85,12 +78,12 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
 
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
         """
-        validate_input(*format_input_baseline(inputs, baselines), n_steps, method)
+        compat.validate_input(*compat.format_input_baseline(inputs, baselines), n_steps, method)
         options = {"baselines": baselines, "n_steps": n_steps, "method": method}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
     def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
-        rows, baselines = format_input_baseline(rows, options.get("baselines"))
+        rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
         totals = path_sum(self._points(rows, more), baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
         if self.multiplies_by_inputs:
@@ -102,7 +95,7 @@ def path_steps(
     method: str, n: int, known: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weights and places of Captum's ``n`` steps, ``[steps]`` each."""
-    sizes, places = known or [make(n) for make in approximation_parameters(method)]
+    sizes, places = known or [make(n) for make in compat.approximation_parameters(method)]
     return torch.tensor(sizes), torch.tensor(places, dtype=torch.float64)
 
 
@@ -113,11 +106,11 @@ def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baseline
             part.mul_((x - base).unsqueeze(1))
 
 
-class RandomPoint(RowMethod, InputBaselineXGradient):
+class RandomPoint(RowMethod, compat.InputBaselineXGradient):
     """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
 
     def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
-        rows, baselines = format_input_baseline(rows, options.get("baselines"))
+        rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
         r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
         with torch.no_grad():
             shares = [r.view(-1, *(1,) * (x.dim() - 1)) for x in rows]
@@ -156,7 +149,7 @@ class GradientShap(stock.GradientShap):
 
         All outputs share the random draws.  The delta is per draw, as Captum's: ``[N · n_samples, C]``.
         """
-        start = format_callable_baseline(baselines, inputs)
+        start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor):
             raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {start[0]}.")
         inner = RandomPoint(self.forward_func, self.multiplies_by_inputs)

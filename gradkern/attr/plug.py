@@ -21,13 +21,8 @@ from ..dispatch.route import Route, route, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
 from ..util.options import BadType, BadValue, Complaint
-from .captum_compat import (
-    compute_gradients,
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-    select_targets,
-    stock,
-)
+from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
+from .points import row_tensors
 
 
 class GradientFunc:
@@ -48,7 +43,7 @@ class GradientFunc:
         """Gradients of the selected output with respect to each input, shaped as the inputs."""
         given = format_tensor_into_tuples(inputs)
         if takes_over(forward_fn, given, additional_forward_args, self.engine):
-            more = format_additional_forward_args(additional_forward_args) or ()
+            more = row_tensors(additional_forward_args, given[0].shape[0]) or ()
             wrt = tuple(range(len(given)))
             request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
@@ -73,7 +68,7 @@ class HooklessGradientFunc(GradientFunc):
 
 
 def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
-    """May gradkern take over a call with these arguments?  Where it may not, a warning says why if there is a why."""
+    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any."""
     if options.engine(engine) == "autograd":
         return False
     if not given or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in given):
@@ -87,9 +82,7 @@ def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engin
             reason = "this method hands over a closed computation instead of a model (as DeepLift does)"
         else:
             reason = f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
-    elif not all(
-        isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in format_additional_forward_args(extra) or ()
-    ):
+    elif row_tensors(extra, samples) is None:
         reason = "an additional_forward_args entry is not a tensor with one row per sample"
     if reason:
         _say(model_of(fn), reason)

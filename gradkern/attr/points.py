@@ -101,11 +101,11 @@ class Points:
         if not way.serves(request, way.engine):  # points of another dtype than the inputs
             way = shared_route(request, self.engine)
         if program is None:
-            found = solve(request, way, strict=strict)
+            result = solve(request, way, strict=strict)
         else:
-            found = batching.run(request, program, way.engine, strict=strict)
+            result = batching.run(request, program, way.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
-        return found.jacobians
+        return result.jacobians
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
@@ -113,7 +113,7 @@ class Points:
 
 
 def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
-    """Bytes of all seeds' gradients at one point."""
+    """Bytes of the gradients of all seeds at one point."""
     return max(1, max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
 
 
@@ -131,11 +131,6 @@ def blocks(samples: int, steps: int, point_bytes: int) -> Iterator[tuple[int, in
         count = max(1, rows // (b - a))
         for first in range(0, steps, count):
             yield a, b, first, min(first + count, steps)
-
-
-def part(seeds: Seeds, a: int, b: int) -> Tensor | None:
-    """Flat indices of the samples ``a:b``: None, ``[S]`` or ``[b - a, S]``."""
-    return seeds.rows(a, b)
 
 
 def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
@@ -184,13 +179,7 @@ def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor:
 
 
 def path_sum(
-    points: Points,
-    baselines: Sequence[Any],
-    seeds: Seeds,
-    weights: Tensor,
-    alphas: Tensor,
-    *,
-    strict: bool = False,
+    points: Points, baselines: Sequence[Any], seeds: Seeds, weights: Tensor, alphas: Tensor, *, strict: bool = False
 ) -> tuple[Tensor, ...]:
     """``Σ_k w_k ∂y_s/∂x (baseline + α_k (input - baseline))``: one ``[N, S, *in]`` per input.
 
@@ -200,7 +189,7 @@ def path_sum(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
     )
     points.ahead = len(alphas) * points.samples
-    index = part(seeds, 0, points.samples)
+    index = seeds.rows(0, points.samples)
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])

@@ -21,12 +21,8 @@ from typing import Any
 from ..ir.program import Call, Value
 from .lowerings import NoForm
 from .lowerings.index import takes_all
+from .lowerings.shape import VIEWS
 
-#: The result's shape says everything.
-VIEWS = {
-    *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
-    *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
-}
 #: Numbers are worked on one by one, or along static axes at the end.
 PLAIN = {
     *("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.dropout.default"),

@@ -64,7 +64,7 @@ def _quiet() -> Iterator[None]:
         with _tolerant():
             yield
     finally:
-        if isinstance(sys.stderr, _Muted):  # nobody has put another one there meanwhile
+        if isinstance(sys.stderr, _Muted):  # it has not been replaced meanwhile
             sys.stderr = stderr
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)

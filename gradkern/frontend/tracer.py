@@ -30,6 +30,7 @@ from .verify import Untraceable, verify
 
 __all__ = ["Untraceable", "trace", "verify"]
 
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
@@ -81,7 +82,7 @@ class _Lowering:
                 raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
         result = self._argument(self._output_node())
         if not isinstance(result, Value):
-            raise Untraceable("its output does not have the samples as axis 0", mixes=not _is_free(result))
+            raise Untraceable("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
         return self.builder.program(result)
 
     # -- the boundary of the graph
@@ -211,12 +212,8 @@ class _Lowering:
         source = net.args[0]
         assert isinstance(source, torch.fx.Node)
         x, shape = self.known[source], source.meta["val"].shape
-        if (
-            not isinstance(x, NonLeadingBatch)
-            or len(shape) != 3
-            or _batch_axis(shape) != 1
-            or self._size(shape[1]) != Batch(1)
-        ):
+        time_first = isinstance(x, NonLeadingBatch) and len(shape) == 3 and _batch_axis(shape) == 1
+        if not time_first or self._size(shape[1]) != Batch(1):
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
@@ -266,11 +263,11 @@ class _Lowering:
         shape = tuple(int(d) for d in meta.shape[1:])
         try:
             value = self._by_form(node, call, shape, meta)
-        except NoForm as why:
+        except NoForm as reason:
             b.op = _ops_of(call)
-            value = b.emit(Opaque(call, str(why)), values_in(call), shape)
-        except MixesSamples as why:
-            raise self._mixing(node, str(why)) from None
+            value = b.emit(Opaque(call, str(reason)), values_in(call), shape)
+        except MixesSamples as reason:
+            raise self._mixing(node, str(reason)) from None
         assert b.shape(value) == shape, f"{b.op}: lowered to {b.shape(value)}, torch says {shape}"
         b.dtypes[value] = meta.dtype
         return value
@@ -316,9 +313,7 @@ class _Lowering:
             return known.call if isinstance(known, NonLeadingBatch) else known
         if isinstance(x, (list, tuple)):
             return tuple(self._argument(item) for item in x)
-        if isinstance(x, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-            return x
-        if isinstance(x, (torch.layout, torch.memory_format, complex)):
+        if isinstance(x, _PLAIN):
             return x
         raise Untraceable(f"{self.builder.op} takes an argument of type {type(x).__name__}")
 
@@ -383,11 +378,6 @@ def _ops_of(call: Call) -> str:
     """The ops of an expression that see samples, innermost first: ``aten.lstm.input + aten.select.int``."""
     ops = list(dict.fromkeys(c.op for c in calls_in(call) if values_in(c)))
     return " + ".join(ops if len(ops) <= 4 else [*ops[:2], "…", ops[-1]])
-
-
-def _is_free(result: Any) -> bool:
-    """The output does not depend on the samples at all."""
-    return isinstance(result, Param) or not values_in(result)
 
 
 def _own(name: str) -> str:

@@ -56,7 +56,7 @@ def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None
     with torch.inference_mode(False), _left_as_it_was(model):
         wrong: Untraceable | None = None
         for attempt in range(_TRIES):
-            tried = samples if attempt == 0 else _perturbed(samples, generator)
+            tried = tuple(_noisy(x, _MOVE, generator) for x in samples) if attempt else samples
             wrong = _difference(program, model, tried, cotangent)
             if wrong is None or wrong.final:
                 break
@@ -75,16 +75,10 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
             own.masked_fill_(~torch.isfinite(own), 0.0)  # NaN says nothing about which function this is
         if own.shape[0] == 0:
             own = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
-        missing = _TOGETHER - own.shape[0]
-        if missing:
-            more = own[-1:].expand(missing, *own.shape[1:])
-            own = torch.cat([own, _noisy(more, 0.3, generator)])
+        if missing := _TOGETHER - own.shape[0]:
+            own = torch.cat([own, _noisy(own[-1:].expand(missing, *own.shape[1:]), 0.3, generator)])
         samples.append(own)
     return tuple(samples)
-
-
-def _perturbed(samples: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-    return tuple(_noisy(x, _MOVE, generator) for x in samples)
 
 
 def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:

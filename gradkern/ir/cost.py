@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .program import (
-    Channels,
-    Contract,
-    Dense,
-    Index,
-    LowRank,
-    Opaque,
-    Positions,
-    Product,
-    Program,
-    Select,
-    Sum,
-    View,
-    Windows,
-)
+from . import program as ir
 
 
-def forward_macs(program: Program, i: int) -> int:
+def forward_macs(program: ir.Program, i: int) -> int:
     """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, views nothing.
 
     An `Opaque` step counts its elements here; the planner takes better numbers where they are known.
@@ -30,34 +16,34 @@ def forward_macs(program: Program, i: int) -> int:
     out = math.prod(step.shape)
     source = program.shape(step.inputs[0]) if step.inputs else ()
     match step.form:
-        case Contract(map=Dense()):
+        case ir.Contract(map=ir.Dense()):
             return out * source[-1]
-        case Contract(map=Windows() as w):
+        case ir.Contract(map=ir.Windows() as w):
             return out * w.taps * source[0] // w.groups
-        case Contract(map=Positions(axes)):
+        case ir.Contract(map=ir.Positions(axes)):
             return source[0] * math.prod(sum(len(c) for _, c in rows) for rows in axes)
-        case Contract(map=Channels()):
+        case ir.Contract(map=ir.Channels()):
             return out
-        case Select(windows=w):
+        case ir.Select(windows=w):
             return out * w.taps
-        case LowRank():
+        case ir.LowRank():
             return 3 * out
-        case Sum():
+        case ir.Sum():
             return out * (len(step.inputs) - 1)
-        case Product(function="matmul"):
+        case ir.Product(function="matmul"):
             return out * source[-1]
-        case View() | Index():
+        case ir.View() | ir.Index():
             return 0
-        case Opaque():
+        case ir.Opaque():
             return max(1, out, sum(math.prod(program.shape(v)) for v in step.inputs))
     return out
 
 
-def sides(program: Program, i: int) -> int:
+def sides(program: ir.Program, i: int) -> int:
     """How many products the backward of one seed takes, each as dear as the forward: two where both sides move."""
-    return 2 if program.steps[i].form == Product("matmul") else 1
+    return 2 if program.steps[i].form == ir.Product("matmul") else 1
 
 
-def total_macs(program: Program, i: int, seeds: int, forward: int | None = None) -> int:
+def total_macs(program: ir.Program, i: int, seeds: int, forward: int | None = None) -> int:
     """Forward and the backward of ``seeds`` seeds, which costs as much as the forward, once per seed."""
     return (forward_macs(program, i) if forward is None else forward) * (1 + sides(program, i) * seeds)

@@ -19,19 +19,16 @@ Runs = tuple[tuple[int, int, int], ...]
 
 def runs(indices: Iterable[int]) -> Runs:
     """The shortest greedy list of runs for ``indices``; zeros (-1) make runs of their own."""
-    made: list[list[int]] = []
+    made: list[tuple[int, int, int]] = []
     for i in indices:
-        if made:
-            start, count, step = made[-1]
-            zeros = start < 0
-            if zeros and i < 0:
-                made[-1][1] += 1
-                continue
-            if not zeros and i >= 0 and (count == 1 or i == start + count * step):
-                made[-1][1:] = [count + 1, i - start if count == 1 else step]
-                continue
-        made.append([-1, 1, 0] if i < 0 else [i, 1, 1])
-    return tuple((a, c, s if c > 1 else (0 if a < 0 else 1)) for a, c, s in made)
+        start, count, step = made[-1] if made else (0, 0, 0)
+        if made and start < 0 and i < 0:
+            made[-1] = (-1, count + 1, 0)
+        elif made and start >= 0 and i >= 0 and (count == 1 or i == start + count * step):
+            made[-1] = (start, count + 1, i - start if count == 1 else step)
+        else:
+            made.append((-1, 1, 0) if i < 0 else (i, 1, 1))
+    return tuple(made)
 
 
 def indices(axis: Runs) -> list[int]:
@@ -107,10 +104,10 @@ def apply(form: Index, args: Sequence[Tensor], shape: Shape) -> Tensor:
     """``[N, *in]`` per input -> ``[N, *shape]``."""
     only = form.parts[0]
     if len(form.parts) == 1 and all(r[0] >= 0 for axis in only.axes for r in axis):
-        return _taken(only, args[0], 1)[0].clone(memory_format=torch.contiguous_format)
+        return _taken(only, args[0])[0].clone(memory_format=torch.contiguous_format)
     y = args[0].new_zeros(args[0].shape[0], *shape)
     for part, x in zip(form.parts, args, strict=True):
-        taken, place = _taken(part, x, 1)
+        taken, place = _taken(part, x)
         _window(y, part, 1).index_put_(place, taken) if place else _window(y, part, 1).copy_(taken)
     return y
 
@@ -136,19 +133,19 @@ def _window(y: Tensor, part: Part, lead: int) -> Tensor:
     return y
 
 
-def _taken(part: Part, x: Tensor, lead: int) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+def _taken(part: Part, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """What the part reads, and where it goes inside its window of the output (None: it fills the window)."""
-    x = x.permute(*range(lead), *[a + lead for a in part.order])
+    x = x.permute(0, *[a + 1 for a in part.order])
     scattered: dict[int, Tensor] = {}
-    for a, axis in enumerate(part.axes):
+    for d, axis in enumerate(part.axes, start=1):
         m = _axis(axis, x.device)
         if m.block is not None:
-            x = x.narrow(a + lead, m.block[1], m.block[2])
+            x = x.narrow(d, m.block[1], m.block[2])
         else:
             assert m.source is not None, "an axis map is a block, or lists"
-            x = x.index_select(a + lead, m.source)
+            x = x.index_select(d, m.source)
             if m.live is not None:
-                scattered[a + lead] = m.live
+                scattered[d] = m.live
     if not scattered:
         return x, None
     grids = [scattered.get(d, torch.arange(n, device=x.device)) for d, n in enumerate(x.shape)]

@@ -2,7 +2,7 @@
 
 A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
 optimizer step never makes it stale, and two networks of one architecture share it.  Values live in a
-:class:`~gradkern.runtime.parameters.Binding`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
+:mod:`gradkern.runtime.parameters`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
 
 Values are numbered: ``0 … len(inputs)-1`` are the network's inputs, and step ``i`` defines value
 ``len(inputs) + i``.  Every shape here is **per sample**, without the batch axis (which is always axis 0 of the
@@ -182,7 +182,7 @@ class Contract:
 class Scale:
     """An elementwise function ``y = f(x)``; the VJP multiplies by ``f'(x)``.
 
-    ``function`` is a name in :data:`gradkern.runtime.reference.FUNCTIONS` and ``params`` its numbers (a slope, an α).
+    ``function`` is a name in :data:`gradkern.ir.functions.FUNCTIONS` and ``params`` its numbers (a slope, an α).
     """
 
     function: str
@@ -234,12 +234,11 @@ class Part:
     axes: tuple[tuple[tuple[int, int, int], ...], ...]
 
     def __repr__(self) -> str:
-        rows = []
-        for runs in self.axes:
-            ends = [(a, a + c) if s == 1 else (a, f"{a}+{s}·{c}") for a, c, s in runs]
-            rows.append(
-                " ".join(f"0·{c}" if a < 0 else f"{e[0]}:{e[1]}" for (a, c, _), e in zip(runs, ends, strict=True))
-            )
+        def text(start: int, count: int, step: int) -> str:
+            end = start + count if step == 1 else f"{start}+{step}·{count}"
+            return f"0·{count}" if start < 0 else f"{start}:{end}"
+
+        rows = (" ".join(text(*run) for run in runs) for runs in self.axes)
         order = "" if self.order == tuple(range(len(self.order))) else "".join(map(str, self.order)) + " "
         return f"{order}[{', '.join(rows)}]"
 
@@ -309,8 +308,7 @@ class Program:
 
     def shape(self, value: int) -> Shape:
         """Per-sample shape of a value."""
-        n = len(self.inputs)
-        return self.inputs[value] if value < n else self.steps[value - n].shape
+        return self.shapes[value]
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -347,16 +345,13 @@ class Program:
         return hashlib.sha256(repr(_exact(self)).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        rows = [f"program {self.key}"]
-        for v, shape in enumerate(self.inputs):
-            rows.append(f"  v{v:<3} {'×'.join(map(str, shape)) or '()':>12}  input")
-        for i, step in enumerate(self.steps):
-            name = f"v{len(self.inputs) + i}"
+        rows = ["input"] * len(self.inputs)
+        for step in self.steps:
             reads = " ".join(f"v{j}" for j in step.inputs)
-            size = "×".join(map(str, step.shape)) or "()"
-            rows.append(f"  {name:<4} {size:>12}  {describe(step.form)} {reads}    # {step.module or step.op}")
-        rows.append(f"  return v{self.output}")
-        return "\n".join(rows)
+            rows.append(f"{describe(step.form)} {reads}    # {step.module or step.op}")
+        sizes = ("×".join(map(str, shape)) or "()" for shape in self.shapes)
+        lines = [f"  v{v:<3} {size:>12}  {row}" for v, (size, row) in enumerate(zip(sizes, rows, strict=True))]
+        return "\n".join([f"program {self.key}", *lines, f"  return v{self.output}"])
 
 
 def _exact(x: Any) -> Any:

@@ -15,26 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..ir import indexing
+from ..ir import program as ir
 from ..ir.cost import forward_macs
 from ..ir.graph import renumbered
-from ..ir.program import (
-    Channels,
-    Contract,
-    Dense,
-    Form,
-    Index,
-    LowRank,
-    Opaque,
-    Part,
-    Product,
-    Program,
-    Scale,
-    Shape,
-    Step,
-    Sum,
-    View,
-    Windows,
-)
 from ..util.memo import Memo
 
 WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it
@@ -68,7 +51,7 @@ class Line:
 Lines = tuple[Line, ...]  # one per axis
 
 
-def every(shape: Shape) -> Lines:
+def every(shape: ir.Shape) -> Lines:
     return tuple(Line(0, 1, n) for n in shape)
 
 
@@ -87,59 +70,59 @@ def union(a: Line, b: Line) -> Line:
 # What is needed
 
 
-def free_axes(step: Step, source: Shape) -> list[bool]:
+def free_axes(step: ir.Step, source: ir.Shape) -> list[bool]:
     """Axes along which a step can give some of its results without the others; ``source``: its first input's shape."""
     form, rank = step.form, len(step.shape)
     match form:
-        case View():
+        case ir.View():
             return [a < shared(step.shape, source) for a in range(rank)]
-        case Scale() | Sum() | Index() | Product():
+        case ir.Scale() | ir.Sum() | ir.Index() | ir.Product():
             return [True] * rank
-        case Contract(map=Channels(axis)) | LowRank(axis=axis):
+        case ir.Contract(map=ir.Channels(axis)) | ir.LowRank(axis=axis):
             return [a != axis for a in range(rank)]
-        case Contract(map=Dense()):
+        case ir.Contract(map=ir.Dense()):
             return [a < rank - 1 for a in range(rank)]
-        case Contract(map=Windows() as w) if len(w.kernel) == rank - 1:
+        case ir.Contract(map=ir.Windows() as w) if len(w.kernel) == rank - 1:
             return [a > 0 for a in range(rank)]
     return [False] * rank
 
 
-def shared(a: Shape, b: Shape) -> int:
+def shared(a: ir.Shape, b: ir.Shape) -> int:
     """How many leading axes two shapes have in common."""
     return next((k for k, (n, m) in enumerate(zip(a, b, strict=False)) if n != m), min(len(a), len(b)))
 
 
-def needed(step: Step, lines: Lines, shapes: Sequence[Shape]) -> list[Lines]:
+def needed(step: ir.Step, lines: Lines, shapes: Sequence[ir.Shape]) -> list[Lines]:
     """What a step reads of its inputs (of these ``shapes``) for the results ``lines``."""
     match step.form:
-        case Scale() | Sum() | Contract(map=Channels()) | LowRank():
+        case ir.Scale() | ir.Sum() | ir.Contract(map=ir.Channels()) | ir.LowRank():
             return [lines] * len(shapes)
-        case Contract(map=Dense()):
+        case ir.Contract(map=ir.Dense()):
             return [(*lines[:-1], Line(0, 1, shapes[0][-1]))]
-        case Contract(map=Windows() as w) if len(w.kernel) == len(lines) - 1:
+        case ir.Contract(map=ir.Windows() as w) if len(w.kernel) == len(lines) - 1:
             reached = (reach(w, k, line, n) for k, (line, n) in enumerate(zip(lines[1:], shapes[0][1:], strict=True)))
             return [(Line(0, 1, shapes[0][0]), *reached)]
-        case Product(function="mul"):
+        case ir.Product(function="mul"):
             return [tuple(ln if n > 1 else Line(0, 1, 1) for ln, n in zip(lines, s, strict=True)) for s in shapes]
-        case View():
+        case ir.View():
             common = shared(step.shape, shapes[0])
             return [(*lines[:common], *every(shapes[0])[common:])]
-        case Product():  # [*B, M, K] @ [*B, K, P]
+        case ir.Product():  # [*B, M, K] @ [*B, K, P]
             inner = Line(0, 1, shapes[0][-1])
             return [(*lines[:-1], inner), (*lines[:-2], inner, lines[-1])]
-        case Index(parts=parts):
+        case ir.Index(parts=parts):
             return [read_by(part, lines) for part in parts]
     return [every(s) for s in shapes]
 
 
-def taps(w: Windows, axis: int, line: Line) -> tuple[int, int, int]:
+def taps(w: ir.Windows, axis: int, line: Line) -> tuple[int, int, int]:
     """``(first position, step between windows, step between all positions read)``, padding included."""
     stride, dilation = line.step * w.stride[axis], w.dilation[axis]
     step = math.gcd(stride if line.count > 1 else 0, dilation if w.kernel[axis] > 1 else 0) or 1
     return line.start * w.stride[axis] - w.padding[axis][0], stride, step
 
 
-def reach(w: Windows, axis: int, line: Line, length: int) -> Line:
+def reach(w: ir.Windows, axis: int, line: Line, length: int) -> Line:
     """The positions of an axis of ``length`` that the windows of ``line`` read."""
     first, stride, step = taps(w, axis, line)
     last = first + (line.count - 1) * stride + (w.kernel[axis] - 1) * w.dilation[axis]
@@ -150,7 +133,7 @@ def reach(w: Windows, axis: int, line: Line, length: int) -> Line:
     return Line(start, step if count > 1 else 1, count)
 
 
-def read_by(part: Part, lines: Lines) -> Lines:
+def read_by(part: ir.Part, lines: Lines) -> Lines:
     """What a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
     lines_of: dict[int, Line] = {}
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
@@ -160,8 +143,8 @@ def read_by(part: Part, lines: Lines) -> Lines:
     return tuple(lines_of[a] for a in range(len(lines_of)))
 
 
-def demands(program: Program) -> dict[int, Lines]:
-    """The positions of every value that anything needs; values that nobody needs are left out."""
+def demands(program: ir.Program) -> dict[int, Lines]:
+    """The positions of every value that anything needs; values that nothing needs are left out."""
     base = len(program.inputs)
     lines_of = {program.output: every(program.output_shape)}
     for i in reversed(range(len(program.steps))):
@@ -186,56 +169,56 @@ def demands(program: Program) -> dict[int, Lines]:
 class Writer:
     """Writes a program anew for the positions ``lines`` of its values."""
 
-    program: Program
+    program: ir.Program
     lines: dict[int, Lines]
 
     def __post_init__(self) -> None:
         self.base = len(self.program.inputs)
-        self.steps: list[Step] = []
+        self.steps: list[ir.Step] = []
         self.number = {v: v for v in range(self.base)}  # old value → new
         self.cuts: dict[tuple[int, Lines], int] = {}
 
-    def write(self) -> Program:
+    def write(self) -> ir.Program:
         for i, step in enumerate(self.program.steps):
             if self.base + i in self.lines:
                 self.number[self.base + i] = self.step(step, self.lines[self.base + i])
         return replace(self.program, steps=tuple(self.steps), output=self.number[self.program.output])
 
-    def emit(self, step: Step) -> int:
+    def emit(self, step: ir.Step) -> int:
         self.steps.append(step)
         return self.base + len(self.steps) - 1
 
-    def cut(self, value: int, lines: Lines, like: Step) -> int:
+    def cut(self, value: int, lines: Lines, like: ir.Step) -> int:
         """The value at these positions alone."""
         have = self.lines[value]
         if lines == have:
             return self.number[value]
         if (value, lines) not in self.cuts:
             axes = tuple(indexing.runs(ln.within(h).positions()) for ln, h in zip(lines, have, strict=True))
-            form = Index((Part(tuple(range(len(axes))), axes),))
+            form = ir.Index((ir.Part(tuple(range(len(axes))), axes),))
             shape = tuple(ln.count for ln in lines)
-            step = Step(form, (self.number[value],), shape, like.op, like.module)
+            step = ir.Step(form, (self.number[value],), shape, like.op, like.module)
             self.cuts[value, lines] = self.emit(step)
         return self.cuts[value, lines]
 
-    def step(self, step: Step, lines: Lines) -> int:
+    def step(self, step: ir.Step, lines: Lines) -> int:
         shape = tuple(ln.count for ln in lines)
         needs = needed(step, lines, [self.program.shape(v) for v in step.inputs])
         reads: tuple[int, ...]
         match step.form:
-            case Contract(map=Windows() as w) if len(w.kernel) == len(lines) - 1:
+            case ir.Contract(map=ir.Windows() as w) if len(w.kernel) == len(lines) - 1:
                 (source,), have = step.inputs, self.lines[step.inputs[0]]
                 windows = fitted(w, lines[1:], have[1:])
                 if windows is None:
                     have, windows = needs[0], fitted(w, lines[1:], needs[0][1:])
                 assert windows is not None, "what the windows need is enough for them"
-                form: Form = replace(step.form, map=windows)
+                form: ir.Form = replace(step.form, map=windows)
                 reads = (self.cut(source, have, step),)
-            case Index(parts=parts):
+            case ir.Index(parts=parts):
                 sources = [self.lines[v] for v in step.inputs]
-                form = Index(tuple(part_of(p, lines, s) for p, s in zip(parts, sources, strict=True)))
+                form = ir.Index(tuple(part_of(p, lines, s) for p, s in zip(parts, sources, strict=True)))
                 reads = tuple(self.number[v] for v in step.inputs)
-            case Opaque():
+            case ir.Opaque():
                 return self.emit(renumbered(step, self.number))
             case _:
                 form = step.form
@@ -243,7 +226,7 @@ class Writer:
         return self.emit(replace(step, form=form, inputs=reads, shape=shape))
 
 
-def fitted(w: Windows, lines: Lines, have: Lines) -> Windows | None:
+def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
     """The windows of the results ``lines`` over the positions ``have``; None where some of those lie outside."""
     stride, padding, dilation = [], [], []
     for axis, (line, h) in enumerate(zip(lines, have, strict=True)):
@@ -259,25 +242,25 @@ def fitted(w: Windows, lines: Lines, have: Lines) -> Windows | None:
     return replace(w, stride=tuple(stride), padding=tuple(padding), dilation=tuple(dilation))
 
 
-def part_of(part: Part, lines: Lines, have: Lines) -> Part:
+def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
     """A part of an `Index` for the results ``lines`` of an input of which there is ``have``."""
     axes = []
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         h, every_index = have[order], indexing.indices(axis)
         read = [every_index[k] for k in line.positions()]
         axes.append(indexing.runs(-1 if i < 0 else (i - h.start) // h.step for i in read))
-    return Part(part.order, tuple(axes))
+    return ir.Part(part.order, tuple(axes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
-_pruned: Memo[Program] = Memo(256)
+_pruned: Memo[ir.Program] = Memo(256)
 
 
-def pruned(program: Program) -> Program:
+def pruned(program: ir.Program) -> ir.Program:
     """``program`` for the positions that its output needs; itself where that saves little."""
 
-    def make() -> Program:
+    def make() -> ir.Program:
         smaller = _pruned_once(program)
         _pruned.put(smaller.key, smaller)  # nothing is left to prune
         return smaller
@@ -285,7 +268,7 @@ def pruned(program: Program) -> Program:
     return _pruned.get_or_make(program.key, make)
 
 
-def _pruned_once(program: Program) -> Program:
+def _pruned_once(program: ir.Program) -> ir.Program:
     try:
         lines = demands(program)
     except OnlyPadding:

@@ -17,7 +17,7 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that is not worth a line: nobody would expect this way here
+SILENT = ""  # a refusal that is not worth a line: this way is not expected here
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 
@@ -57,29 +57,17 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-def _takes_all(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
-    return None
-
-
-def _takes_none(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
-    return SILENT
-
-
-AS_VIEW = Implementation("view", (View,), _takes_all, own=True)
-FOLDED = Implementation("folded", COMPUTING, _takes_none, own=True)  # into a neighbour: only the grouping knows
+AS_VIEW = Implementation("view", (View,), lambda *_: None, own=True)
+FOLDED = Implementation("folded", COMPUTING, lambda *_: SILENT, own=True)  # into a neighbour: only the grouping knows
 KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, own=True)
-ATEN = Implementation("aten, seeds folded", COMPUTING, _takes_all)
+ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
-PER_OP = Implementation("autograd, per op", (Opaque,), _takes_all, fused=False)  # torch's own VJP, under vmap
+PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap
 IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
 
 
 def choose(
-    program: Program,
-    i: int,
-    dtype: torch.dtype,
-    machine: Machine | None,
-    settled: Mapping[Implementation, str | None],
+    program: Program, i: int, dtype: torch.dtype, machine: Machine | None, settled: Mapping[Implementation, str | None]
 ) -> tuple[Implementation, tuple[str, ...]]:
     """The first implementation that takes step ``i``, and the reasons of those before it.
 

@@ -108,8 +108,8 @@ class Plan:
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows, in the order of ``program.steps``."""
         program, base = self.program, len(self.program.inputs)
-        units = [u for g in self.groups if g.native for u in self._builder(g).build().units]
-        folded = {i for u in units for i in u.steps[1:]}
+        builders = (Builder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
+        folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
         before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
         rows = []
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
@@ -123,9 +123,6 @@ class Plan:
             form, path = describe(step.form), way.path(self.machine)
             rows.append(PlanStep(base + i, form, step.shape, way, path, refusals, step.op, step.module, macs, k))
         return tuple(rows)
-
-    def _builder(self, group: Group) -> Builder:
-        return Builder(self.program, list(group.steps), list(group.live_out))
 
     @cached_property
     def fused_share(self) -> float:

@@ -274,21 +274,8 @@ def call(
     results: list[Tensor],
 ) -> list[Tensor]:
     """One chain, forward and backward: fills ``results``, returns the outputs."""
-    c = packed.chain
-    return ops.chain_vjp(
-        inputs,
-        packed.weights,
-        packed.tables,
-        packed.forward,
-        packed.backward,
-        c.sizes,
-        c.output_sizes,
-        targets,
-        rows,
-        cotangents,
-        c.seed_tile,
-        results,
-    )
+    c, records = packed.chain, (packed.weights, packed.tables, packed.forward, packed.backward)
+    return ops.chain_vjp(inputs, *records, c.sizes, c.output_sizes, targets, rows, cotangents, c.seed_tile, results)
 
 
 class GroupExecutor:
@@ -344,10 +331,8 @@ class GroupExecutor:
     def forward_native(self, group: BoundGroup) -> None:
         chain = self.x.chain(group, backward=False)
         packed = self.weights.packed(chain)
-        results = ops.chain_forward(
-            self.reads(chain), packed.weights, packed.tables, packed.forward, chain.sizes, chain.output_sizes
-        )
-        self.keep(group, results)
+        records = packed.weights, packed.tables, packed.forward
+        self.keep(group, ops.chain_forward(self.reads(chain), *records, chain.sizes, chain.output_sizes))
 
     def keep(self, group: BoundGroup, results: list[Tensor]) -> None:
         for v, y in zip(group.live_out, results, strict=True):
@@ -366,12 +351,11 @@ class GroupExecutor:
         results = [self.result(group, v) for v in chain.wrt]
         if targets_enter:
             assert self.targets is not None
-            rows = packed.seed_rows(self.targets, self.x.outputs)
-            outputs = call(packed, ins, self.targets, rows, [], results)
+            outputs = call(packed, ins, self.targets, packed.seed_rows(self.targets, self.x.outputs), [], results)
+            if not self.x.linear:
+                self.keep(group, outputs)
         else:
-            outputs = call(packed, ins, None, None, [self.dense(v) for v in group.live_out], results)
-        if targets_enter and not self.x.linear:
-            self.keep(group, outputs)
+            call(packed, ins, None, None, [self.dense(v) for v in group.live_out], results)
         for v, r in zip(chain.wrt, results, strict=True):
             self.add(v, r)
 

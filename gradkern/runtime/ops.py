@@ -28,22 +28,14 @@ def extension() -> Any:
     try:
         from .. import _C as compiled
     except ImportError as error:
-        warnings.warn(
-            f"gradkern's compiled extension is not available ({error}); results are the same, only slower. "
-            + HOW_TO_BUILD,
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        what = f"is not available ({error}); results are the same, only slower"
+        warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
         return None
     module: Any = compiled
-    if getattr(module, "record_layout", None) != layout_fingerprint() or list(module.functions()) != list(
-        NATIVE_FUNCTIONS
-    ):
-        warnings.warn(
-            f"gradkern's compiled extension was built from another version and is not used. {HOW_TO_BUILD}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    same_layout = getattr(module, "record_layout", None) == layout_fingerprint()
+    if not same_layout or list(module.functions()) != list(NATIVE_FUNCTIONS):
+        what = "was built from another version and is not used"
+        warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
         return None
     register_fakes()
     return module
@@ -81,12 +73,7 @@ def isa_is_chosen() -> bool:
 
 
 def chain_forward(
-    inputs: Sequence[Tensor],
-    packed: Tensor,
-    tables: Tensor,
-    forward: Tensor,
-    sizes: Sizes,
-    outputs: Sequence[int],
+    inputs: Sequence[Tensor], packed: Tensor, tables: Tensor, forward: Tensor, sizes: Sizes, outputs: Sequence[int]
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
     return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.numbers, list(outputs))
@@ -108,20 +95,8 @@ def chain_vjp(
 ) -> list[Tensor]:
     """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
     values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
-    torch.ops.gradkern.chain_vjp(
-        list(inputs),
-        packed,
-        tables,
-        forward,
-        backward,
-        sizes.numbers,
-        values,
-        targets,
-        seed_rows,
-        list(cotangents),
-        seed_tile,
-        list(results),
-    )
+    chain = (list(inputs), packed, tables, forward, backward, sizes.numbers, values)
+    torch.ops.gradkern.chain_vjp(*chain, targets, seed_rows, list(cotangents), seed_tile, list(results))
     return values
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..ir.program import Param
 from ..ir.recurrent import Recurrent
 
+State = tuple[Tensor, ...]  # h [N, H], and what else goes from step to step; in the walk back their cotangents
+
 
 def vjp(r: Recurrent, x: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
     """``x [N, T, I]`` and ``g [N, S, T, directions · H]`` -> ``[N, S, T, I]``."""
@@ -43,13 +45,12 @@ class Walk:
 
     def __init__(self, x: Tensor, w: Sequence[Tensor], kind: str) -> None:
         self.w_ih, self.w_hh = w[0], w[1]
-        self.bias = w[2] if len(w) > 2 else None
+        bias = w[2] if len(w) > 2 else None
         self.bias_hh = w[3] if len(w) > 2 else None
-        self.kind = kind
-        self.hidden = self.w_hh.shape[1]
+        self.kind, self.hidden = kind, self.w_hh.shape[1]
         n, t, _ = x.shape
-        inputs = torch.nn.functional.linear(x, self.w_ih, self.bias)  # [N, T, gates·H]
-        self.kept: list[tuple[Tensor, ...]] = []
+        inputs = torch.nn.functional.linear(x, self.w_ih, bias)  # [N, T, gates·H]
+        self.kept: list[State] = []
         state = self.start(x.new_zeros(n, self.hidden))
         outputs = []
         for k in range(t):
@@ -60,10 +61,10 @@ class Walk:
     def recurrent(self, h: Tensor) -> Tensor:
         return torch.nn.functional.linear(h, self.w_hh, self.bias_hh)
 
-    def start(self, zeros: Tensor) -> tuple[Tensor, ...]:
+    def start(self, zeros: Tensor) -> State:
         return (zeros,)
 
-    def step(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def step(self, inputs: Tensor, state: State) -> State:
         z = inputs + self.recurrent(state[0])
         h = torch.tanh(z) if self.kind == "rnn_tanh" else torch.relu(z)
         self.kept.append(((1 - h * h) if self.kind == "rnn_tanh" else (h > 0).to(h.dtype),))
@@ -72,26 +73,24 @@ class Walk:
     def back(self, g: Tensor) -> Tensor:
         """``g [N, S, T, H] -> [N, S, T, I]``."""
         n, s, t, _ = g.shape
-        state: tuple[Tensor, ...] = self.start(g.new_zeros(n, s, self.hidden))
+        state: State = self.start(g.new_zeros(n, s, self.hidden))
         gates = g.new_empty(n, s, t, self.w_ih.shape[0])
         for k in reversed(range(t)):
             kept = tuple(part.unsqueeze(1) for part in self.kept[k])  # [N, 1, H]
             gates[:, :, k], state = self.step_back(state[0] + g[:, :, k], state, kept)
         return gates @ self.w_ih
 
-    def step_back(
-        self, dh: Tensor, state: tuple[Tensor, ...], kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
         """The cotangent of the step's result -> that of its gates, and of the state before it."""
         dz = dh * kept[0]
         return dz, (dz @ self.w_hh,)
 
 
 class Lstm(Walk):
-    def start(self, zeros: Tensor) -> tuple[Tensor, ...]:
+    def start(self, zeros: Tensor) -> State:
         return zeros, zeros
 
-    def step(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def step(self, inputs: Tensor, state: State) -> State:
         h, c = state
         z = inputs + self.recurrent(h)
         i, f, g, o = z.chunk(4, dim=1)
@@ -102,9 +101,7 @@ class Lstm(Walk):
         self.kept.append((g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), t * o * (1 - o), o * (1 - t * t), f))
         return o * t, new
 
-    def step_back(
-        self, dh: Tensor, state: tuple[Tensor, ...], kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
         di, df, dg, do, through, forget = kept
         dc = state[1] + dh * through
         gates = torch.cat([dc * di, dc * df, dc * dg, dh * do], dim=2)
@@ -112,7 +109,7 @@ class Lstm(Walk):
 
 
 class Gru(Walk):
-    def step(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def step(self, inputs: Tensor, state: State) -> State:
         h = state[0]
         own = self.recurrent(h)
         (xr, xz, xn), (hr, hz, hn) = inputs.chunk(3, dim=1), own.chunk(3, dim=1)
@@ -122,9 +119,7 @@ class Gru(Walk):
         self.kept.append((slope * hn * r * (1 - r), (h - n) * z * (1 - z), slope, r, z))
         return ((1 - z) * n + z * h,)
 
-    def step_back(
-        self, dh: Tensor, state: tuple[Tensor, ...], kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
         dr, dz, dn, r, z = kept
         reset, update, new = dh * dr, dh * dz, dh * dn
         before = torch.cat([reset, update, new * r], dim=2) @ self.w_hh + dh * z

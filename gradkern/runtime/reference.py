@@ -17,37 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ir import graph, indexing
-from ..ir.calls import calls_in, evaluate, operator_of, params_in
-from ..ir.functions import FUNCTIONS, RECTIFYING, Function
-from ..ir.program import (
-    Call,
-    Channels,
-    Contract,
-    Dense,
-    Given,
-    Index,
-    LowRank,
-    Opaque,
-    Param,
-    Positions,
-    Product,
-    Program,
-    Scale,
-    Select,
-    Shape,
-    Sum,
-    Value,
-    View,
-    Windows,
-)
+from ..ir import program as ir
+from ..ir.calls import calls_in, evaluate, params_in
+from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognise
 from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
-
-__all__ = [
-    "FUNCTIONS", "Function", "evaluate", "forward", "forward_step", "jacobian", "one_hot", "operator_of", "vjp",
-    "vjp_step",
-]  # fmt: skip
 
 Params = Mapping[str, Tensor]
 
@@ -55,37 +30,37 @@ Params = Mapping[str, Tensor]
 # Forward
 
 
-def forward_step(program: Program, i: int, args: Sequence[Tensor], params: Params) -> Tensor:
+def forward_step(program: ir.Program, i: int, args: Sequence[Tensor], params: Params) -> Tensor:
     """The value that step ``i`` defines, ``[N, *shape]``.  ``args``: one ``[N, *shape]`` per entry of its inputs."""
     step = program.steps[i]
     form = step.form
     x = args[0]  # [N, *in]
-    if isinstance(form, Contract):
+    if isinstance(form, ir.Contract):
         return _contract(form, x, params)
-    if isinstance(form, Scale):
+    if isinstance(form, ir.Scale):
         return FUNCTIONS[form.function].f(x, *form.params)
-    if isinstance(form, Select):
+    if isinstance(form, ir.Select):
         if form.ties == "split":
             return x.amax(tuple(range(2, x.dim())), keepdim=True)
-        return max_pool(form.windows, x, step.shape)[0]
-    if isinstance(form, LowRank):
+        return max_pool(form.windows, x)[0]
+    if isinstance(form, ir.LowRank):
         return _low_rank(form, x)
-    if isinstance(form, Product):
+    if isinstance(form, ir.Product):
         return x @ args[1] if form.function == "matmul" else x * args[1]
-    if isinstance(form, Index):
+    if isinstance(form, ir.Index):
         return indexing.apply(form, args, step.shape)
-    if isinstance(form, Given):
+    if isinstance(form, ir.Given):
         return x * args[1]
-    if isinstance(form, View):
+    if isinstance(form, ir.View):
         return x.reshape(x.shape[0], *step.shape)
-    if isinstance(form, Sum):
+    if isinstance(form, ir.Sum):
         return sum(args[1:], start=x)
-    if isinstance(form, Opaque):
+    if isinstance(form, ir.Opaque):
         return _opaque(form.call, step.inputs, args, params)
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
 
 
-def forward(program: Program, params: Params, inputs: Sequence[Tensor]) -> list[Tensor]:
+def forward(program: ir.Program, params: Params, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All values in order, each ``[N, *shape]``: the inputs, then one per step."""
     values = list(inputs)
     for i, step in enumerate(program.steps):
@@ -93,31 +68,31 @@ def forward(program: Program, params: Params, inputs: Sequence[Tensor]) -> list[
     return values
 
 
-def _contract(form: Contract, x: Tensor, params: Params) -> Tensor:
+def _contract(form: ir.Contract, x: Tensor, params: Params) -> Tensor:
     weight = params[form.weight.name] if form.weight else None
     bias = params[form.bias.name] if form.bias else None
-    if isinstance(form.map, Dense):
+    if isinstance(form.map, ir.Dense):
         assert weight is not None
         return F.linear(x, weight, bias)  # [N, *, I] -> [N, *, O]
-    if isinstance(form.map, Windows):
+    if isinstance(form.map, ir.Windows):
         assert weight is not None
         w = form.map
         padding, padded = _padded(w, x)
         zeros = (0,) * len(padding)
         return torch.convolution(padded, weight, bias, w.stride, padding, w.dilation, False, zeros, w.groups)
-    if isinstance(form.map, Positions):
+    if isinstance(form.map, ir.Positions):
         return _positions(form.map, x, x.shape[2:])
     shape = _per_channel(form.map, x)
     y = x if weight is None else x * weight.reshape(shape).to(x.dtype)
     return y if bias is None else y + bias.reshape(shape).to(x.dtype)
 
 
-def _per_channel(channels: Channels, x: Tensor) -> Shape:
+def _per_channel(channels: ir.Channels, x: Tensor) -> ir.Shape:
     """The shape of one number per channel against ``x [N, *]``."""
     return (-1,) + (1,) * (x.dim() - 2 - channels.axis)
 
 
-def _padded(w: Windows, x: Tensor) -> tuple[Shape, Tensor]:
+def _padded(w: ir.Windows, x: Tensor) -> tuple[ir.Shape, Tensor]:
     """The padding to give to torch, and the input with the rest of it: torch pads both sides alike only."""
     if all(before == after for before, after in w.padding):
         return tuple(before for before, _ in w.padding), x
@@ -125,24 +100,14 @@ def _padded(w: Windows, x: Tensor) -> tuple[Shape, Tensor]:
     return (0,) * len(w.padding), F.pad(x, flat)
 
 
-def _positions(positions: Positions, x: Tensor, spatial: Sequence[int]) -> Tensor:
-    """``x [*, *spatial]`` through one small matrix per axis."""
+def _positions(positions: ir.Positions, x: Tensor, spatial: Sequence[int], *, back: bool = False) -> Tensor:
+    """``x [*, *spatial]`` through one small matrix per axis; with ``back`` the transpose, ``[*, *outputs]`` to that."""
     lead = x.dim() - len(spatial)
     for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
         matrix = _matrix(rows, int(n), x.dtype, x.device)  # [out, in], None for the identity
         if matrix is not None:
-            x = torch.movedim(torch.movedim(x, lead + a, -1) @ matrix.T, -1, lead + a)
+            x = torch.movedim(torch.movedim(x, lead + a, -1) @ (matrix if back else matrix.T), -1, lead + a)
     return x
-
-
-def _positions_back(positions: Positions, g: Tensor, spatial: Sequence[int]) -> Tensor:
-    """The transpose of `_positions`: ``g [*, *outputs] -> [*, *spatial]``."""
-    lead = g.dim() - len(spatial)
-    for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
-        matrix = _matrix(rows, int(n), g.dtype, g.device)
-        if matrix is not None:
-            g = torch.movedim(torch.movedim(g, lead + a, -1) @ matrix, -1, lead + a)
-    return g
 
 
 @lru_cache(maxsize=128)
@@ -157,24 +122,22 @@ def _matrix(rows: tuple, n: int, dtype: torch.dtype, device: torch.device) -> Te
         return matrix.to(device=device, dtype=dtype)
 
 
-def max_pool(w: Windows, x: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def max_pool(w: ir.Windows, x: Tensor) -> tuple[Tensor, Tensor]:
     """Values and flat spatial indices of the maxima, both ``[N, C, *out]``."""
     padding = tuple(before for before, _ in w.padding)
     ceil = any(before != after for before, after in w.padding)
-    if len(w.kernel) == 1:
-        return F.max_pool1d_with_indices(x, w.kernel, w.stride, padding, w.dilation, ceil)
-    pool = F.max_pool2d_with_indices if len(w.kernel) == 2 else F.max_pool3d_with_indices
-    return pool(x, w.kernel, w.stride, padding, w.dilation, ceil)
+    pools = (F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)
+    return pools[len(w.kernel) - 1](x, w.kernel, w.stride, padding, w.dilation, ceil)
 
 
-def _opaque(call: Call, ids: Sequence[int], args: Sequence[Tensor], params: Params) -> Tensor:
+def _opaque(call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], params: Params) -> Tensor:
     values = dict(zip(ids, args, strict=True))
     n = args[0].shape[0]
 
     def leaf(x: Any) -> Any:
-        if isinstance(x, Param):
+        if isinstance(x, ir.Param):
             return params[x.name]
-        return values[x.id] if isinstance(x, Value) else x.times * n
+        return values[x.id] if isinstance(x, ir.Value) else x.times * n
 
     return evaluate(call, leaf)
 
@@ -184,7 +147,7 @@ def _opaque(call: Call, ids: Sequence[int], args: Sequence[Tensor], params: Para
 
 
 def vjp_step(
-    program: Program, i: int, args: Sequence[Tensor], out: Tensor, cotangent: Tensor, params: Params
+    program: ir.Program, i: int, args: Sequence[Tensor], out: Tensor, cotangent: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
     """The cotangents of a step's inputs, all seeds at once.
 
@@ -193,48 +156,48 @@ def vjp_step(
     """
     form = program.steps[i].form
     x, g = args[0], cotangent
-    if isinstance(form, Contract):
+    if isinstance(form, ir.Contract):
         return (_contract_back(form, x, g, params),)
-    if isinstance(form, Scale):
+    if isinstance(form, ir.Scale):
         if form.function in RECTIFYING:
             g = g.clamp(min=0)
         slope = FUNCTIONS[form.function].df(x, out, *form.params).unsqueeze(1)  # [N, 1, *in]
         if slope.dtype == torch.bool:
             return (torch.where(slope, g, torch.zeros((), dtype=g.dtype, device=g.device)),)
         return (g * slope.to(g.dtype),)
-    if isinstance(form, Select):
+    if isinstance(form, ir.Select):
         return (_amax_back(x, out, g) if form.ties == "split" else _max_pool_back(form.windows, x, out, g),)
-    if isinstance(form, LowRank):
+    if isinstance(form, ir.LowRank):
         return (_low_rank_back(form, x, out, g),)
-    if isinstance(form, Product):
+    if isinstance(form, ir.Product):
         return _product_back(form, args, g)
-    if isinstance(form, Index):
+    if isinstance(form, ir.Index):
         return indexing.transpose(form, [tuple(a.shape[1:]) for a in args], g)
-    if isinstance(form, Given):
+    if isinstance(form, ir.Given):
         return g * args[1].unsqueeze(1), g.new_zeros(()).expand_as(g)
-    if isinstance(form, View):
+    if isinstance(form, ir.View):
         return (g.reshape(*g.shape[:2], *x.shape[1:]),)
-    if isinstance(form, Sum):
+    if isinstance(form, ir.Sum):
         return (g,) * len(args)
-    if isinstance(form, Opaque):
+    if isinstance(form, ir.Opaque):
         return _opaque_back(form.call, program.steps[i].inputs, args, out, g, params)
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
 
 
-def _contract_back(form: Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
+def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
     weight = params[form.weight.name] if form.weight else None
-    if isinstance(form.map, Dense):
+    if isinstance(form.map, ir.Dense):
         assert weight is not None
         return g @ weight  # [N, S, *, O] @ [O, I]
-    if isinstance(form.map, Positions):
-        return _positions_back(form.map, g, x.shape[2:])
-    if isinstance(form.map, Channels):
+    if isinstance(form.map, ir.Positions):
+        return _positions(form.map, g, x.shape[2:], back=True)
+    if isinstance(form.map, ir.Channels):
         return g if weight is None else g * weight.reshape(_per_channel(form.map, x)).to(g.dtype)
     assert weight is not None
     return _convolution_back(form.map, weight, x, g)
 
 
-def _convolution_back(w: Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:
+def _convolution_back(w: ir.Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """``g [N, S, O, *out] -> [N, S, C, *spatial]``; what falls on padding is cut off."""
     n, s = g.shape[:2]
     if n * s == 0:
@@ -254,10 +217,10 @@ def _convolution_back(w: Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tenso
     return back.reshape(n, s, *x.shape[1:])
 
 
-def _max_pool_back(w: Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
+def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Each window's cotangent goes to its maximum: ``g [N, S, C, *out] -> [N, S, C, *spatial]``."""
     n, s, c = g.shape[:3]
-    _, indices = max_pool(w, x, tuple(out.shape[1:]))  # [N, C, *out]
+    _, indices = max_pool(w, x)  # [N, C, *out]
     places = indices.flatten(2).unsqueeze(1).expand(n, s, c, -1)
     back = g.new_zeros(n, s, c, math.prod(x.shape[2:]))
     return back.scatter_add_(3, places, g.flatten(3)).reshape(n, s, *x.shape[1:])
@@ -270,18 +233,18 @@ def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     return share.unsqueeze(1) * g
 
 
-def _low_rank(form: LowRank, x: Tensor) -> Tensor:
+def _low_rank(form: ir.LowRank, x: Tensor) -> Tensor:
     dim = form.axis + 1
     if form.function == "normalize":
         return (x - x.mean(dim, keepdim=True)) * _inverse_deviation(form, x)
     return getattr(torch, form.function)(x, dim=dim)
 
 
-def _inverse_deviation(form: LowRank, x: Tensor) -> Tensor:
+def _inverse_deviation(form: ir.LowRank, x: Tensor) -> Tensor:
     return (x.var(form.axis + 1, unbiased=False, keepdim=True) + form.params[0]).rsqrt()
 
 
-def _low_rank_back(form: LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
+def _low_rank_back(form: ir.LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     y, dim = out.unsqueeze(1), form.axis + 2  # [N, 1, *shape]
     if form.function == "softmax":
         return y * (g - (g * y).sum(dim, keepdim=True))
@@ -291,7 +254,7 @@ def _low_rank_back(form: LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     return centred * _inverse_deviation(form, x).unsqueeze(1)
 
 
-def _product_back(form: Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
+def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
     """Each side's cotangent is the other side's value times ``g [N, S, *shape]``, summed where it was stretched."""
     a, b = (x.unsqueeze(1) for x in args)  # [N, 1, *]
     if form.function == "matmul":
@@ -307,7 +270,7 @@ on_reset(_looped.clear)
 
 
 def _opaque_back(
-    call: Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
+    call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
     """torch's own VJP of one call: under vmap for all seeds where torch can, else one seed after another."""
     recurrent = recognise(call)
@@ -382,7 +345,7 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def vjp(
-    program: Program, params: Params, values: Sequence[Tensor], cotangent: Tensor, wrt: Sequence[int] | None = None
+    program: ir.Program, params: Params, values: Sequence[Tensor], cotangent: Tensor, wrt: Sequence[int] | None = None
 ) -> tuple[Tensor, ...]:
     """Pull ``cotangent [N, S, *out]`` back to the inputs ``wrt`` (all by default): one ``[N, S, *in]`` each.
 
@@ -407,7 +370,7 @@ def vjp(
     return tuple(held[v] if v in held else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)
 
 
-def one_hot(program: Program, y: Tensor, targets: Tensor | None) -> Tensor:
+def one_hot(program: ir.Program, y: Tensor, targets: Tensor | None) -> Tensor:
     """Seeds ``[N, S, *out]`` for flat output numbers ``targets``: ``None`` (all), ``[S]``, or ``[N, S]``."""
     n, c = y.shape[0], program.outputs
     if targets is None:
@@ -418,7 +381,7 @@ def one_hot(program: Program, y: Tensor, targets: Tensor | None) -> Tensor:
 
 
 def jacobian(
-    program: Program,
+    program: ir.Program,
     params: Params,
     inputs: Sequence[Tensor],
     targets: Tensor | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
 from ...util.options import Complaint
+from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
     Inputs,
@@ -30,17 +31,8 @@ from ..attribute_all import (
     resolved,
     typed,
 )
-from ..captum_compat import (
-    format_input_baseline,
-    format_tensor_into_tuples,
-    is_tuple,
-    log_usage,
-    stock,
-    unlogged,
-    validate_input,
-)
+from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
-from ..points import part
 from ..rules.methods import GuidedBackprop
 from .split import LayerView, view_of
 
@@ -74,7 +66,7 @@ class LayerMethod(stock.GradientAttribution):
             if view is None:
                 return None
             seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
-            maps = self._layer(view, part(seeds, 0, view.points.samples), seeds.count, options)
+            maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
         except Complaint:
             return None
         return None if maps is None else maps[:, 0]
@@ -85,12 +77,12 @@ class LayerMethod(stock.GradientAttribution):
         if view is None:
             return None
         seeds, _ = view.points.choose(jacobian_choice(targets))
-        maps = self._layer(view, part(seeds, 0, view.points.samples), seeds.count, options)
+        maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
         if maps is None:
             return None
         delta = None
         if options.get("return_convergence_delta"):
-            _, start = format_input_baseline(rows, options["baselines"])
+            _, start = compat.format_input_baseline(rows, options["baselines"])
             delta = completeness(self.forward_func, (maps,), start, rows, view.points.more, seeds)
         return answer((maps,), False, seeds, delta)
 
@@ -105,14 +97,14 @@ class LayerMethod(stock.GradientAttribution):
 
 def one_output(kind: Any) -> Any:
     """The ``attribute`` of Captum's class on the engine: its signature, its results, its errors."""
-    captums = unlogged(kind)
+    captums = compat.unlogged(kind)
     signature = inspect.signature(captums)
 
-    @log_usage(part_of_slo=True)
+    @compat.log_usage(part_of_slo=True)
     @functools.wraps(captums)
     def attribute(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
         options = _arguments(signature, self, args, kwargs)
-        rows, extra = format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
+        rows, extra = compat.format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
         wants_delta = options.pop("return_convergence_delta", False)
         maps = self._one(rows, options)
         if maps is None:
@@ -122,8 +114,8 @@ def one_output(kind: Any) -> Any:
         if not wants_delta:
             return maps
         layers = maps if isinstance(maps, list) else [maps]
-        parts = [t for layer in layers for t in format_tensor_into_tuples(layer)]
-        rows, start = format_input_baseline(options["inputs"], options["baselines"])
+        parts = [t for layer in layers for t in compat.format_tensor_into_tuples(layer)]
+        rows, start = compat.format_input_baseline(options["inputs"], options["baselines"])
         return maps, self.compute_convergence_delta(
             tuple(parts), start, rows, additional_forward_args=extra, target=options["target"]
         )
@@ -133,7 +125,7 @@ def one_output(kind: Any) -> Any:
 
 def all_outputs(kind: Any) -> AttributeAll:
     """Its ``attribute_all``: Captum's arguments, with ``targets`` after the inputs."""
-    own = dict(inspect.signature(unlogged(kind)).parameters)
+    own = dict(inspect.signature(compat.unlogged(kind)).parameters)
     targets = own.pop("target").replace(name="targets", annotation=Any)
     kept = [p for name, p in own.items() if name not in ("internal_batch_size", "grad_kwargs")]
     signature = inspect.Signature([*kept[:2], targets, *kept[2:]])
@@ -142,7 +134,7 @@ def all_outputs(kind: Any) -> AttributeAll:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *layer]``."""
         options = _arguments(signature, self, args, kwargs)
         targets, inputs = options.pop("targets"), options["inputs"]
-        maps = self._all(format_tensor_into_tuples(inputs), targets, options)
+        maps = self._all(compat.format_tensor_into_tuples(inputs), targets, options)
         if maps is not None:
             return maps
         extra = options["additional_forward_args"]
@@ -156,11 +148,10 @@ def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwa
     """The call's arguments by name, without ``self``; paths are checked as Captum checks them."""
     bound = signature.bind(method, *args, **kwargs)
     bound.apply_defaults()
-    _, *names = bound.arguments
-    options = {name: bound.arguments[name] for name in names}
+    options = dict(list(bound.arguments.items())[1:])
     if "n_steps" in options:
-        path = format_input_baseline(options["inputs"], options["baselines"])
-        validate_input(*path, options["n_steps"], options["method"])
+        path = compat.format_input_baseline(options["inputs"], options["baselines"])
+        compat.validate_input(*path, options["n_steps"], options["method"])
     return options
 
 
@@ -220,9 +211,9 @@ class GuidedGradCam(stock.GuidedGradCam):
         attribute_to_layer_input: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
-        rows = format_tensor_into_tuples(inputs)
+        rows = compat.format_tensor_into_tuples(inputs)
         seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
-        chosen = _as_targets(part(seeds, 0, rows[0].shape[0]), out)
+        chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
         cam = self.grad_cam.attribute_all(
             rows, chosen, additional_forward_args, attribute_to_layer_input, relu_attributions=True
         )
@@ -241,7 +232,7 @@ class GuidedGradCam(stock.GuidedGradCam):
                     stacklevel=2,
                 )
                 maps.append(torch.empty(0).reshape(0, *(0,) * len(seeds.axes)))
-        return answer(maps, is_tuple(inputs), seeds)
+        return answer(maps, compat.is_tuple(inputs), seeds)
 
 
 def _as_targets(index: Tensor | None, out: tuple[int, ...]) -> Any:

@@ -38,12 +38,6 @@ class Tail:
     crossing: tuple[int, ...]
 
 
-def path_of(points: Points, layer: Any) -> str | None:
-    """The layer's name in the model; None where it is no part of it."""
-    modules = points.module.named_modules() if points.module is not None else ()
-    return next((path for path, m in modules if m is layer), None)
-
-
 def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
     """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none."""
     key = (program.key, path, to_input, type(points.module))
@@ -53,17 +47,14 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
     model = points.module
     assert model is not None
-    picked = points.own.pick(SAMPLES)
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for x in picked:
+    for x in points.own.pick(SAMPLES):
+        noisy = x
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-            spread = x.std() if x.numel() > 1 else x.new_ones(())
-            x = torch.cat([x, x + (spread + 0.1) * noise])
-        else:
-            x = torch.cat([x, x])
-        rows.append(x)
+            noisy = x + ((x.std() if x.numel() > 1 else x.new_ones(())) + 0.1) * noise
+        rows.append(torch.cat([x, noisy]))
     seen: list[Any] = []
 
     def look(_: Any, inputs: Any, output: Any = None) -> None:
@@ -132,11 +123,6 @@ class LayerView:
         )
 
     @property
-    def reaches(self) -> bool:
-        """Does the output depend on the layer?"""
-        return self.tail.program.output >= 0
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self.program.shape(self.value)
 
@@ -188,10 +174,11 @@ class LayerView:
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
     """The model seen from ``layer``; None where it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
-    program = points.traced() if now or name in ("kernel", "reference") or _paid(points) else points.program()
+    program = points.traced() if now or name in ("kernel", "reference") or points.route.pays else points.program()
     if program is None:
         return None
-    path = path_of(points, layer)
+    modules = points.module.named_modules() if points.module is not None else ()
+    path = next((path for path, m in modules if m is layer), None)
     value = None if path is None else layer_value(points, program, layer, path, to_input)
     if path is None or value is None:
         if points.module is not None:
@@ -201,7 +188,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
             )
         return None
     view = LayerView(points, program, value, _only_there(program, path, value, to_input))
-    return view if view.reaches else None
+    return view if view.tail.program.output >= 0 else None  # the output need not depend on the layer
 
 
 def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool:
@@ -215,7 +202,3 @@ def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool
 def _inside(program: Program, path: str, i: int) -> bool:
     module = program.steps[i].module
     return not path or module == path or module.startswith(path + ".")
-
-
-def _paid(points: Points) -> bool:
-    return points.route.pays

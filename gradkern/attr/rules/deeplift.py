@@ -18,22 +18,11 @@ from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
+from .. import captum_compat as compat
 from ..attribute_all import Inputs, Many, Options, answer, one_by_one, points_for, typed
-from ..captum_compat import (
-    call_custom_attribution_func,
-    compute_conv_delta_and_format_attrs,
-    format_baseline,
-    format_callable_baseline,
-    format_tensor_into_tuples,
-    is_tuple,
-    log_usage,
-    stock,
-    tensorize_baseline,
-    unlogged,
-    validate_input,
-)
+from ..captum_compat import stock
 from ..plug import GradientFunc
-from ..points import part, rows_of
+from ..points import rows_of
 from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
 
@@ -158,7 +147,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
         self.gradient_func = GradientFunc(engine)
 
-    @log_usage(part_of_slo=True)
+    @compat.log_usage(part_of_slo=True)
     def attribute(
         self,
         inputs: Any,
@@ -169,21 +158,21 @@ class DeepLift(RuleMethod, stock.DeepLift):
         custom_attribution_func: Any = None,
     ) -> Any:
         """As Captum's, by the rule above."""
-        rows = format_tensor_into_tuples(inputs)
-        start = format_baseline(baselines, rows)
+        rows = compat.format_tensor_into_tuples(inputs)
+        start = compat.format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
-            validate_input(rows, start)
+            compat.validate_input(rows, start)
         maps = self._one(rows, target, additional_forward_args, {"baselines": start, "multiply": False})
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
-            return unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
-        start = tensorize_baseline(rows, start)
+            return compat.unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
+        start = compat.tensorize_baseline(rows, start)
         if custom_attribution_func is not None:
-            maps = call_custom_attribution_func(custom_attribution_func, maps, rows, start)
+            maps = compat.call_custom_attribution_func(custom_attribution_func, maps, rows, start)
         elif self.multiplies_by_inputs:
             maps = tuple((x - base) * m for x, base, m in zip(rows, start, maps, strict=True))
-        return compute_conv_delta_and_format_attrs(
-            self, return_convergence_delta, maps, start, rows, additional_forward_args, target, is_tuple(inputs)
+        return compat.compute_conv_delta_and_format_attrs(
+            self, return_convergence_delta, maps, start, rows, additional_forward_args, target, compat.is_tuple(inputs)
         )
 
     @typed
@@ -199,13 +188,13 @@ class DeepLift(RuleMethod, stock.DeepLift):
 
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
         """
-        rows = format_tensor_into_tuples(inputs)
-        start = format_baseline(baselines, rows)
-        validate_input(rows, start)
+        rows = compat.format_tensor_into_tuples(inputs)
+        start = compat.format_baseline(baselines, rows)
+        compat.validate_input(rows, start)
         return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
 
     def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
-        given = given | {"baselines": format_baseline(given.get("baselines"), rows)}
+        given = given | {"baselines": compat.format_baseline(given.get("baselines"), rows)}
         return super()._rows(rows, more, index, seeds, given)
 
     def _rule(self, chunk: Chunk) -> Rescale:
@@ -261,14 +250,14 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
 
         The delta is per pair of sample and reference, as Captum's: ``[N · references, C]``.
         """
-        start = format_callable_baseline(baselines, inputs)
+        start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
             raise AssertionError(
                 "Baselines distribution has to be provided in form of a torch.Tensor with more than one example but "
                 f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
                 "`DeepLift` approach can be used instead."
             )
-        many, rows = is_tuple(inputs), format_tensor_into_tuples(inputs)
+        many, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
@@ -277,19 +266,14 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 return answer(maps, many, seeds, delta)
 
         def attribute(target: Any) -> Any:
-            return self.attribute(
-                inputs,
-                baselines=start if many else start[0],
-                target=target,
-                additional_forward_args=additional_forward_args,
-                return_convergence_delta=return_convergence_delta,
-            )
+            base = start if many else start[0]
+            return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
     def _mean(self, rows: Many, more: Many, seeds: Seeds, start: Many, wants_delta: bool) -> tuple[Many, Tensor | None]:
         """Some samples at a time against all references."""
-        n, count, index = rows[0].shape[0], start[0].shape[0], part(seeds, 0, rows[0].shape[0])
+        n, count, index = rows[0].shape[0], start[0].shape[0], seeds.rows(0, rows[0].shape[0])
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
         deltas = []
         each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
@@ -299,9 +283,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
-            here = index
-            if index is not None and index.dim() == 2:
-                here = index[a:b].repeat_interleave(count, 0)
+            here = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
             maps = self._rows(pairs, extra, here, seeds.count, options)
             assert maps is not None
             for mean, m in zip(means, maps, strict=True):

@@ -50,16 +50,12 @@ def pattern_of(locals_: Sequence[Local]) -> Pattern | None:
     """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
     if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
-    return tuple(
-        (
-            x.after is not None,
-            x.through,
-            0 if x.taps is None else len(x.taps),
-            x.weight is not None,
-            tuple(b is not None for b in x.before),
-        )
-        for x in locals_
-    )
+
+    def shape(x: Local) -> tuple[Any, ...]:
+        before = tuple(b is not None for b in x.before)
+        return x.after is not None, x.through, len(x.taps or ()), x.weight is not None, before
+
+    return tuple(map(shape, locals_))
 
 
 class _Writer:
@@ -79,11 +75,9 @@ class _Writer:
         self.steps.append((form, reads, shape, of))
         return ("step", len(self.steps) - 1)
 
-    def scaled(self, node: tuple[str, int], refs: tuple[Ref, ...], shape: Shape, of: Step) -> tuple[str, int]:
-        if not refs:
-            return node
-        self.slopes.append(Slope(shape, refs))
-        return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], shape, of)
+    def times(self, node: tuple[str, int], slope: Slope, of: Step) -> tuple[str, int]:
+        self.slopes.append(slope)
+        return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], slope.shape, of)
 
     def pool(self, i: int, step: Step, windows: Windows, places: int) -> tuple[str, int]:
         node, refs = self.at[step.inputs[0]]
@@ -92,8 +86,7 @@ class _Writer:
         for t in range(places):
             gather = Contract(tap_positions(windows, t, spatial, step.shape[1:]))
             here = self.emit(gather, [node], step.shape, step)
-            self.slopes.append(Slope(step.shape, refs, (i, t)))
-            parts.append(self.emit(Given(), [here, ("slope", len(self.slopes) - 1)], step.shape, step))
+            parts.append(self.times(here, Slope(step.shape, refs, (i, t)), step))
         return parts[0] if len(parts) == 1 else self.emit(Sum(), parts, step.shape, step)
 
     def step(self, i: int, step: Step, shape: tuple[Any, ...]) -> None:
@@ -112,8 +105,9 @@ class _Writer:
             reads = []
             for k, u in enumerate(step.inputs):
                 node, refs = self.at[u]
-                more: tuple[Ref, ...] = (("before", i, k),) if k < len(before) and before[k] else ()
-                reads.append(self.scaled(node, refs + more, self.program.shape(u), step))
+                if k < len(before) and before[k]:
+                    refs = (*refs, ("before", i, k))
+                reads.append(self.times(node, Slope(self.program.shape(u), refs), step) if refs else node)
             self.at[v] = (self.emit(self.weighted(i, step.form, weight), reads, step.shape, step), rest)
 
     def weighted(self, i: int, form: Any, changed: bool) -> Any:
@@ -267,11 +261,6 @@ def looked_at(program: Program, outputs_too: bool) -> list[int]:
     return sorted({source(v) for v in wanted} - set(range(base)))
 
 
-def one_hot(program: Program, like: Tensor, targets: Tensor) -> Tensor:
-    """Dense seeds ``[N, S, *out]``."""
-    return reference.one_hot(program, like.new_empty(like.shape[0], *program.output_shape), targets)
-
-
 def attribute(
     rule: Rule, inputs: Sequence[Tensor], targets: Tensor, wrt: Sequence[int], *, native: bool
 ) -> tuple[Tensor, ...]:
@@ -281,21 +270,18 @@ def attribute(
     """
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
-    if native:
-        head = _head(program, locals_)
-        if head is not None:
-            cut, cotangent = head, None
-            if cut is not program:
-                tail = _TailRule(rule, locals_)
-                g = one_hot(program, inputs[0], targets)
-                held = pull(tail, g, [cut.output])
-                cotangent = held[cut.output].flatten(2)
-            pattern = pattern_of(locals_[: len(cut.steps)])
-            linear = None if pattern is None else linear_of(cut, pattern)
-            if linear is not None:
-                with suppress(executor.KernelsUnavailable):
-                    return transposed(linear, cut, rule.params, locals_, inputs, wrt, targets, cotangent)
-    held = pull(_TailRule(rule, locals_), one_hot(program, inputs[0], targets), wrt)
+    known = _TailRule(rule, locals_)
+    head, cotangent = _head(program, locals_) if native else None, None
+    if head is not None:
+        if head is not program:
+            held = pull(known, reference.one_hot(program, inputs[0], targets), [head.output])
+            cotangent = held[head.output].flatten(2)
+        pattern = pattern_of(locals_[: len(head.steps)])
+        linear = None if pattern is None else linear_of(head, pattern)
+        if linear is not None:
+            with suppress(executor.KernelsUnavailable):
+                return transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
+    held = pull(known, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
     return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
 
@@ -325,6 +311,4 @@ def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
             return None
     if not steps or output < base:
         return None
-    return (
-        program if len(steps) == len(program.steps) else Program(program.inputs, tuple(steps), output, program.derived)
-    )
+    return program if len(steps) == len(program.steps) else replace(program, steps=tuple(steps), output=output)

@@ -17,30 +17,16 @@ from torch import Tensor, nn
 from ...dispatch.request import model_of
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
+from .. import captum_compat as compat
 from ..attribute_all import Inputs, Many, Options, one_by_one, picked, rows_out, typed
-from ..captum_compat import (
-    Alpha1_Beta0_Rule,
-    EpsilonRule,
-    GammaRule,
-    IdentityRule,
-    PropagationRule,
-    format_output,
-    format_tensor_into_tuples,
-    is_tuple,
-    log_usage,
-    run_forward,
-    stock,
-    sum_rows,
-    unlogged,
-)
+from ..captum_compat import stock
 from ..plug import GradientFunc
-from ..points import part
 from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
 
-KNOWN = (EpsilonRule, GammaRule, Alpha1_Beta0_Rule, IdentityRule)
+KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
 EPSILON = 1e-9  # Captum's default
-Rules = Mapping[str, PropagationRule | None]  # by the module's path
+Rules = Mapping[str, compat.PropagationRule | None]  # by the module's path
 
 
 class Relevance(Rule):
@@ -52,7 +38,7 @@ class Relevance(Rule):
 
     def at(self, i: int) -> Local:
         step = self.program.steps[i]
-        if isinstance(self.rules.get(step.module), IdentityRule) and not isinstance(step.form, (View, Index)):
+        if isinstance(self.rules.get(step.module), compat.IdentityRule) and not isinstance(step.form, (View, Index)):
             return pass_through(self, i)
         return super().at(i)
 
@@ -69,7 +55,7 @@ class Relevance(Rule):
         """Weight and bias as a gamma or alpha-beta rule wants them; None where they stay."""
         form, path = self.form(i, Contract), self.program.steps[i].module
         rule = self.rules.get(path)
-        if not isinstance(rule, (GammaRule, Alpha1_Beta0_Rule)) or form.weight is None:
+        if not isinstance(rule, (compat.GammaRule, compat.Alpha1_Beta0_Rule)) or form.weight is None:
             return None
         module = self.model.get_submodule(path)
         if isinstance(form.map, Channels) and isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -82,7 +68,7 @@ class Relevance(Rule):
 
 def _modified(weight: Tensor, rule: Any) -> Tensor:
     positive = weight.clamp(min=0)
-    return weight + rule.gamma * positive if isinstance(rule, GammaRule) else positive
+    return weight + rule.gamma * positive if isinstance(rule, compat.GammaRule) else positive
 
 
 def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
@@ -149,7 +135,7 @@ class LRP(RuleMethod, stock.LRP):
         stock.LRP.__init__(self, model)
         self.gradient_func = GradientFunc(engine)
 
-    @log_usage(part_of_slo=True)
+    @compat.log_usage(part_of_slo=True)
     def attribute(
         self,
         inputs: Any,
@@ -159,21 +145,21 @@ class LRP(RuleMethod, stock.LRP):
         verbose: bool = False,
     ) -> Any:
         """As Captum's.  As there, rules set on modules serve one call and are gone after it."""
-        rows = format_tensor_into_tuples(inputs)
+        rows = compat.format_tensor_into_tuples(inputs)
         with self._rules() as rules:
             maps = self._one(rows, target, additional_forward_args, {"rules": rules})
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
-            return unlogged(stock.LRP)(self, inputs, *fixed)
+            return compat.unlogged(stock.LRP)(self, inputs, *fixed)
         for path, rule in rules.items():
             if verbose:
                 print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
             del self.model.get_submodule(path).rule
-        result = format_output(is_tuple(inputs), maps)
+        result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
         with torch.no_grad():
-            outputs = run_forward(self.model, rows, target, additional_forward_args)
+            outputs = compat.run_forward(self.model, rows, target, additional_forward_args)
         return result, self.compute_convergence_delta(maps, outputs)
 
     @typed
@@ -242,6 +228,6 @@ class LRP(RuleMethod, stock.LRP):
 
     def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Any, options: Options) -> Tensor:
         with torch.no_grad():
-            score = picked(rows_out(self.forward_func, rows, more), part(seeds, 0, rows[0].shape[0]))
-        sums = [sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
+            score = picked(rows_out(self.forward_func, rows, more), seeds.rows(0, rows[0].shape[0]))
+        sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
         return score - sum(sums[1:], sums[0])

@@ -16,18 +16,10 @@ from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import Complaint
+from .. import captum_compat as compat
 from ..attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
-from ..captum_compat import (
-    apply_gradient_requirements,
-    format_output,
-    format_tensor_into_tuples,
-    is_tuple,
-    log_usage,
-    stock,
-    undo_gradient_requirements,
-)
+from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
-from ..points import part
 from .linear import attribute as rule_attribute
 from .linear import forward_values, looked_at
 from .rule import Params, Rule, Values
@@ -66,12 +58,12 @@ class ProgramMethod(RowMethod):
             if program is None or any(not program.consumers[w] for w in points.wrt):
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            parts = self._rows(rows, points.more, part(seeds, 0, points.samples), seeds.count, given)
+            parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, given)
         except Complaint:
             return None
         if parts is None:
             return None
-        undo_gradient_requirements(rows, apply_gradient_requirements(rows))  # Captum's warnings
+        compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
         return tuple(p[:, 0] for p in parts)
 
 
@@ -140,13 +132,13 @@ class _Rectifying(ProgramMethod):
         super().__init__(model)
         self.gradient_func = GradientFunc(engine)
 
-    @log_usage(part_of_slo=True)
+    @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
         """As Captum's, but for every ReLU of the network, functional, in-place and reused ones included."""
-        rows = format_tensor_into_tuples(inputs)
+        rows = compat.format_tensor_into_tuples(inputs)
         maps = self._one(rows, target, additional_forward_args, {})
         if maps is not None:
-            return format_output(is_tuple(inputs), maps)
+            return compat.format_output(compat.is_tuple(inputs), maps)
         captums: Callable[..., Any] = super().attribute.__wrapped__
         return captums(self, inputs, target, additional_forward_args)
 

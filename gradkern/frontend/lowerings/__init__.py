@@ -1,23 +1,6 @@
 """ATen ops to forms, one file per family.  Importing this package fills `LOWERINGS`."""
 
-from . import activation, arithmetic, attention, conv, index, linear, masks, norm, pool, shape
+from . import activation, arithmetic, attention, conv, index, linear, masks, norm, pool, shape  # noqa: F401
 from .builder import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm, lowers
 
-__all__ = [
-    "LOWERINGS",
-    "SEVERAL",
-    "Builder",
-    "MixesSamples",
-    "NoForm",
-    "activation",
-    "arithmetic",
-    "attention",
-    "conv",
-    "index",
-    "linear",
-    "lowers",
-    "masks",
-    "norm",
-    "pool",
-    "shape",
-]
+__all__ = ["LOWERINGS", "SEVERAL", "Builder", "MixesSamples", "NoForm", "lowers"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 
 from ...ir.program import Channels, Contract, Param, Scale, Sum, Value
@@ -15,30 +14,24 @@ def elementwise(b: Builder, x: object, function: str, *params: float) -> Value:
     return b.emit(Scale(function, tuple(float(p) for p in params)), (value,), b.shape(value))
 
 
-def plain(name: str) -> Callable[[Builder, SimpleNamespace], Value]:
-    return lambda b, a: elementwise(b, a.self, name)
+@lowers("aten.leaky_relu.default", function="leaky_relu", params=("negative_slope",))
+@lowers("aten.elu.default", function="elu", params=("alpha", "scale", "input_scale"))  # the last two: 1 for plain ELU
+@lowers("aten.selu.default", function="elu", params=(1.6732632423543772848, 1.0507009873554804935, 1.0))
+@lowers("aten.softplus.default", function="softplus", params=("beta", "threshold"))
+@lowers("aten.hardtanh.default", function="hardtanh", params=("min_val", "max_val"))
+@lowers("aten.relu6.default", function="hardtanh", params=(0.0, 6.0))
+@lowers("aten.clamp_min.default", function="clamp", params=("min", math.inf))
+@lowers("aten.clamp_max.default", function="clamp", params=(-math.inf, "max"))
+def parametric(b: Builder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
+    """A function whose parameters are numbers, or arguments by name."""
+    return elementwise(b, a.self, function, *(number_of(getattr(a, p)) if isinstance(p, str) else p for p in params))
 
 
-for _name in ("relu", "tanh", "sigmoid", "silu", "exp", "log", "sqrt", "abs", "square", "hardswish", "hardsigmoid"):
-    lowers(f"aten.{_name}.default")(plain(_name))
-for _name in ("rsqrt", "reciprocal", "erf", "sin", "cos", "log1p", "expm1", "mish"):
-    lowers(f"aten.{_name}.default")(plain(_name))
-
-
-@lowers("aten.leaky_relu.default")
-def leaky_relu(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "leaky_relu", number_of(a.negative_slope))
-
-
-@lowers("aten.elu.default")
-def elu(b: Builder, a: SimpleNamespace) -> Value:
-    """Params: alpha, scale, input scale.  Plain ELU has the last two at 1, SELU and CELU do not."""
-    return elementwise(b, a.self, "elu", number_of(a.alpha), number_of(a.scale), number_of(a.input_scale))
-
-
-@lowers("aten.selu.default")
-def selu(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "elu", 1.6732632423543772848170429916717, 1.0507009873554804934193349852946, 1.0)
+for _name in (
+    *("relu", "tanh", "sigmoid", "silu", "exp", "log", "sqrt", "abs", "square", "hardswish", "hardsigmoid"),
+    *("rsqrt", "reciprocal", "erf", "sin", "cos", "log1p", "expm1", "mish"),
+):
+    lowers(f"aten.{_name}.default", function=_name)(parametric)
 
 
 @lowers("aten.celu.default")
@@ -75,36 +68,11 @@ def log_sigmoid(b: Builder, a: SimpleNamespace) -> Value:
     return elementwise(b, elementwise(b, minus, "softplus", 1.0, 1e30), "affine", -1.0, 0.0)
 
 
-@lowers("aten.softplus.default")
-def softplus(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "softplus", number_of(a.beta), number_of(a.threshold))
-
-
-@lowers("aten.hardtanh.default")
-def hardtanh(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "hardtanh", number_of(a.min_val), number_of(a.max_val))
-
-
-@lowers("aten.relu6.default")
-def relu6(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "hardtanh", 0.0, 6.0)
-
-
 @lowers("aten.clamp.default")
 def clamp(b: Builder, a: SimpleNamespace) -> Value:
     low = float("-inf") if a.min is None else number_of(a.min)
     high = float("inf") if a.max is None else number_of(a.max)
     return elementwise(b, a.self, "clamp", low, high)
-
-
-@lowers("aten.clamp_min.default")
-def clamp_min(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "clamp", number_of(a.min), float("inf"))
-
-
-@lowers("aten.clamp_max.default")
-def clamp_max(b: Builder, a: SimpleNamespace) -> Value:
-    return elementwise(b, a.self, "clamp", float("-inf"), number_of(a.max))
 
 
 @lowers("aten.pow.Tensor_Scalar")

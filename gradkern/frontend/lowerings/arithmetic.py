@@ -61,14 +61,10 @@ def shifted(b: Builder, x: Value, p: Param, alpha: float = 1) -> Value:
     return as_shape(b, b.emit(Contract(Channels(axis), None, numbers), (at,), b.shape(at)), full)
 
 
-@lowers("aten.add.Tensor", "aten.add.Scalar")
-def add(b: Builder, a: SimpleNamespace) -> Value:
-    return added(b, a.self, a.other, a.alpha)
-
-
-@lowers("aten.sub.Tensor", "aten.sub.Scalar")
-def sub(b: Builder, a: SimpleNamespace) -> Value:
-    return added(b, a.self, a.other, -a.alpha)
+@lowers("aten.add.Tensor", "aten.add.Scalar", sign=1)
+@lowers("aten.sub.Tensor", "aten.sub.Scalar", sign=-1)
+def add(b: Builder, a: SimpleNamespace, sign: int) -> Value:
+    return added(b, a.self, a.other, sign * a.alpha)
 
 
 @lowers("aten.rsub.Scalar", "aten.rsub.Tensor")
@@ -151,6 +147,4 @@ def glu(b: Builder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.neg.default")
 def neg(b: Builder, a: SimpleNamespace) -> Value:
-    if not isinstance(a.self, Value):
-        raise NoForm("its input does not depend on the samples alone")
-    return affine(b, a.self, -1.0, 0.0)
+    return affine(b, need_value(a.self), -1.0, 0.0)

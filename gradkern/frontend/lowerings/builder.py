@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
 from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Value, View
 
-Lowering = Callable[["Builder", SimpleNamespace], Value]
+Lowering = Callable[..., Value]
 LOWERINGS: dict[str, Lowering] = {}
 SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
 
@@ -30,12 +30,14 @@ class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
-def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
-    """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``."""
+def lowers(*ops: str, **given: Any) -> Callable[[Lowering], Lowering]:
+    """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
+
+    ``given``: further arguments of the lowering for these ops.
+    """
 
     def register(lowering: Lowering) -> Lowering:
-        for op in ops:
-            LOWERINGS[op] = lowering
+        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **given) if given else lowering))
         return lowering
 
     return register
@@ -65,10 +67,6 @@ class Builder:
         n = len(self.inputs)
         return self.steps[value.id - n] if value.id >= n else None
 
-    def value_dtype(self, value: Value) -> torch.dtype | None:
-        """The dtype of a value, ``None`` where it stands between two nodes of the graph."""
-        return self.dtypes.get(value)
-
     def emit(self, form: Form, inputs: tuple[Value, ...], shape: Shape) -> Value:
         """Append a step and return its value."""
         ids = tuple(v.id for v in inputs)
@@ -86,10 +84,8 @@ class Builder:
 
     def derive_call(self, call: Call, meta: torch.Tensor | None = None) -> Param:
         """As `derive`, for a whole call; ``meta`` is its fake result where the caller has it at hand."""
-        if call not in self.derived_by_call:
-            name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # '#' is in no attribute's name
-            self.derived_by_call[call] = Param(name)
-        param = self.derived_by_call[call]
+        name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # '#' is in no attribute's name
+        param = self.derived_by_call.setdefault(call, Param(name))
         if meta is not None:
             self.param_meta[param] = meta
         return param

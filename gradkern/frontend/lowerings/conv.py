@@ -12,16 +12,6 @@ from .index import emit
 Padding = tuple[tuple[int, int], ...]
 
 
-@lowers("aten.conv1d.default", "aten.conv1d.padding")
-def conv1d(b: Builder, a: SimpleNamespace) -> Value:
-    return convolution(b, a, 1)
-
-
-@lowers("aten.conv2d.default", "aten.conv2d.padding")
-def conv2d(b: Builder, a: SimpleNamespace) -> Value:
-    return convolution(b, a, 2)
-
-
 @lowers("aten.convolution.default")
 def general(b: Builder, a: SimpleNamespace) -> Value:
     dims = len(b.param_shape(a.weight)) - 2 if isinstance(a.weight, Param) else 0
@@ -30,23 +20,11 @@ def general(b: Builder, a: SimpleNamespace) -> Value:
     return transposed(b, a, dims) if a.transposed else convolution(b, a, dims)
 
 
-@lowers("aten.conv_transpose1d.default")
-def conv_transpose1d(b: Builder, a: SimpleNamespace) -> Value:
-    return transposed(b, a, 1)
-
-
-@lowers("aten.conv_transpose2d.input")
-def conv_transpose2d(b: Builder, a: SimpleNamespace) -> Value:
-    return transposed(b, a, 2)
-
-
+@lowers("aten.conv_transpose1d.default", dims=1)
+@lowers("aten.conv_transpose2d.input", dims=2)
 def transposed(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     """A convolution with the flipped weight over the input with zeros between its elements."""
-    x = need_value(a.input)
-    if not isinstance(a.weight, Param) or not (a.bias is None or isinstance(a.bias, Param)):
-        raise NoForm("its weight depends on the samples")
-    if len(b.shape(x)) != dims + 1:
-        raise NoForm(f"its input has {len(b.shape(x))} axes per sample, not {dims + 1}")
+    x = convolved(b, a, dims)
     channels, per_group, *kernel = b.param_shape(a.weight)  # [C, O/groups, *kernel]
     stride, dilation = tuple_of(a.stride, dims), tuple_of(a.dilation, dims)
     padding, more = tuple_of(a.padding, dims), tuple_of(a.output_padding, dims)
@@ -68,14 +46,11 @@ def transposed(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     return b.emit(Contract(windows, weight, a.bias), (x,), (a.groups * per_group, *spatial))
 
 
+@lowers("aten.conv1d.default", "aten.conv1d.padding", dims=1)
+@lowers("aten.conv2d.default", "aten.conv2d.padding", dims=2)
 def convolution(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     """``[C, *spatial] -> [O, *spatial']`` with weight ``[O, C/groups, *kernel]``."""
-    x = need_value(a.input)
-    if not isinstance(a.weight, Param) or not (a.bias is None or isinstance(a.bias, Param)):
-        raise NoForm("its weight depends on the samples")
-    shape = b.shape(x)  # (C, *spatial)
-    if len(shape) != dims + 1:
-        raise NoForm(f"its input has {len(shape)} axes per sample, not {dims + 1}")
+    x = convolved(b, a, dims)
     outputs, _, *kernel = b.param_shape(a.weight)
     stride, dilation = tuple_of(a.stride, dims), tuple_of(a.dilation, dims)
     padding = padding_of(a.padding, tuple(kernel), dilation)
@@ -85,8 +60,18 @@ def convolution(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     return b.emit(Contract(windows, a.weight, a.bias), (x,), (outputs, *spatial))
 
 
+def convolved(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+    """The input ``[C, *spatial]`` of a convolution whose weights are constants."""
+    x = need_value(a.input)
+    if not isinstance(a.weight, Param) or not (a.bias is None or isinstance(a.bias, Param)):
+        raise NoForm("its weight depends on the samples")
+    if len(b.shape(x)) != dims + 1:
+        raise NoForm(f"its input has {len(b.shape(x))} axes per sample, not {dims + 1}")
+    return x
+
+
 def absorbed(b: Builder, x: Value, padding: Padding) -> tuple[Value, Padding]:
-    """Zeros that a step put around the value are padding of the convolution behind it."""
+    """Zeros that a step put around the value become padding of the convolution that reads it."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:
         return x, padding

@@ -131,7 +131,7 @@ def takes_all(a: SimpleNamespace) -> bool:
 
 
 def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | None:
-    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding behind."""
+    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding after."""
     step = b.step(x)
     if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
         return None
@@ -151,8 +151,7 @@ def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | 
 def select(b: Builder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
-    n = b.shape(x)[axis]
-    return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % n])), a.result)
+    return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
 
 
 @lowers("aten.narrow.default")
@@ -163,22 +162,21 @@ def narrow(b: Builder, a: SimpleNamespace) -> Value:
     return emit(b, x, along(b.shape(x), axis, range(start, start + a.length)))
 
 
-@lowers("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
+SEVERAL.update(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int"))
+
+
+@lowers(*SEVERAL)
 def split(b: Builder, a: SimpleNamespace) -> Value:
     """One of several pieces: ``a.piece`` says which."""
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     n = b.shape(x)[axis]
     if hasattr(a, "split_sizes"):
-        start = sum(a.split_sizes[: a.piece])
-        size = a.split_sizes[a.piece]
+        start, size = sum(a.split_sizes[: a.piece]), a.split_sizes[a.piece]
     else:
         size = a.split_size if hasattr(a, "split_size") else (-(-n // a.chunks) if hasattr(a, "chunks") else 1)
         start = a.piece * size
     return as_shape(b, emit(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
-
-
-SEVERAL.update({"aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int"})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,10 +223,9 @@ def joined(b: Builder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
     for v in values:
-        own = b.shape(v)
-        n = own[axis]
+        n = b.shape(v)[axis]
         wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
-        parts.append(along(own, axis, wanted))
+        parts.append(along(b.shape(v), axis, wanted))
         first += n
     return values[0] if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), shape)
 
@@ -262,27 +259,18 @@ def padded(b: Builder, x: Value, flat: Sequence[int], mode: str) -> Value:
     return x
 
 
-@lowers("aten.constant_pad_nd.default")
-def pad_constant(b: Builder, a: SimpleNamespace) -> Value:
-    if a.value:
-        raise NoForm(f"it pads with {a.value}, not with zeros")
-    return padded(b, need_value(a.self), a.pad, "constant")
-
-
-@lowers("aten.pad.default")
+@lowers("aten.constant_pad_nd.default", "aten.pad.default")
 def pad(b: Builder, a: SimpleNamespace) -> Value:
-    if a.mode == "constant" and a.value:
+    mode = getattr(a, "mode", "constant")
+    if mode == "constant" and a.value:
         raise NoForm(f"it pads with {a.value}, not with zeros")
-    return padded(b, need_value(a.self), a.pad, a.mode)
+    return padded(b, need_value(a.self), a.pad, mode)
 
 
-def pad_as(mode: str) -> Callable[[Builder, SimpleNamespace], Value]:
-    return lambda b, a: padded(b, need_value(a.self), a.padding, mode)
-
-
-for _d in (1, 2, 3):
-    lowers(f"aten.reflection_pad{_d}d.default")(pad_as("reflect"))
-    lowers(f"aten.replication_pad{_d}d.default")(pad_as("replicate"))
+@lowers(*(f"aten.reflection_pad{d}d.default" for d in (1, 2, 3)), mode="reflect")
+@lowers(*(f"aten.replication_pad{d}d.default" for d in (1, 2, 3)), mode="replicate")
+def pad_as(b: Builder, a: SimpleNamespace, mode: str) -> Value:
+    return padded(b, need_value(a.self), a.padding, mode)
 
 
 @lowers("aten.expand.default", "aten.expand_as.default")
@@ -357,6 +345,3 @@ def upsample_linear(b: Builder, a: SimpleNamespace) -> Value:
             rows.append((first, (1.0 - rest, rest) if first + 1 < n and rest else (1.0,)))
         axes.append(tuple(rows))
     return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)
-
-
-__all__ = ["emit", "padded", "permuted", "stretched"]

@@ -59,7 +59,7 @@ def bounded(b: Builder, x: Value, dtype: torch.dtype) -> Value:
 def masked_fill(b: Builder, a: SimpleNamespace) -> Value:
     """``x (1 - mask) + value mask``, for scores that a softmax is to leave out; where they are finite that is the same.
 
-    Other fills stand where numbers are none (of padding, or behind a logarithm), and 0 · NaN is NaN.
+    Other fills may replace numbers that are not finite (padding, a logarithm's result), and 0 · NaN is NaN.
     """
     x, value = need_value(a.self), number_of(a.value)
     if value > -1e4:

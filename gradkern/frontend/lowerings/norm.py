@@ -10,16 +10,11 @@ from .builder import Builder, MixesSamples, NoForm, as_shape, lowers, need_value
 from .masks import bounded
 
 
-@lowers("aten._native_batch_norm_legit_no_training.default")
-def batch_norm_eval(b: Builder, a: SimpleNamespace) -> Value:
-    return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
-
-
 @lowers("aten.batch_norm.default", "aten.native_batch_norm.default")
 def batch_norm(b: Builder, a: SimpleNamespace) -> Value:
     if a.training or a.running_mean is None:
         raise MixesSamples("uses the statistics of the batch")
-    return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
+    return folded(b, a)
 
 
 @lowers("aten._native_batch_norm_legit.no_stats", "aten._native_batch_norm_legit_functional.default")
@@ -27,18 +22,19 @@ def batch_norm_train(b: Builder, a: SimpleNamespace) -> Value:
     raise MixesSamples("uses the statistics of the batch")
 
 
-def folded(b: Builder, x: object, weight: object, bias: object, mean: object, var: object, eps: float) -> Value:
+@lowers("aten._native_batch_norm_legit_no_training.default")
+def folded(b: Builder, a: SimpleNamespace) -> Value:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` as one factor and one shift per channel, both derived."""
-    value = need_value(x)
+    value = need_value(a.input)
     if not b.shape(value):
         raise NoForm("its input has no channel axis")
-    if not all(isinstance(p, Param) for p in (mean, var)):
+    if not all(isinstance(p, Param) for p in (a.running_mean, a.running_var)):
         raise NoForm("its statistics depend on the samples")
-    scale = b.derive("aten.rsqrt.default", b.derive("aten.add.Tensor", var, eps))  # [C]
-    if weight is not None:
-        scale = b.derive("aten.mul.Tensor", scale, weight)
-    shift = b.derive("aten.mul.Tensor", mean, scale)  # [C]
-    shift = b.derive("aten.neg.default", shift) if bias is None else b.derive("aten.sub.Tensor", bias, shift)
+    scale = b.derive("aten.rsqrt.default", b.derive("aten.add.Tensor", a.running_var, a.eps))  # [C]
+    if a.weight is not None:
+        scale = b.derive("aten.mul.Tensor", scale, a.weight)
+    shift = b.derive("aten.mul.Tensor", a.running_mean, scale)  # [C]
+    shift = b.derive("aten.neg.default", shift) if a.bias is None else b.derive("aten.sub.Tensor", a.bias, shift)
     return b.emit(Contract(Channels(), scale, shift), (value,), b.shape(value))
 
 
@@ -87,19 +83,15 @@ def layer_norm(b: Builder, a: SimpleNamespace) -> Value:
     return as_shape(b, affine_along(b, y, len(b.shape(y)) - 1, *flat), shape)
 
 
-@lowers("aten.group_norm.default")
-def group_norm(b: Builder, a: SimpleNamespace) -> Value:
-    return affine_along(b, normalized(b, need_value(a.input), a.num_groups, a.eps), 0, a.weight, a.bias)
-
-
-@lowers("aten.native_group_norm.default")
-def native_group_norm(b: Builder, a: SimpleNamespace) -> Value:
-    return affine_along(b, normalized(b, need_value(a.input), a.group, a.eps), 0, a.weight, a.bias)
+@lowers("aten.group_norm.default", groups="num_groups")
+@lowers("aten.native_group_norm.default", groups="group")
+def group_norm(b: Builder, a: SimpleNamespace, groups: str) -> Value:
+    return affine_along(b, normalized(b, need_value(a.input), getattr(a, groups), a.eps), 0, a.weight, a.bias)
 
 
 @lowers("aten.instance_norm.default")
 def instance_norm(b: Builder, a: SimpleNamespace) -> Value:
     if not a.use_input_stats:
-        return folded(b, a.input, a.weight, a.bias, a.running_mean, a.running_var, a.eps)
+        return folded(b, a)
     x = need_value(a.input)
     return affine_along(b, normalized(b, x, b.shape(x)[0], a.eps), 0, a.weight, a.bias)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from types import SimpleNamespace
 
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
 from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis, tuple_of
-from .index import permuted
+from .index import as_list, permuted
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
@@ -35,16 +34,8 @@ def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
 # Maximum
 
 
-@lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default")
-def max_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return max_pool(b, a, 1)
-
-
-@lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default")
-def max_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return max_pool(b, a, 2)
-
-
+@lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default", dims=1)
+@lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", dims=2)
 def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -65,16 +56,8 @@ def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
 # Averages
 
 
-@lowers("aten.avg_pool1d.default")
-def avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return avg_pool(b, a, 1)
-
-
-@lowers("aten.avg_pool2d.default")
-def avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return avg_pool(b, a, 2)
-
-
+@lowers("aten.avg_pool1d.default", dims=1)
+@lowers("aten.avg_pool2d.default", dims=2)
 def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
     x = need_value(a.self)
@@ -107,16 +90,8 @@ def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool
     return tuple(rows)
 
 
-@lowers("aten.adaptive_avg_pool1d.default")
-def adaptive_avg_pool1d(b: Builder, a: SimpleNamespace) -> Value:
-    return adaptive(b, a, 1)
-
-
-@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default")
-def adaptive_avg_pool2d(b: Builder, a: SimpleNamespace) -> Value:
-    return adaptive(b, a, 2)
-
-
+@lowers("aten.adaptive_avg_pool1d.default", dims=1)
+@lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default", dims=2)
 def adaptive(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -137,23 +112,15 @@ def adaptive_rows(n: int, m: int) -> Rows:
 # Means and sums over axes
 
 
-@lowers("aten.mean.dim")
-def mean(b: Builder, a: SimpleNamespace) -> Value:
-    return reduced(b, a, average=True)
-
-
-@lowers("aten.sum.dim_IntList")
-def total(b: Builder, a: SimpleNamespace) -> Value:
-    return reduced(b, a, average=False)
-
-
+@lowers("aten.mean.dim", average=True)
+@lowers("aten.sum.dim_IntList", average=False)
 def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
     """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
     x = need_value(a.self)
     if a.dtype is not None:
         raise NoForm("it changes the dtype")
     shape = b.shape(x)
-    dims = {sample_axis(d, len(shape)) for d in (a.dim if a.dim else range(len(shape) + 1))}
+    dims = {sample_axis(d, len(shape)) for d in a.dim or range(len(shape) + 1)}
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")
     if dims and 0 not in dims:  # spatial axes: no element has to move
@@ -185,22 +152,13 @@ def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -
     return as_shape(b, y, kept if keepdim else tuple(n for i, n in enumerate(shape) if i not in dims))
 
 
-@lowers("aten.amax.default")
-def amax(b: Builder, a: SimpleNamespace) -> Value:
-    """The maximum over whole axes, whose cotangent equal maxima share."""
-    return maximum(b, a, a.dim, "split")
-
-
-@lowers("aten.max.dim")
-def max_along(b: Builder, a: SimpleNamespace) -> Value:
-    """The values of ``x.max(dim)``: the first of equal maxima gets the cotangent."""
-    return maximum(b, a, (a.dim,), "first")
-
-
-def maximum(b: Builder, a: SimpleNamespace, axes: Iterable[int], ties: str) -> Value:
+@lowers("aten.amax.default", ties="split")  # equal maxima share the cotangent
+@lowers("aten.max.dim", ties="first")  # the values of ``x.max(dim)``: the first of equal maxima gets it
+def maximum(b: Builder, a: SimpleNamespace, ties: str) -> Value:
+    """The maximum over whole axes."""
     x = need_value(a.self)
     shape = b.shape(x)
-    dims = {sample_axis(d, len(shape)) for d in axes or range(len(shape) + 1)}
+    dims = {sample_axis(d, len(shape)) for d in as_list(a.dim) or range(len(shape) + 1)}
     source, count = kept_first(b, x, dims)
     windows = Windows((count,), (1,), ((0, 0),), (1,))
     y = b.emit(Select(windows, ties), (source,), (b.shape(source)[0], 1))

@@ -8,18 +8,14 @@ from types import SimpleNamespace
 from ...ir.program import Value
 from .builder import Builder, NoForm, as_shape, lowers, need_value
 
-
-@lowers(
-    "aten.view.default",
-    "aten.reshape.default",
-    "aten._unsafe_view.default",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-    "aten.squeeze.default",
-    "aten.unsqueeze.default",
+#: Ops of which the result's shape says everything.
+VIEWS = (
+    *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
+    *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
 )
+
+
+@lowers(*VIEWS)
 def view(b: Builder, a: SimpleNamespace) -> Value:
     """Row-major order and batch axis 0 stay as they are, so the result's own shape says everything."""
     x = need_value(a.self)
@@ -44,6 +40,6 @@ def dropout(b: Builder, a: SimpleNamespace) -> Value:
 def unchanged(b: Builder, a: SimpleNamespace) -> Value:
     """Ops that vanish where they leave the dtype as it is."""
     x = need_value(a.self)
-    if b.shape(x) != a.result or b.value_dtype(x) != a.result_dtype:
+    if b.shape(x) != a.result or b.dtypes.get(x) != a.result_dtype:
         raise NoForm("it changes the dtype")
     return x
