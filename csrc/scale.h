@@ -1,5 +1,5 @@
 // Elementwise functions: value and derivative, for host and device.  One functor per function; a new activation
-// is one more here (and its torch twin in gradkern/runtime/reference.py).  Derivatives at kinks follow torch, op by op.
+// is one more here (the same in torch is in gradkern/ir/functions.py).  Derivatives at kinks follow torch, op by op.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace gradkern {
 
-// Names in this order are the codes of the field `fn`.
+// Names in this order are the codes of the field `function`.
 // clang-format off
 #define GRADKERN_FUNCTIONS(X) \
   X(relu) X(leaky_relu) X(elu) X(tanh) X(sigmoid) X(affine) X(gelu) X(gelu_tanh) X(silu) X(mish) X(softplus) \

@@ -1,4 +1,4 @@
-"""The walk of one call: which rooms a warm `gradkern.jacobian` enters, in which order."""
+"""The walk of one call: which packages a warm `gradkern.jacobian` enters, in which order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import FrameType
 
 import gradkern
 from tests.cases import net
-from tests.test_rooms import FLOORS, TOP
+from tests.test_imports import PACKAGES, TOP
 
 PACKAGE = Path(gradkern.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 MOST_MODULES = 8
-EVERYWHERE = "util"  # options, memos and chunks may be asked from any room
+EVERYWHERE = "util"  # options, memos and chunks may be asked from any package
 
 
 def walked() -> list[tuple[str, str]]:
@@ -43,17 +43,19 @@ def walked() -> list[tuple[str, str]]:
     return entered
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split("/")[0] if "/" in module else TOP
 
 
 def test_a_warm_call_walks_through_the_house_once() -> None:
-    path = [(module, name) for module, name in walked() if room_of(module) != EVERYWHERE]
-    rooms = [room for room, _ in groupby(room_of(module) for module, _ in path)]
+    path = [(module, name) for module, name in walked() if package_of(module) != EVERYWHERE]
+    packages = [package for package, _ in groupby(package_of(module) for module, _ in path)]
     told = "\n".join(f"{module} {name}" for module, name in path)
-    assert rooms[:2] == [TOP, "dispatch"], told
-    assert len(set(rooms)) == len(rooms), told  # no way back to a room that was left
-    assert [FLOORS.index(room) for room in rooms[2:]] == sorted(FLOORS.index(room) for room in rooms[2:]), told
+    assert packages[:2] == [TOP, "dispatch"], told
+    assert len(set(packages)) == len(packages), told  # no way back to a package that was left
+    assert [PACKAGES.index(package) for package in packages[2:]] == sorted(
+        PACKAGES.index(package) for package in packages[2:]
+    ), told
     assert len({module for module, _ in path}) <= MOST_MODULES, told
 
 

@@ -1,1 +1,1 @@
-"""Options, errors and small tables that every room may use."""
+"""Options, errors and small tables that every package may use."""

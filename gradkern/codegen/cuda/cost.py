@@ -3,7 +3,7 @@
 The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
 loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
 clock, at the share of those rates that well-fed loops reach (`PACE`, an estimate).  Instructions per turn of a loop are
-counted in sm_90 machine code (nvcc 13.0); what a GPU measured is in benchmarks/notes-cuda.md.
+counted in sm_90 machine code (nvcc 13.0).  No GPU has measured them yet: benchmarks/notes-cuda.md has a column for it.
 """
 
 from __future__ import annotations

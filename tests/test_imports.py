@@ -1,4 +1,4 @@
-"""The floors of the house: each room of ``gradkern/`` may import the rooms listed for it, and no others."""
+"""The direction of imports: each package of ``gradkern/`` may import those listed before it, and no others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gradkern"
 TOP = "top"  # the modules in gradkern/ itself
-#: The rooms from the ground up: a room imports itself and the rooms above its own line in this list.
-FLOORS = (
+#: The packages from the ground up: one imports itself and those above its own line in this list.
+PACKAGES = (
     "util",
     "ir",
     "passes",
@@ -27,18 +27,18 @@ FLOORS = (
     "cli",
 )
 MOST_AT_THE_TOP = 5  # files in gradkern/ itself
-#: Names that `gradkern/__init__.py` hands on from higher floors, at their first use.
-HANDED_ON = {("__init__.py", "attr"), ("__init__.py", "data")}
-COMPILED = ["gradkern", "_C"]  # the extension, which is no room
+#: Names that `gradkern/__init__.py` re-exports from packages further down the list, at their first use.
+REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data")}
+COMPILED = ["gradkern", "_C"]  # the extension, which is no package
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     inside = path.relative_to(PACKAGE).parts
     return inside[0] if len(inside) > 1 else TOP
 
 
 def imported(path: Path, source: str) -> Iterator[tuple[int, str]]:
-    """The line and the room of every import from gradkern in a file."""
+    """The line and the package of every import from gradkern in a file."""
     package = ["gradkern", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,17 +56,17 @@ def imported(path: Path, source: str) -> Iterator[tuple[int, str]]:
 
 
 def violations(path: Path, source: str) -> list[str]:
-    own = FLOORS.index(room_of(path))
+    own = PACKAGES.index(package_of(path))
     return [
-        f"{path.relative_to(PACKAGE.parent)}:{line}: {room_of(path)} imports {room}"
-        for line, room in imported(path, source)
-        if FLOORS.index(room) > own and (path.relative_to(PACKAGE).as_posix(), room) not in HANDED_ON
+        f"{path.relative_to(PACKAGE.parent)}:{line}: {package_of(path)} imports {package}"
+        for line, package in imported(path, source)
+        if PACKAGES.index(package) > own and (path.relative_to(PACKAGE).as_posix(), package) not in REEXPORTED
     ]
 
 
 def test_imports_lead_down() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
-    assert {room_of(f) for f in files} == set(FLOORS)
+    assert {package_of(f) for f in files} == set(PACKAGES)
     found = [v for f in files for v in violations(f, f.read_text())]
     assert not found, "\n".join(found)
 
