@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dispatch import batching, eager
+from .dispatch import eager
 from .dispatch.request import OutArgument, Request, Results, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import couples_batch, output_shape, route, solve, verdict_now
+from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
-from .runtime import executor, parameters
+from .runtime import executor, macs, parameters
 from .util import options
 from .util.chunks import spans
 from .util.options import BadType, BadValue, Engine
@@ -103,7 +103,7 @@ def jacobian(
     many, fn = _gives_tuple(inputs, wrt), _callable(model)
     given, numbers = read_inputs(inputs, wrt)
     request = Request(fn, given, numbers, jacobian_choice(targets), out=out)
-    results = _with_graph(request, engine) if create_graph else solve(request, route(request, engine))
+    results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the very objects of the caller's
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
@@ -159,16 +159,16 @@ def iter_jacobian(
 
 
 def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool) -> Iterator[Any]:
-    way = route(request, engine)
-    seeds = request.choose(request.samples, output_shape(request, way))
+    route = decide(request, engine)
+    seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
         chunk = max(1, options.memory_budget() // max(request.gradient_bytes * seeds.count, 1))
-    whole = solve(request, way) if chunk < request.samples and couples_batch(request, way) else None
+    whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
             # Decided anew: since the last piece the caller may have changed the model.
-            results = solve(part, route(part, engine))
+            results = solve(part, decide(part, engine))
             shaped, first = results.shaped, 0
         else:
             results, first = whole, start
@@ -185,7 +185,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
     Returns the Program (which prints itself), or None where the model stays on autograd; a warning says why.
     """
     request = _request_to_look_at(model, inputs)
-    verdict = verdict_now(request, route(request))
+    verdict = verdict_now(request, decide(request))
     return None if verdict is None else verdict.program
 
 
@@ -216,11 +216,14 @@ def explain(
     kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
     """
     request = _request_to_look_at(model, inputs)
-    way = route(request)
-    verdict = None if way.eager_reason else verdict_now(request, way)
+    route = decide(request)
+    eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
+    if route.eager_reason is not None:
+        eager_reason = route.eager_reason.text
+    verdict = None if eager_reason else verdict_now(request, route)
     explanation: Explanation
     if verdict is None or verdict.program is None:
-        reason = way.eager_reason.text if way.eager_reason else verdict.reason if verdict else ""
+        reason = eager_reason or (verdict.reason if verdict else "")
         explanation = WholeModel(type(request.module or request.fn).__name__, reason)
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
@@ -236,7 +239,7 @@ def _plan(request: Request, program: Program, seeds: Seeds) -> Plan:
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, request.module)
-        return plan.counting(batching.opaque_macs(plan.program, params, request.pick(2)))
+        return plan.counting(macs.opaque_macs(plan.program, params, request.pick(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import api
 from .dispatch import eager
 from .dispatch.request import Request, Results, jacobian_choice, model_of, read_inputs
-from .dispatch.route import route, solve
+from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.options import BadValue
 
@@ -63,7 +63,7 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
         answer = api.jacobian(model, given, targets, engine="kernel")
     torch.set_rng_state(state)
     request, against = _exact_request(model, given, numbers, targets)
-    results = solve(request, route(request, "autograd"))
+    results = solve(request, decide(request, "autograd"))
     torch.set_rng_state(state)
     compared = [a.reshape(e.shape) for a, e in zip(answer, results.jacobians, strict=True)]
     return _compare(compared, results.jacobians, _names(results), against)

@@ -39,9 +39,9 @@ class Swap:
 
     def __init__(self, engine: str | None) -> None:
         import gradkern
-        from gradkern.attr import TWINS
+        from gradkern.attr import REPLACEMENTS
 
-        self.twins, self.engine, self.use = TWINS, engine, gradkern.use
+        self.twins, self.engine, self.use = REPLACEMENTS, engine, gradkern.use
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_make_collect_report(self, collector: Any) -> Iterator[None]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import gradkern
-from gradkern.dispatch.batching import MacCounter
 from gradkern.ir.program import Opaque
 from gradkern.runtime import reference
+from gradkern.runtime.macs import MacCounter
 from tests.cases import CASES, net
 
 N = 4
@@ -111,3 +111,11 @@ def test_explain_of_a_model_on_autograd():
     assert "hook" in str(plan)
     assert plan.fused_share == plan.native_share == 0.0
     assert len(plan.steps) == 0
+
+
+def test_the_engine_that_holds_is_explained() -> None:
+    model, inputs = net("maxpool1d")
+    with gradkern.use("autograd"):
+        said = gradkern.explain(model, inputs, show=False)
+    assert "the engine is 'autograd'" in str(said)
+    assert gradkern.explain(model, inputs, show=False).native_share > 0

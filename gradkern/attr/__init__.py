@@ -34,4 +34,4 @@ __all__ = [
 ]
 
 #: Captum's own classes and what `gradkern.accelerate` makes of their objects.
-TWINS = {getattr(stock, name): globals()[name] for name in __all__}
+REPLACEMENTS = {getattr(stock, name): globals()[name] for name in __all__}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.targets import Seeds
-from ..util.options import Complaint
+from ..util.options import InputError
 from . import captum_compat as compat
 from .attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
 from .captum_compat import stock
@@ -53,7 +53,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         try:
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
             totals = path_sum(points, baselines, seeds, weights.float(), alphas, strict=True)  # float, as in Captum
-        except Complaint:
+        except InputError:
             return super()._attribute(*given)
         except Exception:
             super()._attribute(*given)  # Captum's own error, where it has one

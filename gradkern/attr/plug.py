@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import Request, model_of
-from ..dispatch.route import Route, route, shared_route, solve
+from ..dispatch.route import Route, decide, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
-from ..util.options import BadType, BadValue, Complaint
+from ..util.options import BadType, BadValue, InputError
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
 from .points import row_tensors
 
@@ -28,7 +28,7 @@ from .points import row_tensors
 class GradientFunc:
     """A drop-in for Captum's `compute_gradients`.  ``engine`` as in `gradkern.use`; None: what holds at the call."""
 
-    _route = staticmethod(route)
+    _route = staticmethod(decide)
 
     def __init__(self, engine: str | None = None) -> None:
         self.engine = engine if engine is None else options.engine(engine)
@@ -47,10 +47,10 @@ class GradientFunc:
             wrt = tuple(range(len(given)))
             request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
-                way = self._route(request, self.engine)
-                if stays_ours(way):
-                    return tuple(j[:, 0] for j in solve(request, way, strict=True).jacobians)
-            except Complaint:
+                route = self._route(request, self.engine)
+                if stays_ours(route):
+                    return tuple(j[:, 0] for j in solve(request, route, strict=True).jacobians)
+            except InputError:
                 pass  # Captum has its own error for it, or knows better
             except Exception:
                 compute_gradients(forward_fn, inputs, target_ind, additional_forward_args)  # Captum's own error
@@ -89,11 +89,11 @@ def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engin
     return not reason
 
 
-def stays_ours(way: Route) -> bool:
+def stays_ours(route: Route) -> bool:
     """Does gradkern take this route?  Where autograd has to, Captum's own gradients do it, and a warning says why."""
-    if way.eager_reason is not None:
-        _say(way.module, way.eager_reason.text)
-    return way.eager_reason is None
+    if route.eager_reason is not None:
+        _say(route.module, route.eager_reason.text)
+    return route.eager_reason is None
 
 
 def _say(module: nn.Module | None, reason: str) -> None:
@@ -128,20 +128,20 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
     another gradient class (a subclass of the user's) gets gradkern's gradients.  A `NoiseTunnel` passes it on to the
     method inside.
     """
-    from . import TWINS
+    from . import REPLACEMENTS
 
     inner = getattr(attribution, "attribution_method", None)
     if inner is not None:
         accelerate(inner, engine)
-        attribution.__class__ = TWINS.get(type(attribution), type(attribution))
+        attribution.__class__ = REPLACEMENTS.get(type(attribution), type(attribution))
         return attribution
     if not hasattr(attribution, "gradient_func"):
         raise BadType(
             f"accelerate: got {type(attribution).__name__}, expected a Captum gradient attribution (an object with "
             "a gradient_func), such as captum.attr.IntegratedGradients(model)."
         )
-    kind = TWINS.get(type(attribution), type(attribution))
-    if kind in TWINS.values():
+    kind = REPLACEMENTS.get(type(attribution), type(attribution))
+    if kind in REPLACEMENTS.values():
         attribution.__class__ = kind
         for part in ("grad_cam", "guided_backprop"):
             if hasattr(attribution, part):

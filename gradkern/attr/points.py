@@ -97,13 +97,13 @@ class Points:
         ``program`` takes the place of the model's own.
         """
         request = self.request(points, more, Seeds(seeds, (seeds,), index))
-        way = self.route
-        if not way.serves(request, way.engine):  # points of another dtype than the inputs
-            way = shared_route(request, self.engine)
+        route = self.route
+        if not route.serves(request, route.engine):  # points of another dtype than the inputs
+            route = shared_route(request, self.engine)
         if program is None:
-            result = solve(request, way, strict=strict)
+            result = solve(request, route, strict=strict)
         else:
-            result = batching.run(request, program, way.engine, strict=strict)
+            result = batching.run(request, program, route.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
         return result.jacobians
 

@@ -18,7 +18,7 @@ from captum.attr import LayerAttribution, NeuronAttribution, NoiseTunnel
 from torch import Tensor, nn
 
 from ..dispatch.request import Request, jacobian_choice, read_inputs
-from ..dispatch.route import route, solve
+from ..dispatch.route import decide, solve
 from ..util.options import BadType, BadValue, use
 
 
@@ -113,7 +113,7 @@ def gradients(batch: Batch) -> Outcome:
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
     given, numbers = read_inputs(batch.inputs, floating)
     request = Request(batch.model, given, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
-    results = solve(request, route(request, batch.engine))
+    results = solve(request, decide(request, batch.engine))
     rows = results.seeds.rows(0, request.samples)
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
 

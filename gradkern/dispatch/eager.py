@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..runtime import ops
 from ..util.chunks import spans
-from ..util.options import BadValue, Complaint, memory_budget
+from ..util.options import BadValue, InputError, memory_budget
 from .request import Request, Results, allocate, check_devices, check_output, explain_failure
 from .targets import Shape
 
@@ -109,7 +109,7 @@ def forward(fn: Callable[..., Any], module: nn.Module | None, arguments: Sequenc
     """Run the model; its own failure is explained where a dtype or a device is the cause."""
     try:
         y = fn(*arguments)
-    except Complaint:
+    except InputError:
         raise
     except Exception as error:
         clearer = explain_failure(error, module, arguments)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util.options import BadType, BadValue
-from .targets import Choice, Seeds, Shape, resolve
+from .targets import SeedChoice, Seeds, Shape, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -50,7 +50,7 @@ class Request:
     fn: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     wrt: tuple[int, ...]
-    choose: Choice
+    choose: SeedChoice
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
@@ -307,7 +307,7 @@ def _times(shape: Shape) -> str:
     return ", ".join(map(str, shape))
 
 
-def jacobian_choice(targets: Any) -> Choice:
+def jacobian_choice(targets: Any) -> SeedChoice:
     """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
     if targets is None:
         return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)

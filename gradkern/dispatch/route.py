@@ -1,4 +1,4 @@
-"""The way a call goes, decided once: `route` gives a `Route`, and everything after takes it.
+"""The route that a call takes, decided once: `decide` gives a `Route`, and everything after takes it.
 
 A route holds for one public call: between two calls a model may change in ways that only its key shows.
 """
@@ -79,7 +79,7 @@ class Route:
             self.entry.seconds += seconds
 
     @property
-    def pays(self) -> bool:
+    def tracing_pays(self) -> bool:
         """Would tracing have paid by now?"""
         return state.worth_tracing(self.entry, 0.0)
 
@@ -88,8 +88,8 @@ class Route:
         state.warn(self.module, message)
 
 
-def route(request: Request, engine: str | None = None) -> Route:
-    """Decide which way a request goes.  ``engine`` as in `gradkern.use`.
+def decide(request: Request, engine: str | None = None) -> Route:
+    """Decide which route a request takes.  ``engine`` as in `gradkern.use`.
 
     Raises `BadValue` where the model or the inputs are on the meta device.
     """
@@ -117,139 +117,139 @@ def one_call() -> Iterator[None]:
 
 
 def shared_route(request: Request, engine: str | None = None) -> Route:
-    """`route`, or what the public call that this is part of has decided already.
+    """`decide`, or what the public call that this is part of has decided already.
 
     Only for what looks at the model as the caller has handed it over: not where hooks are registered meanwhile.
     """
     known = _decided.get()
     name = options.engine(engine)
-    for way in known or ():
-        if way.serves(request, name):
-            return way
-    way = route(request, name)
+    for route in known or ():
+        if route.serves(request, name):
+            return route
+    route = decide(request, name)
     if known is not None:
-        known.append(way)
-    return way
+        known.append(route)
+    return route
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is known, or has to be found out
 
 
-def verdict_now(request: Request, way: Route) -> Verdict | None:
+def verdict_now(request: Request, route: Route) -> Verdict | None:
     """Trace where that has not been done; None where autograd takes the call at once (and a warning says why)."""
-    if way.eager_reason is not None:
-        _say_why_eager(way)
+    if route.eager_reason is not None:
+        _say_why_eager(route)
         return None
-    assert way.module is not None
-    return way.state.trace(way.entry, way.module, lambda: request.pick(TRACE_SAMPLES))
+    assert route.module is not None
+    return route.state.trace(route.entry, route.module, lambda: request.pick(TRACE_SAMPLES))
 
 
-def output_shape(request: Request, way: Route) -> Shape:
+def output_shape(request: Request, route: Route) -> Shape:
     """Per-sample shape of the model's output: as known from its Program, else from a run of one or two samples."""
-    if way.verdict is not None and way.verdict.program is not None:
-        return way.verdict.program.output_shape
+    if route.verdict is not None and route.verdict.program is not None:
+        return route.verdict.program.output_shape
     return eager.measured_output_shape(request)
 
 
-def couples_batch(request: Request, way: Route) -> str:
+def couples_batch(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
     changes its buffers.  Empty where the batch may be cut."""
-    if way.verdict is not None and way.verdict.program is not None:
+    if route.verdict is not None and route.verdict.program is not None:
         return ""
-    return _profile(request, way).couples_batch
+    return _profile(request, route).couples_batch
 
 
-def _profile(request: Request, way: Route) -> ModelProfile:
+def _profile(request: Request, route: Route) -> ModelProfile:
     """May the batch be cut, do buffers change, what does a sample take: measured once per structure."""
-    reason, verdict = way.eager_reason, way.verdict
+    reason, verdict = route.eager_reason, route.verdict
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
 
     def measure() -> ModelProfile:
-        return eager.probe(request.fn, way.module, request.pick(PROBE_SAMPLES), request.wrt)
+        return eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
 
-    profile = way.state.profile(way.entry, measure)
+    profile = route.state.profile(route.entry, measure)
     if verdict is not None and verdict.couples_batch:
         return replace(profile, couples_batch=verdict.reason)
     return profile
 
 
-def _say_why_eager(way: Route) -> None:
-    assert way.eager_reason is not None
-    name = "This call" if way.module is None else type(way.module).__name__
-    way.warn(f"{name} runs on autograd: {way.eager_reason.text}.")
+def _say_why_eager(route: Route) -> None:
+    assert route.eager_reason is not None
+    name = "This call" if route.module is None else type(route.module).__name__
+    route.warn(f"{name} runs on autograd: {route.eager_reason.text}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The decision
 
 
-def solve(request: Request, way: Route, *, strict: bool = False) -> Results:
+def solve(request: Request, route: Route, *, strict: bool = False) -> Results:
     """The request's results.  ``strict``: an input that the output does not depend on is an error, not zeros."""
     if request.samples == 0:
         with eager.outside_modes():
-            return allocate(request, output_shape(request, way))
-    if way.engine == "autograd" or way.eager_reason is not None:
-        if way.engine != "autograd":
-            _say_why_eager(way)
-        return _on_autograd(request, way, strict=strict)
+            return allocate(request, output_shape(request, route))
+    if route.engine == "autograd" or route.eager_reason is not None:
+        if route.engine != "autograd":
+            _say_why_eager(route)
+        return _on_autograd(request, route, strict=strict)
     start, results = 0, None
-    if way.verdict is None and way.engine == "auto":
-        start, results = _on_autograd_until_tracing_pays(request, way, strict)
+    if route.verdict is None and route.engine == "auto":
+        start, results = _on_autograd_until_tracing_pays(request, route, strict)
         if results is not None and start == request.samples:
             return results
-    verdict = way.verdict or verdict_now(request, way)
+    verdict = route.verdict or verdict_now(request, route)
     if verdict is None or verdict.program is None:
-        return _on_autograd(request, way, start, results, strict=strict)
-    saved = _profile_of_run(request, way).per_sample if verdict.opaque else 0
-    return batching.run(request, verdict.program, way.engine, start, results, strict=strict, saved=saved)
+        return _on_autograd(request, route, start, results, strict=strict)
+    saved = _profile_of_run(request, route).per_sample if verdict.opaque else 0
+    return batching.run(request, verdict.program, route.engine, start, results, strict=strict, saved=saved)
 
 
 def _on_autograd(
-    request: Request, way: Route, start: int = 0, results: Results | None = None, *, strict: bool
+    request: Request, route: Route, start: int = 0, results: Results | None = None, *, strict: bool
 ) -> Results:
-    profile = _profile_of_run(request, way)
-    with _restored(way, profile):
+    profile = _profile_of_run(request, route)
+    with _restored(route, profile):
         return eager.run(request, profile, start, results, strict=strict)
 
 
-def _on_autograd_until_tracing_pays(request: Request, way: Route, strict: bool) -> tuple[int, Results | None]:
+def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool) -> tuple[int, Results | None]:
     """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
 
     The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.
     """
-    if way.pays:
+    if route.tracing_pays:
         return 0, None
-    profile = _profile_of_run(request, way)
+    profile = _profile_of_run(request, route)
     results = None
-    with _restored(way, profile):
+    with _restored(route, profile):
         for start, stop in eager.pieces(request, profile):
             begin = time.perf_counter()
             results = eager.fill(request, results, start, stop, strict=strict)
             seconds = time.perf_counter() - begin
             if profile.couples_batch and request.samples > 1:
                 continue  # it cannot be traced
-            way.spend(seconds)
+            route.spend(seconds)
             left = request.samples - stop
             predicted = seconds / (stop - start) * (left + request.ahead)
-            if left and state.worth_tracing(way.entry, predicted):
+            if left and state.worth_tracing(route.entry, predicted):
                 return stop, results
     return request.samples, results
 
 
-def _profile_of_run(request: Request, way: Route) -> ModelProfile:
+def _profile_of_run(request: Request, route: Route) -> ModelProfile:
     """The profile for one call on autograd; one sample alone needs no measuring."""
-    if request.samples == 1 and (way.eager_reason is None or not way.eager_reason.couples_batch):
+    if request.samples == 1 and (route.eager_reason is None or not route.eager_reason.couples_batch):
         return ModelProfile("there is one sample", mutates=True)
-    return _profile(request, way)
+    return _profile(request, route)
 
 
 @contextmanager
-def _restored(way: Route, profile: ModelProfile) -> Iterator[None]:
+def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
     """Put the buffers back afterwards, one call at a time, where a forward changes them."""
-    if not profile.mutates or way.module is None:
+    if not profile.mutates or route.module is None:
         yield
         return
-    with way.state.live, eager.buffers_kept(way.module):
+    with route.state.live, eager.buffers_kept(route.module):
         yield

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..frontend import tracer
 from ..ir.program import Opaque, Program
 from ..util.memo import Memo, WeakMemo, on_reset
-from ..util.options import Complaint, GradkernWarning
+from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_followed
 
 STRUCTURES_PER_MODEL = 16
@@ -125,7 +125,7 @@ def _traced(module: nn.Module, samples: tuple[Tensor, ...]) -> Verdict:
         return Verdict(program)
     except tracer.Untraceable as error:
         return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
-    except Complaint:
+    except InputError:
         raise
     except Exception as error:  # whatever an export may raise, autograd still gives the right result
         return Verdict(None, f"tracing failed with {type(error).__name__}: {_one_line(str(error))}")

@@ -89,7 +89,7 @@ class TopSeeds(Seeds):
         return torch.stack(torch.unravel_index(self.chosen, self.out), dim=-1)
 
 
-Choice = Callable[[int, Shape], Seeds]
+SeedChoice = Callable[[int, Shape], Seeds]
 """The seeds of so many samples, once the output's shape per sample is known."""
 
 

@@ -57,7 +57,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.level for logger in loggers]
     stderr = sys.stderr
-    sys.stderr = _Muted(stderr)  # type: ignore[assignment]
+    sys.stderr = _Muted(stderr)
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

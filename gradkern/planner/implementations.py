@@ -17,7 +17,7 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that is not worth a line: this way is not expected here
+SILENT = ""  # a refusal that is not worth a line: this implementation is not expected here
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 
@@ -74,12 +74,16 @@ def choose(
     ``settled``: what the grouping has decided beyond what the step alone tells.
     """
     refusals: list[str] = []
-    for way in IMPLEMENTATIONS:
-        if not isinstance(program.steps[i].form, way.forms):
+    for implementation in IMPLEMENTATIONS:
+        if not isinstance(program.steps[i].form, implementation.forms):
             continue
-        reason = settled[way] if way in settled else way.unsupported_reason(program, i, dtype, machine)
+        reason = (
+            settled[implementation]
+            if implementation in settled
+            else implementation.unsupported_reason(program, i, dtype, machine)
+        )
         if reason is None:
-            return way, tuple(refusals)
+            return implementation, tuple(refusals)
         if reason != SILENT:
             refusals.append(reason)
     raise AssertionError(f"step {i}: no implementation takes {type(program.steps[i].form).__name__}")

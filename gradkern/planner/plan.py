@@ -115,24 +115,26 @@ class Plan:
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
             step = program.steps[i]
             settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
-            way, refusals = choose(program, i, self.dtype, self.machine, settled)
+            implementation, refusals = choose(program, i, self.dtype, self.machine, settled)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
-            if way is RECURRENT:
+            if implementation is RECURRENT:
                 macs = macs * (2 + seeds) // (1 + seeds)  # its backward walks forward once more
-            form, path = describe(step.form), way.path(self.machine)
-            rows.append(PlanStep(base + i, form, step.shape, way, path, refusals, step.op, step.module, macs, k))
+            form, path = describe(step.form), implementation.path(self.machine)
+            rows.append(
+                PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, k)
+            )
         return tuple(rows)
 
     @cached_property
     def fused_share(self) -> float:
         """Share of the dense multiply-adds on kernels or on ATen calls with all seeds folded into the batch."""
-        return self._share(lambda way: way.fused)
+        return self._share(lambda implementation: implementation.fused)
 
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda way: way.own)
+        return self._share(lambda implementation: implementation.own)
 
     def _share(self, counted: Callable[[Implementation], bool]) -> float:
         total = sum(s.macs for s in self.steps)

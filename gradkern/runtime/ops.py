@@ -143,19 +143,21 @@ def register_fakes() -> None:
     """Shapes of the ops' results, for `torch.compile` and `torch.library.opcheck`."""
 
     @torch.library.register_fake("gradkern::chain_forward")
-    def _(inputs, packed, tables, forward, sizes, output_sizes):
+    def _(
+        inputs: list[Tensor], packed: Any, tables: Any, forward: Any, sizes: Any, output_sizes: list[int]
+    ) -> list[Tensor]:
         return [inputs[0].new_empty(inputs[0].shape[0], s) for s in output_sizes]
 
     @torch.library.register_fake("gradkern::rescale")
-    def _(z, reference, pool, relu, eps):
+    def _(z: Tensor, reference: Any, pool: list[int], relu: Any, eps: Any) -> Tensor:
         if not pool:
             return z.new_empty(1, *z.shape)
         return z.new_empty(pool[0] * pool[1], *z.shape[:2], pool[8], pool[9])
 
     @torch.library.register_fake("gradkern::chain_vjp")
-    def _(inputs, packed, tables, forward, backward, sizes, outputs, *rest):
+    def _(*arguments: Any) -> None:
         return None
 
     @torch.library.register_fake("gradkern::accumulate")
-    def _(maps, groups, sum, square, abs, max, group):
+    def _(*arguments: Any) -> None:
         return None

@@ -28,15 +28,15 @@ class GradkernWarning(UserWarning):
     """Something is right but slower than it could be: what, where, and what to do about it."""
 
 
-class Complaint(Exception):
+class InputError(Exception):
     """Base of the errors about what the caller handed over; always also a ValueError or a TypeError."""
 
 
-class BadValue(Complaint, ValueError):
+class BadValue(InputError, ValueError):
     """A shape, an index, a device or a name that does not fit."""
 
 
-class BadType(Complaint, TypeError):
+class BadType(InputError, TypeError):
     """A dtype or a Python type that does not fit."""
 
 

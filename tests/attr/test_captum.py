@@ -18,7 +18,7 @@ import gradkern
 from gradkern.attr import Saliency
 from gradkern.attr.plug import GradientFunc
 from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import route
+from gradkern.dispatch.route import decide
 from gradkern.util import options
 from gradkern.util.options import GradkernWarning
 from tests.cases import CASES
@@ -299,7 +299,7 @@ def test_engine_of_one_attribution():
     model, (x,) = net()
     saliency = Saliency(model, engine="kernel")
     saliency.attribute(x, target=0)
-    assert route(Request(model, (x,), (0,), jacobian_choice(None))).program is not None
+    assert decide(Request(model, (x,), (0,), jacobian_choice(None))).program is not None
     again = pickle.loads(pickle.dumps(saliency))
     assert again.gradient_func.engine == "kernel"
     same(again.attribute(x, target=0), saliency.attribute(x, target=0))

@@ -12,7 +12,7 @@ from torch import nn
 import gradkern
 from gradkern.dispatch import state
 from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import route
+from gradkern.dispatch.route import decide
 from gradkern.frontend import verify
 from gradkern.runtime import ops
 from gradkern.util import options
@@ -47,7 +47,7 @@ def test_engine_choice(monkeypatch):
 
 
 def known(model, x):
-    return route(Request(model, (x,), (0,), jacobian_choice(None))).verdict
+    return decide(Request(model, (x,), (0,), jacobian_choice(None))).verdict
 
 
 def test_each_engine_traces_as_it_says(monkeypatch):

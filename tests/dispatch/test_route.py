@@ -14,7 +14,7 @@ import gradkern
 from gradkern import attr
 from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import couples_batch, one_call, output_shape, route, shared_route, solve
+from gradkern.dispatch.route import couples_batch, decide, one_call, output_shape, shared_route, solve
 from tests.cases import net
 
 PACKAGE = Path(gradkern.__file__).parent
@@ -109,30 +109,30 @@ def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:
 def test_a_route_sees_a_program_that_is_traced_after_it_was_made() -> None:
     model, (x,) = net()
     request = request_of(model, x)
-    way = route(request, "kernel")
-    assert way.program is None
-    shape = output_shape(request, way)
-    want = solve(request, route(request, "autograd")).shaped
-    torch.testing.assert_close(solve(request, way).shaped, want)
-    assert way.program is not None
-    assert way.program.output_shape == shape
-    assert couples_batch(request, way) == ""
+    route = decide(request, "kernel")
+    assert route.program is None
+    shape = output_shape(request, route)
+    want = solve(request, decide(request, "autograd")).shaped
+    torch.testing.assert_close(solve(request, route).shaped, want)
+    assert route.program is not None
+    assert route.program.output_shape == shape
+    assert couples_batch(request, route) == ""
 
 
 def test_parts_of_one_call_share_a_route_where_it_fits() -> None:
     model, (x,) = net()
     other, _ = net()
     request = request_of(model, x)
-    assert shared_route(request) is not shared_route(request)  # no call is under way
+    assert shared_route(request) is not shared_route(request)  # no call is under route
     with one_call():
-        way = shared_route(request, "kernel")
+        route = shared_route(request, "kernel")
         with one_call():
-            assert shared_route(request_of(model, x[:2]), "kernel") is way
-        assert shared_route(request, "reference") is not way
-        assert shared_route(request_of(other, x), "kernel") is not way
-        assert shared_route(request_of(model, x.float()), "kernel") is not way
+            assert shared_route(request_of(model, x[:2]), "kernel") is route
+        assert shared_route(request, "reference") is not route
+        assert shared_route(request_of(other, x), "kernel") is not route
+        assert shared_route(request_of(model, x.float()), "kernel") is not route
         model[0].register_forward_hook(lambda *args: None)
-        assert route(request, "kernel").eager_reason is not None  # a route of its own looks again
+        assert decide(request, "kernel").eager_reason is not None  # a route of its own looks again
     assert shared_route(request, "kernel").eager_reason is not None
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
-from ...util.options import Complaint
+from ...util.options import InputError
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -67,7 +67,7 @@ class LayerMethod(stock.GradientAttribution):
                 return None
             seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
             maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
-        except Complaint:
+        except InputError:
             return None
         return None if maps is None else maps[:, 0]
 

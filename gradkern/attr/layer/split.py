@@ -174,7 +174,9 @@ class LayerView:
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
     """The model seen from ``layer``; None where it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
-    program = points.traced() if now or name in ("kernel", "reference") or points.route.pays else points.program()
+    program = (
+        points.traced() if now or name in ("kernel", "reference") or points.route.tracing_pays else points.program()
+    )
     if program is None:
         return None
     modules = points.module.named_modules() if points.module is not None else ()

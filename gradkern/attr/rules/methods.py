@@ -15,7 +15,7 @@ from ...runtime import parameters
 from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import Complaint
+from ...util.options import InputError
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
 from ..captum_compat import stock
@@ -59,7 +59,7 @@ class ProgramMethod(RowMethod):
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
             parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, given)
-        except Complaint:
+        except InputError:
             return None
         if parts is None:
             return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import api
 from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import couples_batch, route
+from ...dispatch.route import couples_batch, decide
 from ...ir.program import Program
 from ...runtime import executor
 from ...util import options
@@ -99,7 +99,7 @@ def look_at(model: nn.Module, source: Source, settings: Settings, engine: str | 
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     request = Request(model, inputs, floating, jacobian_choice(None))
-    reason = couples_batch(request, route(request))
+    reason = couples_batch(request, decide(request))
     if reason:
         raise BadValue(
             f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "
