@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and within nine minutes: builds, tests, compute-sanitizer, benchmark.
+# Everything that needs a GPU, within nine minutes: builds, a smoke test, records, benchmark, tests, compute-sanitizer.
 # For a bare machine with torch (with CUDA), a CUDA toolkit and pytest; Captum comes as a wheel in WHEELS or is there.
 # Every step has a limit and a log of its own, and a step that fails stops only those that need it.  The last lines are
 # a summary; no more than eight files are written.
 #
 #   PYTHON   the Python that has torch (python3)         OUT      where logs and JSON go (build/gpu)
 #   WHEELS   a folder of wheels to install first (.whl)  SECONDS_ALL  wall-clock budget (530)
+#   STEPS    which of "build smoke records benchmark tests sanitizer" to run (all), so that two calls may share them
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu}"
 WHEELS="${WHEELS:-.whl}"
 BUDGET="${SECONDS_ALL:-530}"
+STEPS=" ${STEPS:-build smoke records benchmark tests sanitizer} "
+wanted() { [[ "$STEPS" == *" $1 "* ]]; }
 export PYTHONUNBUFFERED=1 GRADKERN_REQUIRE_EXT=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 mkdir -p "$OUT"
 SUMMARY="$OUT/summary.txt"
@@ -64,7 +67,6 @@ if torch.cuda.is_available():
     print(f"{p.name}: {p.multi_processor_count} multiprocessors, compute capability {p.major}.{p.minor}")
 EOF
 }
-rm -f "$OUT"/gpu.txt "$OUT"/*.json "$OUT"/sanitizer.log
 look > "$OUT/build.log" 2>&1
 tail -n 1 "$OUT/build.log"
 
@@ -84,29 +86,43 @@ if [[ -z "${TORCH_CUDA_ARCH_LIST:-}" ]]; then
   [[ -n "$arch" ]] && export TORCH_CUDA_ARCH_LIST="$arch"
 fi
 mv "$OUT/build.log" "$OUT/machine.part"
-TAIL=3 step build 240 "$PYTHON" setup.py -q build_ext --inplace
-built=$?
-cat "$OUT/build.log" >> "$OUT/machine.part" && mv "$OUT/machine.part" "$OUT/build.log"
-if (( built != 0 )); then
-  grep -n -i -m 12 'error' "$OUT/build.log" | cut -c1-240
-  finish
+if wanted build; then
+  TAIL=3 step build 240 "$PYTHON" setup.py -q build_ext --inplace
+  built=$?
+  cat "$OUT/build.log" >> "$OUT/machine.part"
+  if (( built != 0 )); then
+    grep -n -i -m 12 'error' "$OUT/build.log" | cut -c1-240
+    finish
+  fi
+fi
+mv "$OUT/machine.part" "$OUT/build.log"
+
+# Ten seconds that tell whether anything else is worth its time.
+wanted smoke && { TAIL=4 step smoke 60 "$PYTHON" -m tests.gpu.smoke || finish; }
+# Which record of a chain takes the time.
+wanted records && TAIL=1 step records 60 "$PYTHON" -m benchmarks.gpu_records --out "$OUT"
+if wanted benchmark; then
+  rest=$(( $(wanted tests && echo 150 || echo 0) + $(wanted sanitizer && echo 60 || echo 0) + 35 ))
+  TAIL=4 step benchmark "$(( $(left) - rest + 30 ))" "$PYTHON" -m benchmarks.gpu --seconds "$(( $(left) - rest ))" --out "$OUT"
 fi
 
-# Processes side by side where pytest can: a kernel that breaks the GPU for its process then breaks no other test.
-plugins=()
-has xdist && plugins+=(-n 6 --max-worker-restart 40)
-has pytest_timeout && plugins+=(--timeout 60 --timeout-method thread)
-TAIL=30 step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider "${plugins[@]}" --maxfail=60 --tb=short --show-capture=no tests/gpu
-grep -E '^(E  |FAILED|ERROR)' "$OUT/tests.log" | sort | uniq -c | sort -rn | head -n 12 | cut -c1-200
-if command -v compute-sanitizer > /dev/null; then
-  for tool in memcheck racecheck; do
-    step "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tests.gpu.small
-    grep -m 4 -A3 '^========= \(Invalid\|Error\|Warning\|Program hit\)' "$OUT/$tool.log" | cut -c1-160
-  done
-else
-  note compute-sanitizer "NOT RUN" 0 "not on this machine"
+
+if wanted tests; then
+  # Processes side by side where pytest can: a kernel that breaks the GPU for its process then breaks no other test.
+  plugins=()
+  has xdist && plugins+=(-n 6 --max-worker-restart 40)
+  has pytest_timeout && plugins+=(--timeout 60 --timeout-method thread)
+  TAIL=30 step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider "${plugins[@]}" --maxfail=60 --tb=short --show-capture=no tests/gpu
+  grep -E '^(E  |FAILED|ERROR)' "$OUT/tests.log" | sort | uniq -c | sort -rn | head -n 12 | cut -c1-200
 fi
-# Before the long benchmark: which record of a chain takes the time.
-TAIL=1 step records 60 "$PYTHON" -m benchmarks.gpu_records --out "$OUT"
-TAIL=4 step benchmark "$(left)" "$PYTHON" -m benchmarks.gpu --seconds "$(( $(left) - 35 ))" --out "$OUT"
+if wanted sanitizer; then
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+      step "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m tests.gpu.small
+      grep -m 4 -A3 '^========= \(Invalid\|Error\|Warning\|Program hit\)' "$OUT/$tool.log" | cut -c1-160
+    done
+  else
+    note compute-sanitizer "NOT RUN" 0 "not on this machine"
+  fi
+fi
 finish
