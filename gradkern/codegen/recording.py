@@ -11,9 +11,8 @@ from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
 from .scratch import SLACK, Buffer, padded
 from .units import POINT, Graph, Node, Unit, planar
-from .weights import MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
+from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
 
-Layout = WindowLayout | ScatterLayout | MixLayout
 L = TypeVar("L", bound=Layout)
 
 
@@ -63,7 +62,7 @@ class Recording:
         if key not in self.layout_of:
             self.layout_of[key] = new = make()
             self.layouts.append(new)
-            self.packed = new.place(self.packed)
+            new.weights, self.packed = self.packed, self.packed + new.size
         layout = self.layout_of[key]
         assert isinstance(layout, kind)
         return layout
