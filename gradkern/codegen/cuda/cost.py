@@ -13,21 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 
-from ..records import (
-    Bands,
-    DenseT,
-    MatMul,
-    MatMulT,
-    Part,
-    Pattern,
-    Place,
-    PooledWindow,
-    Record,
-    ScatterT,
-    Way,
-    Window,
-    Zero,
-)  # fmt: skip
+from .. import records
 
 WARP = 32
 WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxElements
@@ -44,7 +30,7 @@ L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets fro
 
 #: What costs nothing: where weights, bits and tables lie, and what is settled after the price.
 PLACES = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
-Ways = Mapping[int, list[Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
+Ways = Mapping[int, list[records.Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -73,42 +59,42 @@ class Work:
     itemsize: int
     ways: Ways
 
-    def samples(self, op: Record) -> int:
+    def samples(self, op: records.Record) -> int:
         """How many go through the record together."""
         return self.block if op.block else self.resident
 
-    def forward(self, op: Record) -> float:
+    def forward(self, op: records.Record) -> float:
         """Clocks per sample of a record of the forward pass."""
         clocks = BARRIER / self.samples(op)
         match op:
-            case Window():
+            case records.Window():
                 clocks += self.window(op)
-            case Pattern(extent=e, pattern=p):
+            case records.Pattern(extent=e, pattern=p):
                 clocks += e.H * e.W * p.plane_bytes * 2 / WARP * loop(80 + 45 * p.taps, 8 + 4 * p.taps)
-            case Zero(elements=n):
+            case records.Zero(elements=n):
                 clocks += n / 4 / WARP * loop(10, 4)
-            case MatMul():
+            case records.MatMul():
                 clocks += self.matmul(op, 1)
         return clocks
 
-    def backward(self, op: Record) -> float:
+    def backward(self, op: records.Record) -> float:
         """Clocks per sample and tile of seeds of a record of the backward pass."""
         clocks = BARRIER / self.samples(op)
         match op:
-            case Zero(elements=n):
+            case records.Zero(elements=n):
                 clocks += self.tile * n / 4 / WARP * loop(10, 4)
-            case MatMulT():
+            case records.MatMulT():
                 clocks += self.matmul(op, self.tile)
-            case DenseT():
+            case records.DenseT():
                 clocks += self.product(op)
-            case ScatterT():
+            case records.ScatterT():
                 clocks += self.transposed(op)[0]
         return clocks
 
-    def window(self, op: Window) -> float:
+    def window(self, op: records.Window) -> float:
         """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
         samples = self.samples(op)
-        taps = op.pattern.taps if isinstance(op, PooledWindow) else 0
+        taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
         positions = samples * (1 if op.block else op.H * op.W * max(taps, 1))
         lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
         each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
@@ -120,7 +106,7 @@ class Work:
         work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
         return max(work, terms * op.O * self.itemsize / L2_PACE if op.block else 0.0) / samples
 
-    def product(self, op: DenseT) -> float:
+    def product(self, op: records.DenseT) -> float:
         """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
         rows, columns = self.block * self.tile, op.window_elements
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
@@ -132,7 +118,7 @@ class Work:
         spread = rows * op.O / WARP * loop(24, 2)  # the cotangents, transposed into the region
         return (max(work, columns * op.O * self.itemsize / L2_PACE) + spread) / self.block
 
-    def matmul(self, op: MatMul, copies: int) -> float:
+    def matmul(self, op: records.MatMul, copies: int) -> float:
         """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
 
         def clocks(height: int) -> float:
@@ -143,16 +129,16 @@ class Work:
 
         return min(clocks(4), clocks(1)) / self.resident
 
-    def transposed(self, op: ScatterT) -> tuple[float, int, Bands]:
+    def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
         alive, elements = op.pattern.taps if op.pattern else 0, op.window_elements
         planes, taps = alive if op.merged else 1, max(alive, 1)
         ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        if op.way == Way.Walk:
+        if op.way == records.Way.Walk:
             visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
             one = walk_clocks(elements, op.O, op.merged, together, taps, bool(alive))
             ways.append((visits * one, visits, worker_lanes(elements)))
-        elif op.way == Way.Quads:
+        elif op.way == records.Way.Quads:
             for lanes in QUAD_LANES:
                 one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, bool(alive), lanes, self.itemsize)
                 ways.append((taps / max(planes, 1) * one, visits, lanes))
@@ -166,7 +152,7 @@ class Work:
         )
         return min(priced)
 
-    def share(self, op: ScatterT, bands: Bands, visits: int, lanes: int) -> float:
+    def share(self, op: records.ScatterT, bands: records.Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
         workers = self.warps * (WARP // lanes)
         turns = 0
@@ -190,10 +176,10 @@ class RunPrice:
     itemsize: int
     ways: Ways
     known: dict[tuple, float]  # prices of records: slices repeat theirs
-    ops: list[tuple[Record, tuple, bool, int]] = field(default_factory=list)
+    ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
     cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … resident samples
 
-    def add(self, op: Record, forward: bool, times: int) -> None:
+    def add(self, op: records.Record, forward: bool, times: int) -> None:
         self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
 
     def price(self, resident: int, block: int) -> float:
@@ -217,13 +203,13 @@ class RunPrice:
         return self.cheapest[most - 1]
 
 
-def priced_numbers(part: Record | Part) -> Iterator[int]:
+def priced_numbers(part: records.Record | records.Part) -> Iterator[int]:
     """The numbers of a record that its price may depend on."""
     cls: type = type(part)
     for name in priced_fields(cls):
         value = getattr(part, name)
-        if isinstance(value, Part):
-            if not isinstance(value, Place):
+        if isinstance(value, records.Part):
+            if not isinstance(value, records.Place):
                 yield from priced_numbers(value)
         elif isinstance(value, int):
             yield value

@@ -30,19 +30,7 @@ from ..records import Bands, Contraction, DenseT, MoveT, Place, Record, ScatterT
 from ..scratch import Buffer
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
-from .cost import (
-    PARTS,
-    QUAD_LANES,
-    QUADS,
-    WALK_SEEDS,
-    WARP,
-    RunPrice,
-    Work,
-    even,
-    narrow_clocks,
-    quad_clocks,
-    walk_clocks,
-)
+from . import cost
 from .fuse import fused
 from .slices import COUNTS as SLICES
 from .slices import sliced
@@ -136,12 +124,14 @@ class DeviceLowering(Lowering):
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * narrow_clocks(elements, layout.O, self.seeds, planes)[0]
+            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
-            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in QUAD_LANES)
-        walks = math.ceil(self.seeds / WALK_SEEDS)
-        return walks * walk_clocks(elements, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
+            return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
+        walks = math.ceil(self.seeds / cost.WALK_SEEDS)
+        return walks * cost.walk_clocks(
+            elements, layout.O, layout.merged, cost.even(self.seeds, cost.WALK_SEEDS), taps, pattern
+        )
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -218,7 +208,7 @@ class DeviceLowering(Lowering):
             buffer.base += choice.region * buffer.per_sample
         self.settle()
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
+        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
         most = max(choice.resident, default=1)
         return CudaSizes(choice.region, self.sample, self.bit_bytes, most, choice.bytes, choice.block), choice.seed_tile
 
@@ -296,7 +286,7 @@ class DeviceLowering(Lowering):
             else:
                 (run,) = buffer.stages
                 scratch[run] = max(scratch[run], base + size)
-        sample += (4 - sample) % WARP if sample else 0  # neighbours start four banks apart
+        sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
         return scratch, sample
 
     def temporary(self, block: int, tile: int) -> int:
@@ -304,9 +294,9 @@ class DeviceLowering(Lowering):
         wanted = 0
         for op in self.forward + self.backward:
             if op.block:
-                wanted = max(wanted, PARTS)
+                wanted = max(wanted, cost.PARTS)
             if isinstance(op, DenseT):
-                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + WARP)
+                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
         return wanted
 
     def bytes(self, region: int, sample: int, block: int) -> int:
@@ -334,20 +324,20 @@ class DeviceLowering(Lowering):
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def priced(self, tile: int) -> list[RunPrice]:
+    def priced(self, tile: int) -> list[cost.RunPrice]:
         """The runs of records, as prices by the number of samples that they take at a time."""
-        prices: list[RunPrice] = []
+        prices: list[cost.RunPrice] = []
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             if run == len(prices):
-                warps = self.machine.threads // WARP
-                prices.append(RunPrice(op.block, warps, tile, self.itemsize, self.ways, self.prices))
+                warps = self.machine.threads // cost.WARP
+                prices.append(cost.RunPrice(op.block, warps, tile, self.itemsize, self.ways, self.prices))
             prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
         return prices
 
-    def work(self, run: int) -> Work:
+    def work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
-        choice, warps = self.choice, self.machine.threads // WARP
-        return Work(warps, choice.resident[run], choice.block, choice.seed_tile, self.itemsize, self.ways)
+        choice, warps = self.choice, self.machine.threads // cost.WARP
+        return cost.Work(warps, choice.resident[run], choice.block, choice.seed_tile, self.itemsize, self.ways)
 
     def clocks(self) -> tuple[float, ...]:
         """Estimated clocks of a multiprocessor per sample, record by record."""
