@@ -130,6 +130,13 @@ class Recording:
         self.first_touch(node)
         return self.cotangent(node)
 
+    def assigns(self, node: Node) -> bool:
+        """Whether a record that writes all of a cotangent without its border is the first to write it."""
+        first = node.size == node.C * node.P and node.id not in self.touched
+        if first:
+            self.touched.add(node.id)
+        return first
+
     def first_touch(self, node: Node) -> None:
         """Zero a cotangent buffer before its first accumulation."""
         if node.id not in self.touched:

@@ -153,17 +153,10 @@ class DeviceLowering(Lowering):
                 raise AssertionError("a linear layer gives one position")
             joined = len(layout.runs) == 1  # the window is one run
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
-        op = ScatterT(
-            **vars(common),
-            H=read.H,
-            W=read.W,
-            C=layout.channels,
-            groups=layout.groups,
-            merged=layout.merged,
-            window_elements=elements,
-            way=layout.way,
-            tap_table=self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0,
-        )
+        sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
+        taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
+        own = {"merged": layout.merged, "window_elements": elements, "way": layout.way, "tap_table": taps}
+        op = ScatterT(**vars(common) | sizes | own)
         self.ways[op.weights] = bands(unit, op)
         return op
 
