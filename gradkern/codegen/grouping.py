@@ -8,6 +8,9 @@ between ``[C, L]`` and ``[L, C]`` costs nothing either.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..ir import program as ir
 from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
@@ -81,7 +84,7 @@ class Builder:
         readers = self.reads.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
-    def follow(self, i: int, wanted) -> int | None:
+    def follow(self, i: int, wanted: Callable[[ir.Step], bool]) -> int | None:
         """The step after step ``i``, if it alone reads the result and ``wanted(step)`` holds."""
         j = self.only_reader(self.base + i)
         return j if j is not None and wanted(self.program.steps[j]) else None
@@ -158,9 +161,8 @@ class Builder:
                 self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
             case ir.Product():
                 channels_last = any(v in self.channels_last for v in step.inputs)
-                self.unit(
-                    "product", i, [self.in_order(v, channels_last) for v in step.inputs], channels_last, form=form
-                )
+                reads = [self.in_order(v, channels_last) for v in step.inputs]
+                self.unit("product", i, reads, channels_last, form=form)
 
     def stays_channels_last(self, i: int) -> bool:
         """Whether a later step wants this one's result channels-last."""
@@ -170,7 +172,13 @@ class Builder:
         return self.wanted[value]
 
     def unit(
-        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **more
+        self,
+        kind: UnitKind,
+        i: int,
+        reads: list[Node],
+        channels_last: bool = False,
+        like: int | None = None,
+        **more: Any,
     ) -> Node:
         """A unit whose result has the step's shape, or lies as the value ``like`` does."""
         if like is not None:
@@ -187,21 +195,16 @@ class Builder:
             self.channels_last.add(self.base + i)
 
     def sum(self, i: int, step: ir.Step) -> None:
-        first = step.inputs[0]
-        nodes, like = [self.nodes[v] for v in step.inputs], first
+        like: int | None = step.inputs[0]
+        nodes, channels_last = [self.nodes[v] for v in step.inputs], like in self.channels_last
         same = all(n.is_a((nodes[0].C, nodes[0].H, nodes[0].W)) for n in nodes)
         if not same or len({v in self.channels_last for v in step.inputs}) > 1:
             channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
-            nodes = [self.in_order(v, channels_last) for v in step.inputs]
-            total = nodes[0]
-            self.place(i, total, channels_last)
-            for other in nodes[1:]:
-                total = self.unit("sum", i, [total, other], channels_last)
-            return
+            nodes, like = [self.in_order(v, channels_last) for v in step.inputs], None
         total = nodes[0]
-        self.place(i, total, like in self.channels_last)
+        self.place(i, total, channels_last)
         for other in nodes[1:]:
-            total = self.unit("sum", i, [total, other], like=like)
+            total = self.unit("sum", i, [total, other], channels_last, like)
 
     def view(self, i: int, step: ir.Step) -> None:
         source = step.inputs[0]
@@ -210,9 +213,8 @@ class Builder:
             self.place(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
-        self.unit(
-            "move", i, [node], keeps, sides=[Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
-        )
+        sides = [Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
+        self.unit("move", i, [node], keeps, sides=sides)
 
     def index(self, i: int, step: ir.Step) -> None:
         """Copies; a change between channels first and channels last is none."""
@@ -287,26 +289,25 @@ class Builder:
 
     def window(self, i: int, node: Node, form: ir.Contract, channels_last: bool = False) -> None:
         out = self.unit("window", i, [node], channels_last, form=form)
-        unit, last = self.units[-1], i
+        unit = self.units[-1]
 
         def norm(step: ir.Step) -> bool:
             axis = channel_axis(step)
             return axis is not None and (axis > 0) == channels_last
 
-        while (j := self.follow(last, norm)) is not None:
+        while (j := self.follow(unit.steps[-1], norm)) is not None:
             factors = self.program.steps[j].form
             assert isinstance(factors, ir.Contract)
             unit.folds.append(Fold(factors))
             unit.steps.append(j)
             self.done.add(j)
             self.place(j, out, channels_last)
-            last = j
 
     def pattern(self, i: int, step: ir.Step) -> None:
         """ReLU, max pool, or the two in either order: all of them are one bit per unit and tap."""
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
-        relu, rectify, opened, windows, steps, last = False, rectifies(step), False, None, [i], i
+        relu, rectify, opened, windows, steps = False, rectifies(step), False, None, [i]
         if isinstance(step.form, ir.Select):
             node, windows, channels_last = self.canonical(source), step.form.windows, False
             j = self.follow(i, is_relu)
@@ -321,10 +322,9 @@ class Builder:
         if j is not None:
             steps.append(j)
             self.done.add(j)
-            last = j
-        out = self.node(self.program.steps[last].shape) if windows else self.alike(node)
+        out = self.node(self.program.steps[steps[-1]].shape) if windows else self.alike(node)
         self.add(Unit("pattern", [node], out, steps, windows=windows, relu=relu, rectify=rectify, opened=opened))
-        self.place(last, out, channels_last)
+        self.place(steps[-1], out, channels_last)
 
     def joinable(self, step: ir.Step, rectify: bool) -> bool:
         """Whether a pool can be one pattern with the ReLU before it."""

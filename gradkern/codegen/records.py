@@ -19,8 +19,7 @@ from typing import dataclass_transform
 
 from .scratch import Buffer
 
-# ---------------------------------------------------------------------------------------------------------------
-# Parts
+# ---- parts
 
 
 @dataclass_transform(frozen_default=True)
@@ -128,8 +127,7 @@ class Way(IntEnum):
     Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Records
+# ---- records
 
 
 def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:

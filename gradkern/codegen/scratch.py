@@ -35,8 +35,8 @@ class Buffer:
     per_sample: bool = False
 
 
-def padded(elements: int) -> int:
-    return (elements + 15) // 16 * 16
+def padded(elements: int, unit: int = 16) -> int:
+    return (elements + unit - 1) // unit * unit
 
 
 def mark_lives(passes: Iterable[Sequence[Record]]) -> None:

@@ -17,8 +17,7 @@ from .units import Node, Side
 Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Moves
+# ---- moves
 
 
 def offsets(node: Node, side: Side) -> Tensor:
@@ -79,8 +78,7 @@ def strided(read: Tensor, write: Tensor) -> list[int]:
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Stencils
+# ---- stencils
 
 
 def positions(node: Node) -> list[int]:

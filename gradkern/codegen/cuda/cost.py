@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 
 from .. import records
@@ -63,28 +63,18 @@ class Work:
         """How many go through the record together."""
         return self.block if op.block else self.resident
 
-    def forward(self, op: records.Record) -> float:
-        """Clocks per sample of a record of the forward pass."""
-        clocks = BARRIER / self.samples(op)
+    def clocks(self, op: records.Record, forward: bool) -> float:
+        """Clocks per sample of a record, in the backward pass per tile of seeds too."""
+        clocks, copies = BARRIER / self.samples(op), 1 if forward else self.tile
         match op:
             case records.Window():
                 clocks += self.window(op)
             case records.Pattern(extent=e, pattern=p):
                 clocks += e.H * e.W * p.plane_bytes * 2 / WARP * loop(80 + 45 * p.taps, 8 + 4 * p.taps)
             case records.Zero(elements=n):
-                clocks += n / 4 / WARP * loop(10, 4)
+                clocks += copies * n / 4 / WARP * loop(10, 4)
             case records.MatMul():
-                clocks += self.matmul(op, 1)
-        return clocks
-
-    def backward(self, op: records.Record) -> float:
-        """Clocks per sample and tile of seeds of a record of the backward pass."""
-        clocks = BARRIER / self.samples(op)
-        match op:
-            case records.Zero(elements=n):
-                clocks += self.tile * n / 4 / WARP * loop(10, 4)
-            case records.MatMulT():
-                clocks += self.matmul(op, self.tile)
+                clocks += self.matmul(op, copies)
             case records.DenseT():
                 clocks += self.product(op)
             case records.ScatterT():
@@ -171,10 +161,7 @@ class RunPrice:
     """A run of records as a price per sample, by how many samples it takes at a time."""
 
     block: bool  # whether it is a single record that takes the whole block
-    warps: int
-    tile: int
-    itemsize: int
-    ways: Ways
+    work: Work
     known: dict[tuple, float]  # prices of records: slices repeat theirs
     ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
     cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … resident samples
@@ -183,16 +170,13 @@ class RunPrice:
         self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
 
     def price(self, resident: int, block: int) -> float:
-        work, total = Work(self.warps, resident, block, self.tile, self.itemsize, self.ways), 0.0
+        work, total = replace(self.work, resident=resident, block=block), 0.0
         for op, what, forward, times in self.ops:
-            key = (what, forward, self.tile, resident, block)
+            key = (what, forward, work.tile, resident, block)
             if key not in self.known:
-                self.known[key] = work.forward(op) if forward else work.backward(op)
+                self.known[key] = work.clocks(op, forward)
             total += times * self.known[key]
         return total
-
-    def alone(self, block: int) -> float:
-        return self.price(0, block)
 
     def best(self, most: int) -> tuple[float, int]:
         """The lowest price with at most that many resident samples, and their number."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -77,7 +78,7 @@ class Choice:
 class DeviceLowering(Lowering):
     """One group on a GPU."""
 
-    slack = 0
+    slack, unit = 0, 4
     window_type = DeviceWindow
     machine: Device
 
@@ -94,12 +95,6 @@ class DeviceLowering(Lowering):
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
 
     # ---- records that differ from the CPU's
-
-    def store(self, node: Node) -> Buffer:
-        return self.stores.setdefault(node.store, Buffer((node.size + 3) // 4 * 4))
-
-    def grad(self, node: Node) -> Buffer:
-        return self.grads.setdefault(node.id, Buffer((node.size + 3) // 4 * 4, cotangent=True))
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
         """One window per position or one for all taps of the pool after it, walked channel by live channel or in
@@ -209,7 +204,7 @@ class DeviceLowering(Lowering):
         """Say in the records how the workers of transposed convolutions share the work."""
         for i, (op, run) in enumerate(zip(self.backward, self.runs_of()[len(self.forward) :], strict=True)):
             if isinstance(op, ScatterT):
-                _, lanes, shares = self.work(run).transposed(op)
+                _, lanes, shares = self.chosen_work(run).transposed(op)
                 self.backward[i] = replace(op, lanes=lanes, bands=shares)
 
     def runs_of(self) -> list[int]:
@@ -306,11 +301,13 @@ class DeviceLowering(Lowering):
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in scratch))
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
             limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
-            picked = [(run.alone(block), 1) if run.block else run.best(n) for run, n in zip(runs, limits, strict=True)]
-            cost = sum(clocks for clocks, _ in picked)
-            if best is None or cost < best.cost:
+            picked = [
+                (run.price(0, block), 1) if run.block else run.best(n) for run, n in zip(runs, limits, strict=True)
+            ]
+            price = sum(clocks for clocks, _ in picked)
+            if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
-                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), cost)
+                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), price)
         return best
 
     def rounds(self, tile: int) -> int:
@@ -322,21 +319,23 @@ class DeviceLowering(Lowering):
         prices: list[cost.RunPrice] = []
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             if run == len(prices):
-                warps = self.machine.threads // cost.WARP
-                prices.append(cost.RunPrice(op.block, warps, tile, self.itemsize, self.ways, self.prices))
+                prices.append(cost.RunPrice(op.block, self.work(0, 0, tile), self.prices))
             prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
         return prices
 
-    def work(self, run: int) -> cost.Work:
+    def work(self, resident: int, block: int, tile: int) -> cost.Work:
+        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.ways)
+
+    def chosen_work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
-        choice, warps = self.choice, self.machine.threads // cost.WARP
-        return cost.Work(warps, choice.resident[run], choice.block, choice.seed_tile, self.itemsize, self.ways)
+        return self.work(self.choice.resident[run], self.choice.block, self.choice.seed_tile)
 
     def clocks(self) -> tuple[float, ...]:
         """Estimated clocks of a multiprocessor per sample, record by record."""
-        works = [(self.work(run), op) for op, run in zip(self.forward + self.backward, self.runs_of(), strict=True)]
-        rounds, n = self.rounds(self.choice.seed_tile), len(self.forward)
-        return (*(w.forward(op) for w, op in works[:n]), *(rounds * w.backward(op) for w, op in works[n:]))
+        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.choice.seed_tile)
+        forward = (self.chosen_work(run).clocks(op, True) for op, run in zip(self.forward, runs[:n], strict=True))
+        backward = (self.chosen_work(run).clocks(op, False) for op, run in zip(self.backward, runs[n:], strict=True))
+        return (*forward, *(rounds * clocks for clocks in backward))
 
     def scratch(self, sizes: Sizes) -> int:
         """Bytes of shared memory per block."""
@@ -385,19 +384,8 @@ def heavy(program: Program, i: int) -> str | None:
     return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
 
 
-def lower_device(
-    program: Program,
-    steps: list[int],
-    live_out: list[int],
-    machine: Machine,
-    itemsize: int,
-    seeds: int,
-    wrt: tuple[int, ...],
-    onehot: bool = True,
-    linear: bool = False,
-) -> Chain:
-    """`gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`."""
-    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering, linear)
+#: `gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`.
+lower_device = partial(lower, lowering=DeviceLowering)
 
 
 def lowering(machine: Machine) -> Callable[..., Chain]:
