@@ -172,20 +172,14 @@ class Builder:
         return self.wanted[value]
 
     def unit(
-        self,
-        kind: UnitKind,
-        i: int,
-        reads: list[Node],
-        channels_last: bool = False,
-        like: int | None = None,
-        **more: Any,
+        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **kw: Any
     ) -> Node:
         """A unit whose result has the step's shape, or lies as the value ``like`` does."""
         if like is not None:
             out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
         else:
             out = self.node(self.program.steps[i].shape, channels_last)
-        self.add(Unit(kind, reads, out, [i], **more))
+        self.add(Unit(kind, reads, out, [i], **kw))
         self.place(i, out, channels_last)
         return out
 

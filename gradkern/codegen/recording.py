@@ -19,7 +19,7 @@ L = TypeVar("L", bound=Layout)
 class Recording:
     """The records of one group so far, and all that they refer to."""
 
-    slack, unit = SLACK, 16  # elements that buffers have at their end, and a multiple of which they take
+    slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
     window_type: type[WindowLayout] = WindowLayout
 
     def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
@@ -98,12 +98,12 @@ class Recording:
     # ---- buffers
 
     def store(self, node: Node) -> Buffer:
-        return self.stores.setdefault(node.store, Buffer(padded(node.size + self.slack, self.unit)))
+        return self.stores.setdefault(node.store, Buffer(padded(node.size + self.slack, self.multiple)))
 
     def grad(self, node: Node) -> Buffer:
         fold = self.folded.get(node.id, 1)  # interleaved rows round up, and so do the windows on them
         extra = 0 if fold == 1 else 3 * fold * node.row
-        elements = padded(node.size + extra + self.slack, self.unit)
+        elements = padded(node.size + extra + self.slack, self.multiple)
         return self.grads.setdefault(node.id, Buffer(elements, cotangent=True))
 
     def keep(self, unit: Unit, elements: int) -> Buffer:

@@ -35,8 +35,8 @@ class Buffer:
     per_sample: bool = False
 
 
-def padded(elements: int, unit: int = 16) -> int:
-    return (elements + unit - 1) // unit * unit
+def padded(elements: int, multiple: int = 16) -> int:
+    return (elements + multiple - 1) // multiple * multiple
 
 
 def mark_lives(passes: Iterable[Sequence[Record]]) -> None:

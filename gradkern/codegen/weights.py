@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -332,14 +332,12 @@ def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tupl
     still = ((0, (1.0,)),)
     axes = (still, still, *positions.axes)[-2:]
     rows: dict[float, int] = {}
-    entries = []
-    for h0, ch in axes[0]:
-        for w0, cw in axes[1]:
-            reads = []
-            for i, a in enumerate(ch):
-                for j, b in enumerate(cw):
-                    reads.append(((h0 + i) * node.row + (w0 + j) * node.C, rows.setdefault(a * b, len(rows))))
-            entries.append(reads)
+
+    def reads(h0: int, ch: Sequence[float], w0: int, cw: Sequence[float]) -> list[tuple[int, int]]:
+        pairs = [((h, a), (w, b)) for h, a in enumerate(ch, h0) for w, b in enumerate(cw, w0)]
+        return [(h * node.row + w * node.C, rows.setdefault(a * b, len(rows))) for (h, a), (w, b) in pairs]
+
+    entries = [reads(h0, ch, w0, cw) for h0, ch in axes[0] for w0, cw in axes[1]]
     return len(rows), node.C, entries, list(rows)
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 
 from .. import records
 
@@ -145,15 +146,14 @@ class Work:
     def share(self, op: records.ScatterT, bands: records.Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
         workers = self.warps * (WARP // lanes)
-        turns = 0
-        for down in range(bands.row_colours):
-            for along in range(bands.column_colours):
-                high = max(math.ceil(op.H / bands.rows) + bands.row_colours - 1 - down, 0) // bands.row_colours
-                wide = math.ceil(op.W / bands.columns) + bands.column_colours - 1 - along
-                wide = max(wide, 0) // bands.column_colours
-                busiest = math.ceil(self.resident * visits * high * wide / workers)
-                turns += busiest * bands.rows * bands.columns
-        return self.resident * visits * op.H * op.W / (workers * turns)
+
+        def parts(extent: int, length: int, colours: int) -> list[int]:
+            """Bands of each colour along an axis."""
+            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+
+        axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
+        busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
+        return self.resident * visits * op.H * op.W / (workers * sum(busiest) * bands.rows * bands.columns)
 
 
 @dataclass

@@ -78,7 +78,7 @@ class Choice:
 class DeviceLowering(Lowering):
     """One group on a GPU."""
 
-    slack, unit = 0, 4
+    slack, multiple = 0, 4
     window_type = DeviceWindow
     machine: Device
 
@@ -301,9 +301,8 @@ class DeviceLowering(Lowering):
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in scratch))
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
             limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
-            picked = [
-                (run.price(0, block), 1) if run.block else run.best(n) for run, n in zip(runs, limits, strict=True)
-            ]
+            each_run = zip(runs, limits, strict=True)
+            picked = [(run.price(0, block), 1) if run.block else run.best(most) for run, most in each_run]
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
