@@ -137,7 +137,7 @@ class UnitRecords(Recording):
 
     def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         runs = self.runs(unit, upstream.node)[self.operand_index(unit, node)]
-        src, dst = self.upstream(upstream), self.accumulated(node)
+        dst, src = self.accumulated(node), self.upstream(upstream)
         self.backward.append(records.MoveT(src, dst, len(runs) // 5, self.table(runs)))
 
     # ---- maps over positions, channel by channel

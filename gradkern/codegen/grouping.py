@@ -32,9 +32,8 @@ class Builder:
         self.units: list[Unit] = []
         self.count = 0
         self.done: set[int] = set()
-        base = len(program.inputs)
-        inside = {base + i for i in steps}
-        self.base = base
+        self.base = len(program.inputs)
+        inside = {self.base + i for i in steps}
         self.reads: dict[int, list[int]] = {}  # value → steps of this group that read it
         for i in steps:
             for v in program.steps[i].inputs:
@@ -118,9 +117,6 @@ class Builder:
             self.add(Unit("move", [node], copy, [], sides=sides))
             self.copies[value, channels_last] = copy
         return self.copies[value, channels_last]
-
-    def canonical(self, value: int) -> Node:
-        return self.in_order(value, False)
 
     # ---- one step
 
@@ -265,7 +261,7 @@ class Builder:
         return nodes, steps
 
     def convolution(self, i: int, step: ir.Step) -> None:
-        form, node = step.form, self.canonical(step.inputs[0])
+        form, node = step.form, self.in_order(step.inputs[0], False)
         assert isinstance(form, ir.Contract) and isinstance(form.map, ir.Windows)
         groups, per_group = form.map.groups, step.shape[0] // form.map.groups
         if groups != node.C or groups == 1:
@@ -303,7 +299,7 @@ class Builder:
         node, channels_last = self.nodes[source], source in self.channels_last
         relu, rectify, opened, windows, steps = False, rectifies(step), False, None, [i]
         if isinstance(step.form, ir.Select):
-            node, windows, channels_last = self.canonical(source), step.form.windows, False
+            node, windows, channels_last = self.in_order(source, False), step.form.windows, False
             j = self.follow(i, is_relu)
             relu = j is not None
             rectify = j is not None and rectifies(self.program.steps[j])

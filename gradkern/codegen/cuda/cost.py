@@ -206,13 +206,8 @@ def priced_fields(cls: type) -> tuple[str, ...]:
 
 def worker_lanes(elements: int) -> int:
     """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
-    best = WARP
-    for lanes in (16, 8, 4):
-        if elements <= lanes * WALK_ELEMENTS and lanes * math.ceil(elements / lanes) <= best * math.ceil(
-            elements / best
-        ):
-            best = lanes
-    return best
+    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * WALK_ELEMENTS] + [WARP]
+    return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 
 
 def alive(planes: int, pattern: bool) -> float:

@@ -28,7 +28,7 @@ from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
 from ..machine import Machine
 from ..records import Bands, Contraction, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
-from ..scratch import Buffer
+from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
 from . import cost
@@ -105,10 +105,10 @@ class DeviceLowering(Lowering):
         types: tuple[type[DeviceScatter], ...] = (DeviceScatter, QuadScatter, NarrowScatter)
         made = [t.of(unit, 1) for t in types]
         taps = 1
-        if pattern is not None and pattern.windows and mergeable(unit, pattern):
-            made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if pattern is not None and pattern.windows:
             taps = pattern.windows.taps
+            if mergeable(unit, pattern):
+                made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
             fitting = [s for s in made if s.way == Way.Walk]
         else:
@@ -256,24 +256,19 @@ class DeviceLowering(Lowering):
         sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in buffers]
         for buffer, size in sorted(sized, key=lambda x: -x[1]):
             first, last = spans[buffer]
-            taken = sorted(
+            taken = (
                 (other.base, other.base + extent)
                 for other, extent, kind in placed
                 if kind == buffer.per_sample and spans[other][0] <= last and first <= spans[other][1]
             )
-            base = 0
-            for low, high in taken:
-                if base + size <= low:
-                    break
-                base = max(base, high)
-            buffer.base = base
+            buffer.base = first_fit(size, taken)
             size = (size + 3) // 4 * 4
             placed.append((buffer, size, buffer.per_sample))
             if buffer.per_sample:
-                sample = max(sample, base + size)
+                sample = max(sample, buffer.base + size)
             else:
                 (run,) = buffer.stages
-                scratch[run] = max(scratch[run], base + size)
+                scratch[run] = max(scratch[run], buffer.base + size)
         sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
         return scratch, sample
 
