@@ -9,7 +9,7 @@ from .recording import Recording, extent, interior
 from .records import Along, Contraction, LineFunction, LineSet, Place, StencilTable, WindowT
 from .scratch import Buffer, padded
 from .support import NATIVE_FUNCTIONS
-from .tables import moves, positions, stencil, transposed
+from .tables import move, positions, stencil, transposed
 from .units import Node, Unit
 from .weights import MixLayout, ScatterLayout
 
@@ -124,8 +124,9 @@ class UnitRecords(Recording):
         """The runs of every source, to where ``out`` has its elements: the result or what holds its cotangent."""
         key = (id(unit), out.row)
         if key not in self.tables_of:
-            form = unit.form if isinstance(unit.form, Index) else None
-            self.tables_of[key] = moves(form, unit.reads, out, unit.sides)
+            *sides, to = unit.sides
+            parts = unit.form.parts if isinstance(unit.form, Index) else [None]
+            self.tables_of[key] = [move(n, s, out, to, p) for n, s, p in zip(unit.reads, sides, parts, strict=True)]
         return self.tables_of[key]
 
     def forward_move(self, unit: Unit) -> None:

@@ -83,8 +83,7 @@ class Recording:
             return plain
         node, pool = unit.reads[0], pattern.windows
         assert pool is not None
-        alone = len(self.cotangents.readers(node)) == 1 and not self.cotangents.is_output(node)
-        private = node.producer.kind == "load" and alone
+        private = node.producer.kind == "load" and self.cotangents.read_once(node)
         (th, _), (sh, _) = planar(pool)[1], planar(unit.convolution)[1]
         top = node.halo[0] - planar(unit.convolution)[2][0][0]
         private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.channels_last)
