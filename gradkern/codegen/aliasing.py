@@ -43,8 +43,9 @@ class Cotangents:
             return None
         return unit if len(WindowLayout.of(unit, 1).runs) == 1 else None
 
-    def is_output(self, node: Node) -> bool:
-        return any(node is n for n in self.outputs)
+    def read_once(self, node: Node) -> bool:
+        """Whether the node's cotangent comes from one unit alone, none from the caller."""
+        return len(self.readers(node)) == 1 and not any(node is n for n in self.outputs)
 
     def readers(self, node: Node) -> list[Unit]:
         """The units that a node gets cotangents from."""
@@ -63,7 +64,7 @@ class Cotangents:
         readers = self.readers(node)
         if self.rows_unit is not None and node is self.rows_unit.out:
             return None
-        if self.is_output(node) or len(readers) != 1:
+        if not self.read_once(node):
             return own
         reader, producer = readers[0], node.producer
         through_bits = producer.kind in ("window", "sum")
@@ -99,8 +100,7 @@ class Cotangents:
         if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
             return False
         source = relu.reads[0]
-        alone = len(self.readers(source)) == 1 and not self.is_output(source)
-        return alone and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)
+        return self.read_once(source) and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)
 
     def takes_rows(self, node: Node) -> bool:
         """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""
@@ -109,8 +109,7 @@ class Cotangents:
             if producer.opened:
                 return False
             source = producer.reads[0]
-            alone = len(self.readers(source)) == 1 and not self.is_output(source)
-            return alone and source.producer.kind == "window"
+            return self.read_once(source) and source.producer.kind == "window"
         return producer.kind == "window"
 
 

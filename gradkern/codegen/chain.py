@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .encoding import Sizes
 from .records import Record
-from .weights import MixLayout, ScatterLayout, WindowLayout
+from .weights import Layout
 
 Row = tuple[int, ...]  # an encoded record
 
@@ -23,7 +23,7 @@ class Chain:
     forward_rows: tuple[Row, ...]  # the same, encoded
     backward_rows: tuple[Row, ...]
     tables: tuple[int, ...]
-    layouts: tuple[WindowLayout | ScatterLayout | MixLayout, ...]
+    layouts: tuple[Layout, ...]
     sizes: Sizes  # of scratch memory: CpuSizes or CudaSizes
     packed_size: int
     inputs: tuple[int, ...]  # external values, in the order that Load counts them

@@ -6,10 +6,10 @@ from ..ir.program import Channels, Index, LowRank, Scale
 from . import records
 from .aliasing import Cotangent
 from .recording import Recording, extent, interior
-from .records import Along, Contraction, LineFunction, LineSet, PatternRef, Place, StencilTable, WindowT
+from .records import Along, Contraction, LineFunction, LineSet, Place, StencilTable, WindowT
 from .scratch import Buffer, padded
 from .support import NATIVE_FUNCTIONS
-from .tables import moves, positions, stencil, transposed
+from .tables import move, positions, stencil, transposed
 from .units import Node, Unit
 from .weights import MixLayout, ScatterLayout
 
@@ -29,54 +29,34 @@ class UnitRecords(Recording):
         node = unit.out
         number, value = next((k, v) for k, (v, n) in enumerate(self.graph.inputs.items()) if n is node)
         dst, shape = self.outside(value, node, self.store(node))
-        self.forward.append(records.Load(input=number, dst=dst, extent=shape))
+        self.forward.append(records.Load(number, dst, shape))
+
+    def ends(self, unit: Unit) -> tuple[Place, Place]:
+        """What a unit of one operand reads and writes."""
+        return self.value(unit.reads[0]), self.value(unit.out)
 
     # ---- contractions
 
     def forward_window(self, unit: Unit) -> None:
         layout, source, out = self.window(unit), unit.reads[0], unit.out
         (down, along), first = layout.stride, source.interior + layout.origin
-        self.forward.append(
-            records.Window(
-                block=unit.dense,
-                src=Place(self.store(source), first, down * source.row, along * source.C),
-                dst=self.value(out),
-                H=out.H,
-                W=out.W,
-                C=layout.channels,
-                O=layout.O,
-                groups=layout.groups,
-                runs=layout.R,
-                run_length=layout.L,
-                run_table=self.table(layout.runs),
-                weights=layout.weights,
-                bias=layout.bias,
-            )
-        )
+        src = Place(self.store(source), first, down * source.row, along * source.C)
+        sizes = (out.H, out.W, layout.channels, layout.O, layout.groups, layout.R, layout.L)
+        where = (self.table(layout.runs), layout.weights, layout.bias)
+        self.forward.append(records.Window(src, self.value(out), *sizes, *where, block=unit.dense))
 
     def backward_window(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         layout = self.scatter(unit, upstream.pattern)
-        filled = unit.dense and len(layout.runs) == 1 and node.size == node.C * node.P
-        assign = filled and node.id not in self.touched  # the first to write it writes all of it
-        if assign:
-            self.touched.add(node.id)
-        else:
-            self.first_touch(node)
+        assign = unit.dense and len(layout.runs) == 1 and self.assigns(node)
+        self.first_touch(node)
         source = upstream.node
         pattern = None if upstream.pattern is None else self.pattern(upstream.pattern)
         buffer, first = (None, 0) if upstream.rows else (self.grad(source), source.interior)
         row = source.W * source.C if upstream.rows else source.row
-        common = Contraction(
-            block=unit.dense,
-            src=Place(buffer, first, row, source.C),
-            seed_rows=upstream.rows,
-            dst=Place(self.grad(node), node.interior + layout.origin, *layout.step),
-            O=layout.O,
-            pattern=pattern,
-            weights=layout.weights,
-            row_length=layout.row_length,
-            window_table=self.table(layout.window),
-        )
+        src = Place(buffer, first, row, source.C)
+        dst = Place(self.grad(node), node.interior + layout.origin, *layout.step)
+        where = (layout.weights, layout.row_length, self.table(layout.window))
+        common = Contraction(src, upstream.rows, dst, layout.O, pattern, *where, block=unit.dense)
         read = unit.out if upstream.pattern is None else upstream.pattern.out
         self.backward.append(self.contraction(unit, layout, read, common, assign))
 
@@ -84,26 +64,15 @@ class UnitRecords(Recording):
         self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
     ) -> Contraction:
         """The transposed record of a window unit; ``read``: the node whose cotangent it reads."""
-        self.reserve_lists(read, common.pattern)
-        return WindowT(
-            **vars(common),
-            H=read.H,
-            W=read.W,
-            C=layout.channels,
-            groups=layout.groups,
-            merged=layout.merged,
-            window_vectors=len(layout.window) // 2,
-            sweep=self.sweep(unit, layout),
-            assign=assign,
-        )
-
-    def reserve_lists(self, out: Node, pattern: PatternRef | None) -> None:
-        """Room for the lists of live channels."""
-        entries, segments = out.C, out.P
-        if pattern is not None:
-            segments = out.P * pattern.taps + 1
-            entries = segments * padded(out.C) + 64
+        entries, segments = read.C, read.P  # of the lists of live channels
+        if common.pattern is not None:
+            segments = read.P * common.pattern.taps + 1
+            entries = segments * padded(read.C) + 64
         self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
+        sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
+        vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)
+        own = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
+        return WindowT(**vars(common) | sizes | own)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
@@ -115,15 +84,8 @@ class UnitRecords(Recording):
     # ---- ReLU and max pool
 
     def forward_pattern(self, unit: Unit) -> None:
-        self.forward.append(
-            records.Pattern(
-                src=self.value(unit.reads[0]),
-                dst=self.value(unit.out),
-                extent=extent(unit.out),
-                pattern=self.pattern(unit),
-                relu=unit.relu,
-            )
-        )
+        src, dst = self.ends(unit)
+        self.forward.append(records.Pattern(src, dst, extent(unit.out), self.pattern(unit), unit.relu))
 
     def backward_pattern(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         expression = self.cotangents.of(node)
@@ -136,15 +98,13 @@ class UnitRecords(Recording):
 
     def through_pattern(self, pattern: Unit, src: Place, node: Node) -> None:
         dst = self.accumulated(node)
-        self.backward.append(
-            records.PatternT(src=src, dst=dst, extent=extent(pattern.out), pattern=self.pattern(pattern))
-        )
+        self.backward.append(records.PatternT(src, dst, extent(pattern.out), self.pattern(pattern)))
 
     # ---- sums
 
     def forward_sum(self, unit: Unit) -> None:
         left, right = map(self.value, unit.reads)
-        self.forward.append(records.Sum(left=left, right=right, dst=self.value(unit.out), extent=extent(unit.out)))
+        self.forward.append(records.Sum(left, right, self.value(unit.out), extent(unit.out)))
 
     def backward_sum(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         if self.cotangents.of(node) is upstream:
@@ -156,7 +116,7 @@ class UnitRecords(Recording):
 
     def add(self, upstream: Cotangent, node: Node) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.Add(src=src, dst=dst, extent=extent(node)))
+        self.backward.append(records.Add(src, dst, extent(node)))
 
     # ---- copies
 
@@ -164,8 +124,9 @@ class UnitRecords(Recording):
         """The runs of every source, to where ``out`` has its elements: the result or what holds its cotangent."""
         key = (id(unit), out.row)
         if key not in self.tables_of:
-            form = unit.form if isinstance(unit.form, Index) else None
-            self.tables_of[key] = moves(form, unit.reads, out, unit.sides)
+            *sides, to = unit.sides
+            parts = unit.form.parts if isinstance(unit.form, Index) else [None]
+            self.tables_of[key] = [move(n, s, out, to, p) for n, s, p in zip(unit.reads, sides, parts, strict=True)]
         return self.tables_of[key]
 
     def forward_move(self, unit: Unit) -> None:
@@ -173,33 +134,23 @@ class UnitRecords(Recording):
             self.copy(self.value(node), self.value(unit.out), runs)
 
     def copy(self, src: Place, dst: Place, runs: list[int]) -> None:
-        self.forward.append(records.Move(src=src, dst=dst, runs=len(runs) // 5, run_table=self.table(runs)))
+        self.forward.append(records.Move(src, dst, len(runs) // 5, self.table(runs)))
 
     def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         runs = self.runs(unit, upstream.node)[self.operand_index(unit, node)]
-        dst = self.accumulated(node)
-        src, table = self.upstream(upstream), self.table(runs)
-        self.backward.append(records.MoveT(src=src, dst=dst, runs=len(runs) // 5, run_table=table))
+        dst, src = self.accumulated(node), self.upstream(upstream)
+        self.backward.append(records.MoveT(src, dst, len(runs) // 5, self.table(runs)))
 
     # ---- maps over positions, channel by channel
 
     def forward_mix(self, unit: Unit) -> None:
-        layout = self.mix(unit)
+        layout, (src, dst) = self.mix(unit), self.ends(unit)
         table = self.stencil(layout, *stencil(layout.entries, positions(unit.out), keep_empty=True))
-        self.forward.append(
-            records.Stencil(
-                src=self.value(unit.reads[0]),
-                dst=self.value(unit.out),
-                C=unit.out.C,
-                stencil=table,
-                bias=layout.bias,
-            )
-        )
+        self.forward.append(records.Stencil(src, dst, unit.out.C, table, layout.bias))
 
     def stencil(self, layout: MixLayout, blocks: list[int], entries: list[int]) -> StencilTable:
-        return StencilTable(
-            layout.weights, layout.row_length, len(blocks) // 7, self.table(blocks), self.table(entries)
-        )
+        count, tables = len(blocks) // 7, (self.table(blocks), self.table(entries))
+        return StencilTable(layout.weights, layout.row_length, count, *tables)
 
     def backward_mix(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         layout = self.mix(unit)
@@ -209,7 +160,7 @@ class UnitRecords(Recording):
             entries = transposed(layout.entries, upstream.node, node)
         table = self.stencil(layout, *stencil(entries, positions(node), keep_empty=False))
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.StencilT(src=src, dst=dst, C=node.C, stencil=table))
+        self.backward.append(records.StencilT(src, dst, node.C, table))
 
     # ---- elementwise functions
 
@@ -220,27 +171,15 @@ class UnitRecords(Recording):
     def forward_scale(self, unit: Unit) -> None:
         form = unit.form
         assert isinstance(form, Scale)
-        p0, p1, p2 = (*form.params, 0.0, 0.0, 0.0)[:3]
-        self.forward.append(
-            records.Scale(
-                src=self.value(unit.reads[0]),
-                dst=self.value(unit.out),
-                slope=self.slope(unit),
-                extent=extent(unit.out),
-                function=list(NATIVE_FUNCTIONS).index(form.function),
-                p0=p0,
-                p1=p1,
-                p2=p2,
-            )
-        )
+        (src, dst), parameters = self.ends(unit), (*form.params, 0.0, 0.0, 0.0)[:3]
+        function = list(NATIVE_FUNCTIONS).index(form.function)
+        self.forward.append(records.Scale(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
 
     def backward_scale(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         in_place = self.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
-        self.backward.append(
-            records.ScaleT(src=src, dst=dst, slope=self.slope(unit), extent=extent(unit.out), assign=in_place)
-        )
+        self.backward.append(records.ScaleT(src, dst, self.slope(unit), extent(unit.out), in_place))
 
     # ---- products of two values
 
@@ -251,16 +190,8 @@ class UnitRecords(Recording):
 
     def forward_product(self, unit: Unit) -> None:
         (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
-        self.forward.append(
-            records.Product(
-                left=left,
-                right=right,
-                dst=self.value(unit.out),
-                extent=extent(unit.out),
-                left_channel=left_channel,
-                right_channel=right_channel,
-            )
-        )
+        dst = self.value(unit.out)
+        self.forward.append(records.Product(left, right, dst, extent(unit.out), left_channel, right_channel))
 
     def backward_product(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         other = unit.reads[1 - self.operand_index(unit, node)]
@@ -268,34 +199,14 @@ class UnitRecords(Recording):
         self.first_touch(node)
         dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
         side, other_channel = self.stretched(other, unit.out, self.store(other))
-        self.backward.append(
-            records.ProductT(
-                src=src,
-                other=side,
-                dst=dst,
-                extent=extent(unit.out),
-                dst_channel=dst_channel,
-                other_channel=other_channel,
-            )
-        )
+        self.backward.append(records.ProductT(src, side, dst, extent(unit.out), dst_channel, other_channel))
 
     # ---- products of two matrices of values, H of them, each as it lies row by row
 
     def forward_matmul(self, unit: Unit) -> None:
         a, b = unit.reads
-        self.forward.append(
-            records.MatMul(
-                left=self.value(a),
-                right=self.value(b),
-                dst=self.value(unit.out),
-                left_term=1,
-                right_column=1,
-                matrices=unit.out.H,
-                rows=unit.out.W,
-                columns=b.C,
-                terms=a.C,
-            )
-        )
+        left, right, dst = self.value(a), self.value(b), self.value(unit.out)
+        self.forward.append(records.MatMul(left, right, dst, 1, 1, unit.out.H, unit.out.W, b.C, a.C))
         if a.id in self.cotangents.needs:
             self.transpose_right(unit)
 
@@ -314,9 +225,7 @@ class UnitRecords(Recording):
 
     def backward_matmul(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         a, out = unit.reads[0], unit.out
-        assign = node.size == node.C * node.P and node.id not in self.touched  # the first to write it writes all of it
-        if assign:
-            self.touched.add(node.id)
+        assign = self.assigns(node)
         g, dst = self.upstream(upstream), self.accumulated(node)
         if self.operand_index(unit, node) == 0:  # g [M, P] · b^T [P, K]
             right, right_column = self.right_transposed(unit)
@@ -325,20 +234,8 @@ class UnitRecords(Recording):
             at = self.value(a)
             left, left_term, terms = Place(at.buffer, at.offset, at.row, 1), a.C, out.W
             right, right_column = g, 1
-        self.backward.append(
-            records.MatMulT(
-                left=left,
-                right=right,
-                dst=dst,
-                left_term=left_term,
-                right_column=right_column,
-                matrices=node.H,
-                rows=node.W,
-                columns=node.C,
-                terms=terms,
-                assign=assign,
-            )
-        )
+        sizes = (node.H, node.W, node.C, terms)
+        self.backward.append(records.MatMulT(left, right, dst, left_term, right_column, *sizes, assign))
 
     # ---- softmax and norms
 
@@ -346,16 +243,13 @@ class UnitRecords(Recording):
         form, out = unit.form, unit.out
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
-        epsilon = form.params[0] if form.params else 0.0
-        # The lines' own numbers lie after the storage.
-        return LineSet(
-            extent(out), ALONG[unit.along], LINE_FUNCTIONS[form.function], epsilon, saved, out.size - out.interior
-        )
+        what = (ALONG[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
+        # The numbers of the lines lie after the storage.
+        return LineSet(extent(out), *what, saved, out.size - out.interior)
 
     def forward_lowrank(self, unit: Unit) -> None:
-        src, dst = self.value(unit.reads[0]), self.value(unit.out)
-        self.forward.append(records.Lines(src=src, dst=dst, lines=self.lines(unit)))
+        self.forward.append(records.Lines(*self.ends(unit), self.lines(unit)))
 
     def backward_lowrank(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.LinesT(src=src, dst=dst, lines=self.lines(unit)))
+        self.backward.append(records.LinesT(src, dst, self.lines(unit)))

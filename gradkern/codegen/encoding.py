@@ -18,8 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from .records import ENUMS, KINDS, PARTS, Part, Place, Record
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sizes
+# ---- sizes
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class CudaSizes(Sizes):
 
 SIZES = (CpuSizes, CudaSizes)
 
-# ---------------------------------------------------------------------------------------------------------------
-# Encoding
+# ---- encoding
 
 #: The numbers that every row begins with; `samples`: on a GPU, how many go together through the record's run.
 HEADER = ("kind", "block", "samples")

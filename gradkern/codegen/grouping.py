@@ -8,25 +8,13 @@ between ``[C, L]`` and ``[L, C]`` costs nothing either.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from ..ir import program as ir
 from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
-from ..ir.program import (
-    Channels,
-    Contract,
-    Dense,
-    Given,
-    Index,
-    LowRank,
-    Product,
-    Program,
-    Scale,
-    Select,
-    Step,
-    Sum,
-    View,
-    Windows,
-)
 from .support import unsupported_reason
 from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
@@ -34,7 +22,7 @@ from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, ove
 class Builder:
     """Regroups native steps as units.  ``live_out`` are the values wanted from it."""
 
-    def __init__(self, program: Program, steps: list[int], live_out: list[int]):
+    def __init__(self, program: ir.Program, steps: list[int], live_out: list[int]):
         self.program, self.live_out = program, live_out
         self.steps = steps = steps_to(program, live_out, among=steps)
         self.nodes: dict[int, Node] = {}  # value → node
@@ -44,9 +32,8 @@ class Builder:
         self.units: list[Unit] = []
         self.count = 0
         self.done: set[int] = set()
-        base = len(program.inputs)
-        inside = {base + i for i in steps}
-        self.base = base
+        self.base = len(program.inputs)
+        inside = {self.base + i for i in steps}
         self.reads: dict[int, list[int]] = {}  # value → steps of this group that read it
         for i in steps:
             for v in program.steps[i].inputs:
@@ -96,7 +83,7 @@ class Builder:
         readers = self.reads.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
-    def follow(self, i: int, wanted) -> int | None:
+    def follow(self, i: int, wanted: Callable[[ir.Step], bool]) -> int | None:
         """The step after step ``i``, if it alone reads the result and ``wanted(step)`` holds."""
         j = self.only_reader(self.base + i)
         return j if j is not None and wanted(self.program.steps[j]) else None
@@ -108,13 +95,13 @@ class Builder:
         match form:
             case _ if last < 1:
                 return False
-            case Contract(map=Dense()) | Product(function="matmul"):
+            case ir.Contract(map=ir.Dense()) | ir.Product(function="matmul"):
                 return True
-            case Contract(map=Channels(axis)) | LowRank(axis=axis):
+            case ir.Contract(map=ir.Channels(axis)) | ir.LowRank(axis=axis):
                 return axis == last
-            case Index(parts=(part,)) if is_permutation(part, shape) and part.order == (last, *range(last)):
+            case ir.Index(parts=(part,)) if is_permutation(part, shape) and part.order == (last, *range(last)):
                 return True
-            case Index() | View() | Scale():
+            case ir.Index() | ir.View() | ir.Scale():
                 return self.stays_channels_last(step)
         return False
 
@@ -131,51 +118,47 @@ class Builder:
             self.copies[value, channels_last] = copy
         return self.copies[value, channels_last]
 
-    def canonical(self, value: int) -> Node:
-        return self.in_order(value, False)
-
     # ---- one step
 
-    def lower(self, i: int, step: Step) -> None:
+    def lower(self, i: int, step: ir.Step) -> None:
         self.done.add(i)
         form, source = step.form, step.inputs[0]
         match form:
-            case View():
+            case ir.View():
                 self.view(i, step)
-            case Index():
+            case ir.Index():
                 self.index(i, step)
-            case Contract(map=Dense()) if len(step.shape) > 1:
-                self.window(i, self.in_order(source, True), Contract(POINT, form.weight, form.bias), True)
-            case Contract(map=Dense()):
+            case ir.Contract(map=ir.Dense()) if len(step.shape) > 1:
+                self.window(i, self.in_order(source, True), ir.Contract(POINT, form.weight, form.bias), True)
+            case ir.Contract(map=ir.Dense()):
                 self.window(i, self.nodes[source], form)
                 self.nodes[self.base + i].producer.storage_order = source in self.channels_last
-            case Contract(map=Windows()):
+            case ir.Contract(map=ir.Windows()):
                 self.convolution(i, step)
-            case Contract():
-                last = isinstance(form.map, Channels) and form.map.axis > 0
+            case ir.Contract():
+                last = isinstance(form.map, ir.Channels) and form.map.axis > 0
                 self.unit("mix", i, [self.in_order(source, last)], last, form=form)
-            case Given():
+            case ir.Given():
                 self.unit("scale", i, [self.nodes[source]], like=source, form=form, slope=step.inputs[1])
                 self.units[-1].storage_order = source in self.channels_last
-            case Select() | Scale(function="relu" | "guided_relu" | "open_relu"):
+            case ir.Select() | ir.Scale(function="relu" | "guided_relu" | "open_relu"):
                 self.pattern(i, step)
-            case Scale():
+            case ir.Scale():
                 self.unit("scale", i, [self.nodes[source]], like=source, form=form)
-            case Sum():
+            case ir.Sum():
                 self.sum(i, step)
-            case LowRank(axis=axis):
+            case ir.LowRank(axis=axis):
                 channels_last = source in self.channels_last and self.nodes[source].is_a(tokens(step.shape))
                 channels_last |= axis > 0 and axis == len(step.shape) - 1 and self.stays_channels_last(i)
                 node = self.in_order(source, channels_last)
                 order = storage_axes(len(step.shape), channels_last)
                 self.unit("lowrank", i, [node], channels_last, form=form, along=order[axis])
-            case Product(function="matmul"):
+            case ir.Product(function="matmul"):
                 self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
-            case Product():
+            case ir.Product():
                 channels_last = any(v in self.channels_last for v in step.inputs)
-                self.unit(
-                    "product", i, [self.in_order(v, channels_last) for v in step.inputs], channels_last, form=form
-                )
+                reads = [self.in_order(v, channels_last) for v in step.inputs]
+                self.unit("product", i, reads, channels_last, form=form)
 
     def stays_channels_last(self, i: int) -> bool:
         """Whether a later step wants this one's result channels-last."""
@@ -185,14 +168,14 @@ class Builder:
         return self.wanted[value]
 
     def unit(
-        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **more
+        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **kw: Any
     ) -> Node:
         """A unit whose result has the step's shape, or lies as the value ``like`` does."""
         if like is not None:
             out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
         else:
             out = self.node(self.program.steps[i].shape, channels_last)
-        self.add(Unit(kind, reads, out, [i], **more))
+        self.add(Unit(kind, reads, out, [i], **kw))
         self.place(i, out, channels_last)
         return out
 
@@ -201,38 +184,32 @@ class Builder:
         if channels_last:
             self.channels_last.add(self.base + i)
 
-    def sum(self, i: int, step: Step) -> None:
-        first = step.inputs[0]
-        nodes, like = [self.nodes[v] for v in step.inputs], first
+    def sum(self, i: int, step: ir.Step) -> None:
+        like: int | None = step.inputs[0]
+        nodes, channels_last = [self.nodes[v] for v in step.inputs], like in self.channels_last
         same = all(n.is_a((nodes[0].C, nodes[0].H, nodes[0].W)) for n in nodes)
         if not same or len({v in self.channels_last for v in step.inputs}) > 1:
             channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
-            nodes = [self.in_order(v, channels_last) for v in step.inputs]
-            total = nodes[0]
-            self.place(i, total, channels_last)
-            for other in nodes[1:]:
-                total = self.unit("sum", i, [total, other], channels_last)
-            return
+            nodes, like = [self.in_order(v, channels_last) for v in step.inputs], None
         total = nodes[0]
-        self.place(i, total, like in self.channels_last)
+        self.place(i, total, channels_last)
         for other in nodes[1:]:
-            total = self.unit("sum", i, [total, other], like=like)
+            total = self.unit("sum", i, [total, other], channels_last, like)
 
-    def view(self, i: int, step: Step) -> None:
+    def view(self, i: int, step: ir.Step) -> None:
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
         if node.is_a(tokens(step.shape) if channels_last else geometry(step.shape)) or len(step.shape) == 1:
             self.place(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
-        self.unit(
-            "move", i, [node], keeps, sides=[Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
-        )
+        sides = [Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
+        self.unit("move", i, [node], keeps, sides=sides)
 
-    def index(self, i: int, step: Step) -> None:
+    def index(self, i: int, step: ir.Step) -> None:
         """Copies; a change between channels first and channels last is none."""
         form, source = step.form, step.inputs[0]
-        assert isinstance(form, Index)
+        assert isinstance(form, ir.Index)
         shape, channels_last = self.program.shape(source), source in self.channels_last
         last = len(shape) - 1
         if len(form.parts) == 1 and is_permutation(form.parts[0], shape):
@@ -253,9 +230,9 @@ class Builder:
         self.add(Unit("move", reads, out, steps, form=form, sides=sides))
         self.place(steps[-1], out, keeps)
 
-    def side_by_side(self, step: Step) -> bool:
+    def side_by_side(self, step: ir.Step) -> bool:
         """Whether a concatenation fills every channel, of values that lie channels first."""
-        assert isinstance(step.form, Index)
+        assert isinstance(step.form, ir.Index)
         rows = [p.axes for p in step.form.parts]
         full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)
         count = sum(c for axes in rows for start, c, _ in axes[0] if start >= 0)
@@ -264,18 +241,18 @@ class Builder:
         )
         return full and straight and count == step.shape[0] and len(step.shape) > 1
 
-    def pull_forward(self, i: int, step: Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
+    def pull_forward(self, i: int, step: ir.Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
         """Elementwise steps after a concatenation are done to its parts: a norm folds, a ReLU stays bits."""
         steps, alone = [i], [self.only_reader(v) == i for v in step.inputs]
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
             for k, node in enumerate(nodes):
                 producer = node.producer
-                if isinstance(form, Contract) and alone[k] and producer.kind == "window" and not node.readers:
+                if isinstance(form, ir.Contract) and alone[k] and producer.kind == "window" and not node.readers:
                     producer.folds.append(Fold(form, first))
                 else:
                     out, relu = self.alike(node), is_relu(self.program.steps[j])
-                    kind: UnitKind = "mix" if isinstance(form, Contract) else "pattern" if relu else "scale"
+                    kind: UnitKind = "mix" if isinstance(form, ir.Contract) else "pattern" if relu else "scale"
                     self.add(Unit(kind, [node], out, [j], form=form, first=first, relu=relu))
                     nodes[k], alone[k] = out, True
                 first += node.C
@@ -283,9 +260,9 @@ class Builder:
             steps.append(j)
         return nodes, steps
 
-    def convolution(self, i: int, step: Step) -> None:
-        form, node = step.form, self.canonical(step.inputs[0])
-        assert isinstance(form, Contract) and isinstance(form.map, Windows)
+    def convolution(self, i: int, step: ir.Step) -> None:
+        form, node = step.form, self.in_order(step.inputs[0], False)
+        assert isinstance(form, ir.Contract) and isinstance(form.map, ir.Windows)
         groups, per_group = form.map.groups, step.shape[0] // form.map.groups
         if groups != node.C or groups == 1:
             return self.window(i, node, form)
@@ -294,52 +271,52 @@ class Builder:
             each = along(shape, 0, [c for c in range(groups) for _ in range(per_group)])
             wide = (groups * per_group, *shape[1:])
             copy = self.node(wide)
-            self.add(Unit("move", [node], copy, [], form=Index((each,)), sides=[Side(shape, False), Side(wide, False)]))
+            self.add(
+                Unit("move", [node], copy, [], form=ir.Index((each,)), sides=[Side(shape, False), Side(wide, False)])
+            )
             node = copy
         self.unit("mix", i, [node], form=form)
 
-    def window(self, i: int, node: Node, form: Contract, channels_last: bool = False) -> None:
+    def window(self, i: int, node: Node, form: ir.Contract, channels_last: bool = False) -> None:
         out = self.unit("window", i, [node], channels_last, form=form)
-        unit, last = self.units[-1], i
+        unit = self.units[-1]
 
-        def norm(step: Step) -> bool:
+        def norm(step: ir.Step) -> bool:
             axis = channel_axis(step)
             return axis is not None and (axis > 0) == channels_last
 
-        while (j := self.follow(last, norm)) is not None:
+        while (j := self.follow(unit.steps[-1], norm)) is not None:
             factors = self.program.steps[j].form
-            assert isinstance(factors, Contract)
+            assert isinstance(factors, ir.Contract)
             unit.folds.append(Fold(factors))
             unit.steps.append(j)
             self.done.add(j)
             self.place(j, out, channels_last)
-            last = j
 
-    def pattern(self, i: int, step: Step) -> None:
+    def pattern(self, i: int, step: ir.Step) -> None:
         """ReLU, max pool, or the two in either order: all of them are one bit per unit and tap."""
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
-        relu, rectify, opened, windows, steps, last = False, rectifies(step), False, None, [i], i
-        if isinstance(step.form, Select):
-            node, windows, channels_last = self.canonical(source), step.form.windows, False
+        relu, rectify, opened, windows, steps = False, rectifies(step), False, None, [i]
+        if isinstance(step.form, ir.Select):
+            node, windows, channels_last = self.in_order(source, False), step.form.windows, False
             j = self.follow(i, is_relu)
             relu = j is not None
             rectify = j is not None and rectifies(self.program.steps[j])
         else:
             relu = True
-            opened = isinstance(step.form, Scale) and step.form.function == "open_relu"
+            opened = isinstance(step.form, ir.Scale) and step.form.function == "open_relu"
             first = not channels_last and node.is_a(geometry(step.shape)) and not opened
             j = self.follow(i, lambda s: self.joinable(s, rectify)) if first else None
             windows = None if j is None else pool_of(self.program.steps[j])
         if j is not None:
             steps.append(j)
             self.done.add(j)
-            last = j
-        out = self.node(self.program.steps[last].shape) if windows else self.alike(node)
+        out = self.node(self.program.steps[steps[-1]].shape) if windows else self.alike(node)
         self.add(Unit("pattern", [node], out, steps, windows=windows, relu=relu, rectify=rectify, opened=opened))
-        self.place(last, out, channels_last)
+        self.place(steps[-1], out, channels_last)
 
-    def joinable(self, step: Step, rectify: bool) -> bool:
+    def joinable(self, step: ir.Step, rectify: bool) -> bool:
         """Whether a pool can be one pattern with the ReLU before it."""
         windows = pool_of(step)
         if windows is None or unsupported_reason(self.program, step) is not None:
@@ -350,7 +327,7 @@ class Builder:
 def reserve_halo(unit: Unit) -> None:
     """Padding becomes a zero border of the storage that is read, wide enough for every window on it."""
     m = unit.contraction.map
-    if not isinstance(m, Windows):
+    if not isinstance(m, ir.Windows):
         return
     node, out = unit.reads[0], unit.out
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(m)
@@ -374,26 +351,26 @@ def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
                 unit.out.store = source.store
 
 
-def channel_axis(step: Step) -> int | None:
+def channel_axis(step: ir.Step) -> int | None:
     """The axis along which a step has factors, such as a norm's; None where it is another step."""
-    return step.form.map.axis if isinstance(step.form, Contract) and isinstance(step.form.map, Channels) else None
+    return step.form.map.axis if isinstance(step.form, ir.Contract) and isinstance(step.form.map, ir.Channels) else None
 
 
-def is_relu(step: Step) -> bool:
+def is_relu(step: ir.Step) -> bool:
     """A ReLU that may be one pattern with a pool."""
-    return isinstance(step.form, Scale) and step.form.function in ("relu", "guided_relu")
+    return isinstance(step.form, ir.Scale) and step.form.function in ("relu", "guided_relu")
 
 
-def rectifies(step: Step) -> bool:
-    return isinstance(step.form, Scale) and step.form.function in RECTIFYING
+def rectifies(step: ir.Step) -> bool:
+    return isinstance(step.form, ir.Scale) and step.form.function in RECTIFYING
 
 
-def is_elementwise(step: Step) -> bool:
+def is_elementwise(step: ir.Step) -> bool:
     if rectifies(step):
         return False
-    return isinstance(step.form, Scale) or channel_axis(step) == 0
+    return isinstance(step.form, ir.Scale) or channel_axis(step) == 0
 
 
-def pool_of(step: Step) -> Windows | None:
+def pool_of(step: ir.Step) -> ir.Windows | None:
     """The windows of a max pool; None where the step is no such pool."""
-    return step.form.windows if isinstance(step.form, Select) and step.form.ties == "first" else None
+    return step.form.windows if isinstance(step.form, ir.Select) and step.form.ties == "first" else None

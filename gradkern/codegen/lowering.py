@@ -94,23 +94,15 @@ class Lowering(UnitRecords):
         if source.node is node:
             self.first_touch(node)  # zeros where nothing was added
         src, shape = self.outside(value, source.node, self.grad(source.node))
-        fold = self.folded.get(source.node.id, 1)
-        if fold == 1:
-            self.backward.append(records.StoreT(src=src, result=k, extent=shape))
-            return
-        src = Place(self.grad(node), 0, src.row, src.position)
-        rows, columns = node.halo[0], node.halo[2]
-        self.backward.append(
-            records.StoreT(src=src, result=k, extent=shape, fold=fold, halo_rows=rows, halo_columns=columns)
-        )
+        border: tuple[int, ...] = ()
+        if (fold := self.folded.get(source.node.id, 1)) > 1:
+            src, border = Place(self.grad(node), 0, src.row, src.position), (fold, node.halo[0], node.halo[2])
+        self.backward.append(records.StoreT(src, k, shape, *border))
 
     def seed(self, k: int, value: int, node: Node) -> None:
         self.first_touch(node)
         dst, shape = self.outside(value, node, self.grad(node))
-        if self.onehot:
-            self.backward.append(records.SeedOneHot(dst=dst, extent=shape))
-        else:
-            self.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=shape))
+        self.backward.append(records.SeedOneHot(dst, shape) if self.onehot else records.SeedDense(dst, k, shape))
 
     def backward_rows(self, unit: Unit) -> None:
         node = unit.reads[0]

@@ -11,16 +11,15 @@ from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
 from .scratch import SLACK, Buffer, padded
 from .units import POINT, Graph, Node, Unit, planar
-from .weights import MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
+from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
 
-Layout = WindowLayout | ScatterLayout | MixLayout
 L = TypeVar("L", bound=Layout)
 
 
 class Recording:
     """The records of one group so far, and all that they refer to."""
 
-    slack = SLACK
+    slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
     window_type: type[WindowLayout] = WindowLayout
 
     def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
@@ -63,7 +62,7 @@ class Recording:
         if key not in self.layout_of:
             self.layout_of[key] = new = make()
             self.layouts.append(new)
-            self.packed = new.place(self.packed)
+            new.weights, self.packed = self.packed, self.packed + new.size
         layout = self.layout_of[key]
         assert isinstance(layout, kind)
         return layout
@@ -84,8 +83,7 @@ class Recording:
             return plain
         node, pool = unit.reads[0], pattern.windows
         assert pool is not None
-        alone = len(self.cotangents.readers(node)) == 1 and not self.cotangents.is_output(node)
-        private = node.producer.kind == "load" and alone
+        private = node.producer.kind == "load" and self.cotangents.read_once(node)
         (th, _), (sh, _) = planar(pool)[1], planar(unit.convolution)[1]
         top = node.halo[0] - planar(unit.convolution)[2][0][0]
         private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.channels_last)
@@ -99,12 +97,13 @@ class Recording:
     # ---- buffers
 
     def store(self, node: Node) -> Buffer:
-        return self.stores.setdefault(node.store, Buffer(node.size + self.slack))
+        return self.stores.setdefault(node.store, Buffer(padded(node.size + self.slack, self.multiple)))
 
     def grad(self, node: Node) -> Buffer:
         fold = self.folded.get(node.id, 1)  # interleaved rows round up, and so do the windows on them
         extra = 0 if fold == 1 else 3 * fold * node.row
-        return self.grads.setdefault(node.id, Buffer(padded(node.size + extra + self.slack), cotangent=True))
+        elements = padded(node.size + extra + self.slack, self.multiple)
+        return self.grads.setdefault(node.id, Buffer(elements, cotangent=True))
 
     def keep(self, unit: Unit, elements: int) -> Buffer:
         """Memory for what the unit's backward pass needs of every sample."""
@@ -130,6 +129,13 @@ class Recording:
         """A cotangent that is added to."""
         self.first_touch(node)
         return self.cotangent(node)
+
+    def assigns(self, node: Node) -> bool:
+        """Whether a record that writes all of a cotangent without its border is the first to write it."""
+        first = node.size == node.C * node.P and node.id not in self.touched
+        if first:
+            self.touched.add(node.id)
+        return first
 
     def first_touch(self, node: Node) -> None:
         """Zero a cotangent buffer before its first accumulation."""

@@ -13,20 +13,27 @@ actions, on the cotangents of all seeds.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from enum import IntEnum
+from typing import dataclass_transform
 
 from .scratch import Buffer
 
-# ---------------------------------------------------------------------------------------------------------------
-# Parts
+# ---- parts
 
 
-class Part:
-    """What records and sizes are composed of; a struct of its own in C++."""
+@dataclass_transform(frozen_default=True)
+class Struct:
+    """A frozen dataclass, as all that derive from it are, and a struct of its own in C++."""
+
+    def __init_subclass__(cls, order: bool = False) -> None:
+        dataclass(frozen=True, order=order)(cls)
 
 
-@dataclass(frozen=True)
+class Part(Struct):
+    """What records and sizes are composed of."""
+
+
 class Place(Part):
     """Where the channels-last interior of a value or cotangent begins in scratch memory."""
 
@@ -36,7 +43,6 @@ class Place(Part):
     position: int = 0  # elements from one position to the next
 
 
-@dataclass(frozen=True)
 class Extent(Part):
     """Channels, rows and columns."""
 
@@ -45,7 +51,6 @@ class Extent(Part):
     W: int
 
 
-@dataclass(frozen=True)
 class PatternRef(Part):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
@@ -68,7 +73,6 @@ class PatternRef(Part):
     dw: int
 
 
-@dataclass(frozen=True)
 class StencilTable(Part):
     """Blocks of positions that read alike; tables.py says what a block and an entry are."""
 
@@ -95,7 +99,6 @@ class LineFunction(IntEnum):
     Normalize = 2
 
 
-@dataclass(frozen=True)
 class LineSet(Part):
     """Softmax or normalisation along one axis of the storage, and what the backward pass needs of it."""
 
@@ -107,8 +110,7 @@ class LineSet(Part):
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
-@dataclass(frozen=True, order=True)
-class Bands(Part):
+class Bands(Part, order=True):
     """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
 
     rows: int = 1  # of positions in a band
@@ -125,8 +127,7 @@ class Way(IntEnum):
     Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Records
+# ---- records
 
 
 def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
@@ -139,10 +140,10 @@ def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
             yield from places_of(part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Struct):
     """What all kinds have in common."""
 
+    _: KW_ONLY
     block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
 
     def buffers(self) -> list[Buffer]:
@@ -158,7 +159,6 @@ class Record:
         return any(p.buffer is buffer and name == "dst" for name, p in places_of(self))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Load(Record):
     """An external input [C][H][W] → channels-last."""
 
@@ -167,7 +167,6 @@ class Load(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class Store(Record):
     """A value → an external output [C][H][W]."""
 
@@ -176,7 +175,6 @@ class Store(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class Window(Record):
     """A convolution; or, over the whole block, a linear layer, whose positions are the samples.
 
@@ -198,7 +196,6 @@ class Window(Record):
     bias: int  # likewise
 
 
-@dataclass(frozen=True, kw_only=True)
 class PooledWindow(Window):
     """On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
 
@@ -209,7 +206,6 @@ class PooledWindow(Window):
     relu: bool
 
 
-@dataclass(frozen=True, kw_only=True)
 class Stencil(Record):
     """A channelwise map over positions: y[q][c] = bias[c] + Σ_e x[q][e][c] · w[row_e][c]."""
 
@@ -220,7 +216,6 @@ class Stencil(Record):
     bias: int  # offset in the packed weights
 
 
-@dataclass(frozen=True, kw_only=True)
 class Pattern(Record):
     """A ReLU, a max pool, or both: the values and their bits."""
 
@@ -231,7 +226,6 @@ class Pattern(Record):
     relu: bool
 
 
-@dataclass(frozen=True, kw_only=True)
 class Scale(Record):
     """An elementwise function, and its derivative for the backward pass."""
 
@@ -245,7 +239,6 @@ class Scale(Record):
     p2: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sum(Record):
     """The sum of two values."""
 
@@ -255,7 +248,6 @@ class Sum(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class Move(Record):
     """Copies of strided runs."""
 
@@ -265,7 +257,6 @@ class Move(Record):
     run_table: int  # offset in the tables; 5 numbers each: source, destination, count, source step, destination step
 
 
-@dataclass(frozen=True, kw_only=True)
 class Product(Record):
     """The product of two values; a stride of 0 stretches a side along that axis."""
 
@@ -277,7 +268,6 @@ class Product(Record):
     right_channel: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Lines(Record):
     """Softmax, log-softmax or normalisation."""
 
@@ -286,7 +276,6 @@ class Lines(Record):
     lines: LineSet
 
 
-@dataclass(frozen=True, kw_only=True)
 class MatMul(Record):
     """Products of matrices of values: left [rows][terms] · right [terms][columns], `matrices` of them per sample."""
 
@@ -304,7 +293,6 @@ class MatMul(Record):
 # ---- backward
 
 
-@dataclass(frozen=True, kw_only=True)
 class Zero(Record):
     """Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border."""
 
@@ -312,7 +300,6 @@ class Zero(Record):
     elements: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rectify(Record):
     """A cotangent without its negative part, in place."""
 
@@ -320,7 +307,6 @@ class Rectify(Record):
     elements: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class SeedRows(Record):
     """The rows of the last weight that the targets choose: the first cotangent."""
 
@@ -328,7 +314,6 @@ class SeedRows(Record):
     elements: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class SeedOneHot(Record):
     """A one at each seed's target."""
 
@@ -336,7 +321,6 @@ class SeedOneHot(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class SeedDense(Record):
     """Adds the caller's cotangent of an output, [C][H][W]."""
 
@@ -345,7 +329,6 @@ class SeedDense(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class Contraction(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
@@ -359,7 +342,6 @@ class Contraction(Record):
     window_table: int  # offset in the tables of where the window's elements lie
 
 
-@dataclass(frozen=True, kw_only=True)
 class WindowT(Contraction):
     """On the CPU: a transposed convolution, or over the whole block a transposed linear layer."""
 
@@ -373,7 +355,6 @@ class WindowT(Contraction):
     assign: bool  # the first write of the destination: store instead of add
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScatterT(Contraction):
     """On a GPU: a transposed convolution."""
 
@@ -389,7 +370,6 @@ class ScatterT(Contraction):
     bands: Bands = Bands()
 
 
-@dataclass(frozen=True, kw_only=True)
 class DenseT(Contraction):
     """On a GPU: a transposed linear layer, over the whole block."""
 
@@ -398,7 +378,6 @@ class DenseT(Contraction):
     assign: bool  # the first write of the destination: store instead of add
 
 
-@dataclass(frozen=True, kw_only=True)
 class StencilT(Record):
     """Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c]."""
 
@@ -408,7 +387,6 @@ class StencilT(Record):
     stencil: StencilTable
 
 
-@dataclass(frozen=True, kw_only=True)
 class PatternT(Record):
     """Adds a cotangent where the pattern's bits lead it."""
 
@@ -418,7 +396,6 @@ class PatternT(Record):
     pattern: PatternRef
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScaleT(Record):
     """Multiplies a cotangent by the derivative."""
 
@@ -429,7 +406,6 @@ class ScaleT(Record):
     assign: bool  # store (in place) instead of add
 
 
-@dataclass(frozen=True, kw_only=True)
 class Add(Record):
     """Adds one cotangent to another."""
 
@@ -438,7 +414,6 @@ class Add(Record):
     extent: Extent
 
 
-@dataclass(frozen=True, kw_only=True)
 class MoveT(Record):
     """Adds to what the runs of a move read."""
 
@@ -449,7 +424,6 @@ class MoveT(Record):
     distinct: bool = False  # no number is read twice: runs can be taken in parallel
 
 
-@dataclass(frozen=True, kw_only=True)
 class ProductT(Record):
     """Adds a cotangent times the product's other side, summed where `dst` was stretched."""
 
@@ -461,7 +435,6 @@ class ProductT(Record):
     other_channel: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class LinesT(Record):
     """softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p))."""
 
@@ -470,14 +443,12 @@ class LinesT(Record):
     lines: LineSet
 
 
-@dataclass(frozen=True, kw_only=True)
 class MatMulT(MatMul):
     """The cotangent of one side for all seeds; one of left and right is a cotangent, the other a value."""
 
     assign: bool  # the first write of the destination: store instead of add
 
 
-@dataclass(frozen=True, kw_only=True)
 class StoreT(Record):
     """The cotangent of an input → the caller's [C][H][W]."""
 

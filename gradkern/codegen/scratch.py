@@ -35,8 +35,8 @@ class Buffer:
     per_sample: bool = False
 
 
-def padded(elements: int) -> int:
-    return (elements + 15) // 16 * 16
+def padded(elements: int, multiple: int = 16) -> int:
+    return (elements + multiple - 1) // multiple * multiple
 
 
 def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
@@ -67,6 +67,16 @@ def seed_tile(seeds: int, per_seed: int) -> int:
     return math.ceil(seeds / math.ceil(seeds / most))
 
 
+def first_fit(size: int, taken: Iterable[tuple[int, int]]) -> int:
+    """The lowest place with room for so many elements beside the ranges that are taken."""
+    base = 0
+    for low, high in sorted(taken):
+        if base + size <= low:
+            break
+        base = max(base, high)
+    return base
+
+
 def stack(buffers: Iterable[Buffer]) -> int:
     """Bases for buffers of which only those must lie apart that are alive together; returns the elements they take.
 
@@ -76,14 +86,10 @@ def stack(buffers: Iterable[Buffer]) -> int:
     height = 0
     for buffer in sorted(buffers, key=lambda b: (-b.elements, b.first)):
         beside = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
-        base = 0
-        for other in sorted(beside, key=lambda b: b.base):
-            if base + padded(buffer.elements) <= other.base:
-                break
-            base = max(base, other.base + padded(other.elements))
-        buffer.base = base
+        size = padded(buffer.elements)
+        buffer.base = first_fit(size, ((b.base, b.base + padded(b.elements)) for b in beside))
         placed.append(buffer)
-        height = max(height, base + padded(buffer.elements))
+        height = max(height, buffer.base + size)
     return height
 
 

@@ -6,23 +6,8 @@ import math
 
 import torch
 
+from ..ir import program as ir
 from ..ir.functions import RECTIFYING
-from ..ir.program import (
-    Channels,
-    Contract,
-    Given,
-    Index,
-    LowRank,
-    Positions,
-    Product,
-    Program,
-    Scale,
-    Select,
-    Step,
-    Sum,
-    View,
-    Windows,
-)
 from .units import geometry
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
@@ -39,7 +24,7 @@ MAX_CHANNELS = 65535  # channel lists are uint16
 MAX_TAPS = 256  # planes of a pattern
 
 
-def unsupported_reason(program: Program, step: Step) -> str | None:
+def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
     """Why no kernel can run this step; None where one can."""
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
     extents = [geometry(s) for s in shapes]
@@ -50,23 +35,23 @@ def unsupported_reason(program: Program, step: Step) -> str | None:
     if any(extent and extent[0] > MAX_CHANNELS for extent in extents):
         return f"more than {MAX_CHANNELS} channels"
     match step.form:
-        case Contract(map=Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:
+        case ir.Contract(map=ir.Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:
             return "convolution over other than the trailing axes"
-        case Contract(map=Positions(axes)) if len(axes) != len(shapes[0]) - 1:
+        case ir.Contract(map=ir.Positions(axes)) if len(axes) != len(shapes[0]) - 1:
             return "pooling over other than the trailing axes"
-        case Contract(map=Channels(axis)) if axis not in (0, len(shapes[0]) - 1):
+        case ir.Contract(map=ir.Channels(axis)) if axis not in (0, len(shapes[0]) - 1):
             return "factors along a middle axis have no kernel"
-        case Contract() | Sum() | View() | Index() | Given() | Product() | LowRank():
+        case ir.Contract() | ir.Sum() | ir.View() | ir.Index() | ir.Given() | ir.Product() | ir.LowRank():
             return None
-        case Select(ties="split"):
+        case ir.Select(ties="split"):
             return "a maximum whose ties share has no kernel yet"
-        case Select(windows=w):
+        case ir.Select(windows=w):
             if len(w.kernel) != len(shapes[0]) - 1:
                 return "pooling over other than the trailing axes"
             return None if w.taps <= MAX_TAPS else f"max pool windows of more than {MAX_TAPS} taps"
-        case Scale(function=f) if f in RELUS:
+        case ir.Scale(function=f) if f in RELUS:
             return None
-        case Scale(function=f, params=p):
+        case ir.Scale(function=f, params=p):
             if f not in NATIVE_FUNCTIONS:
                 return f"the function {f} has no kernel yet"
             return None if len(p) == NATIVE_FUNCTIONS[f] else f"{f} with {len(p)} parameters has no kernel"

@@ -5,20 +5,17 @@ Both are worked out once, when a chain is lowered, from element offsets into the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..ir.indexing import indices
-from ..ir.program import Index, Part
+from ..ir.program import Part
 from .units import Node, Side
 
 Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Moves
+# ---- moves
 
 
 def offsets(node: Node, side: Side) -> Tensor:
@@ -44,12 +41,6 @@ def move(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> l
         read = read.index_select(a, wanted[live])
         write = write.index_select(a, live)
     return strided(read.reshape(-1), write.reshape(-1))
-
-
-def moves(form: Index | None, reads: Sequence[Node], out: Node, sides: Sequence[Side]) -> list[list[int]]:
-    """The runs of every source."""
-    parts: Sequence[Part | None] = form.parts if form is not None else [None]
-    return [move(n, s, out, sides[-1], p) for n, s, p in zip(reads, sides, parts, strict=False)]
 
 
 def strided(read: Tensor, write: Tensor) -> list[int]:
@@ -79,8 +70,7 @@ def strided(read: Tensor, write: Tensor) -> list[int]:
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Stencils
+# ---- stencils
 
 
 def positions(node: Node) -> list[int]:

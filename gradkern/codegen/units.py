@@ -25,16 +25,11 @@ POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a ba
 
 def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """``(C, H, W)`` of a per-sample shape: the first axis is the channels; None where there are more than 3 axes."""
-    match shape:
-        case ():
-            return 1, 1, 1
-        case (c,):
-            return c, 1, 1
-        case (c, w):
-            return c, 1, w
-        case (c, h, w):
-            return c, h, w
-    return None
+    if len(shape) > 3:
+        return None
+    c, *rest = shape or (1,)
+    h, w = (1, 1, *rest)[-2:]
+    return c, h, w
 
 
 def tokens(shape: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -7,7 +7,8 @@ there.  Batch norms after a contraction are folded in here, in the weights' own 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -27,10 +28,38 @@ def aligned(n: int) -> int:
 
 
 @dataclass
-class Contraction:
-    """What the forward and the backward layout of one contraction share: its weight as a matrix, folded."""
+class Layout(ABC):
+    """A piece of the packed weights: ``size`` elements from ``weights`` on, in rows of ``row_length``."""
 
     form: Contract
+    weights: int = field(default=-1, kw_only=True)
+
+    @property
+    @abstractmethod
+    def size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def row_length(self) -> int: ...
+
+    @abstractmethod
+    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        """Put the live values of the parameters there."""
+
+    def names(self) -> list[str]:
+        """The parameters that it is filled from."""
+        return param_names([self.form])
+
+    def view(self, packed: Tensor, *shape: int, offset: int | None = None) -> Tensor:
+        """The packed weights from here, or from ``offset``, on."""
+        start = self.weights if offset is None else offset
+        return packed[start : start + math.prod(shape)].view(shape)
+
+
+@dataclass
+class Contraction(Layout):
+    """What the forward and the backward layout of one contraction share: its weight as a matrix, folded."""
+
     folds: list[Fold]
     lanes: int
     geometry: tuple[int, int, int]  # C, H, W of what is read
@@ -80,8 +109,6 @@ class WindowLayout(Contraction):
     origin: int  # offset of the first window's start from the interior
     stride: tuple[int, int]
     runs: list[int]  # R offsets
-    weights: int = -1  # offset in the packed weights
-    bias: int = -1
 
     @property
     def K(self) -> int:
@@ -117,11 +144,13 @@ class WindowLayout(Contraction):
             C // groups, out.C // groups, groups, len(runs), length, origin, stride, runs,
         )  # fmt: skip
 
-    def place(self, offset: int) -> int:
-        """Reserve room from ``offset`` on; returns the end."""
-        self.weights = offset
-        self.bias = self.weights + aligned(self.groups * self.K * self.row_length)
-        return self.bias + aligned(self.groups * self.row_length)
+    @property
+    def bias(self) -> int:
+        return self.weights + aligned(self.groups * self.K * self.row_length)
+
+    @property
+    def size(self) -> int:
+        return self.bias - self.weights + aligned(self.groups * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, b = self.folded(params)
@@ -134,9 +163,7 @@ class WindowLayout(Contraction):
                 tile = group[first * n : (first + count) * n].T  # [K, vectors·lanes]
                 packed[cursor : cursor + tile.numel()] = tile.reshape(-1)
                 cursor += tile.numel()
-        biases = b.new_zeros(g, self.vectors * n)
-        biases[:, :o] = b.reshape(g, o)
-        packed[self.bias : self.bias + biases.numel()] = biases.reshape(-1)
+        self.view(packed, g, self.row_length, offset=self.bias)[:, :o] = b.reshape(g, o)
 
 
 @dataclass
@@ -160,7 +187,6 @@ class ScatterLayout(Contraction):
     extent: tuple[int, int] = (1, 1)  # rows and columns of the merged window
     merged: bool = False
     fold: int = 1
-    weights: int = -1  # offset in the packed weights
 
     @property
     def window(self) -> list[int]:
@@ -196,37 +222,25 @@ class ScatterLayout(Contraction):
         origin = halo_h // fold * row + halo_w * px - (node.interior if fold > 1 else 0)
         if fold == 1:
             origin = -(ph[0] * node.row + pw[0] * node.C)
+        runs, step = [r * row for r in range(rows // fold)], (th * sh * node.row, tw * sw * px)
         return cls(
-            form,
-            unit.folds,
-            lanes,
-            (node.C, node.H, node.W),
-            unit.storage_order,
-            out.C,
-            1,
-            node.C,
-            [r * row for r in range(rows // fold)],
-            columns * px,
-            origin,
-            (th * sh * node.row, tw * sw * px),
-            taps,
-            (rows, columns),
-            True,
-            fold,
-        )
+            form, unit.folds, lanes, (node.C, node.H, node.W), unit.storage_order,
+            out.C, 1, node.C, runs, columns * px, origin, step, taps, (rows, columns), True, fold,
+        )  # fmt: skip
 
-    def place(self, offset: int) -> int:
-        self.weights = offset
-        return self.weights + aligned(len(self.taps) * self.O * self.row_length)
+    @property
+    def size(self) -> int:
+        return aligned(len(self.taps) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+        w = self.rows(params)
+        back = self.view(packed, w.shape[0], len(self.runs), self.row_length // len(self.runs))
+        back[:, :, : self.L] = w.reshape(w.shape[0], len(self.runs), self.L)
+
+    def rows(self, params: Mapping[str, Tensor]) -> Tensor:
+        """``[taps · O, window]``."""
         w, _ = self.folded(params)
-        if self.merged:
-            w = self.shifted(w)
-        n, rows = self.lanes, w.shape[0]
-        back = w.new_zeros(rows, len(self.runs), math.ceil(self.L / n) * n)
-        back[:, :, : self.L] = w.reshape(rows, len(self.runs), self.L)
-        packed[self.weights : self.weights + back.numel()] = back.reshape(-1)
+        return self.shifted(w) if self.merged else w
 
     def shifted(self, w: Tensor) -> Tensor:
         """``[O, K] -> [taps·O, merged window]``, rows interleaved by ``fold``."""
@@ -260,17 +274,14 @@ def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
 
 
 @dataclass
-class MixLayout:
+class MixLayout(Layout):
     """A channelwise map over positions: per result, what it reads as (offset, weight row); rows of C weights."""
 
-    form: Contract
     rows: int
     C: int
     entries: list[list[tuple[int, int]]]
     coefficients: list[float] | None  # of the rows, where they are constants
     first: int  # channel of the weight that the first channel here has
-    weights: int = -1  # offset in the packed weights
-    bias: int = -1
 
     @property
     def row_length(self) -> int:
@@ -294,13 +305,16 @@ class MixLayout:
         entries = [[(a + b, i * kw + j) for a, i in row for b, j in column] for row in rows for column in columns]
         return cls(form, kh * kw, node.C, entries, None, unit.first)
 
-    def place(self, offset: int) -> int:
-        self.weights = offset
-        self.bias = self.weights + self.rows * self.row_length
-        return self.bias + self.row_length
+    @property
+    def bias(self) -> int:
+        return self.weights + self.rows * self.row_length
+
+    @property
+    def size(self) -> int:
+        return (self.rows + 1) * self.row_length
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        table = packed[self.weights : self.bias].view(self.rows, self.row_length)[:, : self.C]
+        table = self.view(packed, self.rows, self.row_length)[:, : self.C]
         mine = slice(self.first, self.first + self.C)
         if self.coefficients is not None:
             table[:] = torch.tensor(self.coefficients, dtype=packed.dtype)[:, None]
@@ -312,23 +326,18 @@ class MixLayout:
         if self.form.bias is not None:
             packed[self.bias : self.bias + self.C] = params[self.form.bias.name].detach()[mine]
 
-    def names(self) -> list[str]:
-        return param_names([self.form])
-
 
 def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tuple[int, int]]], list[float]]:
     """Rows, channels, entries and coefficients of a constant map over positions."""
     still = ((0, (1.0,)),)
     axes = (still, still, *positions.axes)[-2:]
     rows: dict[float, int] = {}
-    entries = []
-    for h0, ch in axes[0]:
-        for w0, cw in axes[1]:
-            reads = []
-            for i, a in enumerate(ch):
-                for j, b in enumerate(cw):
-                    reads.append(((h0 + i) * node.row + (w0 + j) * node.C, rows.setdefault(a * b, len(rows))))
-            entries.append(reads)
+
+    def reads(h0: int, ch: Sequence[float], w0: int, cw: Sequence[float]) -> list[tuple[int, int]]:
+        pairs = [((h, a), (w, b)) for h, a in enumerate(ch, h0) for w, b in enumerate(cw, w0)]
+        return [(h * node.row + w * node.C, rows.setdefault(a * b, len(rows))) for (h, a), (w, b) in pairs]
+
+    entries = [reads(h0, ch, w0, cw) for h0, ch in axes[0] for w0, cw in axes[1]]
     return len(rows), node.C, entries, list(rows)
 
 

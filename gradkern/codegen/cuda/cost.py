@@ -10,24 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 
-from ..records import (
-    Bands,
-    DenseT,
-    MatMul,
-    MatMulT,
-    Part,
-    Pattern,
-    Place,
-    PooledWindow,
-    Record,
-    ScatterT,
-    Way,
-    Window,
-    Zero,
-)  # fmt: skip
+from .. import records
 
 WARP = 32
 WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxElements
@@ -44,7 +31,7 @@ L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets fro
 
 #: What costs nothing: where weights, bits and tables lie, and what is settled after the price.
 PLACES = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
-Ways = Mapping[int, list[Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
+Ways = Mapping[int, list[records.Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -73,42 +60,32 @@ class Work:
     itemsize: int
     ways: Ways
 
-    def samples(self, op: Record) -> int:
+    def samples(self, op: records.Record) -> int:
         """How many go through the record together."""
         return self.block if op.block else self.resident
 
-    def forward(self, op: Record) -> float:
-        """Clocks per sample of a record of the forward pass."""
-        clocks = BARRIER / self.samples(op)
+    def clocks(self, op: records.Record, forward: bool) -> float:
+        """Clocks per sample of a record, in the backward pass per tile of seeds too."""
+        clocks, copies = BARRIER / self.samples(op), 1 if forward else self.tile
         match op:
-            case Window():
+            case records.Window():
                 clocks += self.window(op)
-            case Pattern(extent=e, pattern=p):
+            case records.Pattern(extent=e, pattern=p):
                 clocks += e.H * e.W * p.plane_bytes * 2 / WARP * loop(80 + 45 * p.taps, 8 + 4 * p.taps)
-            case Zero(elements=n):
-                clocks += n / 4 / WARP * loop(10, 4)
-            case MatMul():
-                clocks += self.matmul(op, 1)
-        return clocks
-
-    def backward(self, op: Record) -> float:
-        """Clocks per sample and tile of seeds of a record of the backward pass."""
-        clocks = BARRIER / self.samples(op)
-        match op:
-            case Zero(elements=n):
-                clocks += self.tile * n / 4 / WARP * loop(10, 4)
-            case MatMulT():
-                clocks += self.matmul(op, self.tile)
-            case DenseT():
+            case records.Zero(elements=n):
+                clocks += copies * n / 4 / WARP * loop(10, 4)
+            case records.MatMul():
+                clocks += self.matmul(op, copies)
+            case records.DenseT():
                 clocks += self.product(op)
-            case ScatterT():
+            case records.ScatterT():
                 clocks += self.transposed(op)[0]
         return clocks
 
-    def window(self, op: Window) -> float:
+    def window(self, op: records.Window) -> float:
         """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
         samples = self.samples(op)
-        taps = op.pattern.taps if isinstance(op, PooledWindow) else 0
+        taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
         positions = samples * (1 if op.block else op.H * op.W * max(taps, 1))
         lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
         each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
@@ -120,7 +97,7 @@ class Work:
         work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
         return max(work, terms * op.O * self.itemsize / L2_PACE if op.block else 0.0) / samples
 
-    def product(self, op: DenseT) -> float:
+    def product(self, op: records.DenseT) -> float:
         """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
         rows, columns = self.block * self.tile, op.window_elements
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
@@ -132,7 +109,7 @@ class Work:
         spread = rows * op.O / WARP * loop(24, 2)  # the cotangents, transposed into the region
         return (max(work, columns * op.O * self.itemsize / L2_PACE) + spread) / self.block
 
-    def matmul(self, op: MatMul, copies: int) -> float:
+    def matmul(self, op: records.MatMul, copies: int) -> float:
         """A product of two matrices of values: 4 × 4 or 1 × 4 results per thread, as csrc/cuda/matmul.cuh has it."""
 
         def clocks(height: int) -> float:
@@ -143,16 +120,16 @@ class Work:
 
         return min(clocks(4), clocks(1)) / self.resident
 
-    def transposed(self, op: ScatterT) -> tuple[float, int, Bands]:
+    def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
         alive, elements = op.pattern.taps if op.pattern else 0, op.window_elements
         planes, taps = alive if op.merged else 1, max(alive, 1)
         ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        if op.way == Way.Walk:
+        if op.way == records.Way.Walk:
             visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
             one = walk_clocks(elements, op.O, op.merged, together, taps, bool(alive))
             ways.append((visits * one, visits, worker_lanes(elements)))
-        elif op.way == Way.Quads:
+        elif op.way == records.Way.Quads:
             for lanes in QUAD_LANES:
                 one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, bool(alive), lanes, self.itemsize)
                 ways.append((taps / max(planes, 1) * one, visits, lanes))
@@ -166,18 +143,17 @@ class Work:
         )
         return min(priced)
 
-    def share(self, op: ScatterT, bands: Bands, visits: int, lanes: int) -> float:
+    def share(self, op: records.ScatterT, bands: records.Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
         workers = self.warps * (WARP // lanes)
-        turns = 0
-        for down in range(bands.row_colours):
-            for along in range(bands.column_colours):
-                high = max(math.ceil(op.H / bands.rows) + bands.row_colours - 1 - down, 0) // bands.row_colours
-                wide = math.ceil(op.W / bands.columns) + bands.column_colours - 1 - along
-                wide = max(wide, 0) // bands.column_colours
-                busiest = math.ceil(self.resident * visits * high * wide / workers)
-                turns += busiest * bands.rows * bands.columns
-        return self.resident * visits * op.H * op.W / (workers * turns)
+
+        def parts(extent: int, length: int, colours: int) -> list[int]:
+            """Bands of each colour along an axis."""
+            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+
+        axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
+        busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
+        return self.resident * visits * op.H * op.W / (workers * sum(busiest) * bands.rows * bands.columns)
 
 
 @dataclass
@@ -185,28 +161,22 @@ class RunPrice:
     """A run of records as a price per sample, by how many samples it takes at a time."""
 
     block: bool  # whether it is a single record that takes the whole block
-    warps: int
-    tile: int
-    itemsize: int
-    ways: Ways
+    work: Work
     known: dict[tuple, float]  # prices of records: slices repeat theirs
-    ops: list[tuple[Record, tuple, bool, int]] = field(default_factory=list)
+    ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
     cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … resident samples
 
-    def add(self, op: Record, forward: bool, times: int) -> None:
+    def add(self, op: records.Record, forward: bool, times: int) -> None:
         self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
 
     def price(self, resident: int, block: int) -> float:
-        work, total = Work(self.warps, resident, block, self.tile, self.itemsize, self.ways), 0.0
+        work, total = replace(self.work, resident=resident, block=block), 0.0
         for op, what, forward, times in self.ops:
-            key = (what, forward, self.tile, resident, block)
+            key = (what, forward, work.tile, resident, block)
             if key not in self.known:
-                self.known[key] = work.forward(op) if forward else work.backward(op)
+                self.known[key] = work.clocks(op, forward)
             total += times * self.known[key]
         return total
-
-    def alone(self, block: int) -> float:
-        return self.price(0, block)
 
     def best(self, most: int) -> tuple[float, int]:
         """The lowest price with at most that many resident samples, and their number."""
@@ -217,13 +187,13 @@ class RunPrice:
         return self.cheapest[most - 1]
 
 
-def priced_numbers(part: Record | Part) -> Iterator[int]:
+def priced_numbers(part: records.Record | records.Part) -> Iterator[int]:
     """The numbers of a record that its price may depend on."""
     cls: type = type(part)
     for name in priced_fields(cls):
         value = getattr(part, name)
-        if isinstance(value, Part):
-            if not isinstance(value, Place):
+        if isinstance(value, records.Part):
+            if not isinstance(value, records.Place):
                 yield from priced_numbers(value)
         elif isinstance(value, int):
             yield value
@@ -236,13 +206,8 @@ def priced_fields(cls: type) -> tuple[str, ...]:
 
 def worker_lanes(elements: int) -> int:
     """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
-    best = WARP
-    for lanes in (16, 8, 4):
-        if elements <= lanes * WALK_ELEMENTS and lanes * math.ceil(elements / lanes) <= best * math.ceil(
-            elements / best
-        ):
-            best = lanes
-    return best
+    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * WALK_ELEMENTS] + [WARP]
+    return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 
 
 def alive(planes: int, pattern: bool) -> float:

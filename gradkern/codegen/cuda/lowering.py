@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -27,22 +28,10 @@ from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
 from ..machine import Machine
 from ..records import Bands, Contraction, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
-from ..scratch import Buffer
+from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
-from .cost import (
-    PARTS,
-    QUAD_LANES,
-    QUADS,
-    WALK_SEEDS,
-    WARP,
-    RunPrice,
-    Work,
-    even,
-    narrow_clocks,
-    quad_clocks,
-    walk_clocks,
-)
+from . import cost
 from .fuse import fused
 from .slices import COUNTS as SLICES
 from .slices import sliced
@@ -89,7 +78,7 @@ class Choice:
 class DeviceLowering(Lowering):
     """One group on a GPU."""
 
-    slack = 0
+    slack, multiple = 0, 4
     window_type = DeviceWindow
     machine: Device
 
@@ -107,12 +96,6 @@ class DeviceLowering(Lowering):
 
     # ---- records that differ from the CPU's
 
-    def store(self, node: Node) -> Buffer:
-        return self.stores.setdefault(node.store, Buffer((node.size + 3) // 4 * 4))
-
-    def grad(self, node: Node) -> Buffer:
-        return self.grads.setdefault(node.id, Buffer((node.size + 3) // 4 * 4, cotangent=True))
-
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
         """One window per position or one for all taps of the pool after it, walked channel by live channel or in
         quads: whichever is expected to be fastest with all warps at work."""
@@ -122,10 +105,10 @@ class DeviceLowering(Lowering):
         types: tuple[type[DeviceScatter], ...] = (DeviceScatter, QuadScatter, NarrowScatter)
         made = [t.of(unit, 1) for t in types]
         taps = 1
-        if pattern is not None and pattern.windows and mergeable(unit, pattern):
-            made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if pattern is not None and pattern.windows:
             taps = pattern.windows.taps
+            if mergeable(unit, pattern):
+                made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
             fitting = [s for s in made if s.way == Way.Walk]
         else:
@@ -136,12 +119,14 @@ class DeviceLowering(Lowering):
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * narrow_clocks(elements, layout.O, self.seeds, planes)[0]
+            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
-            return taps / planes * min(quad_clocks(*args, lanes, self.itemsize)[0] for lanes in QUAD_LANES)
-        walks = math.ceil(self.seeds / WALK_SEEDS)
-        return walks * walk_clocks(elements, layout.O, layout.merged, even(self.seeds, WALK_SEEDS), taps, pattern)
+            return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
+        walks = math.ceil(self.seeds / cost.WALK_SEEDS)
+        return walks * cost.walk_clocks(
+            elements, layout.O, layout.merged, cost.even(self.seeds, cost.WALK_SEEDS), taps, pattern
+        )
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -163,17 +148,10 @@ class DeviceLowering(Lowering):
                 raise AssertionError("a linear layer gives one position")
             joined = len(layout.runs) == 1  # the window is one run
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
-        op = ScatterT(
-            **vars(common),
-            H=read.H,
-            W=read.W,
-            C=layout.channels,
-            groups=layout.groups,
-            merged=layout.merged,
-            window_elements=elements,
-            way=layout.way,
-            tap_table=self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0,
-        )
+        sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
+        taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
+        own = {"merged": layout.merged, "window_elements": elements, "way": layout.way, "tap_table": taps}
+        op = ScatterT(**vars(common) | sizes | own)
         self.ways[op.weights] = bands(unit, op)
         return op
 
@@ -218,7 +196,7 @@ class DeviceLowering(Lowering):
             buffer.base += choice.region * buffer.per_sample
         self.settle()
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + WARP * 4 * max(QUADS)
+        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
         most = max(choice.resident, default=1)
         return CudaSizes(choice.region, self.sample, self.bit_bytes, most, choice.bytes, choice.block), choice.seed_tile
 
@@ -226,7 +204,7 @@ class DeviceLowering(Lowering):
         """Say in the records how the workers of transposed convolutions share the work."""
         for i, (op, run) in enumerate(zip(self.backward, self.runs_of()[len(self.forward) :], strict=True)):
             if isinstance(op, ScatterT):
-                _, lanes, shares = self.work(run).transposed(op)
+                _, lanes, shares = self.chosen_work(run).transposed(op)
                 self.backward[i] = replace(op, lanes=lanes, bands=shares)
 
     def runs_of(self) -> list[int]:
@@ -278,25 +256,20 @@ class DeviceLowering(Lowering):
         sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in buffers]
         for buffer, size in sorted(sized, key=lambda x: -x[1]):
             first, last = spans[buffer]
-            taken = sorted(
+            taken = (
                 (other.base, other.base + extent)
                 for other, extent, kind in placed
                 if kind == buffer.per_sample and spans[other][0] <= last and first <= spans[other][1]
             )
-            base = 0
-            for low, high in taken:
-                if base + size <= low:
-                    break
-                base = max(base, high)
-            buffer.base = base
+            buffer.base = first_fit(size, taken)
             size = (size + 3) // 4 * 4
             placed.append((buffer, size, buffer.per_sample))
             if buffer.per_sample:
-                sample = max(sample, base + size)
+                sample = max(sample, buffer.base + size)
             else:
                 (run,) = buffer.stages
-                scratch[run] = max(scratch[run], base + size)
-        sample += (4 - sample) % WARP if sample else 0  # neighbours start four banks apart
+                scratch[run] = max(scratch[run], buffer.base + size)
+        sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
         return scratch, sample
 
     def temporary(self, block: int, tile: int) -> int:
@@ -304,9 +277,9 @@ class DeviceLowering(Lowering):
         wanted = 0
         for op in self.forward + self.backward:
             if op.block:
-                wanted = max(wanted, PARTS)
+                wanted = max(wanted, cost.PARTS)
             if isinstance(op, DenseT):
-                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + WARP)
+                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
         return wanted
 
     def bytes(self, region: int, sample: int, block: int) -> int:
@@ -323,37 +296,40 @@ class DeviceLowering(Lowering):
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in scratch))
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
             limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
-            picked = [(run.alone(block), 1) if run.block else run.best(n) for run, n in zip(runs, limits, strict=True)]
-            cost = sum(clocks for clocks, _ in picked)
-            if best is None or cost < best.cost:
+            each_run = zip(runs, limits, strict=True)
+            picked = [(run.price(0, block), 1) if run.block else run.best(most) for run, most in each_run]
+            price = sum(clocks for clocks, _ in picked)
+            if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
-                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), cost)
+                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), price)
         return best
 
     def rounds(self, tile: int) -> int:
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def priced(self, tile: int) -> list[RunPrice]:
+    def priced(self, tile: int) -> list[cost.RunPrice]:
         """The runs of records, as prices by the number of samples that they take at a time."""
-        prices: list[RunPrice] = []
+        prices: list[cost.RunPrice] = []
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             if run == len(prices):
-                warps = self.machine.threads // WARP
-                prices.append(RunPrice(op.block, warps, tile, self.itemsize, self.ways, self.prices))
+                prices.append(cost.RunPrice(op.block, self.work(0, 0, tile), self.prices))
             prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
         return prices
 
-    def work(self, run: int) -> Work:
+    def work(self, resident: int, block: int, tile: int) -> cost.Work:
+        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.ways)
+
+    def chosen_work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
-        choice, warps = self.choice, self.machine.threads // WARP
-        return Work(warps, choice.resident[run], choice.block, choice.seed_tile, self.itemsize, self.ways)
+        return self.work(self.choice.resident[run], self.choice.block, self.choice.seed_tile)
 
     def clocks(self) -> tuple[float, ...]:
         """Estimated clocks of a multiprocessor per sample, record by record."""
-        works = [(self.work(run), op) for op, run in zip(self.forward + self.backward, self.runs_of(), strict=True)]
-        rounds, n = self.rounds(self.choice.seed_tile), len(self.forward)
-        return (*(w.forward(op) for w, op in works[:n]), *(rounds * w.backward(op) for w, op in works[n:]))
+        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.choice.seed_tile)
+        forward = (self.chosen_work(run).clocks(op, True) for op, run in zip(self.forward, runs[:n], strict=True))
+        backward = (self.chosen_work(run).clocks(op, False) for op, run in zip(self.backward, runs[n:], strict=True))
+        return (*forward, *(rounds * clocks for clocks in backward))
 
     def scratch(self, sizes: Sizes) -> int:
         """Bytes of shared memory per block."""
@@ -402,19 +378,8 @@ def heavy(program: Program, i: int) -> str | None:
     return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
 
 
-def lower_device(
-    program: Program,
-    steps: list[int],
-    live_out: list[int],
-    machine: Machine,
-    itemsize: int,
-    seeds: int,
-    wrt: tuple[int, ...],
-    onehot: bool = True,
-    linear: bool = False,
-) -> Chain:
-    """`gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`."""
-    return lower(program, steps, live_out, machine, itemsize, seeds, wrt, onehot, DeviceLowering, linear)
+#: `gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`.
+lower_device = partial(lower, lowering=DeviceLowering)
 
 
 def lowering(machine: Machine) -> Callable[..., Chain]:

@@ -20,17 +20,11 @@ class DeviceWindow(WindowLayout):
     def row_length(self) -> int:
         return (self.O + 3) // 4 * 4
 
-    def place(self, offset: int) -> int:
-        self.weights = offset
-        self.bias = self.weights + aligned(self.groups * self.K * self.row_length)
-        return self.bias + aligned(self.groups * self.row_length)
-
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, b = self.folded(params)  # [groups·O, K], [groups·O]
         g, o, k = self.groups, self.O, self.K
-        wide = packed[self.weights : self.weights + g * k * self.row_length].view(g, k, self.row_length)
-        wide[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
-        packed[self.bias : self.bias + g * self.row_length].view(g, self.row_length)[:, :o] = b.reshape(g, o)
+        self.view(packed, g, k, self.row_length)[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
+        self.view(packed, g, self.row_length, offset=self.bias)[:, :o] = b.reshape(g, o)
 
 
 class DeviceScatter(ScatterLayout):
@@ -46,19 +40,18 @@ class DeviceScatter(ScatterLayout):
     def row_length(self) -> int:
         return (len(self.runs) * self.L + 3) // 4 * 4
 
-    def place(self, offset: int) -> int:
-        return super().place(offset) + WARP * WALK_ELEMENTS  # idle lanes read on past the last row
+    @property
+    def size(self) -> int:
+        # Idle lanes of a walk read on past the last row.
+        return super().size + (WARP * WALK_ELEMENTS if self.way == Way.Walk else 0)
 
     def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the kernel can add to the cotangent of ``node``, reading that of ``upstream``."""
         return True
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        w, _ = self.folded(params)
-        if self.merged:
-            w = self.shifted(w)
-        back = packed[self.weights : self.weights + w.shape[0] * self.row_length].view(w.shape[0], self.row_length)
-        back[:, : w.shape[1]] = w
+        w = self.rows(params)
+        self.view(packed, w.shape[0], self.row_length)[:, : w.shape[1]] = w
 
 
 class QuadScatter(DeviceScatter):
@@ -100,18 +93,16 @@ class QuadScatter(DeviceScatter):
             for i, j in (self.taps if self.merged else [(0, 0)])
         ]
 
-    def place(self, offset: int) -> int:
-        self.weights = offset
-        return offset + aligned(len(self.variants) * self.O * self.row_length)
+    @property
+    def size(self) -> int:
+        return aligned(len(self.variants) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         w, _ = self.folded(params)
         rows, columns = self.margin
         high = len(self.runs) + rows
         inner = w.reshape(self.O, high - 2 * rows, -1)  # [O, rows, columns · channels]
-        back = packed[self.weights : self.weights + len(self.variants) * self.O * self.row_length].view(
-            -1, self.O, self.row_length
-        )
+        back = self.view(packed, len(self.variants), self.O, self.row_length)
         back = back[:, :, : high * self.length].unflatten(2, (high, self.length))
         for variant, shift in zip(back, self.variants, strict=True):
             start = (shift if len(self.variants) > 1 else columns) * self.channels
@@ -132,17 +123,9 @@ class NarrowScatter(DeviceScatter):
 
     way = Way.Narrow
 
-    def place(self, offset: int) -> int:
-        self.weights = offset
-        return offset + aligned(len(self.taps) * self.O * self.row_length)
-
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
-        w, _ = self.folded(params)
-        w = self.shifted(w) if self.merged else w  # [taps · O, window]
-        order = w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
-        packed[self.weights : self.weights + w.shape[0] * self.row_length].view(-1, self.row_length)[
-            :, : w.shape[1]
-        ] = order
+    def rows(self, params: Mapping[str, Tensor]) -> Tensor:
+        w = super().rows(params)
+        return w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
     def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the window is short and in one piece, and cotangents can be read four at a time."""
