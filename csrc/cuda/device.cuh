@@ -9,8 +9,6 @@
 // spill.
 #define GK_RECORD __device__ __noinline__
 #define GK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-// Lets the compiler use shared memory's own loads and 32-bit addresses where it cannot see what a pointer points to.
-#define GK_SHARED(pointer) __builtin_assume(__isShared(pointer))
 #define GK_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #define GK_LAUNCH(kernel, grid, threads, shared, stream, ...) \
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)

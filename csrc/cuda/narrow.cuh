@@ -44,7 +44,7 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
     uint32_t words[kMaxPlanes] = {};
 #pragma unroll
     for (int j = 0; j < kMaxPlanes; ++j)
-      if (on && j < planes) words[j] = at.plane ? shared_byte(at.plane + (j * nb + c / 8)) : 255u;
+      if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
     const Nibble four = nibble_of(words, c % 8, taps, planes);
     const T* row = weights + c * kRowQuads;
     Four<T> g[S];

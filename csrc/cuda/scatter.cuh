@@ -30,8 +30,8 @@ GK_DEVICE int worker_lanes(int elements) {
 GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int high) {
   uint32_t word = 0xffffffffu;
   if (plane) {
-    word = shared_half(plane + c0 / 8);
-    if (c0 / 8 + 2 < nb) word |= shared_half(plane + c0 / 8 + 2) << 16;
+    word = half_word(plane + c0 / 8);
+    if (c0 / 8 + 2 < nb) word |= half_word(plane + c0 / 8 + 2) << 16;
   }
   if (c0 < low) word &= 0xffffffffu << (low - c0);
   if (high - c0 < 32) word &= (1u << (high - c0)) - 1;

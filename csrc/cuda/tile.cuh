@@ -25,7 +25,6 @@ struct Tile {
   // is negative from the first one at hand.
   GK_DEVICE T* at(const Place& place, int m) const {
     const int step = static_cast<int>(place.sample);
-    GK_SHARED(buf);
     return buf + static_cast<int>(place.offset) + (step >= 0 ? (first + m) * step : m * -step);
   }
   GK_DEVICE T* at(const Place& place, int m, int seed) const {
@@ -38,7 +37,6 @@ struct Tile {
   }
   GK_DEVICE uint8_t* bits(const PatternRef& pattern, int m) const {
     auto* const all = reinterpret_cast<uint8_t*>(buf + args.region + args.planned * args.sample);
-    GK_SHARED(all);
     return all + (first + m) * args.bits + static_cast<int>(pattern.bits);
   }
   GK_DEVICE int tid() const { return static_cast<int>(threadIdx.x); }
@@ -60,15 +58,9 @@ struct Steps {
 // Whether all that is read or written there can be moved four numbers at a time.
 GK_DEVICE bool by_fours(const Place& p) { return ((p.offset | p.sample | p.seed | p.row | p.position) & 3) == 0; }
 
-// Reads of pointers that may be null elsewhere, so that the compiler cannot see for itself where they point.
-GK_DEVICE uint32_t shared_byte(const uint8_t* p) {
-  GK_SHARED(p);
-  return *p;
-}
-GK_DEVICE uint32_t shared_half(const uint8_t* p) {
-  GK_SHARED(p);
-  return *reinterpret_cast<const uint16_t*>(p);
-}
+// Pointers are generic on purpose: with __builtin_assume(__isShared(p)) nvcc 13.0 made code for quads.cuh and
+// narrow.cuh that gave wrong sums on an H200 (benchmarks/notes-cuda.md, first run).
+GK_DEVICE uint32_t half_word(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 
 // An element in the caller's order [C][H][W].
 struct Element {

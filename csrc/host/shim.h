@@ -14,8 +14,6 @@
 #define GK_KERNEL(threads, blocks) void
 #define GK_SHARED_MEMORY(name) unsigned char* name = ::gradkern::host::self.block->memory
 #define __grid_constant__
-// What the device compiler is told to assume, looked at.
-#define GK_SHARED(pointer) ::gradkern::host::must_be_shared(pointer)
 
 struct float4 {
   float x, y, z, w;
@@ -65,13 +63,6 @@ struct Self {
 
 inline thread_local Self self;
 inline thread_local Dim thread_index, block_index, block_size, grid_size;
-
-inline void must_be_shared(const void* pointer) {
-  const auto* const byte = static_cast<const unsigned char*>(pointer);
-  if (byte >= self.block->memory && byte < self.block->memory + self.block->bytes) return;
-  std::fputs("a kernel calls a pointer shared that lies outside its block's memory\n", stderr);
-  std::abort();
-}
 
 }  // namespace gradkern::host
 

@@ -375,7 +375,7 @@ def test_a_float32_model_is_traced_in_tf32() -> None:
 
 def test_copies_to_the_gpu_and_back() -> None:
     # gradkern.data wants libraries that this needs nothing of.
-    path = Path(gradkern.__file__).parent / "data" / "transfer.py"
+    path = Path(gradkern.__file__).parent / "data" / "runs" / "transfer.py"
     spec = importlib.util.spec_from_file_location("transfer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

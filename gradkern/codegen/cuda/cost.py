@@ -3,7 +3,7 @@
 The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
 loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
 clock, at the share of those rates that well-fed loops reach (`PACE`, an estimate).  Instructions per turn of a loop are
-counted in sm_90 machine code (nvcc 13.0).  No GPU has measured them yet: benchmarks/notes-cuda.md has a column for it.
+counted in sm_90 machine code (nvcc 13.0).  An H200 takes 2.4 to 3 times as long (benchmarks/notes-cuda.md).
 """
 
 from __future__ import annotations
