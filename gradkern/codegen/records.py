@@ -132,7 +132,7 @@ class Way(IntEnum):
 
 def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
     """The places in a record or part by their fields' names."""
-    for f in fields(value):  # type: ignore[arg-type]
+    for f in fields(value):
         part = getattr(value, f.name)
         if isinstance(part, Place):
             yield f.name, part
