@@ -10,7 +10,8 @@ namespace gradkern::cuda {
 
 constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/codegen/cuda/cost.py: NARROW
 constexpr int kNarrowLanes = 4;  // of a worker
-constexpr int kNarrowSeeds = 5;  // per visit; NARROW_SEEDS
+template <class T>
+constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit: what the registers hold; NARROW_SEEDS
 
 // sums[i] of four lanes → their total of i = mine · N/4 + j in sums[j].
 template <class T, int Half, int N>
@@ -87,7 +88,7 @@ GK_DEVICE void narrow(const ScatterTRecord& op, const Tile<T>& t) {
 template <class T>
 GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t) {
   const int width = op.window_elements;
-  with_count<kNarrowSeeds>(seeds_together(t.seeds, kNarrowSeeds), [&]<int S>() {
+  with_count<kNarrowSeeds<T>>(seeds_together(t.seeds, kNarrowSeeds<T>), [&]<int S>() {
     width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, 8, S>(op, t);
   });
 }

@@ -31,9 +31,10 @@ GK_RECORD void run_store(const StoreRecord& op, const Tile<T> t) {
   }
 }
 
-// The cotangent of an input → the caller's [N][S][C][H][W], in 16-byte stores where that is aligned.
+// The cotangent of an input → the caller's [N][S][C][H][W], in 16-byte stores where that is aligned.  Inlined: as a
+// function of its own it has a few registers to save.
 template <class T>
-GK_RECORD void run_store_t(const StoreTRecord& op, const Tile<T> t) {
+GK_DEVICE void run_store_t(const StoreTRecord& op, const Tile<T> t) {
   constexpr int kPiece = 16 / sizeof(T);
   const int H = op.extent.H, W = op.extent.W;
   const Order order(op.extent);

@@ -14,7 +14,7 @@ template <class T>
 constexpr int kMaxQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
 constexpr int kQuadSeeds = 6;                      // per visit
 template <class T>
-constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 6;  // quads times seeds: what the registers hold
+constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds: what the registers hold
 constexpr int kMaxPlanes = 4;                       // taps of a pool that share a window
 
 // Where the taps' weights begin within a channel's row, as steps from the first tap's.

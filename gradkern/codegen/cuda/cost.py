@@ -233,7 +233,7 @@ def quad_clocks(
     quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
 ) -> tuple[float, int]:
     """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
-    scale = 1 if itemsize == 4 else 3
+    scale = 1 if itemsize == 4 else 4
     each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
     chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
