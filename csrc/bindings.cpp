@@ -30,7 +30,7 @@ void advise_huge(uintptr_t address, size_t bytes) {
 
 #ifdef GRADKERN_WITH_CUDA
 namespace gradkern::cuda {
-int shared_bytes(int device);  // csrc/cuda/launch.cpp
+int shared_bytes(int device);  // csrc/cuda/chain_launch.cpp
 }
 #endif
 

@@ -44,7 +44,7 @@ def run(
         seeds, x = results.seeds, request.inputs[request.wrt[0]]
         samples, devices = request.samples, {x.device for x in inputs}
         floating = {x.dtype for x in inputs if x.is_floating_point()}
-        # From here on the work is the runtime's, and nothing of this room is called but for chosen outputs.
+        # From here on the work is the runtime's, and nothing of dispatch is called but for chosen outputs.
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
