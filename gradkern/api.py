@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, overload
 
@@ -227,18 +227,17 @@ def explain(
         explanation = WholeModel(type(request.module or request.fn).__name__, reason)
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
-        explanation = _plan(request, verdict.program, seeds)
+        explanation = _plan(request, verdict.program, route.params, seeds)
     if show:
         print(explanation)
     return explanation
 
 
-def _plan(request: Request, program: Program, seeds: Seeds) -> Plan:
-    assert request.module is not None
+def _plan(request: Request, program: Program, params: Mapping[str, Tensor], seeds: Seeds) -> Plan:
     x = request.inputs[request.wrt[0]]
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
-        params = parameters.bind(plan.program, request.module)
+        params = parameters.bind(plan.program, params)
         return plan.counting(macs.opaque_macs(plan.program, params, request.pick(2)))
 
 

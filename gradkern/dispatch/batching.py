@@ -25,12 +25,14 @@ STEPWISE_TARGET = 24 << 20  # bytes
 
 
 def run(
-    request: Request, program: Program, engine: Engine, start: int = 0, known: Results | None = None, *,
+    request: Request, program: Program, params: parameters.Params, engine: Engine, start: int = 0,
+    known: Results | None = None, *,
     strict: bool = False, saved: int = 0,
 ) -> Results:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
-    ``saved``: bytes per sample that live autograd saves, where some steps are torch's to differentiate.
+    ``params``: the tensors that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
+    steps are torch's to differentiate.
     """
     assert request.module is not None
     if strict:
@@ -48,7 +50,6 @@ def run(
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
-        params = parameters.bind(program, request.module)
         plain = engine == "reference" or not all(map(ops.machine, devices))
         chunk = chunks.stepwise
         if not plain:

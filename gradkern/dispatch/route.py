@@ -6,12 +6,14 @@ A route holds for one public call: between two calls a model may change in ways 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ir.program import Program
@@ -21,47 +23,77 @@ from . import batching, eager, guards, state
 from .eager import ModelProfile
 from .guards import EagerReason
 from .request import Request, Results, allocate, check_devices
-from .state import CacheEntry, ModelState, Verdict
+from .state import CacheEntry, ModelState, Traced, Verdict
 from .targets import Shape
 
 TRACE_SAMPLES = 4
 PROBE_SAMPLES = 3
+FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
 
 
-@dataclass(frozen=True, eq=False)
 class Route:
     """Which way the calls of one model at inputs like these go.
 
-    ``eager_reason``: why autograd has to take them, whatever the network computes.
+    The guards of a captured model are checked once, when they are first asked for; a Program that is traced later in
+    the call is put here, too.
     """
 
-    engine: Engine
-    module: nn.Module | None
-    inputs: tuple[Tensor, ...]
-    eager_reason: EagerReason | None
-    state: ModelState
+    def __init__(
+        self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...], known: ModelState
+    ) -> None:
+        self.engine, self.fn, self.module, self.inputs, self.state = engine, fn, module, inputs, known
+        self.signature = guards.signature(inputs)
+        self._reason = guards.call_reason(fn, module, inputs)
+        self._traced: Traced | None = None
+        if module is not None and self._reason is None and engine != "autograd":
+            self._traced = self.entry.traced(module, inputs)
 
     @cached_property
     def entry(self) -> CacheEntry:
-        """What is known of the model as it is; a Program that is traced later in the call is put there, too."""
-        if self.module is None or (self.eager_reason is not None and self.eager_reason.couples_batch):
+        """What is known of the model at inputs like these."""
+        if self.module is None:
             return CacheEntry()  # nothing to remember
-        return self.state.entries.get_or_make(guards.key_of(self.module, self.inputs), CacheEntry)
+        return self.state.entries.get_or_make(self.signature, CacheEntry)
 
     @cached_property
-    def signature(self) -> Hashable:
-        return guards.signature(self.inputs)
+    def eager_reason(self) -> EagerReason | None:
+        """Why autograd has to take the calls, whatever the network computes."""
+        if self._traced is not None or self.module is None:
+            return self._reason
+        check_devices(self.module, self.inputs)
+        of_model = None if isinstance(self.module, torch.jit.ScriptModule) else guards.model_reason(self.module)
+        return of_model if of_model is not None and (of_model.couples_batch or not self._reason) else self._reason
+
+    @cached_property
+    def _refusal(self) -> Verdict | None:
+        return self.entry.refusal(self.module) if self.module is not None and self.eager_reason is None else None
 
     @property
     def verdict(self) -> Verdict | None:
         """What tracing said, where it is known and counts."""
-        return self.entry.verdict if self.eager_reason is None else None
+        return self._traced.verdict if self._traced is not None else self._refusal
 
     @property
     def program(self) -> Program | None:
         """The model's Program, where it is known and the engine uses one."""
-        verdict = None if self.engine == "autograd" else self.verdict
-        return None if verdict is None else verdict.program
+        return None if self._traced is None else self._traced.program
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters of the Program, as they are in this call."""
+        assert self._traced is not None
+        return self._traced.params
+
+    def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
+        """Trace where that has not been done."""
+        if self._traced is None:
+            assert self.module is not None
+            result = self.state.trace(self.entry, self.module, self.inputs, samples)
+            if isinstance(result, Verdict):
+                self._refusal = result
+                return result
+            self._traced = result
+        return self._traced.verdict
 
     def serves(self, request: Request, engine: Engine) -> bool:
         """Is this the route of that request, too?"""
@@ -93,11 +125,9 @@ def decide(request: Request, engine: str | None = None) -> Route:
 
     Raises `BadValue` where the model or the inputs are on the meta device.
     """
-    name, module = options.engine(engine), request.module
-    check_devices(module, request.inputs)
-    reason = guards.eager_reason(request.fn, module, request.inputs)
+    module = request.module
     known = ModelState() if module is None else state.models.of(module)
-    return Route(name, module, request.inputs, reason, known)
+    return Route(options.engine(engine), request.fn, module, request.inputs, known)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -141,38 +171,43 @@ def verdict_now(request: Request, route: Route) -> Verdict | None:
     if route.eager_reason is not None:
         _say_why_eager(route)
         return None
-    assert route.module is not None
-    return route.state.trace(route.entry, route.module, lambda: request.pick(TRACE_SAMPLES))
+    return route.trace(lambda: request.pick(TRACE_SAMPLES))
 
 
 def output_shape(request: Request, route: Route) -> Shape:
     """Per-sample shape of the model's output: as known from its Program, else from a run of one or two samples."""
-    if route.verdict is not None and route.verdict.program is not None:
-        return route.verdict.program.output_shape
+    if route.program is not None:
+        return route.program.output_shape
     return eager.measured_output_shape(request)
 
 
 def couples_batch(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
     changes its buffers.  Empty where the batch may be cut."""
-    if route.verdict is not None and route.verdict.program is not None:
-        return ""
-    return _profile(request, route).couples_batch
+    return "" if route.program is not None else _profile(request, route).couples_batch
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
-    """May the batch be cut, do buffers change, what does a sample take: measured once per structure."""
-    reason, verdict = route.eager_reason, route.verdict
+    """May the batch be cut, do buffers change, what does a sample take?
+
+    Nothing guards a model that runs on autograd, so it is measured anew in every call, unless nothing hangs on it:
+    one forward may see the few samples that there are.
+    """
+    reason, verdict, known = route.eager_reason, route.verdict, route.entry.profile
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
-
-    def measure() -> ModelProfile:
-        return eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
-
-    profile = route.state.profile(route.entry, measure)
+    if known is not None and request.samples <= FEW_SAMPLES and _in_one_piece(request, known):
+        return ModelProfile("there are few samples", mutates=True)
+    with route.state.live:
+        profile = route.entry.profile = eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
     if verdict is not None and verdict.couples_batch:
         return replace(profile, couples_batch=verdict.reason)
     return profile
+
+
+def _in_one_piece(request: Request, profile: ModelProfile) -> bool:
+    loose = replace(profile, couples_batch="")
+    return loose.chunk(request.samples, request.sample_bytes, options.memory_budget()) >= request.samples
 
 
 def _say_why_eager(route: Route) -> None:
@@ -203,7 +238,9 @@ def solve(request: Request, route: Route, *, strict: bool = False) -> Results:
     if verdict is None or verdict.program is None:
         return _on_autograd(request, route, start, results, strict=strict)
     saved = _profile_of_run(request, route).per_sample if verdict.opaque else 0
-    return batching.run(request, verdict.program, route.engine, start, results, strict=strict, saved=saved)
+    return batching.run(
+        request, verdict.program, route.params, route.engine, start, results, strict=strict, saved=saved
+    )
 
 
 def _on_autograd(

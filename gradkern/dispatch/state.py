@@ -1,7 +1,7 @@
-"""What is known about each model: its Programs, why one cannot be traced, what it does on autograd, and what that cost.
+"""What is known about each model: its graphs and Programs, why one has none, and what it does and costs on autograd.
 
-Everything hangs weakly on the model and is guarded by a key (`guards.key_of`) of its structure and of the inputs'
-shapes, dtypes and devices, so that nothing is ever stale.  Values of tensors are never kept here.
+Everything hangs weakly on the model, by the shapes, dtypes and devices of the inputs.  Programs belong to a captured
+graph, whose guards say at every call whether it still is what the model does; values of tensors are never kept here.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
-from ..frontend import tracer
+from ..frontend.capture import Capture, Graph
+from ..frontend.refusal import Untraceable
+from ..frontend.tracer import lower
+from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
+from ..runtime.parameters import bind
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_followed
+from .guards import condition
 
-STRUCTURES_PER_MODEL = 16
+SIGNATURES_PER_MODEL = 16
+REFUSALS = 16
+MOST_MISSES = 8
 FIRST_TRACE = 1.2  # seconds, the first in a process (measured: about 1.1)
 LATER_TRACE = 0.15  # seconds (measured: 0.08 … 0.12 and the verification)
 SAVED_SHARE = 0.7  # of autograd's time, as predicted before anything is known (measured: 0.1 … 0.9)
@@ -45,13 +52,40 @@ class Verdict:
         return self.program is not None and any(isinstance(step.form, Opaque) for step in self.program.steps)
 
 
-@dataclass
-class CacheEntry:
-    """What is known about one structure of one model."""
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A Program, and the parameters that it has in this call."""
 
-    verdict: Verdict | None = None
+    verdict: Verdict
+    program: Program
+    params: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """What is known about one model for inputs of one signature."""
+
+    capture: Capture = field(default_factory=Capture)
+    verdicts: WeakKeyDictionary[Graph, Verdict] = field(default_factory=WeakKeyDictionary)
+    refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd where a Program might have saved some
+    misses: int = 0  # captures in a row of which none served a second call
+
+    def traced(self, module: nn.Module, inputs: Sequence[Tensor]) -> Traced | None:
+        """The Program whose guards hold now, with live parameters; None where there is none."""
+        if not self.verdicts:
+            return None
+        captured = self.capture.known(module, inputs)
+        verdict = None if captured is None else self.verdicts.get(captured.graph)
+        if captured is None or verdict is None or verdict.program is None:
+            return None
+        self.misses = 0
+        return Traced(verdict, verdict.program, bind(verdict.program, captured.tensors))
+
+    def refusal(self, module: nn.Module) -> Verdict | None:
+        """Why the model has no Program in the state that it is in, where that is known."""
+        return self.refused.get(condition(module)) if len(self.refused) else None
 
 
 class ModelState:
@@ -60,34 +94,62 @@ class ModelState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.live = threading.RLock()  # held where a forward changes the model's buffers
-        self.entries: Memo[CacheEntry] = Memo(STRUCTURES_PER_MODEL)  # by the key of a structure
+        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by `guards.signature`
         self._warned: set[str] = set()
 
-    def profile(self, entry: CacheEntry, measure: Callable[[], ModelProfile]) -> ModelProfile:
-        """The profile of this structure, measured where it is not known yet."""
-        if entry.profile is None:
-            with self.live:
-                measured = measure()
-            entry.profile = measured
-        return entry.profile
-
-    def trace(self, entry: CacheEntry, module: nn.Module, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
-        """Trace and verify now, unless that has been done; warns once where autograd takes over."""
+    def trace(
+        self, entry: CacheEntry, module: nn.Module, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
+    ) -> Traced | Verdict:
+        """Capture, lower and verify now, unless that has been done; warns once where autograd takes over."""
         with self.lock:
-            if entry.verdict is not None:
-                return entry.verdict
-            verdict = entry.verdict = _traced(module, samples())
+            known = entry.refusal(module)
+            if known is not None:
+                return known
+            result = self._traced(entry, module, inputs, samples())
+            verdict = result if isinstance(result, Verdict) else result.verdict
+            if verdict.program is None:
+                entry.refused.put(condition(module), verdict)
         name = type(module).__name__
         if verdict.program is None:
             self.warn(f"{name} runs on autograd as a whole: {verdict.reason}.")
-            return verdict
+            return result
         opaque = [(s, s.form) for s in verdict.program.steps if isinstance(s.form, Opaque)]
         if opaque:
             listed = "; ".join(dict.fromkeys(f"{s.op or form.call.op} in {s.module or name}" for s, form in opaque))
             self.warn(
                 f"{name}: torch differentiates these steps, which have no kernel: {listed}. See gradkern.explain."
             )
-        return verdict
+        return result
+
+    def _traced(
+        self, entry: CacheEntry, module: nn.Module, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
+    ) -> Traced | Verdict:
+        entry.misses += 1
+        if entry.misses > MOST_MISSES:
+            return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
+        begin = time.perf_counter()
+        try:
+            check_followed(module, samples)
+            with buffers_kept(module):
+                captured = entry.capture.capture(module, inputs)
+                known = entry.verdicts.get(captured.graph)
+                program = lower(captured, inputs, type(module).__name__) if known is None else known.program
+                assert program is not None
+                params = bind(program, captured.tensors)
+                if known is None:
+                    verify(program, module, params, samples)
+                    captured.graph.module = None
+                    known = entry.verdicts[captured.graph] = Verdict(program)
+            return Traced(known, program, params)
+        except Untraceable as error:
+            return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a capture may raise, autograd still gives the right result
+            return Verdict(None, f"tracing failed with {type(error).__name__}: {_one_line(str(error))}")
+        finally:
+            _trace_seconds.append(time.perf_counter() - begin)
+            del _trace_seconds[1:-8]  # the first stands apart
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
@@ -113,25 +175,6 @@ on_reset(_callables._warned.clear)
 def worth_tracing(entry: CacheEntry, predicted: float) -> bool:
     """Would tracing have paid by now?  ``predicted``: seconds of autograd that this call still needs."""
     return SAVED_SHARE * (entry.seconds + predicted) >= trace_cost()
-
-
-def _traced(module: nn.Module, samples: tuple[Tensor, ...]) -> Verdict:
-    begin = time.perf_counter()
-    try:
-        check_followed(module, samples)
-        with torch.inference_mode(False), torch.no_grad(), buffers_kept(module):
-            program = tracer.trace(module, samples)
-            tracer.verify(program, module, samples)
-        return Verdict(program)
-    except tracer.Untraceable as error:
-        return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
-    except InputError:
-        raise
-    except Exception as error:  # whatever an export may raise, autograd still gives the right result
-        return Verdict(None, f"tracing failed with {type(error).__name__}: {_one_line(str(error))}")
-    finally:
-        _trace_seconds.append(time.perf_counter() - begin)
-        del _trace_seconds[1:-8]  # the first stands apart
 
 
 def _one_line(text: str) -> str:

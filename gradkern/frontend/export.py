@@ -1,98 +1,100 @@
-"""nn.Module -> functional ATen graph: `torch.export` with a free batch size, quietly and one at a time."""
+"""Captured graph -> functional ATen graph: `torch.export` with a free batch size, quietly and one at a time."""
 
 from __future__ import annotations
 
-import logging
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
 
-from .shell import shell_copy
-from .verify import Untraceable
+from .capture import LOCK, Graph, quiet
+from .refusal import Untraceable
 
-_EXPORT_LOCK = threading.RLock()  # torch.export is not thread-safe
-_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export", "torch._dynamo")
 _SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
 
 
 class _Entry(nn.Module):
-    """Positional inputs for any signature of ``forward``."""
+    """The captured graph as a function of the tensors that it reads and of the inputs.
 
-    def __init__(self, net: nn.Module) -> None:
+    It is interpreted node by node, so that every ATen op knows the module that it comes from.
+    """
+
+    def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.net = net
+        self.graph = (graph,)  # hidden from export, which would take a module inside for a part of the state
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.net(*inputs)
+    def forward(self, tensors: list[Tensor], inputs: list[Tensor]) -> Any:
+        graph, rest = self.graph[0], iter(tensors)
+        assert graph.module is not None
+        arguments: list[Any] = []
+        for read in graph.reads:
+            if isinstance(read, str):
+                arguments.append(next(rest))
+            else:
+                arguments.append(inputs[0].shape[0] if read is None else inputs[read])
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(graph.module).run(*arguments)[0]
 
 
-def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, set[str]]:
-    """The functional ATen graph, and the names of the constants that ``forward`` writes down."""
-    with _EXPORT_LOCK, _quiet(), torch.inference_mode(False), torch.no_grad():
+@dataclass(frozen=True)
+class Exported:
+    """A functional ATen graph.  ``inputs``: the nodes of the inputs, in order; ``tensors``: the names of those that it
+    reads; ``literals``: the values of the constants that it holds."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    tensors: dict[fx.Node, str]
+    literals: dict[fx.Node, Tensor]
+    output: Any
+    changed: tuple[str, ...]  # the names of tensors that a forward pass changes
+    batch_bounds: Any  # of the batch size, where torch.export has some
+
+
+def export(graph: Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
+    """The functional ATen graph of a captured one.  ``inputs``: only shapes, dtypes and devices matter."""
+    with LOCK, quiet(), torch.inference_mode(False), torch.no_grad():
         try:
-            entry = _Entry(shell_copy(model))
-            entry.training = model.training  # not `.train()`, which would reach the modules inside
-            examples = tuple(torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs)
+            names = [read for read in graph.reads if isinstance(read, str)]
+            examples = [torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs]
             batch = torch.export.Dim("batch")
-            shapes = (tuple({0: batch} for _ in examples),)
-            exported = torch.export.export(entry, examples, dynamic_shapes=shapes, strict=False)
+            shapes = ([None] * len(names), [{0: batch} for _ in examples])
+            arguments = ([tensors[name] for name in names], examples)
+            exported = torch.export.export(_Entry(graph), arguments, dynamic_shapes=shapes, strict=False)
             literals = _literals(exported)
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
-            return exported, literals
         except Exception as error:  # export raises whatever the model's code meets
             raise Untraceable(f"torch.export refuses it ({_first_line(error)})") from error
+    return _read(exported, names, literals)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Export logs and prints what it raises; the caller gets one line instead.  Only ever under the lock."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    before = [logger.level for logger in loggers]
-    stderr = sys.stderr
-    sys.stderr = _Muted(stderr)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with _tolerant():
-            yield
-    finally:
-        if isinstance(sys.stderr, _Muted):  # it has not been replaced meanwhile
-            sys.stderr = stderr
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _tolerant() -> Iterator[None]:
-    """Where the caller turns warnings into errors, torch's own warnings would end the export."""
-    if not any(action == "error" for action, *_ in warnings.filters):
-        yield  # changing filters is not thread-safe, so it is done only where it matters
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class _Muted:
-    """A stream that drops what this thread writes, and passes on what others do."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._owner = threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._owner else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals: Mapping[str, Tensor]) -> Exported:
+    graph = exported.graph
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    specs: list[Any] = exported.graph_signature.input_specs
+    given = [node for node, spec in zip(nodes, specs, strict=True) if spec.kind == InputKind.USER_INPUT]
+    read = dict(zip(given, names, strict=False))
+    constants = {
+        node: literals[spec.target]
+        for node, spec in zip(nodes, specs, strict=True)
+        if spec.kind != InputKind.USER_INPUT and spec.target in literals
+    }
+    by_name = {node.name: name for node, name in read.items()}
+    changed = [
+        by_name[spec.target]
+        for spec in exported.graph_signature.output_specs
+        if spec.kind == OutputKind.USER_INPUT_MUTATION and spec.target in by_name
+    ]
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    kinds = [spec.kind for spec in exported.graph_signature.output_specs]
+    output = results[kinds.index(OutputKind.USER_OUTPUT)]
+    inputs = tuple(given[len(names) :])
+    size = inputs[0].meta["val"].shape[0]
+    bounds = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+    return Exported(graph, inputs, read, constants, output, tuple(changed), bounds)
 
 
 def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
@@ -100,17 +102,10 @@ def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
     return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
-def _literals(exported: torch.export.ExportedProgram) -> set[str]:
-    """Constants that the code of ``forward`` writes down (``torch.tensor(0.5)``): they are read by a fresh copy."""
-    written = set()
-    specs: dict[str, Any] = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    for node in exported.graph.nodes:
-        spec = specs.get(node.name)
-        if node.op != "placeholder" or spec is None or spec.kind != InputKind.CONSTANT_TENSOR:
-            continue
-        if all("lift_fresh" in str(user.target) for user in node.users):
-            written.add(spec.target)
-    return written
+def _literals(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that the code of ``forward`` writes down (``torch.tensor(0.5)``), by target."""
+    held = {**exported.constants, **exported.state_dict}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""nn.Module -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
+"""Captured graph -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
 
 The batch axis is followed through the graph by its symbol.  A value has it as axis 0 and nowhere else.  What has it
 elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form
@@ -15,36 +15,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export.graph_signature import InputKind, OutputKind
+from torch import Tensor
 
 from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognise
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
-from .export import export
+from .capture import Captured, plain_name
+from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
-from .verify import Untraceable, verify
-
-__all__ = ["Untraceable", "trace", "verify"]
+from .refusal import Untraceable
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
-    """The Program of ``model`` for samples like ``inputs`` (each ``[N, *shape]``; only shape, dtype, device matter).
+def lower(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
+    """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
     It is a proposal: `verify` compares it with live autograd.  Raises `Untraceable` where torch.export refuses the
-    model, where samples mix, and where the result is not one tensor with the batch as axis 0.
+    graph, where samples mix, and where the result does not have the batch as axis 0.
     """
-    for x in inputs:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            raise Untraceable("an input has no batch axis")
-    exported, literals = export(model, inputs)
-    return _Lowering(model, exported, literals).program()
+    return _Lowering(export(captured.graph, captured.tensors, inputs), name).program()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -61,44 +55,34 @@ class _Several:
 class _Lowering:
     """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
 
-    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, literals: set[str]) -> None:
-        self.model = model
+    def __init__(self, exported: Exported, name: str) -> None:
         self.exported = exported
-        self.literals = literals
+        self.name = name
         self.known: dict[torch.fx.Node, Any] = {}
         self.symbol: Any = None
         self.builder = Builder(())
 
     def program(self) -> Program:
-        self._check_signature()
-        graph = self.exported.graph
+        for changed in self.exported.changed:
+            raise Untraceable(f"its forward pass changes the buffer {changed}")
         self._placeholders()
-        wanted = _reaching(self._output_node())
-        for node in graph.nodes:
+        output = self._output_node()
+        wanted = _reaching(output)
+        for node in self.exported.graph.nodes:
             if node.op == "call_function" and node in wanted:
                 self._place(node)
                 self.known[node] = self._lower(node)
             elif node.op == "get_attr" and node in wanted:
                 raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
-        result = self._argument(self._output_node())
+        result = self._argument(output)
         if not isinstance(result, Value):
             raise Untraceable("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
         return self.builder.program(result)
 
     # -- the boundary of the graph
 
-    def _check_signature(self) -> None:
-        signature = self.exported.graph_signature
-        for spec in signature.output_specs:
-            if spec.kind == OutputKind.BUFFER_MUTATION:
-                raise Untraceable(f"its forward pass changes the buffer {_own(spec.target)}")
-        if not self.exported.call_spec.out_spec.is_leaf():
-            raise Untraceable("its output is not one tensor")
-
     def _output_node(self) -> torch.fx.Node:
-        results = next(n for n in self.exported.graph.nodes if n.op == "output").args[0]
-        specs = self.exported.graph_signature.output_specs
-        node = next(r for r, s in zip(results, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT)
+        node = self.exported.output
         if not isinstance(node, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
             raise Untraceable("its output is not a tensor")
         if not node.meta["val"].dtype.is_floating_point:
@@ -106,44 +90,29 @@ class _Lowering:
         return node
 
     def _placeholders(self) -> None:
-        nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
-        specs = self.exported.graph_signature.input_specs
-        users = [n for n, s in zip(nodes, specs, strict=True) if s.kind == InputKind.USER_INPUT]
-        self.symbol = users[0].meta["val"].shape[0]
-        if not isinstance(self.symbol, torch.SymInt):
+        exported = self.exported
+        self.symbol = exported.inputs[0].meta["val"].shape[0]
+        bounds = exported.batch_bounds
+        if not isinstance(self.symbol, torch.SymInt) or (
+            bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31)
+        ):
             raise Untraceable("its code depends on the number of samples")
-        bounds = self.exported.range_constraints.get(self.symbol.node.expr)
-        if bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31):
-            raise Untraceable("its code depends on the number of samples")
-        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
-        for i, node in enumerate(users):
+        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in exported.inputs))
+        for i, node in enumerate(exported.inputs):
             self.known[node] = Value(i)
             self.builder.dtypes[Value(i)] = node.meta["val"].dtype
-        for node, spec in zip(nodes, specs, strict=True):
-            if spec.kind != InputKind.USER_INPUT:
-                self.known[node] = self._parameter(node, spec)
-
-    def _parameter(self, node: torch.fx.Node, spec: Any) -> Param | None:
-        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            if node.users:
-                raise Untraceable(f"it reads {spec.target or node.name}, which is not a tensor")
-            return None
-        name = _own(spec.target)
-        if spec.target in self.literals:
-            value = self.exported.constants[spec.target]
-            return self.builder.derive_call(literal(value), node.meta["val"])
-        if node.users and not isinstance(_attribute(self.model, name), Tensor):
-            raise Untraceable("it reads a tensor that is no parameter, buffer or attribute of a module")
-        param = Param(name)
-        self.builder.param_meta[param] = node.meta["val"]
-        return param
+        for node, name in exported.tensors.items():
+            param = self.known[node] = Param(name)
+            self.builder.param_meta[param] = node.meta["val"]
+        for node, value in exported.literals.items():
+            self.known[node] = self.builder.derive_call(literal(value), node.meta["val"])
 
     # -- nodes
 
     def _place(self, node: torch.fx.Node) -> None:
         stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        own = [path for path in stack if path == "net" or path.startswith("net.")]
-        self.builder.module = _own(own[-1]) if own else ""
+        inside = [path for path in stack if path.startswith("L['fn']")]
+        self.builder.module = plain_name(inside[-1]) if inside else ""
         self.builder.op = str(node.target)
 
     def _lower(self, node: torch.fx.Node) -> Any:
@@ -336,7 +305,7 @@ class _Lowering:
         return Untraceable(reason, op=self.builder.op, module=self.builder.module, mixes=True)
 
     def _where(self, node: torch.fx.Node) -> str:
-        return f"{node.target} in {self.builder.module or type(self.model).__name__}"
+        return f"{node.target} in {self.builder.module or self.name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -378,15 +347,3 @@ def _ops_of(call: Call) -> str:
     """The ops of an expression that see samples, innermost first: ``aten.lstm.input + aten.select.int``."""
     ops = list(dict.fromkeys(c.op for c in calls_in(call) if values_in(c)))
     return " + ".join(ops if len(ops) <= 4 else [*ops[:2], "…", ops[-1]])
-
-
-def _own(name: str) -> str:
-    """A name in the model from a name in the entry module around it."""
-    return name.removeprefix("net").removeprefix(".")
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    at: Any = model
-    for part in name.split("."):
-        at = getattr(at, part, None)
-    return at

@@ -7,7 +7,7 @@ caller's own samples, several together and one alone, with those of the live mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Program
 from ..runtime import ops, reference
-from ..runtime.parameters import bind
+from .refusal import Untraceable
 
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones
@@ -27,28 +27,13 @@ _TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
 _TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
 
 
-class Untraceable(RuntimeError):
-    """A network that has no Program.
-
-    ``reason`` is one line for people, ``op`` and ``module`` name the culprit where it is known, and ``mixes`` says
-    that the samples of a batch depend on each other, so that the batch must not be cut.
-    """
-
-    def __init__(self, reason: str, *, op: str = "", module: str = "", mixes: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.op = op
-        self.module = module
-        self.mixes = mixes
-        self.final = False  # perturbing the samples cannot help
-
-
-def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+def verify(program: Program, model: nn.Module, params: Params, inputs: Sequence[Tensor]) -> None:
     """Raise `Untraceable` where ``program`` is not what live autograd does on samples like ``inputs``.
 
-    ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's buffers and the random state are put
-    back, and no ``.grad`` is touched.  A float32 activation within rounding of a kink may flip a gradient, so where
-    gradients differ the samples are perturbed a little and compared again: a flip goes away, another backward does not.
+    ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's
+    buffers and the random state are put back, and no ``.grad`` is touched.  A float32 activation within rounding of a
+    kink may flip a gradient, so where gradients differ the samples are perturbed a little and compared again: a flip
+    goes away, another backward does not.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
@@ -57,7 +42,7 @@ def verify(program: Program, model: nn.Module, inputs: Sequence[Tensor]) -> None
         wrong: Untraceable | None = None
         for attempt in range(_TRIES):
             tried = tuple(_noisy(x, _MOVE, generator) for x in samples) if attempt else samples
-            wrong = _difference(program, model, tried, cotangent)
+            wrong = _difference(program, model, params, tried, cotangent)
             if wrong is None or wrong.final:
                 break
         if wrong is not None:
@@ -93,15 +78,18 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # One comparison
 
+Params = Mapping[str, Tensor]
 Pair = tuple[Tensor, tuple[Tensor, ...]]  # output [N, *out], and per input the pulled-back cotangent [N, *in]
 
 
-def _difference(program: Program, model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Untraceable | None:
+def _difference(
+    program: Program, model: nn.Module, params: Params, samples: Sequence[Tensor], cotangent: Tensor
+) -> Untraceable | None:
     alone = [x[:1] for x in samples]
     together_live = _live(model, samples, cotangent)
     alone_live = _live(model, alone, cotangent[:1])
     y, grads = together_live
-    traced = [_traced(program, model, xs, cotangent[: xs[0].shape[0]]) for xs in (samples, alone)]
+    traced = [_traced(program, params, xs, cotangent[: xs[0].shape[0]]) for xs in (samples, alone)]
     tolerance = traced[0][1]
     if _far((y[:1], tuple(g[:1] for g in grads)), alone_live, tolerance) is not None:
         return Untraceable("its result for a sample depends on the other samples of the batch", mixes=True)
@@ -135,10 +123,9 @@ def _live(model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Pai
     return y.detach(), tuple(next(full) if x.requires_grad else torch.zeros_like(x) for x in xs)
 
 
-def _traced(program: Program, model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
+def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
     """The same by the Program, and the tolerance of the least precise of its values."""
     with torch.no_grad():
-        params = bind(program, model)
         values = reference.forward(program, params, samples)
         y = values[program.output]
         g = cotangent.to(dtype=y.dtype, device=y.device).unsqueeze(1)  # [N, 1, *out]

@@ -1,8 +1,8 @@
-"""The parameters of a Program: bound to live tensors by name at every call, and packed as kernels read them.
+"""The parameters of a Program: live tensors and what is derived from them at every call, packed as kernels read them.
 
 Parameters change under a plan (training, attribution rules), and nothing tells that they did: version counters miss
-fused optimizer steps, ``.data`` edits and numpy views.  So names are resolved on every call, and packed weights are
-kept by a hash of the bytes that they were made of.
+fused optimizer steps, ``.data`` edits and numpy views.  So derived tensors are computed at every call, and packed
+weights are kept by a hash of the bytes that they were made of.
 """
 
 from __future__ import annotations
@@ -10,58 +10,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
-from ..ir.calls import LITERAL, evaluate, form_params, operator_of, params_in
+from ..ir.calls import LITERAL, evaluate, operator_of
 from ..ir.program import Call, Derived, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
 from . import ops
 
 # ---------------------------------------------------------------------------------------------------------------
-# Binding: names to tensors
-
-
-class Binder:
-    """The names of one Program, grouped by module, so that each module is looked up once per call."""
-
-    def __init__(self, program: Program) -> None:
-        derived = {d.name for d in program.derived}
-        read = [p for step in program.steps for p in form_params(step.form)]
-        read += [p for d in program.derived for p in params_in(d.call)]
-        names = dict.fromkeys(p.name for p in read if p.name not in derived)
-        grouped: dict[tuple[str, ...], list[tuple[str, str]]] = {}
-        for name in names:
-            *path, attribute = name.split(".")
-            grouped.setdefault(tuple(path), []).append((attribute, name))
-        self.groups = [(path, tuple(items)) for path, items in grouped.items()]
-        self.derived = [_Computed(d) for d in program.derived]
-
-    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for path, items in self.groups:
-            at = _submodule(model, path)
-            own = at.__dict__ if isinstance(at, nn.Module) else {}
-            parameters, buffers = own.get("_parameters", {}), own.get("_buffers", {})
-            for attribute, name in items:
-                tensor = parameters.get(attribute)
-                if tensor is None:
-                    tensor = buffers.get(attribute)
-                if tensor is None:
-                    tensor = getattr(at, attribute, None)
-                if not isinstance(tensor, Tensor):
-                    raise KeyError(f"the model has no tensor {name!r} any more; trace it again")
-                tensors[name] = tensor.detach() if tensor.requires_grad else tensor
-        if self.derived:
-            with torch.no_grad():
-                for derived in self.derived:
-                    tensors[derived.name] = derived(tensors)
-        return tensors
+# Derived tensors
 
 
 class _Computed:
@@ -81,24 +43,18 @@ class _Computed:
         return evaluate(self.call, lambda leaf: tensors[leaf.name])
 
 
-def _submodule(model: nn.Module, path: tuple[str, ...]) -> Any:
-    at: Any = model
-    for part in path:
-        children = at.__dict__.get("_modules") if isinstance(at, nn.Module) else None
-        child = children.get(part) if children else None
-        at = getattr(at, part) if child is None else child
-    return at
+_derived: Memo[tuple[_Computed, ...]] = Memo(256)
 
 
-_binders: Memo[Binder] = Memo(256)
-
-
-def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that ``program`` names, detached, and its derived tensors, computed now.
-
-    Raises KeyError where the model has no such tensor any more.
-    """
-    return _binders.get_or_make(program.key, lambda: Binder(program))(model)
+def bind(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The live tensors that ``program`` names, and its derived tensors, computed now."""
+    computed = _derived.get_or_make(program.key, lambda: tuple(map(_Computed, program.derived)))
+    params = dict(tensors)
+    if computed:
+        with torch.no_grad():
+            for derived in computed:
+                params[derived.name] = derived(params)
+    return params
 
 
 def all_finite(params: Mapping[str, Tensor]) -> bool:

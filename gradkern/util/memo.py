@@ -49,6 +49,11 @@ class Memo(Generic[V]):
             self._trim()
         return value
 
+    def get(self, key: Hashable) -> V | None:
+        """The value of ``key``; None where there is none."""
+        with self._lock:
+            return self._values.get(key)
+
     def clear(self) -> None:
         with self._lock:
             self._values.clear()

@@ -17,7 +17,7 @@ from ...dispatch import batching
 from ...dispatch.eager import buffers_kept
 from ...ir import graph
 from ...ir.program import Program
-from ...runtime import executor, parameters, reference
+from ...runtime import executor, reference
 from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
@@ -66,8 +66,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     try:
         with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
             model(*[x.clone() for x in rows])
-            params = parameters.bind(program, model)
-            values = reference.forward(program, params, rows)
+            values = reference.forward(program, points.route.params, rows)
     finally:
         handle.remove()
     if not seen or seen[-1] is None:
@@ -112,12 +111,10 @@ class LayerView:
     """One model seen from one layer: activations there, and gradients of the outputs with respect to them."""
 
     def __init__(self, points: Points, program: Program, value: int, exclusive: bool) -> None:
-        assert points.module is not None
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
-        with torch.inference_mode(False), torch.no_grad():
-            self.params = parameters.bind(program, points.module)
+        self.params = points.route.params
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )

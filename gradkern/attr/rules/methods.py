@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...dispatch import batching
 from ...ir.program import Program, Scale
-from ...runtime import parameters
 from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
@@ -92,8 +91,7 @@ class RuleMethod(ProgramMethod):
         plain = options.engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
-            assert points.module is not None
-            params = parameters.bind(program, points.module)
+            params = points.route.params
             step = chunk_of(program, seeds, inputs[0].dtype, device)
             for a in range(0, n, step):
                 b = min(a + step, n)

@@ -1,0 +1,248 @@
+"""The network as a graph, captured and guarded by torch.compile's front end (Dynamo).
+
+Dynamo reads the Python code of a forward pass and writes down a graph, and guards over everything that the code
+looked at: attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards
+are checked in C++; where they hold, the backend is called with the *live* tensors that the graph reads.  Ours computes
+nothing: it says which graph it is, and passes those tensors on.  Where they do not hold, the code is captured again.
+
+The graph is captured with grad mode on and inputs that require grad, so that ``torch.no_grad`` regions, custom
+`autograd.Function`s and tensor hooks stay visible in it (`regions.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.fx.experimental import _config as shapes_config
+
+from . import regions
+from .refusal import Untraceable, reason_of
+
+LOCK = threading.RLock()  # capture and export are not thread-safe
+_NOISY = ("torch._dynamo", "torch._guards", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
+_CONFIG: dict[str, Any] = {
+    "skip_nnmodule_hook_guards": False,  # a hook that comes or goes is a change
+    "specialize_int": True,  # numbers are constants, and guarded
+    "specialize_float": True,
+    "automatic_dynamic_shapes": False,  # only the batch axis is free
+    "allow_rnn": True,
+    "suppress_errors": False,
+    "optimize_ddp": False,
+}
+_INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
+_SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
+_PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
+_PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
+
+Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
+
+
+@dataclass(eq=False)
+class Graph:
+    """One captured graph: ``reads`` says what each of its placeholders stands for."""
+
+    module: torch.fx.GraphModule | None  # None once it has been lowered
+    reads: tuple[Reads, ...]
+
+    def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
+        """The live tensors of one call by name."""
+        read = zip(self.reads, arguments, strict=True)
+        return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What one call would run: the graph, and the live tensors that it reads by name."""
+
+    graph: Graph
+    tensors: dict[str, Tensor]
+
+
+class _Missed(Exception):
+    """The guards of no graph hold: Dynamo has left the function as it is."""
+
+
+class _Ran(threading.local):
+    graph: Any = None  # the graph of this thread's last call, and what it was called with
+
+
+_ran = _Ran()
+
+
+def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise _Missed
+    # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
+    return fn(*inputs).clone()
+
+
+class Capture:
+    """The graphs of one function for inputs of one signature.  It holds no reference to the function."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
+        # all models of the process together.
+        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), globals(), "entry")
+        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
+        self._looking = torch._dynamo.run(entry)
+
+    def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+        """The graph whose guards hold now; None where there is none."""
+        try:
+            return _called(self._looking, fn, _stand_ins(inputs))
+        except _Missed:
+            return None
+
+    def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
+        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
+        stand_ins = _stand_ins(inputs)
+        for x in stand_ins:
+            torch._dynamo.mark_dynamic(x, 0)
+        with LOCK, _settings():
+            try:
+                try:
+                    return _called(self._capturing, fn, stand_ins)
+                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    self._begin()
+                    return _called(self._capturing, fn, stand_ins)
+            except _Missed:
+                raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
+            except Exception as error:
+                inner = getattr(error, "inner_exception", error)
+                raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
+
+
+def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
+    with torch.inference_mode(False), torch.enable_grad():
+        entry(fn, *stand_ins)
+    (graph, arguments), _ran.graph = _ran.graph, None
+    return Captured(graph, graph.tensors(arguments))
+
+
+def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    regions.prepare(module)
+    graph = Graph(module, tuple(_reads(n) for n in module.graph.nodes if n.op == "placeholder"))
+
+    def run(*arguments: Any) -> tuple[None]:
+        _ran.graph = (graph, arguments)
+        return (None,)
+
+    return run
+
+
+def _reads(node: torch.fx.Node) -> Reads:
+    source = node._dynamo_source  # type: ignore[attr-defined]
+    name = source.name if isinstance(source.name, str) else source.name()
+    if of_input := _INPUT.fullmatch(name):
+        return int(of_input.group(1))
+    if _SIZE.fullmatch(name):
+        return None
+    if not isinstance(node.meta.get("example_value"), Tensor):
+        raise Untraceable(f"it reads {plain_name(name)}, which is no tensor and changes from call to call")
+    return plain_name(name)
+
+
+def plain_name(source: str) -> str:
+    """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
+    ``conv.weight``."""
+    source = source.removeprefix("L['fn']")
+    return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
+
+
+def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
+    stand_ins = []
+    for x in inputs:
+        plain = x.is_contiguous() and not x.is_inference()
+        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
+    return stand_ins
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Dynamo as gradkern needs it, while it captures.
+
+    Sizes are treated as unknown, so that one graph serves one sample and many.  oneDNN would be chosen by the batch
+    size, which would become a guard.
+    """
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(quiet())
+        enter(torch._dynamo.config.patch({k: v for k, v in _CONFIG.items() if hasattr(torch._dynamo.config, k)}))
+        enter(shapes_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        enter(_without_onednn())
+        yield
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Capture and export log and print what they raise; the caller gets one line instead.  Only ever under the lock."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    before = [logger.level for logger in loggers]
+    stderr = sys.stderr
+    sys.stderr = _Muted(stderr)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with _tolerant():
+            yield
+    finally:
+        if isinstance(sys.stderr, _Muted):  # it has not been replaced meanwhile
+            sys.stderr = stderr
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _tolerant() -> Iterator[None]:
+    """Where the caller turns warnings into errors, torch's own warnings would end the capture."""
+    if not any(action == "error" for action, *_ in warnings.filters):
+        yield  # changing filters is not thread-safe, so it is done only where it matters
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Muted:
+    """A stream that drops what this thread writes, and passes on what others do."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._owner = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._owner else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

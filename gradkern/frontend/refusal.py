@@ -1,0 +1,66 @@
+"""Why a network has no Program, in one line, with the file and the line of the caller's code where they are known."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Untraceable(RuntimeError):
+    """A network that has no Program.
+
+    ``reason`` is one line for people, ``op`` and ``module`` name the culprit where it is known, and ``mixes`` says
+    that the samples of a batch depend on each other, so that the batch must not be cut.
+    """
+
+    def __init__(self, reason: str, *, op: str = "", module: str = "", mixes: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.op = op
+        self.module = module
+        self.mixes = mixes
+        self.final = False  # perturbing the samples cannot help
+
+
+def reason_of(error: BaseException) -> str:
+    """Why Dynamo refused, in one line, with the file and the line of the caller's code where it knows them."""
+    text = str(error)
+    where = _where(getattr(error, "real_stack", None)) or _where_in(text)
+    if "marked" in text and "dynamic" in text and "specialized" in text:
+        return f"its code depends on the number of samples{where}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation: ")
+    said = f"{first}: {explanation}" if explanation.strip() and explanation.strip() != "Explanation:" else first
+    return f"torch.compile cannot capture it ({said.rstrip('.')[:200]}){where}"
+
+
+_INSIDE_TORCH = os.path.dirname(torch.__file__)
+_OURS = os.path.dirname(__file__)
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
+
+
+def _where(stack: Any) -> str:
+    frames = [(f.filename, f.lineno) for f in stack or ()]
+    return _last(frames)
+
+
+def _where_in(text: str) -> str:
+    return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
+
+
+def _last(frames: Sequence[tuple[str, int | None]]) -> str:
+    """The innermost frame of code that is neither torch's nor ours."""
+    for name, line in reversed(frames):
+        if not name.startswith(_INSIDE_TORCH) and os.path.dirname(name) != _OURS:
+            return f", {name}:{line}"
+    return ""
+
+
+def location(node: Any) -> str:
+    """Where the caller's code made a node."""
+    return _where_in(node.meta.get("stack_trace") or "")

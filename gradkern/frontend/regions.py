@@ -1,0 +1,95 @@
+"""What a captured graph must not lose on its way to ATen: no_grad regions, custom backwards, hooks, side effects.
+
+Export would drop each of them without a word.  What is computed without gradients becomes explicit `detach`s, which
+mean the same; the rest is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd import grad_mode
+
+from .refusal import Untraceable, location
+
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER = getattr(grad_mode, "_enter_inference_mode", None)
+_EXIT = getattr(grad_mode, "_exit_inference_mode", None)
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)
+_CUSTOM = {
+    "autograd_function_apply": "it has a custom autograd.Function, whose backward autograd alone knows",
+    "register_hook": "it registers a hook on a tensor, which changes gradients",
+}
+
+
+def prepare(module: fx.GraphModule) -> None:
+    """Make gradient-free regions explicit, in place.  Raises `Untraceable` for what changes gradients otherwise, or
+    keeps tensors from call to call."""
+    for node in module.graph.nodes:
+        if reason := _refused(node):
+            raise Untraceable(f"{reason}{location(node)}")
+    results = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    if len(results) > 1:
+        kept = next((r for r in results if isinstance(r, fx.Node) and r.target != "clone"), results[-1])
+        raise Untraceable(f"its forward keeps a tensor in a Python object{location(kept)}")
+    _detach_regions(module)
+    module.graph.lint()
+    module.recompile()
+
+
+def _refused(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        name = node.target.name()
+        return _CUSTOM.get(name, f"it uses {name}, which has a backward of its own")
+    where = getattr(node.target, "__module__", None) or ""
+    if node.op == "call_function" and "functorch" in where:
+        return "it differentiates or maps a function inside of its forward (torch.func)"
+    if node.op == "call_method" and node.target in ("requires_grad_", "retain_grad", "backward"):
+        return f"its forward calls {node.target}"
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in ("grad", "backward", "_autograd_grad"):
+        return "it differentiates inside of its forward"
+    return ""
+
+
+def _detach_regions(module: fx.GraphModule) -> None:
+    """What was made where gradients are off is a constant for all that is outside."""
+    graph = module.graph
+    enabled = [True]
+    free: set[fx.Node] = set()
+    modes: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _SET_GRAD:
+            enabled[-1] = bool(node.args[0])
+            modes.append(node)
+        elif node.op == "call_function" and _ENTER is not None and node.target is _ENTER:
+            enabled.append(not node.args[0] and enabled[-1])
+            modes.append(node)
+        elif node.op == "call_function" and _EXIT is not None and node.target is _EXIT:
+            enabled.pop()
+            modes.append(node)
+        elif node.op in ("call_function", "call_method"):
+            if not enabled[-1]:
+                _refuse_in_place(node)
+                free.add(node)
+            elif _DATA is not None and node.target is _DATA:
+                node.op, node.target = "call_method", "detach"
+    for node in free:
+        outside = [user for user in node.users if user not in free and user not in modes]
+        if outside and isinstance(node.meta.get("example_value"), torch.Tensor):
+            with graph.inserting_after(node):
+                detached = graph.call_method("detach", (node,))
+            detached.meta = dict(node.meta)
+            for user in outside:
+                user.replace_input_with(node, detached)
+    for node in reversed(modes):
+        graph.erase_node(node)
+
+
+def _refuse_in_place(node: fx.Node) -> None:
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+        raise Untraceable(f"it changes a tensor in place where gradients are off{location(node)}")
