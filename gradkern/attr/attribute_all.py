@@ -77,10 +77,7 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
         few = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
         y = fn(*[x.detach().clone() for x in few], *more)
     out = tuple(y.shape[1:])
-    seeds = jacobian_choice(targets)(inputs[0].shape[0], out)
-    if isinstance(seeds, TopSeeds):
-        seeds.rows(0, inputs[0].shape[0], y)
-    return seeds, out
+    return jacobian_choice(targets)(inputs[0].shape[0], out).chosen_by(y), out
 
 
 def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:

@@ -201,7 +201,7 @@ class _AllOutputs:
         """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
         method = self.tunnel.attribution_method
         index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
-        room = block_rows(gradient_bytes(self.rows, self.seeds.count))
+        room = block_rows(gradient_bytes(self.rows, self.seeds.count), self.rows[0].device)
         for first, last, step, stop in _row_blocks(b - a, count, room):
             take = slice(first * count + step, (last - 1) * count + stop)
             rows, copies = tuple(x[take].detach() for x in noisy), stop - step
@@ -288,7 +288,7 @@ def _even(total: int, piece: int = 1 << 20) -> Iterator[int]:
 
 def _block(rows: Sequence[Tensor], copies: int, seeds: int) -> int:
     """Samples per piece, in whole blocks of the random sequence."""
-    return max(1, block_rows(gradient_bytes(rows, seeds)) // max(copies, 1)) // FILL * FILL
+    return max(1, block_rows(gradient_bytes(rows, seeds), rows[0].device) // max(copies, 1)) // FILL * FILL
 
 
 def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:

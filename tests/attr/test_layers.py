@@ -95,8 +95,9 @@ def test_the_engine_is_really_used(monkeypatch):
 
 def test_long_paths_in_blocks(monkeypatch):
     from gradkern.attr import points
+    from gradkern.util import chunks
 
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 4)
     model, x = net("residual", 5)
     for name in ("InternalInfluence", "LayerConductance", "LayerIntegratedGradients"):

@@ -76,7 +76,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
         weights, alphas = path_steps(options["method"], options["n_steps"])
         total = view.zeros(seeds)
-        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds)):
+        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds), value.device):
             steps = last - first
             held = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
             gradients = view.gradients(held, repeated_index(index, a, b, steps), seeds)
@@ -105,7 +105,7 @@ def blocks_of_path(
     points = view.points
     inputs, start = format_input_baseline(points.inputs, options["baselines"])
     layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
-    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds)):
+    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds), inputs[0].device):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
         held = view.forward(at, repeated(points.more, a, b, steps))
         yield Block(a, b, first, last, held[0], view.gradients(held, repeated_index(index, a, b, steps), seeds))

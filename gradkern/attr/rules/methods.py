@@ -13,7 +13,7 @@ from ...dispatch import batching
 from ...ir.program import Program, Scale
 from ...runtime import parameters
 from ...util import options
-from ...util.chunks import stepwise_bytes
+from ...util.chunks import spans, stepwise_bytes, stepwise_samples
 from ...util.memo import Memo
 from ...util.options import InputError
 from .. import captum_compat as compat
@@ -23,8 +23,6 @@ from ..plug import GradientFunc, captum_seeds
 from .linear import attribute as rule_attribute
 from .linear import forward_values, looked_at
 from .rule import Params, Rule, Values
-
-CHUNK_BYTES = 64 << 20  # values and slopes that a CPU holds at a time, where the budget allows it
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ class RuleMethod(ProgramMethod):
         with torch.inference_mode(False), torch.no_grad():
             assert points.module is not None
             params = parameters.bind(program, points.module)
-            step = chunk_of(program, seeds, inputs[0].dtype, device)
-            for a in range(0, n, step):
-                b = min(a + step, n)
+            for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, given, plain)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
@@ -106,12 +102,9 @@ class RuleMethod(ProgramMethod):
         return results
 
 
-def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Samples at a time: their values, references and slopes, and the plain executor's cotangents."""
-    each = stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize)  # values and slopes, here and at the reference
-    budget = options.memory_budget(device)
-    room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
-    return max(1, room // each)
+def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
+    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit."""
+    return stepwise_samples(device, stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize))
 
 
 def values_of(
