@@ -30,11 +30,11 @@ class Struct:
         dataclass(frozen=True, order=order)(cls)
 
 
-class Part(Struct):
+class RecordPart(Struct):
     """What records and sizes are composed of."""
 
 
-class Place(Part):
+class Place(RecordPart):
     """Where the channels-last interior of a value or cotangent begins in scratch memory."""
 
     buffer: Buffer | None  # None: not in scratch memory (the seed rows)
@@ -43,7 +43,7 @@ class Place(Part):
     position: int = 0  # elements from one position to the next
 
 
-class Extent(Part):
+class Extent(RecordPart):
     """Channels, rows and columns."""
 
     C: int
@@ -51,7 +51,7 @@ class Extent(Part):
     W: int
 
 
-class PatternRef(Part):
+class PatternRef(RecordPart):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
     Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
@@ -73,7 +73,7 @@ class PatternRef(Part):
     dw: int
 
 
-class StencilTable(Part):
+class StencilTable(RecordPart):
     """Blocks of positions that read alike; tables.py says what a block and an entry are."""
 
     weights: int  # offset in the packed weights: rows of one weight per channel
@@ -99,7 +99,7 @@ class LineFunction(IntEnum):
     Normalize = 2
 
 
-class LineSet(Part):
+class LineSet(RecordPart):
     """Softmax or normalisation along one axis of the storage, and what the backward pass needs of it."""
 
     extent: Extent
@@ -110,7 +110,7 @@ class LineSet(Part):
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
-class Bands(Part, order=True):
+class Bands(RecordPart, order=True):
     """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
 
     rows: int = 1  # of positions in a band
@@ -130,13 +130,13 @@ class Way(IntEnum):
 # ---- records
 
 
-def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
+def places_of(value: Record | RecordPart) -> Iterator[tuple[str, Place]]:
     """The places in a record or part by their fields' names."""
     for f in fields(value):
         part = getattr(value, f.name)
         if isinstance(part, Place):
             yield f.name, part
-        elif isinstance(part, Part):
+        elif isinstance(part, RecordPart):
             yield from places_of(part)
 
 

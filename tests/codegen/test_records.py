@@ -9,7 +9,7 @@ import pytest
 
 from gradkern.codegen import encoding, records
 from gradkern.codegen.encoding import HEADER, WIDTH, encode, layout_of
-from gradkern.codegen.records import KINDS, Extent, Part, PatternRef, Place
+from gradkern.codegen.records import KINDS, Extent, RecordPart, PatternRef, Place
 from gradkern.codegen.records_header import HEADER_FILE, header
 from gradkern.codegen.scratch import Buffer
 
@@ -26,7 +26,7 @@ def test_every_field_is_explained_or_plain():
     for kind in KINDS:
         assert kind.__doc__
         for _, t in layout_of(kind):
-            assert t in (int, bool, float) or issubclass(t, Part | records.IntEnum)
+            assert t in (int, bool, float) or issubclass(t, RecordPart | records.IntEnum)
 
 
 def test_a_place_resolves_to_its_buffer_and_strides():

@@ -187,12 +187,12 @@ class RunPrice:
         return self.cheapest[most - 1]
 
 
-def priced_numbers(part: records.Record | records.Part) -> Iterator[int]:
+def priced_numbers(part: records.Record | records.RecordPart) -> Iterator[int]:
     """The numbers of a record that its price may depend on."""
     cls: type = type(part)
     for name in priced_fields(cls):
         value = getattr(part, name)
-        if isinstance(value, records.Part):
+        if isinstance(value, records.RecordPart):
             if not isinstance(value, records.Place):
                 yield from priced_numbers(value)
         elif isinstance(value, int):
