@@ -6,7 +6,7 @@ from ..ir.program import Channels, Index, LowRank, Scale
 from . import records
 from .aliasing import Cotangent
 from .recording import Recording, extent, interior
-from .records import Along, Contraction, LineFunction, LineSet, Place, StencilTable, WindowT
+from .records import Along, ContractionT, LineFunction, LineSet, Place, StencilTable, WindowT
 from .scratch import Buffer, padded
 from .support import NATIVE_FUNCTIONS
 from .tables import move, positions, stencil, transposed
@@ -56,13 +56,13 @@ class UnitRecords(Recording):
         src = Place(buffer, first, row, source.C)
         dst = Place(self.grad(node), node.interior + layout.origin, *layout.step)
         where = (layout.weights, layout.row_length, self.table(layout.window))
-        common = Contraction(src, upstream.rows, dst, layout.O, pattern, *where, block=unit.dense)
+        common = ContractionT(src, upstream.rows, dst, layout.O, pattern, *where, block=unit.dense)
         read = unit.out if upstream.pattern is None else upstream.pattern.out
         self.backward.append(self.contraction(unit, layout, read, common, assign))
 
     def contraction(
-        self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
-    ) -> Contraction:
+        self, unit: Unit, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
+    ) -> ContractionT:
         """The transposed record of a window unit; ``read``: the node whose cotangent it reads."""
         entries, segments = read.C, read.P  # of the lists of live channels
         if common.pattern is not None:

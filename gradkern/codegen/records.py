@@ -329,7 +329,7 @@ class SeedDense(Record):
     extent: Extent
 
 
-class Contraction(Record):
+class ContractionT(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
     src: Place  # the cotangent of the contraction's output; of the pattern's output where one is read through
@@ -342,7 +342,7 @@ class Contraction(Record):
     window_table: int  # offset in the tables of where the window's elements lie
 
 
-class WindowT(Contraction):
+class WindowT(ContractionT):
     """On the CPU: a transposed convolution, or over the whole block a transposed linear layer."""
 
     H: int  # positions of the cotangent
@@ -355,7 +355,7 @@ class WindowT(Contraction):
     assign: bool  # the first write of the destination: store instead of add
 
 
-class ScatterT(Contraction):
+class ScatterT(ContractionT):
     """On a GPU: a transposed convolution."""
 
     H: int  # positions of the cotangent
@@ -370,7 +370,7 @@ class ScatterT(Contraction):
     bands: Bands = Bands()
 
 
-class DenseT(Contraction):
+class DenseT(ContractionT):
     """On a GPU: a transposed linear layer, over the whole block."""
 
     window_elements: int  # columns of the weight

@@ -27,7 +27,7 @@ from ..chain import Chain, Row
 from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
 from ..machine import Machine
-from ..records import Bands, Contraction, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
+from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
 from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
@@ -139,8 +139,8 @@ class DeviceLowering(Lowering):
         self.written.add(node.store)
 
     def contraction(
-        self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
-    ) -> Contraction:
+        self, unit: Unit, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
+    ) -> ContractionT:
         assert isinstance(layout, DeviceScatter)
         elements = len(layout.window)
         if unit.dense:
