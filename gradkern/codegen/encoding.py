@@ -1,8 +1,8 @@
 """Encoding: records and sizes as the compiled kernels read them.
 
 A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
-a ``float`` one double, a `RecordPart` its fields in order (zeros where it is None), and a `Place` the numbers of `PLACE`.
-csrc/records.h has the same as structs.
+a ``float`` one double, a `RecordPart` its fields in order (zeros where it is None), and a `Place` the numbers of
+`PLACE`.  csrc/records.h has the same as structs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from .records import ENUMS, KINDS, PARTS, RecordPart, Place, Record
+from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 # ---- sizes
 

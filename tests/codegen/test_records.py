@@ -9,7 +9,7 @@ import pytest
 
 from gradkern.codegen import encoding, records
 from gradkern.codegen.encoding import HEADER, WIDTH, encode, layout_of
-from gradkern.codegen.records import KINDS, Extent, RecordPart, PatternRef, Place
+from gradkern.codegen.records import KINDS, Extent, PatternRef, Place, RecordPart
 from gradkern.codegen.records_header import HEADER_FILE, header
 from gradkern.codegen.scratch import Buffer
 

@@ -63,7 +63,7 @@ class Device(Machine):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Tiling:
     """A way to cut the work: seeds at a time, samples of a block, and of every run of records those that are resident
     in scratch together; and the shared memory that it takes."""
 
@@ -86,7 +86,7 @@ class DeviceLowering(Lowering):
         assert isinstance(machine, Device)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
-        self.choice = Choice(1, 1, (), 0, 0, 0.0)
+        self.tiling = Tiling(1, 1, (), 0, 0, 0.0)
         self.prices: dict[tuple, float] = {}
         self.ways: dict[int, list[Bands]] = {}  # the weights of a transposed convolution → bands to choose from
         self.strides: list[int] = []  # of every run, between resident samples
@@ -175,7 +175,7 @@ class DeviceLowering(Lowering):
 
     def finish(self) -> tuple[Sizes, int]:
         self.forward = fused(self.forward, self.backward)
-        best: tuple[Choice, list[Record]] | None = None
+        best: tuple[Tiling, list[Record]] | None = None
         least = 0
         for backward in self.variants():
             self.use(backward)
@@ -183,22 +183,22 @@ class DeviceLowering(Lowering):
             for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
                 strides, sample = self.arrange(buffers, spans, tile)
                 least = self.bytes(max(*strides, self.temporary(1, tile)), sample, 1)
-                choice = self.choose(strides, sample, tile)
-                if choice and (best is None or choice.cost < best[0].cost):
-                    best = choice, backward
+                tiling = self.best_tiling(strides, sample, tile)
+                if tiling and (best is None or tiling.cost < best[0].cost):
+                    best = tiling, backward
         if best is None:
             raise TooLarge(least, self.machine.shared_bytes)
-        self.choice, backward = choice, _ = best
+        self.tiling, backward = tiling, _ = best
         self.use(backward)
         buffers, spans = self.lives()
-        self.strides, self.sample = self.arrange(buffers, spans, choice.seed_tile)
+        self.strides, self.sample = self.arrange(buffers, spans, tiling.seed_tile)
         for buffer in buffers:
-            buffer.base += choice.region * buffer.per_sample
+            buffer.base += tiling.region * buffer.per_sample
         self.settle()
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
         self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
-        most = max(choice.resident, default=1)
-        return CudaSizes(choice.region, self.sample, self.bit_bytes, most, choice.bytes, choice.block), choice.seed_tile
+        most = max(tiling.resident, default=1)
+        return CudaSizes(tiling.region, self.sample, self.bit_bytes, most, tiling.bytes, tiling.block), tiling.seed_tile
 
     def settle(self) -> None:
         """Say in the records how the workers of transposed convolutions share the work."""
@@ -285,7 +285,7 @@ class DeviceLowering(Lowering):
     def bytes(self, region: int, sample: int, block: int) -> int:
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
-    def choose(self, scratch: list[int], sample: int, tile: int) -> Choice | None:
+    def best_tiling(self, scratch: list[int], sample: int, tile: int) -> Tiling | None:
         """The cheapest samples of a block and resident samples for a seed tile; None where nothing fits."""
         runs, best = self.priced(tile), None
         for block in range(1, MAX_TILE + 1):
@@ -301,7 +301,7 @@ class DeviceLowering(Lowering):
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
-                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), price)
+                best = Tiling(tile, block, resident, region, self.bytes(region, sample, block), price)
         return best
 
     def rounds(self, tile: int) -> int:
@@ -322,11 +322,11 @@ class DeviceLowering(Lowering):
 
     def chosen_work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
-        return self.work(self.choice.resident[run], self.choice.block, self.choice.seed_tile)
+        return self.work(self.tiling.resident[run], self.tiling.block, self.tiling.seed_tile)
 
     def clocks(self) -> tuple[float, ...]:
         """Estimated clocks of a multiprocessor per sample, record by record."""
-        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.choice.seed_tile)
+        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.tiling.seed_tile)
         forward = (self.chosen_work(run).clocks(op, True) for op, run in zip(self.forward, runs[:n], strict=True))
         backward = (self.chosen_work(run).clocks(op, False) for op, run in zip(self.backward, runs[n:], strict=True))
         return (*forward, *(rounds * clocks for clocks in backward))
@@ -340,7 +340,7 @@ class DeviceLowering(Lowering):
         """A negative stride between samples means scratch; where one sample is resident it is still below zero."""
         runs = self.runs_of()[: len(self.forward)] if ops is self.forward else self.runs_of()[len(self.forward) :]
         return tuple(
-            encode(op, self.sample, -max(self.strides[run], 4), self.choice.resident[run])
+            encode(op, self.sample, -max(self.strides[run], 4), self.tiling.resident[run])
             for op, run in zip(ops, runs, strict=True)
         )
 
