@@ -14,7 +14,7 @@ from . import records
 from .chain import Chain, Row
 from .emitters import UnitRecords
 from .encoding import CpuSizes, Sizes, encode
-from .grouping import Builder
+from .grouping import GraphBuilder
 from .machine import Machine
 from .recording import extent
 from .records import Extent, Place, Record
@@ -161,7 +161,7 @@ def lower(
     the seeds are one-hot at the single output (else dense cotangents are given for every output).  ``linear``: no
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
-    graph = Builder(program, steps, live_out).build()
+    graph = GraphBuilder(program, steps, live_out).build()
     low = lowering(graph, machine, itemsize, seeds, wrt, onehot)
     low.load_slopes() if linear else low.run_forward()
     if seeds:

@@ -23,7 +23,7 @@ from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognise
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .export import export
-from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
 from .verify import Untraceable, verify
@@ -67,7 +67,7 @@ class _Lowering:
         self.literals = literals
         self.known: dict[torch.fx.Node, Any] = {}
         self.symbol: Any = None
-        self.builder = Builder(())
+        self.builder = ProgramBuilder(())
 
     def program(self) -> Program:
         self._check_signature()
@@ -115,7 +115,7 @@ class _Lowering:
         bounds = self.exported.range_constraints.get(self.symbol.node.expr)
         if bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31):
             raise Untraceable("its code depends on the number of samples")
-        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
+        self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
         for i, node in enumerate(users):
             self.known[node] = Value(i)
             self.builder.dtypes[Value(i)] = node.meta["val"].dtype

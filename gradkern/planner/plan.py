@@ -16,7 +16,7 @@ import torch
 
 from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import CAST_DTYPES, Device
-from ..codegen.grouping import Builder
+from ..codegen.grouping import GraphBuilder
 from ..codegen.machine import Machine
 from ..ir import graph
 from ..ir.calls import form_params
@@ -108,7 +108,7 @@ class Plan:
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows, in the order of ``program.steps``."""
         program, base = self.program, len(self.program.inputs)
-        builders = (Builder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
+        builders = (GraphBuilder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
         folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
         before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
         rows = []

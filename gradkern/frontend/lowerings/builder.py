@@ -43,7 +43,7 @@ def lowers(*ops: str, **given: Any) -> Callable[[Lowering], Lowering]:
     return register
 
 
-class Builder:
+class ProgramBuilder:
     """Collects the steps of a `Program`.  Shapes are per sample; the batch axis is axis 0 of every live tensor."""
 
     def __init__(self, inputs: tuple[Shape, ...]) -> None:
@@ -144,7 +144,7 @@ class MixesSamples(Exception):
     """The op works across samples."""
 
 
-def as_shape(b: Builder, value: Value, shape: Shape) -> Value:
+def as_shape(b: ProgramBuilder, value: Value, shape: Shape) -> Value:
     """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
     if b.shape(value) == tuple(shape):
         return value
