@@ -7,7 +7,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "ba1b3cc3c2d2d48e";
+constexpr char kRecordLayout[] = "fb58bf2d2409d062";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -17,10 +17,10 @@ enum class Kind : int64_t {
   PooledWindow,
   Stencil,
   Pattern,
-  Scale,
-  Sum,
+  Elementwise,
+  Add,
   Move,
-  Product,
+  Multiply,
   Lines,
   MatMul,
   Zero,
@@ -33,10 +33,10 @@ enum class Kind : int64_t {
   DenseT,
   StencilT,
   PatternT,
-  ScaleT,
-  Add,
+  ElementwiseT,
+  Accumulate,
   MoveT,
-  ProductT,
+  MultiplyT,
   LinesT,
   MatMulT,
   StoreT,
@@ -238,7 +238,7 @@ struct PatternRecord {
 };
 
 // An elementwise function, and its derivative for the backward pass.
-struct ScaleRecord {
+struct ElementwiseRecord {
   Kind kind;
   int64_t block, samples;
   Place src;
@@ -252,7 +252,7 @@ struct ScaleRecord {
 };
 
 // The sum of two values.
-struct SumRecord {
+struct AddRecord {
   Kind kind;
   int64_t block, samples;
   Place left;
@@ -272,7 +272,7 @@ struct MoveRecord {
 };
 
 // The product of two values; a stride of 0 stretches a side along that axis.
-struct ProductRecord {
+struct MultiplyRecord {
   Kind kind;
   int64_t block, samples;
   Place left;
@@ -432,7 +432,7 @@ struct PatternTRecord {
 };
 
 // Multiplies a cotangent by the derivative.
-struct ScaleTRecord {
+struct ElementwiseTRecord {
   Kind kind;
   int64_t block, samples;
   Place src;
@@ -443,7 +443,7 @@ struct ScaleTRecord {
 };
 
 // Adds one cotangent to another.
-struct AddRecord {
+struct AccumulateRecord {
   Kind kind;
   int64_t block, samples;
   Place src;
@@ -463,7 +463,7 @@ struct MoveTRecord {
 };
 
 // Adds a cotangent times the product's other side, summed where `dst` was stretched.
-struct ProductTRecord {
+struct MultiplyTRecord {
   Kind kind;
   int64_t block, samples;
   Place src;

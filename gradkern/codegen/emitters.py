@@ -104,7 +104,7 @@ class UnitRecords(Recording):
 
     def forward_sum(self, unit: Unit) -> None:
         left, right = map(self.value, unit.reads)
-        self.forward.append(records.Sum(left, right, self.value(unit.out), extent(unit.out)))
+        self.forward.append(records.Add(left, right, self.value(unit.out), extent(unit.out)))
 
     def backward_sum(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         if self.cotangents.of(node) is upstream:
@@ -116,7 +116,7 @@ class UnitRecords(Recording):
 
     def add(self, upstream: Cotangent, node: Node) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.Add(src, dst, extent(node)))
+        self.backward.append(records.Accumulate(src, dst, extent(node)))
 
     # ---- copies
 
@@ -173,13 +173,13 @@ class UnitRecords(Recording):
         assert isinstance(form, Scale)
         (src, dst), parameters = self.ends(unit), (*form.params, 0.0, 0.0, 0.0)[:3]
         function = list(NATIVE_FUNCTIONS).index(form.function)
-        self.forward.append(records.Scale(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
+        self.forward.append(records.Elementwise(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
 
     def backward_scale(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         in_place = self.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
-        self.backward.append(records.ScaleT(src, dst, self.slope(unit), extent(unit.out), in_place))
+        self.backward.append(records.ElementwiseT(src, dst, self.slope(unit), extent(unit.out), in_place))
 
     # ---- products of two values
 
@@ -191,7 +191,7 @@ class UnitRecords(Recording):
     def forward_product(self, unit: Unit) -> None:
         (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
         dst = self.value(unit.out)
-        self.forward.append(records.Product(left, right, dst, extent(unit.out), left_channel, right_channel))
+        self.forward.append(records.Multiply(left, right, dst, extent(unit.out), left_channel, right_channel))
 
     def backward_product(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         other = unit.reads[1 - self.operand_index(unit, node)]
@@ -199,7 +199,7 @@ class UnitRecords(Recording):
         self.first_touch(node)
         dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
         side, other_channel = self.stretched(other, unit.out, self.store(other))
-        self.backward.append(records.ProductT(src, side, dst, extent(unit.out), dst_channel, other_channel))
+        self.backward.append(records.MultiplyT(src, side, dst, extent(unit.out), dst_channel, other_channel))
 
     # ---- products of two matrices of values, H of them, each as it lies row by row
 

@@ -226,7 +226,7 @@ class Pattern(Record):
     relu: bool
 
 
-class Scale(Record):
+class Elementwise(Record):
     """An elementwise function, and its derivative for the backward pass."""
 
     src: Place
@@ -239,7 +239,7 @@ class Scale(Record):
     p2: float
 
 
-class Sum(Record):
+class Add(Record):
     """The sum of two values."""
 
     left: Place
@@ -257,7 +257,7 @@ class Move(Record):
     run_table: int  # offset in the tables; 5 numbers each: source, destination, count, source step, destination step
 
 
-class Product(Record):
+class Multiply(Record):
     """The product of two values; a stride of 0 stretches a side along that axis."""
 
     left: Place
@@ -396,7 +396,7 @@ class PatternT(Record):
     pattern: PatternRef
 
 
-class ScaleT(Record):
+class ElementwiseT(Record):
     """Multiplies a cotangent by the derivative."""
 
     src: Place
@@ -406,7 +406,7 @@ class ScaleT(Record):
     assign: bool  # store (in place) instead of add
 
 
-class Add(Record):
+class Accumulate(Record):
     """Adds one cotangent to another."""
 
     src: Place
@@ -424,7 +424,7 @@ class MoveT(Record):
     distinct: bool = False  # no number is read twice: runs can be taken in parallel
 
 
-class ProductT(Record):
+class MultiplyT(Record):
     """Adds a cotangent times the product's other side, summed where `dst` was stretched."""
 
     src: Place
@@ -462,9 +462,9 @@ class StoreT(Record):
 
 #: A record's kind is its place in this list.
 KINDS: tuple[type[Record], ...] = (
-    Load, Store, Window, PooledWindow, Stencil, Pattern, Scale, Sum, Move, Product, Lines, MatMul,
-    Zero, Rectify, SeedRows, SeedOneHot, SeedDense, WindowT, ScatterT, DenseT, StencilT, PatternT, ScaleT, Add, MoveT,
-    ProductT, LinesT, MatMulT, StoreT,
+    Load, Store, Window, PooledWindow, Stencil, Pattern, Elementwise, Add, Move, Multiply, Lines, MatMul,
+    Zero, Rectify, SeedRows, SeedOneHot, SeedDense, WindowT, ScatterT, DenseT, StencilT, PatternT, ElementwiseT,
+    Accumulate, MoveT, MultiplyT, LinesT, MatMulT, StoreT,
 )  # fmt: skip
 
 PARTS = (Extent, PatternRef, StencilTable, LineSet, Bands)

@@ -32,15 +32,15 @@ def test_every_field_is_explained_or_plain():
 def test_a_place_resolves_to_its_buffer_and_strides():
     shared, own = Buffer(100, base=32), Buffer(50, cotangent=True, base=500, per_sample=True)
     src, dst = Place(shared, 3, row=20, position=2), Place(own, 4, row=10, position=1)
-    row = encode(records.Add(src=src, dst=dst, extent=Extent(2, 5, 10)), sample=1000, samples=7)
-    assert len(row) == WIDTH and row[: len(HEADER)] == (KINDS.index(records.Add), 0, 7)
+    row = encode(records.Accumulate(src=src, dst=dst, extent=Extent(2, 5, 10)), sample=1000, samples=7)
+    assert len(row) == WIDTH and row[: len(HEADER)] == (KINDS.index(records.Accumulate), 0, 7)
     assert row[3:16] == (35, 0, 0, 20, 2, 504, 1000, 50, 10, 1, 2, 5, 10)
     assert not any(row[16:])
 
 
 def test_numbers_and_missing_parts():
     b = Buffer(10, base=0)
-    scale = records.Scale(
+    scale = records.Elementwise(
         src=Place(b, 0), dst=Place(b, 0), slope=Place(b, 0), extent=Extent(1, 1, 1), function=2, p0=0.1, p1=1, p2=-2.5
     )
     doubles = struct.unpack("<3d", struct.pack("<3q", *encode(scale, 0)[22:25]))
