@@ -7,7 +7,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "fb58bf2d2409d062";
+constexpr char kRecordLayout[] = "6291940966c5245e";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -56,8 +56,8 @@ enum class LineFunction : int64_t {
   Normalize = 2,
 };
 
-// How a GPU's workers go through the channels of a transposed convolution.
-enum class Way : int64_t {
+// How a GPU's workers compute a transposed convolution.
+enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
   Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
   Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
@@ -388,7 +388,7 @@ struct ScatterTRecord {
   int64_t groups;
   int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
-  Way way;
+  ScatterAlgorithm algorithm;
   int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
   int64_t lanes;      // of a worker
   Bands bands;

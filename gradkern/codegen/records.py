@@ -119,8 +119,8 @@ class Bands(RecordPart, order=True):
     column_colours: int = 1
 
 
-class Way(IntEnum):
-    """How a GPU's workers go through the channels of a transposed convolution."""
+class ScatterAlgorithm(IntEnum):
+    """How a GPU's workers compute a transposed convolution."""
 
     Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
     Quads = 1  # all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
@@ -364,7 +364,7 @@ class ScatterT(ContractionT):
     groups: int
     merged: bool  # the taps of the pool share one window
     window_elements: int  # offsets in the window table
-    way: Way
+    algorithm: ScatterAlgorithm
     tap_table: int = 0  # Quads: offset in the tables of where each tap's weights begin
     lanes: int = 32  # of a worker
     bands: Bands = Bands()
@@ -468,4 +468,4 @@ KINDS: tuple[type[Record], ...] = (
 )  # fmt: skip
 
 PARTS = (Extent, PatternRef, StencilTable, LineSet, Bands)
-ENUMS = (Along, LineFunction, Way)
+ENUMS = (Along, LineFunction, ScatterAlgorithm)

@@ -24,14 +24,15 @@ POOLED = 8  # csrc/cuda/pooled.cuh
 NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
 PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
-PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
+PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-#: What costs nothing: where weights, bits and tables lie, and what is settled after the price.
-PLACES = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
-Ways = Mapping[int, list[records.Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
+#: Fields that no price depends on: where weights, bits and tables lie, and what is settled after the price.
+UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
+#: The bands that a transposed convolution can have, by the offset of its weights.
+BandOptions = Mapping[int, list[records.Bands]]
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -58,7 +59,7 @@ class Work:
     block: int
     tile: int
     itemsize: int
-    ways: Ways
+    band_options: BandOptions
 
     def samples(self, op: records.Record) -> int:
         """How many go through the record together."""
@@ -122,24 +123,24 @@ class Work:
 
     def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
-        alive, elements = op.pattern.taps if op.pattern else 0, op.window_elements
-        planes, taps = alive if op.merged else 1, max(alive, 1)
-        ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        if op.way == records.Way.Walk:
+        pattern_taps, elements = op.pattern.taps if op.pattern else 0, op.window_elements
+        planes, taps, pattern = pattern_taps if op.merged else 1, max(pattern_taps, 1), op.pattern is not None
+        candidates: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
+        if op.algorithm == records.ScatterAlgorithm.Walk:
             visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
-            one = walk_clocks(elements, op.O, op.merged, together, taps, bool(alive))
-            ways.append((visits * one, visits, worker_lanes(elements)))
-        elif op.way == records.Way.Quads:
+            one = walk_clocks(elements, op.O, op.merged, together, taps, pattern)
+            candidates.append((visits * one, visits, worker_lanes(elements)))
+        elif op.algorithm == records.ScatterAlgorithm.Quads:
             for lanes in QUAD_LANES:
-                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, bool(alive), lanes, self.itemsize)
-                ways.append((taps / max(planes, 1) * one, visits, lanes))
+                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, pattern, lanes, self.itemsize)
+                candidates.append((taps / max(planes, 1) * one, visits, lanes))
         else:
             one, visits = narrow_clocks(elements, op.O, self.tile, planes)
-            ways.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
+            candidates.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
         priced = (
             (op.H * op.W * clocks / self.share(op, bands, visits, lanes), lanes, bands)
-            for clocks, visits, lanes in ways
-            for bands in self.ways[op.weights]
+            for clocks, visits, lanes in candidates
+            for bands in self.band_options[op.weights]
         )
         return min(priced)
 
@@ -201,7 +202,7 @@ def priced_numbers(part: records.Record | records.RecordPart) -> Iterator[int]:
 
 @cache
 def priced_fields(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls) if f.name not in PLACES and not f.name.endswith("_table"))
+    return tuple(f.name for f in fields(cls) if f.name not in UNPRICED_FIELDS and not f.name.endswith("_table"))
 
 
 def worker_lanes(elements: int) -> int:
@@ -210,7 +211,7 @@ def worker_lanes(elements: int) -> int:
     return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 
 
-def alive(planes: int, pattern: bool) -> float:
+def live_share(planes: int, pattern: bool) -> float:
     """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
 
@@ -221,7 +222,7 @@ def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: 
     lanes = worker_lanes(elements)
     workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
-    live = channels * alive(planes, pattern) / walks
+    live = channels * live_share(planes, pattern) / walks
     longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
     step = loop(
         (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
@@ -237,7 +238,7 @@ def quad_clocks(
     each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
     chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
-    walked = channels * (alive(planes, pattern) if workers == 1 and each == 2 else 1.0)
+    walked = channels * (live_share(planes, pattern) if workers == 1 and each == 2 else 1.0)
     rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
     step = loop(
         each * (4 * together + 1) + (10 + DECODE[max(planes, 1)]) + 1.6 * together + 6 * (each == 2),

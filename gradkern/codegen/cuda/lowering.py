@@ -27,7 +27,7 @@ from ..chain import Chain, Row
 from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
 from ..machine import Machine
-from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
+from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
 from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
@@ -88,7 +88,7 @@ class DeviceLowering(Lowering):
         self.written: set[int] = set()  # stores that a record has written
         self.tiling = Tiling(1, 1, (), 0, 0, 0.0)
         self.prices: dict[tuple, float] = {}
-        self.ways: dict[int, list[Bands]] = {}  # the weights of a transposed convolution → bands to choose from
+        self.band_options: dict[int, list[Bands]] = {}  # offset of a transposed convolution's weights → its options
         self.strides: list[int] = []  # of every run, between resident samples
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
@@ -110,7 +110,7 @@ class DeviceLowering(Lowering):
             if mergeable(unit, pattern):
                 made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
-            fitting = [s for s in made if s.way == Way.Walk]
+            fitting = [s for s in made if s.algorithm == ScatterAlgorithm.Walk]
         else:
             fitting = [s for s in made if s.fits(unit.reads[0], upstream.node)]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))
@@ -150,9 +150,9 @@ class DeviceLowering(Lowering):
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
-        own = {"merged": layout.merged, "window_elements": elements, "way": layout.way, "tap_table": taps}
+        own = {"merged": layout.merged, "window_elements": elements, "algorithm": layout.algorithm, "tap_table": taps}
         op = ScatterT(**vars(common) | sizes | own)
-        self.ways[op.weights] = bands(unit, op)
+        self.band_options[op.weights] = bands(unit, op)
         return op
 
     def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
@@ -277,7 +277,7 @@ class DeviceLowering(Lowering):
         wanted = 0
         for op in self.forward + self.backward:
             if op.block:
-                wanted = max(wanted, cost.PARTS)
+                wanted = max(wanted, cost.PARTIAL_SUMS)
             if isinstance(op, DenseT):
                 wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
         return wanted
@@ -318,7 +318,7 @@ class DeviceLowering(Lowering):
         return prices
 
     def work(self, resident: int, block: int, tile: int) -> cost.Work:
-        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.ways)
+        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.band_options)
 
     def chosen_work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
@@ -346,7 +346,7 @@ class DeviceLowering(Lowering):
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
-    """Rectangles of positions that workers own, and how many colours part them, in the ways to choose from.
+    """The rectangles of positions that workers may own, and how many colours part them.
 
     Position ``q`` of an axis reaches from ``q·step`` to ``q·step + reach`` of the destination.  Bands of ``length``
     positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  So an
