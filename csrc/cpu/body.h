@@ -63,12 +63,12 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
 template <class T>
 void run_chain(const Record* records, int64_t count, Context<T>& ctx) {
   for (int64_t i = 0; i < count;) {
-    if (records[i].block) {
+    if (records[i].whole_block) {
       run_record(records[i++], ctx, 0);
       continue;
     }
     int64_t end = i;
-    while (end < count && !records[end].block) ++end;
+    while (end < count && !records[end].whole_block) ++end;
     for (int64_t n = 0; n < ctx.samples; ++n)
       for (int64_t k = i; k < end; ++k) run_record(records[k], ctx, n);
     i = end;

@@ -63,10 +63,10 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
       const Record* records = forward ? args.forward : args.backward;
       const int count = forward ? args.forward_count : args.backward_count;
       for (int begin = 0, end; begin < count; begin = end) {
-        const bool block = records[begin].block;
+        const bool whole_block = records[begin].whole_block;
         end = begin + 1;
-        while (!block && end < count && !records[end].block) ++end;
-        const int step = block ? args.block : static_cast<int>(records[begin].samples);
+        while (!whole_block && end < count && !records[end].whole_block) ++end;
+        const int step = whole_block ? args.block : static_cast<int>(records[begin].samples);
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {

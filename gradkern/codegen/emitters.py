@@ -43,7 +43,7 @@ class UnitRecords(Recording):
         src = Place(self.store(source), first, down * source.row, along * source.C)
         sizes = (out.H, out.W, layout.channels, layout.O, layout.groups, layout.R, layout.L)
         where = (self.table(layout.runs), layout.weights, layout.bias)
-        self.forward.append(records.Window(src, self.value(out), *sizes, *where, block=unit.dense))
+        self.forward.append(records.Window(src, self.value(out), *sizes, *where, whole_block=unit.dense))
 
     def backward_window(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         layout = self.scatter(unit, upstream.pattern)
@@ -56,7 +56,7 @@ class UnitRecords(Recording):
         src = Place(buffer, first, row, source.C)
         dst = Place(self.grad(node), node.interior + layout.origin, *layout.step)
         where = (layout.weights, layout.row_length, self.table(layout.window))
-        common = ContractionT(src, upstream.rows, dst, layout.O, pattern, *where, block=unit.dense)
+        common = ContractionT(src, upstream.rows, dst, layout.O, pattern, *where, whole_block=unit.dense)
         read = unit.out if upstream.pattern is None else upstream.pattern.out
         self.backward.append(self.contraction(unit, layout, read, common, assign))
 

@@ -60,7 +60,7 @@ SIZES = (CpuSizes, CudaSizes)
 # ---- encoding
 
 #: The numbers that every row begins with; `samples`: on a GPU, how many go together through the record's run.
-HEADER = ("kind", "block", "samples")
+HEADER = ("kind", "whole_block", "samples")
 #: What a place is in C++.
 PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
@@ -117,7 +117,7 @@ def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tu
         else:
             yield int(value)
 
-    row = [KINDS.index(type(record)), int(record.block), samples, *numbers(record, type(record))]
+    row = [KINDS.index(type(record)), int(record.whole_block), samples, *numbers(record, type(record))]
     return tuple(row + [0] * (WIDTH - len(row)))
 
 

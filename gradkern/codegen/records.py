@@ -144,7 +144,7 @@ class Record(Struct):
     """What all kinds have in common."""
 
     _: KW_ONLY
-    block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
+    whole_block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
 
     def buffers(self) -> list[Buffer]:
         """What the record reads or writes of scratch memory."""

@@ -48,7 +48,7 @@ def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
     for records in passes:
         previous: Record | None = None
         for record in records:
-            if previous is None or record.block or previous.block:
+            if previous is None or record.whole_block or previous.whole_block:
                 stage += 1
             previous = record
             count += 1
@@ -122,10 +122,10 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
     return shared, sample + 48  # an odd multiple of 16 elements: samples do not fall on the same cache sets
 
 
-def block_size(blocked: bool, shared: int, sample: int, lists: int) -> int:
-    """How many samples go together; ``blocked``: some record takes them all at once.
+def block_size(whole_block: bool, shared: int, sample: int, lists: int) -> int:
+    """How many samples go together; ``whole_block``: some record takes them all at once.
 
     Bytes: ``shared`` by all samples, of each ``sample``, and of the ``lists`` that skip zeros, for each sample too.
     """
-    block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if blocked else 8
+    block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if whole_block else 8
     return max(1, min(block, (SCRATCH_BYTES - shared) // (sample + lists)))

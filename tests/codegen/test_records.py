@@ -46,8 +46,8 @@ def test_numbers_and_missing_parts():
     doubles = struct.unpack("<3d", struct.pack("<3q", *encode(scale, 0)[22:25]))
     assert doubles == (0.1, 1.0, -2.5)
     dense = records.DenseT(
-        block=True, src=Place(None, 0), seed_rows=True, dst=Place(b, 0), O=4, pattern=None, weights=1, row_length=8,
-        window_table=9, window_elements=6, joined=True, assign=False,
+        whole_block=True, src=Place(None, 0), seed_rows=True, dst=Place(b, 0), O=4, pattern=None, weights=1,
+        row_length=8, window_table=9, window_elements=6, joined=True, assign=False,
     )  # fmt: skip
     row = encode(dense, 0)
     pattern = 3 + 5 + 1 + 5 + 1

@@ -146,7 +146,7 @@ def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2, 4):
         slice_by(monkeypatch, count)
         *_, chain = solve("pool2")
-        wide = [op for op in chain.backward if op.block]
+        wide = [op for op in chain.backward if op.whole_block]
         kept.append(chain.sizes.sample)
         assert len(wide) >= count
     assert kept[0] > kept[1] > kept[2]
@@ -162,7 +162,7 @@ def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
     )  # fmt: skip
     monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
     _, got, _, want, chain = solve("groups")
-    assert sum(op.block for op in chain.backward) == 3
+    assert sum(op.whole_block for op in chain.backward) == 3
     assert oracle.relative_error(got, want) < 1e-11
 
 
@@ -186,7 +186,7 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
     _, got, _, want, chain = solve("border")
-    assert any(op.block for op in chain.backward)
+    assert any(op.whole_block for op in chain.backward)
     assert oracle.relative_error(got, want) < 1e-11
 
 

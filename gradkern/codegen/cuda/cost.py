@@ -63,7 +63,7 @@ class Work:
 
     def samples(self, op: records.Record) -> int:
         """How many go through the record together."""
-        return self.block if op.block else self.resident
+        return self.block if op.whole_block else self.resident
 
     def clocks(self, op: records.Record, forward: bool) -> float:
         """Clocks per sample of a record, in the backward pass per tile of seeds too."""
@@ -87,16 +87,16 @@ class Work:
         """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
         samples = self.samples(op)
         taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
-        positions = samples * (1 if op.block else op.H * op.W * max(taps, 1))
+        positions = samples * (1 if op.whole_block else op.H * op.W * max(taps, 1))
         lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
         each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
         tiles = math.ceil(op.O / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op.groups
-        share = busy(tiles * (max(self.warps // tiles, 1) if op.block else 1), self.warps)
+        share = busy(tiles * (max(self.warps // tiles, 1) if op.whole_block else 1), self.warps)
         # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
         term = loop(4 * each + 7, each / 4 + 2) if op.run_length % 4 == 0 else loop(5 * each + 7, each + 1)
         terms = op.runs * op.run_length
         work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
-        return max(work, terms * op.O * self.itemsize / L2_PACE if op.block else 0.0) / samples
+        return max(work, terms * op.O * self.itemsize / L2_PACE if op.whole_block else 0.0) / samples
 
     def product(self, op: records.DenseT) -> float:
         """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
@@ -161,7 +161,7 @@ class Work:
 class RunPrice:
     """A run of records as a price per sample, by how many samples it takes at a time."""
 
-    block: bool  # whether it is a single record that takes the whole block
+    whole_block: bool  # whether it is a single record that takes the whole block
     work: Work
     known: dict[tuple, float]  # prices of records: slices repeat theirs
     ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)

@@ -211,7 +211,7 @@ class DeviceLowering(Lowering):
         """The run that each record belongs to: a record that takes the whole block, or all records in between."""
         numbers, run, ops = [], -1, self.forward + self.backward
         for i, op in enumerate(ops):
-            run += bool(i in (0, len(self.forward)) or op.block or ops[i - 1].block)
+            run += bool(i in (0, len(self.forward)) or op.whole_block or ops[i - 1].whole_block)
             numbers.append(run)
         return numbers
 
@@ -236,7 +236,7 @@ class DeviceLowering(Lowering):
             for buffer in op.buffers():
                 spans.setdefault(buffer, [i, i])[1] = i
                 buffer.stages.add(run)
-                buffer.per_sample |= op.block
+                buffer.per_sample |= op.whole_block
         buffers = [b for b in (*self.stores.values(), *self.grads.values()) if b in spans]
         for buffer in buffers:
             buffer.per_sample |= len(buffer.stages) > 1
@@ -273,10 +273,10 @@ class DeviceLowering(Lowering):
         return scratch, sample
 
     def temporary(self, block: int, tile: int) -> int:
-        """Elements of the region that block ops want."""
+        """Elements of the region that whole-block records want."""
         wanted = 0
         for op in self.forward + self.backward:
-            if op.block:
+            if op.whole_block:
                 wanted = max(wanted, cost.PARTIAL_SUMS)
             if isinstance(op, DenseT):
                 wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
@@ -297,7 +297,7 @@ class DeviceLowering(Lowering):
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
             limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
             each_run = zip(runs, limits, strict=True)
-            picked = [(run.price(0, block), 1) if run.block else run.best(most) for run, most in each_run]
+            picked = [(run.price(0, block), 1) if run.whole_block else run.best(most) for run, most in each_run]
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
@@ -313,7 +313,7 @@ class DeviceLowering(Lowering):
         prices: list[cost.RunPrice] = []
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             if run == len(prices):
-                prices.append(cost.RunPrice(op.block, self.work(0, 0, tile), self.prices))
+                prices.append(cost.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
             prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
         return prices
 
