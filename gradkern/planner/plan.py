@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import CAST_DTYPES, Device
 from ..codegen.grouping import GraphBuilder
-from ..codegen.machine import Machine
+from ..codegen.machine import Device, Machine
+from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.cost import total_macs

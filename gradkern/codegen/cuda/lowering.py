@@ -19,14 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from ...ir.program import Contract, Dense, Program, Windows
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
 from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
-from ..machine import Machine
+from ..machine import Device, Machine, TooLarge
 from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
 from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
@@ -37,29 +35,12 @@ from .slices import COUNTS as SLICES
 from .slices import sliced
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 
-CAST_DTYPES = (torch.float16, torch.bfloat16)  # cast to float32 on the way in, and back on the way out
 #: Numbers in a weight from which a contraction leaves its chain.  A block reads the weight for its own few samples: a
 #: mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
 CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_RESIDENT = 32  # samples at a time in scratch
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/chain.h: kPorts
-
-
-class TooLarge(Exception):
-    """A chain that no tile makes small enough; ``.bytes`` is what a single sample and seed would take."""
-
-    def __init__(self, needed: int, limit: int):
-        super().__init__(f"needs {needed / 1024:.0f} KiB of shared memory for one sample, of {limit / 1024:.0f}")
-        self.bytes = needed
-
-
-@dataclass(frozen=True)
-class Device(Machine):
-    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read in groups of four numbers."""
-
-    shared_bytes: int = 232448  # that one block may have
-    threads: int = 256
 
 
 @dataclass(frozen=True)
@@ -363,7 +344,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
     return [Bands(high, wide, n, m) for high, n in rows for wide, m in columns]
 
 
-def heavy(program: Program, i: int) -> str | None:
+def too_heavy_reason(program: Program, i: int) -> str | None:
     """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
     step = program.steps[i]
     form = step.form
@@ -382,6 +363,6 @@ def heavy(program: Program, i: int) -> str | None:
 lower_device = partial(lower, lowering=DeviceLowering)
 
 
-def lowering(machine: Machine) -> Callable[..., Chain]:
+def lower_for(machine: Machine) -> Callable[..., Chain]:
     """`lower` or `lower_device`, by the machine."""
     return lower_device if isinstance(machine, Device) else lower
