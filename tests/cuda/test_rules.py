@@ -17,7 +17,7 @@ from gradkern import attr
 from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
-from gradkern.attr.rules.methods import chunk_of, values_of, with_relu
+from gradkern.attr.rules.rule_methods import chunk_of, values_of, with_relu
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan

@@ -10,7 +10,7 @@ from ...ir import graph
 from ...runtime import executor, reference
 from ..attribute_all import Many, Options
 from ..captum_compat import format_output, is_tuple, stock
-from .methods import LayerMethod, one_output
+from .layer_methods import LayerMethod, one_output
 
 
 class NeuronGradient(LayerMethod, stock.NeuronGradient):

@@ -23,8 +23,8 @@ from ..attribute_all import Inputs, Many, Options, answer, one_by_one, points_fo
 from ..captum_compat import stock
 from ..plug import GradientFunc
 from ..points import rows_of
-from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
+from .rule_methods import Chunk, RuleMethod
 
 
 class Rescale(Rule):

@@ -21,8 +21,8 @@ from .. import captum_compat as compat
 from ..attribute_all import Inputs, Many, Options, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc
-from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
+from .rule_methods import Chunk, RuleMethod
 
 KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
 EPSILON = 1e-9  # Captum's default

@@ -12,7 +12,7 @@ from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
 from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
-from .methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, all_outputs, one_output
 from .split import LayerView
 
 

@@ -33,7 +33,7 @@ from ..attribute_all import (
 )
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
-from ..rules.methods import GuidedBackprop
+from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
 
