@@ -7,7 +7,7 @@ from . import records
 from .aliasing import Cotangent
 from .recording import Recording, extent, interior
 from .records import Along, ContractionT, LineFunction, LineSet, Place, StencilTable, WindowT
-from .scratch import Buffer, padded
+from .scratch import Buffer, round_up
 from .support import NATIVE_FUNCTIONS
 from .tables import move, positions, stencil, transposed
 from .units import Node, Unit
@@ -67,7 +67,7 @@ class UnitRecords(Recording):
         entries, segments = read.C, read.P  # of the lists of live channels
         if common.pattern is not None:
             segments = read.P * common.pattern.taps + 1
-            entries = segments * padded(read.C) + 64
+            entries = segments * round_up(read.C) + 64
         self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)

@@ -35,7 +35,7 @@ class Buffer:
     per_sample: bool = False
 
 
-def padded(elements: int, multiple: int = 16) -> int:
+def round_up(elements: int, multiple: int = 16) -> int:
     return (elements + multiple - 1) // multiple * multiple
 
 
@@ -86,8 +86,8 @@ def stack(buffers: Iterable[Buffer]) -> int:
     height = 0
     for buffer in sorted(buffers, key=lambda b: (-b.elements, b.first)):
         beside = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
-        size = padded(buffer.elements)
-        buffer.base = first_fit(size, ((b.base, b.base + padded(b.elements)) for b in beside))
+        size = round_up(buffer.elements)
+        buffer.base = first_fit(size, ((b.base, b.base + round_up(b.elements)) for b in beside))
         placed.append(buffer)
         height = max(height, buffer.base + size)
     return height
@@ -111,7 +111,7 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
     for buffer in grads:
         buffer.base *= tile
     for buffer in values:  # their borders are zeroed once, so each has a place of its own
-        size = padded(buffer.elements)
+        size = round_up(buffer.elements)
         if buffer.per_sample:
             buffer.base, sample = sample, sample + size
         else:

@@ -16,7 +16,7 @@ from ..util import options
 from ..util.chunks import spans, stepwise_bytes
 from ..util.options import BadValue, Engine
 from .eager import forward
-from .request import Request, Results, allocate
+from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
 
 # Steps that run one by one write every value to memory: pieces of this size (as estimated; the peak is about twice
@@ -25,9 +25,9 @@ STEPWISE_TARGET = 24 << 20  # bytes
 
 
 def run(
-    request: Request, program: Program, engine: Engine, start: int = 0, known: Results | None = None, *,
+    request: Request, program: Program, engine: Engine, start: int = 0, known: JacobianResult | None = None, *,
     strict: bool = False, saved: int = 0,
-) -> Results:  # fmt: skip
+) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``saved``: bytes per sample that live autograd saves, where some steps are torch's to differentiate.
@@ -98,7 +98,7 @@ class Chunks:
     cast: int
 
 
-def _chunks(request: Request, program: Program, results: Results, saved: int) -> Chunks:
+def _chunks(request: Request, program: Program, results: JacobianResult, saved: int) -> Chunks:
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     budget = options.memory_budget(request.inputs[0].device)

@@ -44,21 +44,21 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise Untraceable("an input has no batch axis")
     exported, literals = export(model, inputs)
-    return _Lowering(model, exported, literals).program()
+    return _GraphLowering(model, exported, literals).program()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lowering
 
 
-class _Several:
+class _SeveralResults:
     """A node with several results, until one of them is taken."""
 
     def __init__(self, node: torch.fx.Node) -> None:
         self.node = node
 
 
-class _Lowering:
+class _GraphLowering:
     """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, literals: set[str]) -> None:
@@ -151,7 +151,7 @@ class _Lowering:
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
-            return _Several(node)
+            return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
             raise self._refused(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
@@ -254,7 +254,7 @@ class _Lowering:
             return lifted
         if isinstance(known, NonLeadingBatch):
             return known.value
-        if isinstance(known, (Call, _Several)):
+        if isinstance(known, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
 

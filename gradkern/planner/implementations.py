@@ -66,7 +66,7 @@ PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=Fa
 IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
 
 
-def choose(
+def choose_implementation(
     program: Program, i: int, dtype: torch.dtype, machine: Machine | None, settled: Mapping[Implementation, str | None]
 ) -> tuple[Implementation, tuple[str, ...]]:
     """The first implementation that takes step ``i``, and the reasons of those before it.

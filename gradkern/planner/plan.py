@@ -26,7 +26,7 @@ from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose, kernel_reason
+from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose_implementation, kernel_reason
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Plan:
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
             step = program.steps[i]
             settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
-            implementation, refusals = choose(program, i, self.dtype, self.machine, settled)
+            implementation, refusals = choose_implementation(program, i, self.dtype, self.machine, settled)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:

@@ -21,8 +21,8 @@ from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
 from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Value, View
 
-Lowering = Callable[..., Value]
-LOWERINGS: dict[str, Lowering] = {}
+LoweringFunction = Callable[..., Value]
+LOWERINGS: dict[str, LoweringFunction] = {}
 SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
 
 
@@ -30,13 +30,13 @@ class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
-def lowers(*ops: str, **given: Any) -> Callable[[Lowering], Lowering]:
+def lowers(*ops: str, **given: Any) -> Callable[[LoweringFunction], LoweringFunction]:
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
     ``given``: further arguments of the lowering for these ops.
     """
 
-    def register(lowering: Lowering) -> Lowering:
+    def register(lowering: LoweringFunction) -> LoweringFunction:
         LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **given) if given else lowering))
         return lowering
 
