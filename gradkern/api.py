@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager
-from .dispatch.request import OutArgument, Request, Results, check_devices, jacobian_choice, read_inputs
+from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
@@ -254,7 +254,7 @@ def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not isinstance(wrt, int)
 
 
-def _with_graph(request: Request, engine: str | None) -> Results:
+def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     name = options.engine(engine)
     if name in ("kernel", "reference"):
         raise BadValue(

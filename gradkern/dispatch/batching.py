@@ -15,14 +15,14 @@ from ..runtime.parameters import Params
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import BadValue, Engine
 from .eager import forward
-from .request import Request, Results, allocate
+from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
 
 
 def run(
-    request: Request, program: Program, engine: Engine, start: int = 0, known: Results | None = None, *,
+    request: Request, program: Program, engine: Engine, start: int = 0, known: JacobianResult | None = None, *,
     strict: bool = False, saved: int = 0,
-) -> Results:  # fmt: skip
+) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``saved``: bytes per sample that live autograd saves, where some steps are torch's to differentiate.
@@ -55,7 +55,9 @@ def run(
     return results
 
 
-def _prepare(request: Request, program: Program, engine: Engine, results: Results, saved: int) -> tuple[Params, bool, int]:
+def _prepare(
+    request: Request, program: Program, engine: Engine, results: JacobianResult, saved: int
+) -> tuple[Params, bool, int]:
     """The live parameters, whether plain torch takes the steps, and how many samples go together."""
     assert request.module is not None
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
@@ -94,7 +96,7 @@ class BytesPerSample:
     cast: int
 
 
-def _bytes_per_sample(request: Request, program: Program, results: Results, saved: int) -> BytesPerSample:
+def _bytes_per_sample(request: Request, program: Program, results: JacobianResult, saved: int) -> BytesPerSample:
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..runtime import ops
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
-from .request import Request, Results, allocate, check_devices, check_output, explain_failure
+from .request import JacobianResult, Request, allocate, check_devices, check_output, explain_failure
 from .targets import Shape
 
 LARGEST_CHUNK = 2048  # samples
@@ -220,8 +220,13 @@ def pieces(request: Request, profile: ModelProfile, start: int = 0) -> Iterator[
 
 
 def run(
-    request: Request, profile: ModelProfile, start: int = 0, known: Results | None = None, *, strict: bool = False
-) -> Results:
+    request: Request,
+    profile: ModelProfile,
+    start: int = 0,
+    known: JacobianResult | None = None,
+    *,
+    strict: bool = False,
+) -> JacobianResult:
     """Differentiate the samples from ``start`` on.  ``known``: the results so far."""
     for a, b in pieces(request, profile, start):
         known = fill(request, known, a, b, strict=strict)
@@ -229,7 +234,9 @@ def run(
     return known
 
 
-def fill(request: Request, known: Results | None, start: int, stop: int, *, strict: bool = False) -> Results:
+def fill(
+    request: Request, known: JacobianResult | None, start: int, stop: int, *, strict: bool = False
+) -> JacobianResult:
     """Differentiate the samples ``start:stop`` in one forward and write their rows of the results.
 
     ``strict``: an input that the output does not depend on is an error in place of zeros.
@@ -322,7 +329,7 @@ def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) ->
     return max(1, min(seeds, budget // (8 * y.shape[0] * widest * y.element_size() + 1)))
 
 
-def with_graph(request: Request) -> Results:
+def with_graph(request: Request) -> JacobianResult:
     """The Jacobian as a differentiable function of the caller's own inputs and of the parameters (unchunked)."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise BadValue("create_graph: got True under torch.no_grad or inference_mode, expected grad mode on.")
@@ -345,4 +352,4 @@ def with_graph(request: Request) -> Results:
             column.append(torch.zeros_like(leaf) if gradient is None else gradient)
     flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]
     shaped = tuple(j.view(request.samples, *seeds.axes, *j.shape[2:]) for j in flat)
-    return Results(seeds, seeds.indices, shape, flat, shaped)
+    return JacobianResult(seeds, seeds.indices, shape, flat, shaped)

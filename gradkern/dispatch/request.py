@@ -110,7 +110,7 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
+class JacobianResult:
     """What a request is answered with, filled in by rows of samples.
 
     ``seeds``: as asked for; ``indices``: theirs, filled in too where the model's outputs choose them (`TopK`).
@@ -146,7 +146,7 @@ class Results:
             self.indices[start:stop] = self.seeds.highest(outputs)
 
 
-def allocate(request: Request, output_shape: Shape, known: Results | None = None) -> Results:
+def allocate(request: Request, output_shape: Shape, known: JacobianResult | None = None) -> JacobianResult:
     """Resolve the targets against the output's shape and make room for the results; ``known`` is only compared."""
     if known is not None:
         if output_shape != known.output_shape:
@@ -171,7 +171,7 @@ def allocate(request: Request, output_shape: Shape, known: Results | None = None
             raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
         rows = [_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
-    return Results(seeds, indices, output_shape, tuple(rows), shaped)
+    return JacobianResult(seeds, indices, output_shape, tuple(rows), shaped)
 
 
 def _out_tensor(given: Any, shape: Shape, flat: Shape) -> Tensor:

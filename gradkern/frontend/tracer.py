@@ -23,7 +23,7 @@ from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognise
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .export import export
-from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
 from .verify import Untraceable, verify
@@ -44,21 +44,21 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise Untraceable("an input has no batch axis")
     exported, literals = export(model, inputs)
-    return _Lowering(model, exported, literals).program()
+    return _GraphLowering(model, exported, literals).program()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lowering
 
 
-class _Several:
+class _SeveralResults:
     """A node with several results, until one of them is taken."""
 
     def __init__(self, node: torch.fx.Node) -> None:
         self.node = node
 
 
-class _Lowering:
+class _GraphLowering:
     """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, literals: set[str]) -> None:
@@ -67,7 +67,7 @@ class _Lowering:
         self.literals = literals
         self.known: dict[torch.fx.Node, Any] = {}
         self.symbol: Any = None
-        self.builder = Builder(())
+        self.builder = ProgramBuilder(())
 
     def program(self) -> Program:
         self._check_signature()
@@ -115,7 +115,7 @@ class _Lowering:
         bounds = self.exported.range_constraints.get(self.symbol.node.expr)
         if bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31):
             raise Untraceable("its code depends on the number of samples")
-        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
+        self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
         for i, node in enumerate(users):
             self.known[node] = Value(i)
             self.builder.dtypes[Value(i)] = node.meta["val"].dtype
@@ -151,7 +151,7 @@ class _Lowering:
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
-            return _Several(node)
+            return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
             raise self._refused(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
@@ -254,7 +254,7 @@ class _Lowering:
             return lifted
         if isinstance(known, NonLeadingBatch):
             return known.value
-        if isinstance(known, (Call, _Several)):
+        if isinstance(known, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
 

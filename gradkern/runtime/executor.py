@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import TooLarge
+from ..codegen.machine import TooLarge
 from ..ir import graph
 from ..ir.program import Program
 from ..planner.plan import Plan, plan

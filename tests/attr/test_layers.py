@@ -11,8 +11,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr.layer import methods as layers
-from gradkern.attr.layer.methods import LayerMethod, all_outputs, one_output
+from gradkern.attr.layer import layer_methods as layers
+from gradkern.attr.layer.layer_methods import LayerMethod, all_outputs, one_output
 from tests.cases import CASES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

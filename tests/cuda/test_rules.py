@@ -17,9 +17,9 @@ from gradkern import attr
 from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
-from gradkern.attr.rules.methods import samples_at_a_time, values_of, with_relu
+from gradkern.attr.rules.rule_methods import samples_at_a_time, values_of, with_relu
 from gradkern.codegen.chain import Chain
-from gradkern.codegen.cuda.lowering import TooLarge
+from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import ops
