@@ -7,7 +7,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "ba1b3cc3c2d2d48e";
+constexpr char kRecordLayout[] = "d37740a30474b526";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -17,10 +17,10 @@ enum class Kind : int64_t {
   PooledWindow,
   Stencil,
   Pattern,
-  Scale,
-  Sum,
+  Elementwise,
+  Add,
   Move,
-  Product,
+  Multiply,
   Lines,
   MatMul,
   Zero,
@@ -33,10 +33,10 @@ enum class Kind : int64_t {
   DenseT,
   StencilT,
   PatternT,
-  ScaleT,
-  Add,
+  ElementwiseT,
+  Accumulate,
   MoveT,
-  ProductT,
+  MultiplyT,
   LinesT,
   MatMulT,
   StoreT,
@@ -56,8 +56,8 @@ enum class LineFunction : int64_t {
   Normalize = 2,
 };
 
-// How a GPU's workers go through the channels of a transposed convolution.
-enum class Way : int64_t {
+// How a GPU's workers compute a transposed convolution.
+enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
   Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
   Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
@@ -149,15 +149,15 @@ struct CudaSizes {
 // Any record: a row of integers.
 struct Record {
   Kind kind;
-  int64_t block;    // takes all samples of a block at once, so that its weight is read once for all of them
-  int64_t samples;  // on a GPU: how many samples go together through the record's run
+  int64_t whole_block;  // takes all samples of a block at once, so that its weight is read once for all of them
+  int64_t samples;      // on a GPU: how many samples go together through the record's run
   int64_t fields[kRecordWidth - 3];
 };
 
 // An external input [C][H][W] → channels-last.
 struct LoadRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   int64_t input;  // which of the external inputs
   Place dst;
   Extent extent;
@@ -166,7 +166,7 @@ struct LoadRecord {
 // A value → an external output [C][H][W].
 struct StoreRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   int64_t output;  // which of the external outputs
   Extent extent;
@@ -178,7 +178,7 @@ struct StoreRecord {
 // the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
 struct WindowRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;  // where the first window begins; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
@@ -198,7 +198,7 @@ struct WindowRecord {
 // The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
 struct PooledWindowRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;  // where the first window begins; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
@@ -218,7 +218,7 @@ struct PooledWindowRecord {
 // A channelwise map over positions: y[q][c] = bias[c] + Σ_e x[q][e][c] · w[row_e][c].
 struct StencilRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t C;  // channels
@@ -229,7 +229,7 @@ struct StencilRecord {
 // A ReLU, a max pool, or both: the values and their bits.
 struct PatternRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;  // of the output
@@ -238,9 +238,9 @@ struct PatternRecord {
 };
 
 // An elementwise function, and its derivative for the backward pass.
-struct ScaleRecord {
+struct ElementwiseRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Place slope;  // where the derivative goes
@@ -252,9 +252,9 @@ struct ScaleRecord {
 };
 
 // The sum of two values.
-struct SumRecord {
+struct AddRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;
   Place right;
   Place dst;
@@ -264,7 +264,7 @@ struct SumRecord {
 // Copies of strided runs.
 struct MoveRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t runs;
@@ -272,9 +272,9 @@ struct MoveRecord {
 };
 
 // The product of two values; a stride of 0 stretches a side along that axis.
-struct ProductRecord {
+struct MultiplyRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;
   Place right;
   Place dst;
@@ -286,7 +286,7 @@ struct ProductRecord {
 // Softmax, log-softmax or normalisation.
 struct LinesRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   LineSet lines;
@@ -295,7 +295,7 @@ struct LinesRecord {
 // Products of matrices of values: left [rows][terms] · right [terms][columns], `matrices` of them per sample.
 struct MatMulRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;            // row: from one matrix to the next; position: from one row to the next
   Place right;           // row: from one matrix to the next; position: from one term to the next
   Place dst;             // row: from one matrix to the next; position: from one row to the next
@@ -310,7 +310,7 @@ struct MatMulRecord {
 // Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border.
 struct ZeroRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -318,7 +318,7 @@ struct ZeroRecord {
 // A cotangent without its negative part, in place.
 struct RectifyRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -326,7 +326,7 @@ struct RectifyRecord {
 // The rows of the last weight that the targets choose: the first cotangent.
 struct SeedRowsRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -334,7 +334,7 @@ struct SeedRowsRecord {
 // A one at each seed's target.
 struct SeedOneHotRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   Extent extent;
 };
@@ -342,7 +342,7 @@ struct SeedOneHotRecord {
 // Adds the caller's cotangent of an output, [C][H][W].
 struct SeedDenseRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t cotangent;  // which of the external outputs
   Extent extent;
@@ -351,7 +351,7 @@ struct SeedDenseRecord {
 // On the CPU: a transposed convolution, or over the whole block a transposed linear layer.
 struct WindowTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -373,7 +373,7 @@ struct WindowTRecord {
 // On a GPU: a transposed convolution.
 struct ScatterTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -388,7 +388,7 @@ struct ScatterTRecord {
   int64_t groups;
   int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
-  Way way;
+  ScatterAlgorithm algorithm;
   int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
   int64_t lanes;      // of a worker
   Bands bands;
@@ -397,7 +397,7 @@ struct ScatterTRecord {
 // On a GPU: a transposed linear layer, over the whole block.
 struct DenseTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -414,7 +414,7 @@ struct DenseTRecord {
 // Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
 struct StencilTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t C;  // channels
@@ -424,7 +424,7 @@ struct StencilTRecord {
 // Adds a cotangent where the pattern's bits lead it.
 struct PatternTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;  // of the pattern's output
@@ -432,9 +432,9 @@ struct PatternTRecord {
 };
 
 // Multiplies a cotangent by the derivative.
-struct ScaleTRecord {
+struct ElementwiseTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Place slope;
@@ -443,9 +443,9 @@ struct ScaleTRecord {
 };
 
 // Adds one cotangent to another.
-struct AddRecord {
+struct AccumulateRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;
@@ -454,7 +454,7 @@ struct AddRecord {
 // Adds to what the runs of a move read.
 struct MoveTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t runs;
@@ -463,9 +463,9 @@ struct MoveTRecord {
 };
 
 // Adds a cotangent times the product's other side, summed where `dst` was stretched.
-struct ProductTRecord {
+struct MultiplyTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place other;
   Place dst;
@@ -477,7 +477,7 @@ struct ProductTRecord {
 // softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
 struct LinesTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   LineSet lines;
@@ -486,7 +486,7 @@ struct LinesTRecord {
 // The cotangent of one side for all seeds; one of left and right is a cotangent, the other a value.
 struct MatMulTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;            // row: from one matrix to the next; position: from one row to the next
   Place right;           // row: from one matrix to the next; position: from one term to the next
   Place dst;             // row: from one matrix to the next; position: from one row to the next
@@ -502,7 +502,7 @@ struct MatMulTRecord {
 // The cotangent of an input → the caller's [C][H][W].
 struct StoreTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   int64_t result;  // which of the results
   Extent extent;

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager
-from .dispatch.request import OutArgument, Request, Results, check_devices, jacobian_choice, read_inputs
+from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, macs, parameters
 from .util import options
-from .util.chunks import spans
+from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 
 Model: TypeAlias = Callable[..., Tensor]
@@ -108,8 +108,7 @@ def jacobian(
     if out is not None:  # the very objects of the caller's
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
     answer = tuple(shaped) if many else shaped[0]
-    seeds = results.seeds
-    return (answer, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else answer
+    return (answer, results.top_indices()) if isinstance(results.seeds, TopSeeds) else answer
 
 
 @overload
@@ -162,7 +161,7 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
     route = decide(request, engine)
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
-        chunk = max(1, options.memory_budget() // max(request.gradient_bytes * seeds.count, 1))
+        chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
@@ -174,9 +173,8 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
             results, first = whole, start
             shaped = tuple(j[start:stop] for j in whole.shaped)
         answer = shaped if many else shaped[0]
-        chosen = results.seeds
         shown = slice(first, first + stop - start)
-        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
+        yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
 def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
@@ -255,7 +253,7 @@ def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not isinstance(wrt, int)
 
 
-def _with_graph(request: Request, engine: str | None) -> Results:
+def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     name = options.engine(engine)
     if name in ("kernel", "reference"):
         raise BadValue(

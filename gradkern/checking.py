@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import api
 from .dispatch import eager
-from .dispatch.request import Request, Results, jacobian_choice, model_of, read_inputs
+from .dispatch.request import JacobianResult, Request, jacobian_choice, model_of, read_inputs
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.options import BadValue
@@ -87,7 +87,7 @@ def _exact_request(
         return Request(model, given, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
-def _names(results: Results) -> list[str]:
+def _names(results: JacobianResult) -> list[str]:
     """What to call the outputs that were differentiated."""
     seeds, shape = results.seeds, results.output_shape
     if seeds.indices is not None and seeds.indices.dim() == 2:

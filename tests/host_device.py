@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from gradkern.codegen.cuda.lowering import MAX_PORTS, Device
+from gradkern.codegen.cuda.lowering import MAX_PORTS
+from gradkern.codegen.machine import Device
 from gradkern.runtime import ops
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"

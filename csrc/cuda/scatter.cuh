@@ -194,8 +194,8 @@ GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t);  // narrow
 
 template <class T>
 GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
-  if (op.way == Way::Quads) return run_quads(op, t);
-  if (op.way == Way::Narrow) return run_narrow(op, t);
+  if (op.algorithm == ScatterAlgorithm::Quads) return run_quads(op, t);
+  if (op.algorithm == ScatterAlgorithm::Narrow) return run_narrow(op, t);
   const int elements = op.window_elements, lanes = worker_lanes(elements);
   with_count<kMaxElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
     if (op.seed_rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);

@@ -19,7 +19,7 @@ from .support import unsupported_reason
 from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
-class Builder:
+class GraphBuilder:
     """Regroups native steps as units.  ``live_out`` are the values wanted from it."""
 
     def __init__(self, program: ir.Program, steps: list[int], live_out: list[int]):

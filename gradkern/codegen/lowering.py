@@ -14,7 +14,7 @@ from . import records
 from .chain import Chain, Row
 from .emitters import UnitRecords
 from .encoding import CpuSizes, Sizes, encode
-from .grouping import Builder
+from .grouping import GraphBuilder
 from .machine import Machine
 from .recording import extent
 from .records import Extent, Place, Record
@@ -28,7 +28,7 @@ class Lowering(UnitRecords):
     The layout of weights and scratch memory is the machine's: :mod:`gradkern.codegen.cuda.lowering` has the GPU's.
     """
 
-    forward_blocks = True  # whether the forward pass says how many samples go together
+    block_from_forward = True  # whether the forward pass says how many samples go together
     sample = 0  # elements of a sample's own scratch memory, once it is laid out
 
     # ---- forward
@@ -36,7 +36,7 @@ class Lowering(UnitRecords):
     def load_slopes(self) -> None:
         """All that a linear group's backward pass needs: the given slopes, put where a forward pass would have."""
         order = list(self.graph.inputs)
-        self.forward_blocks = False
+        self.block_from_forward = False
         for unit in self.graph.units:
             if unit.kind == "scale":
                 dst, shape, out = self.slope(unit), extent(unit.out), unit.out
@@ -122,9 +122,9 @@ class Lowering(UnitRecords):
         per_seed = stacked(grads)
         tile = seed_tile(self.seeds, sum(per_seed) * self.itemsize)
         shared, self.sample = place([*self.stores.values(), *self.saved.values()], grads, per_seed, tile)
-        blocked = any(r.block for r in (self.forward if self.forward_blocks else self.backward))
+        whole_block = any(r.whole_block for r in (self.forward if self.block_from_forward else self.backward))
         each, lists = self.sample * self.itemsize + self.bit_bytes, 2 * self.entries + 32 * self.segments
-        block = block_size(blocked, shared * self.itemsize, each, lists)
+        block = block_size(whole_block, shared * self.itemsize, each, lists)
         sizes = CpuSizes(shared, self.sample, self.bit_bytes, self.entries * block, self.segments * block, block)
         return sizes, tile
 
@@ -161,7 +161,7 @@ def lower(
     the seeds are one-hot at the single output (else dense cotangents are given for every output).  ``linear``: no
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
-    graph = Builder(program, steps, live_out).build()
+    graph = GraphBuilder(program, steps, live_out).build()
     low = lowering(graph, machine, itemsize, seeds, wrt, onehot)
     low.load_slopes() if linear else low.run_forward()
     if seeds:

@@ -66,13 +66,13 @@ def header() -> str:
         "// Any record: a row of integers.",
         "struct Record {",
         "  Kind kind;",
-        "  int64_t block;  // " + comments(Record)["block"],
+        "  int64_t whole_block;  // " + comments(Record)["whole_block"],
         "  int64_t samples;  // on a GPU: how many samples go together through the record's run",
         f"  int64_t fields[kRecordWidth - {len(HEADER)}];",
         "};",
     ]
     for cls in KINDS:
-        out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t block, samples;"]
+        out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t whole_block, samples;"]
         out += [*members(cls), "};"]
     return "\n".join([*out, "", "}  // namespace gradkern", ""])
 

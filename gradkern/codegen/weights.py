@@ -57,7 +57,7 @@ class Layout(ABC):
 
 
 @dataclass
-class Contraction(Layout):
+class ContractionLayout(Layout):
     """What the forward and the backward layout of one contraction share: its weight as a matrix, folded."""
 
     folds: list[Fold]
@@ -95,7 +95,7 @@ class Contraction(Layout):
 
 
 @dataclass
-class WindowLayout(Contraction):
+class WindowLayout(ContractionLayout):
     """Forward: windows made of R contiguous runs of L elements, groups apart.
 
     Weights lie per group and per tile of output vectors as ``[K][vectors · lanes]``.
@@ -167,7 +167,7 @@ class WindowLayout(Contraction):
 
 
 @dataclass
-class ScatterLayout(Contraction):
+class ScatterLayout(ContractionLayout):
     """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
 
     A window is R contiguous runs of L elements of the cotangent, cut into vectors.  Where a pool

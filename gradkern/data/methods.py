@@ -114,7 +114,7 @@ def gradients(batch: Batch) -> Outcome:
     given, numbers = read_inputs(batch.inputs, floating)
     request = Request(batch.model, given, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, decide(request, batch.engine))
-    rows = results.seeds.rows(0, request.samples)
+    rows = results.indices
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util.options import BadType, BadValue
-from .targets import SeedChoice, Seeds, Shape, resolve
+from .targets import SeedChoice, Seeds, Shape, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -110,14 +110,16 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
+class JacobianResult:
     """What a request is answered with, filled in by rows of samples.
 
+    ``seeds``: as asked for; ``indices``: theirs, filled in too where the model's outputs choose them (`TopK`).
     ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, of the caller's memory where ``out`` names
     it; ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
     """
 
     seeds: Seeds
+    indices: Tensor | None
     output_shape: Shape
     jacobians: tuple[Tensor, ...]
     shaped: tuple[Tensor, ...]
@@ -128,8 +130,23 @@ class Results:
         """The model's outputs ``[N, *out]``, where the request asked to keep them."""
         return torch.cat(self.kept)
 
+    @property
+    def chosen(self) -> Seeds:
+        """The seeds, with the indices that have been filled in."""
+        return replace(self.seeds, indices=self.indices)
 
-def allocate(request: Request, output_shape: Shape, known: Results | None = None) -> Results:
+    def top_indices(self) -> Tensor:
+        """What `TopK` has chosen, as the call returns it."""
+        assert isinstance(self.seeds, TopSeeds)
+        return replace(self.seeds, indices=self.indices).indices_per_sample()
+
+    def choose(self, start: int, stop: int, outputs: Tensor) -> None:
+        """Fill in the indices of the samples ``start:stop`` where their ``outputs`` choose them."""
+        if isinstance(self.seeds, TopSeeds) and self.indices is not None:
+            self.indices[start:stop] = self.seeds.highest(outputs)
+
+
+def allocate(request: Request, output_shape: Shape, known: JacobianResult | None = None) -> JacobianResult:
     """Resolve the targets against the output's shape and make room for the results; ``known`` is only compared."""
     if known is not None:
         if output_shape != known.output_shape:
@@ -139,6 +156,9 @@ def allocate(request: Request, output_shape: Shape, known: Results | None = None
             )
         return known
     seeds = request.choose(request.samples, output_shape)
+    indices = seeds.indices
+    if isinstance(seeds, TopSeeds):
+        indices = torch.zeros(request.samples, seeds.count, dtype=torch.int64)
     inputs = [request.inputs[w] for w in request.wrt]
     shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
@@ -151,7 +171,7 @@ def allocate(request: Request, output_shape: Shape, known: Results | None = None
             raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
         rows = [_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
-    return Results(seeds, output_shape, tuple(rows), shaped)
+    return JacobianResult(seeds, indices, output_shape, tuple(rows), shaped)
 
 
 def _out_tensor(given: Any, shape: Shape, flat: Shape) -> Tensor:

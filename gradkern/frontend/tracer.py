@@ -23,7 +23,7 @@ from ..ir.recurrent import GATES, batch_first, net_within, recognise
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .capture import Captured, plain_name
 from .export import Exported, export
-from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
 from .refusal import Untraceable
@@ -38,21 +38,21 @@ def lower(captured: Captured, inputs: Sequence[Tensor], name: str = "the model")
     It is a proposal: `verify` compares it with live autograd.  Raises `Untraceable` where torch.export refuses the
     graph, where samples mix, and where the result does not have the batch as axis 0.
     """
-    return _Lowering(export(captured.graph, captured.tensors, inputs), name).program()
+    return _GraphLowering(export(captured.graph, captured.tensors, inputs), name).program()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lowering
 
 
-class _Several:
+class _SeveralResults:
     """A node with several results, until one of them is taken."""
 
     def __init__(self, node: torch.fx.Node) -> None:
         self.node = node
 
 
-class _Lowering:
+class _GraphLowering:
     """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
 
     def __init__(self, exported: Exported, name: str) -> None:
@@ -60,7 +60,7 @@ class _Lowering:
         self.name = name
         self.known: dict[torch.fx.Node, Any] = {}
         self.symbol: Any = None
-        self.builder = Builder(())
+        self.builder = ProgramBuilder(())
 
     def program(self) -> Program:
         for changed in self.exported.changed:
@@ -97,7 +97,7 @@ class _Lowering:
             bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31)
         ):
             raise Untraceable("its code depends on the number of samples")
-        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in exported.inputs))
+        self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in exported.inputs))
         for i, node in enumerate(exported.inputs):
             self.known[node] = Value(i)
             self.builder.dtypes[Value(i)] = node.meta["val"].dtype
@@ -120,7 +120,7 @@ class _Lowering:
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
-            return _Several(node)
+            return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
             raise self._refused(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
@@ -223,7 +223,7 @@ class _Lowering:
             return lifted
         if isinstance(known, NonLeadingBatch):
             return known.value
-        if isinstance(known, (Call, _Several)):
+        if isinstance(known, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
 

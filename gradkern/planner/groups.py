@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import Device, TooLarge, lowering
-from ..codegen.machine import Machine
+from ..codegen.cuda.lowering import lower_for
+from ..codegen.machine import Device, Machine, TooLarge
 from ..ir.program import Program, View
 
 
@@ -44,7 +44,7 @@ class Chains:
 
     def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
         assert self.machine is not None
-        lower, linear = lowering(self.machine), bool(self.program.slopes)
+        lower, linear = lower_for(self.machine), bool(self.program.slopes)
         args = (self.program, list(group.steps), list(group.live_out), self.machine, self.itemsize, seeds, wrt)
         try:
             return lower(*args, onehot=onehot, linear=linear)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..codegen.cuda.lowering import Device, heavy
-from ..codegen.machine import Machine
+from ..codegen.cuda.lowering import too_heavy_reason
+from ..codegen.machine import Device, Machine
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
 from ..ir.recurrent import GATES, recognise
@@ -46,7 +46,7 @@ def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine
     if dtype not in NATIVE_DTYPES:
         return f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
     reason = unsupported_reason(program, step)
-    return heavy(program, i) if reason is None and isinstance(machine, Device) else reason
+    return too_heavy_reason(program, i) if reason is None and isinstance(machine, Device) else reason
 
 
 def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
@@ -66,7 +66,7 @@ PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=Fa
 IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
 
 
-def choose(
+def choose_implementation(
     program: Program, i: int, dtype: torch.dtype, machine: Machine | None, settled: Mapping[Implementation, str | None]
 ) -> tuple[Implementation, tuple[str, ...]]:
     """The first implementation that takes step ``i``, and the reasons of those before it.

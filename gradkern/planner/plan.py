@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import CAST_DTYPES, Device
-from ..codegen.grouping import Builder
-from ..codegen.machine import Machine
+from ..codegen.grouping import GraphBuilder
+from ..codegen.machine import Device, Machine
+from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.cost import total_macs
@@ -26,7 +26,7 @@ from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose, kernel_reason
+from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose_implementation, kernel_reason
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class Plan:
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows, in the order of ``program.steps``."""
         program, base = self.program, len(self.program.inputs)
-        builders = (Builder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
+        builders = (GraphBuilder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
         folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
         before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
         rows = []
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
             step = program.steps[i]
             settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
-            implementation, refusals = choose(program, i, self.dtype, self.machine, settled)
+            implementation, refusals = choose_implementation(program, i, self.dtype, self.machine, settled)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:

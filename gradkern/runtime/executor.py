@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import TooLarge
+from ..codegen.machine import TooLarge
 from ..ir import graph
 from ..ir.program import Program
 from ..planner.plan import Plan, plan
-from ..util import options
-from ..util.chunks import spans, stepwise_bytes
+from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from . import ops, reference
 from .parameters import KernelsUnavailable, Packed, Params, PlanWeights
 
-PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 CPU = torch.device("cpu")
 
 
@@ -230,10 +228,11 @@ def _through_bottleneck(
     """``dy/dv · dv/dx``, a part of the batch at a time so that ``dv/dx`` stays small."""
     before, after = parts
     width, like = before.outputs, leading(inputs)
-    each = width * max(o[0, 0].numel() for o in out) * out[0].element_size()
+    features = [o[0, 0].numel() for o in out]
+    each = out[0].element_size() * (width * sum(features) + targets.shape[-1] * max(features))  # dv/dx and a product
     every = torch.arange(width, device=targets.device)
     outputs = []
-    for a, b in spans(0, inputs[0].shape[0], max(1, PRODUCT_BYTES // max(each, 1))):
+    for a, b in spans(0, inputs[0].shape[0], samples_per_chunk(like.device, each, each)):
         few = [x[a:b] for x in inputs]
         inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, few, every, inner)  # [n, *v]
@@ -252,12 +251,10 @@ def _by_reference(
     program, n = x.plan.original, inputs[0].shape[0]
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
-    for a, b in list(spans(0, n, max(1, options.memory_budget(inputs[0].device) // need))) or [(0, 0)]:
+    for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
         own = targets[a:b] if targets.dim() == 2 else targets
-        y, jacobians = reference.jacobian(program, params, [t[a:b] for t in inputs], own, x.wrt)
-        outputs.append(y)
-        for o, j in zip(out, jacobians, strict=True):
-            o[a:b].copy_(j)
+        few, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
+        outputs.append(reference.jacobian(program, params, few, own, x.wrt, out=rows)[0])
     return torch.cat(outputs)
 
 

@@ -19,6 +19,7 @@ from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
 from gradkern.attr.rules.lrp import Relevance
 from gradkern.runtime import parameters, reference
+from gradkern.util import chunks
 from tests import rule_oracle
 from tests.cases import CASES
 from tests.recipes import randomise_norm
@@ -364,7 +365,7 @@ def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
 
 
 def test_rules_serve_all_pieces_of_a_noise_tunnel(monkeypatch):
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 7)
     model, x = build(PoolThenRelu, True), images(n=40)
     options = {"nt_samples": 3, "stdevs": 0.3}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradkern.codegen.cuda.lowering import Device, lower_device
+from gradkern.codegen.cuda.lowering import lower_device
+from gradkern.codegen.machine import Device
 from gradkern.ir.program import (
     Call,
     Contract,

@@ -19,7 +19,7 @@ from ...ir import graph
 from ...ir.program import Program
 from ...runtime import executor, reference
 from ...util import options
-from ...util.chunks import stepwise_bytes
+from ...util.chunks import spans, stepwise_bytes, stepwise_samples
 from ...util.memo import Memo
 from ..points import Points
 from ..rules.linear import forward_values
@@ -154,18 +154,14 @@ class LayerView:
             if self.plain:
                 return reference.jacobian(tail, self.params, held, index, (0,))[1][0]
             out = at.new_empty(at.shape[0], seeds, *at.shape[1:])
-            step = self._chunk(seeds, at.dtype)
-            for a in range(0, at.shape[0], step):
-                rows = tuple(x[a : a + step].contiguous() for x in held)
-                chosen = index[a : a + step] if index.dim() == 2 else index
-                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a : a + step],))
+            chunk = max(1, at.shape[0])  # one kernel call writes nothing but the result
+            if not executor.plan_for(tail, seeds, at.dtype, at.device).single_chain:
+                chunk = stepwise_samples(at.device, stepwise_bytes(tail.shapes, seeds, at.dtype.itemsize))
+            for a, b in spans(0, at.shape[0], chunk):
+                rows = tuple(x[a:b].contiguous() for x in held)
+                chosen = index[a:b] if index.dim() == 2 else index
+                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a:b],))
             return out
-
-    def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
-        tail = self.tail.program
-        if executor.plan_for(tail, seeds, dtype, self.points.inputs[0].device).single_chain:
-            return 1 << 30
-        return max(1, options.memory_budget() // stepwise_bytes(tail.shapes, seeds, dtype.itemsize))
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:

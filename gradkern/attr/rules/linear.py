@@ -43,10 +43,10 @@ class Linear:
     weights: tuple[tuple[str, int], ...]  # name in the linear Program → step whose rule changes the weight
 
 
-Pattern = tuple[tuple[Any, ...], ...]
+Structure = tuple[tuple[Any, ...], ...]
 
 
-def pattern_of(locals_: Sequence[Local]) -> Pattern | None:
+def structure_of(locals_: Sequence[Local]) -> Structure | None:
     """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
     if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
@@ -143,11 +143,11 @@ def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Position
     return Positions(tuple(axes))
 
 
-def build(program: Program, pattern: Pattern) -> Linear | None:
+def build(program: Program, structure: Structure) -> Linear | None:
     """The linear Program of a rule; None where nothing is left of it."""
     writer = _Writer(program)
     for i, step in enumerate(program.steps):
-        writer.step(i, step, pattern[i])
+        writer.step(i, step, structure[i])
     return writer.finish()
 
 
@@ -157,16 +157,16 @@ def build(program: Program, pattern: Pattern) -> Linear | None:
 _linear: Memo[Linear | None] = Memo(64)
 
 
-def linear_of(program: Program, pattern: Pattern) -> Linear | None:
+def linear_of(program: Program, structure: Structure) -> Linear | None:
     """`build`, remembered, where kernels run every step of it."""
 
     def make() -> Linear | None:
-        linear = build(program, pattern)
+        linear = build(program, structure)
         if linear is None or any(unsupported_reason(linear.program, s) is not None for s in linear.program.steps):
             return None
         return linear
 
-    return _linear.get_or_make((program.key, pattern), make)
+    return _linear.get_or_make((program.key, structure), make)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -276,8 +276,8 @@ def attribute(
         if head is not program:
             held = pull(known, reference.one_hot(program, inputs[0], targets), [head.output])
             cotangent = held[head.output].flatten(2)
-        pattern = pattern_of(locals_[: len(head.steps)])
-        linear = None if pattern is None else linear_of(head, pattern)
+        structure = structure_of(locals_[: len(head.steps)])
+        linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
                 return transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)

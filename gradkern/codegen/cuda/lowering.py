@@ -19,15 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from ...ir.program import Contract, Dense, Program, Windows
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
 from ..encoding import CudaSizes, Sizes, encode
 from ..lowering import Lowering, lower
-from ..machine import Machine
-from ..records import Bands, Contraction, DenseT, MoveT, Place, Record, ScatterT, Way, Zero
+from ..machine import Device, Machine, TooLarge
+from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
 from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
@@ -37,7 +35,6 @@ from .slices import COUNTS as SLICES
 from .slices import sliced
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 
-CAST_DTYPES = (torch.float16, torch.bfloat16)  # cast to float32 on the way in, and back on the way out
 #: Numbers in a weight from which a contraction leaves its chain.  A block reads the weight for its own few samples: a
 #: mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
 CHAIN_WEIGHT = 1 << 18
@@ -46,24 +43,8 @@ MAX_RESIDENT = 32  # samples at a time in scratch
 MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/chain.h: kPorts
 
 
-class TooLarge(Exception):
-    """A chain that no tile makes small enough; ``.bytes`` is what a single sample and seed would take."""
-
-    def __init__(self, needed: int, limit: int):
-        super().__init__(f"needs {needed / 1024:.0f} KiB of shared memory for one sample, of {limit / 1024:.0f}")
-        self.bytes = needed
-
-
 @dataclass(frozen=True)
-class Device(Machine):
-    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read in groups of four numbers."""
-
-    shared_bytes: int = 232448  # that one block may have
-    threads: int = 256
-
-
-@dataclass(frozen=True)
-class Choice:
+class Tiling:
     """A way to cut the work: seeds at a time, samples of a block, and of every run of records those that are resident
     in scratch together; and the shared memory that it takes."""
 
@@ -86,9 +67,9 @@ class DeviceLowering(Lowering):
         assert isinstance(machine, Device)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
-        self.choice = Choice(1, 1, (), 0, 0, 0.0)
+        self.tiling = Tiling(1, 1, (), 0, 0, 0.0)
         self.prices: dict[tuple, float] = {}
-        self.ways: dict[int, list[Bands]] = {}  # the weights of a transposed convolution → bands to choose from
+        self.band_options: dict[int, list[Bands]] = {}  # offset of a transposed convolution's weights → its options
         self.strides: list[int] = []  # of every run, between resident samples
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
@@ -110,7 +91,7 @@ class DeviceLowering(Lowering):
             if mergeable(unit, pattern):
                 made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
-            fitting = [s for s in made if s.way == Way.Walk]
+            fitting = [s for s in made if s.algorithm == ScatterAlgorithm.Walk]
         else:
             fitting = [s for s in made if s.fits(unit.reads[0], upstream.node)]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))
@@ -139,8 +120,8 @@ class DeviceLowering(Lowering):
         self.written.add(node.store)
 
     def contraction(
-        self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
-    ) -> Contraction:
+        self, unit: Unit, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
+    ) -> ContractionT:
         assert isinstance(layout, DeviceScatter)
         elements = len(layout.window)
         if unit.dense:
@@ -150,9 +131,9 @@ class DeviceLowering(Lowering):
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
-        own = {"merged": layout.merged, "window_elements": elements, "way": layout.way, "tap_table": taps}
+        own = {"merged": layout.merged, "window_elements": elements, "algorithm": layout.algorithm, "tap_table": taps}
         op = ScatterT(**vars(common) | sizes | own)
-        self.ways[op.weights] = bands(unit, op)
+        self.band_options[op.weights] = bands(unit, op)
         return op
 
     def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
@@ -175,7 +156,7 @@ class DeviceLowering(Lowering):
 
     def finish(self) -> tuple[Sizes, int]:
         self.forward = fused(self.forward, self.backward)
-        best: tuple[Choice, list[Record]] | None = None
+        best: tuple[Tiling, list[Record]] | None = None
         least = 0
         for backward in self.variants():
             self.use(backward)
@@ -183,22 +164,22 @@ class DeviceLowering(Lowering):
             for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
                 strides, sample = self.arrange(buffers, spans, tile)
                 least = self.bytes(max(*strides, self.temporary(1, tile)), sample, 1)
-                choice = self.choose(strides, sample, tile)
-                if choice and (best is None or choice.cost < best[0].cost):
-                    best = choice, backward
+                tiling = self.best_tiling(strides, sample, tile)
+                if tiling and (best is None or tiling.cost < best[0].cost):
+                    best = tiling, backward
         if best is None:
             raise TooLarge(least, self.machine.shared_bytes)
-        self.choice, backward = choice, _ = best
+        self.tiling, backward = tiling, _ = best
         self.use(backward)
         buffers, spans = self.lives()
-        self.strides, self.sample = self.arrange(buffers, spans, choice.seed_tile)
+        self.strides, self.sample = self.arrange(buffers, spans, tiling.seed_tile)
         for buffer in buffers:
-            buffer.base += choice.region * buffer.per_sample
+            buffer.base += tiling.region * buffer.per_sample
         self.settle()
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
         self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
-        most = max(choice.resident, default=1)
-        return CudaSizes(choice.region, self.sample, self.bit_bytes, most, choice.bytes, choice.block), choice.seed_tile
+        most = max(tiling.resident, default=1)
+        return CudaSizes(tiling.region, self.sample, self.bit_bytes, most, tiling.bytes, tiling.block), tiling.seed_tile
 
     def settle(self) -> None:
         """Say in the records how the workers of transposed convolutions share the work."""
@@ -211,7 +192,7 @@ class DeviceLowering(Lowering):
         """The run that each record belongs to: a record that takes the whole block, or all records in between."""
         numbers, run, ops = [], -1, self.forward + self.backward
         for i, op in enumerate(ops):
-            run += bool(i in (0, len(self.forward)) or op.block or ops[i - 1].block)
+            run += bool(i in (0, len(self.forward)) or op.whole_block or ops[i - 1].whole_block)
             numbers.append(run)
         return numbers
 
@@ -236,7 +217,7 @@ class DeviceLowering(Lowering):
             for buffer in op.buffers():
                 spans.setdefault(buffer, [i, i])[1] = i
                 buffer.stages.add(run)
-                buffer.per_sample |= op.block
+                buffer.per_sample |= op.whole_block
         buffers = [b for b in (*self.stores.values(), *self.grads.values()) if b in spans]
         for buffer in buffers:
             buffer.per_sample |= len(buffer.stages) > 1
@@ -273,11 +254,11 @@ class DeviceLowering(Lowering):
         return scratch, sample
 
     def temporary(self, block: int, tile: int) -> int:
-        """Elements of the region that block ops want."""
+        """Elements of the region that whole-block records want."""
         wanted = 0
         for op in self.forward + self.backward:
-            if op.block:
-                wanted = max(wanted, cost.PARTS)
+            if op.whole_block:
+                wanted = max(wanted, cost.PARTIAL_SUMS)
             if isinstance(op, DenseT):
                 wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
         return wanted
@@ -285,7 +266,7 @@ class DeviceLowering(Lowering):
     def bytes(self, region: int, sample: int, block: int) -> int:
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
-    def choose(self, scratch: list[int], sample: int, tile: int) -> Choice | None:
+    def best_tiling(self, scratch: list[int], sample: int, tile: int) -> Tiling | None:
         """The cheapest samples of a block and resident samples for a seed tile; None where nothing fits."""
         runs, best = self.priced(tile), None
         for block in range(1, MAX_TILE + 1):
@@ -297,11 +278,11 @@ class DeviceLowering(Lowering):
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
             limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
             each_run = zip(runs, limits, strict=True)
-            picked = [(run.price(0, block), 1) if run.block else run.best(most) for run, most in each_run]
+            picked = [(run.price(0, block), 1) if run.whole_block else run.best(most) for run, most in each_run]
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
                 resident = tuple(n for _, n in picked)
-                best = Choice(tile, block, resident, region, self.bytes(region, sample, block), price)
+                best = Tiling(tile, block, resident, region, self.bytes(region, sample, block), price)
         return best
 
     def rounds(self, tile: int) -> int:
@@ -313,20 +294,20 @@ class DeviceLowering(Lowering):
         prices: list[cost.RunPrice] = []
         for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
             if run == len(prices):
-                prices.append(cost.RunPrice(op.block, self.work(0, 0, tile), self.prices))
+                prices.append(cost.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
             prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
         return prices
 
     def work(self, resident: int, block: int, tile: int) -> cost.Work:
-        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.ways)
+        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.band_options)
 
     def chosen_work(self, run: int) -> cost.Work:
         """The work of a run, as it was chosen to be cut."""
-        return self.work(self.choice.resident[run], self.choice.block, self.choice.seed_tile)
+        return self.work(self.tiling.resident[run], self.tiling.block, self.tiling.seed_tile)
 
     def clocks(self) -> tuple[float, ...]:
         """Estimated clocks of a multiprocessor per sample, record by record."""
-        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.choice.seed_tile)
+        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.tiling.seed_tile)
         forward = (self.chosen_work(run).clocks(op, True) for op, run in zip(self.forward, runs[:n], strict=True))
         backward = (self.chosen_work(run).clocks(op, False) for op, run in zip(self.backward, runs[n:], strict=True))
         return (*forward, *(rounds * clocks for clocks in backward))
@@ -340,13 +321,13 @@ class DeviceLowering(Lowering):
         """A negative stride between samples means scratch; where one sample is resident it is still below zero."""
         runs = self.runs_of()[: len(self.forward)] if ops is self.forward else self.runs_of()[len(self.forward) :]
         return tuple(
-            encode(op, self.sample, -max(self.strides[run], 4), self.choice.resident[run])
+            encode(op, self.sample, -max(self.strides[run], 4), self.tiling.resident[run])
             for op, run in zip(ops, runs, strict=True)
         )
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
-    """Rectangles of positions that workers own, and how many colours part them, in the ways to choose from.
+    """The rectangles of positions that workers may own, and how many colours part them.
 
     Position ``q`` of an axis reaches from ``q·step`` to ``q·step + reach`` of the destination.  Bands of ``length``
     positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  So an
@@ -363,7 +344,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
     return [Bands(high, wide, n, m) for high, n in rows for wide, m in columns]
 
 
-def heavy(program: Program, i: int) -> str | None:
+def too_heavy_reason(program: Program, i: int) -> str | None:
     """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
     step = program.steps[i]
     form = step.form
@@ -382,6 +363,6 @@ def heavy(program: Program, i: int) -> str | None:
 lower_device = partial(lower, lowering=DeviceLowering)
 
 
-def lowering(machine: Machine) -> Callable[..., Chain]:
+def lower_for(machine: Machine) -> Callable[..., Chain]:
     """`lower` or `lower_device`, by the machine."""
     return lower_device if isinstance(machine, Device) else lower

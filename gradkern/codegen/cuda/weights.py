@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..records import Way
+from ..records import ScatterAlgorithm
 from ..units import Node
 from ..weights import ScatterLayout, WindowLayout, aligned
 from .cost import NARROW, QUAD_PLANES, WALK_ELEMENTS, WARP
@@ -30,7 +30,7 @@ class DeviceWindow(WindowLayout):
 class DeviceScatter(ScatterLayout):
     """Backward weights ``[taps · O][window to a multiple of 4]``; ``window`` holds its offsets, one by one."""
 
-    way: ClassVar[Way] = Way.Walk
+    algorithm: ClassVar[ScatterAlgorithm] = ScatterAlgorithm.Walk
 
     @property
     def window(self) -> list[int]:
@@ -43,7 +43,7 @@ class DeviceScatter(ScatterLayout):
     @property
     def size(self) -> int:
         # Idle lanes of a walk read on past the last row.
-        return super().size + (WARP * WALK_ELEMENTS if self.way == Way.Walk else 0)
+        return super().size + (WARP * WALK_ELEMENTS if self.algorithm == ScatterAlgorithm.Walk else 0)
 
     def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the kernel can add to the cotangent of ``node``, reading that of ``upstream``."""
@@ -62,7 +62,7 @@ class QuadScatter(DeviceScatter):
     way; otherwise every shift by columns is a variant of its own.
     """
 
-    way = Way.Quads
+    algorithm = ScatterAlgorithm.Quads
 
     @property
     def margin(self) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class NarrowScatter(DeviceScatter):
     Channels in the order 0, 4, 8 …, 1, 5, 9 …, 2 …: those of neighbouring lanes lie side by side.
     """
 
-    way = Way.Narrow
+    algorithm = ScatterAlgorithm.Narrow
 
     def rows(self, params: Mapping[str, Tensor]) -> Tensor:
         w = super().rows(params)

@@ -76,7 +76,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def look_at(model: nn.Module, source: Source, settings: Settings, engine: str | None) -> Probe:
+def probe_run(model: nn.Module, source: Source, settings: Settings, engine: str | None) -> Probe:
     """Trace, and run the method on a few samples."""
     count = min(PROBED, source.samples)
     inputs = tuple(x.to(device_of(model)) for x in source.read(0, count))

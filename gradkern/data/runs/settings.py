@@ -45,7 +45,7 @@ class Settings:
             raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
 
 
-class Options(TypedDict, total=False):
+class RunOptions(TypedDict, total=False):
     """The fields of `Settings` that are keywords everywhere (method and target are positional too)."""
 
     arguments: Mapping[str, Any] | None

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from ...ir.program import Batch, Call, Opaque, Param, Value
 from ...ir.recurrent import GATES, recognise
-from .builder import Builder, as_shape
+from .builder import ProgramBuilder, as_shape
 from .index import along, emit
 
 
-def simplified(b: Builder, call: Call) -> Call:
+def simplified(b: ProgramBuilder, call: Call) -> Call:
     """The call with constants that are repeated for every sample (a class token) as constants again."""
 
     def plain(x: object) -> object:
@@ -27,7 +27,7 @@ def simplified(b: Builder, call: Call) -> Call:
     return replace(call, args=tuple(plain(x) for x in call.args))
 
 
-def last_state(b: Builder, call: Call) -> Value | None:
+def last_state(b: ProgramBuilder, call: Call) -> Value | None:
     """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (the first, backward)."""
     if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
         return None
