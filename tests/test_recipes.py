@@ -17,7 +17,7 @@ from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
 from gradkern.runtime.parameters import bind
-from tests import oracle
+from tests.support import oracle
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()

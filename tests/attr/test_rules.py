@@ -19,9 +19,9 @@ from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
 from gradkern.attr.rules.lrp import Relevance
 from gradkern.runtime import parameters, reference
-from tests import rule_oracle
 from tests.cases import CASES
-from tests.recipes import randomise_norm
+from tests.support import rule_oracle
+from tests.support.case import randomise_norm
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -13,7 +13,7 @@ from gradkern.codegen.scratch import Buffer
 from gradkern.frontend import tracer
 from gradkern.ir.program import Contract
 from gradkern.runtime import executor
-from tests.networks import NETWORKS
+from tests.support.networks import NETWORKS
 
 
 def alive_together(a: Buffer, b: Buffer) -> bool:

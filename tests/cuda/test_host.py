@@ -13,10 +13,10 @@ import gradkern
 from gradkern.frontend import tracer
 from gradkern.planner import plan
 from gradkern.runtime import executor, parameters, reference
-from tests import oracle
 from tests.cases import CASES
-from tests.host_device import HostDevice, installed, library
-from tests.recipes import Case
+from tests.support import oracle
+from tests.support.case import Case
+from tests.support.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]

@@ -12,11 +12,11 @@ import torch
 from gradkern.codegen.encoding import CudaSizes
 from gradkern.frontend import tracer
 from gradkern.runtime import executor, ops, parameters
-from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_host import run
-from tests.host_device import Launchers, installed
 from tests.runtime import test_ops
+from tests.support import oracle
+from tests.support.host_device import Launchers, installed
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),

@@ -20,14 +20,14 @@ from gradkern.ir.program import Index, Product, Program, Scale, Step
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import executor, reference
-from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_host import run
-from tests.host_device import HostDevice, installed
-from tests.networks import NETWORKS, ViT
-from tests.random_programs import Grower, Network, programs
-from tests.recipes import Case
 from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
+from tests.support import oracle
+from tests.support.case import Case
+from tests.support.host_device import HostDevice, installed
+from tests.support.networks import NETWORKS, ViT
+from tests.support.random_programs import Grower, Network, programs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 PRODUCT = Product("matmul")

@@ -15,11 +15,11 @@ from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step
 from gradkern.planner import plan
 from gradkern.runtime import executor, parameters
 from gradkern.util import options
-from tests import oracle
 from tests.cases import CASES
-from tests.host_device import HostDevice, installed
-from tests.random_programs import programs
 from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
+from tests.support import oracle
+from tests.support.host_device import HostDevice, installed
+from tests.support.random_programs import programs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 SMALL = 1024  # bytes of shared memory: some chains, and some contractions by ATen

@@ -24,8 +24,8 @@ from gradkern.frontend import tracer
 from gradkern.ir.program import Program
 from gradkern.planner import plan
 from gradkern.runtime import executor, parameters
-from tests import oracle
-from tests.host_device import HostDevice, installed, library
+from tests.support import oracle
+from tests.support.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 

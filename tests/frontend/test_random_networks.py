@@ -12,8 +12,8 @@ from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
 from gradkern.runtime.parameters import bind
-from tests import oracle
-from tests.recipes import closed, randomise_norm
+from tests.support import oracle
+from tests.support.case import closed, randomise_norm
 
 SETTINGS = settings(
     max_examples=40,

@@ -30,9 +30,9 @@ from gradkern.ir.program import (
 )
 from gradkern.runtime import reference
 from gradkern.runtime.parameters import bind
-from tests import oracle
 from tests.cases import CASES, TRACEABLE
-from tests.recipes import Case, Fn
+from tests.support import oracle
+from tests.support.case import Case, Fn
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 

@@ -17,14 +17,14 @@ from gradkern import attr
 from gradkern.frontend import tracer
 from gradkern.runtime import executor, ops, parameters, reference
 from gradkern.runtime.parameters import PlanWeights
-from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
 from tests.cuda.test_matmul import SHAPES, product
 from tests.cuda.test_pieces import NETS, settle
 from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
-from tests.networks import NETWORKS
-from tests.recipes import Case
+from tests.support import oracle
+from tests.support.case import Case
+from tests.support.networks import NETWORKS
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]

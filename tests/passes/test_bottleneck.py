@@ -15,8 +15,8 @@ from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step, Su
 from gradkern.passes import bottleneck
 from gradkern.runtime import executor
 from gradkern.runtime.parameters import bind
-from tests import oracle
-from tests.networks import NETWORKS
+from tests.support import oracle
+from tests.support.networks import NETWORKS
 
 
 @st.composite

@@ -16,9 +16,9 @@ from gradkern.ir.program import Product
 from gradkern.passes import prune_positions
 from gradkern.passes.prune_positions import Line, covering, pruned, union
 from gradkern.runtime import reference
-from tests import oracle
-from tests.networks import NETWORKS, Chomp
-from tests.random_programs import Network, programs
+from tests.support import oracle
+from tests.support.networks import NETWORKS, Chomp
+from tests.support.random_programs import Network, programs
 
 
 def macs(program) -> int:

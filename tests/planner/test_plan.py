@@ -25,7 +25,7 @@ from gradkern.ir.program import (
 from gradkern.planner import groups, implementations, plan
 from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
-from tests.traced import program_of
+from tests.support.traced import program_of
 
 W = Windows((3,), (1,), ((1, 1),), (1,))
 CONV = Contract(W, Param("w"), Param("b"))

@@ -11,8 +11,8 @@ from torch import nn
 from gradkern.frontend import tracer
 from gradkern.ir.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View
 from gradkern.runtime import executor, parameters, reference
-from tests import oracle
-from tests.traced import EXACT, run, worst
+from tests.support import oracle
+from tests.support.traced import EXACT, run, worst
 
 
 def dense(o: int, i: int, source: int, name: str = "w") -> Step:

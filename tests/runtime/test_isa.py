@@ -35,7 +35,7 @@ def supported() -> list[str]:
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    done = python(None, "-m", "tests.isa_runs", ",".join(NAMES), *supported())
+    done = python(None, "-m", "tests.support.isa_runs", ",".join(NAMES), *supported())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

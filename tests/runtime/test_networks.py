@@ -6,8 +6,8 @@ import torch
 from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor, reference
 from gradkern.runtime.parameters import bind
-from tests import oracle
-from tests.networks import NETWORKS
+from tests.support import oracle
+from tests.support.networks import NETWORKS
 
 FUSED = [
     "fcn", "inceptiontime", "resnet1d", "tcn", "eegnet", "deep4", "shallow", "bpnet", "basset", "vgg11", "resnet18",

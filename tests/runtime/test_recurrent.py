@@ -7,7 +7,7 @@ from torch import nn
 from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor
 from gradkern.runtime.parameters import bind
-from tests import oracle
+from tests.support import oracle
 
 
 class Net(nn.Module):

@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 from gradkern.codegen.cuda.lowering import MAX_PORTS, Device
 from gradkern.runtime import ops
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")
 THREADS = 64
 

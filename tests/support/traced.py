@@ -10,8 +10,8 @@ from torch import Tensor
 from gradkern.frontend import tracer
 from gradkern.ir.program import Program
 from gradkern.runtime import executor, parameters
-from tests import oracle
 from tests.cases import CASES
+from tests.support import oracle
 
 EXACT = 1e-10  # float64, relative
 

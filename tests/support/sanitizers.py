@@ -1,4 +1,4 @@
-"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.sanitizers [address|thread] ...``
+"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.support.sanitizers [address|thread] ...``
 
 Launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs them again: as
 many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be bit-equal.
@@ -18,7 +18,7 @@ from gradkern.attr.rules.methods import with_relu
 from gradkern.frontend import tracer
 from gradkern.runtime import executor, parameters
 from tests.cases import CASES
-from tests.host_device import CSRC, FLAGS, HostDevice, installed
+from tests.support.host_device import CSRC, FLAGS, HostDevice, installed
 
 KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
 NETS = [
