@@ -52,7 +52,7 @@ cuda-check: ## build, link and import the whole extension with CUDA, without a G
 	@$(PYTHON) tools/cuda_check.py $(ARGS)
 
 sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers
-	$(BIN)/python -m tests.sanitizers $(ARGS)
+	$(BIN)/python -m tests.support.sanitizers $(ARGS)
 
 lint: env ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import oracle
+from tests.support import oracle
 
 aten = torch.ops.aten
 

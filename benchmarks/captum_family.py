@@ -28,7 +28,7 @@ from benchmarks import machine
 from benchmarks.run import RESULTS, positive, progress
 from gradkern import attr as ours
 from tests.cases import CASES
-from tests.recipes import randomise_norm
+from tests.support.case import randomise_norm
 
 BATCHES = (16, 64, 256)  # at which stock Captum is tried
 PATH_MEMORY = 256 << 20  # bytes that 50 steps on 20,000 samples may take beside the result

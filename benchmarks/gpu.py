@@ -30,8 +30,8 @@ import gradkern
 from benchmarks import gpu_jax, machine, operations
 from benchmarks.baselines import captum_saliency, deliver, loop_classes, replicated
 from benchmarks.measure import quiet
-from tests import oracle
 from tests.cases import CASES, Case
+from tests.support import oracle
 
 SAMPLES = {"cnn1d": 194109, "cnn1d_strided": 194109, "lenet5": 60000, "mlp": 194109, "fcn": 8192, "vgg11": 1024}
 CHUNKS = (2048, 16384, 131072, 1 << 30)

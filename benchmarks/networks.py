@@ -1,7 +1,7 @@
 """Real networks: fused share, ratio to the best peer, and error, one line each.
 
-The networks are `tests.networks`, in full size.  Where a network has very many outputs, everybody gets the gradients
-of the same random few of them.
+The networks are `tests.support.networks`, in full size.  Where a network has very many outputs, everybody gets the
+gradients of the same random few of them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
 from gradkern.frontend.tracer import trace
 from gradkern.ir.cost import total_macs
-from tests import oracle
-from tests.networks import NETWORKS, Network
+from tests.support import oracle
+from tests.support.networks import NETWORKS, Network
 
 UNCOMPILED = ("loop_classes", "grads_batched", "vmap_jacrev")
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.modules import (
+from tests.support.case import Case, Fn, Recipe, lazily, seq1d, seq2d
+from tests.support.modules import (
     AttendsToSamples,
     Attention,
     CumulativeMean,
@@ -43,7 +44,6 @@ from tests.modules import (
     mlp,
     weight_normed,
 )
-from tests.recipes import Case, Fn, Recipe, lazily, seq1d, seq2d
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

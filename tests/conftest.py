@@ -15,7 +15,7 @@ import torch
 
 import gradkern
 from gradkern.frontend import tracer
-from tests import exports
+from tests.support import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import gradkern
 from gradkern.util.options import ENGINES, BadValue
-from tests import oracle
 from tests.cases import net
+from tests.support import oracle
 
 SOME = ("relu_inplace", "maxpool1d", "elu", "residual", "bn_after_conv", "softmax_axis", "two_inputs", "scalar_output")
 

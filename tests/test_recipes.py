@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from gradkern.codegen import support
-from gradkern.frontend import tracer, verify
 from gradkern.frontend.lowerings.activation import elementwise
 from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
-from gradkern.runtime.parameters import bind
-from tests import oracle
+from tests.support import oracle, tracing
+from tests.support.tracing import bind
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -65,8 +64,8 @@ class Net(nn.Module):
 def test_two_places_make_it_right(made_up):
     torch.manual_seed(0)
     model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
-    program = tracer.trace(model, (x,))
-    verify.verify(program, model, (x,))
+    program = tracing.trace(model, (x,))
+    tracing.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
     found = executor.plan_for(program, 3, torch.float64)

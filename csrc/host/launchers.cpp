@@ -1,6 +1,6 @@
 // The launchers of ../cuda, as they are, around the stand-in GPU of runtime.h: their checks, arguments and block counts
 // run on CPU tensors.  Built beside run.cpp, with the folder of this file in front of torch's headers, and called by
-// tests/host_device.py under the dispatch key that they register themselves for.
+// tests/support/host_device.py under the dispatch key that they register themselves for.
 #include "../checks.cpp"
 #include "../cuda/chain_launch.cpp"
 #include "../cuda/hash_launch.cpp"

@@ -11,7 +11,7 @@
 
 namespace gradkern::host {
 
-// Plain integers, mirrored by tests/host_device.py.
+// Plain integers, mirrored by tests/support/host_device.py.
 struct Gpu {
   int processors, shared_bytes;
   int capturing;  // 1: a CUDA graph is being captured

@@ -207,7 +207,7 @@ def _profile(request: Request, route: Route) -> ModelProfile:
 
 def _in_one_piece(request: Request, profile: ModelProfile) -> bool:
     loose = replace(profile, couples_batch="")
-    return loose.chunk(request.samples, request.sample_bytes, options.memory_budget()) >= request.samples
+    return loose.chunk(request.samples, request.sample_bytes, request.inputs[0].device) >= request.samples
 
 
 def _say_why_eager(route: Route) -> None:

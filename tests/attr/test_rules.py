@@ -18,11 +18,11 @@ from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
 from gradkern.attr.rules.lrp import Relevance
-from gradkern.runtime import parameters, reference
+from gradkern.runtime import reference
 from gradkern.util import chunks
-from tests import rule_oracle
 from tests.cases import CASES
-from tests.recipes import randomise_norm
+from tests.support import rule_oracle, tracing
+from tests.support.case import randomise_norm
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -294,7 +294,7 @@ def test_the_plain_rule_is_the_gradient(name):
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     program = gradkern.prepare(model, xs)
-    params = parameters.bind(program, model)
+    params = tracing.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))
     for native in (True, False):

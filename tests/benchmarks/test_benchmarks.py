@@ -14,8 +14,8 @@ from benchmarks import accuracy, full_set, measure, operations, questions
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
-from tests import oracle
 from tests.cases import CASES
+from tests.support import oracle
 
 TINY = ("loop_classes", "grads_batched")
 

@@ -10,10 +10,10 @@ import torch
 
 from gradkern.codegen import scratch
 from gradkern.codegen.scratch import Buffer
-from gradkern.frontend import tracer
 from gradkern.ir.program import Contract
 from gradkern.runtime import executor
-from tests.networks import NETWORKS
+from tests.support import tracing
+from tests.support.networks import NETWORKS
 
 
 def alive_together(a: Buffer, b: Buffer) -> bool:
@@ -56,7 +56,7 @@ def test_tiles_of_seeds_keep_them_apart():
 def test_scratch_of_a_deep_network_is_a_few_layers():
     """Cotangents of layers far apart share memory: twenty-four layers take about what two do."""
     model = NETWORKS["tcn"].full.build()
-    program = tracer.trace(model, NETWORKS["tcn"].full.inputs(2))
+    program = tracing.trace(model, NETWORKS["tcn"].full.inputs(2))
     p = executor.plan_for(program, 5, torch.float32)
     chain = p.chain(0, 5, (0,), True)
     sizes = [math.prod(s.shape) for s in program.steps if isinstance(s.form, Contract)]

@@ -18,8 +18,8 @@ from tests.gpu.test_gpu import (  # noqa: F401
     test_the_plan_says_cuda,
     test_the_public_call_follows_the_weights,
 )
-from tests.host_device import Launchers, installed
-from tests.recipes import Case
+from tests.support.case import Case
+from tests.support.host_device import Launchers, installed
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import gradkern
-from gradkern.frontend import tracer
 from gradkern.planner import plan
-from gradkern.runtime import executor, parameters, reference
-from tests import oracle
+from gradkern.runtime import executor, reference
 from tests.cases import CASES
-from tests.host_device import HostDevice, installed, library
-from tests.recipes import Case
+from tests.support import oracle, tracing
+from tests.support.case import Case
+from tests.support.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]
@@ -27,8 +26,8 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: tor
     model = case.build(dtype=dtype)
     inputs = case.inputs(n, dtype=dtype)
     with torch.no_grad():
-        program = tracer.trace(model, inputs)
-        params = parameters.bind(program, model)
+        program = tracing.trace(model, inputs)
+        params = tracing.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs, targets)
             used = executor.plan_for(program, got[0].shape[1], dtype)
@@ -61,7 +60,7 @@ def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
     case = CASES["fcn"]
     model = case.build()
     inputs = case.inputs(2)
-    program = tracer.trace(model, inputs)
+    program = tracing.trace(model, inputs)
     made = plan.plan(program, 5, machine=HostDevice().machine)
     assert not made.single_chain
     assert any("KiB of shared memory" in s.why for s in made.steps)
@@ -97,8 +96,8 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
     model, inputs = case.build(dtype=dtype), case.inputs(4, dtype=dtype)
     device = HostDevice(shared_bytes=shared, threads=32)
     with torch.no_grad():
-        program = tracer.trace(model, inputs)
-        params = parameters.bind(program, model)
+        program = tracing.trace(model, inputs)
+        params = tracing.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs)
             used = executor.plan_for(program, got[0].shape[1], dtype)
@@ -132,7 +131,7 @@ def test_half_precision_by_the_public_call() -> None:
 
 def test_what_torch_runs_keeps_half_precision_out() -> None:
     case = CASES["resnet1d_cumsum"]
-    program = tracer.trace(case.build(), case.inputs(2))
+    program = tracing.trace(case.build(), case.inputs(2))
     made = plan.plan(program, 3, torch.bfloat16, machine=HostDevice().machine)
     assert made.cast_dtype is None
     assert any("not bfloat16" in s.why for s in made.steps)

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from gradkern.codegen.encoding import CudaSizes
-from gradkern.frontend import tracer
-from gradkern.runtime import executor, ops, parameters
-from tests import oracle
+from gradkern.runtime import executor, ops
 from tests.cases import CASES
 from tests.cuda.test_host import run
-from tests.host_device import Launchers, installed
 from tests.runtime import test_ops
+from tests.support import oracle, tracing
+from tests.support.host_device import Launchers, installed
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
@@ -257,8 +256,8 @@ def test_new_weights_are_packed_again() -> None:
         model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
         with torch.no_grad(), installed(device):
             next(model.parameters()).mul_(factor)
-            program = tracer.trace(model, inputs)
-            y, got = executor.jacobian(program, parameters.bind(program, model), inputs)
+            program = tracing.trace(model, inputs)
+            y, got = executor.jacobian(program, tracing.bind(program, model), inputs)
             assert executor.plan_for(program, program.outputs, torch.float64).single_chain
         right(model, inputs, y, got)
 

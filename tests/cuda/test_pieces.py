@@ -10,16 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradkern.frontend import tracer
 from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step
 from gradkern.planner import plan
-from gradkern.runtime import executor, parameters
+from gradkern.runtime import executor
 from gradkern.util import options
-from tests import oracle
 from tests.cases import CASES
-from tests.host_device import HostDevice, installed
-from tests.random_programs import programs
 from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
+from tests.support import oracle, tracing
+from tests.support.host_device import HostDevice, installed
+from tests.support.random_programs import programs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 SMALL = 1024  # bytes of shared memory: some chains, and some contractions by ATen
@@ -94,8 +93,8 @@ def settle(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def solve(model: nn.Module, x: Tensor, device: HostDevice, targets: Tensor | None = None):
     with torch.no_grad(), installed(device):
-        program = tracer.trace(model, (x,))
-        params = parameters.bind(program, model)
+        program = tracing.trace(model, (x,))
+        params = tracing.bind(program, model)
         y, (got,) = executor.jacobian(program, params, [x], targets)
         return y, got, executor.plan_for(program, got.shape[1], x.dtype)
 
@@ -126,8 +125,8 @@ def test_cases_in_pieces(name: str) -> None:
     model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
     device = HostDevice(shared_bytes=SMALL, threads=32)
     with torch.no_grad(), installed(device):
-        program = tracer.trace(model, inputs)
-        y, got = executor.jacobian(program, parameters.bind(program, model), inputs)
+        program = tracing.trace(model, inputs)
+        y, got = executor.jacobian(program, tracing.bind(program, model), inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
     for f, w in zip(got, want, strict=True):

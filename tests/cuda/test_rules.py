@@ -23,13 +23,13 @@ from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import ops
-from tests import oracle, rule_oracle
 from tests.attr.test_rules import DEEP, build
 from tests.cases import CASES
-from tests.host_device import POISON, HostDevice, installed
-from tests.random_programs import programs
 from tests.runtime.test_random_programs import questions
-from tests.traced import program_of
+from tests.support import oracle, rule_oracle
+from tests.support.host_device import POISON, HostDevice, installed
+from tests.support.random_programs import programs
+from tests.support.traced import program_of
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),

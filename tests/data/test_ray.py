@@ -15,7 +15,7 @@ import gradkern
 from gradkern.data import run
 from tests.cases import CASES
 from tests.data.test_resume import assert_same
-from tests.kill_runs import OPTIONS, problem
+from tests.support.kill_runs import OPTIONS, problem
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -23,7 +23,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.ray_run", str(tmp_path / "ray.zarr")]
+    command = [sys.executable, "-m", "tests.support.ray_run", str(tmp_path / "ray.zarr")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

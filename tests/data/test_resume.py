@@ -15,8 +15,8 @@ import torch
 import gradkern
 from gradkern.data import DiskFull, Mismatch, Results, merge, run
 from gradkern.data import methods as data_methods
-from tests import kill_runs
 from tests.cases import CASES
+from tests.support import kill_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +51,7 @@ def assert_same(a: str | Path, b: str | Path) -> None:
 
 @pytest.mark.parametrize(("kills", "at_work"), [(5, 2), pytest.param(22, 5, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_ends_bit_equal(kills, at_work, tmp_path):
-    command = [sys.executable, "-m", "tests.kill_runs", str(tmp_path / "killed.zarr"), str(kills), "7"]
+    command = [sys.executable, "-m", "tests.support.kill_runs", str(tmp_path / "killed.zarr"), str(kills), "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])

@@ -17,8 +17,8 @@ from gradkern.frontend import verify
 from gradkern.runtime import ops
 from gradkern.util import options
 from gradkern.util.options import ENGINES, BadValue, GradkernWarning
-from tests import oracle
 from tests.cases import CASES, net
+from tests.support import oracle
 
 
 def test_engine_choice(monkeypatch):

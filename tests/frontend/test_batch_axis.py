@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradkern
-from gradkern.frontend.tracer import trace
 from gradkern.ir.calls import form_params
 from gradkern.ir.program import Contract, Index, Opaque, View
-from gradkern.runtime.parameters import bind
-from tests import oracle
 from tests.cases import CASES
 from tests.frontend.test_tracer import Net, forms, proposed
+from tests.support import oracle
+from tests.support.tracing import bind, trace
 
 
 class LastState(nn.Module):

@@ -7,13 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradkern.frontend.tracer import trace, verify
 from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
-from gradkern.runtime.parameters import bind
-from tests import oracle
-from tests.recipes import closed, randomise_norm
+from tests.support import oracle
+from tests.support.case import closed, randomise_norm
+from tests.support.tracing import bind, trace, verify
 
 SETTINGS = settings(
     max_examples=40,

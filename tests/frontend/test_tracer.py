@@ -11,10 +11,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from gradkern.frontend.shell import shell_copy
 from torch import nn
 
-from gradkern.frontend.shell import shell_copy
-from gradkern.frontend.tracer import Untraceable, trace, verify
+from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import (
     Channels,
     Contract,
@@ -29,10 +29,10 @@ from gradkern.ir.program import (
     Windows,
 )
 from gradkern.runtime import reference
-from gradkern.runtime.parameters import bind
-from tests import oracle
 from tests.cases import CASES, TRACEABLE
-from tests.recipes import Case, Fn
+from tests.support import oracle
+from tests.support.case import Case, Fn
+from tests.support.tracing import bind, trace, verify
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 

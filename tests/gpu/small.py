@@ -8,8 +8,8 @@ import torch
 import gradkern
 from gradkern import attr
 from gradkern.runtime import ops
-from tests import oracle
 from tests.cases import CASES
+from tests.support import oracle
 
 NETS = ("maxpool1d", "conv2d_uneven", "residual", "softmax", "matmul", "attention")
 

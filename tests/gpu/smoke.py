@@ -5,8 +5,8 @@ import time
 import torch
 
 import gradkern
-from tests import oracle
 from tests.cases import CASES
+from tests.support import oracle
 
 SAMPLES = 20000
 

@@ -14,17 +14,16 @@ import torch
 
 import gradkern
 from gradkern import attr
-from gradkern.frontend import tracer
-from gradkern.runtime import executor, ops, parameters, reference
+from gradkern.runtime import executor, ops, reference
 from gradkern.runtime.parameters import PlanWeights
-from tests import oracle
 from tests.cases import CASES
 from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
 from tests.cuda.test_matmul import SHAPES, product
 from tests.cuda.test_pieces import NETS, settle
 from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
-from tests.networks import NETWORKS
-from tests.recipes import Case
+from tests.support import oracle, tracing
+from tests.support.case import Case
+from tests.support.networks import NETWORKS
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]
@@ -41,8 +40,8 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
     model = case.build(dtype=dtype).to(CUDA)
     inputs = tuple(x.to(CUDA) for x in case.inputs(n, dtype=dtype))
     with torch.no_grad():
-        program = tracer.trace(model, inputs)
-        return model, inputs, program, parameters.bind(program, model)
+        program = tracing.trace(model, inputs)
+        return model, inputs, program, tracing.bind(program, model)
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=repr)
@@ -210,8 +209,8 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
     model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
     with torch.no_grad(), small(shared):
-        program = tracer.trace(model, (x,))
-        y, (got,) = executor.jacobian(program, parameters.bind(program, model), [x])
+        program = tracing.trace(model, (x,))
+        y, (got,) = executor.jacobian(program, tracing.bind(program, model), [x])
         used = executor.plan_for(program, got.shape[1], torch.float64, CUDA)
     assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)

@@ -26,15 +26,12 @@ from gradkern.ir.program import (
 from gradkern.planner import groups, implementations, plan
 from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
-from tests.traced import program_of
+from tests.support.programs import conv
+from tests.support.programs import program as make
+from tests.support.traced import program_of
 
-W = Windows((3,), (1,), ((1, 1),), (1,))
-CONV = Contract(W, Param("w"), Param("b"))
+CONV = conv()
 CUMSUM = Opaque(Call("aten.cumsum.default", (Value(1), 2)), "a running sum has no form")
-
-
-def make(*steps: Step, output: int | None = None, inputs=((4, 8),)) -> Program:
-    return Program(inputs, steps, len(inputs) + len(steps) - 1 if output is None else output)
 
 
 def split() -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,15 @@ import pytest
 from gradkern.runtime import ops
 
 ROOT = Path(__file__).parents[2]
+CPUINFO = Path("/proc/cpuinfo")
+#: The instruction sets of an x86 build, best first, and the processor's flags that each needs.
+NEEDS: dict[str, set[str]] = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+    "avx": {"avx", "popcnt"},
+    "portable": set(),
+}
+KNOWN = list(NEEDS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
 NAMES = (
     "cnn1d_strided", "lenet5", "maxpool1d_overlap_pad", "maxpool2d_mixed", "conv1d_groups", "residual",
     "elu", "tanh", "sigmoid", "leaky_relu", "bn_after_pool", "avgpool2d_ceil_exclude", "log_softmax", "two_inputs",
@@ -35,7 +45,7 @@ def supported() -> list[str]:
 
 @pytest.fixture(scope="module")
 def failures() -> dict[str, str]:
-    done = python(None, "-m", "tests.isa_runs", ",".join(NAMES), *supported())
+    done = python(None, "-m", "tests.support.isa_runs", ",".join(NAMES), *supported())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -45,11 +55,23 @@ def test_agrees_with_the_oracle(isa, failures):
     assert failures[isa] == ""
 
 
-def test_the_portable_body_is_always_there():
-    assert "portable" in supported()
+def flags() -> set[str]:
+    """What the processor says of itself; on Arm the line has another name, and none of these sets exist."""
+    lines = CPUINFO.read_text().splitlines()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="no /proc/cpuinfo")
+def test_the_sets_are_those_of_the_processor():
+    has = flags()
+    assert supported() == [name for name in KNOWN if NEEDS[name] <= has]
+
+
+def test_the_best_set_is_used_unless_another_is_named():
+    assert ops.machine().isa == (os.environ.get("GRADKERN_ISA") or supported()[0])
 
 
 def test_an_unknown_instruction_set_is_an_error():
     done = python("avx1024", "-c", "from gradkern.runtime import ops; ops.machine()")
     assert done.returncode != 0
-    assert "GRADKERN_ISA=avx1024 is unknown; use one of avx512, " in done.stderr
+    assert f"GRADKERN_ISA=avx1024 is unknown; use one of {', '.join(KNOWN)}\n" in done.stderr

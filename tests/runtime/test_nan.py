@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import gradkern
-from tests import oracle
 from tests.cases import CASES
-from tests.recipes import lazily, seq1d, seq2d
-from tests.traced import EXACT
+from tests.support import oracle
+from tests.support.case import lazily, seq1d, seq2d
+from tests.support.traced import EXACT
 
 BAD = (math.nan, math.inf, -math.inf)
 # Not ELU: at NaN torch's own derivative is 1 or NaN, depending on where in a vector the element lies.

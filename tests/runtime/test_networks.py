@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor, reference
-from gradkern.runtime.parameters import bind
-from tests import oracle
-from tests.networks import NETWORKS
+from tests.support import oracle, tracing
+from tests.support.networks import NETWORKS
+from tests.support.tracing import bind
 
 FUSED = [
     "fcn", "inceptiontime", "resnet1d", "tcn", "eegnet", "deep4", "shallow", "bpnet", "basset", "vgg11", "resnet18",
@@ -17,8 +16,8 @@ FUSED = [
 def traced(name):
     case = NETWORKS[name].small
     model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
-    program = tracer.trace(model, inputs)
-    verify.verify(program, model, inputs)
+    program = tracing.trace(model, inputs)
+    tracing.verify(program, model, inputs)
     return model, inputs, program
 
 
@@ -64,7 +63,7 @@ def test_nothing_is_left_to_autograd(name):
 def test_full_size_is_exact(name):
     case = NETWORKS[name].full
     model, inputs = case.build(dtype=torch.float64), case.inputs(1, dtype=torch.float64)
-    program = tracer.trace(model, inputs)
+    program = tracing.trace(model, inputs)
     targets = torch.randperm(program.outputs, generator=torch.Generator().manual_seed(1))[:3]
     (want,) = oracle.jacobian(Picked(model, targets), inputs)[1]
     (got,) = executor.jacobian(program, bind(program, model), inputs, targets)[1]

@@ -18,11 +18,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from gradkern.dispatch.guards import structure_key
-from gradkern.frontend.tracer import trace
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
-from gradkern.runtime.parameters import bind
 from tests.cases import CASES
+from tests.support.tracing import bind, trace
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 import gradkern
 from gradkern.codegen import emitters, scratch
 from gradkern.runtime import executor, reference
-from tests.random_programs import Network, programs
+from tests.support.random_programs import Network, programs
 
 EXACT = 1e-10
 FUZZ = int(os.environ.get("GRADKERN_FUZZ", "0"))  # `make fuzz`: that many other networks each time

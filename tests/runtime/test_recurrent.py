@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.frontend import tracer, verify
 from gradkern.runtime import executor
-from gradkern.runtime.parameters import bind
-from tests import oracle
+from tests.support import oracle, tracing
+from tests.support.tracing import bind
 
 
 class Net(nn.Module):
@@ -40,8 +39,8 @@ def test_exact_and_fused(layer, options, read):
     torch.manual_seed(0)
     model = Net(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
-    program = tracer.trace(model, (x,))
-    verify.verify(program, model, (x,))
+    program = tracing.trace(model, (x,))
+    tracing.verify(program, model, (x,))
     (want,) = oracle.jacobian(model, x)[1]
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, want) <= 1e-10
@@ -52,6 +51,6 @@ def test_relu_rnn():
     torch.manual_seed(0)
     model = Net(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
-    program = tracer.trace(model, (x,))
+    program = tracing.trace(model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10

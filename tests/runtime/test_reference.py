@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradkern.frontend.tracer import trace
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
 from gradkern.runtime import reference
-from gradkern.runtime.parameters import bind
-from tests import oracle
 from tests.cases import BENCH, CASES, SMALL
 from tests.frontend.test_tracer import traced
-from tests.recipes import Case
+from tests.support import oracle
+from tests.support.case import Case
+from tests.support.tracing import bind, trace
 
 CHECKED = tuple(c for c in SMALL if c.traceable)
 

@@ -26,7 +26,7 @@ from gradkern.codegen.cuda.lowering import MAX_PORTS
 from gradkern.codegen.machine import Device
 from gradkern.runtime import ops
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")
 THREADS = 64
 

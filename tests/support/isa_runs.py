@@ -1,6 +1,6 @@
 """Every named network on each of the named instruction sets, for tests/runtime/test_isa.py.  A process that forks.
 
-    python -m tests.isa_runs NAME,NAME... ISA ISA...
+    python -m tests.support.isa_runs NAME,NAME... ISA ISA...
 
 The instruction set is chosen once per process; tracing and the oracle, which take longest, are the same for all of
 them.  So the networks are made ready first, and every instruction set is tried in a fork.  Prints as JSON, by
@@ -17,9 +17,9 @@ import traceback
 import torch
 
 from gradkern.runtime import ops
-from tests import oracle
 from tests.cases import CASES
-from tests.traced import EXACT, exact, parts, run, worst
+from tests.support import oracle
+from tests.support.traced import EXACT, exact, parts, run, worst
 
 SIZES = (1, 7)
 SAMPLES = 16  # of the float32 run

@@ -1,4 +1,4 @@
-"""What a case is, and recipes for small ones: a network that closes around the layers in question."""
+"""What a case is, and the pieces of small ones: a network that closes around the layers in question."""
 
 from __future__ import annotations
 

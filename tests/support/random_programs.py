@@ -34,7 +34,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from tests.random_forms import Forms
+from tests.support.random_forms import Forms
 
 MOST = 400  # numbers in one value of a sample
 FUNCTIONS: tuple[tuple[str, tuple[float, ...]], ...] = (

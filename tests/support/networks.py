@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.modules import LeNet5, fcn
-from tests.recipes import Case, Shape
+from tests.support.case import Case, Shape
+from tests.support.modules import LeNet5, fcn
 
 # ---------------------------------------------------------------------------------------------------------------
 # Time series

@@ -1,4 +1,4 @@
-"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.sanitizers [address|thread] ...``
+"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.support.sanitizers [address|thread] ...``
 
 Launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs them again: as
 many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be bit-equal.
@@ -15,10 +15,10 @@ import torch
 
 from gradkern import attr
 from gradkern.attr.rules.rule_methods import with_relu
-from gradkern.frontend import tracer
-from gradkern.runtime import executor, parameters
+from gradkern.runtime import executor
 from tests.cases import CASES
-from tests.host_device import CSRC, FLAGS, HostDevice, installed
+from tests.support import tracing
+from tests.support.host_device import CSRC, FLAGS, HostDevice, installed
 
 KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
 NETS = [
@@ -46,8 +46,8 @@ def recordings():
         device = HostDevice(blocks=2, threads=64)
         device.record = []
         with torch.no_grad(), installed(device):
-            program = tracer.trace(model, inputs)
-            params = parameters.bind(program, model)
+            program = tracing.trace(model, inputs)
+            params = tracing.bind(program, model)
             executor.jacobian(program, params, inputs)
             if name in RULED:
                 executor.jacobian(with_relu(program, "guided_relu"), params, inputs)

@@ -1,6 +1,6 @@
 """Kills dataset runs at random moments, for tests/data/test_resume.py.  A process of its own, which forks.
 
-    python -m tests.kill_runs OUT KILLS SEED
+    python -m tests.support.kill_runs OUT KILLS SEED
 
 It traces the network once; then every run is a fork of this process, killed with SIGKILL after a random time, until
 KILLS runs were killed while they worked; then the run is let to its end.  Prints what happened as JSON.

@@ -1,6 +1,6 @@
 """A run on a local Ray cluster of two workers, one of which is killed in the middle; for tests/data/test_ray.py.
 
-    python -m tests.ray_run OUT
+    python -m tests.support.ray_run OUT
 
 Prints as JSON how many chunks were finished when the worker was killed.
 """
@@ -20,7 +20,7 @@ import torch
 
 from gradkern.data import Results
 from gradkern.data.ray import run_on_ray
-from tests.kill_runs import OPTIONS, problem
+from tests.support.kill_runs import OPTIONS, problem
 
 killed: dict[str, int] = {}
 

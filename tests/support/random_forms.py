@@ -1,4 +1,4 @@
-"""Steps of random networks that copy, join, multiply and normalise values; a part of `tests.random_programs.Grower`."""
+"""Steps of random networks that copy, join, multiply and normalise values; a part of `random_programs.Grower`."""
 
 from __future__ import annotations
 

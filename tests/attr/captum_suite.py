@@ -1,7 +1,7 @@
-"""Captum's own test-suite on gradkern's classes: ``python tests/captum_suite.py CHECKOUT [pytest arguments]``.
+"""Captum's own test-suite on gradkern's classes: ``python tests/attr/captum_suite.py CHECKOUT [pytest arguments]``.
 
-See tests/captum_suite.md.  While a test module of the checkout is imported, the names of Captum's classes stand for
-ours; afterwards they are Captum's again, so that Captum's own code goes on using its own.
+See captum_suite.md.  While a test module of the checkout is imported, the names of Captum's classes stand for ours;
+afterwards they are Captum's again, so that Captum's own code goes on using its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 #: The test modules of the methods that gradkern has.
 FILES = (
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     checkout = Path(arguments.pop(0)).resolve()
-    sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != ROOT / "tests"]
+    sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() != HERE]
     import captum.attr  # noqa: F401  (the installed one, before the checkout's own directory is on the path)
 
     files = []

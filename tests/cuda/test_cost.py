@@ -1,0 +1,192 @@
+"""The estimates that a GPU's plan is chosen by: numbers worked out by hand, and what has to cost more."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from gradkern.codegen import records
+from gradkern.codegen.cuda import cost
+from gradkern.codegen.cuda.cost import RunPrice, Work
+from gradkern.codegen.cuda.lowering import Device, lower_device
+from gradkern.codegen.records import Bands, Place, ScatterT, Way
+from gradkern.codegen.scratch import Buffer
+from gradkern.ir.program import Step, View
+from tests.support.programs import RELU, conv, linear, pool, program
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+BANDS = [Bands(1, 8, 1, 2), Bands(1, 1, 1, 5)]
+WORK = Work(warps=8, resident=4, block=16, tile=5, itemsize=4, ways={0: BANDS})
+HERE = Place(Buffer(4096, base=0), 0, 64, 4)
+SCATTER = ScatterT(
+    src=HERE, seed_rows=False, dst=HERE, O=16, pattern=None, weights=0, row_length=24, window_table=0,
+    H=1, W=64, C=4, groups=1, merged=False, window_elements=20, way=Way.Walk,
+)  # fmt: skip
+DENSE = records.DenseT(
+    src=HERE, seed_rows=False, dst=HERE, O=64, pattern=None, weights=0, row_length=256, window_table=0,
+    window_elements=256, joined=True, assign=True, block=True,
+)  # fmt: skip
+MATMUL = records.MatMul(HERE, HERE, HERE, 1, 1, matrices=2, rows=16, columns=16, terms=8)
+
+
+def rises(prices: list[float]) -> bool:
+    return all(a < b for a, b in pairwise(prices))
+
+
+# ---- by hand
+
+
+def test_a_loop_waits_for_its_instructions_or_for_its_loads():
+    """Four instructions and one wavefront per clock, at three quarters of that."""
+    assert cost.loop(12, 1) == 4
+    assert cost.loop(4, 6) == 8
+
+
+def test_workers_without_work():
+    assert cost.busy(16, 8) == 1
+    assert cost.busy(9, 8) == 9 / 16
+    assert cost.busy(1, 8) == 1 / 8
+
+
+def test_even_parts():
+    assert [cost.even(count, 5) for count in (1, 5, 6, 7, 10, 11)] == [1, 5, 3, 4, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("elements", "lanes"), [(1, 4), (4, 4), (5, 4), (20, 4), (24, 8), (33, 8), (48, 16), (80, 16), (81, 32), (160, 32)]
+)
+def test_workers_are_small_and_leave_no_lane_idle(elements, lanes):
+    """The smallest workers that have at most five elements per lane, where larger ones idle no less."""
+    assert cost.worker_lanes(elements) == lanes
+
+
+def test_the_share_of_workers_that_are_busy():
+    """Eight warps of eight workers; 64 positions of four samples in bands of eight: 32 bands, in two colours."""
+    assert WORK.share(SCATTER, BANDS[0], visits=1, lanes=4) == pytest.approx(32 / 64 / 2)
+    # Single positions, every fifth of one colour: 13 of four samples at most, where 64 workers wait.
+    assert WORK.share(SCATTER, BANDS[1], visits=1, lanes=4) == pytest.approx(256 / (64 * 5))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "numbers"),
+    [
+        ("scatter.cuh", "kMaxSeeds", {cost.WALK_SEEDS}),
+        ("scatter.cuh", "kMaxElements", {cost.WALK_ELEMENTS}),
+        ("scatter.cuh", "kPartRows", {cost.PART_ROWS}),
+        ("quads.cuh", "kMaxQuads", {max(cost.QUADS)}),
+        ("quads.cuh", "kQuadSeeds", {cost.QUAD_SEEDS}),
+        ("quads.cuh", "kQuadSums", {cost.QUAD_SUMS}),
+        ("quads.cuh", "kMaxPlanes", {cost.QUAD_PLANES}),
+        ("narrow.cuh", "kNarrow", {cost.NARROW}),
+        ("narrow.cuh", "kNarrowSeeds", {cost.NARROW_SEEDS}),
+        ("narrow.cuh", "kNarrowLanes", {cost.NARROW_LANES}),
+        ("pooled.cuh", "kPooled", {cost.POOLED}),
+    ],
+)
+def test_the_kernels_have_the_same_numbers(file, name, numbers):
+    """In float32; some of them are smaller in float64."""
+    found = re.findall(rf"constexpr int {name} = (?:sizeof\(T\) == 4 \? )?(\d+)\b", (CSRC / file).read_text())
+    assert {int(n) for n in found} == numbers
+
+
+# ---- what has to cost more
+
+
+def test_more_seeds_cost_more():
+    """In full visits: thirteen seeds are three visits of five, and may take longer than sixteen in four of four."""
+    for op in (SCATTER, DENSE, MATMUL, records.Zero(HERE, 4096)):
+        assert rises([replace(WORK, tile=n).clocks(op, forward=False) for n in (5, 10, 20, 40)]), type(op).__name__
+    for planes in (1, 2):
+        assert rises([cost.walk_clocks(20, 16, True, n, planes, True) for n in range(1, cost.WALK_SEEDS + 1)])
+        for prices in (
+            [cost.narrow_clocks(8, 16, n, planes)[0] for n in range(1, 24)],
+            [cost.quad_clocks(5, 16, n, planes, True, 8, 4)[0] for n in range(1, 24)],
+        ):
+            assert prices == sorted(prices) and prices[0] < prices[-1] / 5  # a visit has room for a few of them
+
+
+def test_more_channels_cost_more():
+    for way in Way:
+        op = replace(SCATTER, way=way, window_elements=8)
+        assert rises([WORK.clocks(replace(op, O=n), forward=False) for n in (16, 32, 64, 128)]), way
+
+
+def test_the_forward_pass_does_not_depend_on_the_seeds():
+    op = records.Window(HERE, HERE, 1, 64, 4, 16, 1, 1, 20, 0, 0, 0)
+    assert len({replace(WORK, tile=n).clocks(op, forward=True) for n in (1, 5, 20)}) == 1
+
+
+def test_a_linear_layer_is_cheaper_for_more_samples():
+    """Its weight is read from L2 once for all samples of a block."""
+    prices = [replace(WORK, block=n, tile=1).clocks(DENSE, forward=False) for n in (1, 2, 4, 8, 16)]
+    assert rises(prices[::-1])
+
+
+def test_doubles_are_visited_more_often():
+    """Three quads a lane: registers for 18 sums hold six seeds of them, and for 4 sums one."""
+    visits = [cost.quad_clocks(12, 16, 6, 1, False, 4, itemsize)[1] for itemsize in (4, 8)]
+    assert visits == [1, 6]
+
+
+# ---- what is chosen
+
+
+@pytest.mark.parametrize("way", Way)
+def test_workers_are_of_documented_sizes(way):
+    _, lanes, bands = WORK.transposed(replace(SCATTER, way=way, window_elements=8))
+    assert lanes in {Way.Walk: (4,), Way.Quads: cost.QUAD_LANES, Way.Narrow: (cost.NARROW_LANES,)}[way]
+    assert bands in BANDS
+
+
+def test_the_cheaper_bands_are_taken():
+    both = [WORK.transposed(SCATTER)[0]]
+    alone = [replace(WORK, ways={0: [bands]}).transposed(SCATTER)[0] for bands in BANDS]
+    assert both == [min(alone)] and len(set(alone)) == 2
+
+
+def test_a_run_takes_the_number_of_samples_that_is_cheapest():
+    run = RunPrice(False, WORK, {})
+    run.add(SCATTER, forward=False, times=2)
+    best = [run.best(most) for most in range(1, 13)]
+    prices = [run.price(resident, 0) for resident in range(1, 13)]
+    for most, (price, resident) in enumerate(best, 1):
+        assert resident <= most
+        assert price == prices[resident - 1] == min(prices[:most])
+    assert prices[0] == 2 * replace(WORK, resident=1, block=0).clocks(SCATTER, forward=False)
+
+
+def test_where_a_record_lies_does_not_change_its_price():
+    elsewhere = replace(SCATTER, src=Place(HERE.buffer, 100, 64, 4), window_table=7)
+    assert [*cost.priced_numbers(elsewhere)] == [*cost.priced_numbers(SCATTER)]
+    for change in ({"W": 65}, {"O": 17}, {"window_elements": 21}, {"way": Way.Quads}, {"merged": True}):
+        assert [*cost.priced_numbers(replace(SCATTER, **change))] != [*cost.priced_numbers(SCATTER)]
+
+
+NET = program(
+    Step(conv(5, padding=2, name="a"), (0,), (16, 64)),
+    Step(RELU, (1,), (16, 64)),
+    Step(pool(2), (2,), (16, 32)),
+    Step(conv(5, padding=2, name="b"), (3,), (32, 32)),
+    Step(RELU, (4,), (32, 32)),
+    Step(pool(2), (5,), (32, 16)),
+    Step(View(), (6,), (512,)),
+    Step(linear(), (7,), (10,)),
+    inputs=((1, 64),),
+)
+
+
+def clocks(kib: int, seeds: int) -> float:
+    chain = lower_device(NET, list(range(8)), [8], Device("cuda", 16, kib << 10), 4, seeds, (0,))
+    assert chain.scratch <= kib << 10
+    return sum(chain.clocks)
+
+
+def test_a_chain_is_no_slower_with_more_memory_and_dearer_with_more_seeds():
+    prices = {kib: [clocks(kib, seeds) for seeds in (1, 3, 10)] for kib in (32, 64, 227)}
+    assert all(rises(row) for row in prices.values())
+    for small, large in ((32, 64), (64, 227)):
+        assert all(a >= b for a, b in zip(prices[small], prices[large], strict=True))

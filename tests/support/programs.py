@@ -1,0 +1,40 @@
+"""Small programs written by hand, for tests of the planner and of code generation."""
+
+from __future__ import annotations
+
+from gradkern.ir.indexing import identity
+from gradkern.ir.program import Channels, Contract, Dense, Index, Param, Program, Scale, Select, Shape, Step, Windows
+
+
+def program(*steps: Step, output: int | None = None, inputs: tuple[Shape, ...] = ((4, 8),)) -> Program:
+    """The steps in order; values are numbered from the inputs on.  ``output``: by default that of the last step."""
+    return Program(inputs, steps, len(inputs) + len(steps) - 1 if output is None else output)
+
+
+def windows(kernel: int, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Windows:
+    return Windows((kernel,), (stride,), ((padding, padding),), (1,), groups)
+
+
+def conv(kernel: int = 3, *, stride: int = 1, padding: int = 1, groups: int = 1, name: str = "w") -> Contract:
+    form = windows(kernel, stride=stride, padding=padding, groups=groups)
+    return Contract(form, Param(f"{name}.weight"), Param(f"{name}.bias"))
+
+
+def linear(name: str = "f") -> Contract:
+    return Contract(Dense(), Param(f"{name}.weight"), Param(f"{name}.bias"))
+
+
+def norm(axis: int = 0, name: str = "n") -> Contract:
+    return Contract(Channels(axis), Param(f"{name}.scale"), Param(f"{name}.shift"))
+
+
+def pool(size: int, stride: int | None = None) -> Select:
+    return Select(windows(size, stride=stride or size))
+
+
+def transpose(shape: Shape) -> Index:
+    """The axes of a matrix exchanged."""
+    return Index((identity(shape, (1, 0)),))
+
+
+RELU, GUIDED, TANH = Scale("relu"), Scale("guided_relu"), Scale("tanh")
