@@ -168,7 +168,7 @@ def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
     """The inputs as they are shown to Dynamo, which looks at everything but their values."""
     stand_ins = []
     for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference()
+        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
         x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return stand_ins

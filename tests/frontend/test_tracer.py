@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from gradkern.frontend.shell import shell_copy
 from torch import nn
 
 from gradkern.frontend.refusal import Untraceable
@@ -359,20 +358,7 @@ def test_buffers_changed_by_the_live_model_are_put_back() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shells, threads, noise
-
-
-def test_shell_shares_tensors_and_nothing_else() -> None:
-    model = CASES["residual"].build()
-    model.chain = [model.conv1, {"again": model.fc}]
-    shell = shell_copy(model)
-    assert type(shell) is type(model)
-    assert shell.conv1 is not model.conv1
-    assert shell.conv1.weight is model.conv1.weight
-    assert shell.chain[0] is shell.conv1
-    assert shell.chain[1]["again"] is shell.fc
-    shell.stem = nn.Identity()
-    assert isinstance(model.stem, nn.Conv1d)
+# Threads, noise
 
 
 def test_modules_in_plain_lists_and_replaced_forwards() -> None:
