@@ -259,13 +259,15 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool
     if route.tracing_pays:
         return 0, None
     profile = _profile_of_run(request, route)
+    measured = route.entry.profile  # what is not cut for want of samples can be traced nevertheless
+    couples_batch = measured is not None and measured.couples_batch
     results = None
     with _restored(route, profile):
         for start, stop in eager.pieces(request, profile):
             begin = time.perf_counter()
             results = eager.fill(request, results, start, stop, strict=strict)
             seconds = time.perf_counter() - begin
-            if profile.couples_batch and request.samples > 1:
+            if couples_batch and request.samples > 1:
                 continue  # it cannot be traced
             route.spend(seconds)
             left = request.samples - stop

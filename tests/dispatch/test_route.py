@@ -36,7 +36,7 @@ def calls_of(name: str) -> Iterator[str]:
 def test_one_call_site_of_the_reasons_and_one_of_the_guards() -> None:
     assert list(calls_of("call_reason")) == [ROUTE]
     assert list(calls_of("model_reason")) == [ROUTE]
-    assert list(calls_of("known")) == ["dispatch/state.py"]
+    assert [f for f in calls_of("known") if f.startswith("dispatch/")] == ["dispatch/state.py"]
 
 
 @pytest.fixture
