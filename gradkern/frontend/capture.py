@@ -18,6 +18,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.fx.experimental import _config as shapes_config
 
 from . import regions
@@ -47,6 +49,7 @@ _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
 _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
+Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
 
@@ -56,11 +59,20 @@ class Graph:
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
+    methods: tuple[Method, ...] = ()  # that were run while it was captured
 
     def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
         """The live tensors of one call by name."""
         read = zip(self.reads, arguments, strict=True)
         return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
+
+    def methods_hold(self) -> bool:
+        """Is every method what it was?  Dynamo does not guard against the replacement of one in its class."""
+        for owner, name, code in self.methods:
+            method = getattr(owner(), name, None)
+            if getattr(method, "__code__", None) is not code and _code_of(method) is not code:
+                return False
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +89,7 @@ class _Missed(Exception):
 
 class _Ran(threading.local):
     graph: Any = None  # the graph of this thread's last call, and what it was called with
+    captured: Any = None  # the graph of this thread's last capture, and the code objects that were traced
 
 
 _ran = _Ran()
@@ -98,17 +111,19 @@ class Capture:
 
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
-        # all models of the process together.
-        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), globals(), "entry")
-        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
+        # all models of the process together.  Globals of its own: Dynamo keeps the modules there that it has met.
+        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), dict(globals()), "entry")
+        options: Any = {"guard_filter_fn": _note_methods}
+        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
         self._looking = torch._dynamo.run(entry)
 
     def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
         """The graph whose guards hold now; None where there is none."""
         try:
-            return _called(self._looking, fn, _stand_ins(inputs))
+            captured = _called(self._looking, fn, _stand_ins(inputs))
         except _Missed:
             return None
+        return captured if captured is not None and captured.graph.methods_hold() else None
 
     def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
         """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
@@ -119,7 +134,10 @@ class Capture:
             try:
                 try:
                     captured = _called(self._capturing, fn, stand_ins)
+                    outdated = captured is not None and not captured.graph.methods_hold()
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    outdated = True
+                if outdated:
                     self._begin()
                     captured = _called(self._capturing, fn, stand_ins)
             except _Missed:
@@ -146,12 +164,35 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
     graph = Graph(module, tuple(reads.values()))
+    _ran.captured = graph, set(TracingContext.get_traced_code() or ())
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
         return (None, *kept(*arguments)) if kept is not None else (None,)
 
     return run
+
+
+def _note_methods(guards: Sequence[Any]) -> list[bool]:
+    """Note the methods of what is guarded, as Dynamo asks which guards to keep: all."""
+    if _ran.captured is not None:
+        (graph, traced), _ran.captured = _ran.captured, None
+        values = [guard.value for guard in guards if guard.has_value]
+        owners = {value if isinstance(value, type) else type(value) for value in values}
+        graph.methods = tuple(m for owner in owners for m in _methods(owner, traced))
+    return [True] * len(guards)
+
+
+def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
+    called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
+    for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
+        code = _code_of(getattr(owner, name, None))
+        if code is not None and (code in traced or name in called):
+            yield weakref.ref(owner), name, code
+
+
+def _code_of(method: Any) -> types.CodeType | None:
+    return getattr(getattr(method, "fget", method), "__code__", None)
 
 
 def _reads(node: torch.fx.Node) -> Reads:
