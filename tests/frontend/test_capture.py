@@ -220,12 +220,6 @@ def asserts(net: nn.Module, x: Tensor) -> Tensor:
     return net.fc(x)
 
 
-def assigns(net: nn.Module, x: Tensor) -> Tensor:
-    y = net.fc(x)
-    y[:, 0] = x[:, 1]
-    return y
-
-
 LISTED = [torch.full((4,), 2.0).double()]
 SIZES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "len": lambda net, x: net.fc(x).view(len(x), 4),
@@ -233,7 +227,6 @@ SIZES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "assertion": asserts,
     "what always holds": lambda net, x: net.fc(x) * (2 if (3 * x.shape[0] - 1) // x.shape[0] == 2 else 1),
     "tensors in a list": lambda net, x: net.fc(x) * net.listed[0] * LISTED[0],
-    "slice assignment": assigns,
     "where without gradients": blocked,
 }
 
@@ -267,7 +260,6 @@ def test_arguments_of_whole_numbers(name: str, engine: str) -> None:
     fn, k = OTHERS[name]
     model = network(fn, places=nn.Embedding(3, 4))
     expect(model, (torch.randn(4, 4).double(), k), engine)
-    assert gradkern.prepare(model, (torch.randn(4, 4).double(), k)) is not None
 
 
 def sequence() -> nn.Module:
