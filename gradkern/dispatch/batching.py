@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +18,18 @@ from ..util.options import BadValue, Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
+from .watch import Watch
 
 
 def run(
     request: Request, program: Program, params: Params, engine: Engine, start: int = 0,
     known: JacobianResult | None = None, *,
-    strict: bool = False, saved: int = 0,
+    strict: bool = False, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``params``: the tensors that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
-    steps are torch's to differentiate.
+    steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     module, wrt = request.module, request.wrt
     assert module is not None
@@ -44,13 +46,18 @@ def run(
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if plain else executor.jacobian
+        due, watch = watch is not None and watch.due, watch or Watch()
         for a, b in spans(start, samples, chunk):
             here = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
                 results.choose(a, b, forward(request.fn, module, [x.clone() for x in here]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
+            begin = time.perf_counter()
             y, _ = differentiate(program, params, here, index, wrt, out=rows)
+            watch.seconds += time.perf_counter() - begin
+            if due and a == start:
+                watch.compare(request.fn, module, here, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made

@@ -38,18 +38,20 @@ BATCHED_NODES = frozenset(
 class ModelProfile:
     """What one model does, measured on a few samples: may the batch be cut, and how much memory a sample takes.
 
-    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``mutates``: a forward
-    changes buffers.  ``fixed`` and ``per_sample`` are bytes that autograd saves for the backward pass.
+    ``couples_batch`` says why one forward must see the whole batch (empty: it need not); ``one_piece``: one shall see
+    it, as nothing is known.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample`` are bytes that
+    autograd saves for the backward pass.
     """
 
     couples_batch: str = ""
     mutates: bool = False
     fixed: int = 0
     per_sample: int = 0
+    one_piece: bool = False
 
     def chunk(self, samples: int, per_input: int, device: torch.device) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
-        if self.couples_batch:
+        if self.couples_batch or self.one_piece:
             return samples
         # Saved activations once, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1

@@ -144,6 +144,11 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return _TOLERANCE.get(dtype, 0.0)
 
 
+def same_outputs(got: Tensor, live: Tensor) -> bool:
+    """Are a Program's outputs the live model's, up to rounding?"""
+    return _close(got, live, _tolerance(live.dtype, live.device))
+
+
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
     """What differs by more than rounding: ``"output"``, ``"gradient"``, or nothing."""
     if not _close(got[0], want[0], tolerance):
