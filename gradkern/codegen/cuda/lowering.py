@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ...ir.program import Contract, Dense, Program, Windows
+from .. import limits
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
 from ..encoding import CudaSizes, Sizes, encode
@@ -40,7 +41,6 @@ from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_RESIDENT = 32  # samples at a time in scratch
-MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/chain.h: kPorts
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DeviceLowering(Lowering):
         self.band_options: dict[int, list[Bands]] = {}  # offset of a transposed convolution's weights → its options
         self.strides: list[int] = []  # of every run, between resident samples
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
-        if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
+        if max(len(graph.inputs), len(graph.outputs)) > limits.PORTS:
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
 
     # ---- records that differ from the CPU's
@@ -100,14 +100,13 @@ class DeviceLowering(Lowering):
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes)[0]
+            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
             return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
-        walks = math.ceil(self.seeds / cost.WALK_SEEDS)
-        return walks * cost.walk_clocks(
-            elements, layout.O, layout.merged, cost.even(self.seeds, cost.WALK_SEEDS), taps, pattern
-        )
+        most = limits.WALK_SEEDS.of(self.itemsize)
+        walks, together = math.ceil(self.seeds / most), cost.even(self.seeds, most)
+        return walks * cost.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -177,7 +176,7 @@ class DeviceLowering(Lowering):
             buffer.base += tiling.region * buffer.per_sample
         self.settle()
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
+        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(limits.QUADS)
         most = max(tiling.resident, default=1)
         return CudaSizes(tiling.region, self.sample, self.bit_bytes, most, tiling.bytes, tiling.block), tiling.seed_tile
 
@@ -276,8 +275,8 @@ class DeviceLowering(Lowering):
             room = (self.machine.shared_bytes - self.bytes(0, sample, block)) // self.itemsize
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in scratch))
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
-            limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
-            each_run = zip(runs, limits, strict=True)
+            most_resident = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
+            each_run = zip(runs, most_resident, strict=True)
             picked = [(run.price(0, block), 1) if run.whole_block else run.best(most) for run, most in each_run]
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
