@@ -8,11 +8,6 @@
 
 namespace gradkern::cuda {
 
-constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/codegen/cuda/cost.py: NARROW
-constexpr int kNarrowLanes = 4;  // of a worker
-template <class T>
-constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit: what the registers hold; NARROW_SEEDS
-
 // sums[i] of four lanes → their total of i = mine · N/4 + j in sums[j].
 template <class T, int Half, int N>
 GK_DEVICE void add_halves(T (&sums)[N], bool upper, int lanes) {
@@ -42,9 +37,9 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
   for (int c0 = 4 * mine; c0 < (O + 15) / 16 * 16; c0 += 16) {
     const bool on = at.inside && c0 < O;
     const int c = on ? c0 : 0;
-    uint32_t words[kMaxPlanes] = {};
+    uint32_t words[kQuadPlanes] = {};
 #pragma unroll
-    for (int j = 0; j < kMaxPlanes; ++j)
+    for (int j = 0; j < kQuadPlanes; ++j)
       if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
     const Nibble four = nibble_of(words, c % 8, taps, planes);
     const T* row = weights + c * kRowQuads;
@@ -89,7 +84,7 @@ template <class T>
 GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t) {
   const int width = op.window_elements;
   with_count<kNarrowSeeds<T>>(seeds_together(t.seeds, kNarrowSeeds<T>), [&]<int S>() {
-    width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, 8, S>(op, t);
+    width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, kNarrow, S>(op, t);
   });
 }
 

@@ -12,17 +12,13 @@
 
 namespace gradkern::cuda {
 
-constexpr int kMaxElements = 5;  // window elements per lane
-template <class T>
-constexpr int kMaxSeeds = sizeof(T) == 4 ? 5 : 2;  // seeds per walk: what the registers hold beside them
-
 // Lanes of a worker: as few as leave no lane idle, since a walk costs the same for one element as for five.
 GK_DEVICE int worker_lanes(int elements) {
   int best = kWarp;
-  if (elements > kWarp * kMaxElements) return best;
+  if (elements > kWarp * kWalkElements) return best;
   const auto work = [&](int lanes) { return lanes * ((elements + lanes - 1) / lanes); };
   for (int lanes = kWarp / 2; lanes >= 4; lanes /= 2)
-    if ((elements + lanes - 1) / lanes <= kMaxElements && work(lanes) <= work(best)) best = lanes;
+    if ((elements + lanes - 1) / lanes <= kWalkElements && work(lanes) <= work(best)) best = lanes;
   return best;
 }
 
@@ -197,10 +193,10 @@ GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
   if (op.algorithm == ScatterAlgorithm::Quads) return run_quads(op, t);
   if (op.algorithm == ScatterAlgorithm::Narrow) return run_narrow(op, t);
   const int elements = op.window_elements, lanes = worker_lanes(elements);
-  with_count<kMaxElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
-    if (op.seed_rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);
-    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>),
-                             [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
+  with_count<kWalkElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
+    if (op.seed_rows) return scatter<true, T, NV, kWalkSeeds<T>>(op, t, lanes);
+    with_count<kWalkSeeds<T>>(seeds_together(t.seeds, kWalkSeeds<T>),
+                              [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
   });
 }
 
@@ -250,8 +246,6 @@ GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (
       }
   }
 }
-
-constexpr int kPartRows = 12;  // of the weight, at least, for each warp that shares a product; cost.py
 
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
 // fewer tiles than warps, several share the sum over c, and add their parts one after the other.
