@@ -71,8 +71,8 @@ class UnitRecords(Recording):
         self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)
-        own = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
-        return WindowT(**vars(common) | sizes | own)
+        cpu_fields = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
+        return WindowT(**vars(common) | sizes | cpu_fields)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""

@@ -188,5 +188,5 @@ def ranks(size: Tensor) -> Tensor:
 
 def finish(wanted: Iterable[str], sums: Sums, prefix: str) -> dict[str, np.ndarray]:
     """The results of the reductions for one input, by name."""
-    own = {name.removeprefix(prefix + "/"): value for name, value in sums.items() if name.startswith(prefix + "/")}
-    return {name: REDUCTIONS[name].make(own) for name in wanted}
+    of_input = {name.removeprefix(prefix + "/"): value for name, value in sums.items() if name.startswith(prefix + "/")}
+    return {name: REDUCTIONS[name].make(of_input) for name in wanted}

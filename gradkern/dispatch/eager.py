@@ -184,11 +184,11 @@ class _ReadsValues(TorchDispatchMode):
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
         self.seen = False
-        self.own = _storages(module)
+        self.model_storages = _storages(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func._schema.name in self.READS:
-            self.seen |= args[0].untyped_storage().data_ptr() not in self.own
+            self.seen |= args[0].untyped_storage().data_ptr() not in self.model_storages
         return func(*args, **(kwargs or {}))
 
 

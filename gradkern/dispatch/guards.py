@@ -243,5 +243,5 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same) or self.number != other.number:
             return False
-        mine = self.target()
-        return mine is not None and mine is other.target()
+        target = self.target()
+        return target is not None and target is other.target()

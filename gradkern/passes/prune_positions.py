@@ -273,7 +273,7 @@ def _pruned_once(program: ir.Program) -> ir.Program:
         lines = demands(program)
     except OnlyPadding:
         return program
-    if all(tuple(line.count for line in own) == program.shape(v) for v, own in lines.items()):
+    if all(tuple(line.count for line in axes) == program.shape(v) for v, axes in lines.items()):
         return program
     new = Writer(program, lines).write()
     before, after = (sum(forward_macs(p, i) for i in range(len(p.steps))) for p in (program, new))

@@ -93,7 +93,8 @@ class Partition:
             before = [key[v - self.base] for v in self.program.steps[i].inputs if v >= self.base]
             key[i] = (max((level + (kind != native) for level, kind in before), default=0), native)
         return tuple(
-            self.group([i for i in self.steps if key[i] == own], native=own[1]) for own in sorted(set(key.values()))
+            self.group([i for i in self.steps if key[i] == (level, native)], native=native)
+            for level, native in sorted(set(key.values()))
         )
 
     def group(self, steps: list[int], native: bool) -> Group:

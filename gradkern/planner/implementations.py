@@ -28,7 +28,7 @@ class Implementation:
     name: str
     forms: tuple[type, ...]
     unsupported_reason: Reason
-    own: bool = False  # gradkern's own kernels, or nothing to do at all
+    native: bool = False  # gradkern's own kernels, or nothing to do at all
     fused: bool = True  # all seeds at once
 
     def path(self, machine: Machine | None) -> str:
@@ -57,9 +57,11 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-AS_VIEW = Implementation("view", (View,), lambda *_: None, own=True)
-FOLDED = Implementation("folded", COMPUTING, lambda *_: SILENT, own=True)  # into a neighbour: only the grouping knows
-KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, own=True)
+AS_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
+FOLDED = Implementation(
+    "folded", COMPUTING, lambda *_: SILENT, native=True
+)  # into a neighbour: only the grouping knows
+KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap

@@ -134,7 +134,7 @@ class Plan:
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda implementation: implementation.own)
+        return self._share(lambda implementation: implementation.native)
 
     def _share(self, counted: Callable[[Implementation], bool]) -> float:
         total = sum(s.macs for s in self.steps)

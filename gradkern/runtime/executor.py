@@ -237,9 +237,9 @@ def _through_bottleneck(
         few = [x[a:b] for x in inputs]
         inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, few, every, inner)  # [n, *v]
-        own = targets[a:b] if targets.dim() == 2 else targets
+        chosen = targets[a:b] if targets.dim() == 2 else targets
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
-        outputs.append(_fill(after, weights, [v], own, [outer.view(*outer.shape[:2], *v.shape[1:])]))
+        outputs.append(_fill(after, weights, [v], chosen, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
     return torch.cat(outputs)
@@ -253,8 +253,8 @@ def _by_reference(
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
     for a, b in list(spans(0, n, max(1, options.memory_budget(inputs[0].device) // need))) or [(0, 0)]:
-        own = targets[a:b] if targets.dim() == 2 else targets
-        y, jacobians = reference.jacobian(program, params, [t[a:b] for t in inputs], own, x.wrt)
+        chosen = targets[a:b] if targets.dim() == 2 else targets
+        y, jacobians = reference.jacobian(program, params, [t[a:b] for t in inputs], chosen, x.wrt)
         outputs.append(y)
         for o, j in zip(out, jacobians, strict=True):
             o[a:b].copy_(j)

@@ -48,7 +48,7 @@ Structure = tuple[tuple[Any, ...], ...]
 
 def structure_of(locals_: Sequence[Local]) -> Structure | None:
     """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
-    if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
+    if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
 
     def shape(x: Local) -> tuple[Any, ...]:
@@ -301,7 +301,7 @@ def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
     """The Program without a straight tail of steps that the kernels cannot run; None where too little is left."""
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
-    while steps and any(x.own is not None for x in locals_[: len(steps)]):
+    while steps and any(x.custom is not None for x in locals_[: len(steps)]):
         last = steps[-1]
         if output != base + len(steps) - 1 or len(last.inputs) != 1:
             return None

@@ -131,8 +131,13 @@ class DeviceLowering(Lowering):
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
-        own = {"merged": layout.merged, "window_elements": elements, "algorithm": layout.algorithm, "tap_table": taps}
-        op = ScatterT(**vars(common) | sizes | own)
+        gpu_fields = {
+            "merged": layout.merged,
+            "window_elements": elements,
+            "algorithm": layout.algorithm,
+            "tap_table": taps,
+        }
+        op = ScatterT(**vars(common) | sizes | gpu_fields)
         self.band_options[op.weights] = bands(unit, op)
         return op
 
