@@ -184,7 +184,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
 
     Returns the Program (which prints itself), or None where the model stays on autograd; a warning says why.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
     return None if verdict is None else verdict.program
 
@@ -215,7 +215,7 @@ def explain(
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` on own
     kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -268,7 +268,7 @@ def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _request_to_look_at(model: Model, inputs: Any) -> Request:
+def _inspection_request(model: Model, inputs: Any) -> Request:
     """A request that is only looked at: integer inputs are simply not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -19,7 +19,7 @@ LINE_FUNCTIONS = {
     "log_softmax": LineFunction.LogSoftmax,
     "normalize": LineFunction.Normalize,
 }
-ALONG = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
+STORAGE_AXES = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
 class UnitRecords(Recording):
@@ -243,7 +243,7 @@ class UnitRecords(Recording):
         form, out = unit.form, unit.out
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
-        what = (ALONG[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
+        what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
         # The numbers of the lines lie after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 

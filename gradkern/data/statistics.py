@@ -87,7 +87,7 @@ REDUCTIONS: dict[str, Reduction] = {
 }  # fmt: skip
 
 
-def check(names: Iterable[str]) -> tuple[str, ...]:
+def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
     """The reductions asked for, in a fixed order."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     unknown = [n for n in wanted if n not in REDUCTIONS]

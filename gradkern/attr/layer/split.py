@@ -22,7 +22,7 @@ from ...util import options
 from ...util.chunks import stepwise_bytes
 from ...util.memo import Memo
 from ..points import Points
-from ..rules.linear import forward_values
+from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
@@ -134,7 +134,7 @@ class LayerView:
             if self.plain:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
-                values = forward_values(self.program, self.params, rows, wanted)
+                values = rule_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,7 @@ def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Te
     return share.contiguous()
 
 
-def transposed(
+def run_transposed(
     linear: Linear,
     program: Program,
     params: Params,
@@ -232,13 +232,13 @@ def transposed(
     return results
 
 
-def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
+def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
     """The wanted values of a forward pass, by the kernels where they may run; `Values` computes what is missing."""
     known = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
     return Values(program, params, known)
 
 
-def looked_at(program: Program, outputs_too: bool) -> list[int]:
+def values_needed(program: Program, outputs_too: bool) -> list[int]:
     """The values that a rule needs and that cannot be had cheaply from others.
 
     ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
@@ -280,7 +280,7 @@ def attribute(
         linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
-                return transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
+                return run_transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
     held = pull(known, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
     return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
