@@ -1,5 +1,5 @@
 // CUDA's words for a host compiler: one host thread per CUDA thread of a block, barriers for __syncthreads and for
-// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers see the very code.
+// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers check the same code.
 #pragma once
 #include <pthread.h>
 
