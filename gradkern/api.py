@@ -105,7 +105,7 @@ def jacobian(
     request = Request(fn, given, numbers, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
-    if out is not None:  # the very objects of the caller's
+    if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
     answer = tuple(shaped) if many else shaped[0]
     seeds = results.seeds

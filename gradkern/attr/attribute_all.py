@@ -1,4 +1,4 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the fallback to Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
@@ -163,7 +163,7 @@ def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Te
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that it has to bring: the attributions of every seed at given rows.  With it come
+    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given rows.  It gives
     ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
     """
 

@@ -1,4 +1,4 @@
-"""The methods that are one gradient and a last touch: Saliency, input × gradient."""
+"""Methods that finish one gradient elementwise: Saliency, input × gradient."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Points:
 
     @cached_property
     def route(self) -> Route:
-        """The way that all points of this call go."""
+        """The route that all points of this call take."""
         return shared_route(self.base_request, self.engine)
 
     def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:

@@ -1,7 +1,7 @@
 """Where the cotangents of a chain are read: which are materialised, and which are other ones seen through a pattern.
 
 The cotangent of a node with a single reader is often only another cotangent seen through bits (ReLU, max pool) or
-the very same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
+the same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
 it through, and the contraction that reads it skips what the bits say is zero.  When the group ends in a linear layer
 and the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
 """

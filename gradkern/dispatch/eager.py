@@ -1,4 +1,4 @@
-"""Live autograd on the module itself: what every network can do, and what the others are measured by.
+"""Live autograd on the module itself: works for every network, and is what Programs are compared with.
 
 One forward is shared by all seeds.  The batch is cut into chunks unless its samples depend on each other.  Buffers
 are put back, and no ``.grad`` is touched.

@@ -111,7 +111,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class JacobianResult:
-    """What a request is answered with, filled in by rows of samples.
+    """The results of a request, filled in by rows of samples.
 
     ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, of the caller's memory where ``out`` names
     it; ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.

@@ -1,4 +1,4 @@
-"""A copy of a module tree that shares its tensors: what torch.export may take apart while others use the model."""
+"""A copy of a module tree that shares its tensors: torch.export may modify it while others use the model."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that is not worth a line: this implementation is not expected here
+SILENT = ""  # a refusal that `explain` does not show: nobody expects this implementation here
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 
@@ -28,7 +28,7 @@ class Implementation:
     name: str
     forms: tuple[type, ...]
     unsupported_reason: Reason
-    native: bool = False  # gradkern's own kernels, or nothing to do at all
+    native: bool = False  # runs on gradkern's own kernels, or needs no work at all
     fused: bool = True  # all seeds at once
 
     def path(self, machine: Machine | None) -> str:

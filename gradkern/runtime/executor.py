@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plans, and what calls for some inputs need of them
+# Plans, settled for the inputs that a call differentiates
 
 
 _plans: Memo[Plan] = Memo(256)
@@ -111,7 +111,7 @@ class Executable:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What can be asked for
+# Entry points
 
 
 def jacobian(
@@ -360,7 +360,7 @@ class GroupExecutor:
             self.add(v, r)
 
     def reads(self, chain: Chain) -> list[Tensor]:
-        """What a chain reads, in one piece each.  A network that changes the dtype on its way has no kernels."""
+        """What a chain reads, in one piece each.  A network that changes the dtype inside has no kernels."""
         if self.x.linear:  # of other values than the slopes nothing is read
             return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
         if any(self.values[v].dtype != self.like.dtype for v in chain.inputs):

@@ -1,6 +1,6 @@
 """The parameters of a Program: bound to live tensors by name at every call, and packed as kernels read them.
 
-Parameters change under a plan (training, attribution rules), and nothing tells that they did: version counters miss
+Parameters change under a plan (training, attribution rules), and no signal is reliable: version counters miss
 fused optimizer steps, ``.data`` edits and numpy views.  So names are resolved on every call, and packed weights are
 kept by a hash of the bytes that they were made of.
 """

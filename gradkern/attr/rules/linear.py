@@ -239,7 +239,7 @@ def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], want
 
 
 def values_needed(program: Program, outputs_too: bool) -> list[int]:
-    """The values that a rule needs and that cannot be had cheaply from others.
+    """The values that a rule needs and that are not cheap to compute from others.
 
     ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
     """

@@ -84,7 +84,7 @@ class Work:
         return clocks
 
     def window(self, op: records.Window) -> float:
-        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        """A forward contraction: multiply-adds at the share of busy warps, or the load of the weight from L2."""
         samples = self.samples(op)
         taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
         positions = samples * (1 if op.whole_block else op.H * op.W * max(taps, 1))

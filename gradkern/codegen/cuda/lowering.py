@@ -187,7 +187,7 @@ class DeviceLowering(Lowering):
         return CudaSizes(tiling.region, self.sample, self.bit_bytes, most, tiling.bytes, tiling.block), tiling.seed_tile
 
     def settle(self) -> None:
-        """Say in the records how the workers of transposed convolutions share the work."""
+        """Write into the records how the workers of transposed convolutions share the work."""
         for i, (op, run) in enumerate(zip(self.backward, self.runs_of()[len(self.forward) :], strict=True)):
             if isinstance(op, ScatterT):
                 _, lanes, shares = self.chosen_work(run).transposed(op)
@@ -350,7 +350,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
 
 
 def too_heavy_reason(program: Program, i: int) -> str | None:
-    """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
+    """Why a contraction should not be part of a chain although it might fit one; None where it should."""
     step = program.steps[i]
     form = step.form
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):

@@ -1,7 +1,7 @@
 """What a source of samples is, and the registry by which a thing or a path finds the class that reads it.
 
 A source has a length and random access by ranges, because a run that resumes or is sharded must read the samples of
-one chunk alone.  Streams without either are refused, with what to do.
+one chunk alone.  Streams without either are refused, with advice.
 
 A kind of source is one class:
 

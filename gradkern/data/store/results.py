@@ -117,7 +117,7 @@ class Results:
             array = self.array(name)
             if self._stored_as_is(array, rows):
                 key = layout.chunk_key(name, chunk, rows.ndim)
-                durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
+                durable.put_array(self.store, key, rows)  # byte for byte what zarr would write
             else:
                 array[start:stop] = rows
 
