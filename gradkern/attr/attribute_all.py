@@ -114,9 +114,9 @@ def shaped(tree: Any, seeds: Seeds) -> Any:
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
-def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
+def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
         items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):

@@ -144,10 +144,10 @@ def probe(
             if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in gradients):
                 reason = "samples of one batch depend on each other"
         y = y.detach()
-        one = _leaves([x[:1] for x in samples], wrt)[1]
+        alone_arguments = _leaves([x[:1] for x in samples], wrt)[1]
         with alone:
             try:
-                single = fn(*one)
+                single = fn(*alone_arguments)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
                 single = None
         if not reason and not _close(single, y[:1]):

@@ -243,7 +243,7 @@ def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
 
 
 def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
-    """A part of an `Index` for the results ``lines`` of an input of which there is ``have``."""
+    """A part of an `Index` for the results ``lines``, reading an input of which the positions ``have`` are left."""
     axes = []
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         h, every_index = have[order], indexing.indices(axis)

@@ -1,4 +1,4 @@
-"""Implementations: for every form an ordered list of ways to run it, of which the first that takes the step wins.
+"""Implementations: for every form an ordered list of ways to run it; the first that takes the step wins.
 
 Each says why it does not take a step.  `Plan.steps` shows which one took it and what those before it said.
 """

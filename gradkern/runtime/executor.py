@@ -310,11 +310,11 @@ class GroupExecutor:
             elif group.wrt:
                 self.backward_native(group, targets_enter and group is x.groups[-1])
         for w, o in zip(x.wrt, self.out, strict=True):
-            own = self.cotangents.get(w)
-            if own is None:
+            arrived = self.cotangents.get(w)
+            if arrived is None:
                 o.zero_()  # the output does not depend on this input
-            elif own is not o:
-                o.copy_(own)
+            elif arrived is not o:
+                o.copy_(arrived)
         return self.values.get(output, self.like)
 
     def forward(self, groups: Sequence[BoundGroup]) -> None:
@@ -377,8 +377,8 @@ class GroupExecutor:
 
     def dense(self, value: int) -> Tensor:
         """The cotangent of a value that a group gives, ``[N, S, size]``; zeros where nothing reads it."""
-        own, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
-        return self.like.new_zeros(shape) if own is None else own.reshape(shape).contiguous()
+        arrived, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
+        return self.like.new_zeros(shape) if arrived is None else arrived.reshape(shape).contiguous()
 
     # ---- the other groups
 

@@ -46,8 +46,8 @@ class Binder:
         tensors: dict[str, Tensor] = {}
         for path, items in self.groups:
             at = _submodule(model, path)
-            own = at.__dict__ if isinstance(at, nn.Module) else {}
-            parameters, buffers = own.get("_parameters", {}), own.get("_buffers", {})
+            attributes = at.__dict__ if isinstance(at, nn.Module) else {}
+            parameters, buffers = attributes.get("_parameters", {}), attributes.get("_buffers", {})
             for attribute, name in items:
                 tensor = parameters.get(attribute)
                 if tensor is None:

@@ -29,7 +29,7 @@ class GradkernWarning(UserWarning):
 
 
 class InputError(Exception):
-    """Base of the errors about what the caller handed over; always also a ValueError or a TypeError."""
+    """Base of the errors about the caller's arguments; always also a ValueError or a TypeError."""
 
 
 class BadValue(InputError, ValueError):

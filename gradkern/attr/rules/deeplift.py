@@ -257,16 +257,16 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
                 "`DeepLift` approach can be used instead."
             )
-        many, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
+        as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
                 maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
-                return answer(maps, many, seeds, delta)
+                return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
-            base = start if many else start[0]
+            base = start if as_tuple else start[0]
             return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)

@@ -150,7 +150,7 @@ class Work:
 
         def parts(extent: int, length: int, colours: int) -> list[int]:
             """Bands of each colour along an axis."""
-            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+            return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
 
         axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
         busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
