@@ -176,8 +176,8 @@ class RowMethod(stock.GradientAttribution):
         """
         raise NotImplementedError
 
-    def _uses_up_something(self) -> bool:
-        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+    def _indivisible(self) -> bool:
+        """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
         return False
 
     def _points(self, rows: Tensors, more: Tensors) -> Points:

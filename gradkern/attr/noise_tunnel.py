@@ -56,7 +56,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     def _pieces(self, rows: Tensors, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
         """Pieces of samples whose noise continues Captum's sequence of numbers; none where the call is Captum's."""
         method = self.attribution_method
-        if not isinstance(method, RowMethod) or method._uses_up_something():
+        if not isinstance(method, RowMethod) or method._indivisible():
             return []
         if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in rows):
             return []
