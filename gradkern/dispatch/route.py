@@ -35,7 +35,7 @@ FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the 
 
 
 class Route:
-    """Which way the calls of one model at inputs like these go.
+    """How the calls of one model at inputs like these are run.
 
     The guards of a captured model are checked once, when they are first asked for; a Program that is traced later in
     the call is put here, too.
@@ -171,7 +171,7 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known, or has to be found out
+# What is known about a model, or has to be measured
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:
