@@ -3,7 +3,8 @@
 Dynamo reads the Python code of a forward pass and writes down a graph, and guards over everything that the code
 looked at: attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards
 are checked in C++; where they hold, the backend is called with the *live* tensors that the graph reads.  Ours computes
-nothing: it says which graph it is, and passes those tensors on.  Where they do not hold, the code is captured again.
+nothing but what the code keeps: it says which graph it is, and passes those tensors on.  Where they do not hold, the
+code is captured again.
 
 The graph is captured with grad mode on and inputs that require grad, so that ``torch.no_grad`` regions, custom
 `autograd.Function`s and tensor hooks stay visible in it (`regions.py`).
@@ -84,11 +85,12 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor:
+def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
     # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
-    return fn(*inputs).clone()
+    result = fn(*inputs)
+    return result.clone() if isinstance(result, Tensor) else None
 
 
 class Capture:
@@ -122,15 +124,18 @@ class Capture:
         with LOCK, _settings(), _as_captured():
             try:
                 try:
-                    return _called(self._capturing, fn, stand_ins)
+                    captured = _called(self._capturing, fn, stand_ins)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
                     self._begin()
-                    return _called(self._capturing, fn, stand_ins)
+                    captured = _called(self._capturing, fn, stand_ins)
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
+        if captured is None:
+            raise Untraceable("its output is not one tensor")
+        return captured
 
 
 @contextmanager
@@ -145,19 +150,23 @@ def _as_captured() -> Iterator[None]:
         torch._C._set_grad_enabled(before)
 
 
-def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
+def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured | None:
+    """What a call would run; None where no graph gives its result."""
     entry(fn, *stand_ins)
+    if _ran.graph is None:
+        return None
     (graph, arguments), _ran.graph = _ran.graph, None
     return Captured(graph, graph.tensors(arguments))
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    regions.prepare(module)
-    graph = Graph(module, tuple(_reads(n) for n in module.graph.nodes if n.op == "placeholder"))
+    reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
+    kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
+    graph = Graph(module, tuple(reads.values()))
 
-    def run(*arguments: Any) -> tuple[None]:
+    def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
-        return (None,)
+        return (None, *kept(*arguments)) if kept is not None else (None,)
 
     return run
 
@@ -185,7 +194,7 @@ def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
     """The inputs as they are shown to Dynamo, which looks at everything but their values."""
     stand_ins = []
     for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference()
+        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
         x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return stand_ins
