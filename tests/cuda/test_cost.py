@@ -138,7 +138,12 @@ def test_doubles_are_visited_more_often():
 @pytest.mark.parametrize("way", Way)
 def test_workers_are_of_documented_sizes(way):
     _, lanes, bands = WORK.transposed(replace(SCATTER, way=way, window_elements=8))
-    assert lanes in {Way.Walk: (4,), Way.Quads: cost.QUAD_LANES, Way.Narrow: (cost.NARROW_LANES,)}[way]
+    documented = {
+        Way.Walk: (4,),
+        Way.Quads: cost.QUAD_LANES,
+        Way.Narrow: (cost.NARROW_LANES,),
+    }
+    assert lanes in documented[way]
     assert bands in BANDS
 
 
@@ -162,7 +167,8 @@ def test_a_run_takes_the_number_of_samples_that_is_cheapest():
 def test_where_a_record_lies_does_not_change_its_price():
     elsewhere = replace(SCATTER, src=Place(HERE.buffer, 100, 64, 4), window_table=7)
     assert [*cost.priced_numbers(elsewhere)] == [*cost.priced_numbers(SCATTER)]
-    for change in ({"W": 65}, {"O": 17}, {"window_elements": 21}, {"way": Way.Quads}, {"merged": True}):
+    changes = ({"W": 65}, {"O": 17}, {"window_elements": 21}, {"merged": True}, {"way": Way.Quads})
+    for change in changes:
         assert [*cost.priced_numbers(replace(SCATTER, **change))] != [*cost.priced_numbers(SCATTER)]
 
 
