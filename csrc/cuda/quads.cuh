@@ -90,18 +90,18 @@ GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Vis
 
 template <class T, int NQ, int S>
 GK_DEVICE void quads(const ScatterTRecord& op, const Tile<T>& t) {
-  const int lanes = op.lanes, many = op.window_elements / 4, planes = op.merged ? op.pattern.taps : 1;
+  const int lanes = op.lanes, quad_count = op.window_elements / 4, planes = op.merged ? op.pattern.taps : 1;
   const int32_t *windows = t.args.tables + op.window_table, *rows = t.args.tables + op.tap_table;
   Taps taps{fixed(rows), {}};
 #pragma unroll
   for (int j = 1; j < kQuadPlanes; ++j)
     if (j < planes) taps.step[j - 1] = fixed(rows + j) - taps.first;
-  for (int chunk = 0; chunk < many; chunk += lanes * NQ) {
-    const int mine = chunk + t.lane() % lanes * NQ;
+  for (int chunk = 0; chunk < quad_count; chunk += lanes * NQ) {
+    const int first_quad = chunk + t.lane() % lanes * NQ;
     int offset[NQ];
 #pragma unroll
-    for (int v = 0; v < NQ; ++v) offset[v] = mine + v < many ? fixed(windows + 4 * (mine + v)) : -1;
-    const T* weights = t.args.packed + op.weights + 4 * mine;
+    for (int v = 0; v < NQ; ++v) offset[v] = first_quad + v < quad_count ? fixed(windows + 4 * (first_quad + v)) : -1;
+    const T* weights = t.args.packed + op.weights + 4 * first_quad;
     over_bands<false>(op, t, lanes, S, [&](const Visit<T>& at) {
       visit_quads<T, NQ, S>(op, weights, at, offset, taps, planes, lanes == kWarp);
     });

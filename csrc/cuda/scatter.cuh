@@ -89,7 +89,7 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
         if (s < seeds) out[s * os + offset[v]] += acc[s][v];
 }
 
-// What a worker finds at one position, or at one of its pool taps.
+// One position, or one of its pool taps, as a worker visits it.
 template <class T>
 struct Visit {
   bool inside;           // false: nothing, but its lanes come along
@@ -163,17 +163,17 @@ GK_DEVICE int seeds_together(int seeds, int most) {
 template <bool Rows, class T, int NV, int S>
 GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
   const int elements = op.window_elements, nb = op.pattern.plane_bytes, planes = op.merged ? op.pattern.taps : 1;
-  const int mine = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
+  const int sublane = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
   const int row_length = op.row_length, seed = op.dst.seed;
   const int32_t* table = t.args.tables + op.window_table;
   for (int chunk = 0; chunk < elements; chunk += lanes * NV) {
     int offset[NV];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
-      const int k = chunk + v * lanes + mine;
+      const int k = chunk + v * lanes + sublane;
       offset[v] = k < elements ? fixed(table + k) : -1;
     }
-    const T* weights = t.args.packed + op.weights + chunk + mine;
+    const T* weights = t.args.packed + op.weights + chunk + sublane;
     over_bands<Rows>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
@@ -265,7 +265,7 @@ GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int s
     const T* w = t.args.packed + op.weights + (c0 + first) * row_length + (col < columns ? col : 0);
     const T* g = t.buf + first * stride + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
-    Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
+    Four<T> ahead[kAhead<T>];  // weights being loaded from L2; the rows past the last are slack
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, w += row_length) ahead[k] = fixed4(w);
     int left = !active ? 0 : channels - first < share ? channels - first : share;

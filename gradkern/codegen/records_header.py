@@ -18,11 +18,11 @@ HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
 
 def comments(cls: type) -> dict[str, str]:
     """The comment on each field in the source, base classes included."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for base in (c for c in reversed(cls.__mro__) if c.__module__.startswith(__package__)):
         for name, text in re.findall(r"^    (\w+):? .*?  # (.*)$", inspect.getsource(base), re.MULTILINE):
-            found[name] = text.removesuffix("# noqa: E741").strip()
-    return found
+            by_name[name] = text.removesuffix("# noqa: E741").strip()
+    return by_name
 
 
 def limit_lines() -> list[str]:

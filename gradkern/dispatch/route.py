@@ -30,7 +30,7 @@ PROBE_SAMPLES = 3
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which way the calls of one model at inputs like these go.
+    """How the calls of one model at inputs like these are run.
 
     ``eager_reason``: why autograd has to take them, whatever the network computes.
     """
@@ -133,7 +133,7 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known, or has to be found out
+# What is known about a model, or has to be measured
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:

@@ -1,6 +1,6 @@
 """The parameters of a Program: bound to live tensors by name at every call, and packed as kernels read them.
 
-Parameters change under a plan (training, attribution rules), and nothing tells that they did: version counters miss
+Parameters change under a plan (training, attribution rules), and no signal is reliable: version counters miss
 fused optimizer steps, ``.data`` edits and numpy views.  So names are resolved on every call, and packed weights are
 kept by a hash of the bytes that they were made of.
 """
@@ -46,8 +46,8 @@ class Binder:
         tensors: dict[str, Tensor] = {}
         for path, items in self.groups:
             at = _submodule(model, path)
-            own = at.__dict__ if isinstance(at, nn.Module) else {}
-            parameters, buffers = own.get("_parameters", {}), own.get("_buffers", {})
+            attributes = at.__dict__ if isinstance(at, nn.Module) else {}
+            parameters, buffers = attributes.get("_parameters", {}), attributes.get("_buffers", {})
             for attribute, name in items:
                 tensor = parameters.get(attribute)
                 if tensor is None:

@@ -20,7 +20,7 @@ from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typ
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
 from .linear import attribute as rule_attribute
-from .linear import forward_values, looked_at
+from .linear import rule_values, values_needed
 from .rule import Params, Rule, Values
 
 
@@ -116,7 +116,7 @@ def values_of(
     """The forward pass that a rule looks at."""
     if plain:
         return Values(program, params, dict(enumerate(rows)))
-    return forward_values(program, params, rows, looked_at(program, outputs_too))
+    return rule_values(program, params, rows, values_needed(program, outputs_too))
 
 
 class _Rectifying(ProgramMethod):

@@ -80,7 +80,7 @@ class Work:
         return clocks
 
     def window(self, op: records.Window) -> float:
-        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        """A forward contraction: multiply-adds at the share of busy warps, or the load of the weight from L2."""
         samples = self.samples(op)
         taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
         positions = samples * (1 if op.whole_block else op.H * op.W * max(taps, 1))
@@ -147,7 +147,7 @@ class Work:
 
         def parts(extent: int, length: int, colours: int) -> list[int]:
             """Bands of each colour along an axis."""
-            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+            return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
 
         axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
         busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))

@@ -128,8 +128,13 @@ class DeviceLowering(Lowering):
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
-        own = {"merged": layout.merged, "window_elements": elements, "algorithm": layout.algorithm, "tap_table": taps}
-        op = ScatterT(**vars(common) | sizes | own)
+        gpu_fields = {
+            "merged": layout.merged,
+            "window_elements": elements,
+            "algorithm": layout.algorithm,
+            "tap_table": taps,
+        }
+        op = ScatterT(**vars(common) | sizes | gpu_fields)
         self.band_options[op.weights] = bands(unit, op)
         return op
 
@@ -174,7 +179,7 @@ class DeviceLowering(Lowering):
         return [self.backward, *(ops for ops in made if ops is not None)]
 
     def laid_out(self, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
-        """Enter the places of buffers, and say in the records how workers share the work."""
+        """Enter the places of buffers, and write into the records how workers share the work."""
         for buffer, life in passes.lives.items():
             buffer.per_sample = life.run is None
             buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
@@ -266,7 +271,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
 
 
 def too_heavy_reason(program: Program, i: int) -> str | None:
-    """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
+    """Why a contraction should not be part of a chain although it might fit one; None where it should."""
     step = program.steps[i]
     form = step.form
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
