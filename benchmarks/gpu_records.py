@@ -24,7 +24,7 @@ from gradkern.codegen.records import Extent, PatternRef, Record
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
 
-SHOWN = ("H", "W", "C", "O", "run_length", "window_elements", "elements", "rows", "columns", "terms", "way")
+SHOWN = ("H", "W", "C", "O", "run_length", "window_elements", "elements", "rows", "columns", "terms", "algorithm")
 CLOCK = 1.755e9  # per second, of an H200; the planner counts clocks
 
 

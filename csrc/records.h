@@ -1,13 +1,14 @@
 // Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.
 //
-// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py; not to be edited.
+// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py
+// and limits.py; not to be edited.
 #pragma once
 #include <cstdint>
 
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "ba1b3cc3c2d2d48e";
+constexpr char kRecordLayout[] = "1a92632d3dc919f0";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -17,10 +18,10 @@ enum class Kind : int64_t {
   PooledWindow,
   Stencil,
   Pattern,
-  Scale,
-  Sum,
+  Elementwise,
+  Add,
   Move,
-  Product,
+  Multiply,
   Lines,
   MatMul,
   Zero,
@@ -33,10 +34,10 @@ enum class Kind : int64_t {
   DenseT,
   StencilT,
   PatternT,
-  ScaleT,
-  Add,
+  ElementwiseT,
+  Accumulate,
   MoveT,
-  ProductT,
+  MultiplyT,
   LinesT,
   MatMulT,
   StoreT,
@@ -56,8 +57,8 @@ enum class LineFunction : int64_t {
   Normalize = 2,
 };
 
-// How a GPU's workers go through the channels of a transposed convolution.
-enum class Way : int64_t {
+// How a GPU's workers compute a transposed convolution.
+enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
   Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
   Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
@@ -149,15 +150,15 @@ struct CudaSizes {
 // Any record: a row of integers.
 struct Record {
   Kind kind;
-  int64_t block;    // takes all samples of a block at once, so that its weight is read once for all of them
-  int64_t samples;  // on a GPU: how many samples go together through the record's run
+  int64_t whole_block;  // takes all samples of a block at once, so that its weight is read once for all of them
+  int64_t samples;      // on a GPU: how many samples go together through the record's run
   int64_t fields[kRecordWidth - 3];
 };
 
 // An external input [C][H][W] → channels-last.
 struct LoadRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   int64_t input;  // which of the external inputs
   Place dst;
   Extent extent;
@@ -166,7 +167,7 @@ struct LoadRecord {
 // A value → an external output [C][H][W].
 struct StoreRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   int64_t output;  // which of the external outputs
   Extent extent;
@@ -178,7 +179,7 @@ struct StoreRecord {
 // the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
 struct WindowRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;  // where the first window begins; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
@@ -198,7 +199,7 @@ struct WindowRecord {
 // The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
 struct PooledWindowRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;  // where the first window begins; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
@@ -218,7 +219,7 @@ struct PooledWindowRecord {
 // A channelwise map over positions: y[q][c] = bias[c] + Σ_e x[q][e][c] · w[row_e][c].
 struct StencilRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t C;  // channels
@@ -229,7 +230,7 @@ struct StencilRecord {
 // A ReLU, a max pool, or both: the values and their bits.
 struct PatternRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;  // of the output
@@ -238,9 +239,9 @@ struct PatternRecord {
 };
 
 // An elementwise function, and its derivative for the backward pass.
-struct ScaleRecord {
+struct ElementwiseRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Place slope;  // where the derivative goes
@@ -252,9 +253,9 @@ struct ScaleRecord {
 };
 
 // The sum of two values.
-struct SumRecord {
+struct AddRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;
   Place right;
   Place dst;
@@ -264,7 +265,7 @@ struct SumRecord {
 // Copies of strided runs.
 struct MoveRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t runs;
@@ -272,9 +273,9 @@ struct MoveRecord {
 };
 
 // The product of two values; a stride of 0 stretches a side along that axis.
-struct ProductRecord {
+struct MultiplyRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;
   Place right;
   Place dst;
@@ -286,7 +287,7 @@ struct ProductRecord {
 // Softmax, log-softmax or normalisation.
 struct LinesRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   LineSet lines;
@@ -295,7 +296,7 @@ struct LinesRecord {
 // Products of matrices of values: left [rows][terms] · right [terms][columns], `matrices` of them per sample.
 struct MatMulRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;            // row: from one matrix to the next; position: from one row to the next
   Place right;           // row: from one matrix to the next; position: from one term to the next
   Place dst;             // row: from one matrix to the next; position: from one row to the next
@@ -310,7 +311,7 @@ struct MatMulRecord {
 // Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border.
 struct ZeroRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -318,7 +319,7 @@ struct ZeroRecord {
 // A cotangent without its negative part, in place.
 struct RectifyRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -326,7 +327,7 @@ struct RectifyRecord {
 // The rows of the last weight that the targets choose: the first cotangent.
 struct SeedRowsRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t elements;
 };
@@ -334,7 +335,7 @@ struct SeedRowsRecord {
 // A one at each seed's target.
 struct SeedOneHotRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   Extent extent;
 };
@@ -342,7 +343,7 @@ struct SeedOneHotRecord {
 // Adds the caller's cotangent of an output, [C][H][W].
 struct SeedDenseRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place dst;
   int64_t cotangent;  // which of the external outputs
   Extent extent;
@@ -351,7 +352,7 @@ struct SeedDenseRecord {
 // On the CPU: a transposed convolution, or over the whole block a transposed linear layer.
 struct WindowTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -373,7 +374,7 @@ struct WindowTRecord {
 // On a GPU: a transposed convolution.
 struct ScatterTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -388,7 +389,7 @@ struct ScatterTRecord {
   int64_t groups;
   int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
-  Way way;
+  ScatterAlgorithm algorithm;
   int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
   int64_t lanes;      // of a worker
   Bands bands;
@@ -397,7 +398,7 @@ struct ScatterTRecord {
 // On a GPU: a transposed linear layer, over the whole block.
 struct DenseTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
@@ -414,7 +415,7 @@ struct DenseTRecord {
 // Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
 struct StencilTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t C;  // channels
@@ -424,7 +425,7 @@ struct StencilTRecord {
 // Adds a cotangent where the pattern's bits lead it.
 struct PatternTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;  // of the pattern's output
@@ -432,9 +433,9 @@ struct PatternTRecord {
 };
 
 // Multiplies a cotangent by the derivative.
-struct ScaleTRecord {
+struct ElementwiseTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Place slope;
@@ -443,9 +444,9 @@ struct ScaleTRecord {
 };
 
 // Adds one cotangent to another.
-struct AddRecord {
+struct AccumulateRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   Extent extent;
@@ -454,7 +455,7 @@ struct AddRecord {
 // Adds to what the runs of a move read.
 struct MoveTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t runs;
@@ -463,9 +464,9 @@ struct MoveTRecord {
 };
 
 // Adds a cotangent times the product's other side, summed where `dst` was stretched.
-struct ProductTRecord {
+struct MultiplyTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place other;
   Place dst;
@@ -477,7 +478,7 @@ struct ProductTRecord {
 // softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
 struct LinesTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   Place dst;
   LineSet lines;
@@ -486,7 +487,7 @@ struct LinesTRecord {
 // The cotangent of one side for all seeds; one of left and right is a cotangent, the other a value.
 struct MatMulTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place left;            // row: from one matrix to the next; position: from one row to the next
   Place right;           // row: from one matrix to the next; position: from one term to the next
   Place dst;             // row: from one matrix to the next; position: from one row to the next
@@ -502,7 +503,7 @@ struct MatMulTRecord {
 // The cotangent of an input → the caller's [C][H][W].
 struct StoreTRecord {
   Kind kind;
-  int64_t block, samples;
+  int64_t whole_block, samples;
   Place src;
   int64_t result;  // which of the results
   Extent extent;
@@ -510,5 +511,27 @@ struct StoreTRecord {
   int64_t halo_rows;     // where rows are interleaved: rows of the border above
   int64_t halo_columns;  // and columns of the border on the left
 };
+
+namespace cuda {
+
+constexpr int kPorts = 16;        // external inputs or outputs of a chain
+constexpr int kWalkElements = 5;  // of the window, per lane
+template <class T>
+constexpr int kWalkSeeds = sizeof(T) == 4 ? 5 : 2;  // per walk
+template <class T>
+constexpr int kQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
+constexpr int kQuadSeeds = 6;                   // per visit
+template <class T>
+constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds of a lane
+constexpr int kQuadPlanes = 4;                      // taps of a pool that share a window
+constexpr int kNarrow = 8;                          // numbers of a narrow window at most
+constexpr int kNarrowLanes = 4;                     // of a worker
+template <class T>
+constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
+template <class T>
+constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread where a convolution's pool is taken at once
+constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
+
+}  // namespace cuda
 
 }  // namespace gradkern

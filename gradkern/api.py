@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager
-from .dispatch.request import OutArgument, Request, Results, check_devices, jacobian_choice, read_inputs
+from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, macs, parameters
 from .util import options
-from .util.chunks import spans
+from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 
 Model: TypeAlias = Callable[..., Tensor]
@@ -100,16 +100,15 @@ def jacobian(
     ValueError, TypeError
         Where something does not fit: with what was got, what was expected, and what to do.
     """
-    many, fn = _gives_tuple(inputs, wrt), _callable(model)
-    given, numbers = read_inputs(inputs, wrt)
-    request = Request(fn, given, numbers, jacobian_choice(targets), out=out)
+    as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
+    tensors, numbers = read_inputs(inputs, wrt)
+    request = Request(fn, tensors, numbers, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
-    if out is not None:  # the very objects of the caller's
+    if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
-    answer = tuple(shaped) if many else shaped[0]
-    seeds = results.seeds
-    return (answer, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else answer
+    answer = tuple(shaped) if as_tuple else shaped[0]
+    return (answer, results.top_indices()) if isinstance(results.seeds, TopSeeds) else answer
 
 
 @overload
@@ -149,20 +148,20 @@ def iter_jacobian(
     of the memory budget); the pieces put together along axis 0 are `jacobian`'s result.  A model whose samples depend
     on each other is computed as a whole first.
     """
-    given, numbers = read_inputs(inputs, wrt)
+    tensors, numbers = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
-    request = Request(_callable(model), given, numbers, jacobian_choice(targets))
+    request = Request(_callable(model), tensors, numbers, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
 
 
-def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool) -> Iterator[Any]:
+def _pieces(request: Request, chunk: int | None, engine: str | None, as_tuple: bool) -> Iterator[Any]:
     route = decide(request, engine)
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
-        chunk = max(1, options.memory_budget() // max(request.gradient_bytes * seeds.count, 1))
+        chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
@@ -173,10 +172,9 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
         else:
             results, first = whole, start
             shaped = tuple(j[start:stop] for j in whole.shaped)
-        answer = shaped if many else shaped[0]
-        chosen = results.seeds
+        answer = shaped if as_tuple else shaped[0]
         shown = slice(first, first + stop - start)
-        yield (answer, chosen.indices_per_sample()[shown]) if isinstance(chosen, TopSeeds) else answer
+        yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
 def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
@@ -184,7 +182,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
 
     Returns the Program (which prints itself), or None where the model stays on autograd; a warning says why.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
     return None if verdict is None else verdict.program
 
@@ -215,7 +213,7 @@ def explain(
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` on own
     kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -256,7 +254,7 @@ def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not isinstance(wrt, int)
 
 
-def _with_graph(request: Request, engine: str | None) -> Results:
+def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     name = options.engine(engine)
     if name in ("kernel", "reference"):
         raise BadValue(
@@ -268,9 +266,9 @@ def _with_graph(request: Request, engine: str | None) -> Results:
     return eager.with_graph(request)
 
 
-def _request_to_look_at(model: Model, inputs: Any) -> Request:
+def _inspection_request(model: Model, inputs: Any) -> Request:
     """A request that is only looked at: integer inputs are simply not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
-    given, numbers = read_inputs(inputs, floating or None)
-    return Request(_callable(model), given, numbers, jacobian_choice(None))
+    checked, numbers = read_inputs(inputs, floating or None)
+    return Request(_callable(model), checked, numbers, jacobian_choice(None))

@@ -31,10 +31,10 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
     case Kind::Window: return run_window(as<WindowRecord>(record), ctx, n);
     case Kind::Stencil: return run_stencil(as<StencilRecord>(record), ctx, n);
     case Kind::Pattern: return run_pattern(as<PatternRecord>(record), ctx, n);
-    case Kind::Scale: return run_scale(as<ScaleRecord>(record), ctx, n);
-    case Kind::Sum: return run_sum(as<SumRecord>(record), ctx, n);
+    case Kind::Elementwise: return run_elementwise(as<ElementwiseRecord>(record), ctx, n);
+    case Kind::Add: return run_add(as<AddRecord>(record), ctx, n);
     case Kind::Move: return run_move(as<MoveRecord>(record), ctx, n);
-    case Kind::Product: return run_product(as<ProductRecord>(record), ctx, n);
+    case Kind::Multiply: return run_multiply(as<MultiplyRecord>(record), ctx, n);
     case Kind::Lines: return run_lines(as<LinesRecord>(record), ctx, n);
     case Kind::MatMul: return run_matmul(as<MatMulRecord>(record), ctx, n);
     case Kind::Zero: return run_zero(as<ZeroRecord>(record), ctx, n);
@@ -45,10 +45,10 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
     case Kind::WindowT: return run_window_t(as<WindowTRecord>(record), ctx, n);
     case Kind::StencilT: return run_stencil_t(as<StencilTRecord>(record), ctx, n);
     case Kind::PatternT: return run_pattern_t(as<PatternTRecord>(record), ctx, n);
-    case Kind::ScaleT: return run_scale_t(as<ScaleTRecord>(record), ctx, n);
-    case Kind::Add: return run_add(as<AddRecord>(record), ctx, n);
+    case Kind::ElementwiseT: return run_elementwise_t(as<ElementwiseTRecord>(record), ctx, n);
+    case Kind::Accumulate: return run_accumulate(as<AccumulateRecord>(record), ctx, n);
     case Kind::MoveT: return run_move_t(as<MoveTRecord>(record), ctx, n);
-    case Kind::ProductT: return run_product_t(as<ProductTRecord>(record), ctx, n);
+    case Kind::MultiplyT: return run_multiply_t(as<MultiplyTRecord>(record), ctx, n);
     case Kind::LinesT: return run_lines_t(as<LinesTRecord>(record), ctx, n);
     case Kind::MatMulT: return run_matmul_t(as<MatMulTRecord>(record), ctx, n);
     case Kind::StoreT: return run_store_t(as<StoreTRecord>(record), ctx, n);
@@ -63,12 +63,12 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
 template <class T>
 void run_chain(const Record* records, int64_t count, Context<T>& ctx) {
   for (int64_t i = 0; i < count;) {
-    if (records[i].block) {
+    if (records[i].whole_block) {
       run_record(records[i++], ctx, 0);
       continue;
     }
     int64_t end = i;
-    while (end < count && !records[end].block) ++end;
+    while (end < count && !records[end].whole_block) ++end;
     for (int64_t n = 0; n < ctx.samples; ++n)
       for (int64_t k = i; k < end; ++k) run_record(records[k], ctx, n);
     i = end;

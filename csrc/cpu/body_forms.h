@@ -4,7 +4,7 @@
 // ---- elementwise functions and sums --------------------------------------------------------------------------
 
 template <class T, Fn F>
-void scale_rows(const ScaleRecord& op, const T* src, T* dst, T* slope) {
+void elementwise_rows(const ElementwiseRecord& op, const T* src, T* dst, T* slope) {
   const T p0 = static_cast<T>(op.p0), p1 = static_cast<T>(op.p1), p2 = static_cast<T>(op.p2);
   for (int64_t h = 0; h < op.extent.H; ++h) {
     const T* x = src + h * op.src.row;
@@ -20,11 +20,11 @@ void scale_rows(const ScaleRecord& op, const T* src, T* dst, T* slope) {
 }
 
 template <class T>
-void run_scale(const ScaleRecord& op, Context<T>& ctx, int64_t n) {
+void run_elementwise(const ElementwiseRecord& op, Context<T>& ctx, int64_t n) {
   T* slope = at(ctx, op.slope, n);
   switch (static_cast<Fn>(op.function)) {
 #define X(name) \
-  case Fn::name: return scale_rows<T, Fn::name>(op, at(ctx, op.src, n), at(ctx, op.dst, n), slope);
+  case Fn::name: return elementwise_rows<T, Fn::name>(op, at(ctx, op.src, n), at(ctx, op.dst, n), slope);
     GRADKERN_FUNCTIONS(X)
 #undef X
   }
@@ -32,7 +32,7 @@ void run_scale(const ScaleRecord& op, Context<T>& ctx, int64_t n) {
 
 // dst (+)= src · slope.  In place where the value has one reader.
 template <class T>
-void run_scale_t(const ScaleTRecord& op, Context<T>& ctx, int64_t n) {
+void run_elementwise_t(const ElementwiseTRecord& op, Context<T>& ctx, int64_t n) {
   const T* d = at(ctx, op.slope, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for (int64_t h = 0; h < op.extent.H; ++h) {
@@ -47,7 +47,7 @@ void run_scale_t(const ScaleTRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 template <class T>
-void run_sum(const SumRecord& op, Context<T>& ctx, int64_t n) {
+void run_add(const AddRecord& op, Context<T>& ctx, int64_t n) {
   const T *a = at(ctx, op.left, n), *b = at(ctx, op.right, n);
   T* y = at(ctx, op.dst, n);
   for (int64_t h = 0; h < op.extent.H; ++h)
@@ -56,7 +56,7 @@ void run_sum(const SumRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 template <class T>
-void run_add(const AddRecord& op, Context<T>& ctx, int64_t n) {
+void run_accumulate(const AccumulateRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for (int64_t h = 0; h < op.extent.H; ++h) {
       const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row;
@@ -116,8 +116,8 @@ void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of alike positions: (read offset, place, count, read step, place step, first entry, entries); an entry is
-// (offset from the position's read offset, weight row).
+// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// entry is (offset from the position's read offset, weight row).
 
 template <class T, int PB>
 GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int32_t* entry, int64_t entries, const T* w,
@@ -176,7 +176,7 @@ void run_stencil_t(const StencilTRecord& op, Context<T>& ctx, int64_t n) {
 // ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
 
 template <class T>
-void run_product(const ProductRecord& op, Context<T>& ctx, int64_t n) {
+void run_multiply(const MultiplyRecord& op, Context<T>& ctx, int64_t n) {
   const T* other = at(ctx, op.right, n);
   for (int64_t h = 0; h < op.extent.H; ++h)
     for (int64_t w = 0; w < op.extent.W; ++w) {
@@ -189,7 +189,7 @@ void run_product(const ProductRecord& op, Context<T>& ctx, int64_t n) {
 
 // dst += g · other, summed where dst was stretched.
 template <class T>
-void run_product_t(const ProductTRecord& op, Context<T>& ctx, int64_t n) {
+void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
   const T* other = at(ctx, op.other, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for (int64_t h = 0; h < op.extent.H; ++h)

@@ -41,7 +41,7 @@ GK_INLINE void pattern16(const PatternRecord& op, int64_t c, const Tap& tap, T* 
   __builtin_memcpy(y + c, m, left * sizeof(T));
 }
 
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
 // The same for float windows of at most four taps that lie inside: everything in registers.
 template <int Taps>
 GK_INLINE void pattern_inside(const PatternRecord& op, const float* const* taps, float* y, uint8_t* planes) {
@@ -90,7 +90,7 @@ void run_pattern(const PatternRecord& op, Context<T>& ctx, int64_t n) {
           inside &= in;
           *tap++ = in ? src + hi * op.src.row + wi * op.src.position : nullptr;
         }
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
       if constexpr (sizeof(T) == 4)
         if (inside) {
           if (op.pattern.taps == 1) {

@@ -4,11 +4,11 @@
 template <class T>
 void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
   constexpr int VL = Simd<T>::VL;
-  const int64_t rows = op.block ? 1 : op.H;
-  const int64_t count = op.block ? ctx.samples : op.W;
+  const int64_t rows = op.whole_block ? 1 : op.H;
+  const int64_t count = op.whole_block ? ctx.samples : op.W;
   WindowArgs<T> a{};
-  a.px = op.block ? op.src.sample : op.src.position;
-  a.py = op.block ? op.dst.sample : op.dst.position;
+  a.px = op.whole_block ? op.src.sample : op.src.position;
+  a.py = op.whole_block ? op.dst.sample : op.dst.position;
   a.rowoff = ctx.tables + op.run_table;
   a.R = op.runs;
   a.L = op.run_length;
@@ -92,8 +92,8 @@ struct Lists {
 template <class T>
 void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
   Lists<T> lists{ctx};
-  const int64_t last = op.block ? ctx.samples : n + 1;
-  for (int64_t m = op.block ? 0 : n; m < last; ++m) {
+  const int64_t last = op.whole_block ? ctx.samples : n + 1;
+  for (int64_t m = op.whole_block ? 0 : n; m < last; ++m) {
     const int64_t src = op.seed_rows ? m * ctx.seed_rows_n : op.src.offset + m * op.src.sample;
     const int64_t dst = op.dst.offset + m * op.dst.sample;
     if (!op.pattern.taps) {

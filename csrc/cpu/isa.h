@@ -11,6 +11,11 @@
 #define GRADKERN_ISAS(X) X(portable)
 #endif
 
+// GK_INTRINSICS of an instruction set: which of the hand-written comparisons in simd.h it can use.
+#define GK_NO_INTRINSICS 0
+#define GK_AVX_INTRINSICS 1  // 256-bit, without integer vectors: AVX and AVX2
+#define GK_AVX512_INTRINSICS 2
+
 namespace gradkern {
 
 #define X(name)          \

@@ -12,7 +12,7 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #endif
 #define GK_NAME avx2
-#define GK_ISA 2
+#define GK_INTRINSICS GK_AVX_INTRINSICS
 #define GK_VECTOR_BYTES 32
 #define GK_REGISTERS 16
 #define GK_INLINE inline __attribute__((always_inline))

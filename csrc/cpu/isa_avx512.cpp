@@ -13,7 +13,7 @@
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #endif
 #define GK_NAME avx512
-#define GK_ISA 512
+#define GK_INTRINSICS GK_AVX512_INTRINSICS
 #define GK_VECTOR_BYTES 64
 #define GK_REGISTERS 32
 #define GK_INLINE inline __attribute__((always_inline))

@@ -5,7 +5,7 @@
 #include "isa.h"
 
 #define GK_NAME portable
-#define GK_ISA 0
+#define GK_INTRINSICS GK_NO_INTRINSICS
 #define GK_VECTOR_BYTES 16
 #define GK_REGISTERS 16
 #define GK_INLINE inline __attribute__((always_inline))

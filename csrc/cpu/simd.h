@@ -51,7 +51,7 @@ GK_INLINE Vec<T> keep(Vec<T> v, IVec<T> mask) {
 // Store only the first n lanes; the rest of memory is not touched.
 template <class T>
 GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
   else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
 #else
@@ -63,14 +63,14 @@ GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
 // is alive, as in torch.
 template <class T>
 GK_INLINE uint32_t alive16(const T* x) {
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
   if constexpr (sizeof(T) == 4) {
     return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_setzero_ps(), _CMP_NLE_UQ);
   } else {
     return _mm512_cmp_pd_mask(_mm512_loadu_pd(x), _mm512_setzero_pd(), _CMP_NLE_UQ) |
            (uint32_t(_mm512_cmp_pd_mask(_mm512_loadu_pd(x + 8), _mm512_setzero_pd(), _CMP_NLE_UQ)) << 8);
   }
-#elif GK_ISA == 2
+#elif GK_INTRINSICS == GK_AVX_INTRINSICS
   if constexpr (sizeof(T) == 4) {
     const __m256 z = _mm256_setzero_ps();
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), z, _CMP_NLE_UQ))) |
@@ -85,12 +85,12 @@ GK_INLINE uint32_t alive16(const T* x) {
 // Where x replaces the running maximum m: greater, or NaN (the last NaN wins, as in torch's max pools).
 template <class T>
 GK_INLINE uint32_t better16(const T* x, const T* m) {
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
   if constexpr (sizeof(T) == 4) {
     const __m512 a = _mm512_loadu_ps(x);
     return _mm512_cmp_ps_mask(a, _mm512_loadu_ps(m), _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   }
-#elif GK_ISA == 2
+#elif GK_INTRINSICS == GK_AVX_INTRINSICS
   if constexpr (sizeof(T) == 4) {
     uint32_t bits = 0;
     for (int h = 0; h < 2; ++h) {
@@ -108,7 +108,7 @@ GK_INLINE uint32_t better16(const T* x, const T* m) {
 
 // Append the set bits' channel numbers to the list; returns how many.  May write 16 entries past the end.
 GK_INLINE int64_t append(uint16_t* list, uint32_t bits, int64_t base) {
-#if GK_ISA == 512
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i c = _mm512_maskz_compress_epi32((__mmask16)bits, _mm512_add_epi32(iota, _mm512_set1_epi32((int)base)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(list), _mm512_cvtepi32_epi16(c));

@@ -22,10 +22,10 @@ GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
     case Kind::PooledWindow: return run_window_pooled(as<PooledWindowRecord>(record), t);
     case Kind::Stencil: return run_stencil(as<StencilRecord>(record), t);
     case Kind::Pattern: return run_pattern(as<PatternRecord>(record), t);
-    case Kind::Scale: return run_scale(as<ScaleRecord>(record), t);
-    case Kind::Sum: return run_sum(as<SumRecord>(record), t);
+    case Kind::Elementwise: return run_elementwise(as<ElementwiseRecord>(record), t);
+    case Kind::Add: return run_add(as<AddRecord>(record), t);
     case Kind::Move: return run_move(as<MoveRecord>(record), t);
-    case Kind::Product: return run_product(as<ProductRecord>(record), t);
+    case Kind::Multiply: return run_multiply(as<MultiplyRecord>(record), t);
     case Kind::Lines: return run_lines(as<LinesRecord>(record), t);
     case Kind::Zero: return run_zero(as<ZeroRecord>(record), t);
     case Kind::Rectify: return run_rectify(as<RectifyRecord>(record), t);
@@ -36,10 +36,10 @@ GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
     case Kind::DenseT: return run_dense_t(as<DenseTRecord>(record), t);
     case Kind::StencilT: return run_stencil_t(as<StencilTRecord>(record), t);
     case Kind::PatternT: return run_pattern_t(as<PatternTRecord>(record), t);
-    case Kind::ScaleT: return run_scale_t(as<ScaleTRecord>(record), t);
-    case Kind::Add: return run_add(as<AddRecord>(record), t);
+    case Kind::ElementwiseT: return run_elementwise_t(as<ElementwiseTRecord>(record), t);
+    case Kind::Accumulate: return run_accumulate(as<AccumulateRecord>(record), t);
     case Kind::MoveT: return run_move_t(as<MoveTRecord>(record), t);
-    case Kind::ProductT: return run_product_t(as<ProductTRecord>(record), t);
+    case Kind::MultiplyT: return run_multiply_t(as<MultiplyTRecord>(record), t);
     case Kind::LinesT: return run_lines_t(as<LinesTRecord>(record), t);
     case Kind::MatMul:
     case Kind::MatMulT: return run_matmul(record, t);
@@ -63,10 +63,10 @@ GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
       const Record* records = forward ? args.forward : args.backward;
       const int count = forward ? args.forward_count : args.backward_count;
       for (int begin = 0, end; begin < count; begin = end) {
-        const bool block = records[begin].block;
+        const bool whole_block = records[begin].whole_block;
         end = begin + 1;
-        while (!block && end < count && !records[end].block) ++end;
-        const int step = block ? args.block : static_cast<int>(records[begin].samples);
+        while (!whole_block && end < count && !records[end].whole_block) ++end;
+        const int step = whole_block ? args.block : static_cast<int>(records[begin].samples);
         for (t.first = 0; t.first < t.samples(); t.first += step) {
           t.count = t.samples() - t.first < step ? t.samples() - t.first : step;
           for (int k = begin; k < end; ++k) {

@@ -40,7 +40,7 @@ GK_RECORD void run_rectify(const RectifyRecord& op, const Tile<T> t) {
 // ---- elementwise -----------------------------------------------------------------------------------------------
 
 template <class T, Fn F>
-GK_DEVICE void scale_all(const ScaleRecord& op, const Tile<T>& t) {
+GK_DEVICE void elementwise_all(const ElementwiseRecord& op, const Tile<T>& t) {
   const T p0 = static_cast<T>(op.p0), p1 = static_cast<T>(op.p1), p2 = static_cast<T>(op.p2);
   const int width = op.extent.W * op.extent.C, each = op.extent.H * width;
   const Divider samples(each), rows(width);
@@ -54,17 +54,17 @@ GK_DEVICE void scale_all(const ScaleRecord& op, const Tile<T>& t) {
 }
 
 template <class T>
-GK_RECORD void run_scale(const ScaleRecord& op, const Tile<T> t) {
+GK_RECORD void run_elementwise(const ElementwiseRecord& op, const Tile<T> t) {
   switch (static_cast<Fn>(op.function)) {
 #define X(name) \
-  case Fn::name: return scale_all<T, Fn::name>(op, t);
+  case Fn::name: return elementwise_all<T, Fn::name>(op, t);
     GRADKERN_FUNCTIONS(X)
 #undef X
   }
 }
 
 template <class T>
-GK_RECORD void run_sum(const SumRecord& op, const Tile<T> t) {
+GK_RECORD void run_add(const AddRecord& op, const Tile<T> t) {
   const int width = op.extent.W * op.extent.C, each = op.extent.H * width;
   const Divider samples(each), rows(width);
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
@@ -89,7 +89,7 @@ GK_DEVICE void over_cotangents(const Extent& extent, const Tile<T>& t, const Eac
 }
 
 template <class T>
-GK_RECORD void run_scale_t(const ScaleTRecord& op, const Tile<T> t) {
+GK_RECORD void run_elementwise_t(const ElementwiseTRecord& op, const Tile<T> t) {
   over_cotangents(op.extent, t, [&](int m, int s, int h, int r) {
     const T g = t.at(op.src, m, s)[Steps(op.src)(h, 0) + r] * t.at(op.slope, m)[Steps(op.slope)(h, 0) + r];
     T* y = t.at(op.dst, m, s) + Steps(op.dst)(h, 0) + r;
@@ -98,7 +98,7 @@ GK_RECORD void run_scale_t(const ScaleTRecord& op, const Tile<T> t) {
 }
 
 template <class T>
-GK_RECORD void run_add(const AddRecord& op, const Tile<T> t) {
+GK_RECORD void run_accumulate(const AccumulateRecord& op, const Tile<T> t) {
   over_cotangents(op.extent, t, [&](int m, int s, int h, int r) {
     t.at(op.dst, m, s)[Steps(op.dst)(h, 0) + r] += t.at(op.src, m, s)[Steps(op.src)(h, 0) + r];
   });
@@ -145,10 +145,10 @@ GK_RECORD void run_move_t(const MoveTRecord& op, const Tile<T> t) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of alike positions: (read offset, place, count, read step, place step, first entry, entries); an entry is
-// (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
+// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// entry is (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
 
-// `bias`: null on the way back, where the sum is added to what is there.
+// `bias`: null in the backward pass, where the sum is added to what is there.
 template <class T>
 GK_DEVICE void stencil(const StencilTable& table, const Place& src, const Place& dst, int C, const T* bias, int copies,
                        const Tile<T>& t) {
@@ -185,7 +185,7 @@ GK_RECORD void run_stencil_t(const StencilTRecord& op, const Tile<T> t) {
 // ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
 
 template <class T>
-GK_RECORD void run_product(const ProductRecord& op, const Tile<T> t) {
+GK_RECORD void run_multiply(const MultiplyRecord& op, const Tile<T> t) {
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, each = H * W * C;
   const int left = op.left_channel, right = op.right_channel;
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
@@ -198,7 +198,7 @@ GK_RECORD void run_product(const ProductRecord& op, const Tile<T> t) {
 
 // dst += g · other, summed where dst was stretched: a thread for every number of dst.
 template <class T>
-GK_RECORD void run_product_t(const ProductTRecord& op, const Tile<T> t) {
+GK_RECORD void run_multiply_t(const MultiplyTRecord& op, const Tile<T> t) {
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, row = op.dst.row, position = op.dst.position;
   const int channel = op.dst_channel, other = op.other_channel;
   const int rows = row ? H : 1, columns = position ? W : 1, channels = channel ? C : 1,

@@ -68,7 +68,7 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 #pragma unroll
     for (int p = 0; p < P; ++p) x[p] = buf + offset[p] + run;
     if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
-      // Weights come from L2: four rows are on their way while four are used; those past the last are slack.
+      // Weights come from L2: four rows are loading while four are used; those past the last are slack.
       Four<T> even[4], odd[4];
       load_rows(even, w, ldf);
       for (;;) {
@@ -101,11 +101,12 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 
 template <class T>
 GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
-  const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.block ? 1 : HW, positions = t.count * each;
+  const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.whole_block ? 1 : HW, positions = t.count * each;
   const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L, ldf = weight_row(O);
-  const int px = op.block ? 0 : op.src.position, row = op.block ? 0 : op.src.row;
-  // A block op has the region to itself; the others have their scratch there.
-  const WindowShape s = window_shape<kPositions>(positions, O, groups, K, t.warps(), op.block ? t.args.region : 0);
+  const int px = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
+  // A whole-block record has the region to itself; the others have their scratch there.
+  const WindowShape s =
+      window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.region : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
   const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
   const bool aligned = ((op.src.offset | op.src.sample | px | row | op.C) & 3) == 0;

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .captum_compat import stock
 from .gradient import InputXGradient, Saliency
-from .layer.methods import GuidedGradCam, LayerGradCam, LayerGradientXActivation
+from .layer.layer_methods import GuidedGradCam, LayerGradCam, LayerGradientXActivation
+from .layer.layer_paths import InternalInfluence, LayerConductance, LayerIntegratedGradients
 from .layer.neuron import NeuronGradient
-from .layer.paths import InternalInfluence, LayerConductance, LayerIntegratedGradients
 from .noise_tunnel import NoiseTunnel
 from .paths import GradientShap, IntegratedGradients
 from .rules.deeplift import DeepLift, DeepLiftShap
 from .rules.lrp import LRP
-from .rules.methods import Deconvolution, GuidedBackprop
+from .rules.rule_methods import Deconvolution, GuidedBackprop
 
 __all__ = [
     "LRP",

@@ -1,4 +1,4 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the fallback to Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
@@ -24,8 +24,8 @@ from .points import Points, row_tensors
 
 NATIVE = (torch.float32, torch.float64)
 Options = dict[str, Any]  # a method's own options, by Captum's names
-Many = tuple[Tensor, ...]
-Inputs = Tensor | Many
+Tensors = tuple[Tensor, ...]
+Inputs = Tensor | Tensors
 Yes = Literal[True]
 
 
@@ -43,13 +43,13 @@ class AttributeAll(Protocol):
     @overload
     def __call__(self, inputs: Tensor, *a: Any, **k: Any) -> Tensor: ...
     @overload
-    def __call__(self, inputs: Many, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor, Tensor]: ...  # noqa: E501
+    def __call__(self, inputs: Tensors, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Many, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Many, Tensor]: ...
+    def __call__(self, inputs: Tensors, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor]: ...
     @overload
-    def __call__(self, inputs: Many, targets: TopK, *a: Any, **k: Any) -> tuple[Many, Tensor]: ...
+    def __call__(self, inputs: Tensors, targets: TopK, *a: Any, **k: Any) -> tuple[Tensors, Tensor]: ...
     @overload
-    def __call__(self, inputs: Many, *a: Any, **k: Any) -> Many: ...
+    def __call__(self, inputs: Tensors, *a: Any, **k: Any) -> Tensors: ...
     # fmt: on
 
 
@@ -77,10 +77,7 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
         few = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
         y = fn(*[x.detach().clone() for x in few], *more)
     out = tuple(y.shape[1:])
-    seeds = jacobian_choice(targets)(inputs[0].shape[0], out)
-    if isinstance(seeds, TopSeeds):
-        seeds.rows(0, inputs[0].shape[0], y)
-    return seeds, out
+    return jacobian_choice(targets)(inputs[0].shape[0], out).chosen_by(y), out
 
 
 def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:
@@ -114,9 +111,9 @@ def shaped(tree: Any, seeds: Seeds) -> Any:
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
-def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
+def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
         items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
@@ -163,12 +160,12 @@ def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Te
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that it has to bring: the attributions of every seed at given rows.  With it come
+    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given rows.  It gives
     ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
     """
 
     def _rows(
-        self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options
+        self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options
     ) -> tuple[Tensor, ...] | None:
         """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
 
@@ -176,15 +173,15 @@ class RowMethod(stock.GradientAttribution):
         """
         raise NotImplementedError
 
-    def _uses_up_something(self) -> bool:
-        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+    def _indivisible(self) -> bool:
+        """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
         return False
 
-    def _points(self, rows: Many, more: Many) -> Points:
+    def _points(self, rows: Tensors, more: Tensors) -> Points:
         """The model, to be differentiated at these rows."""
         return Points(self.forward_func, rows, more, getattr(self.gradient_func, "engine", None))
 
-    def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Seeds, options: Options) -> Tensor:
+    def _row_delta(self, parts: Tensors, rows: Tensors, more: Tensors, seeds: Seeds, options: Options) -> Tensor:
         """The convergence delta of `_rows`, ``[R, S]``."""
         _, start = format_input_baseline(rows, options.get("baselines"))
         return completeness(self.forward_func, parts, start, rows, more, seeds)

@@ -1,4 +1,4 @@
-"""The methods that are one gradient and a last touch: Saliency, input × gradient."""
+"""Methods that finish one gradient elementwise: Saliency, input × gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import api
 from ..dispatch.targets import TopK
-from .attribute_all import Inputs, Many, Options, RowMethod, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc
 
@@ -28,16 +28,16 @@ class GradientMethod(RowMethod):
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
         raise NotImplementedError
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         gradients = self._points(rows, more).gradients(rows, more, index, seeds)
         self._finish_each(gradients, rows, options)
         return gradients
 
-    def _finish_each(self, gradients: Any, rows: Many, options: Options) -> None:
+    def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
         for gradient, x in zip(gradients, rows, strict=True):
-            own = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
-            lead = (x.shape[0], *(1,) * (own.dim() - x.dim()))
-            self._finish(own, x.detach().to(own.device).reshape(*lead, *x.shape[1:]), options)
+            tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
+            lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
+            self._finish(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
 
     def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
         """``attribute_all`` by `gradkern.jacobian`, whose ``options`` hold."""

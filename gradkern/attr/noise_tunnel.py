@@ -16,7 +16,7 @@ from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
 from . import captum_compat as compat
-from .attribute_all import Inputs, Many, Options, RowMethod, answer, one_by_one, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
 
@@ -53,10 +53,10 @@ class NoiseTunnel(stock.NoiseTunnel):
         with torch.no_grad():
             return self._in_pieces(inputs, pieces, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
-    def _pieces(self, rows: Many, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
+    def _pieces(self, rows: Tensors, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
         """Pieces of samples whose noise continues Captum's sequence of numbers; none where the call is Captum's."""
         method = self.attribution_method
-        if not isinstance(method, RowMethod) or method._uses_up_something():
+        if not isinstance(method, RowMethod) or method._indivisible():
             return []
         if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in rows):
             return []
@@ -127,8 +127,8 @@ class NoiseTunnel(stock.NoiseTunnel):
         fixed = (nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib)
 
         def attribute(target: Any) -> Any:
-            given = {"target": target, "additional_forward_args": additional_forward_args}
-            return self.attribute(inputs, *fixed, **given, **options)
+            arguments = {"target": target, "additional_forward_args": additional_forward_args}
+            return self.attribute(inputs, *fixed, **arguments, **options)
 
         return one_by_one(method.forward_func, inputs, additional_forward_args, targets, attribute)
 
@@ -136,7 +136,7 @@ class NoiseTunnel(stock.NoiseTunnel):
 class _Average:
     """Sums and squares of the maps of all noisy copies, of shapes ``[N, …]``, and their convergence deltas."""
 
-    def __init__(self, rows: Many, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: Tensors, shapes: Sequence[Sequence[int]]) -> None:
         self.sums = [torch.zeros(s, dtype=x.dtype, device=x.device) for s, x in zip(shapes, rows, strict=True)]
         self.squares = [torch.zeros_like(s) for s in self.sums]
         self.deltas: list[Tensor] = []
@@ -150,9 +150,9 @@ class _Average:
         if delta is not None:
             self.deltas.append(delta)
 
-    def smoothed(self, tunnel: NoiseTunnel, nt_type: str, samples: int) -> Many:
+    def smoothed(self, tunnel: NoiseTunnel, nt_type: str, samples: int) -> Tensors:
         mean, mean_sq = (tuple(s * 1 / samples for s in sums) for sums in (self.sums, self.squares))
-        smoothed: Many = tunnel._compute_smoothing(mean, mean_sq, nt_type)
+        smoothed: Tensors = tunnel._compute_smoothing(mean, mean_sq, nt_type)
         return smoothed
 
     def delta(self) -> Tensor:
@@ -163,7 +163,14 @@ class _AllOutputs:
     """One call of `NoiseTunnel.attribute_all` on the engine."""
 
     def __init__(
-        self, tunnel: NoiseTunnel, rows: Many, points: Points, seeds: Seeds, options: Options, draw: bool, delta: bool
+        self,
+        tunnel: NoiseTunnel,
+        rows: Tensors,
+        points: Points,
+        seeds: Seeds,
+        options: Options,
+        draw: bool,
+        delta: bool,
     ) -> None:
         self.tunnel, self.rows, self.points, self.seeds = tunnel, rows, points, seeds
         self.options, self.draw, self.wants_delta = options, draw, delta
@@ -197,11 +204,11 @@ class _AllOutputs:
         noise.finish()
         return True
 
-    def _piece(self, noisy: Many, a: int, b: int, count: int, options: Options) -> bool:
+    def _piece(self, noisy: Tensors, a: int, b: int, count: int, options: Options) -> bool:
         """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
         method = self.tunnel.attribution_method
         index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
-        room = block_rows(gradient_bytes(self.rows, self.seeds.count))
+        room = block_rows(gradient_bytes(self.rows, self.seeds.count), self.rows[0].device)
         for first, last, step, stop in _row_blocks(b - a, count, room):
             take = slice(first * count + step, (last - 1) * count + stop)
             rows, copies = tuple(x[take].detach() for x in noisy), stop - step
@@ -252,14 +259,14 @@ class Noise:
         self.rows, self.copies, self.stdevs = rows, copies, stdevs
         self.generators: list[torch.Generator | None] = [None] * len(rows)
         if len(rows) > 1 and all(x.device.type == "cpu" for x in rows):
-            own = torch.Generator()
-            own.set_state(torch.get_rng_state())
-            self.generators = [own]
+            generator = torch.Generator()
+            generator.set_state(torch.get_rng_state())
+            self.generators = [generator]
             for x in rows[:-1]:
-                own = own.clone_state()
+                generator = generator.clone_state()
                 for size in _even(x.numel() * copies):  # the numbers that this input will use up
-                    torch.normal(0.0, torch.ones(size), generator=own)
-                self.generators.append(own)
+                    torch.normal(0.0, torch.ones(size), generator=generator)
+                self.generators.append(generator)
 
     def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
         """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""
@@ -288,7 +295,7 @@ def _even(total: int, piece: int = 1 << 20) -> Iterator[int]:
 
 def _block(rows: Sequence[Tensor], copies: int, seeds: int) -> int:
     """Samples per piece, in whole blocks of the random sequence."""
-    return max(1, block_rows(gradient_bytes(rows, seeds)) // max(copies, 1)) // FILL * FILL
+    return max(1, block_rows(gradient_bytes(rows, seeds), rows[0].device) // max(copies, 1)) // FILL * FILL
 
 
 def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch.targets import Seeds
 from ..util.options import InputError
 from . import captum_compat as compat
-from .attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds
@@ -35,28 +35,28 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
 
     def _attribute(
         self,
-        inputs: Many,
+        inputs: Tensors,
         baselines: tuple[Any, ...],
         target: Any = None,
         additional_forward_args: Any = None,
         n_steps: int = 50,
         method: str = "gausslegendre",
         step_sizes_and_alphas: tuple[list[float], list[float]] | None = None,
-    ) -> Many:
+    ) -> Tensors:
         """Captum's own hook for one path, also called by its ``internal_batch_size``."""
-        given = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
+        arguments = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
         ours = isinstance(self.gradient_func, GradientFunc)
         points = points_for(self, inputs, additional_forward_args) if ours else None
         if points is None:
-            return super()._attribute(*given)
+            return super()._attribute(*arguments)
         weights, alphas = path_steps(method, n_steps, step_sizes_and_alphas)
         try:
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
             totals = path_sum(points, baselines, seeds, weights.float(), alphas, strict=True)  # float, as in Captum
         except InputError:
-            return super()._attribute(*given)
+            return super()._attribute(*arguments)
         except Exception:
-            super()._attribute(*given)  # Captum's own error, where it has one
+            super()._attribute(*arguments)  # Captum's own error, where it has one
             raise
         mean = tuple(t[:, 0] for t in totals)
         if not self.multiplies_by_inputs:
@@ -82,7 +82,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         options = {"baselines": baselines, "n_steps": n_steps, "method": method}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
         totals = path_sum(self._points(rows, more), baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
@@ -109,7 +109,7 @@ def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baseline
 class RandomPoint(RowMethod, compat.InputBaselineXGradient):
     """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, options: Options) -> Many:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
         r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
         with torch.no_grad():

@@ -41,11 +41,11 @@ class GradientFunc:
         additional_forward_args: Any = None,
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, shaped as the inputs."""
-        given = format_tensor_into_tuples(inputs)
-        if takes_over(forward_fn, given, additional_forward_args, self.engine):
-            more = row_tensors(additional_forward_args, given[0].shape[0]) or ()
-            wrt = tuple(range(len(given)))
-            request = Request(forward_fn, (*given, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
+        tensors = format_tensor_into_tuples(inputs)
+        if takes_over(forward_fn, tensors, additional_forward_args, self.engine):
+            more = row_tensors(additional_forward_args, tensors[0].shape[0]) or ()
+            wrt = tuple(range(len(tensors)))
+            request = Request(forward_fn, (*tensors, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
                 route = self._route(request, self.engine)
                 if stays_ours(route):
@@ -67,14 +67,14 @@ class HooklessGradientFunc(GradientFunc):
     _route = staticmethod(shared_route)
 
 
-def takes_over(fn: Callable[..., Any], given: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
+def takes_over(fn: Callable[..., Any], tensors: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
     """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any."""
     if options.engine(engine) == "autograd":
         return False
-    if not given or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in given):
+    if not tensors or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in tensors):
         return False  # Captum's own error, or nothing to gain
-    samples = given[0].shape[0]
-    if samples == 0 or any(x.shape[0] != samples for x in given):
+    samples = tensors[0].shape[0]
+    if samples == 0 or any(x.shape[0] != samples for x in tensors):
         return False
     reason = ""
     if model_of(fn) is None:
@@ -121,7 +121,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
 
 
 def accelerate(attribution: Any, engine: str | None = None) -> Any:
-    """Put gradkern under a stock Captum attribution object, and return that very object.
+    """Put gradkern under a stock Captum attribution object, and return the same object.
 
     ``accelerate(IntegratedGradients(model)).attribute(x, target=1)``: arguments and results stay Captum's.  An object
     of a class that `gradkern.attr` has becomes one of that class, so that it also has ``attribute_all``; one of

@@ -19,10 +19,9 @@ from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, Shape, TopSeeds
 from ..ir.program import Program
-from ..util import options
+from ..util.chunks import samples_per_chunk
 from .captum_compat import format_additional_forward_args
 
-BLOCK_BYTES = 8 << 20  # gradients held at a time: what the last-level cache of a core or two holds
 LEAST_BLOCK = 64  # points, below which the cost of a call shows
 
 
@@ -46,13 +45,13 @@ class Points:
         self.wrt = tuple(range(len(self.inputs)))
         self.samples = self.inputs[0].shape[0]
         self.ahead = ahead  # points still to come, for the decision to trace
-        self.own = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
-        self.fn, self.module = self.own.fn, self.own.module
+        self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
+        self.fn, self.module = self.base_request.fn, self.base_request.module
 
     @cached_property
     def route(self) -> Route:
-        """The way that all points of this call go."""
-        return shared_route(self.own, self.engine)
+        """The route that all points of this call take."""
+        return shared_route(self.base_request, self.engine)
 
     def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:
         return Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
@@ -60,7 +59,7 @@ class Points:
     @property
     def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return bool(couples_batch(self.own, self.route))
+        return bool(couples_batch(self.base_request, self.route))
 
     def program(self) -> Program | None:
         """The model's Program where it is known already."""
@@ -69,17 +68,17 @@ class Points:
     def traced(self) -> Program | None:
         """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
         if self.route.engine != "autograd" and self.module is not None:
-            verdict_now(self.own, self.route)
+            verdict_now(self.base_request, self.route)
         return self.route.program
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
-        out = output_shape(self.own, self.route)
+        out = output_shape(self.base_request, self.route)
         seeds = choice(self.samples, out)
         if isinstance(seeds, TopSeeds):
             with torch.inference_mode(False), torch.no_grad():
                 y = self.fn(*[x.detach().clone() for x in (*self.inputs, *self.more)])
-            seeds.rows(0, self.samples, y)
+            return seeds.chosen_by(y), out
         return seeds, out
 
     def gradients(
@@ -109,7 +108,7 @@ class Points:
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
-        return blocks(self.samples, steps, gradient_bytes(self.inputs, seeds))
+        return blocks(self.samples, steps, gradient_bytes(self.inputs, seeds), self.inputs[0].device)
 
 
 def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
@@ -117,14 +116,14 @@ def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
     return max(1, max(1, seeds) * sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in inputs))
 
 
-def block_rows(point_bytes: int) -> int:
-    """Points whose gradients, ``point_bytes`` each, are held at a time."""
-    return max(1, min(max(LEAST_BLOCK, BLOCK_BYTES // point_bytes), options.memory_budget() // (2 * point_bytes)))
+def block_rows(point_bytes: int, device: torch.device) -> int:
+    """Points whose gradients, ``point_bytes`` each, are held at a time: those, the points, and what is made of both."""
+    return samples_per_chunk(device, 2 * point_bytes, 3 * point_bytes, least=LEAST_BLOCK)
 
 
-def blocks(samples: int, steps: int, point_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+def blocks(samples: int, steps: int, point_bytes: int, device: torch.device) -> Iterator[tuple[int, int, int, int]]:
     """Pieces ``(first sample, last, first step, last)`` of a path's points whose gradients fit in a block."""
-    rows = block_rows(point_bytes)
+    rows = block_rows(point_bytes, device)
     size = max(1, min(samples, rows // steps))
     for a in range(0, samples, size):
         b = min(a + size, samples)

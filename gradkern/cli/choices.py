@@ -18,7 +18,7 @@ Command = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelArguments:
     """MODEL and the ways to load it."""
 
     spec: str
@@ -34,7 +34,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SourceArguments:
     """SOURCE and how samples are read."""
 
     spec: str
@@ -64,7 +64,9 @@ def model_and_source(command: Command) -> Command:
         model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None, cast: str | None,
         **rest: Any,
     ) -> None:  # fmt: skip
-        command(model=Model(model, weights, allow_pickle), samples=Samples(source, columns, cast), **rest)
+        command(
+            model=ModelArguments(model, weights, allow_pickle), samples=SourceArguments(source, columns, cast), **rest
+        )
 
     for option in (
         click.option("--cast", type=click.Choice(["float32", "float64"]), help="Cast floating inputs and bytes to it."),
@@ -78,7 +80,7 @@ def model_and_source(command: Command) -> Command:
     return gathered
 
 
-class Targets(click.ParamType):
+class TargetsType(click.ParamType):
     """``0,2`` or ``top3``."""
 
     name = "text"
@@ -92,7 +94,7 @@ class Targets(click.ParamType):
             self.fail(f"got {value!r}, expected numbers with commas between, or top3", param, ctx)
 
 
-class Shard(click.ParamType):
+class ShardType(click.ParamType):
     """``i/n``."""
 
     name = "i/n"
@@ -108,7 +110,7 @@ class Shard(click.ParamType):
 def run_options(command: Command) -> Command:
     """What ``run`` and ``importance`` share; passed on to `gradkern.run` as they are."""
     for option in (
-        click.option("--targets", type=Targets(), help="Outputs, such as 0,2 or top3; all by default."),
+        click.option("--targets", type=TargetsType(), help="Outputs, such as 0,2 or top3; all by default."),
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
         click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import choices
-from .choices import Model, Samples
+from .choices import ModelArguments, SourceArguments
 
 
 @click.command()
@@ -25,8 +25,10 @@ from .choices import Model, Samples
 @click.option("--top-features", type=click.IntRange(1), help="Per sample, the k largest features.")
 @click.option("--dtype", type=click.Choice(["float32", "float64", "float16", "bfloat16"]), help="Default: float32.")
 @click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
-@click.option("--shard", type=choices.Shard(), default="0/1", help="Only this part of the chunks, for job arrays.")
-def run(model: Model, samples: Samples, out: str, reductions: str | None, no_maps: bool, **options: Any) -> None:
+@click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
+def run(
+    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, **options: Any
+) -> None:
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
 
     The same command again continues a run that was killed.
@@ -58,7 +60,7 @@ def run(model: Model, samples: Samples, out: str, reductions: str | None, no_map
 @click.option("--out", help="Keep the run in this store (it then resumes).")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
-def importance(model: Model, samples: Samples, top: int, as_json: bool, **options: Any) -> None:
+def importance(model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, **options: Any) -> None:
     """Rank the features of SOURCE by what each output depends on; no map is stored.
 
     \b
@@ -66,7 +68,7 @@ def importance(model: Model, samples: Samples, top: int, as_json: bool, **option
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
     """
     import gradkern
-    from gradkern.data.ranking import place
+    from gradkern.data.ranking import position_text
 
     ranking = gradkern.importance(model.load(), samples.open(), **options)
     curve, best = ranking.curve, ranking.top(top)
@@ -77,7 +79,7 @@ def importance(model: Model, samples: Samples, top: int, as_json: bool, **option
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
-        places = " ".join(place(f, shape) for f in features)
+        places = " ".join(position_text(f, shape) for f in features)
         click.echo(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
     if curve is not None:
         click.echo("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
@@ -105,7 +107,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
     "--samples", "most", type=click.IntRange(2), default=2048, show_default=True, help="At most this many samples."
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def bench(model: Model, samples: Samples, most: int, repeats: int) -> None:
+def bench(model: ModelArguments, samples: SourceArguments, most: int, repeats: int) -> None:
     """Measure gradkern on MODEL and SOURCE, beside autograd with one backward pass per output.
 
     \b

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from . import choices
-from .choices import Model, Samples
+from .choices import ModelArguments, SourceArguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 @click.command()
 @choices.model_and_source
-def explain(model: Model, samples: Samples) -> None:
-    """Print which way every step of MODEL goes, and why not a faster one.
+def explain(model: ModelArguments, samples: SourceArguments) -> None:
+    """Print how every step of MODEL runs, and why not faster.
 
     \b
     gradkern explain net.pt2 x.npy
@@ -60,8 +60,8 @@ def report(
 
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    samples = Samples(source or made_by.get("source"), made_by.get("columns"), made_by.get("cast"))
-    chosen = Model(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
+    samples = SourceArguments(source or made_by.get("source"), made_by.get("columns"), made_by.get("cast"))
+    chosen = ModelArguments(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
     rows = _again(samples.open, "source", samples.spec, required=source is not None)
     net = _again(chosen.load, "model", chosen.spec, required=model is not None)
     _check_same(results, net, rows)

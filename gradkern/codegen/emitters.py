@@ -6,8 +6,8 @@ from ..ir.program import Channels, Index, LowRank, Scale
 from . import records
 from .aliasing import Cotangent
 from .recording import Recording, extent, interior
-from .records import Along, Contraction, LineFunction, LineSet, Place, StencilTable, WindowT
-from .scratch import Buffer, padded
+from .records import Along, ContractionT, LineFunction, LineSet, Place, StencilTable, WindowT
+from .scratch import Buffer, round_up
 from .support import NATIVE_FUNCTIONS
 from .tables import move, positions, stencil, transposed
 from .units import Node, Unit
@@ -19,7 +19,7 @@ LINE_FUNCTIONS = {
     "log_softmax": LineFunction.LogSoftmax,
     "normalize": LineFunction.Normalize,
 }
-ALONG = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
+STORAGE_AXES = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
 class UnitRecords(Recording):
@@ -43,7 +43,7 @@ class UnitRecords(Recording):
         src = Place(self.store(source), first, down * source.row, along * source.C)
         sizes = (out.H, out.W, layout.channels, layout.O, layout.groups, layout.R, layout.L)
         where = (self.table(layout.runs), layout.weights, layout.bias)
-        self.forward.append(records.Window(src, self.value(out), *sizes, *where, block=unit.dense))
+        self.forward.append(records.Window(src, self.value(out), *sizes, *where, whole_block=unit.dense))
 
     def backward_window(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         layout = self.scatter(unit, upstream.pattern)
@@ -56,23 +56,23 @@ class UnitRecords(Recording):
         src = Place(buffer, first, row, source.C)
         dst = Place(self.grad(node), node.interior + layout.origin, *layout.step)
         where = (layout.weights, layout.row_length, self.table(layout.window))
-        common = Contraction(src, upstream.rows, dst, layout.O, pattern, *where, block=unit.dense)
+        common = ContractionT(src, upstream.rows, dst, layout.O, pattern, *where, whole_block=unit.dense)
         read = unit.out if upstream.pattern is None else upstream.pattern.out
         self.backward.append(self.contraction(unit, layout, read, common, assign))
 
     def contraction(
-        self, unit: Unit, layout: ScatterLayout, read: Node, common: Contraction, assign: bool
-    ) -> Contraction:
+        self, unit: Unit, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
+    ) -> ContractionT:
         """The transposed record of a window unit; ``read``: the node whose cotangent it reads."""
         entries, segments = read.C, read.P  # of the lists of live channels
         if common.pattern is not None:
             segments = read.P * common.pattern.taps + 1
-            entries = segments * padded(read.C) + 64
+            entries = segments * round_up(read.C) + 64
         self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)
-        own = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
-        return WindowT(**vars(common) | sizes | own)
+        cpu_fields = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
+        return WindowT(**vars(common) | sizes | cpu_fields)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
@@ -104,7 +104,7 @@ class UnitRecords(Recording):
 
     def forward_sum(self, unit: Unit) -> None:
         left, right = map(self.value, unit.reads)
-        self.forward.append(records.Sum(left, right, self.value(unit.out), extent(unit.out)))
+        self.forward.append(records.Add(left, right, self.value(unit.out), extent(unit.out)))
 
     def backward_sum(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         if self.cotangents.of(node) is upstream:
@@ -116,7 +116,7 @@ class UnitRecords(Recording):
 
     def add(self, upstream: Cotangent, node: Node) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.Add(src, dst, extent(node)))
+        self.backward.append(records.Accumulate(src, dst, extent(node)))
 
     # ---- copies
 
@@ -173,13 +173,13 @@ class UnitRecords(Recording):
         assert isinstance(form, Scale)
         (src, dst), parameters = self.ends(unit), (*form.params, 0.0, 0.0, 0.0)[:3]
         function = list(NATIVE_FUNCTIONS).index(form.function)
-        self.forward.append(records.Scale(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
+        self.forward.append(records.Elementwise(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
 
     def backward_scale(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         in_place = self.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
-        self.backward.append(records.ScaleT(src, dst, self.slope(unit), extent(unit.out), in_place))
+        self.backward.append(records.ElementwiseT(src, dst, self.slope(unit), extent(unit.out), in_place))
 
     # ---- products of two values
 
@@ -191,7 +191,7 @@ class UnitRecords(Recording):
     def forward_product(self, unit: Unit) -> None:
         (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
         dst = self.value(unit.out)
-        self.forward.append(records.Product(left, right, dst, extent(unit.out), left_channel, right_channel))
+        self.forward.append(records.Multiply(left, right, dst, extent(unit.out), left_channel, right_channel))
 
     def backward_product(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         other = unit.reads[1 - self.operand_index(unit, node)]
@@ -199,7 +199,7 @@ class UnitRecords(Recording):
         self.first_touch(node)
         dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
         side, other_channel = self.stretched(other, unit.out, self.store(other))
-        self.backward.append(records.ProductT(src, side, dst, extent(unit.out), dst_channel, other_channel))
+        self.backward.append(records.MultiplyT(src, side, dst, extent(unit.out), dst_channel, other_channel))
 
     # ---- products of two matrices of values, H of them, each as it lies row by row
 
@@ -243,7 +243,7 @@ class UnitRecords(Recording):
         form, out = unit.form, unit.out
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
-        what = (ALONG[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
+        what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
         # The numbers of the lines lie after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 

@@ -1,8 +1,8 @@
 """Encoding: records and sizes as the compiled kernels read them.
 
 A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
-a ``float`` one double, a `Part` its fields in order (zeros where it is None), and a `Place` the numbers of `PLACE`.
-csrc/records.h has the same as structs.
+a ``float`` one double, a `RecordPart` its fields in order (zeros where it is None), and a `Place` the numbers of
+`PLACE`.  csrc/records.h has the same as structs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from functools import cache, cached_property
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from .records import ENUMS, KINDS, PARTS, Part, Place, Record
+from .limits import LIMITS
+from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 # ---- sizes
 
@@ -60,7 +61,7 @@ SIZES = (CpuSizes, CudaSizes)
 # ---- encoding
 
 #: The numbers that every row begins with; `samples`: on a GPU, how many go together through the record's run.
-HEADER = ("kind", "block", "samples")
+HEADER = ("kind", "whole_block", "samples")
 #: What a place is in C++.
 PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
@@ -86,7 +87,7 @@ def width_of(t: Any) -> int:
     """Numbers that a field of this type takes in a row."""
     if t is Place:
         return len(PLACE)
-    return sum(width_of(inner) for _, inner in layout_of(t)) if issubclass(t, Part | Record) else 1
+    return sum(width_of(inner) for _, inner in layout_of(t)) if issubclass(t, RecordPart | Record) else 1
 
 
 #: Integers in a row.
@@ -109,7 +110,7 @@ def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tu
             else:
                 stride = sample if b.per_sample else shared
                 yield from (b.base + value.offset, stride, b.elements * b.cotangent, value.row, value.position)
-        elif issubclass(t, Part | Record):
+        elif issubclass(t, RecordPart | Record):
             for name, inner in layout_of(t):
                 yield from numbers(getattr(value, name), inner)
         elif t is float:
@@ -117,19 +118,20 @@ def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tu
         else:
             yield int(value)
 
-    row = [KINDS.index(type(record)), int(record.block), samples, *numbers(record, type(record))]
+    row = [KINDS.index(type(record)), int(record.whole_block), samples, *numbers(record, type(record))]
     return tuple(row + [0] * (WIDTH - len(row)))
 
 
 def c_type(t: type) -> str:
-    if issubclass(t, Part | IntEnum):
+    if issubclass(t, RecordPart | IntEnum):
         return t.__name__
     return "double" if t is float else "int64_t"
 
 
 def layout_fingerprint() -> str:
-    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types and their order."""
+    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types, order, limits."""
     text = [f"{HEADER} {[name for name, _ in PLACE]}"]
+    text += [f"{name} {limit}" for name, limit in LIMITS.items()]
     text += [f"{e.__name__} {[(m.name, m.value) for m in e]}" for e in ENUMS]
     text += [f"{c.__name__} {[(n, c_type(t)) for n, t in layout_of(c)]}" for c in (*PARTS, *KINDS, *SIZES)]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]

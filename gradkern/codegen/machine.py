@@ -1,4 +1,4 @@
-"""Machines: what the layout of weights and scratch memory depends on."""
+"""Machines: what the layout of weights and scratch memory depends on, and the error where a chain fits none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """A CPU by its instruction set."""
+    """A processor by its instruction set: a CPU, or a `Device`."""
 
     isa: str
     vector_bytes: int
+
+
+@dataclass(frozen=True)
+class Device(Machine):
+    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read in groups of four numbers."""
+
+    shared_bytes: int = 232448  # that one block may have
+    threads: int = 256
+
+
+class TooLarge(Exception):
+    """A chain that no tile makes small enough; ``.bytes`` is what a single sample and seed would take."""
+
+    def __init__(self, needed: int, limit: int):
+        super().__init__(f"needs {needed / 1024:.0f} KiB of shared memory for one sample, of {limit / 1024:.0f}")
+        self.bytes = needed

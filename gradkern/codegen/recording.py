@@ -9,7 +9,7 @@ from typing import TypeVar
 from .aliasing import Cotangent, Cotangents
 from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
-from .scratch import SLACK, Buffer, padded
+from .scratch import SLACK, Buffer, round_up
 from .units import POINT, Graph, Node, Unit, planar
 from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
 
@@ -97,12 +97,12 @@ class Recording:
     # ---- buffers
 
     def store(self, node: Node) -> Buffer:
-        return self.stores.setdefault(node.store, Buffer(padded(node.size + self.slack, self.multiple)))
+        return self.stores.setdefault(node.store, Buffer(round_up(node.size + self.slack, self.multiple)))
 
     def grad(self, node: Node) -> Buffer:
         fold = self.folded.get(node.id, 1)  # interleaved rows round up, and so do the windows on them
         extra = 0 if fold == 1 else 3 * fold * node.row
-        elements = padded(node.size + extra + self.slack, self.multiple)
+        elements = round_up(node.size + extra + self.slack, self.multiple)
         return self.grads.setdefault(node.id, Buffer(elements, cotangent=True))
 
     def keep(self, unit: Unit, elements: int) -> Buffer:

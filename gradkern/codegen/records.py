@@ -30,11 +30,11 @@ class Struct:
         dataclass(frozen=True, order=order)(cls)
 
 
-class Part(Struct):
+class RecordPart(Struct):
     """What records and sizes are composed of."""
 
 
-class Place(Part):
+class Place(RecordPart):
     """Where the channels-last interior of a value or cotangent begins in scratch memory."""
 
     buffer: Buffer | None  # None: not in scratch memory (the seed rows)
@@ -43,7 +43,7 @@ class Place(Part):
     position: int = 0  # elements from one position to the next
 
 
-class Extent(Part):
+class Extent(RecordPart):
     """Channels, rows and columns."""
 
     C: int
@@ -51,7 +51,7 @@ class Extent(Part):
     W: int
 
 
-class PatternRef(Part):
+class PatternRef(RecordPart):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
     Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
@@ -73,7 +73,7 @@ class PatternRef(Part):
     dw: int
 
 
-class StencilTable(Part):
+class StencilTable(RecordPart):
     """Blocks of positions that read alike; tables.py says what a block and an entry are."""
 
     weights: int  # offset in the packed weights: rows of one weight per channel
@@ -99,7 +99,7 @@ class LineFunction(IntEnum):
     Normalize = 2
 
 
-class LineSet(Part):
+class LineSet(RecordPart):
     """Softmax or normalisation along one axis of the storage, and what the backward pass needs of it."""
 
     extent: Extent
@@ -110,7 +110,7 @@ class LineSet(Part):
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
-class Bands(Part, order=True):
+class Bands(RecordPart, order=True):
     """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
 
     rows: int = 1  # of positions in a band
@@ -119,8 +119,8 @@ class Bands(Part, order=True):
     column_colours: int = 1
 
 
-class Way(IntEnum):
-    """How a GPU's workers go through the channels of a transposed convolution."""
+class ScatterAlgorithm(IntEnum):
+    """How a GPU's workers compute a transposed convolution."""
 
     Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
     Quads = 1  # all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
@@ -130,13 +130,13 @@ class Way(IntEnum):
 # ---- records
 
 
-def places_of(value: Record | Part) -> Iterator[tuple[str, Place]]:
+def places_of(value: Record | RecordPart) -> Iterator[tuple[str, Place]]:
     """The places in a record or part by their fields' names."""
     for f in fields(value):
         part = getattr(value, f.name)
         if isinstance(part, Place):
             yield f.name, part
-        elif isinstance(part, Part):
+        elif isinstance(part, RecordPart):
             yield from places_of(part)
 
 
@@ -144,7 +144,7 @@ class Record(Struct):
     """What all kinds have in common."""
 
     _: KW_ONLY
-    block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
+    whole_block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
 
     def buffers(self) -> list[Buffer]:
         """What the record reads or writes of scratch memory."""
@@ -226,7 +226,7 @@ class Pattern(Record):
     relu: bool
 
 
-class Scale(Record):
+class Elementwise(Record):
     """An elementwise function, and its derivative for the backward pass."""
 
     src: Place
@@ -239,7 +239,7 @@ class Scale(Record):
     p2: float
 
 
-class Sum(Record):
+class Add(Record):
     """The sum of two values."""
 
     left: Place
@@ -257,7 +257,7 @@ class Move(Record):
     run_table: int  # offset in the tables; 5 numbers each: source, destination, count, source step, destination step
 
 
-class Product(Record):
+class Multiply(Record):
     """The product of two values; a stride of 0 stretches a side along that axis."""
 
     left: Place
@@ -329,7 +329,7 @@ class SeedDense(Record):
     extent: Extent
 
 
-class Contraction(Record):
+class ContractionT(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
     src: Place  # the cotangent of the contraction's output; of the pattern's output where one is read through
@@ -342,7 +342,7 @@ class Contraction(Record):
     window_table: int  # offset in the tables of where the window's elements lie
 
 
-class WindowT(Contraction):
+class WindowT(ContractionT):
     """On the CPU: a transposed convolution, or over the whole block a transposed linear layer."""
 
     H: int  # positions of the cotangent
@@ -355,7 +355,7 @@ class WindowT(Contraction):
     assign: bool  # the first write of the destination: store instead of add
 
 
-class ScatterT(Contraction):
+class ScatterT(ContractionT):
     """On a GPU: a transposed convolution."""
 
     H: int  # positions of the cotangent
@@ -364,13 +364,13 @@ class ScatterT(Contraction):
     groups: int
     merged: bool  # the taps of the pool share one window
     window_elements: int  # offsets in the window table
-    way: Way
+    algorithm: ScatterAlgorithm
     tap_table: int = 0  # Quads: offset in the tables of where each tap's weights begin
     lanes: int = 32  # of a worker
     bands: Bands = Bands()
 
 
-class DenseT(Contraction):
+class DenseT(ContractionT):
     """On a GPU: a transposed linear layer, over the whole block."""
 
     window_elements: int  # columns of the weight
@@ -396,7 +396,7 @@ class PatternT(Record):
     pattern: PatternRef
 
 
-class ScaleT(Record):
+class ElementwiseT(Record):
     """Multiplies a cotangent by the derivative."""
 
     src: Place
@@ -406,7 +406,7 @@ class ScaleT(Record):
     assign: bool  # store (in place) instead of add
 
 
-class Add(Record):
+class Accumulate(Record):
     """Adds one cotangent to another."""
 
     src: Place
@@ -424,7 +424,7 @@ class MoveT(Record):
     distinct: bool = False  # no number is read twice: runs can be taken in parallel
 
 
-class ProductT(Record):
+class MultiplyT(Record):
     """Adds a cotangent times the product's other side, summed where `dst` was stretched."""
 
     src: Place
@@ -462,10 +462,10 @@ class StoreT(Record):
 
 #: A record's kind is its place in this list.
 KINDS: tuple[type[Record], ...] = (
-    Load, Store, Window, PooledWindow, Stencil, Pattern, Scale, Sum, Move, Product, Lines, MatMul,
-    Zero, Rectify, SeedRows, SeedOneHot, SeedDense, WindowT, ScatterT, DenseT, StencilT, PatternT, ScaleT, Add, MoveT,
-    ProductT, LinesT, MatMulT, StoreT,
+    Load, Store, Window, PooledWindow, Stencil, Pattern, Elementwise, Add, Move, Multiply, Lines, MatMul,
+    Zero, Rectify, SeedRows, SeedOneHot, SeedDense, WindowT, ScatterT, DenseT, StencilT, PatternT, ElementwiseT,
+    Accumulate, MoveT, MultiplyT, LinesT, MatMulT, StoreT,
 )  # fmt: skip
 
 PARTS = (Extent, PatternRef, StencilTable, LineSet, Bands)
-ENUMS = (Along, LineFunction, Way)
+ENUMS = (Along, LineFunction, ScatterAlgorithm)

@@ -35,7 +35,7 @@ class Buffer:
     per_sample: bool = False
 
 
-def padded(elements: int, multiple: int = 16) -> int:
+def round_up(elements: int, multiple: int = 16) -> int:
     return (elements + multiple - 1) // multiple * multiple
 
 
@@ -48,7 +48,7 @@ def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
     for records in passes:
         previous: Record | None = None
         for record in records:
-            if previous is None or record.block or previous.block:
+            if previous is None or record.whole_block or previous.whole_block:
                 stage += 1
             previous = record
             count += 1
@@ -86,8 +86,8 @@ def stack(buffers: Iterable[Buffer]) -> int:
     height = 0
     for buffer in sorted(buffers, key=lambda b: (-b.elements, b.first)):
         beside = [b for b in placed if b.first <= buffer.last and buffer.first <= b.last]
-        size = padded(buffer.elements)
-        buffer.base = first_fit(size, ((b.base, b.base + padded(b.elements)) for b in beside))
+        size = round_up(buffer.elements)
+        buffer.base = first_fit(size, ((b.base, b.base + round_up(b.elements)) for b in beside))
         placed.append(buffer)
         height = max(height, buffer.base + size)
     return height
@@ -98,7 +98,7 @@ def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
 
     Every one is zeroed or written whole before anything is added to it, so it does not matter what lay there.
     """
-    shared, sample = (stack(b for b in grads if b.per_sample == own) for own in (False, True))
+    shared, sample = (stack(b for b in grads if b.per_sample == per_sample) for per_sample in (False, True))
     return shared, sample
 
 
@@ -111,7 +111,7 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
     for buffer in grads:
         buffer.base *= tile
     for buffer in values:  # their borders are zeroed once, so each has a place of its own
-        size = padded(buffer.elements)
+        size = round_up(buffer.elements)
         if buffer.per_sample:
             buffer.base, sample = sample, sample + size
         else:
@@ -122,10 +122,10 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
     return shared, sample + 48  # an odd multiple of 16 elements: samples do not fall on the same cache sets
 
 
-def block_size(blocked: bool, shared: int, sample: int, lists: int) -> int:
-    """How many samples go together; ``blocked``: some record takes them all at once.
+def block_size(whole_block: bool, shared: int, sample: int, lists: int) -> int:
+    """How many samples go together; ``whole_block``: some record takes them all at once.
 
     Bytes: ``shared`` by all samples, of each ``sample``, and of the ``lists`` that skip zeros, for each sample too.
     """
-    block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if blocked else 8
+    block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if whole_block else 8
     return max(1, min(block, (SCRATCH_BYTES - shared) // (sample + lists)))

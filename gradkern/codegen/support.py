@@ -16,6 +16,7 @@ from ..ir.functions import RECTIFYING
 from .units import geometry
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
+CAST_DTYPES = (torch.float16, torch.bfloat16)  # on a GPU: cast to float32 on the way in, and back on the way out
 #: Elementwise functions that csrc/scale.h knows, with the number of parameters each takes there.
 NATIVE_FUNCTIONS = {
     "relu": 0, "leaky_relu": 1, "elu": 3, "tanh": 0, "sigmoid": 0, "affine": 2, "gelu": 0, "gelu_tanh": 0, "silu": 0,

@@ -19,7 +19,7 @@ from ..util.options import BadType, BadValue
 from . import methods
 from .runs.probe import device_of
 from .runs.runner import work
-from .runs.settings import Options, Settings, settings_of
+from .runs.settings import RunOptions, Settings, settings_of
 from .runs.shards import owned
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
@@ -63,10 +63,10 @@ class Attribute:
 class FillChunks:
     """One actor: opens the store once, then finishes the chunks that it is handed."""
 
-    def __init__(self, given: Any, out: str, settings: Settings) -> None:
+    def __init__(self, model_and_source: Any, out: str, settings: Settings) -> None:
         import ray
 
-        model, source = ray.get(given)
+        model, source = ray.get(model_and_source)
         self.task = Task.prepare(model, source, out, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -79,7 +79,7 @@ class FillChunks:
 def run_on_ray(
     model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
     workers: int | None = None, cpus: float = 1, gpus: float = 0, pieces: int | None = None, columns: Any = None,
-    input_dtype: torch.dtype | None = None, settings: Settings | None = None, **options: Unpack[Options],
+    input_dtype: torch.dtype | None = None, settings: Settings | None = None, **options: Unpack[RunOptions],
 ) -> Results:  # fmt: skip
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
@@ -106,10 +106,10 @@ def run_on_ray(
     workers = workers or max(1, int(slots))
     pieces = min(task.results.chunks, pieces or 8 * workers)
     plan = ray.data.from_items([{"id": i, "pieces": pieces} for i in range(pieces)], override_num_blocks=pieces)
-    given = ray.put((model, rows))  # once per machine, not once per actor
+    model_and_source = ray.put((model, rows))  # once per machine, not once per actor
     done = plan.map_batches(  # by Ray Data's own defaults, killed actors restart and their tasks are tried again
         FillChunks,
-        fn_constructor_args=(given, place, settings),
+        fn_constructor_args=(model_and_source, place, settings),
         batch_size=1,
         num_cpus=cpus,
         num_gpus=gpus or None,

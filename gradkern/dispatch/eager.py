@@ -1,4 +1,4 @@
-"""Live autograd on the module itself: what every network can do, and what the others are measured by.
+"""Live autograd on the module itself: works for every network, and is what Programs are compared with.
 
 One forward is shared by all seeds.  The batch is cut into chunks unless its samples depend on each other.  Buffers
 are put back, and no ``.grad`` is touched.
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..runtime import ops
-from ..util.chunks import spans
+from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
-from .request import Request, Results, allocate, check_devices, check_output, explain_failure
+from .request import JacobianResult, Request, allocate, check_devices, check_output, explain_failure
 from .targets import Shape
 
-# A chunk whose saved activations fit in cache is fastest on the CPU (measured: 3 … 35 MB over five nets).
-CACHE_TARGET = 24 << 20  # bytes of saved activations per chunk
 LARGEST_CHUNK = 2048  # samples
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other, a loop over seeds is faster.
@@ -49,15 +47,13 @@ class ModelProfile:
     fixed: int = 0
     per_sample: int = 0
 
-    def chunk(self, samples: int, per_input: int, budget: int) -> int:
+    def chunk(self, samples: int, per_input: int, device: torch.device) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
         if self.couples_batch:
             return samples
         # Saved activations once, and about as much again for the live activations and cotangents of a sweep.
-        need = 2 * self.per_sample + 4 * per_input + 1
-        fits = (budget - self.fixed) // need
-        cached = CACHE_TARGET // (self.per_sample + per_input + 1)
-        return max(1, min(fits, max(cached, 1), LARGEST_CHUNK))
+        peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1
+        return min(samples_per_chunk(device, peak, cached, fixed=self.fixed), LARGEST_CHUNK)
 
 
 @contextmanager
@@ -144,10 +140,10 @@ def probe(
             if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in gradients):
                 reason = "samples of one batch depend on each other"
         y = y.detach()
-        one = _leaves([x[:1] for x in samples], wrt)[1]
+        alone_arguments = _leaves([x[:1] for x in samples], wrt)[1]
         with alone:
             try:
-                single = fn(*one)
+                single = fn(*alone_arguments)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
                 single = None
         if not reason and not _close(single, y[:1]):
@@ -184,11 +180,11 @@ class _ReadsValues(TorchDispatchMode):
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
         self.seen = False
-        self.own = _storages(module)
+        self.model_storages = _storages(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func._schema.name in self.READS:
-            self.seen |= args[0].untyped_storage().data_ptr() not in self.own
+            self.seen |= args[0].untyped_storage().data_ptr() not in self.model_storages
         return func(*args, **(kwargs or {}))
 
 
@@ -219,12 +215,18 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 def pieces(request: Request, profile: ModelProfile, start: int = 0) -> Iterator[tuple[int, int]]:
     """The samples from ``start`` on, as many at a time as one forward may take."""
-    return spans(start, request.samples, profile.chunk(request.samples, request.sample_bytes, memory_budget()))
+    chunk = profile.chunk(request.samples, request.sample_bytes, request.inputs[0].device)
+    return spans(start, request.samples, chunk)
 
 
 def run(
-    request: Request, profile: ModelProfile, start: int = 0, known: Results | None = None, *, strict: bool = False
-) -> Results:
+    request: Request,
+    profile: ModelProfile,
+    start: int = 0,
+    known: JacobianResult | None = None,
+    *,
+    strict: bool = False,
+) -> JacobianResult:
     """Differentiate the samples from ``start`` on.  ``known``: the results so far."""
     for a, b in pieces(request, profile, start):
         known = fill(request, known, a, b, strict=strict)
@@ -232,7 +234,9 @@ def run(
     return known
 
 
-def fill(request: Request, known: Results | None, start: int, stop: int, *, strict: bool = False) -> Results:
+def fill(
+    request: Request, known: JacobianResult | None, start: int, stop: int, *, strict: bool = False
+) -> JacobianResult:
     """Differentiate the samples ``start:stop`` in one forward and write their rows of the results.
 
     ``strict``: an input that the output does not depend on is an error in place of zeros.
@@ -247,10 +251,11 @@ def fill(request: Request, known: Results | None, start: int, stop: int, *, stri
         _check_differentiable(y)
         if request.keep_outputs:
             results.kept.append(y.detach())
-        seeds = results.seeds
-        index = seeds.rows(start, stop, y)
+        results.choose(start, stop, y)
+        seeds = results.chosen
+        index = seeds.rows(start, stop)
         rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
-        group = _group_size(y, leaves, seeds.count, memory_budget() // 2)
+        group = _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
             cotangents = _cotangents(y, index, first, last)  # [s, n, *out]
@@ -324,7 +329,7 @@ def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) ->
     return max(1, min(seeds, budget // (8 * y.shape[0] * widest * y.element_size() + 1)))
 
 
-def with_graph(request: Request) -> Results:
+def with_graph(request: Request) -> JacobianResult:
     """The Jacobian as a differentiable function of the caller's own inputs and of the parameters (unchunked)."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise BadValue("create_graph: got True under torch.no_grad or inference_mode, expected grad mode on.")
@@ -335,9 +340,9 @@ def with_graph(request: Request) -> Results:
     ]
     y = forward(request.fn, request.module, inputs)
     shape = tuple(y.shape[1:])
-    seeds = request.choose(request.samples, shape)
+    seeds = request.choose(request.samples, shape).chosen_by(y)
     _check_differentiable(y)
-    index = seeds.rows(0, request.samples, y)
+    index = seeds.rows(0, request.samples)
     leaves = [inputs[w] for w in request.wrt]
     columns: list[list[Tensor]] = [[] for _ in leaves]
     for s in range(seeds.count):
@@ -347,4 +352,4 @@ def with_graph(request: Request) -> Results:
             column.append(torch.zeros_like(leaf) if gradient is None else gradient)
     flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]
     shaped = tuple(j.view(request.samples, *seeds.axes, *j.shape[2:]) for j in flat)
-    return Results(seeds, shape, flat, shaped)
+    return JacobianResult(seeds, seeds.indices, shape, flat, shaped)

@@ -132,12 +132,12 @@ def structure_key(model: nn.Module) -> Hashable:
     seen[id(model)] = 0
     while stack:
         module = stack.pop()
-        own = module.__dict__
+        attributes = module.__dict__
         kind = type(module)
         add(kind)
         add(kind.forward)
-        add(own["training"])
-        for table in (own["_parameters"], own["_buffers"]):
+        add(attributes["training"])
+        for table in (attributes["_parameters"], attributes["_buffers"]):
             for name, tensor in table.items():
                 add(name)
                 if tensor is None:
@@ -146,14 +146,14 @@ def structure_key(model: nn.Module) -> Hashable:
                 number = seen.setdefault(id(tensor), len(seen))
                 add((number, tensor.shape, tensor.dtype, tensor.device, type(tensor)))
         for name in HOOKS:
-            if own.get(name):
-                add((name, _hooks(own[name])))
-        for name, value in own.items():
+            if attributes.get(name):
+                add((name, _hooks(attributes[name])))
+        for name, value in attributes.items():
             if name in _BASE:
                 continue
             add(name)
             add(value if type(value) in _PLAIN else _frozen(value, seen, stack, _DEPTH))
-        for name, child in own["_modules"].items():
+        for name, child in attributes["_modules"].items():
             add(name)
             add(None if child is None else _module_number(child, seen, stack))
     return tuple(parts)
@@ -243,5 +243,5 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Same) or self.number != other.number:
             return False
-        mine = self.target()
-        return mine is not None and mine is other.target()
+        target = self.target()
+        return target is not None and target is other.target()

@@ -20,7 +20,7 @@ from ..util.options import Engine
 from . import batching, eager, guards, state
 from .eager import ModelProfile
 from .guards import EagerReason
-from .request import Request, Results, allocate, check_devices
+from .request import JacobianResult, Request, allocate, check_devices
 from .state import CacheEntry, ModelState, Verdict
 from .targets import Shape
 
@@ -30,7 +30,7 @@ PROBE_SAMPLES = 3
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which way the calls of one model at inputs like these go.
+    """How the calls of one model at inputs like these are run.
 
     ``eager_reason``: why autograd has to take them, whatever the network computes.
     """
@@ -133,7 +133,7 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known, or has to be found out
+# What is known about a model, or has to be measured
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:
@@ -185,7 +185,7 @@ def _say_why_eager(route: Route) -> None:
 # The decision
 
 
-def solve(request: Request, route: Route, *, strict: bool = False) -> Results:
+def solve(request: Request, route: Route, *, strict: bool = False) -> JacobianResult:
     """The request's results.  ``strict``: an input that the output does not depend on is an error, not zeros."""
     if request.samples == 0:
         with eager.outside_modes():
@@ -207,14 +207,14 @@ def solve(request: Request, route: Route, *, strict: bool = False) -> Results:
 
 
 def _on_autograd(
-    request: Request, route: Route, start: int = 0, results: Results | None = None, *, strict: bool
-) -> Results:
+    request: Request, route: Route, start: int = 0, results: JacobianResult | None = None, *, strict: bool
+) -> JacobianResult:
     profile = _profile_of_run(request, route)
     with _restored(route, profile):
         return eager.run(request, profile, start, results, strict=strict)
 
 
-def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool) -> tuple[int, Results | None]:
+def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool) -> tuple[int, JacobianResult | None]:
     """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
 
     The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Seeds:
     axes: Shape
     indices: Tensor | None
 
-    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor | None:
+    def rows(self, start: int, stop: int) -> Tensor | None:
         """Indices for the samples ``start:stop``: None (all C), ``[S]`` or ``[stop - start, S]``."""
         if self.indices is None or self.indices.dim() == 1:
             return self.indices
@@ -57,36 +57,33 @@ class Seeds:
 
     def part(self, start: int, stop: int) -> Seeds:
         """The same seeds for the samples ``start:stop`` alone."""
-        return Seeds(self.count, self.axes, self.rows(start, stop))
+        return replace(self, indices=self.rows(start, stop))
+
+    def chosen_by(self, outputs: Tensor) -> Seeds:
+        """The same seeds where the model's ``outputs [N, *out]`` are known."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
 class TopSeeds(Seeds):
-    """The k highest outputs of each sample: ``chosen`` [N, k] is filled in as the outputs become known."""
+    """The k highest outputs of each sample: ``indices`` is None until the outputs are known, then ``[N, k]``."""
 
     out: Shape
-    chosen: Tensor
 
-    @classmethod
-    def unknown(cls, k: int, samples: int, out: Shape) -> TopSeeds:
-        """Seeds of ``samples`` samples whose outputs have not been computed yet."""
-        return cls(k, (k,), None, out, torch.zeros(samples, k, dtype=torch.int64))
+    def highest(self, outputs: Tensor) -> Tensor:
+        """Flat indices ``[n, k]`` of the highest of each sample's ``outputs [n, *out]``."""
+        flat = outputs.detach().reshape(outputs.shape[0], math.prod(self.out))  # [n, C]
+        return flat.topk(self.count, dim=1).indices.cpu()
 
-    def rows(self, start: int, stop: int, logits: Tensor | None = None) -> Tensor:
-        """Indices ``[stop - start, k]``, chosen now where the outputs ``logits [n, *out]`` are given."""
-        if logits is not None:
-            flat = logits.detach().reshape(stop - start, -1)  # [n, C]
-            self.chosen[start:stop] = flat.topk(self.count, dim=1).indices.cpu()
-        return self.chosen[start:stop]
-
-    def part(self, start: int, stop: int) -> Seeds:
-        return TopSeeds.unknown(self.count, stop - start, self.out)
+    def chosen_by(self, outputs: Tensor) -> TopSeeds:
+        return replace(self, indices=self.highest(outputs))
 
     def indices_per_sample(self) -> Tensor:
-        """``[N, k]``, or ``[N, k, axes]`` where the output has several axes."""
+        """``[N, k]``, or ``[N, k, axes]`` where the output has several axes; the outputs must be known."""
+        assert self.indices is not None
         if len(self.out) < 2:
-            return self.chosen
-        return torch.stack(torch.unravel_index(self.chosen, self.out), dim=-1)
+            return self.indices
+        return torch.stack(torch.unravel_index(self.indices, self.out), dim=-1)
 
 
 SeedChoice = Callable[[int, Shape], Seeds]
@@ -106,7 +103,7 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     if isinstance(targets, TopK):
         if targets.k > total:
             raise BadValue(f"targets: got TopK({targets.k}), but the model has {total} outputs per sample.")
-        return TopSeeds.unknown(targets.k, samples, out)
+        return TopSeeds(targets.k, (targets.k,), None, out)
     flat = _flat_indices(targets, samples, out)
     return Seeds(flat.shape[-1], (flat.shape[-1],), flat)
 

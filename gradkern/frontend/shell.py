@@ -1,4 +1,4 @@
-"""A copy of a module tree that shares its tensors: what torch.export may take apart while others use the model."""
+"""A copy of a module tree that shares its tensors: torch.export may modify it while others use the model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def shell_copy(model: nn.Module) -> nn.Module:
             return known
         shell = object.__new__(type(module))
         shells[id(module)] = shell
-        own = shell.__dict__
+        attributes = shell.__dict__
         for name, value in module.__dict__.items():
-            own[name] = dict(value) if name in _OWN_DICTS else remade(value)
+            attributes[name] = dict(value) if name in _OWN_DICTS else remade(value)
         return shell
 
     def remade(value: Any) -> Any:

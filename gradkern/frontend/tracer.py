@@ -23,7 +23,7 @@ from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognise
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .export import export
-from .lowerings import LOWERINGS, SEVERAL, Builder, MixesSamples, NoForm
+from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
 from .verify import Untraceable, verify
@@ -44,21 +44,21 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
         if not isinstance(x, Tensor) or x.dim() == 0:
             raise Untraceable("an input has no batch axis")
     exported, literals = export(model, inputs)
-    return _Lowering(model, exported, literals).program()
+    return _GraphLowering(model, exported, literals).program()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Lowering
 
 
-class _Several:
+class _SeveralResults:
     """A node with several results, until one of them is taken."""
 
     def __init__(self, node: torch.fx.Node) -> None:
         self.node = node
 
 
-class _Lowering:
+class _GraphLowering:
     """One pass over the exported graph.  Each node becomes a `Value`, a `Param`, a `Batch`, or a `Call` to inline."""
 
     def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, literals: set[str]) -> None:
@@ -67,7 +67,7 @@ class _Lowering:
         self.literals = literals
         self.known: dict[torch.fx.Node, Any] = {}
         self.symbol: Any = None
-        self.builder = Builder(())
+        self.builder = ProgramBuilder(())
 
     def program(self) -> Program:
         self._check_signature()
@@ -91,7 +91,7 @@ class _Lowering:
         signature = self.exported.graph_signature
         for spec in signature.output_specs:
             if spec.kind == OutputKind.BUFFER_MUTATION:
-                raise Untraceable(f"its forward pass changes the buffer {_own(spec.target)}")
+                raise Untraceable(f"its forward pass changes the buffer {_name_in_model(spec.target)}")
         if not self.exported.call_spec.out_spec.is_leaf():
             raise Untraceable("its output is not one tensor")
 
@@ -115,7 +115,7 @@ class _Lowering:
         bounds = self.exported.range_constraints.get(self.symbol.node.expr)
         if bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31):
             raise Untraceable("its code depends on the number of samples")
-        self.builder = Builder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
+        self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in users))
         for i, node in enumerate(users):
             self.known[node] = Value(i)
             self.builder.dtypes[Value(i)] = node.meta["val"].dtype
@@ -128,7 +128,7 @@ class _Lowering:
             if node.users:
                 raise Untraceable(f"it reads {spec.target or node.name}, which is not a tensor")
             return None
-        name = _own(spec.target)
+        name = _name_in_model(spec.target)
         if spec.target in self.literals:
             value = self.exported.constants[spec.target]
             return self.builder.derive_call(literal(value), node.meta["val"])
@@ -142,8 +142,8 @@ class _Lowering:
 
     def _place(self, node: torch.fx.Node) -> None:
         stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        own = [path for path in stack if path == "net" or path.startswith("net.")]
-        self.builder.module = _own(own[-1]) if own else ""
+        inside = [path for path in stack if path == "net" or path.startswith("net.")]
+        self.builder.module = _name_in_model(inside[-1]) if inside else ""
         self.builder.op = str(node.target)
 
     def _lower(self, node: torch.fx.Node) -> Any:
@@ -151,7 +151,7 @@ class _Lowering:
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
-            return _Several(node)
+            return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
             raise self._refused(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
@@ -238,11 +238,11 @@ class _Lowering:
             (getattr(self.known[n], "inner_extent", 1), math.prod(n.meta["val"].shape[a + 1 :]))
             for n, a in axes.items()
         ]
-        own = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
+        inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         self._check(lifted, meta)
         value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
         b.dtypes[value] = meta.dtype
-        return NonLeadingBatch(value, self._expressed(value, meta, call, own), own)
+        return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
     def _lifted(self, x: Any) -> Any:
         """An argument sample by sample: a value gets an axis of one number in front."""
@@ -254,7 +254,7 @@ class _Lowering:
             return lifted
         if isinstance(known, NonLeadingBatch):
             return known.value
-        if isinstance(known, (Call, _Several)):
+        if isinstance(known, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
 
@@ -297,14 +297,14 @@ class _Lowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
+    def _expressed(self, value: Value, meta: Tensor, call: Call, inner: int) -> Call:
         """A tensor with a non-leading batch, for ops that have no form: the call that made it while that is short,
         else by way of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
         place = _batch_axis(meta.shape)
         size, before, after = self._size(meta.shape[place]), meta.shape[:place], meta.shape[place + 1 :]
-        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // own, own, *after)))
+        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // inner, inner, *after)))
         return Call("aten.reshape.default", (Call("aten.movedim.int", (apart, 0, place + 1)), (*before, size, *after)))
 
     def _argument(self, x: Any) -> Any:
@@ -370,8 +370,8 @@ def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
     named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
-    own = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
-    return SimpleNamespace(**named, **own)
+    result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
+    return SimpleNamespace(**named, **result)
 
 
 def _ops_of(call: Call) -> str:
@@ -380,7 +380,7 @@ def _ops_of(call: Call) -> str:
     return " + ".join(ops if len(ops) <= 4 else [*ops[:2], "…", ops[-1]])
 
 
-def _own(name: str) -> str:
+def _name_in_model(name: str) -> str:
     """A name in the model from a name in the entry module around it."""
     return name.removeprefix("net").removeprefix(".")
 

@@ -1,4 +1,4 @@
-"""Plan: which way each step of a Program goes, as a pure function of the program, the machine and the seeds.
+"""Plan: how each step of a Program runs, as a pure function of the program, the machine and the seeds.
 
 A plan prunes the program, may start seeds at a bottleneck, and cuts the DAG into groups.  A native group is one chain:
 forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run through
@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import CAST_DTYPES, Device
-from ..codegen.grouping import Builder
-from ..codegen.machine import Machine
+from ..codegen.grouping import GraphBuilder
+from ..codegen.machine import Device, Machine
+from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.cost import total_macs
@@ -26,7 +26,7 @@ from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose, kernel_reason
+from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose_implementation, kernel_reason
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class Plan:
     operations are fused (all seeds at once) and on gradkern's own kernels.
     """
 
-    original: Program  # as it was handed over: what counts where weights are not finite
+    original: Program  # as the caller gave it: what runs where weights are not finite
     program: Program  # what runs: without the positions that the output does not need
     machine: Machine | None
     dtype: torch.dtype  # what is computed in
     seeds: int
-    wanted: tuple[int, ...]  # values of the program that are to be had: its output, or those of a forward pass
+    wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
     groups: tuple[Group, ...]
     kernel_reasons: tuple[str | None, ...]  # per step: why no kernel; None where there is one
     chains: Chains = field(compare=False)
     bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
-    cast_dtype: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
+    cast_dtype: torch.dtype | None = None  # the inputs' dtype, where the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
 
     @cached_property
@@ -108,14 +108,14 @@ class Plan:
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows, in the order of ``program.steps``."""
         program, base = self.program, len(self.program.inputs)
-        builders = (Builder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
+        builders = (GraphBuilder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
         folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
         before = graph.ancestors(program, [self.bottleneck.value]) if self.bottleneck else set()
         rows = []
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
             step = program.steps[i]
             settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
-            implementation, refusals = choose(program, i, self.dtype, self.machine, settled)
+            implementation, refusals = choose_implementation(program, i, self.dtype, self.machine, settled)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:
@@ -134,7 +134,7 @@ class Plan:
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda implementation: implementation.own)
+        return self._share(lambda implementation: implementation.native)
 
     def _share(self, counted: Callable[[Implementation], bool]) -> float:
         total = sum(s.macs for s in self.steps)

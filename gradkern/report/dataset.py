@@ -12,13 +12,13 @@ import numpy as np
 from torch import nn
 
 from gradkern.data import Curve, Importance, Results, Source, open_store
-from gradkern.data.ranking import of_results, place
+from gradkern.data.ranking import of_results, position_text
 from gradkern.report import datafigures, figures
 from gradkern.report.page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6
-LOOKED_AT = 1 << 30  # bytes of maps that are read for the typical and atypical samples
+MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
 def report(
@@ -31,7 +31,7 @@ def report(
     insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
     """
     store = open_store(results) if isinstance(results, (str, Path)) else results
-    view = View(store, model, source, names)
+    view = StoreSections(store, model, source, names)
     page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
@@ -53,7 +53,7 @@ class Extremes:
     maps: np.ndarray  # [2, *in]
 
 
-class View:
+class StoreSections:
     """A store as sections of a report."""
 
     def __init__(
@@ -94,9 +94,9 @@ class View:
         return None, ""
 
     def _spans(self) -> list[tuple[int, int]]:
-        """Finished chunks, evenly thinned out to `LOOKED_AT` bytes."""
+        """Finished chunks, evenly thinned out to `MAP_BYTES_READ` bytes."""
         array = self.results.array("attributions")
-        most = max(1, LOOKED_AT // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
+        most = max(1, MAP_BYTES_READ // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
         chunks = sorted(self.finished)
         if len(chunks) > most:
             chunks = [chunks[i] for i in np.unique(np.linspace(0, len(chunks) - 1, most).astype(int))]
@@ -162,7 +162,7 @@ class View:
         rows = []
         for c, name in zip(shown, names, strict=True):
             order = np.argsort(-np.nan_to_num(self.scores[c].ravel(), nan=-1.0), kind="stable")[:TOP]
-            cells = [place(np.unravel_index(i, shape), shape) for i in order]
+            cells = [position_text(np.unravel_index(i, shape), shape) for i in order]
             agreement = [] if stability is None else [f"{stability.agreement[c]:.2f}"]
             rows.append([name, *agreement, *cells, *[""] * (TOP - len(cells))])
         head = ["output", *([] if stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]
@@ -206,9 +206,9 @@ class View:
             pieces.append((start, stop, rows.astype(int)))
             maps = results.maps(start, stop).float().abs()
             for c in sorted({int(r) for r in rows} & set(column)):
-                mine = maps[rows == c, column[c]]
-                means[c] = means.get(c, 0) + mine.sum(0)
-                counts[c] = counts.get(c, 0) + len(mine)
+                maps_of_class = maps[rows == c, column[c]]
+                means[c] = means.get(c, 0) + maps_of_class.sum(0)
+                counts[c] = counts.get(c, 0) + len(maps_of_class)
         wanted = sorted((c for c in means if counts[c] > 1), key=lambda c: -counts[c])[:SHOWN_CLASSES]
         best: dict[int, list[tuple[float, int, np.ndarray]]] = {c: [] for c in wanted}
         for start, stop, rows in pieces:
@@ -217,12 +217,12 @@ class View:
                 numbers = np.flatnonzero(rows == c)
                 if len(numbers) == 0:
                     continue
-                mine = maps[numbers, column[c]]
-                flat, mean = mine.abs().flatten(1), means[c].flatten()
+                maps_of_class = maps[numbers, column[c]]
+                flat, mean = maps_of_class.abs().flatten(1), means[c].flatten()
                 norm = flat.norm(dim=1) * mean.norm()
                 cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
                 for i in {int(cosines.argmax()), int(cosines.argmin())}:
-                    best[c].append((float(cosines[i]), start + int(numbers[i]), mine[i].numpy()))
+                    best[c].append((float(cosines[i]), start + int(numbers[i]), maps_of_class[i].numpy()))
         extremes = []
         for c in sorted(wanted):
             low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])

@@ -17,22 +17,20 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.cuda.lowering import TooLarge
+from ..codegen.machine import TooLarge
 from ..ir import graph
 from ..ir.program import Program
 from ..planner.plan import Plan, plan
-from ..util import options
-from ..util.chunks import spans, stepwise_bytes
+from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from . import ops, reference
 from .parameters import KernelsUnavailable, Packed, Params, PlanWeights
 
-PRODUCT_BYTES = 64 << 20  # of the Jacobian at a bottleneck, for a part of the batch
 CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plans, and what calls for some inputs need of them
+# Plans, settled for the inputs that a call differentiates
 
 
 _plans: Memo[Plan] = Memo(256)
@@ -111,7 +109,7 @@ class Executable:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What can be asked for
+# Entry points
 
 
 def jacobian(
@@ -230,16 +228,17 @@ def _through_bottleneck(
     """``dy/dv · dv/dx``, a part of the batch at a time so that ``dv/dx`` stays small."""
     before, after = parts
     width, like = before.outputs, leading(inputs)
-    each = width * max(o[0, 0].numel() for o in out) * out[0].element_size()
+    features = [o[0, 0].numel() for o in out]
+    each = out[0].element_size() * (width * sum(features) + targets.shape[-1] * max(features))  # dv/dx and a product
     every = torch.arange(width, device=targets.device)
     outputs = []
-    for a, b in spans(0, inputs[0].shape[0], max(1, PRODUCT_BYTES // max(each, 1))):
+    for a, b in spans(0, inputs[0].shape[0], samples_per_chunk(like.device, each, each)):
         few = [x[a:b] for x in inputs]
         inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, few, every, inner)  # [n, *v]
-        own = targets[a:b] if targets.dim() == 2 else targets
+        chosen = targets[a:b] if targets.dim() == 2 else targets
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
-        outputs.append(_fill(after, weights, [v], own, [outer.view(*outer.shape[:2], *v.shape[1:])]))
+        outputs.append(_fill(after, weights, [v], chosen, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
     return torch.cat(outputs)
@@ -252,12 +251,10 @@ def _by_reference(
     program, n = x.plan.original, inputs[0].shape[0]
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
-    for a, b in list(spans(0, n, max(1, options.memory_budget(inputs[0].device) // need))) or [(0, 0)]:
-        own = targets[a:b] if targets.dim() == 2 else targets
-        y, jacobians = reference.jacobian(program, params, [t[a:b] for t in inputs], own, x.wrt)
-        outputs.append(y)
-        for o, j in zip(out, jacobians, strict=True):
-            o[a:b].copy_(j)
+    for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
+        chosen = targets[a:b] if targets.dim() == 2 else targets
+        few, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
+        outputs.append(reference.jacobian(program, params, few, chosen, x.wrt, out=rows)[0])
     return torch.cat(outputs)
 
 
@@ -310,11 +307,11 @@ class GroupExecutor:
             elif group.wrt:
                 self.backward_native(group, targets_enter and group is x.groups[-1])
         for w, o in zip(x.wrt, self.out, strict=True):
-            own = self.cotangents.get(w)
-            if own is None:
+            arrived = self.cotangents.get(w)
+            if arrived is None:
                 o.zero_()  # the output does not depend on this input
-            elif own is not o:
-                o.copy_(own)
+            elif arrived is not o:
+                o.copy_(arrived)
         return self.values.get(output, self.like)
 
     def forward(self, groups: Sequence[BoundGroup]) -> None:
@@ -360,7 +357,7 @@ class GroupExecutor:
             self.add(v, r)
 
     def reads(self, chain: Chain) -> list[Tensor]:
-        """What a chain reads, in one piece each.  A network that changes the dtype on its way has no kernels."""
+        """What a chain reads, in one piece each.  A network that changes the dtype inside has no kernels."""
         if self.x.linear:  # of other values than the slopes nothing is read
             return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
         if any(self.values[v].dtype != self.like.dtype for v in chain.inputs):
@@ -377,8 +374,8 @@ class GroupExecutor:
 
     def dense(self, value: int) -> Tensor:
         """The cotangent of a value that a group gives, ``[N, S, size]``; zeros where nothing reads it."""
-        own, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
-        return self.like.new_zeros(shape) if own is None else own.reshape(shape).contiguous()
+        arrived, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
+        return self.like.new_zeros(shape) if arrived is None else arrived.reshape(shape).contiguous()
 
     # ---- the other groups
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen.cuda.lowering import Device
 from ..codegen.encoding import Sizes, layout_fingerprint
-from ..codegen.machine import Machine
+from ..codegen.machine import Device, Machine
 from ..codegen.support import NATIVE_FUNCTIONS
 
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."

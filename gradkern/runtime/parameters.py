@@ -1,6 +1,6 @@
 """The parameters of a Program: bound to live tensors by name at every call, and packed as kernels read them.
 
-Parameters change under a plan (training, attribution rules), and nothing tells that they did: version counters miss
+Parameters change under a plan (training, attribution rules), and no signal is reliable: version counters miss
 fused optimizer steps, ``.data`` edits and numpy views.  So names are resolved on every call, and packed weights are
 kept by a hash of the bytes that they were made of.
 """
@@ -46,8 +46,8 @@ class Binder:
         tensors: dict[str, Tensor] = {}
         for path, items in self.groups:
             at = _submodule(model, path)
-            own = at.__dict__ if isinstance(at, nn.Module) else {}
-            parameters, buffers = own.get("_parameters", {}), own.get("_buffers", {})
+            attributes = at.__dict__ if isinstance(at, nn.Module) else {}
+            parameters, buffers = attributes.get("_parameters", {}), attributes.get("_buffers", {})
             for attribute, name in items:
                 tensor = parameters.get(attribute)
                 if tensor is None:
@@ -152,8 +152,8 @@ class Packed:
         return rows.clamp_(min=0) if self.chain.rectify_rows else rows
 
 
-class Entry:
-    """What is packed of one plan for one content, by chain."""
+class PackedPlan:
+    """The packed weights of one plan for one content of its parameters, by chain."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device  # kept: while the entry lives, no other plan has its id
@@ -164,8 +164,8 @@ class Entry:
         return sum(pack.nbytes for pack in list(self.packs.values()))
 
 
-class Store:
-    """Entries of recent plans.
+class WeightCache:
+    """The packed weights of recent plans.
 
     Where they are too large together, the least recently used goes, with all its chains; the one in use stays,
     however large it is.
@@ -173,21 +173,21 @@ class Store:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.entries: OrderedDict[Key, Entry] = OrderedDict()
+        self.entries: OrderedDict[Key, PackedPlan] = OrderedDict()
 
-    def entry(self, plan: Plan, content: int, like: Tensor) -> Entry:
+    def entry(self, plan: Plan, content: int, like: Tensor) -> PackedPlan:
         key = (id(plan), content, like.dtype, like.device)
         with self.lock:
             entry = self.entries.get(key)
             if entry is None:
-                entry = self.entries[key] = Entry(plan, like.device)
+                entry = self.entries[key] = PackedPlan(plan, like.device)
                 contents = [other for other in self.entries if other[0] == key[0]]
                 for other in contents[:-MOST_CONTENTS]:
                     del self.entries[other]
             self.entries.move_to_end(key)
             return entry
 
-    def packed(self, entry: Entry, chain: Chain, params: Params, like: Tensor) -> Packed:
+    def packed(self, entry: PackedPlan, chain: Chain, params: Params, like: Tensor) -> Packed:
         known = entry.packs.get(id(chain))
         if known is not None:
             return known
@@ -197,7 +197,7 @@ class Store:
             self._trim(entry)
         return packed
 
-    def _trim(self, latest: Entry) -> None:
+    def _trim(self, latest: PackedPlan) -> None:
         room = MOST_BYTES.get(latest.device.type, MOST_GPU_BYTES)
         held = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
         for key, entry in list(self.entries.items()):
@@ -211,8 +211,8 @@ class Store:
             self.entries.clear()
 
 
-store = Store()
-on_reset(store.clear)
+weight_cache = WeightCache()
+on_reset(weight_cache.clear)
 
 
 class PlanWeights:
@@ -223,12 +223,12 @@ class PlanWeights:
         self.params, self.like = params, like
         self.mixed = any(t.dtype != like.dtype for t in tensors)
         here = [t for t in tensors if t.device == like.device]
-        self.entry = store.entry(plan, 0 if self.mixed else ops.content_hash(here), like)
+        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(here), like)
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed:
             raise KernelsUnavailable
-        packed = store.packed(self.entry, chain, self.params, self.like)
+        packed = weight_cache.packed(self.entry, chain, self.params, self.like)
         if not packed.finite:
             raise KernelsUnavailable
         return packed

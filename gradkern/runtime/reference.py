@@ -259,7 +259,7 @@ def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[
     a, b = (x.unsqueeze(1) for x in args)  # [N, 1, *]
     if form.function == "matmul":
         return g @ b.transpose(-1, -2), a.transpose(-1, -2) @ g
-    return tuple((g * other).sum_to_size(g.shape[0], g.shape[1], *mine.shape[2:]) for mine, other in ((a, b), (b, a)))  # type: ignore[return-value]
+    return tuple((g * other).sum_to_size(g.shape[0], g.shape[1], *side.shape[2:]) for side, other in ((a, b), (b, a)))  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -386,13 +386,21 @@ def jacobian(
     inputs: Sequence[Tensor],
     targets: Tensor | None = None,
     wrt: Sequence[int] | None = None,
+    *,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs ``[N, *out]`` and, per input in ``wrt`` (all by default), the Jacobian ``[N, S, *in]``.
 
     ``targets`` are flat output numbers: ``None`` for all C of them, ``[S]`` for these ones of every sample, or
-    ``[N, S]`` for each sample's own.
+    ``[N, S]`` for each sample's own.  ``out``: tensors to fill with the Jacobians.
     """
     with torch.no_grad():
+        inputs = [x.clone() if x.is_inference() else x for x in inputs]  # autograd refuses inference tensors
         values = forward(program, params, inputs)
         y = values[program.output]
-        return y, vjp(program, params, values, one_hot(program, y, targets), wrt)
+        jacobians = vjp(program, params, values, one_hot(program, y, targets), wrt)
+        if out is None:
+            return y, jacobians
+        for o, jacobian in zip(out, jacobians, strict=True):
+            o.copy_(jacobian)
+        return y, tuple(out)

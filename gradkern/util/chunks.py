@@ -1,19 +1,41 @@
-"""A batch in pieces: ranges of samples, and how much memory a sample takes."""
+"""A batch in pieces: how much memory a sample takes, how many samples go together, and their ranges.
+
+Every part of gradkern that cuts a batch asks `samples_per_chunk`.  What a caller of gradkern says (``chunk=``) holds as
+it is.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from .options import memory_budget
+
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
+STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
+# What a CPU works on at a time stays in its caches: larger pieces were no faster over five networks, step by step and
+# on autograd.  A GPU wants pieces as large as its memory allows.
+CPU_CACHED_BYTES = 24 << 20
 
 
-def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Even pieces of at most ``chunk``: no lone sample at the end, which some models treat differently."""
-    count = stop - start
-    pieces = -(-count // chunk) if count else 0
-    for i in range(pieces):
-        yield start + count * i // pieces, start + count * (i + 1) // pieces
+def samples_per_chunk(device: torch.device, peak: int, cached: int = 0, *, fixed: int = 0, least: int = 1) -> int:
+    """How many samples to work on at a time, at least one.
+
+    ``peak``: bytes that a sample takes at most beside the result; all of them, and ``fixed`` bytes, fit in the memory
+    budget of the device.  ``cached``: bytes per sample that are read again and again; on a CPU they fit in its caches,
+    unless that is fewer than ``least`` samples.
+    """
+    samples = (memory_budget(device) - fixed) // max(peak, 1)
+    if device.type == "cpu" and cached:
+        samples = min(samples, max(least, CPU_CACHED_BYTES // cached))
+    return max(1, samples)
+
+
+def stepwise_samples(device: torch.device, estimate: int) -> int:
+    """`samples_per_chunk` where steps run one by one and take as much as `stepwise_bytes` estimates."""
+    return samples_per_chunk(device, STEPWISE_PEAK * estimate, estimate)
 
 
 def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -> int:
@@ -23,3 +45,11 @@ def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -
     """
     sizes = [math.prod(shape) for shape in shapes]
     return max(1, itemsize * (sum(sizes) + MOST_COTANGENTS * seeds * max(sizes)))
+
+
+def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Even pieces of at most ``chunk``: no lone sample at the end, which some models treat differently."""
+    count = stop - start
+    pieces = -(-count // chunk) if count else 0
+    for i in range(pieces):
+        yield start + count * i // pieces, start + count * (i + 1) // pieces

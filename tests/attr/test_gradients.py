@@ -11,6 +11,7 @@ from torch import nn
 import gradkern
 from gradkern import attr as ours
 from gradkern.attr import points
+from gradkern.util import chunks
 from tests.cases import CASES
 
 N = 5
@@ -28,7 +29,7 @@ def one_thread():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few points, so that every loop over blocks turns."""
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 7)
 
 
@@ -194,7 +195,7 @@ def test_functions_and_training_mode_go_one_by_one():
 def test_memory_does_not_grow_with_steps(all_outputs, monkeypatch):
     """No call of the engine holds more gradients than a block, whatever the number of steps."""
     model, (x,) = net("cnn1d", 20)
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1 << 19)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 3 << 19)
     largest = []
     true = points.Points.gradients
 

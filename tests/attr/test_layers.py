@@ -11,8 +11,8 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr.layer import methods as layers
-from gradkern.attr.layer.methods import LayerMethod, all_outputs, one_output
+from gradkern.attr.layer import layer_methods as layers
+from gradkern.attr.layer.layer_methods import LayerMethod, all_outputs, one_output
 from tests.cases import CASES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -95,8 +95,9 @@ def test_the_engine_is_really_used(monkeypatch):
 
 def test_long_paths_in_blocks(monkeypatch):
     from gradkern.attr import points
+    from gradkern.util import chunks
 
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 4)
     model, x = net("residual", 5)
     for name in ("InternalInfluence", "LayerConductance", "LayerIntegratedGradients"):

@@ -19,6 +19,7 @@ from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
 from gradkern.attr.rules.lrp import Relevance
 from gradkern.runtime import parameters, reference
+from gradkern.util import chunks
 from tests.cases import CASES
 from tests.support import rule_oracle
 from tests.support.case import randomise_norm
@@ -297,7 +298,7 @@ def test_the_plain_rule_is_the_gradient(name):
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))
     for native in (True, False):
-        values = linear.forward_values(program, params, xs, linear.looked_at(program, False))
+        values = linear.rule_values(program, params, xs, linear.values_needed(program, False))
         with torch.no_grad():
             got = linear.attribute(rules.Rule(program, params, values), xs, targets, wrt, native=native)
         same(got, want, 1e-12)
@@ -364,7 +365,7 @@ def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
 
 
 def test_rules_serve_all_pieces_of_a_noise_tunnel(monkeypatch):
-    monkeypatch.setattr(points, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 7)
     model, x = build(PoolThenRelu, True), images(n=40)
     options = {"nt_samples": 3, "stdevs": 0.3}

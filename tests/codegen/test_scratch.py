@@ -36,8 +36,8 @@ def test_buffers_that_live_together_lie_apart(seed):
     for i, a in enumerate(buffers):
         for b in buffers[:i]:
             assert apart(a, b) or not alive_together(a, b)
-    most = max(sum(scratch.padded(b.elements) for b in buffers if b.first <= t <= b.last) for t in range(41))
-    assert most <= height <= sum(scratch.padded(b.elements) for b in buffers)
+    most = max(sum(scratch.round_up(b.elements) for b in buffers if b.first <= t <= b.last) for t in range(41))
+    assert most <= height <= sum(scratch.round_up(b.elements) for b in buffers)
 
 
 def test_tiles_of_seeds_keep_them_apart():

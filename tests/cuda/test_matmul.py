@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradkern.codegen.chain import Chain
-from gradkern.codegen.cuda.lowering import Device, TooLarge, lower_device
+from gradkern.codegen.cuda.lowering import lower_device
 from gradkern.codegen.encoding import CudaSizes
+from gradkern.codegen.machine import Device, TooLarge
 from gradkern.codegen.records import MatMul, MatMulT, Move, MoveT
 from gradkern.frontend import tracer
 from gradkern.ir.indexing import along

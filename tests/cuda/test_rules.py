@@ -17,9 +17,9 @@ from gradkern import attr
 from gradkern.attr.rules import linear
 from gradkern.attr.rules import rule as rules
 from gradkern.attr.rules.deeplift import Rescale
-from gradkern.attr.rules.methods import chunk_of, values_of, with_relu
+from gradkern.attr.rules.rule_methods import samples_at_a_time, values_of, with_relu
 from gradkern.codegen.chain import Chain
-from gradkern.codegen.cuda.lowering import TooLarge
+from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import ops
@@ -367,7 +367,7 @@ def test_a_chain_that_turns_out_too_large(monkeypatch) -> None:
 def test_values_that_do_not_fit_one_chain() -> None:
     """All values that a rule looks at stay on the chip until the end, so they need more room than a gradient."""
     program = program_of("cnn1d")
-    wanted = linear.looked_at(program, True)
+    wanted = linear.values_needed(program, True)
 
     def between(shared: int) -> bool:
         machine = HostDevice(shared_bytes=shared).machine
@@ -404,7 +404,7 @@ def test_weights_that_are_not_finite() -> None:
 def test_a_gpu_takes_larger_chunks() -> None:
     program = program_of("lenet5")
     with gradkern.use(memory_budget=1 << 30):
-        large, small = (chunk_of(program, 10, torch.float32, torch.device(d)) for d in ("cuda", "cpu"))
+        large, small = (samples_at_a_time(program, 10, torch.float32, torch.device(d)) for d in ("cuda", "cpu"))
     assert large > 4 * small
 
 

@@ -15,7 +15,7 @@ import zarr
 import gradkern
 from gradkern.data import REDUCTIONS, Results, methods, run, statistics
 from gradkern.data.store import durable
-from gradkern.data.store.ledger import Ledger, Record
+from gradkern.data.store.ledger import ChunkRecord, Ledger
 from tests.cases import CASES
 
 CASE = CASES["lenet5"]
@@ -159,7 +159,7 @@ def test_classes_of_attr_by_name(problem, tmp_path):
     )
     torch.testing.assert_close(integrated.maps(0, 21), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(integrated.array("deltas")[...]), deltas, rtol=1e-3, atol=1e-4)
-    names = gradkern.data.methods.known()
+    names = gradkern.data.methods.method_names()
     assert {"IntegratedGradients", "DeepLift"} <= set(names)
     assert not {"NoiseTunnel", "LayerGradCam"} & set(names)
     with pytest.raises(ValueError, match="method: got 'LayerGradCam'"):
@@ -293,10 +293,10 @@ def test_an_address_that_fsspec_knows(problem, tmp_path):
 # The ledger
 
 
-def record(i: int) -> Record:
+def record(i: int) -> ChunkRecord:
     rng = np.random.default_rng(i)
     sums = {"a/sum_abs": rng.standard_normal(5) * 10.0 ** rng.integers(-8, 8), "a/max_abs": rng.random(3, np.float32)}
-    return Record(sums, {"samples": 1, "seconds": 0.0, "batches": [1], "notes": []})
+    return ChunkRecord(sums, {"samples": 1, "seconds": 0.0, "batches": [1], "notes": []})
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5, 8, 13, 21])
@@ -336,7 +336,7 @@ def test_the_total_while_another_process_joins_records(tmp_path, monkeypatch):
     read = reader.read
 
     def late(node):
-        if not writer.mine.get((3, 0)):
+        if not writer.own_records.get((3, 0)):
             writer.add(3, record(3))  # all eight become one record
         return read(node)
 

@@ -183,4 +183,7 @@ def test_seeds_are_per_chunk():
     assert seeds.part(1, 3).rows(1, 2).tolist() == [[1, 2]]
     top = resolve(gradkern.TopK(1), 4, (3,))
     assert isinstance(top, TopSeeds)
-    assert top.indices_per_sample().shape == (4, 1)
+    known = top.chosen_by(torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 2.0, 4.0], [0.0, 1.0, 0.0]]))
+    assert known.indices_per_sample().tolist() == [[1], [0], [2], [1]]
+    assert known.part(1, 3).indices_per_sample().tolist() == [[0], [2]]
+    assert top.indices is None  # a value: nothing was filled in

@@ -61,10 +61,10 @@ def test_images_and_tables(name, maps, tmp_path):
 
 
 def test_the_most_typical_sample_is_the_nearest_to_the_mean(signals):
-    from gradkern.report.dataset import View
+    from gradkern.report.dataset import StoreSections
 
     results, *_ = signals
-    view = View(results, None, None, None)
+    view = StoreSections(results, None, None, None)
     maps = results.maps(0, 60).abs().numpy()
     rows = np.asarray(results.array("predictions")[...]).argmax(1)
     for found in view._extremes():

@@ -77,14 +77,14 @@ def test_packs_are_few_and_small(monkeypatch, fresh_plans):
     _, inputs, program, params = parts("bn_linear", 1)
     for factor in range(1, 8):
         run(program, scaled(params, factor), inputs)
-        assert len(parameters.store.entries) <= 3
+        assert len(parameters.weight_cache.entries) <= 3
     count = Count(monkeypatch)
     for factor in (7, 6, 5, 4):
         run(program, scaled(params, factor), inputs)
     assert count.since() == 1  # the latest three were there
     monkeypatch.setitem(parameters.MOST_BYTES, "cpu", 1)
     run(program, params, inputs)
-    assert len(parameters.store.entries) == 1  # the one in use always stays
+    assert len(parameters.weight_cache.entries) == 1  # the one in use always stays
     run(program, params, inputs)
     assert count.since() == 1
 
@@ -114,7 +114,7 @@ def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
     params = scaled(params, 2)  # an optimizer's step
     executor.jacobian(program, params, (x,))
     assert len(count.packs) == 2 * 2 * 20
-    assert len(parameters.store.entries) == 1
+    assert len(parameters.weight_cache.entries) == 1
 
 
 def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
@@ -127,21 +127,21 @@ def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
 
     both()
     both()
-    assert count.since() == len(parameters.store.entries) == 2
-    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", max(e.nbytes for e in parameters.store.entries.values()))
+    assert count.since() == len(parameters.weight_cache.entries) == 2
+    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", max(e.nbytes for e in parameters.weight_cache.entries.values()))
     both()
     assert count.since() == 0  # room is looked for where something is packed
     run(first[1], scaled(first[2], 2), first[0])
     both()
     assert count.since() == 3
-    assert len(parameters.store.entries) == 1
+    assert len(parameters.weight_cache.entries) == 1
 
 
 def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_plans):
     """Two plans may get one id, one after the other: not while the packs of the first are kept."""
     _, inputs, program, params = parts("bn_linear", 1)
     run(program, params, inputs)
-    (entry,) = parameters.store.entries.values()
+    (entry,) = parameters.weight_cache.entries.values()
     gone = weakref.ref(entry.plan)
     for table in (executor._plans, executor._executables):
         monkeypatch.setattr(table, "most", 1)
@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):
     seen = []
     plain = reference.jacobian
     monkeypatch.setattr(
-        reference, "jacobian", lambda p, b, xs, *a: (seen.append(xs[0].shape[0]), plain(p, b, xs, *a))[1]
+        reference, "jacobian", lambda p, b, xs, *a, **k: (seen.append(xs[0].shape[0]), plain(p, b, xs, *a, **k))[1]
     )
     monkeypatch.setattr(options, "DEFAULT_MEMORY_BUDGET", 8 * stepwise_bytes(program.shapes, program.outputs, 8))
     y, (jac,) = run(program, params, (x,))

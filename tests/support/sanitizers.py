@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gradkern import attr
-from gradkern.attr.rules.methods import with_relu
+from gradkern.attr.rules.rule_methods import with_relu
 from gradkern.frontend import tracer
 from gradkern.runtime import executor, parameters
 from tests.cases import CASES

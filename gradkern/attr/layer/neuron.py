@@ -8,9 +8,9 @@ import torch
 
 from ...ir import graph
 from ...runtime import executor, reference
-from ..attribute_all import Many, Options
+from ..attribute_all import Options, Tensors
 from ..captum_compat import format_output, is_tuple, stock
-from .methods import LayerMethod, one_output
+from .layer_methods import LayerMethod, one_output
 
 
 class NeuronGradient(LayerMethod, stock.NeuronGradient):
@@ -21,7 +21,7 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
 
     attribute = one_output(stock.NeuronGradient)
 
-    def _one(self, rows: Many, options: Options) -> Any:
+    def _one(self, rows: Tensors, options: Options) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
         if view is None:
             return None

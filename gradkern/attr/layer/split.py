@@ -19,10 +19,10 @@ from ...ir import graph
 from ...ir.program import Program
 from ...runtime import executor, parameters, reference
 from ...util import options
-from ...util.chunks import stepwise_bytes
+from ...util.chunks import spans, stepwise_bytes, stepwise_samples
 from ...util.memo import Memo
 from ..points import Points
-from ..rules.linear import forward_values
+from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
@@ -49,7 +49,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     assert model is not None
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for x in points.own.pick(SAMPLES):
+    for x in points.base_request.pick(SAMPLES):
         noisy = x
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
@@ -87,11 +87,11 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
     """The candidate that belongs to the module; one alone is taken as it is."""
     base = len(program.inputs)
     if to_input:
-        own = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
+        inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
     else:
-        own = [v for v in candidates if v >= base and _inside(program, path, v - base)]
-    if own:
-        return own[0] if to_input else own[-1]
+        inside = [v for v in candidates if v >= base and _inside(program, path, v - base)]
+    if inside:
+        return inside[0] if to_input else inside[-1]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -134,7 +134,7 @@ class LayerView:
             if self.plain:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
-                values = forward_values(self.program, self.params, rows, wanted)
+                values = rule_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
@@ -157,18 +157,14 @@ class LayerView:
             if self.plain:
                 return reference.jacobian(tail, self.params, held, index, (0,))[1][0]
             out = at.new_empty(at.shape[0], seeds, *at.shape[1:])
-            step = self._chunk(seeds, at.dtype)
-            for a in range(0, at.shape[0], step):
-                rows = tuple(x[a : a + step].contiguous() for x in held)
-                chosen = index[a : a + step] if index.dim() == 2 else index
-                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a : a + step],))
+            chunk = max(1, at.shape[0])  # one kernel call writes nothing but the result
+            if not executor.plan_for(tail, seeds, at.dtype, at.device).single_chain:
+                chunk = stepwise_samples(at.device, stepwise_bytes(tail.shapes, seeds, at.dtype.itemsize))
+            for a, b in spans(0, at.shape[0], chunk):
+                rows = tuple(x[a:b].contiguous() for x in held)
+                chosen = index[a:b] if index.dim() == 2 else index
+                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a:b],))
             return out
-
-    def _chunk(self, seeds: int, dtype: torch.dtype) -> int:
-        tail = self.tail.program
-        if executor.plan_for(tail, seeds, dtype, self.points.inputs[0].device).single_chain:
-            return 1 << 30
-        return max(1, options.memory_budget() // stepwise_bytes(tail.shapes, seeds, dtype.itemsize))
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:

@@ -19,12 +19,12 @@ from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Many, Options, answer, one_by_one, points_for, typed
+from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc
 from ..points import rows_of
-from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
+from .rule_methods import Chunk, RuleMethod
 
 
 class Rescale(Rule):
@@ -104,7 +104,7 @@ def normalised(rule: Rescale, i: int) -> Local:
     flat = din.abs() < rule.eps
     ratio = torch.where(flat, 0.0, dout / din)
 
-    def own(g: Tensor) -> tuple[Tensor, ...]:
+    def pulled(g: Tensor) -> tuple[Tensor, ...]:
         back = g * ratio.unsqueeze(1)  # [N, S, *shape]
         back = back - back.mean(axis + 2, keepdim=True)
         if not bool(flat.any()):
@@ -112,13 +112,13 @@ def normalised(rule: Rescale, i: int) -> Local:
         kept = g * flat.unsqueeze(1)
         return (back + reference.vjp_step(rule.program, i, [rule.pre(i)], rule.post(i), kept, rule.params)[0],)
 
-    return Local(own=own)
+    return Local(custom=pulled)
 
 
 def midpoint(rule: Rescale, i: int) -> Local:
     middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
     out = reference.forward_step(rule.program, i, middle, rule.params)
-    return Local(own=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
+    return Local(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
 
 
 #: DeepLift's rules: a line for a function, or for all functions of a form.
@@ -193,15 +193,15 @@ class DeepLift(RuleMethod, stock.DeepLift):
         compat.validate_input(rows, start)
         return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
-        given = given | {"baselines": compat.format_baseline(given.get("baselines"), rows)}
-        return super()._rows(rows, more, index, seeds, given)
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+        options = options | {"baselines": compat.format_baseline(options.get("baselines"), rows)}
+        return super()._rows(rows, more, index, seeds, options)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
         return Rescale(chunk.program, chunk.params, values, start, self.eps, not chunk.plain)
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
             return multipliers
         points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
@@ -215,7 +215,7 @@ def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[i
     return rows, columns
 
 
-def _start(chunk: Chunk) -> Many:
+def _start(chunk: Chunk) -> Tensors:
     """The chunk's reference point: one row where one serves all, else one each; then what is no input."""
     start = []
     for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
@@ -257,21 +257,23 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
                 "`DeepLift` approach can be used instead."
             )
-        many, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
+        as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
                 maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
-                return answer(maps, many, seeds, delta)
+                return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
-            base = start if many else start[0]
+            base = start if as_tuple else start[0]
             return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
-    def _mean(self, rows: Many, more: Many, seeds: Seeds, start: Many, wants_delta: bool) -> tuple[Many, Tensor | None]:
+    def _mean(
+        self, rows: Tensors, more: Tensors, seeds: Seeds, start: Tensors, wants_delta: bool
+    ) -> tuple[Tensors, Tensor | None]:
         """Some samples at a time against all references."""
         n, count, index = rows[0].shape[0], start[0].shape[0], seeds.rows(0, rows[0].shape[0])
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)

@@ -43,12 +43,12 @@ class Linear:
     weights: tuple[tuple[str, int], ...]  # name in the linear Program → step whose rule changes the weight
 
 
-Pattern = tuple[tuple[Any, ...], ...]
+Structure = tuple[tuple[Any, ...], ...]
 
 
-def pattern_of(locals_: Sequence[Local]) -> Pattern | None:
+def structure_of(locals_: Sequence[Local]) -> Structure | None:
     """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
-    if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
+    if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
 
     def shape(x: Local) -> tuple[Any, ...]:
@@ -143,11 +143,11 @@ def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Position
     return Positions(tuple(axes))
 
 
-def build(program: Program, pattern: Pattern) -> Linear | None:
+def build(program: Program, structure: Structure) -> Linear | None:
     """The linear Program of a rule; None where nothing is left of it."""
     writer = _Writer(program)
     for i, step in enumerate(program.steps):
-        writer.step(i, step, pattern[i])
+        writer.step(i, step, structure[i])
     return writer.finish()
 
 
@@ -157,16 +157,16 @@ def build(program: Program, pattern: Pattern) -> Linear | None:
 _linear: Memo[Linear | None] = Memo(64)
 
 
-def linear_of(program: Program, pattern: Pattern) -> Linear | None:
+def linear_of(program: Program, structure: Structure) -> Linear | None:
     """`build`, remembered, where kernels run every step of it."""
 
     def make() -> Linear | None:
-        linear = build(program, pattern)
+        linear = build(program, structure)
         if linear is None or any(unsupported_reason(linear.program, s) is not None for s in linear.program.steps):
             return None
         return linear
 
-    return _linear.get_or_make((program.key, pattern), make)
+    return _linear.get_or_make((program.key, structure), make)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Te
     return share.contiguous()
 
 
-def transposed(
+def run_transposed(
     linear: Linear,
     program: Program,
     params: Params,
@@ -232,14 +232,14 @@ def transposed(
     return results
 
 
-def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
+def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
     """The wanted values of a forward pass, by the kernels where they may run; `Values` computes what is missing."""
     known = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
     return Values(program, params, known)
 
 
-def looked_at(program: Program, outputs_too: bool) -> list[int]:
-    """The values that a rule needs and that cannot be had cheaply from others.
+def values_needed(program: Program, outputs_too: bool) -> list[int]:
+    """The values that a rule needs and that are not cheap to compute from others.
 
     ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
     """
@@ -276,11 +276,11 @@ def attribute(
         if head is not program:
             held = pull(known, reference.one_hot(program, inputs[0], targets), [head.output])
             cotangent = held[head.output].flatten(2)
-        pattern = pattern_of(locals_[: len(head.steps)])
-        linear = None if pattern is None else linear_of(head, pattern)
+        structure = structure_of(locals_[: len(head.steps)])
+        linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
-                return transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
+                return run_transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
     held = pull(known, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
     return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
@@ -301,7 +301,7 @@ def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
     """The Program without a straight tail of steps that the kernels cannot run; None where too little is left."""
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
-    while steps and any(x.own is not None for x in locals_[: len(steps)]):
+    while steps and any(x.custom is not None for x in locals_[: len(steps)]):
         last = steps[-1]
         if output != base + len(steps) - 1 or len(last.inputs) != 1:
             return None

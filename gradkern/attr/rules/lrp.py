@@ -18,11 +18,11 @@ from ...dispatch.request import model_of
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Many, Options, one_by_one, picked, rows_out, typed
+from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc
-from .methods import Chunk, RuleMethod
 from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
+from .rule_methods import Chunk, RuleMethod
 
 KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
 EPSILON = 1e-9  # Captum's default
@@ -200,7 +200,7 @@ class LRP(RuleMethod, stock.LRP):
             for path, m in ruled.items():
                 m.rule = rules[path]
 
-    def _uses_up_something(self) -> bool:
+    def _indivisible(self) -> bool:
         return any("rule" in m.__dict__ for m in self.model.modules())
 
     def _supports(self, program: Program) -> bool:
@@ -209,24 +209,24 @@ class LRP(RuleMethod, stock.LRP):
             return False  # one layer's weight used twice: Captum's error
         return all(Relevance.maker(s.form) for s in program.steps)
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
-        if "rules" not in given:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+        if "rules" not in options:
             with self._rules() as rules:
-                return self._rows(rows, more, index, seeds, given | {"rules": rules})
-        if not all(type(r) in KNOWN or r is None for r in given["rules"].values()):
+                return self._rows(rows, more, index, seeds, options | {"rules": rules})
+        if not all(type(r) in KNOWN or r is None for r in options["rules"].values()):
             return None
-        return super()._rows(rows, more, index, seeds, given)
+        return super()._rows(rows, more, index, seeds, options)
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)
         model = model_of(self.forward_func) or self.model
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], model)
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
-    def _row_delta(self, parts: Many, rows: Many, more: Many, seeds: Any, options: Options) -> Tensor:
+    def _row_delta(self, parts: Tensors, rows: Tensors, more: Tensors, seeds: Any, options: Options) -> Tensor:
         with torch.no_grad():
             score = picked(rows_out(self.forward_func, rows, more), seeds.rows(0, rows[0].shape[0]))
         sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]

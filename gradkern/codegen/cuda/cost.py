@@ -14,24 +14,21 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 
-from .. import records
+from .. import limits, records
 
 WARP = 32
-WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxElements
-QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
-QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
-POOLED = 8  # csrc/cuda/pooled.cuh
-NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
+QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
+QUAD_LANES = (4, 8, 16, 32)  # of a worker
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
-PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
-PARTS = 4096  # elements of the region that a block op gets at least, for parts of long sums
+PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-#: What costs nothing: where weights, bits and tables lie, and what is settled after the price.
-PLACES = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
-Ways = Mapping[int, list[records.Bands]]  # the bands to choose from, by the place of a transposed convolution's weights
+#: Fields that no price depends on: where weights, bits and tables lie, and what is settled after the price.
+UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
+#: The bands that a transposed convolution can have, by the offset of its weights.
+BandOptions = Mapping[int, list[records.Bands]]
 
 
 def loop(instructions: float, wavefronts: float) -> float:
@@ -58,11 +55,11 @@ class Work:
     block: int
     tile: int
     itemsize: int
-    ways: Ways
+    band_options: BandOptions
 
     def samples(self, op: records.Record) -> int:
         """How many go through the record together."""
-        return self.block if op.block else self.resident
+        return self.block if op.whole_block else self.resident
 
     def clocks(self, op: records.Record, forward: bool) -> float:
         """Clocks per sample of a record, in the backward pass per tile of seeds too."""
@@ -83,26 +80,26 @@ class Work:
         return clocks
 
     def window(self, op: records.Window) -> float:
-        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        """A forward contraction: multiply-adds at the share of busy warps, or the load of the weight from L2."""
         samples = self.samples(op)
         taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
-        positions = samples * (1 if op.block else op.H * op.W * max(taps, 1))
+        positions = samples * (1 if op.whole_block else op.H * op.W * max(taps, 1))
         lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
-        each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
+        each = limits.POOLED.of(self.itemsize) if taps else 4  # positions of a thread
         tiles = math.ceil(op.O / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op.groups
-        share = busy(tiles * (max(self.warps // tiles, 1) if op.block else 1), self.warps)
+        share = busy(tiles * (max(self.warps // tiles, 1) if op.whole_block else 1), self.warps)
         # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
         term = loop(4 * each + 7, each / 4 + 2) if op.run_length % 4 == 0 else loop(5 * each + 7, each + 1)
         terms = op.runs * op.run_length
         work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
-        return max(work, terms * op.O * self.itemsize / L2_PACE if op.block else 0.0) / samples
+        return max(work, terms * op.O * self.itemsize / L2_PACE if op.whole_block else 0.0) / samples
 
     def product(self, op: records.DenseT) -> float:
         """A linear layer backward, one tile of seeds: rows in whole tiles of the kernel, or the weight from L2."""
         rows, columns = self.block * self.tile, op.window_elements
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
         items = math.ceil(rows / (2 * height)) * math.ceil(columns / 64)
-        parts = max(min(self.warps // items, op.O // PART_ROWS), 1)  # warps that share a sum
+        parts = max(min(self.warps // items, op.O // limits.PART_ROWS), 1)  # warps that share a sum
         work = items * op.O * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
         if parts > 1:
             work += parts * (BARRIER + loop(12 * height, 2 * height))
@@ -122,24 +119,25 @@ class Work:
 
     def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
-        alive, elements = op.pattern.taps if op.pattern else 0, op.window_elements
-        planes, taps = alive if op.merged else 1, max(alive, 1)
-        ways: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        if op.way == records.Way.Walk:
-            visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
-            one = walk_clocks(elements, op.O, op.merged, together, taps, bool(alive))
-            ways.append((visits * one, visits, worker_lanes(elements)))
-        elif op.way == records.Way.Quads:
+        pattern_taps, elements = op.pattern.taps if op.pattern else 0, op.window_elements
+        planes, taps, pattern = pattern_taps if op.merged else 1, max(pattern_taps, 1), op.pattern is not None
+        candidates: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
+        if op.algorithm == records.ScatterAlgorithm.Walk:
+            most = limits.WALK_SEEDS.of(self.itemsize)
+            visits, together = math.ceil(self.tile / most), even(self.tile, most)
+            one = walk_clocks(elements, op.O, op.merged, together, taps, pattern)
+            candidates.append((visits * one, visits, worker_lanes(elements)))
+        elif op.algorithm == records.ScatterAlgorithm.Quads:
             for lanes in QUAD_LANES:
-                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, bool(alive), lanes, self.itemsize)
-                ways.append((taps / max(planes, 1) * one, visits, lanes))
+                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, pattern, lanes, self.itemsize)
+                candidates.append((taps / max(planes, 1) * one, visits, lanes))
         else:
-            one, visits = narrow_clocks(elements, op.O, self.tile, planes)
-            ways.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
+            one, visits = narrow_clocks(elements, op.O, self.tile, planes, self.itemsize)
+            candidates.append((taps / max(planes, 1) * one, visits, limits.NARROW_LANES))
         priced = (
             (op.H * op.W * clocks / self.share(op, bands, visits, lanes), lanes, bands)
-            for clocks, visits, lanes in ways
-            for bands in self.ways[op.weights]
+            for clocks, visits, lanes in candidates
+            for bands in self.band_options[op.weights]
         )
         return min(priced)
 
@@ -149,7 +147,7 @@ class Work:
 
         def parts(extent: int, length: int, colours: int) -> list[int]:
             """Bands of each colour along an axis."""
-            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+            return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
 
         axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
         busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
@@ -160,7 +158,7 @@ class Work:
 class RunPrice:
     """A run of records as a price per sample, by how many samples it takes at a time."""
 
-    block: bool  # whether it is a single record that takes the whole block
+    whole_block: bool  # whether it is a single record that takes the whole block
     work: Work
     known: dict[tuple, float]  # prices of records: slices repeat theirs
     ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
@@ -187,12 +185,12 @@ class RunPrice:
         return self.cheapest[most - 1]
 
 
-def priced_numbers(part: records.Record | records.Part) -> Iterator[int]:
+def priced_numbers(part: records.Record | records.RecordPart) -> Iterator[int]:
     """The numbers of a record that its price may depend on."""
     cls: type = type(part)
     for name in priced_fields(cls):
         value = getattr(part, name)
-        if isinstance(value, records.Part):
+        if isinstance(value, records.RecordPart):
             if not isinstance(value, records.Place):
                 yield from priced_numbers(value)
         elif isinstance(value, int):
@@ -201,16 +199,16 @@ def priced_numbers(part: records.Record | records.Part) -> Iterator[int]:
 
 @cache
 def priced_fields(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls) if f.name not in PLACES and not f.name.endswith("_table"))
+    return tuple(f.name for f in fields(cls) if f.name not in UNPRICED_FIELDS and not f.name.endswith("_table"))
 
 
 def worker_lanes(elements: int) -> int:
     """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
-    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * WALK_ELEMENTS] + [WARP]
+    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * limits.WALK_ELEMENTS] + [WARP]
     return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 
 
-def alive(planes: int, pattern: bool) -> float:
+def live_share(planes: int, pattern: bool) -> float:
     """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
 
@@ -221,7 +219,7 @@ def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: 
     lanes = worker_lanes(elements)
     workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
-    live = channels * alive(planes, pattern) / walks
+    live = channels * live_share(planes, pattern) / walks
     longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
     step = loop(
         (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
@@ -233,11 +231,11 @@ def quad_clocks(
     quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
 ) -> tuple[float, int]:
     """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
-    scale = 1 if itemsize == 4 else 4
-    each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
-    chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
+    widest = limits.QUADS.of(itemsize)
+    each = next((n for n in QUAD_COUNTS if math.ceil(quads / lanes) <= n <= widest), widest)
+    chunks, most = math.ceil(quads / (lanes * each)), min(limits.QUAD_SEEDS, limits.QUAD_SUMS.of(itemsize) // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
-    walked = channels * (alive(planes, pattern) if workers == 1 and each == 2 else 1.0)
+    walked = channels * (live_share(planes, pattern) if workers == 1 and each == 2 else 1.0)
     rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
     step = loop(
         each * (4 * together + 1) + (10 + DECODE[max(planes, 1)]) + 1.6 * together + 6 * (each == 2),
@@ -247,9 +245,10 @@ def quad_clocks(
     return visits * chunks * (walked * step + ends) / workers, visits
 
 
-def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[float, int]:
+def narrow_clocks(width: int, channels: int, seeds: int, planes: int, itemsize: int) -> tuple[float, int]:
     """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
-    visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
+    most, rounds = limits.NARROW_SEEDS.of(itemsize), math.ceil(channels / 16)
+    visits, together = math.ceil(seeds / most), even(seeds, most)
     width = next(w for w in (4, 6, 8) if width <= w)
     sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
     each = 4 * (width * together + rows) + 67 + 4 * DECODE[max(planes, 1)] + 10 * together

@@ -21,7 +21,7 @@ from ..sources import Source
 from ..store.layout import dtype_name
 from .settings import Settings
 
-LOOKED_AT = 32  # samples of a source whose content is hashed
+HASHED_SAMPLES = 32  # samples of a source whose content is hashed
 KEYS = 2  # how the keys of graph and plan are made; a store without the number has those of version 1
 
 
@@ -50,7 +50,7 @@ def of_source(source: Source) -> dict[str, Any]:
     """Length, shapes and dtypes, and a hash of some samples spread over the whole."""
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
-    for i in sorted({int(i) for i in np.linspace(0, source.samples - 1, min(LOOKED_AT, source.samples))}):
+    for i in sorted({int(i) for i in np.linspace(0, source.samples - 1, min(HASHED_SAMPLES, source.samples))}):
         rows = source.read(i, i + 1)
         for k, x in enumerate(rows):
             _add_tensor(digest, f"{i} {k}", x)
@@ -133,7 +133,8 @@ WORDS = {
 
 
 def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """How a store's keys of graph and plan were made (None: how they are made now).  Others say nothing about them."""
+    """How a store's keys of graph and plan were made (None: how they are made now).  Keys of two versions are not
+    comparable."""
     return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
 
 

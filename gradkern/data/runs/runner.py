@@ -21,7 +21,7 @@ from torch import nn
 
 from ..store.results import Results
 from .progress import progress_bar
-from .settings import Options, Settings, settings_of
+from .settings import RunOptions, Settings, settings_of
 from .shards import Shard, owned
 from .task import Computed, Task
 from .transfer import Ready
@@ -40,7 +40,7 @@ def run(
     model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
     settings: Settings | None = None, columns: Any = None, input_dtype: torch.dtype | None = None,
     shard: Shard = (0, 1), progress: bool | None = None, made_by: Mapping[str, Any] | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RunOptions],
 ) -> Results:  # fmt: skip
     """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
 
@@ -96,22 +96,22 @@ def run(
     return Results.open(out)
 
 
-def work(task: Task, mine: range, progress: bool | None = None) -> int:
-    """Compute the chunks of ``mine`` that are not finished; gives how many those were."""
+def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
+    """Compute the chunks of ``owned_chunks`` that are not finished; gives how many those were."""
     results = task.results
     done = results.ledger.finished()
-    todo = [c for c in mine if c not in done]
+    todo = [c for c in owned_chunks if c not in done]
     results.remove_partial(todo)
-    results.ledger.adopt(mine)
+    results.ledger.adopt(owned_chunks)
     plan = task.forecast(todo)
     log.info(
         "event=start out=%s samples=%d chunks=%d finished=%d chunk=%d batch=%d engine=%s write_bytes=%d "
-        "memory_bytes=%d seconds=%.1f", results.place, results.samples, len(todo), len(mine) - len(todo), plan.chunk,
-        plan.batch, task.pinned["engine"], plan.write_bytes, plan.memory_bytes, plan.seconds or 0.0,
+        "memory_bytes=%d seconds=%.1f", results.place, results.samples, len(todo), len(owned_chunks) - len(todo),
+        plan.chunk, plan.batch, task.pinned["engine"], plan.write_bytes, plan.memory_bytes, plan.seconds or 0.0,
     )  # fmt: skip
     if not todo:
         return 0
-    finished = sum(b - a for a, b in (results.span(c) for c in mine if c in done))
+    finished = sum(b - a for a, b in (results.span(c) for c in owned_chunks if c in done))
     total = finished + plan.samples
     begin = time.perf_counter()
     try:

@@ -35,7 +35,7 @@ class Settings:
         if self.dtype not in STORED_AS:
             raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
         codecs(self.compression)
-        object.__setattr__(self, "reductions", statistics.check(self.reductions))
+        object.__setattr__(self, "reductions", statistics.check_reductions(self.reductions))
         object.__setattr__(self, "arguments", dict(self.arguments))
         for name in ("chunk", "batch", "threads"):
             value = getattr(self, name)
@@ -45,7 +45,7 @@ class Settings:
             raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
 
 
-class Options(TypedDict, total=False):
+class RunOptions(TypedDict, total=False):
     """The fields of `Settings` that are keywords everywhere (method and target are positional too)."""
 
     arguments: Mapping[str, Any] | None

@@ -21,11 +21,11 @@ from ...util.options import BadType
 from .. import methods, statistics
 from ..sources import Source, open_source
 from ..store.layout import dtype_name, map_names
-from ..store.ledger import Record
+from ..store.ledger import ChunkRecord
 from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint, forecast
 from .pins import differences, pin_isa, pinning
-from .probe import Probe, device_of, look_at
+from .probe import Probe, device_of, probe_run
 from .settings import Settings
 from .transfer import Ready, Transfer
 
@@ -68,7 +68,7 @@ class Task:
         pinned = dict(known.about["pinned"]) if known else {}
         pin_isa(pinned.get("isa"))
         with pinning(pinned, settings):
-            probe = look_at(model, rows, settings, pinned.get("engine"))
+            probe = probe_run(model, rows, settings, pinned.get("engine"))
         asked = fingerprint.of_run(model, rows, settings, probe.program)
         if known is None:
             about = contents.attributes(asked, rows, settings, probe, made_by)
@@ -153,7 +153,9 @@ class Task:
         joined = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in kept.values()]
         download = self.transfer.download(joined)
         computed = Computed(
-            chunk, lambda: dict(zip(names, download(), strict=True)), Record(sums, facts | {"notes": list(self.notes)})
+            chunk,
+            lambda: dict(zip(names, download(), strict=True)),
+            ChunkRecord(sums, facts | {"notes": list(self.notes)}),
         )
         pool = self.pool
         return computed if memory is None or pool is None else replace(computed, release=lambda: pool.give(memory))
@@ -233,7 +235,7 @@ class Computed:
 
     chunk: int
     rows: Callable[[], dict[str, Tensor]]
-    record: Record
+    record: ChunkRecord
     release: Callable[[], None] = lambda: None  # called when the rows are written
 
 

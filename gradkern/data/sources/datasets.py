@@ -11,10 +11,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from ...util.options import BadType, BadValue
 from .arrays import package_of
 from .columns import pick
-from .registry import KINDS, Source, Span, register
+from .registry import SOURCE_KINDS, Source, Span, register
 
 
-class Samples(Source):
+class TorchDataset(Source):
     """A map-style Dataset, sample by sample, collated; read by worker processes where a DataLoader brings them."""
 
     about = "a torch Dataset or DataLoader"
@@ -66,7 +66,7 @@ class Samples(Source):
             yield self.prepared(pick(batch, self.columns), start, stop)
 
 
-KINDS.append(Samples)  # the last to be asked: most things have a length and can be indexed
+SOURCE_KINDS.append(TorchDataset)  # the last to be asked: most things have a length and can be indexed
 
 
 def no_random_access(what: str) -> BadType:
@@ -77,7 +77,7 @@ def no_random_access(what: str) -> BadType:
 
 
 @register
-class Table(Source):
+class HuggingFaceDataset(Source):
     """A Hugging Face dataset in torch or numpy format."""
 
     about = "a Hugging Face dataset"

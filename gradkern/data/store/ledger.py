@@ -23,11 +23,11 @@ from ..statistics import merge
 from . import durable
 
 FOLDER = "chunks/finished"
-Node = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
+TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
 
 
 @dataclass(frozen=True)
-class Record:
+class ChunkRecord:
     """What is known of a finished range of chunks.
 
     ``sums``: statistics by name.  ``facts``: samples, seconds of computing, the batches that were used, and notes
@@ -37,12 +37,12 @@ class Record:
     sums: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
 
-    def __add__(self, right: Record) -> Record:
+    def __add__(self, right: ChunkRecord) -> ChunkRecord:
         """The record of this range and the one right of it."""
         a, b = self.facts, right.facts
         sums = {key: a[key] + b[key] for key in ("samples", "seconds")}
         unions = {key: sorted({*a[key], *b[key]}) for key in ("batches", "notes")}
-        return Record(merge(self.sums, right.sums), sums | unions)
+        return ChunkRecord(merge(self.sums, right.sums), sums | unions)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
@@ -52,7 +52,7 @@ class Record:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Record:
+    def from_bytes(cls, content: bytes) -> ChunkRecord:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             sums = {name: archive[name] for name in archive.files}
         return cls(sums, json.loads(sums.pop("facts.json").tobytes()))
@@ -63,17 +63,17 @@ class Ledger:
 
     def __init__(self, store: Store, chunks: int) -> None:
         self.store, self.chunks = store, chunks
-        self.mine: dict[Node, Record] = {}
+        self.own_records: dict[TreeNode, ChunkRecord] = {}
 
-    def key(self, node: Node) -> str:
+    def key(self, node: TreeNode) -> str:
         return f"{FOLDER}/{node[0]:02d}.{node[1]:08d}.npz"
 
-    def nodes(self) -> set[Node]:
+    def nodes(self) -> set[TreeNode]:
         """Every record that is there, without those below another."""
         there = {n for n in map(node_of, durable.names(self.store, FOLDER)) if n is not None}
         return {n for n in there if not any(parent in there for parent in self.above(n))}
 
-    def above(self, node: Node) -> Iterable[Node]:
+    def above(self, node: TreeNode) -> Iterable[TreeNode]:
         level, number = node
         while (1 << level) < self.chunks:
             level, number = level + 1, number // 2
@@ -83,7 +83,7 @@ class Ledger:
         """The numbers of the finished chunks."""
         return {chunk for node in self.nodes() for chunk in self.span(node)}
 
-    def span(self, node: Node) -> range:
+    def span(self, node: TreeNode) -> range:
         """The chunks that a record stands for."""
         level, number = node
         return range(number << level, min((number + 1) << level, self.chunks))
@@ -93,11 +93,11 @@ class Ledger:
         node = node_of(file)
         return range(0) if node is None else self.span(node)
 
-    def read(self, node: Node) -> Record:
+    def read(self, node: TreeNode) -> ChunkRecord:
         content = durable.get(self.store, self.key(node))
         if content is None:
             raise FileNotFoundError(f"the store has lost its record {self.key(node)}")
-        return Record.from_bytes(content)
+        return ChunkRecord.from_bytes(content)
 
     def adopt(self, owned: range) -> None:
         """Take over the records of this process's own chunks that an earlier run has left."""
@@ -106,44 +106,44 @@ class Ledger:
             if node is None or not (self.span(node)[0] in owned and self.span(node)[-1] in owned):
                 continue
             if node in top:
-                self.mine[node] = self.read(node)
+                self.own_records[node] = self.read(node)
             else:  # a kill came between writing its parent and removing it
                 durable.delete(self.store, self.key(node))
 
-    def add(self, chunk: int, record: Record) -> None:
+    def add(self, chunk: int, record: ChunkRecord) -> None:
         """Enter a finished chunk: this is the moment at which it becomes finished."""
-        node: Node = (0, chunk)
+        node: TreeNode = (0, chunk)
         fresh, stale = {node}, []
-        self.mine[node] = record
+        self.own_records[node] = record
         while (pair := self._pair(node)) is not None:
             left, right = pair
             # the lone last record of an odd level moves up as it is
-            joined = self.mine[left] if right is None else self.mine[left] + self.mine[right]
+            joined = self.own_records[left] if right is None else self.own_records[left] + self.own_records[right]
             for n in (left, right):
                 if n is not None:
-                    del self.mine[n]
+                    del self.own_records[n]
                     if n not in fresh:
                         stale.append(n)
             node = (left[0] + 1, left[1] // 2)
             fresh.add(node)
-            self.mine[node] = joined
-        durable.put(self.store, self.key(node), self.mine[node].to_bytes())
+            self.own_records[node] = joined
+        durable.put(self.store, self.key(node), self.own_records[node].to_bytes())
         for n in stale:
             durable.delete(self.store, self.key(n))
 
-    def _pair(self, node: Node) -> tuple[Node, Node | None] | None:
+    def _pair(self, node: TreeNode) -> tuple[TreeNode, TreeNode | None] | None:
         """The two records to join now that ``node`` is there; None where its neighbour is missing."""
         level, number = node
         if (1 << level) >= self.chunks:
             return None
         left, right = (level, number & ~1), (level, number | 1)
-        if left not in self.mine:
+        if left not in self.own_records:
             return None
         if right[1] << level >= self.chunks:
             return left, None
-        return (left, right) if right in self.mine else None
+        return (left, right) if right in self.own_records else None
 
-    def records(self) -> dict[Node, Record]:
+    def records(self) -> dict[TreeNode, ChunkRecord]:
         """Every record that `nodes` lists, as of one moment.
 
         Another process may join two records between the listing and the reading, and so remove them; their parent
@@ -158,7 +158,7 @@ class Ledger:
                 if nodes == before:
                     raise
 
-    def total(self, progress: Callable[[int], None] = lambda level: None) -> Record | None:
+    def total(self, progress: Callable[[int], None] = lambda level: None) -> ChunkRecord | None:
         """The record of all chunks together; None while some are missing."""
         records = self.records()
         level = 0
@@ -175,7 +175,7 @@ class Ledger:
             level += 1
 
 
-def node_of(name: str) -> Node | None:
+def node_of(name: str) -> TreeNode | None:
     parts = name.split(".")
     if len(parts) != 3 or parts[2] != "npz" or not (parts[0].isdigit() and parts[1].isdigit()):
         return None

@@ -6,10 +6,10 @@ import math
 from types import SimpleNamespace
 
 from ...ir.program import Channels, Contract, Param, Scale, Sum, Value
-from .builder import Builder, NoForm, lowers, need_value, number_of
+from .builder import NoForm, ProgramBuilder, lowers, need_value, number_of
 
 
-def elementwise(b: Builder, x: object, function: str, *params: float) -> Value:
+def elementwise(b: ProgramBuilder, x: object, function: str, *params: float) -> Value:
     value = need_value(x)
     return b.emit(Scale(function, tuple(float(p) for p in params)), (value,), b.shape(value))
 
@@ -22,7 +22,7 @@ def elementwise(b: Builder, x: object, function: str, *params: float) -> Value:
 @lowers("aten.relu6.default", function="hardtanh", params=(0.0, 6.0))
 @lowers("aten.clamp_min.default", function="clamp", params=("min", math.inf))
 @lowers("aten.clamp_max.default", function="clamp", params=(-math.inf, "max"))
-def parametric(b: Builder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
+def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
     """A function whose parameters are numbers, or arguments by name."""
     return elementwise(b, a.self, function, *(number_of(getattr(a, p)) if isinstance(p, str) else p for p in params))
 
@@ -35,26 +35,26 @@ for _name in (
 
 
 @lowers("aten.celu.default")
-def celu(b: Builder, a: SimpleNamespace) -> Value:
+def celu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return elementwise(b, a.self, "elu", number_of(a.alpha), 1.0, 1.0 / number_of(a.alpha))
 
 
 @lowers("aten.gelu.default")
-def gelu(b: Builder, a: SimpleNamespace) -> Value:
+def gelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return elementwise(b, a.self, "gelu" if a.approximate == "none" else "gelu_tanh")
 
 
 @lowers("aten.prelu.default", "aten._prelu_kernel.default")
-def prelu(b: Builder, a: SimpleNamespace) -> Value:
+def prelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``x`` where it is positive, ``w x`` elsewhere, with one ``w`` per channel (or one for all of them)."""
     x = need_value(a.self)
     if not isinstance(a.weight, Param):
         raise NoForm("its weight depends on the samples")
     shape = b.shape(x)
     channels = shape[0] if shape else 1
-    given = b.param_shape(a.weight)
-    weight = a.weight if given == (channels,) else b.derive("aten.reshape.default", a.weight, (-1,))
-    if math.prod(given) == 1 and channels != 1:
+    param_shape = b.param_shape(a.weight)
+    weight = a.weight if param_shape == (channels,) else b.derive("aten.reshape.default", a.weight, (-1,))
+    if math.prod(param_shape) == 1 and channels != 1:
         weight = b.derive("aten.expand.default", weight, (channels,))
     positive = b.emit(Scale("leaky_relu", (0.0,)), (x,), shape)
     negative = b.emit(Contract(Channels(), weight), (elementwise(b, x, "negative_part"),), shape)
@@ -62,21 +62,21 @@ def prelu(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.log_sigmoid.default", "aten.log_sigmoid_forward.default")
-def log_sigmoid(b: Builder, a: SimpleNamespace) -> Value:
+def log_sigmoid(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``-softplus(-x)``."""
     minus = elementwise(b, a.self, "affine", -1.0, 0.0)
     return elementwise(b, elementwise(b, minus, "softplus", 1.0, 1e30), "affine", -1.0, 0.0)
 
 
 @lowers("aten.clamp.default")
-def clamp(b: Builder, a: SimpleNamespace) -> Value:
+def clamp(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     low = float("-inf") if a.min is None else number_of(a.min)
     high = float("inf") if a.max is None else number_of(a.max)
     return elementwise(b, a.self, "clamp", low, high)
 
 
 @lowers("aten.pow.Tensor_Scalar")
-def power(b: Builder, a: SimpleNamespace) -> Value:
+def power(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     exponent = number_of(a.exponent)
     if exponent == 2.0:
         return elementwise(b, a.self, "square")

@@ -9,7 +9,7 @@ from typing import Any
 from ...ir.indexing import along
 from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
 from .activation import elementwise
-from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis
+from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
 from .index import emit, stretched
 
 
@@ -17,35 +17,36 @@ def is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def affine(b: Builder, x: Value, a: float, shift: float) -> Value:
+def affine(b: ProgramBuilder, x: Value, a: float, shift: float) -> Value:
     """``a x + shift``; nothing is emitted for the identity."""
     return x if (a, shift) == (1.0, 0.0) else elementwise(b, x, "affine", a, shift)
 
 
-def per_channel(b: Builder, x: Value, p: Param) -> tuple[Value, int, Param, Shape]:
+def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Param, Shape]:
     """A constant that broadcasts against the live ``[N, *shape]``, as one number per channel.
 
     Gives the value in a shape where the constant is that (flat, where each element has a number of its own), the
     axis of the channels, the constant as ``[channels]``, and the shape of the result.
     """
-    own, given = b.shape(x), b.param_shape(p)
-    if len(given) > len(own) + 1 or (len(given) == len(own) + 1 and given[0] != 1) or not own:
+    shape, p_shape = b.shape(x), b.param_shape(p)
+    if len(p_shape) > len(shape) + 1 or (len(p_shape) == len(shape) + 1 and p_shape[0] != 1) or not shape:
         raise NoForm("the tensor that it reads has more axes than the samples")
-    given = given[1:] if len(given) == len(own) + 1 else (1,) * (len(own) - len(given)) + given
-    full = tuple(m if n == 1 else n for n, m in zip(given, own, strict=True))
+    missing = len(shape) - len(p_shape)
+    p_shape = p_shape[1:] if missing < 0 else (1,) * missing + p_shape
+    full = tuple(m if n == 1 else n for n, m in zip(p_shape, shape, strict=True))
     x = stretched(b, x, full)
     for axis in (0, len(full) - 1):
-        if math.prod(given) == given[axis] == full[axis]:
-            numbers = p if b.param_shape(p) == (given[axis],) else b.derive("aten.reshape.default", p, (-1,))
+        if math.prod(p_shape) == p_shape[axis] == full[axis]:
+            numbers = p if b.param_shape(p) == (p_shape[axis],) else b.derive("aten.reshape.default", p, (-1,))
             return x, axis, numbers, full
-    if math.prod(given) == 1:
+    if math.prod(p_shape) == 1:
         one = b.derive("aten.reshape.default", p, (1,))
         return x, 0, b.derive("aten.expand.default", one, (full[0],)), full
-    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, given), full)
+    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, p_shape), full)
     return as_shape(b, x, (math.prod(full),)), 0, b.derive("aten.reshape.default", spread, (-1,)), full
 
 
-def scaled(b: Builder, x: Value, p: Param, inverse: bool = False) -> Value:
+def scaled(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Value:
     """``p x`` or ``x / p`` for a constant that broadcasts against the value."""
     at, axis, numbers, full = per_channel(b, x, p)
     if inverse:
@@ -53,7 +54,7 @@ def scaled(b: Builder, x: Value, p: Param, inverse: bool = False) -> Value:
     return as_shape(b, b.emit(Contract(Channels(axis), numbers), (at,), b.shape(at)), full)
 
 
-def shifted(b: Builder, x: Value, p: Param, alpha: float = 1) -> Value:
+def shifted(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
     """``x + alpha p``."""
     at, axis, numbers, full = per_channel(b, x, p)
     if alpha != 1:
@@ -63,16 +64,16 @@ def shifted(b: Builder, x: Value, p: Param, alpha: float = 1) -> Value:
 
 @lowers("aten.add.Tensor", "aten.add.Scalar", sign=1)
 @lowers("aten.sub.Tensor", "aten.sub.Scalar", sign=-1)
-def add(b: Builder, a: SimpleNamespace, sign: int) -> Value:
+def add(b: ProgramBuilder, a: SimpleNamespace, sign: int) -> Value:
     return added(b, a.self, a.other, sign * a.alpha)
 
 
 @lowers("aten.rsub.Scalar", "aten.rsub.Tensor")
-def rsub(b: Builder, a: SimpleNamespace) -> Value:
+def rsub(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return added(b, a.other, a.self, -a.alpha)
 
 
-def added(b: Builder, x: Any, y: Any, alpha: float) -> Value:
+def added(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
     """``x + alpha y`` for values, constant tensors and numbers."""
     if isinstance(x, Value) and isinstance(y, Value):
         shape = stretch_to(b, x, y)
@@ -88,7 +89,7 @@ def added(b: Builder, x: Any, y: Any, alpha: float) -> Value:
     raise NoForm("what it adds depends on more than the samples")
 
 
-def stretch_to(b: Builder, x: Value, y: Value) -> tuple[int, ...]:
+def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
     """The shape that two values stretch to; values of other ranks would meet the batch axis with another."""
     one, two = b.shape(x), b.shape(y)
     if len(one) != len(two):
@@ -97,11 +98,11 @@ def stretch_to(b: Builder, x: Value, y: Value) -> tuple[int, ...]:
 
 
 @lowers("aten.mul.Tensor", "aten.mul.Scalar")
-def mul(b: Builder, a: SimpleNamespace) -> Value:
+def mul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return multiplied(b, a.self, a.other)
 
 
-def multiplied(b: Builder, x: Any, y: Any) -> Value:
+def multiplied(b: ProgramBuilder, x: Any, y: Any) -> Value:
     x, y = (x, y) if isinstance(x, Value) else (y, x)
     if isinstance(x, Value) and is_number(y):
         return affine(b, x, float(y), 0.0)
@@ -115,7 +116,7 @@ def multiplied(b: Builder, x: Any, y: Any) -> Value:
     raise NoForm("what it multiplies depends on more than the samples")
 
 
-def sigmoid_of(b: Builder, x: Value, y: Value) -> Value | None:
+def sigmoid_of(b: ProgramBuilder, x: Value, y: Value) -> Value | None:
     """``x sigmoid(x)`` written out is SiLU."""
     for one, two in ((x, y), (y, x)):
         step = b.step(two)
@@ -125,7 +126,7 @@ def sigmoid_of(b: Builder, x: Value, y: Value) -> Value | None:
 
 
 @lowers("aten.div.Tensor", "aten.div.Scalar")
-def div(b: Builder, a: SimpleNamespace) -> Value:
+def div(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if isinstance(a.self, Value) and is_number(a.other) and a.other != 0:
         return affine(b, a.self, 1.0 / a.other, 0.0)
     if isinstance(a.self, Value) and isinstance(a.other, Param):
@@ -136,7 +137,7 @@ def div(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.glu.default")
-def glu(b: Builder, a: SimpleNamespace) -> Value:
+def glu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """The first half along an axis, gated by the second."""
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
@@ -146,5 +147,5 @@ def glu(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.neg.default")
-def neg(b: Builder, a: SimpleNamespace) -> Value:
+def neg(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return affine(b, need_value(a.self), -1.0, 0.0)

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 from ...ir.program import LowRank, Param, Value
 from .arithmetic import affine, shifted
-from .builder import Builder, NoForm, lowers, need_value
+from .builder import NoForm, ProgramBuilder, lowers, need_value
 from .index import permuted
 from .linear import multiplied
 from .masks import additive, causal
 
 
 @lowers("aten.scaled_dot_product_attention.default")
-def attention(b: Builder, a: SimpleNamespace) -> Value:
+def attention(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``softmax(q kᵀ scale + mask) v`` over the last two axes."""
     q, k, v = (need_value(x) for x in (a.query, a.key, a.value))
     if a.enable_gqa or not (a.attn_mask is None or isinstance(a.attn_mask, Param)):

@@ -21,8 +21,8 @@ from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
 from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Value, View
 
-Lowering = Callable[..., Value]
-LOWERINGS: dict[str, Lowering] = {}
+LoweringFunction = Callable[..., Value]
+LOWERINGS: dict[str, LoweringFunction] = {}
 SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
 
 
@@ -30,20 +30,20 @@ class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
-def lowers(*ops: str, **given: Any) -> Callable[[Lowering], Lowering]:
+def lowers(*ops: str, **fixed: Any) -> Callable[[LoweringFunction], LoweringFunction]:
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
-    ``given``: further arguments of the lowering for these ops.
+    ``fixed``: further arguments of the lowering for these ops.
     """
 
-    def register(lowering: Lowering) -> Lowering:
-        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **given) if given else lowering))
+    def register(lowering: LoweringFunction) -> LoweringFunction:
+        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **fixed) if fixed else lowering))
         return lowering
 
     return register
 
 
-class Builder:
+class ProgramBuilder:
     """Collects the steps of a `Program`.  Shapes are per sample; the batch axis is axis 0 of every live tensor."""
 
     def __init__(self, inputs: tuple[Shape, ...]) -> None:
@@ -144,7 +144,7 @@ class MixesSamples(Exception):
     """The op works across samples."""
 
 
-def as_shape(b: Builder, value: Value, shape: Shape) -> Value:
+def as_shape(b: ProgramBuilder, value: Value, shape: Shape) -> Value:
     """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
     if b.shape(value) == tuple(shape):
         return value

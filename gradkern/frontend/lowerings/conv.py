@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 from ...ir.indexing import along
 from ...ir.program import Contract, Index, Param, Shape, Value, Windows
-from .builder import Builder, NoForm, lowers, need_value, tuple_of
+from .builder import NoForm, ProgramBuilder, lowers, need_value, tuple_of
 from .index import emit
 
 Padding = tuple[tuple[int, int], ...]
 
 
 @lowers("aten.convolution.default")
-def general(b: Builder, a: SimpleNamespace) -> Value:
+def general(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     dims = len(b.param_shape(a.weight)) - 2 if isinstance(a.weight, Param) else 0
     if dims not in (1, 2):
         raise NoForm(f"a convolution over {dims} axes has no form yet")
@@ -22,7 +22,7 @@ def general(b: Builder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.conv_transpose1d.default", dims=1)
 @lowers("aten.conv_transpose2d.input", dims=2)
-def transposed(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """A convolution with the flipped weight over the input with zeros between its elements."""
     x = convolved(b, a, dims)
     channels, per_group, *kernel = b.param_shape(a.weight)  # [C, O/groups, *kernel]
@@ -48,7 +48,7 @@ def transposed(b: Builder, a: SimpleNamespace, dims: int) -> Value:
 
 @lowers("aten.conv1d.default", "aten.conv1d.padding", dims=1)
 @lowers("aten.conv2d.default", "aten.conv2d.padding", dims=2)
-def convolution(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """``[C, *spatial] -> [O, *spatial']`` with weight ``[O, C/groups, *kernel]``."""
     x = convolved(b, a, dims)
     outputs, _, *kernel = b.param_shape(a.weight)
@@ -60,7 +60,7 @@ def convolution(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     return b.emit(Contract(windows, a.weight, a.bias), (x,), (outputs, *spatial))
 
 
-def convolved(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def convolved(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """The input ``[C, *spatial]`` of a convolution whose weights are constants."""
     x = need_value(a.input)
     if not isinstance(a.weight, Param) or not (a.bias is None or isinstance(a.bias, Param)):
@@ -70,7 +70,7 @@ def convolved(b: Builder, a: SimpleNamespace, dims: int) -> Value:
     return x
 
 
-def absorbed(b: Builder, x: Value, padding: Padding) -> tuple[Value, Padding]:
+def absorbed(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padding]:
     """Zeros that a step put around the value become padding of the convolution that reads it."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:

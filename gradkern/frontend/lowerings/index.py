@@ -10,10 +10,10 @@ from typing import Any
 
 from ...ir.indexing import along, identity, identity_runs, is_permutation, then
 from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Shape, Value, Windows
-from .builder import SEVERAL, Builder, NoForm, as_shape, lowers, need_value, number_of, sample_axis
+from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 
 
-def emit(b: Builder, x: Value, part: Part) -> Value:
+def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
     """The part of one value; nothing for the identity, one step where the value is itself an `Index` of one part."""
     shape = b.shape(x)
     if part == identity(shape):
@@ -35,15 +35,15 @@ def emit(b: Builder, x: Value, part: Part) -> Value:
     return b.emit(Index((part,)), (x,), result)
 
 
-def permuted(b: Builder, x: Value, order: Sequence[int]) -> Value:
+def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
     """Per-sample axes in another order."""
     return emit(b, x, identity(b.shape(x), order))
 
 
-def stretched(b: Builder, x: Value, shape: Shape) -> Value:
+def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
     """Axes of length one repeated up to ``shape``; missing leading axes are added."""
-    own = b.shape(x)
-    x = as_shape(b, x, (1,) * (len(shape) - len(own)) + own)
+    before = b.shape(x)
+    x = as_shape(b, x, (1,) * (len(shape) - len(before)) + before)
     axes = tuple(identity_runs(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
     return emit(b, x, Part(tuple(range(len(shape))), axes))
 
@@ -53,7 +53,7 @@ def stretched(b: Builder, x: Value, shape: Shape) -> Value:
 
 
 @lowers("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.swapaxes.default")
-def permute(b: Builder, a: SimpleNamespace) -> Value:
+def permute(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     rank = len(b.shape(x)) + 1
     if hasattr(a, "dims"):
@@ -77,7 +77,7 @@ def as_list(x: Any) -> list[int]:
 
 
 @lowers("aten.mT.default", "aten.adjoint.default")
-def matrix_transpose(b: Builder, a: SimpleNamespace) -> Value:
+def matrix_transpose(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     rank = len(b.shape(x))
     if rank < 2:
@@ -86,7 +86,7 @@ def matrix_transpose(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.flip.default")
-def flip(b: Builder, a: SimpleNamespace) -> Value:
+def flip(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     for d in as_list(a.dims):
         axis = sample_axis(d, len(b.shape(x)))
@@ -95,7 +95,7 @@ def flip(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.roll.default")
-def roll(b: Builder, a: SimpleNamespace) -> Value:
+def roll(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if not a.dims:
         raise NoForm("it rolls samples into each other")
@@ -111,7 +111,7 @@ def roll(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.slice.Tensor")
-def slice_(b: Builder, a: SimpleNamespace) -> Value:
+def slice_(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     if a.dim % (len(shape) + 1) == 0:
@@ -130,7 +130,7 @@ def takes_all(a: SimpleNamespace) -> bool:
     return a.step == 1 and a.start in (None, 0) and a.end in (None, 2**63 - 1)
 
 
-def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | None:
+def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> Value | None:
     """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding after."""
     step = b.step(x)
     if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
@@ -148,14 +148,14 @@ def trim_convolution(b: Builder, x: Value, axis: int, wanted: range) -> Value | 
 
 
 @lowers("aten.select.int")
-def select(b: Builder, a: SimpleNamespace) -> Value:
+def select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
 
 
 @lowers("aten.narrow.default")
-def narrow(b: Builder, a: SimpleNamespace) -> Value:
+def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     start = int(number_of(a.start)) % b.shape(x)[axis]
@@ -166,7 +166,7 @@ SEVERAL.update(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chun
 
 
 @lowers(*SEVERAL)
-def split(b: Builder, a: SimpleNamespace) -> Value:
+def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """One of several pieces: ``a.piece`` says which."""
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
@@ -184,7 +184,7 @@ def split(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.cat.default")
-def cat(b: Builder, a: SimpleNamespace) -> Value:
+def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
     tensors = [x for x in a.tensors if isinstance(x, Param) or len(b.shape(need_value(x))) == len(a.result)]
     sizes = [b.param_shape(x)[axis + 1] if isinstance(x, Param) else b.shape(x)[axis] for x in tensors]
@@ -195,7 +195,7 @@ def cat(b: Builder, a: SimpleNamespace) -> Value:
     return beside_constants(b, tensors, sizes, axis)
 
 
-def beside_constants(b: Builder, tensors: list[Value | Param], sizes: list[int], axis: int) -> Value:
+def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], sizes: list[int], axis: int) -> Value:
     """One value with constants before and after it (a class token): zeros there, and the constants added."""
     at = next(k for k, x in enumerate(tensors) if isinstance(x, Value))
     before, after = sum(sizes[:at]), sum(sizes[at + 1 :])
@@ -210,7 +210,7 @@ def beside_constants(b: Builder, tensors: list[Value | Param], sizes: list[int],
 
 
 @lowers("aten.stack.default")
-def stack(b: Builder, a: SimpleNamespace) -> Value:
+def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
     values = []
     for x in a.tensors:
@@ -219,7 +219,7 @@ def stack(b: Builder, a: SimpleNamespace) -> Value:
     return joined(b, values, axis, a.result)
 
 
-def joined(b: Builder, values: list[Value], axis: int, shape: Shape) -> Value:
+def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
     for v in values:
@@ -247,7 +247,7 @@ BORDERS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def padded(b: Builder, x: Value, flat: Sequence[int], mode: str) -> Value:
+def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
     """``flat``: (before, after) of the last axis, of the one before it, …; negative numbers cut off."""
     rank = len(b.shape(x))
     if len(flat) // 2 > rank:
@@ -260,7 +260,7 @@ def padded(b: Builder, x: Value, flat: Sequence[int], mode: str) -> Value:
 
 
 @lowers("aten.constant_pad_nd.default", "aten.pad.default")
-def pad(b: Builder, a: SimpleNamespace) -> Value:
+def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     mode = getattr(a, "mode", "constant")
     if mode == "constant" and a.value:
         raise NoForm(f"it pads with {a.value}, not with zeros")
@@ -269,12 +269,12 @@ def pad(b: Builder, a: SimpleNamespace) -> Value:
 
 @lowers(*(f"aten.reflection_pad{d}d.default" for d in (1, 2, 3)), mode="reflect")
 @lowers(*(f"aten.replication_pad{d}d.default" for d in (1, 2, 3)), mode="replicate")
-def pad_as(b: Builder, a: SimpleNamespace, mode: str) -> Value:
+def pad_as(b: ProgramBuilder, a: SimpleNamespace, mode: str) -> Value:
     return padded(b, need_value(a.self), a.padding, mode)
 
 
 @lowers("aten.expand.default", "aten.expand_as.default")
-def expand(b: Builder, a: SimpleNamespace) -> Value:
+def expand(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if len(b.shape(x)) != len(a.result):
         raise NoForm("it repeats the samples")
@@ -282,7 +282,7 @@ def expand(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.repeat.default")
-def repeat(b: Builder, a: SimpleNamespace) -> Value:
+def repeat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if len(a.repeats) != len(a.result) + 1 or a.repeats[0] != 1:
         raise NoForm("it repeats the samples")
@@ -293,7 +293,7 @@ def repeat(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.repeat_interleave.self_int")
-def repeat_interleave(b: Builder, a: SimpleNamespace) -> Value:
+def repeat_interleave(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if a.dim is None:
         raise NoForm("it runs over the samples")
@@ -311,19 +311,19 @@ def scales(a: SimpleNamespace) -> list[float | None]:
     return list(scales)
 
 
-def upsampled(b: Builder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
+def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
     """Per spatial axis: input length, output length, and input steps per output step."""
     shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
-    given = [s for s in scales(a) if s is not None]
+    factors = [s for s in scales(a) if s is not None]
     axes = list(zip(shape[1:], a.result[1:], strict=True))
-    if given and len(given) != len(axes):
-        given = []
-    return [(n, m, 1 / given[k] if given else n / m) for k, (n, m) in enumerate(axes)]
+    if factors and len(factors) != len(axes):
+        factors = []
+    return [(n, m, 1 / factors[k] if factors else n / m) for k, (n, m) in enumerate(axes)]
 
 
 @lowers("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest1d.default",
         "aten.upsample_nearest2d.default")  # fmt: skip
-def upsample_nearest(b: Builder, a: SimpleNamespace) -> Value:
+def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
     for axis, (n, m, step) in enumerate(upsampled(b, a), start=1):
         wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
@@ -333,7 +333,7 @@ def upsample_nearest(b: Builder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.upsample_linear1d.vec", "aten.upsample_bilinear2d.vec", "aten.upsample_linear1d.default",
         "aten.upsample_bilinear2d.default")  # fmt: skip
-def upsample_linear(b: Builder, a: SimpleNamespace) -> Value:
+def upsample_linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
     axes = []
     for n, m, step in upsampled(b, a):

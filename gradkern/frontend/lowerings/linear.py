@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 from ...ir.program import Contract, Dense, Param, Product, Value
 from .arithmetic import affine, shifted
-from .builder import Builder, NoForm, lowers, need_value
+from .builder import NoForm, ProgramBuilder, lowers, need_value
 
 
 @lowers("aten.linear.default")
-def linear(b: Builder, a: SimpleNamespace) -> Value:
+def linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``[*, I] -> [*, O]`` with weight ``[O, I]``."""
     x, bias = need_value(a.input), a.bias
     if not isinstance(a.weight, Param) or not (bias is None or isinstance(bias, Param)):
@@ -22,7 +22,7 @@ def linear(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
-def matmul(b: Builder, a: SimpleNamespace) -> Value:
+def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or a product of two values (`Product`)."""
     x, right = (a.self, a.other) if hasattr(a, "other") else (a.self, a.mat2)
     if isinstance(x, Value) and isinstance(right, Value):
@@ -33,7 +33,7 @@ def matmul(b: Builder, a: SimpleNamespace) -> Value:
     return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
 
 
-def multiplied(b: Builder, x: Value, y: Value) -> Value:
+def multiplied(b: ProgramBuilder, x: Value, y: Value) -> Value:
     """``[*B, M, K] @ [*B, K, P]`` per sample."""
     one, two = b.shape(x), b.shape(y)
     if len(one) != len(two) or len(one) < 2 or one[:-2] != two[:-2]:
@@ -42,7 +42,7 @@ def multiplied(b: Builder, x: Value, y: Value) -> Value:
 
 
 @lowers("aten.addmm.default")
-def addmm(b: Builder, a: SimpleNamespace) -> Value:
+def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``bias + x @ [I, O]``."""
     plain = a.alpha == 1 and a.beta == 1
     if not (plain and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
@@ -55,7 +55,7 @@ def addmm(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.baddbmm.default")
-def baddbmm(b: Builder, a: SimpleNamespace) -> Value:
+def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``beta mask + alpha x @ y`` per sample, with a constant mask: attention that also gives its weights."""
     if not isinstance(a.self, Param):
         raise NoForm("its added tensor depends on the samples")

@@ -8,7 +8,7 @@ import torch
 
 from ...ir.program import Channels, Contract, Param, Shape, Value, View
 from .arithmetic import per_channel
-from .builder import Builder, NoForm, as_shape, lowers, need_value, number_of
+from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -16,34 +16,34 @@ def lowest(dtype: torch.dtype) -> float:
     return max(-1e30, torch.finfo(dtype).min)
 
 
-def described(b: Builder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
-    """The derived tensor, with its shape and dtype said."""
+def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
+    """The derived tensor, its shape and dtype noted in the builder."""
     b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
     return param
 
 
-def as_numbers(b: Builder, mask: Param, dtype: torch.dtype) -> Param:
+def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
     """1 where a mask of booleans is true, else 0."""
     if b.param_meta[mask].dtype != torch.bool:
         raise NoForm("its mask is not of booleans")
     return described(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
 
 
-def additive(b: Builder, mask: Param, dtype: torch.dtype) -> Param:
-    """What attention adds to its scores for a mask: of booleans (true: looked at), or of numbers already."""
+def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
+    """What attention adds to its scores for a mask: of booleans (true: attended to), or of numbers already."""
     if b.param_meta[mask].dtype.is_floating_point:
         return described(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
     return described(b, b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
 
 
-def causal(b: Builder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
-    """``[queries, keys]``: no query looks at a later key."""
+def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
+    """``[queries, keys]``: no query attends to a later key."""
     full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
     return described(b, b.derive("aten.triu.default", full, 1), shape, dtype)
 
 
-def bounded(b: Builder, x: Value, dtype: torch.dtype) -> Value:
+def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
     """A softmax's argument, with constants of -inf that were added to it as low as an exponential needs."""
     step = b.step(x)
     if step is not None and isinstance(step.form, View):
@@ -56,7 +56,7 @@ def bounded(b: Builder, x: Value, dtype: torch.dtype) -> Value:
 
 
 @lowers("aten.masked_fill.Scalar")
-def masked_fill(b: Builder, a: SimpleNamespace) -> Value:
+def masked_fill(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``x (1 - mask) + value mask``, for scores that a softmax is to leave out; where they are finite that is the same.
 
     Other fills may replace numbers that are not finite (padding, a logarithm's result), and 0 · NaN is NaN.

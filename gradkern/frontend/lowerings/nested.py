@@ -6,28 +6,28 @@ from dataclasses import replace
 
 from ...ir.program import Batch, Call, Opaque, Param, Value
 from ...ir.recurrent import GATES, recognise
-from .builder import Builder, as_shape
+from .builder import ProgramBuilder, as_shape
 from .index import along, emit
 
 
-def simplified(b: Builder, call: Call) -> Call:
+def simplified(b: ProgramBuilder, call: Call) -> Call:
     """The call with constants that are repeated for every sample (a class token) as constants again."""
 
     def plain(x: object) -> object:
         if isinstance(x, tuple):
             return tuple(plain(item) for item in x)
         if isinstance(x, Call) and x.op == "aten.expand.default" and isinstance(x.args[0], Param):
-            size, given = x.args[1], b.param_shape(x.args[0])
-            if size[0] == Batch(1) and len(size) == len(given) and given[0] == 1:
-                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], given[1:], strict=True)))
-                if shape == given:
+            size, param_shape = x.args[1], b.param_shape(x.args[0])
+            if size[0] == Batch(1) and len(size) == len(param_shape) and param_shape[0] == 1:
+                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], param_shape[1:], strict=True)))
+                if shape == param_shape:
                     return x.args[0]
         return x
 
     return replace(call, args=tuple(plain(x) for x in call.args))
 
 
-def last_state(b: Builder, call: Call) -> Value | None:
+def last_state(b: ProgramBuilder, call: Call) -> Value | None:
     """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (the first, backward)."""
     if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
         return None

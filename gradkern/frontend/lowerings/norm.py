@@ -6,24 +6,24 @@ import math
 from types import SimpleNamespace
 
 from ...ir.program import Channels, Contract, LowRank, Param, Value
-from .builder import Builder, MixesSamples, NoForm, as_shape, lowers, need_value, sample_axis
+from .builder import MixesSamples, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
 from .masks import bounded
 
 
 @lowers("aten.batch_norm.default", "aten.native_batch_norm.default")
-def batch_norm(b: Builder, a: SimpleNamespace) -> Value:
+def batch_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.training or a.running_mean is None:
         raise MixesSamples("uses the statistics of the batch")
     return folded(b, a)
 
 
 @lowers("aten._native_batch_norm_legit.no_stats", "aten._native_batch_norm_legit_functional.default")
-def batch_norm_train(b: Builder, a: SimpleNamespace) -> Value:
+def batch_norm_train(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     raise MixesSamples("uses the statistics of the batch")
 
 
 @lowers("aten._native_batch_norm_legit_no_training.default")
-def folded(b: Builder, a: SimpleNamespace) -> Value:
+def folded(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` as one factor and one shift per channel, both derived."""
     value = need_value(a.input)
     if not b.shape(value):
@@ -39,7 +39,7 @@ def folded(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
-def softmax(b: Builder, a: SimpleNamespace) -> Value:
+def softmax(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if getattr(a, "dtype", None) is not None or getattr(a, "half_to_float", False):
         raise NoForm("it changes the dtype")
@@ -53,14 +53,14 @@ def softmax(b: Builder, a: SimpleNamespace) -> Value:
 # Norms: one axis that holds all that is normalised together, then a factor and a shift
 
 
-def normalized(b: Builder, x: Value, groups: int, eps: float) -> Value:
+def normalized(b: ProgramBuilder, x: Value, groups: int, eps: float) -> Value:
     """Each of ``groups`` equal stretches of the sample to mean 0 and variance 1, in the value's own shape."""
     shape = b.shape(x)
     rows = as_shape(b, x, (groups, math.prod(shape) // groups))
     return as_shape(b, b.emit(LowRank("normalize", 1, (float(eps),)), (rows,), b.shape(rows)), shape)
 
 
-def affine_along(b: Builder, x: Value, axis: int, weight: Param | None, bias: Param | None) -> Value:
+def affine_along(b: ProgramBuilder, x: Value, axis: int, weight: Param | None, bias: Param | None) -> Value:
     """One factor and one shift per index along ``axis`` (0 or the last)."""
     if weight is None and bias is None:
         return x
@@ -68,7 +68,7 @@ def affine_along(b: Builder, x: Value, axis: int, weight: Param | None, bias: Pa
 
 
 @lowers("aten.layer_norm.default", "aten.native_layer_norm.default")
-def layer_norm(b: Builder, a: SimpleNamespace) -> Value:
+def layer_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input)
     shape, inner = b.shape(x), tuple(a.normalized_shape)
     if len(inner) > len(shape):
@@ -85,12 +85,12 @@ def layer_norm(b: Builder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.group_norm.default", groups="num_groups")
 @lowers("aten.native_group_norm.default", groups="group")
-def group_norm(b: Builder, a: SimpleNamespace, groups: str) -> Value:
+def group_norm(b: ProgramBuilder, a: SimpleNamespace, groups: str) -> Value:
     return affine_along(b, normalized(b, need_value(a.input), getattr(a, groups), a.eps), 0, a.weight, a.bias)
 
 
 @lowers("aten.instance_norm.default")
-def instance_norm(b: Builder, a: SimpleNamespace) -> Value:
+def instance_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not a.use_input_stats:
         return folded(b, a)
     x = need_value(a.input)

@@ -6,14 +6,14 @@ import math
 from types import SimpleNamespace
 
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
-from .builder import Builder, NoForm, as_shape, lowers, need_value, sample_axis, tuple_of
+from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis, tuple_of
 from .index import as_list, permuted
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
 
 
-def with_channels(b: Builder, x: Value, dims: int) -> Value:
+def with_channels(b: ProgramBuilder, x: Value, dims: int) -> Value:
     """The value as ``[C, *spatial]``; pools take values without a channel axis too."""
     shape = b.shape(x)
     if len(shape) == dims:
@@ -36,7 +36,7 @@ def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
 
 @lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default", dims=1)
 @lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", dims=2)
-def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
     channels, *spatial = b.shape(source)
@@ -58,7 +58,7 @@ def max_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
 
 @lowers("aten.avg_pool1d.default", dims=1)
 @lowers("aten.avg_pool2d.default", dims=2)
-def avg_pool(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -92,7 +92,7 @@ def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool
 
 @lowers("aten.adaptive_avg_pool1d.default", dims=1)
 @lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default", dims=2)
-def adaptive(b: Builder, a: SimpleNamespace, dims: int) -> Value:
+def adaptive(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
     channels, *spatial = b.shape(source)
@@ -114,7 +114,7 @@ def adaptive_rows(n: int, m: int) -> Rows:
 
 @lowers("aten.mean.dim", average=True)
 @lowers("aten.sum.dim_IntList", average=False)
-def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
+def reduced(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
     """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
     x = need_value(a.self)
     if a.dtype is not None:
@@ -136,7 +136,7 @@ def reduced(b: Builder, a: SimpleNamespace, average: bool) -> Value:
     return without(b, y, shape, dims, a.keepdim)
 
 
-def kept_first(b: Builder, x: Value, dims: set[int]) -> tuple[Value, int]:
+def kept_first(b: ProgramBuilder, x: Value, dims: set[int]) -> tuple[Value, int]:
     """The value as ``[what stays, what is reduced]``, and how much that is: a map over positions keeps axis 0."""
     shape = b.shape(x)
     if any(shape[d] == 0 for d in dims):
@@ -146,7 +146,7 @@ def kept_first(b: Builder, x: Value, dims: set[int]) -> tuple[Value, int]:
     return as_shape(b, permuted_x, (math.prod(shape) // count, count)), count
 
 
-def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -> Value:
+def without(b: ProgramBuilder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -> Value:
     """The reduced value under the shape that torch gives it."""
     kept = tuple(1 if i in dims else n for i, n in enumerate(shape))
     return as_shape(b, y, kept if keepdim else tuple(n for i, n in enumerate(shape) if i not in dims))
@@ -154,7 +154,7 @@ def without(b: Builder, y: Value, shape: Shape, dims: set[int], keepdim: bool) -
 
 @lowers("aten.amax.default", ties="split")  # equal maxima share the cotangent
 @lowers("aten.max.dim", ties="first")  # the values of ``x.max(dim)``: the first of equal maxima gets it
-def maximum(b: Builder, a: SimpleNamespace, ties: str) -> Value:
+def maximum(b: ProgramBuilder, a: SimpleNamespace, ties: str) -> Value:
     """The maximum over whole axes."""
     x = need_value(a.self)
     shape = b.shape(x)

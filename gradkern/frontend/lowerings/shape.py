@@ -6,9 +6,9 @@ import math
 from types import SimpleNamespace
 
 from ...ir.program import Value
-from .builder import Builder, NoForm, as_shape, lowers, need_value
+from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
 
-#: Ops of which the result's shape says everything.
+#: Ops that are known by the shape of their result alone.
 VIEWS = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
     *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
@@ -16,7 +16,7 @@ VIEWS = (
 
 
 @lowers(*VIEWS)
-def view(b: Builder, a: SimpleNamespace) -> Value:
+def view(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """Row-major order and batch axis 0 stay as they are, so the result's own shape says everything."""
     x = need_value(a.self)
     if math.prod(b.shape(x)) != math.prod(a.result):
@@ -25,19 +25,19 @@ def view(b: Builder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.lift_fresh_copy.default")
-def identity(b: Builder, a: SimpleNamespace) -> Value:
+def identity(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return need_value(a.self)
 
 
 @lowers("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
-def dropout(b: Builder, a: SimpleNamespace) -> Value:
+def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.train and a.p > 0:
         raise NoForm("dropout in train mode draws random numbers")
     return need_value(a.input)
 
 
 @lowers("aten._to_copy.default", "aten.to.dtype")
-def unchanged(b: Builder, a: SimpleNamespace) -> Value:
+def unchanged(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """Ops that vanish where they leave the dtype as it is."""
     x = need_value(a.self)
     if b.shape(x) != a.result or b.dtypes.get(x) != a.result_dtype:

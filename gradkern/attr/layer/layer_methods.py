@@ -22,8 +22,8 @@ from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
     Inputs,
-    Many,
     Options,
+    Tensors,
     answer,
     completeness,
     one_by_one,
@@ -33,7 +33,7 @@ from ..attribute_all import (
 )
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
-from ..rules.methods import GuidedBackprop
+from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
 
@@ -47,7 +47,7 @@ class LayerMethod(stock.GradientAttribution):
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
 
-    def _view(self, inputs: Many, extra: Any, options: Options, *, now: bool) -> LayerView | None:
+    def _view(self, inputs: Tensors, extra: Any, options: Options, *, now: bool) -> LayerView | None:
         """The model seen from the layer, where this call is not Captum's."""
         if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in inputs):
             return None
@@ -59,7 +59,7 @@ class LayerMethod(stock.GradientAttribution):
         to_input = options.get("attribute_to_layer_input") or options.get("attribute_to_neuron_input")
         return view_of(points, self.layer, bool(to_input), now=now)
 
-    def _one(self, rows: Many, options: Options) -> Any:
+    def _one(self, rows: Tensors, options: Options) -> Any:
         """``attribute`` on the engine, where the model is traced; None where the call is Captum's."""
         try:
             view = self._view(rows, options["additional_forward_args"], options, now=False)
@@ -71,7 +71,7 @@ class LayerMethod(stock.GradientAttribution):
             return None
         return None if maps is None else maps[:, 0]
 
-    def _all(self, rows: Many, targets: Any, options: Options) -> Any:
+    def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
         """``attribute_all`` on the engine; None where the call is Captum's."""
         view = self._view(rows, options["additional_forward_args"], options, now=True)
         if view is None:
@@ -86,7 +86,7 @@ class LayerMethod(stock.GradientAttribution):
             delta = completeness(self.forward_func, (maps,), start, rows, view.points.more, seeds)
         return answer((maps,), False, seeds, delta)
 
-    def _spent(self, rows: Many, extra: Any, seconds: float) -> None:
+    def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
         """Captum's time counts towards tracing."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -125,9 +125,9 @@ def one_output(kind: Any) -> Any:
 
 def all_outputs(kind: Any) -> AttributeAll:
     """Its ``attribute_all``: Captum's arguments, with ``targets`` after the inputs."""
-    own = dict(inspect.signature(compat.unlogged(kind)).parameters)
-    targets = own.pop("target").replace(name="targets", annotation=Any)
-    kept = [p for name, p in own.items() if name not in ("internal_batch_size", "grad_kwargs")]
+    parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
+    targets = parameters.pop("target").replace(name="targets", annotation=Any)
+    kept = [p for name, p in parameters.items() if name not in ("internal_batch_size", "grad_kwargs")]
     signature = inspect.Signature([*kept[:2], targets, *kept[2:]])
 
     def attribute_all(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
 from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
-from .methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, all_outputs, one_output
 from .split import LayerView
 
 
@@ -76,7 +76,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
         weights, alphas = path_steps(options["method"], options["n_steps"])
         total = view.zeros(seeds)
-        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds)):
+        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds), value.device):
             steps = last - first
             held = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
             gradients = view.gradients(held, repeated_index(index, a, b, steps), seeds)
@@ -87,7 +87,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
 
 
 @dataclass(frozen=True)
-class Block:
+class PathBlock:
     """The steps ``first:last`` of the samples ``a:b``, steps first."""
 
     a: int
@@ -100,12 +100,12 @@ class Block:
 
 def blocks_of_path(
     view: LayerView, alphas: Tensor, index: Tensor | None, seeds: int, options: Options
-) -> Iterator[Block]:
+) -> Iterator[PathBlock]:
     """The layer along the path of inputs from the baselines, block by block."""
     points = view.points
     inputs, start = format_input_baseline(points.inputs, options["baselines"])
     layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
-    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds)):
+    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds), inputs[0].device):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
         held = view.forward(at, repeated(points.more, a, b, steps))
-        yield Block(a, b, first, last, held[0], view.gradients(held, repeated_index(index, a, b, steps), seeds))
+        yield PathBlock(a, b, first, last, held[0], view.gradients(held, repeated_index(index, a, b, steps), seeds))

@@ -12,19 +12,16 @@ from torch import Tensor
 from ...dispatch import batching
 from ...ir.program import Program, Scale
 from ...runtime import parameters
-from ...util import options
-from ...util.chunks import stepwise_bytes
+from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import InputError
+from ...util.options import InputError, engine
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Many, Options, RowMethod, points_for, typed
+from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds
 from .linear import attribute as rule_attribute
-from .linear import forward_values, looked_at
+from .linear import rule_values, values_needed
 from .rule import Params, Rule, Values
-
-CHUNK_BYTES = 64 << 20  # values and slopes that a CPU holds at a time, where the budget allows it
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Chunk:
 
     program: Program
     params: Params
-    rows: Many
+    rows: Tensors
     a: int
     b: int
     options: Options
@@ -46,7 +43,7 @@ class Chunk:
 class ProgramMethod(RowMethod):
     """An input method that needs the model's Program."""
 
-    def _one(self, rows: Many, target: Any, extra: Any, given: Options) -> Many | None:
+    def _one(self, rows: Tensors, target: Any, extra: Any, options: Options) -> Tensors | None:
         """Attributions ``[N, *in]`` of Captum's ``target``; None where the call is Captum's, its errors included."""
         if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in rows):
             return None
@@ -58,7 +55,7 @@ class ProgramMethod(RowMethod):
             if program is None or any(not program.consumers[w] for w in points.wrt):
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, given)
+            parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, options)
         except InputError:
             return None
         if parts is None:
@@ -77,11 +74,11 @@ class RuleMethod(ProgramMethod):
         """Has the rule something to say about every step?"""
         return True
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Many, targets: Tensor) -> Many:
+    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         """The reduction: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         points = self._points(rows, more)
         program = points.traced()
         if program is None or not self._supports(program):
@@ -89,15 +86,13 @@ class RuleMethod(ProgramMethod):
         inputs = tuple(x.detach().contiguous() for x in (*rows, *more))
         device, n = inputs[0].device, inputs[0].shape[0]
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
-        plain = options.engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
+        plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
             assert points.module is not None
             params = parameters.bind(program, points.module)
-            step = chunk_of(program, seeds, inputs[0].dtype, device)
-            for a in range(0, n, step):
-                b = min(a + step, n)
-                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, given, plain)
+            for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
+                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, plain)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
                 multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not plain)
@@ -106,12 +101,13 @@ class RuleMethod(ProgramMethod):
         return results
 
 
-def chunk_of(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Samples at a time: their values, references and slopes, and the plain executor's cotangents."""
-    each = stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize)  # values and slopes, here and at the reference
-    budget = options.memory_budget(device)
-    room = min(CHUNK_BYTES, budget) if device.type == "cpu" else budget // 3  # a GPU wants large pieces
-    return max(1, room // each)
+def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
+    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
+
+    The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
+    """
+    shapes, size = 4 * program.shapes, dtype.itemsize
+    return samples_per_chunk(device, 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size))
 
 
 def values_of(
@@ -120,7 +116,7 @@ def values_of(
     """The forward pass that a rule looks at."""
     if plain:
         return Values(program, params, dict(enumerate(rows)))
-    return forward_values(program, params, rows, looked_at(program, outputs_too))
+    return rule_values(program, params, rows, values_needed(program, outputs_too))
 
 
 class _Rectifying(ProgramMethod):
@@ -147,7 +143,7 @@ class _Rectifying(ProgramMethod):
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 
-    def _rows(self, rows: Many, more: Many, index: Tensor | None, seeds: int, given: Options) -> Many | None:
+    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         points = self._points(rows, more)
         program = points.traced()
         if program is None:

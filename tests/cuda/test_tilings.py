@@ -1,6 +1,6 @@
-"""The ways in which a chain can be cut and run on a GPU, each forced, on the host, against the oracle.
+"""Every tiling and scatter algorithm that a chain can have on a GPU, each forced, on the host, against the oracle.
 
-The planner takes the way that it expects to be fastest; these tests take every one that fits.
+The planner takes what it expects to be fastest; these tests take all that fits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda import lowering, slices
 from gradkern.codegen.cuda.lowering import DeviceLowering
 from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
-from gradkern.codegen.records import PooledWindow, ScatterT, Way, Window
+from gradkern.codegen.records import PooledWindow, ScatterAlgorithm, ScatterT, Window
 from gradkern.frontend import tracer
 from gradkern.ir.program import Program
 from gradkern.planner import plan
@@ -61,12 +61,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def prefer(monkeypatch: pytest.MonkeyPatch, way: Way) -> None:
-    """Where it fits at all, transposed convolutions go that way."""
+def prefer(monkeypatch: pytest.MonkeyPatch, algorithm: ScatterAlgorithm) -> None:
+    """Transposed convolutions use that algorithm wherever it fits."""
     before = DeviceLowering.scatter_clocks
 
     def clocks(self: DeviceLowering, layout: DeviceScatter, taps: int, pattern: bool) -> float:
-        return before(self, layout, taps, pattern) * (1e-6 if layout.way == way else 1.0)
+        return before(self, layout, taps, pattern) * (1e-6 if layout.algorithm == algorithm else 1.0)
 
     monkeypatch.setattr(DeviceLowering, "scatter_clocks", clocks)
 
@@ -108,28 +108,34 @@ def only_chain(program: Program, seeds: int, dtype: torch.dtype) -> Chain:
     return made.chain(0, seeds, (0,), True)
 
 
-def ways_of(chain: Chain) -> set[Way]:
-    return {op.way for op in chain.backward if isinstance(op, ScatterT)}
+def algorithms_of(chain: Chain) -> set[ScatterAlgorithm]:
+    return {op.algorithm for op in chain.backward if isinstance(op, ScatterT)}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize("algorithm", ScatterAlgorithm)
 @pytest.mark.parametrize("name", NETS)
-def test_transposed_convolutions(name: str, way: Way, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefer(monkeypatch, way)
+def test_transposed_convolutions(
+    name: str, algorithm: ScatterAlgorithm, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, algorithm)
     slice_by(monkeypatch, count)
     y, got, want_y, want, chain = solve(name)
     assert oracle.relative_error(y, want_y) < 1e-12
     assert oracle.relative_error(got, want) < 1e-11
     # Narrow windows are short and in one piece; quads want channels in fours.
-    if way == Way.Walk or (way == Way.Quads and name != "2-D, 5 channels") or name in ("pool2", "no pool", "stride"):
-        assert way in ways_of(chain)
+    if (
+        algorithm == ScatterAlgorithm.Walk
+        or (algorithm == ScatterAlgorithm.Quads and name != "2-D, 5 channels")
+        or name in ("pool2", "no pool", "stride")
+    ):
+        assert algorithm in algorithms_of(chain)
 
 
 @pytest.mark.parametrize("name", ["pool2", "pool4", "2-D, 8 channels"])
 def test_in_float32_with_many_seeds_and_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six quads a lane, several seeds a visit, and eight positions a thread are float's alone."""
-    prefer(monkeypatch, Way.Quads)
+    prefer(monkeypatch, ScatterAlgorithm.Quads)
     y, got, want_y, want, _ = solve(name, torch.float32, 9, blocks=2)
     assert oracle.relative_error(y, want_y) < 1e-5
     assert oracle.disagreeing(got, want) <= 0.25  # a pattern flips
@@ -140,7 +146,7 @@ def test_slices_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2, 4):
         slice_by(monkeypatch, count)
         *_, chain = solve("pool2")
-        wide = [op for op in chain.backward if op.block]
+        wide = [op for op in chain.backward if op.whole_block]
         kept.append(chain.sizes.sample)
         assert len(wide) >= count
     assert kept[0] > kept[1] > kept[2]
@@ -156,7 +162,7 @@ def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
     )  # fmt: skip
     monkeypatch.setitem(NETS, "groups", (lambda: model, (1, 24)))
     _, got, _, want, chain = solve("groups")
-    assert sum(op.block for op in chain.backward) == 3
+    assert sum(op.whole_block for op in chain.backward) == 3
     assert oracle.relative_error(got, want) < 1e-11
 
 
@@ -180,7 +186,7 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
     )  # fmt: skip
     monkeypatch.setitem(NETS, "border", (lambda: model, (1, 7, 5)))
     _, got, _, want, chain = solve("border")
-    assert any(op.block for op in chain.backward)
+    assert any(op.whole_block for op in chain.backward)
     assert oracle.relative_error(got, want) < 1e-11
 
 
