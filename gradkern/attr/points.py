@@ -102,7 +102,7 @@ class Points:
         if program is None:
             result = solve(request, route, strict=strict)
         else:
-            result = batching.run(request, program, route.params, route.engine, strict=strict)
+            result = batching.run(request, program, route.tensors, route.engine, strict=strict)
         self.ahead = max(0, self.ahead - points[0].shape[0])
         return result.jacobians
 

@@ -19,7 +19,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +53,17 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 @dataclass(eq=False)
 class Graph:
-    """One captured graph: ``reads`` says what each of its placeholders stands for."""
+    """One captured graph.
+
+    ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
+    Dynamo's is known.  ``tensors``: the live tensors that it reads, from what the captured function was called with.
+    """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
-
-    def __post_init__(self) -> None:
-        self.names = [(name, i) for i, name in enumerate(self.reads) if isinstance(name, str)]
-
-    def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
-        """The live tensors of one call by name."""
-        return {name: arguments[i] for name, i in self.names}
+    names: tuple[str, ...]  # of the tensors, in order
+    code: types.CodeType | None = None
+    tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,12 @@ def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
 
 
 class Capture:
-    """The graphs of one function for inputs of one signature.  It holds no reference to the function."""
+    """The graphs of one function for inputs of one signature.  It holds no reference to the function.
+
+    ``code``: the code object that Dynamo keeps guards and graphs with.  ``shared``: the globals that it runs with.
+    """
+
+    shared = globals()
 
     def __init__(self) -> None:
         self._begin()
@@ -102,67 +107,67 @@ class Capture:
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
         # all models of the process together.
-        self._code = _entry.__code__.replace(co_name="entry")
-        entry = types.FunctionType(self._code, globals())
-        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
+        self.code = _entry.__code__.replace(co_name="entry")
+        self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
+        entry = types.FunctionType(self.code, globals())
+        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
 
-    def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
-        """The graph whose guards hold now; None where there is none."""
-        stand_ins = _stand_ins(inputs)
-        seen = {"fn": fn, "inputs": tuple(stand_ins)}
-        with _as_captured():
-            for entry in _debug_get_cache_entry_list(self._code):  # newest use first
-                if entry.guard_manager.check(seen):
-                    return _called(types.FunctionType(entry.code, globals()), fn, stand_ins)
-        return None
+    def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`.
 
-    def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
-        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
-        stand_ins = _stand_ins(inputs)
+        ``stand_ins``: like the inputs but for their values, requiring grad where they are floating.
+        """
         for x in stand_ins:
             torch._dynamo.mark_dynamic(x, 0)
-        with LOCK, _settings(), _as_captured():
+        with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    captured = _called(self._capturing, fn, stand_ins)
+                    return self._called(fn, stand_ins)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
                     self._begin()
-                    captured = _called(self._capturing, fn, stand_ins)
+                    return self._called(fn, stand_ins)
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
-        if captured is None:
+
+    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        self._compiled(fn, *stand_ins)
+        if _ran.graph is None:
             raise Untraceable("its output is not one tensor")
-        return captured
+        (graph, arguments), _ran.graph = _ran.graph, None
+        tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+        if graph.code is None:
+            self._find(graph, {"fn": fn, "inputs": stand_ins}, tensors)
+        return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
+    def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Learn Dynamo's code for a new graph, and where its tensors are read."""
+        entries = _debug_get_cache_entry_list(self.code)
+        code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
+        self.graphs[id(code)] = graph
 
-@contextmanager
-def _as_captured() -> Iterator[None]:
-    """The modes that graphs are captured in: they are guarded, too."""
-    before, inside = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    torch._C._set_grad_enabled(True)
-    try:
-        with torch.inference_mode(False) if inside else nullcontext():
-            yield
-    finally:
-        torch._C._set_grad_enabled(before)
+        def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
+            types.FunctionType(code, shared)(local["fn"], *local["inputs"])
+            arguments, _ran.graph = _ran.graph[1], None
+            return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
 
-
-def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured | None:
-    """What a call would run; None where no graph gives its result."""
-    entry(fn, *stand_ins)
-    if _ran.graph is None:
-        return None
-    (graph, arguments), _ran.graph = _ran.graph, None
-    return Captured(graph, graph.tensors(arguments))
+        assert graph.module is not None
+        sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+        expressions = [s for s, read in zip(sources, graph.reads, strict=True) if isinstance(read, str)]
+        try:
+            read = eval(f"lambda L, G: ({''.join(e + ', ' for e in expressions)})")
+            same = all(a is b for a, b in zip(read(local, self.shared), tensors, strict=True))
+        except Exception:  # an expression in terms of Dynamo's own
+            same = False
+        graph.tensors = read if same else run
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
-    graph = Graph(module, tuple(reads.values()))
+    graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
@@ -172,8 +177,7 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
 
 
 def _reads(node: torch.fx.Node) -> Reads:
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    name = source.name if isinstance(source.name, str) else source.name()
+    name = _source(node)
     if of_input := _INPUT.fullmatch(name):
         return int(of_input.group(1))
     if _SIZE.fullmatch(name):
@@ -183,21 +187,17 @@ def _reads(node: torch.fx.Node) -> Reads:
     return plain_name(name)
 
 
+def _source(node: torch.fx.Node) -> str:
+    """Where Dynamo reads a placeholder: an expression in ``L``, the arguments by name, and ``G``, the globals."""
+    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    return name if isinstance(name, str) else name()
+
+
 def plain_name(source: str) -> str:
     """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
     ``conv.weight``."""
     source = source.removeprefix("L['fn']")
     return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
-
-
-def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
-    stand_ins = []
-    for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
-        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
-    return stand_ins
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     try:
         with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
             model(*[x.clone() for x in rows])
-            values = reference.forward(program, points.route.params, rows)
+            values = reference.forward(program, points.route.params(), rows)
     finally:
         handle.remove()
     if not seen or seen[-1] is None:
@@ -114,7 +114,7 @@ class LayerView:
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
-        self.params = points.route.params
+        self.params = points.route.params()
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )

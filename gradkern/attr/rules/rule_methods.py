@@ -88,7 +88,7 @@ class RuleMethod(ProgramMethod):
         plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
         with torch.inference_mode(False), torch.no_grad():
-            params = points.route.params
+            params = points.route.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, plain)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
