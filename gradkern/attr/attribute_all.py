@@ -1,4 +1,4 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the fallback to Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
@@ -111,9 +111,9 @@ def shaped(tree: Any, seeds: Seeds) -> Any:
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
-def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
+def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
         items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
@@ -160,7 +160,7 @@ def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Te
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that it has to bring: the attributions of every seed at given rows.  With it come
+    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given rows.  It gives
     ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
     """
 
@@ -173,8 +173,8 @@ class RowMethod(stock.GradientAttribution):
         """
         raise NotImplementedError
 
-    def _uses_up_something(self) -> bool:
-        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+    def _indivisible(self) -> bool:
+        """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
         return False
 
     def _points(self, rows: Tensors, more: Tensors) -> Points:

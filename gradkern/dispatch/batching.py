@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +12,23 @@ from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..runtime.parameters import Params
-from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import BadValue, Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
+from .watch import Watch
 
 
 def run(
-    request: Request, program: Program, params: Params, engine: Engine, start: int = 0,
+    request: Request, program: Program, tensors: Params, engine: Engine, start: int = 0,
     known: JacobianResult | None = None, *,
-    strict: bool = False, saved: int = 0,
+    strict: bool = False, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
-    ``params``: the tensors that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
-    steps are torch's to differentiate.
+    ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
+    steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     module, wrt = request.module, request.wrt
     assert module is not None
@@ -38,19 +39,25 @@ def run(
     with torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, known)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        plain, chunk = _prepare(request, program, params, engine, results, saved)
+        params, plain, chunk = _prepare(request, program, tensors, engine, results, saved)
         # From here on the work is the runtime's, and nothing of dispatch is called but for chosen outputs.
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if plain else executor.jacobian
+        watch = watch or Watch()
+        due = watch.seconds * watch.share > watch.cost
         for a, b in spans(start, samples, chunk):
             here = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
                 results.choose(a, b, forward(request.fn, module, [x.clone() for x in here]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
+            begin = time.perf_counter()
             y, _ = differentiate(program, params, here, index, wrt, out=rows)
+            watch.seconds += time.perf_counter() - begin
+            if due and a == start:
+                watch.compare(request.fn, module, here, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made
@@ -58,24 +65,25 @@ def run(
 
 
 def _prepare(
-    request: Request, program: Program, params: Params, engine: Engine, results: JacobianResult, saved: int
-) -> tuple[bool, int]:
-    """Whether plain torch takes the steps, and how many samples go together."""
+    request: Request, program: Program, tensors: Params, engine: Engine, results: JacobianResult, saved: int
+) -> tuple[Params, bool, int]:
+    """The parameters, whether plain torch takes the steps, and how many samples go together."""
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
     each, device = _bytes_per_sample(request, program, results, saved), inputs[0].device
     chunk = stepwise_samples(device, each.stepwise)
     # From here on the runtime is asked.
+    params = parameters.bind(program, tensors)
     if engine == "reference" or not all(ops.machine(i.device) for i in inputs):
-        return True, chunk
+        return params, True, chunk
     floating = {i.dtype for i in inputs if i.is_floating_point()}
     plan = executor.plan_for(program, results.seeds.count, x.dtype, x.device)
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
-        return True, chunk
+        return params, True, chunk
     # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
-    return False, chunk
+    return params, False, chunk
 
 
 def not_native(x: Tensor) -> bool:
@@ -100,9 +108,9 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
-    largest = size * max(map(math.prod, program.shapes))
+    largest = size * numbers(program.shapes)[1]
     rows = seeds.count * largest  # one cotangent of a sample
-    gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
+    gradients = seeds.count * numbers(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
         fused += rows  # the rows of the last weight, gathered for each sample
@@ -112,5 +120,5 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
         fused += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
         fused += gradients * size
-    cast = fused + 4 * (sum(map(math.prod, program.inputs)) + gradients)
+    cast = fused + 4 * (numbers(program.inputs)[0] + gradients)
     return BytesPerSample(stepwise, fused, cast)

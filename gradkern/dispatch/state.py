@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -26,7 +25,8 @@ from ..runtime.parameters import bind
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_followed
-from .guards import condition
+from .guards import condition, stand_ins
+from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
 REFUSALS = 16
@@ -54,11 +54,11 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A Program, and the parameters that it has in this call."""
+    """A Program, and the live tensors that it names in this call."""
 
     verdict: Verdict
     program: Program
-    params: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -66,22 +66,12 @@ class CacheEntry:
     """What is known about one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
-    verdicts: WeakKeyDictionary[Graph, Verdict] = field(default_factory=WeakKeyDictionary)
+    verdicts: dict[Graph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd where a Program might have saved some
+    watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
-
-    def traced(self, module: nn.Module, inputs: Sequence[Tensor]) -> Traced | None:
-        """The Program whose guards hold now, with live parameters; None where there is none."""
-        if not self.verdicts:
-            return None
-        captured = self.capture.known(module, inputs)
-        verdict = None if captured is None else self.verdicts.get(captured.graph)
-        if captured is None or verdict is None or verdict.program is None:
-            return None
-        self.misses = 0
-        return Traced(verdict, verdict.program, bind(verdict.program, captured.tensors))
 
     def refusal(self, module: nn.Module) -> Verdict | None:
         """Why the model has no Program in the state that it is in, where that is known."""
@@ -121,6 +111,14 @@ class ModelState:
             )
         return result
 
+    def refuse(self, entry: CacheEntry, module: nn.Module, reason: str) -> Verdict:
+        """Leave the model to autograd, in the state that it is in; warns once."""
+        verdict = Verdict(None, reason)
+        entry.verdicts.clear()
+        entry.refused.put(condition(module), verdict)
+        self.warn(f"{type(module).__name__} runs on autograd as a whole: {reason}.")
+        return verdict
+
     def _traced(
         self, entry: CacheEntry, module: nn.Module, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
     ) -> Traced | Verdict:
@@ -131,16 +129,15 @@ class ModelState:
         try:
             check_followed(module, samples)
             with buffers_kept(module):
-                captured = entry.capture.capture(module, inputs)
+                captured = entry.capture.capture(module, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
                 program = lower(captured, inputs, type(module).__name__) if known is None else known.program
                 assert program is not None
-                params = bind(program, captured.tensors)
                 if known is None:
-                    verify(program, module, params, samples)
+                    verify(program, module, bind(program, captured.tensors), samples)
                     captured.graph.module = None
                     known = entry.verdicts[captured.graph] = Verdict(program)
-            return Traced(known, program, params)
+            return Traced(known, program, captured.tensors)
         except Untraceable as error:
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
         except InputError:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._guards import TracingContext
 from torch.fx.experimental import _config as shapes_config
 
@@ -55,24 +56,19 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 @dataclass(eq=False)
 class Graph:
-    """One captured graph: ``reads`` says what each of its placeholders stands for."""
+    """One captured graph.
+
+    ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
+    Dynamo's is known.  ``tensors``: the live tensors that it reads, from what the captured function was called with.
+    ``methods``: those that ran while it was captured; Dynamo does not guard against one's replacement in its class.
+    """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
-    methods: tuple[Method, ...] = ()  # that were run while it was captured
-
-    def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
-        """The live tensors of one call by name."""
-        read = zip(self.reads, arguments, strict=True)
-        return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
-
-    def methods_hold(self) -> bool:
-        """Is every method what it was?  Dynamo does not guard against the replacement of one in its class."""
-        for owner, name, code in self.methods:
-            method = getattr(owner(), name, None)
-            if getattr(method, "__code__", None) is not code and _code_of(method) is not code:
-                return False
-        return True
+    names: tuple[str, ...]  # of the tensors, in order
+    code: types.CodeType | None = None
+    tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
+    methods: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +100,10 @@ def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
 
 
 class Capture:
-    """The graphs of one function for inputs of one signature.  It holds no reference to the function."""
+    """The graphs of one function for inputs of one signature.  It holds no reference to the function.
+
+    ``code``: the code object that Dynamo keeps guards and graphs with.  ``shared``: the globals that it runs with.
+    """
 
     def __init__(self) -> None:
         self._begin()
@@ -112,58 +111,73 @@ class Capture:
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
         # all models of the process together.  Globals of its own: Dynamo keeps the modules there that it has met.
-        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), dict(globals()), "entry")
+        self.code = _entry.__code__.replace(co_name="entry")
+        self.shared = dict(globals())
+        self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
+        entry = types.FunctionType(self.code, self.shared)
         options: Any = {"guard_filter_fn": _note_methods}
-        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
-        self._looking = torch._dynamo.run(entry)
+        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
 
-    def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
-        """The graph whose guards hold now; None where there is none."""
-        try:
-            captured = _called(self._looking, fn, _stand_ins(inputs))
-        except _Missed:
-            return None
-        return captured if captured is not None and captured.graph.methods_hold() else None
+    def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`.
 
-    def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
-        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
-        stand_ins = _stand_ins(inputs)
+        ``stand_ins``: like the inputs but for their values, requiring grad where they are floating.
+        """
         for x in stand_ins:
             torch._dynamo.mark_dynamic(x, 0)
-        with LOCK, _settings():
+        with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    captured = _called(self._capturing, fn, stand_ins)
-                    outdated = captured is not None and not captured.graph.methods_hold()
+                    captured = self._called(fn, stand_ins)
+                    outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
                     self._begin()
-                    captured = _called(self._capturing, fn, stand_ins)
+                    captured = self._called(fn, stand_ins)
+                return captured
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
-        if captured is None:
+
+    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        self._compiled(fn, *stand_ins)
+        if _ran.graph is None:
             raise Untraceable("its output is not one tensor")
-        return captured
+        (graph, arguments), _ran.graph = _ran.graph, None
+        tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+        if graph.code is None:
+            self._find(graph, {"fn": fn, "inputs": stand_ins}, tensors)
+        return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
+    def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Learn Dynamo's code for a new graph, and where its tensors are read."""
+        entries = _debug_get_cache_entry_list(self.code)
+        code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
+        self.graphs[id(code)] = graph
 
-def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured | None:
-    """What a call would run; None where no graph gives its result."""
-    with torch.inference_mode(False), torch.enable_grad():
-        entry(fn, *stand_ins)
-    if _ran.graph is None:
-        return None
-    (graph, arguments), _ran.graph = _ran.graph, None
-    return Captured(graph, graph.tensors(arguments))
+        def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
+            types.FunctionType(code, shared)(local["fn"], *local["inputs"])
+            arguments, _ran.graph = _ran.graph[1], None
+            return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+
+        assert graph.module is not None
+        sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+        expressions = [s for s, read in zip(sources, graph.reads, strict=True) if isinstance(read, str)]
+        try:
+            read = eval(f"lambda L, G: ({''.join(e + ', ' for e in expressions)})")
+            same = all(a is b for a, b in zip(read(local, self.shared), tensors, strict=True))
+        except Exception:  # an expression in terms of Dynamo's own
+            same = False
+        graph.tensors = read if same else run
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
-    graph = Graph(module, tuple(reads.values()))
+    graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
     _ran.captured = graph, set(TracingContext.get_traced_code() or ())
 
     def run(*arguments: Any) -> tuple[Any, ...]:
@@ -186,18 +200,17 @@ def _note_methods(guards: Sequence[Any]) -> list[bool]:
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
     called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
     for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
-        code = _code_of(getattr(owner, name, None))
+        code = code_of(getattr(owner, name, None))
         if code is not None and (code in traced or name in called):
             yield weakref.ref(owner), name, code
 
 
-def _code_of(method: Any) -> types.CodeType | None:
+def code_of(method: Any) -> types.CodeType | None:
     return getattr(getattr(method, "fget", method), "__code__", None)
 
 
 def _reads(node: torch.fx.Node) -> Reads:
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    name = source.name if isinstance(source.name, str) else source.name()
+    name = _source(node)
     if of_input := _INPUT.fullmatch(name):
         return int(of_input.group(1))
     if _SIZE.fullmatch(name):
@@ -207,21 +220,17 @@ def _reads(node: torch.fx.Node) -> Reads:
     return plain_name(name)
 
 
+def _source(node: torch.fx.Node) -> str:
+    """Where Dynamo reads a placeholder: an expression in ``L``, the arguments by name, and ``G``, the globals."""
+    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    return name if isinstance(name, str) else name()
+
+
 def plain_name(source: str) -> str:
     """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
     ``conv.weight``."""
     source = source.removeprefix("L['fn']")
     return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
-
-
-def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
-    stand_ins = []
-    for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
-        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
-    return stand_ins
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ...util import options
 from ...util.chunks import spans, stepwise_bytes, stepwise_samples
 from ...util.memo import Memo
 from ..points import Points
-from ..rules.linear import forward_values
+from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
@@ -49,7 +49,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     assert model is not None
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for x in points.own.pick(SAMPLES):
+    for x in points.base_request.pick(SAMPLES):
         noisy = x
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
@@ -66,7 +66,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     try:
         with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
             model(*[x.clone() for x in rows])
-            values = reference.forward(program, points.route.params, rows)
+            values = reference.forward(program, points.route.params(), rows)
     finally:
         handle.remove()
     if not seen or seen[-1] is None:
@@ -86,11 +86,11 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
     """The candidate that belongs to the module; one alone is taken as it is."""
     base = len(program.inputs)
     if to_input:
-        own = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
+        inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
     else:
-        own = [v for v in candidates if v >= base and _inside(program, path, v - base)]
-    if own:
-        return own[0] if to_input else own[-1]
+        inside = [v for v in candidates if v >= base and _inside(program, path, v - base)]
+    if inside:
+        return inside[0] if to_input else inside[-1]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -114,7 +114,7 @@ class LayerView:
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
-        self.params = points.route.params
+        self.params = points.route.params()
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )
@@ -131,7 +131,7 @@ class LayerView:
             if self.plain:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
-                values = forward_values(self.program, self.params, rows, wanted)
+                values = rule_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
