@@ -66,6 +66,7 @@ def export(graph: Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]
             literals = _literals(exported)
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
+                _spell_copies(exported.graph)
         except Exception as error:  # export raises whatever the model's code meets
             raise Untraceable(f"torch.export refuses it ({_first_line(error)})") from error
     return _read(exported, names, literals)
@@ -95,6 +96,19 @@ def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals
     size = inputs[0].meta["val"].shape[0]
     bounds = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
     return Exported(graph, inputs, read, constants, output, tuple(changed), bounds)
+
+
+def _spell_copies(graph: fx.Graph) -> None:
+    """``aten.copy``, what making a graph functional leaves of an assignment to a slice, has no derivative in torch: it
+    is the source, in the shape and dtype of the place."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        place, source = node.args[:2]
+        dtype, value = node.meta["val"].dtype, source.meta["val"]
+        if value.dtype != dtype:
+            with graph.inserting_before(node):
+                source = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+            source.meta = {**node.meta, "val": value.to(dtype)}
+        node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, (source, place), {}
 
 
 def _works_in_place(exported: torch.export.ExportedProgram) -> bool:

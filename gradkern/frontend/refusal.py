@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +35,16 @@ def reason_of(error: BaseException) -> str:
         return f"its code depends on the number of samples{where}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    explanation = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation: ")
-    said = f"{first}: {explanation}" if explanation.strip() and explanation.strip() != "Explanation:" else first
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation:")
+    said = f"{first}: {_SENTENCE.split(explanation.strip())[0]}" if explanation.strip() else first
     return f"torch.compile cannot capture it ({said.rstrip('.')[:200]}){where}"
 
 
-_INSIDE_TORCH = os.path.dirname(torch.__file__)
+_SENTENCE = re.compile(r"(?<=[.`)])\s+(?=[A-Z])")
 _OURS = os.path.dirname(__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_PYTHON = os.path.join(sysconfig.get_path("stdlib"), "")
+_GENERATED = ("<frozen ", "<eval_with_key>", "<string>")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
 
 
@@ -54,9 +58,10 @@ def _where_in(text: str) -> str:
 
 
 def _last(frames: Sequence[tuple[str, int | None]]) -> str:
-    """The innermost frame of code that is neither torch's nor ours."""
+    """The innermost frame of code that is neither Python's, torch's nor ours."""
     for name, line in reversed(frames):
-        if not name.startswith(_INSIDE_TORCH) and os.path.dirname(name) != _OURS:
+        library = name.startswith(_PYTHON) and "-packages" not in name
+        if not library and not name.startswith((_TORCH, *_GENERATED)) and os.path.dirname(name) != _OURS:
             return f", {name}:{line}"
     return ""
 

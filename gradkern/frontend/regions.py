@@ -34,10 +34,24 @@ def prepare(module: fx.GraphModule) -> None:
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
     if len(results) > 1:
         kept = next((r for r in results if isinstance(r, fx.Node) and r.target != "clone"), results[-1])
-        raise Untraceable(f"its forward keeps a tensor in a Python object{location(kept)}")
+        raise Untraceable(f"its forward keeps a tensor in {_keeper()}{location(kept)}")
     _detach_regions(module)
     module.graph.lint()
     module.recompile()
+
+
+def _keeper() -> str:
+    """Where the forward keeps a tensor, if that is an attribute and Dynamo's internals say so."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.variables import TensorVariable
+
+        changed: Any = InstructionTranslator.current_tx().output.side_effects.store_attr_mutations
+        kept = [(owner, name) for owner, new in changed.items() for name in new if isinstance(new[name], TensorVariable)]
+        owner, name = kept[0]
+        return f"the attribute {name} of {type(owner.value).__name__}"
+    except (ImportError, AttributeError, IndexError):
+        return "a Python object"
 
 
 def _refused(node: fx.Node) -> str:
