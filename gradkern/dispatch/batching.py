@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..runtime.parameters import Params
-from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import BadValue, Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
@@ -107,9 +106,9 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
-    largest = size * max(map(math.prod, program.shapes))
+    largest = size * numbers(program.shapes)[1]
     rows = seeds.count * largest  # one cotangent of a sample
-    gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
+    gradients = seeds.count * numbers(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
         fused += rows  # the rows of the last weight, gathered for each sample
@@ -119,5 +118,5 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
         fused += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
         fused += gradients * size
-    cast = fused + 4 * (sum(map(math.prod, program.inputs)) + gradients)
+    cast = fused + 4 * (numbers(program.inputs)[0] + gradients)
     return BytesPerSample(stepwise, fused, cast)

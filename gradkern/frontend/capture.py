@@ -3,7 +3,8 @@
 Dynamo reads the Python code of a forward pass and writes down a graph, and guards over everything that the code
 looked at: attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards
 are checked in C++; where they hold, the backend is called with the *live* tensors that the graph reads.  Ours computes
-nothing: it says which graph it is, and passes those tensors on.  Where they do not hold, the code is captured again.
+nothing but what the code keeps: it says which graph it is, and passes those tensors on.  Where they do not hold, the
+code is captured again.
 
 The graph is captured with grad mode on and inputs that require grad, so that ``torch.no_grad`` regions, custom
 `autograd.Function`s and tensor hooks stay visible in it (`regions.py`).
@@ -18,13 +19,14 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes_config
 
 from . import regions
@@ -59,10 +61,12 @@ class Graph:
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
 
+    def __post_init__(self) -> None:
+        self.names = [(name, i) for i, name in enumerate(self.reads) if isinstance(name, str)]
+
     def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
         """The live tensors of one call by name."""
-        read = zip(self.reads, arguments, strict=True)
-        return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
+        return {name: arguments[i] for name, i in self.names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +88,12 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor:
+def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
     # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
-    return fn(*inputs).clone()
+    result = fn(*inputs)
+    return result.clone() if isinstance(result, Tensor) else None
 
 
 class Capture:
@@ -100,50 +105,71 @@ class Capture:
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
         # all models of the process together.
-        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), globals(), "entry")
+        self._code = _entry.__code__.replace(co_name="entry")
+        entry = types.FunctionType(self._code, globals())
         self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
-        self._looking = torch._dynamo.run(entry)
 
     def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
         """The graph whose guards hold now; None where there is none."""
-        try:
-            return _called(self._looking, fn, _stand_ins(inputs))
-        except _Missed:
-            return None
+        stand_ins = _stand_ins(inputs)
+        seen = {"fn": fn, "inputs": tuple(stand_ins)}
+        with _as_captured():
+            for entry in _debug_get_cache_entry_list(self._code):  # newest use first
+                if entry.guard_manager.check(seen):
+                    return _called(types.FunctionType(entry.code, globals()), fn, stand_ins)
+        return None
 
     def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
         """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
         stand_ins = _stand_ins(inputs)
         for x in stand_ins:
             torch._dynamo.mark_dynamic(x, 0)
-        with LOCK, _settings():
+        with LOCK, _settings(), _as_captured():
             try:
                 try:
-                    return _called(self._capturing, fn, stand_ins)
+                    captured = _called(self._capturing, fn, stand_ins)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
                     self._begin()
-                    return _called(self._capturing, fn, stand_ins)
+                    captured = _called(self._capturing, fn, stand_ins)
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
+        if captured is None:
+            raise Untraceable("its output is not one tensor")
+        return captured
 
 
-def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
-    with torch.inference_mode(False), torch.enable_grad():
-        entry(fn, *stand_ins)
+@contextmanager
+def _as_captured() -> Iterator[None]:
+    """The modes that graphs are captured in: they are guarded, too."""
+    before, inside = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch._C._set_grad_enabled(True)
+    try:
+        with torch.inference_mode(False) if inside else nullcontext():
+            yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured | None:
+    """What a call would run; None where no graph gives its result."""
+    entry(fn, *stand_ins)
+    if _ran.graph is None:
+        return None
     (graph, arguments), _ran.graph = _ran.graph, None
     return Captured(graph, graph.tensors(arguments))
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    regions.prepare(module)
-    graph = Graph(module, tuple(_reads(n) for n in module.graph.nodes if n.op == "placeholder"))
+    reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
+    kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
+    graph = Graph(module, tuple(reads.values()))
 
-    def run(*arguments: Any) -> tuple[None]:
+    def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
-        return (None,)
+        return (None, *kept(*arguments)) if kept is not None else (None,)
 
     return run
 
@@ -171,7 +197,7 @@ def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
     """The inputs as they are shown to Dynamo, which looks at everything but their values."""
     stand_ins = []
     for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference()
+        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
         x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return stand_ins

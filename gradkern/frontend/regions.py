@@ -6,7 +6,9 @@ mean the same; the rest is refused.
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,33 +27,62 @@ _CUSTOM = {
 }
 
 
-def prepare(module: fx.GraphModule) -> None:
+def prepare(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
     """Make gradient-free regions explicit, in place.  Raises `Untraceable` for what changes gradients otherwise, or
-    keeps tensors from call to call."""
+    keeps what depends on ``inputs`` from call to call.
+
+    Gives what the forward keeps otherwise, such as the weight that `nn.utils.weight_norm` computes, as a graph of its
+    own with the same placeholders.
+    """
     for node in module.graph.nodes:
         if reason := _refused(node):
             raise Untraceable(f"{reason}{location(node)}")
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
-    if len(results) > 1:
-        kept = next((r for r in results if isinstance(r, fx.Node) and r.target != "clone"), results[-1])
-        raise Untraceable(f"its forward keeps a tensor in {_keeper()}{location(kept)}")
+    if not results or results[0].target != "clone":
+        raise Untraceable("its output is not one tensor")
+    kept = _kept(module, results[1:], inputs) if len(results) > 1 else None
     _detach_regions(module)
     module.graph.lint()
     module.recompile()
+    return kept
 
 
-def _keeper() -> str:
-    """Where the forward keeps a tensor, if that is an attribute and Dynamo's internals say so."""
+def _kept(module: fx.GraphModule, results: Sequence[Any], inputs: Collection[fx.Node]) -> fx.GraphModule:
+    for result in results:
+        if isinstance(result, fx.Node) and not reaching(result).isdisjoint(inputs):
+            raise Untraceable(f"its forward keeps a tensor in {_keeper(result)}{location(result)}")
+    kept = fx.GraphModule(module, copy.deepcopy(module.graph))
+    output = next(n for n in kept.graph.nodes if n.op == "output")
+    output.args = (output.args[0][1:],)
+    kept.graph.eliminate_dead_code()
+    kept.recompile()
+    return kept
+
+
+def reaching(output: fx.Node) -> set[fx.Node]:
+    """The nodes that ``output`` depends on."""
+    reached, stack = set(), [output]
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    return reached
+
+
+def _keeper(result: fx.Node) -> str:
+    """In what the forward keeps a tensor: the attribute, where it is one and Dynamo's internals say so."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
-        from torch._dynamo.variables import TensorVariable
 
         changed: Any = InstructionTranslator.current_tx().output.side_effects.store_attr_mutations
-        kept = [(owner, name) for owner, new in changed.items() for name in new if isinstance(new[name], TensorVariable)]
-        owner, name = kept[0]
-        return f"the attribute {name} of {type(owner.value).__name__}"
-    except (ImportError, AttributeError, IndexError):
-        return "a Python object"
+        for owner, attributes in changed.items():
+            for name, value in attributes.items():
+                if value.is_tensor() and value.proxy.node.name == result.name:
+                    return f"the attribute {name} of {type(owner.value).__name__}"
+    except (ImportError, AttributeError):
+        pass
+    return "a Python object"
 
 
 def _refused(node: fx.Node) -> str:
@@ -105,5 +136,5 @@ def _detach_regions(module: fx.GraphModule) -> None:
 def _refuse_in_place(node: fx.Node) -> None:
     target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+    if target is operator.setitem or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
         raise Untraceable(f"it changes a tensor in place where gradients are off{location(node)}")

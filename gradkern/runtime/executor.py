@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def jacobian(
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     like = leading(inputs)
     if targets is None:
-        targets = torch.arange(program.outputs, device=like.device)
+        targets = _every(program.outputs, like.device)
     targets = targets.to(inputs[0].device).contiguous()
     n, seeds = inputs[0].shape[0], targets.shape[-1]
     if out is None:
@@ -182,6 +183,13 @@ def forward_values(
 def leading(inputs: Sequence[Tensor]) -> Tensor:
     """The first input that is not of integers: a call computes in its dtype, on its device."""
     return next((x for x in inputs if x.is_floating_point()), inputs[0])
+
+
+@lru_cache(maxsize=64)
+def _every(outputs: int, device: torch.device) -> Tensor:
+    """The numbers of all outputs; never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(outputs, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -252,9 +260,9 @@ def _by_reference(
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
     for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
-        own = targets[a:b] if targets.dim() == 2 else targets
+        chosen = targets[a:b] if targets.dim() == 2 else targets
         few, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
-        outputs.append(reference.jacobian(program, params, few, own, x.wrt, out=rows)[0])
+        outputs.append(reference.jacobian(program, params, few, chosen, x.wrt, out=rows)[0])
     return torch.cat(outputs)
 
 

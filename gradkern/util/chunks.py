@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -43,8 +44,15 @@ def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -
 
     ``shapes``: per sample, of every value.
     """
+    every, largest = numbers(tuple(shapes))
+    return max(1, itemsize * (every + MOST_COTANGENTS * seeds * largest))
+
+
+@lru_cache(maxsize=1024)
+def numbers(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
+    """How many numbers tensors of these shapes have: together, and the largest of them."""
     sizes = [math.prod(shape) for shape in shapes]
-    return max(1, itemsize * (sum(sizes) + MOST_COTANGENTS * seeds * max(sizes)))
+    return sum(sizes), max(sizes)
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
