@@ -30,7 +30,7 @@ class Untraceable(RuntimeError):
 def reason_of(error: BaseException) -> str:
     """Why Dynamo refused, in one line, with the file and the line of the caller's code where it knows them."""
     text = str(error)
-    where = _where(getattr(error, "real_stack", None)) or _where_in(text)
+    where = _where(getattr(error, "real_stack", None)) or location_in(text)
     if "marked" in text and "dynamic" in text and "specialized" in text:
         return f"its code depends on the number of samples{where}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -53,10 +53,6 @@ def _where(stack: Any) -> str:
     return _last(frames)
 
 
-def _where_in(text: str) -> str:
-    return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
-
-
 def _last(frames: Sequence[tuple[str, int | None]]) -> str:
     """The innermost frame of code that is neither Python's, torch's nor ours."""
     for name, line in reversed(frames):
@@ -66,6 +62,11 @@ def _last(frames: Sequence[tuple[str, int | None]]) -> str:
     return ""
 
 
+def location_in(text: str) -> str:
+    """Where the caller's code stands in a traceback."""
+    return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
+
+
 def location(node: Any) -> str:
     """Where the caller's code made a node."""
-    return _where_in(node.meta.get("stack_trace") or "")
+    return location_in(node.meta.get("stack_trace") or "")
