@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as shapes_config
 
 from . import regions
+from .callables import arguments, split
 from .refusal import Untraceable, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe
@@ -44,6 +45,7 @@ _CONFIG: dict[str, Any] = {
 _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
 _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
+_BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
@@ -56,9 +58,9 @@ class Graph:
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
 
-    def tensors(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
+    def tensors(self, values: Sequence[Any]) -> dict[str, Tensor]:
         """The live tensors of one call by name."""
-        read = zip(self.reads, arguments, strict=True)
+        read = zip(self.reads, values, strict=True)
         return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
 
 
@@ -81,11 +83,11 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor:
+def _entry(fn: Callable[..., Any], given: dict[int, Any], *inputs: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         raise _Missed
     # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
-    return fn(*inputs).clone()
+    return fn(*arguments(inputs, given)).clone()
 
 
 class Capture:
@@ -129,17 +131,17 @@ class Capture:
 
 def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
     with torch.inference_mode(False), torch.enable_grad():
-        entry(fn, *stand_ins)
-    (graph, arguments), _ran.graph = _ran.graph, None
-    return Captured(graph, graph.tensors(arguments))
+        entry(*split(fn), *stand_ins)
+    (graph, values), _ran.graph = _ran.graph, None
+    return Captured(graph, graph.tensors(values))
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     regions.prepare(module)
     graph = Graph(module, tuple(_reads(n) for n in module.graph.nodes if n.op == "placeholder"))
 
-    def run(*arguments: Any) -> tuple[None]:
-        _ran.graph = (graph, arguments)
+    def run(*values: Any) -> tuple[None]:
+        _ran.graph = (graph, values)
         return (None,)
 
     return run
@@ -160,7 +162,7 @@ def _reads(node: torch.fx.Node) -> Reads:
 def plain_name(source: str) -> str:
     """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
     ``conv.weight``."""
-    source = source.removeprefix("L['fn']")
+    source = _BEHIND.sub("", source)
     return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
 
 
