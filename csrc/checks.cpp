@@ -43,7 +43,7 @@ void check_targets(const ChainCall& call) {
               "gradkern: targets must be contiguous int64 on the weights' device, [S] or [", n, ", S], got ",
               targets.scalar_type(), " ", targets.sizes());
   TORCH_CHECK(call.outputs.size() == 1, "gradkern: targets need one output, got ", call.outputs.size());
-  // A GPU's targets are not looked at: that would wait for it.
+  // Targets on a GPU are not checked: reading them would wait for it.
   const int64_t* t = targets.const_data_ptr<int64_t>();
   const int64_t size = call.outputs[0].size(1);
   for (int64_t i = 0; targets.device().is_cpu() && i < targets.numel(); ++i)

@@ -1,13 +1,14 @@
 // Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.
 //
-// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py; not to be edited.
+// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py
+// and limits.py; not to be edited.
 #pragma once
 #include <cstdint>
 
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "d37740a30474b526";
+constexpr char kRecordLayout[] = "1a92632d3dc919f0";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -510,5 +511,27 @@ struct StoreTRecord {
   int64_t halo_rows;     // where rows are interleaved: rows of the border above
   int64_t halo_columns;  // and columns of the border on the left
 };
+
+namespace cuda {
+
+constexpr int kPorts = 16;        // external inputs or outputs of a chain
+constexpr int kWalkElements = 5;  // of the window, per lane
+template <class T>
+constexpr int kWalkSeeds = sizeof(T) == 4 ? 5 : 2;  // per walk
+template <class T>
+constexpr int kQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
+constexpr int kQuadSeeds = 6;                   // per visit
+template <class T>
+constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds of a lane
+constexpr int kQuadPlanes = 4;                      // taps of a pool that share a window
+constexpr int kNarrow = 8;                          // numbers of a narrow window at most
+constexpr int kNarrowLanes = 4;                     // of a worker
+template <class T>
+constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
+template <class T>
+constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread where a convolution's pool is taken at once
+constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
+
+}  // namespace cuda
 
 }  // namespace gradkern

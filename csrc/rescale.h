@@ -1,7 +1,7 @@
 // DeepLift's rescale rule, one number at a time, for host and device.
 //
 // `z` is what enters a ReLU (or a max pool, or the ReLU in front of one), `1` at the input, `0` at the reference.  A
-// place that lies outside, in a pool's padding, holds minus infinity, which never wins a window; no more does NaN.
+// place that lies outside, in a pool's padding, holds minus infinity, which never wins a window; nor does NaN.
 #pragma once
 #include "scale.h"
 

@@ -22,7 +22,7 @@ _DATA = ("run", "importance")  # of gradkern.data, whose libraries come with an 
 
 
 def __getattr__(name: str) -> Any:
-    if name == "attr":  # Captum takes its time to load, so it waits for the first use
+    if name == "attr":  # Captum is slow to import, so it is imported at first use
         return import_module(".attr", __name__)
     if name == "accelerate":
         return import_module(".attr.plug", __name__).accelerate

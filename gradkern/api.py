@@ -100,14 +100,14 @@ def jacobian(
     ValueError, TypeError
         Where something does not fit: with what was got, what was expected, and what to do.
     """
-    many, fn = _gives_tuple(inputs, wrt), _callable(model)
-    given, numbers = read_inputs(inputs, wrt)
-    request = Request(fn, given, numbers, jacobian_choice(targets), out=out)
+    as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
+    tensors, numbers = read_inputs(inputs, wrt)
+    request = Request(fn, tensors, numbers, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
-    if out is not None:  # the very objects of the caller's
+    if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]
-    answer = tuple(shaped) if many else shaped[0]
+    answer = tuple(shaped) if as_tuple else shaped[0]
     return (answer, results.top_indices()) if isinstance(results.seeds, TopSeeds) else answer
 
 
@@ -148,16 +148,16 @@ def iter_jacobian(
     of the memory budget); the pieces put together along axis 0 are `jacobian`'s result.  A model whose samples depend
     on each other is computed as a whole first.
     """
-    given, numbers = read_inputs(inputs, wrt)
+    tensors, numbers = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
-    request = Request(_callable(model), given, numbers, jacobian_choice(targets))
+    request = Request(_callable(model), tensors, numbers, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
 
 
-def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool) -> Iterator[Any]:
+def _pieces(request: Request, chunk: int | None, engine: str | None, as_tuple: bool) -> Iterator[Any]:
     route = decide(request, engine)
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
@@ -172,7 +172,7 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, many: bool)
         else:
             results, first = whole, start
             shaped = tuple(j[start:stop] for j in whole.shaped)
-        answer = shaped if many else shaped[0]
+        answer = shaped if as_tuple else shaped[0]
         shown = slice(first, first + stop - start)
         yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
@@ -182,7 +182,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
 
     Returns the Program (which prints itself), or None where the model stays on autograd; a warning says why.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
     return None if verdict is None else verdict.program
 
@@ -213,7 +213,7 @@ def explain(
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` on own
     kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
     """
-    request = _request_to_look_at(model, inputs)
+    request = _inspection_request(model, inputs)
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -265,9 +265,9 @@ def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _request_to_look_at(model: Model, inputs: Any) -> Request:
+def _inspection_request(model: Model, inputs: Any) -> Request:
     """A request that is only looked at: integer inputs are simply not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
-    given, numbers = read_inputs(inputs, floating or None)
-    return Request(_callable(model), given, numbers, jacobian_choice(None))
+    checked, numbers = read_inputs(inputs, floating or None)
+    return Request(_callable(model), checked, numbers, jacobian_choice(None))

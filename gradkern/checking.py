@@ -56,14 +56,14 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
-    given, numbers = read_inputs(inputs, None)
+    tensors, numbers = read_inputs(inputs, None)
     state = torch.get_rng_state()
     if isinstance(targets, TopK):
-        answer, targets = api.jacobian(model, given, targets, engine="kernel")
+        answer, targets = api.jacobian(model, tensors, targets, engine="kernel")
     else:
-        answer = api.jacobian(model, given, targets, engine="kernel")
+        answer = api.jacobian(model, tensors, targets, engine="kernel")
     torch.set_rng_state(state)
-    request, against = _exact_request(model, given, numbers, targets)
+    request, against = _exact_request(model, tensors, numbers, targets)
     results = solve(request, decide(request, "autograd"))
     torch.set_rng_state(state)
     compared = [a.reshape(e.shape) for a, e in zip(answer, results.jacobians, strict=True)]
@@ -71,9 +71,9 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
 
 
 def _exact_request(
-    model: Any, given: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any
+    model: Any, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any
 ) -> tuple[Request, str]:
-    exact = tuple(x.double() if x.is_floating_point() else x for x in given)
+    exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
         twin = copy.deepcopy(unwrapped(model))
         module = model_of(twin)
@@ -84,8 +84,8 @@ def _exact_request(
         return Request(twin, exact, numbers, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        dtype = given[numbers[0]].dtype
-        return Request(model, given, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
+        dtype = tensors[numbers[0]].dtype
+        return Request(model, tensors, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
 def _names(results: JacobianResult) -> list[str]:

@@ -116,8 +116,8 @@ void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of alike positions: (read offset, place, count, read step, place step, first entry, entries); an entry is
-// (offset from the position's read offset, weight row).
+// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// entry is (offset from the position's read offset, weight row).
 
 template <class T, int PB>
 GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int32_t* entry, int64_t entries, const T* w,

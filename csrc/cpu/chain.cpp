@@ -165,9 +165,9 @@ void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
-    RescaleArgs<T> mine = args;
-    mine.scratch = memory.data();
-    (pooled ? kernels.rescale : kernels.secant)(mine, begin, end);
+    RescaleArgs<T> local = args;
+    local.scratch = memory.data();
+    (pooled ? kernels.rescale : kernels.secant)(local, begin, end);
   });
 }
 

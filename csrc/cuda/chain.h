@@ -7,7 +7,6 @@
 
 namespace gradkern::cuda {
 
-constexpr int kPorts = 16;  // external inputs or outputs of a chain; gradkern/codegen/cuda/lowering.py: MAX_PORTS
 // Threads of a block on a GPU: registers are handed out to warps in fours, so 9 to 12 warps get 168 each and spill; 8
 // get 255.  gradkern/codegen/machine.py: Device.threads.
 constexpr int kThreads = 256;

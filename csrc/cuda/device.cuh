@@ -1,4 +1,4 @@
-// What a kernel needs of its surroundings: CUDA's own words, or their host twins of ../host/shim.h.
+// What a kernel needs of its surroundings: CUDA's own keywords, or their host substitutes in ../host/shim.h.
 #pragma once
 #include <cstdint>
 

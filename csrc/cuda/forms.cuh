@@ -145,10 +145,10 @@ GK_RECORD void run_move_t(const MoveTRecord& op, const Tile<T> t) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of alike positions: (read offset, place, count, read step, place step, first entry, entries); an entry is
-// (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
+// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// entry is (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
 
-// `bias`: null on the way back, where the sum is added to what is there.
+// `bias`: null in the backward pass, where the sum is added to what is there.
 template <class T>
 GK_DEVICE void stencil(const StencilTable& table, const Place& src, const Place& dst, int C, const T* bias, int copies,
                        const Tile<T>& t) {

@@ -13,7 +13,7 @@ namespace gradkern::cuda {
 
 namespace {
 
-// The one call that waits: eight bytes come over.
+// The one call that waits for the GPU: it copies eight bytes to the host.
 int64_t hash(at::TensorList tensors) {
   if (tensors.empty()) return content_hash({});
   const c10::cuda::CUDAGuard guard(tensors[0].device());

@@ -23,7 +23,7 @@ struct Factor {
 
 struct MatMul {
   Factor left, right;
-  int planes, copies;  // matrices of a sample; how many times each, once per seed on the way back
+  int planes, copies;  // matrices of a sample; how many times each: once per seed in the backward pass
   int rows, columns, terms;
   bool add;  // to what is there
 };

@@ -8,12 +8,7 @@
 
 namespace gradkern::cuda {
 
-constexpr int kNarrow = 8;       // numbers of a window at most; gradkern/codegen/cuda/cost.py: NARROW
-constexpr int kNarrowLanes = 4;  // of a worker
-template <class T>
-constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit: what the registers hold; NARROW_SEEDS
-
-// sums[i] of four lanes → their total of i = mine · N/4 + j in sums[j].
+// sums[i] of four lanes → their total of i = sublane · N/4 + j in sums[j].
 template <class T, int Half, int N>
 GK_DEVICE void add_halves(T (&sums)[N], bool upper, int lanes) {
 #pragma unroll
@@ -23,15 +18,15 @@ GK_DEVICE void add_halves(T (&sums)[N], bool upper, int lanes) {
   }
 }
 template <class T, int N>
-GK_DEVICE void add_up(T (&sums)[N], int mine) {
+GK_DEVICE void add_up(T (&sums)[N], int sublane) {
   static_assert(N % 4 == 0);
-  add_halves<T, N / 2>(sums, mine & 2, 2);
-  add_halves<T, N / 4>(sums, mine & 1, 1);
+  add_halves<T, N / 2>(sums, sublane & 2, 2);
+  add_halves<T, N / 4>(sums, sublane & 1, 1);
 }
 
 // One visit: a lane has four channels of every sixteen, and the whole window.
 template <class T, int NV, int S>
-GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Visit<T>& at, int mine, int first) {
+GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Visit<T>& at, int sublane, int first) {
   constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
   const int O = op.O, width = op.window_elements, planes = op.merged ? op.pattern.taps : 1, rows = O / 4;
   const int seed = op.dst.seed, nb = op.pattern.plane_bytes;
@@ -39,12 +34,12 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
   const T* from[S];
   seed_starts(from, at.from, at.stride, at.seeds);
   T sums[kSums] = {};
-  for (int c0 = 4 * mine; c0 < (O + 15) / 16 * 16; c0 += 16) {
+  for (int c0 = 4 * sublane; c0 < (O + 15) / 16 * 16; c0 += 16) {
     const bool on = at.inside && c0 < O;
     const int c = on ? c0 : 0;
-    uint32_t words[kMaxPlanes] = {};
+    uint32_t words[kQuadPlanes] = {};
 #pragma unroll
-    for (int j = 0; j < kMaxPlanes; ++j)
+    for (int j = 0; j < kQuadPlanes; ++j)
       if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
     const Nibble four = nibble_of(words, c % 8, taps, planes);
     const T* row = weights + c * kRowQuads;
@@ -67,11 +62,11 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
       }
     }
   }
-  add_up(sums, mine);
+  add_up(sums, sublane);
   if (!at.inside) return;
 #pragma unroll
   for (int i = 0; i < kSums / 4; ++i) {
-    const int place = mine * (kSums / 4) + i, s = place / NV, e = place - s * NV;
+    const int place = sublane * (kSums / 4) + i, s = place / NV, e = place - s * NV;
     if (s < at.seeds && e < width) at.to[s * seed + first + e] += sums[i];
   }
 }
@@ -89,7 +84,7 @@ template <class T>
 GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t) {
   const int width = op.window_elements;
   with_count<kNarrowSeeds<T>>(seeds_together(t.seeds, kNarrowSeeds<T>), [&]<int S>() {
-    width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, 8, S>(op, t);
+    width <= 4 ? narrow<T, 4, S>(op, t) : width <= 6 ? narrow<T, 6, S>(op, t) : narrow<T, kNarrow, S>(op, t);
   });
 }
 

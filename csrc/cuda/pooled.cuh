@@ -7,10 +7,6 @@
 
 namespace gradkern::cuda {
 
-// Positions of a thread; gradkern/codegen/cuda/cost.py: POOLED.
-template <class T>
-constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;
-
 // The bits of four channels, or of those that are `real`; the neighbour that has the other four of a byte joins in. All
 // lanes come together.
 template <class T>

@@ -9,17 +9,9 @@
 
 namespace gradkern::cuda {
 
-// gradkern/codegen/cuda/cost.py: QUADS, QUAD_SEEDS, QUAD_SUMS.
-template <class T>
-constexpr int kMaxQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
-constexpr int kQuadSeeds = 6;                      // per visit
-template <class T>
-constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds: what the registers hold
-constexpr int kMaxPlanes = 4;                       // taps of a pool that share a window
-
 // Where the taps' weights begin within a channel's row, as steps from the first tap's.
 struct Taps {
-  int first, step[kMaxPlanes - 1];
+  int first, step[kQuadPlanes - 1];
 };
 
 // Four channels of a visit: bit k, whether the k-th is alive; where its weights begin, by the tap that it came from.
@@ -27,7 +19,7 @@ struct Nibble {
   uint32_t alive;
   int place[4];
 };
-GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kMaxPlanes], int shift, const Taps& taps, int planes) {
+GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kQuadPlanes], int shift, const Taps& taps, int planes) {
   Nibble nibble{words[0] >> shift, {taps.first, taps.first, taps.first, taps.first}};
   const auto meet = [&](int j) {
     const uint32_t word = words[j] >> shift;
@@ -51,9 +43,9 @@ GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Vis
   seed_starts(from, at.from, at.stride, at.seeds);
   Four<T> sum[S][NQ] = {};
   for (int c0 = 0; c0 < O; c0 += 32) {
-    uint32_t words[kMaxPlanes] = {};
+    uint32_t words[kQuadPlanes] = {};
 #pragma unroll
-    for (int j = 0; j < kMaxPlanes; ++j)
+    for (int j = 0; j < kQuadPlanes; ++j)
       if (j < planes && at.inside) words[j] = live_word(at.plane ? at.plane + j * nb : nullptr, nb, c0, 0, O);
     for (int c = c0; c < O && c < c0 + 32; c += 4) {
       const Nibble four = nibble_of(words, c - c0, taps, planes);
@@ -98,18 +90,18 @@ GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Vis
 
 template <class T, int NQ, int S>
 GK_DEVICE void quads(const ScatterTRecord& op, const Tile<T>& t) {
-  const int lanes = op.lanes, many = op.window_elements / 4, planes = op.merged ? op.pattern.taps : 1;
+  const int lanes = op.lanes, quad_count = op.window_elements / 4, planes = op.merged ? op.pattern.taps : 1;
   const int32_t *windows = t.args.tables + op.window_table, *rows = t.args.tables + op.tap_table;
   Taps taps{fixed(rows), {}};
 #pragma unroll
-  for (int j = 1; j < kMaxPlanes; ++j)
+  for (int j = 1; j < kQuadPlanes; ++j)
     if (j < planes) taps.step[j - 1] = fixed(rows + j) - taps.first;
-  for (int chunk = 0; chunk < many; chunk += lanes * NQ) {
-    const int mine = chunk + t.lane() % lanes * NQ;
+  for (int chunk = 0; chunk < quad_count; chunk += lanes * NQ) {
+    const int first_quad = chunk + t.lane() % lanes * NQ;
     int offset[NQ];
 #pragma unroll
-    for (int v = 0; v < NQ; ++v) offset[v] = mine + v < many ? fixed(windows + 4 * (mine + v)) : -1;
-    const T* weights = t.args.packed + op.weights + 4 * mine;
+    for (int v = 0; v < NQ; ++v) offset[v] = first_quad + v < quad_count ? fixed(windows + 4 * (first_quad + v)) : -1;
+    const T* weights = t.args.packed + op.weights + 4 * first_quad;
     over_bands<false>(op, t, lanes, S, [&](const Visit<T>& at) {
       visit_quads<T, NQ, S>(op, weights, at, offset, taps, planes, lanes == kWarp);
     });
@@ -126,8 +118,8 @@ template <class T>
 GK_RECORD void run_quads(const ScatterTRecord& op, const Tile<T> t) {
   const int lanes = op.lanes, each = (static_cast<int>(op.window_elements) / 4 + lanes - 1) / lanes;
   if (each <= 2) return quads_of<T, 2>(op, t);
-  if (each <= 3 || kMaxQuads<T> == 3) return quads_of<T, 3>(op, t);
-  if constexpr (kMaxQuads<T> > 3) each <= 5 ? quads_of<T, 5>(op, t) : quads_of<T, 6>(op, t);
+  if (each <= 3 || kQuads<T> == 3) return quads_of<T, 3>(op, t);
+  if constexpr (kQuads<T> > 3) each <= 5 ? quads_of<T, 5>(op, t) : quads_of<T, 6>(op, t);
 }
 
 }  // namespace gradkern::cuda

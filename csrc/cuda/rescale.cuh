@@ -7,7 +7,7 @@ namespace gradkern::cuda {
 
 constexpr int kRescaleThreads = 256;
 
-// What is alike for all windows; 32-bit, as divisions of 64 bits would be most of the work.
+// The geometry that all windows share; 32-bit, as 64-bit divisions would be most of the work.
 struct PoolPlan {
   int H, W, kh, kw, sh, sw, ph, pw, dh, dw, oh, ow;
 

@@ -12,17 +12,13 @@
 
 namespace gradkern::cuda {
 
-constexpr int kMaxElements = 5;  // window elements per lane
-template <class T>
-constexpr int kMaxSeeds = sizeof(T) == 4 ? 5 : 2;  // seeds per walk: what the registers hold beside them
-
 // Lanes of a worker: as few as leave no lane idle, since a walk costs the same for one element as for five.
 GK_DEVICE int worker_lanes(int elements) {
   int best = kWarp;
-  if (elements > kWarp * kMaxElements) return best;
+  if (elements > kWarp * kWalkElements) return best;
   const auto work = [&](int lanes) { return lanes * ((elements + lanes - 1) / lanes); };
   for (int lanes = kWarp / 2; lanes >= 4; lanes /= 2)
-    if ((elements + lanes - 1) / lanes <= kMaxElements && work(lanes) <= work(best)) best = lanes;
+    if ((elements + lanes - 1) / lanes <= kWalkElements && work(lanes) <= work(best)) best = lanes;
   return best;
 }
 
@@ -93,7 +89,7 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
         if (s < seeds) out[s * os + offset[v]] += acc[s][v];
 }
 
-// What a worker finds at one position, or at one of its pool taps.
+// One position, or one of its pool taps, as a worker visits it.
 template <class T>
 struct Visit {
   bool inside;           // false: nothing, but its lanes come along
@@ -167,17 +163,17 @@ GK_DEVICE int seeds_together(int seeds, int most) {
 template <bool Rows, class T, int NV, int S>
 GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
   const int elements = op.window_elements, nb = op.pattern.plane_bytes, planes = op.merged ? op.pattern.taps : 1;
-  const int mine = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
+  const int sublane = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
   const int row_length = op.row_length, seed = op.dst.seed;
   const int32_t* table = t.args.tables + op.window_table;
   for (int chunk = 0; chunk < elements; chunk += lanes * NV) {
     int offset[NV];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
-      const int k = chunk + v * lanes + mine;
+      const int k = chunk + v * lanes + sublane;
       offset[v] = k < elements ? fixed(table + k) : -1;
     }
-    const T* weights = t.args.packed + op.weights + chunk + mine;
+    const T* weights = t.args.packed + op.weights + chunk + sublane;
     over_bands<Rows>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
@@ -197,10 +193,10 @@ GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
   if (op.algorithm == ScatterAlgorithm::Quads) return run_quads(op, t);
   if (op.algorithm == ScatterAlgorithm::Narrow) return run_narrow(op, t);
   const int elements = op.window_elements, lanes = worker_lanes(elements);
-  with_count<kMaxElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
-    if (op.seed_rows) return scatter<true, T, NV, kMaxSeeds<T>>(op, t, lanes);
-    with_count<kMaxSeeds<T>>(seeds_together(t.seeds, kMaxSeeds<T>),
-                             [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
+  with_count<kWalkElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
+    if (op.seed_rows) return scatter<true, T, NV, kWalkSeeds<T>>(op, t, lanes);
+    with_count<kWalkSeeds<T>>(seeds_together(t.seeds, kWalkSeeds<T>),
+                              [&]<int S>() { scatter<false, T, NV, S>(op, t, lanes); });
   });
 }
 
@@ -251,8 +247,6 @@ GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (
   }
 }
 
-constexpr int kPartRows = 12;  // of the weight, at least, for each warp that shares a product; cost.py
-
 // out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
 // fewer tiles than warps, several share the sum over c, and add their parts one after the other.
 template <class T, int Rows>
@@ -271,7 +265,7 @@ GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int s
     const T* w = t.args.packed + op.weights + (c0 + first) * row_length + (col < columns ? col : 0);
     const T* g = t.buf + first * stride + (r0 < stride ? r0 : 0);
     T acc[Rows][4] = {};
-    Four<T> ahead[kAhead<T>];  // weights on their way from L2; the rows past the last are slack
+    Four<T> ahead[kAhead<T>];  // weights being loaded from L2; the rows past the last are slack
 #pragma unroll
     for (int k = 0; k < kAhead<T>; ++k, w += row_length) ahead[k] = fixed4(w);
     int left = !active ? 0 : channels - first < share ? channels - first : share;

@@ -68,7 +68,7 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 #pragma unroll
     for (int p = 0; p < P; ++p) x[p] = buf + offset[p] + run;
     if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
-      // Weights come from L2: four rows are on their way while four are used; those past the last are slack.
+      // Weights come from L2: four rows are loading while four are used; those past the last are slack.
       Four<T> even[4], odd[4];
       load_rows(even, w, ldf);
       for (;;) {

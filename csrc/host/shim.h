@@ -1,5 +1,5 @@
 // CUDA's words for a host compiler: one host thread per CUDA thread of a block, barriers for __syncthreads and for
-// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers see the very code.
+// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers check the same code.
 #pragma once
 #include <pthread.h>
 
@@ -74,7 +74,7 @@ inline thread_local Dim thread_index, block_index, block_size, grid_size;
 inline void __syncthreads() { gradkern::host::self.block->barrier.wait(); }
 inline void __syncwarp(uint32_t = 0xffffffffu) { gradkern::host::self.warp->barrier.wait(); }
 
-// Every lane of the warp must come here, as the kernels always see to.
+// Every lane of the warp must come here, which the kernels ensure.
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   auto& me = gradkern::host::self;
   me.warp->word[me.lane] = vote;

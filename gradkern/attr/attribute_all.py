@@ -1,4 +1,4 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the way through Captum.
+"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the fallback to Captum.
 
 Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
 plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
@@ -116,9 +116,9 @@ def shaped(tree: Any, seeds: Seeds) -> Any:
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
-def answer(parts: Sequence[Tensor], many: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
+def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if many else parts[0], seeds)]
+    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
         items.append(shaped(delta, seeds))
     if isinstance(seeds, TopSeeds):
@@ -151,7 +151,7 @@ def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
 
 def rows_out(points: Points, rows: int = 1024) -> Tensor:
     """The model's outputs, flat, ``[N, C]``, some rows at a time."""
-    starts, inputs = range(0, max(points.samples, 1), rows), points.own.inputs
+    starts, inputs = range(0, max(points.samples, 1), rows), points.base_request.inputs
     pieces = [points.fn(*[x[a : a + rows].detach().clone() for x in inputs]) for a in starts]
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
 
@@ -159,7 +159,7 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that it has to bring: the attributions of every seed at given points.  With it come
+    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given points.  It gives
     ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
     """
 
@@ -170,8 +170,8 @@ class RowMethod(stock.GradientAttribution):
         """
         raise NotImplementedError
 
-    def _uses_up_something(self) -> bool:
-        """Does ``attribute`` use something up, so that one call of it cannot be made in pieces?"""
+    def _indivisible(self) -> bool:
+        """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
         return False
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import captum.attr
 
-#: Versions of Captum that all of this was tried with.
+#: Versions of Captum that this package is tested with.
 TRIED = ("0.9.0",)
 _USED_METHODS = {
     "IntegratedGradients": ("_attribute",),

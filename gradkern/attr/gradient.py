@@ -1,4 +1,4 @@
-"""The methods that are one gradient and a last touch: Saliency, input × gradient."""
+"""Methods that finish one gradient elementwise: Saliency, input × gradient."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class GradientMethod(RowMethod):
 
     def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
         for gradient, x in zip(gradients, rows, strict=True):
-            own = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
-            lead = (x.shape[0], *(1,) * (own.dim() - x.dim()))
-            self._finish(own, x.detach().to(own.device).reshape(*lead, *x.shape[1:]), options)
+            tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
+            lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
+            self._finish(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
 
     def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
         """``attribute_all`` by `gradkern.jacobian`, whose ``options`` hold."""

@@ -56,7 +56,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     def _pieces(self, rows: Tensors, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
         """Pieces of samples whose noise continues Captum's sequence of numbers; none where the call is Captum's."""
         method = self.attribution_method
-        if not isinstance(method, RowMethod) or method._uses_up_something():
+        if not isinstance(method, RowMethod) or method._indivisible():
             return []
         if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in rows):
             return []
@@ -260,14 +260,14 @@ class Noise:
         self.rows, self.copies, self.stdevs = rows, copies, stdevs
         self.generators: list[torch.Generator | None] = [None] * len(rows)
         if len(rows) > 1 and all(x.device.type == "cpu" for x in rows):
-            own = torch.Generator()
-            own.set_state(torch.get_rng_state())
-            self.generators = [own]
+            generator = torch.Generator()
+            generator.set_state(torch.get_rng_state())
+            self.generators = [generator]
             for x in rows[:-1]:
-                own = own.clone_state()
+                generator = generator.clone_state()
                 for size in _even(x.numel() * copies):  # the numbers that this input will use up
-                    torch.normal(0.0, torch.ones(size), generator=own)
-                self.generators.append(own)
+                    torch.normal(0.0, torch.ones(size), generator=generator)
+                self.generators.append(generator)
 
     def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
         """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""

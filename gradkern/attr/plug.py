@@ -131,7 +131,7 @@ def plug_into(attribution: Any, gradients: GradientFunc) -> None:
 
 
 def accelerate(attribution: Any, engine: str | None = None) -> Any:
-    """Put gradkern under a stock Captum attribution object, and return that very object.
+    """Put gradkern under a stock Captum attribution object, and return the same object.
 
     ``accelerate(IntegratedGradients(model)).attribute(x, target=1)``: arguments and results stay Captum's.  An object
     of a class that `gradkern.attr` has becomes one of that class, so that it also has ``attribute_all``; one of

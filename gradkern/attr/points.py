@@ -45,8 +45,8 @@ class Points:
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
         self.ahead = 0  # points still to come, for the decision to trace
-        self.own = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
-        self.fn, self.module = self.own.fn, self.own.module
+        self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
+        self.fn, self.module = self.base_request.fn, self.base_request.module
 
     def at(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> Points:
         """The same model at other samples."""
@@ -54,8 +54,8 @@ class Points:
 
     @cached_property
     def route(self) -> Route:
-        """The way that all points of this call go."""
-        return shared_route(self.own, self.engine)
+        """The route that all points of this call take."""
+        return shared_route(self.base_request, self.engine)
 
     def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:
         return Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
@@ -63,7 +63,7 @@ class Points:
     @property
     def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return bool(couples_batch(self.own, self.route))
+        return bool(couples_batch(self.base_request, self.route))
 
     def program(self) -> Program | None:
         """The model's Program where it is known already."""
@@ -72,12 +72,12 @@ class Points:
     def traced(self) -> Program | None:
         """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
         if self.route.engine != "autograd":
-            verdict_now(self.own, self.route)
+            verdict_now(self.base_request, self.route)
         return self.route.program
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:
         """The outputs that ``choice`` picks for the samples themselves, and the output's shape per sample."""
-        out = output_shape(self.own, self.route)
+        out = output_shape(self.base_request, self.route)
         seeds = choice(self.samples, out)
         if isinstance(seeds, TopSeeds):
             with torch.inference_mode(False), torch.no_grad():

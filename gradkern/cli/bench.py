@@ -22,16 +22,16 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     given = inputs[0] if len(inputs) == 1 else inputs
     begin = time.perf_counter()
     program = api.prepare(model, given)
-    own_call = partial(api.jacobian, model, given, engine="kernel" if program else "autograd")
+    our_call = partial(api.jacobian, model, given, engine="kernel" if program else "autograd")
     yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if program else ": stays on autograd")
-    own_call()
-    own = min(repeat(own_call, number=1, repeat=repeats))
+    our_call()
+    ours = min(repeat(our_call, number=1, repeat=repeats))
     n = inputs[0].shape[0]
-    yield f"{'gradkern':<38} {n / own:>12,.0f} samples/s"
+    yield f"{'gradkern':<38} {n / ours:>12,.0f} samples/s"
     calls = {b: partial(by_classes, model, inputs, b) for b in BATCHES if b <= n or b == BATCHES[0]}
     best, batch = min((min(repeat(call, number=1, repeat=repeats)), b) for b, call in calls.items())
     name = f"autograd, a backward per output, by {batch}"
-    yield f"{name:<38} {n / best:>12,.0f} samples/s   gradkern is {best / own:.1f}× as fast"
+    yield f"{name:<38} {n / best:>12,.0f} samples/s   gradkern is {best / ours:.1f}× as fast"
 
 
 def by_classes(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> None:

@@ -68,7 +68,7 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
     """
     import gradkern
-    from gradkern.data.ranking import place
+    from gradkern.data.ranking import position_text
 
     ranking = gradkern.importance(model.load(), samples.open(), **options)
     curve, best = ranking.curve, ranking.top(top)
@@ -79,7 +79,7 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
-        places = " ".join(place(f, shape) for f in features)
+        places = " ".join(position_text(f, shape) for f in features)
         click.echo(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
     if curve is not None:
         click.echo("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))

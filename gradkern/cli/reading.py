@@ -23,7 +23,7 @@ T = TypeVar("T")
 @click.command()
 @choices.model_and_source
 def explain(model: ModelArguments, samples: SourceArguments) -> None:
-    """Print which way every step of MODEL goes, and why not a faster one.
+    """Print how every step of MODEL runs, and why not faster.
 
     \b
     gradkern explain net.pt2 x.npy

@@ -1,7 +1,7 @@
 """Where the cotangents of a chain are read: which are materialised, and which are other ones seen through a pattern.
 
 The cotangent of a node with a single reader is often only another cotangent seen through bits (ReLU, max pool) or
-the very same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
+the same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
 it through, and the contraction that reads it skips what the bits say is zero.  When the group ends in a linear layer
 and the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
 """
@@ -58,24 +58,24 @@ class Cotangents:
         return self.known[node.id]
 
     def decide(self, node: Node) -> Cotangent | None:
-        own = Cotangent(node)
+        own_buffer = Cotangent(node)
         if node.id not in self.needs:
             return None
         readers = self.readers(node)
         if self.rows_unit is not None and node is self.rows_unit.out:
             return None
         if not self.read_once(node):
-            return own
+            return own_buffer
         reader, producer = readers[0], node.producer
         through_bits = producer.kind in ("window", "sum")
         if reader is self.rows_unit:
-            return Cotangent(node, rows=True) if self.takes_rows(node) else own
+            return Cotangent(node, rows=True) if self.takes_rows(node) else own_buffer
         upstream = self.of(reader.out)
         if upstream is None:
             return None
         if reader.opened:
             plain = upstream.node is reader.out and not upstream.rows
-            return upstream if plain or (upstream.pattern is not None and through_bits) else own
+            return upstream if plain or (upstream.pattern is not None and through_bits) else own_buffer
         if (
             reader.kind == "pattern"
             and upstream.pattern is None
@@ -83,12 +83,12 @@ class Cotangents:
         ):
             return Cotangent(upstream.node, upstream.rows, reader)
         if reader.kind == "sum" and producer.rectify:
-            return own  # its negative part goes, and the sum's other branches keep theirs
+            return own_buffer  # its negative part goes, and the sum's other branches keep theirs
         if reader.kind == "sum" and (through_bits or not (upstream.rows or upstream.pattern)):
             return upstream
         if reader.kind == "scale" and upstream.node is reader.out:
             return upstream  # multiplied in place
-        return own
+        return own_buffer
 
     def can_defer_rectify(self, pool: Unit, upstream: Cotangent) -> bool:
         """Whether an opened ReLU in front of a pool can rectify what the pool gets instead of what it gives.

@@ -19,7 +19,7 @@ LINE_FUNCTIONS = {
     "log_softmax": LineFunction.LogSoftmax,
     "normalize": LineFunction.Normalize,
 }
-ALONG = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
+STORAGE_AXES = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
 class UnitRecords(Recording):
@@ -71,8 +71,8 @@ class UnitRecords(Recording):
         self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)
-        own = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
-        return WindowT(**vars(common) | sizes | own)
+        cpu_fields = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
+        return WindowT(**vars(common) | sizes | cpu_fields)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
@@ -243,7 +243,7 @@ class UnitRecords(Recording):
         form, out = unit.form, unit.out
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
-        what = (ALONG[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
+        what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
         # The numbers of the lines lie after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 

@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from .limits import LIMITS
 from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 # ---- sizes
@@ -128,8 +129,9 @@ def c_type(t: type) -> str:
 
 
 def layout_fingerprint() -> str:
-    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types and their order."""
+    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types, order, limits."""
     text = [f"{HEADER} {[name for name, _ in PLACE]}"]
+    text += [f"{name} {limit}" for name, limit in LIMITS.items()]
     text += [f"{e.__name__} {[(m.name, m.value) for m in e]}" for e in ENUMS]
     text += [f"{c.__name__} {[(n, c_type(t)) for n, t in layout_of(c)]}" for c in (*PARTS, *KINDS, *SIZES)]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]

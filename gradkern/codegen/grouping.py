@@ -62,7 +62,7 @@ class GraphBuilder:
 
     def node(self, shape: tuple[int, ...], channels_last: bool = False) -> Node:
         extent = tokens(shape) if channels_last else geometry(shape)
-        assert extent is not None  # `unsupported_reason` has seen to it
+        assert extent is not None  # `unsupported_reason` refuses others
         c, h, w = extent
         self.count += 1
         return Node(self.count - 1, c, h, w, store=self.count - 1)
@@ -89,7 +89,7 @@ class GraphBuilder:
         return j if j is not None and wanted(self.program.steps[j]) else None
 
     def wants_tokens(self, step: int, value: int) -> bool:
-        """Whether a step, or what follows it, would rather read the value with its last axis as the channels."""
+        """Whether a step, or what follows it, reads the value best with its last axis as the channels."""
         shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
         match form:

@@ -8,6 +8,7 @@ It is pure: equal arguments give equal chains.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ..ir.program import Program
 from . import records
@@ -22,6 +23,21 @@ from .scratch import block_size, mark_lives, place, seed_tile, stacked
 from .units import Node, Unit
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """The records of both passes once scratch memory is laid out, as their `Chain` has them."""
+
+    forward: tuple[Record, ...]
+    backward: tuple[Record, ...]
+    forward_rows: tuple[Row, ...]
+    backward_rows: tuple[Row, ...]
+    sizes: Sizes
+    packed_size: int
+    seed_tile: int
+    scratch: int
+    clocks: tuple[float, ...] = ()
+
+
 class Lowering(UnitRecords):
     """One group on one machine, for ``seeds`` seeds of element size ``itemsize``.
 
@@ -29,7 +45,6 @@ class Lowering(UnitRecords):
     """
 
     block_from_forward = True  # whether the forward pass says how many samples go together
-    sample = 0  # elements of a sample's own scratch memory, once it is laid out
 
     # ---- forward
 
@@ -113,34 +128,30 @@ class Lowering(UnitRecords):
 
     # ---- layout of scratch memory
 
-    def finish(self) -> tuple[Sizes, int]:
-        """Place all buffers; returns the sizes of scratch memory and the seed tile."""
+    def finish(self) -> LaidOut:
+        """Place all buffers."""
         mark_lives((self.forward, self.backward))
         for buffer in (*self.stores.values(), *self.grads.values()):
             buffer.per_sample = len(buffer.stages) > 1
         grads = list(self.grads.values())
         per_seed = stacked(grads)
         tile = seed_tile(self.seeds, sum(per_seed) * self.itemsize)
-        shared, self.sample = place([*self.stores.values(), *self.saved.values()], grads, per_seed, tile)
+        shared, sample = place([*self.stores.values(), *self.saved.values()], grads, per_seed, tile)
         whole_block = any(r.whole_block for r in (self.forward if self.block_from_forward else self.backward))
-        each, lists = self.sample * self.itemsize + self.bit_bytes, 2 * self.entries + 32 * self.segments
+        each, lists = sample * self.itemsize + self.bit_bytes, 2 * self.entries + 32 * self.segments
         block = block_size(whole_block, shared * self.itemsize, each, lists)
-        sizes = CpuSizes(shared, self.sample, self.bit_bytes, self.entries * block, self.segments * block, block)
-        return sizes, tile
-
-    def scratch(self, sizes: Sizes) -> int:
-        """Bytes of scratch per thread."""
-        assert isinstance(sizes, CpuSizes)
-        elements = sizes.shared + sizes.sample * sizes.block
-        return elements * self.itemsize + sizes.bits * sizes.block + sizes.entries * 4 + sizes.segments * 32
-
-    def clocks(self) -> tuple[float, ...]:
-        """What each record is estimated to take, where the machine's planner estimates that."""
-        return ()
-
-    def encoded(self, ops: list[Record]) -> tuple[Row, ...]:
-        """The records as rows, once scratch memory is laid out."""
-        return tuple(encode(op, self.sample) for op in ops)
+        entries, segments = self.entries * block, self.segments * block
+        elements, bits = shared + sample * block, self.bit_bytes * block
+        return LaidOut(
+            forward=tuple(self.forward),
+            backward=tuple(self.backward),
+            forward_rows=tuple(encode(op, sample) for op in self.forward),
+            backward_rows=tuple(encode(op, sample) for op in self.backward),
+            sizes=CpuSizes(shared, sample, self.bit_bytes, entries, segments, block),
+            packed_size=self.packed,
+            seed_tile=tile,
+            scratch=elements * self.itemsize + bits + entries * 4 + segments * 32,
+        )
 
 
 def lower(
@@ -166,24 +177,16 @@ def lower(
     low.load_slopes() if linear else low.run_forward()
     if seeds:
         low.run_backward()
-    sizes, tile = low.finish()
+    laid_out = low.finish()
     rows, rows_unit = low.rows, low.cotangents.rows_unit
     return Chain(
-        forward=tuple(low.forward),
-        backward=tuple(low.backward),
-        forward_rows=low.encoded(low.forward),
-        backward_rows=low.encoded(low.backward),
+        **vars(laid_out),
         tables=tuple(low.tables),
         layouts=tuple(low.layouts),
-        sizes=sizes,
-        packed_size=low.packed,
         inputs=tuple(graph.inputs),
         outputs=tuple(live_out),
         output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
         wrt=low.wrt,
-        seed_tile=tile,
         rows=None if rows is None else (rows.weights, rows.row_length),
         rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,
-        scratch=low.scratch(sizes),
-        clocks=low.clocks(),
     )

@@ -1,4 +1,4 @@
-"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records`, comments included.
+"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`, comments included.
 
 ``python -m gradkern.codegen.records_header`` rewrites the file; a test fails where it is out of date.
 """
@@ -9,6 +9,7 @@ import inspect
 import re
 from pathlib import Path
 
+from . import limits
 from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, layout_of
 from .records import ENUMS, KINDS, PARTS, Place, Record
 
@@ -17,11 +18,23 @@ HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
 
 def comments(cls: type) -> dict[str, str]:
     """The comment on each field in the source, base classes included."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for base in (c for c in reversed(cls.__mro__) if c.__module__.startswith(__package__)):
         for name, text in re.findall(r"^    (\w+):? .*?  # (.*)$", inspect.getsource(base), re.MULTILINE):
-            found[name] = text.removesuffix("# noqa: E741").strip()
-    return found
+            by_name[name] = text.removesuffix("# noqa: E741").strip()
+    return by_name
+
+
+def limit_lines() -> list[str]:
+    """The limits of the CUDA kernels as constants, with the comments that they have in the source."""
+    lines = []
+    for name, text in re.findall(r"^([A-Z_]+) = .*?  # (.*)$", inspect.getsource(limits), re.MULTILINE):
+        constant, value = "k" + name.title().replace("_", ""), limits.LIMITS[name]
+        if isinstance(value, limits.ByType):
+            lines.append("template <class T>")
+            value = f"sizeof(T) == 4 ? {value.float32} : {value.float64}"
+        lines.append(f"constexpr int {constant} = {value};  // {text}")
+    return lines
 
 
 def header() -> str:
@@ -40,7 +53,8 @@ def header() -> str:
     out = [
         "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
         "//",
-        "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py; not to be edited.",
+        "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py",
+        "// and limits.py; not to be edited.",
         "#pragma once",
         "#include <cstdint>",
         "",
@@ -74,6 +88,7 @@ def header() -> str:
     for cls in KINDS:
         out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t whole_block, samples;"]
         out += [*members(cls), "};"]
+    out += ["", "namespace cuda {", "", *limit_lines(), "", "}  // namespace cuda"]
     return "\n".join([*out, "", "}  // namespace gradkern", ""])
 
 

@@ -98,7 +98,7 @@ def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
 
     Every one is zeroed or written whole before anything is added to it, so it does not matter what lay there.
     """
-    shared, sample = (stack(b for b in grads if b.per_sample == own) for own in (False, True))
+    shared, sample = (stack(b for b in grads if b.per_sample == per_sample) for per_sample in (False, True))
     return shared, sample
 
 

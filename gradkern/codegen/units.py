@@ -155,5 +155,5 @@ def planar(w: Windows) -> tuple[Pair, Pair, tuple[Pair, Pair], Pair]:
 
 
 def overlaps(w: Windows) -> bool:
-    """Do windows share places, so that a pool's cotangents add up before they reach the step below?"""
+    """Whether windows share positions, so that a pool's cotangents add up before they reach the step below."""
     return any(s < (k - 1) * d + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))

@@ -82,12 +82,12 @@ class ContractionLayout(Layout):
         w = self.columns(params[self.form.weight.name])
         b = params[self.form.bias.name].detach() if self.form.bias else w.new_zeros(w.shape[0])
         for fold in self.folds:
-            mine = slice(fold.first, fold.first + w.shape[0])
+            channels = slice(fold.first, fold.first + w.shape[0])
             if fold.form.weight is not None:
-                scale = params[fold.form.weight.name].detach()[mine]
+                scale = params[fold.form.weight.name].detach()[channels]
                 w, b = w * scale[:, None], b * scale
             if fold.form.bias is not None:
-                b = b + params[fold.form.bias.name].detach()[mine]
+                b = b + params[fold.form.bias.name].detach()[channels]
         return w, b
 
     def names(self) -> list[str]:
@@ -315,16 +315,16 @@ class MixLayout(Layout):
 
     def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
         table = self.view(packed, self.rows, self.row_length)[:, : self.C]
-        mine = slice(self.first, self.first + self.C)
+        channels = slice(self.first, self.first + self.C)
         if self.coefficients is not None:
             table[:] = torch.tensor(self.coefficients, dtype=packed.dtype)[:, None]
         elif self.form.weight is None:
             table[:] = 1
         else:
-            w = params[self.form.weight.name].detach()[mine]
+            w = params[self.form.weight.name].detach()[channels]
             table[:] = w.reshape(self.C, -1).T
         if self.form.bias is not None:
-            packed[self.bias : self.bias + self.C] = params[self.form.bias.name].detach()[mine]
+            packed[self.bias : self.bias + self.C] = params[self.form.bias.name].detach()[channels]
 
 
 def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tuple[int, int]]], list[float]]:

@@ -68,7 +68,7 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
         return METHODS[name]
     kind = next((c for n, c in _classes().items() if n.lower() == name.replace("_", "").lower()), None)
     if kind is None:
-        raise BadValue(f"method: got {name!r}, expected one of {', '.join(known())}.")
+        raise BadValue(f"method: got {name!r}, expected one of {', '.join(method_names())}.")
     parameters = inspect.signature(kind.attribute_all).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [a for a in arguments if a not in parameters and not open_ended]
@@ -79,7 +79,7 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
     return FromCaptum(kind)
 
 
-def known() -> list[str]:
+def method_names() -> list[str]:
     """Names of all methods."""
     lower = {m.replace("_", "") for m in METHODS}
     return [*METHODS, *(name for name in _classes() if name.lower() not in lower)]
@@ -111,8 +111,8 @@ def _of_model_alone(kind: Any) -> bool:
 def gradients(batch: Batch) -> Outcome:
     """∂y/∂x of the targets, with its sign, and the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
-    given, numbers = read_inputs(batch.inputs, floating)
-    request = Request(batch.model, given, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
+    tensors, numbers = read_inputs(batch.inputs, floating)
+    request = Request(batch.model, tensors, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, decide(request, batch.engine))
     rows = results.indices
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)

@@ -98,14 +98,14 @@ class Importance:
     def __str__(self) -> str:
         lines = []
         for c, features in enumerate(self.top(5)):
-            names = ", ".join(place(f, self.scores.shape[1:]) for f in features)
+            names = ", ".join(position_text(f, self.scores.shape[1:]) for f in features)
             lines.append(f"output {c}: features {names}   (halves agree to {self.agreement[c]:.2f})")
         if self.curve is not None:
             lines.append("deletion and insertion against random order: {:+.3f} {:+.3f}".format(*self.curve.gain))
         return "\n".join(lines)
 
 
-def place(index: Sequence[int], shape: Sequence[int]) -> str:
+def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
     """A feature's position for people: without the axes of length one."""
     kept = [str(int(i)) for i, size in zip(index, shape, strict=True) if size > 1]
     return kept[0] if len(kept) == 1 else "(" + ",".join(kept) + ")" if kept else "0"

@@ -87,7 +87,7 @@ REDUCTIONS: dict[str, Reduction] = {
 }  # fmt: skip
 
 
-def check(names: Iterable[str]) -> tuple[str, ...]:
+def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
     """The reductions asked for, in a fixed order."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     unknown = [n for n in wanted if n not in REDUCTIONS]
@@ -188,5 +188,5 @@ def ranks(size: Tensor) -> Tensor:
 
 def finish(wanted: Iterable[str], sums: Sums, prefix: str) -> dict[str, np.ndarray]:
     """The results of the reductions for one input, by name."""
-    own = {name.removeprefix(prefix + "/"): value for name, value in sums.items() if name.startswith(prefix + "/")}
-    return {name: REDUCTIONS[name].make(own) for name in wanted}
+    of_input = {name.removeprefix(prefix + "/"): value for name, value in sums.items() if name.startswith(prefix + "/")}
+    return {name: REDUCTIONS[name].make(of_input) for name in wanted}

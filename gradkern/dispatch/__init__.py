@@ -1,1 +1,1 @@
-"""What a call asks for, and which way it goes: kernels, or eager autograd."""
+"""What a call asks for, and how it is run: on kernels, or by eager autograd."""

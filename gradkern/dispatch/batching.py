@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,21 +12,22 @@ from ..codegen.support import NATIVE_DTYPES
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..runtime.parameters import Params
-from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
+from .watch import Watch
 
 
 def run(
     request: Request, program: Program, params: Params, engine: Engine, start: int = 0,
-    known: JacobianResult | None = None, *, saved: int = 0,
+    known: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``params``: the tensors that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
-    steps are torch's to differentiate.
+    steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     with torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, known)
@@ -37,13 +38,18 @@ def run(
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if plain else executor.jacobian
+        due, watch = watch is not None and watch.due, watch or Watch()
         for a, b in spans(start, samples, chunk):
             here = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
                 results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in here]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
+            begin = time.perf_counter()
             y, _ = differentiate(program, params, here, index, request.wrt, out=rows)
+            watch.seconds += time.perf_counter() - begin
+            if due and a == start:
+                watch.compare(request.fn, request.module, here, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made
@@ -93,9 +99,9 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
-    largest = size * max(map(math.prod, program.shapes))
+    largest = size * numbers(program.shapes)[1]
     rows = seeds.count * largest  # one cotangent of a sample
-    gradients = seeds.count * sum(request.inputs[w][:1].numel() for w in request.wrt)  # numbers of a sample
+    gradients = seeds.count * numbers(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
         fused += rows  # the rows of the last weight, gathered for each sample
@@ -105,5 +111,5 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
         fused += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
         fused += gradients * size
-    cast = fused + 4 * (sum(map(math.prod, program.inputs)) + gradients)
+    cast = fused + 4 * (numbers(program.inputs)[0] + gradients)
     return BytesPerSample(stepwise, fused, cast)

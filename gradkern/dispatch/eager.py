@@ -1,4 +1,4 @@
-"""Live autograd on the module itself: what every network can do, and what the others are measured by.
+"""Live autograd on the module itself: works for every network, and is what Programs are compared with.
 
 One forward is shared by all seeds.  The batch is cut into chunks unless its samples depend on each other.  Buffers
 are put back, and no ``.grad`` is touched.
@@ -39,18 +39,20 @@ BATCHED_NODES = frozenset(
 class ModelProfile:
     """What one model does, measured on a few samples: may the batch be cut, and how much memory a sample takes.
 
-    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``mutates``: a forward
-    changes buffers.  ``fixed`` and ``per_sample`` are bytes that autograd saves for the backward pass.
+    ``couples_batch`` says why one forward must see the whole batch (empty: it need not); ``one_piece``: one shall see
+    it, as nothing is known.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample`` are bytes that
+    autograd saves for the backward pass.
     """
 
     couples_batch: str = ""
     mutates: bool = False
     fixed: int = 0
     per_sample: int = 0
+    one_piece: bool = False
 
     def chunk(self, samples: int, per_input: int, device: torch.device) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
-        if self.couples_batch:
+        if self.couples_batch or self.one_piece:
             return samples
         # Saved activations once, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1
@@ -141,10 +143,10 @@ def probe(
             if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in gradients):
                 reason = "samples of one batch depend on each other"
         y = y.detach()
-        one = _leaves([x[:1] for x in samples], wrt)[1]
+        alone_arguments = _leaves([x[:1] for x in samples], wrt)[1]
         with alone:
             try:
-                single = fn(*one)
+                single = fn(*alone_arguments)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
                 single = None
         if not reason and not _close(single, y[:1]):
@@ -181,11 +183,11 @@ class _ReadsValues(TorchDispatchMode):
     def __init__(self, module: nn.Module | None) -> None:
         super().__init__()
         self.seen = False
-        self.own = _storages(module)
+        self.model_storages = _storages(module)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func._schema.name in self.READS:
-            self.seen |= args[0].untyped_storage().data_ptr() not in self.own
+            self.seen |= args[0].untyped_storage().data_ptr() not in self.model_storages
         return func(*args, **(kwargs or {}))
 
 

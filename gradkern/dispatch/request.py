@@ -96,7 +96,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class JacobianResult:
-    """What a request is answered with, filled in by rows of samples.
+    """The results of a request, filled in by rows of samples.
 
     ``seeds``: as asked for; ``indices``: theirs, filled in too where the model's outputs choose them (`TopK`).
     ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, of the caller's memory where ``out`` names
@@ -151,35 +151,35 @@ def allocate(request: Request, output_shape: Shape, known: JacobianResult | None
         _forecast(request.gradient_bytes * request.samples * seeds.count)
         rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
     else:
-        given = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
-        if len(given) != len(shapes):
-            raise BadValue(f"out: got {len(given)} tensors, expected {len(shapes)}, one per differentiated input.")
-        rows = [_out_tensor(g, s, f) for g, s, f in zip(given, shapes, flat, strict=True)]
+        outs = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
+        if len(outs) != len(shapes):
+            raise BadValue(f"out: got {len(outs)} tensors, expected {len(shapes)}, one per differentiated input.")
+        rows = [_out_tensor(g, s, f) for g, s, f in zip(outs, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
     return JacobianResult(seeds, indices, output_shape, tuple(rows), shaped)
 
 
-def _out_tensor(given: Any, shape: Shape, flat: Shape) -> Tensor:
-    if isinstance(given, np.ndarray):  # np.memmap too
-        if not given.flags.writeable:
+def _out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
+    if isinstance(out, np.ndarray):  # np.memmap too
+        if not out.flags.writeable:
             raise BadValue("out: got a read-only array, expected a writable one (np.memmap: mode 'r+' or 'w+').")
         try:
-            given = torch.from_numpy(given)
+            out = torch.from_numpy(out)
         except TypeError as error:
-            raise BadType(f"out: got an array of {given.dtype}, expected a floating dtype that torch has.") from error
-    if not isinstance(given, Tensor):
-        raise BadType(f"out: got {type(given).__name__}, expected a tensor or a numpy array (np.memmap).")
-    if tuple(given.shape) != shape:
-        raise BadValue(f"out: got shape {list(given.shape)}, expected {list(shape)}.")
-    if not given.is_floating_point():
-        raise BadType(f"out: got {given.dtype}, expected a floating dtype.")
-    if given.requires_grad:
+            raise BadType(f"out: got an array of {out.dtype}, expected a floating dtype that torch has.") from error
+    if not isinstance(out, Tensor):
+        raise BadType(f"out: got {type(out).__name__}, expected a tensor or a numpy array (np.memmap).")
+    if tuple(out.shape) != shape:
+        raise BadValue(f"out: got shape {list(out.shape)}, expected {list(shape)}.")
+    if not out.is_floating_point():
+        raise BadType(f"out: got {out.dtype}, expected a floating dtype.")
+    if out.requires_grad:
         raise BadValue("out: got a tensor that requires grad, expected a plain one. Use out.detach().")
-    if given.is_inference():  # may not be written to outside inference mode, but the same memory may
-        alias = torch.empty(0, dtype=given.dtype, device=given.device)
-        given = alias.set_(given.untyped_storage(), given.storage_offset(), given.shape, given.stride())
+    if out.is_inference():  # may not be written to outside inference mode, but the same memory may
+        alias = torch.empty(0, dtype=out.dtype, device=out.device)
+        out = alias.set_(out.untyped_storage(), out.storage_offset(), out.shape, out.stride())
     try:
-        return given.view(flat)
+        return out.view(flat)
     except RuntimeError as error:
         raise BadValue(
             "out: the axes of the outputs must be laid out in one piece. Use a contiguous tensor."
@@ -204,10 +204,10 @@ def _forecast(size: int) -> None:
 
 def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Check the inputs; give them as a tuple, and the numbers of those to differentiate."""
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not given:
+    tensors = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not tensors:
         raise BadValue("inputs: got an empty tuple, expected at least one tensor [N, ...].")
-    for i, x in enumerate(given):
+    for i, x in enumerate(tensors):
         if isinstance(x, np.ndarray):
             raise BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
         if not isinstance(x, Tensor):
@@ -216,22 +216,22 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
             raise BadType(f"inputs: number {i} has layout {x.layout}, expected a dense tensor. Use x.to_dense().")
         if x.dim() == 0:
             raise BadValue(f"inputs: number {i} has no axes, expected [N, ...]. Use x.unsqueeze(0) for one sample.")
-        if x.shape[0] != given[0].shape[0]:
+        if x.shape[0] != tensors[0].shape[0]:
             raise BadValue(
-                f"inputs: number {i} has {x.shape[0]} samples and number 0 has {given[0].shape[0]}, expected the "
+                f"inputs: number {i} has {x.shape[0]} samples and number 0 has {tensors[0].shape[0]}, expected the "
                 "same batch axis (axis 0) in all."
             )
-    numbers = _read_wrt(wrt, len(given))
+    numbers = _read_wrt(wrt, len(tensors))
     for w in numbers:
-        x = given[w]
+        x = tensors[w]
         if not x.is_floating_point():
             hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
-            other = ", or leave it out of wrt=" if len(given) > 1 else ""
+            other = ", or leave it out of wrt=" if len(tensors) > 1 else ""
             raise BadType(
                 f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
                 f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
             )
-    return given, numbers
+    return tensors, numbers
 
 
 def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -271,9 +271,9 @@ def check_reached(request: Request, unused: Collection[int]) -> None:
     for w in request.wrt:
         if w in unused:
             raise Unused(
-                f"the model's output is cut off from its input: input {w} appears to not have been used in the graph that "
-                "autograd follows. Look for torch.no_grad(), .detach(), .data or .numpy() in the model's forward, or leave "
-                "that input out of wrt=."
+                f"the model's output is cut off from its input: input {w} appears to not have been used in the graph "
+                "that autograd follows. Look for torch.no_grad(), .detach(), .data or .numpy() in the model's forward, "
+                "or leave that input out of wrt=."
             )
 
 

@@ -26,14 +26,17 @@ from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
 from .state import CacheEntry, Traced, Verdict, state_of
 from .targets import Shape
+from .watch import OutputsChanged
 
 TRACE_SAMPLES = 4
 PROBE_SAMPLES = 3
+CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
+CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
 FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
 
 
 class Route:
-    """Which way the calls of one model at inputs like these go.
+    """How the calls of one model at inputs like these are run.
 
     The guards of a captured model are checked once, when they are first asked for; a Program that is traced later in
     the call is put here, too.
@@ -95,6 +98,10 @@ class Route:
         """Raise `Unused` for an input that the output is known not to depend on."""
         if self._traced is not None:
             check_reached(request, self._traced.verdict.unused)
+
+    def refuse(self, reason: str) -> None:
+        """Leave this model to autograd from here on."""
+        self._traced, self._refusal = None, self.state.refuse(self.entry, self.fn, reason)
 
     def serves(self, request: Request, engine: Engine) -> bool:
         """Is this the route of that request, too?"""
@@ -161,7 +168,7 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known, or has to be found out
+# What is known about a model, or has to be measured
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:
@@ -186,26 +193,16 @@ def couples_batch(request: Request, route: Route) -> str:
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
-    """May the batch be cut, do buffers change, what does a sample take?
-
-    Nothing guards a model that runs on autograd, so it is measured anew in every call, unless nothing hangs on it:
-    one forward may see the few samples that there are.
-    """
-    reason, verdict, known = route.eager_reason, route.verdict, route.entry.profile
+    """May the batch be cut, do buffers change, what does a sample take?  Measured anew in every call: nothing guards a
+    model that runs on autograd."""
+    reason, verdict = route.eager_reason, route.verdict
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
-    if known is not None and request.samples <= FEW_SAMPLES and _in_one_piece(request, known):
-        return ModelProfile("there are few samples", mutates=True)
     with route.state.live:
         profile = route.entry.profile = eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
     if verdict is not None and verdict.couples_batch:
         return replace(profile, couples_batch=verdict.reason)
     return profile
-
-
-def _in_one_piece(request: Request, profile: ModelProfile) -> bool:
-    loose = replace(profile, couples_batch="")
-    return loose.chunk(request.samples, request.sample_bytes, request.inputs[0].device) >= request.samples
 
 
 def _say_why_eager(route: Route) -> None:
@@ -234,9 +231,15 @@ def solve(request: Request, route: Route) -> JacobianResult:
     verdict = route.verdict or verdict_now(request, route)
     if verdict is None or verdict.program is None:
         return _on_autograd(request, route, start, results)
-    saved = _profile_of_run(request, route).per_sample if verdict.opaque else 0
     route.check_reached(request)
-    return batching.run(request, verdict.program, route.params, route.engine, start, results, saved=saved)
+    saved = (route.entry.profile or _profile(request, route)).per_sample if verdict.opaque else 0
+    try:
+        return batching.run(
+            request, verdict.program, route.params, route.engine, start, results, saved=saved, watch=route.entry.watch
+        )
+    except OutputsChanged:
+        route.refuse(CHANGED)
+    return _on_autograd(request, route, start, results)
 
 
 def _on_autograd(
@@ -261,7 +264,7 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int
             begin = time.perf_counter()
             results = eager.fill(request, results, start, stop)
             seconds = time.perf_counter() - begin
-            if profile.couples_batch and request.samples > 1:
+            if profile.couples_batch:
                 continue  # it cannot be traced
             route.spend(seconds)
             left = request.samples - stop
@@ -272,10 +275,18 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int
 
 
 def _profile_of_run(request: Request, route: Route) -> ModelProfile:
-    """The profile for one call on autograd; one sample alone needs no measuring."""
-    if request.samples == 1 and (route.eager_reason is None or not route.eager_reason.couples_batch):
-        return ModelProfile("there is one sample", mutates=True)
+    """The profile for one call on autograd.  One sample needs no measuring, nor do a few that fit in one forward."""
+    samples, known, reason = request.samples, route.entry.profile, route.eager_reason
+    if reason is None or not reason.couples_batch:
+        few = known is not None and samples <= FEW_SAMPLES and _fit(request, known)
+        if samples == 1 or few:
+            return ModelProfile(mutates=True, one_piece=True)
     return _profile(request, route)
+
+
+def _fit(request: Request, profile: ModelProfile) -> bool:
+    loose = replace(profile, couples_batch="")
+    return loose.chunk(request.samples, request.sample_bytes, request.inputs[0].device) >= request.samples
 
 
 @contextmanager

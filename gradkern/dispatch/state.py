@@ -29,6 +29,7 @@ from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_runs
 from .guards import condition
+from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
 REFUSALS = 16
@@ -73,6 +74,7 @@ class CacheEntry:
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd where a Program might have saved some
+    watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
     def traced(self, fn: Any, inputs: Sequence[Tensor]) -> Traced | None:
@@ -124,6 +126,14 @@ class ModelState:
                 f"{name}: torch differentiates these steps, which have no kernel: {listed}. See gradkern.explain.",
             )
         return result
+
+    def refuse(self, entry: CacheEntry, fn: Any, reason: str) -> Verdict:
+        """Leave the model to autograd, in the state that it is in; warns once."""
+        verdict = Verdict(None, reason)
+        entry.verdicts.clear()
+        entry.refused.put(condition(fn), verdict)
+        warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
+        return verdict
 
     def _traced(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]

@@ -90,15 +90,15 @@ def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after:
     tensors or a view have the samples in different orders.
     """
     if op not in VIEWS:
-        extents = {own for own, _ in sources}
+        extents = {inner for inner, _ in sources}
         if len(extents) != 1:
             raise NoForm("it joins samples in different orders")
         return extents.pop()
     step = math.prod(sources[0])  # from one sample to the next; a view leaves it as it is
-    own, rest = divmod(step, max(math.prod(after), 1))
-    if rest or not own or times % own:
+    inner, rest = divmod(step, max(math.prod(after), 1))
+    if rest or not inner or times % inner:
         raise NoForm("it views the samples in another order")
-    return own
+    return inner
 
 
 def counted(axes: Any, rank: int) -> Any:

@@ -18,13 +18,14 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes_config
 
 from . import regions
@@ -58,10 +59,12 @@ class Graph:
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
 
+    def __post_init__(self) -> None:
+        self.names = [(name, i) for i, name in enumerate(self.reads) if isinstance(name, str)]
+
     def tensors(self, values: Sequence[Any]) -> dict[str, Tensor]:
         """The live tensors of one call by name."""
-        read = zip(self.reads, values, strict=True)
-        return {name: x.detach() if x.requires_grad else x for name, x in read if isinstance(name, str)}
+        return {name: values[i] for name, i in self.names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,23 +102,27 @@ class Capture:
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
         # all models of the process together.
-        entry = types.FunctionType(_entry.__code__.replace(co_name="entry"), globals(), "entry")
+        self._code = _entry.__code__.replace(co_name="entry")
+        entry = types.FunctionType(self._code, globals())
         self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
-        self._looking = torch._dynamo.run(entry)
 
     def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
         """The graph whose guards hold now; None where there is none."""
-        try:
-            return _called(self._looking, fn, _stand_ins(inputs))
-        except _Missed:
-            return None
+        stand_ins = _stand_ins(inputs)
+        model, given = split(fn)
+        seen = {"fn": model, "given": given, "inputs": tuple(stand_ins)}
+        with _as_captured():
+            for entry in _debug_get_cache_entry_list(self._code):  # newest use first
+                if entry.guard_manager.check(seen):
+                    return _called(types.FunctionType(entry.code, globals()), fn, stand_ins)
+        return None
 
     def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
         """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
         stand_ins = _stand_ins(inputs)
         for x in stand_ins:
             torch._dynamo.mark_dynamic(x, 0)
-        with LOCK, _settings():
+        with LOCK, _settings(), _as_captured():
             try:
                 try:
                     return _called(self._capturing, fn, stand_ins)
@@ -129,9 +136,20 @@ class Capture:
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
 
 
+@contextmanager
+def _as_captured() -> Iterator[None]:
+    """The modes that graphs are captured in: they are guarded, too."""
+    before, inside = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch._C._set_grad_enabled(True)
+    try:
+        with torch.inference_mode(False) if inside else nullcontext():
+            yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
 def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
-    with torch.inference_mode(False), torch.enable_grad():
-        entry(*split(fn), *stand_ins)
+    entry(*split(fn), *stand_ins)
     (graph, values), _ran.graph = _ran.graph, None
     return Captured(graph, graph.tensors(values))
 

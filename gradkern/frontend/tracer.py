@@ -207,11 +207,11 @@ class _GraphLowering:
             (getattr(self.known[n], "inner_extent", 1), math.prod(n.meta["val"].shape[a + 1 :]))
             for n, a in axes.items()
         ]
-        own = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
+        inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         self._check(lifted, meta)
         value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
         b.dtypes[value] = meta.dtype
-        return NonLeadingBatch(value, self._expressed(value, meta, call, own), own)
+        return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
     def _lifted(self, x: Any) -> Any:
         """An argument sample by sample: a value gets an axis of one number in front."""
@@ -266,14 +266,14 @@ class _GraphLowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value, meta: Tensor, call: Call, own: int) -> Call:
+    def _expressed(self, value: Value, meta: Tensor, call: Call, inner: int) -> Call:
         """A tensor with a non-leading batch, for ops that have no form: the call that made it while that is short,
         else by way of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
         place = _batch_axis(meta.shape)
         size, before, after = self._size(meta.shape[place]), meta.shape[:place], meta.shape[place + 1 :]
-        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // own, own, *after)))
+        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // inner, inner, *after)))
         return Call("aten.reshape.default", (Call("aten.movedim.int", (apart, 0, place + 1)), (*before, size, *after)))
 
     def _argument(self, x: Any) -> Any:
@@ -339,8 +339,8 @@ def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
     named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
-    own = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
-    return SimpleNamespace(**named, **own)
+    result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
+    return SimpleNamespace(**named, **result)
 
 
 def _ops_of(call: Call) -> str:

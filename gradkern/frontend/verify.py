@@ -57,14 +57,14 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
     samples = []
     for x in inputs:
-        own = x.detach()[pick.to(x.device)].clone()
-        if own.is_floating_point():
-            own.masked_fill_(~torch.isfinite(own), 0.0)  # NaN says nothing about which function this is
-        if own.shape[0] == 0:
-            own = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
-        if missing := _TOGETHER - own.shape[0]:
-            own = torch.cat([own, _noisy(own[-1:].expand(missing, *own.shape[1:]), 0.3, generator)])
-        samples.append(own)
+        few = x.detach()[pick.to(x.device)].clone()
+        if few.is_floating_point():
+            few.masked_fill_(~torch.isfinite(few), 0.0)  # NaN says nothing about which function this is
+        if few.shape[0] == 0:
+            few = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        if missing := _TOGETHER - few.shape[0]:
+            few = torch.cat([few, _noisy(few[-1:].expand(missing, *few.shape[1:]), 0.3, generator)])
+        samples.append(few)
     return tuple(samples)
 
 
@@ -147,6 +147,11 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
         return _TF32
     return _TOLERANCE.get(dtype, 0.0)
+
+
+def same_outputs(got: Tensor, live: Tensor) -> bool:
+    """Are a Program's outputs the live model's, up to rounding?"""
+    return _close(got, live, _tolerance(live.dtype, live.device))
 
 
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:

@@ -40,7 +40,7 @@ def forward_macs(program: ir.Program, i: int) -> int:
 
 
 def sides(program: ir.Program, i: int) -> int:
-    """How many products the backward of one seed takes, each as dear as the forward: two where both sides move."""
+    """How many products the backward of one seed takes, each as expensive as the forward: two where both sides move."""
     return 2 if program.steps[i].form == ir.Product("matmul") else 1
 
 

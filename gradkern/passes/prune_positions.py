@@ -243,7 +243,7 @@ def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
 
 
 def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
-    """A part of an `Index` for the results ``lines`` of an input of which there is ``have``."""
+    """A part of an `Index` for the results ``lines``, reading an input of which the positions ``have`` are left."""
     axes = []
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         h, every_index = have[order], indexing.indices(axis)
@@ -273,7 +273,7 @@ def _pruned_once(program: ir.Program) -> ir.Program:
         lines = demands(program)
     except OnlyPadding:
         return program
-    if all(tuple(line.count for line in own) == program.shape(v) for v, own in lines.items()):
+    if all(tuple(line.count for line in axes) == program.shape(v) for v, axes in lines.items()):
         return program
     new = Writer(program, lines).write()
     before, after = (sum(forward_macs(p, i) for i in range(len(p.steps))) for p in (program, new))

@@ -1,1 +1,1 @@
-"""Which way each step of a Program goes."""
+"""How each step of a Program runs."""

@@ -39,7 +39,7 @@ class Chains:
         if made is None:
             made = self.made.setdefault(key, self._lowered(group, seeds, wrt, onehot))
         if isinstance(made, TooLarge):
-            raise made.with_traceback(None)  # it is raised again and again
+            raise made.with_traceback(None)  # the same exception is raised many times
         return made
 
     def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
@@ -58,7 +58,7 @@ class Chains:
 
 
 class Partition:
-    """Cuts the steps ``steps`` of a Program, of which the values ``wanted`` are to be had, into groups.
+    """Cuts the steps ``steps`` of a Program, which have to give the values ``wanted``, into groups.
 
     ``reasons``: per step, why it has no kernel; None where it has one.  Steps that turn out not to fit a GPU even
     alone get their reasons there.
@@ -93,7 +93,8 @@ class Partition:
             before = [key[v - self.base] for v in self.program.steps[i].inputs if v >= self.base]
             key[i] = (max((level + (kind != native) for level, kind in before), default=0), native)
         return tuple(
-            self.group([i for i in self.steps if key[i] == own], native=own[1]) for own in sorted(set(key.values()))
+            self.group([i for i in self.steps if key[i] == (level, native)], native=native)
+            for level, native in sorted(set(key.values()))
         )
 
     def group(self, steps: list[int], native: bool) -> Group:
@@ -130,6 +131,6 @@ class Partition:
         return pieces
 
     def lower(self, group: Group) -> Chain:
-        """The chain that a call needs which wants the cotangents of all inputs."""
+        """The chain of a call that wants the cotangents of all inputs."""
         wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
         return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

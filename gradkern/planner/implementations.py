@@ -1,4 +1,4 @@
-"""Implementations: for every form an ordered list of ways to run it, of which the first that takes the step wins.
+"""Implementations: for every form an ordered list of ways to run it; the first that takes the step wins.
 
 Each says why it does not take a step.  `Plan.steps` shows which one took it and what those before it said.
 """
@@ -17,7 +17,7 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that is not worth a line: this implementation is not expected here
+SILENT = ""  # a refusal that `explain` does not show: nobody expects this implementation here
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 
@@ -28,7 +28,7 @@ class Implementation:
     name: str
     forms: tuple[type, ...]
     unsupported_reason: Reason
-    own: bool = False  # gradkern's own kernels, or nothing to do at all
+    native: bool = False  # runs on gradkern's own kernels, or needs no work at all
     fused: bool = True  # all seeds at once
 
     def path(self, machine: Machine | None) -> str:
@@ -57,9 +57,11 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-AS_VIEW = Implementation("view", (View,), lambda *_: None, own=True)
-FOLDED = Implementation("folded", COMPUTING, lambda *_: SILENT, own=True)  # into a neighbour: only the grouping knows
-KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, own=True)
+AS_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
+FOLDED = Implementation(
+    "folded", COMPUTING, lambda *_: SILENT, native=True
+)  # into a neighbour: only the grouping knows
+KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap

@@ -1,4 +1,4 @@
-"""Plan: which way each step of a Program goes, as a pure function of the program, the machine and the seeds.
+"""Plan: how each step of a Program runs, as a pure function of the program, the machine and the seeds.
 
 A plan prunes the program, may start seeds at a bottleneck, and cuts the DAG into groups.  A native group is one chain:
 forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run through
@@ -58,18 +58,18 @@ class Plan:
     operations are fused (all seeds at once) and on gradkern's own kernels.
     """
 
-    original: Program  # as it was handed over: what counts where weights are not finite
+    original: Program  # as the caller gave it: what runs where weights are not finite
     program: Program  # what runs: without the positions that the output does not need
     machine: Machine | None
     dtype: torch.dtype  # what is computed in
     seeds: int
-    wanted: tuple[int, ...]  # values of the program that are to be had: its output, or those of a forward pass
+    wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
     groups: tuple[Group, ...]
     kernel_reasons: tuple[str | None, ...]  # per step: why no kernel; None where there is one
     chains: Chains = field(compare=False)
     bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
-    cast_dtype: torch.dtype | None = None  # the dtype that is cast to float32 on the way in, and back
+    cast_dtype: torch.dtype | None = None  # the inputs' dtype, where the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
 
     @cached_property
@@ -134,7 +134,7 @@ class Plan:
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda implementation: implementation.own)
+        return self._share(lambda implementation: implementation.native)
 
     def _share(self, counted: Callable[[Implementation], bool]) -> float:
         total = sum(s.macs for s in self.steps)

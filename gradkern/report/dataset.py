@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from gradkern.data import Curve, Importance, Results, Source, open_store
-from gradkern.data.ranking import of_results, place
+from gradkern.data.ranking import of_results, position_text
 from gradkern.report import datafigures, figures
 from gradkern.report.page import Report, Section
 
@@ -162,7 +162,7 @@ class StoreSections:
         rows = []
         for c, name in zip(shown, names, strict=True):
             order = np.argsort(-np.nan_to_num(self.scores[c].ravel(), nan=-1.0), kind="stable")[:TOP]
-            cells = [place(np.unravel_index(i, shape), shape) for i in order]
+            cells = [position_text(np.unravel_index(i, shape), shape) for i in order]
             agreement = [] if stability is None else [f"{stability.agreement[c]:.2f}"]
             rows.append([name, *agreement, *cells, *[""] * (TOP - len(cells))])
         head = ["output", *([] if stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]

@@ -51,12 +51,12 @@ def signal_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, na
     low, high = _limits(x)
     for c, (axes, name) in enumerate(zip(panels, names, strict=True)):
         shade = _background(axes, importance[c], low, high, MAGNITUDE, 0.0, top)
-        mine = x[labels == c]  # [n, T]
-        if len(mine):
-            mean, spread = mine.mean(0), mine.std(0)
+        signals = x[labels == c]  # [n, T]
+        if len(signals):
+            mean, spread = signals.mean(0), signals.std(0)
             axes.fill_between(np.arange(x.shape[1]), mean - spread, mean + spread, color=INK, alpha=0.12, linewidth=0)
             axes.plot(mean, color=INK, linewidth=1.5)
-        axes.set_title(f"{name} (n = {len(mine)})", fontsize=10, loc="left")
+        axes.set_title(f"{name} (n = {len(signals)})", fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("time step")
     figure.colorbar(shade, ax=list(panels), label="importance", fraction=0.03, pad=0.01)

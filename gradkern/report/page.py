@@ -1,4 +1,4 @@
-"""The report as data (sections of text, tables and pictures) and its way into one HTML file."""
+"""The report as data (sections of text, tables and pictures) and how it becomes one HTML file."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plans, and what calls for some inputs need of them
+# Plans, settled for the inputs that a call differentiates
 
 
 _plans: Memo[Plan] = Memo(256)
@@ -109,7 +110,7 @@ class Executable:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What can be asked for
+# Entry points
 
 
 def jacobian(
@@ -129,7 +130,7 @@ def jacobian(
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     like = leading(inputs)
     if targets is None:
-        targets = torch.arange(program.outputs, device=like.device)
+        targets = _every(program.outputs, like.device)
     targets = targets.to(inputs[0].device).contiguous()
     n, seeds = inputs[0].shape[0], targets.shape[-1]
     if out is None:
@@ -184,6 +185,13 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
     return next((x for x in inputs if x.is_floating_point()), inputs[0])
 
 
+@lru_cache(maxsize=64)
+def _every(outputs: int, device: torch.device) -> Tensor:
+    """The numbers of all outputs; never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(outputs, device=device)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Ways to fill a Jacobian
 
@@ -236,9 +244,9 @@ def _through_bottleneck(
         few = [x[a:b] for x in inputs]
         inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
         v = _fill(before, weights, few, every, inner)  # [n, *v]
-        own = targets[a:b] if targets.dim() == 2 else targets
+        chosen = targets[a:b] if targets.dim() == 2 else targets
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
-        outputs.append(_fill(after, weights, [v], own, [outer.view(*outer.shape[:2], *v.shape[1:])]))
+        outputs.append(_fill(after, weights, [v], chosen, [outer.view(*outer.shape[:2], *v.shape[1:])]))
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
     return torch.cat(outputs)
@@ -307,11 +315,11 @@ class GroupExecutor:
             elif group.wrt:
                 self.backward_native(group, targets_enter and group is x.groups[-1])
         for w, o in zip(x.wrt, self.out, strict=True):
-            own = self.cotangents.get(w)
-            if own is None:
+            arrived = self.cotangents.get(w)
+            if arrived is None:
                 o.zero_()  # the output does not depend on this input
-            elif own is not o:
-                o.copy_(own)
+            elif arrived is not o:
+                o.copy_(arrived)
         return self.values.get(output, self.like)
 
     def forward(self, groups: Sequence[BoundGroup]) -> None:
@@ -357,7 +365,7 @@ class GroupExecutor:
             self.add(v, r)
 
     def reads(self, chain: Chain) -> list[Tensor]:
-        """What a chain reads, in one piece each.  A network that changes the dtype on its way has no kernels."""
+        """What a chain reads, in one piece each.  A network that changes the dtype inside has no kernels."""
         if self.x.linear:  # of other values than the slopes nothing is read
             return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
         if any(self.values[v].dtype != self.like.dtype for v in chain.inputs):
@@ -374,8 +382,8 @@ class GroupExecutor:
 
     def dense(self, value: int) -> Tensor:
         """The cotangent of a value that a group gives, ``[N, S, size]``; zeros where nothing reads it."""
-        own, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
-        return self.like.new_zeros(shape) if own is None else own.reshape(shape).contiguous()
+        arrived, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
+        return self.like.new_zeros(shape) if arrived is None else arrived.reshape(shape).contiguous()
 
     # ---- the other groups
 

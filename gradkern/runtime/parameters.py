@@ -17,7 +17,7 @@ from torch import Tensor
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
 from ..ir.calls import LITERAL, evaluate, operator_of
-from ..ir.program import Call, Derived, Param, Program
+from ..ir.program import Call, Derived, Opaque, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
 from . import ops
@@ -43,18 +43,29 @@ class _Computed:
         return evaluate(self.call, lambda leaf: tensors[leaf.name])
 
 
-_derived: Memo[tuple[_Computed, ...]] = Memo(256)
+class _Binder:
+    """What there is to do for one Program, looked up once."""
+
+    def __init__(self, program: Program) -> None:
+        self.derived = tuple(map(_Computed, program.derived))
+        # Torch differentiates some steps, with respect to values alone.
+        self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        params = {name: x.detach() for name, x in tensors.items()} if self.detaches else dict(tensors)
+        if self.derived:
+            with torch.no_grad():
+                for derived in self.derived:
+                    params[derived.name] = derived(params)
+        return params
+
+
+_binders: Memo[_Binder] = Memo(256)
 
 
 def bind(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The live tensors that ``program`` names, and its derived tensors, computed now."""
-    computed = _derived.get_or_make(program.key, lambda: tuple(map(_Computed, program.derived)))
-    params = dict(tensors)
-    if computed:
-        with torch.no_grad():
-            for derived in computed:
-                params[derived.name] = derived(params)
-    return params
+    return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
 def all_finite(params: Mapping[str, Tensor]) -> bool:

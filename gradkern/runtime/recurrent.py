@@ -111,8 +111,8 @@ class Lstm(Walk):
 class Gru(Walk):
     def step(self, inputs: Tensor, state: State) -> State:
         h = state[0]
-        own = self.recurrent(h)
-        (xr, xz, xn), (hr, hz, hn) = inputs.chunk(3, dim=1), own.chunk(3, dim=1)
+        recurrent = self.recurrent(h)
+        (xr, xz, xn), (hr, hz, hn) = inputs.chunk(3, dim=1), recurrent.chunk(3, dim=1)
         r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
         n = torch.tanh(xn + r * hn)
         slope = (1 - z) * (1 - n * n)

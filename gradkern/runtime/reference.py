@@ -259,7 +259,7 @@ def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[
     a, b = (x.unsqueeze(1) for x in args)  # [N, 1, *]
     if form.function == "matmul":
         return g @ b.transpose(-1, -2), a.transpose(-1, -2) @ g
-    return tuple((g * other).sum_to_size(g.shape[0], g.shape[1], *mine.shape[2:]) for mine, other in ((a, b), (b, a)))  # type: ignore[return-value]
+    return tuple((g * other).sum_to_size(g.shape[0], g.shape[1], *side.shape[2:]) for side, other in ((a, b), (b, a)))  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------------------------------------------------------

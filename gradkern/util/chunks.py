@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 
 from .options import memory_budget
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
-STEPWISE_PEAK = 3  # the most that steps run one by one take, as a multiple of what `stepwise_bytes` estimates
-# What a CPU works on at a time is to stay in its caches: larger pieces are no faster, measured over five networks.
-# A GPU wants pieces as large as its memory allows.
+STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
+# What a CPU works on at a time stays in its caches: larger pieces were no faster over five networks, step by step and
+# on autograd.  A GPU wants pieces as large as its memory allows.
 CPU_CACHED_BYTES = 24 << 20
 
 
@@ -43,8 +44,15 @@ def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -
 
     ``shapes``: per sample, of every value.
     """
+    every, largest = numbers(tuple(shapes))
+    return max(1, itemsize * (every + MOST_COTANGENTS * seeds * largest))
+
+
+@lru_cache(maxsize=1024)
+def numbers(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
+    """How many numbers tensors of these shapes have: together, and the largest of them."""
     sizes = [math.prod(shape) for shape in shapes]
-    return max(1, itemsize * (sum(sizes) + MOST_COTANGENTS * seeds * max(sizes)))
+    return sum(sizes), max(sizes)
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:

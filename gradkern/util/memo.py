@@ -1,4 +1,4 @@
-"""The one table of results that can be made again: bounded, least recently used first out, safe between threads."""
+"""The one cache of results that can be recomputed: bounded, least recently used first out, thread-safe."""
 
 from __future__ import annotations
 

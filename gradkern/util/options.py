@@ -18,7 +18,7 @@ Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
-GPU_SHARE = 16  # of whose memory one part is the budget: a GPU wants large pieces
+GPU_SHARE = 16  # the budget on a GPU is one part in so many of its memory: a GPU wants large pieces
 
 _engine: ContextVar[Engine | None] = ContextVar("gradkern_engine", default=None)
 _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
@@ -29,7 +29,7 @@ class GradkernWarning(UserWarning):
 
 
 class InputError(Exception):
-    """Base of the errors about what the caller handed over; always also a ValueError or a TypeError."""
+    """Base of the errors about the caller's arguments; always also a ValueError or a TypeError."""
 
 
 class BadValue(InputError, ValueError):

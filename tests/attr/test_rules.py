@@ -298,7 +298,7 @@ def test_the_plain_rule_is_the_gradient(name):
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))
     for native in (True, False):
-        values = linear.forward_values(program, params, xs, linear.looked_at(program, False))
+        values = linear.rule_values(program, params, xs, linear.values_needed(program, False))
         with torch.no_grad():
             got = linear.attribute(rules.Rule(program, params, values), xs, targets, wrt, native=native)
         same(got, want, 1e-12)

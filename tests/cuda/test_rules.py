@@ -367,7 +367,7 @@ def test_a_chain_that_turns_out_too_large(monkeypatch) -> None:
 def test_values_that_do_not_fit_one_chain() -> None:
     """All values that a rule looks at stay on the chip until the end, so they need more room than a gradient."""
     program = program_of("cnn1d")
-    wanted = linear.looked_at(program, True)
+    wanted = linear.values_needed(program, True)
     sizes = []
     for shared in range(2048, 65536, 2048):
         machine = HostDevice(shared_bytes=shared).machine

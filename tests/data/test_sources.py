@@ -214,7 +214,7 @@ class Sensor:
 @pytest.fixture
 def registered(monkeypatch):
     """The recipe: `Readings` reads a `Sensor`, and files of numbers in text."""
-    monkeypatch.setattr(registry, "KINDS", list(registry.KINDS))
+    monkeypatch.setattr(registry, "SOURCE_KINDS", list(registry.SOURCE_KINDS))
 
     @register
     class Readings(Source):

@@ -159,7 +159,7 @@ def test_classes_of_attr_by_name(problem, tmp_path):
     )
     torch.testing.assert_close(integrated.maps(0, 21), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(integrated.array("deltas")[...]), deltas, rtol=1e-3, atol=1e-4)
-    names = gradkern.data.methods.known()
+    names = gradkern.data.methods.method_names()
     assert {"IntegratedGradients", "DeepLift"} <= set(names)
     assert not {"NoiseTunnel", "LayerGradCam"} & set(names)
     with pytest.raises(ValueError, match="method: got 'LayerGradCam'"):

@@ -172,7 +172,7 @@ def test_a_chain_is_lowered_once(kib, monkeypatch):
         lowered.append((tuple(args[1]), args[5:], tuple(kwargs.items())))
         return chain
 
-    monkeypatch.setattr(groups, "lowering", lambda machine: counted)
+    monkeypatch.setattr(groups, "lower_for", lambda machine: counted)
     p = plan.plan(program_of("maxpool2d"), 3, machine=Device("cuda", 16, kib << 10))
     assert p.single_chain == (kib == 227)
     before = len(lowered)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from gradkern.codegen.cuda.lowering import MAX_PORTS
+from gradkern.codegen.limits import PORTS
 from gradkern.codegen.machine import Device
 from gradkern.runtime import ops
 
@@ -36,7 +36,7 @@ class Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("forward", "backward", "packed", "tables")),
-        *((name, ctypes.c_void_p * MAX_PORTS) for name in ("inputs", "outputs", "cotangents", "results")),
+        *((name, ctypes.c_void_p * PORTS) for name in ("inputs", "outputs", "cotangents", "results")),
         *((name, ctypes.c_void_p) for name in ("targets", "seed_rows")),
         *((name, ctypes.c_int64) for name in ("target_n", "seed_rows_n", "seed_rows_s", "samples")),
         *((name, ctypes.c_int) for name in ("forward_count", "backward_count", "seeds", "seed_tile")),
@@ -121,7 +121,7 @@ def launchers() -> ctypes.CDLL:
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * MAX_PORTS)(*[t.data_ptr() for t in tensors])
+    return (ctypes.c_void_p * PORTS)(*[t.data_ptr() for t in tensors])
 
 
 class Recording:

@@ -128,9 +128,9 @@ def one_output(kind: Any) -> Any:
 
 def all_outputs(kind: Any) -> AttributeAll:
     """Its ``attribute_all``: Captum's arguments, with ``targets`` after the inputs."""
-    own = dict(inspect.signature(compat.unlogged(kind)).parameters)
-    targets = own.pop("target").replace(name="targets", annotation=Any)
-    kept = [p for name, p in own.items() if name not in ("internal_batch_size", "grad_kwargs")]
+    parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
+    targets = parameters.pop("target").replace(name="targets", annotation=Any)
+    kept = [p for name, p in parameters.items() if name not in ("internal_batch_size", "grad_kwargs")]
     signature = inspect.Signature([*kept[:2], targets, *kept[2:]])
 
     def attribute_all(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from ...util import options
 from ...util.chunks import spans, stepwise_bytes, stepwise_samples
 from ...util.memo import Memo
 from ..points import Points
-from ..rules.linear import forward_values
+from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
@@ -49,7 +49,7 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for x in points.own.pick(SAMPLES):
+    for x in points.base_request.pick(SAMPLES):
         noisy = x
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
@@ -120,11 +120,11 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
     """The candidate that belongs to the module; one alone is taken as it is."""
     base = len(program.inputs)
     if to_input:
-        own = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
+        inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
     else:
-        own = [v for v in candidates if v >= base and _inside(program, path, v - base)]
-    if own:
-        return own[0] if to_input else own[-1]
+        inside = [v for v in candidates if v >= base and _inside(program, path, v - base)]
+    if inside:
+        return inside[0] if to_input else inside[-1]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -165,7 +165,7 @@ class LayerView:
             if self.plain:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
-                values = forward_values(self.program, self.params, rows, wanted)
+                values = rule_values(self.program, self.params, rows, wanted)
             return tuple(values[v] for v in wanted)
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:

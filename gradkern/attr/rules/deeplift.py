@@ -104,7 +104,7 @@ def normalised(rule: Rescale, i: int) -> Local:
     flat = din.abs() < rule.eps
     ratio = torch.where(flat, 0.0, dout / din)
 
-    def own(g: Tensor) -> tuple[Tensor, ...]:
+    def pulled(g: Tensor) -> tuple[Tensor, ...]:
         back = g * ratio.unsqueeze(1)  # [N, S, *shape]
         back = back - back.mean(axis + 2, keepdim=True)
         if not bool(flat.any()):
@@ -112,13 +112,13 @@ def normalised(rule: Rescale, i: int) -> Local:
         kept = g * flat.unsqueeze(1)
         return (back + reference.vjp_step(rule.program, i, [rule.pre(i)], rule.post(i), kept, rule.params)[0],)
 
-    return Local(own=own)
+    return Local(custom=pulled)
 
 
 def midpoint(rule: Rescale, i: int) -> Local:
     middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
     out = reference.forward_step(rule.program, i, middle, rule.params)
-    return Local(own=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
+    return Local(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
 
 
 #: DeepLift's rules: a line for a function, or for all functions of a form.
@@ -257,16 +257,16 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
                 f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
                 "`DeepLift` approach can be used instead."
             )
-        many, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
+        as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
                 maps, delta = self._mean(points, seeds, start, return_convergence_delta)
-                return answer(maps, many, seeds, delta)
+                return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
-            base = start if many else start[0]
+            base = start if as_tuple else start[0]
             return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)

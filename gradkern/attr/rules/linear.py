@@ -48,7 +48,7 @@ Structure = tuple[tuple[Any, ...], ...]
 
 def structure_of(locals_: Sequence[Local]) -> Structure | None:
     """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
-    if any(x.own is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
+    if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
 
     def shape(x: Local) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Te
     return share.contiguous()
 
 
-def transposed(
+def run_transposed(
     linear: Linear,
     program: Program,
     params: Params,
@@ -232,14 +232,14 @@ def transposed(
     return results
 
 
-def forward_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
+def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
     """The wanted values of a forward pass, by the kernels where they may run; `Values` computes what is missing."""
     known = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
     return Values(program, params, known)
 
 
-def looked_at(program: Program, outputs_too: bool) -> list[int]:
-    """The values that a rule needs and that cannot be had cheaply from others.
+def values_needed(program: Program, outputs_too: bool) -> list[int]:
+    """The values that a rule needs and that are not cheap to compute from others.
 
     ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
     """
@@ -280,7 +280,7 @@ def attribute(
         linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
-                return transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
+                return run_transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
     held = pull(known, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
     return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
@@ -301,7 +301,7 @@ def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
     """The Program without a straight tail of steps that the kernels cannot run; None where too little is left."""
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
-    while steps and any(x.own is not None for x in locals_[: len(steps)]):
+    while steps and any(x.custom is not None for x in locals_[: len(steps)]):
         last = steps[-1]
         if output != base + len(steps) - 1 or len(last.inputs) != 1:
             return None

@@ -201,7 +201,7 @@ class LRP(RuleMethod, stock.LRP):
             for path, m in ruled.items():
                 m.rule = rules[path]
 
-    def _uses_up_something(self) -> bool:
+    def _indivisible(self) -> bool:
         return any("rule" in m.__dict__ for m in self.model.modules())
 
     def _supports(self, program: Program) -> bool:

@@ -31,14 +31,14 @@ class Local:
 
     First ``after [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place of
     its own where given), or none at all (``through``), or that of a pool given by ``taps`` (how much of each window's
-    value goes to its t-th place, ``[N, *shape]`` each), or anything (``own``).  Last, ``before`` multiplies, one
+    value goes to its t-th place, ``[N, *shape]`` each), or anything (``custom``).  Last, ``before`` multiplies, one
     ``[N, *in]`` or None per input.
     """
 
     after: Tensor | None = None
     through: bool = False
     taps: tuple[Tensor, ...] | None = None
-    own: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    custom: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     weight: Tensor | None = None
     before: tuple[Tensor | None, ...] = ()
 
@@ -127,7 +127,7 @@ def routed(rule: Rule, i: int) -> Local:
 def derivative(rule: Rule, i: int) -> Local:
     """A step without a rule: its own derivative at the input."""
     args = [rule.values[v] for v in rule.program.steps[i].inputs]
-    return Local(own=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
+    return Local(custom=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
 
 
 Rule.table = {Contract: own_map, View: own_map, Sum: own_map, Index: own_map, Scale: slope, Select: routed}
@@ -218,8 +218,8 @@ def transposed_step(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor
     back: Sequence[Tensor]
     if local.after is not None:
         g = g * local.after.unsqueeze(1)
-    if local.own is not None:
-        back = local.own(g)
+    if local.custom is not None:
+        back = local.custom(g)
     elif local.through:
         back = (g,)
     elif local.taps is not None:

@@ -20,7 +20,7 @@ from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
 from .linear import attribute as rule_attribute
-from .linear import forward_values, looked_at
+from .linear import rule_values, values_needed
 from .rule import Params, Rule, Values
 
 
@@ -84,8 +84,8 @@ class RuleMethod(ProgramMethod):
         program = points.traced()
         if program is None or not self._supports(program):
             return None
-        points.route.check_reached(points.own)
-        inputs = tuple(x.detach().contiguous() for x in points.own.inputs)
+        points.route.check_reached(points.base_request)
+        inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
         device, n = inputs[0].device, inputs[0].shape[0]
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
         plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
@@ -113,7 +113,7 @@ def values_of(
     """The forward pass that a rule looks at."""
     if plain:
         return Values(program, params, dict(enumerate(rows)))
-    return forward_values(program, params, rows, looked_at(program, outputs_too))
+    return rule_values(program, params, rows, values_needed(program, outputs_too))
 
 
 class _Rectifying(ProgramMethod):

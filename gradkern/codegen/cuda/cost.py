@@ -14,16 +14,12 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
 
-from .. import records
+from .. import limits, records
 
 WARP = 32
-WALK_SEEDS, WALK_ELEMENTS = 5, 5  # csrc/cuda/scatter.cuh: kMaxSeeds, kMaxElements
-QUADS = (2, 3, 5, 6)  # of a lane, for float; csrc/cuda/quads.cuh
-QUAD_SEEDS, QUAD_SUMS, QUAD_PLANES, QUAD_LANES = 6, 18, 4, (4, 8, 16, 32)
-POOLED = 8  # csrc/cuda/pooled.cuh
-NARROW, NARROW_SEEDS, NARROW_LANES = 8, 5, 4  # csrc/cuda/narrow.cuh
+QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
+QUAD_LANES = (4, 8, 16, 32)  # of a worker
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
-PART_ROWS = 12  # of a weight, for each warp that shares a sum; csrc/cuda/scatter.cuh
 PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
@@ -84,12 +80,12 @@ class Work:
         return clocks
 
     def window(self, op: records.Window) -> float:
-        """A forward contraction: multiply-adds at the share of busy warps, or the weight's way from L2."""
+        """A forward contraction: multiply-adds at the share of busy warps, or the load of the weight from L2."""
         samples = self.samples(op)
         taps = op.pattern.taps if isinstance(op, records.PooledWindow) else 0
         positions = samples * (1 if op.whole_block else op.H * op.W * max(taps, 1))
         lanes = 8 if op.O > 16 else 4 if op.O > 8 else 2 if op.O > 4 else 1
-        each = POOLED if taps and self.itemsize == 4 else 4  # positions of a thread
+        each = limits.POOLED.of(self.itemsize) if taps else 4  # positions of a thread
         tiles = math.ceil(op.O / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op.groups
         share = busy(tiles * (max(self.warps // tiles, 1) if op.whole_block else 1), self.warps)
         # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
@@ -103,7 +99,7 @@ class Work:
         rows, columns = self.block * self.tile, op.window_elements
         height = min((16, 12, 8, 4), key=lambda h: math.ceil(rows / (2 * h)) * h)
         items = math.ceil(rows / (2 * height)) * math.ceil(columns / 64)
-        parts = max(min(self.warps // items, op.O // PART_ROWS), 1)  # warps that share a sum
+        parts = max(min(self.warps // items, op.O // limits.PART_ROWS), 1)  # warps that share a sum
         work = items * op.O * loop(4 * height + 10, height / 4 + 2) / busy(items * parts, self.warps)
         if parts > 1:
             work += parts * (BARRIER + loop(12 * height, 2 * height))
@@ -127,7 +123,8 @@ class Work:
         planes, taps, pattern = pattern_taps if op.merged else 1, max(pattern_taps, 1), op.pattern is not None
         candidates: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
         if op.algorithm == records.ScatterAlgorithm.Walk:
-            visits, together = math.ceil(self.tile / WALK_SEEDS), even(self.tile, WALK_SEEDS)
+            most = limits.WALK_SEEDS.of(self.itemsize)
+            visits, together = math.ceil(self.tile / most), even(self.tile, most)
             one = walk_clocks(elements, op.O, op.merged, together, taps, pattern)
             candidates.append((visits * one, visits, worker_lanes(elements)))
         elif op.algorithm == records.ScatterAlgorithm.Quads:
@@ -135,8 +132,8 @@ class Work:
                 one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, pattern, lanes, self.itemsize)
                 candidates.append((taps / max(planes, 1) * one, visits, lanes))
         else:
-            one, visits = narrow_clocks(elements, op.O, self.tile, planes)
-            candidates.append((taps / max(planes, 1) * one, visits, NARROW_LANES))
+            one, visits = narrow_clocks(elements, op.O, self.tile, planes, self.itemsize)
+            candidates.append((taps / max(planes, 1) * one, visits, limits.NARROW_LANES))
         priced = (
             (op.H * op.W * clocks / self.share(op, bands, visits, lanes), lanes, bands)
             for clocks, visits, lanes in candidates
@@ -150,7 +147,7 @@ class Work:
 
         def parts(extent: int, length: int, colours: int) -> list[int]:
             """Bands of each colour along an axis."""
-            return [(math.ceil(extent / length) + colours - 1 - own) // colours for own in range(colours)]
+            return [(math.ceil(extent / length) + colours - 1 - colour) // colours for colour in range(colours)]
 
         axes = parts(op.H, bands.rows, bands.row_colours), parts(op.W, bands.columns, bands.column_colours)
         busiest = (math.ceil(self.resident * visits * high * wide / workers) for high, wide in product(*axes))
@@ -207,7 +204,7 @@ def priced_fields(cls: type) -> tuple[str, ...]:
 
 def worker_lanes(elements: int) -> int:
     """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
-    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * WALK_ELEMENTS] + [WARP]
+    fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * limits.WALK_ELEMENTS] + [WARP]
     return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 
 
@@ -234,9 +231,9 @@ def quad_clocks(
     quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
 ) -> tuple[float, int]:
     """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
-    scale = 1 if itemsize == 4 else 4
-    each = next((n for n in QUADS if math.ceil(quads / lanes) <= n <= 6 // min(scale, 2)), 6 // min(scale, 2))
-    chunks, most = math.ceil(quads / (lanes * each)), min(QUAD_SEEDS, QUAD_SUMS // scale // each)
+    widest = limits.QUADS.of(itemsize)
+    each = next((n for n in QUAD_COUNTS if math.ceil(quads / lanes) <= n <= widest), widest)
+    chunks, most = math.ceil(quads / (lanes * each)), min(limits.QUAD_SEEDS, limits.QUAD_SUMS.of(itemsize) // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
     walked = channels * (live_share(planes, pattern) if workers == 1 and each == 2 else 1.0)
     rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
@@ -248,9 +245,10 @@ def quad_clocks(
     return visits * chunks * (walked * step + ends) / workers, visits
 
 
-def narrow_clocks(width: int, channels: int, seeds: int, planes: int) -> tuple[float, int]:
+def narrow_clocks(width: int, channels: int, seeds: int, planes: int, itemsize: int) -> tuple[float, int]:
     """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
-    visits, together, rounds = math.ceil(seeds / NARROW_SEEDS), even(seeds, NARROW_SEEDS), math.ceil(channels / 16)
+    most, rounds = limits.NARROW_SEEDS.of(itemsize), math.ceil(channels / 16)
+    visits, together = math.ceil(seeds / most), even(seeds, most)
     width = next(w for w in (4, 6, 8) if width <= w)
     sums, rows = math.ceil(width * together / 4) * 4, math.ceil(width / 4)
     each = 4 * (width * together + rows) + 67 + 4 * DECODE[max(planes, 1)] + 10 * together

@@ -23,8 +23,8 @@ def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]
             if window.dst.buffer is not op.dst.buffer:
                 dropped.add(window.dst.buffer)
             out.remove(window)
-            own = {"dst": op.dst, "H": op.extent.H, "W": op.extent.W}
-            out.append(PooledWindow(**vars(window) | own, pattern=op.pattern, relu=op.relu))
+            changes = {"dst": op.dst, "H": op.extent.H, "W": op.extent.W}
+            out.append(PooledWindow(**vars(window) | changes, pattern=op.pattern, relu=op.relu))
         else:
             out.append(op)
     return [op for op in out if not (isinstance(op, Zero) and op.dst.buffer in dropped)]

@@ -20,17 +20,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ...ir.program import Contract, Dense, Program, Windows
+from .. import limits
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
-from ..encoding import CudaSizes, Sizes, encode
-from ..lowering import Lowering, lower
+from ..encoding import CudaSizes, encode
+from ..lowering import LaidOut, Lowering, lower
 from ..machine import Device, Machine, TooLarge
 from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
-from ..scratch import Buffer, first_fit
 from ..units import Graph, Node, Unit, planar
 from ..weights import ScatterLayout, mergeable
 from . import cost
 from .fuse import fused
+from .shared_memory import Arrangement, Passes
 from .slices import COUNTS as SLICES
 from .slices import sliced
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
@@ -40,7 +41,6 @@ from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_RESIDENT = 32  # samples at a time in scratch
-MAX_PORTS = 16  # external inputs or outputs of a chain; csrc/cuda/chain.h: kPorts
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,10 @@ class DeviceLowering(Lowering):
         assert isinstance(machine, Device)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
-        self.tiling = Tiling(1, 1, (), 0, 0, 0.0)
         self.prices: dict[tuple, float] = {}
         self.band_options: dict[int, list[Bands]] = {}  # offset of a transposed convolution's weights → its options
-        self.strides: list[int] = []  # of every run, between resident samples
         super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
-        if max(len(graph.inputs), len(graph.outputs)) > MAX_PORTS:
+        if max(len(graph.inputs), len(graph.outputs)) > limits.PORTS:
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
 
     # ---- records that differ from the CPU's
@@ -100,14 +98,13 @@ class DeviceLowering(Lowering):
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes)[0]
+            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
             return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
-        walks = math.ceil(self.seeds / cost.WALK_SEEDS)
-        return walks * cost.walk_clocks(
-            elements, layout.O, layout.merged, cost.even(self.seeds, cost.WALK_SEEDS), taps, pattern
-        )
+        most = limits.WALK_SEEDS.of(self.itemsize)
+        walks, together = math.ceil(self.seeds / most), cost.even(self.seeds, most)
+        return walks * cost.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -131,8 +128,13 @@ class DeviceLowering(Lowering):
             return DenseT(**vars(common), window_elements=elements, joined=joined, assign=assign)
         sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
         taps = self.table(layout.offsets()) if isinstance(layout, QuadScatter) else 0
-        own = {"merged": layout.merged, "window_elements": elements, "algorithm": layout.algorithm, "tap_table": taps}
-        op = ScatterT(**vars(common) | sizes | own)
+        gpu_fields = {
+            "merged": layout.merged,
+            "window_elements": elements,
+            "algorithm": layout.algorithm,
+            "tap_table": taps,
+        }
+        op = ScatterT(**vars(common) | sizes | gpu_fields)
         self.band_options[op.weights] = bands(unit, op)
         return op
 
@@ -154,130 +156,77 @@ class DeviceLowering(Lowering):
 
     # ---- layout of shared memory
 
-    def finish(self) -> tuple[Sizes, int]:
-        self.forward = fused(self.forward, self.backward)
-        best: tuple[Tiling, list[Record]] | None = None
+    def finish(self) -> LaidOut:
+        """The records as the cheapest way to cut the work has them."""
+        best: tuple[Passes, Arrangement, Tiling] | None = None
         least = 0
+        forward, stores, saved = fused(self.forward, self.backward), self.stores.values(), self.saved.values()
         for backward in self.variants():
-            self.use(backward)
-            buffers, spans = self.lives()
+            passes = Passes.of(forward, backward, stores, saved)
             for tile in sorted({math.ceil(self.seeds / i) for i in range(1, self.seeds + 1)} or {1}, reverse=True):
-                strides, sample = self.arrange(buffers, spans, tile)
-                least = self.bytes(max(*strides, self.temporary(1, tile)), sample, 1)
-                tiling = self.best_tiling(strides, sample, tile)
-                if tiling and (best is None or tiling.cost < best[0].cost):
-                    best = tiling, backward
+                arrangement = Arrangement.of(passes, tile)
+                least = self.bytes(max(*arrangement.strides, passes.temporary(1, tile)), arrangement.sample, 1)
+                tiling = self.best_tiling(passes, arrangement, tile)
+                if tiling and (best is None or tiling.cost < best[2].cost):
+                    best = passes, arrangement, tiling
         if best is None:
             raise TooLarge(least, self.machine.shared_bytes)
-        self.tiling, backward = tiling, _ = best
-        self.use(backward)
-        buffers, spans = self.lives()
-        self.strides, self.sample = self.arrange(buffers, spans, tiling.seed_tile)
-        for buffer in buffers:
-            buffer.base += tiling.region * buffer.per_sample
-        self.settle()
-        # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        self.packed += 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(cost.QUADS)
-        most = max(tiling.resident, default=1)
-        return CudaSizes(tiling.region, self.sample, self.bit_bytes, most, tiling.bytes, tiling.block), tiling.seed_tile
-
-    def settle(self) -> None:
-        """Say in the records how the workers of transposed convolutions share the work."""
-        for i, (op, run) in enumerate(zip(self.backward, self.runs_of()[len(self.forward) :], strict=True)):
-            if isinstance(op, ScatterT):
-                _, lanes, shares = self.chosen_work(run).transposed(op)
-                self.backward[i] = replace(op, lanes=lanes, bands=shares)
-
-    def runs_of(self) -> list[int]:
-        """The run that each record belongs to: a record that takes the whole block, or all records in between."""
-        numbers, run, ops = [], -1, self.forward + self.backward
-        for i, op in enumerate(ops):
-            run += bool(i in (0, len(self.forward)) or op.whole_block or ops[i - 1].whole_block)
-            numbers.append(run)
-        return numbers
+        return self.laid_out(*best)
 
     def variants(self) -> list[list[Record]]:
         """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
         made = (sliced(self.backward, self.tables, count) for count in SLICES)
         return [self.backward, *(ops for ops in made if ops is not None)]
 
-    def use(self, backward: list[Record]) -> None:
-        """Take these records as the backward pass, and the cotangents that they have."""
-        self.backward = backward
-        used = (buffer for op in backward for buffer in op.buffers() if buffer.cotangent)
-        self.grads = dict(enumerate(dict.fromkeys(used)))
-
-    def lives(self) -> tuple[list[Buffer], dict[Buffer, list[int]]]:
-        """The buffers in use, each marked as scratch or kept per sample, and the first and last record of each."""
-        ops = self.forward + self.backward
-        for buffer in (*self.stores.values(), *self.grads.values()):
-            buffer.stages, buffer.per_sample = set(), False
-        spans: dict[Buffer, list[int]] = {}
-        for i, (op, run) in enumerate(zip(ops, self.runs_of(), strict=True)):
-            for buffer in op.buffers():
-                spans.setdefault(buffer, [i, i])[1] = i
-                buffer.stages.add(run)
-                buffer.per_sample |= op.whole_block
-        buffers = [b for b in (*self.stores.values(), *self.grads.values()) if b in spans]
-        for buffer in buffers:
-            buffer.per_sample |= len(buffer.stages) > 1
-        for buffer in self.stores.values():  # a product's backward reads values, for every tile of seeds
-            if buffer in spans and spans[buffer][1] >= len(self.forward):
-                spans[buffer][1] = len(ops)
-        for buffer in self.saved.values():  # so are these
-            spans[buffer][1] = len(ops)
-            buffers.append(buffer)
-        return buffers, spans
-
-    def arrange(self, buffers: list[Buffer], spans: dict[Buffer, list[int]], tile: int) -> tuple[list[int], int]:
-        """Place buffers whose lifetimes overlap beside each other; returns elements of every run's scratch for one
-        sample, and of what is kept per sample."""
-        sample, scratch = 0, [0] * (max(self.runs_of(), default=0) + 1)
-        placed: list[tuple[Buffer, int, int]] = []
-        sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in buffers]
-        for buffer, size in sorted(sized, key=lambda x: -x[1]):
-            first, last = spans[buffer]
-            taken = (
-                (other.base, other.base + extent)
-                for other, extent, kind in placed
-                if kind == buffer.per_sample and spans[other][0] <= last and first <= spans[other][1]
-            )
-            buffer.base = first_fit(size, taken)
-            size = (size + 3) // 4 * 4
-            placed.append((buffer, size, buffer.per_sample))
-            if buffer.per_sample:
-                sample = max(sample, buffer.base + size)
-            else:
-                (run,) = buffer.stages
-                scratch[run] = max(scratch[run], buffer.base + size)
-        sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
-        return scratch, sample
-
-    def temporary(self, block: int, tile: int) -> int:
-        """Elements of the region that whole-block records want."""
-        wanted = 0
-        for op in self.forward + self.backward:
-            if op.whole_block:
-                wanted = max(wanted, cost.PARTIAL_SUMS)
-            if isinstance(op, DenseT):
-                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
-        return wanted
+    def laid_out(self, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
+        """Enter the places of buffers, and say in the records how workers share the work."""
+        for buffer, life in passes.lives.items():
+            buffer.per_sample = life.run is None
+            buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
+        ops: list[Record] = []
+        rows: list[Row] = []
+        clocks: list[float] = []
+        for i, (op, run) in enumerate(zip(passes.records, passes.runs, strict=True)):
+            resident, forward = tiling.resident[run], i < len(passes.forward)
+            work = self.work(resident, tiling.block, tiling.seed_tile)
+            if isinstance(op, ScatterT):
+                _, lanes, shares = work.transposed(op)
+                op = replace(op, lanes=lanes, bands=shares)
+            ops.append(op)
+            # A negative stride between samples means scratch; where one sample is resident it is still below zero.
+            rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
+            clocks.append(work.clocks(op, forward) * (1 if forward else self.rounds(tiling.seed_tile)))
+        # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
+        slack = 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(limits.QUADS)
+        most, n = max(tiling.resident, default=1), len(passes.forward)
+        return LaidOut(
+            forward=tuple(ops[:n]),
+            backward=tuple(ops[n:]),
+            forward_rows=tuple(rows[:n]),
+            backward_rows=tuple(rows[n:]),
+            sizes=CudaSizes(tiling.region, arrangement.sample, self.bit_bytes, most, tiling.bytes, tiling.block),
+            packed_size=self.packed + slack,
+            seed_tile=tiling.seed_tile,
+            scratch=tiling.bytes,
+            clocks=tuple(clocks),
+        )
 
     def bytes(self, region: int, sample: int, block: int) -> int:
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
-    def best_tiling(self, scratch: list[int], sample: int, tile: int) -> Tiling | None:
+    def best_tiling(self, passes: Passes, arrangement: Arrangement, tile: int) -> Tiling | None:
         """The cheapest samples of a block and resident samples for a seed tile; None where nothing fits."""
-        runs, best = self.priced(tile), None
+        scratch, sample, best = arrangement.strides, arrangement.sample, None
+        runs = self.priced(passes, tile)
         for block in range(1, MAX_TILE + 1):
-            needed = max(*scratch, self.temporary(block, tile))
+            needed = max(*scratch, passes.temporary(block, tile))
             if self.bytes((needed + 3) // 4 * 4, sample, block) > self.machine.shared_bytes:
                 break
             room = (self.machine.shared_bytes - self.bytes(0, sample, block)) // self.itemsize
             wanted = max(needed, *(min(block, MAX_RESIDENT) * each for each in scratch))
             region = min(room // 4 * 4, (wanted + 3) // 4 * 4)
-            limits = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
-            each_run = zip(runs, limits, strict=True)
+            most_resident = [min(block, MAX_RESIDENT, region // each if each else block) for each in scratch]
+            each_run = zip(runs, most_resident, strict=True)
             picked = [(run.price(0, block), 1) if run.whole_block else run.best(most) for run, most in each_run]
             price = sum(clocks for clocks, _ in picked)
             if best is None or price < best.cost:
@@ -289,41 +238,18 @@ class DeviceLowering(Lowering):
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def priced(self, tile: int) -> list[cost.RunPrice]:
+    def priced(self, passes: Passes, tile: int) -> list[cost.RunPrice]:
         """The runs of records, as prices by the number of samples that they take at a time."""
         prices: list[cost.RunPrice] = []
-        for i, (op, run) in enumerate(zip(self.forward + self.backward, self.runs_of(), strict=True)):
+        for i, (op, run) in enumerate(zip(passes.records, passes.runs, strict=True)):
             if run == len(prices):
                 prices.append(cost.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
-            prices[run].add(op, i < len(self.forward), 1 if i < len(self.forward) else self.rounds(tile))
+            forward = i < len(passes.forward)
+            prices[run].add(op, forward, 1 if forward else self.rounds(tile))
         return prices
 
     def work(self, resident: int, block: int, tile: int) -> cost.Work:
         return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.band_options)
-
-    def chosen_work(self, run: int) -> cost.Work:
-        """The work of a run, as it was chosen to be cut."""
-        return self.work(self.tiling.resident[run], self.tiling.block, self.tiling.seed_tile)
-
-    def clocks(self) -> tuple[float, ...]:
-        """Estimated clocks of a multiprocessor per sample, record by record."""
-        runs, n, rounds = self.runs_of(), len(self.forward), self.rounds(self.tiling.seed_tile)
-        forward = (self.chosen_work(run).clocks(op, True) for op, run in zip(self.forward, runs[:n], strict=True))
-        backward = (self.chosen_work(run).clocks(op, False) for op, run in zip(self.backward, runs[n:], strict=True))
-        return (*forward, *(rounds * clocks for clocks in backward))
-
-    def scratch(self, sizes: Sizes) -> int:
-        """Bytes of shared memory per block."""
-        assert isinstance(sizes, CudaSizes)
-        return sizes.bytes
-
-    def encoded(self, ops: list[Record]) -> tuple[Row, ...]:
-        """A negative stride between samples means scratch; where one sample is resident it is still below zero."""
-        runs = self.runs_of()[: len(self.forward)] if ops is self.forward else self.runs_of()[len(self.forward) :]
-        return tuple(
-            encode(op, self.sample, -max(self.strides[run], 4), self.tiling.resident[run])
-            for op, run in zip(ops, runs, strict=True)
-        )
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
@@ -345,7 +271,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
 
 
 def too_heavy_reason(program: Program, i: int) -> str | None:
-    """Why a contraction is no part of a chain although it might fit one; None where it is welcome there."""
+    """Why a contraction should not be part of a chain although it might fit one; None where it should."""
     step = program.steps[i]
     form = step.form
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):

@@ -3,8 +3,8 @@
 The cotangent in front of a wide linear layer is the largest thing that a sample keeps on the chip: 1792 numbers per
 seed in `cnn1d`, and the convolutions before it make twice as many.  All of them are linear, so a slice of positions
 can be made and sent on to the input's cotangent before the next one is made; windows that reach over a slice's edge
-are simply added up.  Memory per sample falls to a slice and its halo, more samples share each weight on its way from
-L2, and what is computed twice is the halo.
+are simply added up.  Memory per sample falls to a slice and its halo, more samples share each weight that is read
+from L2, and what is computed twice is the halo.
 
 This is a rewriting of records, no new kind of them: every slice has records of its own, with shifted offsets.
 """

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .. import limits
 from ..records import ScatterAlgorithm
 from ..units import Node
 from ..weights import ScatterLayout, WindowLayout, aligned
-from .cost import NARROW, QUAD_PLANES, WALK_ELEMENTS, WARP
+from .cost import WARP
 
 
 class DeviceWindow(WindowLayout):
@@ -43,7 +44,7 @@ class DeviceScatter(ScatterLayout):
     @property
     def size(self) -> int:
         # Idle lanes of a walk read on past the last row.
-        return super().size + (WARP * WALK_ELEMENTS if self.algorithm == ScatterAlgorithm.Walk else 0)
+        return super().size + (WARP * limits.WALK_ELEMENTS if self.algorithm == ScatterAlgorithm.Walk else 0)
 
     def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the kernel can add to the cotangent of ``node``, reading that of ``upstream``."""
@@ -112,7 +113,7 @@ class QuadScatter(DeviceScatter):
         """Whether all that quads read and write lies on multiples of four numbers."""
         origin = node.interior + self.origin
         steps = (origin, *self.step, *self.runs, self.L, self.O, upstream.interior, upstream.row)
-        return self.groups == 1 and len(self.taps) <= QUAD_PLANES and all(n % 4 == 0 for n in steps)
+        return self.groups == 1 and len(self.taps) <= limits.QUAD_PLANES and all(n % 4 == 0 for n in steps)
 
 
 class NarrowScatter(DeviceScatter):
@@ -129,5 +130,6 @@ class NarrowScatter(DeviceScatter):
 
     def fits(self, node: Node, upstream: Node) -> bool:
         """Whether the window is short and in one piece, and cotangents can be read four at a time."""
-        one = self.groups == 1 and len(self.runs) == 1 and self.L <= NARROW and len(self.taps) <= QUAD_PLANES
-        return one and all(n % 4 == 0 for n in (self.O, upstream.interior, upstream.row))
+        narrow = self.L <= limits.NARROW and len(self.taps) <= limits.QUAD_PLANES
+        fours = all(n % 4 == 0 for n in (self.O, upstream.interior, upstream.row))
+        return self.groups == 1 and len(self.runs) == 1 and narrow and fours

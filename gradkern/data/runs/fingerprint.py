@@ -133,7 +133,8 @@ WORDS = {
 
 
 def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """How a store's keys of graph and plan were made (None: how they are made now).  Others say nothing about them."""
+    """How a store's keys of graph and plan were made (None: how they are made now).  Keys of two versions are not
+    comparable."""
     return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
 
 

@@ -47,7 +47,7 @@ def pin_isa(wanted: str | None) -> None:
 
 
 def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -> list[str]:
-    """What of the pinned facts cannot be had here, in words: the result is then equal within rounding only.
+    """Which pinned settings differ here, in words: the result is then equal within rounding only.
 
     ``plan``: compare the plans' keys too, which makes sense only where both were made in the same way.
     """

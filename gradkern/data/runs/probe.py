@@ -1,4 +1,4 @@
-"""A look at model and source before a run: whether it can be traced, and the method on a few samples."""
+"""Probing model and source before a run: whether it can be traced, and the method on a few samples."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Probe:
         return sum(x[:1].nbytes for x in self.inputs)
 
     def plan_key(self) -> str | None:
-        """A hash of the plan: which way each step goes."""
+        """A hash of the plan: how each step runs."""
         if self.program is None or self.engine != "kernel":
             return None
         text = str(executor.plan_for(self.program, self.seeds, self.inputs[0].dtype))

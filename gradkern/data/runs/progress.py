@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 @contextmanager
 def progress_bar(about: str, total: int, done: int, shown: bool | None) -> Iterator[Callable[[int], object]]:
-    """Yields what to call with the number of samples that have come; nothing is drawn without tqdm.
+    """Yields a function to call with the number of samples just finished; nothing is drawn without tqdm.
 
     ``shown``: True, False, or None for in a terminal only.
     """

@@ -35,7 +35,7 @@ class Settings:
         if self.dtype not in STORED_AS:
             raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
         codecs(self.compression)
-        object.__setattr__(self, "reductions", statistics.check(self.reductions))
+        object.__setattr__(self, "reductions", statistics.check_reductions(self.reductions))
         object.__setattr__(self, "arguments", dict(self.arguments))
         for name in ("chunk", "batch", "threads"):
             value = getattr(self, name)

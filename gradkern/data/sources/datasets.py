@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from ...util.options import BadType, BadValue
 from .arrays import package_of
 from .columns import pick
-from .registry import KINDS, Source, Span, register
+from .registry import SOURCE_KINDS, Source, Span, register
 
 
 class TorchDataset(Source):
@@ -66,7 +66,7 @@ class TorchDataset(Source):
             yield self.prepared(pick(batch, self.columns), start, stop)
 
 
-KINDS.append(TorchDataset)  # the last to be asked: most things have a length and can be indexed
+SOURCE_KINDS.append(TorchDataset)  # the last to be asked: most things have a length and can be indexed
 
 
 def no_random_access(what: str) -> BadType:

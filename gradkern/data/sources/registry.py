@@ -1,7 +1,7 @@
 """What a source of samples is, and the registry by which a thing or a path finds the class that reads it.
 
 A source has a length and random access by ranges, because a run that resumes or is sharded must read the samples of
-one chunk alone.  Streams without either are refused, with what to do.
+one chunk alone.  Streams without either are refused, with advice.
 
 A kind of source is one class:
 
@@ -104,24 +104,24 @@ class Source(ABC):
 
 
 Kind = TypeVar("Kind", bound=type[Source])
-KINDS: list[type[Source]] = []
+SOURCE_KINDS: list[type[Source]] = []
 
 
 def register(kind: Kind) -> Kind:
     """Enter a class into the registry.  The last one is asked first, so that yours come before gradkern's own."""
-    KINDS.insert(0, kind)
+    SOURCE_KINDS.insert(0, kind)
     return kind
 
 
-def known() -> str:
+def accepted_kinds() -> str:
     """What `open_source` takes, in words."""
-    *kinds, fallback = KINDS
+    *kinds, fallback = SOURCE_KINDS
     objects = [kind.about for kind in (*reversed(kinds), fallback) if kind.about]
     return f"{', '.join(objects)}, or a path that ends in {', '.join(sorted(_suffixes()))}"
 
 
 def _suffixes() -> list[str]:
-    return [suffix for kind in KINDS for suffix in kind.suffixes]
+    return [suffix for kind in SOURCE_KINDS for suffix in kind.suffixes]
 
 
 def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
@@ -134,15 +134,15 @@ def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = No
         return source.cast_to(dtype)
     if isinstance(source, (str, Path)):
         return _open_path(str(source), columns).cast_to(dtype)
-    for kind in KINDS:
+    for kind in SOURCE_KINDS:
         if kind.accepts(source):
             return kind.of(source, columns).cast_to(dtype)
-    raise BadType(f"source: got {type(source).__name__}, expected {known()}.")
+    raise BadType(f"source: got {type(source).__name__}, expected {accepted_kinds()}.")
 
 
 def _open_path(text: str, columns: Any) -> Source:
     path, name = _split(text)
-    kind = next((k for k in KINDS if k.accepts_path(path)), None)
+    kind = next((k for k in SOURCE_KINDS if k.accepts_path(path)), None)
     if kind is None:
         raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(sorted(_suffixes()))}.")
     if "://" not in path and "*" not in path and not Path(path).exists():

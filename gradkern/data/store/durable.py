@@ -66,7 +66,7 @@ def _open(path: Path, content: Any) -> int:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
-                path.unlink(missing_ok=True)  # this file system has no such way
+                path.unlink(missing_ok=True)  # this file system has no direct writes
     return os.open(path, flags, 0o666)
 
 

@@ -70,7 +70,7 @@ def codecs(compression: str) -> Any:
     return BloscCodec(cname="zstd", clevel=int(level or 3), shuffle="bitshuffle")
 
 
-def fill(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:
+def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:
     """Make the arrays and attributes of a new store."""
     group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
     for a in arrays:

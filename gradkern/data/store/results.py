@@ -89,14 +89,14 @@ class Results:
         text = str(place)
         path = durable.local_path(text)
         if path is None:
-            layout.fill(durable.store_at(text), arrays, about, compression)
+            layout.create_arrays(durable.store_at(text), arrays, about, compression)
             return cls.open(text, read_only=False)
         path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
         try:
-            layout.fill(durable.DurableStore(made), arrays, about, compression)
+            layout.create_arrays(durable.DurableStore(made), arrays, about, compression)
             with contextlib.suppress(OSError):  # somebody else's is there already
                 os.rename(made, path)
                 durable.sync_folder(path.parent)
@@ -117,7 +117,7 @@ class Results:
             array = self.array(name)
             if self._stored_as_is(array, rows):
                 key = layout.chunk_key(name, chunk, rows.ndim)
-                durable.put_array(self.store, key, rows)  # the very bytes that zarr would write
+                durable.put_array(self.store, key, rows)  # byte for byte what zarr would write
             else:
                 array[start:stop] = rows
 

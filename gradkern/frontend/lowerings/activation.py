@@ -52,9 +52,9 @@ def prelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("its weight depends on the samples")
     shape = b.shape(x)
     channels = shape[0] if shape else 1
-    given = b.param_shape(a.weight)
-    weight = a.weight if given == (channels,) else b.derive("aten.reshape.default", a.weight, (-1,))
-    if math.prod(given) == 1 and channels != 1:
+    param_shape = b.param_shape(a.weight)
+    weight = a.weight if param_shape == (channels,) else b.derive("aten.reshape.default", a.weight, (-1,))
+    if math.prod(param_shape) == 1 and channels != 1:
         weight = b.derive("aten.expand.default", weight, (channels,))
     positive = b.emit(Scale("leaky_relu", (0.0,)), (x,), shape)
     negative = b.emit(Contract(Channels(), weight), (elementwise(b, x, "negative_part"),), shape)

@@ -28,20 +28,21 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     Gives the value in a shape where the constant is that (flat, where each element has a number of its own), the
     axis of the channels, the constant as ``[channels]``, and the shape of the result.
     """
-    own, given = b.shape(x), b.param_shape(p)
-    if len(given) > len(own) + 1 or (len(given) == len(own) + 1 and given[0] != 1) or not own:
+    shape, p_shape = b.shape(x), b.param_shape(p)
+    if len(p_shape) > len(shape) + 1 or (len(p_shape) == len(shape) + 1 and p_shape[0] != 1) or not shape:
         raise NoForm("the tensor that it reads has more axes than the samples")
-    given = given[1:] if len(given) == len(own) + 1 else (1,) * (len(own) - len(given)) + given
-    full = tuple(m if n == 1 else n for n, m in zip(given, own, strict=True))
+    missing = len(shape) - len(p_shape)
+    p_shape = p_shape[1:] if missing < 0 else (1,) * missing + p_shape
+    full = tuple(m if n == 1 else n for n, m in zip(p_shape, shape, strict=True))
     x = stretched(b, x, full)
     for axis in (0, len(full) - 1):
-        if math.prod(given) == given[axis] == full[axis]:
-            numbers = p if b.param_shape(p) == (given[axis],) else b.derive("aten.reshape.default", p, (-1,))
+        if math.prod(p_shape) == p_shape[axis] == full[axis]:
+            numbers = p if b.param_shape(p) == (p_shape[axis],) else b.derive("aten.reshape.default", p, (-1,))
             return x, axis, numbers, full
-    if math.prod(given) == 1:
+    if math.prod(p_shape) == 1:
         one = b.derive("aten.reshape.default", p, (1,))
         return x, 0, b.derive("aten.expand.default", one, (full[0],)), full
-    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, given), full)
+    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, p_shape), full)
     return as_shape(b, x, (math.prod(full),)), 0, b.derive("aten.reshape.default", spread, (-1,)), full
 
 

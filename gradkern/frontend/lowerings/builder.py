@@ -30,14 +30,14 @@ class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
-def lowers(*ops: str, **given: Any) -> Callable[[LoweringFunction], LoweringFunction]:
+def lowers(*ops: str, **fixed: Any) -> Callable[[LoweringFunction], LoweringFunction]:
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
-    ``given``: further arguments of the lowering for these ops.
+    ``fixed``: further arguments of the lowering for these ops.
     """
 
     def register(lowering: LoweringFunction) -> LoweringFunction:
-        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **given) if given else lowering))
+        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **fixed) if fixed else lowering))
         return lowering
 
     return register

@@ -42,8 +42,8 @@ def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
 
 def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
     """Axes of length one repeated up to ``shape``; missing leading axes are added."""
-    own = b.shape(x)
-    x = as_shape(b, x, (1,) * (len(shape) - len(own)) + own)
+    before = b.shape(x)
+    x = as_shape(b, x, (1,) * (len(shape) - len(before)) + before)
     axes = tuple(identity_runs(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
     return emit(b, x, Part(tuple(range(len(shape))), axes))
 
@@ -314,11 +314,11 @@ def scales(a: SimpleNamespace) -> list[float | None]:
 def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
     """Per spatial axis: input length, output length, and input steps per output step."""
     shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
-    given = [s for s in scales(a) if s is not None]
+    factors = [s for s in scales(a) if s is not None]
     axes = list(zip(shape[1:], a.result[1:], strict=True))
-    if given and len(given) != len(axes):
-        given = []
-    return [(n, m, 1 / given[k] if given else n / m) for k, (n, m) in enumerate(axes)]
+    if factors and len(factors) != len(axes):
+        factors = []
+    return [(n, m, 1 / factors[k] if factors else n / m) for k, (n, m) in enumerate(axes)]
 
 
 @lowers("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest1d.default",

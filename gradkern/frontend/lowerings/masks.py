@@ -17,7 +17,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
-    """The derived tensor, with its shape and dtype said."""
+    """The derived tensor, its shape and dtype noted in the builder."""
     b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
     return param
 
@@ -30,7 +30,7 @@ def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
 
 
 def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
-    """What attention adds to its scores for a mask: of booleans (true: looked at), or of numbers already."""
+    """What attention adds to its scores for a mask: of booleans (true: attended to), or of numbers already."""
     if b.param_meta[mask].dtype.is_floating_point:
         return described(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
@@ -38,7 +38,7 @@ def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
 
 
 def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
-    """``[queries, keys]``: no query looks at a later key."""
+    """``[queries, keys]``: no query attends to a later key."""
     full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
     return described(b, b.derive("aten.triu.default", full, 1), shape, dtype)
 

@@ -17,10 +17,10 @@ def simplified(b: ProgramBuilder, call: Call) -> Call:
         if isinstance(x, tuple):
             return tuple(plain(item) for item in x)
         if isinstance(x, Call) and x.op == "aten.expand.default" and isinstance(x.args[0], Param):
-            size, given = x.args[1], b.param_shape(x.args[0])
-            if size[0] == Batch(1) and len(size) == len(given) and given[0] == 1:
-                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], given[1:], strict=True)))
-                if shape == given:
+            size, param_shape = x.args[1], b.param_shape(x.args[0])
+            if size[0] == Batch(1) and len(size) == len(param_shape) and param_shape[0] == 1:
+                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], param_shape[1:], strict=True)))
+                if shape == param_shape:
                     return x.args[0]
         return x
 

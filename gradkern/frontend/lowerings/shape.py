@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ...ir.program import Value
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
 
-#: Ops of which the result's shape says everything.
+#: Ops that are known by the shape of their result alone.
 VIEWS = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
     *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),

@@ -1,0 +1,116 @@
+"""Where the buffers of a chain lie in the shared memory of a thread block, as plain values.
+
+`Passes` are the records of both passes and what follows from them alone; `Arrangement` is a place for every buffer,
+with so many seeds at a time.  Nothing here changes a buffer: `DeviceLowering` enters the places that it has chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..records import DenseT, Record
+from ..scratch import Buffer, first_fit
+from . import cost
+
+
+@dataclass(frozen=True)
+class Life:
+    """The records between which a buffer's content matters, and the run whose scratch it lies in.
+
+    No run: it outlives one, or a record of the whole block uses it, and each sample of the block keeps its own.
+    """
+
+    first: int
+    last: int
+    run: int | None
+
+    def meets(self, other: Life) -> bool:
+        """Whether the two may not lie on top of each other, both in scratch or both kept."""
+        same_kind = (self.run is None) == (other.run is None)
+        return same_kind and self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The records of both passes, the run that each belongs to, and the life of every buffer in use."""
+
+    forward: tuple[Record, ...]
+    backward: tuple[Record, ...]
+    runs: tuple[int, ...]
+    lives: Mapping[Buffer, Life]
+
+    @classmethod
+    def of(
+        cls,
+        forward: Sequence[Record],
+        backward: Sequence[Record],
+        stores: Collection[Buffer],
+        saved: Collection[Buffer],
+    ) -> Passes:
+        """``stores``: buffers of values; ``saved``: of what the backward pass needs besides."""
+        ops, runs = (*forward, *backward), runs_of(forward, backward)
+        places: dict[Buffer, list[int]] = {}
+        for i, op in enumerate(ops):
+            for buffer in op.buffers():
+                places.setdefault(buffer, []).append(i)
+        cotangents = dict.fromkeys(b for op in backward for b in op.buffers() if b.cotangent)
+        lives: dict[Buffer, Life] = {}
+        for buffer in (*(b for b in (*stores, *cotangents) if b in places), *saved):
+            first, last = places[buffer][0], places[buffer][-1]
+            if buffer in saved or (not buffer.cotangent and last >= len(forward)):
+                last = len(ops)  # what the backward pass reads is read for every tile of seeds
+            used = {runs[i] for i in places[buffer]}
+            kept = buffer in saved or len(used) > 1 or any(ops[i].whole_block for i in places[buffer])
+            lives[buffer] = Life(first, last, None if kept else used.pop())
+        return cls(tuple(forward), tuple(backward), tuple(runs), lives)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return self.forward + self.backward
+
+    def temporary(self, block: int, tile: int) -> int:
+        """Elements of the region that whole-block records want."""
+        wanted = 0
+        for op in self.records:
+            if op.whole_block:
+                wanted = max(wanted, cost.PARTIAL_SUMS)
+            if isinstance(op, DenseT):
+                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
+        return wanted
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A place for every buffer, in its run's scratch or among what a sample keeps."""
+
+    bases: Mapping[Buffer, int]
+    strides: tuple[int, ...]  # elements of every run's scratch for one sample
+    sample: int  # elements that a sample keeps
+
+    @classmethod
+    def of(cls, passes: Passes, tile: int) -> Arrangement:
+        """With ``tile`` seeds at a time, buffers whose lives meet beside each other, the largest first."""
+        sample, strides = 0, [0] * (max(passes.runs, default=0) + 1)
+        bases: dict[Buffer, int] = {}
+        ends: dict[Buffer, int] = {}
+        sized = [(b, b.elements * (tile if b.cotangent else 1)) for b in passes.lives]
+        for buffer, size in sorted(sized, key=lambda x: -x[1]):
+            life = passes.lives[buffer]
+            bases[buffer] = first_fit(size, ((bases[b], ends[b]) for b in ends if life.meets(passes.lives[b])))
+            ends[buffer] = bases[buffer] + (size + 3) // 4 * 4
+            if life.run is None:
+                sample = max(sample, ends[buffer])
+            else:
+                strides[life.run] = max(strides[life.run], ends[buffer])
+        sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
+        return cls(bases, tuple(strides), sample)
+
+
+def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
+    """The run that each record belongs to: a record that takes the whole block, or all records in between."""
+    numbers, run, ops = [], -1, (*forward, *backward)
+    for i, op in enumerate(ops):
+        run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
+        numbers.append(run)
+    return numbers

@@ -1,0 +1,38 @@
+"""Limits of the CUDA kernels, which the lowering and its prices must know too.
+
+csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), written from this module like the
+records: after a change here, run ``python -m gradkern.codegen.records_header`` and build the extension anew.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ByType(NamedTuple):
+    """A limit that depends on the element type: what the registers of a thread hold."""
+
+    float32: int
+    float64: int
+
+    def of(self, itemsize: int) -> int:
+        return self.float32 if itemsize == 4 else self.float64
+
+
+PORTS = 16  # external inputs or outputs of a chain
+# Transposed convolutions: walks over live channels, quads, and narrow windows.
+WALK_ELEMENTS = 5  # of the window, per lane
+WALK_SEEDS = ByType(5, 2)  # per walk
+QUADS = ByType(6, 3)  # of the window, per lane: 2, 3, 5 or 6
+QUAD_SEEDS = 6  # per visit
+QUAD_SUMS = ByType(18, 4)  # quads times seeds of a lane
+QUAD_PLANES = 4  # taps of a pool that share a window
+NARROW = 8  # numbers of a narrow window at most
+NARROW_LANES = 4  # of a worker
+NARROW_SEEDS = ByType(5, 3)  # per visit
+# The other contractions.
+POOLED = ByType(8, 4)  # positions of a thread where a convolution's pool is taken at once
+PART_ROWS = 12  # of a linear layer's weight, at least, for each warp that shares a sum
+
+#: All of them by name.
+LIMITS = {name: value for name, value in globals().items() if name.isupper()}

@@ -1,0 +1,46 @@
+"""Outputs compared with the live model's from time to time, so that what no guard sees is noticed.
+
+Guards see the Python state that a forward pass reads.  They do not see the environment, files, the clock, or numbers
+drawn at random outside of torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..frontend.verify import same_outputs
+from .eager import buffers_kept
+
+SHARE = 0.02  # of the time of a model's calls
+SAMPLES = 2
+FIRST_COST = 1e-3  # seconds, as assumed before the first comparison
+
+
+class OutputsChanged(Exception):
+    """The live model gives other outputs than its Program."""
+
+
+class Watch:
+    """When the outputs of one model are compared next.  ``seconds``: of work since the last comparison."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._cost = FIRST_COST
+
+    @property
+    def due(self) -> bool:
+        return self.seconds * SHARE > self._cost
+
+    def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
+        """``y [n, *out]``: what the Program gave for ``inputs``.  Raises `OutputsChanged`."""
+        begin = time.perf_counter()
+        few = [x[:SAMPLES].clone() for x in inputs]
+        with buffers_kept(module):
+            live = fn(*few)
+        if not isinstance(live, Tensor) or not same_outputs(y[:SAMPLES], live):
+            raise OutputsChanged
+        self.seconds, self._cost = 0.0, time.perf_counter() - begin

@@ -1,0 +1,51 @@
+"""Samples per chunk: the memory budget of the device, the caches of a CPU, and even pieces."""
+
+import pytest
+import torch
+
+import gradkern
+from gradkern.util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("device", "peak", "cached", "options", "samples"),
+    [
+        (CPU, 2 * MIB, 0, {}, 64),  # the default budget of 128 MiB
+        (CPU, 2 * MIB, MIB, {}, 24),  # 24 MiB of caches
+        (CPU, 8 * MIB, MIB, {}, 16),  # the budget where that is less
+        (CPU, 2 * MIB, 12 * MIB, {"least": 7}, 7),
+        (CPU, 32 * MIB, 12 * MIB, {"least": 7}, 4),  # memory comes first
+        (CPU, 2 * MIB, 0, {"fixed": 100 * MIB}, 14),
+        (CPU, 2 * MIB, 0, {"fixed": 200 * MIB}, 1),
+        (CPU, 999 * MIB, MIB, {}, 1),
+        (CPU, 0, 0, {}, 128 * MIB),  # nothing but the result
+        (GPU, 2 * MIB, MIB, {}, 5 << 10),  # 10 of 160 GiB, and no caches
+        (GPU, 2 * MIB, 12 * MIB, {"least": 7}, 5 << 10),
+    ],
+)
+def test_samples_per_chunk(monkeypatch, device, peak, cached, options, samples):
+    known = type("Properties", (), {"total_memory": 160 << 30})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    assert samples_per_chunk(device, peak, cached, **options) == samples
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_the_callers_budget_holds_on_every_device(device):
+    with gradkern.use(memory_budget=12 * MIB):
+        assert samples_per_chunk(device, 3 * MIB, MIB) == 4
+        assert stepwise_samples(device, MIB) == 4  # three times the estimate is planned for
+
+
+def test_steps_one_by_one():
+    assert stepwise_bytes([(2, 3), (10,)], 5, 4) == 4 * (6 + 10 + 3 * 5 * 10)
+    assert stepwise_samples(CPU, MIB) == 24
+    assert stepwise_samples(CPU, 48 * MIB) == 1
+
+
+def test_pieces_are_even():
+    assert list(spans(0, 10, 4)) == [(0, 3), (3, 6), (6, 10)]
+    assert list(spans(5, 10, 4)) == [(5, 7), (7, 10)]
+    assert list(spans(3, 3, 4)) == []
