@@ -15,7 +15,7 @@ from .dispatch import eager
 from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
-from .frontend.callables import model_of, unwrapped
+from .util.callables import model_of, unwrapped
 from .util.options import BadValue
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient

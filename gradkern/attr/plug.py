@@ -20,8 +20,8 @@ from ..dispatch import state
 from ..dispatch.request import Request
 from ..dispatch.route import Route, decide, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
-from ..frontend.callables import name_of, unwrapped
 from ..util import options
+from ..util.callables import name_of, unwrapped
 from ..util.options import BadType, BadValue, InputError, Unused
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
 from .points import with_arguments

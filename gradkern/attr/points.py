@@ -18,8 +18,8 @@ from ..dispatch import batching
 from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, Shape, TopSeeds
-from ..frontend.callables import FixedArguments
 from ..ir.program import Program
+from ..util.callables import FixedArguments
 from ..util.chunks import samples_per_chunk
 from .captum_compat import format_additional_forward_args
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..frontend.callables import model_of, unwrapped
+from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
 from .targets import SeedChoice, Seeds, Shape, TopSeeds, resolve
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..frontend.callables import anchor, is_same, name_of
 from ..ir.program import Program
 from ..util import options
+from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
 from . import batching, eager, guards, state
 from .eager import ModelProfile

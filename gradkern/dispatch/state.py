@@ -18,13 +18,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..frontend.callables import model_of, name_of
 from ..frontend.capture import Capture, Graph
 from ..frontend.refusal import Untraceable
 from ..frontend.tracer import lower
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
+from ..util.callables import model_of, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_runs

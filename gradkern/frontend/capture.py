@@ -28,8 +28,8 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes_config
 
+from ..util.callables import arguments, split
 from . import regions
-from .callables import arguments, split
 from .refusal import Untraceable, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Program
 from ..runtime import ops, reference
-from .callables import model_of
+from ..util.callables import model_of
 from .refusal import Untraceable
 
 _TOGETHER = 3  # samples

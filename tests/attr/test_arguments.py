@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captum import attr as stock
@@ -102,9 +103,8 @@ def test_arguments_of_every_kind(method: str, name: str) -> None:
     given = extra if isinstance(extra, tuple) else (extra,)
 
     def closed(*inputs: Tensor) -> Tensor:
-        return model(
-            *inputs, *(a.repeat(len(inputs[0]) // N, *(1,) * (a.dim() - 1)) if is_rows(a) else a for a in given)
-        )
+        copies = len(inputs[0]) // N
+        return model(*inputs, *(a.repeat(copies, *(1,) * (a.dim() - 1)) if is_rows(a) else a for a in given))
 
     if method != "GuidedBackprop":  # Captum's works on modules, and repeats a tensor that has no row per sample
         want = getattr(stock, method)(closed).attribute(x, target=1, **options)
@@ -235,6 +235,7 @@ def test_wrapped_models_in_all_methods(name: str, wrap: Callable[[nn.Module], nn
     for fn in (model, wrap(model)):
         for method in (getattr(ours, name)(fn), ours_from(getattr(stock, name)(fn))):
             torch.manual_seed(0)
+            np.random.seed(0)
             results.append(method.attribute(x, target=1, **WRAPPED[name]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])

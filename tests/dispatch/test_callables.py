@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from gradkern.frontend.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrapped
+from gradkern.util.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrapped
 from gradkern.util.options import GradkernWarning
 
 pytestmark = pytest.mark.filterwarnings("error::gradkern.GradkernWarning")  # nothing stays on autograd unseen

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...frontend.callables import model_of
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
+from ...util.callables import model_of
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
