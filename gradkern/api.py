@@ -225,7 +225,7 @@ def explain(
         explanation = WholeModel(type(request.module or request.fn).__name__, reason)
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
-        explanation = _plan(request, verdict.program, route.params, seeds)
+        explanation = _plan(request, verdict.program, route.params(), seeds)
     if show:
         print(explanation)
     return explanation

@@ -106,7 +106,7 @@ class Points:
             result = solve(request, route)
         else:
             route.check_reached(request)
-            result = batching.run(request, program, route.params, route.engine)
+            result = batching.run(request, program, route.tensors, route.engine)
         self.ahead = max(0, self.ahead - points[0].shape[0])
         return result.jacobians
 

@@ -21,24 +21,25 @@ from .watch import Watch
 
 
 def run(
-    request: Request, program: Program, params: Params, engine: Engine, start: int = 0,
+    request: Request, program: Program, tensors: Params, engine: Engine, start: int = 0,
     known: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
-    ``params``: the tensors that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
+    ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
     steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     with torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, known)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        plain, chunk = _prepare(request, program, params, engine, results, saved)
+        params, plain, chunk = _prepare(request, program, tensors, engine, results, saved)
         # From here on the work is the runtime's, and nothing of dispatch is called but for chosen outputs.
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if plain else executor.jacobian
-        due, watch = watch is not None and watch.due, watch or Watch()
+        watch = watch or Watch()
+        due = watch.seconds * watch.share > watch.cost
         for a, b in spans(start, samples, chunk):
             here = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
@@ -57,24 +58,25 @@ def run(
 
 
 def _prepare(
-    request: Request, program: Program, params: Params, engine: Engine, results: JacobianResult, saved: int
-) -> tuple[bool, int]:
-    """Whether plain torch takes the steps, and how many samples go together."""
+    request: Request, program: Program, tensors: Params, engine: Engine, results: JacobianResult, saved: int
+) -> tuple[Params, bool, int]:
+    """The parameters, whether plain torch takes the steps, and how many samples go together."""
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
     each, device = _bytes_per_sample(request, program, results, saved), inputs[0].device
     chunk = stepwise_samples(device, each.stepwise)
     # From here on the runtime is asked.
+    params = parameters.bind(program, tensors)
     if engine == "reference" or not all(ops.machine(i.device) for i in inputs):
-        return True, chunk
+        return params, True, chunk
     floating = {i.dtype for i in inputs if i.is_floating_point()}
     plan = executor.plan_for(program, results.seeds.count, x.dtype, x.device)
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
-        return True, chunk
+        return params, True, chunk
     # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
-    return False, chunk
+    return params, False, chunk
 
 
 def not_native(x: Tensor) -> bool:

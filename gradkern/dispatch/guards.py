@@ -5,14 +5,17 @@ What a captured graph depends on is guarded by torch.compile's own front end (`f
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
 
+from ..frontend.capture import Capture, Captured, local_names
 from ..util.callables import described, modules_behind
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -83,6 +86,39 @@ def _training(part: nn.Module) -> str:
     if isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.track_running_stats:
         return "is in training mode and updates its running statistics"
     return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guards of captured graphs
+
+
+def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
+    shown = []
+    for x in inputs:
+        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
+        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
+    return tuple(shown)
+
+
+def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+    """The graph whose guards hold now, with the live tensors that it reads; None where there is none."""
+    graded, inferring = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch._C._set_grad_enabled(True)  # graphs are captured so, and guarded
+    try:
+        with torch.inference_mode(False) if inferring else nullcontext():
+            local = local_names(fn, stand_ins(inputs))
+            for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
+                if entry.guard_manager.check(local):
+                    graph = capture.graphs.get(id(entry.code))
+                    if graph is None:
+                        return None
+                    tensors = graph.tensors(local, capture.shared)
+                    return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
+    finally:
+        torch._C._set_grad_enabled(graded)
+    return None
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:

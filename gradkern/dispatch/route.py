@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.program import Program
+from ..runtime.parameters import bind
 from ..util import options
 from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
@@ -51,7 +52,19 @@ class Route:
         self._reason = guards.call_reason(module, inputs)
         self._traced: Traced | None = None
         if self._reason is None and engine != "autograd":
-            self._traced = self.entry.traced(fn, inputs)
+            self._traced = self._look()
+
+    def _look(self) -> Traced | None:
+        """The Program whose guards hold now; None where there is none."""
+        entry = self.entry
+        if not entry.verdicts:
+            return None
+        captured = guards.holding(entry.capture, self.fn, self.inputs)
+        verdict = None if captured is None else entry.verdicts.get(captured.graph)
+        if captured is None or verdict is None or verdict.program is None:
+            return None
+        entry.misses = 0
+        return Traced(verdict, verdict.program, captured.tensors)
 
     @cached_property
     def eager_reason(self) -> EagerReason | None:
@@ -79,10 +92,15 @@ class Route:
         return None if self._traced is None else self._traced.program
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors that the Program names."""
+        assert self._traced is not None
+        return self._traced.tensors
+
     def params(self) -> dict[str, Tensor]:
         """The parameters of the Program, as they are in this call."""
         assert self._traced is not None
-        return self._traced.params
+        return bind(self._traced.program, self._traced.tensors)
 
     def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
         """Trace where that has not been done."""
@@ -235,7 +253,7 @@ def solve(request: Request, route: Route) -> JacobianResult:
     saved = (route.entry.profile or _profile(request, route)).per_sample if verdict.opaque else 0
     try:
         return batching.run(
-            request, verdict.program, route.params, route.engine, start, results, saved=saved, watch=route.entry.watch
+            request, verdict.program, route.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
         )
     except OutputsChanged:
         route.refuse(CHANGED)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from ..util.callables import model_of, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_runs
-from .guards import condition
+from .guards import condition, stand_ins
 from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
@@ -58,11 +57,11 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A Program, and the parameters that it has in this call."""
+    """A Program, and the live tensors that it names in this call."""
 
     verdict: Verdict
     program: Program
-    params: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -70,23 +69,12 @@ class CacheEntry:
     """What is known about one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
-    verdicts: WeakKeyDictionary[Graph, Verdict] = field(default_factory=WeakKeyDictionary)
+    verdicts: dict[Graph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd where a Program might have saved some
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
-
-    def traced(self, fn: Any, inputs: Sequence[Tensor]) -> Traced | None:
-        """The Program whose guards hold now, with live parameters; None where there is none."""
-        if not self.verdicts:
-            return None
-        captured = self.capture.known(fn, inputs)
-        verdict = None if captured is None else self.verdicts.get(captured.graph)
-        if captured is None or verdict is None or verdict.program is None:
-            return None
-        self.misses = 0
-        return Traced(verdict, verdict.program, bind(verdict.program, captured.tensors))
 
     def refusal(self, fn: Any) -> Verdict | None:
         """Why the model has no Program in the state that it is in, where that is known."""
@@ -145,16 +133,15 @@ class ModelState:
         try:
             with buffers_kept(model_of(fn)):
                 check_runs(fn, samples)
-                captured = entry.capture.capture(fn, inputs)
+                captured = entry.capture.capture(fn, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
                 program = lower(captured, inputs, name_of(fn)) if known is None else known.program
                 assert program is not None
-                params = bind(program, captured.tensors)
                 if known is None:
-                    unused = verify(program, fn, params, samples)
+                    unused = verify(program, fn, bind(program, captured.tensors), samples)
                     captured.graph.module = None
                     known = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
-            return Traced(known, program, params)
+            return Traced(known, program, captured.tensors)
         except Untraceable as error:
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
         except InputError:

@@ -25,15 +25,11 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """When the outputs of one model are compared next.  ``seconds``: of work since the last comparison."""
+    """When the outputs of one model are compared next: once ``share`` of the ``seconds`` of work since the last
+    comparison is more than its ``cost``."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._cost = FIRST_COST
-
-    @property
-    def due(self) -> bool:
-        return self.seconds * SHARE > self._cost
+        self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE
 
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: what the Program gave for ``inputs``.  Raises `OutputsChanged`."""
@@ -43,4 +39,4 @@ class Watch:
             live = fn(*few)
         if not isinstance(live, Tensor) or not same_outputs(y[:SAMPLES], live):
             raise OutputsChanged
-        self.seconds, self._cost = 0.0, time.perf_counter() - begin
+        self.seconds, self.cost = 0.0, time.perf_counter() - begin

@@ -3,7 +3,8 @@
 Dynamo reads the Python code of a forward pass and writes down a graph, and guards over everything that the code
 looked at: attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards
 are checked in C++; where they hold, the backend is called with the *live* tensors that the graph reads.  Ours computes
-nothing: it says which graph it is, and passes those tensors on.  Where they do not hold, the code is captured again.
+nothing but what the code keeps: it says which graph it is, and passes those tensors on.  Where they do not hold, the
+code is captured again.
 
 The graph is captured with grad mode on and inputs that require grad, so that ``torch.no_grad`` regions, custom
 `autograd.Function`s and tensor hooks stay visible in it (`regions.py`).
@@ -18,7 +19,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes_config
 
-from ..util.callables import arguments, split
+from ..util.callables import placed, split
 from . import regions
 from .refusal import Untraceable, reason_of
 
@@ -54,17 +55,17 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 @dataclass(eq=False)
 class Graph:
-    """One captured graph: ``reads`` says what each of its placeholders stands for."""
+    """One captured graph.
+
+    ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
+    Dynamo's is known.  ``tensors``: the live tensors that it reads, from what the captured function was called with.
+    """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
-
-    def __post_init__(self) -> None:
-        self.names = [(name, i) for i, name in enumerate(self.reads) if isinstance(name, str)]
-
-    def tensors(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        """The live tensors of one call by name."""
-        return {name: values[i] for name, i in self.names}
+    names: tuple[str, ...]  # of the tensors, in order
+    code: types.CodeType | None = None
+    tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +87,27 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], given: dict[int, Any], *inputs: Tensor) -> Tensor:
+def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...]) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
     # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
-    return fn(*arguments(inputs, given)).clone()
+    result = fn(*placed(inputs, given))
+    return result.clone() if isinstance(result, Tensor) else None
+
+
+def local_names(fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The arguments of `_entry` by name, which guards are checked with."""
+    model, given = split(fn)
+    return {"fn": model, "given": given, "inputs": stand_ins}
 
 
 class Capture:
-    """The graphs of one function for inputs of one signature.  It holds no reference to the function."""
+    """The graphs of one function for inputs of one signature.  It holds no reference to the function.
+
+    ``code``: the code object that Dynamo keeps guards and graphs with.  ``shared``: the globals that it runs with.
+    """
+
+    shared = globals()
 
     def __init__(self) -> None:
         self._begin()
@@ -102,72 +115,68 @@ class Capture:
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
         # all models of the process together.
-        self._code = _entry.__code__.replace(co_name="entry")
-        entry = types.FunctionType(self._code, globals())
-        self._capturing = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
+        self.code = _entry.__code__.replace(co_name="entry")
+        self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
+        entry = types.FunctionType(self.code, globals())
+        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
 
-    def known(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
-        """The graph whose guards hold now; None where there is none."""
-        stand_ins = _stand_ins(inputs)
-        model, given = split(fn)
-        seen = {"fn": model, "given": given, "inputs": tuple(stand_ins)}
-        with _as_captured():
-            for entry in _debug_get_cache_entry_list(self._code):  # newest use first
-                if entry.guard_manager.check(seen):
-                    return _called(types.FunctionType(entry.code, globals()), fn, stand_ins)
-        return None
+    def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`.
 
-    def capture(self, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured:
-        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`."""
-        stand_ins = _stand_ins(inputs)
+        ``stand_ins``: like the inputs but for their values, requiring grad where they are floating.
+        """
         for x in stand_ins:
             torch._dynamo.mark_dynamic(x, 0)
-        with LOCK, _settings(), _as_captured():
+        with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    return _called(self._capturing, fn, stand_ins)
+                    return self._called(fn, stand_ins)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
                     self._begin()
-                    return _called(self._capturing, fn, stand_ins)
+                    return self._called(fn, stand_ins)
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
 
+    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+        local = local_names(fn, stand_ins)
+        self._compiled(**local)
+        if _ran.graph is None:
+            raise Untraceable("its output is not one tensor")
+        (graph, arguments), _ran.graph = _ran.graph, None
+        tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+        if graph.code is None:
+            self._find(graph, local, tensors)
+        return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
-@contextmanager
-def _as_captured() -> Iterator[None]:
-    """The modes that graphs are captured in: they are guarded, too."""
-    before, inside = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    torch._C._set_grad_enabled(True)
-    try:
-        with torch.inference_mode(False) if inside else nullcontext():
-            yield
-    finally:
-        torch._C._set_grad_enabled(before)
+    def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Learn Dynamo's code for a new graph, and where its tensors are read."""
+        entries = _debug_get_cache_entry_list(self.code)
+        code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
+        self.graphs[id(code)] = graph
 
-
-def _called(entry: Callable[..., Any], fn: Callable[..., Any], stand_ins: Sequence[Tensor]) -> Captured:
-    entry(*split(fn), *stand_ins)
-    (graph, values), _ran.graph = _ran.graph, None
-    return Captured(graph, graph.tensors(values))
+        def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
+            types.FunctionType(code, shared)(**local)
+            arguments, _ran.graph = _ran.graph[1], None
+            return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    regions.prepare(module)
-    graph = Graph(module, tuple(_reads(n) for n in module.graph.nodes if n.op == "placeholder"))
+    reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
+    kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
+    graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
 
-    def run(*values: Any) -> tuple[None]:
-        _ran.graph = (graph, values)
-        return (None,)
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        _ran.graph = (graph, arguments)
+        return (None, *kept(*arguments)) if kept is not None else (None,)
 
     return run
 
 
 def _reads(node: torch.fx.Node) -> Reads:
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    name = source.name if isinstance(source.name, str) else source.name()
+    name = _source(node)
     if of_input := _INPUT.fullmatch(name):
         return int(of_input.group(1))
     if _SIZE.fullmatch(name):
@@ -177,21 +186,17 @@ def _reads(node: torch.fx.Node) -> Reads:
     return plain_name(name)
 
 
+def _source(node: torch.fx.Node) -> str:
+    """Where Dynamo reads a placeholder: an expression in ``L``, the arguments by name, and ``G``, the globals."""
+    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    return name if isinstance(name, str) else name()
+
+
 def plain_name(source: str) -> str:
     """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
     ``conv.weight``."""
     source = _BEHIND.sub("", source)
     return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
-
-
-def _stand_ins(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
-    stand_ins = []
-    for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference()
-        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        stand_ins.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
-    return stand_ins
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ mean the same; the rest is refused.
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +27,47 @@ _CUSTOM = {
 }
 
 
-def prepare(module: fx.GraphModule) -> None:
+def prepare(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
     """Make gradient-free regions explicit, in place.  Raises `Untraceable` for what changes gradients otherwise, or
-    keeps tensors from call to call."""
+    keeps what depends on ``inputs`` from call to call.
+
+    Gives what the forward keeps otherwise, such as the weight that `nn.utils.weight_norm` computes, as a graph of its
+    own with the same placeholders.
+    """
     for node in module.graph.nodes:
         if reason := _refused(node):
             raise Untraceable(f"{reason}{location(node)}")
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
-    if len(results) > 1:
-        kept = next((r for r in results if isinstance(r, fx.Node) and r.target != "clone"), results[-1])
-        raise Untraceable(f"its forward keeps a tensor in a Python object{location(kept)}")
+    if not results or results[0].target != "clone":
+        raise Untraceable("its output is not one tensor")
+    kept = _kept(module, results[1:], inputs) if len(results) > 1 else None
     _detach_regions(module)
     module.graph.lint()
     module.recompile()
+    return kept
+
+
+def _kept(module: fx.GraphModule, results: Sequence[Any], inputs: Collection[fx.Node]) -> fx.GraphModule:
+    for result in results:
+        if isinstance(result, fx.Node) and not reaching(result).isdisjoint(inputs):
+            raise Untraceable(f"its forward keeps a tensor in a Python object{location(result)}")
+    kept = fx.GraphModule(module, copy.deepcopy(module.graph))
+    output = next(n for n in kept.graph.nodes if n.op == "output")
+    output.args = (output.args[0][1:],)
+    kept.graph.eliminate_dead_code()
+    kept.recompile()
+    return kept
+
+
+def reaching(output: fx.Node) -> set[fx.Node]:
+    """The nodes that ``output`` depends on."""
+    reached, stack = set(), [output]
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    return reached
 
 
 def _refused(node: fx.Node) -> str:
@@ -91,5 +121,5 @@ def _detach_regions(module: fx.GraphModule) -> None:
 def _refuse_in_place(node: fx.Node) -> None:
     target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+    if target is operator.setitem or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
         raise Untraceable(f"it changes a tensor in place where gradients are off{location(node)}")

@@ -27,6 +27,7 @@ from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
 from .refusal import Untraceable
+from .regions import reaching
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
@@ -67,7 +68,7 @@ class _GraphLowering:
             raise Untraceable(f"its forward pass changes the buffer {changed}")
         self._placeholders()
         output = self._output_node()
-        wanted = _reaching(output)
+        wanted = reaching(output)
         for node in self.exported.graph.nodes:
             if node.op == "call_function" and node in wanted:
                 self._place(node)
@@ -310,17 +311,6 @@ class _GraphLowering:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Helpers
-
-
-def _reaching(output: torch.fx.Node) -> set[torch.fx.Node]:
-    """The nodes that the output depends on."""
-    reached, stack = set(), [output]
-    while stack:
-        node = stack.pop()
-        if node not in reached:
-            reached.add(node)
-            stack.extend(node.all_input_nodes)
-    return reached
 
 
 def _batch_axis(shape: Sequence[Any]) -> int:

@@ -260,9 +260,9 @@ def _by_reference(
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
     for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
-        own = targets[a:b] if targets.dim() == 2 else targets
+        chosen = targets[a:b] if targets.dim() == 2 else targets
         few, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
-        outputs.append(reference.jacobian(program, params, few, own, x.wrt, out=rows)[0])
+        outputs.append(reference.jacobian(program, params, few, chosen, x.wrt, out=rows)[0])
     return torch.cat(outputs)
 
 

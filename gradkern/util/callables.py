@@ -21,15 +21,15 @@ class FixedArguments:
     given: dict[int, Any]
 
     def __call__(self, *samples: Any) -> Any:
-        return self.fn(*arguments(samples, self.given))
+        return self.fn(*placed(samples, self.given))
 
 
-def arguments(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
+def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
     """All arguments in order.  ``given``: by position, ascending."""
-    placed = list(samples)
+    arguments = list(samples)
     for place, value in given.items():
-        placed.insert(place, value)
-    return placed
+        arguments.insert(place, value)
+    return arguments
 
 
 def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:

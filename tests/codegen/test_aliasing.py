@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from gradkern.codegen.aliasing import Cotangent, Cotangents
-from gradkern.codegen.grouping import Builder
+from gradkern.codegen.grouping import GraphBuilder
 from gradkern.codegen.units import Graph, Node
 from gradkern.ir.program import Program, Step, Sum, View
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, pool, program
 
 
 def cotangents(p: Program, *, onehot: bool = True, live_out: list[int] | None = None, wrt: tuple[int, ...] = (0,)):
-    graph = Builder(p, list(range(len(p.steps))), live_out or [p.output]).build()
+    graph = GraphBuilder(p, list(range(len(p.steps))), live_out or [p.output]).build()
     return graph, Cotangents(graph, wrt, onehot)
 
 

@@ -49,7 +49,7 @@ def test_a_classifier_with_one_hot_seeds():
     assert kinds(made.forward) == ["Load", "Window", "Pattern", "Window", "Store"]
     assert kinds(made.backward) == ["Zero", "WindowT", "StoreT"]
     back = made.backward[1]
-    assert (back.seed_rows, back.src.buffer, back.block) == (True, None, False)
+    assert (back.seed_rows, back.src.buffer, back.whole_block) == (True, None, False)
     assert (back.H, back.W, back.O, back.C, back.pattern.taps) == (1, 8, 4, 2, 1)
     assert made.rows is not None
 
@@ -58,8 +58,8 @@ def test_a_classifier_with_cotangents_of_the_caller():
     made = chain(CLASSIFIER, onehot=False)
     assert kinds(made.backward) == ["Zero", "SeedDense", "WindowT", "Zero", "WindowT", "StoreT"]
     dense, back = made.backward[2], made.backward[4]
-    assert (dense.block, dense.assign, dense.seed_rows, dense.pattern) == (True, True, False, None)
-    assert (back.block, back.assign, back.pattern.taps) == (False, False, 1)
+    assert (dense.whole_block, dense.assign, dense.seed_rows, dense.pattern) == (True, True, False, None)
+    assert (back.whole_block, back.assign, back.pattern.taps) == (False, False, 1)
     assert back.src.buffer is dense.dst.buffer
     assert made.rows is None
 
@@ -91,8 +91,8 @@ def test_a_residual_block_adds_once():
         Step(Sum(), (3, 1), (4, 8)),
     )
     made = chain(p)
-    assert kinds(made.forward) == ["Load", "Window", "Pattern", "Window", "Sum", "Store"]
-    seeds, skip, branch = ["Zero", "SeedOneHot"], ["Zero", "Add"], ["Zero", "WindowT", "PatternT"]
+    assert kinds(made.forward) == ["Load", "Window", "Pattern", "Window", "Add", "Store"]
+    seeds, skip, branch = ["Zero", "SeedOneHot"], ["Zero", "Accumulate"], ["Zero", "WindowT", "PatternT"]
     assert kinds(made.backward) == [*seeds, *skip, *branch, "Zero", "WindowT", "StoreT"]
     add, second = made.backward[3], made.backward[5]
     assert second.src.buffer is add.src.buffer is made.backward[1].dst.buffer
@@ -107,9 +107,9 @@ def test_a_residual_block_adds_once():
 def test_products_stretch_by_strides_of_zero(gate, channel, position):
     p = program(Step(Product(), (0, 1), (4, 8)), inputs=((4, 8), gate))
     made = chain(p)
-    op = one(made.forward, records.Product)
+    op = one(made.forward, records.Multiply)
     assert (op.left.position, op.left_channel, op.right.position, op.right_channel) == (4, 1, position, channel)
-    left, right = (op for op in made.backward if isinstance(op, records.ProductT))
+    left, right = (op for op in made.backward if isinstance(op, records.MultiplyT))
     assert (left.dst.position, left.dst_channel, left.other.position, left.other_channel) == (4, 1, position, channel)
     assert (right.dst.position, right.dst_channel, right.other.position, right.other_channel) == (
         position,
@@ -121,7 +121,7 @@ def test_products_stretch_by_strides_of_zero(gate, channel, position):
 
 def test_a_square_has_two_cotangents():
     made = chain(program(Step(Product(), (0, 0), (4, 8))))
-    assert kinds(made.backward) == ["Zero", "SeedOneHot", "Zero", "ProductT", "ProductT", "StoreT"]
+    assert kinds(made.backward) == ["Zero", "SeedOneHot", "Zero", "MultiplyT", "MultiplyT", "StoreT"]
 
 
 PRODUCT = program(Step(Product("matmul"), (0, 1), (2, 5)), inputs=((2, 3), (3, 5)))
@@ -157,8 +157,8 @@ def test_a_softmax_keeps_what_its_backward_pass_needs(axis, extent):
 
 def test_functions_go_by_number_with_three_parameters():
     """The order and the parameters of csrc/scale.h."""
-    elu = one(chain(program(Step(Scale("elu", (1.5, 1.0, 2.0)), (0,), (4, 8)))).forward, records.Scale)
-    leaky = one(chain(program(Step(Scale("leaky_relu", (0.1,)), (0,), (4, 8)))).forward, records.Scale)
+    elu = one(chain(program(Step(Scale("elu", (1.5, 1.0, 2.0)), (0,), (4, 8)))).forward, records.Elementwise)
+    leaky = one(chain(program(Step(Scale("leaky_relu", (0.1,)), (0,), (4, 8)))).forward, records.Elementwise)
     assert (elu.function, elu.p0, elu.p1, elu.p2) == (2, 1.5, 1.0, 2.0)
     assert (leaky.function, leaky.p0, leaky.p1, leaky.p2) == (1, 0.1, 0.0, 0.0)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from gradkern.codegen.grouping import Builder
+from gradkern.codegen.grouping import GraphBuilder
 from gradkern.codegen.units import POINT, Graph
 from gradkern.ir.program import Index, LowRank, Part, Program, Select, Step, Sum, View, Windows
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, norm, pool, program, transpose
 
 
 def grouped(p: Program, live_out: list[int] | None = None) -> Graph:
-    return Builder(p, list(range(len(p.steps))), live_out or [p.output]).build()
+    return GraphBuilder(p, list(range(len(p.steps))), live_out or [p.output]).build()
 
 
 def units(p: Program, live_out: list[int] | None = None) -> list[tuple[str, list[int]]]:

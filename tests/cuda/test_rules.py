@@ -368,16 +368,17 @@ def test_values_that_do_not_fit_one_chain() -> None:
     """All values that a rule looks at stay on the chip until the end, so they need more room than a gradient."""
     program = program_of("cnn1d")
     wanted = linear.values_needed(program, True)
-    sizes = []
-    for shared in range(2048, 65536, 2048):
+
+    def between(shared: int) -> bool:
         machine = HostDevice(shared_bytes=shared).machine
         gradient = plan.plan(program, 1, machine=machine)
-        values = plan.plan(program, 0, machine=machine, wanted=tuple(wanted))
-        sizes += [shared] if gradient.single_chain and not values.single_chain else []
-    assert sizes, "nothing between the two limits"
+        return gradient.single_chain and not plan.plan(program, 0, machine=machine, wanted=tuple(wanted)).single_chain
+
+    shared = next((size for size in range(2048, 65536, 2048) if between(size)), None)
+    assert shared is not None, "nothing between the two limits"
     case = CASES["cnn1d"]
     model, x = case.build(), case.inputs(2)[0]
-    device = HostDevice(shared_bytes=sizes[0], threads=32)
+    device = HostDevice(shared_bytes=shared, threads=32)
     with installed(device):
         got = attr.LRP(model, engine="kernel").attribute_all(x)
     assert device.launches > 0

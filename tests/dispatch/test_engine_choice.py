@@ -14,6 +14,7 @@ from gradkern.dispatch import state
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import decide
 from gradkern.frontend import verify
+from gradkern.frontend.capture import Capture
 from gradkern.runtime import ops
 from gradkern.util import options
 from gradkern.util.options import ENGINES, BadValue, GradkernWarning
@@ -90,7 +91,7 @@ def test_prepare_traces_now_and_only_once(monkeypatch):
     assert program is not None
     assert program.output_shape == (3,)
     assert gradkern.prepare(model.forward, x) is program
-    monkeypatch.setattr(state.tracer, "trace", None)  # any further trace would fail
+    monkeypatch.setattr(Capture, "capture", None)  # any further capture would fail
     gradkern.jacobian(model, x, engine="kernel")
     gradkern.jacobian(model, x[:1])
 

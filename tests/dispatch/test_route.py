@@ -1,4 +1,4 @@
-"""Decide once: one place asks the guards, one makes the key, and a public call does either once."""
+"""Decide once: one place asks for reasons, one checks a graph's guards, and a public call does either once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gradkern import attr
 from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import couples_batch, decide, one_call, output_shape, shared_route, solve
+from gradkern.frontend.capture import Capture
 from tests.cases import net
 
 PACKAGE = Path(gradkern.__file__).parent
@@ -32,16 +33,16 @@ def calls_of(name: str) -> Iterator[str]:
                     yield path.relative_to(PACKAGE).as_posix()
 
 
-def test_one_call_site_of_the_guards_and_one_of_the_key() -> None:
-    assert list(calls_of("eager_reason")) == [ROUTE]
-    assert list(calls_of("key_of")) == [ROUTE]
-    assert list(calls_of("structure_key")) == ["dispatch/guards.py"]  # key_of itself
+def test_one_call_site_of_the_reasons_and_one_of_the_guards() -> None:
+    assert list(calls_of("call_reason")) == [ROUTE]
+    assert list(calls_of("model_reason")) == [ROUTE]
+    assert [f for f in calls_of("known") if f.startswith("dispatch/")] == ["dispatch/state.py"]
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the guards are asked and keys are made, counted from here on."""
-    counts = {"eager_reason": 0, "key_of": 0}
+    """How often reasons for autograd are asked for and the guards of graphs are checked, counted from here on."""
+    counts = {"call_reason": 0, "known": 0}
 
     def counted(name: str, real: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object) -> object:
@@ -50,8 +51,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    for name in counts:
-        monkeypatch.setattr(guards, name, counted(name, getattr(guards, name)))
+    for owner, name in ((guards, "call_reason"), (Capture, "known")):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
     return counts
 
 
@@ -71,7 +72,11 @@ def test_a_call_decides_once(name: str, asked: dict[str, int]) -> None:
     model, (x,) = net(n=30)
     with gradkern.use(memory_budget=50_000):  # in several chunks
         CALLS[name](model, x)
-    assert asked == {"eager_reason": 1, "key_of": 1}
+        assert asked == {"call_reason": 1, "known": 0}  # there are no guards before the first capture
+        gradkern.prepare(model, x)
+        asked.update(call_reason=0, known=0)
+        CALLS[name](model, x)
+    assert asked == {"call_reason": 1, "known": name != "jacobian, autograd"}
 
 
 PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
@@ -95,11 +100,11 @@ PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
 def test_a_path_of_many_blocks_decides_once(name: str, engine: str, asked: dict[str, int]) -> None:
     model, (x,) = net(n=40, dtype=torch.float32)
     gradkern.prepare(model, x)
-    asked.update(eager_reason=0, key_of=0)
+    asked.update(call_reason=0, known=0)
     with gradkern.use(engine, memory_budget=20_000):
         PATHS[name](model, x)
-    assert 1 <= asked["eager_reason"] <= 2
-    assert 1 <= asked["key_of"] <= 2
+    assert 1 <= asked["call_reason"] <= 2
+    assert 1 <= asked["known"] <= 2
 
 
 def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:
@@ -131,7 +136,7 @@ def test_parts_of_one_call_share_a_route_where_it_fits() -> None:
         assert shared_route(request, "reference") is not route
         assert shared_route(request_of(other, x), "kernel") is not route
         assert shared_route(request_of(model, x.float()), "kernel") is not route
-        model[0].register_forward_hook(lambda *args: None)
+        model[0].register_full_backward_hook(lambda *args: None)
         assert decide(request, "kernel").eager_reason is not None  # a route of its own looks again
     assert shared_route(request, "kernel").eager_reason is not None
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gradkern.codegen.cuda.lowering import Device, TooLarge
-from gradkern.codegen.machine import Machine
+from gradkern.codegen.machine import Device, Machine, TooLarge
 from gradkern.ir.program import Call, Opaque, Program, Step, Sum, Value, View
 from gradkern.planner.groups import Chains, Group, Partition
 from tests.support.programs import RELU, conv, program

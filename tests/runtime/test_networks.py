@@ -1,5 +1,7 @@
 """Real networks: every one against the float64 oracle, on kernels, and how much of each is fused."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ FUSED = [
 ]  # fmt: skip
 
 
+@cache
 def traced(name):
     case = NETWORKS[name].small
     model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)

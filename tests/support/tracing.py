@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend import verify as verification
 from gradkern.frontend.capture import Capture
 from gradkern.frontend.tracer import lower
@@ -16,7 +17,7 @@ from gradkern.runtime import parameters
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     """The Program that is proposed for samples like ``inputs``."""
-    return lower(Capture().capture(model, inputs), inputs, type(model).__name__)
+    return lower(Capture().capture(model, stand_ins(inputs)), inputs, type(model).__name__)
 
 
 def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:

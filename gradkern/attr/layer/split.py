@@ -62,7 +62,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         return None
     live, content = seen[-1]
     with torch.no_grad():
-        values = reference.forward(program, points.route.params, rows)
+        values = reference.forward(program, points.route.params(), rows)
         value = _best(program, path, to_input, [v for v, of in enumerate(values) if _equal(of, content)])
     # From the outputs to integers there is no gradient that could have been compared when the Program was made.
     unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
@@ -102,7 +102,7 @@ def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, 
     if want is None or tail.program.output < 0:
         return want is None and tail.program.output < 0
     with torch.no_grad():
-        params, program = points.route.params, tail.program
+        params, program = points.route.params(), tail.program
         held = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
         (got,) = reference.vjp(program, params, held, g.unsqueeze(1), (0,))
     return _equal(got.squeeze(1), want)
@@ -148,7 +148,7 @@ class LayerView:
         self.points, self.program, self.value = points, program, value
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
-        self.params = points.route.params
+        self.params = points.route.params()
         self.plain = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )

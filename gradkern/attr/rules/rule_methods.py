@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dispatch import batching
 from ...ir.program import Program, Scale
-from ...util.chunks import spans, stepwise_bytes, stepwise_samples
+from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import InputError, Unused, engine
 from .. import captum_compat as compat
@@ -91,7 +91,7 @@ class RuleMethod(ProgramMethod):
         plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs)
         with torch.inference_mode(False), torch.no_grad():
-            params = points.route.params
+            params = points.route.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, plain)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
@@ -103,8 +103,12 @@ class RuleMethod(ProgramMethod):
 
 
 def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
-    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit."""
-    return stepwise_samples(device, stepwise_bytes(4 * program.shapes, seeds, dtype.itemsize))
+    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
+
+    The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
+    """
+    shapes, size = 4 * program.shapes, dtype.itemsize
+    return samples_per_chunk(device, 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size))
 
 
 def values_of(

@@ -179,7 +179,7 @@ class DeviceLowering(Lowering):
         return [self.backward, *(ops for ops in made if ops is not None)]
 
     def laid_out(self, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
-        """Enter the places of buffers, and say in the records how workers share the work."""
+        """Enter the places of buffers, and write into the records how workers share the work."""
         for buffer, life in passes.lives.items():
             buffer.per_sample = life.run is None
             buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
