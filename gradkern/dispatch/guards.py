@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured, local_names
-from ..util.callables import described, modules_behind
+from ..frontend.capture import Capture, Captured
+from ..util.callables import by_name, described, modules_behind
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -108,7 +108,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     torch._C._set_grad_enabled(True)  # graphs are captured so, and guarded
     try:
         with torch.inference_mode(False) if inferring else nullcontext():
-            local = local_names(fn, stand_ins(inputs))
+            local = by_name(fn, stand_ins(inputs))
             for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):
                     graph = capture.graphs.get(id(entry.code))

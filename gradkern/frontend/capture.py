@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.fx.experimental import _config as shapes_config
 
-from ..util.callables import placed, split
+from ..util.callables import by_name, placed
 from . import regions
 from .refusal import Untraceable, reason_of
 
@@ -95,12 +95,6 @@ def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, 
     return result.clone() if isinstance(result, Tensor) else None
 
 
-def local_names(fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The arguments of `_entry` by name, which guards are checked with."""
-    model, given = split(fn)
-    return {"fn": model, "given": given, "inputs": stand_ins}
-
-
 class Capture:
     """The graphs of one function for inputs of one signature.  It holds no reference to the function.
 
@@ -141,7 +135,7 @@ class Capture:
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
 
     def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
-        local = local_names(fn, stand_ins)
+        local = by_name(fn, stand_ins)
         self._compiled(**local)
         if _ran.graph is None:
             raise Untraceable("its output is not one tensor")
@@ -161,6 +155,16 @@ class Capture:
             types.FunctionType(code, shared)(**local)
             arguments, _ran.graph = _ran.graph[1], None
             return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+
+        assert graph.module is not None
+        sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+        expressions = [s for s, read in zip(sources, graph.reads, strict=True) if isinstance(read, str)]
+        try:
+            read = eval(f"lambda L, G: ({''.join(e + ', ' for e in expressions)})")
+            same = all(a is b for a, b in zip(read(local, self.shared), tensors, strict=True))
+        except Exception:  # an expression in terms of Dynamo's own
+            same = False
+        graph.tensors = read if same else run
 
 
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:

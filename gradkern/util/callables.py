@@ -37,6 +37,12 @@ def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
     return (fn.fn, fn.given) if isinstance(fn, FixedArguments) else (fn, {})
 
 
+def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
+    """A call as what is captured and guarded: ``fn``, the arguments ``given`` beside the samples, and the ``inputs``."""
+    model, given = split(fn)
+    return {"fn": model, "given": given, "inputs": samples}
+
+
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     """Are both the same callable with the same arguments?  Values count as equal only where they are one object."""
     (f, given), (g, other) = split(a), split(b)
