@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured
+from ..frontend.capture import Capture, Captured, Graph, code_of
 from ..util.callables import by_name, described, modules_behind
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -112,13 +112,21 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
             for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):
                     graph = capture.graphs.get(id(entry.code))
-                    if graph is None:
+                    if graph is None or not _same_methods(graph):
                         return None
                     tensors = graph.tensors(local, capture.shared)
                     return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
     finally:
         torch._C._set_grad_enabled(graded)
     return None
+
+
+def _same_methods(graph: Graph) -> bool:
+    for owner, name, code in graph.methods:
+        method = getattr(owner(), name, None)
+        if getattr(method, "__code__", None) is not code and code_of(method) is not code:
+            return False
+    return True
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:

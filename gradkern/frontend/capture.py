@@ -18,6 +18,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._guards import TracingContext
 from torch.fx.experimental import _config as shapes_config
 
 from ..util.callables import by_name, placed
@@ -50,6 +52,7 @@ _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
+Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
 
@@ -59,6 +62,7 @@ class Graph:
 
     ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
     Dynamo's is known.  ``tensors``: the live tensors that it reads, from what the captured function was called with.
+    ``methods``: those that ran while it was captured; Dynamo does not guard against one's replacement in its class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
@@ -66,6 +70,7 @@ class Graph:
     names: tuple[str, ...]  # of the tensors, in order
     code: types.CodeType | None = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
+    methods: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,7 @@ class _Missed(Exception):
 
 class _Ran(threading.local):
     graph: Any = None  # the graph of this thread's last call, and what it was called with
+    captured: Any = None  # the graph of this thread's last capture, and the code objects that were traced
 
 
 _ran = _Ran()
@@ -101,18 +107,18 @@ class Capture:
     ``code``: the code object that Dynamo keeps guards and graphs with.  ``shared``: the globals that it runs with.
     """
 
-    shared = globals()
-
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
         # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
-        # all models of the process together.
+        # all models of the process together.  Globals of its own: Dynamo keeps the modules there that it has met.
         self.code = _entry.__code__.replace(co_name="entry")
+        self.shared = dict(globals())
         self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
-        entry = types.FunctionType(self.code, globals())
-        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False)
+        entry = types.FunctionType(self.code, self.shared)
+        options: Any = {"guard_filter_fn": _note_methods}
+        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
 
     def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
         """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`.
@@ -124,10 +130,14 @@ class Capture:
         with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    return self._called(fn, stand_ins)
+                    captured = self._called(fn, stand_ins)
+                    outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    outdated = True
+                if outdated:
                     self._begin()
-                    return self._called(fn, stand_ins)
+                    captured = self._called(fn, stand_ins)
+                return captured
             except _Missed:
                 raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
@@ -171,12 +181,35 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
     graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
+    _ran.captured = graph, set(TracingContext.get_traced_code() or ())
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
         return (None, *kept(*arguments)) if kept is not None else (None,)
 
     return run
+
+
+def _note_methods(guards: Sequence[Any]) -> list[bool]:
+    """Note the methods of what is guarded, as Dynamo asks which guards to keep: all."""
+    if _ran.captured is not None:
+        (graph, traced), _ran.captured = _ran.captured, None
+        values = [guard.value for guard in guards if guard.has_value]
+        owners = {value if isinstance(value, type) else type(value) for value in values}
+        graph.methods = tuple(m for owner in owners for m in _methods(owner, traced))
+    return [True] * len(guards)
+
+
+def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
+    called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
+    for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
+        code = code_of(getattr(owner, name, None))
+        if code is not None and (code in traced or name in called):
+            yield weakref.ref(owner), name, code
+
+
+def code_of(method: Any) -> types.CodeType | None:
+    return getattr(getattr(method, "fget", method), "__code__", None)
 
 
 def _reads(node: torch.fx.Node) -> Reads:

@@ -38,7 +38,7 @@ def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
 
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
-    """A call as what is captured and guarded: ``fn``, the arguments ``given`` beside the samples, and the ``inputs``."""
+    """A call as it is captured and guarded: ``fn``, the arguments ``given`` beside the samples, and the ``inputs``."""
     model, given = split(fn)
     return {"fn": model, "given": given, "inputs": samples}
 

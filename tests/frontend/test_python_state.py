@@ -6,6 +6,7 @@ that gives it another number.  Random networks read several kinds in random plac
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import types
@@ -21,6 +22,7 @@ from gradkern.dispatch import state
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 
+NUMBERS = itertools.count()
 Kind = tuple[str, str, str]
 #: ``@`` stands for the number of the state in its network, ``$`` for a number.
 KINDS: dict[str, Kind] = {
@@ -132,7 +134,7 @@ class World:
         self, kinds: list[Kind], places: list[str], draw: random.Random, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.kinds, self.draw = kinds, draw
-        module = types.ModuleType(f"state_{id(self)}")
+        module = types.ModuleType(f"state_{next(NUMBERS)}")
         monkeypatch.setitem(sys.modules, module.__name__, module)  # as the module of any code is
         self.names: dict[str, Any] = vars(module)
         definitions = [self._filled(kind[0], k) for k, kind in enumerate(kinds)]
