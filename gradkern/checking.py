@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import api
 from .dispatch import eager
-from .dispatch.request import JacobianResult, Request, jacobian_choice, model_of, read_inputs
+from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
+from .util.callables import model_of, unwrapped
 from .util.options import BadValue
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
@@ -72,13 +73,13 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
 def _exact_request(
     model: Any, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any
 ) -> tuple[Request, str]:
-    module = model_of(model)
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
+        twin = copy.deepcopy(unwrapped(model))
+        module = model_of(twin)
         if module is None:
             raise BadValue("a callable that is no module")
-        twin = copy.deepcopy(module).double()
-        with torch.no_grad(), eager.buffers_kept(twin):
+        with torch.no_grad(), eager.buffers_kept(module.double()):
             twin(*[x[:2].clone() for x in exact])
         return Request(twin, exact, numbers, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:

@@ -20,11 +20,10 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
-from .points import Points, row_tensors
+from .points import Points, Tensors, with_arguments
 
 NATIVE = (torch.float32, torch.float64)
 Options = dict[str, Any]  # a method's own options, by Captum's names
-Tensors = tuple[Tensor, ...]
 Inputs = Tensor | Tensors
 Yes = Literal[True]
 
@@ -58,12 +57,18 @@ def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
     return cast(AttributeAll, attribute_all)
 
 
-def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any) -> Points | None:
-    """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why)."""
+def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, integers: bool = False) -> Points | None:
+    """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why).
+
+    ``integers`` as in `takes_over`.
+    """
     engine = getattr(attribution.gradient_func, "engine", None)
-    if not takes_over(attribution.forward_func, inputs, extra, engine) or any(x.dtype not in NATIVE for x in inputs):
+    if not takes_over(attribution.forward_func, inputs, engine, integers=integers):
         return None
-    points = Points(attribution.forward_func, inputs, row_tensors(extra, inputs[0].shape[0]) or (), engine)
+    if any(x.is_floating_point() and x.dtype not in NATIVE for x in inputs):
+        return None
+    fn, more = with_arguments(attribution.forward_func, inputs, extra)
+    points = Points(fn, inputs, more, engine)
     try:
         return points if stays_ours(points.route) and not points.couples_batch else None
     except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
@@ -121,24 +126,18 @@ def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor 
     return items[0] if len(items) == 1 else tuple(items)
 
 
-def completeness(
-    fn: Callable[..., Any],
-    parts: Sequence[Tensor],
-    start: Sequence[Any],
-    end: Sequence[Tensor],
-    more: Sequence[Tensor],
-    seeds: Seeds,
-) -> Tensor:
+def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], seeds: Seeds) -> Tensor:
     """``Σ attribution - (F(end) - F(start))`` per sample and output, ``[N, S]``, as Captum's convergence delta.
 
-    ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each sample.
+    The end is at ``points``.  ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for
+    each sample.
     """
-    n = end[0].shape[0]
+    end, n = points.inputs, points.samples
     sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
     before = [b if isinstance(b, Tensor) else torch.full_like(x[:1], float(b)) for b, x in zip(start, end, strict=True)]
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
-        difference = rows_out(fn, end, more) - rows_out(fn, before, more)  # [N, C]
+        difference = rows_out(points) - rows_out(points.at(before, points.more))  # [N, C]
     return sum(sums[1:], sums[0]).detach() - picked(difference, seeds.rows(0, n))
 
 
@@ -150,23 +149,21 @@ def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
     return outputs[:, index] if index.dim() == 1 else outputs.gather(1, index)
 
 
-def rows_out(fn: Callable[..., Any], inputs: Sequence[Tensor], more: Sequence[Tensor], rows: int = 1024) -> Tensor:
+def rows_out(points: Points, rows: int = 1024) -> Tensor:
     """The model's outputs, flat, ``[N, C]``, some rows at a time."""
-    n = inputs[0].shape[0]
-    pieces = [fn(*[x[a : a + rows].detach().clone() for x in (*inputs, *more)]) for a in range(0, max(n, 1), rows)]
+    starts, inputs = range(0, max(points.samples, 1), rows), points.base_request.inputs
+    pieces = [points.fn(*[x[a : a + rows].detach().clone() for x in inputs]) for a in starts]
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
 
 
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given rows.  It gives
+    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given points.  It gives
     ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
     """
 
-    def _rows(
-        self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options
-    ) -> tuple[Tensor, ...] | None:
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
 
         None where the model has no Program and the method needs one.
@@ -177,27 +174,22 @@ class RowMethod(stock.GradientAttribution):
         """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
         return False
 
-    def _points(self, rows: Tensors, more: Tensors) -> Points:
-        """The model, to be differentiated at these rows."""
-        return Points(self.forward_func, rows, more, getattr(self.gradient_func, "engine", None))
-
-    def _row_delta(self, parts: Tensors, rows: Tensors, more: Tensors, seeds: Seeds, options: Options) -> Tensor:
+    def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
         """The convergence delta of `_rows`, ``[R, S]``."""
-        _, start = format_input_baseline(rows, options.get("baselines"))
-        return completeness(self.forward_func, parts, start, rows, more, seeds)
+        _, start = format_input_baseline(points.inputs, options.get("baselines"))
+        return completeness(points, parts, start, seeds)
 
     @one_call()
     def _all_on_engine(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool) -> Any:
         """``attribute_all`` on the engine; None where the call is Captum's."""
-        rows = format_tensor_into_tuples(inputs)
-        points = points_for(self, rows, extra)
+        points = points_for(self, format_tensor_into_tuples(inputs), extra)
         if points is None:
             return None
         seeds, _ = points.choose(jacobian_choice(targets))
-        parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, options)
+        parts = self._rows(points, seeds.rows(0, points.samples), seeds.count, options)
         if parts is None:
             return None
-        off = self._row_delta(parts, rows, points.more, seeds, options) if delta else None
+        off = self._row_delta(parts, points, seeds, options) if delta else None
         return answer(parts, is_tuple(inputs), seeds, off)
 
     def _all(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool = False) -> Any:

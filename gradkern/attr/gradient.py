@@ -12,7 +12,8 @@ from .. import api
 from ..dispatch.targets import TopK
 from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
-from .plug import HooklessGradientFunc
+from .plug import HooklessGradientFunc, plug_into
+from .points import Points, with_arguments
 
 
 class GradientMethod(RowMethod):
@@ -22,15 +23,15 @@ class GradientMethod(RowMethod):
 
     def __init__(self, forward_func: Callable[..., Tensor], engine: str | None = None) -> None:
         super().__init__(forward_func)
-        self.gradient_func = self.gradients(engine)
+        plug_into(self, self.gradients(engine))
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
         raise NotImplementedError
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
-        gradients = self._points(rows, more).gradients(rows, more, index, seeds)
-        self._finish_each(gradients, rows, options)
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+        gradients = points.gradients(points.inputs, points.more, index, seeds)
+        self._finish_each(gradients, points.inputs, options)
         return gradients
 
     def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
@@ -97,14 +98,10 @@ def jacobians(fn: Callable[..., Any], inputs: Any, targets: Any, extra: Any, opt
     """`gradkern.jacobian` with Captum's ``additional_forward_args`` after the inputs."""
     if extra is None:
         return api.jacobian(fn, inputs, targets, **options)
-    more = extra if isinstance(extra, tuple) else (extra,)
     rows = format_tensor_into_tuples(inputs)
-    n = rows[0].shape[0]
-    if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == n for x in more):
-        options.setdefault("wrt", list(range(len(rows))))
-        jacobian = api.jacobian(fn, (*rows, *more), targets, **options)
-    else:  # something that the batch cannot be cut along
-        jacobian = api.jacobian(lambda *xs: fn(*xs, *more), rows, targets, **options)
+    fn, more = with_arguments(fn, rows, extra)
+    options.setdefault("wrt", list(range(len(rows))))
+    jacobian = api.jacobian(fn, (*rows, *more), targets, **options)
     if is_tuple(inputs) or isinstance(options.get("wrt"), int):
         return jacobian
     return (jacobian[0][0], jacobian[1]) if isinstance(targets, TopK) else jacobian[0]

@@ -215,13 +215,14 @@ class _AllOutputs:
             these = index if index is None or index.dim() == 1 else index[first:last].repeat_interleave(copies, 0)
             here = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
             extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
-            maps = method._rows(rows, extra, these, self.seeds.count, here)
+            points = self.points.at(rows, extra)
+            maps = method._rows(points, these, self.seeds.count, here)
             if maps is None:
                 return False
             delta = None
             if self.wants_delta:
                 seeds = Seeds(self.seeds.count, self.seeds.axes, these)
-                delta = method._row_delta(maps, rows, extra, seeds, here)
+                delta = method._row_delta(maps, points, seeds, here)
             self.sums.add(a + first, a + last, copies, maps, delta)
         return True
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch.targets import Seeds
-from ..util.options import InputError
+from ..util.options import InputError, Unused
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
-from .plug import GradientFunc, captum_seeds
-from .points import path_sum
+from .plug import GradientFunc, captum_seeds, plug_into
+from .points import Points, path_sum
 
 
 class IntegratedGradients(RowMethod, stock.IntegratedGradients):
@@ -31,7 +31,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     def _attribute(
         self,
@@ -52,7 +52,9 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         weights, alphas = path_steps(method, n_steps, step_sizes_and_alphas)
         try:
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            totals = path_sum(points, baselines, seeds, weights.float(), alphas, strict=True)  # float, as in Captum
+            totals = path_sum(points, baselines, seeds, weights.float(), alphas)  # float, as in Captum
+        except Unused:
+            raise
         except InputError:
             return super()._attribute(*arguments)
         except Exception:
@@ -82,10 +84,10 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         options = {"baselines": baselines, "n_steps": n_steps, "method": method}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
-        rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+        rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
-        totals = path_sum(self._points(rows, more), baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
+        totals = path_sum(points, baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
         if self.multiplies_by_inputs:
             times_difference(totals, rows, baselines)
         return totals
@@ -109,13 +111,13 @@ def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baseline
 class RandomPoint(RowMethod, compat.InputBaselineXGradient):
     """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors:
-        rows, baselines = compat.format_input_baseline(rows, options.get("baselines"))
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+        rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
         with torch.no_grad():
             shares = [r.view(-1, *(1,) * (x.dim() - 1)) for x in rows]
             at = [a * x + (1.0 - a) * base for a, x, base in zip(shares, rows, baselines, strict=True)]
-            gradients = self._points(rows, more).gradients(at, more, index, seeds)
+            gradients = points.gradients(at, points.more, index, seeds)
         if self.multiplies_by_inputs:
             times_difference(gradients, rows, baselines)
         return gradients
@@ -132,7 +134,7 @@ class GradientShap(stock.GradientShap):
         self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     @typed
     def attribute_all(

@@ -10,19 +10,21 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dispatch import state
-from ..dispatch.request import Request, model_of
+from ..dispatch.request import Request
 from ..dispatch.route import Route, decide, shared_route, solve
 from ..dispatch.targets import Seeds, Shape
 from ..util import options
-from ..util.options import BadType, BadValue, InputError
+from ..util.callables import name_of, unwrapped
+from ..util.options import BadType, BadValue, InputError, Unused
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
-from .points import row_tensors
+from .points import with_arguments
 
 
 class GradientFunc:
@@ -42,14 +44,16 @@ class GradientFunc:
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, shaped as the inputs."""
         tensors = format_tensor_into_tuples(inputs)
-        if takes_over(forward_fn, tensors, additional_forward_args, self.engine):
-            more = row_tensors(additional_forward_args, tensors[0].shape[0]) or ()
+        if takes_over(forward_fn, tensors, self.engine):
+            fn, more = with_arguments(forward_fn, tensors, additional_forward_args)
             wrt = tuple(range(len(tensors)))
-            request = Request(forward_fn, (*tensors, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
+            request = Request(fn, (*tensors, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
                 route = self._route(request, self.engine)
                 if stays_ours(route):
-                    return tuple(j[:, 0] for j in solve(request, route, strict=True).jacobians)
+                    return tuple(j[:, 0] for j in solve(request, route).jacobians)
+            except Unused:
+                raise
             except InputError:
                 pass  # Captum has its own error for it, or knows better
             except Exception:
@@ -67,38 +71,35 @@ class HooklessGradientFunc(GradientFunc):
     _route = staticmethod(shared_route)
 
 
-def takes_over(fn: Callable[..., Any], tensors: tuple[Any, ...], extra: Any, engine: str | None) -> bool:
-    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any."""
+def takes_over(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: str | None, *, integers: bool = False) -> bool:
+    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any.
+
+    ``integers``: inputs need not be floating, as their own gradient is not asked for.
+    """
     if options.engine(engine) == "autograd":
         return False
-    if not tensors or not all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() for x in tensors):
-        return False  # Captum's own error, or nothing to gain
+    if not tensors or not all(isinstance(x, Tensor) and x.dim() for x in tensors):
+        return False  # Captum's own error
+    if not all(x.is_floating_point() or (integers and not x.is_complex()) for x in tensors):
+        return False
     samples = tensors[0].shape[0]
     if samples == 0 or any(x.shape[0] != samples for x in tensors):
         return False
-    reason = ""
-    if model_of(fn) is None:
-        if not inspect.signature(fn).parameters:
-            reason = "this method hands over a closed computation instead of a model (as DeepLift does)"
-        else:
-            reason = f"{getattr(fn, '__qualname__', type(fn).__name__)} is neither a module nor a module's own forward"
-    elif row_tensors(extra, samples) is None:
-        reason = "an additional_forward_args entry is not a tensor with one row per sample"
-    if reason:
-        _say(model_of(fn), reason)
-    return not reason
+    closed = isinstance(fn, FunctionType) and not inspect.signature(fn).parameters
+    if closed:
+        _say(fn, "this method hands over a closed computation instead of a model (as DeepLift does)")
+    return not closed
 
 
 def stays_ours(route: Route) -> bool:
     """Does gradkern take this route?  Where autograd has to, Captum's own gradients do it, and a warning says why."""
     if route.eager_reason is not None:
-        _say(route.module, route.eager_reason.text)
+        _say(route.fn, route.eager_reason.text)
     return route.eager_reason is None
 
 
-def _say(module: nn.Module | None, reason: str) -> None:
-    name = "This call" if module is None else type(module).__name__
-    state.warn(module, f"{name} stays with Captum's own gradients: {reason}.")
+def _say(fn: Callable[..., Any], reason: str) -> None:
+    state.warn(fn, f"{name_of(fn)} stays with Captum's own gradients: {reason}.")
 
 
 def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
@@ -118,6 +119,15 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     if bool((flat == flat[0]).all()):
         return Seeds(1, (1,), flat[:1].clone())
     return Seeds(1, (1,), flat[:, None])
+
+
+def plug_into(attribution: Any, gradients: GradientFunc) -> None:
+    """Give an attribution object these gradients, and the model inside of a compiled or parallel one: hooks and layers
+    are looked for there."""
+    attribution.gradient_func = gradients
+    for name in ("forward_func", "model"):
+        if hasattr(attribution, name):
+            setattr(attribution, name, unwrapped(getattr(attribution, name)))
 
 
 def accelerate(attribution: Any, engine: str | None = None) -> Any:
@@ -148,7 +158,7 @@ def accelerate(attribution: Any, engine: str | None = None) -> Any:
                 accelerate(getattr(attribution, part), engine)
     elif isinstance(attribution, (stock.LayerAttribution, stock.NeuronAttribution)):
         state.warn(None, f"accelerate: {type(attribution).__name__} brings its own gradient and keeps it.")
-    attribution.gradient_func = getattr(kind, "gradients", GradientFunc)(engine)
+    plug_into(attribution, getattr(kind, "gradients", GradientFunc)(engine))
     return attribution
 
 

@@ -19,9 +19,11 @@ from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, Shape, TopSeeds
 from ..ir.program import Program
+from ..util.callables import FixedArguments
 from ..util.chunks import samples_per_chunk
 from .captum_compat import format_additional_forward_args
 
+Tensors = tuple[Tensor, ...]
 LEAST_BLOCK = 64  # points, below which the cost of a call shows
 
 
@@ -37,16 +39,18 @@ class Points:
         inputs: Sequence[Tensor],
         more: Sequence[Tensor] = (),
         engine: str | None = None,
-        *,
-        ahead: int = 0,
     ) -> None:
         self.engine = engine
         self.inputs, self.more = tuple(inputs), tuple(more)
-        self.wrt = tuple(range(len(self.inputs)))
+        self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
-        self.ahead = ahead  # points still to come, for the decision to trace
+        self.ahead = 0  # points still to come, for the decision to trace
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
+
+    def at(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> Points:
+        """The same model at other samples."""
+        return Points(self.fn, inputs, more, self.engine)
 
     @cached_property
     def route(self) -> Route:
@@ -67,7 +71,7 @@ class Points:
 
     def traced(self) -> Program | None:
         """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
-        if self.route.engine != "autograd" and self.module is not None:
+        if self.route.engine != "autograd":
             verdict_now(self.base_request, self.route)
         return self.route.program
 
@@ -88,7 +92,6 @@ class Points:
         index: Tensor | None,
         seeds: int,
         *,
-        strict: bool = False,
         program: Program | None = None,
     ) -> tuple[Tensor, ...]:
         """One ``[R, S, *in]`` per input at the points ``[R, *in]``; ``index``: None, ``[S]`` or ``[R, S]``.
@@ -100,9 +103,10 @@ class Points:
         if not route.serves(request, route.engine):  # points of another dtype than the inputs
             route = shared_route(request, self.engine)
         if program is None:
-            result = solve(request, route, strict=strict)
+            result = solve(request, route)
         else:
-            result = batching.run(request, program, route.tensors, route.engine, strict=strict)
+            route.check_reached(request)
+            result = batching.run(request, program, route.tensors, route.engine)
         self.ahead = max(0, self.ahead - points[0].shape[0])
         return result.jacobians
 
@@ -132,12 +136,14 @@ def blocks(samples: int, steps: int, point_bytes: int, device: torch.device) -> 
             yield a, b, first, min(first + count, steps)
 
 
-def row_tensors(extra: Any, samples: int) -> tuple[Tensor, ...] | None:
-    """``additional_forward_args`` where all of them are tensors with a row per sample, else None."""
+def with_arguments(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any) -> tuple[Callable[..., Any], Tensors]:
+    """``fn`` with those of Captum's ``additional_forward_args`` that are no tensors with a row per sample, and the
+    others, which it takes after the inputs."""
     more = format_additional_forward_args(extra) or ()
-    if all(isinstance(x, Tensor) and x.dim() and x.shape[0] == samples for x in more):
-        return tuple(more)
-    return None
+    samples = inputs[0].shape[0]
+    rows = {k: isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for k, x in enumerate(more)}
+    given = {len(inputs) + k: x for k, x in enumerate(more) if not rows[k]}
+    return FixedArguments(fn, given) if given else fn, tuple(x for k, x in enumerate(more) if rows[k])
 
 
 def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, alphas: Tensor) -> list[Tensor]:
@@ -178,7 +184,7 @@ def weighted_sum(grads: Tensor, weights: Tensor) -> Tensor:
 
 
 def path_sum(
-    points: Points, baselines: Sequence[Any], seeds: Seeds, weights: Tensor, alphas: Tensor, *, strict: bool = False
+    points: Points, baselines: Sequence[Any], seeds: Seeds, weights: Tensor, alphas: Tensor
 ) -> tuple[Tensor, ...]:
     """``Σ_k w_k ∂y_s/∂x (baseline + α_k (input - baseline))``: one ``[N, S, *in]`` per input.
 
@@ -193,7 +199,7 @@ def path_sum(
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
             more, here = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
-            gradients = points.gradients(at, more, here, seeds.count, strict=strict)
+            gradients = points.gradients(at, more, here, seeds.count)
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])
     return totals

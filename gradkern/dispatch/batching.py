@@ -13,7 +13,7 @@ from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..runtime.parameters import Params
 from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
-from ..util.options import BadValue, Engine
+from ..util.options import Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
@@ -22,20 +22,13 @@ from .watch import Watch
 
 def run(
     request: Request, program: Program, tensors: Params, engine: Engine, start: int = 0,
-    known: JacobianResult | None = None, *,
-    strict: bool = False, saved: int = 0, watch: Watch | None = None,
+    known: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
 
     ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
     steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
-    module, wrt = request.module, request.wrt
-    assert module is not None
-    if strict:
-        for w in wrt:
-            if not program.consumers[w] and program.output != w:
-                raise BadValue(f"the output does not depend on input {w}.")
     with torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, known)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
@@ -50,14 +43,14 @@ def run(
         for a, b in spans(start, samples, chunk):
             here = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
-                results.choose(a, b, forward(request.fn, module, [x.clone() for x in here]))
+                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in here]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
-            y, _ = differentiate(program, params, here, index, wrt, out=rows)
+            y, _ = differentiate(program, params, here, index, request.wrt, out=rows)
             watch.seconds += time.perf_counter() - begin
             if due and a == start:
-                watch.compare(request.fn, module, here, y)
+                watch.compare(request.fn, request.module, here, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..runtime import ops
+from ..util.callables import model_of
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
-from .request import JacobianResult, Request, allocate, check_devices, check_output, explain_failure
+from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
 from .targets import Shape
 
 LARGEST_CHUNK = 2048  # samples
@@ -137,7 +138,7 @@ def probe(
             y = forward(fn, module, arguments)
         random = not torch.equal(state, torch.get_rng_state())
         reason = ""
-        if y.requires_grad:
+        if y.requires_grad and leaves:
             gradients = torch.autograd.grad(y[0].sum(), leaves, allow_unused=True)
             if any(g is not None and g.shape[0] == count and bool((g[1:] != 0).any()) for g in gradients):
                 reason = "samples of one batch depend on each other"
@@ -226,23 +227,16 @@ def run(
     profile: ModelProfile,
     start: int = 0,
     known: JacobianResult | None = None,
-    *,
-    strict: bool = False,
 ) -> JacobianResult:
     """Differentiate the samples from ``start`` on.  ``known``: the results so far."""
     for a, b in pieces(request, profile, start):
-        known = fill(request, known, a, b, strict=strict)
+        known = fill(request, known, a, b)
     assert known is not None
     return known
 
 
-def fill(
-    request: Request, known: JacobianResult | None, start: int, stop: int, *, strict: bool = False
-) -> JacobianResult:
-    """Differentiate the samples ``start:stop`` in one forward and write their rows of the results.
-
-    ``strict``: an input that the output does not depend on is an error in place of zeros.
-    """
+def fill(request: Request, known: JacobianResult | None, start: int, stop: int) -> JacobianResult:
+    """Differentiate the samples ``start:stop`` in one forward and write their rows of the results."""
     with outside_modes():
         leaves, arguments = _leaves([x[start:stop] for x in request.inputs], request.wrt)
         y = forward(request.fn, request.module, arguments)  # [n, *out]
@@ -250,7 +244,7 @@ def fill(
         if known is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
-        _check_differentiable(y)
+        _check_followed(request, y)
         if request.keep_outputs:
             results.kept.append(y.detach())
         results.choose(start, stop, y)
@@ -266,13 +260,9 @@ def fill(
             gradients = torch.autograd.grad(
                 y, leaves, sent, retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched
             )
-            for row, gradient, w in zip(rows, gradients, request.wrt, strict=True):
-                if gradient is None:
-                    if strict:
-                        raise BadValue(f"the output does not depend on input {w}.")
-                    row[:, first:last] = 0
-                else:
-                    row[:, first:last] = gradient.movedim(0, 1) if batched else gradient[:, None]
+            check_reached(request, _none_of(request, gradients))
+            for row, gradient in zip(rows, gradients, strict=True):
+                row[:, first:last] = gradient.movedim(0, 1) if batched else gradient[:, None]
     return results
 
 
@@ -286,19 +276,20 @@ def measured_output_shape(request: Request) -> Shape:
         return tuple(forward(request.fn, request.module, [x.detach().clone() for x in few]).shape[1:])
 
 
-def check_followed(module: nn.Module, samples: Sequence[Tensor]) -> None:
-    """Complain at once about a model that gives no tensor, or one that autograd cannot follow to its inputs."""
-    with outside_modes(), buffers_kept(module), torch.random.fork_rng([]):
+def check_runs(fn: Callable[..., Any], samples: Sequence[Tensor]) -> None:
+    """Complain at once about a model that fails, or gives no tensor."""
+    with outside_modes(), torch.random.fork_rng([]):
         wrt = [i for i, x in enumerate(samples) if x.is_floating_point()]
-        _check_differentiable(forward(module, module, _leaves(samples, wrt)[1]))
+        forward(fn, model_of(fn), _leaves(samples, wrt)[1])
 
 
-def _check_differentiable(y: Tensor) -> None:
-    if not y.requires_grad:
-        raise BadValue(
-            "the model's output is cut off from its input, expected one that autograd can follow. Look for "
-            "torch.no_grad(), .detach(), .data or .numpy() in the model's forward."
-        )
+def _check_followed(request: Request, y: Tensor) -> None:
+    if not y.requires_grad:  # not even on a parameter
+        check_reached(request, request.wrt)
+
+
+def _none_of(request: Request, gradients: Sequence[Tensor | None]) -> list[int]:
+    return [w for w, gradient in zip(request.wrt, gradients, strict=True) if gradient is None]
 
 
 def _cotangents(y: Tensor, index: Tensor | None, first: int, last: int) -> Tensor:
@@ -343,15 +334,16 @@ def with_graph(request: Request) -> JacobianResult:
     y = forward(request.fn, request.module, inputs)
     shape = tuple(y.shape[1:])
     seeds = request.choose(request.samples, shape).chosen_by(y)
-    _check_differentiable(y)
+    _check_followed(request, y)
     index = seeds.rows(0, request.samples)
     leaves = [inputs[w] for w in request.wrt]
     columns: list[list[Tensor]] = [[] for _ in leaves]
     for s in range(seeds.count):
         hot = _cotangents(y, index, s, s + 1)[0]
         gradients = torch.autograd.grad(y, leaves, hot, create_graph=True, allow_unused=True)
-        for column, gradient, leaf in zip(columns, gradients, leaves, strict=True):
-            column.append(torch.zeros_like(leaf) if gradient is None else gradient)
+        check_reached(request, _none_of(request, gradients))
+        for column, gradient in zip(columns, gradients, strict=True):
+            column.append(gradient)
     flat = tuple(torch.stack(column, dim=1) for column in columns)  # each [N, S, *in]
     shaped = tuple(j.view(request.samples, *seeds.axes, *j.shape[2:]) for j in flat)
     return JacobianResult(seeds, seeds.indices, shape, flat, shaped)

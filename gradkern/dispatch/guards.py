@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
 
 from ..frontend.capture import Capture, Captured, Graph, code_of
+from ..util.callables import by_name, described, modules_behind
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -35,11 +36,8 @@ class EagerReason:
     couples_batch: bool = False
 
 
-def call_reason(fn: Any, module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason that lies in the call, or None.  ``module``: what ``fn`` runs.  Looked at in every call, so cheap."""
-    if module is None:
-        name = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return EagerReason(f"{name} is neither a torch.nn.Module nor a module's own forward, so it cannot be traced")
+def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
+    """The reason that lies in the call, or None.  Looked at in every call, so cheap."""
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.compile does not read")
     if autocast(inputs):
@@ -110,7 +108,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     torch._C._set_grad_enabled(True)  # graphs are captured so, and guarded
     try:
         with torch.inference_mode(False) if inferring else nullcontext():
-            local = {"fn": fn, "inputs": stand_ins(inputs)}
+            local = by_name(fn, stand_ins(inputs))
             for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):
                     graph = capture.graphs.get(id(entry.code))
@@ -136,9 +134,11 @@ def signature(inputs: Sequence[Tensor]) -> Hashable:
     return tuple([(x.shape[1:], x.dtype, x.device) for x in inputs])
 
 
-def condition(module: nn.Module) -> Hashable:
-    """What a refusal is remembered for: it is looked at again when a mode or a hook of a module has changed."""
-    return tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in module.modules()])
+def condition(fn: Any) -> Hashable:
+    """What a refusal is remembered for: it is looked at again when a mode or a hook of a module has changed, or other
+    arguments are given."""
+    parts = [part for module in modules_behind(fn) for part in module.modules()]
+    return described(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
 
 
 def _hook_tables(part: nn.Module) -> list[Any]:

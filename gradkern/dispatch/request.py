@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,27 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..util.options import BadType, BadValue
+from ..util.callables import model_of, unwrapped
+from ..util.options import BadType, BadValue, Unused
 from .targets import SeedChoice, Seeds, Shape, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
-
-
-def model_of(fn: Any) -> nn.Module | None:
-    """The module behind ``fn`` where ``fn`` is a module or a module's own bound ``forward``, else None."""
-    if isinstance(fn, nn.Module):
-        return fn
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, nn.Module) and getattr(fn, "__func__", None) is type(owner).forward:
-        return owner
-    return None
-
-
-def uncompiled(fn: Any) -> Any:
-    """The module inside a `torch.compile`d one, which computes the same and can be traced; anything else as it is."""
-    inner = getattr(fn, "_orig_mod", None)
-    plain = isinstance(fn, nn.Module) and isinstance(inner, nn.Module) and not fn._forward_hooks
-    return inner if plain and not fn._forward_pre_hooks and not fn._backward_hooks else fn
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +40,11 @@ class Request:
     keep_outputs: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fn", uncompiled(self.fn))
+        object.__setattr__(self, "fn", unwrapped(self.fn))
 
     @cached_property
     def module(self) -> nn.Module | None:
+        """The module behind ``fn``, where there is one."""
         return model_of(self.fn)
 
     @property
@@ -279,6 +264,17 @@ def check_output(y: Any, samples: int) -> Tensor:
             "first: one row of outputs per sample."
         )
     return y
+
+
+def check_reached(request: Request, unused: Collection[int]) -> None:
+    """Raise where the output does not depend on an input that is to be differentiated, by autograd's graph."""
+    for w in request.wrt:
+        if w in unused:
+            raise Unused(
+                f"the model's output is cut off from its input: input {w} appears to not have been used in the graph "
+                "that autograd follows. Look for torch.no_grad(), .detach(), .data or .numpy() in the model's forward, "
+                "or leave that input out of wrt=."
+            )
 
 
 def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence[Tensor]) -> Exception:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ..ir.program import Program
 from ..runtime.parameters import bind
 from ..util import options
+from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
 from . import batching, eager, guards, state
 from .eager import ModelProfile
 from .guards import EagerReason
-from .request import JacobianResult, Request, allocate, check_devices
-from .state import CacheEntry, ModelState, Traced, Verdict
+from .request import JacobianResult, Request, allocate, check_devices, check_reached
+from .state import CacheEntry, Traced, Verdict, state_of
 from .targets import Shape
 from .watch import OutputsChanged
 
@@ -42,22 +43,23 @@ class Route:
     the call is put here, too.
     """
 
-    def __init__(
-        self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...], known: ModelState
-    ) -> None:
-        self.engine, self.fn, self.module, self.inputs, self.state = engine, fn, module, inputs, known
+    def __init__(self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
+        self.engine, self.fn, self.module, self.inputs = engine, fn, module, inputs
+        owner, way = anchor(fn)
+        self.state = known = state_of(owner)
         self.signature = guards.signature(inputs)
-        self._reason = guards.call_reason(fn, module, inputs)
+        self.entry = known.entries.get_or_make((way, self.signature), CacheEntry)
+        self._reason = guards.call_reason(module, inputs)
         self._traced: Traced | None = None
-        if module is not None and self._reason is None and engine != "autograd":
-            self._traced = self._look(module)
+        if self._reason is None and engine != "autograd":
+            self._traced = self._look()
 
-    def _look(self, module: nn.Module) -> Traced | None:
+    def _look(self) -> Traced | None:
         """The Program whose guards hold now; None where there is none."""
         entry = self.entry
         if not entry.verdicts:
             return None
-        captured = guards.holding(entry.capture, module, self.inputs)
+        captured = guards.holding(entry.capture, self.fn, self.inputs)
         verdict = None if captured is None else entry.verdicts.get(captured.graph)
         if captured is None or verdict is None or verdict.program is None:
             return None
@@ -65,24 +67,19 @@ class Route:
         return Traced(verdict, verdict.program, captured.tensors)
 
     @cached_property
-    def entry(self) -> CacheEntry:
-        """What is known of the model at inputs like these."""
-        if self.module is None:
-            return CacheEntry()  # nothing to remember
-        return self.state.entries.get_or_make(self.signature, CacheEntry)
-
-    @cached_property
     def eager_reason(self) -> EagerReason | None:
         """Why autograd has to take the calls, whatever the network computes."""
-        if self._traced is not None or self.module is None:
+        if self._traced is not None:
             return self._reason
         check_devices(self.module, self.inputs)
-        of_model = None if isinstance(self.module, torch.jit.ScriptModule) else guards.model_reason(self.module)
+        if self.module is None or isinstance(self.module, torch.jit.ScriptModule):
+            return self._reason
+        of_model = guards.model_reason(self.module)
         return of_model if of_model is not None and (of_model.couples_batch or not self._reason) else self._reason
 
     @cached_property
     def _refusal(self) -> Verdict | None:
-        return self.entry.refusal(self.module) if self.module is not None and self.eager_reason is None else None
+        return self.entry.refusal(self.fn) if self.eager_reason is None else None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -108,24 +105,26 @@ class Route:
     def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
         """Trace where that has not been done."""
         if self._traced is None:
-            assert self.module is not None
-            result = self.state.trace(self.entry, self.module, self.inputs, samples)
+            result = self.state.trace(self.entry, self.fn, self.inputs, samples)
             if isinstance(result, Verdict):
                 self._refusal = result
                 return result
             self._traced = result
         return self._traced.verdict
 
+    def check_reached(self, request: Request) -> None:
+        """Raise `Unused` for an input that the output is known not to depend on."""
+        if self._traced is not None:
+            check_reached(request, self._traced.verdict.unused)
+
     def refuse(self, reason: str) -> None:
         """Leave this model to autograd from here on."""
-        assert self.module is not None
-        self._traced, self._refusal = None, self.state.refuse(self.entry, self.module, reason)
+        self._traced, self._refusal = None, self.state.refuse(self.entry, self.fn, reason)
 
     def serves(self, request: Request, engine: Engine) -> bool:
         """Is this the route of that request, too?"""
         return (
-            self.module is not None
-            and self.module is request.module
+            is_same(self.fn, request.fn)
             and self.engine == engine
             and self.signature == guards.signature(request.inputs)
             and all(type(x) in guards.PLAIN_TENSORS for x in request.inputs)
@@ -143,7 +142,7 @@ class Route:
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        state.warn(self.module, message)
+        state.warn(self.fn, message)
 
 
 def decide(request: Request, engine: str | None = None) -> Route:
@@ -151,9 +150,7 @@ def decide(request: Request, engine: str | None = None) -> Route:
 
     Raises `BadValue` where the model or the inputs are on the meta device.
     """
-    module = request.module
-    known = ModelState() if module is None else state.models.of(module)
-    return Route(options.engine(engine), request.fn, module, request.inputs, known)
+    return Route(options.engine(engine), request.fn, request.module, request.inputs)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -228,51 +225,50 @@ def _profile(request: Request, route: Route) -> ModelProfile:
 
 def _say_why_eager(route: Route) -> None:
     assert route.eager_reason is not None
-    name = "This call" if route.module is None else type(route.module).__name__
-    route.warn(f"{name} runs on autograd: {route.eager_reason.text}.")
+    route.warn(f"{name_of(route.fn)} runs on autograd: {route.eager_reason.text}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The decision
 
 
-def solve(request: Request, route: Route, *, strict: bool = False) -> JacobianResult:
-    """The request's results.  ``strict``: an input that the output does not depend on is an error, not zeros."""
+def solve(request: Request, route: Route) -> JacobianResult:
+    """The request's results.  Raises `Unused` for an input that the output does not depend on."""
     if request.samples == 0:
         with eager.outside_modes():
             return allocate(request, output_shape(request, route))
     if route.engine == "autograd" or route.eager_reason is not None:
         if route.engine != "autograd":
             _say_why_eager(route)
-        return _on_autograd(request, route, strict=strict)
+        return _on_autograd(request, route)
     start, results = 0, None
     if route.verdict is None and route.engine == "auto":
-        start, results = _on_autograd_until_tracing_pays(request, route, strict)
+        start, results = _on_autograd_until_tracing_pays(request, route)
         if results is not None and start == request.samples:
             return results
     verdict = route.verdict or verdict_now(request, route)
     if verdict is None or verdict.program is None:
-        return _on_autograd(request, route, start, results, strict=strict)
+        return _on_autograd(request, route, start, results)
+    route.check_reached(request)
     saved = (route.entry.profile or _profile(request, route)).per_sample if verdict.opaque else 0
     try:
         return batching.run(
-            request, verdict.program, route.tensors, route.engine, start, results,
-            strict=strict, saved=saved, watch=route.entry.watch,
-        )  # fmt: skip
+            request, verdict.program, route.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
+        )
     except OutputsChanged:
         route.refuse(CHANGED)
-    return _on_autograd(request, route, start, results, strict=strict)
+    return _on_autograd(request, route, start, results)
 
 
 def _on_autograd(
-    request: Request, route: Route, start: int = 0, results: JacobianResult | None = None, *, strict: bool
+    request: Request, route: Route, start: int = 0, results: JacobianResult | None = None
 ) -> JacobianResult:
     profile = _profile_of_run(request, route)
     with _restored(route, profile):
-        return eager.run(request, profile, start, results, strict=strict)
+        return eager.run(request, profile, start, results)
 
 
-def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool) -> tuple[int, JacobianResult | None]:
+def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int, JacobianResult | None]:
     """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
 
     The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.
@@ -284,7 +280,7 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route, strict: bool
     with _restored(route, profile):
         for start, stop in eager.pieces(request, profile):
             begin = time.perf_counter()
-            results = eager.fill(request, results, start, stop, strict=strict)
+            results = eager.fill(request, results, start, stop)
             seconds = time.perf_counter() - begin
             if profile.couples_batch:
                 continue  # it cannot be traced

@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..frontend.capture import Capture, Graph
 from ..frontend.refusal import Untraceable
@@ -22,9 +23,10 @@ from ..frontend.tracer import lower
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
+from ..util.callables import model_of, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
-from .eager import ModelProfile, buffers_kept, check_followed
+from .eager import ModelProfile, buffers_kept, check_runs
 from .guards import condition, stand_ins
 from .watch import Watch
 
@@ -45,6 +47,7 @@ class Verdict:
     program: Program | None
     reason: str = ""
     couples_batch: bool = False  # samples of one batch depend on each other
+    unused: frozenset[int] = frozenset()  # the inputs that autograd does not reach from the output
 
     @cached_property
     def opaque(self) -> bool:
@@ -73,9 +76,9 @@ class CacheEntry:
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
-    def refusal(self, module: nn.Module) -> Verdict | None:
+    def refusal(self, fn: Any) -> Verdict | None:
         """Why the model has no Program in the state that it is in, where that is known."""
-        return self.refused.get(condition(module)) if len(self.refused) else None
+        return self.refused.get(condition(fn)) if len(self.refused) else None
 
 
 class ModelState:
@@ -84,59 +87,60 @@ class ModelState:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.live = threading.RLock()  # held where a forward changes the model's buffers
-        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by `guards.signature`
+        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the way to the callable, `guards.signature`
         self._warned: set[str] = set()
 
     def trace(
-        self, entry: CacheEntry, module: nn.Module, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
+        self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
     ) -> Traced | Verdict:
         """Capture, lower and verify now, unless that has been done; warns once where autograd takes over."""
         with self.lock:
-            known = entry.refusal(module)
+            known = entry.refusal(fn)
             if known is not None:
                 return known
-            result = self._traced(entry, module, inputs, samples())
+            result = self._traced(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
-                entry.refused.put(condition(module), verdict)
-        name = type(module).__name__
+                entry.refused.put(condition(fn), verdict)
+        name = name_of(fn)
         if verdict.program is None:
-            self.warn(f"{name} runs on autograd as a whole: {verdict.reason}.")
+            warn(fn, f"{name} runs on autograd as a whole: {verdict.reason}.")
             return result
         opaque = [(s, s.form) for s in verdict.program.steps if isinstance(s.form, Opaque)]
         if opaque:
             listed = "; ".join(dict.fromkeys(f"{s.op or form.call.op} in {s.module or name}" for s, form in opaque))
-            self.warn(
-                f"{name}: torch differentiates these steps, which have no kernel: {listed}. See gradkern.explain."
+            warn(
+                fn,
+                f"{name}: torch differentiates these steps, which have no kernel: {listed}. See gradkern.explain.",
             )
         return result
 
-    def refuse(self, entry: CacheEntry, module: nn.Module, reason: str) -> Verdict:
+    def refuse(self, entry: CacheEntry, fn: Any, reason: str) -> Verdict:
         """Leave the model to autograd, in the state that it is in; warns once."""
         verdict = Verdict(None, reason)
         entry.verdicts.clear()
-        entry.refused.put(condition(module), verdict)
-        self.warn(f"{type(module).__name__} runs on autograd as a whole: {reason}.")
+        entry.refused.put(condition(fn), verdict)
+        warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
         return verdict
 
     def _traced(
-        self, entry: CacheEntry, module: nn.Module, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
+        self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
     ) -> Traced | Verdict:
         entry.misses += 1
         if entry.misses > MOST_MISSES:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
         begin = time.perf_counter()
         try:
-            check_followed(module, samples)
-            with buffers_kept(module):
-                captured = entry.capture.capture(module, stand_ins(inputs))
+            with buffers_kept(model_of(fn)):
+                check_runs(fn, samples)
+                captured = entry.capture.capture(fn, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
-                program = lower(captured, inputs, type(module).__name__) if known is None else known.program
+                program = lower(captured, inputs, name_of(fn)) if known is None else known.program
                 assert program is not None
                 if known is None:
-                    verify(program, module, bind(program, captured.tensors), samples)
+                    unused = verify(program, fn, bind(program, captured.tensors), samples)
                     captured.graph.module = None
-                    known = entry.verdicts[captured.graph] = Verdict(program)
+                    known = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
             return Traced(known, program, captured.tensors)
         except Untraceable as error:
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
@@ -161,8 +165,17 @@ models = WeakMemo(ModelState)
 _callables = ModelState()  # of it only the warnings about callables that are no modules, once per process
 
 
-def warn(module: nn.Module | None, message: str) -> None:
-    """Warn, once per model and message."""
+def state_of(owner: Any) -> ModelState:
+    """What is known about an object that is called, or whose methods are; nothing where it takes no weak reference."""
+    try:
+        return models.of(owner)
+    except TypeError:
+        return ModelState()
+
+
+def warn(fn: Any, message: str) -> None:
+    """Warn, once per model and message; about functions, which may be made anew for each call, once per process."""
+    module = model_of(fn)
     (_callables if module is None else models.of(module)).warn(message)
 
 

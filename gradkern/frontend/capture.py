@@ -31,11 +31,13 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._guards import TracingContext
 from torch.fx.experimental import _config as shapes_config
 
+from ..util.callables import by_name, placed
 from . import regions
 from .refusal import Untraceable, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe
 _NOISY = ("torch._dynamo", "torch._guards", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
+_SAYS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 _CONFIG: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,  # a hook that comes or goes is a change
     "specialize_int": True,  # numbers are constants, and guarded
@@ -44,10 +46,14 @@ _CONFIG: dict[str, Any] = {
     "allow_rnn": True,
     "suppress_errors": False,
     "optimize_ddp": False,
+    # What a forward says runs where the forward does: not at every look at the guards.
+    "ignore_logging_functions": {print, warnings.warn, *(getattr(logging.Logger, name) for name in _SAYS)}
+    | {getattr(logging, name) for name in _SAYS},
 }
 _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
 _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
+_BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
@@ -91,11 +97,11 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
+def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...]) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
     # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
-    result = fn(*inputs)
+    result = fn(*placed(inputs, given))
     return result.clone() if isinstance(result, Tensor) else None
 
 
@@ -143,13 +149,14 @@ class Capture:
                 raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
 
     def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
-        self._compiled(fn, *stand_ins)
+        local = by_name(fn, stand_ins)
+        self._compiled(**local)
         if _ran.graph is None:
             raise Untraceable("its output is not one tensor")
         (graph, arguments), _ran.graph = _ran.graph, None
         tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
         if graph.code is None:
-            self._find(graph, {"fn": fn, "inputs": stand_ins}, tensors)
+            self._find(graph, local, tensors)
         return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
     def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
@@ -159,7 +166,7 @@ class Capture:
         self.graphs[id(code)] = graph
 
         def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
-            types.FunctionType(code, shared)(local["fn"], *local["inputs"])
+            types.FunctionType(code, shared)(**local)
             arguments, _ran.graph = _ran.graph[1], None
             return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
 
@@ -229,7 +236,7 @@ def _source(node: torch.fx.Node) -> str:
 def plain_name(source: str) -> str:
     """A tensor's or a module's name from Dynamo's: ``L['fn']._modules['conv']._parameters['weight']`` is
     ``conv.weight``."""
-    source = source.removeprefix("L['fn']")
+    source = _BEHIND.sub("", source)
     return ".".join(p for pair in _PATH.findall(source) for p in pair if p and p not in _PRIVATE)
 
 

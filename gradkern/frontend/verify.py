@@ -7,7 +7,7 @@ caller's own samples, several together and one alone, with those of the live mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Program
 from ..runtime import ops, reference
+from ..util.callables import model_of
 from .refusal import Untraceable
 
 _TOGETHER = 3  # samples
@@ -27,26 +28,27 @@ _TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
 _TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
 
 
-def verify(program: Program, model: nn.Module, params: Params, inputs: Sequence[Tensor]) -> None:
+def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
     """Raise `Untraceable` where ``program`` is not what live autograd does on samples like ``inputs``.
 
     ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's
     buffers and the random state are put back, and no ``.grad`` is touched.  A float32 activation within rounding of a
     kink may flip a gradient, so where gradients differ the samples are perturbed a little and compared again: a flip
-    goes away, another backward does not.
+    goes away, another backward does not.  Gives the floating inputs that autograd does not reach from the output.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
     cotangent = torch.randn(_TOGETHER, *program.output_shape, generator=generator, dtype=torch.float64)
-    with torch.inference_mode(False), _left_as_it_was(model):
-        wrong: Untraceable | None = None
-        for attempt in range(_TRIES):
-            tried = tuple(_noisy(x, _MOVE, generator) for x in samples) if attempt else samples
-            wrong = _difference(program, model, params, tried, cotangent)
-            if wrong is None or wrong.final:
+    with torch.inference_mode(False), _left_as_it_was(model_of(fn)):
+        found = _compared(program, fn, params, samples, cotangent)
+        for _ in range(_TRIES - 1):
+            if not isinstance(found, Untraceable) or found.final:
                 break
-        if wrong is not None:
-            raise wrong
+            moved = tuple(_noisy(x, _MOVE, generator) for x in samples)
+            found = _compared(program, fn, params, moved, cotangent)
+    if isinstance(found, Untraceable):
+        raise found
+    return found
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -79,37 +81,39 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # One comparison
 
 Params = Mapping[str, Tensor]
-Pair = tuple[Tensor, tuple[Tensor, ...]]  # output [N, *out], and per input the pulled-back cotangent [N, *in]
+#: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None where nothing reaches the input.
+Pair = tuple[Tensor, dict[int, Tensor | None]]
 
 
-def _difference(
-    program: Program, model: nn.Module, params: Params, samples: Sequence[Tensor], cotangent: Tensor
-) -> Untraceable | None:
+def _compared(
+    program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
+) -> Untraceable | frozenset[int]:
+    """What is wrong with ``program``; where nothing is, the inputs that the cotangent does not reach."""
     alone = [x[:1] for x in samples]
-    together_live = _live(model, samples, cotangent)
-    alone_live = _live(model, alone, cotangent[:1])
+    together_live = _live(fn, samples, cotangent)
+    alone_live = _live(fn, alone, cotangent[:1])
     y, grads = together_live
     traced = [_traced(program, params, xs, cotangent[: xs[0].shape[0]]) for xs in (samples, alone)]
     tolerance = traced[0][1]
-    if _far((y[:1], tuple(g[:1] for g in grads)), alone_live, tolerance) is not None:
+    if _far((y[:1], {i: g if g is None else g[:1] for i, g in grads.items()}), alone_live, tolerance) is not None:
         return Untraceable("its result for a sample depends on the other samples of the batch", mixes=True)
     for (ours, _), live in zip(traced, (together_live, alone_live), strict=True):
         what = _far(ours, live, tolerance)
         if what is not None:
-            custom = _custom_backward(model, samples)
+            custom = _custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
             error = Untraceable(f"its {what} is not what torch.export makes of it{cause}")
             error.final = what == "output"
             return error
-    return None
+    return frozenset(i for i, g in grads.items() if g is None)
 
 
-def _live(model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Pair:
-    """Output and pulled-back cotangent by autograd on the module itself."""
+def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) -> Pair:
+    """Output and pulled-back cotangents by autograd on the model itself."""
     with torch.enable_grad():
         xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in samples]
         # The model gets copies: it may work in place, which a leaf forbids.
-        y = model(*[x.clone() for x in xs])
+        y = fn(*[x.clone() for x in xs])
         if not isinstance(y, Tensor):
             raise Untraceable("its output is not one tensor")
         if tuple(y.shape) != tuple(cotangent.shape):
@@ -119,8 +123,8 @@ def _live(model: nn.Module, samples: Sequence[Tensor], cotangent: Tensor) -> Pai
         if y.requires_grad and leaves:
             g = cotangent.to(dtype=y.dtype, device=y.device)
             grads = torch.autograd.grad(y, leaves, g, allow_unused=True)
-    full = iter(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))
-    return y.detach(), tuple(next(full) if x.requires_grad else torch.zeros_like(x) for x in xs)
+    numbers = [i for i, x in enumerate(xs) if x.requires_grad]
+    return y.detach(), dict(zip(numbers, grads, strict=True))
 
 
 def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
@@ -129,9 +133,10 @@ def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotange
         values = reference.forward(program, params, samples)
         y = values[program.output]
         g = cotangent.to(dtype=y.dtype, device=y.device).unsqueeze(1)  # [N, 1, *out]
-        grads = reference.vjp(program, params, values, g)
+        floating = [i for i, x in enumerate(samples) if x.is_floating_point()]
+        grads = reference.vjp(program, params, values, g, floating)
     tolerance = max(_tolerance(v.dtype, v.device) for v in values)
-    return (y, tuple(part.squeeze(1) for part in grads)), tolerance
+    return (y, {i: part.squeeze(1) for i, part in zip(floating, grads, strict=True)}), tolerance
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -153,9 +158,15 @@ def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
     """What differs by more than rounding: ``"output"``, ``"gradient"``, or nothing."""
     if not _close(got[0], want[0], tolerance):
         return "output"
-    if not all(_close(a, b, tolerance) for a, b in zip(got[1], want[1], strict=True)):
+    if not all(_same_gradient(got[1][i], g, tolerance) for i, g in want[1].items()):
         return "gradient"
     return None
+
+
+def _same_gradient(got: Tensor | None, want: Tensor | None, tolerance: float) -> bool:
+    if got is None or want is None:
+        return not any(g is not None and bool(g.any()) for g in (got, want))
+    return _close(got, want, tolerance)
 
 
 def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
@@ -171,10 +182,10 @@ def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
     return bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all())
 
 
-def _custom_backward(model: nn.Module, samples: Sequence[Tensor]) -> str:
+def _custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:
     """The name of a custom `autograd.Function` in the graph of a live forward pass, if there is one."""
     with torch.enable_grad():
-        y = model(*[x.detach().clone().requires_grad_(x.is_floating_point()).clone() for x in samples])
+        y = fn(*[x.detach().clone().requires_grad_(x.is_floating_point()).clone() for x in samples])
     seen, stack = set(), [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -188,8 +199,9 @@ def _custom_backward(model: nn.Module, samples: Sequence[Tensor]) -> str:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _left_as_it_was(model: nn.Module | None) -> Iterator[None]:
     """Put buffers and the random state back."""
+    model = nn.Module() if model is None else model
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     before = [(*entry, entry[2].detach().clone()) for entry in owned]

@@ -40,6 +40,10 @@ class BadType(InputError, TypeError):
     """A dtype or a Python type that does not fit."""
 
 
+class Unused(BadValue, RuntimeError):
+    """An input that the output does not depend on; torch and Captum raise a RuntimeError for it."""
+
+
 def _valid_engine(name: str, source: str) -> Engine:
     if name not in ENGINES:
         raise BadValue(f"{source}: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}.")

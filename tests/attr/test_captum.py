@@ -135,9 +135,10 @@ class Scaled(nn.Module):
         return x.square() * factor
 
 
-def test_additional_forward_args_that_are_no_rows_stay_with_captum():
+@pytest.mark.filterwarnings("error::gradkern.GradkernWarning")
+def test_additional_forward_args_that_are_no_rows_are_passed_through():
     x = torch.randn(N, 3)
-    with gradkern.use("kernel"), pytest.warns(GradkernWarning, match="additional_forward_args"):
+    with gradkern.use("kernel"):
         got = Saliency(Scaled()).attribute(x, target=0, additional_forward_args=2.0)
     same(got, captum_attr.Saliency(Scaled()).attribute(x, target=0, additional_forward_args=2.0))
 

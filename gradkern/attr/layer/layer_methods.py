@@ -32,7 +32,7 @@ from ..attribute_all import (
     typed,
 )
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds
+from ..plug import GradientFunc, captum_seeds, plug_into
 from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
@@ -40,9 +40,11 @@ from .split import LayerView, view_of
 class LayerMethod(stock.GradientAttribution):
     """A method of a layer: ``_layer`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
 
+    _takes_integers = True  # inputs may be indices into an embedding
+
     def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
@@ -53,7 +55,7 @@ class LayerMethod(stock.GradientAttribution):
             return None
         if options.get("grad_kwargs") or not isinstance(self.layer, nn.Module) or self.device_ids:
             return None
-        points = points_for(self, inputs, extra)
+        points = points_for(self, inputs, extra, integers=self._takes_integers)
         if points is None:
             return None
         to_input = options.get("attribute_to_layer_input") or options.get("attribute_to_neuron_input")
@@ -83,15 +85,16 @@ class LayerMethod(stock.GradientAttribution):
         delta = None
         if options.get("return_convergence_delta"):
             _, start = compat.format_input_baseline(rows, options["baselines"])
-            delta = completeness(self.forward_func, (maps,), start, rows, view.points.more, seeds)
+            delta = completeness(view.points, (maps,), start, seeds)
         return answer((maps,), False, seeds, delta)
 
     def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
         """Captum's time counts towards tracing."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            points = points_for(self, rows, extra) if all(isinstance(x, Tensor) for x in rows) else None
-        if points is not None and points.module is not None:
+            tensors = all(isinstance(x, Tensor) for x in rows)
+            points = points_for(self, rows, extra, integers=self._takes_integers) if tensors else None
+        if points is not None:
             points.route.spend(seconds)
 
 
@@ -197,7 +200,7 @@ class GuidedGradCam(stock.GuidedGradCam):
 
     def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
         super().__init__(model, layer, device_ids)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
         self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
         self.guided_backprop = GuidedBackprop(model, engine)
 

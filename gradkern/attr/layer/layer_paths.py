@@ -22,6 +22,8 @@ class InternalInfluence(LayerMethod, stock.InternalInfluence):
     A drop-in for `captum.attr.InternalInfluence`.  Attribute logits: the path saturates in probabilities.
     """
 
+    _takes_integers = False  # nothing is between them
+
     attribute = one_output(stock.InternalInfluence)
     attribute_all = all_outputs(stock.InternalInfluence)
 
@@ -38,6 +40,8 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
 
     A drop-in for `captum.attr.LayerConductance`.  Logits and probabilities are both complete; prefer logits.
     """
+
+    _takes_integers = False  # nothing is between them
 
     attribute = one_output(stock.LayerConductance)
     attribute_all = all_outputs(stock.LayerConductance)
@@ -75,7 +79,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         value, *crossing = view.forward(inputs, view.points.more)
         base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
         weights, alphas = path_steps(options["method"], options["n_steps"])
-        total = view.zeros(seeds)
+        total = value.new_zeros(len(value), seeds, *view.shape)
         for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds), value.device):
             steps = last - first
             held = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))

@@ -19,6 +19,8 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
     A drop-in for `captum.attr.NeuronGradient`.  Logits or probabilities do not matter: the unit is what is explained.
     """
 
+    _takes_integers = False  # it is their gradient
+
     attribute = one_output(stock.NeuronGradient)
 
     def _one(self, rows: Tensors, options: Options) -> Any:

@@ -6,7 +6,8 @@ of the Program that equals what the hook saw is the one (module paths decide bet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Tail:
     """The part of a Program from a value on.  Its inputs are that value, then the others that cross the cut."""
 
     program: Program
+    value: int
     crossing: tuple[int, ...]
 
 
@@ -45,8 +47,6 @@ def layer_value(points: Points, program: Program, layer: nn.Module, path: str, t
 
 
 def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    model = points.module
-    assert model is not None
     generator = torch.Generator().manual_seed(0)
     rows = []
     for x in points.base_request.pick(SAMPLES):
@@ -55,23 +55,57 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
             noisy = x + ((x.std() if x.numel() > 1 else x.new_ones(())) + 0.1) * noise
         rows.append(torch.cat([x, noisy]))
-    seen: list[Any] = []
+    indices = not all(x.is_floating_point() for x in rows)
+    with torch.inference_mode(False), buffers_kept(points.module), _watched(layer, to_input, indices) as seen:
+        y = points.fn(*[x.clone() for x in rows])
+    if not seen or seen[-1] is None:
+        return None
+    live, content = seen[-1]
+    with torch.no_grad():
+        values = reference.forward(program, points.route.params(), rows)
+        value = _best(program, path, to_input, [v for v, of in enumerate(values) if _equal(of, content)])
+    # From the outputs to integers there is no gradient that could have been compared when the Program was made.
+    unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
+    return None if unconfirmed else value
 
-    def look(_: Any, inputs: Any, output: Any = None) -> None:
+
+@contextmanager
+def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
+    """What every call of the layer gives (or gets), itself and a copy.  ``grad``: gradients are to arrive there."""
+    seen: list[tuple[Tensor, Tensor] | None] = []
+
+    def look(_: Any, inputs: Any, output: Any = None) -> Tensor | None:
         got = inputs if to_input else output
         got = got[0] if isinstance(got, tuple) and len(got) == 1 else got
-        seen.append(got.detach().clone() if isinstance(got, Tensor) else None)
+        if not isinstance(got, Tensor):
+            seen.append(None)
+            return None
+        seen.append((got, got.detach().clone()))
+        if not grad or not got.is_floating_point():
+            return None
+        return (got if got.requires_grad else got.requires_grad_()).clone()  # which may be changed in place
 
     handle = layer.register_forward_pre_hook(look) if to_input else layer.register_forward_hook(look)
     try:
-        with torch.inference_mode(False), torch.no_grad(), buffers_kept(model):
-            model(*[x.clone() for x in rows])
-            values = reference.forward(program, points.route.params(), rows)
+        with torch.set_grad_enabled(grad):
+            yield seen
     finally:
         handle.remove()
-    if not seen or seen[-1] is None:
-        return None
-    return _best(program, path, to_input, [v for v, y in enumerate(values) if _equal(y, seen[-1])])
+
+
+def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
+    """Is the gradient from the outputs to the layer's value that of live autograd?"""
+    if not live.requires_grad:
+        return False
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
+    (want,) = torch.autograd.grad(y, live, g, allow_unused=True)
+    if want is None or tail.program.output < 0:
+        return want is None and tail.program.output < 0
+    with torch.no_grad():
+        params, program = points.route.params(), tail.program
+        held = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
+        (got,) = reference.vjp(program, params, held, g.unsqueeze(1), (0,))
+    return _equal(got.squeeze(1), want)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -102,7 +136,7 @@ def tail_of(program: Program, value: int) -> Tail:
         changing = (needed & graph.descendants(program, [value])) | {value}
         steps = [v - len(program.inputs) for v in sorted(changing - {value})]
         crossing = sorted({v for i in steps for v in program.steps[i].inputs} - changing)
-        return Tail(graph.part(program, [value, *crossing], steps, program.output), tuple(crossing))
+        return Tail(graph.part(program, [value, *crossing], steps, program.output), value, tuple(crossing))
 
     return _tails.get_or_make((program.key, value), make)
 

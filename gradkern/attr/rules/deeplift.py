@@ -21,8 +21,8 @@ from ...runtime import ops, reference
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
 from ..captum_compat import stock
-from ..plug import GradientFunc
-from ..points import rows_of
+from ..plug import GradientFunc, plug_into
+from ..points import Points, rows_of
 from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
 from .rule_methods import Chunk, RuleMethod
 
@@ -145,7 +145,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
         self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: str | None = None
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -193,9 +193,9 @@ class DeepLift(RuleMethod, stock.DeepLift):
         compat.validate_input(rows, start)
         return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        options = options | {"baselines": compat.format_baseline(options.get("baselines"), rows)}
-        return super()._rows(rows, more, index, seeds, options)
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+        options = options | {"baselines": compat.format_baseline(options.get("baselines"), points.inputs)}
+        return super()._rows(points, index, seeds, options)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
@@ -235,7 +235,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
 
     def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: str | None = None) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     @typed
     def attribute_all(
@@ -262,7 +262,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
-                maps, delta = self._mean(rows, points.more, seeds, start, return_convergence_delta)
+                maps, delta = self._mean(points, seeds, start, return_convergence_delta)
                 return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
@@ -271,11 +271,9 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
-    def _mean(
-        self, rows: Tensors, more: Tensors, seeds: Seeds, start: Tensors, wants_delta: bool
-    ) -> tuple[Tensors, Tensor | None]:
+    def _mean(self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool) -> tuple[Tensors, Tensor | None]:
         """Some samples at a time against all references."""
-        n, count, index = rows[0].shape[0], start[0].shape[0], seeds.rows(0, rows[0].shape[0])
+        rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
         deltas = []
         each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
@@ -283,13 +281,14 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         for a in range(0, n, size):
             b = min(a + size, n)
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
-            extra = tuple(x[a:b].repeat_interleave(count, 0) for x in more)
+            extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
             here = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
-            maps = self._rows(pairs, extra, here, seeds.count, options)
+            paired = points.at(pairs, extra)
+            maps = self._rows(paired, here, seeds.count, options)
             assert maps is not None
             for mean, m in zip(means, maps, strict=True):
                 mean[a:b] = m.view(b - a, count, *m.shape[1:]).mean(1)
             if wants_delta:
-                deltas.append(self._row_delta(maps, pairs, extra, Seeds(seeds.count, seeds.axes, here), options))
+                deltas.append(self._row_delta(maps, paired, Seeds(seeds.count, seeds.axes, here), options))
         return means, torch.cat(deltas) if wants_delta else None

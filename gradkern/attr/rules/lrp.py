@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...dispatch.request import model_of
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
+from ...util.callables import model_of
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
-from ..plug import GradientFunc
+from ..plug import GradientFunc, plug_into
+from ..points import Points
 from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
@@ -133,7 +134,7 @@ class LRP(RuleMethod, stock.LRP):
 
     def __init__(self, model: nn.Module, engine: str | None = None) -> None:
         stock.LRP.__init__(self, model)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -209,13 +210,13 @@ class LRP(RuleMethod, stock.LRP):
             return False  # one layer's weight used twice: Captum's error
         return all(Relevance.maker(s.form) for s in program.steps)
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         if "rules" not in options:
             with self._rules() as rules:
-                return self._rows(rows, more, index, seeds, options | {"rules": rules})
+                return self._rows(points, index, seeds, options | {"rules": rules})
         if not all(type(r) in KNOWN or r is None for r in options["rules"].values()):
             return None
-        return super()._rows(rows, more, index, seeds, options)
+        return super()._rows(points, index, seeds, options)
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)
@@ -226,8 +227,8 @@ class LRP(RuleMethod, stock.LRP):
         score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
-    def _row_delta(self, parts: Tensors, rows: Tensors, more: Tensors, seeds: Any, options: Options) -> Tensor:
+    def _row_delta(self, parts: Tensors, points: Points, seeds: Any, options: Options) -> Tensor:
         with torch.no_grad():
-            score = picked(rows_out(self.forward_func, rows, more), seeds.rows(0, rows[0].shape[0]))
+            score = picked(rows_out(points), seeds.rows(0, points.samples))
         sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
         return score - sum(sums[1:], sums[0])

@@ -13,11 +13,12 @@ from ...dispatch import batching
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import InputError, engine
+from ...util.options import InputError, Unused, engine
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds
+from ..plug import GradientFunc, captum_seeds, plug_into
+from ..points import Points
 from .linear import attribute as rule_attribute
 from .linear import rule_values, values_needed
 from .rule import Params, Rule, Values
@@ -51,10 +52,12 @@ class ProgramMethod(RowMethod):
             return None
         try:
             program = points.traced()
-            if program is None or any(not program.consumers[w] for w in points.wrt):
+            if program is None or not program.steps:
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            parts = self._rows(rows, points.more, seeds.rows(0, points.samples), seeds.count, options)
+            parts = self._rows(points, seeds.rows(0, points.samples), seeds.count, options)
+        except Unused:
+            raise
         except InputError:
             return None
         if parts is None:
@@ -77,16 +80,16 @@ class RuleMethod(ProgramMethod):
         """The reduction: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        points = self._points(rows, more)
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.traced()
         if program is None or not self._supports(program):
             return None
-        inputs = tuple(x.detach().contiguous() for x in (*rows, *more))
+        points.route.check_reached(points.base_request)
+        inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
         device, n = inputs[0].device, inputs[0].shape[0]
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
         plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
-        results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in inputs[: len(rows)])
+        results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs)
         with torch.inference_mode(False), torch.no_grad():
             params = points.route.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
@@ -124,7 +127,7 @@ class _Rectifying(ProgramMethod):
 
     def __init__(self, model: torch.nn.Module, engine: str | None = None) -> None:
         super().__init__(model)
-        self.gradient_func = GradientFunc(engine)
+        plug_into(self, GradientFunc(engine))
 
     @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
@@ -141,12 +144,11 @@ class _Rectifying(ProgramMethod):
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 
-    def _rows(self, rows: Tensors, more: Tensors, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        points = self._points(rows, more)
+    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.traced()
         if program is None:
             return None
-        return points.gradients(rows, more, index, seeds, program=with_relu(program, self._relu))
+        return points.gradients(points.inputs, points.more, index, seeds, program=with_relu(program, self._relu))
 
 
 class GuidedBackprop(_Rectifying, stock.GuidedBackprop):

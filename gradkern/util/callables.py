@@ -1,0 +1,138 @@
+"""What a caller hands over as the model: a module, a method of one, a partial, a function; and what is behind it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+@dataclass(frozen=True, eq=False)
+class FixedArguments:
+    """``fn`` with those of its arguments given that are no samples, by position; it is called with the samples."""
+
+    fn: Callable[..., Any]
+    given: dict[int, Any]
+
+    def __call__(self, *samples: Any) -> Any:
+        return self.fn(*placed(samples, self.given))
+
+
+def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
+    """All arguments in order.  ``given``: by position, ascending."""
+    arguments = list(samples)
+    for place, value in given.items():
+        arguments.insert(place, value)
+    return arguments
+
+
+def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
+    """A callable and the arguments that it is given beside the samples."""
+    return (fn.fn, fn.given) if isinstance(fn, FixedArguments) else (fn, {})
+
+
+def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
+    """A call as it is captured and guarded: ``fn``, the arguments ``given`` beside the samples, and the ``inputs``."""
+    model, given = split(fn)
+    return {"fn": model, "given": given, "inputs": samples}
+
+
+def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
+    """Are both the same callable with the same arguments?  Values count as equal only where they are one object."""
+    (f, given), (g, other) = split(a), split(b)
+    if f is not g and not (isinstance(f, types.MethodType) and f == g):
+        return False
+    return given.keys() == other.keys() and all(given[k] is other[k] for k in given)
+
+
+def unwrapped(fn: Any) -> Any:
+    """What is inside of wrappers that compute the same: `torch.compile`, data parallelism on one device."""
+    while (inner := _inner(fn)) is not None:
+        fn = inner
+    return fn
+
+
+def _inner(fn: Any) -> Any:
+    if isinstance(fn, types.FunctionType):
+        compiled = fn.__globals__ is vars(eval_frame) and not getattr(fn, "_torchdynamo_disable", False)
+        return getattr(fn, "_torchdynamo_orig_callable", None) if compiled else None
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
+        owner = fn.__self__
+        plain = fn.__func__ is type(owner).forward and not _hooked(owner)
+        return owner if plain or fn.__func__ is type(owner).__call__ else None
+    if not isinstance(fn, (eval_frame.OptimizedModule, DataParallel, DistributedDataParallel)) or _hooked(fn):
+        return None
+    if isinstance(fn, eval_frame.OptimizedModule):
+        return fn._orig_mod
+    return fn.module if len(fn.device_ids or ()) <= 1 else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(bool, tables))
+
+
+def anchor(fn: Any) -> tuple[Any, Hashable]:
+    """The object that what is known of ``fn`` hangs on, and the way from that object to ``fn``."""
+    if isinstance(fn, nn.Module):
+        return fn, ()
+    if isinstance(fn, FixedArguments):
+        owner, way = anchor(fn.fn)
+        return owner, (way, tuple(fn.given))
+    if isinstance(fn, functools.partial):
+        owner, way = anchor(fn.func)
+        return owner, (way, "partial")
+    if isinstance(fn, types.MethodType):
+        owner, way = anchor(fn.__self__)
+        return owner, (way, fn.__func__)
+    return fn, ()
+
+
+def model_of(fn: Any) -> nn.Module | None:
+    """The module that ``fn`` is, is a method of, or is made of by `functools.partial`; else None."""
+    owner = anchor(fn)[0]
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def name_of(fn: Any) -> str:
+    """What to call ``fn`` in messages: the class of a module, the name of a function."""
+    owner = anchor(fn)[0]
+    of_class = type(owner).__name__
+    return of_class if isinstance(owner, nn.Module) else getattr(owner, "__qualname__", of_class)
+
+
+def modules_behind(fn: Any) -> tuple[nn.Module, ...]:
+    """The modules that ``fn`` is likely to run: its own, those in its closure, and the globals that it names."""
+    return tuple(x for x in _reachable(fn) if isinstance(x, nn.Module))
+
+
+def _reachable(fn: Any) -> Iterator[Any]:
+    owner = anchor(fn)[0]
+    yield owner
+    if isinstance(owner, types.FunctionType):
+        for cell in owner.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+        yield from (owner.__globals__.get(name) for name in owner.__code__.co_names)
+        yield from owner.__defaults__ or ()
+    elif not isinstance(owner, nn.Module):
+        yield from getattr(owner, "__dict__", {}).values()
+
+
+def described(fn: Any) -> Hashable:
+    """The arguments that ``fn`` is given beside the samples, as far as they are numbers, shapes and types."""
+    return tuple([(place, _described(value)) for place, value in split(fn)[1].items()])
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return type(value), value
+    return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))
