@@ -25,7 +25,7 @@ from . import batching, eager, guards, state
 from .eager import ModelProfile
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
-from .state import CacheEntry, Traced, Verdict, state_of
+from .state import CacheEntry, ModelState, Traced, Verdict
 from .targets import Shape
 from .watch import OutputsChanged
 
@@ -34,6 +34,14 @@ PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
 FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
+
+
+def _state_of(owner: Any) -> ModelState:
+    """What is known about an object that is called, or whose methods are; nothing where it takes no weak reference."""
+    try:
+        return state.models.of(owner)
+    except TypeError:
+        return ModelState()
 
 
 class Route:
@@ -46,7 +54,7 @@ class Route:
     def __init__(self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
         self.engine, self.fn, self.module, self.inputs = engine, fn, module, inputs
         owner, way = anchor(fn)
-        self.state = known = state_of(owner)
+        self.state = known = _state_of(owner)
         self.signature = guards.signature(inputs)
         self.entry = known.entries.get_or_make((way, self.signature), CacheEntry)
         self._reason = guards.call_reason(module, inputs)
