@@ -42,6 +42,7 @@ fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each t
 
 bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
+	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 

@@ -1,0 +1,142 @@
+"""What a call costs beside its kernel: one sample of a known network, and the first call of an unknown one.
+
+``above the kernel``: the median over calls of one sample, less the time spent in the compiled op in the same call.
+``capture``: what `gradkern.prepare` takes for a fresh network in a process that has captured one before; ``cold``: the
+same in a new process, imports aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradkern
+from benchmarks import machine, report
+from benchmarks.measure import Say
+from benchmarks.problems import PROBLEMS
+from benchmarks.run import RESULTS, positive, progress
+from gradkern.runtime import ops
+
+ABOVE_GOAL, CAPTURE_GOAL = 80e-6, 0.5  # seconds
+COLD = """
+import time, torch, gradkern
+from benchmarks.problems import PROBLEMS
+problem = PROBLEMS[{name!r}]
+model, x = problem.model(), problem.fresh(4, torch.Generator().manual_seed(0))
+begin = time.perf_counter()
+assert gradkern.prepare(model, x) is not None
+print(time.perf_counter() - begin)
+"""
+
+
+@dataclass(frozen=True)
+class SmallCall:
+    """One network's figures, in seconds."""
+
+    net: str
+    call: float
+    kernel: float
+    above: float
+    capture: float
+    cold: float
+
+
+class _Clock:
+    """Stands in for the compiled op and adds up the time spent in it."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.seconds = real, 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self.real(*args)
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+def small_call(name: str, calls: int, captures: int) -> SmallCall:
+    """Measure one network."""
+    problem, generator = PROBLEMS[name], torch.Generator().manual_seed(21)
+    model = problem.model()
+    gradkern.prepare(model, problem.fresh(4, generator))
+    clock = ops.chain_vjp = _Clock(ops.chain_vjp)  # type: ignore[assignment]
+    total, inside = [], []
+    try:
+        for _ in range(calls):
+            x = problem.fresh(1, generator)
+            clock.seconds = 0.0
+            begin = time.perf_counter()
+            gradkern.jacobian(model, x, engine="kernel")
+            total.append(time.perf_counter() - begin)
+            inside.append(clock.seconds)
+    finally:
+        ops.chain_vjp = clock.real
+    above = [t - i for t, i in zip(total, inside, strict=True)]
+    taken = [_seconds_to_prepare(name, generator) for _ in range(captures)]
+    done = subprocess.run([sys.executable, "-c", COLD.format(name=name)], capture_output=True, text=True, check=True)
+    medians = (statistics.median(times) for times in (total, inside, above, taken))
+    return SmallCall(name, *medians, float(done.stdout))
+
+
+def _seconds_to_prepare(name: str, generator: torch.Generator) -> float:
+    model, x = PROBLEMS[name].model(), PROBLEMS[name].fresh(4, generator)
+    begin = time.perf_counter()
+    gradkern.prepare(model, x)
+    return time.perf_counter() - begin
+
+
+def table(rows: Sequence[SmallCall]) -> str:
+    head = ("net", "one sample", "kernel", "above", f"goal {ABOVE_GOAL * 1e6:.0f} µs", "capture", "goal", "cold")
+    cells: list[tuple[str, ...]] = [head]
+    for row in rows:
+        times = [f"{t * 1e6:.0f} µs" for t in (row.call, row.kernel, row.above)]
+        verdicts = ["met" if met else "MISSED" for met in (row.above <= ABOVE_GOAL, row.capture <= CAPTURE_GOAL)]
+        cells.append((row.net, *times, verdicts[0], f"{row.capture:.2f} s", verdicts[1], f"{row.cold:.2f} s"))
+    return "\n".join(report.align(cells))
+
+
+def measured(quick: bool, say: Say) -> list[SmallCall]:
+    rows = []
+    for name in PROBLEMS:
+        say(f"small calls: {name}")
+        rows.append(small_call(name, 20 if quick else 1000, 1 if quick else 5))
+    return rows
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.small_calls",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threads", type=positive, default=1, help="threads (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="few calls: shows that it works")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/small_calls.json)")
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    facts = machine.describe(options.threads)
+    print(report.one_line(facts), flush=True)
+    rows = measured(options.quick, progress())
+    print("", file=sys.stderr)
+    print(f"\n{table(rows)}\n")
+    path = options.out or RESULTS / ("quick-small_calls.json" if options.quick else "small_calls.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": facts, "small_calls": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
