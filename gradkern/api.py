@@ -98,7 +98,10 @@ def jacobian(
     Raises
     ------
     ValueError, TypeError
-        Where something does not fit: with what was got, what was expected, and what to do.
+        Where something does not fit: with what was got, what was expected, and what to do.  Also (and then a
+        RuntimeError too, as torch's own) where autograd finds no way from the output to an input that is to be
+        differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  A single output
+        that is constant among others that are not has zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
     tensors, numbers = read_inputs(inputs, wrt)

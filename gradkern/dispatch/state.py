@@ -165,14 +165,6 @@ models = WeakMemo(ModelState)
 _callables = ModelState()  # of it only the warnings about callables that are no modules, once per process
 
 
-def state_of(owner: Any) -> ModelState:
-    """What is known about an object that is called, or whose methods are; nothing where it takes no weak reference."""
-    try:
-        return models.of(owner)
-    except TypeError:
-        return ModelState()
-
-
 def warn(fn: Any, message: str) -> None:
     """Warn, once per model and message; about functions, which may be made anew for each call, once per process."""
     module = model_of(fn)
