@@ -18,6 +18,7 @@ from .ir.program import Program
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, macs, parameters
 from .util import options
+from .util.callables import name_of
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 
@@ -225,7 +226,7 @@ def explain(
     explanation: Explanation
     if verdict is None or verdict.program is None:
         reason = eager_reason or (verdict.reason if verdict else "")
-        explanation = WholeModel(type(request.module or request.fn).__name__, reason)
+        explanation = WholeModel(name_of(request.fn), reason)
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
