@@ -37,6 +37,7 @@ from .refusal import Untraceable, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe
 _NOISY = ("torch._dynamo", "torch._guards", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
+_SAYS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 _CONFIG: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,  # a hook that comes or goes is a change
     "specialize_int": True,  # numbers are constants, and guarded
@@ -45,6 +46,9 @@ _CONFIG: dict[str, Any] = {
     "allow_rnn": True,
     "suppress_errors": False,
     "optimize_ddp": False,
+    # What a forward says runs where the forward does: not at every look at the guards.
+    "ignore_logging_functions": {print, warnings.warn, *(getattr(logging.Logger, name) for name in _SAYS)}
+    | {getattr(logging, name) for name in _SAYS},
 }
 _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")

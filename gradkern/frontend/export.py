@@ -11,9 +11,46 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .capture import LOCK, Graph, quiet
-from .refusal import Untraceable
+from .refusal import Untraceable, location, location_in
 
+_SIZES = (*range(2, 65), 1000, 4099, 2**20)  # of batches for which a guard is tried
 _SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
+
+
+class _Guards:
+    """The guards over the batch size that an export has made, and the node of the captured graph that made each."""
+
+    def __init__(self) -> None:
+        self.symbol: Any = None
+        self.all: list[Any] = []
+        self.nodes: list[fx.Node] = []
+
+    def begin(self, size: Any) -> None:
+        if isinstance(size, torch.SymInt):
+            self.symbol, self.all = size.node.expr, size.node.shape_env.guards
+
+    def note(self, node: fx.Node) -> None:
+        self.nodes += [node] * (len(self.all) - len(self.nodes))
+
+    def refuse_special_sizes(self) -> None:
+        """Refuse where some guard does not hold for every number of samples; ``(3 * n - 1) // n == 2`` does."""
+        for guard, node in zip(self.all, self.nodes, strict=False):
+            expression = guard.expr
+            if expression.free_symbols != {self.symbol} or not all(expression.subs(self.symbol, n) for n in _SIZES):
+                raise Untraceable(f"its code depends on the number of samples{location(node)}")
+        if not self.nodes or len(self.nodes) != len(self.all):
+            raise Untraceable("its code depends on the number of samples")
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, guards: _Guards) -> None:
+        super().__init__(module)
+        self.guards = guards
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.guards.note(n)
+        return result
 
 
 class _Entry(nn.Module):
@@ -22,13 +59,15 @@ class _Entry(nn.Module):
     It is interpreted node by node, so that every ATen op knows the module that it comes from.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, guards: _Guards) -> None:
         super().__init__()
         self.graph = (graph,)  # hidden from export, which would take a module inside for a part of the state
+        self.guards = guards
 
     def forward(self, tensors: list[Tensor], inputs: list[Tensor]) -> Any:
         graph, rest = self.graph[0], iter(tensors)
         assert graph.module is not None
+        self.guards.begin(inputs[0].shape[0])
         arguments: list[Any] = []
         for read in graph.reads:
             if isinstance(read, str):
@@ -36,7 +75,7 @@ class _Entry(nn.Module):
             else:
                 arguments.append(inputs[0].shape[0] if read is None else inputs[read])
         with fx.traceback.preserve_node_meta():
-            return fx.Interpreter(graph.module).run(*arguments)[0]
+            return _Interpreter(graph.module, self.guards).run(*arguments)[0]
 
 
 @dataclass(frozen=True)
@@ -59,16 +98,32 @@ def export(graph: Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]
         try:
             names = [read for read in graph.reads if isinstance(read, str)]
             examples = [torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs]
-            batch = torch.export.Dim("batch")
-            shapes = ([None] * len(names), [{0: batch} for _ in examples])
-            arguments = ([tensors[name] for name in names], examples)
-            exported = torch.export.export(_Entry(graph), arguments, dynamic_shapes=shapes, strict=False)
+            exported = _exported(graph, [tensors[name] for name in names], examples)
             literals = _literals(exported)
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
+                _spell_copies(exported.graph)
+        except Untraceable:
+            raise
         except Exception as error:  # export raises whatever the model's code meets
-            raise Untraceable(f"torch.export refuses it ({_first_line(error)})") from error
+            raise Untraceable(f"torch.export refuses it ({_first_line(error)}){location_in(str(error))}") from error
     return _read(exported, names, literals)
+
+
+def _exported(graph: Graph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
+    def attempt(batch: Any, guards: _Guards) -> torch.export.ExportedProgram:
+        shapes = ([None] * len(tensors), [{0: batch} for _ in examples])
+        return torch.export.export(_Entry(graph, guards), (tensors, examples), dynamic_shapes=shapes, strict=False)
+
+    try:
+        return attempt(torch.export.Dim("batch"), _Guards())
+    except Exception as error:
+        if "Constraints violated (batch)" not in str(error):
+            raise
+    guards = _Guards()
+    exported = attempt(torch.export.Dim.AUTO, guards)  # leaves the guards to us
+    guards.refuse_special_sizes()
+    return exported
 
 
 def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals: Mapping[str, Tensor]) -> Exported:
@@ -97,6 +152,19 @@ def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals
     return Exported(graph, inputs, read, constants, output, tuple(changed), bounds)
 
 
+def _spell_copies(graph: fx.Graph) -> None:
+    """``aten.copy``, what making a graph functional leaves of an assignment to a slice, has no derivative in torch: it
+    is the source, in the shape and dtype of the place."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        place, source = node.args[:2]
+        dtype, value = node.meta["val"].dtype, source.meta["val"]
+        if value.dtype != dtype:
+            with graph.inserting_before(node):
+                source = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+            source.meta = {**node.meta, "val": value.to(dtype)}
+        node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, (source, place), {}
+
+
 def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
     schemas = (getattr(node.target, "_schema", None) for node in exported.graph.nodes)
     return any(schema is not None and schema.is_mutable for schema in schemas)
@@ -109,7 +177,5 @@ def _literals(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
 
 
 def _first_line(error: BaseException) -> str:
-    if "Constraints violated (batch)" in str(error):
-        return "its code depends on the number of samples"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:240] if text else type(error).__name__

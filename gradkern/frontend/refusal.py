@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,18 +30,21 @@ class Untraceable(RuntimeError):
 def reason_of(error: BaseException) -> str:
     """Why Dynamo refused, in one line, with the file and the line of the caller's code where it knows them."""
     text = str(error)
-    where = _where(getattr(error, "real_stack", None)) or _where_in(text)
+    where = _where(getattr(error, "real_stack", None)) or location_in(text)
     if "marked" in text and "dynamic" in text and "specialized" in text:
         return f"its code depends on the number of samples{where}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
-    explanation = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation: ")
-    said = f"{first}: {explanation}" if explanation.strip() and explanation.strip() != "Explanation:" else first
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation:")
+    said = f"{first}: {_SENTENCE.split(explanation.strip())[0]}" if explanation.strip() else first
     return f"torch.compile cannot capture it ({said.rstrip('.')[:200]}){where}"
 
 
-_INSIDE_TORCH = os.path.dirname(torch.__file__)
+_SENTENCE = re.compile(r"(?<=[.`)])\s+(?=[A-Z])")
 _OURS = os.path.dirname(__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_PYTHON = os.path.join(sysconfig.get_path("stdlib"), "")
+_GENERATED = ("<frozen ", "<eval_with_key>", "<string>")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
 
 
@@ -49,18 +53,20 @@ def _where(stack: Any) -> str:
     return _last(frames)
 
 
-def _where_in(text: str) -> str:
-    return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
-
-
 def _last(frames: Sequence[tuple[str, int | None]]) -> str:
-    """The innermost frame of code that is neither torch's nor ours."""
+    """The innermost frame of code that is neither Python's, torch's nor ours."""
     for name, line in reversed(frames):
-        if not name.startswith(_INSIDE_TORCH) and os.path.dirname(name) != _OURS:
+        library = name.startswith(_PYTHON) and "-packages" not in name
+        if not library and not name.startswith((_TORCH, *_GENERATED)) and os.path.dirname(name) != _OURS:
             return f", {name}:{line}"
     return ""
 
 
+def location_in(text: str) -> str:
+    """Where the caller's code stands in a traceback."""
+    return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
+
+
 def location(node: Any) -> str:
     """Where the caller's code made a node."""
-    return _where_in(node.meta.get("stack_trace") or "")
+    return location_in(node.meta.get("stack_trace") or "")

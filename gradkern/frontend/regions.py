@@ -50,7 +50,7 @@ def prepare(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModu
 def _kept(module: fx.GraphModule, results: Sequence[Any], inputs: Collection[fx.Node]) -> fx.GraphModule:
     for result in results:
         if isinstance(result, fx.Node) and not reaching(result).isdisjoint(inputs):
-            raise Untraceable(f"its forward keeps a tensor in a Python object{location(result)}")
+            raise Untraceable(f"its forward keeps a tensor in {_keeper(result)}{location(result)}")
     kept = fx.GraphModule(module, copy.deepcopy(module.graph))
     output = next(n for n in kept.graph.nodes if n.op == "output")
     output.args = (output.args[0][1:],)
@@ -68,6 +68,21 @@ def reaching(output: fx.Node) -> set[fx.Node]:
             reached.add(node)
             stack.extend(node.all_input_nodes)
     return reached
+
+
+def _keeper(result: fx.Node) -> str:
+    """In what the forward keeps a tensor: the attribute, where it is one and Dynamo's internals say so."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        changed: Any = InstructionTranslator.current_tx().output.side_effects.store_attr_mutations
+        for owner, attributes in changed.items():
+            for name, value in attributes.items():
+                if value.is_tensor() and value.proxy.node.name == result.name:
+                    return f"the attribute {name} of {type(owner.value).__name__}"
+    except (ImportError, AttributeError):
+        pass
+    return "a Python object"
 
 
 def _refused(node: fx.Node) -> str:

@@ -26,7 +26,7 @@ from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import as_shape
 from .lowerings.nested import last_state, simplified
-from .refusal import Untraceable
+from .refusal import Untraceable, location
 from .regions import reaching
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -118,6 +118,8 @@ class _GraphLowering:
 
     def _lower(self, node: torch.fx.Node) -> Any:
         meta = node.meta.get("val")
+        if node.target is torch.ops.aten.item.default:
+            raise self._refused(node, "makes a tensor a Python number, which the graph cannot follow")
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
@@ -299,10 +301,11 @@ class _GraphLowering:
             raise self._refused(node, "draws random numbers")
 
     def _refused(self, node: torch.fx.Node, what: str) -> Untraceable:
-        return Untraceable(f"{self._where(node)} {what}", op=self.builder.op, module=self.builder.module)
+        reason = f"{self._where(node)} {what}{location(node)}"
+        return Untraceable(reason, op=self.builder.op, module=self.builder.module)
 
     def _mixing(self, node: torch.fx.Node, what: str) -> Untraceable:
-        reason = f"{self._where(node)} mixes samples: it {what}"
+        reason = f"{self._where(node)} mixes samples: it {what}{location(node)}"
         return Untraceable(reason, op=self.builder.op, module=self.builder.module, mixes=True)
 
     def _where(self, node: torch.fx.Node) -> str:

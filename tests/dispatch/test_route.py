@@ -15,7 +15,6 @@ from gradkern import attr
 from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import couples_batch, decide, one_call, output_shape, shared_route, solve
-from gradkern.frontend.capture import Capture
 from tests.cases import net
 
 PACKAGE = Path(gradkern.__file__).parent
@@ -36,13 +35,13 @@ def calls_of(name: str) -> Iterator[str]:
 def test_one_call_site_of_the_reasons_and_one_of_the_guards() -> None:
     assert list(calls_of("call_reason")) == [ROUTE]
     assert list(calls_of("model_reason")) == [ROUTE]
-    assert [f for f in calls_of("known") if f.startswith("dispatch/")] == ["dispatch/state.py"]
+    assert list(calls_of("holding")) == [ROUTE]
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often reasons for autograd are asked for and the guards of graphs are checked, counted from here on."""
-    counts = {"call_reason": 0, "known": 0}
+    counts = {"call_reason": 0, "holding": 0}
 
     def counted(name: str, real: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object) -> object:
@@ -51,8 +50,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    for owner, name in ((guards, "call_reason"), (Capture, "known")):
-        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    for name in counts:
+        monkeypatch.setattr(guards, name, counted(name, getattr(guards, name)))
     return counts
 
 
@@ -72,11 +71,11 @@ def test_a_call_decides_once(name: str, asked: dict[str, int]) -> None:
     model, (x,) = net(n=30)
     with gradkern.use(memory_budget=50_000):  # in several chunks
         CALLS[name](model, x)
-        assert asked == {"call_reason": 1, "known": 0}  # there are no guards before the first capture
+        assert asked == {"call_reason": 1, "holding": 0}  # there are no guards before the first capture
         gradkern.prepare(model, x)
-        asked.update(call_reason=0, known=0)
+        asked.update(call_reason=0, holding=0)
         CALLS[name](model, x)
-    assert asked == {"call_reason": 1, "known": name != "jacobian, autograd"}
+    assert asked == {"call_reason": 1, "holding": name != "jacobian, autograd"}
 
 
 PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
@@ -100,11 +99,11 @@ PATHS: dict[str, Callable[[nn.Module, torch.Tensor], object]] = {
 def test_a_path_of_many_blocks_decides_once(name: str, engine: str, asked: dict[str, int]) -> None:
     model, (x,) = net(n=40, dtype=torch.float32)
     gradkern.prepare(model, x)
-    asked.update(call_reason=0, known=0)
+    asked.update(call_reason=0, holding=0)
     with gradkern.use(engine, memory_budget=20_000):
         PATHS[name](model, x)
     assert 1 <= asked["call_reason"] <= 2
-    assert 1 <= asked["known"] <= 2
+    assert 1 <= asked["holding"] <= 2
 
 
 def request_of(model: Callable[..., torch.Tensor], x: torch.Tensor) -> Request:

@@ -193,3 +193,28 @@ def test_fills_behind_a_logarithm_are_followed() -> None:
         return net.fc(x.masked_fill(later, -torch.inf).log_softmax(2).masked_fill(later, 0.0))
 
     proposed(Net(run), (5, 4))
+
+
+class HeadsBesideSamples(Net):
+    """Heads as further samples (``[2 * N, T, 4]``) and back, by chunks that are as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 5, 8] -> [N, 5, 8]
+        heads = torch.cat(self.fc(x).split(4, -1), 0)
+        weights = (heads @ heads.transpose(1, 2)).softmax(-1)
+        return torch.cat((weights @ heads).split(x.shape[0], 0), -1)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 7])
+def test_a_guard_that_always_holds_is_no_reason(samples: int) -> None:
+    model, x = HeadsBesideSamples().double().eval(), torch.randn(samples, 5, 8, dtype=torch.float64)
+    assert gradkern.prepare(model, x) is not None
+    got = gradkern.jacobian(model, x, engine="kernel")
+    torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"), rtol=1e-12, atol=1e-12)
+
+
+def test_padding_of_the_batch_by_nothing_has_a_form() -> None:
+    program = proposed(Net(lambda net, x: F.pad(net.fc(x), (1, 2, 0, 0))), (4,))
+    assert forms(program) == [Contract, Index]

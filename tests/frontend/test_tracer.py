@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend.capture import Capture
 from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import (
@@ -275,7 +276,7 @@ def test_tensors_of_a_closure_are_bound_live() -> None:
     model = Net(lambda net, x: net.fc(x) * hidden[0]).double()
     x = torch.randn(2, 4, dtype=torch.float64)
     for _ in range(3):
-        captured = Capture().capture(model, (x,))
+        captured = Capture().capture(model, stand_ins((x,)))
         (name,) = [name for name in captured.tensors if not name.startswith("fc.")]
         assert captured.tensors[name].data_ptr() == hidden[0].data_ptr()
         hidden[0] = hidden[0] * 2

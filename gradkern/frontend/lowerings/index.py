@@ -219,6 +219,24 @@ def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return joined(b, values, axis, a.result)
 
 
+@lowers("aten.slice_scatter.default", "aten.select_scatter.default")
+def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    """A value with others in place of some positions (``y[:, 0] = x``)."""
+    x, source = need_value(a.self), need_value(a.src, "what is assigned")
+    shape = b.shape(x)
+    if not hasattr(a, "index") and a.dim % (len(shape) + 1) == 0 and takes_all(a):
+        return source
+    axis = sample_axis(a.dim, len(shape))
+    places = range(shape[axis])
+    taken = [places[a.index]] if hasattr(a, "index") else list(places[a.start : a.end : a.step])
+    source = as_shape(b, source, (*shape[:axis], len(taken), *shape[axis + 1 :]))
+    if len(taken) == len(places):
+        return source
+    kept = along(shape, axis, [-1 if i in taken else i for i in places])
+    new = along(b.shape(source), axis, [taken.index(i) if i in taken else -1 for i in places])
+    return b.emit(Index((kept, new)), (x, source), shape)
+
+
 def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
@@ -250,9 +268,9 @@ BORDERS: dict[str, Callable[[int, int], int]] = {
 def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
     """``flat``: (before, after) of the last axis, of the one before it, …; negative numbers cut off."""
     rank = len(b.shape(x))
-    if len(flat) // 2 > rank:
+    if any(flat[2 * rank :]):
         raise NoForm("it pads the batch axis")
-    for k in range(0, len(flat), 2):
+    for k in range(0, min(len(flat), 2 * rank), 2):
         axis = rank - 1 - k // 2
         n = b.shape(x)[axis]
         x = emit(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
