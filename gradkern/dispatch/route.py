@@ -36,14 +36,6 @@ CHANGED += "environment variable, a file, a random number). gradkern.reset() cap
 FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
 
 
-def _state_of(owner: Any) -> ModelState:
-    """What is known about an object that is called, or whose methods are; nothing where it takes no weak reference."""
-    try:
-        return state.models.of(owner)
-    except TypeError:
-        return ModelState()
-
-
 class Route:
     """How the calls of one model at inputs like these are run.
 
@@ -54,9 +46,12 @@ class Route:
     def __init__(self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
         self.engine, self.fn, self.module, self.inputs = engine, fn, module, inputs
         owner, way = anchor(fn)
-        self.state = known = _state_of(owner)
+        try:
+            self.state = state.models.of(owner)
+        except TypeError:  # it takes no weak reference, so nothing is remembered
+            self.state = ModelState()
         self.signature = guards.signature(inputs)
-        self.entry = known.entries.get_or_make((way, self.signature), CacheEntry)
+        self.entry = self.state.entries.get_or_make((way, self.signature), CacheEntry)
         self._reason = guards.call_reason(module, inputs)
         self._traced: Traced | None = None
         if self._reason is None and engine != "autograd":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..frontend.capture import Capture, Graph
 from ..frontend.refusal import Untraceable
@@ -23,7 +23,7 @@ from ..frontend.tracer import lower
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
-from ..util.callables import model_of, name_of
+from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_runs
@@ -131,7 +131,7 @@ class ModelState:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
         begin = time.perf_counter()
         try:
-            with buffers_kept(model_of(fn)):
+            with buffers_kept(nn.ModuleList(modules_behind(fn))):
                 check_runs(fn, samples)
                 captured = entry.capture.capture(fn, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
