@@ -33,8 +33,8 @@ from .watch import Watch
 SIGNATURES_PER_MODEL = 16
 REFUSALS = 16
 MOST_MISSES = 8
-FIRST_TRACE = 1.2  # seconds, the first in a process (measured: about 1.1)
-LATER_TRACE = 0.15  # seconds (measured: 0.08 … 0.12 and the verification)
+FIRST_TRACE = 1.0  # seconds, the first in a process (measured: 0.7 … 1.2)
+LATER_TRACE = 0.3  # seconds (measured: 0.2 … 0.5)
 SAVED_SHARE = 0.7  # of autograd's time, as predicted before anything is known (measured: 0.1 … 0.9)
 
 _trace_seconds: list[float] = []
