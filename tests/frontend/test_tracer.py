@@ -7,6 +7,7 @@ import functools
 import random
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 
 from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend.capture import Capture
+from gradkern.frontend.lowerings import conv
+from gradkern.frontend.lowerings.builder import NoForm, ProgramBuilder
 from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import (
     Channels,
@@ -26,6 +29,7 @@ from gradkern.ir.program import (
     Scale,
     Select,
     Sum,
+    Value,
     View,
     Windows,
 )
@@ -448,3 +452,9 @@ def test_signatures_with_names_and_defaults() -> None:
 
     assert forms(proposed(Named(), (4,))) == [Contract, Scale]
     assert forms(proposed(Fn(lambda x: x * 2), (4,))) == [Scale]
+
+
+def test_a_convolution_whose_weight_is_computed_from_samples_says_so():
+    arguments = SimpleNamespace(weight=Value(0), transposed=False)
+    with pytest.raises(NoForm, match="its weight depends on the samples"):
+        conv.general(ProgramBuilder.__new__(ProgramBuilder), arguments)
