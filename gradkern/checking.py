@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import api
-from .dispatch import eager
 from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
+from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrapped
 from .util.options import BadValue
 
@@ -79,7 +79,7 @@ def _exact_request(
         module = model_of(twin)
         if module is None:
             raise BadValue("a callable that is no module")
-        with torch.no_grad(), eager.buffers_kept(module.double()):
+        with torch.no_grad(), buffers_kept(module.double()):
             twin(*[x[:2].clone() for x in exact])
         return Request(twin, exact, numbers, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:

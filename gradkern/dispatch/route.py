@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ir.program import Program
 from ..runtime.parameters import bind
 from ..util import options
+from ..util.buffers import buffers_kept
 from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
 from . import batching, eager, guards, state
@@ -332,5 +333,5 @@ def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
     if not profile.mutates or route.module is None:
         yield
         return
-    with route.state.live, eager.buffers_kept(route.module):
+    with route.state.live, buffers_kept(route.module):
         yield
