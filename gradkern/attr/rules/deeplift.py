@@ -18,11 +18,12 @@ from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
+from ...util.chunks import spans
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
-from ..points import Points, rows_of
+from ..points import Points, block_rows, gradient_bytes, rows_of
 from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
 from .rule_methods import Chunk, RuleMethod
 
@@ -276,10 +277,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
         deltas = []
-        each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
-        size = max(1, (16 << 20) // max(each, 1))
-        for a in range(0, n, size):
-            b = min(a + size, n)
+        pairs_at_a_time = block_rows(gradient_bytes(rows, seeds.count), rows[0].device)
+        for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
