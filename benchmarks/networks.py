@@ -25,7 +25,6 @@ import gradkern
 from benchmarks import accuracy, machine, measure, report
 from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
-from gradkern.frontend.tracer import trace
 from gradkern.ir.cost import total_macs
 from tests.support import oracle
 from tests.support.networks import NETWORKS, Network
@@ -75,7 +74,8 @@ def chosen(network: Network, model: nn.Module, generator: torch.Generator) -> Te
 
 def whole_macs(model: nn.Module, x: Tensor, seeds: int) -> int:
     """Multiply-adds per sample of a forward and every seed's backward through all positions, as autograd does it."""
-    program = trace(model, (x,))
+    program = gradkern.prepare(model, x)
+    assert program is not None
     return sum(total_macs(program, i, seeds) for i in range(len(program.steps)))
 
 

@@ -18,6 +18,7 @@ from .ir.program import Program
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, macs, parameters
 from .util import options
+from .util.callables import name_of
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 
@@ -98,7 +99,10 @@ def jacobian(
     Raises
     ------
     ValueError, TypeError
-        Where something does not fit: with what was got, what was expected, and what to do.
+        Where something does not fit: with what was got, what was expected, and what to do.  Also (and then a
+        RuntimeError too, as torch's own) where autograd finds no way from the output to an input that is to be
+        differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  A single output
+        that is constant among others that are not has zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
     tensors, numbers = read_inputs(inputs, wrt)
@@ -222,7 +226,7 @@ def explain(
     explanation: Explanation
     if verdict is None or verdict.program is None:
         reason = eager_reason or (verdict.reason if verdict else "")
-        explanation = WholeModel(type(request.module or request.fn).__name__, reason)
+        explanation = WholeModel(name_of(request.fn), reason)
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..frontend.capture import Capture, Captured, Graph, code_of
 from ..util.callables import by_name, described, modules_behind
@@ -105,9 +106,13 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
     """The graph whose guards hold now, with the live tensors that it reads; None where there is none."""
     graded, inferring = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    counting = torch._C._len_torch_dispatch_stack() > 0  # a profiler's mode, which guards would take for a change
     torch._C._set_grad_enabled(True)  # graphs are captured so, and guarded
     try:
-        with torch.inference_mode(False) if inferring else nullcontext():
+        with (
+            torch.inference_mode(False) if inferring else nullcontext(),
+            _disable_current_modes() if counting else nullcontext(),
+        ):
             local = by_name(fn, stand_ins(inputs))
             for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):

@@ -25,7 +25,7 @@ from . import batching, eager, guards, state
 from .eager import ModelProfile
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
-from .state import CacheEntry, Traced, Verdict, state_of
+from .state import CacheEntry, ModelState, Traced, Verdict
 from .targets import Shape
 from .watch import OutputsChanged
 
@@ -46,9 +46,12 @@ class Route:
     def __init__(self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
         self.engine, self.fn, self.module, self.inputs = engine, fn, module, inputs
         owner, way = anchor(fn)
-        self.state = known = state_of(owner)
+        try:
+            self.state = state.models.of(owner)
+        except TypeError:  # it takes no weak reference, so nothing is remembered
+            self.state = ModelState()
         self.signature = guards.signature(inputs)
-        self.entry = known.entries.get_or_make((way, self.signature), CacheEntry)
+        self.entry = self.state.entries.get_or_make((way, self.signature), CacheEntry)
         self._reason = guards.call_reason(module, inputs)
         self._traced: Traced | None = None
         if self._reason is None and engine != "autograd":

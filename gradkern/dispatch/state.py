@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..frontend.capture import Capture, Graph
 from ..frontend.refusal import Untraceable
@@ -23,7 +23,7 @@ from ..frontend.tracer import lower
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
-from ..util.callables import model_of, name_of
+from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
 from .eager import ModelProfile, buffers_kept, check_runs
@@ -33,8 +33,8 @@ from .watch import Watch
 SIGNATURES_PER_MODEL = 16
 REFUSALS = 16
 MOST_MISSES = 8
-FIRST_TRACE = 1.2  # seconds, the first in a process (measured: about 1.1)
-LATER_TRACE = 0.15  # seconds (measured: 0.08 … 0.12 and the verification)
+FIRST_TRACE = 1.0  # seconds, the first in a process (measured: 0.7 … 1.2)
+LATER_TRACE = 0.3  # seconds (measured: 0.2 … 0.5)
 SAVED_SHARE = 0.7  # of autograd's time, as predicted before anything is known (measured: 0.1 … 0.9)
 
 _trace_seconds: list[float] = []
@@ -131,7 +131,7 @@ class ModelState:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
         begin = time.perf_counter()
         try:
-            with buffers_kept(model_of(fn)):
+            with buffers_kept(nn.ModuleList(modules_behind(fn))):
                 check_runs(fn, samples)
                 captured = entry.capture.capture(fn, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
@@ -163,14 +163,6 @@ class ModelState:
 
 models = WeakMemo(ModelState)
 _callables = ModelState()  # of it only the warnings about callables that are no modules, once per process
-
-
-def state_of(owner: Any) -> ModelState:
-    """What is known about an object that is called, or whose methods are; nothing where it takes no weak reference."""
-    try:
-        return models.of(owner)
-    except TypeError:
-        return ModelState()
 
 
 def warn(fn: Any, message: str) -> None:

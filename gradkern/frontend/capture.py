@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._guards import TracingContext
 from torch.fx.experimental import _config as shapes_config
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..util.callables import by_name, placed
 from . import regions
@@ -257,6 +258,7 @@ def _settings() -> Iterator[None]:
         enter(torch._dynamo.config.patch({k: v for k, v in _CONFIG.items() if hasattr(torch._dynamo.config, k)}))
         enter(shapes_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         enter(_without_onednn())
+        enter(_disable_current_modes())  # a profiler's, under which Dynamo does nothing
         yield
 
 

@@ -171,6 +171,15 @@ def test_a_refusal_of_a_function_is_looked_at_again_when_its_model_changes_mode(
     assert gradkern.prepare(fn, x) is not None
 
 
+def test_buffers_behind_a_function_are_left_as_they_were_by_a_refused_capture() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    before = model[1].running_mean.clone()
+    with pytest.warns(GradkernWarning, match="changes the buffer"):
+        assert gradkern.prepare(lambda x: model(x), torch.randn(5, 4, dtype=torch.float64)) is None
+    assert torch.equal(model[1].running_mean, before)
+    assert model[1].num_batches_tracked == 0
+
+
 def test_wrappers() -> None:
     model, _ = coder()
     compiled = torch.compile(model, backend="eager")

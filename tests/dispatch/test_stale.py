@@ -275,10 +275,13 @@ def test_global_hook(traced, kind):
     agrees()
 
 
-def test_freezing_changes_nothing(traced):
+def test_freezing_changes_no_result(traced):
     model, x, agrees = traced
     model.requires_grad_(False)
     agrees()
+    model.requires_grad_(True)
+    agrees()
+    assert traces(model, x) <= 2  # Dynamo guards requires_grad: a frozen model is captured once more
     assert traces(model, x) == 1
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 from gradkern.dispatch import state
+from gradkern.runtime.macs import MacCounter
 from tests.frontend.test_regions import Through
 from tests.frontend.test_tracer import Net
 
@@ -339,6 +340,17 @@ def test_a_slice_of_a_larger_tensor_is_captured() -> None:
     for k in range(3):
         expect(model, x[k : k + 2], "kernel")
     assert gradkern.prepare(model, x[5:7]) is not None
+
+
+def test_under_a_profiler() -> None:
+    """Dynamo does nothing while a dispatch mode is active, and takes it for a change of the inputs."""
+    model, x = network(lambda net, x: net.fc(x).tanh()), torch.randn(4, 4).double()
+    with MacCounter():
+        program = gradkern.prepare(model, x)
+        assert program is not None
+        assert gradkern.prepare(model, x) is program
+    expect(model, x, "kernel")
+    assert gradkern.prepare(model, x) is program
 
 
 def test_many_models_of_one_class_are_all_captured() -> None:
