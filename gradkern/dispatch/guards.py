@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,10 +98,16 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The inputs as they are shown to Dynamo, which looks at everything but their values."""
     shown = []
     for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
+        plain = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
         x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return tuple(shown)
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a fresh tensor.  A contiguous one may have others along axes of length 1: one sample cut from a wider tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
