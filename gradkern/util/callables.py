@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .torch_compat import eval_frame
 
 
 @dataclass(frozen=True, eq=False)
