@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .units import Graph, Node, Unit, overlaps
+from .units import Node, Unit, UnitGraph, overlaps
 from .weights import WindowLayout
 
 
@@ -26,7 +26,7 @@ class Cotangent:
 class Cotangents:
     """The cotangents of a group, for the external inputs ``wrt``."""
 
-    def __init__(self, graph: Graph, wrt: tuple[int, ...], onehot: bool):
+    def __init__(self, graph: UnitGraph, wrt: tuple[int, ...], onehot: bool):
         self.graph = graph
         self.outputs = list(graph.outputs.values())
         self.needs = reachable(graph, wrt)
@@ -113,7 +113,7 @@ class Cotangents:
         return producer.kind == "window"
 
 
-def reachable(graph: Graph, wrt: tuple[int, ...]) -> set[int]:
+def reachable(graph: UnitGraph, wrt: tuple[int, ...]) -> set[int]:
     """Nodes whose cotangent matters: they depend on a wanted input."""
     ids = {graph.inputs[v].id for v in wrt}
     for unit in graph.units:

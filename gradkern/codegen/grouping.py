@@ -16,7 +16,7 @@ from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
 from .support import unsupported_reason
-from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
+from .units import POINT, Fold, Node, Side, Unit, UnitGraph, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
 class GraphBuilder:
@@ -40,7 +40,7 @@ class GraphBuilder:
                 self.reads.setdefault(v, []).append(i)
         self.external = [v for v in sorted(self.reads) if v not in inside]
 
-    def build(self) -> Graph:
+    def build(self) -> UnitGraph:
         for v in self.external:
             if any(self.wants_tokens(i, v) for i in self.reads[v]):
                 self.channels_last.add(v)
@@ -50,13 +50,13 @@ class GraphBuilder:
         inputs = {v: self.nodes[v] for v in self.external}
         for i in self.steps:
             if i not in self.done:
-                self.lower(i, self.program.steps[i])
+                self.add_step(i, self.program.steps[i])
         outputs = {v: self.nodes[v] for v in self.live_out}
         for unit in self.units:
             if unit.kind == "window":
                 reserve_halo(unit)
         share_in_place(self.units, outputs)
-        return Graph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
+        return UnitGraph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
 
     # ---- small helpers
 
@@ -120,7 +120,7 @@ class GraphBuilder:
 
     # ---- one step
 
-    def lower(self, i: int, step: ir.Step) -> None:
+    def add_step(self, i: int, step: ir.Step) -> None:
         self.done.add(i)
         form, source = step.form, step.inputs[0]
         match form:

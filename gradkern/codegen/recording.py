@@ -10,7 +10,7 @@ from .aliasing import Cotangent, Cotangents
 from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
 from .scratch import SLACK, Buffer, round_up
-from .units import POINT, Graph, Node, Unit, planar
+from .units import POINT, Node, Unit, UnitGraph, planar
 from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
 
 L = TypeVar("L", bound=Layout)
@@ -22,7 +22,9 @@ class Recording:
     slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
     window_type: type[WindowLayout] = WindowLayout
 
-    def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
+    def __init__(
+        self, graph: UnitGraph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool
+    ):
         self.graph, self.lanes, self.itemsize, self.onehot = graph, machine.vector_bytes // itemsize, itemsize, onehot
         self.seeds = seeds
         self.wrt = tuple(v for v in graph.inputs if v in wrt)

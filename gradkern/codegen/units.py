@@ -138,7 +138,7 @@ class Unit:
 
 
 @dataclass
-class Graph:
+class UnitGraph:
     """The units of one group in forward order, with the nodes of its external inputs and outputs."""
 
     units: list[Unit]

@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..frontend.capture import Capture, Captured, Graph, code_of
+from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -126,7 +126,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     return None
 
 
-def _same_methods(graph: Graph) -> bool:
+def _same_methods(graph: CapturedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..frontend.capture import Capture, Graph
+from ..frontend.capture import Capture, CapturedGraph
 from ..frontend.refusal import Untraceable
-from ..frontend.tracer import lower
+from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
@@ -69,7 +69,7 @@ class CacheEntry:
     """What is known about one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
-    verdicts: dict[Graph, Verdict] = field(default_factory=dict)
+    verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd where a Program might have saved some
@@ -135,7 +135,7 @@ class ModelState:
                 check_runs(fn, samples)
                 captured = entry.capture.capture(fn, stand_ins(inputs))
                 known = entry.verdicts.get(captured.graph)
-                program = lower(captured, inputs, name_of(fn)) if known is None else known.program
+                program = to_program(captured, inputs, name_of(fn)) if known is None else known.program
                 assert program is not None
                 if known is None:
                     unused = verify(program, fn, bind(program, captured.tensors), samples)

@@ -119,7 +119,7 @@ class Partition:
                 piece = self.group(steps[:size], native=True)
                 try:
                     if piece.native:
-                        self.lower(piece)
+                        self.chain_of(piece)
                     best, low = piece, size + 1
                 except TooLarge as error:
                     reason, high = str(error), size - 1
@@ -130,7 +130,7 @@ class Partition:
             steps = steps[1 if best is None else len(best.steps) :]
         return pieces
 
-    def lower(self, group: Group) -> Chain:
+    def chain_of(self, group: Group) -> Chain:
         """The chain of a call that wants the cotangents of all inputs."""
         wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
         return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

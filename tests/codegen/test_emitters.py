@@ -9,7 +9,7 @@ import pytest
 from gradkern.codegen import records
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import Device, lower_device
-from gradkern.codegen.lowering import lower
+from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
 from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum, View
@@ -22,7 +22,7 @@ SEEDS = 3
 
 def chain(p: Program, *, wrt: tuple[int, ...] | None = None, onehot: bool = True) -> Chain:
     wrt = tuple(range(len(p.inputs))) if wrt is None else wrt
-    return lower(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
+    return lower_to_chain(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
 
 
 def kinds(ops: Sequence[Record]) -> list[str]:

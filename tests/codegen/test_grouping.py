@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from gradkern.codegen.grouping import GraphBuilder
-from gradkern.codegen.units import POINT, Graph
+from gradkern.codegen.units import POINT, UnitGraph
 from gradkern.ir.program import Index, LowRank, Part, Program, Select, Step, Sum, View, Windows
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, norm, pool, program, transpose
 
 
-def grouped(p: Program, live_out: list[int] | None = None) -> Graph:
+def grouped(p: Program, live_out: list[int] | None = None) -> UnitGraph:
     return GraphBuilder(p, list(range(len(p.steps))), live_out or [p.output]).build()
 
 

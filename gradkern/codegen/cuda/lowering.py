@@ -24,10 +24,10 @@ from .. import limits
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
 from ..encoding import CudaSizes, encode
-from ..lowering import LaidOut, Lowering, lower
+from ..lowering import LaidOut, Lowering, lower_to_chain
 from ..machine import Device, Machine, TooLarge
 from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
-from ..units import Graph, Node, Unit, planar
+from ..units import Node, Unit, UnitGraph, planar
 from ..weights import ScatterLayout, mergeable
 from . import cost
 from .fuse import fused
@@ -63,7 +63,9 @@ class DeviceLowering(Lowering):
     window_type = DeviceWindow
     machine: Device
 
-    def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
+    def __init__(
+        self, graph: UnitGraph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool
+    ):
         assert isinstance(machine, Device)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
@@ -285,10 +287,10 @@ def too_heavy_reason(program: Program, i: int) -> str | None:
     return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
 
 
-#: `gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`.
-lower_device = partial(lower, lowering=DeviceLowering)
+#: `gradkern.codegen.lowering.lower_to_chain` for a GPU.  Raises `TooLarge`.
+lower_device = partial(lower_to_chain, lowering=DeviceLowering)
 
 
 def lower_for(machine: Machine) -> Callable[..., Chain]:
-    """`lower` or `lower_device`, by the machine."""
-    return lower_device if isinstance(machine, Device) else lower
+    """`lower_to_chain` or `lower_device`, by the machine."""
+    return lower_device if isinstance(machine, Device) else lower_to_chain

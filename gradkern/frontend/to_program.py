@@ -33,7 +33,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
-def lower(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
+def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
     It is a proposal: `verify` compares it with live autograd.  Raises `Untraceable` where torch.export refuses the
