@@ -1,6 +1,6 @@
 // DeepLift's shares of a max pool (with or without a ReLU before it), row by row; included once per ISA, like body.h.
 //
-// For every window and place: how much of the window's multiplier goes to that place.  ../rescale.h has the rule.
+// For every window and place: how much of the window's multiplier goes to that place.  ../rescale_rule.h has the rule.
 
 // The arrays of a loop do not overlap.
 #ifdef __clang__

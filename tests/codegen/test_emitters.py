@@ -156,7 +156,7 @@ def test_a_softmax_keeps_what_its_backward_pass_needs(axis, extent):
 
 
 def test_functions_go_by_number_with_three_parameters():
-    """The order and the parameters of csrc/scale.h."""
+    """The order and the parameters of csrc/elementwise.h."""
     elu = one(chain(program(Step(Scale("elu", (1.5, 1.0, 2.0)), (0,), (4, 8)))).forward, records.Elementwise)
     leaky = one(chain(program(Step(Scale("leaky_relu", (0.1,)), (0,), (4, 8)))).forward, records.Elementwise)
     assert (elu.function, elu.p0, elu.p1, elu.p2) == (2, 1.5, 1.0, 2.0)
