@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, overload
 
@@ -14,9 +14,10 @@ from .dispatch import eager
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
+from .ir.calls import Params
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
-from .runtime import executor, macs, parameters
+from .runtime import executor, mac_counter, parameters
 from .util import options
 from .util.callables import name_of
 from .util.chunks import samples_per_chunk, spans
@@ -235,12 +236,12 @@ def explain(
     return explanation
 
 
-def _plan(request: Request, program: Program, params: Mapping[str, Tensor], seeds: Seeds) -> Plan:
+def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> Plan:
     x = request.inputs[request.wrt[0]]
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, params)
-        return plan.counting(macs.opaque_macs(plan.program, params, request.pick(2)))
+        return plan.counting(mac_counter.opaque_macs(plan.program, params, request.pick(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from gradkern.frontend.lowerings.activation import elementwise
 from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
-from tests.support import oracle, tracing
-from tests.support.tracing import bind
+from tests.support import capturing, oracle
+from tests.support.capturing import bind
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -64,8 +64,8 @@ class Net(nn.Module):
 def test_two_places_make_it_right(made_up):
     torch.manual_seed(0)
     model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
-    tracing.verify(program, model, (x,))
+    program = capturing.to_program(model, (x,))
+    capturing.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
     found = executor.plan_for(program, 3, torch.float64)

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
+from ..dispatch.targets import Seeds, TopK, TopSeeds
+from ..ir.program import Shape
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, Tensors, with_arguments

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..dispatch import state
 from ..dispatch.request import Request
 from ..dispatch.route import Route, decide, shared_route, solve
-from ..dispatch.targets import Seeds, Shape
+from ..dispatch.targets import Seeds
+from ..ir.program import Shape
 from ..util import options
 from ..util.callables import name_of, unwrapped
 from ..util.options import BadType, BadValue, InputError, Unused

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..dispatch import batching
 from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
-from ..dispatch.targets import Seeds, Shape, TopSeeds
-from ..ir.program import Program
+from ..dispatch.targets import Seeds, TopSeeds
+from ..ir.program import Program, Shape
 from ..util.callables import FixedArguments
 from ..util.chunks import samples_per_chunk
 from .captum_compat import format_additional_forward_args

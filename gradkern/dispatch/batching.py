@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..codegen.support import NATIVE_DTYPES
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
-from ..runtime.parameters import Params
 from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine
 from .eager import forward

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ir.program import Shape
 from ..runtime import ops
 from ..util.callables import model_of
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
-from .targets import Shape
 
 LARGEST_CHUNK = 2048  # samples
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..ir.program import Shape
 from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
-from .targets import SeedChoice, Seeds, Shape, TopSeeds, resolve
+from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 

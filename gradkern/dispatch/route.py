@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ir.program import Program
+from ..ir.program import Program, Shape
 from ..runtime.parameters import bind
 from ..util import options
 from ..util.callables import anchor, is_same, name_of
@@ -26,7 +26,6 @@ from .eager import ModelProfile
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
 from .state import CacheEntry, ModelState, Traced, Verdict
-from .targets import Shape
 from .watch import OutputsChanged
 
 TRACE_SAMPLES = 4

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ir.program import Shape
 from ..util.options import BadType, BadValue
 
-Shape = tuple[int, ...]
 Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S], a tuple of ints, or TopK(k)"
 

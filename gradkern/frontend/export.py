@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from ..ir.calls import Params
 from .capture import LOCK, CapturedGraph, quiet
 from .refusal import Untraceable, location, location_in
 
@@ -92,7 +93,7 @@ class Exported:
     batch_bounds: Any  # of the batch size, where torch.export has some
 
 
-def export(graph: CapturedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
+def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
     """The functional ATen graph of a captured one.  ``inputs``: only shapes, dtypes and devices matter."""
     with LOCK, quiet(), torch.inference_mode(False), torch.no_grad():
         try:

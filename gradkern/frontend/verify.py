@@ -7,13 +7,14 @@ caller's own samples, several together and one alone, with those of the live mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import ops, reference
 from ..util.callables import model_of
@@ -80,7 +81,6 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # One comparison
 
-Params = Mapping[str, Tensor]
 #: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None where nothing reaches the input.
 Pair = tuple[Tensor, dict[int, Tensor | None]]
 

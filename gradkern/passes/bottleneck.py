@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir import graph
-from ..ir.cost import forward_macs, sides
 from ..ir.functions import RECTIFYING
+from ..ir.macs import forward_macs, sides
 from ..ir.program import Program, Scale
 
 WORTHWHILE = 1.25  # times fewer operations, or two calls and a product are not worth it

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from ..ir import indexing
 from ..ir import program as ir
-from ..ir.cost import forward_macs
 from ..ir.graph import renumbered
+from ..ir.macs import forward_macs
 from ..util.memo import Memo
 
 WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it

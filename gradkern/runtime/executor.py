@@ -20,12 +20,13 @@ from torch import Tensor
 from ..codegen.chain import Chain
 from ..codegen.machine import TooLarge
 from ..ir import graph
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..planner.plan import Plan, plan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from . import ops, reference
-from .parameters import KernelsUnavailable, Packed, Params, PlanWeights
+from .parameters import KernelsUnavailable, Packed, PlanWeights
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -18,13 +18,11 @@ from torch import Tensor
 
 from ..ir import graph, indexing
 from ..ir import program as ir
-from ..ir.calls import calls_in, evaluate, params_in
+from ..ir.calls import Params, calls_in, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognise
 from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
-
-Params = Mapping[str, Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Forward

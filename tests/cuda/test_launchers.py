@@ -14,7 +14,7 @@ from gradkern.runtime import executor, ops
 from tests.cases import CASES
 from tests.cuda.test_host import run
 from tests.runtime import test_ops
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.host_device import Launchers, installed
 
 pytestmark = [
@@ -256,8 +256,8 @@ def test_new_weights_are_packed_again() -> None:
         model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
         with torch.no_grad(), installed(device):
             next(model.parameters()).mul_(factor)
-            program = tracing.trace(model, inputs)
-            y, got = executor.jacobian(program, tracing.bind(program, model), inputs)
+            program = capturing.to_program(model, inputs)
+            y, got = executor.jacobian(program, capturing.bind(program, model), inputs)
             assert executor.plan_for(program, program.outputs, torch.float64).single_chain
         right(model, inputs, y, got)
 

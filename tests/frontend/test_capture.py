@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 from gradkern.dispatch import state
-from gradkern.runtime.macs import MacCounter
+from gradkern.runtime.mac_counter import MacCounter
 from tests.frontend.test_regions import Through
 from tests.frontend.test_to_program import Net
 

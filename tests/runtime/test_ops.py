@@ -7,7 +7,7 @@ import torch
 
 from gradkern.runtime import executor, ops
 from gradkern.runtime.parameters import Packed
-from tests.support.traced import parts
+from tests.support.case_runs import parts
 
 ops.extension()  # registers them
 G = torch.ops.gradkern

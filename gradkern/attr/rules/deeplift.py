@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...dispatch.request import jacobian_choice
 from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
+from ...ir.calls import Params
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from .. import captum_compat as compat
@@ -23,7 +24,7 @@ from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points, rows_of
-from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
+from .rule import Local, Rule, Values, at_place, chosen, padded, pass_through, slope
 from .rule_methods import Chunk, RuleMethod
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ...codegen.support import unsupported_reason
+from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
 from ...runtime import executor, reference
 from ...util.memo import Memo
-from .rule import Local, Params, Rule, Values, at_place, is_linear, padded, pull, tap_slices
+from .rule import Local, Rule, Values, at_place, is_linear, padded, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import graph
+from ...ir.calls import Params
 from ...ir.functions import FUNCTIONS
 from ...ir.program import Contract, Form, Index, LowRank, Product, Program, Scale, Select, Sum, View, Windows
 from ...runtime import reference
 
-Params = Mapping[str, Tensor]
 Kind = TypeVar("Kind")
 
 

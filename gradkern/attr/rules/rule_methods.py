@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import batching
+from ...ir.calls import Params
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
@@ -21,7 +22,7 @@ from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
 from .linear import attribute as rule_attribute
 from .linear import rule_values, values_needed
-from .rule import Params, Rule, Values
+from .rule import Rule, Values
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..machine import Device, Machine, TooLarge
 from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
 from ..units import Node, Unit, UnitGraph, planar
 from ..weights import ScatterLayout, mergeable
-from . import cost
+from . import clock_model
 from .fuse import fused
 from .shared_memory import Arrangement, Passes
 from .slices import COUNTS as SLICES
@@ -100,13 +100,14 @@ class DeviceLowering(Lowering):
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
+            return taps / planes * clock_model.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
-            return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
+            by_lanes = (clock_model.quad_clocks(*args, n, self.itemsize)[0] for n in clock_model.QUAD_LANES)
+            return taps / planes * min(by_lanes)
         most = limits.WALK_SEEDS.of(self.itemsize)
-        walks, together = math.ceil(self.seeds / most), cost.even(self.seeds, most)
-        return walks * cost.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
+        walks, together = math.ceil(self.seeds / most), clock_model.even(self.seeds, most)
+        return walks * clock_model.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
@@ -199,7 +200,7 @@ class DeviceLowering(Lowering):
             rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
             clocks.append(work.clocks(op, forward) * (1 if forward else self.rounds(tiling.seed_tile)))
         # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
-        slack = 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(limits.QUADS)
+        slack = 8 * max((x.row_length for x in self.layouts), default=0) + clock_model.WARP * 4 * max(limits.QUADS)
         most, n = max(tiling.resident, default=1), len(passes.forward)
         return LaidOut(
             forward=tuple(ops[:n]),
@@ -240,18 +241,19 @@ class DeviceLowering(Lowering):
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def priced(self, passes: Passes, tile: int) -> list[cost.RunPrice]:
+    def priced(self, passes: Passes, tile: int) -> list[clock_model.RunPrice]:
         """The runs of records, as prices by the number of samples that they take at a time."""
-        prices: list[cost.RunPrice] = []
+        prices: list[clock_model.RunPrice] = []
         for i, (op, run) in enumerate(zip(passes.records, passes.runs, strict=True)):
             if run == len(prices):
-                prices.append(cost.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
+                prices.append(clock_model.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
             forward = i < len(passes.forward)
             prices[run].add(op, forward, 1 if forward else self.rounds(tile))
         return prices
 
-    def work(self, resident: int, block: int, tile: int) -> cost.Work:
-        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.band_options)
+    def work(self, resident: int, block: int, tile: int) -> clock_model.Work:
+        warps = self.machine.threads // clock_model.WARP
+        return clock_model.Work(warps, resident, block, tile, self.itemsize, self.band_options)
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
