@@ -84,7 +84,7 @@ def jacobian(
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.
     wrt
-        The numbers of the inputs to differentiate (an int gives one tensor, a sequence a tuple).  ``None``: all.
+        The indices of the inputs to differentiate (an int gives one tensor, a sequence a tuple).  ``None``: all.
     engine
         ``"auto"``, ``"kernel"``, ``"reference"`` or ``"autograd"``, see `gradkern.use`.
     create_graph
@@ -106,8 +106,8 @@ def jacobian(
         that is constant among others that are not has zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
-    tensors, numbers = read_inputs(inputs, wrt)
-    request = Request(fn, tensors, numbers, jacobian_choice(targets), out=out)
+    tensors, indices = read_inputs(inputs, wrt)
+    request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the caller's own objects
@@ -153,10 +153,10 @@ def iter_jacobian(
     of the memory budget); the pieces put together along axis 0 are `jacobian`'s result.  A model whose samples depend
     on each other is computed as a whole first.
     """
-    tensors, numbers = read_inputs(inputs, wrt)
+    tensors, indices = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
-    request = Request(_callable(model), tensors, numbers, jacobian_choice(targets))
+    request = Request(_callable(model), tensors, indices, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
@@ -274,5 +274,5 @@ def _inspection_request(model: Model, inputs: Any) -> Request:
     """A request that is only looked at: integer inputs are simply not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
-    checked, numbers = read_inputs(inputs, floating or None)
-    return Request(_callable(model), checked, numbers, jacobian_choice(None))
+    checked, indices = read_inputs(inputs, floating or None)
+    return Request(_callable(model), checked, indices, jacobian_choice(None))

@@ -51,11 +51,11 @@ class Recording:
 
     # ---- tables and packed weights
 
-    def table(self, numbers: list[int]) -> int:
-        key = tuple(numbers)
+    def table(self, entries: list[int]) -> int:
+        key = tuple(entries)
         if key not in self.interned:
             self.interned[key] = len(self.tables)
-            self.tables += numbers
+            self.tables += entries
         return self.interned[key]
 
     def layout(self, kind: type[L], unit: Unit, make: Callable[[], L]) -> L:

@@ -12,7 +12,7 @@ from ..codegen.support import NATIVE_DTYPES
 from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
-from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
@@ -101,9 +101,9 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
-    largest = size * numbers(program.shapes)[1]
+    largest = size * element_counts(program.shapes)[1]
     rows = seeds.count * largest  # one cotangent of a sample
-    gradients = seeds.count * numbers(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
+    gradients = seeds.count * element_counts(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
         fused += rows  # the rows of the last weight, gathered for each sample
@@ -113,5 +113,5 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
         fused += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
         fused += gradients * size
-    cast = fused + 4 * (numbers(program.inputs)[0] + gradients)
+    cast = fused + 4 * (element_counts(program.inputs)[0] + gradients)
     return BytesPerSample(stepwise, fused, cast)

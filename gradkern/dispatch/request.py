@@ -222,8 +222,8 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"inputs: number {i} has {x.shape[0]} samples and number 0 has {tensors[0].shape[0]}, expected the "
                 "same batch axis (axis 0) in all."
             )
-    numbers = _read_wrt(wrt, len(tensors))
-    for w in numbers:
+    indices = _read_wrt(wrt, len(tensors))
+    for w in indices:
         x = tensors[w]
         if not x.is_floating_point():
             hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
@@ -232,21 +232,21 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
                 f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
             )
-    return tensors, numbers
+    return tensors, indices
 
 
 def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     if wrt is None:
         return tuple(range(count))
-    numbers = [wrt] if isinstance(wrt, int) else list(wrt)
-    for w in numbers:
+    indices = [wrt] if isinstance(wrt, int) else list(wrt)
+    for w in indices:
         if isinstance(w, bool) or not isinstance(w, int) or not -count <= w < count:
-            raise BadValue(f"wrt: got {w!r}, expected numbers of inputs, 0 … {count - 1}.")
-    if not numbers:
+            raise BadValue(f"wrt: got {w!r}, expected indices of inputs, 0 … {count - 1}.")
+    if not indices:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    counted = tuple(w % count for w in numbers)
+    counted = tuple(w % count for w in indices)
     if len(set(counted)) < len(counted):
-        raise BadValue(f"wrt: got {numbers}, which names an input twice, expected each input once.")
+        raise BadValue(f"wrt: got {indices}, which names an input twice, expected each input once.")
     return counted
 
 

@@ -123,8 +123,8 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
         if y.requires_grad and leaves:
             g = cotangent.to(dtype=y.dtype, device=y.device)
             grads = torch.autograd.grad(y, leaves, g, allow_unused=True)
-    numbers = [i for i, x in enumerate(xs) if x.requires_grad]
-    return y.detach(), dict(zip(numbers, grads, strict=True))
+    indices = [i for i, x in enumerate(xs) if x.requires_grad]
+    return y.detach(), dict(zip(indices, grads, strict=True))
 
 
 def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:

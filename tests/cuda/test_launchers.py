@@ -195,7 +195,7 @@ def test_other_dtypes_and_too_many_ports() -> None:
 
 def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
     given, device = arguments(), Launchers()
-    large = dict(given, sizes=replace(CudaSizes(*given["sizes"]), bytes=1 << 20).numbers)
+    large = dict(given, sizes=replace(CudaSizes(*given["sizes"]), bytes=1 << 20).integers)
     with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
         device.redispatched("chain_vjp", *large.values())
     device.redispatched("chain_vjp", *given.values())

@@ -281,12 +281,12 @@ def too_heavy_reason(program: Program, i: int) -> str | None:
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
         return None
     axis = -1 if isinstance(form.map, Dense) else 0
-    numbers = program.shape(step.inputs[0])[axis] * step.shape[axis]
+    weights = program.shape(step.inputs[0])[axis] * step.shape[axis]
     if isinstance(form.map, Windows):
-        numbers = numbers // form.map.groups * form.map.taps
-    if numbers <= CHAIN_WEIGHT:
+        weights = weights // form.map.groups * form.map.taps
+    if weights <= CHAIN_WEIGHT:
         return None
-    return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
+    return f"a chain would read its {weights / 1e6:.1f} million weights anew for every few samples"
 
 
 #: `gradkern.codegen.lowering.lower_to_chain` for a GPU.  Raises `TooLarge`.

@@ -109,8 +109,8 @@ class Arrangement:
 
 def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
     """The run that each record belongs to: a record that takes the whole block, or all records in between."""
-    numbers, run, ops = [], -1, (*forward, *backward)
+    run_numbers, run, ops = [], -1, (*forward, *backward)
     for i, op in enumerate(ops):
         run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
-        numbers.append(run)
-    return numbers
+        run_numbers.append(run)
+    return run_numbers

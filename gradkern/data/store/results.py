@@ -125,11 +125,11 @@ class Results:
         """Remove the half-written files of these chunks, which a killed run has left."""
         if not isinstance(self.store, durable.DurableStore):
             return
-        numbers = set(chunks)
-        names = {str(number) for number in numbers}
+        wanted_chunks = set(chunks)
+        names = {str(number) for number in wanted_chunks}
         for array in self.arrays():
             self.store.remove_partial(array, lambda file: file.split(".")[1] in names)  # c.12.0.0
-        self.store.remove_partial(FOLDER, lambda file: not numbers.isdisjoint(self.ledger.span_of(file)))
+        self.store.remove_partial(FOLDER, lambda file: not wanted_chunks.isdisjoint(self.ledger.span_of(file)))
 
     def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
         """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
