@@ -74,8 +74,8 @@ class Cotangents:
         if upstream is None:
             return None
         if reader.opened:
-            plain = upstream.node is reader.out and not upstream.rows
-            return upstream if plain or (upstream.pattern is not None and through_bits) else own_buffer
+            in_full = upstream.node is reader.out and not upstream.rows
+            return upstream if in_full or (upstream.pattern is not None and through_bits) else own_buffer
         if (
             reader.kind == "pattern"
             and upstream.pattern is None

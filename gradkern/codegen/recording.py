@@ -80,9 +80,9 @@ class Recording:
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> ScatterLayout:
         """The cheaper of one window per position and one merged window per pool output, rows folded where free."""
-        plain = ScatterLayout.of(unit, self.lanes)
+        one_tap = ScatterLayout.of(unit, self.lanes)
         if unit.dense or pattern is None or not mergeable(unit, pattern):
-            return plain
+            return one_tap
         node, pool = unit.reads[0], pattern.windows
         assert pool is not None
         private = node.producer.kind == "load" and self.cotangents.read_once(node)
@@ -91,7 +91,7 @@ class Recording:
         private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.channels_last)
         folds = [f for f in (1, 2, 4) if f == 1 or (private and node.H > 1 and th * sh % f == 0 and top % f == 0)]
         merged = [ScatterLayout.merge(unit, self.lanes, pool, f) for f in folds]
-        best = min([plain, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))
+        best = min([one_tap, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))
         if best.fold > 1:
             self.folded[node.id] = best.fold
         return best

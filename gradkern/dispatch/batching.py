@@ -22,35 +22,35 @@ from .watch import Watch
 
 def run(
     request: Request, program: Program, tensors: Params, engine: Engine, start: int = 0,
-    known: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
+    partial: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
-    """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
+    """Differentiate the samples from ``start`` on with ``program``.  ``partial``: the results so far.
 
     ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
     steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     with torch.inference_mode(False), torch.no_grad():
-        results = allocate(request, program.output_shape, known)
+        results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        params, plain, chunk = _prepare(request, program, tensors, engine, results, saved)
+        params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
         # From here on the work is the runtime's, and nothing of dispatch is called but for chosen outputs.
-        if known is None and request.out is None:
+        if partial is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
-        differentiate = reference.jacobian if plain else executor.jacobian
+        differentiate = reference.jacobian if by_reference else executor.jacobian
         watch = watch or Watch()
         due = watch.seconds * watch.share > watch.cost
         for a, b in spans(start, samples, chunk):
-            here = [x[a:b].contiguous() for x in inputs]
+            chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
-                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in here]))
+                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
-            y, _ = differentiate(program, params, here, index, request.wrt, out=rows)
+            y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
             watch.seconds += time.perf_counter() - begin
             if due and a == start:
-                watch.compare(request.fn, request.module, here, y)
+                watch.compare(request.fn, request.module, chunk_inputs, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made

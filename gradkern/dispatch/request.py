@@ -132,15 +132,15 @@ class JacobianResult:
             self.indices[start:stop] = self.seeds.highest(outputs)
 
 
-def allocate(request: Request, output_shape: Shape, known: JacobianResult | None = None) -> JacobianResult:
-    """Resolve the targets against the output's shape and make room for the results; ``known`` is only compared."""
-    if known is not None:
-        if output_shape != known.output_shape:
+def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
+    """Resolve the targets against the output's shape and make room for the results; ``partial`` is only compared."""
+    if partial is not None:
+        if output_shape != partial.output_shape:
             raise BadValue(
-                f"the model gave outputs [N, {_times(known.output_shape)}] for some samples and "
+                f"the model gave outputs [N, {_times(partial.output_shape)}] for some samples and "
                 f"[N, {_times(output_shape)}] for others, expected one shape."
             )
-        return known
+        return partial
     seeds = request.choose(request.samples, output_shape)
     indices = seeds.indices
     if isinstance(seeds, TopSeeds):

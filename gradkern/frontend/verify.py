@@ -58,14 +58,14 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
     samples = []
     for x in inputs:
-        few = x.detach()[pick.to(x.device)].clone()
-        if few.is_floating_point():
-            few.masked_fill_(~torch.isfinite(few), 0.0)  # NaN says nothing about which function this is
-        if few.shape[0] == 0:
-            few = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
-        if missing := _TOGETHER - few.shape[0]:
-            few = torch.cat([few, _noisy(few[-1:].expand(missing, *few.shape[1:]), 0.3, generator)])
-        samples.append(few)
+        rows = x.detach()[pick.to(x.device)].clone()
+        if rows.is_floating_point():
+            rows.masked_fill_(~torch.isfinite(rows), 0.0)  # NaN says nothing about which function this is
+        if rows.shape[0] == 0:
+            rows = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        if missing := _TOGETHER - rows.shape[0]:
+            rows = torch.cat([rows, _noisy(rows[-1:].expand(missing, *rows.shape[1:]), 0.3, generator)])
+        samples.append(rows)
     return tuple(samples)
 
 

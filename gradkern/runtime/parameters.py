@@ -32,8 +32,8 @@ class _Computed:
         call = self.call = derived.call
         self.name = derived.name
         simple = all(isinstance(x, Param) or not isinstance(x, (tuple, Call)) for x in call.args)
-        plain = simple and not call.kwargs and call.index is None and call.op != LITERAL
-        self.op = operator_of(call.op) if plain else None
+        direct = simple and not call.kwargs and call.index is None and call.op != LITERAL
+        self.op = operator_of(call.op) if direct else None
         self.arguments = [(isinstance(x, Param), x.name if isinstance(x, Param) else x) for x in call.args]
 
     def __call__(self, tensors: Params) -> Tensor:
@@ -153,23 +153,22 @@ class WeightCache:
             return entry
 
     def packed(self, entry: PackedPlan, chain: Chain, params: Params, like: Tensor) -> Packed:
-        known = entry.packs.get(id(chain))
-        if known is not None:
-            return known
-        packed = Packed(chain, params, like)
-        with self.lock:
-            packed = entry.packs.setdefault(id(chain), packed)
-            self._trim(entry)
+        packed = entry.packs.get(id(chain))
+        if packed is None:
+            packed = Packed(chain, params, like)
+            with self.lock:
+                packed = entry.packs.setdefault(id(chain), packed)
+                self._trim(entry)
         return packed
 
     def _trim(self, latest: PackedPlan) -> None:
         room = MOST_BYTES.get(latest.device.type, MOST_GPU_BYTES)
-        held = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
+        nbytes = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
         for key, entry in list(self.entries.items()):
-            if held <= room and len(self.entries) <= MOST_ENTRIES:
+            if nbytes <= room and len(self.entries) <= MOST_ENTRIES:
                 return
             if entry is not latest and entry.device.type == latest.device.type:
-                held -= self.entries.pop(key).nbytes
+                nbytes -= self.entries.pop(key).nbytes
 
     def clear(self) -> None:
         with self.lock:
@@ -187,8 +186,8 @@ class PlanWeights:
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
         self.mixed = any(t.dtype != like.dtype for t in tensors)
-        here = [t for t in tensors if t.device == like.device]
-        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(here), like)
+        on_device = [t for t in tensors if t.device == like.device]
+        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(on_device), like)
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed:

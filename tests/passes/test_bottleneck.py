@@ -80,7 +80,7 @@ def test_choice_is_minimal(program, seeds):
     assert (found is None) == (plain < bottleneck.WORTHWHILE * best or best == plain)
     if found is not None:
         assert found.value in places
-        assert found.cost == plain_cost(program, seeds, found.value) == best < found.plain == plain
+        assert found.cost == plain_cost(program, seeds, found.value) == best < found.unsplit == plain
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

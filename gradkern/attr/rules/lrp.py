@@ -96,7 +96,7 @@ def winner(rule: Relevance, i: int) -> Local:
     """A pool hands relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
-    return Local(taps=tuple(here * share for here in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+    return Local(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
 
 
 def in_proportion(rule: Relevance, i: int) -> Local:

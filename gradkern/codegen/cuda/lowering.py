@@ -84,16 +84,16 @@ class DeviceLowering(Lowering):
             return DeviceScatter.of(unit, 1)
         upstream = self.cotangents.of(unit.out)
         types: tuple[type[DeviceScatter], ...] = (DeviceScatter, QuadScatter, NarrowScatter)
-        made = [t.of(unit, 1) for t in types]
+        layouts = [t.of(unit, 1) for t in types]
         taps = 1
         if pattern is not None and pattern.windows:
             taps = pattern.windows.taps
             if mergeable(unit, pattern):
-                made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
+                layouts += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
-            fitting = [s for s in made if s.algorithm == ScatterAlgorithm.Walk]
+            fitting = [s for s in layouts if s.algorithm == ScatterAlgorithm.Walk]
         else:
-            fitting = [s for s in made if s.fits(unit.reads[0], upstream.node)]
+            fitting = [s for s in layouts if s.fits(unit.reads[0], upstream.node)]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))
 
     def scatter_clocks(self, layout: DeviceScatter, taps: int, pattern: bool) -> float:
@@ -178,8 +178,8 @@ class DeviceLowering(Lowering):
 
     def variants(self) -> list[list[Record]]:
         """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
-        made = (sliced(self.backward, self.tables, count) for count in SLICES)
-        return [self.backward, *(ops for ops in made if ops is not None)]
+        cut = (sliced(self.backward, self.tables, count) for count in SLICES)
+        return [self.backward, *(ops for ops in cut if ops is not None)]
 
     def laid_out(self, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
         """Enter the places of buffers, and write into the records how workers share the work."""

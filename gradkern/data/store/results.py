@@ -94,14 +94,14 @@ class Results:
         path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
-        made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
         try:
-            layout.create_arrays(durable.DurableStore(made), arrays, about, compression)
+            layout.create_arrays(durable.DurableStore(unfinished), arrays, about, compression)
             with contextlib.suppress(OSError):  # somebody else's is there already
-                os.rename(made, path)
+                os.rename(unfinished, path)
                 durable.sync_folder(path.parent)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         return cls.open(text, read_only=False)
 
     # ---- writing
