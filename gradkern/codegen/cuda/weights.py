@@ -11,7 +11,7 @@ from .. import limits
 from ..records import ScatterAlgorithm
 from ..units import Node
 from ..weights import ScatterLayout, WindowLayout, aligned
-from .cost import WARP
+from .clock_model import WARP
 
 
 class DeviceWindow(WindowLayout):
