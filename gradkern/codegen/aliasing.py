@@ -67,7 +67,7 @@ class Cotangents:
         if not self.read_once(node):
             return own_buffer
         reader, producer = readers[0], node.producer
-        through_bits = producer.kind in ("window", "sum")
+        through_bits = producer.kind in ("window", "add")
         if reader is self.rows_unit:
             return Cotangent(node, rows=True) if self.takes_rows(node) else own_buffer
         upstream = self.of(reader.out)
@@ -82,11 +82,11 @@ class Cotangents:
             and (through_bits or self.can_defer_rectify(reader, upstream))
         ):
             return Cotangent(upstream.node, upstream.rows, reader)
-        if reader.kind == "sum" and producer.rectify:
+        if reader.kind == "add" and producer.rectify:
             return own_buffer  # its negative part goes, and the sum's other branches keep theirs
-        if reader.kind == "sum" and (through_bits or not (upstream.rows or upstream.pattern)):
+        if reader.kind == "add" and (through_bits or not (upstream.rows or upstream.pattern)):
             return upstream
-        if reader.kind == "scale" and upstream.node is reader.out:
+        if reader.kind == "elementwise" and upstream.node is reader.out:
             return upstream  # multiplied in place
         return own_buffer
 
@@ -100,7 +100,7 @@ class Cotangents:
         if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
             return False
         source = relu.reads[0]
-        return self.read_once(source) and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)
+        return self.read_once(source) and source.producer.kind in ("window", "add") and not overlaps(pool.windows)
 
     def takes_rows(self, node: Node) -> bool:
         """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""

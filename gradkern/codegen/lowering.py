@@ -53,7 +53,7 @@ class Lowering(UnitRecords):
         order = list(self.graph.inputs)
         self.block_from_forward = False
         for unit in self.graph.units:
-            if unit.kind == "scale":
+            if unit.kind == "elementwise":
                 dst, shape, out = self.slope(unit), extent(unit.out), unit.out
                 if unit.storage_order:  # storage order is the tensor's own
                     dst, shape = Place(dst.buffer, dst.offset, dst.row, 1), Extent(1, out.H, out.W * out.C)

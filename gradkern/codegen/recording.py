@@ -11,7 +11,7 @@ from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
 from .scratch import SLACK, Buffer, round_up
 from .units import POINT, Node, Unit, UnitGraph, planar
-from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
+from .weights import Layout, ScatterLayout, StencilLayout, WindowLayout, mergeable, scatter_cost
 
 L = TypeVar("L", bound=Layout)
 
@@ -72,8 +72,8 @@ class Recording:
     def window(self, unit: Unit) -> WindowLayout:
         return self.layout(WindowLayout, unit, lambda: self.window_type.of(unit, self.lanes))
 
-    def mix(self, unit: Unit) -> MixLayout:
-        return self.layout(MixLayout, unit, lambda: MixLayout.of(unit))
+    def stencil(self, unit: Unit) -> StencilLayout:
+        return self.layout(StencilLayout, unit, lambda: StencilLayout.of(unit))
 
     def scatter(self, unit: Unit, pattern: Unit | None) -> ScatterLayout:
         return self.layout(ScatterLayout, unit, lambda: self.choose_scatter(unit, pattern))

@@ -275,7 +275,7 @@ def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
 
 
 @dataclass
-class MixLayout(Layout):
+class StencilLayout(Layout):
     """A channelwise map over positions: per result, what it reads as (offset, weight row); rows of C weights."""
 
     rows: int
@@ -289,7 +289,7 @@ class MixLayout(Layout):
         return aligned(self.C)
 
     @classmethod
-    def of(cls, unit: Unit) -> MixLayout:
+    def of(cls, unit: Unit) -> StencilLayout:
         form, node, out = unit.contraction, unit.reads[0], unit.out
         if isinstance(form.map, Channels):
             at = [[(h * node.row + w * node.C, 0)] for h in range(out.H) for w in range(out.W)]
