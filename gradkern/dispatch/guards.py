@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured, Graph, code_of
+from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
 from ..util.torch_compat import cache_entries, disable_current_modes
 
@@ -132,7 +132,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     return None
 
 
-def _same_methods(graph: Graph) -> bool:
+def _same_methods(graph: CapturedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:

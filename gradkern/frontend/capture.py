@@ -58,7 +58,7 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 
 @dataclass(eq=False)
-class Graph:
+class CapturedGraph:
     """One captured graph.
 
     ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
@@ -78,7 +78,7 @@ class Graph:
 class Captured:
     """What one call would run: the graph, and the live tensors that it reads by name."""
 
-    graph: Graph
+    graph: CapturedGraph
     tensors: dict[str, Tensor]
 
 
@@ -116,7 +116,7 @@ class Capture:
         # all models of the process together.  Globals of its own: Dynamo keeps the modules there that it has met.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
-        self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
+        self.graphs: dict[int, CapturedGraph] = {}  # by the id of Dynamo's code
         entry = types.FunctionType(self.code, self.shared)
         options: Any = {"guard_filter_fn": _note_methods}
         self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
@@ -156,7 +156,7 @@ class Capture:
             self._find(graph, local, tensors)
         return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
-    def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+    def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
         """Learn Dynamo's code for a new graph, and where its tensors are read."""
         entries = cache_entries(self.code)
         code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
@@ -181,7 +181,9 @@ class Capture:
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
-    graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
+    graph = CapturedGraph(
+        module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str))
+    )
     _ran.captured = graph, set(tracing_context.get_traced_code() or ())
 
     def run(*arguments: Any) -> tuple[Any, ...]:
