@@ -33,7 +33,9 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
         with torch.inference_mode(False), torch.no_grad():
-            gradients = jacobians(head, view.params, inputs, torch.tensor([unit]), points.wrt, plain=view.plain)
+            gradients = jacobians(
+                head, view.params, inputs, torch.tensor([unit]), points.wrt, by_reference=view.by_reference
+            )
         return format_output(is_tuple(options["inputs"]), tuple(g[:, 0] for g in gradients))
 
 

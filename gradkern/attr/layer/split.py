@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ...dispatch import batching
 from ...ir import graph
+from ...ir.calls import Params
 from ...ir.program import Program
 from ...runtime import executor, reference
-from ...runtime.parameters import Params
 from ...util import options, rounding
 from ...util.buffers import buffers_kept
 from ...util.chunks import forward_samples, spans, stepwise_bytes, stepwise_samples
@@ -116,8 +116,8 @@ def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, 
         return want is None and tail.program.output < 0
     with torch.no_grad():
         params, program = points.route.params(), tail.program
-        held = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
-        (got,) = reference.vjp(program, params, held, g.unsqueeze(1), (0,))
+        tail_values = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
+        (got,) = reference.vjp(program, params, tail_values, g.unsqueeze(1), (0,))
     return _equal(got.squeeze(1), want)
 
 
@@ -158,7 +158,7 @@ class LayerView:
         self.exclusive = exclusive  # whether all that reads the value reads it from the layer
         self.tail = tail_of(program, value)
         self.params = points.route.params()
-        self.plain = options.engine(points.engine) == "reference" or any(
+        self.by_reference = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )
 
@@ -177,7 +177,7 @@ class LayerView:
     def _forward(self, rows: list[Tensor]) -> tuple[Tensor, ...]:
         wanted = [self.value, *self.tail.crossing]
         with torch.inference_mode(False), torch.no_grad():
-            if self.plain:
+            if self.by_reference:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
                 values = rule_values(self.program, self.params, rows, wanted)
@@ -185,34 +185,40 @@ class LayerView:
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
         """The layer's value ``[N, *layer]`` at the inputs themselves, and the gradients there, ``[N, S, *layer]``."""
-        held = self.forward(self.points.inputs, self.points.more)
-        return held[0], self.gradients(held, index, seeds)
+        values = self.forward(self.points.inputs, self.points.more)
+        return values[0], self.gradients(values, index, seeds)
 
     def zeros(self, seeds: int) -> Tensor:
         """Room for attributions, ``[N, S, *layer]``."""
         x = self.points.inputs[0]
         return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
 
-    def gradients(self, held: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
+    def gradients(self, values: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
         """``[R, S, *layer]`` at the values that `forward` gives."""
-        tail, at = self.tail.program, held[0]
+        tail, at = self.tail.program, values[0]
         index = torch.arange(tail.outputs) if index is None else index
         with torch.inference_mode(False), torch.no_grad():
             if not tail.steps:  # the layer is the output
                 return reference.one_hot(tail, at, index)
-            return jacobians(tail, self.params, held, index, (0,), plain=self.plain)[0]
+            return jacobians(tail, self.params, values, index, (0,), by_reference=self.by_reference)[0]
 
 
 def jacobians(
-    program: Program, params: Params, inputs: Sequence[Tensor], index: Tensor, wrt: tuple[int, ...], *, plain: bool
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    index: Tensor,
+    wrt: tuple[int, ...],
+    *,
+    by_reference: bool,
 ) -> tuple[Tensor, ...]:
-    """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``plain`` is asked for."""
+    """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
     like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
     out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
     chunk = max(1, count)  # one kernel call writes nothing but the result
-    if plain or not executor.plan_for(program, seeds, like.dtype, like.device).single_chain:
+    if by_reference or not executor.plan_for(program, seeds, like.dtype, like.device).single_chain:
         chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))
-    run = reference.jacobian if plain else executor.jacobian
+    run = reference.jacobian if by_reference else executor.jacobian
     for a, b in spans(0, count, chunk):
         chosen = index[a:b] if index.dim() == 2 else index
         rows = [x[a:b].contiguous() for x in inputs]
