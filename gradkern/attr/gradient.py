@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import api
 from ..dispatch.targets import TopK
+from ..util.options import Engine
 from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -21,7 +22,7 @@ class GradientMethod(RowMethod):
 
     gradients = HooklessGradientFunc
 
-    def __init__(self, forward_func: Callable[..., Tensor], engine: str | None = None) -> None:
+    def __init__(self, forward_func: Callable[..., Tensor], engine: Engine | None = None) -> None:
         super().__init__(forward_func)
         plug_into(self, self.gradients(engine))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.targets import Seeds
-from ..util.options import InputError, Unused
+from ..util.options import Engine, InputError, Unused
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from .captum_compat import stock
@@ -28,7 +28,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))
@@ -131,7 +131,7 @@ class GradientShap(stock.GradientShap):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))

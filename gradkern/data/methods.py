@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
-from ..util.options import BadType, BadValue, use
+from ..util.options import BadType, BadValue, Engine, use
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Batch:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     targets: Any
-    engine: str
+    engine: Engine
     arguments: Mapping[str, Any]
     first: int = 0  # the number of the first sample in the source: what random draws are seeded with
     out: tuple[Tensor, ...] | None = None  # memory for the maps that a method may use, and need not

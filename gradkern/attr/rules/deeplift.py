@@ -18,6 +18,7 @@ from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
+from ...util.options import Engine
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
 from ..captum_compat import stock
@@ -142,7 +143,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
     """
 
     def __init__(
-        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: str | None = None
+        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: Engine | None = None
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
         plug_into(self, GradientFunc(engine))
@@ -233,7 +234,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete also where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: str | None = None) -> None:
+    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))
 
