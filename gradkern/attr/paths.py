@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dispatch.targets import Seeds
 from ..util.options import Engine, InputError, Unused
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds, plug_into
@@ -140,17 +140,19 @@ class GradientShap(stock.GradientShap):
     def attribute_all(
         self,
         inputs: Inputs,
-        baselines: Any,
+        targets: Any = None,
+        baselines: Any = None,
         n_samples: int = 5,
         stdevs: float | tuple[float, ...] = 0.0,
-        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        All outputs share the random draws.  The delta is per draw, as Captum's: ``[N · n_samples, C]``.
+        ``baselines`` has to be given.  All outputs share the random draws.  The delta is per draw, as Captum's:
+        ``[N · n_samples, C]``.
         """
+        check_distribution(self, baselines)
         start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor):
             raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {start[0]}.")

@@ -320,7 +320,7 @@ def test_means_over_references_and_paths_through_layers() -> None:
     base = case.inputs(4, 7, torch.float64)[0]
     layer = next(m for m in model.modules() if isinstance(m, nn.MaxPool1d))
     calls = {
-        "shap": lambda e: attr.DeepLiftShap(model, engine=e).attribute_all(x, base),
+        "shap": lambda e: attr.DeepLiftShap(model, engine=e).attribute_all(x, baselines=base),
         "grad-cam": lambda e: attr.LayerGradCam(model, layer, engine=e).attribute_all(x),
         "conductance": lambda e: attr.LayerConductance(model, layer, engine=e).attribute_all(x, n_steps=4),
     }

@@ -20,7 +20,7 @@ from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from ...util.options import Engine
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
+from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points, rows_of
@@ -242,15 +242,17 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     def attribute_all(
         self,
         inputs: Inputs,
-        baselines: Any,
         targets: Any = None,
+        baselines: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        The delta is per pair of sample and reference, as Captum's: ``[N · references, C]``.
+        ``baselines`` has to be given.  The delta is per pair of sample and reference, as Captum's:
+        ``[N · references, C]``.
         """
+        check_distribution(self, baselines)
         start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
             raise AssertionError(
