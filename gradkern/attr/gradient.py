@@ -32,10 +32,11 @@ class GradientMethod(RowMethod):
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         gradients = points.gradients(points.inputs, points.more, index, seeds)
-        self._finish_each(gradients, points.inputs, options)
+        self.finish(gradients, points.inputs, options)
         return gradients
 
-    def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
+    def finish(self, gradients: Any, rows: Tensors, options: Options) -> None:
+        """Turn the gradients ``[N, …, *in]``, one per input of ``rows``, into attributions, in place."""
         for gradient, x in zip(gradients, rows, strict=True):
             tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
             lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
@@ -49,7 +50,7 @@ class GradientMethod(RowMethod):
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
         numbers = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
-        self._finish_each(each, tuple(rows[w] for w in numbers), finish)
+        self.finish(each, tuple(rows[w] for w in numbers), finish)
         return jacobian
 
 
