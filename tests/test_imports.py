@@ -8,24 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.packages import PACKAGES, TOP
+
 PACKAGE = Path(__file__).parents[1] / "gradkern"
-TOP = "top"  # the modules in gradkern/ itself
-#: The packages from the ground up: one imports itself and those above its own line in this list.
-PACKAGES = (
-    "util",
-    "ir",
-    "passes",
-    "codegen",
-    "planner",
-    "runtime",
-    "frontend",
-    "dispatch",
-    TOP,
-    "attr",
-    "data",
-    "report",
-    "cli",
-)
 MOST_AT_THE_TOP = 5  # files in gradkern/ itself
 #: Names that `gradkern/__init__.py` re-exports from packages further down the list, at their first use.
 REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data")}

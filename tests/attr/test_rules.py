@@ -23,6 +23,7 @@ from gradkern.util import chunks
 from tests.cases import CASES
 from tests.support import rule_oracle, tracing
 from tests.support.case import randomise_norm
+from tests.support.rule_networks import DEEP, build, chain
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -56,14 +57,6 @@ class PooledNet(nn.Module):
     def forward(self, x):
         x = self.pool(self.act1(self.norm(self.conv(x))))
         return self.fc2(self.act2(self.fc1(x.flatten(1))))
-
-
-def build(make, *args):
-    torch.manual_seed(0)
-    model = make(*args).double()
-    for module in model.modules():
-        randomise_norm(module)
-    return model.eval()
 
 
 def images(seed=1, n=N):
@@ -125,22 +118,6 @@ def test_custom_attribution_functions():
         ours.DeepLift(model, multiply_by_inputs=False).attribute(x, target=0),
         stock.DeepLift(model, multiply_by_inputs=False).attribute(x, target=0),
     )
-
-
-def chain(*modules, shape, classes=3):
-    body = nn.Sequential(*modules)
-    width = body(torch.zeros(1, *shape)).flatten(1).shape[1]
-    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(width, classes))
-
-
-DEEP = {
-    "relu_pool_1d": (lambda: chain(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(3, 2, 2), nn.ReLU(),
-                                   nn.MaxPool1d(2), shape=(1, 14)), (1, 14)),
-    "relu_pool_2d": (lambda: chain(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), shape=(1, 8, 8)), (1, 8, 8)),
-    "overlap": (lambda: chain(nn.Conv1d(1, 3, 3), nn.MaxPool1d(3, 2, 1), nn.ELU(), shape=(1, 12)), (1, 12)),
-    "pool_first": (lambda: chain(nn.MaxPool2d(2), nn.Conv2d(1, 2, 2), nn.Tanh(), shape=(1, 6, 6)), (1, 6, 6)),
-    "softmax": (lambda: nn.Sequential(*chain(nn.Linear(6, 5), nn.ReLU(), shape=(6,)), nn.Softmax(1)), (6,)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ["kernel", "reference"])

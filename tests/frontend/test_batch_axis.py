@@ -11,8 +11,9 @@ import gradkern
 from gradkern.ir.calls import form_params
 from gradkern.ir.program import Contract, Index, Opaque, View
 from tests.cases import CASES
-from tests.frontend.test_tracer import Net, forms, proposed
 from tests.support import oracle
+from tests.support.modules import Net
+from tests.support.traced import forms, proposed
 from tests.support.tracing import bind, trace
 
 

@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.ir.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View
+from gradkern.ir.program import Channels, Contract, Positions, Program, Scale, Step, Sum, View
 from gradkern.runtime import executor, reference
 from tests.support import oracle, tracing
+from tests.support.programs import dense
 from tests.support.traced import EXACT, run, worst
-
-
-def dense(o: int, i: int, source: int, name: str = "w") -> Step:
-    return Step(Contract(Dense(), Param(f"{name}{o}x{i}")), (source,), (o,))
-
 
 CORNERS = {
     "input is the output": ((), 0),

@@ -29,8 +29,8 @@ from gradkern.runtime import executor, parameters, reference
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
-from tests.runtime.test_executor_corners import dense
 from tests.support import oracle
+from tests.support.programs import dense
 from tests.support.traced import EXACT, exact, parts, run, worst
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
 from gradkern.runtime import reference
 from tests.cases import BENCH, CASES, SMALL
-from tests.frontend.test_tracer import traced
 from tests.support import oracle
 from tests.support.case import Case
+from tests.support.traced import traced
 from tests.support.tracing import bind, trace
 
 CHECKED = tuple(c for c in SMALL if c.traceable)
