@@ -76,3 +76,16 @@ def test_a_planted_violation_is_seen(place: str, line: str) -> None:
 
 def test_few_modules_stand_at_the_top() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+#: Runs the tests of ``gpu/`` themselves on a stand-in.
+RERUNS = {"test_gpu_on_host.py"}
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What several of them need is in ``tests/support``."""
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and path.name not in RERUNS:
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                assert names[0] != "tests" or not any(n.startswith("test_") for n in names), f"{path}:{node.lineno}"
