@@ -25,12 +25,12 @@ from gradkern.planner.plan import Plan
 from gradkern.runtime import ops
 from tests.cases import CASES
 from tests.support import oracle, rule_oracle
+from tests.support.case_runs import program_of
 from tests.support.host_device import POISON, HostDevice, installed
 from tests.support.pools import POOLS, equal, numbers, with_counts
 from tests.support.properties import questions
 from tests.support.random_programs import programs
 from tests.support.rule_networks import DEEP, build
-from tests.support.traced import program_of
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),

@@ -30,8 +30,8 @@ from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
 from tests.support import oracle
+from tests.support.case_runs import EXACT, exact, parts, run, worst
 from tests.support.programs import dense
-from tests.support.traced import EXACT, exact, parts, run, worst
 
 
 def test_packed_weights_follow_every_edit():

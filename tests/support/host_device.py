@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 from gradkern.codegen.limits import PORTS
 from gradkern.codegen.machine import Device
 from gradkern.runtime import executor, ops
-from tests.support import tracing
+from tests.support import capturing
 from tests.support.case import Case
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -47,7 +47,7 @@ class Args(ctypes.Structure):
 
 
 def rescale_args(number: type) -> type[ctypes.Structure]:
-    """csrc/rescale.h"""
+    """csrc/rescale_rule.h"""
 
     class RescaleArgs(ctypes.Structure):
         _fields_ = (
@@ -280,8 +280,8 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: Ten
     model = case.build(dtype=dtype)
     inputs = case.inputs(n, dtype=dtype)
     with torch.no_grad():
-        program = tracing.trace(model, inputs)
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, inputs)
+        params = capturing.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs, targets)
             used = executor.plan_for(program, got[0].shape[1], dtype)

@@ -6,7 +6,7 @@ import torch
 
 from gradkern.runtime import executor
 from gradkern.runtime.parameters import Packed
-from tests.support.traced import parts
+from tests.support.case_runs import parts
 
 
 def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.float64, group: bool = False):
@@ -23,7 +23,7 @@ def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.fl
         "tables": packed.tables,
         "forward": packed.forward,
         "backward": packed.backward,
-        "sizes": chain.sizes.numbers,
+        "sizes": chain.sizes.integers,
         "outputs": [torch.zeros(n, s, dtype=dtype) for s in chain.output_sizes],
         "targets": targets,
         "seed_rows": None if group else packed.seed_rows(targets, program.outputs),
