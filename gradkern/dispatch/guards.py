@@ -106,7 +106,7 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=1024)
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a fresh tensor.  A contiguous one may have others along axes of length 1: one sample cut from a wider tensor."""
+    """Of a fresh tensor.  A contiguous one may have others along axes of length 1, as one sample of a slice has."""
     return torch.empty(shape, device="meta").stride()
 
 
