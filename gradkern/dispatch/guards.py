@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ..frontend.capture import Capture, Captured, Graph, code_of
+from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
+from ..util.torch_compat import cache_entries, disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -106,7 +105,7 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=1024)
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a fresh tensor.  A contiguous one may have others along axes of length 1, as one sample of a slice has."""
+    """Of a fresh tensor.  A contiguous one may have others along axes of one element: a sample of a wider tensor."""
     return torch.empty(shape, device="meta").stride()
 
 
@@ -118,10 +117,10 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     try:
         with (
             torch.inference_mode(False) if inferring else nullcontext(),
-            _disable_current_modes() if counting else nullcontext(),
+            disable_current_modes() if counting else nullcontext(),
         ):
             local = by_name(fn, stand_ins(inputs))
-            for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
+            for entry in cache_entries(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):
                     graph = capture.graphs.get(id(entry.code))
                     if graph is None or not _same_methods(graph):
@@ -133,7 +132,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     return None
 
 
-def _same_methods(graph: Graph) -> bool:
+def _same_methods(graph: CapturedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:

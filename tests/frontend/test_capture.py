@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 from gradkern.dispatch import state
-from gradkern.runtime.macs import MacCounter
+from gradkern.runtime.mac_counter import MacCounter
 from tests.frontend.test_regions import Through
-from tests.frontend.test_tracer import Net
+from tests.frontend.test_to_program import Net
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
 
