@@ -150,13 +150,13 @@ class Accumulator:
             self.sums["count_ranks"][at] += ranks(maps.abs())
         total, square, size, largest = rows
         if not ops.accumulate(maps, group, total, square, size, largest, groups):
-            _plainly(maps, group, total, square, size, largest, groups)
+            _accumulate_in_torch(maps, group, total, square, size, largest, groups)
 
     def result(self, prefix: str) -> dict[str, np.ndarray]:
         return {f"{prefix}/{name}": value.numpy() for name, value in self.sums.items()}
 
 
-def _plainly(
+def _accumulate_in_torch(
     maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None, size: Tensor | None,
     largest: Tensor | None, groups: Tensor | None,
 ) -> None:  # fmt: skip

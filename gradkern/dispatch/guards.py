@@ -97,8 +97,8 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The inputs as they are shown to Dynamo, which looks at everything but their values."""
     shown = []
     for x in inputs:
-        plain = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
-        x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        whole = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
+        x = x.detach() if whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return tuple(shown)
 

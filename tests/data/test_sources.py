@@ -225,12 +225,12 @@ def registered(monkeypatch):
             self.readings = rows
 
         @classmethod
-        def accepts(cls, thing):
-            return isinstance(thing, Sensor)
+        def accepts(cls, data):
+            return isinstance(data, Sensor)
 
         @classmethod
-        def of(cls, thing, columns):
-            return cls(thing.readings)
+        def of(cls, data, columns):
+            return cls(data.readings)
 
         @classmethod
         def at(cls, path, name, columns):

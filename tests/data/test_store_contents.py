@@ -86,7 +86,7 @@ def test_kernel_and_plain_statistics_agree():
     maps[7, 1, 5] = float("nan")
     group = torch.arange(50) % 32
     both = []
-    for function in (gradkern.runtime.ops.accumulate, statistics._plainly):
+    for function in (gradkern.runtime.ops.accumulate, statistics._accumulate_in_torch):
         sums = [torch.zeros(3, 40, dtype=torch.float64) for _ in range(3)]
         largest, groups = torch.zeros(3, 40), torch.zeros(32, 3, 40, dtype=torch.float64)
         function(maps, group, *sums, largest, groups)

@@ -36,16 +36,16 @@ class Arrays(Source):
         self.arrays = list(arrays)
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
-        if isinstance(thing, (tuple, list)):
-            return bool(thing) and all(hasattr(a, "shape") for a in thing)
-        return isinstance(thing, (Tensor, np.ndarray, dict))
+    def accepts(cls, data: Any) -> bool:
+        if isinstance(data, (tuple, list)):
+            return bool(data) and all(hasattr(a, "shape") for a in data)
+        return isinstance(data, (Tensor, np.ndarray, dict))
 
     @classmethod
-    def of(cls, thing: Any, columns: Any) -> Source:
-        if isinstance(thing, (tuple, list)):
-            return cls(thing)
-        return cls([thing] if hasattr(thing, "shape") else members(thing, columns))
+    def of(cls, data: Any, columns: Any) -> Source:
+        if isinstance(data, (tuple, list)):
+            return cls(data)
+        return cls([data] if hasattr(data, "shape") else members(data, columns))
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
@@ -93,9 +93,9 @@ def _start_of_map(array: np.memmap) -> int:
     return base.__array_interface__["data"][0]
 
 
-def package_of(thing: Any) -> str:
-    """The package that a thing's class comes from: told without importing an optional library."""
-    return type(thing).__module__.partition(".")[0]
+def package_of(data: Any) -> str:
+    """The package that an object's class comes from: told without importing an optional library."""
+    return type(data).__module__.partition(".")[0]
 
 
 @register
@@ -106,8 +106,8 @@ class Zarr(Arrays):
     suffixes = (".zarr",)
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
-        return package_of(thing) == "zarr"
+    def accepts(cls, data: Any) -> bool:
+        return package_of(data) == "zarr"
 
     @classmethod
     def load(cls, path: str) -> Any:
@@ -124,8 +124,8 @@ class Hdf5(Arrays):
     suffixes = (".h5", ".hdf5")
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
-        return package_of(thing) == "h5py"
+    def accepts(cls, data: Any) -> bool:
+        return package_of(data) == "h5py"
 
     @classmethod
     def load(cls, path: str) -> Any:

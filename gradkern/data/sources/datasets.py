@@ -25,16 +25,16 @@ class TorchDataset(Source):
         self.collate = collate or default_collate
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
-        if isinstance(thing, (DataLoader, IterableDataset)):
+    def accepts(cls, data: Any) -> bool:
+        if isinstance(data, (DataLoader, IterableDataset)):
             return True
-        return hasattr(thing, "__getitem__") and hasattr(thing, "__len__")
+        return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
     @classmethod
-    def of(cls, thing: Any, columns: Any) -> Source:
-        if isinstance(thing, IterableDataset):
-            raise no_random_access(f"got {type(thing).__name__}")
-        return cls._of_loader(thing, columns) if isinstance(thing, DataLoader) else cls(thing, columns)
+    def of(cls, data: Any, columns: Any) -> Source:
+        if isinstance(data, IterableDataset):
+            raise no_random_access(f"got {type(data).__name__}")
+        return cls._of_loader(data, columns) if isinstance(data, DataLoader) else cls(data, columns)
 
     @classmethod
     def _of_loader(cls, loader: DataLoader, columns: Any) -> Source:
@@ -89,14 +89,14 @@ class HuggingFaceDataset(Source):
         self.columns = columns
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
-        return package_of(thing) == "datasets" and hasattr(thing, "with_format")
+    def accepts(cls, data: Any) -> bool:
+        return package_of(data) == "datasets" and hasattr(data, "with_format")
 
     @classmethod
-    def of(cls, thing: Any, columns: Any) -> Source:
-        if not hasattr(thing, "__len__"):
-            raise no_random_access(f"got {type(thing).__name__}")
-        return cls(thing, columns)
+    def of(cls, data: Any, columns: Any) -> Source:
+        if not hasattr(data, "__len__"):
+            raise no_random_access(f"got {type(data).__name__}")
+        return cls(data, columns)
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
         return pick(self.dataset[start:stop], self.columns)

@@ -1,4 +1,4 @@
-"""What a source of samples is, and the registry by which a thing or a path finds the class that reads it.
+"""What a source of samples is, and the registry by which an object or a path finds the class that reads it.
 
 A source has a length and random access by ranges, because a run that resumes or is sharded must read the samples of
 one chunk alone.  Streams without either are refused, with advice.
@@ -51,14 +51,14 @@ class Source(ABC):
     # ---- opening
 
     @classmethod
-    def accepts(cls, thing: Any) -> bool:
+    def accepts(cls, data: Any) -> bool:
         """Does this class read such an object?"""
         return False
 
     @classmethod
-    def of(cls, thing: Any, columns: Any) -> Source:
+    def of(cls, data: Any, columns: Any) -> Source:
         """The source of an object that the class accepts; ``columns`` are the fields that the model takes."""
-        raise NotImplementedError(f"{cls.__name__} accepts objects, so it needs a class method of(thing, columns)")
+        raise NotImplementedError(f"{cls.__name__} accepts objects, so it needs a class method of(data, columns)")
 
     @classmethod
     def accepts_path(cls, path: str) -> bool:
