@@ -14,7 +14,7 @@ from gradkern.planner.implementations import PER_OP, RECURRENT
 from gradkern.planner.plan import Plan
 from gradkern.runtime import executor, ops, reference
 from tests.cases import CASES, TRACEABLE
-from tests.support.traced import parts
+from tests.support.case_runs import parts
 
 N = 2
 
