@@ -124,7 +124,7 @@ class Route:
         state.warn(self.fn, message)
 
 
-def decide(request: Request, engine: str | None = None) -> Route:
+def decide(request: Request, engine: Engine | None = None) -> Route:
     """Decide which route a request takes.  ``engine`` as in `gradkern.use`.
 
     Raises `BadValue` where the model or the inputs are on the meta device.
@@ -187,7 +187,7 @@ def one_call() -> Iterator[None]:
         _decided.reset(token)
 
 
-def shared_route(request: Request, engine: str | None = None) -> Route:
+def shared_route(request: Request, engine: Engine | None = None) -> Route:
     """`decide`, or what the public call that this is part of has decided already.
 
     Only for what looks at the model as the caller has handed it over: not where hooks are registered meanwhile.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import threading
 import warnings
@@ -25,7 +24,6 @@ from gradkern.ir.program import (
     LowRank,
     Opaque,
     Positions,
-    Program,
     Scale,
     Select,
     Sum,
@@ -38,46 +36,10 @@ from tests.cases import CASES, TRACEABLE
 from tests.support import oracle
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import Case, Fn
+from tests.support.case_runs import forms, lowered, proposed
+from tests.support.modules import Net
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
-
-
-@functools.cache
-def lowered(name: str) -> tuple[nn.Module, Program]:
-    """A float64 network of the table and its verified Program."""
-    case = CASES[name]
-    model = case.build(dtype=torch.float64)
-    inputs = case.inputs(3, dtype=torch.float64)
-    program = to_program(model, inputs)
-    verify(program, model, inputs)
-    return model, program
-
-
-def forms(program: Program) -> list[type]:
-    return [type(step.form) for step in program.steps]
-
-
-def proposed(model: nn.Module, *shapes: tuple[int, ...]) -> Program:
-    """Trace and verify on random float64 samples."""
-    inputs = tuple(torch.randn(3, *s, dtype=torch.float64) for s in shapes)
-    model = model.double().eval()
-    program = to_program(model, inputs)
-    verify(program, model, inputs)
-    return program
-
-
-class Net(nn.Module):
-    """A function of the module and its inputs, with a linear layer and attributes to use."""
-
-    def __init__(self, fn, width: int = 4, **attributes: object) -> None:
-        super().__init__()
-        self.fn = fn
-        self.fc = nn.Linear(width, width)
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
-        return self.fn(self, *xs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
