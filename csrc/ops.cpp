@@ -1,4 +1,4 @@
-// Schemas of the tensor ops.
+// Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp).
 #include <torch/library.h>
 
 #include "checks.h"

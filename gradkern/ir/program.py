@@ -1,8 +1,8 @@
 """Program: what a network computes, as an immutable DAG of steps in a handful of forms.
 
 A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
-optimizer step never makes it stale, and two networks of one architecture share it.  Values live in a
-:mod:`gradkern.runtime.parameters`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
+optimizer step never makes it stale, and two networks of one architecture share it.  Its tensors are kept by
+:mod:`gradkern.runtime.parameters`, and a :class:`~gradkern.planner.plan.Plan` says how to run it.
 
 Values are numbered: ``0 … len(inputs)-1`` are the network's inputs, and step ``i`` defines value
 ``len(inputs) + i``.  Every shape here is **per sample**, without the batch axis (which is always axis 0 of the
@@ -19,6 +19,7 @@ form           what it is                                             layers tha
 `LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
 `Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
 `Index`        the same numbers in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
+`Given`        slopes that an attribution rule gives, elementwise     none: attribution rules put it for `Scale`
 `View`         the same numbers under another shape                   flatten, view, squeeze
 `Sum`          fan-in                                                 residual add
 `Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
