@@ -1,4 +1,4 @@
-"""`jacobian`, `iter_jacobian`, `prepare` and `explain`: arguments read, one decision taken, the result handed back."""
+"""`jacobian`, `iter_jacobian`, `prepare` and `explain`: they read arguments, decide on a route and return results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def jacobian(
         A `torch.nn.Module` (or its bound ``forward``) that maps tensors ``[N, ...]`` to one tensor ``[N, *out]``.
         Any other callable works too, on autograd.
     inputs
-        One tensor ``[N, *in]``, or a tuple of such with equal N.  They and the model are left as they are.
+        One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
         ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list or
         1-D tensor of S ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).
@@ -83,12 +83,12 @@ def jacobian(
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.
     wrt
-        The numbers of the inputs to differentiate (an int gives one tensor, a sequence a tuple).  ``None``: all.
+        The indices of the inputs to differentiate (an int gives one tensor, a sequence a tuple).  ``None``: all.
     engine
         ``"auto"``, ``"kernel"``, ``"reference"`` or ``"autograd"``, see `gradkern.use`.
     create_graph
-        True gives a result that can itself be differentiated: always by autograd, in one piece.  Otherwise the
-        result is detached, also where the inputs require grad.
+        True gives a result that can itself be differentiated; it is always computed by autograd, in one piece.
+        Otherwise the result is detached, even if the inputs require grad.
 
     Returns
     -------
@@ -99,10 +99,10 @@ def jacobian(
     Raises
     ------
     ValueError, TypeError
-        Where something does not fit: with what was got, what was expected, and what to do.  Also (and then a
-        RuntimeError too, as torch's own) where autograd finds no way from the output to an input that is to be
-        differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  A single output
-        that is constant among others that are not has zeros.
+        If an argument does not fit.  The message says what was passed, what was expected, and what to do.  Also (and
+        then the error is a RuntimeError too, like torch's) if autograd finds no path from the output to an input
+        that is to be differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  If
+        only some outputs are constant, their gradients are zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
     tensors, numbers = read_inputs(inputs, wrt)
@@ -149,8 +149,8 @@ def iter_jacobian(
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
     Yields what `jacobian` returns, for ``chunk`` samples at a time (by default, as many as make a piece of the size
-    of the memory budget); the pieces put together along axis 0 are `jacobian`'s result.  A model whose samples depend
-    on each other is computed as a whole first.
+    of the memory budget).  Concatenated along axis 0, the pieces are `jacobian`'s result.  A model whose samples
+    depend on each other is computed as a whole first.
     """
     tensors, numbers = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
@@ -170,7 +170,7 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, as_tuple: b
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
-            # Decided anew: since the last piece the caller may have changed the model.
+            # Decide again: the caller may have changed the model since the last piece.
             results = solve(part, decide(part, engine))
             shaped, first = results.shaped, 0
         else:
@@ -211,11 +211,11 @@ Explanation: TypeAlias = Plan | WholeModel
 def explain(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, show: bool = True
 ) -> Explanation:
-    """Print, step by step, how `jacobian` runs this model, why not faster, and the share that is fused.
+    """Print, step by step, how `jacobian` runs this model, why it is not faster, and the share that is fused.
 
     Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
-    multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` on own
-    kernels alone.  Traces the model where that has not been done.  ``show=False`` prints nothing.
+    multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
+    gradkern's own kernels.  Captures the model if that has not been done.  ``show=False`` prints nothing.
     """
     request = _inspection_request(model, inputs)
     route = decide(request)
@@ -270,7 +270,7 @@ def _with_graph(request: Request, engine: str | None) -> JacobianResult:
 
 
 def _inspection_request(model: Model, inputs: Any) -> Request:
-    """A request that is only looked at: integer inputs are simply not differentiated."""
+    """A request for inspection only: integer inputs are allowed, and not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
     checked, numbers = read_inputs(inputs, floating or None)

@@ -89,10 +89,10 @@ def _exact_request(
 
 
 def _names(results: JacobianResult) -> list[str]:
-    """What to call the outputs that were differentiated."""
+    """Names for the outputs that were differentiated."""
     seeds, shape = results.seeds, results.output_shape
     if seeds.indices is not None and seeds.indices.dim() == 2:
-        return [f"#{s}" for s in range(seeds.count)]  # another output in each sample
+        return [f"#{s}" for s in range(seeds.count)]  # a different output in each sample
     numbers = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
     if len(shape) < 2:
         return [str(int(n)) for n in numbers]

@@ -1,8 +1,8 @@
-"""A Program against live autograd, before it is trusted.
+"""Comparison of a Program with live autograd, before it is trusted.
 
 torch.export drops the backward of a custom `autograd.Function` and of ``torch.no_grad`` regions, and freezes
-``if x.shape[0] == 1``, all without an error.  So outputs and one random vector-Jacobian product are compared on the
-caller's own samples, several together and one alone, with those of the live module.
+``if x.shape[0] == 1``, all without an error.  So outputs and one random vector-Jacobian product are compared with
+those of the live module, on several of the caller's samples together and on one alone.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .refusal import Untraceable
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones
 _MOVE = 1e-3  # of the spread of the inputs
-# What rounding may do to an output, and to a gradient of which no activation pattern has flipped.
+# The effect of rounding on an output, and on a gradient whose activation patterns have not flipped.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
 _TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
-    """Raise `Untraceable` where ``program`` is not what live autograd does on samples like ``inputs``.
+    """Raise `Untraceable` if ``program`` differs from live autograd on samples like ``inputs``.
 
-    ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's
-    buffers and the random state are put back, and no ``.grad`` is touched.  A float32 activation within rounding of a
-    kink may flip a gradient, so where gradients differ the samples are perturbed a little and compared again: a flip
-    goes away, another backward does not.  Gives the floating inputs that autograd does not reach from the output.
+    ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each, of which a few samples are used.  The
+    model's buffers and the random state are restored, and no ``.grad`` is touched.  A float32 activation within
+    rounding of a kink may flip a gradient.  So if gradients differ, the samples are perturbed a little and compared
+    again: a flip goes away, a different backward does not.  Returns the floating inputs that the output does not reach.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
@@ -52,7 +52,7 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Some of the caller's samples; where there are too few, perturbed copies of them."""
+    """Some of the caller's samples, with perturbed copies if there are too few."""
     n = inputs[0].shape[0]
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
     samples = []
@@ -81,14 +81,14 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # One comparison
 
 Params = Mapping[str, Tensor]
-#: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None where nothing reaches the input.
+#: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
 Pair = tuple[Tensor, dict[int, Tensor | None]]
 
 
 def _compared(
     program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
 ) -> Untraceable | frozenset[int]:
-    """What is wrong with ``program``; where nothing is, the inputs that the cotangent does not reach."""
+    """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
     alone = [x[:1] for x in samples]
     together_live = _live(fn, samples, cotangent)
     alone_live = _live(fn, alone, cotangent[:1])
@@ -112,7 +112,7 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
     """Output and pulled-back cotangents by autograd on the model itself."""
     with torch.enable_grad():
         xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in samples]
-        # The model gets copies: it may work in place, which a leaf forbids.
+        # The model gets copies: it may work in place, which is forbidden on a leaf.
         y = fn(*[x.clone() for x in xs])
         if not isinstance(y, Tensor):
             raise Untraceable("its output is not one tensor")
@@ -128,7 +128,7 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
 
 
 def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
-    """The same by the Program, and the tolerance of the least precise of its values."""
+    """The same computed by the Program, and the tolerance of the least precise of its values."""
     with torch.no_grad():
         values = reference.forward(program, params, samples)
         y = values[program.output]
@@ -140,8 +140,8 @@ def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotange
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """On a GPU one sample and several may take different kernels, and torch multiplies convolutions in TF32 unless
-    told otherwise."""
+    """The tolerance of a dtype on a device.  On a GPU one sample and several may take different kernels, and torch
+    computes convolutions in TF32 by default."""
     gpu = device.type == "cuda" and dtype == torch.float32
     convolutions: Any = torch.backends.cudnn
     if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
@@ -155,7 +155,7 @@ def same_outputs(got: Tensor, live: Tensor) -> bool:
 
 
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
-    """What differs by more than rounding: ``"output"``, ``"gradient"``, or nothing."""
+    """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
     if not _close(got[0], want[0], tolerance):
         return "output"
     if not all(_same_gradient(got[1][i], g, tolerance) for i, g in want[1].items()):
@@ -170,7 +170,7 @@ def _same_gradient(got: Tensor | None, want: Tensor | None, tolerance: float) ->
 
 
 def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    """Per sample, the difference against the size of what is right, in the 2-norm; NaN and Inf in the same places."""
+    """Compare, per sample, the 2-norm of the error with that of ``want``; NaN and Inf must be in the same places."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
@@ -178,7 +178,7 @@ def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
     if not torch.equal(finite, torch.isfinite(a)):
         return False
     a, b = a.where(finite, 0.0), b.where(finite, 0.0)
-    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured by the others
+    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured against the others
     return bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all())
 
 

@@ -1,8 +1,8 @@
 """The lowering of one exported graph: a registry of ATen ops and the builder that they write steps to.
 
 A lowering is a function ``(builder, a) -> value`` registered for the full names of ATen overloads.  ``a`` holds
-the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, the rest as
-plain Python; and the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` and so on.
+the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, everything else as
+plain Python.  It also holds the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` etc.
 It emits steps and returns the `Value` that stands for the result, or raises `NoForm` with a reason, in which case the
 op becomes one `Opaque` step.
 """
@@ -23,7 +23,7 @@ from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Valu
 
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
-SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
+SEVERAL: set[str] = set()  # ops of several results whose lowering can give any of them: ``a.piece`` says which
 
 
 class NoForm(Exception):
@@ -52,7 +52,7 @@ class ProgramBuilder:
         self.derived_by_call: dict[Call, Param] = {}
         self.param_meta: dict[Param, torch.Tensor] = {}  # fake tensors: shape, dtype and device of parameters
         self.dtypes: dict[Value, torch.dtype] = {}  # of values that stand for a node of the graph
-        self.op = ""  # of the node being lowered, and the module that it stands in
+        self.op = ""  # the op and the module of the node being lowered
         self.module = ""
 
     # -- values
@@ -83,8 +83,8 @@ class ProgramBuilder:
         return self.derive_call(Call(op, args, tuple(sorted(kwargs.items())), index))
 
     def derive_call(self, call: Call, meta: torch.Tensor | None = None) -> Param:
-        """As `derive`, for a whole call; ``meta`` is its fake result where the caller has it at hand."""
-        name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # '#' is in no attribute's name
+        """As `derive`, for a whole call; ``meta`` is its fake result, if the caller has it."""
+        name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # no attribute's name contains '#'
         param = self.derived_by_call.setdefault(call, Param(name))
         if meta is not None:
             self.param_meta[param] = meta
@@ -145,7 +145,7 @@ class MixesSamples(Exception):
 
 
 def as_shape(b: ProgramBuilder, value: Value, shape: Shape) -> Value:
-    """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
+    """The value under another shape of equal size; nothing is emitted if it, or the value it views, has that shape."""
     if b.shape(value) == tuple(shape):
         return value
     step = b.step(value)
