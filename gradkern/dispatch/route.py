@@ -33,7 +33,7 @@ TRACE_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
-FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
+FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a good part of the time of a call
 
 
 class Route:
@@ -175,7 +175,7 @@ def one_call() -> Iterator[None]:
 def shared_route(request: Request, engine: str | None = None) -> Route:
     """`decide`, or what the public call that this is part of has decided already.
 
-    Only for what looks at the model as the caller has handed it over: not where hooks are registered meanwhile.
+    Use it only on the model as the caller has passed it, not after hooks have been registered.
     """
     known = _decided.get()
     name = options.engine(engine)
@@ -209,13 +209,13 @@ def output_shape(request: Request, route: Route) -> Shape:
 
 def couples_batch(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
-    changes its buffers.  Empty where the batch may be cut."""
+    changes its buffers.  Empty if the batch may be cut."""
     return "" if route.program is not None else _profile(request, route).couples_batch
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
-    """May the batch be cut, do buffers change, what does a sample take?  Measured anew in every call: nothing guards a
-    model that runs on autograd."""
+    """Whether the batch may be cut, whether buffers change, and how much memory a sample takes.  This is measured again
+    in every call, since nothing guards a model that runs on autograd."""
     reason, verdict = route.eager_reason, route.verdict
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
@@ -272,7 +272,7 @@ def _on_autograd(
 
 
 def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int, JacobianResult | None]:
-    """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
+    """Run on autograd, chunk by chunk, as long as tracing would cost more than it saves; return the samples done.
 
     The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.
     """
@@ -296,7 +296,7 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int
 
 
 def _profile_of_run(request: Request, route: Route) -> ModelProfile:
-    """The profile for one call on autograd.  One sample needs no measuring, nor do a few that fit in one forward."""
+    """The profile for one call on autograd.  One sample is not measured, nor are a few that fit in one forward."""
     samples, known, reason = request.samples, route.entry.profile, route.eager_reason
     if reason is None or not reason.couples_batch:
         few = known is not None and samples <= FEW_SAMPLES and _fit(request, known)
@@ -312,7 +312,7 @@ def _fit(request: Request, profile: ModelProfile) -> bool:
 
 @contextmanager
 def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
-    """Put the buffers back afterwards, one call at a time, where a forward changes them."""
+    """Restore the buffers afterwards if a forward changes them; such calls run one at a time."""
     if not profile.mutates or route.module is None:
         yield
         return

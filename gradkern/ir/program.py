@@ -112,7 +112,7 @@ class Dense:
 class Windows:
     """Sliding windows over the trailing spatial axes of ``[C, *spatial]``; weight ``[O, C/groups, *kernel]``.
 
-    ``padding`` holds ``(before, after)`` per axis, so that ``same`` with an even kernel has a place.  Padding is
+    ``padding`` holds ``(before, after)`` per axis, so that ``same`` with an even kernel is possible.  Padding is
     zeros.  `Select` uses the same geometry with ``-inf`` padding; there ``groups`` is 1 and unused.
     """
 
@@ -157,7 +157,7 @@ class Channels:
     """``y[c, *] = w[c] x[c, *] + b[c]``: one factor and one shift per channel (batch norm in eval).
 
     ``w`` or ``b`` may be missing (1 and 0).  For a flat value ``[F]`` the features are the channels.  ``axis`` is
-    the per-sample axis of the channels: 0, or the last one where features stand last (a layer norm's factors).
+    the per-sample axis of the channels: 0, or the last axis if features come last (a layer norm's factors).
     """
 
     axis: int = 0
@@ -192,7 +192,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Select:
-    """The maximum of each window, per channel: the first maximum wins, the last NaN does (as torch's pools).
+    """The maximum of each window, per channel: the first maximum wins, or the last NaN (as in torch's pools).
 
     ``ties`` is ``"split"`` for `amax`, which shares a cotangent between equal maxima; its windows span whole axes.
     """
@@ -203,7 +203,7 @@ class Select:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A function of all numbers along per-sample axis ``axis`` (non-negative), whose VJP is a diagonal plus few dots.
+    """A function along per-sample axis ``axis`` (non-negative), whose VJP is a diagonal plus a few dot products.
 
     ``softmax``, ``log_softmax``, or ``normalize`` with params (eps,): ``(x - mean) / sqrt(variance + eps)``.
     """
@@ -215,9 +215,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two values.  ``mul``: elementwise, axes of length one stretch, equal ranks.
+    """A product of two values.  ``mul``: elementwise for equal ranks; axes of length one are broadcast.
 
-    ``matmul``: ``[*B, M, K] @ [*B, K, P]``, the same leading axes on both sides.
+    ``matmul``: ``[*B, M, K] @ [*B, K, P]``, with the same leading axes on both sides.
     """
 
     function: str = "mul"
@@ -225,7 +225,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Part:
-    """How one input lands in the result of an `Index`.
+    """How one input is copied to the result of an `Index`.
 
     The input's axes are put into ``order``; then ``axes[a]`` says, for each output index along axis ``a``, which
     index it reads, as runs ``(start, count, step)``.  A negative start is a run of zeros.
@@ -258,7 +258,7 @@ class Index:
 class Given:
     """``y = slope ⊙ x``: the second input holds the slopes and is not differentiated.
 
-    An attribution rule's stand-in for `Scale`: no network traces to it.
+    Attribution rules put it in place of `Scale`; no network is lowered to it.
     """
 
 
@@ -274,7 +274,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Opaque:
-    """One node that torch itself runs and differentiates.  ``reason`` says why there is no form for it."""
+    """One node that torch itself runs and differentiates.  ``reason`` says why it has no form."""
 
     call: Call
     reason: str
@@ -300,7 +300,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """A network as data.  ``inputs`` are per-sample input shapes, ``output`` the number of the result value."""
+    """A network as data.  ``inputs`` are per-sample input shapes, ``output`` is the index of the result value."""
 
     inputs: tuple[Shape, ...]
     steps: tuple[Step, ...]
@@ -336,8 +336,8 @@ class Program:
 
     @cached_property
     def slopes(self) -> frozenset[int]:
-        """The values that `Given` steps multiply by.  A program that has some is linear: its backward pass needs no
-        others."""
+        """The values that `Given` steps multiply by.  A program that has any is linear: its backward pass needs no
+        other values."""
         return frozenset(s.inputs[1] for s in self.steps if isinstance(s.form, Given))
 
     @cached_property
@@ -356,7 +356,7 @@ class Program:
 
 
 def _exact(x: Any) -> Any:
-    """Everything in a value, as nested tuples: what it prints for people leaves out coefficients."""
+    """Everything in a value, as nested tuples; its printed form leaves out coefficients."""
     if is_dataclass(x):
         return (type(x).__name__, *(_exact(getattr(x, f.name)) for f in fields(x)))
     return tuple(_exact(item) for item in x) if isinstance(x, tuple) else x

@@ -16,8 +16,8 @@ from .options import memory_budget
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
-# What a CPU works on at a time stays in its caches: larger pieces were no faster over five networks, step by step and
-# on autograd.  A GPU wants pieces as large as its memory allows.
+# On a CPU a piece stays in its caches: larger pieces were no faster over five networks, step by step and on autograd.
+# On a GPU pieces should be as large as its memory allows.
 CPU_CACHED_BYTES = 24 << 20
 
 
