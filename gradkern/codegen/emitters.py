@@ -1,4 +1,4 @@
-"""What each kind of unit records: one method for its forward pass, and one for the cotangent of each of its reads."""
+"""The records of each kind of unit: one method for its forward pass, and one for the cotangent of each of its reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UnitRecords(Recording):
         self.forward.append(records.Load(number, dst, shape))
 
     def ends(self, unit: Unit) -> tuple[Place, Place]:
-        """What a unit of one operand reads and writes."""
+        """The places that a unit of one operand reads and writes."""
         return self.value(unit.reads[0]), self.value(unit.out)
 
     # ---- contractions
@@ -121,7 +121,7 @@ class UnitRecords(Recording):
     # ---- copies
 
     def runs(self, unit: Unit, out: Node) -> list[list[int]]:
-        """The runs of every source, to where ``out`` has its elements: the result or what holds its cotangent."""
+        """The runs of every source to the elements of ``out``, which is the result or the node of its cotangent."""
         key = (id(unit), out.row)
         if key not in self.tables_of:
             *sides, to = unit.sides
@@ -165,7 +165,7 @@ class UnitRecords(Recording):
     # ---- elementwise functions
 
     def slope(self, unit: Unit) -> Place:
-        """Where the derivative lies."""
+        """The place of the derivative."""
         return interior(unit.out, self.keep(unit, unit.out.size))
 
     def forward_scale(self, unit: Unit) -> None:
@@ -184,7 +184,7 @@ class UnitRecords(Recording):
     # ---- products of two values
 
     def stretched(self, node: Node, out: Node, buffer: Buffer) -> tuple[Place, int]:
-        """A side of a product, and its stride between channels: strides are zero along the axes that are stretched."""
+        """A side of a product, and its stride between channels; strides are zero along broadcast axes."""
         row, position = node.row if node.H == out.H else 0, node.C if node.W == out.W else 0
         return Place(buffer, node.interior, row, position), int(node.C == out.C)
 
@@ -244,7 +244,7 @@ class UnitRecords(Recording):
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
         what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
-        # The numbers of the lines lie after the storage.
+        # The numbers of each line come after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 
     def forward_lowrank(self, unit: Unit) -> None:

@@ -89,7 +89,7 @@ class GraphBuilder:
         return j if j is not None and wanted(self.program.steps[j]) else None
 
     def wants_tokens(self, step: int, value: int) -> bool:
-        """Whether a step, or what follows it, reads the value best with its last axis as the channels."""
+        """Whether a step, or one after it, reads the value best with its last axis as the channels."""
         shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
         match form:
@@ -170,7 +170,7 @@ class GraphBuilder:
     def unit(
         self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **kw: Any
     ) -> Node:
-        """A unit whose result has the step's shape, or lies as the value ``like`` does."""
+        """A unit whose result has the step's shape, or the layout of the value ``like``."""
         if like is not None:
             out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
         else:
@@ -207,7 +207,7 @@ class GraphBuilder:
         self.unit("move", i, [node], keeps, sides=sides)
 
     def index(self, i: int, step: ir.Step) -> None:
-        """Copies; a change between channels first and channels last is none."""
+        """Copies elements; changing between channels first and channels last needs no copy."""
         form, source = step.form, step.inputs[0]
         assert isinstance(form, ir.Index)
         shape, channels_last = self.program.shape(source), source in self.channels_last
@@ -242,7 +242,7 @@ class GraphBuilder:
         return full and straight and count == step.shape[0] and len(step.shape) > 1
 
     def pull_forward(self, i: int, step: ir.Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
-        """Elementwise steps after a concatenation are done to its parts: a norm folds, a ReLU stays bits."""
+        """Apply elementwise steps after a concatenation to its parts, so that a norm folds and a ReLU stays bits."""
         steps, alone = [i], [self.only_reader(v) == i for v in step.inputs]
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
@@ -321,11 +321,11 @@ class GraphBuilder:
         windows = pool_of(step)
         if windows is None or unsupported_reason(self.program, step) is not None:
             return False
-        return not (rectify and overlaps(windows))  # what several windows send is added before it is rectified
+        return not (rectify and overlaps(windows))  # cotangents of overlapping windows are added before rectifying
 
 
 def reserve_halo(unit: Unit) -> None:
-    """Padding becomes a zero border of the storage that is read, wide enough for every window on it."""
+    """Give the storage that is read a zero border for padding, wide enough for every window on it."""
     m = unit.contraction.map
     if not isinstance(m, ir.Windows):
         return
@@ -338,12 +338,12 @@ def reserve_halo(unit: Unit) -> None:
 
 
 def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
-    """A bare ReLU or a scale writes over its input where nobody else reads that."""
+    """Let a bare ReLU or a scale overwrite its input if it is the only reader."""
     kept = {n.id for n in outputs.values()}
     for unit in units:
         if unit.kind in ("pattern", "scale") and unit.windows is None:
             source = unit.reads[0]
-            # What a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
+            # Places that a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
             if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]
                 source.halo[:] = both
@@ -352,7 +352,7 @@ def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
 
 
 def channel_axis(step: ir.Step) -> int | None:
-    """The axis along which a step has factors, such as a norm's; None where it is another step."""
+    """The axis along which a step has factors, such as a norm's; None for other steps."""
     return step.form.map.axis if isinstance(step.form, ir.Contract) and isinstance(step.form.map, ir.Channels) else None
 
 
@@ -372,5 +372,5 @@ def is_elementwise(step: ir.Step) -> bool:
 
 
 def pool_of(step: ir.Step) -> ir.Windows | None:
-    """The windows of a max pool; None where the step is no such pool."""
+    """The windows of a max pool; None for other steps."""
     return step.form.windows if isinstance(step.form, ir.Select) and step.form.ties == "first" else None

@@ -1,7 +1,7 @@
-"""Limits of the CUDA kernels, which the lowering and its prices must know too.
+"""Limits of the CUDA kernels, which the lowering and its cost model also need.
 
-csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), written from this module like the
-records: after a change here, run ``python -m gradkern.codegen.records_header`` and build the extension anew.
+csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), which are generated from this module.
+After a change here, run ``python -m gradkern.codegen.records_header`` and rebuild the extension.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class ByType(NamedTuple):
-    """A limit that depends on the element type: what the registers of a thread hold."""
+    """A limit that depends on the element type, because of the registers of a thread."""
 
     float32: int
     float64: int
