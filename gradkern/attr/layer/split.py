@@ -1,7 +1,7 @@
 """A Program cut at a layer: forward to the layer's value, and all-seed gradients from the outputs back to it.
 
-The layer's value is found by what it holds: the live model runs a few samples with a hook on the layer, and the value
-of the Program that equals what the hook saw is the one (module paths decide between equals).
+The layer's value is found by its content: the live model runs a few samples with a hook on the layer, and the value of
+the Program that equals the hooked tensor is chosen (module paths decide between equal values).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
+SAMPLES = 3  # used to find the layer's value, and as many noisy ones
 _values: Memo[int | None] = Memo(256)
 _tails: Memo[Tail] = Memo(256)
 
@@ -64,14 +64,14 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     with torch.no_grad():
         values = reference.forward(program, points.route.params(), rows)
         value = _best(program, path, to_input, [v for v, of in enumerate(values) if _equal(of, content)])
-    # From the outputs to integers there is no gradient that could have been compared when the Program was made.
+    # With integer inputs, no gradient could be compared when the Program was made.
     unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
     return None if unconfirmed else value
 
 
 @contextmanager
 def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
-    """What every call of the layer gives (or gets), itself and a copy.  ``grad``: gradients are to arrive there."""
+    """The output (or input) of every call of the layer, and a copy.  ``grad``: gradients must reach it."""
     seen: list[tuple[Tensor, Tensor] | None] = []
 
     def look(_: Any, inputs: Any, output: Any = None) -> Tensor | None:
@@ -117,7 +117,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _best(program: Program, path: str, to_input: bool, candidates: list[int]) -> int | None:
-    """The candidate that belongs to the module; one alone is taken as it is."""
+    """The candidate that belongs to the module; a single candidate is taken without a check."""
     base = len(program.inputs)
     if to_input:
         inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
@@ -129,7 +129,7 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
 
 
 def tail_of(program: Program, value: int) -> Tail:
-    """What stands between ``value`` and the output, remembered."""
+    """The part of the Program between ``value`` and the output, remembered."""
 
     def make() -> Tail:
         needed = graph.ancestors(program, [program.output], without=[value])
@@ -146,7 +146,7 @@ class LayerView:
 
     def __init__(self, points: Points, program: Program, value: int, exclusive: bool) -> None:
         self.points, self.program, self.value = points, program, value
-        self.exclusive = exclusive  # whether all that reads the value reads it from the layer
+        self.exclusive = exclusive  # whether all readers of the value read it from the layer
         self.tail = tail_of(program, value)
         self.params = points.route.params()
         self.plain = options.engine(points.engine) == "reference" or any(
@@ -158,7 +158,7 @@ class LayerView:
         return self.program.shape(self.value)
 
     def forward(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The layer's value ``[R, *layer]``, and the others that cross the cut."""
+        """The layer's value ``[R, *layer]``, and the other values that cross the cut."""
         rows = [x.detach().contiguous() for x in (*inputs, *more)]
         wanted = [self.value, *self.tail.crossing]
         with torch.inference_mode(False), torch.no_grad():
@@ -174,7 +174,7 @@ class LayerView:
         return held[0], self.gradients(held, index, seeds)
 
     def zeros(self, seeds: int) -> Tensor:
-        """Room for attributions, ``[N, S, *layer]``."""
+        """An empty tensor for attributions, ``[N, S, *layer]``."""
         x = self.points.inputs[0]
         return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
 
@@ -221,7 +221,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
 
 
 def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool:
-    """Does putting another tensor in the layer's place change this value for every reader?"""
+    """Does replacing the layer's tensor change this value for every reader?"""
     base, readers = len(program.inputs), program.consumers[value]
     if to_input:
         return all(_inside(program, path, i) for i in readers)
