@@ -25,7 +25,7 @@ import gradkern
 from benchmarks import accuracy, machine, measure, report
 from benchmarks.baselines import PEERS
 from benchmarks.measure import Contender
-from gradkern.ir.cost import total_macs
+from gradkern.ir.macs import total_macs
 from tests.support import oracle
 from tests.support.networks import NETWORKS, Network
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "scale.h"
+#include "elementwise.h"
 
 namespace py = pybind11;
 

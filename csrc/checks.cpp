@@ -1,10 +1,9 @@
-// Every check on what reaches a kernel, and the hash of tensors on the CPU.
+// Every check on what reaches a kernel.
 #include "checks.h"
 
 #include <ATen/ATen.h>
 
-#include <cstring>
-#include <vector>
+#include "records.h"
 
 namespace gradkern {
 
@@ -95,7 +94,7 @@ void check(const ChainCall& call, bool backward) {
   if (backward) check_seeds(call);
 }
 
-at::Tensor rescaled(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu) {
+void check_rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu) {
   TORCH_CHECK(z.dim() == 4 && reference.dim() == 4 && z.is_contiguous() && reference.is_contiguous(),
               "gradkern: rescale takes contiguous [N, C, H, W], got ", z.sizes(), " and ", reference.sizes());
   TORCH_CHECK(z.scalar_type() == reference.scalar_type() && z.sizes().slice(1) == reference.sizes().slice(1) &&
@@ -110,36 +109,6 @@ at::Tensor rescaled(const at::Tensor& z, const at::Tensor& reference, at::IntArr
               "gradkern: rescale without a pool is a ReLU's; a pool is 10 ints");
   for (size_t i = 0; i < pool.size(); ++i)
     TORCH_CHECK(pool[i] >= (i == 4 || i == 5 ? 0 : 1), "gradkern: rescale's pool has ", pool[i], " in place ", i);
-  return pool.empty() ? at::empty({1, z.size(0), z.size(1), z.size(2), z.size(3)}, z.options())
-                      : at::empty({pool[0] * pool[1], z.size(0), z.size(1), pool[8], pool[9]}, z.options());
-}
-
-// An order-sensitive hash of the bytes of all tensors: what guards packed weights against every kind of edit.
-int64_t content_hash(at::TensorList tensors) {
-  uint64_t total = 0x9e3779b97f4a7c15ull;
-  for (const at::Tensor& tensor : tensors) {
-    const at::Tensor t = tensor.contiguous();
-    const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
-    const int64_t size = static_cast<int64_t>(t.nbytes());
-    // Eight independent lanes of multiply-rotate keep the multiplier busy; each step is a bijection of its lane
-    // for a fixed word, so one changed word always changes the hash of its lane.
-    uint64_t lane[8];
-    for (int l = 0; l < 8; ++l) lane[l] = total + 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(l + 1);
-    int64_t i = 0;
-    for (; i + 64 <= size; i += 64)
-      for (int l = 0; l < 8; ++l) {
-        uint64_t word;
-        std::memcpy(&word, bytes + i + 8 * l, 8);
-        lane[l] = (((lane[l] ^ word) * 0xff51afd7ed558ccdull) << 31 | ((lane[l] ^ word) * 0xff51afd7ed558ccdull) >> 33);
-      }
-    for (; i < size; ++i) lane[0] = (lane[0] ^ bytes[i]) * 0x100000001b3ull;
-    total ^= static_cast<uint64_t>(size) * 0xc2b2ae3d27d4eb4full;
-    for (int l = 0; l < 8; ++l) {
-      total = (total ^ lane[l]) * 0xc4ceb9fe1a85ec53ull;
-      total ^= total >> 29;
-    }
-  }
-  return static_cast<int64_t>(total);
 }
 
 }  // namespace gradkern

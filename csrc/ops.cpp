@@ -1,7 +1,7 @@
 // Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp).
 #include <torch/library.h>
 
-#include "checks.h"
+#include "content_hash.h"
 
 namespace gradkern {
 

@@ -8,7 +8,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "1a92632d3dc919f0";
+constexpr char kRecordLayout[] = "d28dd8ade153b95a";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -246,7 +246,7 @@ struct ElementwiseRecord {
   Place dst;
   Place slope;  // where the derivative goes
   Extent extent;
-  int64_t function;  // which of csrc/scale.h's functions
+  int64_t function;  // which of csrc/elementwise.h's functions
   double p0;  // its parameters
   double p1;
   double p2;
@@ -512,8 +512,7 @@ struct StoreTRecord {
   int64_t halo_columns;  // and columns of the border on the left
 };
 
-namespace cuda {
-
+constexpr int kMaxTaps = 256;  // of a pattern: planes of bits
 constexpr int kPorts = 16;  // external inputs or outputs of a chain
 constexpr int kWalkElements = 5;  // of the window, per lane
 template <class T>
@@ -531,7 +530,5 @@ constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
 template <class T>
 constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread where a convolution's pool is taken at once
 constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
-
-}  // namespace cuda
 
 }  // namespace gradkern

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, overload
 
@@ -14,9 +14,10 @@ from .dispatch import eager
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
+from .ir.calls import Params
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
-from .runtime import executor, macs, parameters
+from .runtime import executor, mac_counter, parameters
 from .util import options
 from .util.callables import name_of
 from .util.chunks import samples_per_chunk, spans
@@ -105,8 +106,8 @@ def jacobian(
         only some outputs are constant, their gradients are zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
-    tensors, numbers = read_inputs(inputs, wrt)
-    request = Request(fn, tensors, numbers, jacobian_choice(targets), out=out)
+    tensors, indices = read_inputs(inputs, wrt)
+    request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the caller's own objects
@@ -152,10 +153,10 @@ def iter_jacobian(
     of the memory budget).  Concatenated along axis 0, the pieces are `jacobian`'s result.  A model whose samples
     depend on each other is computed as a whole first.
     """
-    tensors, numbers = read_inputs(inputs, wrt)
+    tensors, indices = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
-    request = Request(_callable(model), tensors, numbers, jacobian_choice(targets))
+    request = Request(_callable(model), tensors, indices, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
@@ -235,12 +236,12 @@ def explain(
     return explanation
 
 
-def _plan(request: Request, program: Program, params: Mapping[str, Tensor], seeds: Seeds) -> Plan:
+def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> Plan:
     x = request.inputs[request.wrt[0]]
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, params)
-        return plan.counting(macs.opaque_macs(plan.program, params, request.pick(2)))
+        return plan.counting(mac_counter.opaque_macs(plan.program, params, request.pick(2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,5 +274,5 @@ def _inspection_request(model: Model, inputs: Any) -> Request:
     """A request for inspection only: integer inputs are allowed, and not differentiated."""
     tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
-    checked, numbers = read_inputs(inputs, floating or None)
-    return Request(_callable(model), checked, numbers, jacobian_choice(None))
+    checked, indices = read_inputs(inputs, floating or None)
+    return Request(_callable(model), checked, indices, jacobian_choice(None))

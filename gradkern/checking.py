@@ -56,14 +56,14 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
-    tensors, numbers = read_inputs(inputs, None)
+    tensors, indices = read_inputs(inputs, None)
     state = torch.get_rng_state()
     if isinstance(targets, TopK):
         answer, targets = api.jacobian(model, tensors, targets, engine="kernel")
     else:
         answer = api.jacobian(model, tensors, targets, engine="kernel")
     torch.set_rng_state(state)
-    request, against = _exact_request(model, tensors, numbers, targets)
+    request, against = _exact_request(model, tensors, indices, targets)
     results = solve(request, decide(request, "autograd"))
     torch.set_rng_state(state)
     compared = [a.reshape(e.shape) for a, e in zip(answer, results.jacobians, strict=True)]
@@ -71,7 +71,7 @@ def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: T
 
 
 def _exact_request(
-    model: Any, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], targets: Any
+    model: Any, tensors: tuple[Tensor, ...], indices: tuple[int, ...], targets: Any
 ) -> tuple[Request, str]:
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
@@ -81,11 +81,11 @@ def _exact_request(
             raise BadValue("a callable that is no module")
         with torch.no_grad(), eager.buffers_kept(module.double()):
             twin(*[x[:2].clone() for x in exact])
-        return Request(twin, exact, numbers, jacobian_choice(targets)), "autograd in float64"
+        return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        dtype = tensors[numbers[0]].dtype
-        return Request(model, tensors, numbers, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
+        dtype = tensors[indices[0]].dtype
+        return Request(model, tensors, indices, jacobian_choice(targets)), f"autograd in {dtype} (no float64: {reason})"
 
 
 def _names(results: JacobianResult) -> list[str]:
@@ -93,10 +93,10 @@ def _names(results: JacobianResult) -> list[str]:
     seeds, shape = results.seeds, results.output_shape
     if seeds.indices is not None and seeds.indices.dim() == 2:
         return [f"#{s}" for s in range(seeds.count)]  # a different output in each sample
-    numbers = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
+    indices = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
     if len(shape) < 2:
-        return [str(int(n)) for n in numbers]
-    return [str(tuple(int(i) for i in torch.unravel_index(n, shape))) for n in numbers]
+        return [str(int(n)) for n in indices]
+    return [str(tuple(int(i) for i in torch.unravel_index(n, shape))) for n in indices]
 
 
 def _compare(answer: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], against: str) -> Check:

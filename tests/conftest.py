@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gradkern
-from gradkern.frontend import tracer
+from gradkern.frontend import to_program
 from tests.support import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
@@ -39,7 +39,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Except where capturing a network, or noticing that it has changed, is what is tested."""
     if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
-        monkeypatch.setattr(tracer, "export", exports.remembered)
+        monkeypatch.setattr(to_program, "export", exports.remembered)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import gradkern
 from gradkern.dispatch.watch import Watch
 from gradkern.ir.program import Opaque
 from gradkern.runtime import reference
-from gradkern.runtime.macs import MacCounter
+from gradkern.runtime.mac_counter import MacCounter
 from tests.cases import CASES, net
 
 N = 4

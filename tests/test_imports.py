@@ -76,7 +76,7 @@ def test_imports_lead_down() -> None:
     [
         ("ir/program.py", "from ..planner import plan"),
         ("codegen/units.py", "from gradkern.runtime.ops import machine"),
-        ("codegen/cuda/cost.py", "from ...dispatch import request"),
+        ("codegen/cuda/clock_model.py", "from ...dispatch import request"),
         ("planner/plan.py", "    import gradkern.runtime.executor"),
         ("runtime/parameters.py", "from .. import api"),
         ("dispatch/guards.py", "from ..attr.points import Points"),

@@ -15,8 +15,8 @@ from gradkern.frontend.lowerings.activation import elementwise
 from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
-from tests.support import oracle, tracing
-from tests.support.tracing import bind
+from tests.support import capturing, oracle
+from tests.support.capturing import bind
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -64,8 +64,8 @@ class Net(nn.Module):
 def test_two_places_make_it_right(made_up):
     torch.manual_seed(0)
     model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
-    tracing.verify(program, model, (x,))
+    program = capturing.to_program(model, (x,))
+    capturing.verify(program, model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
     found = executor.plan_for(program, 3, torch.float64)
@@ -75,13 +75,13 @@ def test_two_places_make_it_right(made_up):
 
 def test_third_place_is_the_functor(tmp_path):
     """The page's functor, put where the page says, compiles and computes what the page's Python does."""
-    header = (ROOT / "csrc" / "scale.h").read_text()
+    header = (ROOT / "csrc" / "elementwise.h").read_text()
     named = re.search(LIST, header, re.S)[0].rstrip()
     marked = header.replace(named, named + " X(softsign_squared)")
     end = marked.rindex("}  // namespace gradkern")
-    (tmp_path / "scale.h").write_text(marked[:end] + CPP[0] + marked[end:])
+    (tmp_path / "elementwise.h").write_text(marked[:end] + CPP[0] + marked[end:])
     (tmp_path / "main.cpp").write_text(
-        '#include "scale.h"\n#include <cstdio>\n#include <initializer_list>\nusing namespace gradkern;\n'
+        '#include "elementwise.h"\n#include <cstdio>\n#include <initializer_list>\nusing namespace gradkern;\n'
         "int main() { for (double x : {-2.0, -0.3, 0.0, 0.7, 3.0}) {\n"
         "  const auto r = Function<Fn::softsign_squared>::at(x, 0.0, 0.0, 0.0);\n"
         '  std::printf("%.17g %.17g %.17g\\n", x, r.y, r.d); } }\n'
@@ -94,5 +94,5 @@ def test_third_place_is_the_functor(tmp_path):
 
 
 def test_names_stand_in_the_same_order():
-    found = re.search(LIST, (ROOT / "csrc" / "scale.h").read_text(), re.S)[0]
+    found = re.search(LIST, (ROOT / "csrc" / "elementwise.h").read_text(), re.S)[0]
     assert re.findall(r"X\((\w{2,})\)", found) == list(support.NATIVE_FUNCTIONS)

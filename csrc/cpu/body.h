@@ -1,4 +1,5 @@
 // The chain interpreter: one function per record kind (body_*.h), compiled once per ISA.
+// docs/architecture.md says what the letters of loops and operands stand for.
 #include "simd.h"
 #include "tiles.h"
 

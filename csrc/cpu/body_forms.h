@@ -121,13 +121,13 @@ void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
 
 template <class T, int PB>
 GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int32_t* entry, int64_t entries, const T* w,
-                            int64_t ldw, const T* bias, int64_t left) {
+                            int64_t row_length, const T* bias, int64_t left) {
   constexpr int VL = Simd<T>::VL;
   Vec<T> acc[PB];
 #pragma GCC unroll 8
   for (int p = 0; p < PB; ++p) acc[p] = bias ? load<T>(bias) : load<T>(y + p * dy);
   for (int64_t e = 0; e < entries; ++e) {
-    const Vec<T> we = load<T>(w + entry[2 * e + 1] * ldw);
+    const Vec<T> we = load<T>(w + entry[2 * e + 1] * row_length);
     const T* xe = x + entry[2 * e];
 #pragma GCC unroll 8
     for (int p = 0; p < PB; ++p) acc[p] += load<T>(xe + p * dx) * we;
@@ -247,10 +247,10 @@ GK_INLINE T line_forward(const LineSet& op, int64_t len, const T* x, T* y, T* p)
     mean /= static_cast<T>(len);
 #pragma omp simd reduction(+ : square)
     for (int64_t k = 0; k < len; ++k) square += (x[k] - mean) * (x[k] - mean);
-    const T r = T(1) / std::sqrt(square / static_cast<T>(len) + static_cast<T>(op.epsilon));
+    const T inverse = T(1) / std::sqrt(square / static_cast<T>(len) + static_cast<T>(op.epsilon));
 #pragma GCC ivdep
-    for (int64_t k = 0; k < len; ++k) y[k] = p[k] = (x[k] - mean) * r;
-    return r;
+    for (int64_t k = 0; k < len; ++k) y[k] = p[k] = (x[k] - mean) * inverse;
+    return inverse;
   }
   T most = x[0], total = 0;
   for (int64_t k = 1; k < len; ++k) most = x[k] > most || x[k] != x[k] ? x[k] : most;
@@ -277,44 +277,45 @@ void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
     T* y = at(ctx, op.dst, n) + h * op.dst.row + w * op.lines.extent.C + c;
     T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;
     if (op.lines.along == Along::Channels) {
-      const T r = line_forward<T>(op.lines, len, x, y, p);
-      if (op.lines.function == LineFunction::Normalize) stored[op.lines.deviations + line] = r;
+      const T inverse = line_forward<T>(op.lines, len, x, y, p);
+      if (op.lines.function == LineFunction::Normalize) stored[op.lines.deviations + line] = inverse;
       return;
     }
-    T a[64] = {}, b[64] = {};
     if (op.lines.function == LineFunction::Normalize) {
+      T mean[64] = {}, inverse[64] = {};  // sums of squares, then the inverse deviations
       for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) a[i] += x[k * dx + i];
-      for (int64_t i = 0; i < lines; ++i) a[i] /= static_cast<T>(len);
+        for (int64_t i = 0; i < lines; ++i) mean[i] += x[k * dx + i];
+      for (int64_t i = 0; i < lines; ++i) mean[i] /= static_cast<T>(len);
       for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) b[i] += (x[k * dx + i] - a[i]) * (x[k * dx + i] - a[i]);
+        for (int64_t i = 0; i < lines; ++i) inverse[i] += (x[k * dx + i] - mean[i]) * (x[k * dx + i] - mean[i]);
       const T eps = static_cast<T>(op.lines.epsilon);
       for (int64_t i = 0; i < lines; ++i)
-        stored[op.lines.deviations + line + i] = b[i] = T(1) / std::sqrt(b[i] / static_cast<T>(len) + eps);
+        stored[op.lines.deviations + line + i] = inverse[i] = T(1) / std::sqrt(inverse[i] / static_cast<T>(len) + eps);
       for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) y[k * dy + i] = p[k * dp + i] = (x[k * dx + i] - a[i]) * b[i];
+        for (int64_t i = 0; i < lines; ++i) y[k * dy + i] = p[k * dp + i] = (x[k * dx + i] - mean[i]) * inverse[i];
       return;
     }
-    for (int64_t i = 0; i < lines; ++i) a[i] = x[i];
+    T most[64] = {}, total[64] = {};
+    for (int64_t i = 0; i < lines; ++i) most[i] = x[i];
     for (int64_t k = 1; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
         const T v = x[k * dx + i];
-        a[i] = v > a[i] || v != v ? v : a[i];
+        most[i] = v > most[i] || v != v ? v : most[i];
       }
     for (int64_t k = 0; k < len; ++k)
-      for (int64_t i = 0; i < lines; ++i) b[i] += p[k * dp + i] = power_of_e(x[k * dx + i] - a[i]);
+      for (int64_t i = 0; i < lines; ++i) total[i] += p[k * dp + i] = power_of_e(x[k * dx + i] - most[i]);
     for (int64_t k = 0; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
-        p[k * dp + i] /= b[i];
-        y[k * dy + i] =
-            op.lines.function == LineFunction::LogSoftmax ? x[k * dx + i] - a[i] - std::log(b[i]) : p[k * dp + i];
+        p[k * dp + i] /= total[i];
+        y[k * dy + i] = op.lines.function == LineFunction::LogSoftmax ? x[k * dx + i] - most[i] - std::log(total[i])
+                                                                      : p[k * dp + i];
       }
   });
 }
 
 // One line of the cotangent.
 template <class T>
-GK_INLINE void line_backward(const LineSet& op, int64_t len, const T* g, T* y, const T* p, T r) {
+GK_INLINE void line_backward(const LineSet& op, int64_t len, const T* g, T* y, const T* p, T inverse) {
   T sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t k = 0; k < len; ++k) {
@@ -325,7 +326,7 @@ GK_INLINE void line_backward(const LineSet& op, int64_t len, const T* g, T* y, c
     sum /= static_cast<T>(len);
     dot /= static_cast<T>(len);
 #pragma GCC ivdep
-    for (int64_t k = 0; k < len; ++k) y[k] += r * (g[k] - sum - p[k] * dot);
+    for (int64_t k = 0; k < len; ++k) y[k] += inverse * (g[k] - sum - p[k] * dot);
   } else if (op.function == LineFunction::LogSoftmax) {
 #pragma GCC ivdep
     for (int64_t k = 0; k < len; ++k) y[k] += g[k] - p[k] * sum;

@@ -1,15 +1,15 @@
 // Products of two matrices of values, H of them per sample.  Included by body.h.
 
-// y[m][n] (+)= Σ_k a[m·am + k·ak] b[k][n]: PB rows × NV vectors of columns in registers.
+// y[m][n] (+)= Σ_k a[m·a_row + k·a_term] b[k][n]: PB rows × NV vectors of columns in registers.
 template <class T>
 struct MatMulArgs {
   const T* a;
-  int64_t am, ak;
+  int64_t a_row, a_term;
   const T* b;
-  int64_t ldb;
+  int64_t b_term;
   T* y;
-  int64_t ldy;
-  int64_t K;
+  int64_t y_row;
+  int64_t terms;
   int64_t tail;  // live lanes of the last vector; what lies in the others is read and dropped
   bool add;
 };
@@ -23,13 +23,13 @@ void matmul_tile(const MatMulArgs<T>& m) {
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[p][v] = Vec<T>{};
   const T *a = m.a, *b = m.b;
-  for (int64_t k = 0; k < m.K; ++k, a += m.ak, b += m.ldb) {
+  for (int64_t k = 0; k < m.terms; ++k, a += m.a_term, b += m.b_term) {
     Vec<T> bv[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) bv[v] = load<T>(b + v * VL);
 #pragma GCC unroll 16
     for (int p = 0; p < PB; ++p) {
-      const Vec<T> ab = bcast<T>(a[p * m.am]);
+      const Vec<T> ab = bcast<T>(a[p * m.a_row]);
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[p][v] += ab * bv[v];
     }
@@ -38,7 +38,7 @@ void matmul_tile(const MatMulArgs<T>& m) {
   for (int p = 0; p < PB; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      T* y = m.y + p * m.ldy + v * VL;
+      T* y = m.y + p * m.y_row + v * VL;
       const Vec<T> sum = m.add ? load<T>(y) + acc[p][v] : acc[p][v];
       if (v + 1 < NV || m.tail == VL) store<T>(y, sum);
       else store_n<T>(y, sum, m.tail);
@@ -59,8 +59,8 @@ void matmul_rows(MatMulArgs<T> m, int64_t rows) {
   while (rows > 0) {
     const int64_t step = rows >= 2 * PB ? PB : (rows > PB ? (rows + 1) / 2 : rows);  // two even parts at the end
     matmul_tail<T, NV, PB>(m, step);
-    m.a += step * m.am;
-    m.y += step * m.ldy;
+    m.a += step * m.a_row;
+    m.y += step * m.y_row;
     rows -= step;
   }
 }

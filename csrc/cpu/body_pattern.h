@@ -8,7 +8,7 @@ template <class T, class Tap>
 GK_INLINE void pattern16(const PatternRecord& op, int64_t c, const Tap& tap, T* y, uint8_t* planes) {
   constexpr int VL = Simd<T>::VL;
   const int64_t left = op.extent.C - c < 16 ? op.extent.C - c : 16;
-  uint16_t wins[256];
+  uint16_t wins[kMaxTaps];
   T m[16];
   int64_t first = -1;
   for (int64_t i = 0; i < 16; ++i) m[i] = -__builtin_inff();
@@ -76,7 +76,7 @@ template <class T>
 void run_pattern(const PatternRecord& op, Context<T>& ctx, int64_t n) {
   const T* src = at(ctx, op.src, n);
   uint8_t* planes = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
-  const T* taps[256];
+  const T* taps[kMaxTaps];
   for (int64_t h = 0; h < op.extent.H; ++h)
     for (int64_t w = 0; w < op.extent.W; ++w, planes += op.pattern.taps * op.pattern.plane_bytes) {
       T* y = at(ctx, op.dst, n) + h * op.dst.row + w * op.dst.position;

@@ -7,11 +7,11 @@ void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
   const int64_t rows = op.whole_block ? 1 : op.H;
   const int64_t count = op.whole_block ? ctx.samples : op.W;
   WindowArgs<T> a{};
-  a.px = op.whole_block ? op.src.sample : op.src.position;
-  a.py = op.whole_block ? op.dst.sample : op.dst.position;
-  a.rowoff = ctx.tables + op.run_table;
-  a.R = op.runs;
-  a.L = op.run_length;
+  a.x_position = op.whole_block ? op.src.sample : op.src.position;
+  a.y_position = op.whole_block ? op.dst.sample : op.dst.position;
+  a.run_starts = ctx.tables + op.run_table;
+  a.runs = op.runs;
+  a.run_length = op.run_length;
   const int64_t K = op.runs * op.run_length, vectors = (op.O + VL - 1) / VL;
   for (int64_t g = 0; g < op.groups; ++g) {
     const T* w = ctx.packed + op.weights + g * K * vectors * VL;
@@ -35,10 +35,10 @@ void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
 template <class T>
 struct Lists {
   Context<T>& ctx;
-  int64_t used = 0, segs = 0;
+  int64_t used = 0, segment_count = 0;
 
   GK_INLINE void close(int64_t start, int64_t src, int64_t dst) {
-    ctx.segments[segs++] = Segment{src, dst, start, used - start};
+    ctx.segments[segment_count++] = Segment{src, dst, start, used - start};
   }
 
   // src, dst: offsets of this sample's cotangent and destination.
@@ -79,11 +79,11 @@ struct Lists {
 
   // No pattern: every channel of every position, one shared list.
   void dense(const WindowTRecord& op, int64_t src, int64_t dst) {
-    if (segs == 0)
+    if (segment_count == 0)
       for (int64_t c = 0; c < op.O; ++c) ctx.channels[used++] = static_cast<uint16_t>(c);
     for (int64_t h = 0; h < op.H; ++h)
       for (int64_t w = 0; w < op.W; ++w)
-        ctx.segments[segs++] =
+        ctx.segments[segment_count++] =
             Segment{src + h * op.src.row + w * op.src.position, dst + h * op.dst.row + w * op.dst.position, 0, op.O};
   }
 };
@@ -100,40 +100,42 @@ void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
       lists.dense(op, src, dst);
       continue;
     }
-    const int64_t before = lists.segs;
+    const int64_t before = lists.segment_count;
     if (op.merged) lists.merged(op, ctx.bits + op.pattern.bits + m * ctx.bits_sample, src, dst);
     else lists.from_bits(op, ctx.bits + op.pattern.bits + m * ctx.bits_sample, src, dst);
-    if (op.assign && lists.segs == before) lists.close(lists.used, src, dst);  // all dead: still write zeros
+    if (op.assign && lists.segment_count == before) lists.close(lists.used, src, dst);  // all dead: still write zeros
   }
   ScatterArgs<T> a{};
-  a.idx = ctx.channels;
+  a.channels = ctx.channels;
   a.rows = op.merged ? ctx.weight_rows : ctx.channels;
   a.g = op.seed_rows ? ctx.seed_rows : ctx.buf;
-  a.gs = op.seed_rows ? ctx.seed_rows_s : op.src.seed;
+  a.g_seed = op.seed_rows ? ctx.seed_rows_s : op.src.seed;
   a.out = ctx.buf;
-  a.os = op.dst.seed;
+  a.out_seed = op.dst.seed;
   a.w = ctx.packed + op.weights;
-  a.ldw = op.row_length;
+  a.row_length = op.row_length;
   a.window = ctx.tables + op.window_table;
   a.assign = op.assign;
   if (op.groups > 1) {  // lists are sorted by channel: cut them at the groups' borders
     const int64_t per = op.O / op.groups;
-    for (int64_t k = 0; k < lists.segs; ++k) {
-      Segment seg = ctx.segments[k];
-      for (int64_t end = seg.start + seg.count; seg.start < end; seg.start += seg.count) {
-        const int64_t g = ctx.channels[seg.start] / per;
-        for (seg.count = 1; seg.start + seg.count < end && ctx.channels[seg.start + seg.count] / per == g;) ++seg.count;
-        seg.dst = ctx.segments[k].dst + g * op.C;
-        a.segs = &seg;
-        a.nsegs = 1;
+    for (int64_t k = 0; k < lists.segment_count; ++k) {
+      Segment segment = ctx.segments[k];
+      for (int64_t end = segment.start + segment.count; segment.start < end; segment.start += segment.count) {
+        const int64_t g = ctx.channels[segment.start] / per;
+        for (segment.count = 1;
+             segment.start + segment.count < end && ctx.channels[segment.start + segment.count] / per == g;)
+          ++segment.count;
+        segment.dst = ctx.segments[k].dst + g * op.C;
+        a.segments = &segment;
+        a.segment_count = 1;
         scatter<T>(a, ctx.seeds, op.window_vectors);
       }
     }
     return;
   }
-  for (int64_t k = 0; k < lists.segs; k += op.sweep) {
-    a.segs = ctx.segments + k;
-    a.nsegs = lists.segs - k < op.sweep ? lists.segs - k : op.sweep;
+  for (int64_t k = 0; k < lists.segment_count; k += op.sweep) {
+    a.segments = ctx.segments + k;
+    a.segment_count = lists.segment_count - k < op.sweep ? lists.segment_count - k : op.sweep;
     scatter<T>(a, ctx.seeds, op.window_vectors);
   }
 }

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../checks.h"
+#include "../op_bodies.h"
 #include "isa.h"
 
 namespace gradkern {
@@ -172,7 +172,7 @@ void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64
 }
 
 at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps) {
-  at::Tensor out = rescaled(z, reference, pool, relu);
+  at::Tensor out = rescale_result(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   const Isa& isa = current_isa();
   const int64_t rows = z.size(0) * z.size(1);

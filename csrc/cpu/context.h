@@ -1,7 +1,7 @@
 // What the CPU's kernels are called with.
 #pragma once
 #include "../records.h"
-#include "../rescale.h"
+#include "../rescale_rule.h"
 
 namespace gradkern {
 

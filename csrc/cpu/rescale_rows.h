@@ -1,6 +1,6 @@
 // DeepLift's shares of a max pool (with or without a ReLU before it), row by row; included once per ISA, like body.h.
 //
-// For every window and place: how much of the window's multiplier goes to that place.  ../rescale.h has the rule.
+// For every window and place: how much of the window's multiplier goes to that place.  ../rescale_rule.h has the rule.
 
 // The arrays of a loop do not overlap.
 #ifdef __clang__
@@ -18,47 +18,47 @@ void rescale_rows(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
   T* const top_ref = top + p.ow;
   T* const at = top_ref + p.ow;
   T* const at_ref = at + p.ow;
-  T* const v = at_ref + p.ow;  // [taps][ow], before the ReLU
-  T* const r = v + taps * p.ow;
+  T* const values = at_ref + p.ow;  // [taps][ow], before the ReLU
+  T* const values_ref = values + taps * p.ow;
   const T none = outside<T>();
   for (int64_t row = begin; row < end; ++row) {
     const T* z = a.z + row * plane;
-    const T* zr = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
+    const T* z_ref = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
     for (int64_t oh = 0; oh < p.oh; ++oh) {
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t h = oh * p.sh - p.ph + (t / p.kw) * p.dh, first = (t % p.kw) * p.dw - p.pw;
-        T* const vt = v + t * p.ow;
-        T* const rt = r + t * p.ow;
-        for (int64_t o = 0; o < p.ow; ++o) vt[o] = rt[o] = none;
+        T* const tap = values + t * p.ow;
+        T* const tap_ref = values_ref + t * p.ow;
+        for (int64_t o = 0; o < p.ow; ++o) tap[o] = tap_ref[o] = none;
         if (h < 0 || h >= p.H) continue;
         const int64_t from = first < 0 ? (-first + p.sw - 1) / p.sw : 0;
         const int64_t fit = first < p.W ? (p.W - 1 - first) / p.sw + 1 : 0, to = fit < p.ow ? fit : p.ow;
-        const T* const zt = z + h * p.W + first;
-        const T* const zrt = zr + h * p.W + first;
+        const T* const z_tap = z + h * p.W + first;
+        const T* const z_tap_ref = z_ref + h * p.W + first;
         GK_APART
-        for (int64_t o = from; o < to; ++o) vt[o] = zt[o * p.sw];
+        for (int64_t o = from; o < to; ++o) tap[o] = z_tap[o * p.sw];
         GK_APART
-        for (int64_t o = from; o < to; ++o) rt[o] = zrt[o * p.sw];
+        for (int64_t o = from; o < to; ++o) tap_ref[o] = z_tap_ref[o * p.sw];
       }
       for (int64_t o = 0; o < p.ow; ++o) top[o] = top_ref[o] = none, at[o] = at_ref[o] = T(-1);
       for (int64_t t = 0; t < taps; ++t) {
-        const T* const vt = v + t * p.ow;
-        const T* const rt = r + t * p.ow;
+        const T* const tap = values + t * p.ow;
+        const T* const tap_ref = values_ref + t * p.ow;
         const T place = static_cast<T>(t);
         GK_APART
         for (int64_t o = 0; o < p.ow; ++o) {
-          contend<Relu>(vt[o], place, top[o], at[o]);
-          contend<Relu>(rt[o], place, top_ref[o], at_ref[o]);
+          contend<Relu>(tap[o], place, top[o], at[o]);
+          contend<Relu>(tap_ref[o], place, top_ref[o], at_ref[o]);
         }
       }
       for (int64_t t = 0; t < taps; ++t) {
-        const T* const vt = v + t * p.ow;
-        const T* const rt = r + t * p.ow;
+        const T* const tap = values + t * p.ow;
+        const T* const tap_ref = values_ref + t * p.ow;
         const T place = static_cast<T>(t);
         T* const out = a.out + t * a.out_tap + row * area + oh * p.ow;
         GK_APART
         for (int64_t o = 0; o < p.ow; ++o)
-          out[o] = share<Relu>(vt[o], rt[o], top[o], top_ref[o], at[o] == place, at_ref[o] == place, eps);
+          out[o] = share<Relu>(tap[o], tap_ref[o], top[o], top_ref[o], at[o] == place, at_ref[o] == place, eps);
       }
     }
   }
@@ -75,9 +75,9 @@ void run_secant(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
   const T eps = a.eps;
   for (int64_t row = begin; row < end; ++row) {
     const T* z = a.z + row * plane;
-    const T* zr = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
+    const T* z_ref = a.ref + (a.ref_rows == 1 ? row % a.channels : row) * plane;
     T* out = a.out + row * plane;
-    for (int64_t i = 0; i < plane; ++i) out[i] = secant(z[i], zr[i], eps);
+    for (int64_t i = 0; i < plane; ++i) out[i] = secant(z[i], z_ref[i], eps);
   }
 }
 

@@ -4,17 +4,17 @@ namespace {
 constexpr int kRegisters = GK_REGISTERS;
 
 // ---- forward: PB positions × NV vectors of output channels ---------------------------------------------------
-//   y[p][o] = bias[o] + Σ_r Σ_j x[p·px + rowoff[r] + j] · w[r·L + j][o]
+//   y[p][o] = bias[o] + Σ_r Σ_j x[p·x_position + run_starts[r] + j] · w[r·run_length + j][o]
 template <class T>
 struct WindowArgs {
   const T* x;
-  int64_t px;
-  const int32_t* rowoff;
-  int64_t R, L;
+  int64_t x_position;
+  const int32_t* run_starts;
+  int64_t runs, run_length;
   const T* w;     // [K][NV·VL] of this tile
   const T* bias;  // [NV·VL]
   T* y;
-  int64_t py;
+  int64_t y_position;
   int64_t tail;  // live lanes of the last vector
 };
 
@@ -29,15 +29,15 @@ void window_tile(const WindowArgs<T>& a) {
     for (int p = 0; p < PB; ++p) acc[p][v] = b;
   }
   const T* w = a.w;
-  for (int64_t r = 0; r < a.R; ++r) {
-    const T* x = a.x + a.rowoff[r];
-    for (int64_t j = 0; j < a.L; ++j, ++x, w += NV * VL) {
+  for (int64_t r = 0; r < a.runs; ++r) {
+    const T* x = a.x + a.run_starts[r];
+    for (int64_t j = 0; j < a.run_length; ++j, ++x, w += NV * VL) {
       Vec<T> wv[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) wv[v] = load<T>(w + v * VL);
 #pragma GCC unroll 16
       for (int p = 0; p < PB; ++p) {
-        const Vec<T> xb = bcast<T>(x[p * a.px]);
+        const Vec<T> xb = bcast<T>(x[p * a.x_position]);
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[p][v] += xb * wv[v];
       }
@@ -46,9 +46,9 @@ void window_tile(const WindowArgs<T>& a) {
 #pragma GCC unroll 16
   for (int p = 0; p < PB; ++p) {
 #pragma GCC unroll 16
-    for (int v = 0; v + 1 < NV; ++v) store<T>(a.y + p * a.py + v * VL, acc[p][v]);
-    if (a.tail == VL) store<T>(a.y + p * a.py + (NV - 1) * VL, acc[p][NV - 1]);
-    else store_n<T>(a.y + p * a.py + (NV - 1) * VL, acc[p][NV - 1], a.tail);
+    for (int v = 0; v + 1 < NV; ++v) store<T>(a.y + p * a.y_position + v * VL, acc[p][v]);
+    if (a.tail == VL) store<T>(a.y + p * a.y_position + (NV - 1) * VL, acc[p][NV - 1]);
+    else store_n<T>(a.y + p * a.y_position + (NV - 1) * VL, acc[p][NV - 1], a.tail);
   }
 }
 
@@ -74,8 +74,8 @@ void window_positions(WindowArgs<T> a, int64_t count) {
     // Two even halves beat one full block and a short rest.
     const int64_t step = count >= 2 * PB ? PB : (count > PB ? (count + 1) / 2 : count);
     window_tail<T, NV, PB>(a, step);
-    a.x += step * a.px;
-    a.y += step * a.py;
+    a.x += step * a.x_position;
+    a.y += step * a.y_position;
     count -= step;
   }
 }
@@ -94,16 +94,16 @@ GK_INLINE void window_dispatch(const WindowArgs<T>& a, int nv, int64_t count) {
 //   out[s][dst + e] += Σ_{c live} g[s][src + c] · w[row(c)][e]
 template <class T>
 struct ScatterArgs {
-  const Segment* segs;
-  int64_t nsegs;
-  const uint16_t* idx;   // live channels
-  const uint16_t* rows;  // and their weight rows
+  const Segment* segments;
+  int64_t segment_count;
+  const uint16_t* channels;  // live channels
+  const uint16_t* rows;      // and their weight rows
   const T* g;
-  int64_t gs;  // seed stride of g
+  int64_t g_seed;  // seed stride of g
   T* out;
-  int64_t os;  // seed stride of out
+  int64_t out_seed;  // seed stride of out
   const T* w;
-  int64_t ldw;
+  int64_t row_length;
   const int32_t* window;  // pairs (destination offset, live lanes)
   bool assign;
 };
@@ -111,23 +111,23 @@ struct ScatterArgs {
 template <class T, int S, int NV>
 void scatter_tile(const ScatterArgs<T>& a) {
   constexpr int VL = Simd<T>::VL;
-  for (int64_t k = 0; k < a.nsegs; ++k) {
-    const Segment seg = a.segs[k];
-    if (seg.count == 0 && !a.assign) continue;
+  for (int64_t k = 0; k < a.segment_count; ++k) {
+    const Segment segment = a.segments[k];
+    if (segment.count == 0 && !a.assign) continue;
     Vec<T> acc[S][NV];
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s)
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[s][v] = Vec<T>{};
-    const T* g = a.g + seg.src;
-    const uint16_t *idx = a.idx + seg.start, *rows = a.rows + seg.start;
-    const int64_t gs = a.gs;
-    for (int64_t i = 0; i < seg.count; ++i) {
-      const int64_t c = idx[i];
-      const T* w = a.w + rows[i] * a.ldw;
+    const T* g = a.g + segment.src;
+    const uint16_t *channels = a.channels + segment.start, *rows = a.rows + segment.start;
+    const int64_t g_seed = a.g_seed;
+    for (int64_t i = 0; i < segment.count; ++i) {
+      const int64_t c = channels[i];
+      const T* w = a.w + rows[i] * a.row_length;
       Vec<T> gb[S];
 #pragma GCC unroll 16
-      for (int s = 0; s < S; ++s) gb[s] = bcast<T>(g[s * gs + c]);
+      for (int s = 0; s < S; ++s) gb[s] = bcast<T>(g[s * g_seed + c]);
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) {
         const Vec<T> wv = load<T>(w + v * VL);
@@ -135,7 +135,7 @@ void scatter_tile(const ScatterArgs<T>& a) {
         for (int s = 0; s < S; ++s) acc[s][v] += gb[s] * wv;
       }
     }
-    T* out = a.out + seg.dst;
+    T* out = a.out + segment.dst;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       T* o = out + a.window[2 * v];
@@ -143,11 +143,12 @@ void scatter_tile(const ScatterArgs<T>& a) {
       if (a.assign) {
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s)
-          n == VL ? store<T>(o + s * a.os, acc[s][v]) : store_n<T>(o + s * a.os, acc[s][v], n);
+          n == VL ? store<T>(o + s * a.out_seed, acc[s][v]) : store_n<T>(o + s * a.out_seed, acc[s][v], n);
       } else {
         const IVec<T> mask = lanes<T>(n);  // dead lanes add an exact zero, even beside NaN
 #pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) store<T>(o + s * a.os, load<T>(o + s * a.os) + keep<T>(acc[s][v], mask));
+        for (int s = 0; s < S; ++s)
+          store<T>(o + s * a.out_seed, load<T>(o + s * a.out_seed) + keep<T>(acc[s][v], mask));
       }
     }
   }
@@ -186,19 +187,19 @@ void scatter(ScatterArgs<T> a, int64_t seeds, int64_t vectors) {
   const T* w = a.w;
   const int32_t* table = a.window;
   for (int64_t b = 0, s0 = 0; b < blocks; ++b) {
-    const int64_t sb = (seeds - s0 + (blocks - b) - 1) / (blocks - b);
-    const int64_t most = max_vectors(static_cast<int>(sb));
+    const int64_t block_seeds = (seeds - s0 + (blocks - b) - 1) / (blocks - b);
+    const int64_t most = max_vectors(static_cast<int>(block_seeds));
     const int64_t tiles = (vectors + most - 1) / most;
     for (int64_t t = 0, v0 = 0; t < tiles; ++t) {
       const int64_t nv = (vectors - v0 + (tiles - t) - 1) / (tiles - t);
-      a.g = g + s0 * a.gs;
-      a.out = out + s0 * a.os;
+      a.g = g + s0 * a.g_seed;
+      a.out = out + s0 * a.out_seed;
       a.w = w + v0 * VL;
       a.window = table + 2 * v0;
-      scatter_seeds<T, kMaxSeeds>(a, static_cast<int>(sb), static_cast<int>(nv));
+      scatter_seeds<T, kMaxSeeds>(a, static_cast<int>(block_seeds), static_cast<int>(nv));
       v0 += nv;
     }
-    s0 += sb;
+    s0 += block_seeds;
   }
 }
 

@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "../checks.h"
+#include "../op_bodies.h"
 #include "chain.h"
 
 namespace gradkern::cuda {

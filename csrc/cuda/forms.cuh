@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "../scale.h"
+#include "../elementwise.h"
 #include "tile.cuh"
 
 namespace gradkern::cuda {

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../checks.h"
+#include "../content_hash.h"
 #include "hash.h"
 
 namespace gradkern::cuda {

@@ -29,7 +29,7 @@ template <class T, int NV, int S>
 GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Visit<T>& at, int sublane, int first) {
   constexpr int kRowQuads = (NV + 3) / 4, kRow = 4 * kRowQuads, kSums = (NV * S + 3) / 4 * 4;
   const int O = op.O, width = op.window_elements, planes = op.merged ? op.pattern.taps : 1, rows = O / 4;
-  const int seed = op.dst.seed, nb = op.pattern.plane_bytes;
+  const int seed = op.dst.seed, plane_bytes = op.pattern.plane_bytes;
   const Taps taps{0, {O * kRow, 2 * O * kRow, 3 * O * kRow}};
   const T* from[S];
   seed_starts(from, at.from, at.stride, at.seeds);
@@ -40,7 +40,7 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
     uint32_t words[kQuadPlanes] = {};
 #pragma unroll
     for (int j = 0; j < kQuadPlanes; ++j)
-      if (on && j < planes) words[j] = at.plane ? at.plane[j * nb + c / 8] : 255u;
+      if (on && j < planes) words[j] = at.plane ? at.plane[j * plane_bytes + c / 8] : 255u;
     const Nibble four = nibble_of(words, c % 8, taps, planes);
     const T* row = weights + c * kRowQuads;
     Four<T> g[S];

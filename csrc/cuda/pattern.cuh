@@ -11,8 +11,8 @@ template <class T>
 GK_RECORD void run_pattern_words(const PatternRecord& op, const Tile<T> t) {
   const PatternRef& pattern = op.pattern;
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, kw = pattern.kw, taps = pattern.taps;
-  const int nb = pattern.plane_bytes, relu = op.relu;
-  const int words = nb / 2, each = H * W * words, total = t.count * each;
+  const int plane_bytes = pattern.plane_bytes, relu = op.relu;
+  const int words = plane_bytes / 2, each = H * W * words, total = t.count * each;
   const int half = t.lane() / 16, place = t.lane() % 16;
   const Steps from(op.src);
   for (int base = t.warp() * 2; base < total; base += t.warps() * 2) {  // the same number of rounds for all lanes
@@ -33,11 +33,11 @@ GK_RECORD void run_pattern_words(const PatternRecord& op, const Tile<T> t) {
       }
     const bool alive = on && best >= 0 && (!relu || !(top <= T(0)));
     if (on) t.at(op.dst, m)[Steps(op.dst)(h, w) + c] = !relu || alive ? top : T(0);
-    uint8_t* planes = t.bits(pattern, m) + q * taps * nb + word * 2;
+    uint8_t* planes = t.bits(pattern, m) + q * taps * plane_bytes + word * 2;
     for (int j = 0; j < taps; ++j) {
       const uint32_t vote = __ballot_sync(0xffffffffu, alive && best == j);
       if (live && place == 0)
-        *reinterpret_cast<uint16_t*>(planes + j * nb) = static_cast<uint16_t>(vote >> (16 * half));
+        *reinterpret_cast<uint16_t*>(planes + j * plane_bytes) = static_cast<uint16_t>(vote >> (16 * half));
     }
   }
 }
@@ -72,7 +72,7 @@ template <class T>
 GK_RECORD void run_pattern_quads(const PatternRecord& op, const Tile<T> t) {
   const PatternRef& pattern = op.pattern;
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, kw = pattern.kw, taps = pattern.taps;
-  const int nb = pattern.plane_bytes, groups = 2 * nb;
+  const int plane_bytes = pattern.plane_bytes, groups = 2 * plane_bytes;
   const int each = H * W * groups, total = t.count * each;
   const Steps from(op.src);
   const Divider samples(each), positions(groups), rows(W), columns(kw);
@@ -94,10 +94,10 @@ GK_RECORD void run_pattern_quads(const PatternRecord& op, const Tile<T> t) {
       if (op.relu) winners.rectify();
       store4(t.at(op.dst, m) + Steps(op.dst)(h, w) + c, winners.top);
     }
-    uint8_t* planes = t.bits(pattern, m) + q * taps * nb + c / 8;
+    uint8_t* planes = t.bits(pattern, m) + q * taps * plane_bytes + c / 8;
     for (int j = 0; j < taps; ++j) {
       const uint32_t nibble = winners.won(j), next = __shfl_xor_sync(0xffffffffu, nibble, 1);
-      if (live && !(t.lane() & 1)) planes[j * nb] = static_cast<uint8_t>(nibble | next << 4);
+      if (live && !(t.lane() & 1)) planes[j * plane_bytes] = static_cast<uint8_t>(nibble | next << 4);
     }
   }
 }
@@ -113,7 +113,7 @@ template <class T>
 GK_RECORD void run_pattern_t(const PatternTRecord& op, const Tile<T> t) {
   const PatternRef& pattern = op.pattern;
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, kh = pattern.kh, kw = pattern.kw;
-  const int taps = pattern.taps, nb = pattern.plane_bytes;
+  const int taps = pattern.taps, plane_bytes = pattern.plane_bytes;
   const bool apart = pattern.sh > (kh - 1) * pattern.dh && pattern.sw > (kw - 1) * pattern.dw;
   const int walk = apart ? 1 : H * W, each = H * W / walk * C;
   const Divider pieces(each), seeds(t.seeds), channels(C), rows(W), columns(kw);
@@ -124,11 +124,11 @@ GK_RECORD void run_pattern_t(const PatternTRecord& op, const Tile<T> t) {
     const T* g = t.at(op.src, m, s) + c;
     T* y = t.at(op.dst, m, s) + c;
     for (int q = first * walk, end = q + walk; q < end; ++q) {
-      const uint8_t* planes = t.bits(pattern, m) + q * taps * nb + c / 8;
+      const uint8_t* planes = t.bits(pattern, m) + q * taps * plane_bytes + c / 8;
       const auto [h, w] = rows.parts(q);
       for (int j = 0; j < taps; ++j) {
         int hi, wi;
-        if (!(planes[j * nb] >> (c % 8) & 1)) continue;
+        if (!(planes[j * plane_bytes] >> (c % 8) & 1)) continue;
         const auto [jh, jw] = columns.parts(j);
         if (!tap_position(pattern, h, w, jh, jw, hi, wi)) continue;
         y[Steps(op.dst)(hi, wi)] += g[Steps(op.src)(h, w)];

@@ -10,12 +10,13 @@ namespace gradkern::cuda {
 // The bits of four channels, or of those that are `real`; the neighbour that has the other four of a byte joins in. All
 // lanes come together.
 template <class T>
-GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int nb, int taps, bool on, uint32_t real,
-                          int lane_o, int lo) {
+GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int plane_bytes, int taps, bool on, uint32_t real,
+                          int channel_lane, int channel_lanes) {
 #pragma unroll 1
   for (int j = 0; j < taps; ++j) {
     const uint32_t nibble = on ? winners.won(j) & real : 0u, next = __shfl_xor_sync(0xffffffffu, nibble, 1);
-    if (on && !(lane_o & 1)) planes[j * nb] = static_cast<uint8_t>(lo > 1 ? nibble | next << 4 : nibble);
+    if (on && !(channel_lane & 1))
+      planes[j * plane_bytes] = static_cast<uint8_t>(channel_lanes > 1 ? nibble | next << 4 : nibble);
   }
 }
 
@@ -23,17 +24,18 @@ template <class T, int Taps>
 GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
   constexpr int P = kPooled<T>, kPools = P / Taps;
   const int wide = op.W, pooled = static_cast<int>(op.H) * wide, positions = t.count * pooled * Taps;
-  const int O = op.O, L = op.run_length, K = static_cast<int>(op.runs) * L, ldf = weight_row(O);
-  const int kh = op.pattern.kh, kw = op.pattern.kw, nb = op.pattern.plane_bytes;
-  const int px = op.src.position, row = op.src.row;
+  const int O = op.O, L = op.run_length, K = static_cast<int>(op.runs) * L, row_length = weight_row(O);
+  const int kh = op.pattern.kh, kw = op.pattern.kw, plane_bytes = op.pattern.plane_bytes;
+  const int position = op.src.position, row = op.src.row;
   const WindowShape s = window_shape<P>(positions, O, 1, K, t.warps(), 0);
-  const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
-  const bool aligned = ((op.src.offset | op.src.sample | px | row | op.C) & 3) == 0;
+  const int channel_lane = t.lane() % s.channel_lanes, position_lane = t.lane() / s.channel_lanes;
+  const bool aligned = ((op.src.offset | op.src.sample | position | row | op.C) & 3) == 0;
   const bool joined = O % 4 == 0 && by_fours(op.dst);
   const Divider samples(pooled), rows(wide), columns(kw), across(s.across);
   for (int item = t.warp(); item < s.tiles; item += t.warps()) {
     const auto [along, part] = across.parts(item);
-    const int o = part * (s.lo * 4) + lane_o * 4, q0 = (along * s.lp + lane_p) * kPools;
+    const int o = part * (s.channel_lanes * 4) + channel_lane * 4,
+              q0 = (along * s.position_lanes + position_lane) * kPools;
     const uint32_t real = o >= O ? 0u : O - o < 4 ? (1u << (O - o)) - 1 : 15u;
     int m[kPools], q[kPools], offset[P];
 #pragma unroll
@@ -45,12 +47,12 @@ GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
       for (int j = 0; j < Taps; ++j) {
         const auto [jh, jw] = columns.parts(j);
         offset[i * Taps + j] =
-            static_cast<int>(t.at(op.src, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * px;
+            static_cast<int>(t.at(op.src, sample) - t.buf) + (h * kh + jh) * row + (w * kw + jw) * position;
       }
     }
     T acc[P][4] = {};
     window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L,
-               t.args.packed + op.weights + (o < O ? o : 0), ldf, 0, K);
+               t.args.packed + op.weights + (o < O ? o : 0), row_length, 0, K);
     const Four<T> bias = fixed4(t.args.packed + op.bias + (o < O ? o : 0));
 #pragma unroll
     for (int i = 0; i < kPools; ++i) {
@@ -72,7 +74,8 @@ GK_DEVICE void window_pooled(const PooledWindowRecord& op, const Tile<T>& t) {
         for (int k = 0; k < 4; ++k)
           if (o + k < O) y[k] = winners.top.v[k];
       }
-      store_bits(winners, t.bits(op.pattern, m[i]) + q[i] * Taps * nb + o / 8, nb, Taps, on, real, lane_o, s.lo);
+      store_bits(winners, t.bits(op.pattern, m[i]) + q[i] * Taps * plane_bytes + o / 8, plane_bytes, Taps, on, real,
+                 channel_lane, s.channel_lanes);
     }
   }
 }

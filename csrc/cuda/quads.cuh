@@ -37,7 +37,7 @@ GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kQuadPlanes], int shift, cons
 template <class T, int NQ, int S>
 GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Visit<T>& at, const int (&offset)[NQ],
                            const Taps& taps, int planes, bool alone) {
-  const int O = op.O, row_length = op.row_length, seed = op.dst.seed, nb = op.pattern.plane_bytes;
+  const int O = op.O, row_length = op.row_length, seed = op.dst.seed, plane_bytes = op.pattern.plane_bytes;
   constexpr bool kSkips = NQ == 2;  // a branch costs the others more than it saves
   const T* from[S];
   seed_starts(from, at.from, at.stride, at.seeds);
@@ -46,7 +46,8 @@ GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Vis
     uint32_t words[kQuadPlanes] = {};
 #pragma unroll
     for (int j = 0; j < kQuadPlanes; ++j)
-      if (j < planes && at.inside) words[j] = live_word(at.plane ? at.plane + j * nb : nullptr, nb, c0, 0, O);
+      if (j < planes && at.inside)
+        words[j] = live_word(at.plane ? at.plane + j * plane_bytes : nullptr, plane_bytes, c0, 0, O);
     for (int c = c0; c < O && c < c0 + 32; c += 4) {
       const Nibble four = nibble_of(words, c - c0, taps, planes);
       if (kSkips && alone && !(four.alive & 15)) continue;

@@ -1,6 +1,6 @@
-// DeepLift's multipliers: a thread per window of a max pool, or per unit of a ReLU.  ../rescale.h has the rule.
+// DeepLift's multipliers: a thread per window of a max pool, or per unit of a ReLU.  ../rescale_rule.h has the rule.
 #pragma once
-#include "../rescale.h"
+#include "../rescale_rule.h"
 #include "device.cuh"
 
 namespace gradkern::cuda {

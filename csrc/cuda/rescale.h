@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../rescale.h"
+#include "../rescale_rule.h"
 
 namespace gradkern::cuda {
 

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "../checks.h"
+#include "../op_bodies.h"
 #include "rescale.h"
 
 namespace gradkern::cuda {
@@ -37,7 +37,7 @@ void launch(RescaleArgs<T> args, int64_t samples, bool pooled) {
 
 at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps) {
   const c10::cuda::CUDAGuard guard(z.device());
-  at::Tensor out = rescaled(z, reference, pool, relu);
+  at::Tensor out = rescale_result(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   if (z.scalar_type() == at::kFloat)
     launch(rescale_args<float>(z, reference, pool, relu, eps, out), z.size(0), !pool.empty());

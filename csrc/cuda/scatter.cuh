@@ -23,11 +23,11 @@ GK_DEVICE int worker_lanes(int elements) {
 }
 
 // Channels c0 … c0 + 31 of a plane that are alive and lie in [low, high).
-GK_DEVICE uint32_t live_word(const uint8_t* plane, int nb, int c0, int low, int high) {
+GK_DEVICE uint32_t live_word(const uint8_t* plane, int plane_bytes, int c0, int low, int high) {
   uint32_t word = 0xffffffffu;
   if (plane) {
     word = half_word(plane + c0 / 8);
-    if (c0 / 8 + 2 < nb) word |= half_word(plane + c0 / 8 + 2) << 16;
+    if (c0 / 8 + 2 < plane_bytes) word |= half_word(plane + c0 / 8 + 2) << 16;
   }
   if (c0 < low) word &= 0xffffffffu << (low - c0);
   if (high - c0 < 32) word &= (1u << (high - c0)) - 1;
@@ -44,14 +44,15 @@ GK_DEVICE void seed_starts(const T* (&from)[S], const T* g, int stride, int seed
 // One walk: out[s][e] += Σ_j Σ_{c live in plane j} g[s][c] · w[j][c][e], for this lane's elements e of the window.
 // Several planes are the taps of a pool that share one window.
 template <class T, int NV, int S>
-GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int low, int high, const T* g, int stride,
-                    int seeds, const T* w, int ldw, int lanes, T* out, int os, const int (&offset)[NV]) {
+GK_DEVICE void walk(const uint8_t* plane, int plane_bytes, int planes, int channels, int low, int high, const T* g,
+                    int stride, int seeds, const T* w, int row_length, int lanes, T* out, int out_seed,
+                    const int (&offset)[NV]) {
   const T* from[S];
   seed_starts(from, g, stride, seeds);
   T acc[S][NV] = {};
   bool any = false;
   for (int c0 = low & ~31, j = 0; j < planes;) {
-    uint32_t word = live_word(plane, nb, c0, low, high);
+    uint32_t word = live_word(plane, plane_bytes, c0, low, high);
     any |= word != 0;
     constexpr int kPair = NV * S <= 16 ? 2 : 1;  // channels at a time: loads overlap, while the registers last
     while (word) {
@@ -62,7 +63,7 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
         const int c = on ? c0 + __ffs(static_cast<int>(word)) - 1 : c0;
         word &= word - 1;
 #pragma unroll
-        for (int v = 0; v < NV; ++v) ws[p][v] = fixed(w + c * ldw + v * lanes);
+        for (int v = 0; v < NV; ++v) ws[p][v] = fixed(w + c * row_length + v * lanes);
 #pragma unroll
         for (int s = 0; s < S; ++s) gs[p][s] = p == 0 || on ? from[s][c] : T(0);
       }
@@ -76,8 +77,8 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
     if ((c0 += 32) >= high) {
       c0 = low & ~31;
       ++j;
-      w += channels * ldw;
-      if (plane) plane += nb;
+      w += channels * row_length;
+      if (plane) plane += plane_bytes;
     }
   }
   if (!any) return;
@@ -86,7 +87,7 @@ GK_DEVICE void walk(const uint8_t* plane, int nb, int planes, int channels, int 
     if (offset[v] >= 0)
 #pragma unroll
       for (int s = 0; s < S; ++s)
-        if (s < seeds) out[s * os + offset[v]] += acc[s][v];
+        if (s < seeds) out[s * out_seed + offset[v]] += acc[s][v];
 }
 
 // One position, or one of its pool taps, as a worker visits it.
@@ -105,7 +106,7 @@ struct Visit {
 template <bool Rows, class T, class Each>
 GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes, int together, const Each& each) {
   const PatternRef& pattern = op.pattern;
-  const int H = op.H, W = op.W, nb = pattern.plane_bytes, kw = pattern.taps && !op.merged ? pattern.kw : 1;
+  const int H = op.H, W = op.W, plane_bytes = pattern.plane_bytes, kw = pattern.taps && !op.merged ? pattern.kw : 1;
   const int all = pattern.taps ? pattern.taps : 1, taps = op.merged ? 1 : all;
   const int high = op.bands.rows, wide = op.bands.columns, row_colours = op.bands.row_colours;
   const int colours = op.bands.column_colours;
@@ -141,7 +142,7 @@ GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes,
         int hi = h, wi = w;
         Visit<T> visit{};
         visit.inside = there && (!pattern.taps || op.merged || tap_position(pattern, h, w, jh, jw, hi, wi));
-        visit.plane = bits ? bits + ((h * W + w) * all + j) * nb : nullptr;
+        visit.plane = bits ? bits + ((h * W + w) * all + j) * plane_bytes : nullptr;
         visit.from = from + Steps(op.src)(h, w);
         visit.stride = stride;
         visit.seeds = t.seeds - s0 < together ? t.seeds - s0 : together;
@@ -162,7 +163,8 @@ GK_DEVICE int seeds_together(int seeds, int most) {
 
 template <bool Rows, class T, int NV, int S>
 GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
-  const int elements = op.window_elements, nb = op.pattern.plane_bytes, planes = op.merged ? op.pattern.taps : 1;
+  const int elements = op.window_elements, plane_bytes = op.pattern.plane_bytes,
+            planes = op.merged ? op.pattern.taps : 1;
   const int sublane = t.lane() % lanes, groups = op.groups, per_group = static_cast<int>(op.O) / groups;
   const int row_length = op.row_length, seed = op.dst.seed;
   const int32_t* table = t.args.tables + op.window_table;
@@ -177,8 +179,9 @@ GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
     over_bands<Rows>(op, t, lanes, S, [&](const Visit<T>& at) {
       if (!at.inside) return;
       for (int group = 0; group < groups; ++group)
-        walk<T, NV, S>(at.plane, nb, planes, op.O, group * per_group, (group + 1) * per_group, at.from, at.stride,
-                       at.seeds, weights, row_length, lanes, at.to + group * static_cast<int>(op.C), seed, offset);
+        walk<T, NV, S>(at.plane, plane_bytes, planes, op.O, group * per_group, (group + 1) * per_group, at.from,
+                       at.stride, at.seeds, weights, row_length, lanes, at.to + group * static_cast<int>(op.C), seed,
+                       offset);
     });
   }
 }

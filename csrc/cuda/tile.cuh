@@ -1,4 +1,5 @@
 // The view that a record's function has of its block: which samples, which seeds, where the buffers lie.
+// docs/architecture.md says what the letters of loops and operands stand for.
 #pragma once
 #include "chain.h"
 #include "device.cuh"

@@ -1,8 +1,9 @@
 // Forward contractions: convolutions, and linear layers over all samples of the tile.
 //
-// A warp makes `LP·4` positions × `LO·4` channels, a thread 4 × 4 of them: positions LP apart, so that neighbours
-// read neighbouring addresses, channels side by side, so that a weight is one 16-byte load.  Where there are fewer
-// such tiles than warps, the contraction is cut between warps and the parts are added in a fixed order.
+// A warp makes `position_lanes·4` positions × `channel_lanes·4` channels, a thread 4 × 4 of them: positions
+// `position_lanes` apart, so that neighbours read neighbouring addresses, channels side by side, so that a weight is
+// one 16-byte load.  Where there are fewer such tiles than warps, the contraction is cut between warps and the parts
+// are added in a fixed order.
 #pragma once
 #include "tile.cuh"
 
@@ -11,18 +12,18 @@ namespace gradkern::cuda {
 constexpr int kPositions = 4;  // of a thread; pooled.cuh has its own number
 
 struct WindowShape {
-  int lo, lp;                // lanes along the channels and along the positions
-  int across, along, tiles;  // tiles along the channels, along the positions, in all
-  int split;                 // parts of the contraction
+  int channel_lanes, position_lanes;  // lanes along the channels and along the positions
+  int across, along, tiles;           // tiles along the channels, along the positions, in all
+  int split;                          // parts of the contraction
 };
 
 template <int P>
 GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int K, int warps, int room) {
   WindowShape s;
-  s.lo = channels > 16 ? 8 : channels > 8 ? 4 : channels > 4 ? 2 : 1;
-  s.lp = kWarp / s.lo;
-  s.across = (channels + s.lo * 4 - 1) / (s.lo * 4);
-  s.along = (positions + s.lp * P - 1) / (s.lp * P);
+  s.channel_lanes = channels > 16 ? 8 : channels > 8 ? 4 : channels > 4 ? 2 : 1;
+  s.position_lanes = kWarp / s.channel_lanes;
+  s.across = (channels + s.channel_lanes * 4 - 1) / (s.channel_lanes * 4);
+  s.along = (positions + s.position_lanes * P - 1) / (s.position_lanes * P);
   s.tiles = s.across * s.along * groups;
   s.split = warps / s.tiles;
   if (s.split > K / 16) s.split = K / 16;
@@ -36,9 +37,9 @@ GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
 
 // Four rows of the weight; `w` moves on.
 template <class T>
-GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int ldf) {
+GK_DEVICE void load_rows(Four<T> (&rows)[4], const T*& w, int row_length) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k, w += ldf) rows[k] = fixed4(w);
+  for (int k = 0; k < 4; ++k, w += row_length) rows[k] = fixed4(w);
 }
 
 // acc[p][o] += Σ_{k < 4} x[p][j + k] · rows[k][o].
@@ -58,8 +59,8 @@ GK_DEVICE void four_terms(T (&acc)[P][4], const T* const (&x)[P], int j, const F
 // acc[p][o] += Σ_{k0 ≤ k < k1} x[offset[p] + run(k)] · w[k][o].
 template <class T, int P>
 GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], bool aligned, const int32_t* runs,
-                          int L, const T* w, int ldf, int k0, int k1) {
-  w += k0 * ldf;
+                          int L, const T* w, int row_length, int k0, int k1) {
+  w += k0 * row_length;
   for (int r = k0 / L; r * L < k1; ++r) {
     const int run = fixed(runs + r);
     int j = k0 > r * L ? k0 - r * L : 0;
@@ -70,24 +71,24 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
     if (aligned && run % 4 == 0 && j % 4 == 0 && j + 4 <= end) {
       // Weights come from L2: four rows are loading while four are used; those past the last are slack.
       Four<T> even[4], odd[4];
-      load_rows(even, w, ldf);
+      load_rows(even, w, row_length);
       for (;;) {
-        load_rows(odd, w, ldf);
+        load_rows(odd, w, row_length);
         four_terms(acc, x, j, even);
         if ((j += 4) + 4 > end) {
-          w -= 4 * ldf;
+          w -= 4 * row_length;
           break;
         }
-        load_rows(even, w, ldf);
+        load_rows(even, w, row_length);
         four_terms(acc, x, j, odd);
         if ((j += 4) + 4 > end) {
-          w -= 4 * ldf;
+          w -= 4 * row_length;
           break;
         }
       }
     }
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)
-    for (; j < end; ++j, w += ldf) {
+    for (; j < end; ++j, w += row_length) {
       const Four<T> ws = fixed4(w);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -102,34 +103,36 @@ GK_DEVICE void window_sum(T (&acc)[P][4], const T* buf, const int (&offset)[P], 
 template <class T>
 GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   const int W = op.W, HW = static_cast<int>(op.H) * W, each = op.whole_block ? 1 : HW, positions = t.count * each;
-  const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L, ldf = weight_row(O);
-  const int px = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
+  const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L,
+            row_length = weight_row(O);
+  const int position = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
   // A whole-block record has the region to itself; the others have their scratch there.
   const WindowShape s =
       window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.region : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;
-  const int lane_o = t.lane() % s.lo, lane_p = t.lane() / s.lo;
-  const bool aligned = ((op.src.offset | op.src.sample | px | row | op.C) & 3) == 0;
+  const int channel_lane = t.lane() % s.channel_lanes, position_lane = t.lane() / s.channel_lanes;
+  const bool aligned = ((op.src.offset | op.src.sample | position | row | op.C) & 3) == 0;
   const Divider samples(each), rows(W);
   T* parts = t.buf;  // [part][tile][4 · 4][lane]
 
   for (int item = t.warp(); item < s.tiles * s.split; item += t.warps()) {
     const int tile = item % s.tiles, part = item / s.tiles;
     const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
-    const int o = rest % s.across * (s.lo * 4) + lane_o * 4, p0 = rest / s.across * (s.lp * kPositions) + lane_p;
+    const int o = rest % s.across * (s.channel_lanes * 4) + channel_lane * 4,
+              p0 = rest / s.across * (s.position_lanes * kPositions) + position_lane;
     const bool on = o < O;
     int offset[kPositions];
 #pragma unroll
     for (int p = 0; p < kPositions; ++p) {
-      const int at = p0 + p * s.lp < positions ? p0 + p * s.lp : 0;
+      const int at = p0 + p * s.position_lanes < positions ? p0 + p * s.position_lanes : 0;
       const auto [m, q] = samples.parts(at);
       const auto [h, w] = rows.parts(q);
-      offset[p] = static_cast<int>(t.at(op.src, m) - t.buf) + h * row + w * px + group * static_cast<int>(op.C);
+      offset[p] = static_cast<int>(t.at(op.src, m) - t.buf) + h * row + w * position + group * static_cast<int>(op.C);
     }
     T acc[kPositions][4] = {};
-    const T* w = t.args.packed + op.weights + group * K * ldf + (on ? o : 0);
+    const T* w = t.args.packed + op.weights + group * K * row_length + (on ? o : 0);
     const int k0 = part * step, k1 = k0 + step < K ? k0 + step : K;
-    if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L, w, ldf, k0, k1);
+    if (k0 < k1) window_sum(acc, t.buf, offset, aligned, t.args.tables + op.run_table, L, w, row_length, k0, k1);
     if (s.split > 1) {
 #pragma unroll
       for (int p = 0; p < kPositions; ++p)
@@ -138,10 +141,10 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
       continue;
     }
     if (!on) continue;
-    const T* bias = t.args.packed + op.bias + group * ldf + o;
+    const T* bias = t.args.packed + op.bias + group * row_length + o;
 #pragma unroll
     for (int p = 0; p < kPositions; ++p) {
-      const int at = p0 + p * s.lp;
+      const int at = p0 + p * s.position_lanes;
       if (at >= positions) continue;
       const auto [m, q] = samples.parts(at);
       const auto [h, w] = rows.parts(q);
@@ -156,10 +159,11 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   for (int i = t.tid(); i < s.tiles * 16 * kWarp; i += t.threads()) {
     const int lane = i % kWarp, number = i / kWarp % 16, tile = i / (16 * kWarp);
     const int group = tile / (s.across * s.along), rest = tile - group * (s.across * s.along);
-    const int o = rest % s.across * (s.lo * 4) + lane % s.lo * 4 + number % 4;
-    const int at = rest / s.across * (s.lp * kPositions) + lane / s.lo + number / 4 * s.lp;
+    const int o = rest % s.across * (s.channel_lanes * 4) + lane % s.channel_lanes * 4 + number % 4;
+    const int at =
+        rest / s.across * (s.position_lanes * kPositions) + lane / s.channel_lanes + number / 4 * s.position_lanes;
     if (o >= O || at >= positions) continue;
-    T sum = fixed(t.args.packed + op.bias + group * ldf + o);
+    T sum = fixed(t.args.packed + op.bias + group * row_length + o);
     for (int part = 0; part < s.split; ++part) sum += parts[part * s.tiles * 16 * kWarp + i];
     const auto [m, q] = samples.parts(at);
     const auto [h, w] = rows.parts(q);

@@ -2,6 +2,7 @@
 // run on CPU tensors.  Built beside run.cpp, with the folder of this file in front of torch's headers, and called by
 // tests/support/host_device.py under the dispatch key that they register themselves for.
 #include "../checks.cpp"
+#include "../content_hash.cpp"
 #include "../cuda/chain_launch.cpp"
 #include "../cuda/hash_launch.cpp"
 #include "../cuda/rescale_launch.cpp"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../cuda/chain.h"
-#include "../rescale.h"
+#include "../rescale_rule.h"
 
 using gradkern::RescaleArgs;
 using gradkern::cuda::Args;

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds, Shape, TopK, TopSeeds
+from ..dispatch.targets import Seeds, TopK, TopSeeds
+from ..ir.program import Shape
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, Tensors, with_arguments
@@ -79,8 +80,8 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
     """``targets`` as `gradkern.jacobian` reads them, for the model's output at these inputs."""
     more = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
     with torch.no_grad():
-        few = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
-        y = fn(*[x.detach().clone() for x in few], *more)
+        probe = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
+        y = fn(*[x.detach().clone() for x in probe], *more)
     out = tuple(y.shape[1:])
     return jacobian_choice(targets)(inputs[0].shape[0], out).chosen_by(y), out
 

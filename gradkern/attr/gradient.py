@@ -46,9 +46,9 @@ class GradientMethod(RowMethod):
         jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
         rows, wrt = format_tensor_into_tuples(inputs), options.get("wrt")
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
-        numbers = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
+        indices = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
-        self._finish_each(each, tuple(rows[w] for w in numbers), finish)
+        self._finish_each(each, tuple(rows[w] for w in indices), finish)
         return jacobian
 
 

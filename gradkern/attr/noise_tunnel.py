@@ -213,16 +213,16 @@ class _AllOutputs:
             take = slice(first * count + step, (last - 1) * count + stop)
             rows, copies = tuple(x[take].detach() for x in noisy), stop - step
             these = index if index is None or index.dim() == 1 else index[first:last].repeat_interleave(copies, 0)
-            here = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
+            piece_options = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
             extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
             points = self.points.at(rows, extra)
-            maps = method._rows(points, these, self.seeds.count, here)
+            maps = method._rows(points, these, self.seeds.count, piece_options)
             if maps is None:
                 return False
             delta = None
             if self.wants_delta:
                 seeds = Seeds(self.seeds.count, self.seeds.axes, these)
-                delta = method._row_delta(maps, points, seeds, here)
+                delta = method._row_delta(maps, points, seeds, piece_options)
             self.sums.add(a + first, a + last, copies, maps, delta)
         return True
 

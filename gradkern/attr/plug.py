@@ -19,7 +19,8 @@ from torch import Tensor
 from ..dispatch import state
 from ..dispatch.request import Request
 from ..dispatch.route import Route, decide, shared_route, solve
-from ..dispatch.targets import Seeds, Shape
+from ..dispatch.targets import Seeds
+from ..ir.program import Shape
 from ..util import options
 from ..util.callables import name_of, unwrapped
 from ..util.options import BadType, BadValue, InputError, Unused
@@ -107,10 +108,10 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
 
     Raises `BadValue` for a target that does not fit; `compute_gradients` then raises Captum's own error.
     """
-    numbers = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
+    indices = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
         chosen = select_targets(
-            numbers.expand(samples, *out_shape),  # [N, *out], no memory
+            indices.expand(samples, *out_shape),  # [N, *out], no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
         flat = chosen.reshape(samples)  # [N]

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..dispatch import batching
 from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
-from ..dispatch.targets import Seeds, Shape, TopSeeds
-from ..ir.program import Program
+from ..dispatch.targets import Seeds, TopSeeds
+from ..ir.program import Program, Shape
 from ..util.callables import FixedArguments
 from ..util.chunks import samples_per_chunk
 from .captum_compat import format_additional_forward_args
@@ -151,9 +151,9 @@ def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, 
     path = []
     for x, base in zip(inputs, baselines, strict=True):
         base = rows_of(base, a, b)
-        here = x[a:b].detach()
-        steps = alphas.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * here.dim())
-        points = base + steps * (here - base)  # [K, b - a, *in]
+        samples = x[a:b].detach()
+        steps = alphas.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * samples.dim())
+        points = base + steps * (samples - base)  # [K, b - a, *in]
         path.append(points.reshape(-1, *x.shape[1:]))
     return path
 
@@ -198,8 +198,8 @@ def path_sum(
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
-            more, here = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
-            gradients = points.gradients(at, more, here, seeds.count)
+            more, chunk_index = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
+            gradients = points.gradients(at, more, chunk_index, seeds.count)
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])
     return totals

@@ -73,9 +73,9 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
     ranking = gradkern.importance(model.load(), samples.open(), **options)
     curve, best = ranking.curve, ranking.top(top)
     if as_json:
-        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
+        curve_data = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
         shown = {"top": best, "agreement": ranking.agreement.tolist(), "samples": ranking.counts.tolist()}
-        click.echo(json.dumps(shown | {"curve": plain}))
+        click.echo(json.dumps(shown | {"curve": curve_data}))
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .units import Graph, Node, Unit, overlaps
+from .units import Node, Unit, UnitGraph, overlaps
 from .weights import WindowLayout
 
 
@@ -26,7 +26,7 @@ class Cotangent:
 class Cotangents:
     """The cotangents of a group, for the external inputs ``wrt``."""
 
-    def __init__(self, graph: Graph, wrt: tuple[int, ...], onehot: bool):
+    def __init__(self, graph: UnitGraph, wrt: tuple[int, ...], onehot: bool):
         self.graph = graph
         self.outputs = list(graph.outputs.values())
         self.needs = reachable(graph, wrt)
@@ -67,26 +67,26 @@ class Cotangents:
         if not self.read_once(node):
             return own_buffer
         reader, producer = readers[0], node.producer
-        through_bits = producer.kind in ("window", "sum")
+        through_bits = producer.kind in ("window", "add")
         if reader is self.rows_unit:
             return Cotangent(node, rows=True) if self.takes_rows(node) else own_buffer
         upstream = self.of(reader.out)
         if upstream is None:
             return None
         if reader.opened:
-            plain = upstream.node is reader.out and not upstream.rows
-            return upstream if plain or (upstream.pattern is not None and through_bits) else own_buffer
+            in_full = upstream.node is reader.out and not upstream.rows
+            return upstream if in_full or (upstream.pattern is not None and through_bits) else own_buffer
         if (
             reader.kind == "pattern"
             and upstream.pattern is None
             and (through_bits or self.can_defer_rectify(reader, upstream))
         ):
             return Cotangent(upstream.node, upstream.rows, reader)
-        if reader.kind == "sum" and producer.rectify:
+        if reader.kind == "add" and producer.rectify:
             return own_buffer  # its negative part is removed, but the sum's other branches keep theirs
-        if reader.kind == "sum" and (through_bits or not (upstream.rows or upstream.pattern)):
+        if reader.kind == "add" and (through_bits or not (upstream.rows or upstream.pattern)):
             return upstream
-        if reader.kind == "scale" and upstream.node is reader.out:
+        if reader.kind == "elementwise" and upstream.node is reader.out:
             return upstream  # multiplied in place
         return own_buffer
 
@@ -100,7 +100,7 @@ class Cotangents:
         if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
             return False
         source = relu.reads[0]
-        return self.read_once(source) and source.producer.kind in ("window", "sum") and not overlaps(pool.windows)
+        return self.read_once(source) and source.producer.kind in ("window", "add") and not overlaps(pool.windows)
 
     def takes_rows(self, node: Node) -> bool:
         """Whether all readers of this cotangent are contractions that read it directly or through one pattern."""
@@ -113,7 +113,7 @@ class Cotangents:
         return producer.kind == "window"
 
 
-def reachable(graph: Graph, wrt: tuple[int, ...]) -> set[int]:
+def reachable(graph: UnitGraph, wrt: tuple[int, ...]) -> set[int]:
     """Nodes whose cotangent matters: they depend on a wanted input."""
     ids = {graph.inputs[v].id for v in wrt}
     for unit in graph.units:

@@ -11,7 +11,7 @@ from .scratch import Buffer, round_up
 from .support import NATIVE_FUNCTIONS
 from .tables import move, positions, stencil, transposed
 from .units import Node, Unit
-from .weights import MixLayout, ScatterLayout
+from .weights import ScatterLayout, StencilLayout
 
 L1_BYTES = 24 << 10  # weights above this are walked tile by tile (half of a common 48 KiB L1)
 LINE_FUNCTIONS = {
@@ -102,11 +102,11 @@ class UnitRecords(Recording):
 
     # ---- sums
 
-    def forward_sum(self, unit: Unit) -> None:
+    def forward_add(self, unit: Unit) -> None:
         left, right = map(self.value, unit.reads)
         self.forward.append(records.Add(left, right, self.value(unit.out), extent(unit.out)))
 
-    def backward_sum(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_add(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         if self.cotangents.of(node) is upstream:
             return
         if upstream.pattern is not None:
@@ -143,22 +143,22 @@ class UnitRecords(Recording):
 
     # ---- maps over positions, channel by channel
 
-    def forward_mix(self, unit: Unit) -> None:
-        layout, (src, dst) = self.mix(unit), self.ends(unit)
-        table = self.stencil(layout, *stencil(layout.entries, positions(unit.out), keep_empty=True))
+    def forward_stencil(self, unit: Unit) -> None:
+        layout, (src, dst) = self.stencil(unit), self.ends(unit)
+        table = self.stencil_table(layout, *stencil(layout.entries, positions(unit.out), keep_empty=True))
         self.forward.append(records.Stencil(src, dst, unit.out.C, table, layout.bias))
 
-    def stencil(self, layout: MixLayout, blocks: list[int], entries: list[int]) -> StencilTable:
+    def stencil_table(self, layout: StencilLayout, blocks: list[int], entries: list[int]) -> StencilTable:
         count, tables = len(blocks) // 7, (self.table(blocks), self.table(entries))
         return StencilTable(layout.weights, layout.row_length, count, *tables)
 
-    def backward_mix(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
-        layout = self.mix(unit)
+    def backward_stencil(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+        layout = self.stencil(unit)
         if isinstance(layout.form.map, Channels) and layout.form.weight is None:
             entries = [[(q, 0)] for q in positions(upstream.node)]
         else:
             entries = transposed(layout.entries, upstream.node, node)
-        table = self.stencil(layout, *stencil(entries, positions(node), keep_empty=False))
+        table = self.stencil_table(layout, *stencil(entries, positions(node), keep_empty=False))
         src, dst = self.upstream(upstream), self.accumulated(node)
         self.backward.append(records.StencilT(src, dst, node.C, table))
 
@@ -168,14 +168,14 @@ class UnitRecords(Recording):
         """The place of the derivative."""
         return interior(unit.out, self.keep(unit, unit.out.size))
 
-    def forward_scale(self, unit: Unit) -> None:
+    def forward_elementwise(self, unit: Unit) -> None:
         form = unit.form
         assert isinstance(form, Scale)
         (src, dst), parameters = self.ends(unit), (*form.params, 0.0, 0.0, 0.0)[:3]
         function = list(NATIVE_FUNCTIONS).index(form.function)
         self.forward.append(records.Elementwise(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
 
-    def backward_scale(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_elementwise(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         in_place = self.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
@@ -188,12 +188,12 @@ class UnitRecords(Recording):
         row, position = node.row if node.H == out.H else 0, node.C if node.W == out.W else 0
         return Place(buffer, node.interior, row, position), int(node.C == out.C)
 
-    def forward_product(self, unit: Unit) -> None:
+    def forward_multiply(self, unit: Unit) -> None:
         (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
         dst = self.value(unit.out)
         self.forward.append(records.Multiply(left, right, dst, extent(unit.out), left_channel, right_channel))
 
-    def backward_product(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_multiply(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         other = unit.reads[1 - self.operand_index(unit, node)]
         src = self.upstream(upstream)
         self.first_touch(node)
@@ -247,9 +247,9 @@ class UnitRecords(Recording):
         # The numbers of each line come after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 
-    def forward_lowrank(self, unit: Unit) -> None:
+    def forward_lines(self, unit: Unit) -> None:
         self.forward.append(records.Lines(*self.ends(unit), self.lines(unit)))
 
-    def backward_lowrank(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_lines(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
         self.backward.append(records.LinesT(src, dst, self.lines(unit)))

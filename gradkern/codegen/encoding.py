@@ -27,7 +27,7 @@ class Sizes:
     """The sizes of a chain's scratch memory for one backend, one int64 each."""
 
     @cached_property
-    def numbers(self) -> list[int]:
+    def integers(self) -> list[int]:
         """As the compiled ops take them."""
         return [getattr(self, f.name) for f in fields(self)]
 
@@ -100,7 +100,7 @@ def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tu
     ``sample``: stride between samples in buffers that each sample has for itself; ``shared``: in the others.
     """
 
-    def numbers(value: Any, t: Any) -> Iterator[int]:
+    def integers(value: Any, t: Any) -> Iterator[int]:
         if value is None:
             yield from [0] * width_of(t)
         elif isinstance(value, Place):
@@ -112,13 +112,13 @@ def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tu
                 yield from (b.base + value.offset, stride, b.elements * b.cotangent, value.row, value.position)
         elif issubclass(t, RecordPart | Record):
             for name, inner in layout_of(t):
-                yield from numbers(getattr(value, name), inner)
+                yield from integers(getattr(value, name), inner)
         elif t is float:
             yield struct.unpack("<q", struct.pack("<d", value))[0]
         else:
             yield int(value)
 
-    row = [KINDS.index(type(record)), int(record.whole_block), samples, *numbers(record, type(record))]
+    row = [KINDS.index(type(record)), int(record.whole_block), samples, *integers(record, type(record))]
     return tuple(row + [0] * (WIDTH - len(row)))
 
 

@@ -16,7 +16,7 @@ from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
 from .support import unsupported_reason
-from .units import POINT, Fold, Graph, Node, Side, Unit, UnitKind, geometry, overlaps, planar, storage_axes, tokens
+from .units import POINT, Fold, Node, Side, Unit, UnitGraph, UnitKind, geometry, overlaps, planar, storage_axes, tokens
 
 
 class GraphBuilder:
@@ -40,7 +40,7 @@ class GraphBuilder:
                 self.reads.setdefault(v, []).append(i)
         self.external = [v for v in sorted(self.reads) if v not in inside]
 
-    def build(self) -> Graph:
+    def build(self) -> UnitGraph:
         for v in self.external:
             if any(self.wants_tokens(i, v) for i in self.reads[v]):
                 self.channels_last.add(v)
@@ -50,13 +50,13 @@ class GraphBuilder:
         inputs = {v: self.nodes[v] for v in self.external}
         for i in self.steps:
             if i not in self.done:
-                self.lower(i, self.program.steps[i])
+                self.add_step(i, self.program.steps[i])
         outputs = {v: self.nodes[v] for v in self.live_out}
         for unit in self.units:
             if unit.kind == "window":
                 reserve_halo(unit)
         share_in_place(self.units, outputs)
-        return Graph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
+        return UnitGraph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
 
     # ---- small helpers
 
@@ -120,7 +120,7 @@ class GraphBuilder:
 
     # ---- one step
 
-    def lower(self, i: int, step: ir.Step) -> None:
+    def add_step(self, i: int, step: ir.Step) -> None:
         self.done.add(i)
         form, source = step.form, step.inputs[0]
         match form:
@@ -137,14 +137,14 @@ class GraphBuilder:
                 self.convolution(i, step)
             case ir.Contract():
                 last = isinstance(form.map, ir.Channels) and form.map.axis > 0
-                self.unit("mix", i, [self.in_order(source, last)], last, form=form)
+                self.unit("stencil", i, [self.in_order(source, last)], last, form=form)
             case ir.Given():
-                self.unit("scale", i, [self.nodes[source]], like=source, form=form, slope=step.inputs[1])
+                self.unit("elementwise", i, [self.nodes[source]], like=source, form=form, slope=step.inputs[1])
                 self.units[-1].storage_order = source in self.channels_last
             case ir.Select() | ir.Scale(function="relu" | "guided_relu" | "open_relu"):
                 self.pattern(i, step)
             case ir.Scale():
-                self.unit("scale", i, [self.nodes[source]], like=source, form=form)
+                self.unit("elementwise", i, [self.nodes[source]], like=source, form=form)
             case ir.Sum():
                 self.sum(i, step)
             case ir.LowRank(axis=axis):
@@ -152,13 +152,13 @@ class GraphBuilder:
                 channels_last |= axis > 0 and axis == len(step.shape) - 1 and self.stays_channels_last(i)
                 node = self.in_order(source, channels_last)
                 order = storage_axes(len(step.shape), channels_last)
-                self.unit("lowrank", i, [node], channels_last, form=form, along=order[axis])
+                self.unit("lines", i, [node], channels_last, form=form, along=order[axis])
             case ir.Product(function="matmul"):
                 self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
             case ir.Product():
                 channels_last = any(v in self.channels_last for v in step.inputs)
                 reads = [self.in_order(v, channels_last) for v in step.inputs]
-                self.unit("product", i, reads, channels_last, form=form)
+                self.unit("multiply", i, reads, channels_last, form=form)
 
     def stays_channels_last(self, i: int) -> bool:
         """Whether a later step wants this one's result channels-last."""
@@ -194,7 +194,7 @@ class GraphBuilder:
         total = nodes[0]
         self.place(i, total, channels_last)
         for other in nodes[1:]:
-            total = self.unit("sum", i, [total, other], channels_last, like)
+            total = self.unit("add", i, [total, other], channels_last, like)
 
     def view(self, i: int, step: ir.Step) -> None:
         source = step.inputs[0]
@@ -252,7 +252,9 @@ class GraphBuilder:
                     producer.folds.append(Fold(form, first))
                 else:
                     out, relu = self.alike(node), is_relu(self.program.steps[j])
-                    kind: UnitKind = "mix" if isinstance(form, ir.Contract) else "pattern" if relu else "scale"
+                    kind: UnitKind = (
+                        "stencil" if isinstance(form, ir.Contract) else "pattern" if relu else "elementwise"
+                    )
                     self.add(Unit(kind, [node], out, [j], form=form, first=first, relu=relu))
                     nodes[k], alone[k] = out, True
                 first += node.C
@@ -275,7 +277,7 @@ class GraphBuilder:
                 Unit("move", [node], copy, [], form=ir.Index((each,)), sides=[Side(shape, False), Side(wide, False)])
             )
             node = copy
-        self.unit("mix", i, [node], form=form)
+        self.unit("stencil", i, [node], form=form)
 
     def window(self, i: int, node: Node, form: ir.Contract, channels_last: bool = False) -> None:
         out = self.unit("window", i, [node], channels_last, form=form)
@@ -341,7 +343,7 @@ def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
     """Let a bare ReLU or a scale overwrite its input if it is the only reader."""
     kept = {n.id for n in outputs.values()}
     for unit in units:
-        if unit.kind in ("pattern", "scale") and unit.windows is None:
+        if unit.kind in ("pattern", "elementwise") and unit.windows is None:
             source = unit.reads[0]
             # Places that a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
             if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):

@@ -1,4 +1,4 @@
-"""Limits of the CUDA kernels, which the lowering and its cost model also need.
+"""Limits of the kernels, which the lowering and its cost model also need.
 
 csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), which are generated from this module.
 After a change here, run ``python -m gradkern.codegen.records_header`` and rebuild the extension.
@@ -19,6 +19,8 @@ class ByType(NamedTuple):
         return self.float32 if itemsize == 4 else self.float64
 
 
+MAX_TAPS = 256  # of a pattern: planes of bits
+# The others are limits of the CUDA kernels.
 PORTS = 16  # external inputs or outputs of a chain
 # Transposed convolutions: walks over live channels, quads, and narrow windows.
 WALK_ELEMENTS = 5  # of the window, per lane

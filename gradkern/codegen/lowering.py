@@ -1,8 +1,8 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
-`lower` decides everything that does not depend on tensor data: which cotangents are materialised and which are read
-through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed at
-a time.
+`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialised and which are
+read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
+at a time.
 It is pure: equal arguments give equal chains.
 """
 
@@ -54,7 +54,7 @@ class Lowering(UnitRecords):
         order = list(self.graph.inputs)
         self.block_from_forward = False
         for unit in self.graph.units:
-            if unit.kind == "scale":
+            if unit.kind == "elementwise":
                 dst, shape, out = self.slope(unit), extent(unit.out), unit.out
                 if unit.storage_order:  # storage order is the tensor's own
                     dst, shape = Place(dst.buffer, dst.offset, dst.row, 1), Extent(1, out.H, out.W * out.C)
@@ -155,7 +155,7 @@ class Lowering(UnitRecords):
         )
 
 
-def lower(
+def lower_to_chain(
     program: Program,
     steps: list[int],
     live_out: list[int],
@@ -174,20 +174,20 @@ def lower(
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
     graph = GraphBuilder(program, steps, live_out).build()
-    low = lowering(graph, machine, itemsize, seeds, wrt, onehot)
-    low.load_slopes() if linear else low.run_forward()
+    lowered = lowering(graph, machine, itemsize, seeds, wrt, onehot)
+    lowered.load_slopes() if linear else lowered.run_forward()
     if seeds:
-        low.run_backward()
-    laid_out = low.finish()
-    rows, rows_unit = low.rows, low.cotangents.rows_unit
+        lowered.run_backward()
+    laid_out = lowered.finish()
+    rows, rows_unit = lowered.rows, lowered.cotangents.rows_unit
     return Chain(
         **vars(laid_out),
-        tables=tuple(low.tables),
-        layouts=tuple(low.layouts),
+        tables=tuple(lowered.tables),
+        layouts=tuple(lowered.layouts),
         inputs=tuple(graph.inputs),
         outputs=tuple(live_out),
         output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
-        wrt=low.wrt,
+        wrt=lowered.wrt,
         rows=None if rows is None else (rows.weights, rows.row_length),
         rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,
     )

@@ -10,8 +10,8 @@ from .aliasing import Cotangent, Cotangents
 from .machine import Machine
 from .records import Extent, PatternRef, Place, Record, Zero
 from .scratch import SLACK, Buffer, round_up
-from .units import POINT, Graph, Node, Unit, planar
-from .weights import Layout, MixLayout, ScatterLayout, WindowLayout, mergeable, scatter_cost
+from .units import POINT, Node, Unit, UnitGraph, planar
+from .weights import Layout, ScatterLayout, StencilLayout, WindowLayout, mergeable, scatter_cost
 
 L = TypeVar("L", bound=Layout)
 
@@ -22,7 +22,9 @@ class Recording:
     slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
     window_type: type[WindowLayout] = WindowLayout
 
-    def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
+    def __init__(
+        self, graph: UnitGraph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool
+    ):
         self.graph, self.lanes, self.itemsize, self.onehot = graph, machine.vector_bytes // itemsize, itemsize, onehot
         self.seeds = seeds
         self.wrt = tuple(v for v in graph.inputs if v in wrt)
@@ -49,11 +51,11 @@ class Recording:
 
     # ---- tables and packed weights
 
-    def table(self, numbers: list[int]) -> int:
-        key = tuple(numbers)
+    def table(self, entries: list[int]) -> int:
+        key = tuple(entries)
         if key not in self.interned:
             self.interned[key] = len(self.tables)
-            self.tables += numbers
+            self.tables += entries
         return self.interned[key]
 
     def layout(self, kind: type[L], unit: Unit, make: Callable[[], L]) -> L:
@@ -70,17 +72,17 @@ class Recording:
     def window(self, unit: Unit) -> WindowLayout:
         return self.layout(WindowLayout, unit, lambda: self.window_type.of(unit, self.lanes))
 
-    def mix(self, unit: Unit) -> MixLayout:
-        return self.layout(MixLayout, unit, lambda: MixLayout.of(unit))
+    def stencil(self, unit: Unit) -> StencilLayout:
+        return self.layout(StencilLayout, unit, lambda: StencilLayout.of(unit))
 
     def scatter(self, unit: Unit, pattern: Unit | None) -> ScatterLayout:
         return self.layout(ScatterLayout, unit, lambda: self.choose_scatter(unit, pattern))
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> ScatterLayout:
         """The cheaper of one window per position and one merged window per pool output; rows are folded if free."""
-        plain = ScatterLayout.of(unit, self.lanes)
+        one_tap = ScatterLayout.of(unit, self.lanes)
         if unit.dense or pattern is None or not mergeable(unit, pattern):
-            return plain
+            return one_tap
         node, pool = unit.reads[0], pattern.windows
         assert pool is not None
         private = node.producer.kind == "load" and self.cotangents.read_once(node)
@@ -89,7 +91,7 @@ class Recording:
         private &= not any(n is node for v, n in self.graph.inputs.items() if v in self.graph.channels_last)
         folds = [f for f in (1, 2, 4) if f == 1 or (private and node.H > 1 and th * sh % f == 0 and top % f == 0)]
         merged = [ScatterLayout.merge(unit, self.lanes, pool, f) for f in folds]
-        best = min([plain, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))
+        best = min([one_tap, *merged], key=lambda s: scatter_cost(s, min(self.seeds, 5), pool.taps))
         if best.fold > 1:
             self.folded[node.id] = best.fold
         return best

@@ -233,7 +233,7 @@ class Elementwise(Record):
     dst: Place
     slope: Place  # where the derivative goes
     extent: Extent
-    function: int  # which of csrc/scale.h's functions
+    function: int  # which of csrc/elementwise.h's functions
     p0: float  # its parameters
     p1: float
     p2: float

@@ -26,7 +26,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def limit_lines() -> list[str]:
-    """The limits of the CUDA kernels as constants, with the comments that they have in the source."""
+    """The limits of the kernels as constants, with the comments that they have in the source."""
     lines = []
     for name, text in re.findall(r"^([A-Z_]+) = .*?  # (.*)$", inspect.getsource(limits), re.MULTILINE):
         constant, value = "k" + name.title().replace("_", ""), limits.LIMITS[name]
@@ -88,7 +88,7 @@ def header() -> str:
     for cls in KINDS:
         out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t whole_block, samples;"]
         out += [*members(cls), "};"]
-    out += ["", "namespace cuda {", "", *limit_lines(), "", "}  // namespace cuda"]
+    out += ["", *limit_lines()]
     return "\n".join([*out, "", "}  // namespace gradkern", ""])
 
 

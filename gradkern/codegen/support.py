@@ -13,11 +13,12 @@ import torch
 
 from ..ir import program as ir
 from ..ir.functions import RECTIFYING
+from .limits import MAX_TAPS
 from .units import geometry
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 CAST_DTYPES = (torch.float16, torch.bfloat16)  # on a GPU: cast to float32 on the way in, and back on the way out
-#: Elementwise functions that csrc/scale.h knows, with the number of parameters each takes there.
+#: Elementwise functions that csrc/elementwise.h knows, with the number of parameters each takes there.
 NATIVE_FUNCTIONS = {
     "relu": 0, "leaky_relu": 1, "elu": 3, "tanh": 0, "sigmoid": 0, "affine": 2, "gelu": 0, "gelu_tanh": 0, "silu": 0,
     "mish": 0, "softplus": 2, "hardtanh": 2, "clamp": 2, "hardswish": 0, "hardsigmoid": 0, "square": 0, "power": 1,
@@ -27,7 +28,6 @@ NATIVE_FUNCTIONS = {
 #: The ReLU, and the two of attribution rules: patterns of bits.
 RELUS = frozenset({"relu"}) | RECTIFYING
 MAX_CHANNELS = 65535  # channel lists are uint16
-MAX_TAPS = 256  # planes of a pattern
 
 
 def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:

@@ -95,7 +95,7 @@ def stencil(entries: list[Entries], places: list[int], keep_empty: bool) -> tupl
     """
     blocks: list[list[int]] = []
     table: list[int] = []
-    known: dict[tuple, int] = {}
+    entry_starts: dict[tuple, int] = {}
     shape: tuple = ()
     for reads, place in zip(entries, places, strict=True):
         if not reads and not keep_empty:
@@ -112,9 +112,9 @@ def stencil(entries: list[Entries], places: list[int], keep_empty: bool) -> tupl
                     block[3:5] = steps
                 block[2] += 1
                 continue
-        if relative not in known:
-            known[relative] = len(table) // 2
+        if relative not in entry_starts:
+            entry_starts[relative] = len(table) // 2
             table += relative
         shape = relative
-        blocks.append([first, place, 1, 0, 0, known[relative], len(reads)])
+        blocks.append([first, place, 1, 0, 0, entry_starts[relative], len(reads)])
     return [x for b in blocks for x in b], table

@@ -18,7 +18,7 @@ from typing import Literal
 from ..ir.program import Contract, Dense, Form, Windows
 
 Pair = tuple[int, int]
-UnitKind = Literal["load", "window", "mix", "pattern", "scale", "sum", "move", "lowrank", "product", "matmul"]
+UnitKind = Literal["load", "window", "stencil", "pattern", "elementwise", "add", "move", "lines", "multiply", "matmul"]
 
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
 
@@ -138,7 +138,7 @@ class Unit:
 
 
 @dataclass
-class Graph:
+class UnitGraph:
     """The units of one group in forward order, with the nodes of its external inputs and outputs."""
 
     units: list[Unit]

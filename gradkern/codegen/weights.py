@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..ir.calls import Params
 from ..ir.program import Channels, Contract, Dense, Param, Positions, Windows
 from .support import MAX_CHANNELS
 from .units import Fold, Node, Unit, planar
@@ -43,7 +44,7 @@ class Layout(ABC):
     def row_length(self) -> int: ...
 
     @abstractmethod
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         """Write the live values of the parameters there."""
 
     def names(self) -> list[str]:
@@ -76,7 +77,7 @@ class ContractionLayout(Layout):
         w = w.reshape(w.shape[0], w.shape[1], -1)  # [O, C/groups, taps]
         return w.transpose(1, 2).reshape(w.shape[0], -1)
 
-    def folded(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def folded(self, params: Params) -> tuple[Tensor, Tensor]:
         """Weight ``[groups·O, K]`` and bias ``[groups·O]`` with the batch norms after them."""
         assert self.form.weight is not None
         w = self.columns(params[self.form.weight.name])
@@ -152,7 +153,7 @@ class WindowLayout(ContractionLayout):
     def size(self) -> int:
         return self.bias - self.weights + aligned(self.groups * self.row_length)
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         w, b = self.folded(params)
         g, o, k, n = self.groups, self.O, self.K, self.lanes
         wide = w.new_zeros(g, self.vectors * n, k)
@@ -232,12 +233,12 @@ class ScatterLayout(ContractionLayout):
     def size(self) -> int:
         return aligned(len(self.taps) * self.O * self.row_length)
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         w = self.rows(params)
         back = self.view(packed, w.shape[0], len(self.runs), self.row_length // len(self.runs))
         back[:, :, : self.L] = w.reshape(w.shape[0], len(self.runs), self.L)
 
-    def rows(self, params: Mapping[str, Tensor]) -> Tensor:
+    def rows(self, params: Params) -> Tensor:
         """``[taps · O, window]``."""
         w, _ = self.folded(params)
         return self.shifted(w) if self.merged else w
@@ -274,7 +275,7 @@ def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
 
 
 @dataclass
-class MixLayout(Layout):
+class StencilLayout(Layout):
     """A channelwise map over positions: for each result, its reads as (offset, weight row); rows of C weights."""
 
     rows: int
@@ -288,7 +289,7 @@ class MixLayout(Layout):
         return aligned(self.C)
 
     @classmethod
-    def of(cls, unit: Unit) -> MixLayout:
+    def of(cls, unit: Unit) -> StencilLayout:
         form, node, out = unit.contraction, unit.reads[0], unit.out
         if isinstance(form.map, Channels):
             at = [[(h * node.row + w * node.C, 0)] for h in range(out.H) for w in range(out.W)]
@@ -313,7 +314,7 @@ class MixLayout(Layout):
     def size(self) -> int:
         return (self.rows + 1) * self.row_length
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         table = self.view(packed, self.rows, self.row_length)[:, : self.C]
         channels = slice(self.first, self.first + self.C)
         if self.coefficients is not None:

@@ -111,8 +111,8 @@ def _of_model_alone(kind: Any) -> bool:
 def gradients(batch: Batch) -> Outcome:
     """∂y/∂x of the targets, with its sign, and the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
-    tensors, numbers = read_inputs(batch.inputs, floating)
-    request = Request(batch.model, tensors, numbers, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
+    tensors, indices = read_inputs(batch.inputs, floating)
+    request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets), batch.out, keep_outputs=True)
     results = solve(request, decide(request, batch.engine))
     rows = results.indices
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)

@@ -205,8 +205,8 @@ def _average_ranks(v: np.ndarray) -> np.ndarray:
 
 def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve:
     """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature."""
-    numbers = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
-    parts = [source.read(int(i), int(i) + 1) for i in numbers]
+    samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
+    parts = [source.read(int(i), int(i) + 1) for i in samples_read]
     if len(parts[0]) != 1:
         raise BadValue(f"curve: the model has {len(parts[0])} inputs, expected one.")
     device = device_of(model)

@@ -137,10 +137,10 @@ class Accumulator:
                 if len(chosen):
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], chosen)
 
-    def _add(self, at: slice, first: int, maps: Tensor, numbers: Tensor | None = None) -> None:
-        """``maps`` [n, C or 1, *in] of the classes ``at``; ``numbers`` [n] within the batch where not all are there."""
+    def _add(self, at: slice, first: int, maps: Tensor, chosen: Tensor | None = None) -> None:
+        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch where not all are there."""
         n = maps.shape[0]
-        group = ((torch.arange(n) if numbers is None else numbers) + first) % GROUPS  # [n]
+        group = ((torch.arange(n) if chosen is None else chosen) + first) % GROUPS  # [n]
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
         self.sums["count"][at] += n

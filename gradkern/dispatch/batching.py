@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..codegen.support import NATIVE_DTYPES
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
-from ..runtime.parameters import Params
-from ..util.chunks import numbers, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
+from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine
 from .eager import forward
 from .request import JacobianResult, Request, allocate
@@ -22,35 +22,35 @@ from .watch import Watch
 
 def run(
     request: Request, program: Program, tensors: Params, engine: Engine, start: int = 0,
-    known: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
+    partial: JacobianResult | None = None, *, saved: int = 0, watch: Watch | None = None,
 ) -> JacobianResult:  # fmt: skip
-    """Differentiate the samples from ``start`` on with ``program``.  ``known``: the results so far.
+    """Differentiate the samples from ``start`` on with ``program``.  ``partial``: the results so far.
 
     ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, if torch
     differentiates some of the steps.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     with torch.inference_mode(False), torch.no_grad():
-        results = allocate(request, program.output_shape, known)
+        results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        params, plain, chunk = _prepare(request, program, tensors, engine, results, saved)
+        params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
         # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
-        if known is None and request.out is None:
+        if partial is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
-        differentiate = reference.jacobian if plain else executor.jacobian
+        differentiate = reference.jacobian if by_reference else executor.jacobian
         watch = watch or Watch()
         due = watch.seconds * watch.share > watch.cost
         for a, b in spans(start, samples, chunk):
-            here = [x[a:b].contiguous() for x in inputs]
+            chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
-                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in here]))
+                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
-            y, _ = differentiate(program, params, here, index, request.wrt, out=rows)
+            y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
             watch.seconds += time.perf_counter() - begin
             if due and a == start:
-                watch.compare(request.fn, request.module, here, y)
+                watch.compare(request.fn, request.module, chunk_inputs, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made
@@ -101,9 +101,9 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     x = request.inputs[request.wrt[0]]
     seeds, size = results.seeds, x.dtype.itemsize
     stepwise = stepwise_bytes(program.shapes, seeds.count, size) + saved * (1 + seeds.count)
-    largest = size * numbers(program.shapes)[1]
+    largest = size * element_counts(program.shapes)[1]
     rows = seeds.count * largest  # one cotangent of a sample
-    gradients = seeds.count * numbers(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
+    gradients = seeds.count * element_counts(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
         fused += rows  # the rows of the last weight are gathered for each sample
@@ -113,5 +113,5 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
         fused += request.sample_bytes
     if any(not r.is_contiguous() or r.dtype != x.dtype for r in results.jacobians):
         fused += gradients * size
-    cast = fused + 4 * (numbers(program.inputs)[0] + gradients)
+    cast = fused + 4 * (element_counts(program.inputs)[0] + gradients)
     return BytesPerSample(stepwise, fused, cast)

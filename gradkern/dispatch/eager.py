@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ir.program import Shape
 from ..runtime import ops
 from ..util.callables import model_of
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
-from .targets import Shape
 
 LARGEST_CHUNK = 2048  # samples
 
@@ -226,22 +226,22 @@ def run(
     request: Request,
     profile: ModelProfile,
     start: int = 0,
-    known: JacobianResult | None = None,
+    partial: JacobianResult | None = None,
 ) -> JacobianResult:
-    """Differentiate the samples from ``start`` on.  ``known``: the results so far."""
+    """Differentiate the samples from ``start`` on.  ``partial``: the results so far."""
     for a, b in pieces(request, profile, start):
-        known = fill(request, known, a, b)
-    assert known is not None
-    return known
+        partial = fill(request, partial, a, b)
+    assert partial is not None
+    return partial
 
 
-def fill(request: Request, known: JacobianResult | None, start: int, stop: int) -> JacobianResult:
+def fill(request: Request, partial: JacobianResult | None, start: int, stop: int) -> JacobianResult:
     """Differentiate the samples ``start:stop`` in one forward and write their rows of the results."""
     with outside_modes():
         leaves, arguments = _leaves([x[start:stop] for x in request.inputs], request.wrt)
         y = forward(request.fn, request.module, arguments)  # [n, *out]
-        results = allocate(request, tuple(y.shape[1:]), known)
-        if known is None and request.out is None:
+        results = allocate(request, tuple(y.shape[1:]), partial)
+        if partial is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         _check_followed(request, y)
@@ -268,12 +268,12 @@ def fill(request: Request, known: JacobianResult | None, start: int, stop: int) 
 
 def measured_output_shape(request: Request) -> Shape:
     """Per-sample shape of the model's output, from a run of one or two samples."""
-    few = tuple(
+    probe = tuple(
         x[:2] if request.samples else torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)
         for x in request.inputs
     )
     with torch.inference_mode(False), torch.no_grad(), buffers_kept(request.module), torch.random.fork_rng([]):
-        return tuple(forward(request.fn, request.module, [x.detach().clone() for x in few]).shape[1:])
+        return tuple(forward(request.fn, request.module, [x.detach().clone() for x in probe]).shape[1:])
 
 
 def check_runs(fn: Callable[..., Any], samples: Sequence[Tensor]) -> None:

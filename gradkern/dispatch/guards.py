@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ..frontend.capture import Capture, Captured, Graph, code_of
+from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
+from ..util.torch_compat import cache_entries, disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -98,10 +98,16 @@ def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values."""
     shown = []
     for x in inputs:
-        plain = x.is_contiguous() and not x.is_inference() and not x.storage_offset()
+        plain = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
         x = x.detach() if plain else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
     return tuple(shown)
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a fresh tensor.  A contiguous one may have others along axes of one element: a sample of a wider tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
@@ -112,10 +118,10 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     try:
         with (
             torch.inference_mode(False) if inferring else nullcontext(),
-            _disable_current_modes() if counting else nullcontext(),
+            disable_current_modes() if counting else nullcontext(),
         ):
             local = by_name(fn, stand_ins(inputs))
-            for entry in _debug_get_cache_entry_list(capture.code):  # the last one used comes first
+            for entry in cache_entries(capture.code):  # the last one used comes first
                 if entry.guard_manager.check(local):
                     graph = capture.graphs.get(id(entry.code))
                     if graph is None or not _same_methods(graph):
@@ -127,7 +133,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     return None
 
 
-def _same_methods(graph: Graph) -> bool:
+def _same_methods(graph: CapturedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..ir.program import Shape
 from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
-from .targets import SeedChoice, Seeds, Shape, TopSeeds, resolve
+from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -131,15 +132,15 @@ class JacobianResult:
             self.indices[start:stop] = self.seeds.highest(outputs)
 
 
-def allocate(request: Request, output_shape: Shape, known: JacobianResult | None = None) -> JacobianResult:
-    """Resolve the targets against the output's shape and allocate the results; ``known`` is only compared."""
-    if known is not None:
-        if output_shape != known.output_shape:
+def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
+    """Resolve the targets against the output's shape and allocate the results; ``partial`` is only compared."""
+    if partial is not None:
+        if output_shape != partial.output_shape:
             raise BadValue(
-                f"the model gave outputs [N, {_times(known.output_shape)}] for some samples and "
+                f"the model gave outputs [N, {_times(partial.output_shape)}] for some samples and "
                 f"[N, {_times(output_shape)}] for others, expected one shape."
             )
-        return known
+        return partial
     seeds = request.choose(request.samples, output_shape)
     indices = seeds.indices
     if isinstance(seeds, TopSeeds):
@@ -221,8 +222,8 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"inputs: number {i} has {x.shape[0]} samples and number 0 has {tensors[0].shape[0]}, expected the "
                 "same batch axis (axis 0) in all."
             )
-    numbers = _read_wrt(wrt, len(tensors))
-    for w in numbers:
+    indices = _read_wrt(wrt, len(tensors))
+    for w in indices:
         x = tensors[w]
         if not x.is_floating_point():
             hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
@@ -231,21 +232,21 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
                 f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
             )
-    return tensors, numbers
+    return tensors, indices
 
 
 def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     if wrt is None:
         return tuple(range(count))
-    numbers = [wrt] if isinstance(wrt, int) else list(wrt)
-    for w in numbers:
+    indices = [wrt] if isinstance(wrt, int) else list(wrt)
+    for w in indices:
         if isinstance(w, bool) or not isinstance(w, int) or not -count <= w < count:
-            raise BadValue(f"wrt: got {w!r}, expected numbers of inputs, 0 … {count - 1}.")
-    if not numbers:
+            raise BadValue(f"wrt: got {w!r}, expected indices of inputs, 0 … {count - 1}.")
+    if not indices:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    counted = tuple(w % count for w in numbers)
+    counted = tuple(w % count for w in indices)
     if len(set(counted)) < len(counted):
-        raise BadValue(f"wrt: got {numbers}, which names an input twice, expected each input once.")
+        raise BadValue(f"wrt: got {indices}, which names an input twice, expected each input once.")
     return counted
 
 

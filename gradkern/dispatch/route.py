@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ir.program import Program
+from ..ir.program import Program, Shape
 from ..runtime.parameters import bind
 from ..util import options
 from ..util.callables import anchor, is_same, name_of
@@ -26,7 +26,6 @@ from .eager import ModelProfile
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
 from .state import CacheEntry, ModelState, Traced, Verdict
-from .targets import Shape
 from .watch import OutputsChanged
 
 TRACE_SAMPLES = 4
@@ -177,14 +176,14 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 
     Use it only on the model as the caller has passed it, not after hooks have been registered.
     """
-    known = _decided.get()
+    decided = _decided.get()
     name = options.engine(engine)
-    for route in known or ():
+    for route in decided or ():
         if route.serves(request, name):
             return route
     route = decide(request, name)
-    if known is not None:
-        known.append(route)
+    if decided is not None:
+        decided.append(route)
     return route
 
 
@@ -297,10 +296,10 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int
 
 def _profile_of_run(request: Request, route: Route) -> ModelProfile:
     """The profile for one call on autograd.  One sample is not measured, nor are a few that fit in one forward."""
-    samples, known, reason = request.samples, route.entry.profile, route.eager_reason
+    samples, profile, reason = request.samples, route.entry.profile, route.eager_reason
     if reason is None or not reason.couples_batch:
-        few = known is not None and samples <= FEW_SAMPLES and _fit(request, known)
-        if samples == 1 or few:
+        fits = profile is not None and samples <= FEW_SAMPLES and _fit(request, profile)
+        if samples == 1 or fits:
             return ModelProfile(mutates=True, one_piece=True)
     return _profile(request, route)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..frontend.capture import Capture, Graph
+from ..frontend.capture import Capture, CapturedGraph
 from ..frontend.refusal import Untraceable
-from ..frontend.tracer import lower
+from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
@@ -69,7 +69,7 @@ class CacheEntry:
     """What is known about one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
-    verdicts: dict[Graph, Verdict] = field(default_factory=dict)
+    verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     seconds: float = 0.0  # spent on autograd when a Program might have saved some
@@ -95,9 +95,9 @@ class ModelState:
     ) -> Traced | Verdict:
         """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
-            known = entry.refusal(fn)
-            if known is not None:
-                return known
+            refusal = entry.refusal(fn)
+            if refusal is not None:
+                return refusal
             result = self._traced(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
@@ -134,14 +134,14 @@ class ModelState:
             with buffers_kept(nn.ModuleList(modules_behind(fn))):
                 check_runs(fn, samples)
                 captured = entry.capture.capture(fn, stand_ins(inputs))
-                known = entry.verdicts.get(captured.graph)
-                program = lower(captured, inputs, name_of(fn)) if known is None else known.program
+                verdict = entry.verdicts.get(captured.graph)
+                program = to_program(captured, inputs, name_of(fn)) if verdict is None else verdict.program
                 assert program is not None
-                if known is None:
+                if verdict is None:
                     unused = verify(program, fn, bind(program, captured.tensors), samples)
                     captured.graph.module = None
-                    known = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
-            return Traced(known, program, captured.tensors)
+                    verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
+            return Traced(verdict, program, captured.tensors)
         except Untraceable as error:
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
         except InputError:

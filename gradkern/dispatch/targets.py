@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ir.program import Shape
 from ..util.options import BadType, BadValue
 
-Shape = tuple[int, ...]
 Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S], a tuple of ints, or TopK(k)"
 
@@ -139,13 +139,13 @@ def _from_list(targets: list[Any], samples: int, out: Shape) -> Tensor:
         if len(targets) != samples:
             raise BadValue(f"targets: got {len(targets)} lists, expected one for each of the {samples} samples.")
         return torch.stack([_from_list(list(t), samples, out) for t in targets])  # [N, S]
-    numbers = [_as_int(t) for t in targets]
-    if any(n is None for n in numbers):
-        wrong = next(t for t, n in zip(targets, numbers, strict=True) if n is None)
+    indices = [_as_int(t) for t in targets]
+    if any(n is None for n in indices):
+        wrong = next(t for t, n in zip(targets, indices, strict=True) if n is None)
         raise BadType(f"targets: got a list with {_brief(wrong)} in it, expected {ACCEPTED}.")
     if len(out) > 1:
         raise BadValue(_needs_tuples(targets, out))
-    return _ravel(torch.tensor(numbers)[:, None], out)
+    return _ravel(torch.tensor(indices)[:, None], out)
 
 
 def _from_tensor(targets: Tensor, samples: int, out: Shape) -> Tensor:
@@ -193,15 +193,15 @@ def _ravel(index: Tensor, out: Shape) -> Tensor:
 
 
 def _index_tuple(target: tuple[Any, ...], out: Shape) -> list[int]:
-    numbers = [_as_int(t) for t in target]
-    if any(n is None for n in numbers):
+    indices = [_as_int(t) for t in target]
+    if any(n is None for n in indices):
         raise BadType(f"targets: got {_brief(target)}, expected a tuple of ints. For several outputs pass a list.")
-    if len(numbers) != len(out):
+    if len(indices) != len(out):
         raise BadValue(
             f"targets: got the tuple {target} of {len(target)}, expected {len(out)} indices for an output "
             f"[N, {', '.join(map(str, out))}]. For several outputs pass a list."
         )
-    return [n for n in numbers if n is not None]
+    return [n for n in indices if n is not None]
 
 
 def _needs_tuples(targets: Any, out: Shape) -> str:

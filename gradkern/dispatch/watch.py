@@ -34,9 +34,9 @@ class Watch:
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""
         begin = time.perf_counter()
-        few = [x[:SAMPLES].clone() for x in inputs]
+        rows = [x[:SAMPLES].clone() for x in inputs]
         with buffers_kept(module):
-            live = fn(*few)
+            live = fn(*rows)
         if not isinstance(live, Tensor) or not same_outputs(y[:SAMPLES], live):
             raise OutputsChanged
         self.seconds, self.cost = 0.0, time.perf_counter() - begin

@@ -25,14 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._guards import TracingContext
-from torch.fx.experimental import _config as shapes_config
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..util.callables import by_name, placed
+from ..util.torch_compat import cache_entries, disable_current_modes, dynamo, shapes_config, tracing_context
 from . import regions
 from .refusal import Untraceable, reason_of
 
@@ -62,7 +58,7 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 
 @dataclass(eq=False)
-class Graph:
+class CapturedGraph:
     """One captured graph.
 
     ``reads``: the meaning of each placeholder.  ``code``: Dynamo's code for the graph, which identifies its cache entry
@@ -82,7 +78,7 @@ class Graph:
 class Captured:
     """The graph that one call would run, and the live tensors that it reads, by name."""
 
-    graph: Graph
+    graph: CapturedGraph
     tensors: dict[str, Tensor]
 
 
@@ -120,7 +116,7 @@ class Capture:
         # the process would be too low.  Separate globals: Dynamo stores in them the modules that it has seen.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
-        self.graphs: dict[int, Graph] = {}  # by the id of Dynamo's code
+        self.graphs: dict[int, CapturedGraph] = {}  # by the id of Dynamo's code
         entry = types.FunctionType(self.code, self.shared)
         options: Any = {"guard_filter_fn": _note_methods}
         self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
@@ -131,13 +127,13 @@ class Capture:
         ``stand_ins``: like the inputs except for their values; the floating ones require grad.
         """
         for x in stand_ins:
-            torch._dynamo.mark_dynamic(x, 0)
+            dynamo.mark_dynamic(x, 0)
         with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
                     captured = self._called(fn, stand_ins)
                     outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                except dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
                     self._begin()
@@ -160,9 +156,9 @@ class Capture:
             self._find(graph, local, tensors)
         return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
-    def _find(self, graph: Graph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+    def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
         """Learn Dynamo's code for a new graph, and where its tensors are read."""
-        entries = _debug_get_cache_entry_list(self.code)
+        entries = cache_entries(self.code)
         code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
         self.graphs[id(code)] = graph
 
@@ -185,8 +181,10 @@ class Capture:
 def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
     kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
-    graph = Graph(module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str)))
-    _ran.captured = graph, set(TracingContext.get_traced_code() or ())
+    graph = CapturedGraph(
+        module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str))
+    )
+    _ran.captured = graph, set(tracing_context.get_traced_code() or ())
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         _ran.graph = (graph, arguments)
@@ -255,10 +253,10 @@ def _settings() -> Iterator[None]:
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(quiet())
-        enter(torch._dynamo.config.patch({k: v for k, v in _CONFIG.items() if hasattr(torch._dynamo.config, k)}))
+        enter(dynamo.config.patch({k: v for k, v in _CONFIG.items() if hasattr(dynamo.config, k)}))
         enter(shapes_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         enter(_without_onednn())
-        enter(_disable_current_modes())  # a profiler's, under which Dynamo does nothing
+        enter(disable_current_modes())  # a profiler's, under which Dynamo does nothing
         yield
 
 

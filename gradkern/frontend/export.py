@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from .capture import LOCK, Graph, quiet
+from ..ir.calls import Params
+from .capture import LOCK, CapturedGraph, quiet
 from .refusal import Untraceable, location, location_in
 
 _SIZES = (*range(2, 65), 1000, 4099, 2**20)  # batch sizes for which a guard is tried
@@ -59,7 +60,7 @@ class _Entry(nn.Module):
     It is interpreted node by node, so that every ATen op knows the module that it comes from.
     """
 
-    def __init__(self, graph: Graph, guards: _Guards) -> None:
+    def __init__(self, graph: CapturedGraph, guards: _Guards) -> None:
         super().__init__()
         self.graph = (graph,)  # hidden from export, which would treat a submodule as part of the state
         self.guards = guards
@@ -92,7 +93,7 @@ class Exported:
     batch_bounds: Any  # on the batch size, if torch.export has any
 
 
-def export(graph: Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
+def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
     """The functional ATen graph of a captured one.  ``inputs``: only shapes, dtypes and devices matter."""
     with LOCK, quiet(), torch.inference_mode(False), torch.no_grad():
         try:
@@ -110,7 +111,7 @@ def export(graph: Graph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]
     return _read(exported, names, literals)
 
 
-def _exported(graph: Graph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
+def _exported(graph: CapturedGraph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
     def attempt(batch: Any, guards: _Guards) -> torch.export.ExportedProgram:
         shapes = ([None] * len(tensors), [{0: batch} for _ in examples])
         return torch.export.export(_Entry(graph, guards), (tensors, examples), dynamic_shapes=shapes, strict=False)

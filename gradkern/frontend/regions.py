@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.autograd import grad_mode
 
+from ..util.torch_compat import keeper_of
 from .refusal import Untraceable, location
 
 _SET_GRAD = torch._C._set_grad_enabled
@@ -71,18 +72,9 @@ def reaching(output: fx.Node) -> set[fx.Node]:
 
 
 def _keeper(result: fx.Node) -> str:
-    """Where the forward keeps a tensor: the attribute, if Dynamo's internals name one."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        changed: Any = InstructionTranslator.current_tx().output.side_effects.store_attr_mutations
-        for owner, attributes in changed.items():
-            for name, value in attributes.items():
-                if value.is_tensor() and value.proxy.node.name == result.name:
-                    return f"the attribute {name} of {type(owner.value).__name__}"
-    except (ImportError, AttributeError):
-        pass
-    return "a Python object"
+    """Where the forward keeps a tensor: the attribute, if Dynamo names one."""
+    keeper = keeper_of(result.name)
+    return "a Python object" if keeper is None else f"the attribute {keeper[0]} of {keeper[1]}"
 
 
 def _refused(node: fx.Node) -> str:

@@ -7,13 +7,14 @@ those of the live module, on several of the caller's samples together and on one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import ops, reference
 from ..util.callables import model_of
@@ -57,14 +58,14 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
     samples = []
     for x in inputs:
-        few = x.detach()[pick.to(x.device)].clone()
-        if few.is_floating_point():
-            few.masked_fill_(~torch.isfinite(few), 0.0)  # NaN says nothing about which function this is
-        if few.shape[0] == 0:
-            few = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
-        if missing := _TOGETHER - few.shape[0]:
-            few = torch.cat([few, _noisy(few[-1:].expand(missing, *few.shape[1:]), 0.3, generator)])
-        samples.append(few)
+        rows = x.detach()[pick.to(x.device)].clone()
+        if rows.is_floating_point():
+            rows.masked_fill_(~torch.isfinite(rows), 0.0)  # NaN says nothing about which function this is
+        if rows.shape[0] == 0:
+            rows = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        if missing := _TOGETHER - rows.shape[0]:
+            rows = torch.cat([rows, _noisy(rows[-1:].expand(missing, *rows.shape[1:]), 0.3, generator)])
+        samples.append(rows)
     return tuple(samples)
 
 
@@ -80,7 +81,6 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # One comparison
 
-Params = Mapping[str, Tensor]
 #: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
 Pair = tuple[Tensor, dict[int, Tensor | None]]
 
@@ -123,8 +123,8 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
         if y.requires_grad and leaves:
             g = cotangent.to(dtype=y.dtype, device=y.device)
             grads = torch.autograd.grad(y, leaves, g, allow_unused=True)
-    numbers = [i for i, x in enumerate(xs) if x.requires_grad]
-    return y.detach(), dict(zip(numbers, grads, strict=True))
+    indices = [i for i, x in enumerate(xs) if x.requires_grad]
+    return y.detach(), dict(zip(indices, grads, strict=True))
 
 
 def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .program import Batch, Call, Contract, Form, Opaque, Param, Value
 
+Params = Mapping[str, Tensor]  # live tensors by name
 LITERAL = "gradkern.literal"  # a tensor literal in a network's code; the args are dtype, shape, bytes and device
 
 

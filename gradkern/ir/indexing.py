@@ -19,16 +19,16 @@ Runs = tuple[tuple[int, int, int], ...]
 
 def runs(indices: Iterable[int]) -> Runs:
     """The shortest greedy list of runs for ``indices``; zeros (-1) make runs of their own."""
-    made: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int]] = []
     for i in indices:
-        start, count, step = made[-1] if made else (0, 0, 0)
-        if made and start < 0 and i < 0:
-            made[-1] = (-1, count + 1, 0)
-        elif made and start >= 0 and i >= 0 and (count == 1 or i == start + count * step):
-            made[-1] = (start, count + 1, i - start if count == 1 else step)
+        start, count, step = found[-1] if found else (0, 0, 0)
+        if found and start < 0 and i < 0:
+            found[-1] = (-1, count + 1, 0)
+        elif found and start >= 0 and i >= 0 and (count == 1 or i == start + count * step):
+            found[-1] = (start, count + 1, i - start if count == 1 else step)
         else:
-            made.append((-1, 1, 0) if i < 0 else (i, 1, 1))
-    return tuple(made)
+            found.append((-1, 1, 0) if i < 0 else (i, 1, 1))
+    return tuple(found)
 
 
 def indices(axis: Runs) -> list[int]:

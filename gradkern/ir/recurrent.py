@@ -28,8 +28,8 @@ def recognise(call: Call) -> Recurrent | None:
     states = state if isinstance(state, tuple) else (state,)
     zeros = all(isinstance(s, Call) and s.op == "aten.zeros.default" for s in states)
     directions, per = 1 + bool(bidirectional), 4 if biases else 2
-    plain = isinstance(x, Value) and all(isinstance(w, Param) for w in leaves(weights))
-    if not (plain and zeros and batch_first and len(weights) == layers * directions * per) or (train and dropout):
+    simple = isinstance(x, Value) and all(isinstance(w, Param) for w in leaves(weights))
+    if not (simple and zeros and batch_first and len(weights) == layers * directions * per) or (train and dropout):
         return None
     grouped = tuple(tuple(weights[k : k + per]) for k in range(0, len(weights), per))
     return Recurrent(call.op.split(".")[1].removesuffix(".input"), grouped, directions)

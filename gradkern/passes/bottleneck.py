@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir import graph
-from ..ir.cost import forward_macs, sides
 from ..ir.functions import RECTIFYING
+from ..ir.macs import forward_macs, sides
 from ..ir.program import Program, Scale
 
 WORTHWHILE = 1.25  # times fewer operations; otherwise two calls and a product are not worth it
@@ -26,13 +26,13 @@ class Bottleneck:
     value: int
     width: int
     cost: int
-    plain: int  # with the seeds at the outputs
+    unsplit: int  # with the seeds at the outputs
 
     def __str__(self) -> str:
         return (
             f"seeds start at v{self.value} ({self.width} numbers), then one multiplication: "
-            f"{self.plain / 1e6:.3g} -> {self.cost / 1e6:.3g} million multiply-adds backward, "
-            f"{self.plain / self.cost:.2g} times fewer"
+            f"{self.unsplit / 1e6:.3g} -> {self.cost / 1e6:.3g} million multiply-adds backward, "
+            f"{self.unsplit / self.cost:.2g} times fewer"
         )
 
 
@@ -80,12 +80,12 @@ def choose(program: Program, seeds: int) -> Bottleneck | None:
     def count(i: int) -> int:
         return forward_macs(program, i) * sides(program, i)
 
-    plain = cost(program, seeds, None, count)
+    unsplit = cost(program, seeds, None, count)
     narrow = [v for v in bottlenecks(program) if math.prod(program.shape(v)) < seeds]
-    best = min(((cost(program, seeds, v, count), v) for v in narrow), default=(plain, -1))
-    if not narrow or plain < WORTHWHILE * best[0]:
+    best = min(((cost(program, seeds, v, count), v) for v in narrow), default=(unsplit, -1))
+    if not narrow or unsplit < WORTHWHILE * best[0]:
         return None
-    return Bottleneck(best[1], math.prod(program.shape(best[1])), best[0], plain)
+    return Bottleneck(best[1], math.prod(program.shape(best[1])), best[0], unsplit)
 
 
 def split_at(program: Program, value: int) -> tuple[Program, Program]:

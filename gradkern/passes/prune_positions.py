@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from ..ir import indexing
 from ..ir import program as ir
-from ..ir.cost import forward_macs
 from ..ir.graph import renumbered
+from ..ir.macs import forward_macs
 from ..util.memo import Memo
 
 WORTHWHILE = 0.9  # at most this share of the operations may be left; otherwise copying parts of values costs too much
@@ -156,8 +156,8 @@ def demands(program: ir.Program) -> dict[int, Lines]:
         lines_of[base + i] = lines
         shapes = [program.shape(v) for v in step.inputs]
         for v, need in zip(step.inputs, needed(step, lines, shapes), strict=True):
-            known = lines_of.get(v)
-            lines_of[v] = need if known is None else tuple(union(a, b) for a, b in zip(known, need, strict=True))
+            before = lines_of.get(v)
+            lines_of[v] = need if before is None else tuple(union(a, b) for a, b in zip(before, need, strict=True))
     return lines_of | {v: every(shape) for v, shape in enumerate(program.inputs)}
 
 

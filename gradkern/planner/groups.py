@@ -26,7 +26,7 @@ class Chains:
 
     def __init__(self, program: Program, machine: Machine | None, itemsize: int) -> None:
         self.program, self.machine, self.itemsize = program, machine, itemsize
-        self.made: dict[tuple[object, ...], Chain | TooLarge] = {}
+        self.chains: dict[tuple[object, ...], Chain | TooLarge] = {}
 
     def get(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The group's chain for ``seeds`` seeds, which computes the cotangents of the values ``wrt``.
@@ -35,12 +35,12 @@ class Chains:
         block of a GPU.
         """
         key = (group.steps, group.live_out, seeds, wrt, onehot)
-        made = self.made.get(key)
-        if made is None:
-            made = self.made.setdefault(key, self._lowered(group, seeds, wrt, onehot))
-        if isinstance(made, TooLarge):
-            raise made.with_traceback(None)  # the same exception is raised many times
-        return made
+        chain = self.chains.get(key)
+        if chain is None:
+            chain = self.chains.setdefault(key, self._lowered(group, seeds, wrt, onehot))
+        if isinstance(chain, TooLarge):
+            raise chain.with_traceback(None)  # the same exception is raised many times
+        return chain
 
     def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
         assert self.machine is not None
@@ -54,7 +54,7 @@ class Chains:
     def keep(self, groups: Sequence[Group]) -> None:
         """Forget the chains of all groups except these."""
         kept = {(g.steps, g.live_out) for g in groups}
-        self.made = {key: chain for key, chain in self.made.items() if key[:2] in kept}
+        self.chains = {key: chain for key, chain in self.chains.items() if key[:2] in kept}
 
 
 class Partition:
@@ -119,7 +119,7 @@ class Partition:
                 piece = self.group(steps[:size], native=True)
                 try:
                     if piece.native:
-                        self.lower(piece)
+                        self.chain_of(piece)
                     best, low = piece, size + 1
                 except TooLarge as error:
                     reason, high = str(error), size - 1
@@ -130,7 +130,7 @@ class Partition:
             steps = steps[1 if best is None else len(best.steps) :]
         return pieces
 
-    def lower(self, group: Group) -> Chain:
+    def chain_of(self, group: Group) -> Chain:
         """The chain of a call that wants the cotangents of all inputs."""
         wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
         return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

@@ -20,7 +20,7 @@ from ..codegen.machine import Device, Machine
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params
-from ..ir.cost import total_macs
+from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
 from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck

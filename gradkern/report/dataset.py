@@ -48,7 +48,7 @@ class Extremes:
     """Per output, the most and the least typical sample predicted as it, with their cosine to the mean |map|."""
 
     output: int
-    numbers: tuple[int, int]
+    samples: tuple[int, int]
     cosines: tuple[float, float]
     maps: np.ndarray  # [2, *in]
 
@@ -72,8 +72,8 @@ class StoreSections:
             raise ValueError(f"names: got {len(names)}, expected one for each of {count} outputs.")
         self.targets = np.asarray(results.array("targets")[...])
         shared = self.targets.ndim == 1 and len(self.targets) == count
-        numbers = self.targets if shared else range(count)
-        self.names = list(names) if names is not None else [f"output {c}" for c in numbers]
+        outputs = self.targets if shared else range(count)
+        self.names = list(names) if names is not None else [f"output {c}" for c in outputs]
 
     def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
@@ -176,11 +176,11 @@ class StoreSections:
         inputs = None
         if self.source is not None:
             inputs = np.stack([
-                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.numbers]) for e in extremes
+                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.samples]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
-            [f"{kinds[i]}: sample {e.numbers[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in extremes
+            [f"{kinds[i]}: sample {e.samples[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in extremes
         ]
         figure = datafigures.extremes(
             np.stack([e.maps for e in extremes]), inputs, titles, [self._name(e.output) for e in extremes]
@@ -214,15 +214,15 @@ class StoreSections:
         for start, stop, rows in pieces:
             maps = results.maps(start, stop).float()
             for c in wanted:
-                numbers = np.flatnonzero(rows == c)
-                if len(numbers) == 0:
+                samples = np.flatnonzero(rows == c)
+                if len(samples) == 0:
                     continue
-                maps_of_class = maps[numbers, column[c]]
+                maps_of_class = maps[samples, column[c]]
                 flat, mean = maps_of_class.abs().flatten(1), means[c].flatten()
                 norm = flat.norm(dim=1) * mean.norm()
                 cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
                 for i in {int(cosines.argmax()), int(cosines.argmin())}:
-                    best[c].append((float(cosines[i]), start + int(numbers[i]), maps_of_class[i].numpy()))
+                    best[c].append((float(cosines[i]), start + int(samples[i]), maps_of_class[i].numpy()))
         extremes = []
         for c in sorted(wanted):
             low, high = min(best[c], key=lambda b: b[:2]), max(best[c], key=lambda b: b[:2])

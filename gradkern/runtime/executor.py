@@ -20,12 +20,13 @@ from torch import Tensor
 from ..codegen.chain import Chain
 from ..codegen.machine import TooLarge
 from ..ir import graph
+from ..ir.calls import Params
 from ..ir.program import Program
 from ..planner.plan import Plan, plan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from . import ops, reference
-from .parameters import KernelsUnavailable, Packed, Params, PlanWeights
+from .parameters import KernelsUnavailable, Packed, PlanWeights
 
 CPU = torch.device("cpu")
 
@@ -241,9 +242,9 @@ def _through_bottleneck(
     every = torch.arange(width, device=targets.device)
     outputs = []
     for a, b in spans(0, inputs[0].shape[0], samples_per_chunk(like.device, each, each)):
-        few = [x[a:b] for x in inputs]
-        inner = [few[w].new_empty(b - a, width, *few[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
-        v = _fill(before, weights, few, every, inner)  # [n, *v]
+        rows = [x[a:b] for x in inputs]
+        inner = [rows[w].new_empty(b - a, width, *rows[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
+        v = _fill(before, weights, rows, every, inner)  # [n, *v]
         chosen = targets[a:b] if targets.dim() == 2 else targets
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
         outputs.append(_fill(after, weights, [v], chosen, [outer.view(*outer.shape[:2], *v.shape[1:])]))
@@ -261,8 +262,8 @@ def _by_reference(
     outputs = []
     for a, b in list(spans(0, n, stepwise_samples(inputs[0].device, need))) or [(0, 0)]:
         chosen = targets[a:b] if targets.dim() == 2 else targets
-        few, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
-        outputs.append(reference.jacobian(program, params, few, chosen, x.wrt, out=rows)[0])
+        chunk_inputs, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
+        outputs.append(reference.jacobian(program, params, chunk_inputs, chosen, x.wrt, out=rows)[0])
     return torch.cat(outputs)
 
 
@@ -328,8 +329,8 @@ class GroupExecutor:
 
     def add(self, value: int, cotangent: Tensor) -> None:
         """``cotangent``: [N, S, *shape]."""
-        known = self.cotangents.get(value)
-        self.cotangents[value] = cotangent if known is None else known + cotangent
+        sum_so_far = self.cotangents.get(value)
+        self.cotangents[value] = cotangent if sum_so_far is None else sum_so_far + cotangent
 
     # ---- native groups
 
@@ -406,8 +407,8 @@ class GroupExecutor:
 
     def value(self, v: int) -> Tensor:
         """A value that a step's VJP may read; of a linear Program's values, only slopes need more than the shape."""
-        known = self.values.get(v)
-        if known is None:
+        value = self.values.get(v)
+        if value is None:
             assert self.x.linear
-            known = self.like.new_empty(1).expand(self.n, *self.x.shapes[v])
-        return known
+            value = self.like.new_empty(1).expand(self.n, *self.x.shapes[v])
+        return value

@@ -75,7 +75,7 @@ def chain_forward(
     inputs: Sequence[Tensor], packed: Tensor, tables: Tensor, forward: Tensor, sizes: Sizes, outputs: Sequence[int]
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
-    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.numbers, list(outputs))
+    return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.integers, list(outputs))
 
 
 def chain_vjp(
@@ -94,7 +94,7 @@ def chain_vjp(
 ) -> list[Tensor]:
     """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
     values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
-    chain = (list(inputs), packed, tables, forward, backward, sizes.numbers, values)
+    chain = (list(inputs), packed, tables, forward, backward, sizes.integers, values)
     torch.ops.gradkern.chain_vjp(*chain, targets, seed_rows, list(cotangents), seed_tile, list(results))
     return values
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
-from ..ir.calls import LITERAL, evaluate, operator_of
+from ..ir.calls import LITERAL, Params, evaluate, operator_of
 from ..ir.program import Call, Derived, Opaque, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
@@ -33,11 +32,11 @@ class _Computed:
         call = self.call = derived.call
         self.name = derived.name
         simple = all(isinstance(x, Param) or not isinstance(x, (tuple, Call)) for x in call.args)
-        plain = simple and not call.kwargs and call.index is None and call.op != LITERAL
-        self.op = operator_of(call.op) if plain else None
+        direct = simple and not call.kwargs and call.index is None and call.op != LITERAL
+        self.op = operator_of(call.op) if direct else None
         self.arguments = [(isinstance(x, Param), x.name if isinstance(x, Param) else x) for x in call.args]
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, tensors: Params) -> Tensor:
         if self.op is not None:
             return self.op(*[tensors[x] if is_param else x for is_param, x in self.arguments])
         return evaluate(self.call, lambda leaf: tensors[leaf.name])
@@ -51,7 +50,7 @@ class _Binder:
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, tensors: Params) -> dict[str, Tensor]:
         params = {name: x.detach() for name, x in tensors.items()} if self.detaches else dict(tensors)
         if self.derived:
             with torch.no_grad():
@@ -63,12 +62,12 @@ class _Binder:
 _binders: Memo[_Binder] = Memo(256)
 
 
-def bind(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     """The live tensors that ``program`` names, and its derived tensors, computed now."""
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
-def all_finite(params: Mapping[str, Tensor]) -> bool:
+def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
 
@@ -76,7 +75,6 @@ def all_finite(params: Mapping[str, Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
-Params = Mapping[str, Tensor]
 Key = tuple[int, int, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
 MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
@@ -155,23 +153,22 @@ class WeightCache:
             return entry
 
     def packed(self, entry: PackedPlan, chain: Chain, params: Params, like: Tensor) -> Packed:
-        known = entry.packs.get(id(chain))
-        if known is not None:
-            return known
-        packed = Packed(chain, params, like)
-        with self.lock:
-            packed = entry.packs.setdefault(id(chain), packed)
-            self._trim(entry)
+        packed = entry.packs.get(id(chain))
+        if packed is None:
+            packed = Packed(chain, params, like)
+            with self.lock:
+                packed = entry.packs.setdefault(id(chain), packed)
+                self._trim(entry)
         return packed
 
     def _trim(self, latest: PackedPlan) -> None:
         room = MOST_BYTES.get(latest.device.type, MOST_GPU_BYTES)
-        held = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
+        nbytes = sum(e.nbytes for e in self.entries.values() if e.device.type == latest.device.type)
         for key, entry in list(self.entries.items()):
-            if held <= room and len(self.entries) <= MOST_ENTRIES:
+            if nbytes <= room and len(self.entries) <= MOST_ENTRIES:
                 return
             if entry is not latest and entry.device.type == latest.device.type:
-                held -= self.entries.pop(key).nbytes
+                nbytes -= self.entries.pop(key).nbytes
 
     def clear(self) -> None:
         with self.lock:
@@ -189,8 +186,8 @@ class PlanWeights:
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
         self.mixed = any(t.dtype != like.dtype for t in tensors)
-        here = [t for t in tensors if t.device == like.device]
-        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(here), like)
+        on_device = [t for t in tensors if t.device == like.device]
+        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(on_device), like)
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed:

@@ -8,7 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -19,13 +19,11 @@ from torch import Tensor
 
 from ..ir import graph, indexing
 from ..ir import program as ir
-from ..ir.calls import calls_in, evaluate, params_in
+from ..ir.calls import Params, calls_in, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognise
 from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
-
-Params = Mapping[str, Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Forward
@@ -357,18 +355,18 @@ def vjp(
     if cotangent.shape[0] * cotangent.shape[1] == 0:  # torch cannot infer a shape from an empty tensor
         return tuple(cotangent.new_zeros(*cotangent.shape[:2], *program.inputs[v]) for v in wanted)
     leads = graph.descendants(program, wanted)  # a cotangent reaches the wanted inputs through these
-    held: dict[int, Tensor] = {program.output: cotangent}
+    cotangents: dict[int, Tensor] = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         step = program.steps[i]
-        g = held.pop(n + i, None)
+        g = cotangents.pop(n + i, None)
         if g is None or n + i not in leads:
             continue
         back = vjp_step(program, i, [values[v] for v in step.inputs], values[n + i], g, params)
         for v, part in zip(step.inputs, back, strict=True):
             if v in leads:
-                held[v] = held[v] + part if v in held else part
+                cotangents[v] = cotangents[v] + part if v in cotangents else part
     seeds = cotangent.shape[:2]
-    return tuple(held[v] if v in held else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)
+    return tuple(cotangents[v] if v in cotangents else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)
 
 
 def one_hot(program: ir.Program, y: Tensor, targets: Tensor | None) -> Tensor:

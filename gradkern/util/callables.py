@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .torch_compat import eval_frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,8 @@ def _inner(fn: Any) -> Any:
         return getattr(fn, "_torchdynamo_orig_callable", None) if compiled else None
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
         owner = fn.__self__
-        plain = fn.__func__ is type(owner).forward and not _hooked(owner)
-        return owner if plain or fn.__func__ is type(owner).__call__ else None
+        unhooked = fn.__func__ is type(owner).forward and not _hooked(owner)
+        return owner if unhooked or fn.__func__ is type(owner).__call__ else None
     if not isinstance(fn, (eval_frame.OptimizedModule, DataParallel, DistributedDataParallel)) or _hooked(fn):
         return None
     if isinstance(fn, eval_frame.OptimizedModule):

@@ -44,12 +44,12 @@ def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -
 
     ``shapes``: per sample, of every value.
     """
-    every, largest = numbers(tuple(shapes))
+    every, largest = element_counts(tuple(shapes))
     return max(1, itemsize * (every + MOST_COTANGENTS * seeds * largest))
 
 
 @lru_cache(maxsize=1024)
-def numbers(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
+def element_counts(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
     """How many numbers tensors of these shapes have: together, and the largest of them."""
     sizes = [math.prod(shape) for shape in shapes]
     return sum(sizes), max(sizes)

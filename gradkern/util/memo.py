@@ -42,9 +42,9 @@ class Memo(Generic[V]):
             if value is not _ABSENT:
                 self._values.move_to_end(key)
                 return value
-        made = make()
+        fresh = make()
         with self._lock:
-            value = self._values.setdefault(key, made)
+            value = self._values.setdefault(key, fresh)
             self._values.move_to_end(key)
             self._trim()
         return value
@@ -87,9 +87,9 @@ class WeakMemo(Generic[V]):
         """The owner's value, made at its first use."""
         number = id(owner)
         with self._lock:
-            known = self._values.get(number)
-            if known is not None and known[0]() is owner:
-                return known[1]
+            entry = self._values.get(number)
+            if entry is not None and entry[0]() is owner:
+                return entry[1]
             value = self._make()
             self._values[number] = (weakref.ref(owner, lambda gone: self._forget(number, gone)), value)
             return value
@@ -99,16 +99,16 @@ class WeakMemo(Generic[V]):
             self._values.pop(id(owner), None)
 
     def __contains__(self, owner: object) -> bool:
-        known = self._values.get(id(owner))
-        return known is not None and known[0]() is owner
+        entry = self._values.get(id(owner))
+        return entry is not None and entry[0]() is owner
 
     def __len__(self) -> int:
         return len(self._values)
 
     def _forget(self, number: int, gone: weakref.ref[Any]) -> None:
         # No lock: a garbage collection may come while this thread holds it, and popping is atomic.
-        known = self._values.get(number)
-        if known is not None and known[0] is gone:
+        entry = self._values.get(number)
+        if entry is not None and entry[0] is gone:
             self._values.pop(number, None)
 
 

@@ -6,9 +6,12 @@ afterwards they are Captum's again, so that Captum's own code goes on using its 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,10 +78,82 @@ class Swap:
                 setattr(module, stock.__name__, stock)
 
 
+class Count:
+    """A pytest plugin: which tests that build one of our objects run kernels, and the reasons of those that do not."""
+
+    def __init__(self) -> None:
+        import gradkern
+        from gradkern.attr import REPLACEMENTS
+        from gradkern.attr.layer import split
+        from gradkern.dispatch import state
+        from gradkern.runtime import ops, reference
+
+        self.reset = gradkern.reset
+        self.test, self.comparing = "", 0
+        self.ran: dict[str, set[str]] = defaultdict(set)  # by test: "object", "kernel", "reference"
+        self.reasons: dict[str, set[str]] = defaultdict(set)  # by test
+        for kind in REPLACEMENTS.values():
+            self._watch(kind, "__init__", lambda *_: self.ran[self.test].add("object"))
+        for name in ("chain_vjp", "chain_forward"):
+            self._watch(ops, name, lambda *_: self.ran[self.test].add("kernel"))
+        for name in ("vjp_step", "forward_step"):
+            self._watch(reference, name, lambda *_: self.comparing or self.ran[self.test].add("reference"))
+        self._watch(state.ModelState, "warn", lambda _, message: self.reasons[self.test].add(_reason(message)))
+        for module, name in ((state, "verify"), (split, "_locate")):
+            self._compares(module, name)
+
+    def _watch(self, owner: Any, name: str, note: Callable[..., Any]) -> None:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            note(*args)
+            return inner(*args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    def _compares(self, owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            self.comparing += 1
+            try:
+                return inner(*args)
+            finally:
+                self.comparing -= 1
+
+        setattr(owner, name, watched)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Iterator[None]:
+        self.reset()  # a reason is given once per model or function
+        self.test = item.nodeid
+        yield
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        tests = [test for test, ran in self.ran.items() if test and "object" in ran]
+        on = {test: next((x for x in ("kernel", "reference") if x in self.ran[test]), "Captum") for test in tests}
+        reasons = Counter((reason, on[test]) for test in tests for reason in self.reasons[test])
+        write = terminalreporter.write_line
+        write(f"{len(tests)} tests built one of gradkern's objects: {dict(Counter(on.values()))}")
+        for (reason, where), count in reasons.most_common():
+            write(f"{count:4} ({where}) {reason}")
+        for test in tests:
+            if on[test] != "kernel":
+                write(f"{on[test]}: {test}: {'; '.join(sorted(self.reasons[test]))}")
+
+
+def _reason(message: str) -> str:
+    """A warning without the model's name and the folder of a file."""
+    return re.sub(r"(?<= )/\S*/", "", message.partition(": ")[2])
+
+
 def main(arguments: list[str]) -> int:
-    engine = None
+    engine, count = None, False
     if arguments and arguments[0].startswith("--engine="):
         engine = arguments.pop(0).removeprefix("--engine=")
+    if arguments and arguments[0] == "--count":
+        count = bool(arguments.pop(0))
     if not arguments or not (Path(arguments[0]) / "tests" / "attr").is_dir():
         print(__doc__)
         return 2
@@ -91,7 +166,7 @@ def main(arguments: list[str]) -> int:
         path = checkout / "tests" / "attr" / (f"{name}.py" if "/" in name else f"test_{name}.py")
         files += [str(path)] if path.exists() else []
     fixed = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={checkout}", "-W", "ignore"]
-    return int(pytest.main([*fixed, *files, *arguments], plugins=[Swap(engine)]))
+    return int(pytest.main([*fixed, *files, *arguments], plugins=[Swap(engine), *([Count()] if count else [])]))
 
 
 if __name__ == "__main__":

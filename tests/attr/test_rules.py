@@ -21,7 +21,7 @@ from gradkern.attr.rules.lrp import Relevance
 from gradkern.runtime import reference
 from gradkern.util import chunks
 from tests.cases import CASES
-from tests.support import rule_oracle, tracing
+from tests.support import capturing, rule_oracle
 from tests.support.case import randomise_norm
 
 N = 4
@@ -294,7 +294,7 @@ def test_the_plain_rule_is_the_gradient(name):
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     program = gradkern.prepare(model, xs)
-    params = tracing.bind(program, model)
+    params = capturing.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))
     for native in (True, False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradkern.codegen.aliasing import Cotangent, Cotangents
 from gradkern.codegen.grouping import GraphBuilder
-from gradkern.codegen.units import Graph, Node
+from gradkern.codegen.units import Node, UnitGraph
 from gradkern.ir.program import Program, Step, Sum, View
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, pool, program
 
@@ -14,7 +14,7 @@ def cotangents(p: Program, *, onehot: bool = True, live_out: list[int] | None = 
     return graph, Cotangents(graph, wrt, onehot)
 
 
-def result_of(graph: Graph, step: int) -> Node:
+def result_of(graph: UnitGraph, step: int) -> Node:
     (node,) = (unit.out for unit in graph.units if step in unit.steps)
     return node
 

@@ -9,7 +9,7 @@ import pytest
 from gradkern.codegen import records
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import Device, lower_device
-from gradkern.codegen.lowering import lower
+from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
 from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum, View
@@ -22,7 +22,7 @@ SEEDS = 3
 
 def chain(p: Program, *, wrt: tuple[int, ...] | None = None, onehot: bool = True) -> Chain:
     wrt = tuple(range(len(p.inputs))) if wrt is None else wrt
-    return lower(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
+    return lower_to_chain(p, list(range(len(p.steps))), [p.output], CPU, 4, SEEDS, wrt, onehot)
 
 
 def kinds(ops: Sequence[Record]) -> list[str]:
@@ -156,7 +156,7 @@ def test_a_softmax_keeps_what_its_backward_pass_needs(axis, extent):
 
 
 def test_functions_go_by_number_with_three_parameters():
-    """The order and the parameters of csrc/scale.h."""
+    """The order and the parameters of csrc/elementwise.h."""
     elu = one(chain(program(Step(Scale("elu", (1.5, 1.0, 2.0)), (0,), (4, 8)))).forward, records.Elementwise)
     leaky = one(chain(program(Step(Scale("leaky_relu", (0.1,)), (0,), (4, 8)))).forward, records.Elementwise)
     assert (elu.function, elu.p0, elu.p1, elu.p2) == (2, 1.5, 1.0, 2.0)

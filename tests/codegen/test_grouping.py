@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from gradkern.codegen.grouping import GraphBuilder
-from gradkern.codegen.units import POINT, Graph
+from gradkern.codegen.units import POINT, UnitGraph
 from gradkern.ir.program import Index, LowRank, Part, Program, Select, Step, Sum, View, Windows
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, norm, pool, program, transpose
 
 
-def grouped(p: Program, live_out: list[int] | None = None) -> Graph:
+def grouped(p: Program, live_out: list[int] | None = None) -> UnitGraph:
     return GraphBuilder(p, list(range(len(p.steps))), live_out or [p.output]).build()
 
 
@@ -46,7 +46,7 @@ def test_what_somebody_else_reads_is_a_unit_of_its_own():
     p = program(Step(conv(), (0,), (4, 8)), Step(RELU, (1,), (4, 8)), Step(pool(2), (2,), (4, 4)))
     assert units(p, [2, 3]) == [("load", []), ("window", [0]), ("pattern", [1]), ("pattern", [2])]
     residual = program(Step(conv(), (0,), (4, 8)), Step(norm(), (1,), (4, 8)), Step(Sum(), (1, 2), (4, 8)))
-    assert units(residual) == [("load", []), ("window", [0]), ("mix", [1]), ("sum", [2])]
+    assert units(residual) == [("load", []), ("window", [0]), ("stencil", [1]), ("add", [2])]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_a_guided_relu_rectifies_before_windows_are_added_up(select: Select, pos
 
 def test_depthwise_convolutions_are_channelwise_maps():
     p = program(Step(conv(groups=4), (0,), (4, 8)))
-    assert units(p) == [("load", []), ("mix", [0])]
+    assert units(p) == [("load", []), ("stencil", [0])]
     twice = program(Step(conv(groups=4), (0,), (8, 8)))  # two results per channel: every channel is copied first
-    assert units(twice) == [("load", []), ("move", []), ("mix", [0])]
+    assert units(twice) == [("load", []), ("move", []), ("stencil", [0])]
     assert [(node.C, node.W) for node in (unit.out for unit in grouped(twice).units)] == [(4, 8), (8, 8), (8, 8)]
     halves = program(Step(conv(groups=2), (0,), (6, 8)))
     assert units(halves) == [("load", []), ("window", [0])]
@@ -78,7 +78,7 @@ def test_steps_that_no_wanted_value_needs_are_left_out():
 
 def test_a_sum_of_three_is_two_units():
     p = program(Step(Sum(), (0, 1, 2), (4, 8)), inputs=((4, 8),) * 3)
-    assert units(p) == [("load", [])] * 3 + [("sum", [0]), ("sum", [0])]
+    assert units(p) == [("load", [])] * 3 + [("add", [0]), ("add", [0])]
 
 
 def test_after_a_concatenation_norms_fold_and_relus_stay_patterns():
@@ -107,7 +107,7 @@ def test_after_a_concatenation_norms_fold_and_relus_stay_patterns():
 def test_tokens_lie_with_their_features_as_channels():
     """A linear layer on the last axis is a window of one position; nothing is copied."""
     p = program(Step(linear(), (0,), (6, 5)), Step(LowRank("softmax", 1), (1,), (6, 5)), inputs=((6, 4),))
-    assert units(p) == [("load", []), ("window", [0]), ("lowrank", [1])]
+    assert units(p) == [("load", []), ("window", [0]), ("lines", [1])]
     graph = grouped(p)
     _, window, softmax = graph.units
     assert window.contraction.map == POINT
@@ -129,13 +129,13 @@ def test_a_transpose_behind_a_convolution_costs_nothing():
 def test_factors_along_the_positions_are_read_from_a_copy():
     """A norm of the last axis cannot be folded into a convolution, whose channels come first."""
     p = program(Step(conv(), (0,), (4, 8)), Step(norm(axis=1), (1,), (4, 8)))
-    assert units(p) == [("load", []), ("window", [0]), ("move", []), ("mix", [1])]
+    assert units(p) == [("load", []), ("window", [0]), ("move", []), ("stencil", [1])]
     assert [(unit.out.C, unit.out.W) for unit in grouped(p).units[1:]] == [(4, 8), (8, 4), (8, 4)]
 
 
 def test_a_softmax_of_positions_works_along_the_columns():
     p = program(Step(conv(), (0,), (4, 8)), Step(LowRank("softmax", 1), (1,), (4, 8)))
-    assert units(p) == [("load", []), ("window", [0]), ("lowrank", [1])]
+    assert units(p) == [("load", []), ("window", [0]), ("lines", [1])]
     assert grouped(p).units[-1].along == "W"
 
 

@@ -12,7 +12,7 @@ from gradkern.codegen import scratch
 from gradkern.codegen.scratch import Buffer
 from gradkern.ir.program import Contract
 from gradkern.runtime import executor
-from tests.support import tracing
+from tests.support import capturing
 from tests.support.networks import NETWORKS
 
 
@@ -56,7 +56,7 @@ def test_tiles_of_seeds_keep_them_apart():
 def test_scratch_of_a_deep_network_is_a_few_layers():
     """Cotangents of layers far apart share memory: twenty-four layers take about what two do."""
     model = NETWORKS["tcn"].full.build()
-    program = tracing.trace(model, NETWORKS["tcn"].full.inputs(2))
+    program = capturing.to_program(model, NETWORKS["tcn"].full.inputs(2))
     p = executor.plan_for(program, 5, torch.float32)
     chain = p.chain(0, 5, (0,), True)
     sizes = [math.prod(s.shape) for s in program.steps if isinstance(s.form, Contract)]

@@ -13,7 +13,7 @@ import gradkern
 from gradkern.planner import plan
 from gradkern.runtime import executor, reference
 from tests.cases import CASES
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.case import Case
 from tests.support.host_device import HostDevice, installed, library
 
@@ -26,8 +26,8 @@ def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: tor
     model = case.build(dtype=dtype)
     inputs = case.inputs(n, dtype=dtype)
     with torch.no_grad():
-        program = tracing.trace(model, inputs)
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, inputs)
+        params = capturing.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs, targets)
             used = executor.plan_for(program, got[0].shape[1], dtype)
@@ -60,7 +60,7 @@ def test_what_is_too_large_is_said_and_goes_to_aten() -> None:
     case = CASES["fcn"]
     model = case.build()
     inputs = case.inputs(2)
-    program = tracing.trace(model, inputs)
+    program = capturing.to_program(model, inputs)
     made = plan.plan(program, 5, machine=HostDevice().machine)
     assert not made.single_chain
     assert any("KiB of shared memory" in s.why for s in made.steps)
@@ -96,8 +96,8 @@ def test_half_precision_is_cast_at_the_border(name: str, shared: int, dtype: tor
     model, inputs = case.build(dtype=dtype), case.inputs(4, dtype=dtype)
     device = HostDevice(shared_bytes=shared, threads=32)
     with torch.no_grad():
-        program = tracing.trace(model, inputs)
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, inputs)
+        params = capturing.bind(program, model)
         with installed(device):
             y, got = executor.jacobian(program, params, inputs)
             used = executor.plan_for(program, got[0].shape[1], dtype)
@@ -131,7 +131,7 @@ def test_half_precision_by_the_public_call() -> None:
 
 def test_what_torch_runs_keeps_half_precision_out() -> None:
     case = CASES["resnet1d_cumsum"]
-    program = tracing.trace(case.build(), case.inputs(2))
+    program = capturing.to_program(case.build(), case.inputs(2))
     made = plan.plan(program, 3, torch.bfloat16, machine=HostDevice().machine)
     assert made.cast_dtype is None
     assert any("not bfloat16" in s.why for s in made.steps)

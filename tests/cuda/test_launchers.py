@@ -14,7 +14,7 @@ from gradkern.runtime import executor, ops
 from tests.cases import CASES
 from tests.cuda.test_host import run
 from tests.runtime import test_ops
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.host_device import Launchers, installed
 
 pytestmark = [
@@ -195,7 +195,7 @@ def test_other_dtypes_and_too_many_ports() -> None:
 
 def test_an_arena_too_large_is_said_and_leaves_nothing_behind() -> None:
     given, device = arguments(), Launchers()
-    large = dict(given, sizes=replace(CudaSizes(*given["sizes"]), bytes=1 << 20).numbers)
+    large = dict(given, sizes=replace(CudaSizes(*given["sizes"]), bytes=1 << 20).integers)
     with pytest.raises(RuntimeError, match="could not be launched with 1048576 bytes of shared memory: invalid arg"):
         device.redispatched("chain_vjp", *large.values())
     device.redispatched("chain_vjp", *given.values())
@@ -256,8 +256,8 @@ def test_new_weights_are_packed_again() -> None:
         model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
         with torch.no_grad(), installed(device):
             next(model.parameters()).mul_(factor)
-            program = tracing.trace(model, inputs)
-            y, got = executor.jacobian(program, tracing.bind(program, model), inputs)
+            program = capturing.to_program(model, inputs)
+            y, got = executor.jacobian(program, capturing.bind(program, model), inputs)
             assert executor.plan_for(program, program.outputs, torch.float64).single_chain
         right(model, inputs, y, got)
 

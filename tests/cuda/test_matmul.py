@@ -23,7 +23,7 @@ from gradkern.runtime import executor, reference
 from tests.cases import CASES
 from tests.cuda.test_host import run
 from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.case import Case
 from tests.support.host_device import HostDevice, installed
 from tests.support.networks import NETWORKS, ViT
@@ -182,7 +182,7 @@ def test_attention_in_float32() -> None:
 
 def test_what_is_too_large_is_said() -> None:
     """65 tokens by four heads: softmax of 66 KiB, once as a result and once for the way back, fits no block."""
-    program = tracing.trace(ViT(10, 32, 4, 64, 1, 4).eval(), [torch.zeros(2, 3, 32, 32)])
+    program = capturing.to_program(ViT(10, 32, 4, 64, 1, 4).eval(), [torch.zeros(2, 3, 32, 32)])
     # All tokens, not only the one that the head reads: the plan prunes the others.
     head = next(i for i, step in enumerate(program.steps) if step.op == "aten.select.int")
     program = replace(program, steps=program.steps[:head], output=program.steps[head].inputs[0])

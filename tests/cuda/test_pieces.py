@@ -16,7 +16,7 @@ from gradkern.runtime import executor
 from gradkern.util import options
 from tests.cases import CASES
 from tests.runtime.test_random_programs import FAST, FUZZ, agrees, questions
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.host_device import HostDevice, installed
 from tests.support.random_programs import programs
 
@@ -93,8 +93,8 @@ def settle(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def solve(model: nn.Module, x: Tensor, device: HostDevice, targets: Tensor | None = None):
     with torch.no_grad(), installed(device):
-        program = tracing.trace(model, (x,))
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, (x,))
+        params = capturing.bind(program, model)
         y, (got,) = executor.jacobian(program, params, [x], targets)
         return y, got, executor.plan_for(program, got.shape[1], x.dtype)
 
@@ -125,8 +125,8 @@ def test_cases_in_pieces(name: str) -> None:
     model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
     device = HostDevice(shared_bytes=SMALL, threads=32)
     with torch.no_grad(), installed(device):
-        program = tracing.trace(model, inputs)
-        y, got = executor.jacobian(program, tracing.bind(program, model), inputs)
+        program = capturing.to_program(model, inputs)
+        y, got = executor.jacobian(program, capturing.bind(program, model), inputs)
     want_y, want = oracle.jacobian(model, inputs)
     assert oracle.relative_error(y, want_y) < 1e-12
     for f, w in zip(got, want, strict=True):

@@ -27,9 +27,9 @@ from tests.attr.test_rules import DEEP, build
 from tests.cases import CASES
 from tests.runtime.test_random_programs import questions
 from tests.support import oracle, rule_oracle
+from tests.support.case_runs import program_of
 from tests.support.host_device import POISON, HostDevice, installed
 from tests.support.random_programs import programs
-from tests.support.traced import program_of
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),

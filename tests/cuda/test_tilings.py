@@ -23,7 +23,7 @@ from gradkern.codegen.records import PooledWindow, ScatterAlgorithm, ScatterT, W
 from gradkern.ir.program import Program
 from gradkern.planner import plan
 from gradkern.runtime import executor
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.host_device import HostDevice, installed, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
@@ -91,8 +91,8 @@ def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):
     model, x = model.to(dtype), torch.randn(n, *shape, dtype=torch.float64).to(dtype)
     gradkern.reset()
     with torch.no_grad():
-        program = tracing.trace(model, (x,))
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, (x,))
+        params = capturing.bind(program, model)
         with installed(HostDevice(**options)):
             y, (got,) = executor.jacobian(program, params, (x,))
             chain = only_chain(program, got.shape[1], dtype)
@@ -170,7 +170,7 @@ def test_what_cannot_be_sliced() -> None:
     assert slices.sliced([], [], 2) is None
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 2, 3))
     x = torch.randn(2, 1, 4)
-    program = tracing.trace(model.eval(), (x,))
+    program = capturing.to_program(model.eval(), (x,))
     made = plan.plan(program, 3, machine=HostDevice().machine)
     assert made.single_chain
 
@@ -198,9 +198,9 @@ def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     x = torch.randn(2, 1, 1, dtype=torch.float64)
     gradkern.reset()
     with torch.no_grad():
-        program = tracing.trace(model, (x,))
+        program = capturing.to_program(model, (x,))
         with installed(HostDevice()):
-            y, (got,) = executor.jacobian(program, tracing.bind(program, model), (x,))
+            y, (got,) = executor.jacobian(program, capturing.bind(program, model), (x,))
         assert torch.equal(y, model(x))
     assert not got.any()
 
@@ -230,7 +230,7 @@ def test_a_group_of_two_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_asked_for_ahead_of_time_are_there() -> None:
     """Without a backward pass, no other weights lie behind those of the last linear layer."""
     model = nn.Linear(64, 1000).eval()
-    program = tracing.trace(model, (torch.zeros(3, 64),))
+    program = capturing.to_program(model, (torch.zeros(3, 64),))
     made = plan.plan(program, 0, machine=HostDevice().machine)
     chain = made.chain(0, 0, (), False)
     (layout,) = chain.layouts
@@ -264,9 +264,9 @@ def test_ties_and_nan_in_joined_pools(channels: int, pool: nn.Module, relu: bool
     x[3, 0, 5] = float("nan")
     gradkern.reset()
     with torch.no_grad():
-        program = tracing.trace(model, (x[:3],))
+        program = capturing.to_program(model, (x[:3],))
         with installed(HostDevice()):
-            y, (got,) = executor.jacobian(program, tracing.bind(program, model), (x,))
+            y, (got,) = executor.jacobian(program, capturing.bind(program, model), (x,))
             chain = only_chain(program, 3, dtype)
     joined = {1: 1, 2: 2, 4: 4}.get(pool.kernel_size if pool.__class__ is nn.MaxPool1d else 1)
     overlaps = getattr(pool, "stride", 1) != getattr(pool, "kernel_size", 1)

@@ -11,9 +11,9 @@ import gradkern
 from gradkern.ir.calls import form_params
 from gradkern.ir.program import Contract, Index, Opaque, View
 from tests.cases import CASES
-from tests.frontend.test_tracer import Net, forms, proposed
+from tests.frontend.test_to_program import Net, forms, proposed
 from tests.support import oracle
-from tests.support.tracing import bind, trace
+from tests.support.capturing import bind, to_program
 
 
 class LastState(nn.Module):
@@ -44,7 +44,7 @@ def test_the_last_output_of_an_lstm_is_its_last_step() -> None:
 @pytest.mark.parametrize("name", ["heads_in_front", "sequence_first", "sequence_first_last"])
 def test_a_batch_that_moves_is_followed(name: str) -> None:
     case = CASES[name]
-    program = trace(case.build(), case.inputs(3))
+    program = to_program(case.build(), case.inputs(3))
     assert Opaque not in forms(program)
     assert all(len(step.shape) <= 3 for step in program.steps if not isinstance(step.form, View))
 
@@ -64,7 +64,7 @@ class ViewedWrong(nn.Module):
 def test_samples_that_are_viewed_in_another_order_are_not_followed() -> None:
     """Nothing mixes where the table is zero, so that comparing numbers cannot find it."""
     model = ViewedWrong().double().eval()
-    program = trace(model, (torch.randn(3, 5, 4, dtype=torch.float64),))
+    program = to_program(model, (torch.randn(3, 5, 4, dtype=torch.float64),))
     assert any(isinstance(step.form, Opaque) and "view" in step.op for step in program.steps)
 
 
@@ -131,7 +131,7 @@ def test_masks_that_are_constant(causal: str) -> None:
             return self.fc(y.transpose(1, 2).flatten(2)[:, 2])
 
     model, x = Masked().double().eval(), torch.randn(4, 5, 4, dtype=torch.float64)
-    program = trace(model, (x,))
+    program = to_program(model, (x,))
     assert Opaque not in forms(program)
     bound = bind(program, model)
     assert all(bound[p.name].isfinite().all() for step in program.steps for p in form_params(step.form))
@@ -158,7 +158,7 @@ EMPTY = {
 @pytest.mark.parametrize("name", EMPTY)
 def test_empty_parts(name: str) -> None:
     model, x = Net(EMPTY[name]).double().eval(), torch.randn(3, 5, 4, dtype=torch.float64)
-    trace(model, (x,))
+    to_program(model, (x,))
     found = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(found, oracle.jacobian(model, (x,))[1][0]) < 1e-12
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import gradkern
 from gradkern import attr
 from gradkern.dispatch import state
-from gradkern.runtime.macs import MacCounter
+from gradkern.runtime.mac_counter import MacCounter
 from tests.frontend.test_regions import Through
-from tests.frontend.test_tracer import Net
+from tests.frontend.test_to_program import Net
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
 
@@ -340,6 +340,16 @@ def test_a_slice_of_a_larger_tensor_is_captured() -> None:
     for k in range(3):
         expect(model, x[k : k + 2], "kernel")
     assert gradkern.prepare(model, x[5:7]) is not None
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, :4], lambda x: x[:, :4].contiguous()])
+def test_one_sample_cut_from_a_wider_tensor_is_captured(cut: Callable[[Tensor], Tensor]) -> None:
+    """It is contiguous, with a stride of its own along the samples."""
+    model = network(lambda net, x: net.fc(x).tanh())
+    expect(model, cut(torch.randn(1, 10).double()), "kernel")
+    assert gradkern.prepare(model, torch.randn(2, 4).double()) is not None
+    (entry,) = state.models.of(model).entries.values()
+    assert len(entry.verdicts) == 1
 
 
 def test_under_a_profiler() -> None:

@@ -11,8 +11,8 @@ from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
 from tests.support import oracle
+from tests.support.capturing import bind, to_program, verify
 from tests.support.case import closed, randomise_norm
-from tests.support.tracing import bind, trace, verify
 
 SETTINGS = settings(
     max_examples=40,
@@ -103,7 +103,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 def test_random_convolutional_networks(net: tuple[nn.Module, tuple[int, ...]], n: int, data: st.DataObject) -> None:
     model, shape = net
     x = torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    program = trace(model, (x,))
+    program = to_program(model, (x,))
     verify(program, model, (x,))
     assert not any(isinstance(step.form, Opaque) for step in program.steps), str(program)
     params = bind(program, model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradkern.frontend import refusal
 from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import Contract
-from tests.support.tracing import trace, verify
+from tests.support.capturing import to_program, verify
 
 LOGGER = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ REASONS = {
 @pytest.mark.parametrize("fn", REASONS, ids=lambda fn: fn.__name__)
 def test_reasons_name_the_line(fn: Callable[[Any, Tensor], Tensor]) -> None:
     with pytest.raises(Untraceable, match=REASONS[fn]) as caught:
-        trace(Net(fn).eval(), (torch.randn(3, 4),))
+        to_program(Net(fn).eval(), (torch.randn(3, 4),))
     where = re.search(r", (\S+):(\d+)$", caught.value.reason)
     assert where is not None, caught.value.reason
     first = fn.__code__.co_firstlineno
@@ -103,7 +103,7 @@ def test_reasons_name_the_line(fn: Callable[[Any, Tensor], Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:look")
 def test_what_a_forward_prints_is_no_reason() -> None:
     model, inputs = Net(says).eval(), (torch.randn(3, 4),)
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     verify(program, model, inputs)
     assert [type(step.form) for step in program.steps] == [Contract]
 

@@ -21,7 +21,7 @@ from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
 from tests.cuda.test_matmul import SHAPES, product
 from tests.cuda.test_pieces import NETS, settle
 from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.case import Case
 from tests.support.networks import NETWORKS
 
@@ -40,8 +40,8 @@ def on_gpu(case: Case, n: int, dtype: torch.dtype):
     model = case.build(dtype=dtype).to(CUDA)
     inputs = tuple(x.to(CUDA) for x in case.inputs(n, dtype=dtype))
     with torch.no_grad():
-        program = tracing.trace(model, inputs)
-        return model, inputs, program, tracing.bind(program, model)
+        program = capturing.to_program(model, inputs)
+        return model, inputs, program, capturing.bind(program, model)
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=repr)
@@ -209,8 +209,8 @@ def test_networks_in_pieces(name: str, shared: int) -> None:
     model = settle(make().double(), torch.Generator().manual_seed(7)).to(CUDA)
     x = torch.randn(65, *shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(CUDA)
     with torch.no_grad(), small(shared):
-        program = tracing.trace(model, (x,))
-        y, (got,) = executor.jacobian(program, tracing.bind(program, model), [x])
+        program = capturing.to_program(model, (x,))
+        y, (got,) = executor.jacobian(program, capturing.bind(program, model), [x])
         used = executor.plan_for(program, got.shape[1], torch.float64, CUDA)
     assert not used.single_chain or shared > 256
     want_y, (want,) = oracle.jacobian(model, x)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from torch import nn
 
 import gradkern
-from gradkern.ir.cost import forward_macs
+from gradkern.ir.macs import forward_macs
 from gradkern.ir.program import Product
 from gradkern.passes import prune_positions
 from gradkern.passes.prune_positions import Line, covering, pruned, union
 from gradkern.runtime import reference
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 from tests.support.networks import NETWORKS, Chomp
 from tests.support.random_programs import Network, programs
 
@@ -42,7 +42,7 @@ def causal(c: int, o: int, dilation: int) -> list[nn.Module]:
 
 def test_a_causal_network_needs_few_positions():
     model = NETWORKS["tcn"].full.build(dtype=torch.float64)
-    program = tracing.trace(model, NETWORKS["tcn"].full.inputs(2, dtype=torch.float64))
+    program = capturing.to_program(model, NETWORKS["tcn"].full.inputs(2, dtype=torch.float64))
     found = pruned(program)
     assert macs(found) < macs(program) / 5
     assert found.inputs == program.inputs
@@ -68,7 +68,7 @@ def test_a_causal_network_needs_few_positions():
 def test_last_position_of_convolutions(layers, shape):
     model = last_step(*layers)
     x = torch.randn(4, *shape, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
+    program = capturing.to_program(model, (x,))
     assert macs(pruned(program)) <= macs(program)
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
@@ -98,7 +98,7 @@ def test_images_narrow_along_both_axes():
             return y[:, :, 2, ::5].flatten(1)
 
     model, x = Corner().double().eval(), torch.randn(3, 2, 12, 16, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
+    program = capturing.to_program(model, (x,))
     assert macs(pruned(program)) < macs(program) / 2
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
@@ -106,7 +106,7 @@ def test_images_narrow_along_both_axes():
 
 def test_a_class_token_needs_one_row_of_the_last_attention():
     case = NETWORKS["vit"].full
-    program = tracing.trace(case.build(), case.inputs(2))
+    program = capturing.to_program(case.build(), case.inputs(2))
     found = pruned(program)
     rows = [s.shape for s in found.steps if s.form == Product("matmul")]
     assert rows[-2:] == [(4, 1, 65), (4, 1, 16)]
@@ -117,7 +117,7 @@ def test_a_class_token_needs_one_row_of_the_last_attention():
 def test_nothing_to_narrow_leaves_the_program_as_it_is():
     for name in ("inceptiontime", "resnet18", "eegnet", "mlstm_fcn"):
         small = NETWORKS[name].small
-        program = tracing.trace(small.build(), small.inputs(2))
+        program = capturing.to_program(small.build(), small.inputs(2))
         assert pruned(program) is program
 
 

@@ -26,9 +26,9 @@ from gradkern.ir.program import (
 from gradkern.planner import groups, implementations, plan
 from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
+from tests.support.case_runs import program_of
 from tests.support.programs import conv
 from tests.support.programs import program as make
-from tests.support.traced import program_of
 
 CONV = conv()
 CUMSUM = Opaque(Call("aten.cumsum.default", (Value(1), 2)), "a running sum has no form")

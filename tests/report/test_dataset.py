@@ -72,7 +72,7 @@ def test_the_most_typical_sample_is_the_nearest_to_the_mean(signals):
         mine = maps[numbers, found.output].reshape(len(numbers), -1)
         mean = mine.mean(0)
         cosines = mine @ mean / np.linalg.norm(mine, axis=1) / np.linalg.norm(mean)
-        assert found.numbers == (numbers[cosines.argmax()], numbers[cosines.argmin()])
+        assert found.samples == (numbers[cosines.argmax()], numbers[cosines.argmin()])
         assert found.cosines == pytest.approx((cosines.max(), cosines.min()), abs=1e-5)
 
 

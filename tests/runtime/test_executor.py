@@ -12,7 +12,7 @@ from gradkern.ir.program import Program, Scale, Step
 from gradkern.runtime import executor
 from tests.cases import BENCH, CASES, TRACEABLE
 from tests.support import oracle
-from tests.support.traced import EXACT, exact, parts, program_of, run, worst
+from tests.support.case_runs import EXACT, exact, parts, program_of, run, worst
 
 NAMES = [case.name for case in TRACEABLE]
 SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")

@@ -10,8 +10,8 @@ from torch import nn
 
 from gradkern.ir.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View
 from gradkern.runtime import executor, reference
-from tests.support import oracle, tracing
-from tests.support.traced import EXACT, run, worst
+from tests.support import capturing, oracle
+from tests.support.case_runs import EXACT, run, worst
 
 
 def dense(o: int, i: int, source: int, name: str = "w") -> Step:
@@ -98,8 +98,8 @@ def test_programs_that_differ_in_coefficients_are_different():
     for count in (True, False):
         model = net(count).eval()
         with torch.no_grad():
-            program = tracing.trace(model, (x,))
-            params = tracing.bind(program, model)
+            program = capturing.to_program(model, (x,))
+            params = capturing.bind(program, model)
         programs.append(program)
         assert worst(run(program, params, (x,))[1], oracle.jacobian(model, x)[1]) <= EXACT
     assert programs[0].key != programs[1].key
@@ -139,8 +139,8 @@ class TwoDtypes(nn.Module):
 def test_dtypes_that_change_on_the_way(model, dtypes):
     xs = tuple(torch.randn(6, 4 + i).to(d) for i, d in enumerate(dtypes))
     with torch.no_grad():
-        program = tracing.trace(model, xs)
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, xs)
+        params = capturing.bind(program, model)
     _, jacobians = run(program, params, xs)
     assert worst(jacobians, oracle.jacobian(model, xs)[1]) <= 1e-5
 
@@ -162,8 +162,8 @@ def test_an_integer_input_first_leaves_the_kernels_to_the_others():
     model = Gathers().double()
     index, x = torch.randint(7, (5,)), torch.randn(5, 4, dtype=torch.float64)
     with torch.no_grad():
-        program = tracing.trace(model, (index, x))
-        params = tracing.bind(program, model)
+        program = capturing.to_program(model, (index, x))
+        params = capturing.bind(program, model)
     assert executor.leading((index, x)) is x
     _, (jac,) = run(program, params, (index, x), None, (1,))
     leaf = x.clone().requires_grad_()

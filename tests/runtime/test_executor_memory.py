@@ -31,7 +31,7 @@ from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
 from tests.runtime.test_executor_corners import dense
 from tests.support import oracle
-from tests.support.traced import EXACT, exact, parts, run, worst
+from tests.support.case_runs import EXACT, exact, parts, run, worst
 
 
 def test_packed_weights_follow_every_edit():

@@ -12,7 +12,7 @@ import gradkern
 from tests.cases import CASES
 from tests.support import oracle
 from tests.support.case import lazily, seq1d, seq2d
-from tests.support.traced import EXACT
+from tests.support.case_runs import EXACT
 
 BAD = (math.nan, math.inf, -math.inf)
 # Not ELU: at NaN torch's own derivative is 1 or NaN, depending on where in a vector the element lies.

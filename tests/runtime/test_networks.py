@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gradkern.runtime import executor, reference
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
+from tests.support.capturing import bind
 from tests.support.networks import NETWORKS
-from tests.support.tracing import bind
 
 FUSED = [
     "fcn", "inceptiontime", "resnet1d", "tcn", "eegnet", "deep4", "shallow", "bpnet", "basset", "vgg11", "resnet18",
@@ -16,17 +16,17 @@ FUSED = [
 
 
 @cache
-def traced(name):
+def lowered(name):
     case = NETWORKS[name].small
     model, inputs = case.build(dtype=torch.float64), case.inputs(2, dtype=torch.float64)
-    program = tracing.trace(model, inputs)
-    tracing.verify(program, model, inputs)
+    program = capturing.to_program(model, inputs)
+    capturing.verify(program, model, inputs)
     return model, inputs, program
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_small_network_is_exact(name):
-    model, inputs, program = traced(name)
+    model, inputs, program = lowered(name)
     params = bind(program, model)
     targets = torch.arange(program.outputs)
     if program.outputs > 12:
@@ -48,7 +48,7 @@ class Picked(torch.nn.Module):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_everything_is_fused(name):
-    _, _, program = traced(name)
+    _, _, program = lowered(name)
     found = executor.plan_for(program, 4, torch.float32)
     assert found.fused_share == 1.0
     assert found.native_share == 1.0
@@ -57,7 +57,7 @@ def test_everything_is_fused(name):
 
 @pytest.mark.parametrize("name", set(NETWORKS) - set(FUSED))
 def test_nothing_is_left_to_autograd(name):
-    _, _, program = traced(name)
+    _, _, program = lowered(name)
     assert executor.plan_for(program, 4, torch.float32).fused_share == 1.0
 
 
@@ -66,7 +66,7 @@ def test_nothing_is_left_to_autograd(name):
 def test_full_size_is_exact(name):
     case = NETWORKS[name].full
     model, inputs = case.build(dtype=torch.float64), case.inputs(1, dtype=torch.float64)
-    program = tracing.trace(model, inputs)
+    program = capturing.to_program(model, inputs)
     targets = torch.randperm(program.outputs, generator=torch.Generator().manual_seed(1))[:3]
     (want,) = oracle.jacobian(Picked(model, targets), inputs)[1]
     (got,) = executor.jacobian(program, bind(program, model), inputs, targets)[1]

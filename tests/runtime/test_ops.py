@@ -7,7 +7,7 @@ import torch
 
 from gradkern.runtime import executor, ops
 from gradkern.runtime.parameters import Packed
-from tests.support.traced import parts
+from tests.support.case_runs import parts
 
 ops.extension()  # registers them
 G = torch.ops.gradkern
@@ -27,7 +27,7 @@ def arguments(name: str = "maxpool1d", n: int = 3, dtype: torch.dtype = torch.fl
         "tables": packed.tables,
         "forward": packed.forward,
         "backward": packed.backward,
-        "sizes": chain.sizes.numbers,
+        "sizes": chain.sizes.integers,
         "outputs": [torch.zeros(n, s, dtype=dtype) for s in chain.output_sizes],
         "targets": targets,
         "seed_rows": None if group else packed.seed_rows(targets, program.outputs),

@@ -16,12 +16,12 @@ from gradkern.frontend.capture import Capture
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
 from tests.cases import CASES
-from tests.support.tracing import bind, trace
+from tests.support.capturing import bind, to_program
 
 
 @functools.cache
 def program_of(name: str) -> Program:
-    return trace(CASES[name].build(), CASES[name].inputs(2))
+    return to_program(CASES[name].build(), CASES[name].inputs(2))
 
 
 def agrees(name: str, model: nn.Module) -> bool:
@@ -126,7 +126,7 @@ def test_missing_names_are_told() -> None:
 
 def test_binders_do_not_keep_programs() -> None:
     case = CASES["mlp"]
-    program = trace(case.build(), case.inputs(2))
+    program = to_program(case.build(), case.inputs(2))
     bind(program, case.build())
     gone = weakref.ref(program)
     del program

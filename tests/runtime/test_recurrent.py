@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gradkern.runtime import executor
-from tests.support import oracle, tracing
-from tests.support.tracing import bind
+from tests.support import capturing, oracle
+from tests.support.capturing import bind
 
 
 class Net(nn.Module):
@@ -39,8 +39,8 @@ def test_exact_and_fused(layer, options, read):
     torch.manual_seed(0)
     model = Net(layer(3, 4, batch_first=True, **OPTIONS[options]), read).double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
-    tracing.verify(program, model, (x,))
+    program = capturing.to_program(model, (x,))
+    capturing.verify(program, model, (x,))
     (want,) = oracle.jacobian(model, x)[1]
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, want) <= 1e-10
@@ -51,6 +51,6 @@ def test_relu_rnn():
     torch.manual_seed(0)
     model = Net(nn.RNN(3, 4, nonlinearity="relu", batch_first=True), "all").double().eval()
     x = torch.randn(2, 5, 3, dtype=torch.float64)
-    program = tracing.trace(model, (x,))
+    program = capturing.to_program(model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10

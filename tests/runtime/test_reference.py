@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
 from gradkern.runtime import reference
 from tests.cases import BENCH, CASES, SMALL
-from tests.frontend.test_tracer import traced
+from tests.frontend.test_to_program import lowered
 from tests.support import oracle
+from tests.support.capturing import bind, to_program
 from tests.support.case import Case
-from tests.support.tracing import bind, trace
 
 CHECKED = tuple(c for c in SMALL if c.traceable)
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=lambda c: c.name)
 def test_float64_jacobian(case: Case) -> None:
-    model, program = traced(case.name)
+    model, program = lowered(case.name)
     inputs = case.inputs(4, seed=5, dtype=torch.float64)
     y, jacs = reference.jacobian(program, bind(program, model), inputs)
     want_y, want = oracle.jacobian(model, inputs)
@@ -34,7 +34,7 @@ def test_float64_jacobian(case: Case) -> None:
 @pytest.mark.parametrize("case", BENCH, ids=lambda c: c.name)
 def test_float32_jacobian_of_the_measured_networks(case: Case) -> None:
     model, inputs = case.build(), case.inputs(4)
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     _, (got,) = reference.jacobian(program, bind(program, model), inputs)
     _, (want,) = oracle.jacobian(model, inputs)
     assert got.dtype == torch.float32
@@ -44,7 +44,7 @@ def test_float32_jacobian_of_the_measured_networks(case: Case) -> None:
 @pytest.mark.parametrize("name", ["residual", "lstm", "two_inputs", "conv_output", "scalar_output"])
 def test_targets(name: str) -> None:
     case = CASES[name]
-    model, program = traced(name)
+    model, program = lowered(name)
     inputs = case.inputs(3, dtype=torch.float64)
     params = bind(program, model)
     _, want = oracle.jacobian(model, inputs)
@@ -58,7 +58,7 @@ def test_targets(name: str) -> None:
 
 def test_wrt() -> None:
     case = CASES["two_inputs"]
-    model, program = traced("two_inputs")
+    model, program = lowered("two_inputs")
     inputs = case.inputs(3, dtype=torch.float64)
     params = bind(program, model)
     both = reference.jacobian(program, params, inputs)[1]
@@ -72,7 +72,7 @@ def test_an_input_that_nothing_reads_has_zero_gradient() -> None:
             return x * 2
 
     inputs = (torch.randn(2, 3), torch.randn(2, 5))
-    program = trace(First(), inputs)
+    program = to_program(First(), inputs)
     _, (one, other) = reference.jacobian(program, {}, inputs)
     assert torch.equal(one, 2 * torch.eye(3).expand(2, 3, 3))
     assert torch.equal(other, torch.zeros(2, 3, 5))
@@ -81,7 +81,7 @@ def test_an_input_that_nothing_reads_has_zero_gradient() -> None:
 @pytest.mark.parametrize("name", ["cnn1d", "lstm", "resnet1d_cumsum", "conv1d_same_even", "adaptive2d_uneven"])
 def test_empty_batch_and_no_seeds(name: str) -> None:
     case = CASES[name]
-    model, program = traced(name)
+    model, program = lowered(name)
     params = bind(program, model)
     empty = tuple(torch.zeros(0, *s, dtype=torch.float64) for s in case.shapes)
     if name != "lstm":  # torch's LSTM refuses an empty batch
@@ -96,7 +96,7 @@ def test_empty_batch_and_no_seeds(name: str) -> None:
 @pytest.mark.parametrize("case", [c for c in CHECKED if "2d" not in c.name], ids=lambda c: c.name)
 def test_every_step_against_autograd(case: Case) -> None:
     """`vjp_step` is autograd through `forward_step`, for random cotangents of two seeds."""
-    model, program = traced(case.name)
+    model, program = lowered(case.name)
     params = bind(program, model)
     values = reference.forward(program, params, case.inputs(2, dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
@@ -187,7 +187,7 @@ def test_masks_stop_what_is_not_finite() -> None:
         model[0].weight.copy_(torch.eye(2))
         model[2].weight.copy_(torch.tensor([[math.inf, 1.0]]))
     x = torch.tensor([[-1.0, 1.0], [-2.0, 3.0]])
-    program = trace(model, (x,))
+    program = to_program(model, (x,))
     _, (jac,) = reference.jacobian(program, bind(program, model), (x,))
     leaf = x.clone().requires_grad_()
     (want,) = torch.autograd.grad(model(leaf).sum(), leaf)
@@ -202,7 +202,7 @@ def test_masks_stop_what_is_not_finite() -> None:
 @pytest.mark.parametrize("name", ["maxpool1d", "maxpool1d_overlap_pad", "maxpool1d_ceil", "maxpool2d_mixed"])
 @pytest.mark.parametrize("fill", ["ties", "nan", "minus_inf"])
 def test_max_pool_at_ties_and_nan(name: str, fill: str) -> None:
-    _, program = traced(name)
+    _, program = lowered(name)
     i = next(i for i, s in enumerate(program.steps) if type(s.form).__name__ == "Select")
     shape = program.shape(program.steps[i].inputs[0])
     generator = torch.Generator().manual_seed(0)
@@ -221,7 +221,7 @@ def test_max_pool_at_ties_and_nan(name: str, fill: str) -> None:
 def test_low_precision(dtype: torch.dtype) -> None:
     case = CASES["bn_after_pool"]
     model, inputs = case.build(dtype=dtype), case.inputs(3, dtype=dtype)
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     y, (jac,) = reference.jacobian(program, bind(program, model), inputs)
     _, (want,) = oracle.jacobian(model, inputs)
     assert y.dtype == jac.dtype == dtype
@@ -230,7 +230,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["resnet1d_cumsum"])
 def test_a_loop_over_seeds_where_vmap_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, program = traced(name)
+    model, program = lowered(name)
     inputs = CASES[name].inputs(2, dtype=torch.float64)
     params = bind(program, model)
     at_once = reference.jacobian(program, params, inputs)[1][0]
@@ -249,7 +249,7 @@ def test_lstm_in_float32() -> None:
     """The fused CPU kernel of float32 is another one than float64's."""
     case = CASES["lstm"]
     model, inputs = case.build(), case.inputs(3)
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     for _ in range(2):
         _, (got,) = reference.jacobian(program, bind(program, model), inputs)
         assert oracle.relative_error(got, oracle.jacobian(model, inputs)[1][0]) < 1e-5
@@ -257,7 +257,7 @@ def test_lstm_in_float32() -> None:
 
 def test_nothing_is_written_to() -> None:
     case = CASES["residual"]
-    model, program = traced("residual")
+    model, program = lowered("residual")
     inputs = case.inputs(2, dtype=torch.float64)
     params = {k: v.clone() for k, v in bind(program, model).items()}
     kept = [x.clone() for x in inputs]

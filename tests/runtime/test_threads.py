@@ -15,7 +15,7 @@ import gradkern
 from gradkern.attr import Saliency
 from gradkern.dispatch import state
 from tests.cases import CASES
-from tests.support.traced import EXACT, exact, parts, run, worst
+from tests.support.case_runs import EXACT, exact, parts, run, worst
 
 THREADS = 4
 SMALL = ("maxpool1d", "maxpool2d_mixed", "conv1d_groups", "residual", "elu", "bn_linear", "softmax", "two_inputs")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Shape = tuple[int, ...]
+from gradkern.ir.program import Shape
 
 
 @dataclass(frozen=True)

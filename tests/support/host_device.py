@@ -45,7 +45,7 @@ class Args(ctypes.Structure):
 
 
 def rescale_args(number: type) -> type[ctypes.Structure]:
-    """csrc/rescale.h"""
+    """csrc/rescale_rule.h"""
 
     class RescaleArgs(ctypes.Structure):
         _fields_ = (

@@ -19,7 +19,7 @@ import torch
 from gradkern.runtime import ops
 from tests.cases import CASES
 from tests.support import oracle
-from tests.support.traced import EXACT, exact, parts, run, worst
+from tests.support.case_runs import EXACT, exact, parts, run, worst
 
 SIZES = (1, 7)
 SAMPLES = 16  # of the float32 run

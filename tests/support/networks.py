@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.case import Case, Shape
+from gradkern.ir.program import Shape
+from tests.support.case import Case
 from tests.support.modules import LeNet5, fcn
 
 # ---------------------------------------------------------------------------------------------------------------

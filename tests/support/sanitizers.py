@@ -17,7 +17,7 @@ from gradkern import attr
 from gradkern.attr.rules.rule_methods import with_relu
 from gradkern.runtime import executor
 from tests.cases import CASES
-from tests.support import tracing
+from tests.support import capturing
 from tests.support.host_device import CSRC, FLAGS, HostDevice, installed
 
 KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
@@ -46,8 +46,8 @@ def recordings():
         device = HostDevice(blocks=2, threads=64)
         device.record = []
         with torch.no_grad(), installed(device):
-            program = tracing.trace(model, inputs)
-            params = tracing.bind(program, model)
+            program = capturing.to_program(model, inputs)
+            params = capturing.bind(program, model)
             executor.jacobian(program, params, inputs)
             if name in RULED:
                 executor.jacobian(with_relu(program, "guided_relu"), params, inputs)

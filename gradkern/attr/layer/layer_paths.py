@@ -82,8 +82,8 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         total = value.new_zeros(len(value), seeds, *view.shape)
         for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds), value.device):
             steps = last - first
-            held = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
-            gradients = view.gradients(held, repeated_index(index, a, b, steps), seeds)
+            tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
+            gradients = view.gradients(tail_inputs, repeated_index(index, a, b, steps), seeds)
             total[a:b] += weighted_sum(gradients, weights[first:last].float())
         if self.multiplies_by_inputs:
             times_difference([total], [value], [base])
@@ -111,5 +111,5 @@ def blocks_of_path(
     layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
     for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds), inputs[0].device):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
-        held = view.forward(at, repeated(points.more, a, b, steps))
-        yield PathBlock(a, b, first, last, held[0], view.gradients(held, repeated_index(index, a, b, steps), seeds))
+        values = view.forward(at, repeated(points.more, a, b, steps))
+        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeated_index(index, a, b, steps), seeds))

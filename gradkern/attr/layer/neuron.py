@@ -32,7 +32,7 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
         if unit is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
-        run = reference.jacobian if view.plain else executor.jacobian
+        run = reference.jacobian if view.by_reference else executor.jacobian
         with torch.inference_mode(False), torch.no_grad():
             gradients = run(head, view.params, inputs, torch.tensor([unit]), points.wrt)[1]
         return format_output(is_tuple(options["inputs"]), tuple(g[:, 0] for g in gradients))

@@ -103,8 +103,8 @@ def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, 
         return want is None and tail.program.output < 0
     with torch.no_grad():
         params, program = points.route.params(), tail.program
-        held = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
-        (got,) = reference.vjp(program, params, held, g.unsqueeze(1), (0,))
+        tail_values = reference.forward(program, params, [values[v] for v in (tail.value, *tail.crossing)])
+        (got,) = reference.vjp(program, params, tail_values, g.unsqueeze(1), (0,))
     return _equal(got.squeeze(1), want)
 
 
@@ -149,7 +149,7 @@ class LayerView:
         self.exclusive = exclusive  # whether all readers of the value read it from the layer
         self.tail = tail_of(program, value)
         self.params = points.route.params()
-        self.plain = options.engine(points.engine) == "reference" or any(
+        self.by_reference = options.engine(points.engine) == "reference" or any(
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )
 
@@ -162,7 +162,7 @@ class LayerView:
         rows = [x.detach().contiguous() for x in (*inputs, *more)]
         wanted = [self.value, *self.tail.crossing]
         with torch.inference_mode(False), torch.no_grad():
-            if self.plain:
+            if self.by_reference:
                 values = Values(self.program, self.params, dict(enumerate(rows)))
             else:
                 values = rule_values(self.program, self.params, rows, wanted)
@@ -170,29 +170,29 @@ class LayerView:
 
     def at_inputs(self, index: Tensor | None, seeds: int) -> tuple[Tensor, Tensor]:
         """The layer's value ``[N, *layer]`` at the inputs themselves, and the gradients there, ``[N, S, *layer]``."""
-        held = self.forward(self.points.inputs, self.points.more)
-        return held[0], self.gradients(held, index, seeds)
+        values = self.forward(self.points.inputs, self.points.more)
+        return values[0], self.gradients(values, index, seeds)
 
     def zeros(self, seeds: int) -> Tensor:
         """An empty tensor for attributions, ``[N, S, *layer]``."""
         x = self.points.inputs[0]
         return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
 
-    def gradients(self, held: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
+    def gradients(self, values: Sequence[Tensor], index: Tensor | None, seeds: int) -> Tensor:
         """``[R, S, *layer]`` at the values that `forward` gives."""
-        tail, at = self.tail.program, held[0]
+        tail, at = self.tail.program, values[0]
         index = torch.arange(tail.outputs) if index is None else index
         with torch.inference_mode(False), torch.no_grad():
             if not tail.steps:  # the layer is the output
                 return reference.one_hot(tail, at, index)
-            if self.plain:
-                return reference.jacobian(tail, self.params, held, index, (0,))[1][0]
+            if self.by_reference:
+                return reference.jacobian(tail, self.params, values, index, (0,))[1][0]
             out = at.new_empty(at.shape[0], seeds, *at.shape[1:])
             chunk = max(1, at.shape[0])  # one kernel call writes nothing but the result
             if not executor.plan_for(tail, seeds, at.dtype, at.device).single_chain:
                 chunk = stepwise_samples(at.device, stepwise_bytes(tail.shapes, seeds, at.dtype.itemsize))
             for a, b in spans(0, at.shape[0], chunk):
-                rows = tuple(x[a:b].contiguous() for x in held)
+                rows = tuple(x[a:b].contiguous() for x in values)
                 chosen = index[a:b] if index.dim() == 2 else index
                 executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a:b],))
             return out

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...dispatch.request import jacobian_choice
 from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
+from ...ir.calls import Params
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from .. import captum_compat as compat
@@ -23,7 +24,7 @@ from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points, rows_of
-from .rule import Local, Params, Rule, Values, at_place, chosen, padded, pass_through, slope
+from .rule import Local, Rule, Values, at_place, chosen, padded, pass_through, slope
 from .rule_methods import Chunk, RuleMethod
 
 
@@ -90,10 +91,10 @@ def shared_by_pool(rule: Rescale, i: int) -> Local:
     up, down = top - y_ref, y - top
     wide = padded(w, x - x_ref, 0.0)
     taps = []
-    for t, (here, there) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
+    for t, (wins, wins_ref) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
         din = at_place(w, t, wide, y.shape[2:])
-        share = (here * up + there * down) / din
-        taps.append(torch.where(din.abs() < rule.eps, here.to(x.dtype), share))
+        share = (wins * up + wins_ref * down) / din
+        taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
     return Local(taps=tuple(taps))
 
 
@@ -199,7 +200,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
 
     def _rule(self, chunk: Chunk) -> Rescale:
         values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
-        return Rescale(chunk.program, chunk.params, values, start, self.eps, not chunk.plain)
+        return Rescale(chunk.program, chunk.params, values, start, self.eps, not chunk.by_reference)
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
@@ -219,8 +220,8 @@ def _start(chunk: Chunk) -> Tensors:
     """The chunk's reference point: one row if it serves all, else one each; then the tensors that are not inputs."""
     start = []
     for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
-        here = rows_of(base, chunk.a, chunk.b)
-        start.append(here.to(x.dtype) if isinstance(here, Tensor) else torch.full_like(x[:1], float(here)))
+        rows = rows_of(base, chunk.a, chunk.b)
+        start.append(rows.to(x.dtype) if isinstance(rows, Tensor) else torch.full_like(x[:1], float(rows)))
     more = chunk.rows[len(start) :]
     if more or len({s.shape[0] for s in start}) > 1:
         start = [s.expand(x.shape).contiguous() for s, x in zip(start, chunk.rows, strict=False)]
@@ -283,12 +284,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
-            here = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
+            chunk_index = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
             paired = points.at(pairs, extra)
-            maps = self._rows(paired, here, seeds.count, options)
+            maps = self._rows(paired, chunk_index, seeds.count, options)
             assert maps is not None
             for mean, m in zip(means, maps, strict=True):
                 mean[a:b] = m.view(b - a, count, *m.shape[1:]).mean(1)
             if wants_delta:
-                deltas.append(self._row_delta(maps, paired, Seeds(seeds.count, seeds.axes, here), options))
+                deltas.append(self._row_delta(maps, paired, Seeds(seeds.count, seeds.axes, chunk_index), options))
         return means, torch.cat(deltas) if wants_delta else None

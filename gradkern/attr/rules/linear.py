@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ...codegen.support import unsupported_reason
+from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
 from ...runtime import executor, reference
 from ...util.memo import Memo
-from .rule import Local, Params, Rule, Values, at_place, is_linear, padded, pull, tap_slices
+from .rule import Local, Rule, Values, at_place, is_linear, padded, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
@@ -85,8 +86,8 @@ class _Writer:
         parts = []
         for t in range(places):
             gather = Contract(tap_positions(windows, t, spatial, step.shape[1:]))
-            here = self.emit(gather, [node], step.shape, step)
-            parts.append(self.times(here, Slope(step.shape, refs, (i, t)), step))
+            tap = self.emit(gather, [node], step.shape, step)
+            parts.append(self.times(tap, Slope(step.shape, refs, (i, t)), step))
         return parts[0] if len(parts) == 1 else self.emit(Sum(), parts, step.shape, step)
 
     def step(self, i: int, step: Step, shape: tuple[Any, ...]) -> None:
@@ -234,8 +235,8 @@ def run_transposed(
 
 def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
     """The wanted values of a forward pass, by the kernels if they may run; `Values` computes missing ones."""
-    known = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
-    return Values(program, params, known)
+    values = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
+    return Values(program, params, values)
 
 
 def values_needed(program: Program, outputs_too: bool) -> list[int]:
@@ -270,20 +271,20 @@ def attribute(
     """
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
-    known = _TailRule(rule, locals_)
+    tail_rule = _TailRule(rule, locals_)
     head, cotangent = _head(program, locals_) if native else None, None
     if head is not None:
         if head is not program:
-            held = pull(known, reference.one_hot(program, inputs[0], targets), [head.output])
-            cotangent = held[head.output].flatten(2)
+            cotangents = pull(tail_rule, reference.one_hot(program, inputs[0], targets), [head.output])
+            cotangent = cotangents[head.output].flatten(2)
         structure = structure_of(locals_[: len(head.steps)])
         linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
                 return run_transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
-    held = pull(known, reference.one_hot(program, inputs[0], targets), wrt)
+    cotangents = pull(tail_rule, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
-    return tuple(held[w] if w in held else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
+    return tuple(cotangents[w] if w in cotangents else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
 
 
 class _TailRule(Rule):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ir.calls import Params
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
 from ...util.callables import model_of
@@ -22,7 +23,7 @@ from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_o
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points
-from .rule import Local, Params, Rule, Values, chosen, own_map, pass_through
+from .rule import Local, Rule, Values, chosen, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
 KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
@@ -95,7 +96,7 @@ def winner(rule: Relevance, i: int) -> Local:
     """A pool passes relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
-    return Local(taps=tuple(here * share for here in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+    return Local(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
 
 
 def in_proportion(rule: Relevance, i: int) -> Local:

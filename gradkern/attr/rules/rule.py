@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import graph
+from ...ir.calls import Params
 from ...ir.functions import FUNCTIONS
 from ...ir.program import Contract, Form, Index, LowRank, Product, Program, Scale, Select, Sum, View, Windows
 from ...runtime import reference
 
-Params = Mapping[str, Tensor]
 Kind = TypeVar("Kind")
 
 
@@ -172,9 +172,9 @@ def chosen(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
         top = torch.maximum(top, tap)
     places, free = [], torch.ones_like(top, dtype=torch.bool)
     for tap in taps:
-        here = (tap == top) & free
-        free = free & ~here
-        places.append(here)
+        won = (tap == top) & free
+        free = free & ~won
+        places.append(won)
     return places
 
 
@@ -199,17 +199,17 @@ def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]
     """
     program, base = rule.program, rule.base
     leads = graph.descendants(program, wrt)
-    held = {program.output: cotangent}
+    cotangents = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         v = base + i
-        if v not in leads or v in wrt or v not in held:
+        if v not in leads or v in wrt or v not in cotangents:
             continue
         step = program.steps[i]
-        back = transposed_step(rule, i, rule.at(i), held.pop(v))
+        back = transposed_step(rule, i, rule.at(i), cotangents.pop(v))
         for u, part in zip(step.inputs, back, strict=True):
             if u in leads:
-                held[u] = held[u] + part if u in held else part
-    return held
+                cotangents[u] = cotangents[u] + part if u in cotangents else part
+    return cotangents
 
 
 def transposed_step(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor, ...]:

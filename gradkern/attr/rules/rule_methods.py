@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import batching
+from ...ir.calls import Params
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
@@ -21,7 +22,7 @@ from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
 from .linear import attribute as rule_attribute
 from .linear import rule_values, values_needed
-from .rule import Params, Rule, Values
+from .rule import Rule, Values
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Chunk:
     a: int
     b: int
     options: Options
-    plain: bool  # run plain torch: for the reference engine, or dtypes that kernels do not take
+    by_reference: bool  # run plain torch: for the reference engine, or dtypes that kernels do not take
 
     def values(self, rows: Sequence[Tensor], outputs_too: bool = False) -> Values:
-        return values_of(self.program, self.params, rows, self.plain, outputs_too)
+        return values_of(self.program, self.params, rows, self.by_reference, outputs_too)
 
 
 class ProgramMethod(RowMethod):
@@ -88,15 +89,15 @@ class RuleMethod(ProgramMethod):
         inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
         device, n = inputs[0].device, inputs[0].shape[0]
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
-        plain = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
+        by_reference = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
         results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs)
         with torch.inference_mode(False), torch.no_grad():
             params = points.route.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
-                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, plain)
+                chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, by_reference)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
-                multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not plain)
+                multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
                 for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
         return results
@@ -112,10 +113,10 @@ def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: 
 
 
 def values_of(
-    program: Program, params: Params, rows: Sequence[Tensor], plain: bool, outputs_too: bool = False
+    program: Program, params: Params, rows: Sequence[Tensor], by_reference: bool, outputs_too: bool = False
 ) -> Values:
     """The values of the forward pass that a rule uses."""
-    if plain:
+    if by_reference:
         return Values(program, params, dict(enumerate(rows)))
     return rule_values(program, params, rows, values_needed(program, outputs_too))
 

@@ -46,5 +46,5 @@ def joins(window: Window, pattern: Pattern, before: Iterable[Record], after: Ite
         if kernel > 1 or padding
     )
     inside = pattern.extent.H * p.kh <= window.H and pattern.extent.W * p.kw <= window.W
-    plain = not window.whole_block and window.groups == 1 and p.taps in TAPS and type(window) is Window
-    return alone and same and apart and inside and plain
+    simple = not window.whole_block and window.groups == 1 and p.taps in TAPS and type(window) is Window
+    return alone and same and apart and inside and simple

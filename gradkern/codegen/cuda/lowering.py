@@ -24,12 +24,12 @@ from .. import limits
 from ..aliasing import Cotangent
 from ..chain import Chain, Row
 from ..encoding import CudaSizes, encode
-from ..lowering import LaidOut, Lowering, lower
+from ..lowering import LaidOut, Lowering, lower_to_chain
 from ..machine import Device, Machine, TooLarge
 from ..records import Bands, ContractionT, DenseT, MoveT, Place, Record, ScatterAlgorithm, ScatterT, Zero
-from ..units import Graph, Node, Unit, planar
+from ..units import Node, Unit, UnitGraph, planar
 from ..weights import ScatterLayout, mergeable
-from . import cost
+from . import clock_model
 from .fuse import fused
 from .shared_memory import Arrangement, Passes
 from .slices import COUNTS as SLICES
@@ -63,7 +63,9 @@ class DeviceLowering(Lowering):
     window_type = DeviceWindow
     machine: Device
 
-    def __init__(self, graph: Graph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool):
+    def __init__(
+        self, graph: UnitGraph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool
+    ):
         assert isinstance(machine, Device)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
@@ -82,29 +84,30 @@ class DeviceLowering(Lowering):
             return DeviceScatter.of(unit, 1)
         upstream = self.cotangents.of(unit.out)
         types: tuple[type[DeviceScatter], ...] = (DeviceScatter, QuadScatter, NarrowScatter)
-        made = [t.of(unit, 1) for t in types]
+        layouts = [t.of(unit, 1) for t in types]
         taps = 1
         if pattern is not None and pattern.windows:
             taps = pattern.windows.taps
             if mergeable(unit, pattern):
-                made += [t.merge(unit, 1, pattern.windows, 1) for t in types]
+                layouts += [t.merge(unit, 1, pattern.windows, 1) for t in types]
         if upstream is None or upstream.rows:  # seed rows lie in global memory: only the walk reads them there
-            fitting = [s for s in made if s.algorithm == ScatterAlgorithm.Walk]
+            fitting = [s for s in layouts if s.algorithm == ScatterAlgorithm.Walk]
         else:
-            fitting = [s for s in made if s.fits(unit.reads[0], upstream.node)]
+            fitting = [s for s in layouts if s.fits(unit.reads[0], upstream.node)]
         return min(fitting, key=lambda s: self.scatter_clocks(s, taps, pattern is not None))
 
     def scatter_clocks(self, layout: DeviceScatter, taps: int, pattern: bool) -> float:
         """Clocks per pool output for all seeds."""
         elements, planes = len(layout.window), taps if layout.merged else 1
         if isinstance(layout, NarrowScatter):
-            return taps / planes * cost.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
+            return taps / planes * clock_model.narrow_clocks(elements, layout.O, self.seeds, planes, self.itemsize)[0]
         if isinstance(layout, QuadScatter):
             args = (elements // 4, layout.O, self.seeds, planes, pattern)
-            return taps / planes * min(cost.quad_clocks(*args, lanes, self.itemsize)[0] for lanes in cost.QUAD_LANES)
+            by_lanes = (clock_model.quad_clocks(*args, n, self.itemsize)[0] for n in clock_model.QUAD_LANES)
+            return taps / planes * min(by_lanes)
         most = limits.WALK_SEEDS.of(self.itemsize)
-        walks, together = math.ceil(self.seeds / most), cost.even(self.seeds, most)
-        return walks * cost.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
+        walks, together = math.ceil(self.seeds / most), clock_model.even(self.seeds, most)
+        return walks * clock_model.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
         """Zero borders, and places that copies leave out, for every tile, because buffers share memory."""
@@ -175,8 +178,8 @@ class DeviceLowering(Lowering):
 
     def variants(self) -> list[list[Record]]:
         """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
-        made = (sliced(self.backward, self.tables, count) for count in SLICES)
-        return [self.backward, *(ops for ops in made if ops is not None)]
+        cut = (sliced(self.backward, self.tables, count) for count in SLICES)
+        return [self.backward, *(ops for ops in cut if ops is not None)]
 
     def laid_out(self, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
         """Enter the places of buffers, and write into the records how workers share the work."""
@@ -197,7 +200,7 @@ class DeviceLowering(Lowering):
             rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
             clocks.append(work.clocks(op, forward) * (1 if forward else self.rounds(tiling.seed_tile)))
         # Idle lanes and prefetched weights may read up to that far past the last row.
-        slack = 8 * max((x.row_length for x in self.layouts), default=0) + cost.WARP * 4 * max(limits.QUADS)
+        slack = 8 * max((x.row_length for x in self.layouts), default=0) + clock_model.WARP * 4 * max(limits.QUADS)
         most, n = max(tiling.resident, default=1), len(passes.forward)
         return LaidOut(
             forward=tuple(ops[:n]),
@@ -238,18 +241,19 @@ class DeviceLowering(Lowering):
         """How many tiles of seeds there are."""
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
-    def priced(self, passes: Passes, tile: int) -> list[cost.RunPrice]:
+    def priced(self, passes: Passes, tile: int) -> list[clock_model.RunPrice]:
         """The prices of the runs of records, by the number of samples that they take at a time."""
-        prices: list[cost.RunPrice] = []
+        prices: list[clock_model.RunPrice] = []
         for i, (op, run) in enumerate(zip(passes.records, passes.runs, strict=True)):
             if run == len(prices):
-                prices.append(cost.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
+                prices.append(clock_model.RunPrice(op.whole_block, self.work(0, 0, tile), self.prices))
             forward = i < len(passes.forward)
             prices[run].add(op, forward, 1 if forward else self.rounds(tile))
         return prices
 
-    def work(self, resident: int, block: int, tile: int) -> cost.Work:
-        return cost.Work(self.machine.threads // cost.WARP, resident, block, tile, self.itemsize, self.band_options)
+    def work(self, resident: int, block: int, tile: int) -> clock_model.Work:
+        warps = self.machine.threads // clock_model.WARP
+        return clock_model.Work(warps, resident, block, tile, self.itemsize, self.band_options)
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
@@ -277,18 +281,18 @@ def too_heavy_reason(program: Program, i: int) -> str | None:
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
         return None
     axis = -1 if isinstance(form.map, Dense) else 0
-    numbers = program.shape(step.inputs[0])[axis] * step.shape[axis]
+    weights = program.shape(step.inputs[0])[axis] * step.shape[axis]
     if isinstance(form.map, Windows):
-        numbers = numbers // form.map.groups * form.map.taps
-    if numbers <= CHAIN_WEIGHT:
+        weights = weights // form.map.groups * form.map.taps
+    if weights <= CHAIN_WEIGHT:
         return None
-    return f"a chain would read its {numbers / 1e6:.1f} million weights anew for every few samples"
+    return f"a chain would read its {weights / 1e6:.1f} million weights anew for every few samples"
 
 
-#: `gradkern.codegen.lowering.lower` for a GPU.  Raises `TooLarge`.
-lower_device = partial(lower, lowering=DeviceLowering)
+#: `gradkern.codegen.lowering.lower_to_chain` for a GPU.  Raises `TooLarge`.
+lower_device = partial(lower_to_chain, lowering=DeviceLowering)
 
 
 def lower_for(machine: Machine) -> Callable[..., Chain]:
-    """`lower` or `lower_device`, by the machine."""
-    return lower_device if isinstance(machine, Device) else lower
+    """`lower_to_chain` or `lower_device`, by the machine."""
+    return lower_device if isinstance(machine, Device) else lower_to_chain

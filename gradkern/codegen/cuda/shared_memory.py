@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..records import DenseT, Record
 from ..scratch import Buffer, first_fit
-from . import cost
+from . import clock_model
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Passes:
         wanted = 0
         for op in self.records:
             if op.whole_block:
-                wanted = max(wanted, cost.PARTIAL_SUMS)
+                wanted = max(wanted, clock_model.PARTIAL_SUMS)
             if isinstance(op, DenseT):
-                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + cost.WARP)
+                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + clock_model.WARP)
         return wanted
 
 
@@ -103,14 +103,14 @@ class Arrangement:
                 sample = max(sample, ends[buffer])
             else:
                 strides[life.run] = max(strides[life.run], ends[buffer])
-        sample += (4 - sample) % cost.WARP if sample else 0  # neighbours start four banks apart
+        sample += (4 - sample) % clock_model.WARP if sample else 0  # neighbours start four banks apart
         return cls(bases, tuple(strides), sample)
 
 
 def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
     """The run that each record belongs to: a record that takes the whole block, or all records in between."""
-    numbers, run, ops = [], -1, (*forward, *backward)
+    run_numbers, run, ops = [], -1, (*forward, *backward)
     for i, op in enumerate(ops):
         run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
-        numbers.append(run)
-    return numbers
+        run_numbers.append(run)
+    return run_numbers

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
+from ...ir.calls import Params
 from .. import limits
 from ..records import ScatterAlgorithm
 from ..units import Node
 from ..weights import ScatterLayout, WindowLayout, aligned
-from .cost import WARP
+from .clock_model import WARP
 
 
 class DeviceWindow(WindowLayout):
@@ -21,7 +21,7 @@ class DeviceWindow(WindowLayout):
     def row_length(self) -> int:
         return (self.O + 3) // 4 * 4
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         w, b = self.folded(params)  # [groups·O, K], [groups·O]
         g, o, k = self.groups, self.O, self.K
         self.view(packed, g, k, self.row_length)[:, :, :o] = w.reshape(g, o, k).transpose(1, 2)
@@ -50,7 +50,7 @@ class DeviceScatter(ScatterLayout):
         """Whether the kernel can add to the cotangent of ``node``, reading that of ``upstream``."""
         return True
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         w = self.rows(params)
         self.view(packed, w.shape[0], self.row_length)[:, : w.shape[1]] = w
 
@@ -98,7 +98,7 @@ class QuadScatter(DeviceScatter):
     def size(self) -> int:
         return aligned(len(self.variants) * self.O * self.row_length)
 
-    def fill(self, packed: Tensor, params: Mapping[str, Tensor]) -> None:
+    def fill(self, packed: Tensor, params: Params) -> None:
         w, _ = self.folded(params)
         rows, columns = self.margin
         high = len(self.runs) + rows
@@ -124,7 +124,7 @@ class NarrowScatter(DeviceScatter):
 
     algorithm = ScatterAlgorithm.Narrow
 
-    def rows(self, params: Mapping[str, Tensor]) -> Tensor:
+    def rows(self, params: Params) -> Tensor:
         w = super().rows(params)
         return w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
 

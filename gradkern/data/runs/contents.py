@@ -58,35 +58,35 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
     """The arrays of a new store: those that are written chunk by chunk, and those that are already known."""
     n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
     outcome, inputs = probe.outcome, about["inputs"]
-    made = []
+    listed = []
     for i, (name, maps) in enumerate(zip(inputs, outcome.maps, strict=True)):
         shape = tuple(maps.shape[2:])
         axes = tuple(f"{name.replace('attributions', 'input')}_axis{k}" for k in range(len(shape)))
         if settings.maps:
-            made.append(Array(name, (n, seeds, *shape), settings.dtype, ("sample", "target", *axes), chunk, True))
+            listed.append(Array(name, (n, seeds, *shape), settings.dtype, ("sample", "target", *axes), chunk, True))
         if settings.top_features:
             k = settings.top_features
             if k > math.prod(shape):
                 raise BadValue(f"top_features: got {k}, but a sample has {math.prod(shape)} features.")
             top = name.replace("attributions", "top_features")
-            made.append(Array(top, (n, seeds, k), "int64", ("sample", "target", "place"), chunk))
+            listed.append(Array(top, (n, seeds, k), "int64", ("sample", "target", "place"), chunk))
         for reduction in settings.reductions:
-            made.append(_reduction(reduction, reduction_key(reduction, inputs, i), (probe.classes, *shape), axes))
+            listed.append(_reduction(reduction, reduction_key(reduction, inputs, i), (probe.classes, *shape), axes))
     out = tuple(about["output"])
     axes = tuple(f"output_axis{k}" for k in range(len(out)))
-    made.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
+    listed.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
     if outcome.rows is not None:
-        made.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
+        listed.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
     else:
         indices = jacobian_choice(settings.targets)(1, out).indices
         indices = torch.arange(seeds) if indices is None else indices
-        made.append(Array("targets", (seeds,), "int64", ("target",), content=indices.numpy()))
+        listed.append(Array("targets", (seeds,), "int64", ("target",), content=indices.numpy()))
     if outcome.deltas is not None:
-        made.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
+        listed.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
     starts = np.arange(0, n, chunk)
     spans = np.stack([starts, np.minimum(starts + chunk, n)], axis=1)  # [K, 2]
-    made.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
-    return made
+    listed.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
+    return listed
 
 
 def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

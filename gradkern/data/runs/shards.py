@@ -51,12 +51,12 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
 
 def _take(results: Results, other: Results) -> None:
     """Copy finished chunks that are missing here: data first, then the records that make them finished."""
-    here = results.ledger.finished()
+    finished = results.ledger.finished()
     for node in sorted(other.ledger.nodes()):
         chunks = set(results.ledger.span(node))
-        if chunks <= here:
+        if chunks <= finished:
             continue
-        if chunks & here:
+        if chunks & finished:
             raise BadValue(
                 f"{other.place} and {results.place} share some, but not all, of the chunks {min(chunks)} … "
                 f"{max(chunks)}: they are not shards of one run. Run it again without shard=."
@@ -71,4 +71,4 @@ def _take(results: Results, other: Results) -> None:
                 durable.put(results.store, key, content)
         content = durable.get(other.store, other.ledger.key(node))
         durable.put(results.store, results.ledger.key(node), content or b"")
-        here |= chunks
+        finished |= chunks

@@ -64,19 +64,19 @@ class Task:
         if not isinstance(model, nn.Module):
             raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
         rows = open_source(source, columns, input_dtype)
-        known = Results.open(out, read_only=False) if Results.exists(out) else None
-        pinned = dict(known.about["pinned"]) if known else {}
+        results = Results.open(out, read_only=False) if Results.exists(out) else None
+        pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
         with pinning(pinned, settings):
             probe = probe_run(model, rows, settings, pinned.get("engine"))
         asked = fingerprint.of_run(model, rows, settings, probe.program)
-        if known is None:
+        if results is None:
             about = contents.attributes(asked, rows, settings, probe, made_by)
             arrays = contents.arrays(rows, settings, probe, about)
-            known = Results.create(out, arrays, about, settings.compression)
-        same_keys = fingerprint.keys_version(known.about) == fingerprint.keys_version()
-        fingerprint.check_same(str(out), known.about["fingerprint"], asked, graph=same_keys)
-        task = cls(model, rows, settings, known, probe, differences(known.about["pinned"], probe, plan=same_keys))
+            results = Results.create(out, arrays, about, settings.compression)
+        same_keys = fingerprint.keys_version(results.about) == fingerprint.keys_version()
+        fingerprint.check_same(str(out), results.about["fingerprint"], asked, graph=same_keys)
+        task = cls(model, rows, settings, results, probe, differences(results.about["pinned"], probe, plan=same_keys))
         if not same_keys:
             task.check_earlier(asked)
         return task
@@ -188,8 +188,8 @@ class Task:
             return {}
         shapes = [tuple(self.probe.inputs[i].shape[1:]) for i in self.probe.floating]
         wanted, classes = self.settings.reductions, self.probe.classes
-        made = [statistics.Accumulator(wanted, classes, shape) for shape in shapes]
-        return dict(zip(map_names(len(made)), made, strict=True))
+        accumulators = [statistics.Accumulator(wanted, classes, shape) for shape in shapes]
+        return dict(zip(map_names(len(accumulators)), accumulators, strict=True))
 
     def _batch(
         self, inputs: tuple[Tensor, ...], first: int, reducers: Mapping[str, statistics.Accumulator],

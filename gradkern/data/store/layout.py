@@ -74,7 +74,7 @@ def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any
     """Make the arrays and attributes of a new store."""
     group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
     for a in arrays:
-        made = group.create_array(
+        array = group.create_array(
             a.name,
             shape=a.shape,
             chunks=(a.chunk or max(a.shape[0], 1), *(max(s, 1) for s in a.shape[1:])) if a.shape else (),
@@ -86,7 +86,7 @@ def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any
             attributes={**({"dtype": "bfloat16"} if a.dtype == "bfloat16" else {}), **a.attributes},
         )
         if a.content is not None:
-            made[...] = a.content
+            array[...] = a.content
     consolidate(store)
 
 

@@ -94,14 +94,14 @@ class Results:
         path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
-        made = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
         try:
-            layout.create_arrays(durable.DurableStore(made), arrays, about, compression)
+            layout.create_arrays(durable.DurableStore(unfinished), arrays, about, compression)
             with contextlib.suppress(OSError):  # another process has created it already
-                os.rename(made, path)
+                os.rename(unfinished, path)
                 durable.sync_folder(path.parent)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         return cls.open(text, read_only=False)
 
     # ---- writing
@@ -125,11 +125,11 @@ class Results:
         """Remove the half-written files of these chunks, which a killed run has left."""
         if not isinstance(self.store, durable.DurableStore):
             return
-        numbers = set(chunks)
-        names = {str(number) for number in numbers}
+        wanted_chunks = set(chunks)
+        names = {str(number) for number in wanted_chunks}
         for array in self.arrays():
             self.store.remove_partial(array, lambda file: file.split(".")[1] in names)  # c.12.0.0
-        self.store.remove_partial(FOLDER, lambda file: not numbers.isdisjoint(self.ledger.span_of(file)))
+        self.store.remove_partial(FOLDER, lambda file: not wanted_chunks.isdisjoint(self.ledger.span_of(file)))
 
     def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
         """Are the rows in memory equal to a chunk's file?  (The last chunk is padded, and others may be compressed.)"""

@@ -37,8 +37,8 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     x = stretched(b, x, full)
     for axis in (0, len(full) - 1):
         if math.prod(p_shape) == p_shape[axis] == full[axis]:
-            numbers = p if b.param_shape(p) == (p_shape[axis],) else b.derive("aten.reshape.default", p, (-1,))
-            return x, axis, numbers, full
+            factors = p if b.param_shape(p) == (p_shape[axis],) else b.derive("aten.reshape.default", p, (-1,))
+            return x, axis, factors, full
     if math.prod(p_shape) == 1:
         one = b.derive("aten.reshape.default", p, (1,))
         return x, 0, b.derive("aten.expand.default", one, (full[0],)), full
@@ -48,18 +48,18 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
 
 def scaled(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Value:
     """``p x`` or ``x / p`` for a constant that broadcasts against the value."""
-    at, axis, numbers, full = per_channel(b, x, p)
+    at, axis, factors, full = per_channel(b, x, p)
     if inverse:
-        numbers = b.derive("aten.reciprocal.default", numbers)
-    return as_shape(b, b.emit(Contract(Channels(axis), numbers), (at,), b.shape(at)), full)
+        factors = b.derive("aten.reciprocal.default", factors)
+    return as_shape(b, b.emit(Contract(Channels(axis), factors), (at,), b.shape(at)), full)
 
 
 def shifted(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
     """``x + alpha p``."""
-    at, axis, numbers, full = per_channel(b, x, p)
+    at, axis, shifts, full = per_channel(b, x, p)
     if alpha != 1:
-        numbers = b.derive("aten.mul.Tensor", numbers, alpha)
-    return as_shape(b, b.emit(Contract(Channels(axis), None, numbers), (at,), b.shape(at)), full)
+        shifts = b.derive("aten.mul.Tensor", shifts, alpha)
+    return as_shape(b, b.emit(Contract(Channels(axis), None, shifts), (at,), b.shape(at)), full)
 
 
 @lowers("aten.add.Tensor", "aten.add.Scalar", sign=1)

@@ -44,8 +44,8 @@ def multiplied(b: ProgramBuilder, x: Value, y: Value) -> Value:
 @lowers("aten.addmm.default")
 def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``bias + x @ [I, O]``."""
-    plain = a.alpha == 1 and a.beta == 1
-    if not (plain and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
+    unscaled = a.alpha == 1 and a.beta == 1
+    if not (unscaled and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
         raise NoForm("not a product with a constant matrix on the right")
     width = b.param_shape(a.mat2)[1]
     if b.param_shape(a.self) != (width,):

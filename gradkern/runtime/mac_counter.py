@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..ir.calls import Params
 from ..ir.program import Opaque, Program
 from . import reference
 
@@ -34,7 +35,7 @@ class MacCounter(TorchDispatchMode):
         return out
 
 
-def opaque_macs(program: Program, params: Mapping[str, Tensor], samples: Sequence[Tensor]) -> dict[int, int]:
+def opaque_macs(program: Program, params: Params, samples: Sequence[Tensor]) -> dict[int, int]:
     """Multiply-adds of the forward pass per sample of each `Opaque` step, by step, measured on ``samples``.
 
     A step that torch's table does not know is left out; the plan then counts its elements.

@@ -3,7 +3,7 @@
 // `z` is what enters a ReLU (or a max pool, or the ReLU in front of one), `1` at the input, `0` at the reference.  A
 // place that lies outside, in a pool's padding, holds minus infinity, which never wins a window; nor does NaN.
 #pragma once
-#include "scale.h"
+#include "elementwise.h"
 
 namespace gradkern {
 

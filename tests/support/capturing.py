@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradkern.dispatch.guards import stand_ins
+from gradkern.frontend import to_program as frontend
 from gradkern.frontend import verify as verification
 from gradkern.frontend.capture import Capture
-from gradkern.frontend.tracer import lower
 from gradkern.ir.calls import form_params, params_in
 from gradkern.ir.program import Program
 from gradkern.runtime import parameters
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
+def to_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     """The Program that is proposed for samples like ``inputs``."""
-    return lower(Capture().capture(model, stand_ins(inputs)), inputs, type(model).__name__)
+    return frontend.to_program(Capture().capture(model, stand_ins(inputs)), inputs, type(model).__name__)
 
 
 def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:

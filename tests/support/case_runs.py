@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkern.ir.program import Program
 from gradkern.runtime import executor
 from tests.cases import CASES
-from tests.support import oracle, tracing
+from tests.support import capturing, oracle
 
 EXACT = 1e-10  # float64, relative
 
@@ -19,7 +19,7 @@ EXACT = 1e-10  # float64, relative
 def program_of(name: str) -> Program:
     case = CASES[name]
     with torch.no_grad():
-        return tracing.trace(case.build(dtype=torch.float64), case.inputs(4, dtype=torch.float64))
+        return capturing.to_program(case.build(dtype=torch.float64), case.inputs(4, dtype=torch.float64))
 
 
 def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
@@ -27,7 +27,7 @@ def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
     case = CASES[name]
     model, inputs, program = case.build(dtype=dtype), case.inputs(n, seed=seed, dtype=dtype), program_of(name)
     with torch.no_grad():
-        return model, inputs, program, tracing.bind(program, model)
+        return model, inputs, program, capturing.bind(program, model)
 
 
 def run(program: Program, params, inputs, targets=None, wrt=None) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -33,7 +33,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
-def lower(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
+def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
     It is only a proposal: `verify` compares it with live autograd.  Raises `Untraceable` if torch.export refuses the
@@ -219,16 +219,16 @@ class _GraphLowering:
     def _lifted(self, x: Any) -> Any:
         """An argument per sample: a value gets an axis of length one in front."""
         b = self.builder
-        known = self.known[x] if isinstance(x, torch.fx.Node) else x
-        if isinstance(known, Value):
-            lifted = as_shape(b, known, (1, *b.shape(known)))
+        argument = self.known[x] if isinstance(x, torch.fx.Node) else x
+        if isinstance(argument, Value):
+            lifted = as_shape(b, argument, (1, *b.shape(argument)))
             b.dtypes[lifted] = x.meta["val"].dtype
             return lifted
-        if isinstance(known, NonLeadingBatch):
-            return known.value
-        if isinstance(known, (Call, _SeveralResults)):
+        if isinstance(argument, NonLeadingBatch):
+            return argument.value
+        if isinstance(argument, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
-        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else known
+        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else argument
 
     def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
         b = self.builder
@@ -281,8 +281,8 @@ class _GraphLowering:
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
-            known = self.known[x]
-            return known.call if isinstance(known, NonLeadingBatch) else known
+            argument = self.known[x]
+            return argument.call if isinstance(argument, NonLeadingBatch) else argument
         if isinstance(x, (list, tuple)):
             return tuple(self._argument(item) for item in x)
         if isinstance(x, _PLAIN):

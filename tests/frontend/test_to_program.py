@@ -32,19 +32,19 @@ from gradkern.ir.program import (
 from gradkern.runtime import reference
 from tests.cases import CASES, TRACEABLE
 from tests.support import oracle
+from tests.support.capturing import bind, to_program, verify
 from tests.support.case import Case, Fn
-from tests.support.tracing import bind, trace, verify
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
 
 
 @functools.cache
-def traced(name: str) -> tuple[nn.Module, Program]:
+def lowered(name: str) -> tuple[nn.Module, Program]:
     """A float64 network of the table and its verified Program."""
     case = CASES[name]
     model = case.build(dtype=torch.float64)
     inputs = case.inputs(3, dtype=torch.float64)
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     verify(program, model, inputs)
     return model, program
 
@@ -57,7 +57,7 @@ def proposed(model: nn.Module, *shapes: tuple[int, ...]) -> Program:
     """Trace and verify on random float64 samples."""
     inputs = tuple(torch.randn(3, *s, dtype=torch.float64) for s in shapes)
     model = model.double().eval()
-    program = trace(model, inputs)
+    program = to_program(model, inputs)
     verify(program, model, inputs)
     return program
 
@@ -82,7 +82,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=lambda c: c.name)
 def test_every_case_is_traced(case: Case) -> None:
-    model, program = traced(case.name)
+    model, program = lowered(case.name)
     assert program.inputs == case.shapes
     assert any(isinstance(s.form, Opaque) for s in program.steps) == case.opaque, str(program)
     for n in (1, 5):  # the batch size is free
@@ -96,7 +96,7 @@ def test_every_case_is_traced(case: Case) -> None:
 def test_refused(case: Case) -> None:
     model, inputs = case.build(), case.inputs(3)
     with pytest.raises(Untraceable) as caught:
-        verify(trace(model, inputs), model, inputs)
+        verify(to_program(model, inputs), model, inputs)
     error = caught.value
     assert error.reason
     assert "\n" not in error.reason
@@ -106,59 +106,59 @@ def test_refused(case: Case) -> None:
 def test_custom_backward_is_named() -> None:
     model, inputs = CASES["resnet1d_custom"].build(), CASES["resnet1d_custom"].inputs(3)
     with pytest.raises(Untraceable, match=r"custom autograd\.Function.*modules\.py:\d+"):
-        verify(trace(model, inputs), model, inputs)
+        verify(to_program(model, inputs), model, inputs)
 
 
 def test_forms_of_a_small_cnn() -> None:
-    _, program = traced("bn_after_pool")
+    _, program = lowered("bn_after_pool")
     assert forms(program) == [Contract, Scale, Select, Contract, Scale, View, Contract]
     assert isinstance(program.steps[3].form.map, Channels)
     assert program.steps[2].form.windows == Windows((2,), (2,), ((0, 0),), (1,))
 
 
 def test_dropout_and_identity_vanish() -> None:
-    _, program = traced("dropout")
+    _, program = lowered("dropout")
     assert forms(program) == [Contract, Scale, View, Contract]
-    assert traced("identity")[1].steps == ()
+    assert lowered("identity")[1].steps == ()
 
 
 def test_even_same_padding_is_asymmetric() -> None:
-    _, program = traced("conv1d_same_even")
+    _, program = lowered("conv1d_same_even")
     assert program.steps[2].form.map.padding == ((1, 2),)
 
 
 def test_residual_adds_and_fans_out() -> None:
-    _, program = traced("residual")
+    _, program = lowered("residual")
     assert forms(program).count(Sum) == 2
     assert max(len(readers) for readers in program.consumers.values()) == 3
 
 
 def test_softmax_is_low_rank() -> None:
-    assert traced("softmax")[1].steps[-1].form == LowRank("softmax", 0)
-    assert traced("log_softmax")[1].steps[-1].form == LowRank("log_softmax", 0)
+    assert lowered("softmax")[1].steps[-1].form == LowRank("softmax", 0)
+    assert lowered("log_softmax")[1].steps[-1].form == LowRank("log_softmax", 0)
 
 
 def test_mean_without_keepdim_is_positions_and_view() -> None:
-    program = traced("mean_rows")[1]
+    program = lowered("mean_rows")[1]
     i = next(i for i, s in enumerate(program.steps) if isinstance(getattr(s.form, "map", None), Positions))
     assert program.steps[i].shape == (4, 1, 8)
     assert program.steps[i + 1].shape == (4, 8)
 
 
 def test_steps_know_their_module() -> None:
-    _, program = traced("residual")
+    _, program = lowered("residual")
     assert {"stem", "bn0", "conv1", "down", "fc", "relu"} <= {s.module for s in program.steps}
-    opaque = [s for s in traced("resnet1d_cumsum")[1].steps if isinstance(s.form, Opaque)]
+    opaque = [s for s in lowered("resnet1d_cumsum")[1].steps if isinstance(s.form, Opaque)]
     assert [(s.op, s.module) for s in opaque] == [("aten.cumsum.default", "middle")]
     assert all(s.form.reason for s in opaque)
 
 
 def test_programs_of_one_architecture_are_equal() -> None:
     case = CASES["residual"]
-    one, two = (trace(case.build(seed), case.inputs(2)) for seed in (0, 1))
+    one, two = (to_program(case.build(seed), case.inputs(2)) for seed in (0, 1))
     assert one == two
     assert one.key == two.key
-    assert one.key != traced("shared_conv")[1].key
+    assert one.key != lowered("shared_conv")[1].key
 
 
 def test_keys_tell_coefficients_apart() -> None:
@@ -191,7 +191,7 @@ def test_layers_with_and_without_a_form(layer: nn.Module) -> None:
 
     model = Net(run, layer=layer).double().eval()
     x = torch.randn(3, 5, 4, dtype=torch.float64)
-    program = trace(model, (x,))
+    program = to_program(model, (x,))
     verify(program, model, (x,))
     assert (Opaque in forms(program)) == any(layer is other for other in OPAQUE_LAYERS)
     got = reference.jacobian(program, bind(program, model), (x,))[1][0]
@@ -299,7 +299,7 @@ def test_hook_based_reparametrisations(norm) -> None:
 
 
 def test_a_wrong_program_is_caught() -> None:
-    model, program = traced("tanh")
+    model, program = lowered("tanh")
     inputs = CASES["tanh"].inputs(3, dtype=torch.float64)
     for form in (Scale("relu"), Scale("sigmoid")):
         steps = list(program.steps)
@@ -314,7 +314,7 @@ def test_samples_on_kinks_are_no_mismatch(name: str) -> None:
     case = CASES[name]
     model = case.build()
     for inputs in (tuple(torch.zeros(2, *s) for s in case.shapes), tuple(torch.ones(1, *s) for s in case.shapes)):
-        verify(trace(model, inputs), model, inputs)
+        verify(to_program(model, inputs), model, inputs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -322,19 +322,19 @@ def test_samples_that_are_not_finite_are_no_mismatch(value: float) -> None:
     case = CASES["maxpool1d"]
     inputs = case.inputs(2)
     inputs[0][0, 0, 3] = value
-    verify(trace(case.build(), inputs), case.build(), inputs)
+    verify(to_program(case.build(), inputs), case.build(), inputs)
 
 
 @pytest.mark.parametrize("name", ["cnn1d", "elu", "residual"])
 def test_bfloat16(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(dtype=torch.bfloat16), case.inputs(3, dtype=torch.bfloat16)
-    verify(trace(model, inputs), model, inputs)
+    verify(to_program(model, inputs), model, inputs)
 
 
 def test_empty_batches_can_be_traced() -> None:
     case = CASES["mlp"]
-    verify(trace(case.build(), case.inputs(0)), case.build(), case.inputs(0))
+    verify(to_program(case.build(), case.inputs(0)), case.build(), case.inputs(0))
 
 
 def test_nothing_is_left_changed() -> None:
@@ -346,7 +346,7 @@ def test_nothing_is_left_changed() -> None:
     random.seed(3)
     before = torch.get_rng_state()
     kept = [x.clone() for x in inputs]
-    verify(trace(model, inputs), model, inputs)
+    verify(to_program(model, inputs), model, inputs)
     assert torch.equal(before, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert all(x.grad is None and torch.equal(x, k) for x, k in zip(inputs, kept, strict=True))
@@ -359,7 +359,7 @@ def test_buffers_changed_by_the_live_model_are_put_back() -> None:
     model = Net(lambda net, x: net.fc(x) + 0 * net.count.add_(1))
     model.register_buffer("count", torch.zeros(1))
     inputs = (torch.randn(2, 4),)
-    fine = trace(Net(lambda net, x: net.fc(x)), inputs)
+    fine = to_program(Net(lambda net, x: net.fc(x)), inputs)
     verify(fine, model, inputs)
     assert float(model.count) == 0
 
@@ -394,7 +394,7 @@ def test_tracing_while_other_threads_use_the_model() -> None:
 
     def propose() -> None:
         try:
-            verify(trace(model, inputs), model, inputs)
+            verify(to_program(model, inputs), model, inputs)
         except Exception as error:
             wrong.append(error)
 
@@ -413,7 +413,7 @@ def test_tracing_while_other_threads_use_the_model() -> None:
 def test_refusals_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     case = CASES["value_branch"]
     with pytest.raises(Untraceable):
-        trace(case.build(), case.inputs(2))
+        to_program(case.build(), case.inputs(2))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
@@ -422,7 +422,7 @@ def test_warnings_as_errors_do_not_end_a_trace() -> None:
     case = CASES["residual"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        verify(trace(case.build(), case.inputs(2)), case.build(), case.inputs(2))
+        verify(to_program(case.build(), case.inputs(2)), case.build(), case.inputs(2))
 
 
 def test_inference_mode() -> None:
@@ -430,7 +430,7 @@ def test_inference_mode() -> None:
     model = case.build(dtype=torch.float64)
     with torch.inference_mode():
         inputs = case.inputs(3, dtype=torch.float64)
-        program = trace(model, inputs)
+        program = to_program(model, inputs)
         verify(program, model, inputs)
         got = reference.jacobian(program, bind(program, model), inputs)[1][0]
     want = oracle.jacobian(model, case.inputs(3, dtype=torch.float64))[1][0]

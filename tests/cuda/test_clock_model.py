@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from gradkern.codegen import limits, records
-from gradkern.codegen.cuda import cost
-from gradkern.codegen.cuda.cost import RunPrice, Work
+from gradkern.codegen.cuda import clock_model
+from gradkern.codegen.cuda.clock_model import RunPrice, Work
 from gradkern.codegen.cuda.lowering import Device, lower_device
 from gradkern.codegen.records import Bands, Place, ScatterAlgorithm, ScatterT
 from gradkern.codegen.scratch import Buffer
@@ -39,18 +39,18 @@ def rises(prices: list[float]) -> bool:
 
 def test_a_loop_waits_for_its_instructions_or_for_its_loads():
     """Four instructions and one wavefront per clock, at three quarters of that."""
-    assert cost.loop(12, 1) == 4
-    assert cost.loop(4, 6) == 8
+    assert clock_model.loop(12, 1) == 4
+    assert clock_model.loop(4, 6) == 8
 
 
 def test_workers_without_work():
-    assert cost.busy(16, 8) == 1
-    assert cost.busy(9, 8) == 9 / 16
-    assert cost.busy(1, 8) == 1 / 8
+    assert clock_model.busy(16, 8) == 1
+    assert clock_model.busy(9, 8) == 9 / 16
+    assert clock_model.busy(1, 8) == 1 / 8
 
 
 def test_even_parts():
-    assert [cost.even(count, 5) for count in (1, 5, 6, 7, 10, 11)] == [1, 5, 3, 4, 5, 4]
+    assert [clock_model.even(count, 5) for count in (1, 5, 6, 7, 10, 11)] == [1, 5, 3, 4, 5, 4]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_even_parts():
 )
 def test_workers_are_small_and_leave_no_lane_idle(elements, lanes):
     """The smallest workers that have at most five elements per lane, where larger ones idle no less."""
-    assert cost.worker_lanes(elements) == lanes
+    assert clock_model.worker_lanes(elements) == lanes
 
 
 def test_the_share_of_workers_that_are_busy():
@@ -76,10 +76,12 @@ def test_more_seeds_cost_more():
     for op in (SCATTER, DENSE, MATMUL, records.Zero(HERE, 4096)):
         assert rises([replace(WORK, tile=n).clocks(op, forward=False) for n in (5, 10, 20, 40)]), type(op).__name__
     for planes in (1, 2):
-        assert rises([cost.walk_clocks(20, 16, True, n, planes, True) for n in range(1, limits.WALK_SEEDS.float32 + 1)])
+        assert rises(
+            [clock_model.walk_clocks(20, 16, True, n, planes, True) for n in range(1, limits.WALK_SEEDS.float32 + 1)]
+        )
         for prices in (
-            [cost.narrow_clocks(8, 16, n, planes, 4)[0] for n in range(1, 24)],
-            [cost.quad_clocks(5, 16, n, planes, True, 8, 4)[0] for n in range(1, 24)],
+            [clock_model.narrow_clocks(8, 16, n, planes, 4)[0] for n in range(1, 24)],
+            [clock_model.quad_clocks(5, 16, n, planes, True, 8, 4)[0] for n in range(1, 24)],
         ):
             assert prices == sorted(prices) and prices[0] < prices[-1] / 5  # a visit has room for a few of them
 
@@ -103,9 +105,9 @@ def test_a_linear_layer_is_cheaper_for_more_samples():
 
 def test_doubles_are_visited_more_often():
     """Three quads a lane: registers for 18 sums hold six seeds of them, and for 4 sums one."""
-    visits = [cost.quad_clocks(12, 16, 6, 1, False, 4, itemsize)[1] for itemsize in (4, 8)]
+    visits = [clock_model.quad_clocks(12, 16, 6, 1, False, 4, itemsize)[1] for itemsize in (4, 8)]
     assert visits == [1, 6]
-    assert [cost.narrow_clocks(8, 16, 5, 1, itemsize)[1] for itemsize in (4, 8)] == [1, 2]
+    assert [clock_model.narrow_clocks(8, 16, 5, 1, itemsize)[1] for itemsize in (4, 8)] == [1, 2]
     assert replace(WORK, itemsize=8).transposed(SCATTER) > WORK.transposed(SCATTER)  # five seeds: one walk, or three
 
 
@@ -117,7 +119,7 @@ def test_workers_are_of_documented_sizes(algorithm):
     _, lanes, bands = WORK.transposed(replace(SCATTER, algorithm=algorithm, window_elements=8))
     documented = {
         ScatterAlgorithm.Walk: (4,),
-        ScatterAlgorithm.Quads: cost.QUAD_LANES,
+        ScatterAlgorithm.Quads: clock_model.QUAD_LANES,
         ScatterAlgorithm.Narrow: (limits.NARROW_LANES,),
     }
     assert lanes in documented[algorithm]
@@ -143,10 +145,10 @@ def test_a_run_takes_the_number_of_samples_that_is_cheapest():
 
 def test_where_a_record_lies_does_not_change_its_price():
     elsewhere = replace(SCATTER, src=Place(HERE.buffer, 100, 64, 4), window_table=7)
-    assert [*cost.priced_numbers(elsewhere)] == [*cost.priced_numbers(SCATTER)]
+    assert [*clock_model.priced_numbers(elsewhere)] == [*clock_model.priced_numbers(SCATTER)]
     changes = ({"W": 65}, {"O": 17}, {"window_elements": 21}, {"merged": True}, {"algorithm": ScatterAlgorithm.Quads})
     for change in changes:
-        assert [*cost.priced_numbers(replace(SCATTER, **change))] != [*cost.priced_numbers(SCATTER)]
+        assert [*clock_model.priced_numbers(replace(SCATTER, **change))] != [*clock_model.priced_numbers(SCATTER)]
 
 
 NET = program(

@@ -1,0 +1,38 @@
+// The content hash on the CPU; a GPU's is in cuda/hash.cuh.
+#include "content_hash.h"
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+
+namespace gradkern {
+
+// An order-sensitive hash of the bytes of all tensors: what guards packed weights against every kind of edit.
+int64_t content_hash(at::TensorList tensors) {
+  uint64_t total = 0x9e3779b97f4a7c15ull;
+  for (const at::Tensor& tensor : tensors) {
+    const at::Tensor t = tensor.contiguous();
+    const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
+    const int64_t size = static_cast<int64_t>(t.nbytes());
+    // Eight independent lanes of multiply-rotate keep the multiplier busy; each step is a bijection of its lane
+    // for a fixed word, so one changed word always changes the hash of its lane.
+    uint64_t lane[8];
+    for (int l = 0; l < 8; ++l) lane[l] = total + 0x9e3779b97f4a7c15ull * static_cast<uint64_t>(l + 1);
+    int64_t i = 0;
+    for (; i + 64 <= size; i += 64)
+      for (int l = 0; l < 8; ++l) {
+        uint64_t word;
+        std::memcpy(&word, bytes + i + 8 * l, 8);
+        lane[l] = (((lane[l] ^ word) * 0xff51afd7ed558ccdull) << 31 | ((lane[l] ^ word) * 0xff51afd7ed558ccdull) >> 33);
+      }
+    for (; i < size; ++i) lane[0] = (lane[0] ^ bytes[i]) * 0x100000001b3ull;
+    total ^= static_cast<uint64_t>(size) * 0xc2b2ae3d27d4eb4full;
+    for (int l = 0; l < 8; ++l) {
+      total = (total ^ lane[l]) * 0xc4ceb9fe1a85ec53ull;
+      total ^= total >> 29;
+    }
+  }
+  return static_cast<int64_t>(total);
+}
+
+}  // namespace gradkern

@@ -1,0 +1,44 @@
+# ruff: noqa: F401  (names are imported here for the other files)
+"""torch's private names that capturing needs, each imported here and nowhere else.
+
+Public API says that a function is captured under guards (`torch.compile` with a backend).  It does not say whether the
+guards hold without running anything, which of a process's settings apply, or what code was read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Versions of torch that capturing has been tested with.  With 2.11, Dynamo does not guard mutable default arguments.
+TRIED = ("2.11.0", "2.13.0")
+
+try:
+    import torch._dynamo as dynamo
+    from torch._dynamo import eval_frame
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
+    from torch._guards import TracingContext as tracing_context
+    from torch.fx.experimental import _config as shapes_config
+    from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+except ImportError as missing:
+    raise ImportError(
+        f"gradkern captures networks by way of private names of torch, and torch {torch.__version__} lacks one: "
+        f"{missing}. Versions that work: {', '.join(TRIED)}."
+    ) from missing
+
+
+def keeper_of(node_name: str) -> tuple[str, str] | None:
+    """The attribute, and the type of its owner, in which the code that is being captured keeps the tensor of a node.
+
+    None where that is no attribute, or where Dynamo does not say.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        changed = InstructionTranslator.current_tx().output.side_effects.store_attr_mutations
+        for owner, attributes in changed.items():
+            for name, value in attributes.items():
+                if value.is_tensor() and value.proxy.node.name == node_name:  # type: ignore[attr-defined]
+                    return name, type(owner.value).__name__  # type: ignore[attr-defined]
+    except (ImportError, AttributeError):
+        pass
+    return None
