@@ -56,13 +56,13 @@ def jacobian(
 @overload
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: str | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False,
 ) -> Any: ...  # fmt: skip
 
 
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: str | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False,
 ) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
@@ -119,33 +119,33 @@ def jacobian(
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: TopK, *, chunk: int | None = None, wrt: int | None = None,
-    engine: str | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: TopK, *, chunk: int | None = None, wrt: Sequence[int] | None = None,
-    engine: str | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: Targets = None, *, chunk: int | None = None, wrt: int | None = None,
-    engine: str | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Tensor]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: Targets = None, *, chunk: int | None = None,
-    wrt: Sequence[int] | None = None, engine: str | None = None,
+    wrt: Sequence[int] | None = None, engine: Engine | None = None,
 ) -> Iterator[tuple[Tensor, ...]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: str | None = None,
+    wrt: Wrt = None, engine: Engine | None = None,
 ) -> Iterator[Any]: ...  # fmt: skip
 
 
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: str | None = None,
+    wrt: Wrt = None, engine: Engine | None = None,
 ) -> Iterator[Any]:  # fmt: skip
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
@@ -162,7 +162,7 @@ def iter_jacobian(
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
 
 
-def _pieces(request: Request, chunk: int | None, engine: str | None, as_tuple: bool) -> Iterator[Any]:
+def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple: bool) -> Iterator[Any]:
     route = decide(request, engine)
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
@@ -185,7 +185,8 @@ def _pieces(request: Request, chunk: int | None, engine: str | None, as_tuple: b
 def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
     """Trace and verify the model now, with some of these samples, so that no later call has to.
 
-    Returns the Program (which prints itself), or None where the model stays on autograd; a warning says why.
+    One Program serves every later call, whatever its ``engine`` and ``wrt``.  Returns it (it prints itself), or None
+    where the model stays on autograd; a warning says why.
     """
     request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
@@ -210,16 +211,18 @@ Explanation: TypeAlias = Plan | WholeModel
 
 
 def explain(
-    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, show: bool = True
-) -> Explanation:
+    model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, wrt: Wrt = None,
+    engine: Engine | None = None, show: bool = True,
+) -> Explanation:  # fmt: skip
     """Print, step by step, how `jacobian` runs this model, why it is not faster, and the share that is fused.
 
     Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
-    gradkern's own kernels.  Captures the model if that has not been done.  ``show=False`` prints nothing.
+    gradkern's own kernels.  Captures the model if that has not been done.  ``wrt`` (by default all floating inputs) and
+    ``engine`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = _inspection_request(model, inputs)
-    route = decide(request)
+    request = _inspection_request(model, inputs, wrt)
+    route = decide(request, engine)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
         eager_reason = route.eager_reason.text
@@ -258,7 +261,7 @@ def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
     return isinstance(inputs, (tuple, list)) if wrt is None else not isinstance(wrt, int)
 
 
-def _with_graph(request: Request, engine: str | None) -> JacobianResult:
+def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:
     name = options.engine(engine)
     if name in ("kernel", "reference"):
         raise BadValue(
@@ -270,9 +273,10 @@ def _with_graph(request: Request, engine: str | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _inspection_request(model: Model, inputs: Any) -> Request:
-    """A request for inspection only: integer inputs are allowed, and not differentiated."""
-    tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    floating = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()]
-    checked, indices = read_inputs(inputs, floating or None)
+def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None) -> Request:
+    """A request for inspection only: by default, integer inputs are allowed, and not differentiated."""
+    if wrt is None:
+        tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None
+    checked, indices = read_inputs(inputs, wrt)
     return Request(_callable(model), checked, indices, jacobian_choice(None))

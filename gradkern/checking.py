@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from . import api
-from .dispatch import eager
 from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inputs
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
+from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrapped
-from .util.options import BadValue
+from .util.options import BadValue, Engine
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
 
@@ -50,18 +50,22 @@ class Check:
         return "\n".join(rows)
 
 
-def check(model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None) -> Check:
-    """Compare what ``engine="auto"`` gives (once it has traced the model) with autograd on a float64 copy.
+def check(
+    model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
+    wrt: api.Wrt = None, engine: Engine = "kernel",
+) -> Check:  # fmt: skip
+    """Compare what ``engine`` gives with autograd on a float64 copy.
 
+    ``"kernel"`` gives what ``"auto"`` does once it has traced the model.  ``targets`` and ``wrt`` as in `jacobian`.
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
-    tensors, indices = read_inputs(inputs, None)
+    tensors, indices = read_inputs(inputs, wrt)
     state = torch.get_rng_state()
     if isinstance(targets, TopK):
-        answer, targets = api.jacobian(model, tensors, targets, engine="kernel")
+        answer, targets = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
     else:
-        answer = api.jacobian(model, tensors, targets, engine="kernel")
+        answer = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
     torch.set_rng_state(state)
     request, against = _exact_request(model, tensors, indices, targets)
     results = solve(request, decide(request, "autograd"))
@@ -79,7 +83,7 @@ def _exact_request(
         module = model_of(twin)
         if module is None:
             raise BadValue("a callable that is no module")
-        with torch.no_grad(), eager.buffers_kept(module.double()):
+        with torch.no_grad(), buffers_kept(module.double()):
             twin(*[x[:2].clone() for x in exact])
         return Request(twin, exact, indices, jacobian_choice(targets)), "autograd in float64"
     except Exception as error:

@@ -200,8 +200,7 @@ def _small() -> list[Case]:
         "bn_not_affine": seq2d(lz(nn.BatchNorm2d, 4, affine=False), relu),
         "dropout": seq1d(lz(nn.Dropout, 0.5), relu, lz(nn.Dropout1d, 0.3), lz(nn.Identity), lz(nn.AlphaDropout, 0.1)),
     }  # fmt: skip
-    opaque: set[str] = set()
-    return [Case(name, make, (shape,), opaque=name in opaque) for name, (make, shape) in recipes.items()]
+    return [Case(name, make, (shape,)) for name, (make, shape) in recipes.items()]
 
 
 def _whole() -> list[Case]:

@@ -1,7 +1,7 @@
 """Tests under ``gpu/`` are collected where there is a GPU (``make gpu`` runs them).
 
 Every run draws other random numbers, each test its own whatever ran before it; a run that fails says how to repeat
-them.
+them.  ``.ci/run`` has one seed a day.
 """
 
 import os

@@ -95,12 +95,6 @@ def test_integer_input_beside_a_floating_one(engine):
         gradkern.jacobian(model, (x, ids), engine=engine)
 
 
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype, engine):

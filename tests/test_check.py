@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern import api
 from tests.cases import net
 
 
@@ -26,8 +27,6 @@ def test_check():
 
 
 def test_check_sees_an_error(monkeypatch):
-    from gradkern import api
-
     model, (x,) = net(dtype=torch.float32)
     real = api.jacobian
     wrong = torch.tensor([1.0, 1.01, 1.0])[:, None, None]
@@ -46,3 +45,32 @@ def test_check_without_a_float64_copy():
     result = gradkern.check(Own(), torch.randn(3, 4))
     assert "float32" in result.against
     assert result.worst == 0.0
+
+
+@pytest.mark.parametrize("engine", ["kernel", "reference", "autograd"])
+def test_check_of_one_input_and_engine(engine, monkeypatch):
+    asked = []
+
+    def jacobian(*args, **options):
+        asked.append((options["wrt"], options["engine"]))
+        return real(*args, **options)
+
+    real = api.jacobian
+    monkeypatch.setattr(api, "jacobian", jacobian)
+    model, inputs = net("two_inputs", dtype=torch.float32)
+    result = gradkern.check(model, inputs, wrt=1, engine=engine)
+    assert asked == [((1,), engine)]
+    assert result.worst < 1e-5
+    assert "float64" in result.against
+
+
+def test_check_leaves_integers_out():
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+        def forward(self, ids, x):
+            return self.last(torch.tanh(x) * self.table(ids))
+
+    assert gradkern.check(Embeds().eval(), (torch.tensor([0, 6, 3]), torch.randn(3, 4)), wrt=1).worst < 1e-5

@@ -120,4 +120,12 @@ def test_the_engine_that_holds_is_explained() -> None:
     with gradkern.use("autograd"):
         said = gradkern.explain(model, inputs, show=False)
     assert "the engine is 'autograd'" in str(said)
+    assert str(gradkern.explain(model, inputs, engine="autograd", show=False)) == str(said)
     assert gradkern.explain(model, inputs, show=False).native_share > 0
+
+
+def test_the_inputs_that_are_asked_for_are_explained() -> None:
+    model, inputs = net("two_inputs")
+    assert str(gradkern.explain(model, inputs, wrt=1, show=False)) == str(gradkern.explain(model, inputs, show=False))
+    with pytest.raises(ValueError, match="wrt"):
+        gradkern.explain(model, inputs, wrt=2, show=False)

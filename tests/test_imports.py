@@ -8,24 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.packages import PACKAGES, TOP
+
 PACKAGE = Path(__file__).parents[1] / "gradkern"
-TOP = "top"  # the modules in gradkern/ itself
-#: The packages from the ground up: one imports itself and those above its own line in this list.
-PACKAGES = (
-    "util",
-    "ir",
-    "passes",
-    "codegen",
-    "planner",
-    "runtime",
-    "frontend",
-    "dispatch",
-    TOP,
-    "attr",
-    "data",
-    "report",
-    "cli",
-)
 MOST_AT_THE_TOP = 5  # files in gradkern/ itself
 #: Names that `gradkern/__init__.py` re-exports from packages further down the list, at their first use.
 REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data")}
@@ -91,3 +76,16 @@ def test_a_planted_violation_is_seen(place: str, line: str) -> None:
 
 def test_few_modules_stand_at_the_top() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+#: Runs the tests of ``gpu/`` themselves on a stand-in.
+RERUNS = {"test_gpu_on_host.py"}
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What several of them need is in ``tests/support``."""
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and path.name not in RERUNS:
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                assert names[0] != "tests" or not any(n.startswith("test_") for n in names), f"{path}:{node.lineno}"

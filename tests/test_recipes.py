@@ -12,7 +12,7 @@ from torch import nn
 
 from gradkern.codegen import support
 from gradkern.frontend.lowerings.activation import elementwise
-from gradkern.frontend.lowerings.builder import LOWERINGS, lowers
+from gradkern.frontend.lowerings.builder import AXES, LOWERINGS, lowers
 from gradkern.ir.functions import FUNCTIONS, Function
 from gradkern.runtime import executor
 from tests.support import capturing, oracle
@@ -50,6 +50,7 @@ def made_up():
     yield torch.ops.gradkern_test.up
     FUNCTIONS.pop("softsign_squared", None)
     LOWERINGS.pop(name, None)
+    AXES.pop(name, None)
 
 
 class Net(nn.Module):

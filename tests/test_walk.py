@@ -10,7 +10,7 @@ from types import FrameType
 
 import gradkern
 from tests.cases import net
-from tests.test_imports import PACKAGES, TOP
+from tests.support.packages import PACKAGES, TOP
 
 PACKAGE = Path(gradkern.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"

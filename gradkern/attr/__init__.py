@@ -34,4 +34,22 @@ __all__ = [
 ]
 
 #: Captum's own classes and what `gradkern.accelerate` makes of their objects.
-REPLACEMENTS = {getattr(stock, name): globals()[name] for name in __all__}
+REPLACEMENTS = {
+    stock.LRP: LRP,
+    stock.Deconvolution: Deconvolution,
+    stock.DeepLift: DeepLift,
+    stock.DeepLiftShap: DeepLiftShap,
+    stock.GradientShap: GradientShap,
+    stock.GuidedBackprop: GuidedBackprop,
+    stock.GuidedGradCam: GuidedGradCam,
+    stock.InputXGradient: InputXGradient,
+    stock.IntegratedGradients: IntegratedGradients,
+    stock.InternalInfluence: InternalInfluence,
+    stock.LayerConductance: LayerConductance,
+    stock.LayerGradCam: LayerGradCam,
+    stock.LayerGradientXActivation: LayerGradientXActivation,
+    stock.LayerIntegratedGradients: LayerIntegratedGradients,
+    stock.NeuronGradient: NeuronGradient,
+    stock.NoiseTunnel: NoiseTunnel,
+    stock.Saliency: Saliency,
+}

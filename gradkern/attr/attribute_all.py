@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
-from ..dispatch.targets import Seeds, TopK, TopSeeds
+from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from ..ir.program import Shape
+from ..util.options import BadType
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, Tensors, with_arguments
@@ -30,32 +31,44 @@ Yes = Literal[True]
 
 
 class AttributeAll(Protocol):
-    """What an ``attribute_all`` returns: attributions as the inputs are given, then the convergence delta where it is
-    asked for, then the indices of `TopK`."""
+    """``attribute_all(inputs, targets, …)``, whatever the method; what follows is the method's own, best by keyword.
+
+    Returns attributions as the inputs are given, then the convergence delta where it is asked for, then the indices
+    of `TopK`.
+    """
 
     # fmt: off
     @overload
     def __call__(self, inputs: Tensor, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensor, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, inputs: Tensor, targets: Targets = None, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...  # noqa: E501
     @overload
     def __call__(self, inputs: Tensor, targets: TopK, *a: Any, **k: Any) -> tuple[Tensor, Tensor]: ...
     @overload
-    def __call__(self, inputs: Tensor, *a: Any, **k: Any) -> Tensor: ...
+    def __call__(self, inputs: Tensor, targets: Targets = None, *a: Any, **k: Any) -> Tensor: ...
     @overload
     def __call__(self, inputs: Tensors, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensors, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor]: ...
+    def __call__(self, inputs: Tensors, targets: Targets = None, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor]: ...  # noqa: E501
     @overload
     def __call__(self, inputs: Tensors, targets: TopK, *a: Any, **k: Any) -> tuple[Tensors, Tensor]: ...
     @overload
-    def __call__(self, inputs: Tensors, *a: Any, **k: Any) -> Tensors: ...
+    def __call__(self, inputs: Tensors, targets: Targets = None, *a: Any, **k: Any) -> Tensors: ...
     # fmt: on
 
 
 def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
     """The method unchanged, with the types of its results."""
     return cast(AttributeAll, attribute_all)
+
+
+def check_distribution(method: Any, baselines: Any) -> None:
+    """Raise where a method that averages over baselines got none: in Captum's order they would stand for targets."""
+    if baselines is None:
+        raise BadType(
+            f"baselines: got none, but {type(method).__name__} averages over them. Pass baselines=... by name: the "
+            "second argument of attribute_all is targets."
+        )
 
 
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, integers: bool = False) -> Points | None:

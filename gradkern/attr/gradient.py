@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import api
 from ..dispatch.targets import TopK
+from ..util.options import Engine
 from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -21,7 +22,7 @@ class GradientMethod(RowMethod):
 
     gradients = HooklessGradientFunc
 
-    def __init__(self, forward_func: Callable[..., Tensor], engine: str | None = None) -> None:
+    def __init__(self, forward_func: Callable[..., Tensor], engine: Engine | None = None) -> None:
         super().__init__(forward_func)
         plug_into(self, self.gradients(engine))
 
@@ -31,10 +32,11 @@ class GradientMethod(RowMethod):
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         gradients = points.gradients(points.inputs, points.more, index, seeds)
-        self._finish_each(gradients, points.inputs, options)
+        self.finish(gradients, points.inputs, options)
         return gradients
 
-    def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
+    def finish(self, gradients: Any, rows: Tensors, options: Options) -> None:
+        """Turn the gradients ``[N, …, *in]``, one per input of ``rows``, into attributions, in place."""
         for gradient, x in zip(gradients, rows, strict=True):
             tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
             lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
@@ -48,7 +50,7 @@ class GradientMethod(RowMethod):
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
         indices = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
-        self._finish_each(each, tuple(rows[w] for w in indices), finish)
+        self.finish(each, tuple(rows[w] for w in indices), finish)
         return jacobian
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch.targets import Seeds
-from ..util.options import InputError, Unused
+from ..util.options import Engine, InputError, Unused
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds, plug_into
@@ -28,7 +28,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))
@@ -131,7 +131,7 @@ class GradientShap(stock.GradientShap):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: str | None = None
+        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))
@@ -140,17 +140,19 @@ class GradientShap(stock.GradientShap):
     def attribute_all(
         self,
         inputs: Inputs,
-        baselines: Any,
+        targets: Any = None,
+        baselines: Any = None,
         n_samples: int = 5,
         stdevs: float | tuple[float, ...] = 0.0,
-        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        All outputs share the random draws.  The delta is per draw, as Captum's: ``[N · n_samples, C]``.
+        ``baselines`` has to be given.  All outputs share the random draws.  The delta is per draw, as Captum's:
+        ``[N · n_samples, C]``.
         """
+        check_distribution(self, baselines)
         start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor):
             raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {start[0]}.")

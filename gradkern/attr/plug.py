@@ -23,7 +23,7 @@ from ..dispatch.targets import Seeds
 from ..ir.program import Shape
 from ..util import options
 from ..util.callables import name_of, unwrapped
-from ..util.options import BadType, BadValue, InputError, Unused
+from ..util.options import BadType, BadValue, Engine, InputError, Unused
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
 from .points import with_arguments
 
@@ -33,7 +33,7 @@ class GradientFunc:
 
     _route = staticmethod(decide)
 
-    def __init__(self, engine: str | None = None) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         self.engine = engine if engine is None else options.engine(engine)
 
     def __call__(
@@ -72,7 +72,9 @@ class HooklessGradientFunc(GradientFunc):
     _route = staticmethod(shared_route)
 
 
-def takes_over(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: str | None, *, integers: bool = False) -> bool:
+def takes_over(
+    fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, *, integers: bool = False
+) -> bool:
     """May gradkern take over a call with these arguments?  If not, a warning gives the reason, if there is one.
 
     ``integers``: inputs need not be floating, because their own gradients are not requested.
@@ -131,7 +133,7 @@ def plug_into(attribution: Any, gradients: GradientFunc) -> None:
             setattr(attribution, name, unwrapped(getattr(attribution, name)))
 
 
-def accelerate(attribution: Any, engine: str | None = None) -> Any:
+def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
     """Put gradkern under a stock Captum attribution object, and return the same object.
 
     ``accelerate(IntegratedGradients(model)).attribute(x, target=1)``: arguments and results stay Captum's.  An object

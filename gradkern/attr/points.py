@@ -21,6 +21,7 @@ from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
 from ..util.callables import FixedArguments
 from ..util.chunks import samples_per_chunk
+from ..util.options import Engine
 from .captum_compat import format_additional_forward_args
 
 Tensors = tuple[Tensor, ...]
@@ -38,7 +39,7 @@ class Points:
         fn: Callable[..., Any],
         inputs: Sequence[Tensor],
         more: Sequence[Tensor] = (),
-        engine: str | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.engine = engine
         self.inputs, self.more = tuple(inputs), tuple(more)

@@ -23,7 +23,7 @@ STORAGE_AXES = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
 class UnitRecords(Recording):
-    """One pair of methods per unit kind."""
+    """One pair of methods per unit kind.  ``operand``: which of the unit's reads the cotangent is of."""
 
     def forward_load(self, unit: Unit) -> None:
         node = unit.out
@@ -45,7 +45,8 @@ class UnitRecords(Recording):
         where = (self.table(layout.runs), layout.weights, layout.bias)
         self.forward.append(records.Window(src, self.value(out), *sizes, *where, whole_block=unit.dense))
 
-    def backward_window(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_window(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         layout = self.scatter(unit, upstream.pattern)
         assign = unit.dense and len(layout.runs) == 1 and self.assigns(node)
         self.first_touch(node)
@@ -87,7 +88,8 @@ class UnitRecords(Recording):
         src, dst = self.ends(unit)
         self.forward.append(records.Pattern(src, dst, extent(unit.out), self.pattern(unit), unit.relu))
 
-    def backward_pattern(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_pattern(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         expression = self.cotangents.of(node)
         if expression is not None and expression.pattern is unit:
             return
@@ -106,7 +108,8 @@ class UnitRecords(Recording):
         left, right = map(self.value, unit.reads)
         self.forward.append(records.Add(left, right, self.value(unit.out), extent(unit.out)))
 
-    def backward_add(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_add(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         if self.cotangents.of(node) is upstream:
             return
         if upstream.pattern is not None:
@@ -136,8 +139,9 @@ class UnitRecords(Recording):
     def copy(self, src: Place, dst: Place, runs: list[int]) -> None:
         self.forward.append(records.Move(src, dst, len(runs) // 5, self.table(runs)))
 
-    def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
-        runs = self.runs(unit, upstream.node)[self.operand_index(unit, node)]
+    def backward_move(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
+        runs = self.runs(unit, upstream.node)[operand]
         dst, src = self.accumulated(node), self.upstream(upstream)
         self.backward.append(records.MoveT(src, dst, len(runs) // 5, self.table(runs)))
 
@@ -152,7 +156,8 @@ class UnitRecords(Recording):
         count, tables = len(blocks) // 7, (self.table(blocks), self.table(entries))
         return StencilTable(layout.weights, layout.row_length, count, *tables)
 
-    def backward_stencil(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_stencil(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         layout = self.stencil(unit)
         if isinstance(layout.form.map, Channels) and layout.form.weight is None:
             entries = [[(q, 0)] for q in positions(upstream.node)]
@@ -175,7 +180,8 @@ class UnitRecords(Recording):
         function = list(NATIVE_FUNCTIONS).index(form.function)
         self.forward.append(records.Elementwise(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
 
-    def backward_elementwise(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_elementwise(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         in_place = self.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
@@ -193,8 +199,9 @@ class UnitRecords(Recording):
         dst = self.value(unit.out)
         self.forward.append(records.Multiply(left, right, dst, extent(unit.out), left_channel, right_channel))
 
-    def backward_multiply(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
-        other = unit.reads[1 - self.operand_index(unit, node)]
+    def backward_multiply(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
+        other = unit.reads[1 - operand]
         src = self.upstream(upstream)
         self.first_touch(node)
         dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
@@ -223,11 +230,12 @@ class UnitRecords(Recording):
         src = self.value(b)
         self.copy(src, Place(self.right_transposed(unit)[0].buffer, 0), [x for run in runs for x in run])
 
-    def backward_matmul(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_matmul(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         a, out = unit.reads[0], unit.out
         assign = self.assigns(node)
         g, dst = self.upstream(upstream), self.accumulated(node)
-        if self.operand_index(unit, node) == 0:  # g [M, P] · b^T [P, K]
+        if operand == 0:  # g [M, P] · b^T [P, K]
             right, right_column = self.right_transposed(unit)
             left, left_term, terms = g, 1, out.C
         else:  # a^T [K, M] · g [M, P]
@@ -250,6 +258,7 @@ class UnitRecords(Recording):
     def forward_lines(self, unit: Unit) -> None:
         self.forward.append(records.Lines(*self.ends(unit), self.lines(unit)))
 
-    def backward_lines(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_lines(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[operand]
         src, dst = self.upstream(upstream), self.accumulated(node)
         self.backward.append(records.LinesT(src, dst, self.lines(unit)))

@@ -97,9 +97,9 @@ class Lowering(UnitRecords):
         if unit.rectify and not upstream.rows:
             buffer = self.grad(upstream.node)
             self.backward.append(records.Rectify(dst=Place(buffer, 0), elements=buffer.elements))
-        for node in unit.reads:
+        for operand, node in enumerate(unit.reads):  # a unit may read one node twice
             if node.id in self.cotangents.needs:
-                getattr(self, f"backward_{unit.kind}")(unit, node, upstream)
+                getattr(self, f"backward_{unit.kind}")(unit, operand, upstream)
 
     def store_cotangent(self, k: int, value: int) -> None:
         """Store the ``k``-th wanted cotangent, that of the external ``value``, in the caller's tensor."""

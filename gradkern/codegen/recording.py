@@ -33,7 +33,6 @@ class Recording:
         self.interned: dict[tuple[int, ...], int] = {}
         self.layouts: list[Layout] = []
         self.layout_of: dict[tuple[str, int], Layout] = {}
-        self.asked: dict[tuple[int, int], int] = {}  # (unit, node) → how many of its reads have been answered
         self.tables_of: dict[tuple[int, int], list[list[int]]] = {}  # unit, row of the result → runs of a move
         self.folded: dict[int, int] = {}  # node id → rows interleaved in its cotangent
         self.packed = 0
@@ -164,13 +163,6 @@ class Recording:
         (kh, kw), (sh, sw), (dh, dw), ((ph, _), (pw, _)) = kernel, stride, dilation, padding
         bits = self.bits[id(unit)]
         return PatternRef(bits, taps, plane_bytes, source.H, source.W, kh, kw, sh, sw, ph, pw, dh, dw)
-
-    def operand_index(self, unit: Unit, node: Node) -> int:
-        """Which read of the unit this is: a unit may read one node twice, and is asked once per read."""
-        places = [k for k, n in enumerate(unit.reads) if n is node]
-        asked = self.asked.get((id(unit), node.id), 0)
-        self.asked[id(unit), node.id] = asked + 1
-        return places[asked]
 
 
 def interior(node: Node, buffer: Buffer) -> Place:

@@ -17,9 +17,11 @@ import torch
 from captum.attr import LayerAttribution, NeuronAttribution, NoiseTunnel
 from torch import Tensor, nn
 
+from .. import attr
+from ..attr.gradient import GradientMethod
 from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
-from ..util.options import BadType, BadValue, use
+from ..util.options import BadType, BadValue, Engine, use
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Batch:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     targets: Any
-    engine: str
+    engine: Engine
     arguments: Mapping[str, Any]
     first: int = 0  # the index of the first sample in the source, which seeds random draws
     out: tuple[Tensor, ...] | None = None  # memory that a method may use for the maps
@@ -87,8 +89,6 @@ def method_names() -> list[str]:
 
 def _classes() -> dict[str, Any]:
     """The classes of `gradkern.attr` that can be named, by name."""
-    from .. import attr
-
     named = {name: getattr(attr, name) for name in dir(attr) if not name.startswith("_")}
     return {name: kind for name, kind in named.items() if _of_model_alone(kind)}
 
@@ -121,18 +121,19 @@ def gradients(batch: Batch) -> Outcome:
 @method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
-    outcome = gradients(batch)
-    for j in outcome.maps:
-        j.abs_()
-    return outcome
+    return _finished(batch, attr.Saliency)
 
 
 @method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
+    return _finished(batch, attr.InputXGradient)
+
+
+def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
+    """The gradients, and what the class of `gradkern.attr` makes of them, beside outputs from the same forward pass."""
     outcome = gradients(batch)
-    for j, x in zip(outcome.maps, (x for x in batch.inputs if x.is_floating_point()), strict=True):
-        j.mul_(x[:, None])
+    kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
     return outcome
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..util.options import BadType, BadValue
+from ..util.options import BadType, BadValue, Engine
 from . import methods
 from .runs.probe import device_of
 from .runs.runner import work
@@ -39,7 +39,7 @@ class Attribute:
 
     def __init__(
         self, model: nn.Module, method: str = "saliency", targets: Any = None, *, columns: str | Sequence[str] = "data",
-        arguments: Mapping[str, Any] | None = None, engine: str = "kernel", threads: int | None = None,
+        arguments: Mapping[str, Any] | None = None, engine: Engine = "kernel", threads: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.targets, self.engine = model, targets, engine
         self.arguments = dict(arguments or {})

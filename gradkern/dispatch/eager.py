@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ir.program import Shape
 from ..runtime import ops
+from ..util import rounding
+from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
@@ -64,32 +66,6 @@ def outside_modes() -> Iterator[None]:
     """Grad mode on and inference mode off, whatever modes the caller has set."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@contextmanager
-def buffers_kept(module: nn.Module | None) -> Iterator[list[bool]]:
-    """Restore the buffers afterwards; the yielded list gets True if a forward has changed one."""
-    changed: list[bool] = []
-    if module is None:
-        yield changed
-        return
-    kept = [
-        (owner, name, buffer, buffer.detach().clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield changed
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in kept:
-                if owner._buffers.get(name) is not buffer:
-                    owner._buffers[name] = buffer
-                    changed.append(True)
-                if buffer.shape != value.shape or not torch.equal(buffer, value):
-                    buffer.copy_(value)
-                    changed.append(True)
 
 
 def _leaves(inputs: Sequence[Tensor], wrt: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -149,7 +125,7 @@ def probe(
                 single = fn(*alone_arguments)
             except Exception:  # a model that cannot run one sample (batch norm in training mode)
                 single = None
-        if not reason and not _close(single, y[:1]):
+        if not reason and not rounding.close_elements(single, y[:1], rounding.for_batch(y.dtype)):
             reason = "a sample alone gives other outputs than among others"
         del single, y
     if reads.seen:
@@ -161,15 +137,6 @@ def probe(
         reason = reason or "the model changes its buffers"
     per_sample = max(together.bytes - alone.bytes, 0) // (count - 1)
     return ModelProfile(reason, bool(changed), max(alone.bytes - per_sample, 0), per_sample)
-
-
-def _close(a: Any, b: Tensor) -> bool:
-    """Equal up to the rounding that changes with the batch size."""
-    if not isinstance(a, Tensor) or a.shape != b.shape:
-        return False
-    scale = float(b.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
-    coarse = 1e-9 if b.dtype == torch.float64 else 1e-4 if b.dtype == torch.float32 else 3e-2
-    return bool(torch.allclose(a.detach(), b.detach(), rtol=coarse, atol=coarse * scale, equal_nan=True))
 
 
 class _ReadsValues(TorchDispatchMode):

@@ -6,11 +6,10 @@ A route holds for one public call: between two calls a model may change in ways 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..ir.program import Program, Shape
 from ..runtime.parameters import bind
 from ..util import options
+from ..util.buffers import buffers_kept
 from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
 from . import batching, eager, guards, state
@@ -35,93 +35,70 @@ CHANGED += "environment variable, a file, a random number). gradkern.reset() cap
 FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a good part of the time of a call
 
 
-class Route:
-    """How the calls of one model at inputs like these are run.
+#: What is known when a call begins.  An `EagerReason`: autograd has to take it, whatever the network computes.
+#: `Traced`: a Program whose guards hold.  A `Verdict`: tracing has said why there is no Program.  None: nothing yet.
+Decision = EagerReason | Traced | Verdict | None
 
-    The guards of a captured model are checked once, when they are first asked for; a Program that is traced later in
-    the call is put here, too.
+
+@dataclass(eq=False)
+class Route:
+    """How the calls of one model at inputs like these are run: the decision, and where the model's state is kept.
+
+    ``decision`` is entered by `decide`.  It changes in two cases, in the methods of these names: `trace` settles what
+    was not known, `refuse` takes a Program back.
     """
 
-    def __init__(self, engine: Engine, fn: Any, module: nn.Module | None, inputs: tuple[Tensor, ...]) -> None:
-        self.engine, self.fn, self.module, self.inputs = engine, fn, module, inputs
-        owner, way = anchor(fn)
-        try:
-            self.state = state.models.of(owner)
-        except TypeError:  # it takes no weak reference, so nothing is remembered
-            self.state = ModelState()
-        self.signature = guards.signature(inputs)
-        self.entry = self.state.entries.get_or_make((way, self.signature), CacheEntry)
-        self._reason = guards.call_reason(module, inputs)
-        self._traced: Traced | None = None
-        if self._reason is None and engine != "autograd":
-            self._traced = self._look()
+    engine: Engine
+    fn: Any
+    module: nn.Module | None
+    inputs: tuple[Tensor, ...]
+    signature: Hashable
+    state: ModelState
+    entry: CacheEntry
+    decision: Decision
 
-    def _look(self) -> Traced | None:
-        """The Program whose guards hold now; None where there is none."""
-        entry = self.entry
-        if not entry.verdicts:
-            return None
-        captured = guards.holding(entry.capture, self.fn, self.inputs)
-        verdict = None if captured is None else entry.verdicts.get(captured.graph)
-        if captured is None or verdict is None or verdict.program is None:
-            return None
-        entry.misses = 0
-        return Traced(verdict, verdict.program, captured.tensors)
-
-    @cached_property
+    @property
     def eager_reason(self) -> EagerReason | None:
         """Why autograd has to take the calls, whatever the network computes."""
-        if self._traced is not None:
-            return self._reason
-        check_devices(self.module, self.inputs)
-        if self.module is None or isinstance(self.module, torch.jit.ScriptModule):
-            return self._reason
-        of_model = guards.model_reason(self.module)
-        return of_model if of_model is not None and (of_model.couples_batch or not self._reason) else self._reason
-
-    @cached_property
-    def _refusal(self) -> Verdict | None:
-        return self.entry.refusal(self.fn) if self.eager_reason is None else None
+        return self.decision if isinstance(self.decision, EagerReason) else None
 
     @property
     def verdict(self) -> Verdict | None:
         """What tracing said, where it is known and counts."""
-        return self._traced.verdict if self._traced is not None else self._refusal
+        decision = self.decision
+        return decision.verdict if isinstance(decision, Traced) else decision if isinstance(decision, Verdict) else None
 
     @property
     def program(self) -> Program | None:
         """The model's Program, where it is known and the engine uses one."""
-        return None if self._traced is None else self._traced.program
+        return self.decision.program if isinstance(self.decision, Traced) else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that the Program names."""
-        assert self._traced is not None
-        return self._traced.tensors
+        assert isinstance(self.decision, Traced)
+        return self.decision.tensors
 
     def params(self) -> dict[str, Tensor]:
         """The parameters of the Program, as they are in this call."""
-        assert self._traced is not None
-        return bind(self._traced.program, self._traced.tensors)
+        assert isinstance(self.decision, Traced)
+        return bind(self.decision.program, self.decision.tensors)
 
-    def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Verdict:
-        """Trace where that has not been done."""
-        if self._traced is None:
-            result = self.state.trace(self.entry, self.fn, self.inputs, samples)
-            if isinstance(result, Verdict):
-                self._refusal = result
-                return result
-            self._traced = result
-        return self._traced.verdict
-
-    def check_reached(self, request: Request) -> None:
-        """Raise `Unused` for an input that the output is known not to depend on."""
-        if self._traced is not None:
-            check_reached(request, self._traced.verdict.unused)
+    def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Traced | Verdict:
+        """What tracing says; the model is traced now where that is not known."""
+        assert not isinstance(self.decision, EagerReason)
+        if self.decision is None:
+            self.decision = self.state.trace(self.entry, self.fn, self.inputs, samples)
+        return self.decision
 
     def refuse(self, reason: str) -> None:
         """Leave this model to autograd from here on."""
-        self._traced, self._refusal = None, self.state.refuse(self.entry, self.fn, reason)
+        self.decision = self.state.refuse(self.entry, self.fn, reason)
+
+    def check_reached(self, request: Request) -> None:
+        """Raise `Unused` for an input that the output is known not to depend on."""
+        if isinstance(self.decision, Traced):
+            check_reached(request, self.decision.verdict.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
         """Is this the route of that request, too?"""
@@ -147,12 +124,51 @@ class Route:
         state.warn(self.fn, message)
 
 
-def decide(request: Request, engine: str | None = None) -> Route:
+def decide(request: Request, engine: Engine | None = None) -> Route:
     """Decide which route a request takes.  ``engine`` as in `gradkern.use`.
 
     Raises `BadValue` where the model or the inputs are on the meta device.
     """
-    return Route(options.engine(engine), request.fn, request.module, request.inputs)
+    fn, name = request.fn, options.engine(engine)
+    owner, way = anchor(fn)
+    try:
+        known = state.models.of(owner)
+    except TypeError:  # it takes no weak reference, so nothing is remembered
+        known = ModelState()
+    signature = guards.signature(request.inputs)
+    entry = known.entries.get_or_make((way, signature), CacheEntry)
+    decision = _decision(request, name, entry)
+    return Route(name, fn, request.module, request.inputs, signature, known, entry, decision)
+
+
+def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
+    """The first that applies, cheapest question first.
+
+    A Program whose guards hold answers for the state of the model too, which is looked at only without one.
+    """
+    of_call = guards.call_reason(request.module, request.inputs)
+    if of_call is None and engine != "autograd":
+        traced = _holding(request, entry)
+        if traced is not None:
+            return traced
+    check_devices(request.module, request.inputs)
+    scripted = isinstance(request.module, torch.jit.ScriptModule)
+    of_model = None if request.module is None or scripted else guards.model_reason(request.module)
+    if of_model is not None and of_model.couples_batch:  # the batch may not be cut: that weighs more than any other
+        return of_model
+    return of_call or of_model or entry.refusal(request.fn)
+
+
+def _holding(request: Request, entry: CacheEntry) -> Traced | None:
+    """The Program whose guards hold now, where there is one."""
+    if not entry.verdicts:
+        return None
+    captured = guards.holding(entry.capture, request.fn, request.inputs)
+    verdict = None if captured is None else entry.verdicts.get(captured.graph)
+    if captured is None or verdict is None or verdict.program is None:
+        return None
+    entry.misses = 0
+    return Traced(verdict, verdict.program, captured.tensors)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -171,7 +187,7 @@ def one_call() -> Iterator[None]:
         _decided.reset(token)
 
 
-def shared_route(request: Request, engine: str | None = None) -> Route:
+def shared_route(request: Request, engine: Engine | None = None) -> Route:
     """`decide`, or what the public call that this is part of has decided already.
 
     Use it only on the model as the caller has passed it, not after hooks have been registered.
@@ -194,9 +210,10 @@ def shared_route(request: Request, engine: str | None = None) -> Route:
 def verdict_now(request: Request, route: Route) -> Verdict | None:
     """Trace where that has not been done; None where autograd takes the call at once (and a warning says why)."""
     if route.eager_reason is not None:
-        _say_why_eager(route)
+        _say_why_eager(route, route.eager_reason)
         return None
-    return route.trace(lambda: request.pick(TRACE_SAMPLES))
+    route.trace(lambda: request.pick(TRACE_SAMPLES))
+    return route.verdict
 
 
 def output_shape(request: Request, route: Route) -> Shape:
@@ -225,13 +242,12 @@ def _profile(request: Request, route: Route) -> ModelProfile:
     return profile
 
 
-def _say_why_eager(route: Route) -> None:
-    assert route.eager_reason is not None
-    route.warn(f"{name_of(route.fn)} runs on autograd: {route.eager_reason.text}.")
+def _say_why_eager(route: Route, reason: EagerReason) -> None:
+    route.warn(f"{name_of(route.fn)} runs on autograd: {reason.text}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The decision
+# Taking the route
 
 
 def solve(request: Request, route: Route) -> JacobianResult:
@@ -239,23 +255,24 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if request.samples == 0:
         with eager.outside_modes():
             return allocate(request, output_shape(request, route))
-    if route.engine == "autograd" or route.eager_reason is not None:
-        if route.engine != "autograd":
-            _say_why_eager(route)
+    if route.engine == "autograd":
+        return _on_autograd(request, route)
+    if isinstance(route.decision, EagerReason):
+        _say_why_eager(route, route.decision)
         return _on_autograd(request, route)
     start, results = 0, None
-    if route.verdict is None and route.engine == "auto":
+    if route.decision is None and route.engine == "auto":
         start, results = _on_autograd_until_tracing_pays(request, route)
         if results is not None and start == request.samples:
             return results
-    verdict = route.verdict or verdict_now(request, route)
-    if verdict is None or verdict.program is None:
+    found = route.trace(lambda: request.pick(TRACE_SAMPLES))
+    if isinstance(found, Verdict):
         return _on_autograd(request, route, start, results)
     route.check_reached(request)
-    saved = (route.entry.profile or _profile(request, route)).per_sample if verdict.opaque else 0
+    saved = (route.entry.profile or _profile(request, route)).per_sample if found.verdict.opaque else 0
     try:
         return batching.run(
-            request, verdict.program, route.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
+            request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
         )
     except OutputsChanged:
         route.refuse(CHANGED)
@@ -315,5 +332,5 @@ def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
     if not profile.mutates or route.module is None:
         yield
         return
-    with route.state.live, eager.buffers_kept(route.module):
+    with route.state.live, buffers_kept(route.module):
         yield

@@ -23,10 +23,11 @@ from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
 from ..runtime.parameters import bind
+from ..util.buffers import buffers_kept
 from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError
-from .eager import ModelProfile, buffers_kept, check_runs
+from .eager import ModelProfile, check_runs
 from .guards import condition, stand_ins
 from .watch import Watch
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..frontend.verify import same_outputs
-from .eager import buffers_kept
+from ..util.buffers import buffers_kept
 
 SHARE = 0.02  # of the time of a model's calls
 SAMPLES = 2

@@ -20,27 +20,10 @@ from typing import Any
 
 from ..ir.program import Call, Value
 from .lowerings import NoForm
+from .lowerings.builder import ALONG, AXES
 from .lowerings.index import takes_all
 from .lowerings.shape import VIEWS
 
-#: Numbers are worked on one by one, or along static axes at the end.
-PLAIN = {
-    *("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.dropout.default"),
-    *("aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.layer_norm.default"),
-    *("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.neg.default"),
-    *("aten.relu.default", "aten.gelu.default", "aten.silu.default", "aten.elu.default", "aten.leaky_relu.default"),
-    *("aten.tanh.default", "aten.sigmoid.default", "aten.mul.Scalar", "aten.div.Scalar", "aten.add.Scalar"),
-    *("aten.masked_fill.Scalar", "aten.baddbmm.default"),
-}
-#: Axes are named by these arguments and may be any.
-AXES = {"aten.transpose.int": ("dim0", "dim1"), "aten.permute.default": ("dims",)}
-#: The op works along the axes that these arguments name.
-ALONG = {
-    **dict.fromkeys(("aten.select.int", "aten.slice.Tensor", "aten.softmax.int", "aten.mean.dim"), "dim"),
-    **dict.fromkeys(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"), "dim"),
-    **dict.fromkeys(("aten.unbind.int", "aten.sum.dim_IntList", "aten.cat.default"), "dim"),
-    "aten.flip.default": "dims",
-}
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
 
 
@@ -66,8 +49,10 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
         if any(axis >= rank - 2 for axis in batch):
             raise NoForm("it attends to other samples")
         return
-    if op in PLAIN or op in VIEWS:
+    if op in VIEWS:
         return
+    if op not in AXES and op not in ALONG:
+        raise NoForm(f"{op} has no form where the batch is not axis 0")
     for name in AXES.get(op, ()):
         setattr(named, name, counted(getattr(named, name), rank))
     if "dims" in AXES.get(op, ()):
@@ -78,8 +63,6 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
         if along and not (op == "aten.slice.Tensor" and takes_all(named)):
             raise NoForm("it works along the batch axis")
         setattr(named, ALONG[op], axes)
-    elif op not in AXES:
-        raise NoForm(f"{op} has no form where the batch is not axis 0")
 
 
 def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:

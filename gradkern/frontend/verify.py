@@ -7,26 +7,23 @@ those of the live module, on several of the caller's samples together and on one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import ops, reference
+from ..util import rounding
+from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from .refusal import Untraceable
 
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones
 _MOVE = 1e-3  # of the spread of the inputs
-# The effect of rounding on an output, and on a gradient whose activation patterns have not flipped.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-_TOLERANCE |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
-_TF32 = 5e-2  # the same where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
@@ -40,7 +37,9 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
     cotangent = torch.randn(_TOGETHER, *program.output_shape, generator=generator, dtype=torch.float64)
-    with torch.inference_mode(False), _left_as_it_was(model_of(fn)):
+    model = model_of(fn)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if model else ())
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), buffers_kept(model):
         found = _compared(program, fn, params, samples, cotangent)
         for _ in range(_TRIES - 1):
             if not isinstance(found, Untraceable) or found.final:
@@ -145,18 +144,18 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     gpu = device.type == "cuda" and dtype == torch.float32
     convolutions: Any = torch.backends.cudnn
     if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
-        return _TF32
-    return _TOLERANCE.get(dtype, 0.0)
+        return rounding.TF32
+    return rounding.for_program(dtype)
 
 
 def same_outputs(got: Tensor, live: Tensor) -> bool:
     """Are a Program's outputs the live model's, up to rounding?"""
-    return _close(got, live, _tolerance(live.dtype, live.device))
+    return rounding.close_samples(got, live, _tolerance(live.dtype, live.device))
 
 
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
     """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
-    if not _close(got[0], want[0], tolerance):
+    if not rounding.close_samples(got[0], want[0], tolerance):
         return "output"
     if not all(_same_gradient(got[1][i], g, tolerance) for i, g in want[1].items()):
         return "gradient"
@@ -166,20 +165,7 @@ def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
 def _same_gradient(got: Tensor | None, want: Tensor | None, tolerance: float) -> bool:
     if got is None or want is None:
         return not any(g is not None and bool(g.any()) for g in (got, want))
-    return _close(got, want, tolerance)
-
-
-def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    """Compare, per sample, the 2-norm of the error with that of ``want``; NaN and Inf must be in the same places."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
-    finite = torch.isfinite(b)
-    if not torch.equal(finite, torch.isfinite(a)):
-        return False
-    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
-    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured against the others
-    return bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all())
+    return rounding.close_samples(got, want, tolerance)
 
 
 def _custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:
@@ -196,22 +182,3 @@ def _custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:
             return type(node).__name__.removesuffix("Backward")
         stack.extend(child for child, _ in node.next_functions)
     return ""
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module | None) -> Iterator[None]:
-    """Put buffers and the random state back."""
-    model = nn.Module() if model is None else model
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    before = [(*entry, entry[2].detach().clone()) for entry in owned]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, content in before:
-                    if module._buffers.get(name) is not buffer:
-                        module._buffers[name] = buffer
-                    if not torch.equal(buffer, content):
-                        buffer.copy_(content)

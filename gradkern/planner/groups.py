@@ -60,16 +60,15 @@ class Chains:
 class Partition:
     """Cuts the steps ``steps`` of a Program, which have to compute the values ``wanted``, into groups.
 
-    ``reasons``: per step, why it has no kernel, or None if it has one.  If a step does not fit a GPU even alone, its
-    reason is added there.
+    ``chained``: per step, whether it may be in a chain.  ``too_large``, once the groups are known: the steps that do
+    not fit a GPU even alone, and why.
     """
 
-    def __init__(
-        self, chains: Chains, seeds: int, steps: list[int], wanted: Collection[int], reasons: list[str | None]
-    ):
+    def __init__(self, chains: Chains, seeds: int, steps: list[int], wanted: Collection[int], chained: Sequence[bool]):
         self.chains, self.program, self.base = chains, chains.program, len(chains.program.inputs)
-        self.seeds, self.steps, self.wanted, self.reasons = seeds, steps, frozenset(wanted), reasons
+        self.seeds, self.steps, self.wanted, self.chained = seeds, steps, frozenset(wanted), chained
         self.planned = frozenset(steps)
+        self.too_large: dict[int, str] = {}
 
     def groups(self) -> tuple[Group, ...]:
         if not isinstance(self.chains.machine, Device):
@@ -89,7 +88,7 @@ class Partition:
         """
         key: dict[int, tuple[int, bool]] = {}
         for i in self.steps:
-            native = self.reasons[i] is None
+            native = self.chained[i] and i not in self.too_large
             before = [key[v - self.base] for v in self.program.steps[i].inputs if v >= self.base]
             key[i] = (max((level + (kind != native) for level, kind in before), default=0), native)
         return tuple(
@@ -125,7 +124,7 @@ class Partition:
                     reason, high = str(error), size - 1
                 size = (low + high) // 2
             if best is None:
-                self.reasons[steps[0]] = reason
+                self.too_large[steps[0]] = reason
             pieces.append(best)
             steps = steps[1 if best is None else len(best.steps) :]
         return pieces

@@ -1,11 +1,11 @@
-"""Implementations: for every form an ordered list of ways to run it; the first that takes the step wins.
+"""Implementations: for every form an ordered list of ways to run it; a plan takes the first that takes the step.
 
 Each says why it does not take a step.  `Plan.steps` shows which one took it and what those before it said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +30,19 @@ class Implementation:
     unsupported_reason: Reason
     native: bool = False  # runs on gradkern's own kernels, or needs no work at all
     fused: bool = True  # all seeds at once
+    chained: bool = False  # as part of a chain
 
     def path(self, machine: Machine | None) -> str:
         """The name as `explain` shows it."""
         return f"{self.name} {machine.isa}" if self is KERNEL and machine is not None else self.name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a step, and why those that come before it in the list do not."""
+
+    implementation: Implementation
+    refusals: tuple[str, ...]
 
 
 def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
@@ -57,35 +66,37 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-AS_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
-FOLDED = Implementation(
-    "folded", COMPUTING, lambda *_: SILENT, native=True
-)  # into a neighbour: only the grouping knows
-KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True)
+def _view_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
+    return None if kernel_reason(program, i, dtype, machine) is None else SILENT  # torch's views are free, too
+
+
+CHAIN_VIEW = Implementation("view", (View,), _view_reason, native=True, chained=True)
+TORCH_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
+KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True, chained=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap
-IMPLEMENTATIONS = (AS_VIEW, FOLDED, KERNEL, ATEN, RECURRENT, PER_OP)
+IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, RECURRENT, PER_OP)
+#: What a step of `KERNEL` is called where the kernel of a neighbour does it: only the grouping knows.
+FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chained=True)
 
 
 def choose_implementation(
-    program: Program, i: int, dtype: torch.dtype, machine: Machine | None, settled: Mapping[Implementation, str | None]
-) -> tuple[Implementation, tuple[str, ...]]:
-    """The first implementation that takes step ``i``, and the reasons of those before it.
+    program: Program, i: int, dtype: torch.dtype, machine: Machine | None, too_large: str | None = None
+) -> Choice:
+    """The first implementation that takes step ``i``.
 
-    ``settled``: what the grouping has decided beyond what the step alone tells.
+    ``too_large``: why no chain can hold the step, which its lowering has told.
     """
     refusals: list[str] = []
     for implementation in IMPLEMENTATIONS:
         if not isinstance(program.steps[i].form, implementation.forms):
             continue
-        reason = (
-            settled[implementation]
-            if implementation in settled
-            else implementation.unsupported_reason(program, i, dtype, machine)
-        )
+        reason = implementation.unsupported_reason(program, i, dtype, machine)
+        if reason is None and implementation.chained:
+            reason = too_large
         if reason is None:
-            return implementation, tuple(refusals)
+            return Choice(implementation, tuple(refusals))
         if reason != SILENT:
             refusals.append(reason)
     raise AssertionError(f"step {i}: no implementation takes {type(program.steps[i].form).__name__}")

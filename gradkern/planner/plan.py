@@ -26,7 +26,7 @@ from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import FOLDED, KERNEL, RECURRENT, SILENT, Implementation, choose_implementation, kernel_reason
+from .implementations import FOLDED, RECURRENT, Choice, Implementation, choose_implementation
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     seeds: int
     wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
     groups: tuple[Group, ...]
-    kernel_reasons: tuple[str | None, ...]  # per step: why it has no kernel, or None if it has one
+    choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
     bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
@@ -114,8 +114,9 @@ class Plan:
         rows = []
         for k, i in sorted(((k, i) for k, g in enumerate(self.groups) for i in g.steps), key=lambda at: at[1]):
             step = program.steps[i]
-            settled = {KERNEL: self.kernel_reasons[i], FOLDED: None if i in folded else SILENT}
-            implementation, refusals = choose_implementation(program, i, self.dtype, self.machine, settled)
+            implementation, refusals = self.choices[i].implementation, self.choices[i].refusals
+            if i in folded:
+                implementation = FOLDED
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:
@@ -185,15 +186,18 @@ def plan(
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
         program = pruned(program)
-    reasons = [kernel_reason(program, i, dtype, machine) for i in range(len(program.steps))]
-    steps = list(range(len(reasons))) if wanted is None else graph.steps_to(program, wanted)
+    choices = [choose_implementation(program, i, dtype, machine) for i in range(len(program.steps))]
+    steps = list(range(len(choices))) if wanted is None else graph.steps_to(program, wanted)
     wanted = (program.output,) if wanted is None else wanted
     chains = Chains(program, machine, dtype.itemsize)
-    groups = Partition(chains, seeds, steps, wanted, reasons).groups()
+    partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
+    groups = partition.groups()
+    for i, reason in partition.too_large.items():
+        choices[i] = choose_implementation(program, i, dtype, machine, reason)
     narrow, parts = bottleneck.choose(program, seeds), None
     if narrow is not None:
         before, after = bottleneck.split_at(program, narrow.value)
         parts = plan(before, narrow.width, dtype, machine=machine), plan(after, seeds, dtype, machine=machine)
     return Plan(
-        original, program, machine, dtype, seeds, wanted, groups, tuple(reasons), chains, narrow, parts, cast_dtype
+        original, program, machine, dtype, seeds, wanted, groups, tuple(choices), chains, narrow, parts, cast_dtype
     )

@@ -9,7 +9,7 @@ Needs the ``demo`` extra (matplotlib and jinja2): ``pip install 'gradkern[demo]'
     report.write("report.html")
 """
 
-from gradkern.report import figures
-from gradkern.report.page import Report, Section
+from . import figures
+from .page import Report, Section
 
 __all__ = ["Report", "Section", "figures"]

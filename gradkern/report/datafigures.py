@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradkern.data import Curve
-from gradkern.report.figures import ACCENT, INK, MAGNITUDE, SIGNED, image_grid, outline
+from ..data import Curve
+from .figures import ACCENT, INK, MAGNITUDE, SIGNED, image_grid, outline
 
 SMALLEST_IMAGE = 5  # rows or columns: anything thinner is drawn as a line per row
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradkern.data import Curve, Importance, Results, Source, open_store
-from gradkern.data.ranking import of_results, position_text
-from gradkern.report import datafigures, figures
-from gradkern.report.page import Report, Section
+from ..data import Curve, Importance, Results, Source, open_store
+from ..data.ranking import of_results, position_text
+from . import datafigures, figures
+from .page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6

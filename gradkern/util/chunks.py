@@ -1,7 +1,10 @@
 """A batch in pieces: how much memory a sample takes, how many samples go together, and their ranges.
 
-Every part of gradkern that cuts a batch asks `samples_per_chunk`.  What a caller of gradkern says (``chunk=``) holds as
-it is.
+Every part of gradkern that cuts a batch for its memory asks `samples_per_chunk`, with two exceptions.  A store's chunks
+(:mod:`gradkern.data.runs.forecast`) follow from shapes alone: every machine that works on a store, or continues it,
+has to come to the same ones.  The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) are the
+live model's, which nobody has measured, so their number of rows is fixed.  What a caller of gradkern says (``chunk=``)
+holds as it is.
 """
 
 from __future__ import annotations
@@ -37,6 +40,11 @@ def samples_per_chunk(device: torch.device, peak: int, cached: int = 0, *, fixed
 def stepwise_samples(device: torch.device, estimate: int) -> int:
     """`samples_per_chunk` where steps run one by one and take as much as `stepwise_bytes` estimates."""
     return samples_per_chunk(device, STEPWISE_PEAK * estimate, estimate)
+
+
+def forward_samples(device: torch.device, estimate: int) -> int:
+    """The same for a forward pass whose steps may be kernels, which write no more than their results."""
+    return samples_per_chunk(device, STEPWISE_PEAK * estimate)
 
 
 def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -> int:

@@ -78,7 +78,7 @@ def memory_budget(device: torch.device | None = None) -> int:
 
 
 @contextmanager
-def use(engine: str | None = None, *, memory_budget: int | None = None) -> Iterator[None]:
+def use(engine: Engine | None = None, *, memory_budget: int | None = None) -> Iterator[None]:
     """Choose the engine and the memory budget for the calls inside, Captum classes included.
 
     ``engine``: ``"auto"`` (trace once that saves time, the default), ``"kernel"`` (trace at once, whatever that

@@ -90,7 +90,7 @@ class Count:
 
         self.reset = gradkern.reset
         self.test, self.comparing = "", 0
-        self.ran: dict[str, set[str]] = defaultdict(set)  # by test: "object", "kernel", "reference"
+        self.ran: dict[str, set[str]] = defaultdict(set)  # by test: "object", "kernel", "reference" (ATen)
         self.reasons: dict[str, set[str]] = defaultdict(set)  # by test
         for kind in REPLACEMENTS.values():
             self._watch(kind, "__init__", lambda *_: self.ran[self.test].add("object"))
@@ -132,14 +132,14 @@ class Count:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         tests = [test for test, ran in self.ran.items() if test and "object" in ran]
-        on = {test: next((x for x in ("kernel", "reference") if x in self.ran[test]), "Captum") for test in tests}
+        on = {test: " and ".join(sorted(self.ran[test] - {"object"})) or "autograd" for test in tests}
         reasons = Counter((reason, on[test]) for test in tests for reason in self.reasons[test])
         write = terminalreporter.write_line
-        write(f"{len(tests)} tests built one of gradkern's objects: {dict(Counter(on.values()))}")
+        write(f"{len(tests)} tests build one of gradkern's objects, and ran on {dict(Counter(on.values()))}")
         for (reason, where), count in reasons.most_common():
             write(f"{count:4} ({where}) {reason}")
         for test in tests:
-            if on[test] != "kernel":
+            if "kernel" not in on[test]:
                 write(f"{on[test]}: {test}: {'; '.join(sorted(self.reasons[test]))}")
 
 

@@ -120,20 +120,30 @@ def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Te
     return method.attribute(x, **target, **options_of(name, x))
 
 
+NAMES = [kind.__name__ for kind in ours.REPLACEMENTS]
+
+
 @pytest.mark.parametrize("modules", ["captum.attr", "everywhere"])
 def test_captums_classes_swapped_for_ours(modules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``captum.attr.X = gradkern.attr.X`` for all X, in the modules that define them too: no method recurses."""
     x = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    want = {name: attributed(name, x) for name in ours.__all__}
-    for name in ours.__all__:
+    want = {name: attributed(name, x) for name in NAMES}
+    for name in NAMES:
         monkeypatch.setattr(captum.attr, name, getattr(ours, name))
         if modules == "everywhere":
             place = getattr(captum_compat.stock, name).__module__
             monkeypatch.setattr(importlib.import_module(place), name, getattr(ours, name))
     for engine in ("kernel", "autograd"):  # on the engine, and handed to Captum's own
         with gradkern.use(engine):
-            for name in ours.__all__:
+            for name in NAMES:
                 assert getattr(captum.attr, name) is getattr(ours, name)
                 torch.testing.assert_close(attributed(name, x), want[name], rtol=1e-10, atol=1e-12)
-    for name in ours.__all__:
+    for name in NAMES:
         torch.testing.assert_close(attributed(name, x, accelerate=True), want[name], rtol=1e-10, atol=1e-12)
+
+
+def test_replacements_are_exported_under_captums_names() -> None:
+    for captums, replacement in ours.REPLACEMENTS.items():
+        assert issubclass(replacement, captums)
+        assert replacement.__name__ == captums.__name__
+        assert replacement.__name__ in ours.__all__

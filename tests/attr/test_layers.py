@@ -13,6 +13,8 @@ import gradkern
 from gradkern import attr as ours
 from gradkern.attr.layer import layer_methods as layers
 from gradkern.attr.layer.layer_methods import LayerMethod, all_outputs, one_output
+from gradkern.attr.layer.split import layer_value
+from gradkern.attr.points import Points
 from tests.cases import CASES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -200,3 +202,34 @@ def test_signatures_are_captums(name):
     assert every[3:] == [n for n in kept[2:] if n != "target"]
     with pytest.raises(TypeError, match="nonsense"):
         mine(nn.Linear(3, 3), None).attribute_all(torch.zeros(1, 3), nonsense=1)
+
+
+class Twins(nn.Module):
+    """Two layers, of which one is seen through an identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.seen, self.head = nn.Linear(5, 4), nn.Linear(5, 4), nn.Identity(), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.seen(self.a(x))) * self.b(x))
+
+
+def test_a_layer_that_could_not_be_told_apart_is_looked_for_again():
+    """While both layers have the same weights, either may be what the identity sees."""
+    model, x = Twins().double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    model.b.load_state_dict(model.a.state_dict())
+
+    def value() -> int | None:
+        points = Points(model, (x,))
+        program = points.traced()
+        assert program is not None
+        return layer_value(points, program, model.seen, "seen", False)
+
+    assert value() is None
+    with torch.no_grad():
+        model.b.weight.mul_(2)
+    found = value()
+    assert found is not None
+    model.b.load_state_dict(model.a.state_dict())
+    assert value() == found  # what was certain once is remembered with the graph

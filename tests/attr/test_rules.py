@@ -23,6 +23,7 @@ from gradkern.util import chunks
 from tests.cases import CASES
 from tests.support import capturing, rule_oracle
 from tests.support.case import randomise_norm
+from tests.support.rule_networks import DEEP, build, chain
 
 N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -40,30 +41,22 @@ def same(got, want, tolerance=1e-10):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-class PoolThenRelu(nn.Module):
+class PooledNet(nn.Module):
     """A pool before the ReLU, average pools, modules used once: where Captum's hooks are right."""
 
     def __init__(self, norm=False):
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
         self.norm = nn.BatchNorm2d(4) if norm else nn.Dropout()
-        self.relu1 = nn.ReLU()
+        self.act1 = nn.ReLU()
         self.pool = nn.AvgPool2d(2)
         self.fc1 = nn.Linear(4 * 3 * 3, 5)
-        self.relu2 = nn.Tanh()
+        self.act2 = nn.Tanh()
         self.fc2 = nn.Linear(5, 3)
 
     def forward(self, x):
-        x = self.pool(self.relu1(self.norm(self.conv(x))))
-        return self.fc2(self.relu2(self.fc1(x.flatten(1))))
-
-
-def build(make, *args):
-    torch.manual_seed(0)
-    model = make(*args).double()
-    for module in model.modules():
-        randomise_norm(module)
-    return model.eval()
+        x = self.pool(self.act1(self.norm(self.conv(x))))
+        return self.fc2(self.act2(self.fc1(x.flatten(1))))
 
 
 def images(seed=1, n=N):
@@ -83,7 +76,7 @@ def every(cls, model, x, **options):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("name", ["GuidedBackprop", "Deconvolution", "DeepLift", "DeepLiftShap", "LRP"])
 def test_stock_captum_where_it_is_right(name, norm, engine):
-    model, x = build(PoolThenRelu, norm), images()
+    model, x = build(PooledNet, norm), images()
     options = {}
     if name.startswith("DeepLift"):
         options = {"baselines": images(5), "return_convergence_delta": True}
@@ -100,7 +93,7 @@ def test_stock_captum_where_it_is_right(name, norm, engine):
 
 @pytest.mark.parametrize("baseline", [None, 0.25, 1, "row", "tuple"])
 def test_deep_lift_reads_baselines_as_captum(baseline):
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
     given = {"row": images(3, 1), "tuple": (images(3),)}.get(baseline, baseline)
     wrapped = (x,) if baseline == "tuple" else x
     same(
@@ -110,7 +103,7 @@ def test_deep_lift_reads_baselines_as_captum(baseline):
 
 
 def test_custom_attribution_functions():
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
 
     def twice(multipliers, inputs, baselines):
         return tuple(2 * m * (i - b) for m, i, b in zip(multipliers, inputs, baselines, strict=True))
@@ -125,22 +118,6 @@ def test_custom_attribution_functions():
         ours.DeepLift(model, multiply_by_inputs=False).attribute(x, target=0),
         stock.DeepLift(model, multiply_by_inputs=False).attribute(x, target=0),
     )
-
-
-def chain(*modules, shape, classes=3):
-    body = nn.Sequential(*modules)
-    width = body(torch.zeros(1, *shape)).flatten(1).shape[1]
-    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(width, classes))
-
-
-DEEP = {
-    "relu_pool_1d": (lambda: chain(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(3, 2, 2), nn.ReLU(),
-                                   nn.MaxPool1d(2), shape=(1, 14)), (1, 14)),
-    "relu_pool_2d": (lambda: chain(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), shape=(1, 8, 8)), (1, 8, 8)),
-    "overlap": (lambda: chain(nn.Conv1d(1, 3, 3), nn.MaxPool1d(3, 2, 1), nn.ELU(), shape=(1, 12)), (1, 12)),
-    "pool_first": (lambda: chain(nn.MaxPool2d(2), nn.Conv2d(1, 2, 2), nn.Tanh(), shape=(1, 6, 6)), (1, 6, 6)),
-    "softmax": (lambda: nn.Sequential(*chain(nn.Linear(6, 5), nn.ReLU(), shape=(6,)), nn.Softmax(1)), (6,)),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ["kernel", "reference"])
@@ -214,13 +191,13 @@ def lrp_rules(model, which):
     elif which == "epsilon":
         model.conv.rule, model.fc2.rule = EpsilonRule(0.1), EpsilonRule(0.01)
     elif which == "identity":
-        model.relu1.rule = IdentityRule()
+        model.act1.rule = IdentityRule()
     return model
 
 
 @pytest.mark.parametrize("which", ["gamma", "alpha_beta", "z_plus", "epsilon", "identity"])
 def test_lrp_rules_of_captum(which):
-    model, x = build(PoolThenRelu, True), images()
+    model, x = build(PooledNet, True), images()
     before = copy.deepcopy(model.state_dict())
     lrp_rules(model, which)
     want = stock.LRP(model).attribute(x, target=1)
@@ -237,7 +214,7 @@ def test_a_rule_of_the_users_own_is_captums():
         def _manipulate_weights(self, module, inputs, outputs):
             module.weight.data = module.weight.data * 0.5
 
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
     model.fc1.rule = Half()
     want = stock.LRP(model).attribute(x, target=1)
     model.fc1.rule = Half()
@@ -305,7 +282,7 @@ def test_the_plain_rule_is_the_gradient(name):
 
 
 def test_per_sample_targets_and_top_k():
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
     for cls in (ours.GuidedBackprop, ours.LRP, ours.DeepLift):
         whole = cls(model).attribute_all(x)
         picked = cls(model).attribute_all(x, torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]]))
@@ -316,7 +293,7 @@ def test_per_sample_targets_and_top_k():
 
 
 def test_the_input_is_left_alone():
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
     x.grad = None
     for cls in (ours.GuidedBackprop, ours.DeepLift, ours.LRP):
         cls(model).attribute(x, target=0)
@@ -330,7 +307,7 @@ def test_the_input_is_left_alone():
 
 
 def test_bad_targets_are_captums_errors():
-    model, x = build(PoolThenRelu), images()
+    model, x = build(PooledNet), images()
     for name in ("GuidedBackprop", "DeepLift", "LRP"):
         for target in (7, None, [0, 1], (0, 1)):
             with pytest.raises(Exception) as want:
@@ -344,13 +321,13 @@ def test_bad_targets_are_captums_errors():
 @pytest.mark.parametrize("engine", ["kernel", "reference"])
 def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
     """DeepLift by the derivative at a tanh, LRP by the derivative there: in both tables, a line for that function."""
-    model, x, base = build(PoolThenRelu), images(), images(5)
+    model, x, base = build(PooledNet), images(), images(5)
     secants = ours.DeepLift(model, engine=engine).attribute_all(x, baselines=base)
     monkeypatch.setitem(Rescale.table, "tanh", rules.slope)
     monkeypatch.setitem(Relevance.table, "tanh", rules.slope)
     multipliers = ours.DeepLift(model, False, engine=engine).attribute_all(x, baselines=base)
     assert not torch.allclose(multipliers * (x - base)[:, None], secants)
-    z = model.fc1(model.pool(model.relu1(model.conv(x))).flatten(1))
+    z = model.fc1(model.pool(model.act1(model.conv(x))).flatten(1))
     last = torch.einsum("co,no->nco", model.fc2.weight, 1 - z.tanh() ** 2)  # [N, C, 5]
     flat = (last @ model.fc1.weight).view(N, 3, 4, 3, 3)
     up = F.interpolate(flat.flatten(1, 2), scale_factor=2).view(N, 3, 4, 6, 6) / 4
@@ -367,7 +344,7 @@ def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
 def test_rules_serve_all_pieces_of_a_noise_tunnel(monkeypatch):
     monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
     monkeypatch.setattr(points, "LEAST_BLOCK", 7)
-    model, x = build(PoolThenRelu, True), images(n=40)
+    model, x = build(PooledNet, True), images(n=40)
     options = {"nt_samples": 3, "stdevs": 0.3}
     results = []
     for package in (stock, ours):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import IntEnum
 from itertools import pairwise
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -32,6 +34,37 @@ MATMUL = records.MatMul(HERE, HERE, HERE, 1, 1, matrices=2, rows=16, columns=16,
 
 def rises(prices: list[float]) -> bool:
     return all(a < b for a, b in pairwise(prices))
+
+
+# ---- every kind
+
+
+def filled(cls: type) -> Any:
+    """A record, or a part of one, with 1 in every number and the smallest of every enumeration."""
+    hints, values = get_type_hints(cls), {}
+    for f in fields(cls):
+        kind = next((t for t in get_args(hints[f.name]) if t is not type(None)), hints[f.name])
+        if kind is Place:
+            values[f.name] = HERE
+        elif is_dataclass(kind):
+            values[f.name] = filled(kind)
+        else:
+            values[f.name] = next(iter(kind)) if issubclass(kind, IntEnum) else kind(1)
+    return cls(**values)
+
+
+@pytest.mark.parametrize("kind", records.KINDS)
+def test_every_kind_has_a_price_or_is_listed(kind):
+    """A kind of the CPU alone has none; those in the list cost the step to the next record, the others more."""
+    op, step = filled(kind), clock_model.BARRIER / WORK.block
+    work = replace(WORK, resident=WORK.block, band_options={1: BANDS})  # for the weights of `filled`
+    if kind is records.WindowT:
+        with pytest.raises(TypeError, match="WindowT has no price"):
+            work.clocks(op, False)
+    elif kind in clock_model.BARRIERS:
+        assert work.clocks(op, False) == step
+    else:
+        assert work.clocks(op, False) > step
 
 
 # ---- by hand

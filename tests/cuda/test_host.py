@@ -15,23 +15,11 @@ from gradkern.runtime import executor, reference
 from tests.cases import CASES
 from tests.support import capturing, oracle
 from tests.support.case import Case
-from tests.support.host_device import HostDevice, installed, library
+from tests.support.host_device import HostDevice, installed, library, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
 COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]
 HEAVY = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")  # their own test, in float32
-
-
-def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: torch.Tensor | None = None):
-    model = case.build(dtype=dtype)
-    inputs = case.inputs(n, dtype=dtype)
-    with torch.no_grad():
-        program = capturing.to_program(model, inputs)
-        params = capturing.bind(program, model)
-        with installed(device):
-            y, got = executor.jacobian(program, params, inputs, targets)
-            used = executor.plan_for(program, got[0].shape[1], dtype)
-    return model, inputs, y, got, used
 
 
 @pytest.mark.parametrize("case", [c for c in COVERED if c.name not in HEAVY], ids=repr)

@@ -12,10 +12,8 @@ import torch
 from gradkern.codegen.encoding import CudaSizes
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
-from tests.cuda.test_host import run
-from tests.runtime import test_ops
-from tests.support import capturing, oracle
-from tests.support.host_device import Launchers, installed
+from tests.support import capturing, op_arguments, oracle
+from tests.support.host_device import Launchers, installed, run
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
@@ -124,7 +122,7 @@ def test_an_empty_batch(group: bool) -> None:
     given, device = arguments(group=group, n=0), Launchers()
     given["sizes"] = CudaSizes(*given["sizes"])
     with installed(device):
-        (y,) = ops.chain_forward(*test_ops.forward_arguments(given))
+        (y,) = ops.chain_forward(*op_arguments.forward_arguments(given))
         assert y.shape == (0, 3)
         assert [y.shape for y in ops.chain_vjp(*named(given))] == [(0, 3)]
     assert device.gpu.launches == 0
@@ -134,9 +132,9 @@ def test_an_empty_batch(group: bool) -> None:
 
 
 def arguments(n: int = 3, **how):
-    """`tests.runtime.test_ops.arguments` as a GPU's chain."""
+    """`op_arguments.arguments` as a GPU's chain."""
     with installed(Launchers()):
-        return test_ops.arguments(n=n, **how)
+        return op_arguments.arguments(n=n, **how)
 
 
 def named(given: dict) -> list:
@@ -144,18 +142,18 @@ def named(given: dict) -> list:
     return [[y.shape[1] for y in v] if k == "outputs" else v for k, v in given.items()]
 
 
-@pytest.mark.parametrize("message", [*test_ops.WRONG_CHAIN, *test_ops.WRONG_SEEDS])
+@pytest.mark.parametrize("message", [*op_arguments.WRONG_CHAIN, *op_arguments.WRONG_SEEDS])
 def test_wrong_arguments(message: str) -> None:
     given, device = arguments(), Launchers()
-    (test_ops.WRONG_CHAIN | test_ops.WRONG_SEEDS)[message](given)
+    (op_arguments.WRONG_CHAIN | op_arguments.WRONG_SEEDS)[message](given)
     with pytest.raises((RuntimeError, IndexError), match=message.replace("expected.*", "targets must be .*")):
         device.redispatched("chain_vjp", *given.values())
 
 
-@pytest.mark.parametrize("message", test_ops.WRONG_COTANGENTS)
+@pytest.mark.parametrize("message", op_arguments.WRONG_COTANGENTS)
 def test_wrong_cotangents(message: str) -> None:
     given, device = arguments(group=True), Launchers()
-    test_ops.WRONG_COTANGENTS[message](given)
+    op_arguments.WRONG_COTANGENTS[message](given)
     with pytest.raises(RuntimeError, match=message):
         device.redispatched("chain_vjp", *given.values())
 
@@ -187,7 +185,7 @@ def test_other_dtypes_and_too_many_ports() -> None:
     given, device = arguments(), Launchers()
     halves = dict(given, inputs=[x.half() for x in given["inputs"]], packed=given["packed"].half())
     with pytest.raises(RuntimeError, match="take float32 or float64, got Half"):
-        device.redispatched("chain_forward", *test_ops.forward_arguments(halves))
+        device.redispatched("chain_forward", *op_arguments.forward_arguments(halves))
     many = dict(given, inputs=given["inputs"] * 17)
     with pytest.raises(RuntimeError, match="at most 16 inputs and outputs, got 17"):
         device.redispatched("chain_vjp", *many.values())

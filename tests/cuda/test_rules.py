@@ -23,13 +23,14 @@ from gradkern.codegen.machine import TooLarge
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import ops
-from tests.attr.test_rules import DEEP, build
 from tests.cases import CASES
-from tests.runtime.test_random_programs import questions
 from tests.support import oracle, rule_oracle
 from tests.support.case_runs import program_of
 from tests.support.host_device import POISON, HostDevice, installed
+from tests.support.pools import POOLS, equal, numbers, with_counts
+from tests.support.properties import questions
 from tests.support.random_programs import programs
+from tests.support.rule_networks import DEEP, build
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
@@ -106,45 +107,11 @@ def test_seeds_in_several_tiles(method: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # DeepLift's multipliers: the kernel against the CPU's, bit by bit, and against the definition
 
-# Planes, and kernel, stride, padding before, dilation per axis; no window of its own for a ReLU alone.
-POOLS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
-    "relu": ((3, 11), ()),
-    "halves": ((1, 14), (1, 2, 1, 2, 0, 0, 1, 1)),
-    "squares": ((6, 8), (2, 2, 2, 2, 0, 0, 1, 1)),
-    "overlap_pad": ((1, 13), (1, 3, 1, 2, 0, 1, 1, 1)),
-    "overhang": ((7, 9), (3, 2, 2, 3, 1, 1, 1, 1)),
-    "gaps": ((8, 9), (1, 2, 3, 4, 0, 0, 1, 1)),
-    "dilated": ((7, 10), (2, 3, 1, 2, 1, 1, 2, 3)),
-    "everything": ((5, 4), (5, 4, 1, 1, 0, 0, 1, 1)),
-}
-
-
-def with_counts(plane: tuple[int, int], pool: tuple[int, ...]) -> tuple[int, ...]:
-    """The op's ten integers: the windows' counts behind the geometry."""
-    if not pool:
-        return ()
-    kernel, stride, before, dilation = (pool[i : i + 2] for i in range(0, 8, 2))
-    axes = zip(plane, kernel, stride, before, dilation, strict=True)
-    return (*pool, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes))
-
-
-def numbers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """Few different ones, so that maxima tie and places hardly move, and some that are any."""
-    coarse = torch.randint(-2, 3, shape, generator=generator).to(dtype)
-    fine = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return torch.where(torch.rand(shape, generator=generator) < 0.7, coarse, fine)
-
 
 def both(z: Tensor, reference: Tensor, pool: tuple[int, ...], relu: bool, eps: float = 1e-10) -> tuple[Tensor, Tensor]:
     got = HostDevice(threads=32).rescale(z, reference, pool, relu, eps)
     assert not (got == torch.tensor(POISON, dtype=got.dtype)).any()
     return got, ops.rescale(z, reference, pool, relu, eps)
-
-
-def equal(got: Tensor, want: Tensor) -> None:
-    """To the bit, NaN in the same places."""
-    assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -320,7 +287,7 @@ def test_means_over_references_and_paths_through_layers() -> None:
     base = case.inputs(4, 7, torch.float64)[0]
     layer = next(m for m in model.modules() if isinstance(m, nn.MaxPool1d))
     calls = {
-        "shap": lambda e: attr.DeepLiftShap(model, engine=e).attribute_all(x, base),
+        "shap": lambda e: attr.DeepLiftShap(model, engine=e).attribute_all(x, baselines=base),
         "grad-cam": lambda e: attr.LayerGradCam(model, layer, engine=e).attribute_all(x),
         "conductance": lambda e: attr.LayerConductance(model, layer, engine=e).attribute_all(x, n_steps=4),
     }

@@ -14,8 +14,8 @@ import torch
 import gradkern
 from gradkern.data import run
 from tests.cases import CASES
-from tests.data.test_resume import assert_same
 from tests.support.kill_runs import OPTIONS, problem
+from tests.support.stores import assert_same
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("ray", reason="Ray is not installed")

@@ -17,6 +17,7 @@ from gradkern.data import DiskFull, Mismatch, Results, merge, run
 from gradkern.data import methods as data_methods
 from tests.cases import CASES
 from tests.support import kill_runs
+from tests.support.stores import assert_same
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,21 +33,6 @@ def one_thread():
 def small(seed: int = 0, samples: int = 40) -> tuple[torch.nn.Module, torch.Tensor]:
     case = CASES["cnn1d_strided"]
     return case.build(seed), case.inputs(samples)[0]
-
-
-def content(out: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a store, reductions included."""
-    results = Results.open(out)
-    names = [name for name, _ in results.group.arrays()]
-    names += [f"reductions/{name}" for name, _ in results.group["reductions"].arrays()]
-    return {name: np.asarray(results.array(name)[...]) for name in names}
-
-
-def assert_same(a: str | Path, b: str | Path) -> None:
-    first, second = content(a), content(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.tobytes() == second[name].tobytes(), name
 
 
 @pytest.mark.parametrize(("kills", "at_work"), [(5, 2), pytest.param(22, 5, marks=pytest.mark.slow)])

@@ -19,8 +19,7 @@ import gradkern
 from gradkern import attr
 from gradkern.dispatch import state
 from gradkern.runtime.mac_counter import MacCounter
-from tests.frontend.test_regions import Through
-from tests.frontend.test_to_program import Net
+from tests.support.modules import Net, Through
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
 

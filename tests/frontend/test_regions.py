@@ -14,22 +14,11 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern.dispatch import state
+from tests.support.modules import Through
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 
 SAMPLES = 2000
-
-
-class Through(torch.autograd.Function):
-    """A clamp with a straight-through gradient."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor, limit: float) -> Tensor:
-        return h.clamp(-limit, limit)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
 
 
 class Reversed(torch.autograd.Function):

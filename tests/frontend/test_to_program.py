@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 
 from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend.capture import Capture
+from gradkern.frontend.lowerings import conv
+from gradkern.frontend.lowerings.builder import NoForm, ProgramBuilder
 from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import (
     Channels,
@@ -22,10 +24,10 @@ from gradkern.ir.program import (
     LowRank,
     Opaque,
     Positions,
-    Program,
     Scale,
     Select,
     Sum,
+    Value,
     View,
     Windows,
 )
@@ -34,46 +36,10 @@ from tests.cases import CASES, TRACEABLE
 from tests.support import oracle
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import Case, Fn
+from tests.support.case_runs import forms, lowered, proposed
+from tests.support.modules import Net
 
 REFUSED = tuple(c for c in CASES.values() if not c.traceable)
-
-
-@functools.cache
-def lowered(name: str) -> tuple[nn.Module, Program]:
-    """A float64 network of the table and its verified Program."""
-    case = CASES[name]
-    model = case.build(dtype=torch.float64)
-    inputs = case.inputs(3, dtype=torch.float64)
-    program = to_program(model, inputs)
-    verify(program, model, inputs)
-    return model, program
-
-
-def forms(program: Program) -> list[type]:
-    return [type(step.form) for step in program.steps]
-
-
-def proposed(model: nn.Module, *shapes: tuple[int, ...]) -> Program:
-    """Trace and verify on random float64 samples."""
-    inputs = tuple(torch.randn(3, *s, dtype=torch.float64) for s in shapes)
-    model = model.double().eval()
-    program = to_program(model, inputs)
-    verify(program, model, inputs)
-    return program
-
-
-class Net(nn.Module):
-    """A function of the module and its inputs, with a linear layer and attributes to use."""
-
-    def __init__(self, fn, width: int = 4, **attributes: object) -> None:
-        super().__init__()
-        self.fn = fn
-        self.fc = nn.Linear(width, width)
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
-        return self.fn(self, *xs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -448,3 +414,9 @@ def test_signatures_with_names_and_defaults() -> None:
 
     assert forms(proposed(Named(), (4,))) == [Contract, Scale]
     assert forms(proposed(Fn(lambda x: x * 2), (4,))) == [Scale]
+
+
+def test_a_convolution_whose_weight_is_computed_from_samples_says_so():
+    arguments = SimpleNamespace(weight=Value(0), transposed=False)
+    with pytest.raises(NoForm, match="its weight depends on the samples"):
+        conv.general(ProgramBuilder.__new__(ProgramBuilder), arguments)

@@ -17,13 +17,13 @@ from gradkern import attr
 from gradkern.runtime import executor, ops, reference
 from gradkern.runtime.parameters import PlanWeights
 from tests.cases import CASES
-from tests.cuda.test_matmul import BOUND as PRODUCT_BOUND
-from tests.cuda.test_matmul import SHAPES, product
-from tests.cuda.test_pieces import NETS, settle
-from tests.cuda.test_rules import POOLS, equal, numbers, with_counts
 from tests.support import capturing, oracle
 from tests.support.case import Case
 from tests.support.networks import NETWORKS
+from tests.support.pieces import NETS, settle
+from tests.support.pools import POOLS, equal, numbers, with_counts
+from tests.support.products import BOUND as PRODUCT_BOUND
+from tests.support.products import SHAPES, product
 
 CUDA = torch.device("cuda", 0)
 TRACEABLE = [case for case in CASES.values() if case.traceable]

@@ -17,8 +17,8 @@ CPU, GPU = Machine("portable", 16), Device("cuda", 16)
 
 def partition(chains: Chains, wanted: tuple[int, ...] | None = None) -> Partition:
     p = chains.program
-    reasons = [step.form.reason if isinstance(step.form, Opaque) else None for step in p.steps]
-    return Partition(chains, 3, list(range(len(p.steps))), wanted or (p.output,), reasons)
+    chained = [not isinstance(step.form, Opaque) for step in p.steps]
+    return Partition(chains, 3, list(range(len(p.steps))), wanted or (p.output,), chained)
 
 
 def cut(p: Program, wanted: tuple[int, ...] | None = None) -> list[tuple[bool, tuple[int, ...]]]:
@@ -101,7 +101,7 @@ def test_a_step_that_fits_nowhere_says_so_and_parts_its_neighbours():
     chains = Limited(relus(5), lambda steps: 2 not in steps)
     cutting = partition(chains)
     assert [(g.native, g.steps) for g in cutting.groups()] == [(True, (0, 1)), (False, (2,)), (True, (3, 4))]
-    assert cutting.reasons == [None, None, "needs 300 KiB of shared memory for one sample, of 227", None, None]
+    assert cutting.too_large == {2: "needs 300 KiB of shared memory for one sample, of 227"}
 
 
 def test_chains_are_lowered_once_whether_they_fit_or_not():

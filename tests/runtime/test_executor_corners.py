@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.ir.program import Channels, Contract, Dense, Param, Positions, Program, Scale, Step, Sum, View
+from gradkern.ir.program import Channels, Contract, Positions, Program, Scale, Step, Sum, View
 from gradkern.runtime import executor, reference
 from tests.support import capturing, oracle
 from tests.support.case_runs import EXACT, run, worst
-
-
-def dense(o: int, i: int, source: int, name: str = "w") -> Step:
-    return Step(Contract(Dense(), Param(f"{name}{o}x{i}")), (source,), (o,))
-
+from tests.support.programs import dense
 
 CORNERS = {
     "input is the output": ((), 0),

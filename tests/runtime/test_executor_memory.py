@@ -29,9 +29,9 @@ from gradkern.runtime import executor, parameters, reference
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
-from tests.runtime.test_executor_corners import dense
 from tests.support import oracle
 from tests.support.case_runs import EXACT, exact, parts, run, worst
+from tests.support.programs import dense
 
 
 def test_packed_weights_follow_every_edit():

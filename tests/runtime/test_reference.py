@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
 from gradkern.runtime import reference
 from tests.cases import BENCH, CASES, SMALL
-from tests.frontend.test_to_program import lowered
 from tests.support import oracle
 from tests.support.capturing import bind, to_program
 from tests.support.case import Case
+from tests.support.case_runs import lowered
 
 CHECKED = tuple(c for c in SMALL if c.traceable)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradkern.ir.program import Program
 from gradkern.runtime import executor
@@ -52,3 +52,27 @@ def exact(name: str, n: int, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]
 
 def worst(got, want) -> float:
     return max(oracle.relative_error(g, w) for g, w in zip(got, want, strict=True))
+
+
+@cache
+def lowered(name: str) -> tuple[nn.Module, Program]:
+    """A float64 network of the table and its verified Program."""
+    case = CASES[name]
+    model = case.build(dtype=torch.float64)
+    inputs = case.inputs(3, dtype=torch.float64)
+    program = capturing.to_program(model, inputs)
+    capturing.verify(program, model, inputs)
+    return model, program
+
+
+def forms(program: Program) -> list[type]:
+    return [type(step.form) for step in program.steps]
+
+
+def proposed(model: nn.Module, *shapes: tuple[int, ...]) -> Program:
+    """Trace and verify on random float64 samples."""
+    inputs = tuple(torch.randn(3, *s, dtype=torch.float64) for s in shapes)
+    model = model.double().eval()
+    program = capturing.to_program(model, inputs)
+    capturing.verify(program, model, inputs)
+    return program

@@ -24,7 +24,9 @@ from torch.utils import cpp_extension
 
 from gradkern.codegen.limits import PORTS
 from gradkern.codegen.machine import Device
-from gradkern.runtime import ops
+from gradkern.runtime import executor, ops
+from tests.support import capturing
+from tests.support.case import Case
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", f"-I{CSRC}")
@@ -271,3 +273,16 @@ def installed(device: HostDevice) -> Iterator[HostDevice]:
         for patch in device.patches():
             stack.enter_context(patch)
         yield device
+
+
+def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: Tensor | None = None):
+    """A case on the device: its model and samples, outputs and Jacobians, and the plan that was used."""
+    model = case.build(dtype=dtype)
+    inputs = case.inputs(n, dtype=dtype)
+    with torch.no_grad():
+        program = capturing.to_program(model, inputs)
+        params = capturing.bind(program, model)
+        with installed(device):
+            y, got = executor.jacobian(program, params, inputs, targets)
+            used = executor.plan_for(program, got[0].shape[1], dtype)
+    return model, inputs, y, got, used

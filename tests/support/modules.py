@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -303,3 +304,29 @@ def weight_normed() -> nn.Module:
     with torch.no_grad():
         body[0].parametrizations.weight.original0.uniform_(0.5, 2.0)
     return body
+
+
+class Net(nn.Module):
+    """A function of the module and its inputs, with a linear layer and attributes to use."""
+
+    def __init__(self, fn: Callable[..., Tensor], width: int = 4, **attributes: object) -> None:
+        super().__init__()
+        self.fn = fn
+        self.fc = nn.Linear(width, width)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.fn(self, *xs)
+
+
+class Through(torch.autograd.Function):
+    """A clamp with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, limit: float) -> Tensor:
+        return h.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return g, None

@@ -38,3 +38,7 @@ def transpose(shape: Shape) -> Index:
 
 
 RELU, GUIDED, TANH = Scale("relu"), Scale("guided_relu"), Scale("tanh")
+
+
+def dense(o: int, i: int, source: int, name: str = "w") -> Step:
+    return Step(Contract(Dense(), Param(f"{name}{o}x{i}")), (source,), (o,))

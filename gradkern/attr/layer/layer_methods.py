@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
-from ...util.options import InputError
+from ...util.options import Engine, InputError
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -42,7 +42,7 @@ class LayerMethod(stock.GradientAttribution):
 
     _takes_integers = True  # inputs may be indices into an embedding
 
-    def __init__(self, *args: Any, engine: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         plug_into(self, GradientFunc(engine))
 
@@ -198,7 +198,9 @@ class GuidedGradCam(stock.GuidedGradCam):
     A drop-in for `captum.attr.GuidedGradCam`.  Attribute logits, as the paper does.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: Engine | None = None
+    ) -> None:
         super().__init__(model, layer, device_ids)
         plug_into(self, GradientFunc(engine))
         self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)

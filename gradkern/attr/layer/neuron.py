@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ...ir import graph
-from ...runtime import executor, reference
 from ..attribute_all import Options, Tensors
 from ..captum_compat import format_output, is_tuple, stock
 from .layer_methods import LayerMethod, one_output
+from .split import jacobians
 
 
 class NeuronGradient(LayerMethod, stock.NeuronGradient):
@@ -32,9 +32,10 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
         if unit is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
             return None
         inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
-        run = reference.jacobian if view.by_reference else executor.jacobian
         with torch.inference_mode(False), torch.no_grad():
-            gradients = run(head, view.params, inputs, torch.tensor([unit]), points.wrt)[1]
+            gradients = jacobians(
+                head, view.params, inputs, torch.tensor([unit]), points.wrt, by_reference=view.by_reference
+            )
         return format_output(is_tuple(options["inputs"]), tuple(g[:, 0] for g in gradients))
 
 

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ...dispatch import batching
-from ...dispatch.eager import buffers_kept
 from ...ir import graph
+from ...ir.calls import Params
 from ...ir.program import Program
 from ...runtime import executor, reference
-from ...util import options
-from ...util.chunks import spans, stepwise_bytes, stepwise_samples
-from ...util.memo import Memo
+from ...util import options, rounding
+from ...util.buffers import buffers_kept
+from ...util.chunks import forward_samples, spans, stepwise_bytes, stepwise_samples
+from ...util.memo import Memo, WeakMemo
 from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
 SAMPLES = 3  # used to find the layer's value, and as many noisy ones
-_values: Memo[int | None] = Memo(256)
+#: By the verdict on a captured graph, then by the layer's path and whether its input is meant.
+_values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
 
 
@@ -41,12 +43,22 @@ class Tail:
 
 
 def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none."""
-    key = (program.key, path, to_input, type(points.module))
-    return _values.get_or_make(key, lambda: _locate(points, program, layer, path, to_input))
+    """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none.
+
+    Remembered as long as the graph, but only where these weights and samples left no other choice.
+    """
+    known = _values.of(points.route.verdict)
+    value = known.get((path, to_input))
+    if value is not None:
+        return value
+    value, unique = _locate(points, program, layer, path, to_input)
+    if value is not None and unique:
+        known[path, to_input] = value
+    return value
 
 
-def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
+def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> tuple[int | None, bool]:
+    """The number of the layer's value, and whether it is the only one that may be meant."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for x in points.base_request.pick(SAMPLES):
@@ -59,14 +71,15 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
     with torch.inference_mode(False), buffers_kept(points.module), _watched(layer, to_input, indices) as seen:
         y = points.fn(*[x.clone() for x in rows])
     if not seen or seen[-1] is None:
-        return None
+        return None, False
     live, content = seen[-1]
     with torch.no_grad():
         values = reference.forward(program, points.route.params(), rows)
-        value = _best(program, path, to_input, [v for v, of in enumerate(values) if _equal(of, content)])
+        equal = [v for v, of in enumerate(values) if _equal(of, content)]
+        value, unique = _best(program, path, to_input, equal)
     # With integer inputs, no gradient could be compared when the Program was made.
     unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
-    return None if unconfirmed else value
+    return (None, False) if unconfirmed else (value, unique)
 
 
 @contextmanager
@@ -109,23 +122,19 @@ def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, 
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    tolerance = 1e-10 if a.dtype == torch.float64 else 1e-4
-    size = b.abs().nan_to_num(0.0, 0.0, 0.0).max() if b.numel() else 0.0
-    return bool(torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * size), equal_nan=True))
+    return rounding.close_elements(a, b, rounding.for_layer(b.dtype))
 
 
-def _best(program: Program, path: str, to_input: bool, candidates: list[int]) -> int | None:
-    """The candidate that belongs to the module; a single candidate is taken without a check."""
+def _best(program: Program, path: str, to_input: bool, candidates: list[int]) -> tuple[int | None, bool]:
+    """The candidate that belongs to the module, and whether it is the only one; a single one is taken unchecked."""
     base = len(program.inputs)
     if to_input:
         inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
     else:
         inside = [v for v in candidates if v >= base and _inside(program, path, v - base)]
     if inside:
-        return inside[0] if to_input else inside[-1]
-    return candidates[0] if len(candidates) == 1 else None
+        return inside[0 if to_input else -1], len(inside) == 1
+    return (candidates[0], True) if len(candidates) == 1 else (None, False)
 
 
 def tail_of(program: Program, value: int) -> Tail:
@@ -160,6 +169,12 @@ class LayerView:
     def forward(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The layer's value ``[R, *layer]``, and the other values that cross the cut."""
         rows = [x.detach().contiguous() for x in (*inputs, *more)]
+        count, like = rows[0].shape[0], executor.leading(rows)
+        chunk = forward_samples(like.device, stepwise_bytes(self.program.shapes, 0, like.element_size()))
+        pieces = [self._forward([x[a:b] for x in rows]) for a, b in list(spans(0, count, chunk)) or [(0, 0)]]
+        return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    def _forward(self, rows: list[Tensor]) -> tuple[Tensor, ...]:
         wanted = [self.value, *self.tail.crossing]
         with torch.inference_mode(False), torch.no_grad():
             if self.by_reference:
@@ -185,17 +200,30 @@ class LayerView:
         with torch.inference_mode(False), torch.no_grad():
             if not tail.steps:  # the layer is the output
                 return reference.one_hot(tail, at, index)
-            if self.by_reference:
-                return reference.jacobian(tail, self.params, values, index, (0,))[1][0]
-            out = at.new_empty(at.shape[0], seeds, *at.shape[1:])
-            chunk = max(1, at.shape[0])  # one kernel call writes nothing but the result
-            if not executor.plan_for(tail, seeds, at.dtype, at.device).single_chain:
-                chunk = stepwise_samples(at.device, stepwise_bytes(tail.shapes, seeds, at.dtype.itemsize))
-            for a, b in spans(0, at.shape[0], chunk):
-                rows = tuple(x[a:b].contiguous() for x in values)
-                chosen = index[a:b] if index.dim() == 2 else index
-                executor.jacobian(tail, self.params, rows, chosen, (0,), out=(out[a:b],))
-            return out
+            return jacobians(tail, self.params, values, index, (0,), by_reference=self.by_reference)[0]
+
+
+def jacobians(
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    index: Tensor,
+    wrt: tuple[int, ...],
+    *,
+    by_reference: bool,
+) -> tuple[Tensor, ...]:
+    """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
+    like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
+    out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
+    chunk = max(1, count)  # one kernel call writes nothing but the result
+    if by_reference or not executor.plan_for(program, seeds, like.dtype, like.device).single_chain:
+        chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))
+    run = reference.jacobian if by_reference else executor.jacobian
+    for a, b in spans(0, count, chunk):
+        chosen = index[a:b] if index.dim() == 2 else index
+        rows = [x[a:b].contiguous() for x in inputs]
+        run(program, params, rows, chosen, wrt, out=[o[a:b] for o in out])
+    return out
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:

@@ -19,11 +19,13 @@ from ...dispatch.targets import Seeds
 from ...ir.calls import Params
 from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
+from ...util.chunks import spans
+from ...util.options import Engine
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, answer, one_by_one, points_for, typed
+from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
-from ..points import Points, rows_of
+from ..points import Points, block_rows, gradient_bytes, rows_of
 from .rule import Local, Rule, Values, at_place, chosen, padded, pass_through, slope
 from .rule_methods import Chunk, RuleMethod
 
@@ -143,7 +145,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
     """
 
     def __init__(
-        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: str | None = None
+        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: Engine | None = None
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
         plug_into(self, GradientFunc(engine))
@@ -234,7 +236,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: str | None = None) -> None:
+    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
         plug_into(self, GradientFunc(engine))
 
@@ -242,15 +244,17 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     def attribute_all(
         self,
         inputs: Inputs,
-        baselines: Any,
         targets: Any = None,
+        baselines: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        The delta is per pair of sample and reference, as Captum's: ``[N · references, C]``.
+        ``baselines`` has to be given.  The delta is per pair of sample and reference, as Captum's:
+        ``[N · references, C]``.
         """
+        check_distribution(self, baselines)
         start = compat.format_callable_baseline(baselines, inputs)
         if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
             raise AssertionError(
@@ -277,10 +281,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
         deltas = []
-        each = seeds.count * count * sum(x[0].numel() * x.element_size() for x in rows)
-        size = max(1, (16 << 20) // max(each, 1))
-        for a in range(0, n, size):
-            b = min(a + size, n)
+        pairs_at_a_time = block_rows(gradient_bytes(rows, seeds.count), rows[0].device)
+        for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
             options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}

@@ -18,6 +18,7 @@ from ...ir.calls import Params
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
 from ...util.callables import model_of
+from ...util.options import Engine
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
@@ -132,7 +133,7 @@ class LRP(RuleMethod, stock.LRP):
     1-D average pools, residual sums, and functional and reused activations.  Attribute logits: a softmax has no rule.
     """
 
-    def __init__(self, model: nn.Module, engine: str | None = None) -> None:
+    def __init__(self, model: nn.Module, engine: Engine | None = None) -> None:
         stock.LRP.__init__(self, model)
         plug_into(self, GradientFunc(engine))
 

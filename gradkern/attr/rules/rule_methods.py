@@ -14,7 +14,7 @@ from ...ir.calls import Params
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import InputError, Unused, engine
+from ...util.options import Engine, InputError, Unused, engine
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from ..captum_compat import stock
@@ -126,7 +126,7 @@ class _Rectifying(ProgramMethod):
 
     _relu = ""
 
-    def __init__(self, model: torch.nn.Module, engine: str | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, engine: Engine | None = None) -> None:
         super().__init__(model)
         plug_into(self, GradientFunc(engine))
 

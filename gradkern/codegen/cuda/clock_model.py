@@ -27,6 +27,13 @@ L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets fro
 
 #: Fields that no price depends on: where weights, bits and tables lie, and what is settled after the price.
 UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
+#: Records that are priced as the step from one to the next: they touch each number once, or a few times.
+BARRIERS = frozenset({
+    records.Load, records.Store, records.Stencil, records.Elementwise, records.Add, records.Move, records.Multiply,
+    records.Lines, records.Rectify, records.SeedRows, records.SeedOneHot, records.SeedDense, records.StencilT,
+    records.PatternT, records.ElementwiseT, records.Accumulate, records.MoveT, records.MultiplyT, records.LinesT,
+    records.StoreT,
+})  # fmt: skip
 #: The bands that a transposed convolution can have, by the offset of its weights.
 BandOptions = Mapping[int, list[records.Bands]]
 
@@ -65,6 +72,8 @@ class Work:
         """Clocks per sample of a record, in the backward pass per tile of seeds too."""
         clocks, copies = BARRIER / self.samples(op), 1 if forward else self.tile
         match op:
+            case _ if type(op) in BARRIERS:
+                pass
             case records.Window():
                 clocks += self.window(op)
             case records.Pattern(extent=e, pattern=p):
@@ -77,6 +86,8 @@ class Work:
                 clocks += self.product(op)
             case records.ScatterT():
                 clocks += self.transposed(op)[0]
+            case _:
+                raise TypeError(f"{type(op).__name__} has no price: it is no record of a GPU's chain, or is new")
         return clocks
 
     def window(self, op: records.Window) -> float:

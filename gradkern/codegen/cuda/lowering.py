@@ -67,11 +67,11 @@ class DeviceLowering(Lowering):
         self, graph: UnitGraph, machine: Machine, itemsize: int, seeds: int, wrt: tuple[int, ...], onehot: bool
     ):
         assert isinstance(machine, Device)
+        super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         self.machine = machine
         self.written: set[int] = set()  # stores that a record has written
         self.prices: dict[tuple, float] = {}
         self.band_options: dict[int, list[Bands]] = {}  # offset of a transposed convolution's weights → its options
-        super().__init__(graph, machine, itemsize, seeds, wrt, onehot)
         if max(len(graph.inputs), len(graph.outputs)) > limits.PORTS:
             raise TooLarge(machine.shared_bytes + 1, machine.shared_bytes)
 
@@ -141,9 +141,9 @@ class DeviceLowering(Lowering):
         self.band_options[op.weights] = bands(unit, op)
         return op
 
-    def backward_move(self, unit: Unit, node: Node, upstream: Cotangent) -> None:
+    def backward_move(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
         """If no number was read twice, every run has its own warp."""
-        super().backward_move(unit, node, upstream)
+        super().backward_move(unit, operand, upstream)
         op = self.backward[-1]
         assert isinstance(op, MoveT)
         runs = self.tables[op.run_table : op.run_table + 5 * op.runs]

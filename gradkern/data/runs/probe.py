@@ -18,7 +18,7 @@ from ...dispatch.route import couples_batch, decide
 from ...ir.program import Program
 from ...runtime import executor
 from ...util import options
-from ...util.options import BadValue
+from ...util.options import BadValue, Engine
 from .. import methods
 from ..sources import Source
 from .settings import Settings
@@ -31,7 +31,7 @@ class Probe:
     """The results of a few samples: shapes of the outcome, and the samples per second of a first try."""
 
     program: Program | None
-    engine: str
+    engine: Engine
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
@@ -76,7 +76,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, source: Source, settings: Settings, engine: str | None) -> Probe:
+def probe_run(model: nn.Module, source: Source, settings: Settings, engine: Engine | None) -> Probe:
     """Trace, and run the method on a few samples."""
     count = min(PROBED, source.samples)
     inputs = tuple(x.to(device_of(model)) for x in source.read(0, count))

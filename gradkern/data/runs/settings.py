@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
-from ...util.options import BadValue
+from ...util.options import BadValue, Engine
 from .. import statistics
 from ..store.layout import STORED_AS, codecs
 
@@ -29,7 +29,7 @@ class Settings:
     chunk: int | None = None
     batch: int | None = None
     threads: int | None = None
-    engine: str | None = None
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
@@ -57,7 +57,7 @@ class RunOptions(TypedDict, total=False):
     chunk: int | None
     batch: int | None
     threads: int | None
-    engine: str | None
+    engine: Engine | None
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:

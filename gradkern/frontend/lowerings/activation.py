@@ -14,14 +14,15 @@ def elementwise(b: ProgramBuilder, x: object, function: str, *params: float) -> 
     return b.emit(Scale(function, tuple(float(p) for p in params)), (value,), b.shape(value))
 
 
-@lowers("aten.leaky_relu.default", function="leaky_relu", params=("negative_slope",))
-@lowers("aten.elu.default", function="elu", params=("alpha", "scale", "input_scale"))  # the last two: 1 for plain ELU
-@lowers("aten.selu.default", function="elu", params=(1.6732632423543772848, 1.0507009873554804935, 1.0))
-@lowers("aten.softplus.default", function="softplus", params=("beta", "threshold"))
-@lowers("aten.hardtanh.default", function="hardtanh", params=("min_val", "max_val"))
-@lowers("aten.relu6.default", function="hardtanh", params=(0.0, 6.0))
-@lowers("aten.clamp_min.default", function="clamp", params=("min", math.inf))
-@lowers("aten.clamp_max.default", function="clamp", params=(-math.inf, "max"))
+@lowers("aten.leaky_relu.default", axes=(), function="leaky_relu", params=("negative_slope",))
+# The last two are 1 for plain ELU.
+@lowers("aten.elu.default", axes=(), function="elu", params=("alpha", "scale", "input_scale"))
+@lowers("aten.selu.default", axes=(), function="elu", params=(1.6732632423543772848, 1.0507009873554804935, 1.0))
+@lowers("aten.softplus.default", axes=(), function="softplus", params=("beta", "threshold"))
+@lowers("aten.hardtanh.default", axes=(), function="hardtanh", params=("min_val", "max_val"))
+@lowers("aten.relu6.default", axes=(), function="hardtanh", params=(0.0, 6.0))
+@lowers("aten.clamp_min.default", axes=(), function="clamp", params=("min", math.inf))
+@lowers("aten.clamp_max.default", axes=(), function="clamp", params=(-math.inf, "max"))
 def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
     """A function whose parameters are numbers, or names of arguments."""
     return elementwise(b, a.self, function, *(number_of(getattr(a, p)) if isinstance(p, str) else p for p in params))
@@ -31,15 +32,15 @@ for _name in (
     *("relu", "tanh", "sigmoid", "silu", "exp", "log", "sqrt", "abs", "square", "hardswish", "hardsigmoid"),
     *("rsqrt", "reciprocal", "erf", "sin", "cos", "log1p", "expm1", "mish"),
 ):
-    lowers(f"aten.{_name}.default", function=_name)(parametric)
+    lowers(f"aten.{_name}.default", axes=(), function=_name)(parametric)
 
 
-@lowers("aten.celu.default")
+@lowers("aten.celu.default", axes=())
 def celu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return elementwise(b, a.self, "elu", number_of(a.alpha), 1.0, 1.0 / number_of(a.alpha))
 
 
-@lowers("aten.gelu.default")
+@lowers("aten.gelu.default", axes=())
 def gelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return elementwise(b, a.self, "gelu" if a.approximate == "none" else "gelu_tanh")
 
@@ -61,21 +62,21 @@ def prelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Sum(), (positive, negative), shape)
 
 
-@lowers("aten.log_sigmoid.default", "aten.log_sigmoid_forward.default")
+@lowers("aten.log_sigmoid.default", "aten.log_sigmoid_forward.default", axes=())
 def log_sigmoid(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``-softplus(-x)``."""
     minus = elementwise(b, a.self, "affine", -1.0, 0.0)
     return elementwise(b, elementwise(b, minus, "softplus", 1.0, 1e30), "affine", -1.0, 0.0)
 
 
-@lowers("aten.clamp.default")
+@lowers("aten.clamp.default", axes=())
 def clamp(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     low = float("-inf") if a.min is None else number_of(a.min)
     high = float("inf") if a.max is None else number_of(a.max)
     return elementwise(b, a.self, "clamp", low, high)
 
 
-@lowers("aten.pow.Tensor_Scalar")
+@lowers("aten.pow.Tensor_Scalar", axes=())
 def power(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     exponent = number_of(a.exponent)
     if exponent == 2.0:

@@ -62,13 +62,13 @@ def shifted(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
     return as_shape(b, b.emit(Contract(Channels(axis), None, shifts), (at,), b.shape(at)), full)
 
 
-@lowers("aten.add.Tensor", "aten.add.Scalar", sign=1)
-@lowers("aten.sub.Tensor", "aten.sub.Scalar", sign=-1)
+@lowers("aten.add.Tensor", "aten.add.Scalar", axes=(), sign=1)
+@lowers("aten.sub.Tensor", "aten.sub.Scalar", axes=(), sign=-1)
 def add(b: ProgramBuilder, a: SimpleNamespace, sign: int) -> Value:
     return added(b, a.self, a.other, sign * a.alpha)
 
 
-@lowers("aten.rsub.Scalar", "aten.rsub.Tensor")
+@lowers("aten.rsub.Scalar", "aten.rsub.Tensor", axes=())
 def rsub(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return added(b, a.other, a.self, -a.alpha)
 
@@ -97,7 +97,7 @@ def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
     return tuple(m if n == 1 else n for n, m in zip(one, two, strict=True))
 
 
-@lowers("aten.mul.Tensor", "aten.mul.Scalar")
+@lowers("aten.mul.Tensor", "aten.mul.Scalar", axes=())
 def mul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return multiplied(b, a.self, a.other)
 
@@ -125,7 +125,7 @@ def sigmoid_of(b: ProgramBuilder, x: Value, y: Value) -> Value | None:
     return None
 
 
-@lowers("aten.div.Tensor", "aten.div.Scalar")
+@lowers("aten.div.Tensor", "aten.div.Scalar", axes=())
 def div(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if isinstance(a.self, Value) and is_number(a.other) and a.other != 0:
         return affine(b, a.self, 1.0 / a.other, 0.0)
@@ -146,6 +146,6 @@ def glu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Product("mul"), (first, elementwise(b, second, "sigmoid")), b.shape(first))
 
 
-@lowers("aten.neg.default")
+@lowers("aten.neg.default", axes=())
 def neg(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return affine(b, need_value(a.self), -1.0, 0.0)

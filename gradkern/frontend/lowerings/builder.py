@@ -24,17 +24,28 @@ from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Valu
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
 SEVERAL: set[str] = set()  # ops of several results whose lowering can give any of them: ``a.piece`` says which
+AXES: dict[str, tuple[str, ...]] = {}  # the arguments that name axes, of the ops that may have the batch anywhere
+ALONG: dict[str, str] = {}  # the argument that names the axes that an op works along, so that none is the batch
 
 
 class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
-def lowers(*ops: str, **fixed: Any) -> Callable[[LoweringFunction], LoweringFunction]:
+def lowers(
+    *ops: str, axes: tuple[str, ...] | None = None, along: str | None = None, **fixed: Any
+) -> Callable[[LoweringFunction], LoweringFunction]:
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
-    ``fixed``: further arguments of the lowering for these ops.
+    ``axes`` or ``along`` says what to do with tensors whose batch is not axis 0 (`frontend/batch_axis.py`); without
+    them the ops have no form there.  ``axes``: the op takes them wherever the batch is, and these arguments name axes;
+    ``()`` where it works on numbers one by one, or along static axes at the end.  ``along``: the op works along the
+    axes that this argument names.  ``fixed``: further arguments of the lowering for these ops.
     """
+    if axes is not None:
+        AXES.update(dict.fromkeys(ops, axes))
+    if along is not None:
+        ALONG.update(dict.fromkeys(ops, along))
 
     def register(lowering: LoweringFunction) -> LoweringFunction:
         LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **fixed) if fixed else lowering))

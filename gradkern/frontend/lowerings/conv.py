@@ -14,7 +14,9 @@ Padding = tuple[tuple[int, int], ...]
 
 @lowers("aten.convolution.default")
 def general(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    dims = len(b.param_shape(a.weight)) - 2 if isinstance(a.weight, Param) else 0
+    if not isinstance(a.weight, Param):
+        raise NoForm("its weight depends on the samples")
+    dims = len(b.param_shape(a.weight)) - 2
     if dims not in (1, 2):
         raise NoForm(f"a convolution over {dims} axes has no form yet")
     return transposed(b, a, dims) if a.transposed else convolution(b, a, dims)

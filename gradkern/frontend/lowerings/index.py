@@ -52,7 +52,9 @@ def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
 # Other orders of the axes
 
 
-@lowers("aten.permute.default", "aten.transpose.int", "aten.movedim.int", "aten.swapaxes.default")
+@lowers("aten.permute.default", axes=("dims",))
+@lowers("aten.transpose.int", axes=("dim0", "dim1"))
+@lowers("aten.movedim.int", "aten.swapaxes.default")
 def permute(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     rank = len(b.shape(x)) + 1
@@ -85,7 +87,7 @@ def matrix_transpose(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return permuted(b, x, [*range(rank - 2), rank - 1, rank - 2])
 
 
-@lowers("aten.flip.default")
+@lowers("aten.flip.default", along="dims")
 def flip(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     for d in as_list(a.dims):
@@ -110,7 +112,7 @@ def roll(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 # Fewer elements
 
 
-@lowers("aten.slice.Tensor")
+@lowers("aten.slice.Tensor", along="dim")
 def slice_(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
@@ -147,7 +149,7 @@ def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> V
     return b.emit(replace(step.form, map=replace(w, padding=padding)), (Value(step.inputs[0]),), shape)
 
 
-@lowers("aten.select.int")
+@lowers("aten.select.int", along="dim")
 def select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
@@ -165,7 +167,7 @@ def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 SEVERAL.update(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int"))
 
 
-@lowers(*SEVERAL)
+@lowers(*SEVERAL, along="dim")
 def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """One of several pieces: ``a.piece`` says which."""
     x = need_value(a.self)
@@ -183,7 +185,7 @@ def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 # Several values side by side
 
 
-@lowers("aten.cat.default")
+@lowers("aten.cat.default", along="dim")
 def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
     tensors = [x for x in a.tensors if isinstance(x, Param) or len(b.shape(need_value(x))) == len(a.result)]

@@ -9,7 +9,7 @@ from .arithmetic import affine, shifted
 from .builder import NoForm, ProgramBuilder, lowers, need_value
 
 
-@lowers("aten.linear.default")
+@lowers("aten.linear.default", axes=())
 def linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``[*, I] -> [*, O]`` with weight ``[O, I]``."""
     x, bias = need_value(a.input), a.bias
@@ -21,7 +21,7 @@ def linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Contract(Dense(), a.weight, bias), (x,), (*shape[:-1], b.param_shape(a.weight)[0]))
 
 
-@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
+@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default", axes=())
 def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or a product of two values (`Product`)."""
     x, right = (a.self, a.other) if hasattr(a, "other") else (a.self, a.mat2)
@@ -54,7 +54,7 @@ def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Contract(Dense(), weight, a.self), (a.mat1,), (*b.shape(a.mat1)[:-1], width))
 
 
-@lowers("aten.baddbmm.default")
+@lowers("aten.baddbmm.default", axes=())
 def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``beta mask + alpha x @ y`` per sample, with a constant mask: from attention that also returns its weights."""
     if not isinstance(a.self, Param):

@@ -55,7 +55,7 @@ def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
     return b.emit(Contract(form.map, form.weight, low), (Value(step.inputs[0]),), b.shape(x))  # type: ignore[union-attr]
 
 
-@lowers("aten.masked_fill.Scalar")
+@lowers("aten.masked_fill.Scalar", axes=())
 def masked_fill(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``x (1 - mask) + value mask``, for scores that a softmax leaves out; for finite scores this is the same.
 

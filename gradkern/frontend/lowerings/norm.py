@@ -38,7 +38,7 @@ def folded(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Contract(Channels(), scale, shift), (value,), b.shape(value))
 
 
-@lowers("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
+@lowers("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", along="dim")
 def softmax(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if getattr(a, "dtype", None) is not None or getattr(a, "half_to_float", False):
@@ -67,7 +67,7 @@ def affine_along(b: ProgramBuilder, x: Value, axis: int, weight: Param | None, b
     return b.emit(Contract(Channels(axis), weight, bias), (x,), b.shape(x))
 
 
-@lowers("aten.layer_norm.default", "aten.native_layer_norm.default")
+@lowers("aten.layer_norm.default", "aten.native_layer_norm.default", axes=())
 def layer_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input)
     shape, inner = b.shape(x), tuple(a.normalized_shape)

@@ -112,8 +112,8 @@ def adaptive_rows(n: int, m: int) -> Rows:
 # Means and sums over axes
 
 
-@lowers("aten.mean.dim", average=True)
-@lowers("aten.sum.dim_IntList", average=False)
+@lowers("aten.mean.dim", along="dim", average=True)
+@lowers("aten.sum.dim_IntList", along="dim", average=False)
 def reduced(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
     """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
     x = need_value(a.self)

@@ -24,12 +24,12 @@ def view(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return as_shape(b, x, a.result)
 
 
-@lowers("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.lift_fresh_copy.default")
+@lowers("aten.clone.default", "aten.alias.default", "aten.contiguous.default", "aten.lift_fresh_copy.default", axes=())
 def identity(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return need_value(a.self)
 
 
-@lowers("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
+@lowers("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default", axes=())
 def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.train and a.p > 0:
         raise NoForm("dropout in train mode draws random numbers")

@@ -1,0 +1,62 @@
+"""Random Programs in property-based tests: what is asked of a network, and whether two answers agree."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradkern.runtime import executor, reference
+from tests.support.random_programs import Network
+
+EXACT = 1e-10
+
+
+FUZZ = int(os.environ.get("GRADKERN_FUZZ", "0"))  # `make fuzz`: that many other networks each time
+
+
+# Derandomised: a run is the same everywhere. `--hypothesis-seed` or `derandomize=False` hunts further.
+FAST = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+
+
+@st.composite
+def questions(draw, networks):
+    """A network, samples (the first of them NaN now and then), targets and inputs to differentiate."""
+    net = draw(networks)
+    n, c = draw(st.sampled_from([1, 2, 3, 5, 9])), net.program.outputs
+    index = st.integers(0, c - 1)
+    shared = st.lists(index, min_size=1, max_size=13).map(torch.tensor)
+    each = st.lists(st.lists(index, min_size=2, max_size=2), min_size=n, max_size=n).map(torch.tensor)
+    targets = draw(st.one_of(st.none(), shared, each))
+    wrt = draw(st.sampled_from([(0,), (1,), (1, 0), (0, 1)])) if len(net.program.inputs) == 2 else None
+    return net, n, targets, wrt, draw(st.integers(0, 1 << 20)), n > 1 and draw(st.integers(0, 3)) == 0
+
+
+def agrees(net: Network, n: int, targets: Tensor | None, wrt, seed: int, poisoned: bool) -> None:
+    """Engine and reference agree; a NaN sample at the head of the batch must not leak into the others."""
+    params, inputs = net.params(seed), net.inputs(n, seed + 1)
+    want_y, want = reference.jacobian(net.program, params, inputs, targets, wrt)
+    clean = slice(None)
+    if poisoned:
+        inputs[0][0], clean = math.nan, slice(1, None)
+    out = tuple(torch.full_like(j, math.nan) for j in want)
+    with torch.no_grad():
+        y, found = executor.jacobian(net.program, params, inputs, targets, wrt, out=out)
+    close(y[clean], want_y[clean])
+    for got, right in zip(found, want, strict=True):
+        close(got[clean], right[clean])
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    # Where a gradient cancels (a mean over a softmax) rounding is all that is left of it, hence the floor.
+    scale = max(float(want.abs().max()) if want.numel() else 0.0, 1e-3)
+    assert torch.isfinite(got).all()
+    assert float((got - want).abs().max() if want.numel() else 0.0) <= EXACT * scale

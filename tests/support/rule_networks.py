@@ -1,0 +1,32 @@
+"""Networks for the rules of attribution methods, and how they are built."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.support.case import randomise_norm
+
+
+def build(make, *args):
+    torch.manual_seed(0)
+    model = make(*args).double()
+    for module in model.modules():
+        randomise_norm(module)
+    return model.eval()
+
+
+def chain(*modules, shape, classes=3):
+    body = nn.Sequential(*modules)
+    width = body(torch.zeros(1, *shape)).flatten(1).shape[1]
+    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(width, classes))
+
+
+DEEP = {
+    "relu_pool_1d": (lambda: chain(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(3, 2, 2), nn.ReLU(),
+                                   nn.MaxPool1d(2), shape=(1, 14)), (1, 14)),
+    "relu_pool_2d": (lambda: chain(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), shape=(1, 8, 8)), (1, 8, 8)),
+    "overlap": (lambda: chain(nn.Conv1d(1, 3, 3), nn.MaxPool1d(3, 2, 1), nn.ELU(), shape=(1, 12)), (1, 12)),
+    "pool_first": (lambda: chain(nn.MaxPool2d(2), nn.Conv2d(1, 2, 2), nn.Tanh(), shape=(1, 6, 6)), (1, 6, 6)),
+    "softmax": (lambda: nn.Sequential(*chain(nn.Linear(6, 5), nn.ReLU(), shape=(6,)), nn.Softmax(1)), (6,)),
+}  # fmt: skip
