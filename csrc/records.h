@@ -59,17 +59,17 @@ enum class LineFunction : int64_t {
 
 // How a GPU's workers compute a transposed convolution.
 enum class ScatterAlgorithm : int64_t {
-  Walk = 0,  // live channel by live channel (csrc/cuda/scatter.cuh)
-  Quads = 1,  // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
+  Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
+  Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
   Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
 };
 
 // Where the channels-last interior of a value or cotangent begins in scratch memory.
 struct Place {
-  int64_t offset;  // of the first element, of the first sample and seed
-  int64_t sample;  // stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand
-  int64_t seed;  // stride between seeds; 0: no cotangent
-  int64_t row;  // elements from one row of positions to the next
+  int64_t offset;    // of the first element, of the first sample and seed
+  int64_t sample;    // stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand
+  int64_t seed;      // stride between seeds; 0: no cotangent
+  int64_t row;       // elements from one row of positions to the next
   int64_t position;  // elements from one position to the next
 };
 
@@ -85,12 +85,12 @@ struct Extent {
 // Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
 // output came from, where that is alive.
 struct PatternRef {
-  int64_t bits;  // byte offset among a sample's bits
-  int64_t taps;  // planes per position; 0: no pattern
+  int64_t bits;         // byte offset among a sample's bits
+  int64_t taps;         // planes per position; 0: no pattern
   int64_t plane_bytes;  // of one plane: a bit per channel, in whole 16-bit words
-  int64_t H;  // rows of the pool's input
-  int64_t W;  // columns of the pool's input
-  int64_t kh;  // kernel
+  int64_t H;            // rows of the pool's input
+  int64_t W;            // columns of the pool's input
+  int64_t kh;           // kernel
   int64_t kw;
   int64_t sh;  // stride
   int64_t sw;
@@ -102,9 +102,9 @@ struct PatternRef {
 
 // Blocks of positions with the same reads; tables.py defines blocks and entries.
 struct StencilTable {
-  int64_t weights;  // offset in the packed weights: rows of one weight per channel
-  int64_t row_length;  // of the weights
-  int64_t blocks;  // how many
+  int64_t weights;      // offset in the packed weights: rows of one weight per channel
+  int64_t row_length;   // of the weights
+  int64_t blocks;       // how many
   int64_t block_table;  // their offset in the tables, 7 numbers each
   int64_t entry_table;  // offset of the entries in the tables, 2 numbers each
 };
@@ -114,8 +114,8 @@ struct LineSet {
   Extent extent;
   Along along;
   LineFunction function;
-  double epsilon;  // added to the variance
-  Place saved;  // the probabilities, or the normalised numbers
+  double epsilon;      // added to the variance
+  Place saved;         // the probabilities, or the normalised numbers
   int64_t deviations;  // elements from `saved` to the lines' inverse standard deviations
 };
 
@@ -129,29 +129,29 @@ struct Bands {
 
 // Scratch memory of one thread.
 struct CpuSizes {
-  int64_t shared;  // elements that all samples share
-  int64_t sample;  // elements of each sample
-  int64_t bits;  // bytes of each sample's bits
-  int64_t entries;  // of the lists of live channels
+  int64_t shared;    // elements that all samples share
+  int64_t sample;    // elements of each sample
+  int64_t bits;      // bytes of each sample's bits
+  int64_t entries;   // of the lists of live channels
   int64_t segments;  // of those lists
-  int64_t block;  // samples that are processed together
+  int64_t block;     // samples that are processed together
 };
 
 // Shared memory of one thread block.
 struct CudaSizes {
-  int64_t region;  // elements of scratch, for a few samples at a time
-  int64_t sample;  // elements of each sample
-  int64_t bits;  // bytes of each sample's bits
+  int64_t region;   // elements of scratch, for a few samples at a time
+  int64_t sample;   // elements of each sample
+  int64_t bits;     // bytes of each sample's bits
   int64_t samples;  // the most at a time in the region
-  int64_t bytes;  // of shared memory in all
-  int64_t block;  // samples of a block
+  int64_t bytes;    // of shared memory in all
+  int64_t block;    // samples of a block
 };
 
 // Any record: a row of integers.
 struct Record {
   Kind kind;
   int64_t whole_block;  // takes all samples of a block at once, so that its weight is read once for all of them
-  int64_t samples;  // on a GPU: how many samples go together through the record's run
+  int64_t samples;      // on a GPU: how many samples go together through the record's run
   int64_t fields[kRecordWidth - 3];
 };
 
@@ -190,8 +190,8 @@ struct WindowRecord {
   int64_t runs;  // per window
   int64_t run_length;
   int64_t run_table;  // offset of the runs' starts in the tables
-  int64_t weights;  // offset in the packed weights
-  int64_t bias;  // likewise
+  int64_t weights;    // offset in the packed weights
+  int64_t bias;       // likewise
 };
 
 // On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
@@ -210,8 +210,8 @@ struct PooledWindowRecord {
   int64_t runs;  // per window
   int64_t run_length;
   int64_t run_table;  // offset of the runs' starts in the tables
-  int64_t weights;  // offset in the packed weights
-  int64_t bias;  // likewise
+  int64_t weights;    // offset in the packed weights
+  int64_t bias;       // likewise
   PatternRef pattern;
   int64_t relu;
 };
@@ -247,7 +247,7 @@ struct ElementwiseRecord {
   Place slope;  // where the derivative goes
   Extent extent;
   int64_t function;  // which of csrc/elementwise.h's functions
-  double p0;  // its parameters
+  double p0;         // its parameters
   double p1;
   double p2;
 };
@@ -297,10 +297,10 @@ struct LinesRecord {
 struct MatMulRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place left;  // row: from one matrix to the next; position: from one row to the next
-  Place right;  // row: from one matrix to the next; position: from one term to the next
-  Place dst;  // row: from one matrix to the next; position: from one row to the next
-  int64_t left_term;  // stride between terms of the left side
+  Place left;            // row: from one matrix to the next; position: from one row to the next
+  Place right;           // row: from one matrix to the next; position: from one term to the next
+  Place dst;             // row: from one matrix to the next; position: from one row to the next
+  int64_t left_term;     // stride between terms of the left side
   int64_t right_column;  // stride between columns of the right side; 1 on the CPU
   int64_t matrices;
   int64_t rows;
@@ -353,45 +353,45 @@ struct SeedDenseRecord {
 struct WindowTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // the cotangent of the contraction's output; of the pattern's output where one is read through
-  int64_t seed_rows;  // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;  // where the window of the first position begins; row, position: from one window to the next
-  int64_t O;  // channels of the cotangent, all groups
-  PatternRef pattern;  // the ReLU or pool through whose bits the cotangent is read
-  int64_t weights;  // offset in the packed weights
-  int64_t row_length;  // of the weights
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
   int64_t window_table;  // offset in the tables of where the window's elements lie
-  int64_t H;  // positions of the cotangent
+  int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
   int64_t groups;
-  int64_t merged;  // the taps of the pool share one window, with one weight row per tap and channel
+  int64_t merged;          // the taps of the pool share one window, with one weight row per tap and channel
   int64_t window_vectors;  // pairs (offset, live lanes) in the window table
-  int64_t sweep;  // positions per sweep over the weights
-  int64_t assign;  // the first write of the destination: store instead of add
+  int64_t sweep;           // positions per sweep over the weights
+  int64_t assign;          // the first write of the destination: store instead of add
 };
 
 // On a GPU: a transposed convolution.
 struct ScatterTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // the cotangent of the contraction's output; of the pattern's output where one is read through
-  int64_t seed_rows;  // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;  // where the window of the first position begins; row, position: from one window to the next
-  int64_t O;  // channels of the cotangent, all groups
-  PatternRef pattern;  // the ReLU or pool through whose bits the cotangent is read
-  int64_t weights;  // offset in the packed weights
-  int64_t row_length;  // of the weights
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
   int64_t window_table;  // offset in the tables of where the window's elements lie
-  int64_t H;  // positions of the cotangent
+  int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
   int64_t groups;
-  int64_t merged;  // the taps of the pool share one window
+  int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
   ScatterAlgorithm algorithm;
   int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
-  int64_t lanes;  // of a worker
+  int64_t lanes;      // of a worker
   Bands bands;
 };
 
@@ -399,17 +399,17 @@ struct ScatterTRecord {
 struct DenseTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // the cotangent of the contraction's output; of the pattern's output where one is read through
-  int64_t seed_rows;  // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;  // where the window of the first position begins; row, position: from one window to the next
-  int64_t O;  // channels of the cotangent, all groups
-  PatternRef pattern;  // the ReLU or pool through whose bits the cotangent is read
-  int64_t weights;  // offset in the packed weights
-  int64_t row_length;  // of the weights
+  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  int64_t O;             // channels of the cotangent, all groups
+  PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
+  int64_t weights;       // offset in the packed weights
+  int64_t row_length;    // of the weights
   int64_t window_table;  // offset in the tables of where the window's elements lie
   int64_t window_elements;  // columns of the weight
-  int64_t joined;  // the destination is one contiguous run
-  int64_t assign;  // the first write of the destination: store instead of add
+  int64_t joined;           // the destination is one contiguous run
+  int64_t assign;           // the first write of the destination: store instead of add
 };
 
 // Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
@@ -460,7 +460,7 @@ struct MoveTRecord {
   Place dst;
   int64_t runs;
   int64_t run_table;  // that of the move, with destinations and sources exchanged
-  int64_t distinct;  // no number is read twice, so runs can be processed in parallel
+  int64_t distinct;   // no number is read twice, so runs can be processed in parallel
 };
 
 // Adds a cotangent times the product's other side, summed where `dst` was broadcast.
@@ -488,10 +488,10 @@ struct LinesTRecord {
 struct MatMulTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place left;  // row: from one matrix to the next; position: from one row to the next
-  Place right;  // row: from one matrix to the next; position: from one term to the next
-  Place dst;  // row: from one matrix to the next; position: from one row to the next
-  int64_t left_term;  // stride between terms of the left side
+  Place left;            // row: from one matrix to the next; position: from one row to the next
+  Place right;           // row: from one matrix to the next; position: from one term to the next
+  Place dst;             // row: from one matrix to the next; position: from one row to the next
+  int64_t left_term;     // stride between terms of the left side
   int64_t right_column;  // stride between columns of the right side; 1 on the CPU
   int64_t matrices;
   int64_t rows;
@@ -507,24 +507,24 @@ struct StoreTRecord {
   Place src;
   int64_t result;  // which of the results
   Extent extent;
-  int64_t fold;  // rows interleaved in the source, which then begins at its border (1: none)
-  int64_t halo_rows;  // where rows are interleaved: rows of the border above
+  int64_t fold;          // rows interleaved in the source, which then begins at its border (1: none)
+  int64_t halo_rows;     // where rows are interleaved: rows of the border above
   int64_t halo_columns;  // and columns of the border on the left
 };
 
-constexpr int kMaxTaps = 256;  // of a pattern: planes of bits
-constexpr int kPorts = 16;  // external inputs or outputs of a chain
+constexpr int kMaxTaps = 256;     // of a pattern: planes of bits
+constexpr int kPorts = 16;        // external inputs or outputs of a chain
 constexpr int kWalkElements = 5;  // of the window, per lane
 template <class T>
 constexpr int kWalkSeeds = sizeof(T) == 4 ? 5 : 2;  // per walk
 template <class T>
 constexpr int kQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
-constexpr int kQuadSeeds = 6;  // per visit
+constexpr int kQuadSeeds = 6;                   // per visit
 template <class T>
 constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds of a lane
-constexpr int kQuadPlanes = 4;  // taps of a pool that share a window
-constexpr int kNarrow = 8;  // numbers of a narrow window at most
-constexpr int kNarrowLanes = 4;  // of a worker
+constexpr int kQuadPlanes = 4;                      // taps of a pool that share a window
+constexpr int kNarrow = 8;                          // numbers of a narrow window at most
+constexpr int kNarrowLanes = 4;                     // of a worker
 template <class T>
 constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
 template <class T>
