@@ -83,7 +83,7 @@ struct Extent {
 // Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 //
 // Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-// output came from, where that is alive.
+// output came from, if that is alive.
 struct PatternRef {
   int64_t bits;         // byte offset among a sample's bits
   int64_t taps;         // planes per position; 0: no pattern
@@ -280,7 +280,7 @@ struct MultiplyRecord {
   Place right;
   Place dst;
   Extent extent;
-  int64_t left_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t left_channel;  // stride between channels: 1, or 0 if there is one for all
   int64_t right_channel;
 };
 
@@ -353,7 +353,7 @@ struct SeedDenseRecord {
 struct WindowTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
@@ -375,7 +375,7 @@ struct WindowTRecord {
 struct ScatterTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
@@ -399,7 +399,7 @@ struct ScatterTRecord {
 struct DenseTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
   Place dst;             // where the window of the first position begins; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
@@ -471,7 +471,7 @@ struct MultiplyTRecord {
   Place other;
   Place dst;
   Extent extent;
-  int64_t dst_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t dst_channel;  // stride between channels: 1, or 0 if there is one for all
   int64_t other_channel;
 };
 

@@ -54,9 +54,9 @@ def check(
     model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
     wrt: api.Wrt = None, engine: Engine = "kernel",
 ) -> Check:  # fmt: skip
-    """Compare what ``engine`` gives with autograd on a float64 copy.
+    """Compare the results of ``engine`` with autograd on a float64 copy.
 
-    ``"kernel"`` gives what ``"auto"`` does once it has traced the model.  ``targets`` and ``wrt`` as in `jacobian`.
+    ``"kernel"`` gives the results of ``"auto"`` for a traced model.  ``targets`` and ``wrt`` as in `jacobian`.
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """

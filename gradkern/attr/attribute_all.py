@@ -31,9 +31,9 @@ Yes = Literal[True]
 
 
 class AttributeAll(Protocol):
-    """``attribute_all(inputs, targets, …)``, whatever the method; what follows is the method's own, best by keyword.
+    """``attribute_all(inputs, targets, …)`` of every method; pass the method's other arguments by name.
 
-    Returns attributions as the inputs are given, then the convergence delta where it is asked for, then the indices
+    Returns attributions (a tuple if the inputs are one), then the convergence delta if requested, then the indices
     of `TopK`.
     """
 
@@ -63,7 +63,7 @@ def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
 
 
 def check_distribution(method: Any, baselines: Any) -> None:
-    """Raise where a method that averages over baselines got none: in Captum's order they would stand for targets."""
+    """Raise if a method that averages over baselines got none: in Captum's order they would be taken as targets."""
     if baselines is None:
         raise BadType(
             f"baselines: got none, but {type(method).__name__} averages over them. Pass baselines=... by name: the "

@@ -1,6 +1,6 @@
 """From the native steps of a group to units and nodes (:mod:`gradkern.codegen.units`).
 
-A flattened node keeps the channels-last order of what it was flattened from; a linear layer after it permutes
+A flattened node keeps the channels-last order of its source; a linear layer after it permutes
 its weight when packed, so the flatten costs nothing.  A value whose *last* axis holds the channels (tokens, a
 transposed signal) is the same storage read in another order: such values are in ``channels_last``, and a transpose
 between ``[C, L]`` and ``[L, C]`` costs nothing either.
@@ -106,7 +106,7 @@ class GraphBuilder:
         return False
 
     def in_order(self, value: int, channels_last: bool) -> Node:
-        """The value's node in the geometry of its own shape, copied where it is stored in another order."""
+        """The value's node in the geometry of its own shape, copied if it is stored in another order."""
         node, shape = self.nodes[value], self.program.shape(value)
         fits = node.is_a(tokens(shape) if channels_last else geometry(shape))
         if fits and (node.trivial or (value in self.channels_last) == channels_last):

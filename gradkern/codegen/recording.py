@@ -19,7 +19,7 @@ L = TypeVar("L", bound=Layout)
 class Recording:
     """The records of one group so far, and everything that they refer to."""
 
-    slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
+    slack, multiple = SLACK, 16  # elements past the end of every buffer; its size is a multiple of the second
     window_type: type[WindowLayout] = WindowLayout
 
     def __init__(
@@ -40,7 +40,7 @@ class Recording:
         self.backward: list[Record] = []
         self.stores: dict[int, Buffer] = {}  # Node.store → forward memory
         self.grads: dict[int, Buffer] = {}  # node id → cotangent memory
-        self.saved: dict[int, Buffer] = {}  # unit → what its backward pass needs: derivatives, probabilities, …
+        self.saved: dict[int, Buffer] = {}  # unit → values for its backward pass: derivatives, probabilities, …
         self.touched: set[int] = set()  # nodes whose cotangent memory has been zeroed or written
         self.bits: dict[int, int] = {}  # unit → byte offset among a sample's bits
         self.bit_bytes = 0

@@ -55,7 +55,7 @@ class PatternRef(RecordPart):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
     Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-    output came from, where that is alive.
+    output came from, if that is alive.
     """
 
     bits: int  # byte offset among a sample's bits
@@ -264,7 +264,7 @@ class Multiply(Record):
     right: Place
     dst: Place
     extent: Extent
-    left_channel: int  # stride between channels: 1, or 0 where there is one for all
+    left_channel: int  # stride between channels: 1, or 0 if there is one for all
     right_channel: int
 
 
@@ -332,7 +332,7 @@ class SeedDense(Record):
 class ContractionT(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
-    src: Place  # the cotangent of the contraction's output; of the pattern's output where one is read through
+    src: Place  # the cotangent of the contraction's output, or of the pattern's output if there is a pattern
     seed_rows: bool  # the cotangent is the seed rows (the first gradient, free), not in scratch memory
     dst: Place  # where the window of the first position begins; row, position: from one window to the next
     O: int  # channels of the cotangent, all groups  # noqa: E741
@@ -431,7 +431,7 @@ class MultiplyT(Record):
     other: Place
     dst: Place
     extent: Extent
-    dst_channel: int  # stride between channels: 1, or 0 where there is one for all
+    dst_channel: int  # stride between channels: 1, or 0 if there is one for all
     other_channel: int
 
 

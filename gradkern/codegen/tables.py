@@ -12,7 +12,7 @@ from ..ir.indexing import indices
 from ..ir.program import Part
 from .units import Node, Side
 
-Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
+Entries = list[tuple[int, int]]  # (offset of the read, row of weights)
 
 
 # ---- moves

@@ -131,7 +131,7 @@ def input_x_gradient(batch: Batch) -> Outcome:
 
 
 def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
-    """The gradients, and what the class of `gradkern.attr` makes of them, beside outputs from the same forward pass."""
+    """The gradients, finished by the class of `gradkern.attr`, and the outputs from the same forward pass."""
     outcome = gradients(batch)
     kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
     return outcome

@@ -34,7 +34,7 @@ class Attribute:
                             batch_size=1024, concurrency=4)
 
     ``columns`` names the model's inputs; the batch comes back with ``attributions`` [n, S, *in] (``attributions_0``,
-    … where there are several inputs) and ``predictions`` [n, *out].
+    … if there are several inputs) and ``predictions`` [n, *out].
     """
 
     def __init__(

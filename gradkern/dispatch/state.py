@@ -67,7 +67,7 @@ class Traced:
 
 @dataclass(eq=False)
 class CacheEntry:
-    """What is known about one model for inputs of one signature."""
+    """The state of one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
     verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Program: what a network computes, as an immutable DAG of steps in a handful of forms.
+"""Program: a network as an immutable DAG of steps in a handful of forms.
 
 A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
 optimizer step never makes it stale, and two networks of one architecture share it.  Its tensors are kept by
@@ -76,7 +76,7 @@ class Call:
     """One ATen call, as data.  ``op`` is the overload's full name, ``"aten.conv1d.default"``.
 
     Arguments are plain immutable Python values, `Param`, `Value`, `Batch`, further calls (whose results have no
-    batch axis 0 and so are no values of their own: an LSTM's zero state), or tuples of these.  ``index`` picks one
+    batch axis 0 and so are not values: an LSTM's zero state), or tuples of these.  ``index`` picks one
     of several results (``None`` where the op returns a single tensor).
     """
 

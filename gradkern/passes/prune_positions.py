@@ -67,7 +67,7 @@ def union(a: Line, b: Line) -> Line:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is needed
+# The positions that are needed
 
 
 def free_axes(step: ir.Step, source: ir.Shape) -> list[bool]:

@@ -46,7 +46,7 @@ class PlanStep:
 
     @property
     def why(self) -> str:
-        """Why nothing faster; empty where there is nothing faster."""
+        """Why no faster implementation runs the step; empty if there is none."""
         return self.refusals[0] if self.refusals else ""
 
 

@@ -197,7 +197,7 @@ def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> T
 
 
 def _convolution_back(w: ir.Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """``g [N, S, O, *out] -> [N, S, C, *spatial]``; what falls on padding is cut off."""
+    """``g [N, S, O, *out] -> [N, S, C, *spatial]``; cotangents of padding are cut off."""
     n, s = g.shape[:2]
     if n * s == 0:
         return g.new_zeros(n, s, *x.shape[1:])

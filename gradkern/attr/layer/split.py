@@ -43,7 +43,7 @@ class Tail:
 
 
 def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none.
+    """The index of the layer's value (from its last call; its input with ``to_input``); None if there is none.
 
     Remembered as long as the graph, but only where these weights and samples left no other choice.
     """
@@ -227,7 +227,7 @@ def jacobians(
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
-    """The model seen from ``layer``; None where it has no Program (or none yet, without ``now``) or no such value."""
+    """The model seen from ``layer``; None if it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
     program = (
         points.traced() if now or name in ("kernel", "reference") or points.route.tracing_pays else points.program()

@@ -67,7 +67,7 @@ class _Writer:
         self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
         self.slopes: list[Slope] = []
         self.weights: list[tuple[str, int]] = []
-        # per value of the network: where it is, and the factors still to be multiplied
+        # per value of the network: its index here, and the factors still to be multiplied
         self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
             v: (("in", v), ()) for v in range(len(program.inputs))
         }
@@ -214,7 +214,7 @@ def run_transposed(
 ) -> tuple[Tensor, ...]:
     """The rule's maps, transposed, on the kernels: one ``[N, S, *in]`` per input of ``wrt``.
 
-    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` where it is given.
+    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` if it is given.
     """
     lp, n, seeds = linear.program, inputs[0].shape[0], targets.shape[-1]
     outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]

@@ -25,7 +25,7 @@ PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops a
 BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-#: Fields that no price depends on: where weights, bits and tables lie, and what is settled after the price.
+#: Fields that no price depends on: the places of weights, bits and tables, and fields that are set after the price.
 UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
 #: Records that are priced as the step from one to the next: they touch each number once, or a few times.
 BARRIERS = frozenset({

@@ -30,7 +30,7 @@ class Mismatch(BadValue):
 
 
 def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
-    """Hashes of everything that decides what the model computes: its weights and buffers, and its graph."""
+    """Hashes of everything that determines the model's results: its weights and buffers, and its graph."""
     digest = hashlib.sha256()
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):

@@ -54,8 +54,8 @@ def run(
         A `torch.nn.Module` in eval mode, on the device to compute on.
     source
         A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
-        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or what a class
-        of your own accepts (`gradkern.data.register`).
+        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or anything
+        that a class of your own accepts (`gradkern.data.register`).
     out
         A folder, or an address that fsspec knows.
     method

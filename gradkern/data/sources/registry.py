@@ -114,7 +114,7 @@ def register(kind: Kind) -> Kind:
 
 
 def accepted_kinds() -> str:
-    """What `open_source` takes, in words."""
+    """The kinds of sources that `open_source` accepts, in words."""
     *kinds, fallback = SOURCE_KINDS
     objects = [kind.about for kind in (*reversed(kinds), fallback) if kind.about]
     return f"{', '.join(objects)}, or a path that ends in {', '.join(sorted(_suffixes()))}"

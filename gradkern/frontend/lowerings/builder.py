@@ -38,9 +38,9 @@ def lowers(
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
     ``axes`` or ``along`` says what to do with tensors whose batch is not axis 0 (`frontend/batch_axis.py`); without
-    them the ops have no form there.  ``axes``: the op takes them wherever the batch is, and these arguments name axes;
-    ``()`` where it works on numbers one by one, or along static axes at the end.  ``along``: the op works along the
-    axes that this argument names.  ``fixed``: further arguments of the lowering for these ops.
+    them the ops have no form there.  ``axes``: the op accepts them for any batch axis, and these arguments name axes;
+    it is ``()`` for elementwise ops, and for ops along static axes at the end.  ``along``: the op works along the axes
+    that this argument names.  ``fixed``: further arguments of the lowering for these ops.
     """
     if axes is not None:
         AXES.update(dict.fromkeys(ops, axes))
