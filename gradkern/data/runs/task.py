@@ -82,7 +82,7 @@ class Task:
         return task
 
     def check_earlier(self, asked: Mapping[str, Any]) -> None:
-        """Check whether a store with keys of another version belongs to this run, by computing one finished chunk again.
+        """Check whether a store with keys of another version belongs to this run, by repeating one finished chunk.
 
         Raises `fingerprint.Mismatch` if it belongs to another run; adds a note if only the last bits differ.
         """
