@@ -175,7 +175,7 @@ struct StoreRecord {
 
 // A convolution; or, over the whole block, a linear layer, whose positions are the samples.
 //
-// A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+// A window is `runs` contiguous pieces of `run_length` elements.  Each group's weights are [terms][O], the terms in
 // the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
 struct WindowRecord {
   Kind kind;
@@ -360,7 +360,7 @@ struct WindowTRecord {
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
@@ -382,7 +382,7 @@ struct ScatterTRecord {
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
@@ -406,7 +406,7 @@ struct DenseTRecord {
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t window_elements;  // columns of the weight
   int64_t joined;           // the destination is one contiguous run
   int64_t assign;           // the first write of the destination: store instead of add

@@ -224,7 +224,7 @@ class UnitRecords(Recording):
         return Place(self.keep(unit, b.C * b.P), 0, b.C * b.W, b.W), 1
 
     def transpose_right(self, unit: Unit) -> None:
-        """Store the right side transposed: vectors read columns that lie side by side."""
+        """Store the right side transposed, so that vectors read contiguous columns."""
         b = unit.reads[1]
         runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
         src = self.value(b)

@@ -79,7 +79,7 @@ class GraphBuilder:
         self.units.append(unit)
 
     def only_reader(self, value: int) -> int | None:
-        """The one step that reads a value which nobody else wants."""
+        """The only reader of a value that is not wanted outside."""
         readers = self.reads.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
@@ -231,7 +231,7 @@ class GraphBuilder:
         self.place(steps[-1], out, keeps)
 
     def side_by_side(self, step: ir.Step) -> bool:
-        """Whether a concatenation fills every channel, of values that lie channels first."""
+        """Whether a concatenation of values that are stored channels first fills every channel."""
         assert isinstance(step.form, ir.Index)
         rows = [p.axes for p in step.form.parts]
         full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)

@@ -178,7 +178,7 @@ class Store(Record):
 class Window(Record):
     """A convolution; or, over the whole block, a linear layer, whose positions are the samples.
 
-    A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+    A window is `runs` contiguous pieces of `run_length` elements.  Each group's weights are [terms][O], the terms in
     the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
     """
 
@@ -339,7 +339,7 @@ class ContractionT(Record):
     pattern: PatternRef | None  # the ReLU or pool through whose bits the cotangent is read
     weights: int  # offset in the packed weights
     row_length: int  # of the weights
-    window_table: int  # offset in the tables of where the window's elements lie
+    window_table: int  # offset in the tables of the offsets of the window's elements
 
 
 class WindowT(ContractionT):

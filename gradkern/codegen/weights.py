@@ -99,7 +99,7 @@ class ContractionLayout(Layout):
 class WindowLayout(ContractionLayout):
     """Forward: windows made of R contiguous runs of L elements, groups apart.
 
-    Weights lie per group and per tile of output vectors as ``[K][vectors · lanes]``.
+    The weights of each group and tile of output vectors are ``[K][vectors · lanes]``.
     """
 
     channels: int  # read per group

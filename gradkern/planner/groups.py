@@ -130,6 +130,6 @@ class Partition:
         return pieces
 
     def chain_of(self, group: Group) -> Chain:
-        """The chain of a call that wants the cotangents of all inputs."""
+        """The chain of a call that requests the cotangents of all inputs."""
         wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
         return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

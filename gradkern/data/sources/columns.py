@@ -56,7 +56,7 @@ def to_tensor(x: Any) -> Tensor:
     """A CPU tensor that owns its memory or shares the caller's tensor; data on disk is read here."""
     if isinstance(x, Tensor):
         return x.detach().cpu()
-    array = np.array(x)  # a copy: the reading happens in this thread, and torch wants writable memory
+    array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     try:
