@@ -180,7 +180,7 @@ struct StoreRecord {
 struct WindowRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // where the first window begins; row, position: from one window to the next
+  Place src;  // the start of the first window; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
   int64_t W;
@@ -200,7 +200,7 @@ struct WindowRecord {
 struct PooledWindowRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // where the first window begins; row, position: from one window to the next
+  Place src;  // the start of the first window; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
   int64_t W;
@@ -244,7 +244,7 @@ struct ElementwiseRecord {
   int64_t whole_block, samples;
   Place src;
   Place dst;
-  Place slope;  // where the derivative goes
+  Place slope;  // the place of the derivative
   Extent extent;
   int64_t function;  // which of csrc/elementwise.h's functions
   double p0;         // its parameters
@@ -355,7 +355,7 @@ struct WindowTRecord {
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
@@ -377,7 +377,7 @@ struct ScatterTRecord {
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
@@ -390,7 +390,7 @@ struct ScatterTRecord {
   int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
   ScatterAlgorithm algorithm;
-  int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
+  int64_t tap_table;  // Quads: offset in the tables of the starts of each tap's weights
   int64_t lanes;      // of a worker
   Bands bands;
 };
@@ -401,7 +401,7 @@ struct DenseTRecord {
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
@@ -508,7 +508,7 @@ struct StoreTRecord {
   int64_t result;  // which of the results
   Extent extent;
   int64_t fold;          // rows interleaved in the source, which then begins at its border (1: none)
-  int64_t halo_rows;     // where rows are interleaved: rows of the border above
+  int64_t halo_rows;     // if rows are interleaved: rows of the border above
   int64_t halo_columns;  // and columns of the border on the left
 };
 
@@ -528,7 +528,7 @@ constexpr int kNarrowLanes = 4;                     // of a worker
 template <class T>
 constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
 template <class T>
-constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread where a convolution's pool is taken at once
+constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread if a convolution is joined with its pool
 constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
 
 }  // namespace gradkern

@@ -66,7 +66,7 @@ def jacobian(
 ) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
-    ``J[n, c] = ∂(Σ_m y[m, c]) / ∂x[n]``; where the samples of a batch do not mix, that is sample n's own Jacobian.
+    ``J[n, c] = ∂(Σ_m y[m, c]) / ∂x[n]``; if the samples of a batch do not mix, that is sample n's own Jacobian.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def jacobian(
     Returns
     -------
     ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
-    for an output ``[N]``), in the dtype of the input; a tuple of them where ``inputs`` is a tuple.  With
+    for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With
     ``TopK``: the pair of that and the indices.
 
     Raises

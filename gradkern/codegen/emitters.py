@@ -76,7 +76,7 @@ class UnitRecords(Recording):
         return WindowT(**vars(common) | sizes | cpu_fields)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
-        """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
+        """Segments per sweep over the weights: few if the weights stay in L1, more if they come from L2."""
         if unit.dense:
             return 1 << 30
         weights = layout.row_length * layout.O * len(layout.taps) * self.itemsize

@@ -33,7 +33,7 @@ NARROW = 8  # numbers of a narrow window at most
 NARROW_LANES = 4  # of a worker
 NARROW_SEEDS = ByType(5, 3)  # per visit
 # The other contractions.
-POOLED = ByType(8, 4)  # positions of a thread where a convolution's pool is taken at once
+POOLED = ByType(8, 4)  # positions of a thread if a convolution is joined with its pool
 PART_ROWS = 12  # of a linear layer's weight, at least, for each warp that shares a sum
 
 #: All of them by name.

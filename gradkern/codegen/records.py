@@ -182,7 +182,7 @@ class Window(Record):
     the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
     """
 
-    src: Place  # where the first window begins; row, position: from one window to the next
+    src: Place  # the start of the first window; row, position: from one window to the next
     dst: Place
     H: int  # positions of the output
     W: int
@@ -231,7 +231,7 @@ class Elementwise(Record):
 
     src: Place
     dst: Place
-    slope: Place  # where the derivative goes
+    slope: Place  # the place of the derivative
     extent: Extent
     function: int  # which of csrc/elementwise.h's functions
     p0: float  # its parameters
@@ -334,7 +334,7 @@ class ContractionT(Record):
 
     src: Place  # the cotangent of the contraction's output, or of the pattern's output if there is a pattern
     seed_rows: bool  # the cotangent is the seed rows (the first gradient, free), not in scratch memory
-    dst: Place  # where the window of the first position begins; row, position: from one window to the next
+    dst: Place  # the start of the first position's window; row, position: from one window to the next
     O: int  # channels of the cotangent, all groups  # noqa: E741
     pattern: PatternRef | None  # the ReLU or pool through whose bits the cotangent is read
     weights: int  # offset in the packed weights
@@ -365,7 +365,7 @@ class ScatterT(ContractionT):
     merged: bool  # the taps of the pool share one window
     window_elements: int  # offsets in the window table
     algorithm: ScatterAlgorithm
-    tap_table: int = 0  # Quads: offset in the tables of where each tap's weights begin
+    tap_table: int = 0  # Quads: offset in the tables of the starts of each tap's weights
     lanes: int = 32  # of a worker
     bands: Bands = Bands()
 
@@ -456,7 +456,7 @@ class StoreT(Record):
     result: int  # which of the results
     extent: Extent
     fold: int = 1  # rows interleaved in the source, which then begins at its border (1: none)
-    halo_rows: int = 0  # where rows are interleaved: rows of the border above
+    halo_rows: int = 0  # if rows are interleaved: rows of the border above
     halo_columns: int = 0  # and columns of the border on the left
 
 

@@ -24,7 +24,7 @@ SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs mo
 
 @dataclass(eq=False)
 class Buffer:
-    """A piece of scratch memory: per-sample where it must outlive a stage, shared between samples otherwise."""
+    """A piece of scratch memory: per sample if it must outlive a stage, otherwise shared between samples."""
 
     elements: int  # of one seed, if it holds a cotangent
     cotangent: bool = False

@@ -40,7 +40,7 @@ class Batch:
 @dataclass(frozen=True)
 class Outcome:
     """``maps`` [n, S, *in] per floating input, ``outputs`` [n, *out], ``rows`` [n, S] (or None: the same targets for
-    all samples), ``deltas`` [n, S] where the method has them."""
+    all samples), ``deltas`` [n, S] if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor

@@ -138,7 +138,7 @@ class Accumulator:
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], chosen)
 
     def _add(self, at: slice, first: int, maps: Tensor, chosen: Tensor | None = None) -> None:
-        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch where not all are there."""
+        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch if it is a subset."""
         n = maps.shape[0]
         group = ((torch.arange(n) if chosen is None else chosen) + first) % GROUPS  # [n]
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]

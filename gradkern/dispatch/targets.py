@@ -27,7 +27,7 @@ class TopK:
     """A value for ``targets``: the ``k`` highest outputs of each sample, highest first.  The call also returns them.
 
     ``J, indices = jacobian(model, x, TopK(3))``: J is ``[N, k, *in]`` and indices ``[N, k]`` (``[N, k, axes]``
-    where the output has several axes), int64.  A NaN output counts as the highest, as in `torch.topk`.
+    if the output has several axes), int64.  A NaN output counts as the highest, as in `torch.topk`.
     """
 
     k: int
@@ -79,7 +79,7 @@ class TopSeeds(Seeds):
         return replace(self, indices=self.highest(outputs))
 
     def indices_per_sample(self) -> Tensor:
-        """``[N, k]``, or ``[N, k, axes]`` where the output has several axes; the outputs must be known."""
+        """``[N, k]``, or ``[N, k, axes]`` if the output has several axes; the outputs must be known."""
         assert self.indices is not None
         if len(self.out) < 2:
             return self.indices

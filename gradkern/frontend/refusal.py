@@ -1,4 +1,4 @@
-"""Why a network has no Program, in one line, with the file and the line of the caller's code where they are known."""
+"""Why a network has no Program, in one line, with the file and the line of the caller's code if they are known."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Untraceable(RuntimeError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Why Dynamo refused, in one line, with the file and the line of the caller's code where it knows them."""
+    """Why Dynamo refused, in one line, with the file and the line of the caller's code if it knows them."""
     text = str(error)
     where = _where(getattr(error, "real_stack", None)) or location_in(text)
     if "marked" in text and "dynamic" in text and "specialized" in text:

@@ -77,7 +77,7 @@ class Call:
 
     Arguments are plain immutable Python values, `Param`, `Value`, `Batch`, further calls (whose results have no
     batch axis 0 and so are not values: an LSTM's zero state), or tuples of these.  ``index`` picks one
-    of several results (``None`` where the op returns a single tensor).
+    of several results (``None`` if the op returns a single tensor).
     """
 
     op: str

@@ -67,7 +67,7 @@ class Plan:
     groups: tuple[Group, ...]
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
-    bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
+    bottleneck: Bottleneck | None = None  # the start of the seeds, if not the outputs
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps

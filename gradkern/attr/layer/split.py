@@ -45,7 +45,7 @@ class Tail:
 def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
     """The index of the layer's value (from its last call; its input with ``to_input``); None if there is none.
 
-    Remembered as long as the graph, but only where these weights and samples left no other choice.
+    It is remembered as long as the graph, but only if these weights and samples left no other choice.
     """
     known = _values.of(points.route.verdict)
     value = known.get((path, to_input))

@@ -196,7 +196,7 @@ class DeviceLowering(Lowering):
                 _, lanes, shares = work.transposed(op)
                 op = replace(op, lanes=lanes, bands=shares)
             ops.append(op)
-            # A negative stride between samples means scratch; where one sample is resident it is still below zero.
+            # A negative stride between samples means scratch; it is negative even if one sample is resident.
             rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
             clocks.append(work.clocks(op, forward) * (1 if forward else self.rounds(tiling.seed_tile)))
         # Idle lanes and prefetched weights may read up to that far past the last row.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs where no maps are stored
+CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
 LARGEST_CHUNK = 16384
-CACHED_BYTES = 16 << 20  # of a batch's maps, where they are reduced at once and not stored
+CACHED_BYTES = 16 << 20  # of a batch's maps, if they are reduced at once and not stored
 SMALLEST_CACHED = 32
 QUEUED = 5  # chunks alive at a time: two read ahead, one computed, two being written
 

@@ -1,6 +1,6 @@
 """The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of finished chunks.
 
-attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
+attributions  [N, S, *in]   maps of the targets (attributions_0, … if the model has several inputs)
 predictions   [N, *out]     the model's outputs
 targets       [S] or [N, S] the flat indices of the target outputs
 deltas        [N, S]        if the method has them
