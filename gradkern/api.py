@@ -186,7 +186,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
     """Trace and verify the model now, with some of these samples, so that no later call has to.
 
     One Program serves every later call, whatever its ``engine`` and ``wrt``.  Returns it (it prints itself), or None
-    where the model stays on autograd; a warning says why.
+    if the model stays on autograd; a warning says why.
     """
     request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
