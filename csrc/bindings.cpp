@@ -1,4 +1,4 @@
-// What is not a tensor op: build facts, CPU capabilities, and the record layout that Python checks itself against.
+// Everything except the tensor ops: build facts, CPU capabilities, and the record layout that Python compares with.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #ifdef __linux__
@@ -15,12 +15,12 @@ namespace py = pybind11;
 
 namespace {
 
-// Large results come fresh from the system, and faulting them in page by page can cost as much as computing them.
+// Large results are fresh memory from the system, and faulting it in page by page can cost as much as computing them.
 void advise_huge(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is no error
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // failure is not an error
 #else
   (void)address, (void)bytes;
 #endif

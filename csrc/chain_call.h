@@ -1,4 +1,4 @@
-// A call of a chain as the ops get it, on every device.
+// The arguments of a chain's ops, on every device.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -10,11 +10,11 @@ struct ChainCall {
   const at::Tensor& packed;
   const at::Tensor& tables;
   const at::Tensor& forward;  // records
-  at::Tensor backward;        // none of a forward call
+  at::Tensor backward;        // undefined in a forward call
   at::IntArrayRef sizes;
   at::TensorList outputs;         // [N, size]
   at::Tensor targets, seed_rows;  // [S] or [N, S], and the last weight's rows [*targets, K]; undefined without
-  at::TensorList cotangents;      // [N, S, size] per output, where there are no targets
+  at::TensorList cotangents;      // [N, S, size] per output, if there are no targets
   int64_t seed_tile;
   at::TensorList results;  // [N, S, size]
 
@@ -23,7 +23,7 @@ struct ChainCall {
     return backward.size(0) == 0 ? 0 : targets.defined() ? targets.size(-1) : cotangents[0].size(1);
   }
   bool single() const { return packed.scalar_type() == at::kFloat; }
-  // What a kernel's arguments of either device say of the seeds.
+  // Fills in the seeds in a kernel's arguments, for either device.
   template <class T, class Args>
   void describe_seeds(Args& args) const {
     if (targets.defined()) {

@@ -7,7 +7,7 @@
 
 namespace gradkern {
 
-// An order-sensitive hash of the bytes of all tensors: what guards packed weights against every kind of edit.
+// An order-sensitive hash of the bytes of all tensors, which notices every kind of edit of packed weights.
 int64_t content_hash(at::TensorList tensors) {
   uint64_t total = 0x9e3779b97f4a7c15ull;
   for (const at::Tensor& tensor : tensors) {

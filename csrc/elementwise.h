@@ -1,5 +1,6 @@
-// Elementwise functions: value and derivative, for host and device.  One functor per function; a new activation
-// is one more here (the same in torch is in gradkern/ir/functions.py).  Derivatives at kinks follow torch, op by op.
+// Elementwise functions: value and derivative, for host and device.  There is one functor per function; a new
+// activation needs one more (gradkern/ir/functions.py has the same in torch).  Derivatives at kinks follow torch, op by
+// op.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -65,7 +66,7 @@ GK_HD Exponential<float> exponential(float x) {
   return {(p + 1.0f) * scale, p * scale + (scale - 1.0f)};
 }
 
-// e^x alone; below float's normal range it is zero, as of what a mask has taken out of a softmax.
+// e^x alone; below float's normal range it is zero, as for entries that a mask removes from a softmax.
 GK_HD double power_of_e(double x) { return std::exp(x); }
 GK_HD float power_of_e(float x) {
   const float e = exponential(x).e;
@@ -210,7 +211,7 @@ struct Function<Fn::hardsigmoid> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
     const T gate = x <= T(-3) ? T(0) : (x < T(3) ? x / T(6) + T(0.5) : (x >= T(3) ? T(1) : x));
-    return {gate, x > T(-3) && x < T(3) ? T(1.0f / 6.0f) : T(0)};  // torch's sixth is a float's, in double too
+    return {gate, x > T(-3) && x < T(3) ? T(1.0f / 6.0f) : T(0)};  // torch rounds its 1/6 to float, in double too
   }
 };
 template <>

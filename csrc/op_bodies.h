@@ -1,4 +1,4 @@
-// The bodies of the ops that every device shares: what is checked and allocated around a backend's kernels.
+// The bodies of the ops that every device shares: checks and allocations around a backend's kernels.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,7 +12,7 @@
 
 namespace gradkern {
 
-// The op `chain_forward` of a backend whose `Run` launches a call that is checked and not empty.
+// The op `chain_forward` of a backend, whose `Run` launches a checked, non-empty call.
 template <class Sizes, void (*Run)(const ChainCall&, const Sizes&)>
 std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
                                       const at::Tensor& forward, at::IntArrayRef sizes, at::IntArrayRef output_sizes) {
@@ -26,7 +26,7 @@ std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& p
   return outputs;
 }
 
-// Likewise `chain_vjp`.
+// The op `chain_vjp`, likewise.
 template <class Sizes, void (*Run)(const ChainCall&, const Sizes&)>
 void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
                const at::Tensor& backward, at::IntArrayRef sizes, at::TensorList outputs,

@@ -1,4 +1,4 @@
-// Schemas of the tensor ops.
+// Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp).
 #include <torch/library.h>
 
 #include "content_hash.h"
@@ -10,10 +10,10 @@ TORCH_LIBRARY(gradkern, m) {
   m.def(
       "chain_forward(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, int[] sizes, "
       "int[] output_sizes) -> Tensor[]");
-  // Forward and the backward of all seeds in one pass.  `targets` are flat output indices, [S] or [N, S];
-  // `seed_rows` the last weight's rows (empty where the net does not end in one); `cotangents` dense seeds
-  // [N, S, size] per external output.  `outputs` [N, size] and `results` [N, S, size] per wanted input are written in
-  // place: torch.compile functionalizes an op that writes and returns nothing, but none that also returns a list.
+  // Forward and the backward of all seeds in one pass.  `targets` are flat output indices, [S] or [N, S]; `seed_rows`
+  // are the last weight's rows (empty if the net does not end in one); `cotangents` are dense seeds [N, S, size] per
+  // external output.  `outputs` [N, size] and `results` [N, S, size] per wanted input are written in place, because
+  // torch.compile functionalizes an op that writes and returns nothing, but not one that also returns a list.
   m.def(
       "chain_vjp(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, Tensor backward, int[] sizes, "
       "Tensor(a!)[] outputs, Tensor? targets, Tensor? seed_rows, Tensor[] cotangents, int seed_tile, "

@@ -43,14 +43,14 @@ enum class Kind : int64_t {
   StoreT,
 };
 
-// The axis of the storage that lines lie along.
+// The axis of the storage along which lines run.
 enum class Along : int64_t {
   Channels = 0,
   Columns = 1,
   Rows = 2,
 };
 
-// What is done to each line.
+// The function that is applied to each line.
 enum class LineFunction : int64_t {
   Softmax = 0,
   LogSoftmax = 1,
@@ -83,7 +83,7 @@ struct Extent {
 // Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 //
 // Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-// output came from, where that is alive.
+// output came from, if that is alive.
 struct PatternRef {
   int64_t bits;         // byte offset among a sample's bits
   int64_t taps;         // planes per position; 0: no pattern
@@ -100,7 +100,7 @@ struct PatternRef {
   int64_t dw;
 };
 
-// Blocks of positions that read alike; tables.py says what a block and an entry are.
+// Blocks of positions with the same reads; tables.py defines blocks and entries.
 struct StencilTable {
   int64_t weights;      // offset in the packed weights: rows of one weight per channel
   int64_t row_length;   // of the weights
@@ -109,7 +109,7 @@ struct StencilTable {
   int64_t entry_table;  // offset of the entries in the tables, 2 numbers each
 };
 
-// Softmax or normalisation along one axis of the storage, and what the backward pass needs of it.
+// Softmax or normalisation along one axis of the storage, and the numbers kept for the backward pass.
 struct LineSet {
   Extent extent;
   Along along;
@@ -134,7 +134,7 @@ struct CpuSizes {
   int64_t bits;      // bytes of each sample's bits
   int64_t entries;   // of the lists of live channels
   int64_t segments;  // of those lists
-  int64_t block;     // samples that go together
+  int64_t block;     // samples that are processed together
 };
 
 // Shared memory of one thread block.
@@ -175,12 +175,12 @@ struct StoreRecord {
 
 // A convolution; or, over the whole block, a linear layer, whose positions are the samples.
 //
-// A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+// A window is `runs` contiguous pieces of `run_length` elements.  Each group's weights are [terms][O], the terms in
 // the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
 struct WindowRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // where the first window begins; row, position: from one window to the next
+  Place src;  // the start of the first window; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
   int64_t W;
@@ -196,11 +196,11 @@ struct WindowRecord {
 
 // On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
 //
-// The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
+// The pool's windows neither overlap nor leave the input; H and W are positions of the pool's output.
 struct PooledWindowRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;  // where the first window begins; row, position: from one window to the next
+  Place src;  // the start of the first window; row, position: from one window to the next
   Place dst;
   int64_t H;  // positions of the output
   int64_t W;
@@ -244,7 +244,7 @@ struct ElementwiseRecord {
   int64_t whole_block, samples;
   Place src;
   Place dst;
-  Place slope;  // where the derivative goes
+  Place slope;  // the place of the derivative
   Extent extent;
   int64_t function;  // which of csrc/elementwise.h's functions
   double p0;         // its parameters
@@ -272,7 +272,7 @@ struct MoveRecord {
   int64_t run_table;  // offset in the tables; 5 numbers each: source, destination, count, source step, destination step
 };
 
-// The product of two values; a stride of 0 stretches a side along that axis.
+// The product of two values; a stride of 0 broadcasts a side along that axis.
 struct MultiplyRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -280,7 +280,7 @@ struct MultiplyRecord {
   Place right;
   Place dst;
   Extent extent;
-  int64_t left_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t left_channel;  // stride between channels: 1, or 0 if there is one for all
   int64_t right_channel;
 };
 
@@ -308,7 +308,7 @@ struct MatMulRecord {
   int64_t terms;
 };
 
-// Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border.
+// Zeroes a buffer before something is added to it (a cotangent for all seeds), or to zero its border.
 struct ZeroRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -353,14 +353,14 @@ struct SeedDenseRecord {
 struct WindowTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
@@ -375,14 +375,14 @@ struct WindowTRecord {
 struct ScatterTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
   int64_t C;  // channels of a window, per group
@@ -390,7 +390,7 @@ struct ScatterTRecord {
   int64_t merged;           // the taps of the pool share one window
   int64_t window_elements;  // offsets in the window table
   ScatterAlgorithm algorithm;
-  int64_t tap_table;  // Quads: offset in the tables of where each tap's weights begin
+  int64_t tap_table;  // Quads: offset in the tables of the starts of each tap's weights
   int64_t lanes;      // of a worker
   Bands bands;
 };
@@ -399,14 +399,14 @@ struct ScatterTRecord {
 struct DenseTRecord {
   Kind kind;
   int64_t whole_block, samples;
-  Place src;             // the cotangent of the contraction's output; of the pattern's output where one is read through
+  Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
   int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
-  Place dst;             // where the window of the first position begins; row, position: from one window to the next
+  Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
   int64_t row_length;    // of the weights
-  int64_t window_table;  // offset in the tables of where the window's elements lie
+  int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t window_elements;  // columns of the weight
   int64_t joined;           // the destination is one contiguous run
   int64_t assign;           // the first write of the destination: store instead of add
@@ -422,7 +422,7 @@ struct StencilTRecord {
   StencilTable stencil;
 };
 
-// Adds a cotangent where the pattern's bits lead it.
+// Adds a cotangent to the places that the pattern's bits select.
 struct PatternTRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -452,18 +452,18 @@ struct AccumulateRecord {
   Extent extent;
 };
 
-// Adds to what the runs of a move read.
+// Adds a cotangent to the elements that the runs of a move have read.
 struct MoveTRecord {
   Kind kind;
   int64_t whole_block, samples;
   Place src;
   Place dst;
   int64_t runs;
-  int64_t run_table;  // that of the move: destinations and sources change places
-  int64_t distinct;   // no number is read twice: runs can be taken in parallel
+  int64_t run_table;  // that of the move, with destinations and sources exchanged
+  int64_t distinct;   // no number is read twice, so runs can be processed in parallel
 };
 
-// Adds a cotangent times the product's other side, summed where `dst` was stretched.
+// Adds a cotangent times the product's other side, summed where `dst` was broadcast.
 struct MultiplyTRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -471,7 +471,7 @@ struct MultiplyTRecord {
   Place other;
   Place dst;
   Extent extent;
-  int64_t dst_channel;  // stride between channels: 1, or 0 where there is one for all
+  int64_t dst_channel;  // stride between channels: 1, or 0 if there is one for all
   int64_t other_channel;
 };
 
@@ -508,7 +508,7 @@ struct StoreTRecord {
   int64_t result;  // which of the results
   Extent extent;
   int64_t fold;          // rows interleaved in the source, which then begins at its border (1: none)
-  int64_t halo_rows;     // where rows are interleaved: rows of the border above
+  int64_t halo_rows;     // if rows are interleaved: rows of the border above
   int64_t halo_columns;  // and columns of the border on the left
 };
 
@@ -528,7 +528,7 @@ constexpr int kNarrowLanes = 4;                     // of a worker
 template <class T>
 constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
 template <class T>
-constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread where a convolution's pool is taken at once
+constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread if a convolution is joined with its pool
 constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
 
 }  // namespace gradkern

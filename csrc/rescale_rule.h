@@ -1,7 +1,7 @@
 // DeepLift's rescale rule, one number at a time, for host and device.
 //
-// `z` is what enters a ReLU (or a max pool, or the ReLU in front of one), `1` at the input, `0` at the reference.  A
-// place that lies outside, in a pool's padding, holds minus infinity, which never wins a window; nor does NaN.
+// `z` is the input of a ReLU (or of a max pool, or of the ReLU before one); `1` is at the input, `0` at the reference.
+// A place in a pool's padding holds minus infinity, which never wins a window; neither does NaN.
 #pragma once
 #include "elementwise.h"
 
@@ -12,14 +12,14 @@ struct Pool {
   int64_t H, W, kh, kw, sh, sw, ph, pw, dh, dw, oh, ow;
 };
 
-// DeepLift's multipliers of a ReLU, a max pool, or of a pool with a ReLU in front.
+// DeepLift's multipliers of a ReLU, of a max pool, or of a pool with a ReLU before it.
 template <class T>
 struct RescaleArgs {
   const T* z;        // [N][C][H][W]
   const T* ref;      // [N or 1][C][H][W]
   T* out;            // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
   T* scratch;        // of a CPU thread: 4 ow + 2 taps ow
-  int64_t ref_rows;  // 1 where one reference serves all samples
+  int64_t ref_rows;  // 1 if one reference serves all samples
   int64_t channels;
   int64_t out_tap;
   Pool pool;
@@ -37,7 +37,7 @@ GK_HD T rectified(T z) {
   return Relu & (z < T(0)) ? T(0) : z;
 }
 
-// The secant of a ReLU from its reference, the derivative where the two hardly differ.
+// The secant of a ReLU from its reference, or the derivative if the two hardly differ.
 template <class T>
 GK_HD T secant(T z1, T z0, T eps) {
   const T dz = z1 - z0, dx = rectified<true>(z1) - rectified<true>(z0);
@@ -45,7 +45,7 @@ GK_HD T secant(T z1, T z0, T eps) {
   return flat ? (z1 > T(0) ? T(1) : T(0)) : dx / (flat ? T(1) : dz);
 }
 
-// One more place of a window: the largest number so far, `top`, and where it was, `at`; the first of equals.
+// Adds a place of a window: `top` is the largest number so far, and `at` is its place (the first of equals).
 template <bool Relu, class T>
 GK_HD void contend(T z, T place, T& top, T& at) {
   const T x = z > outside<T>() ? rectified<Relu>(z) : z, t = top, a = at;
@@ -53,9 +53,9 @@ GK_HD void contend(T z, T place, T& top, T& at) {
   top = x > t ? x : t;
 }
 
-// How much of a window's multiplier goes to one place: the window's change goes to where the input's maximum `y1` is
-// (`here`) and to where the reference's `y0` was (`there`), each divided by its own change; a place that hardly
-// changes gets the derivative at the input.
+// The share of a window's multiplier that goes to one place.  The window's change goes to the place of the input's
+// maximum `y1` (`here`) and to that of the reference's `y0` (`there`), each divided by the change of the place.  A
+// place that hardly changes gets the derivative at the input.
 template <bool Relu, class T>
 GK_HD T share(T z1, T z0, T y1, T y0, bool here, bool there, T eps) {
   const bool real = z1 > outside<T>();

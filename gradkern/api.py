@@ -1,4 +1,4 @@
-"""`jacobian`, `iter_jacobian`, `prepare` and `explain`: arguments read, one decision taken, the result handed back."""
+"""`jacobian`, `iter_jacobian`, `prepare` and `explain`: they read arguments, decide on a route and return results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def jacobian(
 ) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
-    ``J[n, c] = ∂(Σ_m y[m, c]) / ∂x[n]``; where the samples of a batch do not mix, that is sample n's own Jacobian.
+    ``J[n, c] = ∂(Σ_m y[m, c]) / ∂x[n]``; if the samples of a batch do not mix, that is sample n's own Jacobian.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def jacobian(
         A `torch.nn.Module` (or its bound ``forward``) that maps tensors ``[N, ...]`` to one tensor ``[N, *out]``.
         Any other callable works too, on autograd.
     inputs
-        One tensor ``[N, *in]``, or a tuple of such with equal N.  They and the model are left as they are.
+        One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
         ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list or
         1-D tensor of S ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).
@@ -88,22 +88,22 @@ def jacobian(
     engine
         ``"auto"``, ``"kernel"``, ``"reference"`` or ``"autograd"``, see `gradkern.use`.
     create_graph
-        True gives a result that can itself be differentiated: always by autograd, in one piece.  Otherwise the
-        result is detached, also where the inputs require grad.
+        True gives a result that can itself be differentiated; it is always computed by autograd, in one piece.
+        Otherwise the result is detached, even if the inputs require grad.
 
     Returns
     -------
     ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
-    for an output ``[N]``), in the dtype of the input; a tuple of them where ``inputs`` is a tuple.  With
+    for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With
     ``TopK``: the pair of that and the indices.
 
     Raises
     ------
     ValueError, TypeError
-        Where something does not fit: with what was got, what was expected, and what to do.  Also (and then a
-        RuntimeError too, as torch's own) where autograd finds no way from the output to an input that is to be
-        differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  A single output
-        that is constant among others that are not has zeros.
+        If an argument does not fit.  The message says what was passed, what was expected, and what to do.  Also (and
+        then the error is a RuntimeError too, like torch's) if autograd finds no path from the output to an input
+        that is to be differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  If
+        only some outputs are constant, their gradients are zeros.
     """
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
     tensors, indices = read_inputs(inputs, wrt)
@@ -150,8 +150,8 @@ def iter_jacobian(
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
     Yields what `jacobian` returns, for ``chunk`` samples at a time (by default, as many as make a piece of the size
-    of the memory budget); the pieces put together along axis 0 are `jacobian`'s result.  A model whose samples depend
-    on each other is computed as a whole first.
+    of the memory budget).  Concatenated along axis 0, the pieces are `jacobian`'s result.  A model whose samples
+    depend on each other is computed as a whole first.
     """
     tensors, indices = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
@@ -171,7 +171,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
-            # Decided anew: since the last piece the caller may have changed the model.
+            # Decide again: the caller may have changed the model since the last piece.
             results = solve(part, decide(part, engine))
             shaped, first = results.shaped, 0
         else:
@@ -186,7 +186,7 @@ def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
     """Trace and verify the model now, with some of these samples, so that no later call has to.
 
     One Program serves every later call, whatever its ``engine`` and ``wrt``.  Returns it (it prints itself), or None
-    where the model stays on autograd; a warning says why.
+    if the model stays on autograd; a warning says why.
     """
     request = _inspection_request(model, inputs)
     verdict = verdict_now(request, decide(request))
@@ -214,11 +214,11 @@ def explain(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, wrt: Wrt = None,
     engine: Engine | None = None, show: bool = True,
 ) -> Explanation:  # fmt: skip
-    """Print, step by step, how `jacobian` runs this model, why not faster, and the share that is fused.
+    """Print, step by step, how `jacobian` runs this model, why it is not faster, and the share that is fused.
 
     Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
-    multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` on own
-    kernels alone.  Traces the model where that has not been done.  ``wrt`` (by default all floating inputs) and
+    multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
+    gradkern's own kernels.  Captures the model if that has not been done.  ``wrt`` (by default all floating inputs) and
     ``engine`` as in `jacobian`.  ``show=False`` prints nothing.
     """
     request = _inspection_request(model, inputs, wrt)
@@ -274,7 +274,7 @@ def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:
 
 
 def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None) -> Request:
-    """A request that is only looked at: by default, integer inputs are simply not differentiated."""
+    """A request for inspection only: by default, integer inputs are allowed, and not differentiated."""
     if wrt is None:
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None

@@ -54,9 +54,9 @@ def check(
     model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
     wrt: api.Wrt = None, engine: Engine = "kernel",
 ) -> Check:  # fmt: skip
-    """Compare what ``engine`` gives with autograd on a float64 copy.
+    """Compare the results of ``engine`` with autograd on a float64 copy.
 
-    ``"kernel"`` gives what ``"auto"`` does once it has traced the model.  ``targets`` and ``wrt`` as in `jacobian`.
+    ``"kernel"`` gives the results of ``"auto"`` for a traced model.  ``targets`` and ``wrt`` as in `jacobian`.
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
@@ -93,10 +93,10 @@ def _exact_request(
 
 
 def _names(results: JacobianResult) -> list[str]:
-    """What to call the outputs that were differentiated."""
+    """Names for the outputs that were differentiated."""
     seeds, shape = results.seeds, results.output_shape
     if seeds.indices is not None and seeds.indices.dim() == 2:
-        return [f"#{s}" for s in range(seeds.count)]  # another output in each sample
+        return [f"#{s}" for s in range(seeds.count)]  # a different output in each sample
     indices = torch.arange(seeds.count) if seeds.indices is None else seeds.indices
     if len(shape) < 2:
         return [str(int(n)) for n in indices]

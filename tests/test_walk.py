@@ -1,4 +1,4 @@
-"""The walk of one call: which packages a warm `gradkern.jacobian` enters, in which order."""
+"""The path of one call: the packages that a warm `gradkern.jacobian` enters, in order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def package_of(module: str) -> str:
     return module.split("/")[0] if "/" in module else TOP
 
 
-def test_a_warm_call_walks_through_the_house_once() -> None:
+def test_a_warm_call_enters_each_package_once() -> None:
     path = [(module, name) for module, name in walked() if package_of(module) != EVERYWHERE]
     packages = [package for package, _ in groupby(package_of(module) for module, _ in path)]
     told = "\n".join(f"{module} {name}" for module, name in path)
@@ -59,7 +59,7 @@ def test_a_warm_call_walks_through_the_house_once() -> None:
     assert len({module for module, _ in path}) <= MOST_MODULES, told
 
 
-def test_the_walk_is_as_the_page_tells_it() -> None:
+def test_the_walk_is_the_one_on_the_page() -> None:
     (listed,) = re.findall(r"```\n(api\.py .*?)```", PAGE.read_text(), re.S)
     calls = iter(walked())
     for line in listed.splitlines():

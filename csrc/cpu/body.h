@@ -5,7 +5,7 @@
 
 namespace {
 
-// Where sample n has its part of a place.
+// Sample n's part of a place.
 template <class T>
 GK_INLINE T* at(const Context<T>& ctx, const Place& place, int64_t n) {
   return ctx.buf + place.offset + n * place.sample;
@@ -59,8 +59,8 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
   }
 }
 
-// Runs of per-sample records go sample by sample, so that a sample's chain stays in L1; those of the whole block go at
-// once, so that a weight is read once per block.
+// Runs of per-sample records are executed sample by sample, so that a sample's chain stays in L1.  Records of the whole
+// block take all samples at once, so that a weight is read once per block.
 template <class T>
 void run_chain(const Record* records, int64_t count, Context<T>& ctx) {
   for (int64_t i = 0; i < count;) {

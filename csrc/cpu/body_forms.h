@@ -1,4 +1,4 @@
-// Records of the forms that are no window and no pattern: functions, sums, copies, stencils, products, norms.
+// Records of the forms other than windows and patterns: functions, sums, copies, stencils, products, norms.
 // Included by body.h.
 
 // ---- elementwise functions and sums --------------------------------------------------------------------------
@@ -10,7 +10,7 @@ void elementwise_rows(const ElementwiseRecord& op, const T* src, T* dst, T* slop
     const T* x = src + h * op.src.row;
     T *y = dst + h * op.dst.row, *d = slope + h * op.slope.row;
     const int64_t count = op.extent.W * op.extent.C;
-#pragma GCC ivdep  // in place or apart, element i depends on element i alone
+#pragma GCC ivdep  // in place or not, element i depends only on element i
     for (int64_t i = 0; i < count; ++i) {
       const Pair<T> r = Function<F>::at(x[i], p0, p1, p2);
       y[i] = r.y;
@@ -30,7 +30,7 @@ void run_elementwise(const ElementwiseRecord& op, Context<T>& ctx, int64_t n) {
   }
 }
 
-// dst (+)= src · slope.  In place where the value has one reader.
+// dst (+)= src · slope.  In place if the value has one reader.
 template <class T>
 void run_elementwise_t(const ElementwiseTRecord& op, Context<T>& ctx, int64_t n) {
   const T* d = at(ctx, op.slope, n);
@@ -116,7 +116,7 @@ void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// Blocks of positions with the same reads: (read offset, place, count, read step, place step, first entry, entries); an
 // entry is (offset from the position's read offset, weight row).
 
 template <class T, int PB>
@@ -136,7 +136,7 @@ GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int3
   for (int p = 0; p < PB; ++p) left >= VL ? store<T>(y + p * dy, acc[p]) : store_n<T>(y + p * dy, acc[p], left);
 }
 
-// `bias` null: add to what is there.
+// If `bias` is null, the sum is added to the destination.
 template <class T>
 void stencil(const StencilTable& op, int64_t C, const Context<T>& ctx, const T* src, T* dst, const T* bias) {
   constexpr int VL = Simd<T>::VL;
@@ -173,7 +173,7 @@ void run_stencil_t(const StencilTRecord& op, Context<T>& ctx, int64_t n) {
                static_cast<const T*>(nullptr));
 }
 
-// ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
+// ---- products of two values; a stride of 0 broadcasts an axis ------------------------------------------------
 
 template <class T>
 void run_multiply(const MultiplyRecord& op, Context<T>& ctx, int64_t n) {
@@ -187,7 +187,7 @@ void run_multiply(const MultiplyRecord& op, Context<T>& ctx, int64_t n) {
     }
 }
 
-// dst += g · other, summed where dst was stretched.
+// dst += g · other, summed where dst was broadcast.
 template <class T>
 void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
   const T* other = at(ctx, op.other, n);
@@ -237,7 +237,7 @@ GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
   return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
 }
 
-// One line whose elements are neighbours; returns its inverse deviation (normalise).
+// One line of contiguous elements; returns its inverse deviation (normalise).
 template <class T>
 GK_INLINE T line_forward(const LineSet& op, int64_t len, const T* x, T* y, T* p) {
   if (op.function == LineFunction::Normalize) {

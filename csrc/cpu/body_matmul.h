@@ -10,7 +10,7 @@ struct MatMulArgs {
   T* y;
   int64_t y_row;
   int64_t terms;
-  int64_t tail;  // live lanes of the last vector; what lies in the others is read and dropped
+  int64_t tail;  // live lanes of the last vector; the other lanes are read and dropped
   bool add;
 };
 
@@ -84,7 +84,7 @@ void matmul(MatMulArgs<T> m, int64_t rows, int64_t columns) {
   }
 }
 
-// Every matrix of a sample (and, of cotangents, of a seed).
+// Every matrix of a sample (for cotangents, also of each seed).
 template <class T, class R>
 void matmul_all(const R& op, const T* left, const T* right, T* y, bool add) {
   for (int64_t h = 0; h < op.matrices; ++h)
@@ -98,7 +98,7 @@ void run_matmul(const MatMulRecord& op, Context<T>& ctx, int64_t n) {
   matmul_all<T>(op, at(ctx, op.left, n), at(ctx, op.right, n), at(ctx, op.dst, n), false);
 }
 
-// One side has seeds, the other has none.
+// One side has seeds, and the other does not.
 template <class T>
 void run_matmul_t(const MatMulTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)

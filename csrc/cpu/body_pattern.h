@@ -1,4 +1,4 @@
-// Records of patterns: ReLU, max pool or both, and what they let through.  Included by body.h.
+// Records of patterns: ReLU, max pool or both, and the cotangents that they pass.  Included by body.h.
 
 // ReLU, max pool, or both, as bits: plane j of output q holds the channels whose maximum is alive and came from
 // tap j.
@@ -29,7 +29,7 @@ GK_INLINE void pattern16(const PatternRecord& op, int64_t c, const Tap& tap, T* 
       store<T>(m + v, keep<T>(x, ~(x <= Vec<T>{})));
     }
   }
-  // The last replacement won; where nothing ever beat -inf, the first tap did.
+  // The last replacement won; if nothing was greater than -inf, the first tap did.
   uint32_t dead = ~open;
   for (int64_t j = op.pattern.taps - 1; j >= 0; --j) {
     uint32_t k = wins[j] & ~dead;
@@ -42,7 +42,7 @@ GK_INLINE void pattern16(const PatternRecord& op, int64_t c, const Tap& tap, T* 
 }
 
 #if GK_INTRINSICS == GK_AVX512_INTRINSICS
-// The same for float windows of at most four taps that lie inside: everything in registers.
+// The same for float windows of at most four taps that lie inside the input: everything stays in registers.
 template <int Taps>
 GK_INLINE void pattern_inside(const PatternRecord& op, const float* const* taps, float* y, uint8_t* planes) {
   for (int64_t c = 0; c < op.extent.C; c += 16) {
@@ -123,7 +123,7 @@ GK_INLINE bool tap_position(const PatternRef& p, int64_t h, int64_t w, int64_t j
   return hi >= 0 && hi < p.H && wi >= 0 && wi < p.W;
 }
 
-// A pattern applied to a dense destination: what was routed moves, the rest stays as it is.
+// A pattern applied to a dense destination: routed cotangents are added, and the rest stays unchanged.
 template <class T>
 void run_pattern_t(const PatternTRecord& op, Context<T>& ctx, int64_t n) {
   const uint8_t* planes = ctx.bits + op.pattern.bits + n * ctx.bits_sample;

@@ -1,4 +1,4 @@
-// Records where a chain meets the caller's tensors: inputs, outputs, seeds and results.  Included by body.h.
+// Records that read or write the caller's tensors: inputs, outputs, seeds and results.  Included by body.h.
 
 // [C][H][W] of the caller → channels-last interior.
 template <class T>
@@ -29,7 +29,7 @@ void run_store(const StoreRecord& op, Context<T>& ctx, int64_t n) {
       for (int64_t w = 0; w < W; ++w) y[(c * H + h) * W + w] = x[h * op.src.row + w * op.src.position + c];
 }
 
-// The rows of the last weight, copied where they are not consumed directly.
+// The rows of the last weight, copied if they are not consumed directly.
 template <class T>
 void run_seed_rows(const SeedRowsRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)

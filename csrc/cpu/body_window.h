@@ -1,6 +1,6 @@
 // Records of contractions, forward and for all seeds backward.  Included by body.h.
 
-// Convolution, or a linear layer over all samples of the block (then positions are samples).
+// A convolution, or a linear layer over all samples of the block (then positions are samples).
 template <class T>
 void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
   constexpr int VL = Simd<T>::VL;
@@ -88,7 +88,7 @@ struct Lists {
   }
 };
 
-// Transposed convolution or linear layer for all seeds.
+// A transposed convolution or linear layer for all seeds.
 template <class T>
 void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
   Lists<T> lists{ctx};
@@ -116,7 +116,7 @@ void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
   a.row_length = op.row_length;
   a.window = ctx.tables + op.window_table;
   a.assign = op.assign;
-  if (op.groups > 1) {  // lists are sorted by channel: cut them at the groups' borders
+  if (op.groups > 1) {  // lists are sorted by channel, so they are cut at the groups' borders
     const int64_t per = op.O / op.groups;
     for (int64_t k = 0; k < lists.segment_count; ++k) {
       Segment segment = ctx.segments[k];

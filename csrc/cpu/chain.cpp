@@ -1,4 +1,4 @@
-// CPU launch of a chain: blocks of samples over torch's own threads, one piece of scratch memory per thread.
+// CPU launch of a chain: torch's own threads process blocks of samples, each with its own scratch memory.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -43,12 +43,12 @@ const Isa& current_isa() {
 
 namespace {
 
-// One thread's memory, kept between calls while it is small: a single sample must not pay for page faults.
+// One thread's memory.  It is kept between calls if it is small, so that a single sample does not pay for page faults.
 class Scratch {
  public:
   char* take(size_t bytes) {
     if (bytes > size_) {
-      size_ = 0;  // also where the next line throws
+      size_ = 0;  // also if the next line throws
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       TORCH_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
@@ -68,7 +68,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// The caller's tensors as one thread's kernels see them: from a block's first sample and a tile's first seed on.
+// The caller's tensors as seen by one thread's kernels, from a block's first sample and a tile's first seed on.
 template <class T>
 class Ports {
  public:
@@ -141,7 +141,7 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
     ctx.weight_rows = ctx.channels + entries;
     ctx.packed = call.packed.const_data_ptr<T>();
     ctx.tables = call.tables.const_data_ptr<int32_t>();
-    // Halos and slack must be zero, and stay so: ops write interiors only.
+    // Halos and slack must be zero.  They stay zero, because records write only interiors.
     std::memset(memory, 0, static_cast<size_t>(elements * sizeof(T) + bits));
     Ports<T> ports(call, ctx);
     for (int64_t b = begin; b < end; ++b) {

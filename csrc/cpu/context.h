@@ -1,4 +1,4 @@
-// What the CPU's kernels are called with.
+// The arguments of the CPU's kernels.
 #pragma once
 #include "../records.h"
 #include "../rescale_rule.h"
@@ -17,8 +17,8 @@ struct Context {
   T* buf;                 // scratch memory: the shared part, then a part per sample
   uint8_t* bits;          // bits of patterns: a part per sample
   int64_t bits_sample;    // bytes of that part
-  uint16_t* channels;     // live channels of the record at hand
-  uint16_t* weight_rows;  // their weight rows, where those are not the channels themselves
+  uint16_t* channels;     // live channels of the current record
+  uint16_t* weight_rows;  // their weight rows, if those are not the channels themselves
   Segment* segments;
   const T* packed;  // folded weights
   const int32_t* tables;
@@ -29,7 +29,7 @@ struct Context {
   const T* const* cotangents;  // dense seeds [n][S][size], likewise, at the first seed of the tile
   T* const* results;           // Jacobians [n][S][size], likewise
   const int64_t* targets;      // flat output index per seed; [S] or [n][S]
-  int64_t target_n;            // 0 where all samples share them
+  int64_t target_n;            // 0 if all samples share them
   const T* seed_rows;          // rows of the last weight, [S][row] or [n][S][row]
   int64_t seed_rows_n, seed_rows_s;
   int64_t seeds_total;  // S of the whole call: stride of cotangents and results
@@ -37,7 +37,7 @@ struct Context {
   int64_t samples;      // samples of this block
 };
 
-// What one ISA's translation unit offers.
+// The functions of one ISA's translation unit.
 template <class T>
 struct Kernels {
   void (*run)(const Record* records, int64_t count, Context<T>& context);

@@ -1,4 +1,4 @@
-// The interpreter compiled for AVX, without FMA and integer vectors (2011 to 2013).
+// The interpreter compiled for AVX, without FMA and integer vectors (processors of 2011 to 2013).
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cmath>
 #include <cstdint>

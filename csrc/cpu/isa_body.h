@@ -1,5 +1,5 @@
 // Everything that is compiled for one instruction set, and its entry in the table.  Included by isa_*.cpp after the
-// pragma that names the set and the macros that describe it; includes nothing but kernels.
+// pragma that names the set and the macros that describe it; it includes only kernels.
 namespace gradkern {
 namespace GK_NAME {
 #include "body.h"

@@ -1,6 +1,6 @@
 // DeepLift's shares of a max pool (with or without a ReLU before it), row by row; included once per ISA, like body.h.
 //
-// For every window and place: how much of the window's multiplier goes to that place.  ../rescale_rule.h has the rule.
+// It computes the share of a window's multiplier that goes to each place of the window, by ../rescale_rule.h.
 
 // The arrays of a loop do not overlap.
 #ifdef __clang__
@@ -11,7 +11,7 @@
 
 template <class T, bool Relu>
 void rescale_rows(const RescaleArgs<T>& a, int64_t begin, int64_t end) {
-  const Pool p = a.pool;  // copies: what is written could alias what `a` points to
+  const Pool p = a.pool;  // copies, because writes could alias the fields of `a`
   const T eps = a.eps;
   const int64_t taps = p.kh * p.kw, plane = p.H * p.W, area = p.oh * p.ow;
   T* const top = a.scratch;  // per window of one output row

@@ -1,5 +1,5 @@
 // A thin vector type over GCC/Clang vector extensions, one per ISA namespace.  Included after the ISA's target
-// pragma; includes nothing itself, so that no foreign inline function is compiled for this ISA.
+// pragma.  It includes nothing itself, so that no inline function of a library is compiled for this ISA.
 namespace {
 
 template <class T>
@@ -59,8 +59,8 @@ GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
 #endif
 }
 
-// Sixteen lanes at a time as bits, whatever the vector length.  `alive` is ReLU's own test, !(x <= 0), so a NaN
-// is alive, as in torch.
+// Sixteen lanes at a time as bits, for any vector length.  `alive` is ReLU's own test, !(x <= 0), so a NaN is alive,
+// as in torch.
 template <class T>
 GK_INLINE uint32_t alive16(const T* x) {
 #if GK_INTRINSICS == GK_AVX512_INTRINSICS
@@ -106,7 +106,7 @@ GK_INLINE uint32_t better16(const T* x, const T* m) {
   return bits;
 }
 
-// Append the set bits' channel numbers to the list; returns how many.  May write 16 entries past the end.
+// Append the channel indices of the set bits to the list; returns how many.  May write 16 entries past the end.
 GK_INLINE int64_t append(uint16_t* list, uint32_t bits, int64_t base) {
 #if GK_INTRINSICS == GK_AVX512_INTRINSICS
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

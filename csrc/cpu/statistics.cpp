@@ -9,11 +9,11 @@
 namespace gradkern {
 namespace {
 
-// Numbers: fewer per thread are not worth waking it, and on a busy machine waiting for it costs milliseconds.
+// In numbers per thread.  For fewer numbers it is not worth waking a thread: on a busy machine that costs milliseconds.
 constexpr int64_t kGrain = int64_t(1) << 22;
 
-// Rows of sums, or null where a statistic is not wanted.  Every element is summed over the samples in their order, in
-// double: the result depends neither on the threads nor on how the samples were cut into calls.
+// Rows of sums, or null if a statistic is not wanted.  Every element is summed over the samples in order, in double, so
+// the result depends neither on the threads nor on how the samples were divided into calls.
 struct Rows {
   double *sum, *square, *abs, *group;
   float* max;
@@ -90,7 +90,7 @@ void accumulate(const at::Tensor& maps, const at::Tensor& groups, const std::opt
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gradkern, m) {
-  // Adds maps [n, ...] to statistics [...] in place; sample i also to row groups[i] of `group` [G, ...].
+  // Adds maps [n, ...] to statistics [...] in place, and sample i also to row groups[i] of `group` [G, ...].
   m.def(
       "accumulate(Tensor maps, Tensor groups, Tensor(a!)? sum, Tensor(b!)? square, Tensor(c!)? abs, Tensor(d!)? max, "
       "Tensor(e!)? group) -> ()");

@@ -52,7 +52,7 @@ void window_tile(const WindowArgs<T>& a) {
   }
 }
 
-// The most positions that fit the register file beside NV weight vectors and one broadcast.
+// The most positions that fit the register file together with NV weight vectors and one broadcast.
 constexpr int max_positions(int nv) {
   int p = (kRegisters - nv - 1) / nv;
   return p > 12 ? 12 : (p < 1 ? 1 : p);
@@ -71,7 +71,7 @@ template <class T, int NV>
 void window_positions(WindowArgs<T> a, int64_t count) {
   constexpr int PB = max_positions(NV);
   while (count > 0) {
-    // Two even halves beat one full block and a short rest.
+    // Two even halves are faster than one full block and a short rest.
     const int64_t step = count >= 2 * PB ? PB : (count > PB ? (count + 1) / 2 : count);
     window_tail<T, NV, PB>(a, step);
     a.x += step * a.x_position;
@@ -145,7 +145,7 @@ void scatter_tile(const ScatterArgs<T>& a) {
         for (int s = 0; s < S; ++s)
           n == VL ? store<T>(o + s * a.out_seed, acc[s][v]) : store_n<T>(o + s * a.out_seed, acc[s][v], n);
       } else {
-        const IVec<T> mask = lanes<T>(n);  // dead lanes add an exact zero, even beside NaN
+        const IVec<T> mask = lanes<T>(n);  // dead lanes add an exact zero, even next to NaN
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s)
           store<T>(o + s * a.out_seed, load<T>(o + s * a.out_seed) + keep<T>(acc[s][v], mask));

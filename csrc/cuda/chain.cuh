@@ -48,9 +48,9 @@ GK_DEVICE void run_record(const Record& record, const Tile<T> t) {
   }
 }
 
-// Records of the whole block take all samples of the tile, so that a weight is read once for them; runs of others take
-// `samples` at a time, as many as scratch has room for.
-// What can be worked out again from the arguments is not kept: the records' functions want the registers.
+// Records of the whole block take all samples of the tile, so that a weight is read once for them; runs of other
+// records take `samples` at a time, as many as scratch has room for. Values that can be recomputed from the arguments
+// are not kept: the records' functions need the registers.
 template <class T>
 GK_DEVICE void run_chain(const Args<T>& args, unsigned char* memory) {
   T* buf = reinterpret_cast<T*>(memory);

@@ -1,4 +1,4 @@
-// A chain's launch: what the launcher, which knows torch, and the kernels, which do not, say to each other.
+// A chain's launch: the interface between the launcher, which knows torch, and the kernels, which do not.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace gradkern::cuda {
 
-// Threads of a block on a GPU: registers are handed out to warps in fours, so 9 to 12 warps get 168 each and spill; 8
-// get 255.  gradkern/codegen/machine.py: Device.threads.
+// Threads of a block on a GPU.  Registers are allotted to groups of four warps, so 9 to 12 warps get 168 each and
+// spill, and 8 get 255.  gradkern/codegen/machine.py: Device.threads.
 constexpr int kThreads = 256;
 
 // Shared memory of a block, in elements: `region` (scratch for a few samples at a time, or the temporary matrices of a
@@ -26,7 +26,7 @@ struct Args {
   T* results[kPorts];
   const int64_t* targets;
   const T* seed_rows;
-  int64_t target_n;  // 0 where all samples share the targets
+  int64_t target_n;  // 0 if all samples share the targets
   int64_t seed_rows_n, seed_rows_s;
   int64_t samples;
   int forward_count, backward_count;
@@ -36,7 +36,7 @@ struct Args {
   int planned;  // samples that the block has room for
 };
 
-// Lets the kernel use as much shared memory as the current device gives a block.  The error text, or null.
+// Lets the kernel use as much shared memory as the current device gives a block.  Returns the error text, or null.
 template <class T>
 const char* prepare_chain(int bytes);
 

@@ -1,4 +1,4 @@
-// CUDA launch of a chain: torch's device, stream and allocator around the kernels, which know nothing of torch.
+// CUDA launch of a chain: torch's device, stream and allocator around the kernels, which do not know torch.
 //
 // Nothing here waits for the GPU or allocates behind torch's back, so a launch can be captured into a CUDA graph.
 #include <ATen/ATen.h>
@@ -67,7 +67,7 @@ void launch(const ChainCall& call, const CudaSizes& sizes) {
   args.block = static_cast<int>(std::max<int64_t>(1, std::min(sizes.block, spread)));
   const int64_t tiles = (args.samples + args.block - 1) / args.block;
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  // All that a block may have, whatever this chain takes: another thread may be about to launch a larger one.
+  // Allow the maximum, whatever this chain needs, because another thread may be about to launch a larger one.
   const char* error = prepare_chain<T>(shared_bytes(device.index()));
   if (!error)
     error =

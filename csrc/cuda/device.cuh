@@ -1,12 +1,12 @@
-// What a kernel needs of its surroundings: CUDA's own keywords, or their host substitutes in ../host/shim.h.
+// The environment of a kernel: CUDA's own keywords, or their host substitutes in ../host/shim.h.
 #pragma once
 #include <cstdint>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define GK_DEVICE __device__ __forceinline__
-// A record's own function, called: inlined, they would share one kernel's registers, and the largest make the others
-// spill.
+// A record's function, which is called and not inlined: inlined functions would share one kernel's registers, and the
+// largest would make the others spill.
 #define GK_RECORD __device__ __noinline__
 #define GK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define GK_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
@@ -28,7 +28,7 @@ GK_DEVICE void with_count(int count, const Work& work) {
   work.template operator()<Most>();
 }
 
-// Division by a number that stays: a multiplication and a correction instead of twenty instructions.
+// Division by a constant divisor: a multiplication and a correction instead of twenty instructions.
 // For 0 ≤ n < 2^31 the estimate is the quotient or one less.
 struct Divider {
   int divisor;
@@ -49,8 +49,8 @@ struct Divider {
   }
 };
 
-// The error's text, or null.  An error that is told is taken from the runtime too: torch would find it at its next call
-// and blame that.
+// The error's text, or null.  A reported error is also cleared from the runtime; otherwise torch would find it at its
+// next call and blame that call.
 inline const char* error_text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
@@ -79,7 +79,7 @@ GK_DEVICE void store4(double* p, const Four<double>& x) {
   *reinterpret_cast<double2*>(p + 2) = make_double2(x.v[2], x.v[3]);
 }
 
-// Constant for the whole launch: through the read-only path.
+// Loads memory that is constant for the whole launch through the read-only path.
 template <class T>
 GK_DEVICE T fixed(const T* p) {
   return __ldg(p);

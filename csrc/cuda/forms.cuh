@@ -9,7 +9,7 @@ namespace gradkern::cuda {
 
 // ---- storage ---------------------------------------------------------------------------------------------------
 
-// Forward storage (one copy) before its border is relied on, or a cotangent (a copy per seed) before its first use.
+// Zeroes forward storage (one copy) before its border is read, or a cotangent (a copy per seed) before its first use.
 template <class T>
 GK_RECORD void run_zero(const ZeroRecord& op, const Tile<T> t) {
   const int seed = op.dst.seed, quads = (static_cast<int>(op.elements) + 3) / 4, copies = seed ? t.seeds : 1;
@@ -21,7 +21,7 @@ GK_RECORD void run_zero(const ZeroRecord& op, const Tile<T> t) {
   }
 }
 
-// The ReLUs of guided backpropagation and deconvolution: what goes on is not negative.
+// The ReLUs of guided backpropagation and deconvolution, which pass no negative cotangents.
 template <class T>
 GK_RECORD void run_rectify(const RectifyRecord& op, const Tile<T> t) {
   const int seed = op.dst.seed, quads = (static_cast<int>(op.elements) + 3) / 4;
@@ -106,8 +106,8 @@ GK_RECORD void run_accumulate(const AccumulateRecord& op, const Tile<T> t) {
 
 // ---- copies: runs (source offset, destination offset, count, source step, destination step) --------------------
 
-// No number is written twice.  All threads take one run after the other; where there are many, as in a transpose, every
-// warp takes runs of its own.
+// No number is written twice.  All threads process one run after the other; if there are many, as in a transpose, every
+// warp processes its own runs.
 template <class T>
 GK_RECORD void run_move(const MoveRecord& op, const Tile<T> t) {
   const int runs = op.runs;
@@ -123,8 +123,8 @@ GK_RECORD void run_move(const MoveRecord& op, const Tile<T> t) {
   }
 }
 
-// A warp for a sample, a seed and a run where no number was read twice.  Otherwise several runs, or one run several
-// times, may add to a number: a warp for a sample and a seed, one run after the other.
+// If no number was read twice, each sample, seed and run has a warp.  Otherwise several runs, or one run several times,
+// may add to a number, so each sample and seed has a warp that processes one run after the other.
 template <class T>
 GK_RECORD void run_move_t(const MoveTRecord& op, const Tile<T> t) {
   const int parts = op.distinct ? op.runs : 1, each = op.distinct ? 1 : op.runs;
@@ -145,10 +145,10 @@ GK_RECORD void run_move_t(const MoveTRecord& op, const Tile<T> t) {
 }
 
 // ---- stencils: y[q][c] (+)= Σ_e x[q][e][c] · w[row_e][c] -----------------------------------------------------
-// Blocks of positions that read alike: (read offset, place, count, read step, place step, first entry, entries); an
+// Blocks of positions with the same reads: (read offset, place, count, read step, place step, first entry, entries); an
 // entry is (offset from the position's read offset, weight row).  Every number has one thread, forward and backward.
 
-// `bias`: null in the backward pass, where the sum is added to what is there.
+// `bias`: null in the backward pass, where the sum is added to the destination.
 template <class T>
 GK_DEVICE void stencil(const StencilTable& table, const Place& src, const Place& dst, int C, const T* bias, int copies,
                        const Tile<T>& t) {
@@ -182,7 +182,7 @@ GK_RECORD void run_stencil_t(const StencilTRecord& op, const Tile<T> t) {
   stencil<T>(op.stencil, op.src, op.dst, static_cast<int>(op.C), nullptr, t.seeds, t);
 }
 
-// ---- products of two values; a step of 0 stretches an axis ---------------------------------------------------
+// ---- products of two values; a stride of 0 broadcasts an axis ------------------------------------------------
 
 template <class T>
 GK_RECORD void run_multiply(const MultiplyRecord& op, const Tile<T> t) {
@@ -196,7 +196,7 @@ GK_RECORD void run_multiply(const MultiplyRecord& op, const Tile<T> t) {
   }
 }
 
-// dst += g · other, summed where dst was stretched: a thread for every number of dst.
+// dst += g · other, summed where dst was broadcast, with a thread for every number of dst.
 template <class T>
 GK_RECORD void run_multiply_t(const MultiplyTRecord& op, const Tile<T> t) {
   const int H = op.extent.H, W = op.extent.W, C = op.extent.C, row = op.dst.row, position = op.dst.position;
@@ -232,7 +232,7 @@ struct Lines {
                                                : H),
         count(H * W * C / length),
         along(lines.along) {}
-  // Where a line begins, and the step from one number to the next.
+  // The start of a line, and the stride from one number to the next.
   GK_DEVICE int start(const Place& place, int line) const {
     const int row = static_cast<int>(place.row);
     if (along == Along::Channels) return line / W * row + line % W * C;

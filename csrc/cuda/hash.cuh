@@ -1,5 +1,5 @@
-// The sum of the words' hashes, each mixed with its place: a change of a word or of the order changes it, and the order
-// in which threads add does not.
+// The sum of the words' hashes, each mixed with its place.  A change of a word or of their order changes it, but the
+// order in which threads add does not.
 #pragma once
 #include "device.cuh"
 
@@ -19,7 +19,7 @@ hash_kernel(const uint32_t* words, int64_t count, uint64_t first, unsigned long 
   uint64_t sum = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    // Mixed twice: a place and a word must not make up for each other.
+    // Mixed twice, so that changes of a place and of a word do not cancel.
     sum += mixed(mixed((first + static_cast<uint64_t>(i)) * 0x9e3779b97f4a7c15ull) + words[i]);
   }
   atomicAdd(total, static_cast<unsigned long long>(sum));

@@ -27,7 +27,7 @@ int64_t hash(at::TensorList tensors) {
                 " and on ", tensor.device());
     at::Tensor bytes = tensor.detach().contiguous().view({-1}).view(at::kByte);
     const int64_t size = bytes.numel();
-    // A tensor's own length takes part, so that numbers cannot wander from one to the next.
+    // The hash includes each tensor's length, so that moving numbers from one tensor to the next changes it.
     first += (static_cast<uint64_t>(size) << 32) + 1;
     if (!size) continue;
     if (size % 4 || reinterpret_cast<uintptr_t>(bytes.const_data_ptr()) % 4)  // whole words: a copy that ends in zeros

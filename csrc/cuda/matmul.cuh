@@ -1,8 +1,8 @@
 // Products of two matrices of values, H of them per sample: forward, and the cotangents of either side for all seeds.
 //
-// A thread makes 4 × 4 results, or 1 × 4 where that leaves too many threads without work.  Every result has one owner,
-// which adds its terms in an order that depends on the result's column alone, so neither on its neighbours nor on how
-// many samples and seeds are at hand.
+// A thread computes 4 × 4 results, or 1 × 4 if 4 × 4 would leave too many threads without work.  Every result has one
+// owner, which adds its terms in an order that depends only on the result's column, and not on its neighbours or on the
+// number of samples and seeds.
 #pragma once
 #include "tile.cuh"
 
@@ -10,9 +10,9 @@ namespace gradkern::cuda {
 
 // How a thread reads four terms of its lines (rows of the left side, columns of the right one).
 enum class Reading {
-  kScattered,  // number by number; its lines lie a tile apart, so that neighbours read neighbouring lines
-  kTerms,      // terms lie side by side: four of a line at once
-  kLines,      // lines lie side by side: a term of four at once
+  kScattered,  // number by number; its lines are a tile apart, so that neighbouring threads read neighbouring lines
+  kTerms,      // terms are contiguous: four terms of a line at once
+  kLines,      // lines are contiguous: one term of four lines at once
 };
 
 // One of the two factors.
@@ -23,9 +23,9 @@ struct Factor {
 
 struct MatMul {
   Factor left, right;
-  int planes, copies;  // matrices of a sample; how many times each: once per seed in the backward pass
+  int planes, copies;  // matrices of a sample, and copies of each: one per seed in the backward pass
   int rows, columns, terms;
-  bool add;  // to what is there
+  bool add;  // to the destination
 };
 
 GK_DEVICE Reading reading_of(const Factor& f, int lines, int at_once) {
@@ -100,8 +100,8 @@ GK_DEVICE void matmul_sum(T (&acc)[R][4], const T* a, const int (&at_a)[R], int 
   }
 }
 
-// R × 4 results per thread.  Where columns lie a multiple of the banks apart, threads beside each other start at other
-// terms, or all would ask one bank.
+// R × 4 results per thread.  If the stride of columns is a multiple of the banks, neighbouring threads start at
+// different terms, to avoid bank conflicts.
 template <class T, int R>
 GK_DEVICE void matmul_tiles(const MatMulRecord& op, const Tile<T>& t, const MatMul& p) {
   const Reading left = reading_of(p.left, p.rows, R), right = reading_of(p.right, p.columns, 4);
@@ -146,7 +146,7 @@ GK_DEVICE int matmul_pace(const MatMul& p, int samples, int threads, int height)
   return (tiles + threads - 1) / threads * (100 + 16 * height + p.terms * 4 * (height + 1));
 }
 
-// Forward and backward are one piece of code: a kernel that the instruction cache holds is worth more than a branch.
+// Forward and backward share their code: fitting the instruction cache is worth more than avoiding a branch.
 template <class T>
 GK_RECORD void run_matmul(const Record& record, const Tile<T> t) {
   const auto& op = as<MatMulRecord>(record);  // as a MatMulTRecord begins

@@ -1,8 +1,8 @@
-// Transposed convolutions with narrow windows: a first layer's, of few inputs and small kernels.
+// Transposed convolutions with narrow windows, such as a first layer with few inputs and small kernels.
 //
-// A window of six numbers gives a worker of scatter.cuh or quads.cuh little to do per channel.  Here four lanes share
-// the channels of a position, four neighbours each, every lane for the whole window; their sums are then added up, and
-// each lane writes a quarter of them.
+// With a window of six numbers, a worker of scatter.cuh or quads.cuh has little work per channel.  Here four lanes
+// share the channels of a position: each takes four neighbouring channels, and all of the window.  Their sums are then
+// added up, and each lane writes a quarter of them.
 #pragma once
 #include "quads.cuh"
 
@@ -49,7 +49,7 @@ GK_DEVICE void visit_narrow(const ScatterTRecord& op, const T* weights, const Vi
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const bool alive = four.alive & 1u << k;
-      // Channels four apart lie side by side, as the lanes read them.
+      // Channels four apart are adjacent in memory, because the lanes read them together.
       const T* w = row + (k * rows * kRow + four.place[k]);
       Four<T> ws[kRowQuads];
 #pragma unroll

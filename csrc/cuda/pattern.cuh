@@ -53,7 +53,7 @@ struct Winners {
     for (int k = 0; k < 4; ++k)
       if (tap[k] < 0 || x.v[k] > top.v[k] || x.v[k] != x.v[k]) tap[k] = j, top.v[k] = x.v[k];
   }
-  // What is not alive is zero from here on, and has no tap.
+  // From here on, channels that are not alive are zero and have no tap.
   GK_DEVICE void rectify() {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -107,8 +107,8 @@ GK_RECORD void run_pattern(const PatternRecord& op, const Tile<T> t) {
   op.extent.C % 4 == 0 && by_fours(op.src) && by_fours(op.dst) ? run_pattern_quads(op, t) : run_pattern_words(op, t);
 }
 
-// A cotangent added where the bits lead it; what is there stays.  Where windows overlap, one thread walks all positions
-// of its channel, so that no two add to one number.
+// Adds a cotangent to the places that the bits select.  If windows overlap, one thread walks all positions of its
+// channel, so that no two threads add to the same number.
 template <class T>
 GK_RECORD void run_pattern_t(const PatternTRecord& op, const Tile<T> t) {
   const PatternRef& pattern = op.pattern;

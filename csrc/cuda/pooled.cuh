@@ -1,14 +1,14 @@
 // A convolution with the ReLU or the pool after it: the result of the convolution stays in registers.
 //
-// As window.cuh's tiles, but a thread's positions are whole pools.
+// The tiles are those of window.cuh, but a thread's positions are whole pools.
 #pragma once
 #include "pattern.cuh"
 #include "window.cuh"
 
 namespace gradkern::cuda {
 
-// The bits of four channels, or of those that are `real`; the neighbour that has the other four of a byte joins in. All
-// lanes come together.
+// The bits of four channels, or of those that are `real`; the neighbour with the other four of a byte joins in. All
+// lanes must call this together.
 template <class T>
 GK_DEVICE void store_bits(const Winners<T>& winners, uint8_t* planes, int plane_bytes, int taps, bool on, uint32_t real,
                           int channel_lane, int channel_lanes) {

@@ -1,4 +1,4 @@
-// Records where a chain meets the caller's tensors: inputs, outputs, seeds and results.
+// Records that read or write the caller's tensors: inputs, outputs, seeds and results.
 #pragma once
 #include "tile.cuh"
 
@@ -31,8 +31,8 @@ GK_RECORD void run_store(const StoreRecord& op, const Tile<T> t) {
   }
 }
 
-// The cotangent of an input → the caller's [N][S][C][H][W], in 16-byte stores where that is aligned.  Inlined: as a
-// function of its own it has a few registers to save.
+// The cotangent of an input → the caller's [N][S][C][H][W], in 16-byte stores if that is aligned.  It is inlined,
+// because a separate function would have to save a few registers.
 template <class T>
 GK_DEVICE void run_store_t(const StoreTRecord& op, const Tile<T> t) {
   constexpr int kPiece = 16 / sizeof(T);
@@ -70,7 +70,7 @@ GK_DEVICE void run_store_t(const StoreTRecord& op, const Tile<T> t) {
   }
 }
 
-// The rows of the last weight, copied where they are not consumed directly.
+// The rows of the last weight, copied if they are not consumed directly.
 template <class T>
 GK_RECORD void run_seed_rows(const SeedRowsRecord& op, const Tile<T> t) {
   const int size = op.elements, seed = op.dst.seed;

@@ -1,15 +1,15 @@
-// Transposed convolutions in quads: where windows consist of aligned groups of four numbers.
+// Transposed convolutions in quads, for windows that consist of aligned groups of four numbers.
 //
 // The workers of a warp go through all channels in step, four at a time.  A weight is then read once for all of them,
 // sixteen bytes at a time, where scatter.cuh's walk over the live channels reads every worker's own.  A dead channel
-// costs its multiply-adds, except where a worker is a whole warp: that skips it.  Pays where most channels are alive:
-// in front of a pool whose taps share one window, three in four are.
+// costs its multiply-adds, unless the worker is a whole warp, which skips it.  This pays if most channels are alive:
+// before a pool whose taps share one window, three in four are.
 #pragma once
 #include "scatter.cuh"
 
 namespace gradkern::cuda {
 
-// Where the taps' weights begin within a channel's row, as steps from the first tap's.
+// The starts of the taps' weights within a channel's row, as offsets from the first tap's.
 struct Taps {
   int first, step[kQuadPlanes - 1];
 };
@@ -33,7 +33,7 @@ GK_DEVICE Nibble nibble_of(const uint32_t (&words)[kQuadPlanes], int shift, cons
   return nibble;
 }
 
-// One visit: all channels, four at a time.  A lane's quads of a row lie side by side.
+// One visit: all channels, four at a time.  A lane's quads of a row are contiguous.
 template <class T, int NQ, int S>
 GK_DEVICE void visit_quads(const ScatterTRecord& op, const T* weights, const Visit<T>& at, const int (&offset)[NQ],
                            const Taps& taps, int planes, bool alone) {

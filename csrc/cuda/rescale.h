@@ -1,4 +1,4 @@
-// DeepLift's multipliers on the GPU: what the launcher, which knows torch, and the kernel say to each other.
+// DeepLift's multipliers on the GPU: the interface between the launcher, which knows torch, and the kernel.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// CUDA launch of DeepLift's multipliers: torch's device and stream around the kernel, which knows nothing of torch.
+// CUDA launch of DeepLift's multipliers: torch's device and stream around the kernel, which does not know torch.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // numbers of one launch: the kernel counts in 32 bits
 
-// A launch per as many samples as 32 bits can count, which is nearly always all of them.
+// Each launch takes as many samples as 32 bits can count, which is nearly always all of them.
 template <class T>
 void launch(RescaleArgs<T> args, int64_t samples, bool pooled) {
   const Pool& p = args.pool;

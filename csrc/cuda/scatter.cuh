@@ -1,10 +1,10 @@
 // Transposed contractions for all seeds.
 //
-// Convolutions: a worker (a warp, or an even part of one) walks the live channels of one position after the other,
-// read off the bits, and adds that channel's weights, times the seeds' cotangents, to the window.  What the pattern
-// says is zero costs nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions:
-// bands of one colour touch disjoint memory (gradkern/codegen/cuda/lowering.py chooses their size), and a barrier parts
-// the colours.
+// Convolutions: a worker (a warp, or an even part of one) processes one position after another.  It reads the live
+// channels from the bits, and adds each channel's weights, times the seeds' cotangents, to the window.  Zeros of the
+// pattern cost nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions: bands of
+// one colour touch disjoint memory (gradkern/codegen/cuda/lowering.py chooses their size), and a barrier separates the
+// colours.
 //
 // Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
 #pragma once
@@ -34,7 +34,7 @@ GK_DEVICE uint32_t live_word(const uint8_t* plane, int plane_bytes, int c0, int 
   return word;
 }
 
-// Where each seed's cotangents begin; seeds past the last are the last one again, and not stored.
+// The start of each seed's cotangents; seeds past the last repeat the last one, and are not stored.
 template <class T, int S>
 GK_DEVICE void seed_starts(const T* (&from)[S], const T* g, int stride, int seeds) {
 #pragma unroll
@@ -54,7 +54,7 @@ GK_DEVICE void walk(const uint8_t* plane, int plane_bytes, int planes, int chann
   for (int c0 = low & ~31, j = 0; j < planes;) {
     uint32_t word = live_word(plane, plane_bytes, c0, low, high);
     any |= word != 0;
-    constexpr int kPair = NV * S <= 16 ? 2 : 1;  // channels at a time: loads overlap, while the registers last
+    constexpr int kPair = NV * S <= 16 ? 2 : 1;  // channels at a time: loads overlap, if registers suffice
     while (word) {
       T ws[kPair][NV], gs[kPair][S];
 #pragma unroll
@@ -93,15 +93,15 @@ GK_DEVICE void walk(const uint8_t* plane, int plane_bytes, int planes, int chann
 // One position, or one of its pool taps, as a worker visits it.
 template <class T>
 struct Visit {
-  bool inside;           // false: nothing, but its lanes come along
+  bool inside;           // false: no position, but the lanes still take part
   const uint8_t* plane;  // bits of what is alive, or null: all channels
   const T* from;         // cotangents [seed][channel], `stride` apart
   int stride, seeds;
-  T* to;  // where its window begins
+  T* to;  // the start of its window
 };
 
-// Every position once for every group of `together` seeds, band by band of one colour.  All lanes of a warp make the
-// same number of visits.  `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler
+// Visits every position once for every group of `together` seeds, band by band of one colour.  All lanes of a warp make
+// the same number of visits.  `Rows`: whether cotangents may be the seed rows, in global memory; otherwise the compiler
 // knows that they are shared.
 template <bool Rows, class T, class Each>
 GK_DEVICE void over_bands(const ScatterTRecord& op, const Tile<T>& t, int lanes, int together, const Each& each) {
@@ -222,7 +222,7 @@ GK_DEVICE void outer(T (&acc)[Rows][4], const T* g, const Four<T>& w) {
   }
 }
 
-// Where a warp's part of a product goes: `Rows` rows per lane from r0 on, four columns from col on.
+// Stores a warp's part of a product: `Rows` rows per lane from r0 on, four columns from col on.
 template <class T, int Rows>
 GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (&acc)[Rows][4], int rows, int r0,
                              int col, bool assign) {
@@ -250,8 +250,8 @@ GK_DEVICE void store_product(const DenseTRecord& op, const Tile<T>& t, const T (
   }
 }
 
-// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g lies in the region as [c][stride].  Where there are
-// fewer tiles than warps, several share the sum over c, and add their parts one after the other.
+// out[r][col] (+)= Σ_c g[c][r] · w[c][col], `Rows` rows per lane; g is in the region as [c][stride].  If there are
+// fewer tiles than warps, several warps share the sum over c, and add their parts one after the other.
 template <class T, int Rows>
 GK_DEVICE void product(const DenseTRecord& op, const Tile<T>& t, int rows, int stride, int c0, int channels,
                        bool assign) {

@@ -1,4 +1,4 @@
-// The view that a record's function has of its block: which samples, which seeds, where the buffers lie.
+// A record function's view of its block: the samples, the seeds and the buffers.
 // docs/architecture.md says what the letters of loops and operands stand for.
 #pragma once
 #include "chain.h"
@@ -22,8 +22,8 @@ struct Tile {
   int count;      // samples at hand
   int s0, seeds;  // seeds at hand
 
-  // Of sample m of those at hand: the place's stride between samples counts from the tile's first sample, or where it
-  // is negative from the first one at hand.
+  // For the current sample m: the place's stride between samples counts from the tile's first sample or, if it is
+  // negative, from the first current sample.
   GK_DEVICE T* at(const Place& place, int m) const {
     const int step = static_cast<int>(place.sample);
     return buf + static_cast<int>(place.offset) + (step >= 0 ? (first + m) * step : m * -step);
@@ -56,7 +56,7 @@ struct Steps {
   GK_DEVICE int operator()(int h, int w) const { return h * row + w * position; }
 };
 
-// Whether all that is read or written there can be moved four numbers at a time.
+// Whether everything that is read or written there can be moved four numbers at a time.
 GK_DEVICE bool by_fours(const Place& p) { return ((p.offset | p.sample | p.seed | p.row | p.position) & 3) == 0; }
 
 // Pointers are generic on purpose: with __builtin_assume(__isShared(p)) nvcc 13.0 made code for quads.cuh and

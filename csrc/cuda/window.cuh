@@ -1,9 +1,9 @@
 // Forward contractions: convolutions, and linear layers over all samples of the tile.
 //
-// A warp makes `position_lanes·4` positions × `channel_lanes·4` channels, a thread 4 × 4 of them: positions
-// `position_lanes` apart, so that neighbours read neighbouring addresses, channels side by side, so that a weight is
-// one 16-byte load.  Where there are fewer such tiles than warps, the contraction is cut between warps and the parts
-// are added in a fixed order.
+// A warp computes `position_lanes·4` positions × `channel_lanes·4` channels, and a thread 4 × 4 of them.  A thread's
+// positions are `position_lanes` apart, so that neighbours read neighbouring addresses; its channels are contiguous, so
+// that a weight is one 16-byte load.  If there are fewer tiles than warps, the contraction is divided between warps and
+// the parts are added in a fixed order.
 #pragma once
 #include "tile.cuh"
 
@@ -32,7 +32,7 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
   return s;
 }
 
-// Numbers in a row of a weight with so many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
+// The length of a row of a weight with so many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
 GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
 
 // Four rows of the weight; `w` moves on.
@@ -106,7 +106,7 @@ GK_RECORD void run_window(const WindowRecord& op, const Tile<T> t) {
   const int O = op.O, groups = op.groups, L = op.run_length, K = static_cast<int>(op.runs) * L,
             row_length = weight_row(O);
   const int position = op.whole_block ? 0 : op.src.position, row = op.whole_block ? 0 : op.src.row;
-  // A whole-block record has the region to itself; the others have their scratch there.
+  // A whole-block record may use all of the region; other records have their scratch there.
   const WindowShape s =
       window_shape<kPositions>(positions, O, groups, K, t.warps(), op.whole_block ? t.args.region : 0);
   const int step = ((K + s.split - 1) / s.split + 3) / 4 * 4;

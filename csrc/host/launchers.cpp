@@ -1,6 +1,6 @@
-// The launchers of ../cuda, as they are, around the stand-in GPU of runtime.h: their checks, arguments and block counts
-// run on CPU tensors.  Built beside run.cpp, with the folder of this file in front of torch's headers, and called by
-// tests/support/host_device.py under the dispatch key that they register themselves for.
+// The launchers of ../cuda, unchanged, with the stand-in GPU of runtime.h: their checks, arguments and block counts run
+// on CPU tensors.  They are built with run.cpp, with the folder of this file before torch's headers.  They register for
+// torch's CUDA dispatch key, under which tests/support/host_device.py calls them.
 #include "../checks.cpp"
 #include "../content_hash.cpp"
 #include "../cuda/chain_launch.cpp"
@@ -9,7 +9,7 @@
 
 namespace {
 
-// The CPU has no streams that a tensor could be told of.
+// The CPU has no streams, so there is nothing to record.
 void record_stream(at::Tensor&, at::Stream) { ++gk_gpu()->kept; }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// One recorded launch, run again: what the sanitizers are built around.  Usage: replay INPUT OUTPUT
+// Repeats one recorded launch, for the sanitizers.  Usage: replay INPUT OUTPUT
 //
 // INPUT holds eight int64 (0: a chain, 1: DeepLift's multipliers; bytes per number, whether there is a pool, blocks,
 // threads, bytes of shared memory or windows, bytes of the arguments, blobs), the arguments with every pointer replaced
@@ -27,7 +27,7 @@ namespace {
 
 struct Blob {
   int64_t bytes;
-  std::unique_ptr<char, void (*)(void*)> data;  // exactly as large as it says, so that a byte too far shows
+  std::unique_ptr<char, void (*)(void*)> data;  // of exactly this size, so that an access past the end is noticed
 };
 
 void need(bool ok) {

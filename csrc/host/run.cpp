@@ -1,5 +1,5 @@
-// The launches of ../cuda on the host, for the tests, by a plain C interface and by the launchers' own functions: no
-// torch, no CUDA.
+// The launches of ../cuda on the host, for the tests, with a plain C interface and the launchers' own functions.  It
+// needs neither torch nor CUDA.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -93,7 +93,7 @@ const char* gk_run_f32(const cuda::Args<float>* args, int blocks, int threads, i
 const char* gk_run_f64(const cuda::Args<double>* args, int blocks, int threads, int64_t bytes) {
   return chain(*args, blocks, threads, bytes);
 }
-// What a number that stays divides, by multiplication: for tests of the numbers' ends.
+// Division by a constant divisor by multiplication, for tests at the ends of the range.
 void gk_divide(const int* numbers, int count, int divisor, int* quotients, int* rests) {
   const cuda::Divider by(divisor);
   for (int i = 0; i < count; ++i) {

@@ -1,5 +1,5 @@
-// CUDA's runtime as the launchers call it, on the host: attributes, launches with the limits that a GPU has, errors.
-// One stand-in GPU, whose properties the tests set and which notes what was asked of it.
+// The part of CUDA's runtime that the launchers call, on the host: attributes, launches with a GPU's limits, errors.
+// There is one stand-in GPU.  The tests set its properties, and it records the requests.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -15,11 +15,11 @@ namespace gradkern::host {
 struct Gpu {
   int processors, shared_bytes;
   int capturing;  // 1: a CUDA graph is being captured
-  // What was asked for.
+  // The requests.
   int launches;
   int blocks;   // of the last launch
   int allowed;  // bytes of shared memory that a kernel was last allowed
-  int kept;     // tensors told that a stream reads them
+  int kept;     // tensors for which a stream was recorded
   int guards;   // that are alive
 };
 
@@ -40,11 +40,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 namespace gradkern::host {
 
 cudaError_t allow_shared(const void* kernel, int bytes);
-// Whether a GPU would launch this; otherwise what `cudaGetLastError` says then.
+// Whether a GPU would launch this; otherwise the error that `cudaGetLastError` then returns.
 bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared);
 
-// Blocks one after the other; the threads of a block at once.  The shared memory of every block starts as NaNs, so that
-// a number that was never written shows.
+// Runs blocks one after the other, and the threads of a block at once.  The shared memory of every block starts as
+// NaNs, so that a read of a number that was never written is noticed.
 template <class Kernel>
 void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
   // Exactly as large as asked for, so that the address sanitizer sees one byte past it.

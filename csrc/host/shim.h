@@ -1,5 +1,5 @@
-// CUDA's words for a host compiler: one host thread per CUDA thread of a block, barriers for __syncthreads and for
-// warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers check the same code.
+// CUDA's keywords for a host compiler, with one host thread per CUDA thread of a block, and barriers for __syncthreads
+// and for warps.  Kernels of ../cuda run unchanged, so the oracle and the sanitizers check the same code.
 #pragma once
 #include <pthread.h>
 
@@ -54,7 +54,7 @@ struct Block {
   Warp* warps;
 };
 
-// What a CUDA thread knows of itself.
+// The indices and the block of a CUDA thread.
 struct Self {
   Block* block;
   Warp* warp;
@@ -74,7 +74,7 @@ inline thread_local Dim thread_index, block_index, block_size, grid_size;
 inline void __syncthreads() { gradkern::host::self.block->barrier.wait(); }
 inline void __syncwarp(uint32_t = 0xffffffffu) { gradkern::host::self.warp->barrier.wait(); }
 
-// Every lane of the warp must come here, which the kernels ensure.
+// Every lane of the warp must call this; the kernels ensure it.
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   auto& me = gradkern::host::self;
   me.warp->word[me.lane] = vote;
@@ -85,7 +85,7 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return votes;
 }
 
-// As above: every lane of the warp.
+// As above, every lane of the warp must call this.
 template <class T>
 inline T __shfl_xor_sync(uint32_t, T x, int lanes) {
   auto& me = gradkern::host::self;

@@ -1,7 +1,7 @@
-"""What every ``attribute_all`` shares: its type, reading ``targets``, the shape of the answer, the fallback to Captum.
+"""Code shared by every ``attribute_all``: its type, reading ``targets``, the shape of results, the fallback to Captum.
 
-Every ``attribute_all`` gives ``[N, C, *attribution]``: one forward, all outputs.  Where a model has no Program (a
-plain function, hooks, samples that mix), Captum's own method runs once per output, and a warning says so.
+Every ``attribute_all`` returns ``[N, C, *attribution]``, for all outputs from one forward.  If a model has no Program
+(because of hooks, or samples that mix), Captum's own method runs once per output, and a warning says so.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Yes = Literal[True]
 
 
 class AttributeAll(Protocol):
-    """``attribute_all(inputs, targets, …)``, whatever the method; what follows is the method's own, best by keyword.
+    """``attribute_all(inputs, targets, …)`` of every method; pass the method's other arguments by name.
 
-    Returns attributions as the inputs are given, then the convergence delta where it is asked for, then the indices
+    Returns attributions (a tuple if the inputs are one), then the convergence delta if requested, then the indices
     of `TopK`.
     """
 
@@ -58,12 +58,12 @@ class AttributeAll(Protocol):
 
 
 def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
-    """The method as it is, with the types of its results."""
+    """The method unchanged, with the types of its results."""
     return cast(AttributeAll, attribute_all)
 
 
 def check_distribution(method: Any, baselines: Any) -> None:
-    """Raise where a method that averages over baselines got none: in Captum's order they would stand for targets."""
+    """Raise if a method that averages over baselines got none: in Captum's order they would be taken as targets."""
     if baselines is None:
         raise BadType(
             f"baselines: got none, but {type(method).__name__} averages over them. Pass baselines=... by name: the "
@@ -72,7 +72,7 @@ def check_distribution(method: Any, baselines: Any) -> None:
 
 
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, integers: bool = False) -> Points | None:
-    """The engine for this method's model at these inputs; None where the call is Captum's (a warning says why).
+    """The engine for this method's model at these inputs; None if Captum takes the call (a warning says why).
 
     ``integers`` as in `takes_over`.
     """
@@ -116,7 +116,7 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
 
 
 def captum_target(flat: Tensor, out: Shape) -> Any:
-    """A flat output number, or one per sample, as Captum wants it."""
+    """A flat output index, or one per sample, in the form that Captum takes."""
     if not out:
         return None
     if len(out) == 1:
@@ -126,12 +126,12 @@ def captum_target(flat: Tensor, out: Shape) -> Any:
 
 
 def shaped(tree: Any, seeds: Seeds) -> Any:
-    """``[N, S, ...]`` everywhere as ``[N, *axes, ...]``."""
+    """Reshape every ``[N, S, ...]`` to ``[N, *axes, ...]``."""
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
 def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
-    """What ``attribute_all`` returns: the attributions, the convergence delta if asked for, the indices of `TopK`."""
+    """The result of ``attribute_all``: attributions, the convergence delta if requested, and the indices of `TopK`."""
     items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
         items.append(shaped(delta, seeds))
@@ -143,8 +143,8 @@ def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor 
 def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], seeds: Seeds) -> Tensor:
     """``Σ attribution - (F(end) - F(start))`` per sample and output, ``[N, S]``, as Captum's convergence delta.
 
-    The end is at ``points``.  ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for
-    each sample.
+    The end is ``points``.  ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each
+    sample.
     """
     end, n = points.inputs, points.samples
     sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
@@ -173,14 +173,14 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    ``_rows`` is all that a subclass has to provide: the attributions of every seed at given points.  It gives
-    ``attribute_all`` and, in `NoiseTunnel`, the average over noise without holding the samples.
+    A subclass only has to provide ``_rows``: the attributions of every seed at given points.  From it follow
+    ``attribute_all`` and, in `NoiseTunnel`, the average over noise, which holds no samples.
     """
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
 
-        None where the model has no Program and the method needs one.
+        None if the model has no Program and the method needs one.
         """
         raise NotImplementedError
 
@@ -195,7 +195,7 @@ class RowMethod(stock.GradientAttribution):
 
     @one_call()
     def _all_on_engine(self, inputs: Any, targets: Any, extra: Any, options: Options, delta: bool) -> Any:
-        """``attribute_all`` on the engine; None where the call is Captum's."""
+        """``attribute_all`` on the engine; None if Captum takes the call."""
         points = points_for(self, format_tensor_into_tuples(inputs), extra)
         if points is None:
             return None

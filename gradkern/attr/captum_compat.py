@@ -1,8 +1,8 @@
 # ruff: noqa: F401  (names are imported here for the other files)
-"""Captum as gradkern uses it: its classes and its private names, each imported here and nowhere else.
+"""Captum's classes and private names that gradkern uses, each imported here and nowhere else.
 
-The classes are those of import time.  ``captum.attr.Saliency = gradkern.attr.Saliency`` is how users try this package
-on code of theirs; were Captum's class looked up at call time, ours would then find itself and recurse.
+The classes are looked up at import time.  Users try this package on their code by
+``captum.attr.Saliency = gradkern.attr.Saliency``; a lookup at call time would then find our own class and recurse.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ try:
 except ImportError as error:
     raise _error(error) from error
 
-#: Captum's own classes, whatever stands under their names in `captum.attr` later.
+#: Captum's own classes, even if their names in `captum.attr` are assigned later.
 stock: Any = SimpleNamespace(**vars(captum.attr))
 
 for _class, _names in _USED_METHODS.items():

@@ -18,7 +18,7 @@ from .points import Points, with_arguments
 
 
 class GradientMethod(RowMethod):
-    """A gradient, and what `_finish` makes of it."""
+    """A method that computes a gradient and applies `_finish` to it."""
 
     gradients = HooklessGradientFunc
 
@@ -43,7 +43,7 @@ class GradientMethod(RowMethod):
             self._finish(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
 
     def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
-        """``attribute_all`` by `gradkern.jacobian`, whose ``options`` hold."""
+        """``attribute_all`` by `gradkern.jacobian`, with its ``options``."""
         options.setdefault("engine", self.gradient_func.engine)
         jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
         rows, wrt = format_tensor_into_tuples(inputs), options.get("wrt")
@@ -58,7 +58,7 @@ class Saliency(GradientMethod, stock.Saliency):
     """The gradient of an output with respect to the input (Simonyan et al., arXiv:1312.6034).
 
     A drop-in for `captum.attr.Saliency`: the same arguments, targets as Captum reads them, the same results and
-    errors.  ``engine`` as in `gradkern.use`; None takes what holds at each call.  Attribute logits: the gradient of
+    errors.  ``engine`` as in `gradkern.use`; None takes the one set at each call.  Attribute logits: the gradient of
     a probability vanishes where the model is sure.
     """
 

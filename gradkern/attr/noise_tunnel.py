@@ -26,8 +26,8 @@ FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks 
 class NoiseTunnel(stock.NoiseTunnel):
     """An average over noisy copies of the input (SmoothGrad, arXiv:1706.03825; VarGrad, arXiv:1810.03307).
 
-    A drop-in for `captum.attr.NoiseTunnel`, with equal numbers for equal seeds.  What to attribute, logits or
-    probabilities, is as for the method inside; noise moves probabilities off their plateaus.
+    A drop-in for `captum.attr.NoiseTunnel`, with equal numbers for equal seeds.  Whether to attribute logits or
+    probabilities depends on the method inside; noise moves probabilities off their plateaus.
     """
 
     @compat.log_usage(part_of_slo=True)
@@ -54,7 +54,7 @@ class NoiseTunnel(stock.NoiseTunnel):
             return self._in_pieces(inputs, pieces, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
     def _pieces(self, rows: Tensors, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
-        """Pieces of samples whose noise continues Captum's sequence of numbers; none where the call is Captum's."""
+        """Pieces of samples whose noise continues Captum's sequence of numbers; none if Captum takes the call."""
         method = self.attribution_method
         if not isinstance(method, RowMethod) or method._indivisible():
             return []
@@ -177,7 +177,7 @@ class _AllOutputs:
         self.sums = _Average(rows, [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows])
 
     def average(self, samples: int, batch: int | None, stdevs: Any) -> _Average | None:
-        """Over all copies; None where the method has no Program."""
+        """The average over all copies; None if the method has no Program."""
         draws = _draws(samples, batch)
         with torch.no_grad():
             shared = self._expanded(draws[0])
@@ -187,7 +187,7 @@ class _AllOutputs:
         return self.sums
 
     def _expanded(self, count: int) -> Options:
-        """The inner method's options for ``count`` copies of every sample: baselines drawn where asked for."""
+        """The inner method's options for ``count`` copies of every sample, with baselines drawn if requested."""
         options = dict(self.options)
         if self.draw:
             self.tunnel._expand_partial(count, options, self.rows, True)
@@ -205,7 +205,7 @@ class _AllOutputs:
         return True
 
     def _piece(self, noisy: Tensors, a: int, b: int, count: int, options: Options) -> bool:
-        """The samples ``a:b``, their copies in rows that follow each other; block by block of rows."""
+        """Add the samples ``a:b``, whose copies are consecutive rows, in blocks of rows."""
         method = self.tunnel.attribution_method
         index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
         room = block_rows(gradient_bytes(self.rows, self.seeds.count), self.rows[0].device)
@@ -265,7 +265,7 @@ class Noise:
             self.generators = [generator]
             for x in rows[:-1]:
                 generator = generator.clone_state()
-                for size in _even(x.numel() * copies):  # the numbers that this input will use up
+                for size in _even(x.numel() * copies):  # the random numbers that this input will use
                     torch.normal(0.0, torch.ones(size), generator=generator)
                 self.generators.append(generator)
 
@@ -287,7 +287,7 @@ class Noise:
 
 
 def _even(total: int, piece: int = 1 << 20) -> Iterator[int]:
-    """``total`` as pieces, each but the last of whole blocks, the last not shorter than one block."""
+    """``total`` in pieces: all but the last are whole blocks, and the last is not shorter than one block."""
     while total >= 2 * piece:
         yield piece
         total -= piece
@@ -318,7 +318,7 @@ def _draws(samples: int, batch: int | None) -> list[int]:
 
 
 def _rows_of_option(value: Any, a: int, b: int, n: int) -> Any:
-    """An option of the inner method for the samples ``a:b``, where it has a row for each sample."""
+    """An option of the inner method for the samples ``a:b``, cut if it has a row for each sample."""
     if isinstance(value, tuple) and not all(isinstance(v, int) for v in value):
         return tuple(_rows_of_option(v, a, b, n) for v in value)
     per_sample = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)

@@ -23,8 +23,8 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     """The mean gradient on the straight path from a baseline, times input minus baseline (arXiv:1703.01365).
 
     A drop-in for `captum.attr.IntegratedGradients` whose steps are summed as they are computed: memory does not grow
-    with ``n_steps``.  Logits and probabilities are both complete (attributions add up to the change of what is
-    attributed); prefer logits, as the path saturates in probabilities.
+    with ``n_steps``.  Logits and probabilities are both complete (attributions add up to the change of the output);
+    prefer logits, as the path saturates in probabilities.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         except InputError:
             return super()._attribute(*arguments)
         except Exception:
-            super()._attribute(*arguments)  # Captum's own error, where it has one
+            super()._attribute(*arguments)  # Captum's own error, if it has one
             raise
         mean = tuple(t[:, 0] for t in totals)
         if not self.multiplies_by_inputs:

@@ -1,8 +1,8 @@
-"""The plug into Captum: a ``gradient_func`` that runs on gradkern, and `accelerate`, which puts it in place.
+"""The plug into Captum: a ``gradient_func`` that runs on gradkern, and `accelerate`, which installs it.
 
-Captum calls it as ``(forward_fn, inputs, target_ind, additional_forward_args)``.  Targets are read by Captum's own
-code, and whatever gradkern cannot take over goes to Captum's own `compute_gradients`, so results and errors are
-Captum's.  Captum itself is never patched.
+Captum calls it as ``(forward_fn, inputs, target_ind, additional_forward_args)``.  Captum's own code reads the targets,
+and calls that gradkern cannot take over go to Captum's own `compute_gradients`, so results and errors are Captum's.
+Captum itself is never patched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .points import with_arguments
 
 
 class GradientFunc:
-    """A drop-in for Captum's `compute_gradients`.  ``engine`` as in `gradkern.use`; None: what holds at the call."""
+    """A drop-in for Captum's `compute_gradients`.  ``engine`` as in `gradkern.use`; None: the one set at the call."""
 
     _route = staticmethod(decide)
 
@@ -43,7 +43,7 @@ class GradientFunc:
         target_ind: Any = None,
         additional_forward_args: Any = None,
     ) -> tuple[Tensor, ...]:
-        """Gradients of the selected output with respect to each input, shaped as the inputs."""
+        """Gradients of the selected output with respect to each input, in the shapes of the inputs."""
         tensors = format_tensor_into_tuples(inputs)
         if takes_over(forward_fn, tensors, self.engine):
             fn, more = with_arguments(forward_fn, tensors, additional_forward_args)
@@ -75,9 +75,9 @@ class HooklessGradientFunc(GradientFunc):
 def takes_over(
     fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, *, integers: bool = False
 ) -> bool:
-    """May gradkern take over a call with these arguments?  Where it may not, a warning gives the reason, if any.
+    """May gradkern take over a call with these arguments?  If not, a warning gives the reason, if there is one.
 
-    ``integers``: inputs need not be floating, as their own gradient is not asked for.
+    ``integers``: inputs need not be floating, because their own gradients are not requested.
     """
     if options.engine(engine) == "autograd":
         return False
@@ -95,7 +95,7 @@ def takes_over(
 
 
 def stays_ours(route: Route) -> bool:
-    """Does gradkern take this route?  Where autograd has to, Captum's own gradients do it, and a warning says why."""
+    """Does gradkern take this route?  If autograd has to, Captum's own gradients run, and a warning says why."""
     if route.eager_reason is not None:
         _say(route.fn, route.eager_reason.text)
     return route.eager_reason is None
@@ -106,7 +106,7 @@ def _say(fn: Callable[..., Any], reason: str) -> None:
 
 
 def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
-    """Captum's reading of ``target``, by Captum's own code: applied to a tensor of output numbers.
+    """Captum's reading of ``target``, found by applying Captum's own code to a tensor of output indices.
 
     Raises `BadValue` for a target that does not fit; `compute_gradients` then raises Captum's own error.
     """
@@ -125,8 +125,8 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
 
 
 def plug_into(attribution: Any, gradients: GradientFunc) -> None:
-    """Give an attribution object these gradients, and the model inside of a compiled or parallel one: hooks and layers
-    are looked for there."""
+    """Give an attribution object these gradients, and the module inside a compiled or parallel model, in which Captum
+    looks for hooks and layers."""
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):
         if hasattr(attribution, name):
@@ -137,9 +137,9 @@ def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
     """Put gradkern under a stock Captum attribution object, and return the same object.
 
     ``accelerate(IntegratedGradients(model)).attribute(x, target=1)``: arguments and results stay Captum's.  An object
-    of a class that `gradkern.attr` has becomes one of that class, so that it also has ``attribute_all``; one of
-    another gradient class (a subclass of the user's) gets gradkern's gradients.  A `NoiseTunnel` passes it on to the
-    method inside.
+    whose class is in `gradkern.attr` becomes an object of that class, so that it also has ``attribute_all``.  An object
+    of another gradient class (such as a user's subclass) gets gradkern's gradients.  A `NoiseTunnel` passes them on to
+    the method inside.
     """
     from . import REPLACEMENTS
 

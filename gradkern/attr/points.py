@@ -1,7 +1,7 @@
-"""Gradients at many points: the engine under every method that averages over a path, over noise or over baselines.
+"""Gradients at many points: the engine of every method that averages over a path, over noise or over baselines.
 
-A path method looks at ``steps`` points for each of N samples.  `Points` differentiates them block by block, all seeds
-at once, so that what is held at a time does not grow with the number of steps.
+A path method uses ``steps`` points for each of N samples.  `Points` differentiates them block by block, all seeds at
+once, so that memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..util.options import Engine
 from .captum_compat import format_additional_forward_args
 
 Tensors = tuple[Tensor, ...]
-LEAST_BLOCK = 64  # points, below which the cost of a call shows
+LEAST_BLOCK = 64  # points; in smaller blocks the cost of a call is noticeable
 
 
 class Points:
@@ -67,11 +67,11 @@ class Points:
         return bool(couples_batch(self.base_request, self.route))
 
     def program(self) -> Program | None:
-        """The model's Program where it is known already."""
+        """The model's Program, if it is known already."""
         return self.route.program
 
     def traced(self) -> Program | None:
-        """The model's Program, traced now where it is not known; None where the model has none (a warning says why)."""
+        """The model's Program, traced now if it is not known; None if the model has none (a warning says why)."""
         if self.route.engine != "autograd":
             verdict_now(self.base_request, self.route)
         return self.route.program
@@ -122,7 +122,7 @@ def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
 
 
 def block_rows(point_bytes: int, device: torch.device) -> int:
-    """Points whose gradients, ``point_bytes`` each, are held at a time: those, the points, and what is made of both."""
+    """Points per block, each with ``point_bytes`` of gradients; memory also holds the points and their products."""
     return samples_per_chunk(device, 2 * point_bytes, 3 * point_bytes, least=LEAST_BLOCK)
 
 
@@ -138,8 +138,8 @@ def blocks(samples: int, steps: int, point_bytes: int, device: torch.device) -> 
 
 
 def with_arguments(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any) -> tuple[Callable[..., Any], Tensors]:
-    """``fn`` with those of Captum's ``additional_forward_args`` that are no tensors with a row per sample, and the
-    others, which it takes after the inputs."""
+    """``fn`` with those of Captum's ``additional_forward_args`` that are not tensors with a row per sample, and the
+    other arguments, which it takes after the inputs."""
     more = format_additional_forward_args(extra) or ()
     samples = inputs[0].shape[0]
     rows = {k: isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for k, x in enumerate(more)}
@@ -160,7 +160,7 @@ def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, 
 
 
 def repeated(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
-    """What goes with `between`: the rows ``a:b`` again for every step, ``[K (b - a), ...]``."""
+    """The rows ``a:b`` that belong to the points of `between`: repeated for every step, ``[K (b - a), ...]``."""
     return [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in rows]
 
 
@@ -189,7 +189,7 @@ def path_sum(
 ) -> tuple[Tensor, ...]:
     """``Σ_k w_k ∂y_s/∂x (baseline + α_k (input - baseline))``: one ``[N, S, *in]`` per input.
 
-    ``weights``, ``alphas``: ``[steps]``.  Steps of a block are summed as they come; nothing is kept of them.
+    ``weights``, ``alphas``: ``[steps]``.  Steps of a block are summed as they come, and not kept.
     """
     totals = tuple(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs

@@ -1,4 +1,4 @@
-"""`gradkern bench`: the user's own model and data, beside the loop over outputs that autograd makes possible."""
+"""`gradkern bench`: gradkern on the user's own model and data, compared with autograd's loop over outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share: which model, which source, which outputs."""
+"""Arguments and options that several commands share: the model, the source, the outputs."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class ShardType(click.ParamType):
 
 
 def run_options(command: Command) -> Command:
-    """What ``run`` and ``importance`` share; passed on to `gradkern.run` as they are."""
+    """The options that ``run`` and ``importance`` share; they are passed on to `gradkern.run` unchanged."""
     for option in (
         click.option("--targets", type=TargetsType(), help="Outputs, such as 0,2 or top3; all by default."),
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),

@@ -31,7 +31,7 @@ def run(
 ) -> None:
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
 
-    The same command again continues a run that was killed.
+    To continue a run that was killed, repeat the same command.
 
     \b
     gradkern run net.pt2 x.npy maps.zarr
@@ -61,7 +61,7 @@ def run(
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
 def importance(model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, **options: Any) -> None:
-    """Rank the features of SOURCE by what each output depends on; no map is stored.
+    """Rank the features of SOURCE by their effect on each output; no map is stored.
 
     \b
     gradkern importance net.pt2 x.npy
@@ -108,7 +108,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 def bench(model: ModelArguments, samples: SourceArguments, most: int, repeats: int) -> None:
-    """Measure gradkern on MODEL and SOURCE, beside autograd with one backward pass per output.
+    """Compare gradkern on MODEL and SOURCE with autograd, which runs one backward pass per output.
 
     \b
     gradkern bench net.pt2 x.npy --samples 4096

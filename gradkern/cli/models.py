@@ -1,4 +1,4 @@
-"""Models for the command line: exported programs, factories with weights, and pickled modules only when asked for."""
+"""Models for the command line: exported programs, factories with weights, and pickled modules only on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
 
 
 def exported(path: str) -> nn.Module:
-    """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces what has none."""
+    """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces only modules without hooks."""
     _check_exists("model", path)
     program = torch.export.load(path)
     for node in program.graph.nodes:
@@ -79,7 +79,7 @@ def _check_exists(argument: str, path: str) -> None:
 def _made(spec: str) -> nn.Module:
     where, _, name = spec.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the factory may lie in the current folder, as for `python -m`
+        sys.path.insert(0, "")  # the factory may be in the current folder, as for `python -m`
     try:
         target: Any = importlib.import_module(where)
         for part in name.split("."):

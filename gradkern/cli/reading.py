@@ -1,4 +1,4 @@
-"""``gradkern explain | report | info``: the commands that say what is there."""
+"""``gradkern explain | report | info``: the commands that inspect a model or a store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 @click.command()
 @choices.model_and_source
 def explain(model: ModelArguments, samples: SourceArguments) -> None:
-    """Print how every step of MODEL runs, and why not faster.
+    """Print how every step of MODEL runs, and why it is not faster.
 
     \b
     gradkern explain net.pt2 x.npy
@@ -49,8 +49,8 @@ def report(
 ) -> None:  # fmt: skip
     """Write one HTML file about STORE, finished or not.
 
-    Takes up the model and the source that `gradkern run` was given, where they are still there, for the samples
-    under the maps and the deletion curves.
+    Uses the model and the source of `gradkern run`, if they still exist, for the samples under the maps and the
+    deletion curves.
 
     \b
     gradkern report maps.zarr --names cat,dog,horse
@@ -73,7 +73,7 @@ def report(
 
 
 def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool) -> T | None:
-    """The run's model or source; one that is only recorded, and gone, is no error."""
+    """The run's model or source; if it is only recorded and no longer exists, that is not an error."""
     if spec is None:
         return None
     try:
@@ -86,7 +86,7 @@ def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool
 
 
 def _check_same(results: Results, model: nn.Module | None, source: Source | None) -> None:
-    """A report must not put another model's curves, or other samples, beside these maps."""
+    """Refuse another model or source: a report must not combine its curves or samples with these maps."""
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
 
@@ -101,7 +101,7 @@ def _check_same(results: Results, model: nn.Module | None, source: Source | None
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="All attributes as JSON.")
 def info(store: str, as_json: bool) -> None:
-    """What is in STORE, and how much of it is finished.
+    """Show the contents of STORE, and how much of it is finished.
 
     \b
     gradkern info maps.zarr

@@ -1,1 +1,1 @@
-"""A group of steps to kernel records and packed weights."""
+"""Lowers a group of steps to kernel records and packed weights."""

@@ -1,9 +1,9 @@
-"""Where the cotangents of a chain are read: which are materialised, and which are other ones seen through a pattern.
+"""Where the cotangents of a chain are read: some have a buffer, and some are another cotangent seen through a pattern.
 
-The cotangent of a node with a single reader is often only another cotangent seen through bits (ReLU, max pool) or
-the same one (a sum).  Such a node gets no buffer: :class:`Cotangent` names the buffer, and the pattern to read
-it through, and the contraction that reads it skips what the bits say is zero.  When the group ends in a linear layer
-and the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them at all.
+The cotangent of a node with a single reader is often just another cotangent seen through bits (ReLU, max pool) or
+the same one (a sum).  Such a node gets no buffer.  :class:`Cotangent` names the buffer and the pattern to read it
+through, and the contraction that reads it skips the zeros that the bits show.  If the group ends in a linear layer and
+the seeds are one-hot, the first cotangents are rows of its weight, and nothing is computed for them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Cotangents:
         self.rows_unit = self.find_rows_unit() if onehot else None
 
     def find_rows_unit(self) -> Unit | None:
-        """The last linear layer, where one-hot seeds start there: their first cotangents are its weight's rows."""
+        """The last linear layer if one-hot seeds start there: then the first cotangents are rows of its weight."""
         if len(self.outputs) != 1:
             return None
         out = self.outputs[0]
@@ -52,7 +52,7 @@ class Cotangents:
         return [u for u in node.readers if u.out.id in self.needs]
 
     def of(self, node: Node) -> Cotangent | None:
-        """The cotangent of a node as an expression, ``.node is node`` for a buffer of its own; None: not wanted."""
+        """The cotangent of a node as an expression; ``.node is node`` if it has its own buffer; None: not wanted."""
         if node.id not in self.known:
             self.known[node.id] = self.decide(node)
         return self.known[node.id]
@@ -83,7 +83,7 @@ class Cotangents:
         ):
             return Cotangent(upstream.node, upstream.rows, reader)
         if reader.kind == "add" and producer.rectify:
-            return own_buffer  # its negative part goes, and the sum's other branches keep theirs
+            return own_buffer  # its negative part is removed, but the sum's other branches keep theirs
         if reader.kind == "add" and (through_bits or not (upstream.rows or upstream.pattern)):
             return upstream
         if reader.kind == "elementwise" and upstream.node is reader.out:
@@ -91,10 +91,10 @@ class Cotangents:
         return own_buffer
 
     def can_defer_rectify(self, pool: Unit, upstream: Cotangent) -> bool:
-        """Whether an opened ReLU in front of a pool can rectify what the pool gets instead of what it gives.
+        """Whether an opened ReLU before a pool can rectify the pool's upstream cotangent instead of the result.
 
-        Nothing may be added in between (windows apart, one reader each), and whoever stands in front of the ReLU has
-        to read through the pool's bits.
+        Nothing may be added in between (disjoint windows, one reader each), and the unit before the ReLU has to read
+        through the pool's bits.
         """
         relu = pool.reads[0].producer
         if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
@@ -103,7 +103,7 @@ class Cotangents:
         return self.read_once(source) and source.producer.kind in ("window", "add") and not overlaps(pool.windows)
 
     def takes_rows(self, node: Node) -> bool:
-        """Whether everything that will read this cotangent is a contraction, straight or through one pattern."""
+        """Whether all readers of this cotangent are contractions that read it directly or through one pattern."""
         producer = node.producer
         if producer.kind == "pattern":
             if producer.opened:

@@ -34,4 +34,4 @@ class Chain:
     rows: tuple[int, int] | None  # (offset, row length) in the packed weights of the seed rows
     rectify_rows: bool  # the rows pass a guided ReLU: without their negative part
     scratch: int  # bytes per thread
-    clocks: tuple[float, ...] = ()  # on a GPU: what each record is estimated to take of a multiprocessor, per sample
+    clocks: tuple[float, ...] = ()  # on a GPU: estimated clocks of a multiprocessor for each record, per sample

@@ -1,4 +1,4 @@
-"""What each kind of unit records: one method for its forward pass, and one for the cotangent of each of its reads."""
+"""The records of each kind of unit: one method for its forward pass, and one for the cotangent of each of its reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UnitRecords(Recording):
         self.forward.append(records.Load(number, dst, shape))
 
     def ends(self, unit: Unit) -> tuple[Place, Place]:
-        """What a unit of one operand reads and writes."""
+        """The places that a unit of one operand reads and writes."""
         return self.value(unit.reads[0]), self.value(unit.out)
 
     # ---- contractions
@@ -76,7 +76,7 @@ class UnitRecords(Recording):
         return WindowT(**vars(common) | sizes | cpu_fields)
 
     def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
-        """Segments per sweep over the weights: few while the weights stay in L1, more where they come from L2."""
+        """Segments per sweep over the weights: few if the weights stay in L1, more if they come from L2."""
         if unit.dense:
             return 1 << 30
         weights = layout.row_length * layout.O * len(layout.taps) * self.itemsize
@@ -124,7 +124,7 @@ class UnitRecords(Recording):
     # ---- copies
 
     def runs(self, unit: Unit, out: Node) -> list[list[int]]:
-        """The runs of every source, to where ``out`` has its elements: the result or what holds its cotangent."""
+        """The runs of every source to the elements of ``out``, which is the result or the node of its cotangent."""
         key = (id(unit), out.row)
         if key not in self.tables_of:
             *sides, to = unit.sides
@@ -170,7 +170,7 @@ class UnitRecords(Recording):
     # ---- elementwise functions
 
     def slope(self, unit: Unit) -> Place:
-        """Where the derivative lies."""
+        """The place of the derivative."""
         return interior(unit.out, self.keep(unit, unit.out.size))
 
     def forward_elementwise(self, unit: Unit) -> None:
@@ -190,7 +190,7 @@ class UnitRecords(Recording):
     # ---- products of two values
 
     def stretched(self, node: Node, out: Node, buffer: Buffer) -> tuple[Place, int]:
-        """A side of a product, and its stride between channels: strides are zero along the axes that are stretched."""
+        """A side of a product, and its stride between channels; strides are zero along broadcast axes."""
         row, position = node.row if node.H == out.H else 0, node.C if node.W == out.W else 0
         return Place(buffer, node.interior, row, position), int(node.C == out.C)
 
@@ -224,7 +224,7 @@ class UnitRecords(Recording):
         return Place(self.keep(unit, b.C * b.P), 0, b.C * b.W, b.W), 1
 
     def transpose_right(self, unit: Unit) -> None:
-        """Store the right side transposed: vectors read columns that lie side by side."""
+        """Store the right side transposed, so that vectors read contiguous columns."""
         b = unit.reads[1]
         runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
         src = self.value(b)
@@ -252,7 +252,7 @@ class UnitRecords(Recording):
         assert isinstance(form, LowRank)
         saved = interior(out, self.keep(unit, out.size + out.C * out.P))
         what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
-        # The numbers of the lines lie after the storage.
+        # The numbers of each line come after the storage.
         return LineSet(extent(out), *what, saved, out.size - out.interior)
 
     def forward_lines(self, unit: Unit) -> None:

@@ -1,7 +1,7 @@
 """Encoding: records and sizes as the compiled kernels read them.
 
 A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
-a ``float`` one double, a `RecordPart` its fields in order (zeros where it is None), and a `Place` the numbers of
+a ``float`` one double, a `RecordPart` its fields in order (zeros if it is None), and a `Place` the numbers of
 `PLACE`.  csrc/records.h has the same as structs.
 """
 
@@ -24,7 +24,7 @@ from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a chain's scratch memory takes, for one backend; one int64 each."""
+    """The sizes of a chain's scratch memory for one backend, one int64 each."""
 
     @cached_property
     def integers(self) -> list[int]:
@@ -41,7 +41,7 @@ class CpuSizes(Sizes):
     bits: int  # bytes of each sample's bits
     entries: int  # of the lists of live channels
     segments: int  # of those lists
-    block: int  # samples that go together
+    block: int  # samples that are processed together
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ SIZES = (CpuSizes, CudaSizes)
 
 # ---- encoding
 
-#: The numbers that every row begins with; `samples`: on a GPU, how many go together through the record's run.
+#: The numbers that every row begins with; `samples`: on a GPU, how many pass the record's run together.
 HEADER = ("kind", "whole_block", "samples")
-#: What a place is in C++.
+#: A place in C++.
 PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
     ("sample", "stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand"),

@@ -1,6 +1,6 @@
 """From the native steps of a group to units and nodes (:mod:`gradkern.codegen.units`).
 
-A flattened node keeps the channels-last order of what it was flattened from; a linear layer after it permutes
+A flattened node keeps the channels-last order of its source; a linear layer after it permutes
 its weight when packed, so the flatten costs nothing.  A value whose *last* axis holds the channels (tokens, a
 transposed signal) is the same storage read in another order: such values are in ``channels_last``, and a transpose
 between ``[C, L]`` and ``[L, C]`` costs nothing either.
@@ -79,7 +79,7 @@ class GraphBuilder:
         self.units.append(unit)
 
     def only_reader(self, value: int) -> int | None:
-        """The one step that reads a value which nobody else wants."""
+        """The only reader of a value that is not wanted outside."""
         readers = self.reads.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
@@ -89,7 +89,7 @@ class GraphBuilder:
         return j if j is not None and wanted(self.program.steps[j]) else None
 
     def wants_tokens(self, step: int, value: int) -> bool:
-        """Whether a step, or what follows it, reads the value best with its last axis as the channels."""
+        """Whether a step, or one after it, reads the value best with its last axis as the channels."""
         shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
         match form:
@@ -106,7 +106,7 @@ class GraphBuilder:
         return False
 
     def in_order(self, value: int, channels_last: bool) -> Node:
-        """The value's node in the geometry of its own shape, copied where it is stored in another order."""
+        """The value's node in the geometry of its own shape, copied if it is stored in another order."""
         node, shape = self.nodes[value], self.program.shape(value)
         fits = node.is_a(tokens(shape) if channels_last else geometry(shape))
         if fits and (node.trivial or (value in self.channels_last) == channels_last):
@@ -170,7 +170,7 @@ class GraphBuilder:
     def unit(
         self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **kw: Any
     ) -> Node:
-        """A unit whose result has the step's shape, or lies as the value ``like`` does."""
+        """A unit whose result has the step's shape, or the layout of the value ``like``."""
         if like is not None:
             out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
         else:
@@ -207,7 +207,7 @@ class GraphBuilder:
         self.unit("move", i, [node], keeps, sides=sides)
 
     def index(self, i: int, step: ir.Step) -> None:
-        """Copies; a change between channels first and channels last is none."""
+        """Copies elements; changing between channels first and channels last needs no copy."""
         form, source = step.form, step.inputs[0]
         assert isinstance(form, ir.Index)
         shape, channels_last = self.program.shape(source), source in self.channels_last
@@ -231,7 +231,7 @@ class GraphBuilder:
         self.place(steps[-1], out, keeps)
 
     def side_by_side(self, step: ir.Step) -> bool:
-        """Whether a concatenation fills every channel, of values that lie channels first."""
+        """Whether a concatenation of values that are stored channels first fills every channel."""
         assert isinstance(step.form, ir.Index)
         rows = [p.axes for p in step.form.parts]
         full = all(axes[1:] == tuple(identity_runs(n) for n in step.shape[1:]) for axes in rows)
@@ -242,7 +242,7 @@ class GraphBuilder:
         return full and straight and count == step.shape[0] and len(step.shape) > 1
 
     def pull_forward(self, i: int, step: ir.Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
-        """Elementwise steps after a concatenation are done to its parts: a norm folds, a ReLU stays bits."""
+        """Apply elementwise steps after a concatenation to its parts, so that a norm folds and a ReLU stays bits."""
         steps, alone = [i], [self.only_reader(v) == i for v in step.inputs]
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
@@ -323,11 +323,11 @@ class GraphBuilder:
         windows = pool_of(step)
         if windows is None or unsupported_reason(self.program, step) is not None:
             return False
-        return not (rectify and overlaps(windows))  # what several windows send is added before it is rectified
+        return not (rectify and overlaps(windows))  # cotangents of overlapping windows are added before rectifying
 
 
 def reserve_halo(unit: Unit) -> None:
-    """Padding becomes a zero border of the storage that is read, wide enough for every window on it."""
+    """Give the storage that is read a zero border for padding, wide enough for every window on it."""
     m = unit.contraction.map
     if not isinstance(m, ir.Windows):
         return
@@ -340,12 +340,12 @@ def reserve_halo(unit: Unit) -> None:
 
 
 def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
-    """A bare ReLU or a scale writes over its input where nobody else reads that."""
+    """Let a bare ReLU or a scale overwrite its input if it is the only reader."""
     kept = {n.id for n in outputs.values()}
     for unit in units:
         if unit.kind in ("pattern", "elementwise") and unit.windows is None:
             source = unit.reads[0]
-            # What a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
+            # Places that a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
             if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]
                 source.halo[:] = both
@@ -354,7 +354,7 @@ def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
 
 
 def channel_axis(step: ir.Step) -> int | None:
-    """The axis along which a step has factors, such as a norm's; None where it is another step."""
+    """The axis along which a step has factors, such as a norm's; None for other steps."""
     return step.form.map.axis if isinstance(step.form, ir.Contract) and isinstance(step.form.map, ir.Channels) else None
 
 
@@ -374,5 +374,5 @@ def is_elementwise(step: ir.Step) -> bool:
 
 
 def pool_of(step: ir.Step) -> ir.Windows | None:
-    """The windows of a max pool; None where the step is no such pool."""
+    """The windows of a max pool; None for other steps."""
     return step.form.windows if isinstance(step.form, ir.Select) and step.form.ties == "first" else None

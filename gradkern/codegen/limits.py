@@ -1,7 +1,7 @@
-"""Limits of the kernels, which the lowering and its prices must know too.
+"""Limits of the kernels, which the lowering and its cost model also need.
 
-csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), written from this module like the
-records: after a change here, run ``python -m gradkern.codegen.records_header`` and build the extension anew.
+csrc/records.h has them as constants (``NARROW_SEEDS`` is ``kNarrowSeeds<T>``), which are generated from this module.
+After a change here, run ``python -m gradkern.codegen.records_header`` and rebuild the extension.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class ByType(NamedTuple):
-    """A limit that depends on the element type: what the registers of a thread hold."""
+    """A limit that depends on the element type, because of the registers of a thread."""
 
     float32: int
     float64: int
@@ -33,7 +33,7 @@ NARROW = 8  # numbers of a narrow window at most
 NARROW_LANES = 4  # of a worker
 NARROW_SEEDS = ByType(5, 3)  # per visit
 # The other contractions.
-POOLED = ByType(8, 4)  # positions of a thread where a convolution's pool is taken at once
+POOLED = ByType(8, 4)  # positions of a thread if a convolution is joined with its pool
 PART_ROWS = 12  # of a linear layer's weight, at least, for each warp that shares a sum
 
 #: All of them by name.

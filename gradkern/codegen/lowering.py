@@ -1,7 +1,8 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
 `lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialised and which are
-read through a pattern, where each buffer lies, what is zeroed, how many seeds and samples are worked on at a time.
+read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
+at a time.
 It is pure: equal arguments give equal chains.
 """
 
@@ -44,12 +45,12 @@ class Lowering(UnitRecords):
     The layout of weights and scratch memory is the machine's: :mod:`gradkern.codegen.cuda.lowering` has the GPU's.
     """
 
-    block_from_forward = True  # whether the forward pass says how many samples go together
+    block_from_forward = True  # whether the forward pass determines how many samples are processed together
 
     # ---- forward
 
     def load_slopes(self) -> None:
-        """All that a linear group's backward pass needs: the given slopes, put where a forward pass would have."""
+        """Load the given slopes, which are all that a linear group's backward pass needs, where a forward would."""
         order = list(self.graph.inputs)
         self.block_from_forward = False
         for unit in self.graph.units:
@@ -68,13 +69,13 @@ class Lowering(UnitRecords):
             self.forward.append(records.Store(src=src, output=k, extent=shape))
 
     def prepare(self, unit: Unit) -> None:
-        """Before a unit's record: the CPU's scratch memory starts out as zeros, and borders stay so."""
+        """Called before a unit's record.  The CPU's scratch memory starts out as zeros, and borders stay zero."""
 
     # ---- backward
 
     def run_backward(self) -> None:
         cotangents = self.cotangents
-        for node in cotangents.outputs:  # decide from the end, so that expressions see what follows them
+        for node in cotangents.outputs:  # decide from the end, so that each decision knows its readers
             cotangents.of(node)
         for k, (value, node) in enumerate(self.graph.outputs.items()):
             if node.id in cotangents.needs and node.producer is not cotangents.rows_unit:
@@ -101,13 +102,13 @@ class Lowering(UnitRecords):
                 getattr(self, f"backward_{unit.kind}")(unit, operand, upstream)
 
     def store_cotangent(self, k: int, value: int) -> None:
-        """The ``k``-th wanted cotangent, that of the external ``value``, goes to the caller."""
+        """Store the ``k``-th wanted cotangent, that of the external ``value``, in the caller's tensor."""
         node = self.graph.inputs[value]
         source = self.cotangents.of(node)
         if source is None:
             return
         if source.node is node:
-            self.first_touch(node)  # zeros where nothing was added
+            self.first_touch(node)  # zeros if nothing was added
         src, shape = self.outside(value, source.node, self.grad(source.node))
         border: tuple[int, ...] = ()
         if (fold := self.folded.get(source.node.id, 1)) > 1:

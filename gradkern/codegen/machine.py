@@ -1,4 +1,4 @@
-"""Machines: what the layout of weights and scratch memory depends on, and the error where a chain fits none."""
+"""Machines, which determine the layout of weights and scratch memory, and the error for a chain that does not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Device(Machine):
 
 
 class TooLarge(Exception):
-    """A chain that no tile makes small enough; ``.bytes`` is what a single sample and seed would take."""
+    """A chain that does not fit with any tile; ``.bytes`` is the need of a single sample and seed."""
 
     def __init__(self, needed: int, limit: int):
         super().__init__(f"needs {needed / 1024:.0f} KiB of shared memory for one sample, of {limit / 1024:.0f}")

@@ -1,4 +1,4 @@
-"""What records refer to while a chain is lowered: buffers, tables, packed weights."""
+"""Buffers, tables and packed weights, which records refer to while a chain is lowered."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ L = TypeVar("L", bound=Layout)
 
 
 class Recording:
-    """The records of one group so far, and all that they refer to."""
+    """The records of one group so far, and everything that they refer to."""
 
-    slack, multiple = SLACK, 16  # elements past the end of every buffer, and what its size is a multiple of
+    slack, multiple = SLACK, 16  # elements past the end of every buffer; its size is a multiple of the second
     window_type: type[WindowLayout] = WindowLayout
 
     def __init__(
@@ -40,7 +40,7 @@ class Recording:
         self.backward: list[Record] = []
         self.stores: dict[int, Buffer] = {}  # Node.store → forward memory
         self.grads: dict[int, Buffer] = {}  # node id → cotangent memory
-        self.saved: dict[int, Buffer] = {}  # unit → what its backward pass needs: derivatives, probabilities, …
+        self.saved: dict[int, Buffer] = {}  # unit → values for its backward pass: derivatives, probabilities, …
         self.touched: set[int] = set()  # nodes whose cotangent memory has been zeroed or written
         self.bits: dict[int, int] = {}  # unit → byte offset among a sample's bits
         self.bit_bytes = 0
@@ -78,7 +78,7 @@ class Recording:
         return self.layout(ScatterLayout, unit, lambda: self.choose_scatter(unit, pattern))
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> ScatterLayout:
-        """The cheaper of one window per position and one merged window per pool output, rows folded where free."""
+        """The cheaper of one window per position and one merged window per pool output; rows are folded if free."""
         one_tap = ScatterLayout.of(unit, self.lanes)
         if unit.dense or pattern is None or not mergeable(unit, pattern):
             return one_tap
@@ -107,7 +107,7 @@ class Recording:
         return self.grads.setdefault(node.id, Buffer(elements, cotangent=True))
 
     def keep(self, unit: Unit, elements: int) -> Buffer:
-        """Memory for what the unit's backward pass needs of every sample."""
+        """Memory for the values that the unit's backward pass needs of every sample."""
         return self.saved.setdefault(id(unit), Buffer(elements + self.slack, per_sample=True))
 
     # ---- places
@@ -121,7 +121,7 @@ class Recording:
         return interior(node, self.grad(node))
 
     def upstream(self, cotangent: Cotangent) -> Place:
-        """A cotangent that is read as it lies."""
+        """A cotangent that is read directly from its buffer."""
         if cotangent.rows or cotangent.pattern is not None:
             raise AssertionError("only contractions read through patterns")
         return self.cotangent(cotangent.node)
@@ -132,7 +132,7 @@ class Recording:
         return self.cotangent(node)
 
     def assigns(self, node: Node) -> bool:
-        """Whether a record that writes all of a cotangent without its border is the first to write it."""
+        """Whether a record that writes all of a cotangent (except its border) is the first to write it."""
         first = node.size == node.C * node.P and node.id not in self.touched
         if first:
             self.touched.add(node.id)
@@ -146,7 +146,7 @@ class Recording:
             self.backward.append(Zero(dst=Place(buffer, 0), elements=buffer.elements))
 
     def outside(self, value: int, node: Node, buffer: Buffer) -> tuple[Place, Extent]:
-        """A node that meets the caller's row-major tensor: storage order is that of a channels-last value."""
+        """A node that is copied from or to the caller's row-major tensor, and its extent in that order."""
         place = interior(node, buffer)
         if value not in self.graph.channels_last:
             return place, extent(node)

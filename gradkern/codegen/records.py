@@ -1,10 +1,10 @@
 """Kernel records: one frozen dataclass per kind.
 
-A chain is a list of records for its forward and one for its backward pass.  They keep buffers symbolic until scratch
-memory is laid out; :mod:`gradkern.codegen.encoding` then turns them into rows of integers, which the kernels read as
-the C++ structs of their kinds.  The structs are written from these classes: after a change here, run
-``python -m gradkern.codegen.records_header``, which rewrites csrc/records.h, comments included, and build the
-extension anew.
+A chain is a list of records for its forward and one for its backward pass.  Their buffers are symbolic until scratch
+memory is laid out.  Then :mod:`gradkern.codegen.encoding` turns them into rows of integers, which the kernels read as
+the C++ structs of their kinds.  The structs are generated from these classes.  After a change here, run
+``python -m gradkern.codegen.records_header``, which rewrites csrc/records.h, comments included, and rebuild the
+extension.
 
 Offsets and strides count elements, except those of bits, which count bytes.  Kinds that end in T are the transposed
 actions, on the cotangents of all seeds.
@@ -24,14 +24,14 @@ from .scratch import Buffer
 
 @dataclass_transform(frozen_default=True)
 class Struct:
-    """A frozen dataclass, as all that derive from it are, and a struct of its own in C++."""
+    """A frozen dataclass, like all its subclasses, with a struct in C++ for each."""
 
     def __init_subclass__(cls, order: bool = False) -> None:
         dataclass(frozen=True, order=order)(cls)
 
 
 class RecordPart(Struct):
-    """What records and sizes are composed of."""
+    """A part of records and sizes."""
 
 
 class Place(RecordPart):
@@ -55,7 +55,7 @@ class PatternRef(RecordPart):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
     Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-    output came from, where that is alive.
+    output came from, if that is alive.
     """
 
     bits: int  # byte offset among a sample's bits
@@ -74,7 +74,7 @@ class PatternRef(RecordPart):
 
 
 class StencilTable(RecordPart):
-    """Blocks of positions that read alike; tables.py says what a block and an entry are."""
+    """Blocks of positions with the same reads; tables.py defines blocks and entries."""
 
     weights: int  # offset in the packed weights: rows of one weight per channel
     row_length: int  # of the weights
@@ -84,7 +84,7 @@ class StencilTable(RecordPart):
 
 
 class Along(IntEnum):
-    """The axis of the storage that lines lie along."""
+    """The axis of the storage along which lines run."""
 
     Channels = 0
     Columns = 1
@@ -92,7 +92,7 @@ class Along(IntEnum):
 
 
 class LineFunction(IntEnum):
-    """What is done to each line."""
+    """The function that is applied to each line."""
 
     Softmax = 0
     LogSoftmax = 1
@@ -100,7 +100,7 @@ class LineFunction(IntEnum):
 
 
 class LineSet(RecordPart):
-    """Softmax or normalisation along one axis of the storage, and what the backward pass needs of it."""
+    """Softmax or normalisation along one axis of the storage, and the numbers kept for the backward pass."""
 
     extent: Extent
     along: Along
@@ -141,13 +141,13 @@ def places_of(value: Record | RecordPart) -> Iterator[tuple[str, Place]]:
 
 
 class Record(Struct):
-    """What all kinds have in common."""
+    """Common to all kinds."""
 
     _: KW_ONLY
     whole_block: bool = False  # takes all samples of a block at once, so that its weight is read once for all of them
 
     def buffers(self) -> list[Buffer]:
-        """What the record reads or writes of scratch memory."""
+        """The buffers in scratch memory that the record reads or writes."""
         return [p.buffer for _, p in places_of(self) if p.buffer is not None]
 
     def reads(self, buffer: Buffer) -> bool:
@@ -178,11 +178,11 @@ class Store(Record):
 class Window(Record):
     """A convolution; or, over the whole block, a linear layer, whose positions are the samples.
 
-    A window is `runs` contiguous pieces of `run_length` elements.  Weights lie per group as [terms][O], the terms in
+    A window is `runs` contiguous pieces of `run_length` elements.  Each group's weights are [terms][O], the terms in
     the order of the window: on the CPU in tiles of output vectors (weights.py), on a GPU in rows of O rounded up to 4.
     """
 
-    src: Place  # where the first window begins; row, position: from one window to the next
+    src: Place  # the start of the first window; row, position: from one window to the next
     dst: Place
     H: int  # positions of the output
     W: int
@@ -199,7 +199,7 @@ class Window(Record):
 class PooledWindow(Window):
     """On a GPU: a convolution joined with the ReLU or pool that reads it; `dst` is the pattern's output.
 
-    The pool's windows neither meet nor overhang; H and W are positions of the pool's output.
+    The pool's windows neither overlap nor leave the input; H and W are positions of the pool's output.
     """
 
     pattern: PatternRef
@@ -231,7 +231,7 @@ class Elementwise(Record):
 
     src: Place
     dst: Place
-    slope: Place  # where the derivative goes
+    slope: Place  # the place of the derivative
     extent: Extent
     function: int  # which of csrc/elementwise.h's functions
     p0: float  # its parameters
@@ -258,13 +258,13 @@ class Move(Record):
 
 
 class Multiply(Record):
-    """The product of two values; a stride of 0 stretches a side along that axis."""
+    """The product of two values; a stride of 0 broadcasts a side along that axis."""
 
     left: Place
     right: Place
     dst: Place
     extent: Extent
-    left_channel: int  # stride between channels: 1, or 0 where there is one for all
+    left_channel: int  # stride between channels: 1, or 0 if there is one for all
     right_channel: int
 
 
@@ -294,7 +294,7 @@ class MatMul(Record):
 
 
 class Zero(Record):
-    """Zeroes a buffer before it is added to (a cotangent for all seeds), or for the sake of its border."""
+    """Zeroes a buffer before something is added to it (a cotangent for all seeds), or to zero its border."""
 
     dst: Place
     elements: int
@@ -332,14 +332,14 @@ class SeedDense(Record):
 class ContractionT(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
-    src: Place  # the cotangent of the contraction's output; of the pattern's output where one is read through
+    src: Place  # the cotangent of the contraction's output, or of the pattern's output if there is a pattern
     seed_rows: bool  # the cotangent is the seed rows (the first gradient, free), not in scratch memory
-    dst: Place  # where the window of the first position begins; row, position: from one window to the next
+    dst: Place  # the start of the first position's window; row, position: from one window to the next
     O: int  # channels of the cotangent, all groups  # noqa: E741
     pattern: PatternRef | None  # the ReLU or pool through whose bits the cotangent is read
     weights: int  # offset in the packed weights
     row_length: int  # of the weights
-    window_table: int  # offset in the tables of where the window's elements lie
+    window_table: int  # offset in the tables of the offsets of the window's elements
 
 
 class WindowT(ContractionT):
@@ -365,7 +365,7 @@ class ScatterT(ContractionT):
     merged: bool  # the taps of the pool share one window
     window_elements: int  # offsets in the window table
     algorithm: ScatterAlgorithm
-    tap_table: int = 0  # Quads: offset in the tables of where each tap's weights begin
+    tap_table: int = 0  # Quads: offset in the tables of the starts of each tap's weights
     lanes: int = 32  # of a worker
     bands: Bands = Bands()
 
@@ -388,7 +388,7 @@ class StencilT(Record):
 
 
 class PatternT(Record):
-    """Adds a cotangent where the pattern's bits lead it."""
+    """Adds a cotangent to the places that the pattern's bits select."""
 
     src: Place
     dst: Place
@@ -415,23 +415,23 @@ class Accumulate(Record):
 
 
 class MoveT(Record):
-    """Adds to what the runs of a move read."""
+    """Adds a cotangent to the elements that the runs of a move have read."""
 
     src: Place
     dst: Place
     runs: int
-    run_table: int  # that of the move: destinations and sources change places
-    distinct: bool = False  # no number is read twice: runs can be taken in parallel
+    run_table: int  # that of the move, with destinations and sources exchanged
+    distinct: bool = False  # no number is read twice, so runs can be processed in parallel
 
 
 class MultiplyT(Record):
-    """Adds a cotangent times the product's other side, summed where `dst` was stretched."""
+    """Adds a cotangent times the product's other side, summed where `dst` was broadcast."""
 
     src: Place
     other: Place
     dst: Place
     extent: Extent
-    dst_channel: int  # stride between channels: 1, or 0 where there is one for all
+    dst_channel: int  # stride between channels: 1, or 0 if there is one for all
     other_channel: int
 
 
@@ -456,7 +456,7 @@ class StoreT(Record):
     result: int  # which of the results
     extent: Extent
     fold: int = 1  # rows interleaved in the source, which then begins at its border (1: none)
-    halo_rows: int = 0  # where rows are interleaved: rows of the border above
+    halo_rows: int = 0  # if rows are interleaved: rows of the border above
     halo_columns: int = 0  # and columns of the border on the left
 
 

@@ -1,6 +1,6 @@
 """Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`, comments included.
 
-``python -m gradkern.codegen.records_header`` rewrites the file; a test fails where it is out of date.
+``python -m gradkern.codegen.records_header`` rewrites the file; a test fails if it is out of date.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Scratch memory of a chain: where its buffers lie, and how much is worked on at a time.
+"""Scratch memory of a chain: the places of its buffers, and the seeds and samples that are processed at a time.
 
-Memory that lives within one run of records is shared between samples; what outlives it has room for every sample of
-a block.  Cotangents that are never alive together lie on top of each other.  Seeds are taken in tiles, samples in
-blocks, so that a thread's scratch fits its cache.
+Samples share memory that lives within one run of records; memory that outlives a run has room for every sample of a
+block.  Cotangents that are never alive together overlap in memory.  Seeds are processed in tiles and samples in blocks,
+so that a thread's scratch fits its cache.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ SLACK = 64  # elements past every buffer that a vector may read or an unused lan
 BLOCK_BYTES = 512 << 10  # scratch that a thread's block of samples should fit (half of a common L2)
 SEED_BYTES = 256 << 10  # cotangent scratch of one sample
 MAX_BLOCK = 32
-SCRATCH_BYTES = 32 << 20  # per thread, unless one sample with one seed needs more
+SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs more
 
 
 @dataclass(eq=False)
 class Buffer:
-    """A piece of scratch memory: per-sample where it must outlive a stage, shared between samples otherwise."""
+    """A piece of scratch memory: per sample if it must outlive a stage, otherwise shared between samples."""
 
-    elements: int  # of one seed, where it holds a cotangent
+    elements: int  # of one seed, if it holds a cotangent
     cotangent: bool = False
     stages: set[int] = field(default_factory=set)
     base: int = -1
@@ -42,7 +42,7 @@ def round_up(elements: int, multiple: int = 16) -> int:
 def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
     """Note in every buffer its first and last record, and the stages that touch it.
 
-    A stage is a run of records that takes sample after sample; a record that takes all of them at once stands alone.
+    A stage is a run of records that processes one sample after another; a record for all samples is a stage of its own.
     """
     stage = count = 0
     for records in passes:
@@ -60,7 +60,7 @@ def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
 
 
 def seed_tile(seeds: int, per_seed: int) -> int:
-    """How many seeds go together, in even tiles; ``per_seed``: bytes of cotangents that one of them takes."""
+    """How many seeds to process together, in even tiles; ``per_seed``: bytes of cotangents for one of them."""
     if seeds == 0:
         return 1
     most = max(1, min(seeds, max(6, SEED_BYTES // max(per_seed, 1)), SCRATCH_BYTES // 2 // max(per_seed, 1)))
@@ -68,7 +68,7 @@ def seed_tile(seeds: int, per_seed: int) -> int:
 
 
 def first_fit(size: int, taken: Iterable[tuple[int, int]]) -> int:
-    """The lowest place with room for so many elements beside the ranges that are taken."""
+    """The lowest place with room for ``size`` elements between the ranges that are taken."""
     base = 0
     for low, high in sorted(taken):
         if base + size <= low:
@@ -78,9 +78,9 @@ def first_fit(size: int, taken: Iterable[tuple[int, int]]) -> int:
 
 
 def stack(buffers: Iterable[Buffer]) -> int:
-    """Bases for buffers of which only those must lie apart that are alive together; returns the elements they take.
+    """Place buffers so that only those that are alive together lie apart; returns the elements that they take.
 
-    The largest come first, each at the lowest place that is free during its life.
+    The largest are placed first, each at the lowest place that is free during its life.
     """
     placed: list[Buffer] = []
     height = 0
@@ -94,9 +94,9 @@ def stack(buffers: Iterable[Buffer]) -> int:
 
 
 def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
-    """Bases for cotangents, as of one seed; the elements of those that samples share, and of each sample's own.
+    """Place cotangents for one seed; returns the elements that samples share, and those of each sample.
 
-    Every one is zeroed or written whole before anything is added to it, so it does not matter what lay there.
+    Each is zeroed or fully written before anything is added to it, so its earlier content does not matter.
     """
     shared, sample = (stack(b for b in grads if b.per_sample == per_sample) for per_sample in (False, True))
     return shared, sample
@@ -105,12 +105,12 @@ def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
 def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, int], tile: int) -> tuple[int, int]:
     """Give every buffer its base; returns the elements that samples share, and those of each sample.
 
-    ``grads``, `stacked` to the ``sizes``, have room for a tile of seeds.  A sample's part follows what is shared.
+    ``grads``, `stacked` to the ``sizes``, get room for a tile of seeds.  A sample's part follows the shared part.
     """
     shared, sample = (size * tile for size in sizes)
     for buffer in grads:
         buffer.base *= tile
-    for buffer in values:  # their borders are zeroed once, so each has a place of its own
+    for buffer in values:  # their borders are zeroed only once, so they must not overlap
         size = round_up(buffer.elements)
         if buffer.per_sample:
             buffer.base, sample = sample, sample + size
@@ -123,9 +123,9 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
 
 
 def block_size(whole_block: bool, shared: int, sample: int, lists: int) -> int:
-    """How many samples go together; ``whole_block``: some record takes them all at once.
+    """How many samples to process together; ``whole_block``: some record takes them all at once.
 
-    Bytes: ``shared`` by all samples, of each ``sample``, and of the ``lists`` that skip zeros, for each sample too.
+    In bytes: ``shared`` by all samples; ``sample`` and the ``lists`` that skip zeros, for each sample.
     """
     block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if whole_block else 8
     return max(1, min(block, (SCRATCH_BYTES - shared) // (sample + lists)))

@@ -1,4 +1,4 @@
-"""What the compiled kernels cover: dtypes, functions and limits, and the reason where a step has no kernel.
+"""The dtypes, functions and limits of the compiled kernels, and the reason why a step has no kernel.
 
 A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on larger values run on ATen, and
 `conv3d`, which has no form, on autograd.  `gradkern.explain` shows both.  Kernels for them would start at `geometry`
@@ -31,7 +31,7 @@ MAX_CHANNELS = 65535  # channel lists are uint16
 
 
 def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
-    """Why no kernel can run this step; None where one can."""
+    """Why no kernel can run this step; None if one can."""
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
     extents = [geometry(s) for s in shapes]
     if None in extents:

@@ -1,6 +1,6 @@
 """Integer tables of a chain's records: runs of copies, and stencils.
 
-Both are worked out once, when a chain is lowered, from element offsets into the storage of nodes.
+Both are computed once, when a chain is lowered, from element offsets into the storage of nodes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..ir.indexing import indices
 from ..ir.program import Part
 from .units import Node, Side
 
-Entries = list[tuple[int, int]]  # (offset of what is read, row of weights)
+Entries = list[tuple[int, int]]  # (offset of the read, row of weights)
 
 
 # ---- moves
@@ -29,7 +29,7 @@ def offsets(node: Node, side: Side) -> Tensor:
 def move(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> list[int]:
     """Runs ``(source offset, destination offset, count, source step, destination step)``.
 
-    ``part`` says what goes where (None: every element to its own place in row-major order).
+    ``part`` says which element goes where (None: every element to its own place in row-major order).
     """
     read, write = offsets(source, from_), offsets(out, to)
     if part is None:
@@ -52,7 +52,7 @@ def strided(read: Tensor, write: Tensor) -> list[int]:
     if read.numel() == 1:
         return [int(read[0]), int(write[0]), 1, 1, 1]
     dr, dw = read.diff(), write.diff()
-    # A run ends where a step differs from the one before it; the step that leads to a new run belongs to none.
+    # A run ends where a step differs from the one before it; the step to the start of a new run belongs to neither.
     change = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).tolist()
     r, w, a, b = read.tolist(), write.tolist(), dr.tolist(), dw.tolist()
     runs: list[int] = []
@@ -79,7 +79,7 @@ def positions(node: Node) -> list[int]:
 
 
 def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
-    """For each position of what is read, the results that read it."""
+    """For each position of the source, the results that read it."""
     readers: dict[int, Entries] = {q: [] for q in positions(source)}
     for place, reads in zip(positions(out), entries, strict=True):
         for offset, row in reads:
@@ -88,7 +88,7 @@ def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]
 
 
 def stencil(entries: list[Entries], places: list[int], keep_empty: bool) -> tuple[list[int], list[int]]:
-    """Blocks of positions that read alike, and their entries.
+    """Blocks of positions with the same reads, and their entries.
 
     A block is ``(read offset, place, count, read step, place step, first entry, entries)``: its ``k``-th position,
     at ``place + k · place step``, reads its entries ``k · read step`` further on.

@@ -1,13 +1,13 @@
 """Units and nodes: a native group of steps, regrouped the way the kernels run it.
 
-Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.records`) stand two small graphs:
+Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.records`) there are two kinds of objects:
 
 * a **node** is a piece of storage: one value, or several that are views of each other.  Inside a chain every node
   is *channels-last*, ``[H][W][C]`` per sample, because then the window of a convolution is a few contiguous runs;
-* a **unit** is what one kernel does: a contraction with the batch norms after it folded in, a ReLU and max pool
+* a **unit** is the work of one kernel: a contraction with the batch norms after it folded in, a ReLU and max pool
   as one bit pattern, …
 
-:mod:`gradkern.codegen.grouping` makes them of a group's steps.
+:mod:`gradkern.codegen.grouping` builds them from the steps of a group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a ba
 
 
 def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(C, H, W)`` of a per-sample shape: the first axis is the channels; None where there are more than 3 axes."""
+    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more than 3 axes."""
     if len(shape) > 3:
         return None
     c, *rest = shape or (1,)
@@ -48,7 +48,7 @@ def storage_axes(rank: int, channels_last: bool) -> str:
 
 @dataclass
 class Node:
-    """Storage of one value (and its views): channels-last ``[H][W][C]``, with a zero halo where windows need one."""
+    """Storage of one value (and its views): channels-last ``[H][W][C]``, with a zero halo if windows need one."""
 
     id: int
     C: int
@@ -103,7 +103,7 @@ class Side:
 
 @dataclass
 class Unit:
-    """What one kernel does, reading ``reads`` and writing ``out``.  ``steps`` are the program's step indices."""
+    """The work of one kernel, which reads ``reads`` and writes ``out``.  ``steps`` are the program's step indices."""
 
     kind: UnitKind
     reads: list[Node]
@@ -113,11 +113,11 @@ class Unit:
     windows: Windows | None = None  # of a pattern: its pool; None for a bare ReLU
     relu: bool = False
     rectify: bool = False  # of a pattern with a guided or opened ReLU: negative cotangents stop here
-    opened: bool = False  # the others pass, also where the ReLU is off: the bits are not read
+    opened: bool = False  # all other cotangents pass, even where the ReLU is off: the bits are not read
     slope: int = -1  # of a given scale: the external value that holds its slopes
     folds: list[Fold] = field(default_factory=list)  # batch norms folded into a window unit
     first: int = 0  # of a batch norm over some of its channels: the first of them
-    storage_order: bool = False  # of a linear layer or given scale: what it reads is flat in storage order
+    storage_order: bool = False  # of a linear layer or given scale: its input is flat in storage order
     sides: list[Side] = field(default_factory=list)  # of a move: its sources, and at the end its destination
     along: str = "C"  # of a norm or softmax: the storage axis that it works along
 
@@ -132,7 +132,7 @@ class Unit:
 
     @property
     def convolution(self) -> Windows:
-        """The windows of a contraction that has some."""
+        """The windows of a contraction, which must have them."""
         assert isinstance(self.contraction.map, Windows)
         return self.contraction.map
 

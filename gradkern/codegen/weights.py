@@ -1,7 +1,7 @@
 """Packed weights: folded, reordered and padded for one vector length.
 
-A layout knows *where* every weight goes (integers, decided when the chain is lowered); `fill` puts the live values
-there.  Batch norms after a contraction are folded in here, in the weights' own precision.
+A layout says *where* every weight goes (integers, decided when the chain is lowered); `fill` writes the live values
+there.  It also folds in the batch norms after a contraction, in the precision of the weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Layout(ABC):
 
     @abstractmethod
     def fill(self, packed: Tensor, params: Params) -> None:
-        """Put the live values of the parameters there."""
+        """Write the live values of the parameters there."""
 
     def names(self) -> list[str]:
         """The parameters that it is filled from."""
@@ -59,11 +59,11 @@ class Layout(ABC):
 
 @dataclass
 class ContractionLayout(Layout):
-    """What the forward and the backward layout of one contraction share: its weight as a matrix, folded."""
+    """Common to the forward and the backward layout of one contraction: its weight as a matrix, folded."""
 
     folds: list[Fold]
     lanes: int
-    geometry: tuple[int, int, int]  # C, H, W of what is read
+    geometry: tuple[int, int, int]  # C, H, W of the input
     storage_order: bool  # a linear layer whose input is flat in storage order
 
     def columns(self, weight: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ContractionLayout(Layout):
 class WindowLayout(ContractionLayout):
     """Forward: windows made of R contiguous runs of L elements, groups apart.
 
-    Weights lie per group and per tile of output vectors as ``[K][vectors · lanes]``.
+    The weights of each group and tile of output vectors are ``[K][vectors · lanes]``.
     """
 
     channels: int  # read per group
@@ -171,10 +171,10 @@ class WindowLayout(ContractionLayout):
 class ScatterLayout(ContractionLayout):
     """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
 
-    A window is R contiguous runs of L elements of the cotangent, cut into vectors.  Where a pool
-    follows the contraction and windows are narrow, its taps are ``merged``: one window covers them all, and
-    tap j's rows hold the weight shifted to where that tap lies.  ``fold`` interleaves that many rows of the
-    cotangent, so that one run of a narrow 2-D window fills more of a vector.
+    A window is R contiguous runs of L elements of the cotangent, cut into vectors.  If a pool follows the
+    contraction and windows are narrow, its taps are ``merged``: one window covers them all, and the rows of tap j
+    hold the weight shifted to the position of that tap.  ``fold`` interleaves that many rows of the cotangent, so
+    that one run of a narrow 2-D window fills more of a vector.
     """
 
     O: int  # all groups  # noqa: E741
@@ -267,8 +267,8 @@ def mergeable(unit: Unit, pattern: Unit) -> bool:
 
 
 def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
-    """Cycles per pool output, roughly: per window a start and a read-add-write of every vector, per live channel one
-    multiply-add per vector, two at a time; about three in four pool outputs are alive."""
+    """Approximate cycles per pool output: for each window a start and a read-add-write of every vector, and for each
+    live channel one multiply-add per vector, two at a time.  About three in four pool outputs are alive."""
     vectors = len(layout.window) // 2
     windows = 1 if layout.merged else taps
     return windows * (40 + 1.5 * vectors * seeds) + 0.75 * layout.O * vectors * seeds / 2
@@ -276,12 +276,12 @@ def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
 
 @dataclass
 class StencilLayout(Layout):
-    """A channelwise map over positions: per result, what it reads as (offset, weight row); rows of C weights."""
+    """A channelwise map over positions: for each result, its reads as (offset, weight row); rows of C weights."""
 
     rows: int
     C: int
     entries: list[list[tuple[int, int]]]
-    coefficients: list[float] | None  # of the rows, where they are constants
+    coefficients: list[float] | None  # of the rows, if they are constants
     first: int  # channel of the weight that the first channel here has
 
     @property
@@ -343,7 +343,7 @@ def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tupl
 
 
 def tiles(count: int, most: int) -> list[tuple[int, int]]:
-    """``count`` things in even tiles of at most ``most``: (first, size); csrc/cpu/body_window.h cuts the same way."""
+    """``count`` items in even tiles of at most ``most``: (first, size); csrc/cpu/body_window.h cuts the same way."""
     parts, first, left = [], 0, math.ceil(count / most)
     while first < count:
         size = math.ceil((count - first) / left)

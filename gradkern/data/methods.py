@@ -1,7 +1,7 @@
 """Attribution methods of dataset runs: a registry of functions from a batch to maps.
 
-A method is a few lines: take a `Batch`, return an `Outcome`.  The ones that need more than one gradient come from
-`gradkern.attr`: any class there with ``attribute_all`` can be named.
+A method is a short function that takes a `Batch` and returns an `Outcome`.  Methods that need more than one gradient
+come from `gradkern.attr`: any class there with ``attribute_all`` can be named.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Batch:
     targets: Any
     engine: Engine
     arguments: Mapping[str, Any]
-    first: int = 0  # the number of the first sample in the source: what random draws are seeded with
-    out: tuple[Tensor, ...] | None = None  # memory for the maps that a method may use, and need not
+    first: int = 0  # the index of the first sample in the source, which seeds random draws
+    out: tuple[Tensor, ...] | None = None  # memory that a method may use for the maps
 
 
 @dataclass(frozen=True)
 class Outcome:
     """``maps`` [n, S, *in] per floating input, ``outputs`` [n, *out], ``rows`` [n, S] (or None: the same targets for
-    all samples), ``deltas`` [n, S] where the method has them."""
+    all samples), ``deltas`` [n, S] if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor
@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str) -> Callable[[Method], Method]:
-    """Enter a function into the registry under ``name``."""
+    """Register a function under ``name``."""
 
     def enter(function: Method) -> Method:
         METHODS[name] = function
@@ -63,7 +63,7 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def find(name: str, arguments: Mapping[str, Any]) -> Method:
-    """The method of that name, its arguments checked as far as they can be."""
+    """The method of that name; its arguments are checked as far as possible."""
     if name in METHODS:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
@@ -94,7 +94,7 @@ def _classes() -> dict[str, Any]:
 
 
 def _of_model_alone(kind: Any) -> bool:
-    """A class with ``attribute_all`` that is made from a model and nothing else (no layer, no other method)."""
+    """Whether a class has ``attribute_all`` and is made from a model only (no layer, no other method)."""
     if not isinstance(kind, type) or not hasattr(kind, "attribute_all"):
         return False
     if issubclass(kind, (LayerAttribution, NeuronAttribution, NoiseTunnel)):
@@ -131,7 +131,7 @@ def input_x_gradient(batch: Batch) -> Outcome:
 
 
 def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
-    """The gradients, and what the class of `gradkern.attr` makes of them, beside outputs from the same forward pass."""
+    """The gradients, finished by the class of `gradkern.attr`, and the outputs from the same forward pass."""
     outcome = gradients(batch)
     kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
     return outcome
@@ -143,7 +143,7 @@ def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
 
 @contextmanager
 def _seeded(first: int) -> Iterator[None]:
-    """Torch's and numpy's random state by the sample's number, so that a resumed run draws what the first one drew."""
+    """Seed torch and numpy by the sample's index, so that a resumed run draws the same numbers as the first one."""
     state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(first)
@@ -155,7 +155,7 @@ def _seeded(first: int) -> Iterator[None]:
 
 
 class FromCaptum:
-    """A class with ``attribute_all(inputs, targets, ...)``; deltas where it takes ``return_convergence_delta``."""
+    """A class with ``attribute_all(inputs, targets, ...)``; it has deltas if it takes ``return_convergence_delta``."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind

@@ -1,7 +1,7 @@
-"""`gradkern.importance`: which features a model's outputs depend on, how sure that is, and what the ranking is worth.
+"""`gradkern.importance`: a ranking of the features that a model's outputs depend on, and measures of its quality.
 
 The score of a feature is the mean |gradient| over the data set, times the feature's own standard deviation: how much
-an output moves when the feature moves as it does in the data.  Samples are dealt into groups by their number; the
+an output moves when the feature moves as it does in the data.  Samples are divided into groups by their index; the
 bootstrap draws groups, and the two halves are the even and the odd groups, so no map has to be kept.
 """
 
@@ -32,11 +32,11 @@ RANDOM_ORDERS = 3
 
 @dataclass(frozen=True)
 class Curve:
-    """What becomes of the predictions when features are replaced by their mean, or put into an all-mean sample.
+    """The predictions when features are replaced by their mean, or inserted into a sample of means.
 
     ``shares`` [P] of the features, most important first.  The four curves [P] hold the share of samples whose
-    prediction (the highest output) is still that of the untouched sample; for a single output, R².  A ranking is
-    worth something where ``deletion`` falls faster and ``insertion`` rises faster than with features in random order.
+    prediction (the highest output) is still that of the unchanged sample; for a single output, R².  A ranking is good
+    if ``deletion`` falls faster and ``insertion`` rises faster than with features in random order.
     """
 
     shares: np.ndarray
@@ -49,7 +49,7 @@ class Curve:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """Area between ranking and random order, for deletion and for insertion: 0 is worth nothing."""
+        """Area between ranking and random order, for deletion and for insertion; 0 is no better than random."""
         return (
             float(np.trapezoid(self.random_deletion - self.deletion, self.shares)),
             float(np.trapezoid(self.insertion - self.random_insertion, self.shares)),
@@ -116,11 +116,11 @@ def importance(
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
     progress: bool | None = None, **options: Any,
 ) -> Importance:  # fmt: skip
-    """Rank the features of a data set by what the model's outputs depend on, without storing any map.
+    """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
-    ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing stays.  ``level`` and
-    ``draws`` are the bootstrap's, ``curve_samples`` how many samples the deletion and insertion curves use (0: no
-    curves).  ``options`` go to `gradkern.run`.
+    ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
+    ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
+    (0: no curves).  ``options`` go to `gradkern.run`.
     """
     rows = open_source(source, columns, input_dtype)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
@@ -164,7 +164,7 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
     """Percentiles of the scores over draws of groups, each ``[C, *in]``; the features' spread is drawn with them."""
     if not 0 < level < 1 or draws < 2:
         raise BadValue(f"importance: got level={level!r}, draws={draws!r}, expected 0 < level < 1 and draws > 1.")
-    used = np.flatnonzero(sums["count_group_inputs"])  # a small data set fills some groups only
+    used = np.flatnonzero(sums["count_group_inputs"])  # a small data set fills only some groups
     drawn = np.random.default_rng(0).multinomial(len(used), [1 / len(used)] * len(used), size=draws)  # [D, used]
     weights = np.zeros((draws, GROUPS))
     weights[:, used] = drawn
@@ -230,7 +230,7 @@ def _track(
     model: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, y: Tensor, order: Tensor,
     shares: np.ndarray, insert: bool,
 ) -> np.ndarray:  # fmt: skip
-    """How well predictions hold, step by step, for features in ``order`` [n, F]."""
+    """The share of unchanged predictions, step by step, for features in ``order`` [n, F]."""
     start, end = (baseline.expand_as(x), x) if insert else (x, baseline.expand_as(x))
     held = []
     for share in shares:

@@ -34,7 +34,7 @@ class Attribute:
                             batch_size=1024, concurrency=4)
 
     ``columns`` names the model's inputs; the batch comes back with ``attributions`` [n, S, *in] (``attributions_0``,
-    … where there are several inputs) and ``predictions`` [n, *out].
+    … if there are several inputs) and ``predictions`` [n, *out].
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Attribute:
 
 
 class FillChunks:
-    """One actor: opens the store once, then finishes the chunks that it is handed."""
+    """One actor: opens the store once, then finishes the chunks that it is given."""
 
     def __init__(self, model_and_source: Any, out: str, settings: Settings) -> None:
         import ray
@@ -70,7 +70,7 @@ class FillChunks:
         self.task = Task.prepare(model, source, out, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``batch["id"]``: numbers of ranges of chunks, of which there are ``pieces``."""
+        """``batch["id"]``: indices of ranges of chunks, of which there are ``pieces``."""
         shards = [(int(number), int(batch["pieces"][0])) for number in batch["id"]]
         done = [work(self.task, owned(self.task.results.chunks, shard), progress=False) for shard in shards]
         return {"id": batch["id"], "computed": np.array(done)}
@@ -83,8 +83,8 @@ def run_on_ray(
 ) -> Results:  # fmt: skip
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
-    ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is handed
-    out in ``pieces`` ranges of chunks (by default eight per worker).  ``threads`` defaults to ``cpus``.
+    There are ``workers`` actors (by default one per slot of the cluster) of ``cpus`` and ``gpus`` each.  The work is
+    divided into ``pieces`` ranges of chunks (by default eight per worker).  ``threads`` defaults to ``cpus``.
     ``settings`` and ``options`` as in `gradkern.run`.  Connects to a running cluster or starts a local one.
     """
     import ray

@@ -1,8 +1,8 @@
-"""Statistics of attributions over samples, taken chunk by chunk, merged exactly, and what users make of them.
+"""Statistics of attributions over samples, taken chunk by chunk and merged exactly, and the reductions based on them.
 
-A *statistic* is an array that two parts of the data merge into one: ``sum``s and ``count``s add (in float64 or
-int64), ``max``ima take the larger.  The name's first word says which.  A *reduction* is what is reported: the mean
-absolute attribution, the variance, …; it says which statistics it needs and makes its result of them.
+The *statistics* of two parts of the data merge into one: ``sum``s and ``count``s add (in float64 or int64), and
+``max``ima take the larger.  The first word of the name says which.  A *reduction* is reported to the user, such as the
+mean absolute attribution or the variance.  It names the statistics that it needs and computes its result from them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..runtime import ops
 from ..util.options import BadValue
 
-GROUPS = 32  # samples are dealt into as many groups, by their number: the bootstrap draws groups
+GROUPS = 32  # samples are divided into groups by their index: the bootstrap draws groups
 RANK_BINS = 10
 
 Sums = Mapping[str, np.ndarray]
@@ -88,7 +88,7 @@ REDUCTIONS: dict[str, Reduction] = {
 
 
 def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
-    """The reductions asked for, in a fixed order."""
+    """The requested reductions, in a fixed order."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     unknown = [n for n in wanted if n not in REDUCTIONS]
     if unknown:
@@ -99,8 +99,8 @@ def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
 class Accumulator:
     """The statistics of one chunk of one input.
 
-    ``classes`` is C where targets are outputs common to all samples (the rows are those targets), or the number of
-    the model's outputs where every sample has its own: a row then goes to its output's class.
+    ``classes`` is C if the targets are outputs common to all samples (the rows are those targets).  If every sample has
+    its own targets, it is the number of the model's outputs, and a row goes to the class of its output.
     """
 
     def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> None:
@@ -138,7 +138,7 @@ class Accumulator:
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], chosen)
 
     def _add(self, at: slice, first: int, maps: Tensor, chosen: Tensor | None = None) -> None:
-        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch where not all are there."""
+        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch if it is a subset."""
         n = maps.shape[0]
         group = ((torch.arange(n) if chosen is None else chosen) + first) % GROUPS  # [n]
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
@@ -160,13 +160,13 @@ def _accumulate_in_torch(
     maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None, size: Tensor | None,
     largest: Tensor | None, groups: Tensor | None,
 ) -> None:  # fmt: skip
-    """What `ops.accumulate` does, in plain torch."""
+    """`ops.accumulate` in plain torch."""
     wide = maps.double()
     if total is not None:
         total += wide.sum(0)
     if square is not None:
         square += wide.square().sum(0)
-    wide = wide.abs()  # not in place: float64 maps are the caller's own
+    wide = wide.abs()  # not in place: float64 maps belong to the caller
     if size is not None:
         size += wide.sum(0)
     if largest is not None:

@@ -1,1 +1,1 @@
-"""What a call asks for, and how it is run: on kernels, or by eager autograd."""
+"""Reads the request of a call, and runs it on kernels or by eager autograd."""

@@ -1,4 +1,4 @@
-"""Running a Program for a request: the batch cut to the memory budget, live values bound, rows of the result filled."""
+"""Running a Program for a request: cuts the batch to the memory budget, binds live values, fills rows of the result."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run(
 ) -> JacobianResult:  # fmt: skip
     """Differentiate the samples from ``start`` on with ``program``.  ``partial``: the results so far.
 
-    ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, where some
-    steps are torch's to differentiate.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
+    ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, if torch
+    differentiates some of the steps.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
     with torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
         params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
-        # From here on the work is the runtime's, and nothing of dispatch is called but for chosen outputs.
+        # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
         if partial is None and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
@@ -64,7 +64,7 @@ def _prepare(
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
     each, device = _bytes_per_sample(request, program, results, saved), inputs[0].device
     chunk = stepwise_samples(device, each.stepwise)
-    # From here on the runtime is asked.
+    # The calls below go to the runtime.
     params = parameters.bind(program, tensors)
     if engine == "reference" or not all(ops.machine(i.device) for i in inputs):
         return params, True, chunk
@@ -73,7 +73,7 @@ def _prepare(
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
         return params, True, chunk
-    # Where a weight is not finite no kernel may skip zeros, and the steps run one by one.
+    # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
     return params, False, chunk
@@ -86,10 +86,10 @@ def not_native(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class BytesPerSample:
-    """What is allocated for a sample beside the result.
+    """The bytes that are allocated for a sample in addition to the result.
 
-    ``stepwise``: every value is a tensor of its own.  ``fused``: one kernel call, whatever the number of samples.
-    ``cast``: the same by way of float32.
+    ``stepwise``: every value is a separate tensor.  ``fused``: one kernel call, for any number of samples.
+    ``cast``: the same when inputs are cast to float32.
     """
 
     stepwise: int
@@ -106,7 +106,7 @@ def _bytes_per_sample(request: Request, program: Program, results: JacobianResul
     gradients = seeds.count * element_counts(tuple([request.inputs[w].shape[1:] for w in request.wrt]))[0]
     fused = size * program.outputs
     if results.indices is not None and results.indices.dim() == 2:
-        fused += rows  # the rows of the last weight, gathered for each sample
+        fused += rows  # the rows of the last weight are gathered for each sample
     if isinstance(seeds, TopSeeds):
         fused += 2 * largest  # the forward pass that chooses
     if not all(x.is_contiguous() for x in request.inputs):

@@ -1,7 +1,7 @@
-"""Live autograd on the module itself: works for every network, and is what Programs are compared with.
+"""Live autograd on the module itself.  It works for every network, and Programs are compared with it.
 
-One forward is shared by all seeds.  The batch is cut into chunks unless its samples depend on each other.  Buffers
-are put back, and no ``.grad`` is touched.
+All seeds share one forward.  The batch is cut into chunks unless its samples depend on each other.  Buffers are
+restored, and no ``.grad`` is touched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .request import JacobianResult, Request, allocate, check_devices, check_out
 
 LARGEST_CHUNK = 2048  # samples
 
-# Nodes whose backward has a batching rule in autograd's own vmap; with any other, a loop over seeds is faster.
+# Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
 BATCHED_NODES = frozenset(
     name + "Backward0"
     for name in (
@@ -39,11 +39,11 @@ BATCHED_NODES = frozenset(
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What one model does, measured on a few samples: may the batch be cut, and how much memory a sample takes.
+    """Measurements of one model on a few samples: whether the batch may be cut, and how much memory a sample takes.
 
-    ``couples_batch`` says why one forward must see the whole batch (empty: it need not); ``one_piece``: one shall see
-    it, as nothing is known.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample`` are bytes that
-    autograd saves for the backward pass.
+    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
+    known, so one forward gets the whole batch.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
+    are the bytes that autograd saves for the backward pass.
     """
 
     couples_batch: str = ""
@@ -56,20 +56,20 @@ class ModelProfile:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
         if self.couples_batch or self.one_piece:
             return samples
-        # Saved activations once, and about as much again for the live activations and cotangents of a sweep.
+        # The saved activations, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1
         return min(samples_per_chunk(device, peak, cached, fixed=self.fixed), LARGEST_CHUNK)
 
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Grad mode on, inference mode off, whatever the caller is in."""
+    """Grad mode on and inference mode off, whatever modes the caller has set."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def _leaves(inputs: Sequence[Tensor], wrt: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Fresh leaves for the differentiated inputs, and arguments for the model: copies, so that it may work in place."""
+    """Fresh leaves for the differentiated inputs, and copies as the model's arguments, so that it may work in place."""
     leaves, arguments = [], []
     for i, x in enumerate(inputs):
         x = x.clone() if x.is_inference() else x.detach()
@@ -81,7 +81,7 @@ def _leaves(inputs: Sequence[Tensor], wrt: Sequence[int]) -> tuple[list[Tensor],
 
 
 def forward(fn: Callable[..., Any], module: nn.Module | None, arguments: Sequence[Tensor]) -> Tensor:
-    """Run the model; its own failure is explained where a dtype or a device is the cause."""
+    """Run the model; if it fails because of a dtype or a device, the error explains that."""
     try:
         y = fn(*arguments)
     except InputError:
@@ -101,10 +101,10 @@ def forward(fn: Callable[..., Any], module: nn.Module | None, arguments: Sequenc
 def probe(
     fn: Callable[..., Any], module: nn.Module | None, samples: Sequence[Tensor], wrt: Sequence[int]
 ) -> ModelProfile:
-    """Run a few samples (at least two) together and one alone, and see what that says about the model.
+    """Measure the model by running a few samples (at least two) together, and one alone.
 
-    Samples mix where the gradient of one sample's outputs reaches another sample, or where a sample alone gives
-    other outputs than among others.  The random state and the buffers are as before afterwards.
+    Samples mix if the gradient of one sample's outputs reaches another sample, or if a sample alone gives other
+    outputs than in a batch.  Afterwards the random state and the buffers are restored.
     """
     count, state = samples[0].shape[0], torch.get_rng_state()
     together, alone = _SavedBytes(module), _SavedBytes(module)
@@ -140,9 +140,9 @@ def probe(
 
 
 class _ReadsValues(TorchDispatchMode):
-    """Notes where the model's code takes a number out of a tensor (``if x.mean() > 0``), its parameters aside.
+    """Notes whether the model's code reads a number from a tensor (``if x.mean() > 0``) other than its parameters.
 
-    Such a decision may hang on all samples of the batch, and a few samples do not show it.
+    Such a decision may depend on all samples of the batch, and a few samples do not show it.
     """
 
     READS = frozenset({"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"})
@@ -165,7 +165,7 @@ def _storages(module: nn.Module | None) -> set[int]:
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd saves, each storage once and the model's own not at all."""
+    """Counts the bytes that autograd saves: each storage once, and the model's own tensors not at all."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self.bytes, self.seen = 0, _storages(module)
@@ -244,7 +244,7 @@ def measured_output_shape(request: Request) -> Shape:
 
 
 def check_runs(fn: Callable[..., Any], samples: Sequence[Tensor]) -> None:
-    """Complain at once about a model that fails, or gives no tensor."""
+    """Raise at once if the model fails, or does not return a tensor."""
     with outside_modes(), torch.random.fork_rng([]):
         wrt = [i for i, x in enumerate(samples) if x.is_floating_point()]
         forward(fn, model_of(fn), _leaves(samples, wrt)[1])
@@ -269,7 +269,7 @@ def _cotangents(y: Tensor, index: Tensor | None, first: int, last: int) -> Tenso
 
 
 def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) -> int:
-    """How many seeds to send back together: 1 where some node of the graph has no batching rule."""
+    """How many seeds to send back together; 1 if some node of the graph has no batching rule."""
     if seeds < 2:
         return 1
     widest = max(y[0].numel(), max(x[0].numel() for x in leaves))

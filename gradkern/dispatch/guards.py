@@ -1,6 +1,6 @@
-"""Why autograd must take a call, whatever the network computes: reasons in the call itself, and in the model's state.
+"""Reasons why autograd must take a call, whatever the network computes: in the call, and in the state of the model.
 
-What a captured graph depends on is guarded by torch.compile's own front end (`frontend.capture`).
+torch.compile's front end guards everything that a captured graph depends on (`frontend.capture`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 @dataclass(frozen=True)
 class EagerReason:
-    """``text`` in words.  ``couples_batch``: one forward must see all samples, or random draws and buffers go wrong."""
+    """``text``: the reason in words.  ``couples_batch``: one forward must see all samples, because it draws random
+    numbers or changes buffers."""
 
     text: str
     couples_batch: bool = False
 
 
 def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason that lies in the call, or None.  Looked at in every call, so cheap."""
+    """The reason in the call itself, or None.  This runs in every call, so it is cheap."""
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.compile does not read")
     if autocast(inputs):
@@ -58,9 +59,9 @@ def autocast(inputs: Sequence[Tensor]) -> bool:
 
 
 def model_reason(module: nn.Module) -> EagerReason | None:
-    """The reason that lies in the state of the model, or None.  Where a Program is at hand its guards have looked.
+    """The reason in the state of the model, or None.  Not needed for a Program, whose guards check the same.
 
-    Training mode first (it decides about chunks), then hooks; in one pass over the modules.
+    One pass over the modules looks for training mode first (it decides about chunks), then for hooks.
     """
     hooked: EagerReason | None = None
     for path, part in module.named_modules():
@@ -74,7 +75,7 @@ def model_reason(module: nn.Module) -> EagerReason | None:
 
 
 def _training(part: nn.Module) -> str:
-    """Why this module mixes samples, draws random numbers or changes its buffers, as it is now; else empty."""
+    """Why this module, in its present mode, mixes samples, draws random numbers or changes buffers; empty if not."""
     if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
         return "normalises by the batch (training mode, or no running statistics)"
     if not part.training:
@@ -94,7 +95,7 @@ def _training(part: nn.Module) -> str:
 
 
 def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The inputs as they are shown to Dynamo, which looks at everything but their values."""
+    """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values."""
     shown = []
     for x in inputs:
         whole = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
@@ -110,10 +111,10 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
 
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
-    """The graph whose guards hold now, with the live tensors that it reads; None where there is none."""
+    """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
     graded, inferring = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    counting = torch._C._len_torch_dispatch_stack() > 0  # a profiler's mode, which guards would take for a change
-    torch._C._set_grad_enabled(True)  # graphs are captured so, and guarded
+    counting = torch._C._len_torch_dispatch_stack() > 0  # a profiler's mode, which guards would treat as a change
+    torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
     try:
         with (
             torch.inference_mode(False) if inferring else nullcontext(),
@@ -146,8 +147,8 @@ def signature(inputs: Sequence[Tensor]) -> Hashable:
 
 
 def condition(fn: Any) -> Hashable:
-    """What a refusal is remembered for: it is looked at again when a mode or a hook of a module has changed, or other
-    arguments are given."""
+    """The key under which a refusal is remembered: a changed mode or hook of a module, or other arguments, make a new
+    key, and the model is tried again."""
     parts = [part for module in modules_behind(fn) for part in module.modules()]
     return described(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
 

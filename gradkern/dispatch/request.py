@@ -1,6 +1,6 @@
-"""One call as data: what is differentiated, for which outputs, and where the results go.
+"""One call as data: the function and inputs to differentiate, the outputs, and the destination of the results.
 
-Checks the inputs and the model's output, and explains a model's own failure where the cause is a dtype or device.
+Checks the inputs and the model's output.  If the model itself fails because of a dtype or device, the error says so.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs numbered ``wrt``.
+    """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
-    ``choose`` gives the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
-    for the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
+    ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
+    which count in the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
     """
 
     fn: Callable[..., Any]
@@ -45,7 +45,7 @@ class Request:
 
     @cached_property
     def module(self) -> nn.Module | None:
-        """The module behind ``fn``, where there is one."""
+        """The module behind ``fn``, if there is one."""
         return model_of(self.fn)
 
     @property
@@ -73,9 +73,9 @@ class Request:
         )
 
     def pick(self, most: int) -> tuple[Tensor, ...]:
-        """Two to ``most`` of the caller's own samples, spread over the batch, finite ones where there are enough.
+        """Two to ``most`` of the caller's samples, spread over the batch; finite ones if there are enough.
 
-        A lone sample is joined by its mirror image, which is a sample of the same range (of token ids, too).
+        A lone sample is joined by its mirror image, which has the same range of values (of token ids, too).
         """
         with torch.inference_mode(False), torch.no_grad():
             look = torch.linspace(0, self.samples - 1, min(self.samples, 16 * most)).long().unique()
@@ -99,9 +99,9 @@ class Request:
 class JacobianResult:
     """The results of a request, filled in by rows of samples.
 
-    ``seeds``: as asked for; ``indices``: theirs, filled in too where the model's outputs choose them (`TopK`).
-    ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, of the caller's memory where ``out`` names
-    it; ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
+    ``seeds``: the requested seeds; ``indices``: theirs, filled in later if the model's outputs choose them (`TopK`).
+    ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, in the caller's memory if ``out`` is given;
+    ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
     """
 
     seeds: Seeds
@@ -113,7 +113,7 @@ class JacobianResult:
 
     @property
     def outputs(self) -> Tensor:
-        """The model's outputs ``[N, *out]``, where the request asked to keep them."""
+        """The model's outputs ``[N, *out]``, if the request asked to keep them."""
         return torch.cat(self.kept)
 
     @property
@@ -122,18 +122,18 @@ class JacobianResult:
         return replace(self.seeds, indices=self.indices)
 
     def top_indices(self) -> Tensor:
-        """What `TopK` has chosen, as the call returns it."""
+        """The choice of `TopK`, as the call returns it."""
         assert isinstance(self.seeds, TopSeeds)
         return replace(self.seeds, indices=self.indices).indices_per_sample()
 
     def choose(self, start: int, stop: int, outputs: Tensor) -> None:
-        """Fill in the indices of the samples ``start:stop`` where their ``outputs`` choose them."""
+        """Fill in the indices of the samples ``start:stop`` if their ``outputs`` choose them."""
         if isinstance(self.seeds, TopSeeds) and self.indices is not None:
             self.indices[start:stop] = self.seeds.highest(outputs)
 
 
 def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
-    """Resolve the targets against the output's shape and make room for the results; ``partial`` is only compared."""
+    """Resolve the targets against the output's shape and allocate the results; ``partial`` is only compared."""
     if partial is not None:
         if output_shape != partial.output_shape:
             raise BadValue(
@@ -176,7 +176,7 @@ def _out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         raise BadType(f"out: got {out.dtype}, expected a floating dtype.")
     if out.requires_grad:
         raise BadValue("out: got a tensor that requires grad, expected a plain one. Use out.detach().")
-    if out.is_inference():  # may not be written to outside inference mode, but the same memory may
+    if out.is_inference():  # may not be written to outside inference mode, but its memory may
         alias = torch.empty(0, dtype=out.dtype, device=out.device)
         out = alias.set_(out.untyped_storage(), out.storage_offset(), out.shape, out.stride())
     try:
@@ -188,7 +188,7 @@ def _out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
 
 
 def _forecast(size: int) -> None:
-    """Refuse a result that cannot fit in memory, with a forecast in place of a killed process."""
+    """Refuse a result that cannot fit in memory, so that the process is not killed."""
     if size < 1 << 30 or not hasattr(os, "sysconf"):
         return
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -204,7 +204,7 @@ def _forecast(size: int) -> None:
 
 
 def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Check the inputs; give them as a tuple, and the numbers of those to differentiate."""
+    """Check the inputs; return them as a tuple, and the indices of those to differentiate."""
     tensors = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not tensors:
         raise BadValue("inputs: got an empty tuple, expected at least one tensor [N, ...].")
@@ -251,7 +251,7 @@ def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 
 def check_output(y: Any, samples: int) -> Tensor:
-    """The model's output as it must be: a floating tensor ``[N, ...]``."""
+    """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
         raise BadType(
             f"the model returned {type(y).__name__}, expected one tensor [N, ...]. Wrap the model in a module whose "
@@ -268,7 +268,7 @@ def check_output(y: Any, samples: int) -> Tensor:
 
 
 def check_reached(request: Request, unused: Collection[int]) -> None:
-    """Raise where the output does not depend on an input that is to be differentiated, by autograd's graph."""
+    """Raise if, by autograd's graph, the output does not depend on an input that is to be differentiated."""
     for w in request.wrt:
         if w in unused:
             raise Unused(
@@ -279,7 +279,7 @@ def check_reached(request: Request, unused: Collection[int]) -> None:
 
 
 def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence[Tensor]) -> Exception:
-    """The error to raise for a model that failed: one that names the dtypes or devices where these explain it."""
+    """The error to raise for a model that failed: it names the dtypes or devices if these are the cause."""
     if module is None:
         return error
     tensors = [*module.parameters(), *module.buffers()]
@@ -307,7 +307,7 @@ def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence
 
 
 def check_devices(module: nn.Module | None, inputs: Sequence[Tensor]) -> None:
-    """What is on the meta device has shapes and no values: nothing can be computed."""
+    """Refuse tensors on the meta device: they have shapes but no values, so nothing can be computed."""
     if module is not None and any(t.is_meta for t in module.parameters()):
         raise BadValue(
             "model: its parameters are on the meta device (shapes without values), expected real ones. Load the "
@@ -325,7 +325,7 @@ def _times(shape: Shape) -> str:
 
 
 def jacobian_choice(targets: Any) -> SeedChoice:
-    """The reading of ``targets`` that `gradkern.jacobian` has, waiting for the output's shape."""
+    """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known."""
     if targets is None:
         return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)
     return lambda samples, output_shape: resolve(targets, samples, output_shape)

@@ -1,6 +1,6 @@
-"""The route that a call takes, decided once: `decide` gives a `Route`, and everything after takes it.
+"""The route of a call: `decide` chooses a `Route` once, and everything after it follows that route.
 
-A route holds for one public call: between two calls a model may change in ways that only its key shows.
+A route holds for one public call only, because a model may change between two calls; `decide` then checks it again.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ TRACE_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
-FEW_SAMPLES = 48  # up to which measuring a model would take a good part of the time of a call
+FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a good part of the time of a call
 
 
-#: What is known when a call begins.  An `EagerReason`: autograd has to take it, whatever the network computes.
-#: `Traced`: a Program whose guards hold.  A `Verdict`: tracing has said why there is no Program.  None: nothing yet.
+#: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
+#: `Traced`: a Program whose guards hold.  `Verdict`: the reason why there is no Program.  None: nothing is known yet.
 Decision = EagerReason | Traced | Verdict | None
 
 
 @dataclass(eq=False)
 class Route:
-    """How the calls of one model at inputs like these are run: the decision, and where the model's state is kept.
+    """How the calls of one model at inputs like these are run: the decision, and the state kept for the model.
 
-    ``decision`` is entered by `decide`.  It changes in two cases, in the methods of these names: `trace` settles what
-    was not known, `refuse` takes a Program back.
+    `decide` sets ``decision``.  Only two methods change it later: `trace` replaces an unknown decision, and `refuse`
+    withdraws a Program.
     """
 
     engine: Engine
@@ -64,13 +64,13 @@ class Route:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What tracing said, where it is known and counts."""
+        """The result of tracing, if it is known and counts."""
         decision = self.decision
         return decision.verdict if isinstance(decision, Traced) else decision if isinstance(decision, Verdict) else None
 
     @property
     def program(self) -> Program | None:
-        """The model's Program, where it is known and the engine uses one."""
+        """The model's Program, if it is known and the engine uses one."""
         return self.decision.program if isinstance(self.decision, Traced) else None
 
     @property
@@ -85,14 +85,14 @@ class Route:
         return bind(self.decision.program, self.decision.tensors)
 
     def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Traced | Verdict:
-        """What tracing says; the model is traced now where that is not known."""
+        """The result of tracing; the model is traced now if that has not been done."""
         assert not isinstance(self.decision, EagerReason)
         if self.decision is None:
             self.decision = self.state.trace(self.entry, self.fn, self.inputs, samples)
         return self.decision
 
     def refuse(self, reason: str) -> None:
-        """Leave this model to autograd from here on."""
+        """Leave this model to autograd from now on."""
         self.decision = self.state.refuse(self.entry, self.fn, reason)
 
     def check_reached(self, request: Request) -> None:
@@ -127,7 +127,7 @@ class Route:
 def decide(request: Request, engine: Engine | None = None) -> Route:
     """Decide which route a request takes.  ``engine`` as in `gradkern.use`.
 
-    Raises `BadValue` where the model or the inputs are on the meta device.
+    Raises `BadValue` if the model or the inputs are on the meta device.
     """
     fn, name = request.fn, options.engine(engine)
     owner, way = anchor(fn)
@@ -142,9 +142,9 @@ def decide(request: Request, engine: Engine | None = None) -> Route:
 
 
 def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
-    """The first that applies, cheapest question first.
+    """The first decision that applies; the cheapest checks come first.
 
-    A Program whose guards hold answers for the state of the model too, which is looked at only without one.
+    The guards of a Program also cover the state of the model, which is checked separately only without a Program.
     """
     of_call = guards.call_reason(request.module, request.inputs)
     if of_call is None and engine != "autograd":
@@ -154,13 +154,13 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     check_devices(request.module, request.inputs)
     scripted = isinstance(request.module, torch.jit.ScriptModule)
     of_model = None if request.module is None or scripted else guards.model_reason(request.module)
-    if of_model is not None and of_model.couples_batch:  # the batch may not be cut: that weighs more than any other
+    if of_model is not None and of_model.couples_batch:  # the batch may not be cut, which outweighs any other reason
         return of_model
     return of_call or of_model or entry.refusal(request.fn)
 
 
 def _holding(request: Request, entry: CacheEntry) -> Traced | None:
-    """The Program whose guards hold now, where there is one."""
+    """The Program whose guards hold now, if there is one."""
     if not entry.verdicts:
         return None
     captured = guards.holding(entry.capture, request.fn, request.inputs)
@@ -188,9 +188,9 @@ def one_call() -> Iterator[None]:
 
 
 def shared_route(request: Request, engine: Engine | None = None) -> Route:
-    """`decide`, or what the public call that this is part of has decided already.
+    """`decide`, or the decision that has already been made for the enclosing public call.
 
-    Only for what looks at the model as the caller has handed it over: not where hooks are registered meanwhile.
+    Use it only on the model as the caller has passed it, not after hooks have been registered.
     """
     decided = _decided.get()
     name = options.engine(engine)
@@ -204,11 +204,11 @@ def shared_route(request: Request, engine: Engine | None = None) -> Route:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known about a model, or has to be measured
+# Facts about a model that are known, or have to be measured
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:
-    """Trace where that has not been done; None where autograd takes the call at once (and a warning says why)."""
+    """Trace if that has not been done; None if autograd takes the call at once (and a warning says why)."""
     if route.eager_reason is not None:
         _say_why_eager(route, route.eager_reason)
         return None
@@ -217,7 +217,7 @@ def verdict_now(request: Request, route: Route) -> Verdict | None:
 
 
 def output_shape(request: Request, route: Route) -> Shape:
-    """Per-sample shape of the model's output: as known from its Program, else from a run of one or two samples."""
+    """Per-sample shape of the model's output, from its Program or else from a run of one or two samples."""
     if route.program is not None:
         return route.program.output_shape
     return eager.measured_output_shape(request)
@@ -225,13 +225,13 @@ def output_shape(request: Request, route: Route) -> Shape:
 
 def couples_batch(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
-    changes its buffers.  Empty where the batch may be cut."""
+    changes its buffers.  Empty if the batch may be cut."""
     return "" if route.program is not None else _profile(request, route).couples_batch
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
-    """May the batch be cut, do buffers change, what does a sample take?  Measured anew in every call: nothing guards a
-    model that runs on autograd."""
+    """Whether the batch may be cut, whether buffers change, and how much memory a sample takes.  This is measured again
+    in every call, since nothing guards a model that runs on autograd."""
     reason, verdict = route.eager_reason, route.verdict
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
@@ -288,9 +288,9 @@ def _on_autograd(
 
 
 def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int, JacobianResult | None]:
-    """Autograd, chunk by chunk, for as long as tracing would cost more than it saves; gives the samples done.
+    """Run on autograd, chunk by chunk, as long as tracing would cost more than it saves; return the samples done.
 
-    The rule of the ski rental: by the time tracing pays, at most its own cost has been spent without it.
+    This is the ski-rental rule: when tracing starts, at most its own cost has been spent without it.
     """
     if route.tracing_pays:
         return 0, None
@@ -312,7 +312,7 @@ def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int
 
 
 def _profile_of_run(request: Request, route: Route) -> ModelProfile:
-    """The profile for one call on autograd.  One sample needs no measuring, nor do a few that fit in one forward."""
+    """The profile for one call on autograd.  One sample is not measured, nor are a few that fit in one forward."""
     samples, profile, reason = request.samples, route.entry.profile, route.eager_reason
     if reason is None or not reason.couples_batch:
         fits = profile is not None and samples <= FEW_SAMPLES and _fit(request, profile)
@@ -328,7 +328,7 @@ def _fit(request: Request, profile: ModelProfile) -> bool:
 
 @contextmanager
 def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
-    """Put the buffers back afterwards, one call at a time, where a forward changes them."""
+    """Restore the buffers afterwards if a forward changes them; such calls run one at a time."""
     if not profile.mutates or route.module is None:
         yield
         return

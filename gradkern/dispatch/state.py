@@ -1,7 +1,7 @@
-"""What is known about each model: its graphs and Programs, why one has none, and what it does and costs on autograd.
+"""State kept for each model: its graphs and Programs, or the reason why it has none, and its cost on autograd.
 
-Everything hangs weakly on the model, by the shapes, dtypes and devices of the inputs.  Programs belong to a captured
-graph, whose guards say at every call whether it still is what the model does; values of tensors are never kept here.
+The state is tied weakly to the model, and kept by the shapes, dtypes and devices of the inputs.  A Program belongs to a
+captured graph, whose guards are checked at every call.  Values of tensors are never kept here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _trace_seconds: list[float] = []
 
 @dataclass(frozen=True)
 class Verdict:
-    """What tracing said: a Program, or the reason why there is none."""
+    """The result of tracing: a Program, or the reason why there is none."""
 
     program: Program | None
     reason: str = ""
@@ -67,18 +67,18 @@ class Traced:
 
 @dataclass(eq=False)
 class CacheEntry:
-    """What is known about one model for inputs of one signature."""
+    """The state of one model for inputs of one signature."""
 
     capture: Capture = field(default_factory=Capture)
     verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
-    seconds: float = 0.0  # spent on autograd where a Program might have saved some
+    seconds: float = 0.0  # spent on autograd when a Program might have saved some
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
     def refusal(self, fn: Any) -> Verdict | None:
-        """Why the model has no Program in the state that it is in, where that is known."""
+        """Why the model has no Program in its present state, if that is known."""
         return self.refused.get(condition(fn)) if len(self.refused) else None
 
 
@@ -87,14 +87,14 @@ class ModelState:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.live = threading.RLock()  # held where a forward changes the model's buffers
-        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the way to the callable, `guards.signature`
+        self.live = threading.RLock()  # held while a forward changes the model's buffers
+        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the path to the callable, `guards.signature`
         self._warned: set[str] = set()
 
     def trace(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
     ) -> Traced | Verdict:
-        """Capture, lower and verify now, unless that has been done; warns once where autograd takes over."""
+        """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
             refusal = entry.refusal(fn)
             if refusal is not None:
@@ -117,7 +117,7 @@ class ModelState:
         return result
 
     def refuse(self, entry: CacheEntry, fn: Any, reason: str) -> Verdict:
-        """Leave the model to autograd, in the state that it is in; warns once."""
+        """Leave the model in its present state to autograd; warns once."""
         verdict = Verdict(None, reason)
         entry.verdicts.clear()
         entry.refused.put(condition(fn), verdict)
@@ -163,11 +163,11 @@ class ModelState:
 
 
 models = WeakMemo(ModelState)
-_callables = ModelState()  # of it only the warnings about callables that are no modules, once per process
+_callables = ModelState()  # only for the warnings about callables that are not modules, once per process
 
 
 def warn(fn: Any, message: str) -> None:
-    """Warn, once per model and message; about functions, which may be made anew for each call, once per process."""
+    """Warn, once per model and message; about functions, which may be redefined for each call, once per process."""
     module = model_of(fn)
     (_callables if module is None else models.of(module)).warn(message)
 
@@ -186,7 +186,7 @@ def _one_line(text: str) -> str:
 
 
 def trace_cost() -> float:
-    """Seconds that the next trace is expected to take: the median of those so far, the first in the process aside."""
+    """Seconds that the next trace should take: the median so far, not counting the first in the process."""
     if not _trace_seconds:
         return FIRST_TRACE
     later = sorted(_trace_seconds[1:]) or [LATER_TRACE]

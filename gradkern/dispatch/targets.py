@@ -24,10 +24,10 @@ ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S],
 
 @dataclass(frozen=True)
 class TopK:
-    """As ``targets``: the ``k`` highest outputs of each sample, highest first.  The call then also returns them.
+    """A value for ``targets``: the ``k`` highest outputs of each sample, highest first.  The call also returns them.
 
     ``J, indices = jacobian(model, x, TopK(3))``: J is ``[N, k, *in]`` and indices ``[N, k]`` (``[N, k, axes]``
-    where the output has several axes), int64.  A NaN output counts as the highest, as in `torch.topk`.
+    if the output has several axes), int64.  A NaN output counts as the highest, as in `torch.topk`.
     """
 
     k: int
@@ -60,7 +60,7 @@ class Seeds:
         return replace(self, indices=self.rows(start, stop))
 
     def chosen_by(self, outputs: Tensor) -> Seeds:
-        """The same seeds where the model's ``outputs [N, *out]`` are known."""
+        """The same seeds once the model's ``outputs [N, *out]`` are known."""
         return self
 
 
@@ -79,7 +79,7 @@ class TopSeeds(Seeds):
         return replace(self, indices=self.highest(outputs))
 
     def indices_per_sample(self) -> Tensor:
-        """``[N, k]``, or ``[N, k, axes]`` where the output has several axes; the outputs must be known."""
+        """``[N, k]``, or ``[N, k, axes]`` if the output has several axes; the outputs must be known."""
         assert self.indices is not None
         if len(self.out) < 2:
             return self.indices
@@ -109,7 +109,7 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
 
 
 def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
-    """Flat indices ``[S]`` or ``[N, S]`` of anything but None and TopK."""
+    """Flat indices ``[S]`` or ``[N, S]`` of any targets except None and TopK."""
     if isinstance(targets, tuple):
         return _ravel(torch.tensor([_index_tuple(targets, out)]), out)
     if isinstance(targets, range):

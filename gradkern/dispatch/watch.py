@@ -1,4 +1,4 @@
-"""Outputs compared with the live model's from time to time, so that what no guard sees is noticed.
+"""Comparison of outputs with the live model's from time to time, which notices changes that no guard sees.
 
 Guards see the Python state that a forward pass reads.  They do not see the environment, files, the clock, or numbers
 drawn at random outside of torch.
@@ -17,7 +17,7 @@ from ..util.buffers import buffers_kept
 
 SHARE = 0.02  # of the time of a model's calls
 SAMPLES = 2
-FIRST_COST = 1e-3  # seconds, as assumed before the first comparison
+FIRST_COST = 1e-3  # seconds, assumed before the first comparison
 
 
 class OutputsChanged(Exception):
@@ -25,14 +25,14 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """When the outputs of one model are compared next: once ``share`` of the ``seconds`` of work since the last
-    comparison is more than its ``cost``."""
+    """Decides when to compare the outputs of one model: once ``share`` of the ``seconds`` of work since the last
+    comparison exceeds its ``cost``."""
 
     def __init__(self) -> None:
         self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE
 
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
-        """``y [n, *out]``: what the Program gave for ``inputs``.  Raises `OutputsChanged`."""
+        """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""
         begin = time.perf_counter()
         rows = [x[:SAMPLES].clone() for x in inputs]
         with buffers_kept(module):

@@ -1,13 +1,13 @@
-"""Tensors that have the batch elsewhere than in front, sample by sample.
+"""Per-sample views of tensors whose batch axis is not axis 0.
 
-``[L, N, E]``, sequence first, is ``[L, 1, E]`` for each sample: an axis of one number stands where the batch was, and
-the batch is in front again.  ``[N·H, L, E]``, samples by heads, is ``[H, L, E]``.  An op on the one is the same op on
-the other with its axes counted from one on, unless it works along the batch axis.  So `nn.MultiheadAttention`, and
-encoders that keep sequences first, are lowered as if they had been written with the batch in front.
+A sequence-first tensor ``[L, N, E]`` is ``[L, 1, E]`` for each sample: an axis of length one replaces the batch axis,
+and the batch becomes axis 0.  ``[N·H, L, E]``, samples by heads, is ``[H, L, E]``.  An op on the original tensor is the
+same op on this view with its axes shifted by one, unless it works along the batch axis.  So `nn.MultiheadAttention`,
+and encoders that keep sequences first, are lowered as if they had been written with the batch in front.
 
-A joined axis holds, for each index in front of the samples, the numbers of each sample after it: ``[L·N, E]`` has
-an inner extent of one, ``[N·H, L, E]`` of H.  A view that reads the samples in another order mixes them, and has no
-form here.
+A joined axis holds, for each index before the samples, the numbers of each sample after it: ``[L·N, E]`` has an inner
+extent of one, and ``[N·H, L, E]`` has one of H.  A view that reads the samples in another order mixes them, and has
+no form here.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two ax
 
 @dataclass(frozen=True)
 class NonLeadingBatch:
-    """``value``: the tensor per sample, batch axis of one number included.  ``call``: the tensor itself.
+    """``value``: the tensor per sample, with an axis of length one for the batch.  ``call``: the tensor itself.
 
-    ``inner_extent``: how many numbers of a sample stand beside each other in the axis that holds the samples.
+    ``inner_extent``: how many numbers of one sample are adjacent in the axis that holds the samples.
     """
 
     value: Value
@@ -40,10 +40,10 @@ class NonLeadingBatch:
 
 
 def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
-    """Count the axes of a call's arguments from one on.
+    """Shift the axes in a call's arguments by one.
 
-    ``named``: the arguments by name, changed in place; ``rank``: of the tensor that its axes are counted in; ``batch``:
-    where the tensors that it reads have the batch.  Raises `NoForm` where the op is unknown, or works along the batch.
+    ``named``: the arguments by name, changed in place; ``rank``: the rank of the tensor that the axes refer to;
+    ``batch``: the batch axis of each tensor that is read.  Raises `NoForm` for an unknown op, or one along the batch.
     """
     if op == ATTENTION:
         if any(axis >= rank - 2 for axis in batch):
@@ -66,18 +66,18 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
 
 
 def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:
-    """How many numbers of a sample stand beside each other in the axis that holds the samples, in an op's result.
+    """How many numbers of one sample are adjacent in the axis that holds the samples, in the result of an op.
 
-    ``sources``: the same number, and that of the elements after the axis, of each tensor that the op reads; ``times``:
-    the numbers of a sample in the result's axis; ``after``: the sizes of the axes after that.  Raises `NoForm` where
-    tensors or a view have the samples in different orders.
+    ``sources``: for each tensor that the op reads, its inner extent and its elements per index of the axis; ``times``:
+    the numbers of a sample in the result's axis; ``after``: the sizes of the axes after it.  Raises `NoForm` if tensors
+    or a view have the samples in different orders.
     """
     if op not in VIEWS:
         extents = {inner for inner, _ in sources}
         if len(extents) != 1:
             raise NoForm("it joins samples in different orders")
         return extents.pop()
-    step = math.prod(sources[0])  # from one sample to the next; a view leaves it as it is
+    step = math.prod(sources[0])  # from one sample to the next; a view does not change it
     inner, rest = divmod(step, max(math.prod(after), 1))
     if rest or not inner or times % inner:
         raise NoForm("it views the samples in another order")
@@ -85,7 +85,7 @@ def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after:
 
 
 def counted(axes: Any, rank: int) -> Any:
-    """An axis, or several, counted from one on."""
+    """An axis, or several axes, shifted by one."""
     if isinstance(axes, int):
         return axes % rank + 1
     return tuple(axis % rank + 1 for axis in axes) if axes is not None else None

@@ -1,10 +1,10 @@
 """The network as a graph, captured and guarded by torch.compile's front end (Dynamo).
 
-Dynamo reads the Python code of a forward pass and writes down a graph, and guards over everything that the code
-looked at: attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards
-are checked in C++; where they hold, the backend is called with the *live* tensors that the graph reads.  Ours computes
-nothing but what the code keeps: it says which graph it is, and passes those tensors on.  Where they do not hold, the
-code is captured again.
+Dynamo reads the Python code of a forward pass and writes a graph, and guards over everything that the code looked at:
+attributes, globals, closures, containers, hooks, training flags, shapes.  At every later call its guards are checked
+in C++.  If they hold, the backend is called with the *live* tensors that the graph reads.  Our backend records which
+graph it is and those tensors.  It computes only the values that the code keeps.  If no guards hold, the code is
+captured again.
 
 The graph is captured with grad mode on and inputs that require grad, so that ``torch.no_grad`` regions, custom
 `autograd.Function`s and tensor hooks stay visible in it (`regions.py`).
@@ -43,7 +43,7 @@ _CONFIG: dict[str, Any] = {
     "allow_rnn": True,
     "suppress_errors": False,
     "optimize_ddp": False,
-    # What a forward says runs where the forward does: not at every look at the guards.
+    # Printing and logging belong to a real forward pass; checking the guards must not repeat it.
     "ignore_logging_functions": {print, warnings.warn, *(getattr(logging.Logger, name) for name in _SAYS)}
     | {getattr(logging, name) for name in _SAYS},
 }
@@ -61,9 +61,9 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 class CapturedGraph:
     """One captured graph.
 
-    ``reads``: what each of its placeholders stands for.  ``code``: Dynamo's code for it, by which a cache entry of
-    Dynamo's is known.  ``tensors``: the live tensors that it reads, from what the captured function was called with.
-    ``methods``: those that ran while it was captured; Dynamo does not guard against one's replacement in its class.
+    ``reads``: the meaning of each placeholder.  ``code``: Dynamo's code for the graph, which identifies its cache entry
+    in Dynamo.  ``tensors``: finds the live tensors that it reads, given the arguments of the captured function.
+    ``methods``: the methods that ran during capture; Dynamo does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
@@ -76,7 +76,7 @@ class CapturedGraph:
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """What one call would run: the graph, and the live tensors that it reads by name."""
+    """The graph that one call would run, and the live tensors that it reads, by name."""
 
     graph: CapturedGraph
     tensors: dict[str, Tensor]
@@ -87,7 +87,7 @@ class _Missed(Exception):
 
 
 class _Ran(threading.local):
-    graph: Any = None  # the graph of this thread's last call, and what it was called with
+    graph: Any = None  # the graph of this thread's last call, and its arguments
     captured: Any = None  # the graph of this thread's last capture, and the code objects that were traced
 
 
@@ -97,7 +97,7 @@ _ran = _Ran()
 def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...]) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
-    # The clone is the graph's own last step: whatever else the graph gives back is a side effect of ``fn``.
+    # The clone is the graph's own last step: every other result of the graph is a side effect of ``fn``.
     result = fn(*placed(inputs, given))
     return result.clone() if isinstance(result, Tensor) else None
 
@@ -112,8 +112,8 @@ class Capture:
         self._begin()
 
     def _begin(self) -> None:
-        # A code object of its own: Dynamo counts recompilations by code object, and its limit would otherwise hold for
-        # all models of the process together.  Globals of its own: Dynamo keeps the modules there that it has met.
+        # A separate code object: Dynamo limits the recompilations of each code object, and one limit for all models of
+        # the process would be too low.  Separate globals: Dynamo stores in them the modules that it has seen.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
         self.graphs: dict[int, CapturedGraph] = {}  # by the id of Dynamo's code
@@ -122,9 +122,9 @@ class Capture:
         self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
 
     def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
-        """The graph whose guards hold now, captured where there is none.  Raises `Untraceable`.
+        """The graph whose guards hold now, captured if there is none.  Raises `Untraceable`.
 
-        ``stand_ins``: like the inputs but for their values, requiring grad where they are floating.
+        ``stand_ins``: like the inputs except for their values; the floating ones require grad.
         """
         for x in stand_ins:
             dynamo.mark_dynamic(x, 0)
@@ -194,7 +194,7 @@ def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[
 
 
 def _note_methods(guards: Sequence[Any]) -> list[bool]:
-    """Note the methods of what is guarded, as Dynamo asks which guards to keep: all."""
+    """Note the methods of the guarded objects when Dynamo asks which guards to keep (all of them)."""
     if _ran.captured is not None:
         (graph, traced), _ran.captured = _ran.captured, None
         values = [guard.value for guard in guards if guard.has_value]
@@ -245,7 +245,7 @@ def plain_name(source: str) -> str:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Dynamo as gradkern needs it, while it captures.
+    """Dynamo's settings during a capture.
 
     Sizes are treated as unknown, so that one graph serves one sample and many.  oneDNN would be chosen by the batch
     size, which would become a guard.
@@ -272,7 +272,7 @@ def _without_onednn() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Capture and export log and print what they raise; the caller gets one line instead.  Only ever under the lock."""
+    """Mute the errors that capture and export log and print; the caller gets one line instead.  Needs the lock."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.level for logger in loggers]
     stderr = sys.stderr
@@ -291,9 +291,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _tolerant() -> Iterator[None]:
-    """Where the caller turns warnings into errors, torch's own warnings would end the capture."""
+    """Ignore warnings if the caller turns them into errors: torch's own warnings would end the capture."""
     if not any(action == "error" for action, *_ in warnings.filters):
-        yield  # changing filters is not thread-safe, so it is done only where it matters
+        yield  # changing filters is not thread-safe, so it is done only if necessary
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -301,7 +301,7 @@ def _tolerant() -> Iterator[None]:
 
 
 class _Muted:
-    """A stream that drops what this thread writes, and passes on what others do."""
+    """A stream that drops the output of this thread, and passes on that of other threads."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

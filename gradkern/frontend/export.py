@@ -14,7 +14,7 @@ from ..ir.calls import Params
 from .capture import LOCK, CapturedGraph, quiet
 from .refusal import Untraceable, location, location_in
 
-_SIZES = (*range(2, 65), 1000, 4099, 2**20)  # of batches for which a guard is tried
+_SIZES = (*range(2, 65), 1000, 4099, 2**20)  # batch sizes for which a guard is tried
 _SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
 
 
@@ -34,7 +34,7 @@ class _Guards:
         self.nodes += [node] * (len(self.all) - len(self.nodes))
 
     def refuse_special_sizes(self) -> None:
-        """Refuse where some guard does not hold for every number of samples; ``(3 * n - 1) // n == 2`` does."""
+        """Refuse a guard that does not hold for every number of samples; ``(3 * n - 1) // n == 2`` does hold."""
         for guard, node in zip(self.all, self.nodes, strict=False):
             expression = guard.expr
             if expression.free_symbols != {self.symbol} or not all(expression.subs(self.symbol, n) for n in _SIZES):
@@ -62,7 +62,7 @@ class _Entry(nn.Module):
 
     def __init__(self, graph: CapturedGraph, guards: _Guards) -> None:
         super().__init__()
-        self.graph = (graph,)  # hidden from export, which would take a module inside for a part of the state
+        self.graph = (graph,)  # hidden from export, which would treat a submodule as part of the state
         self.guards = guards
 
     def forward(self, tensors: list[Tensor], inputs: list[Tensor]) -> Any:
@@ -81,8 +81,8 @@ class _Entry(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """A functional ATen graph.  ``inputs``: the nodes of the inputs, in order; ``tensors``: the names of those that it
-    reads; ``literals``: the values of the constants that it holds."""
+    """A functional ATen graph.  ``inputs``: the nodes of the inputs, in order; ``tensors``: the names of the tensors
+    that it reads; ``literals``: the values of the constants in it."""
 
     graph: fx.Graph
     inputs: tuple[fx.Node, ...]
@@ -90,7 +90,7 @@ class Exported:
     literals: dict[fx.Node, Tensor]
     output: Any
     changed: tuple[str, ...]  # the names of tensors that a forward pass changes
-    batch_bounds: Any  # of the batch size, where torch.export has some
+    batch_bounds: Any  # on the batch size, if torch.export has any
 
 
 def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
@@ -154,8 +154,8 @@ def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals
 
 
 def _spell_copies(graph: fx.Graph) -> None:
-    """``aten.copy``, what making a graph functional leaves of an assignment to a slice, has no derivative in torch: it
-    is the source, in the shape and dtype of the place."""
+    """Replace ``aten.copy``, which an assignment to a slice becomes in a functional graph and which has no derivative
+    in torch, by its source in the shape and dtype of the destination."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
         place, source = node.args[:2]
         dtype, value = node.meta["val"].dtype, source.meta["val"]
@@ -172,7 +172,7 @@ def _works_in_place(exported: torch.export.ExportedProgram) -> bool:
 
 
 def _literals(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
-    """The tensors that the code of ``forward`` writes down (``torch.tensor(0.5)``), by target."""
+    """The tensor literals in the code of ``forward`` (``torch.tensor(0.5)``), by target."""
     held = {**exported.constants, **exported.state_dict}
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 

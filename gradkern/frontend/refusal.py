@@ -1,4 +1,4 @@
-"""Why a network has no Program, in one line, with the file and the line of the caller's code where they are known."""
+"""Why a network has no Program, in one line, with the file and the line of the caller's code if they are known."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 class Untraceable(RuntimeError):
     """A network that has no Program.
 
-    ``reason`` is one line for people, ``op`` and ``module`` name the culprit where it is known, and ``mixes`` says
-    that the samples of a batch depend on each other, so that the batch must not be cut.
+    ``reason`` is one line for people, ``op`` and ``module`` name the cause if it is known, and ``mixes`` says that the
+    samples of a batch depend on each other, so that the batch must not be cut.
     """
 
     def __init__(self, reason: str, *, op: str = "", module: str = "", mixes: bool = False) -> None:
@@ -28,7 +28,7 @@ class Untraceable(RuntimeError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Why Dynamo refused, in one line, with the file and the line of the caller's code where it knows them."""
+    """Why Dynamo refused, in one line, with the file and the line of the caller's code if it knows them."""
     text = str(error)
     where = _where(getattr(error, "real_stack", None)) or location_in(text)
     if "marked" in text and "dynamic" in text and "specialized" in text:
@@ -63,10 +63,10 @@ def _last(frames: Sequence[tuple[str, int | None]]) -> str:
 
 
 def location_in(text: str) -> str:
-    """Where the caller's code stands in a traceback."""
+    """The location of the caller's code in a traceback."""
     return _last([(name, int(line)) for name, line in _FRAME.findall(text)])
 
 
 def location(node: Any) -> str:
-    """Where the caller's code made a node."""
+    """The location in the caller's code that created a node."""
     return location_in(node.meta.get("stack_trace") or "")

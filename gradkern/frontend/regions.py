@@ -1,7 +1,7 @@
-"""What a captured graph must not lose on its way to ATen: no_grad regions, custom backwards, hooks, side effects.
+"""Parts of a captured graph that export would lose: no_grad regions, custom backwards, hooks, side effects.
 
-Export would drop each of them without a word.  What is computed without gradients becomes explicit `detach`s, which
-mean the same; the rest is refused.
+Export would drop each of them silently.  Values computed without gradients get explicit `detach`s, which mean the
+same; everything else is refused.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CUSTOM = {
 
 
 def prepare(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
-    """Make gradient-free regions explicit, in place.  Raises `Untraceable` for what changes gradients otherwise, or
-    keeps what depends on ``inputs`` from call to call.
+    """Make gradient-free regions explicit, in place.  Raises `Untraceable` for other changes of gradients, and if the
+    forward keeps a value that depends on ``inputs`` from call to call.
 
-    Gives what the forward keeps otherwise, such as the weight that `nn.utils.weight_norm` computes, as a graph of its
-    own with the same placeholders.
+    Returns a graph, with the same placeholders, of the other values that the forward keeps, such as the weight that
+    `nn.utils.weight_norm` computes.
     """
     for node in module.graph.nodes:
         if reason := _refused(node):
@@ -72,7 +72,7 @@ def reaching(output: fx.Node) -> set[fx.Node]:
 
 
 def _keeper(result: fx.Node) -> str:
-    """In what the forward keeps a tensor: the attribute, where it is one and Dynamo says so."""
+    """Where the forward keeps a tensor: the attribute, if Dynamo names one."""
     keeper = keeper_of(result.name)
     return "a Python object" if keeper is None else f"the attribute {keeper[0]} of {keeper[1]}"
 
@@ -92,7 +92,7 @@ def _refused(node: fx.Node) -> str:
 
 
 def _detach_regions(module: fx.GraphModule) -> None:
-    """What was made where gradients are off is a constant for all that is outside."""
+    """Values that were computed with gradients off are constants for everything outside."""
     graph = module.graph
     enabled = [True]
     free: set[fx.Node] = set()

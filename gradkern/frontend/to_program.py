@@ -1,9 +1,9 @@
 """Captured graph -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
 
-The batch axis is followed through the graph by its symbol.  A value has it as axis 0 and nowhere else.  What has it
-elsewhere (a sequence-first tensor, samples by heads) is lowered sample by sample where that has a form
-(`batch_axis.py`); otherwise (an LSTM's state) it is no value of its own and stays an expression inside the call that
-reads it.  What has lost the batch, or has it twice, mixes samples, and the network is refused.
+The batch axis is followed through the graph by its symbol.  In a value it is axis 0, and only that.  A tensor that has
+it elsewhere (a sequence-first tensor, samples by heads) is lowered per sample if it has a form that way
+(`batch_axis.py`).  Otherwise (an LSTM's state) it does not become a value, but stays an expression inside the call that
+reads it.  An op whose result has no batch axis, or two, mixes samples, and the network is refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing c
 def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
-    It is a proposal: `verify` compares it with live autograd.  Raises `Untraceable` where torch.export refuses the
-    graph, where samples mix, and where the result does not have the batch as axis 0.
+    It is only a proposal: `verify` compares it with live autograd.  Raises `Untraceable` if torch.export refuses the
+    graph, if samples mix, or if the batch is not axis 0 of the result.
     """
     return _GraphLowering(export(captured.graph, captured.tensors, inputs), name).program()
 
@@ -168,7 +168,7 @@ class _GraphLowering:
         return self._value(node, call, meta)
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
-        """True where the batch is axis 0; False where the result is to be inlined; refused where samples mix."""
+        """True if the batch is axis 0; False if the result is to be inlined.  Refuses an op that mixes samples."""
         symbolic = [i for i, d in enumerate(meta.shape) if isinstance(d, torch.SymInt)]
         reads = bool(values_in(call))
         if len(symbolic) != 1:
@@ -180,7 +180,7 @@ class _GraphLowering:
         return reads and exact and symbolic[0] == 0
 
     def _batch_first_net(self, call: Call, net: torch.fx.Node) -> Call:
-        """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, where the samples are known one by one."""
+        """A recurrent net over ``[T, N, I]`` as one over ``[N, T, I]``, if its input is known per sample."""
         source = net.args[0]
         assert isinstance(source, torch.fx.Node)
         x, shape = self.known[source], source.meta["val"].shape
@@ -190,7 +190,7 @@ class _GraphLowering:
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
     def _per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
-        """A tensor with the batch elsewhere, sample by sample; `NoForm` where its op has no form that way."""
+        """A tensor whose batch is not axis 0, per sample; raises `NoForm` if its op has no form that way."""
         b, net = self.builder, net_within(call)
         if recognise(net) is not None:
             steps, width = int(meta.shape[0]), int(meta.shape[2])
@@ -217,7 +217,7 @@ class _GraphLowering:
         return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
     def _lifted(self, x: Any) -> Any:
-        """An argument sample by sample: a value gets an axis of one number in front."""
+        """An argument per sample: a value gets an axis of length one in front."""
         b = self.builder
         argument = self.known[x] if isinstance(x, torch.fx.Node) else x
         if isinstance(argument, Value):
@@ -259,7 +259,7 @@ class _GraphLowering:
         return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
 
     def _check(self, call: Call, meta: Tensor) -> None:
-        """`NoForm` for what no lowering takes."""
+        """Raise `NoForm` if no lowering takes the call."""
         if call.op not in LOWERINGS:
             raise NoForm(f"{call.op} has no form")
         if call.index not in (None, 0) and call.op not in SEVERAL:
@@ -270,8 +270,8 @@ class _GraphLowering:
             raise NoForm("it changes the dtype")
 
     def _expressed(self, value: Value, meta: Tensor, call: Call, inner: int) -> Call:
-        """A tensor with a non-leading batch, for ops that have no form: the call that made it while that is short,
-        else by way of its value."""
+        """A tensor with a non-leading batch, for ops that have no form: the call that made it if that is short,
+        otherwise a reshape of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
         place = _batch_axis(meta.shape)
@@ -317,12 +317,12 @@ class _GraphLowering:
 
 
 def _batch_axis(shape: Sequence[Any]) -> int:
-    """The axis that holds the samples; -1 where there is none."""
+    """The axis that holds the samples; -1 if there is none."""
     return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
 
 
 def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by the names in the op's schema, defaults filled in."""
+    """Arguments by their names in the op's schema, with defaults filled in."""
     schema = op._schema.arguments
     named = {a.name: a.default_value for a in schema if a.has_default_value()}
     named.update({a.name: x for a, x in zip(schema, args, strict=False)})

@@ -1,8 +1,8 @@
-"""A Program against live autograd, before it is trusted.
+"""Comparison of a Program with live autograd, before it is trusted.
 
 torch.export drops the backward of a custom `autograd.Function` and of ``torch.no_grad`` regions, and freezes
-``if x.shape[0] == 1``, all without an error.  So outputs and one random vector-Jacobian product are compared on the
-caller's own samples, several together and one alone, with those of the live module.
+``if x.shape[0] == 1``, all without an error.  So outputs and one random vector-Jacobian product are compared with
+those of the live module, on several of the caller's samples together and on one alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MOVE = 1e-3  # of the spread of the inputs
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
-    """Raise `Untraceable` where ``program`` is not what live autograd does on samples like ``inputs``.
+    """Raise `Untraceable` if ``program`` differs from live autograd on samples like ``inputs``.
 
-    ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each; a few of them are used.  The model's
-    buffers and the random state are put back, and no ``.grad`` is touched.  A float32 activation within rounding of a
-    kink may flip a gradient, so where gradients differ the samples are perturbed a little and compared again: a flip
-    goes away, another backward does not.  Gives the floating inputs that autograd does not reach from the output.
+    ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each, of which a few samples are used.  The
+    model's buffers and the random state are restored, and no ``.grad`` is touched.  A float32 activation within
+    rounding of a kink may flip a gradient.  So if gradients differ, the samples are perturbed a little and compared
+    again: a flip goes away, a different backward does not.  Returns the floating inputs that the output does not reach.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
@@ -52,7 +52,7 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Some of the caller's samples; where there are too few, perturbed copies of them."""
+    """Some of the caller's samples, with perturbed copies if there are too few."""
     n = inputs[0].shape[0]
     pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
     samples = []
@@ -80,14 +80,14 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # One comparison
 
-#: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None where nothing reaches the input.
+#: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
 Pair = tuple[Tensor, dict[int, Tensor | None]]
 
 
 def _compared(
     program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
 ) -> Untraceable | frozenset[int]:
-    """What is wrong with ``program``; where nothing is, the inputs that the cotangent does not reach."""
+    """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
     alone = [x[:1] for x in samples]
     together_live = _live(fn, samples, cotangent)
     alone_live = _live(fn, alone, cotangent[:1])
@@ -111,7 +111,7 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
     """Output and pulled-back cotangents by autograd on the model itself."""
     with torch.enable_grad():
         xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in samples]
-        # The model gets copies: it may work in place, which a leaf forbids.
+        # The model gets copies: it may work in place, which is forbidden on a leaf.
         y = fn(*[x.clone() for x in xs])
         if not isinstance(y, Tensor):
             raise Untraceable("its output is not one tensor")
@@ -127,7 +127,7 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
 
 
 def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
-    """The same by the Program, and the tolerance of the least precise of its values."""
+    """The same computed by the Program, and the tolerance of the least precise of its values."""
     with torch.no_grad():
         values = reference.forward(program, params, samples)
         y = values[program.output]
@@ -139,8 +139,8 @@ def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotange
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """On a GPU one sample and several may take different kernels, and torch multiplies convolutions in TF32 unless
-    told otherwise."""
+    """The tolerance of a dtype on a device.  On a GPU one sample and several may take different kernels, and torch
+    computes convolutions in TF32 by default."""
     gpu = device.type == "cuda" and dtype == torch.float32
     convolutions: Any = torch.backends.cudnn
     if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
@@ -154,7 +154,7 @@ def same_outputs(got: Tensor, live: Tensor) -> bool:
 
 
 def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
-    """What differs by more than rounding: ``"output"``, ``"gradient"``, or nothing."""
+    """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
     if not rounding.close_samples(got[0], want[0], tolerance):
         return "output"
     if not all(_same_gradient(got[1][i], g, tolerance) for i, g in want[1].items()):

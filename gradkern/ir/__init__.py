@@ -1,1 +1,1 @@
-"""The Program: what a network computes, as immutable data, and what can be said about it without running it."""
+"""The Program: a network as immutable data, and analyses that do not run it."""

@@ -1,4 +1,4 @@
-"""Calls as data: what is in them, the same with other leaves, and running them."""
+"""Calls as data: walking over them, replacing their leaves, and running them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .program import Batch, Call, Contract, Form, Opaque, Param, Value
 
 Params = Mapping[str, Tensor]  # live tensors by name
-LITERAL = "gradkern.literal"  # a tensor written down in a network's code; args are dtype, shape, bytes and device
+LITERAL = "gradkern.literal"  # a tensor literal in a network's code; the args are dtype, shape, bytes and device
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def operator_of(name: str) -> Callable[..., Any]:
 
 
 def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
-    """Run a call.  ``leaf`` gives the tensor or number of each `Param`, `Value` and `Batch`."""
+    """Run a call.  ``leaf`` returns the tensor or number of each `Param`, `Value` and `Batch`."""
     done: dict[Call, Any] = {}  # a nested call may be read twice, and several results come from one run
 
     def run(call: Call) -> Any:
@@ -108,7 +108,7 @@ def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
 
 
 def literal(value: Tensor) -> Call:
-    """The call that gives ``value`` back."""
+    """The call that returns ``value``."""
     flat = value.detach().cpu().contiguous()
     data = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if flat.numel() else b""
     return Call(LITERAL, (value.dtype, tuple(value.shape), data, value.device))

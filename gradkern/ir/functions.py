@@ -24,7 +24,7 @@ class Function(NamedTuple):
 
 
 def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """Two numbers by a condition, in the dtype of ``like`` (of bare numbers `torch.where` makes float32)."""
+    """Two numbers by a condition, in the dtype of ``like`` (for plain numbers `torch.where` would return float32)."""
     return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
@@ -66,9 +66,9 @@ def _mish_slope(x: Tensor, y: Tensor) -> Tensor:
     return t + x * torch.sigmoid(x) * (1 - t * t)
 
 
-_SIXTH = struct.unpack("f", struct.pack("f", 1 / 6))[0]  # torch has its sixth in float32, for float64 too
+_SIXTH = struct.unpack("f", struct.pack("f", 1 / 6))[0]  # torch rounds its 1/6 to float32, for float64 too
 
-#: ReLUs of attribution rules (guided backpropagation, deconvolution): what leaves them backwards is not negative.
+#: ReLUs of attribution rules (guided backpropagation, deconvolution), which send no negative cotangent back.
 RECTIFYING = frozenset({"guided_relu", "open_relu"})
 
 FUNCTIONS: dict[str, Function] = {

@@ -1,4 +1,4 @@
-"""The graph of a Program: what leads to a value, what follows from it, and parts as Programs of their own."""
+"""The graph of a Program: the ancestors and descendants of values, and parts as separate Programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .program import Opaque, Program, Step, Value
 
 
 def ancestors(program: Program, values: Iterable[int], without: Collection[int] = ()) -> set[int]:
-    """These values and everything that they are computed from; nothing is followed through the values ``without``."""
+    """These values and everything that they are computed from; the search stops at the values ``without``."""
     base, reached, stack = len(program.inputs), set(), list(values)
     while stack:
         v = stack.pop()
@@ -30,7 +30,7 @@ def descendants(program: Program, values: Iterable[int]) -> set[int]:
 
 
 def steps_to(program: Program, values: Iterable[int], among: Collection[int] | None = None) -> list[int]:
-    """The numbers of the steps that these values need, in order; with ``among``, of those steps alone."""
+    """The indices of the steps that these values need, in order; with ``among``, only those steps are considered."""
     base, needed = len(program.inputs), set(values)
     steps = range(len(program.steps)) if among is None else sorted(among)
     kept = []
@@ -42,7 +42,7 @@ def steps_to(program: Program, values: Iterable[int], among: Collection[int] | N
 
 
 def renumbered(step: Step, number: Mapping[int, int]) -> Step:
-    """A step with other numbers for the values that it reads."""
+    """A step with new indices for the values that it reads."""
     form = step.form
     if isinstance(form, Opaque):
         form = replace(form, call=rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x))
@@ -50,7 +50,7 @@ def renumbered(step: Step, number: Mapping[int, int]) -> Step:
 
 
 def part(program: Program, inputs: Sequence[int], steps: Sequence[int], output: int) -> Program:
-    """The steps ``steps`` as a Program that reads the values ``inputs`` and gives ``output`` (-1 where it has none)."""
+    """The steps ``steps`` as a Program that reads the values ``inputs`` and computes ``output`` (-1 for none)."""
     base = len(program.inputs)
     number = {v: k for k, v in enumerate((*inputs, *(base + i for i in steps)))}
     kept = tuple(renumbered(program.steps[i], number) for i in steps)

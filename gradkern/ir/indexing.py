@@ -1,4 +1,4 @@
-"""Index maps as runs: making them, looking at them, and applying them to tensors.
+"""Index maps as runs: making them, inspecting them, and applying them to tensors.
 
 An axis map lists, per output index, the input index that it reads (-1: a zero), as runs ``(start, count, step)``.
 """
@@ -52,14 +52,14 @@ def identity(shape: Shape, order: Sequence[int] | None = None) -> Part:
 
 
 def along(shape: Shape, axis: int, wanted: Iterable[int]) -> Part:
-    """Other indices along one axis."""
+    """The part of a value with the indices ``wanted`` along one axis."""
     axes = [identity_runs(n) for n in shape]
     axes[axis] = runs(wanted)
     return Part(tuple(range(len(shape))), tuple(axes))
 
 
 def is_permutation(part: Part, shape: Shape) -> bool:
-    """Whether a part of a value of ``shape`` only puts its axes into another order."""
+    """Whether a part of a value of ``shape`` only permutes its axes."""
     return all(axis == identity_runs(shape[a]) for a, axis in zip(part.order, part.axes, strict=True))
 
 
@@ -77,7 +77,7 @@ def then(first: Part, second: Part) -> Part:
 
 
 class _Axis(NamedTuple):
-    """One axis map, ready for tensors: a block of the output that is a block of the input, or lists."""
+    """One axis map in the form that tensors need: a block of the output that copies a block of the input, or lists."""
 
     block: tuple[int, int, int] | None  # (first output, first input, count)
     source: Tensor | None  # input index per live output
@@ -125,7 +125,7 @@ def transpose(form: Index, shapes: Sequence[Shape], g: Tensor) -> tuple[Tensor, 
 
 
 def _window(y: Tensor, part: Part, lead: int) -> Tensor:
-    """The block of the output that the part fills, where an axis map is a block."""
+    """The block of the output that the part fills, along axes whose map is a block."""
     for a, axis in enumerate(part.axes):
         block = _axis(axis, y.device).block
         if block is not None:
@@ -134,7 +134,7 @@ def _window(y: Tensor, part: Part, lead: int) -> Tensor:
 
 
 def _taken(part: Part, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """What the part reads, and where it goes inside its window of the output (None: it fills the window)."""
+    """The elements that the part reads, and their place in its window of the output (None: they fill the window)."""
     x = x.permute(0, *[a + 1 for a in part.order])
     scattered: dict[int, Tensor] = {}
     for d, axis in enumerate(part.axes, start=1):

@@ -8,9 +8,9 @@ from . import program as ir
 
 
 def forward_macs(program: ir.Program, i: int) -> int:
-    """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, views nothing.
+    """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, and views count zero.
 
-    An `Opaque` step counts its elements here; the planner takes better numbers where they are known.
+    An `Opaque` step counts its elements here; the planner uses better numbers if they are known.
     """
     step = program.steps[i]
     out = math.prod(step.shape)
@@ -40,10 +40,10 @@ def forward_macs(program: ir.Program, i: int) -> int:
 
 
 def sides(program: ir.Program, i: int) -> int:
-    """How many products the backward of one seed takes, each as expensive as the forward: two where both sides move."""
+    """How many products, each as expensive as the forward, the backward of one seed takes: two if both sides vary."""
     return 2 if program.steps[i].form == ir.Product("matmul") else 1
 
 
 def total_macs(program: ir.Program, i: int, seeds: int, forward: int | None = None) -> int:
-    """Forward and the backward of ``seeds`` seeds, which costs as much as the forward, once per seed."""
+    """The forward, and the backward of ``seeds`` seeds, which costs as much as the forward for each seed."""
     return (forward_macs(program, i) if forward is None else forward) * (1 + sides(program, i) * seeds)

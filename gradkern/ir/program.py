@@ -1,8 +1,8 @@
-"""Program: what a network computes, as an immutable DAG of steps in a handful of forms.
+"""Program: a network as an immutable DAG of steps in a handful of forms.
 
 A :class:`Program` holds *structure* only: forms, shapes and parameter **names**.  It holds no tensor, so an
-optimizer step never makes it stale, and two networks of one architecture share it.  Values live in a
-:mod:`gradkern.runtime.parameters`, the way to run it in a :class:`~gradkern.planner.plan.Plan`.
+optimizer step never makes it stale, and two networks of one architecture share it.  Its tensors are kept by
+:mod:`gradkern.runtime.parameters`, and a :class:`~gradkern.planner.plan.Plan` says how to run it.
 
 Values are numbered: ``0 … len(inputs)-1`` are the network's inputs, and step ``i`` defines value
 ``len(inputs) + i``.  Every shape here is **per sample**, without the batch axis (which is always axis 0 of the
@@ -19,6 +19,7 @@ form           what it is                                             layers tha
 `LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
 `Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
 `Index`        the same numbers in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
+`Given`        slopes that an attribution rule gives, elementwise     none: attribution rules put it for `Scale`
 `View`         the same numbers under another shape                   flatten, view, squeeze
 `Sum`          fan-in                                                 residual add
 `Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
@@ -75,8 +76,8 @@ class Call:
     """One ATen call, as data.  ``op`` is the overload's full name, ``"aten.conv1d.default"``.
 
     Arguments are plain immutable Python values, `Param`, `Value`, `Batch`, further calls (whose results have no
-    batch axis 0 and so are no values of their own: an LSTM's zero state), or tuples of these.  ``index`` picks one
-    of several results (``None`` where the op returns a single tensor).
+    batch axis 0 and so are not values: an LSTM's zero state), or tuples of these.  ``index`` picks one
+    of several results (``None`` if the op returns a single tensor).
     """
 
     op: str
@@ -111,7 +112,7 @@ class Dense:
 class Windows:
     """Sliding windows over the trailing spatial axes of ``[C, *spatial]``; weight ``[O, C/groups, *kernel]``.
 
-    ``padding`` holds ``(before, after)`` per axis, so that ``same`` with an even kernel has a place.  Padding is
+    ``padding`` holds ``(before, after)`` per axis, so that ``same`` with an even kernel is possible.  Padding is
     zeros.  `Select` uses the same geometry with ``-inf`` padding; there ``groups`` is 1 and unused.
     """
 
@@ -156,7 +157,7 @@ class Channels:
     """``y[c, *] = w[c] x[c, *] + b[c]``: one factor and one shift per channel (batch norm in eval).
 
     ``w`` or ``b`` may be missing (1 and 0).  For a flat value ``[F]`` the features are the channels.  ``axis`` is
-    the per-sample axis of the channels: 0, or the last one where features stand last (a layer norm's factors).
+    the per-sample axis of the channels: 0, or the last axis if features come last (a layer norm's factors).
     """
 
     axis: int = 0
@@ -191,7 +192,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Select:
-    """The maximum of each window, per channel: the first maximum wins, the last NaN does (as torch's pools).
+    """The maximum of each window, per channel: the first maximum wins, or the last NaN (as in torch's pools).
 
     ``ties`` is ``"split"`` for `amax`, which shares a cotangent between equal maxima; its windows span whole axes.
     """
@@ -202,7 +203,7 @@ class Select:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A function of all numbers along per-sample axis ``axis`` (non-negative), whose VJP is a diagonal plus few dots.
+    """A function along per-sample axis ``axis`` (non-negative), whose VJP is a diagonal plus a few dot products.
 
     ``softmax``, ``log_softmax``, or ``normalize`` with params (eps,): ``(x - mean) / sqrt(variance + eps)``.
     """
@@ -214,9 +215,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of two values.  ``mul``: elementwise, axes of length one stretch, equal ranks.
+    """A product of two values.  ``mul``: elementwise for equal ranks; axes of length one are broadcast.
 
-    ``matmul``: ``[*B, M, K] @ [*B, K, P]``, the same leading axes on both sides.
+    ``matmul``: ``[*B, M, K] @ [*B, K, P]``, with the same leading axes on both sides.
     """
 
     function: str = "mul"
@@ -224,7 +225,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Part:
-    """How one input lands in the result of an `Index`.
+    """How one input is copied to the result of an `Index`.
 
     The input's axes are put into ``order``; then ``axes[a]`` says, for each output index along axis ``a``, which
     index it reads, as runs ``(start, count, step)``.  A negative start is a run of zeros.
@@ -257,7 +258,7 @@ class Index:
 class Given:
     """``y = slope ⊙ x``: the second input holds the slopes and is not differentiated.
 
-    An attribution rule's stand-in for `Scale`: no network traces to it.
+    Attribution rules put it in place of `Scale`; no network is lowered to it.
     """
 
 
@@ -273,7 +274,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Opaque:
-    """One node that torch itself runs and differentiates.  ``reason`` says why there is no form for it."""
+    """One node that torch itself runs and differentiates.  ``reason`` says why it has no form."""
 
     call: Call
     reason: str
@@ -299,7 +300,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """A network as data.  ``inputs`` are per-sample input shapes, ``output`` the number of the result value."""
+    """A network as data.  ``inputs`` are per-sample input shapes, ``output`` is the index of the result value."""
 
     inputs: tuple[Shape, ...]
     steps: tuple[Step, ...]
@@ -335,8 +336,8 @@ class Program:
 
     @cached_property
     def slopes(self) -> frozenset[int]:
-        """The values that `Given` steps multiply by.  A program that has some is linear: its backward pass needs no
-        others."""
+        """The values that `Given` steps multiply by.  A program that has any is linear: its backward pass needs no
+        other values."""
         return frozenset(s.inputs[1] for s in self.steps if isinstance(s.form, Given))
 
     @cached_property
@@ -355,7 +356,7 @@ class Program:
 
 
 def _exact(x: Any) -> Any:
-    """Everything in a value, as nested tuples: what it prints for people leaves out coefficients."""
+    """Everything in a value, as nested tuples; its printed form leaves out coefficients."""
     if is_dataclass(x):
         return (type(x).__name__, *(_exact(getattr(x, f.name)) for f in fields(x)))
     return tuple(_exact(item) for item in x) if isinstance(x, tuple) else x

@@ -16,12 +16,12 @@ class Recurrent:
     """A recurrent call whose samples are axis 0 and whose first state does not depend on them."""
 
     kind: str
-    weights: tuple[tuple[Param, ...], ...]  # per layer and direction: W_ih, W_hh and, where it has them, the biases
+    weights: tuple[tuple[Param, ...], ...]  # per layer and direction: W_ih, W_hh and, if it has them, the biases
     directions: int
 
 
 def recognise(call: Call) -> Recurrent | None:
-    """The call as a `Recurrent`, or None where it is not of that kind."""
+    """The call as a `Recurrent`, or None if it is not one."""
     if call.op not in GATES or call.index != 0:
         return None
     x, state, weights, biases, layers, dropout, train, bidirectional, batch_first = call.args

@@ -1,1 +1,1 @@
-"""Rewritings of a Program: Program in, Program out."""
+"""Passes that take a Program and return a rewritten Program."""

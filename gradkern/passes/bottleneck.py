@@ -16,7 +16,7 @@ from ..ir.functions import RECTIFYING
 from ..ir.macs import forward_macs, sides
 from ..ir.program import Program, Scale
 
-WORTHWHILE = 1.25  # times fewer operations, or two calls and a product are not worth it
+WORTHWHILE = 1.25  # times fewer operations; otherwise two calls and a product are not worth it
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def bottlenecks(program: Program) -> list[int]:
     """Values, other than inputs and the output, that every path from an input to the output crosses."""
     base = len(program.inputs)
     needed = graph.ancestors(program, [program.output])
-    # Values are in topological order, so all paths cross a value when no edge leaps over it.
+    # Values are in topological order, so all paths cross a value if no edge leaps over it.
     reach = 0  # the last value that anything read so far leads to
     crossed = []
     last_read = dict.fromkeys(needed, -1)
@@ -58,8 +58,8 @@ def bottlenecks(program: Program) -> list[int]:
 def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], int]) -> int:
     """Multiply-adds of the backward per sample with the seeds at ``value`` (None: at the outputs).
 
-    ``seeds`` cotangents cross every step after the value, and one per number of the value every step before it; the
-    multiplication is ``seeds × numbers × inputs``.
+    ``seeds`` cotangents pass every step after the value, and one cotangent per number of the value passes every step
+    before it.  The multiplication takes ``seeds × numbers × inputs``.
     """
     base = len(program.inputs)
     needed = [v - base for v in graph.ancestors(program, [program.output]) if v >= base]
@@ -73,9 +73,9 @@ def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], 
 
 
 def choose(program: Program, seeds: int) -> Bottleneck | None:
-    """The cheapest place for the seeds; None where that is the outputs, or hardly better than they are."""
+    """The cheapest place for the seeds; None if that is the outputs, or hardly better than they are."""
     if program.slopes or any(isinstance(s.form, Scale) and s.form.function in RECTIFYING for s in program.steps):
-        return None  # slopes are inputs too; and a rectified cotangent is not linear: no product of Jacobians
+        return None  # slopes are inputs too, and a rectified cotangent is not linear, so Jacobians cannot be multiplied
 
     def count(i: int) -> int:
         return forward_macs(program, i) * sides(program, i)

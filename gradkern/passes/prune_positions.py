@@ -1,11 +1,11 @@
-"""Pruning: a program without the positions that its output does not depend on.
+"""Pruning: removes the positions that the output of a program does not depend on.
 
-A causal network that reads its last time step needs, of every dilated layer before that, only every 2nd, 4th, 8th …
-position; a sliced or strided layer leaves others unread.  Which positions those are is structure, so they are worked
-out once, per axis, as arithmetic progressions, from the output back; then the program is written anew for them alone.
-A convolution of every g-th position with dilation d is one with dilation d/g over what is left.
+A causal network that reads its last time step needs only every 2nd, 4th, 8th … position of its dilated layers; a sliced
+or strided layer leaves others unread.  Which positions these are depends on structure alone.  So they are computed
+once, per axis, as arithmetic progressions from the output back, and the program is then rewritten for them.  A
+convolution of every g-th position with dilation d becomes one with dilation d/g over the remaining positions.
 
-Results are equal: positions that are left out have cotangents of exact zeros.  Inputs keep their shapes.
+Results are equal, because the cotangents of removed positions are exact zeros.  Inputs keep their shapes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..ir.graph import renumbered
 from ..ir.macs import forward_macs
 from ..util.memo import Memo
 
-WORTHWHILE = 0.9  # of the operations that may be left, or the copies that cut values are not worth it
+WORTHWHILE = 0.9  # at most this share of the operations may be left; otherwise copying parts of values costs too much
 
 
 class OnlyPadding(Exception):
-    """All that is wanted of a convolution lies in its padding: nothing of the input is needed, and no line says so."""
+    """The needed results of a convolution read only padding; a `Line` cannot say that no input is needed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Line:
         return range(self.start, self.last + 1, self.step)
 
     def within(self, other: Line) -> Line:
-        """The same positions, counted along ``other``, which has them all."""
+        """The same positions, counted along ``other``, which contains all of them."""
         step = self.step // other.step if self.count > 1 else 1
         return Line((self.start - other.start) // other.step, step, self.count)
 
@@ -67,11 +67,11 @@ def union(a: Line, b: Line) -> Line:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is needed
+# The positions that are needed
 
 
 def free_axes(step: ir.Step, source: ir.Shape) -> list[bool]:
-    """Axes along which a step can give some of its results without the others; ``source``: its first input's shape."""
+    """Axes along which a step can compute part of its results; ``source``: the shape of its first input."""
     form, rank = step.form, len(step.shape)
     match form:
         case ir.View():
@@ -93,7 +93,7 @@ def shared(a: ir.Shape, b: ir.Shape) -> int:
 
 
 def needed(step: ir.Step, lines: Lines, shapes: Sequence[ir.Shape]) -> list[Lines]:
-    """What a step reads of its inputs (of these ``shapes``) for the results ``lines``."""
+    """The positions of its inputs (of these ``shapes``) that a step reads for the results ``lines``."""
     match step.form:
         case ir.Scale() | ir.Sum() | ir.Contract(map=ir.Channels()) | ir.LowRank():
             return [lines] * len(shapes)
@@ -134,7 +134,7 @@ def reach(w: ir.Windows, axis: int, line: Line, length: int) -> Line:
 
 
 def read_by(part: ir.Part, lines: Lines) -> Lines:
-    """What a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
+    """The positions that a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
     lines_of: dict[int, Line] = {}
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         every_index = indexing.indices(axis)
@@ -144,7 +144,7 @@ def read_by(part: ir.Part, lines: Lines) -> Lines:
 
 
 def demands(program: ir.Program) -> dict[int, Lines]:
-    """The positions of every value that anything needs; values that nothing needs are left out."""
+    """The positions of every value that some step needs; values that no step needs are left out."""
     base = len(program.inputs)
     lines_of = {program.output: every(program.output_shape)}
     for i in reversed(range(len(program.steps))):
@@ -162,12 +162,12 @@ def demands(program: ir.Program) -> dict[int, Lines]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The program for it
+# The program for these positions
 
 
 @dataclass
 class Writer:
-    """Writes a program anew for the positions ``lines`` of its values."""
+    """Rewrites a program for the positions ``lines`` of its values."""
 
     program: ir.Program
     lines: dict[int, Lines]
@@ -189,7 +189,7 @@ class Writer:
         return self.base + len(self.steps) - 1
 
     def cut(self, value: int, lines: Lines, like: ir.Step) -> int:
-        """The value at these positions alone."""
+        """The value at these positions only."""
         have = self.lines[value]
         if lines == have:
             return self.number[value]
@@ -227,7 +227,7 @@ class Writer:
 
 
 def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
-    """The windows of the results ``lines`` over the positions ``have``; None where some of those lie outside."""
+    """The windows of the results ``lines`` over the positions ``have``; None if some lie outside."""
     stride, padding, dilation = [], [], []
     for axis, (line, h) in enumerate(zip(lines, have, strict=True)):
         first, step, _ = taps(w, axis, line)
@@ -243,7 +243,7 @@ def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
 
 
 def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
-    """A part of an `Index` for the results ``lines``, reading an input of which the positions ``have`` are left."""
+    """A part of an `Index` for the results ``lines``, over an input of which only the positions ``have`` remain."""
     axes = []
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         h, every_index = have[order], indexing.indices(axis)
@@ -258,7 +258,7 @@ _pruned: Memo[ir.Program] = Memo(256)
 
 
 def pruned(program: ir.Program) -> ir.Program:
-    """``program`` for the positions that its output needs; itself where that saves little."""
+    """``program`` for the positions that its output needs; unchanged if that saves little."""
 
     def make() -> ir.Program:
         smaller = _pruned_once(program)

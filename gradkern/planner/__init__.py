@@ -1,1 +1,1 @@
-"""How each step of a Program runs."""
+"""Decides how each step of a Program runs."""

@@ -1,4 +1,4 @@
-"""Groups: a Program cut into runs of steps that are one chain each, and steps that run one by one between them."""
+"""Groups: a Program is cut into runs of steps that are one chain each, and steps between them that run one by one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Group:
 
 
 class Chains:
-    """The chains of one Program on one machine, each lowered once: also to learn whether it fits."""
+    """The chains of one Program on one machine.  Each is lowered once, which also shows whether it fits."""
 
     def __init__(self, program: Program, machine: Machine | None, itemsize: int) -> None:
         self.program, self.machine, self.itemsize = program, machine, itemsize
         self.chains: dict[tuple[object, ...], Chain | TooLarge] = {}
 
     def get(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
-        """The group's chain for ``seeds`` seeds, which gives the cotangents of the values ``wrt``.
+        """The group's chain for ``seeds`` seeds, which computes the cotangents of the values ``wrt``.
 
-        ``onehot``: seeds start at the outputs of the network in this group.  Raises `TooLarge` where it fits no
+        ``onehot``: seeds start at the outputs of the network in this group.  Raises `TooLarge` if it does not fit a
         block of a GPU.
         """
         key = (group.steps, group.live_out, seeds, wrt, onehot)
@@ -52,16 +52,16 @@ class Chains:
             return error
 
     def keep(self, groups: Sequence[Group]) -> None:
-        """Forget what was lowered for other groups than these."""
+        """Forget the chains of all groups except these."""
         kept = {(g.steps, g.live_out) for g in groups}
         self.chains = {key: chain for key, chain in self.chains.items() if key[:2] in kept}
 
 
 class Partition:
-    """Cuts the steps ``steps`` of a Program, which have to give the values ``wanted``, into groups.
+    """Cuts the steps ``steps`` of a Program, which have to compute the values ``wanted``, into groups.
 
-    ``chained``: per step, whether it may be in a chain.  ``too_large``, when the groups are known: the steps of these
-    that do not fit a GPU even alone, and why.
+    ``chained``: per step, whether it may be in a chain.  ``too_large``, once the groups are known: the steps that do
+    not fit a GPU even alone, and why.
     """
 
     def __init__(self, chains: Chains, seeds: int, steps: list[int], wanted: Collection[int], chained: Sequence[bool]):
@@ -103,7 +103,7 @@ class Partition:
         live_in = sorted({v for i in steps for v in program.steps[i].inputs} - inside)
         read = {v for v in inside if any(j in self.planned and base + j not in inside for j in program.consumers[v])}
         live_out = sorted(read | (self.wanted & inside))
-        # torch's views are free, and what nothing reads needs no kernel
+        # torch's views are free, and a value that nothing reads needs no kernel
         worthwhile = native and bool(live_out) and not all(isinstance(program.steps[i].form, View) for i in steps)
         return Group(worthwhile, tuple(steps), tuple(live_in), tuple(live_out))
 
@@ -130,6 +130,6 @@ class Partition:
         return pieces
 
     def chain_of(self, group: Group) -> Chain:
-        """The chain of a call that wants the cotangents of all inputs."""
+        """The chain of a call that requests the cotangents of all inputs."""
         wrt = tuple(v for v in group.live_in if v not in self.program.slopes) if self.seeds else ()
         return self.chains.get(group, self.seeds, wrt, bool(self.seeds) and group.live_out == (self.program.output,))

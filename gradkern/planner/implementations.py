@@ -1,6 +1,6 @@
-"""Implementations: for every form an ordered list of ways to run it; a plan takes the first that takes the step.
+"""Implementations: an ordered list of ways to run each form.  A plan takes the first one that accepts the step.
 
-Each says why it does not take a step.  `Plan.steps` shows which one took it and what those before it said.
+Each implementation says why it refuses a step.  `Plan.steps` shows the chosen one, and the reasons of those before it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Progr
 from ..ir.recurrent import GATES, recognise
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
-SILENT = ""  # a refusal that `explain` does not show: nobody expects this implementation here
+SILENT = ""  # a refusal that `explain` does not show, because nobody expects this implementation
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run a step.  ``unsupported_reason`` is None where it takes the step."""
+    """One way to run a step.  ``unsupported_reason`` returns None if it accepts the step."""
 
     name: str
     forms: tuple[type, ...]
@@ -39,14 +39,14 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs a step, and why those that come before it in the list do not."""
+    """The implementation that runs a step, and why those before it in the list do not."""
 
     implementation: Implementation
     refusals: tuple[str, ...]
 
 
 def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
-    """Why step ``i`` has no kernel; None where it has one."""
+    """Why step ``i`` has no kernel; None if it has one."""
     step = program.steps[i]
     if isinstance(step.form, Opaque):
         return f"{step.op or step.form.call.op}: {step.form.reason}"
@@ -77,7 +77,7 @@ ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap
 IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, RECURRENT, PER_OP)
-#: What a step of `KERNEL` is called where the kernel of a neighbour does it: only the grouping knows.
+#: The name for a step of `KERNEL` that the kernel of a neighbour does, which only the grouping knows.
 FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chained=True)
 
 
@@ -86,7 +86,7 @@ def choose_implementation(
 ) -> Choice:
     """The first implementation that takes step ``i``.
 
-    ``too_large``: why no chain can hold the step, which its lowering has told.
+    ``too_large``: why no chain can hold the step, as found by lowering it.
     """
     refusals: list[str] = []
     for implementation in IMPLEMENTATIONS:

@@ -46,7 +46,7 @@ class PlanStep:
 
     @property
     def why(self) -> str:
-        """Why nothing faster; empty where there is nothing faster."""
+        """Why no faster implementation runs the step; empty if there is none."""
         return self.refusals[0] if self.refusals else ""
 
 
@@ -54,22 +54,22 @@ class PlanStep:
 class Plan:
     """How a Program runs for a number of seeds on a machine: groups in execution order, and a row per step.
 
-    ``str()`` is a table: what runs each step and why nothing faster does, where seeds start, and which shares of the
-    operations are fused (all seeds at once) and on gradkern's own kernels.
+    ``str()`` is a table.  It shows the implementation of each step and why there is no faster one, where seeds start,
+    and the shares of the operations that are fused (all seeds at once) and that run on gradkern's own kernels.
     """
 
-    original: Program  # as the caller gave it: what runs where weights are not finite
-    program: Program  # what runs: without the positions that the output does not need
+    original: Program  # as the caller gave it; runs if weights are not finite
+    program: Program  # the one that runs, without the positions that the output does not need
     machine: Machine | None
-    dtype: torch.dtype  # what is computed in
+    dtype: torch.dtype  # of the computation
     seeds: int
     wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
     groups: tuple[Group, ...]
-    choices: tuple[Choice, ...]  # per step: what runs it
+    choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
-    bottleneck: Bottleneck | None = None  # where seeds start instead of at the outputs
+    bottleneck: Bottleneck | None = None  # the start of the seeds, if not the outputs
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
-    cast_dtype: torch.dtype | None = None  # the inputs' dtype, where the plan computes in float32 instead
+    cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
 
     @cached_property
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def single_chain(self) -> bool:
-        """One native group runs everything: nothing between the input and its gradient is written to memory."""
+        """Whether one native group runs everything, so that nothing in between is written to memory."""
         return len(self.groups) == 1 and self.groups[0].native and self.groups[0].live_out == self.wanted
 
     @cached_property
@@ -99,7 +99,7 @@ class Plan:
         return self.chains.get(self.groups[group], seeds, wrt, onehot)
 
     def counting(self, measured_macs: Mapping[int, int]) -> Plan:
-        """The same plan with the multiply-adds of opaque steps as they were measured, by step of ``program``."""
+        """The same plan with the measured multiply-adds of opaque steps, by step of ``program``."""
         return replace(self, measured_macs=dict(measured_macs))
 
     # ---- the table
@@ -120,7 +120,7 @@ class Plan:
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:
-                macs = macs * (2 + seeds) // (1 + seeds)  # its backward walks forward once more
+                macs = macs * (2 + seeds) // (1 + seeds)  # its backward repeats the forward
             form, path = describe(step.form), implementation.path(self.machine)
             rows.append(
                 PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, k)
@@ -178,10 +178,10 @@ def plan(
 ) -> Plan:
     """The plan of ``program`` for ``seeds`` seeds per sample on ``machine`` (None: there are no kernels).
 
-    ``wanted``: the values that a forward pass is to give (then ``seeds`` is 0); by default a Jacobian is planned.
+    ``wanted``: the values that a forward pass computes (then ``seeds`` is 0); by default a Jacobian is planned.
     """
     original, cast_dtype = program, None
-    opaque = any(isinstance(s.form, Opaque) for s in program.steps)  # what torch runs by itself may name a dtype
+    opaque = any(isinstance(s.form, Opaque) for s in program.steps)  # a call that torch runs may name a dtype
     if isinstance(machine, Device) and dtype in CAST_DTYPES and not opaque:
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:

@@ -25,10 +25,10 @@ def report(
     results: Results | str | Path, path: str | Path, *, model: nn.Module | None = None, source: Source | None = None,
     names: Sequence[str] | None = None, title: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write the report of a run to one HTML file that loads nothing; returns its absolute path.
+    """Write the report of a run to one self-contained HTML file; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
-    insertion curves.  ``names`` are the outputs'.  An unfinished run is reported as far as it is.
+    insertion curves.  ``names`` are those of the outputs.  An unfinished run is reported as far as it has got.
     """
     store = open_store(results) if isinstance(results, (str, Path)) else results
     view = StoreSections(store, model, source, names)
@@ -81,7 +81,7 @@ class StoreSections:
         return of_results(self.results, self.model, self.source)
 
     def _scores(self) -> tuple[np.ndarray | None, str]:
-        """Scores ``[C, *in]``, and what they are: from the reductions, else from the maps that are stored."""
+        """Scores ``[C, *in]`` and their description, from the reductions if possible, else from the stored maps."""
         if self.stability is not None:
             return self.stability.scores, "mean |attribution| times the feature's standard deviation"
         if self.about["finished"] and "mean_abs" in self.about["reductions"]:
@@ -94,7 +94,7 @@ class StoreSections:
         return None, ""
 
     def _spans(self) -> list[tuple[int, int]]:
-        """Finished chunks, evenly thinned out to `MAP_BYTES_READ` bytes."""
+        """Finished chunks, evenly subsampled to `MAP_BYTES_READ` bytes."""
         array = self.results.array("attributions")
         most = max(1, MAP_BYTES_READ // max(array.dtype.itemsize * int(np.prod(array.chunks)), 1))
         chunks = sorted(self.finished)

@@ -2,7 +2,7 @@
 
 Figures are made without pyplot, so they need no display and may be drawn from any thread.  Arrays are NumPy or
 anything ``numpy.asarray`` takes.  Colours: orange for magnitudes; blue to red, symmetric about zero, for signed
-values.  All panels of one figure share one scale where they are to be compared, and say so where not.
+values.  Panels of one figure that are to be compared share one scale; other panels say that they do not.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Block:
 
 @dataclass
 class Section:
-    """A heading and what stands under it, in the order of the calls."""
+    """A heading and the blocks under it, in the order of the calls."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Section:
         return self
 
     def facts(self, items: Iterable[tuple[str, str]]) -> Section:
-        """A row of figures to be seen first: ``(value, what it is)``."""
+        """A row of key figures: ``(value, meaning)``."""
         self.blocks.append(Block("facts", list(items)))
         return self
 
@@ -56,14 +56,14 @@ class Section:
         return self
 
     def printed(self, text: str, caption: str = "", *, folded: bool = True) -> Section:
-        """Text in columns, as a terminal shows it; ``folded`` away under its caption until it is opened."""
+        """Text in columns, as a terminal shows it; if ``folded``, it is hidden under its caption until opened."""
         self.blocks.append(Block("folded" if folded else "printed", text, caption))
         return self
 
 
 @dataclass
 class Report:
-    """A report of several sections.  `write` makes one HTML file that loads nothing from anywhere."""
+    """A report of several sections.  `write` makes one HTML file that loads no other files."""
 
     title: str
     summary: str = ""
@@ -91,7 +91,7 @@ class Report:
 
 
 def data_uri(figure: Figure, kind: str) -> str:
-    """The figure as an address that carries the picture itself; ``kind`` is ``png`` or ``svg``."""
+    """The figure as a data URI; ``kind`` is ``png`` or ``svg``."""
     buffer = io.BytesIO()
     dated, mime = (None, "image/png") if kind == "png" else ({"Date": None}, "image/svg+xml")
     figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=dated)

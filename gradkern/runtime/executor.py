@@ -1,9 +1,9 @@
 """The executor of plans: forward and all-seed backward, group by group.
 
-The same contract as `reference.jacobian`, which is its oracle.  The forward pass runs group by group, keeping what
-crosses the borders, and the backward pass hands cotangents ``[N, S, *shape]`` from group to group.  A native group
-recomputes its own forward instead of saving it, which costs one forward in S backwards; so the last one, in which the
-seeds start, runs once for both, and a network that is one chain is a single call of the compiled op.
+It has the same contract as `reference.jacobian`, which is its oracle.  The forward pass runs group by group and keeps
+the values that cross their borders; the backward pass hands cotangents ``[N, S, *shape]`` from group to group.  A
+native group recomputes its forward instead of saving it, which costs one forward per S backwards.  The last group, in
+which the seeds start, runs once for both passes, so a network that is one chain is a single call of the compiled op.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plans, settled for the inputs that a call differentiates
+# Plans, specialised for the inputs that a call differentiates
 
 
 _plans: Memo[Plan] = Memo(256)
@@ -55,7 +55,7 @@ def plan_for(
 def executable_for(
     program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
 ) -> Executable:
-    """The plan for the dtype and device of ``like``, settled for the inputs ``wrt``, remembered."""
+    """The plan for the dtype and device of ``like``, specialised for the inputs ``wrt``, remembered."""
     key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
     return _executables.get_or_make(
         key, lambda: Executable(plan_for(program, seeds, like.dtype, like.device, wanted), wrt)
@@ -64,7 +64,7 @@ def executable_for(
 
 @dataclass(frozen=True)
 class BoundGroup:
-    """A group, and what calls need of it."""
+    """A group, and the facts about it that calls need."""
 
     number: int
     native: bool
@@ -75,7 +75,7 @@ class BoundGroup:
 
 
 class Executable:
-    """A plan settled for the inputs ``wrt``: what does not depend on tensors is worked out once."""
+    """A plan specialised for the inputs ``wrt``: everything that does not depend on tensors is computed once."""
 
     def __init__(self, plan: Plan, wrt: tuple[int, ...]) -> None:
         program = plan.program
@@ -101,7 +101,7 @@ class Executable:
         return BoundGroup(k, group.native, group.steps, group.live_out, wrt, alone)
 
     def chain(self, group: BoundGroup, *, backward: bool, onehot: bool = False) -> Chain:
-        """The group's chain, of the forward pass alone or with the backward pass.  Raises `TooLarge`."""
+        """The group's chain, for the forward pass alone or with the backward pass.  Raises `TooLarge`."""
         key = (group.number, backward, onehot)
         chain = self._chains.get(key)
         if chain is None:
@@ -151,10 +151,10 @@ def transpose(
     out: Sequence[Tensor],
     cotangent: Tensor | None = None,
 ) -> None:
-    """The transpose of a linear Program, whose slopes are among its inputs ``values``: there is no forward pass.
+    """The transpose of a linear Program, whose slopes are among its inputs ``values``; there is no forward pass.
 
-    Seeds are one-hot at ``targets``, or dense where ``cotangent [N, S, *out]`` is given.  Fills ``out`` as
-    `jacobian` does; raises `KernelsUnavailable` where the weights are not finite or of another dtype.
+    Seeds are one-hot at ``targets``, or dense if ``cotangent [N, S, *out]`` is given.  Fills ``out`` as `jacobian`
+    does; raises `KernelsUnavailable` if the weights are not finite or of another dtype.
     """
     x = executable_for(program, targets.shape[-1], values[0], wrt)
     weights = PlanWeights(x.plan, params, values[0])
@@ -167,7 +167,7 @@ def transpose(
 def forward_values(
     program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]
 ) -> dict[int, Tensor]:
-    """The values ``wanted`` of a forward pass, ``[N, *shape]`` each; none of them where no kernel may run."""
+    """The values ``wanted`` of a forward pass, ``[N, *shape]`` each; none of them if no kernel may run."""
     like, wanted = leading(inputs), tuple(v for v in wanted if v >= len(inputs))
     if not wanted:
         return {}
@@ -182,13 +182,13 @@ def forward_values(
 
 
 def leading(inputs: Sequence[Tensor]) -> Tensor:
-    """The first input that is not of integers: a call computes in its dtype, on its device."""
+    """The first floating input: a call computes in its dtype and on its device."""
     return next((x for x in inputs if x.is_floating_point()), inputs[0])
 
 
 @lru_cache(maxsize=64)
 def _every(outputs: int, device: torch.device) -> Tensor:
-    """The numbers of all outputs; never written to."""
+    """The indices of all outputs; never written to."""
     with torch.inference_mode(False):
         return torch.arange(outputs, device=device)
 
@@ -206,14 +206,14 @@ def _fill(
     if n and x.plan.seeds and x.native:
         with suppress(KernelsUnavailable, TooLarge):
             return GroupExecutor(x, weights, inputs, targets, out).run()
-    # With weights that are not finite, positions that are not needed send NaN back, as in torch: all of them count.
+    # With weights that are not finite, positions that are not needed send NaN back, as in torch, so all are kept.
     return _by_reference(x, weights.params, inputs, targets, out)
 
 
 def _in_float32(
     x: Executable, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    """The kernels work in float32; a copy on either side costs less than they do."""
+    """Runs the kernels in float32; the copies on either side cost less than the kernels."""
 
     def cast(t: Tensor) -> Tensor:
         return t.float() if t.is_floating_point() else t
@@ -234,7 +234,7 @@ def _through_bottleneck(
     targets: Tensor,
     out: Sequence[Tensor],
 ) -> Tensor:
-    """``dy/dv · dv/dx``, a part of the batch at a time so that ``dv/dx`` stays small."""
+    """``dy/dv · dv/dx`` for a part of the batch at a time, so that ``dv/dx`` stays small."""
     before, after = parts
     width, like = before.outputs, leading(inputs)
     features = [o[0, 0].numel() for o in out]
@@ -256,7 +256,7 @@ def _through_bottleneck(
 def _by_reference(
     x: Executable, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    """The same without kernels, a part of the batch at a time: the caller counts on a kernel's need of memory."""
+    """The same without kernels, for a part of the batch at a time: the caller has only planned a kernel's memory."""
     program, n = x.plan.original, inputs[0].shape[0]
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []
@@ -301,7 +301,7 @@ class GroupExecutor:
         self.cotangents: dict[int, Tensor] = {}
 
     def run(self, cotangent: Tensor | None = None) -> Tensor:
-        """Fill ``out`` and return the output.  ``cotangent [N, S, *out]``: seeds in place of the one-hot targets."""
+        """Fill ``out`` and return the output.  ``cotangent [N, S, *out]``: seeds that replace the one-hot targets."""
         x, output = self.x, self.program.output
         targets_enter = x.targets_enter and cotangent is None
         if not x.linear:
@@ -366,15 +366,15 @@ class GroupExecutor:
             self.add(v, r)
 
     def reads(self, chain: Chain) -> list[Tensor]:
-        """What a chain reads, in one piece each.  A network that changes the dtype inside has no kernels."""
-        if self.x.linear:  # of other values than the slopes nothing is read
+        """The contiguous tensors that a chain reads.  A network that changes the dtype inside has no kernels."""
+        if self.x.linear:  # only the slopes are read
             return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
         if any(self.values[v].dtype != self.like.dtype for v in chain.inputs):
             raise KernelsUnavailable
         return [self.values[v].contiguous() for v in chain.inputs]
 
     def result(self, group: BoundGroup, value: int) -> Tensor:
-        """Where a kernel writes a cotangent: into the caller's tensor where it can, else into a temporary."""
+        """Where a kernel writes a cotangent: into the caller's tensor if possible, else into a temporary."""
         if value in group.alone and value not in self.cotangents:
             o = self.out[self.x.wrt.index(value)]
             if o.is_contiguous() and o.dtype == self.like.dtype and o.device == self.like.device:
@@ -382,7 +382,7 @@ class GroupExecutor:
         return self.like.new_empty(self.n, self.seeds, *self.x.shapes[value])
 
     def dense(self, value: int) -> Tensor:
-        """The cotangent of a value that a group gives, ``[N, S, size]``; zeros where nothing reads it."""
+        """The cotangent of a value that leaves a group, ``[N, S, size]``; zeros if nothing reads it."""
         arrived, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.x.shapes[value]))
         return self.like.new_zeros(shape) if arrived is None else arrived.reshape(shape).contiguous()
 
@@ -406,7 +406,7 @@ class GroupExecutor:
                     self.add(v, part)
 
     def value(self, v: int) -> Tensor:
-        """A value that a step's VJP may read; of a linear Program's values other than slopes the shape alone counts."""
+        """A value that a step's VJP may read; of a linear Program's values, only slopes need more than the shape."""
         value = self.values.get(v)
         if value is None:
             assert self.x.linear

@@ -1,4 +1,4 @@
-"""Multiply-adds of steps that torch runs by itself, counted while they run: for the table of `explain`."""
+"""Multiply-adds of steps that torch runs by itself, counted while they run, for the table of `explain`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MacCounter(TorchDispatchMode):
 def opaque_macs(program: Program, params: Params, samples: Sequence[Tensor]) -> dict[int, int]:
     """Multiply-adds of the forward pass per sample of each `Opaque` step, by step, measured on ``samples``.
 
-    A step of which torch's table knows nothing is left out: the plan then counts its elements.
+    A step that torch's table does not know is left out; the plan then counts its elements.
     """
     values = list(samples)
     macs: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""The compiled part, and the only file that names it: loading, layout checks, fakes.
+"""The compiled extension (loading, layout checks, fakes).  No other file names it.
 
-Tensor work is an op in ``torch.ops.gradkern``; what is not a tensor op (build facts, capabilities) comes from the
-extension module itself.  Without the extension the package works through the reference path, with one warning.
+Tensor work is an op in ``torch.ops.gradkern``; everything else (build facts, capabilities) comes from the extension
+module itself.  Without the extension the package works through the reference path, with one warning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-buil
 
 @functools.cache
 def extension() -> Any:
-    """The compiled module, or None (with one warning) where it is missing or of another version."""
+    """The compiled module, or None (with one warning) if it is missing or of another version."""
     try:
         from .. import _C as compiled
     except ImportError as error:
@@ -41,12 +41,12 @@ def extension() -> Any:
 
 
 def machine(device: torch.device | None = None) -> Machine | None:
-    """What kernels on ``device`` (default: the CPU) are laid out for; None where the extension has none for it."""
+    """The machine that kernels on ``device`` (default: the CPU) are laid out for; None if there are no kernels."""
     return _machine(None if device is None or device.type == "cpu" else device)
 
 
 def precision() -> str:
-    """`torch.get_float32_matmul_precision`, which raises where torch's newer switches have been used beside it."""
+    """`torch.get_float32_matmul_precision`, which raises if torch's newer switches have been used as well."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -119,9 +119,9 @@ def accumulate(
     max: Tensor | None,
     group: Tensor | None,
 ) -> bool:
-    """Add maps ``[n, ...]`` to statistics ``[...]``; sample i also to row ``groups[i]`` of ``group`` ``[G, ...]``.
+    """Add maps ``[n, ...]`` to statistics ``[...]``, and sample i also to row ``groups[i]`` of ``group`` ``[G, ...]``.
 
-    False, and nothing done, where there is no kernel for these tensors.
+    Does nothing and returns False if there is no kernel for these tensors.
     """
     native = maps.device.type == "cpu" and maps.dtype in (torch.float32, torch.float64) and extension() is not None
     if native:
@@ -133,7 +133,7 @@ HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
 
 
 def on_huge_pages(fresh: Tensor) -> None:
-    """Ask for huge pages behind a large tensor that nothing has been written to, where the system has them."""
+    """Ask for huge pages for a large tensor that nothing has been written to, if the system has them."""
     if fresh.device.type == "cpu" and fresh.nbytes >= HUGE and (c := extension()) is not None:
         c.advise_huge(fresh.data_ptr(), fresh.nbytes)
 

@@ -1,8 +1,8 @@
-"""The parameters of a Program: live tensors and what is derived from them at every call, packed as kernels read them.
+"""The parameters of a Program: live tensors, tensors derived from them at every call, and weights packed for kernels.
 
-Parameters change under a plan (training, attribution rules), and nothing tells that they did: version counters miss
+Parameters change under a plan (training, attribution rules), and nothing reports every change: version counters miss
 fused optimizer steps, ``.data`` edits and numpy views.  So derived tensors are computed at every call, and packed
-weights are kept by a hash of the bytes that they were made of.
+weights are kept by a hash of the bytes that they were made from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import ops
 
 
 class _Computed:
-    """One derived tensor, its op and the kinds of its arguments looked up once."""
+    """One derived tensor.  Its op and the kinds of its arguments are looked up once."""
 
     def __init__(self, derived: Derived) -> None:
         call = self.call = derived.call
@@ -43,11 +43,11 @@ class _Computed:
 
 
 class _Binder:
-    """What there is to do for one Program, looked up once."""
+    """Binds the tensors of one Program; everything that does not change is looked up once."""
 
     def __init__(self, program: Program) -> None:
         self.derived = tuple(map(_Computed, program.derived))
-        # Torch differentiates some steps, with respect to values alone.
+        # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
     def __call__(self, tensors: Params) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def all_finite(params: Params) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
-Key = tuple[int, int, torch.dtype, torch.device]  # of a plan (its id) and of a content of its parameters
+Key = tuple[int, int, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
-MOST_CONTENTS = 8  # of one plan: models of one structure, such as the folds of an ensemble
+MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
 MOST_ENTRIES = 256
 MOST_BYTES = {"cpu": 64 << 20}
 MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
@@ -100,7 +100,7 @@ class Packed:
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
             layout.fill(self.weights, params)
-        # The last thing, because on a GPU it also waits: from here on any stream may read the pack.
+        # This comes last because on a GPU it also waits; after it any stream may read the pack.
         self.finite = bool(torch.isfinite(self.weights).all())
 
     @property
@@ -108,7 +108,7 @@ class Packed:
         return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights))
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
-        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None where seeds start elsewhere."""
+        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
         if self.chain.rows is None:
             return None
         start, row = self.chain.rows
@@ -121,7 +121,7 @@ class PackedPlan:
     """The packed weights of one plan for one content of its parameters, by chain."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device  # kept: while the entry lives, no other plan has its id
+        self.plan, self.device = plan, device  # kept so that no other plan gets its id while the entry lives
         self.packs: dict[int, Packed] = {}  # by the chain's id
 
     @property
@@ -132,7 +132,7 @@ class PackedPlan:
 class WeightCache:
     """The packed weights of recent plans.
 
-    Where they are too large together, the least recently used goes, with all its chains; the one in use stays,
+    If they are too large together, the least recently used plan is dropped, with all its chains; the one in use stays,
     however large it is.
     """
 
@@ -180,7 +180,7 @@ on_reset(weight_cache.clear)
 
 
 class PlanWeights:
-    """The packed weights of a plan for one call: its parameters are hashed here, once for all chains."""
+    """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
     def __init__(self, plan: Plan, params: Params, like: Tensor):
         tensors = [params[name] for name in plan.packed_names]

@@ -1,6 +1,6 @@
 """LSTM, GRU and plain RNN layers for all seeds at once.
 
-torch differentiates a recurrent op as one node, whose backward knows one cotangent: `vmap` cannot batch it, so every
+torch differentiates a recurrent op as one node, whose backward takes one cotangent.  `vmap` cannot batch it, so every
 seed would walk through time again.  Here the gates are computed once per sample, and one walk back through time
 carries all seeds as rows of the same matrix products.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ir.program import Param
 from ..ir.recurrent import Recurrent
 
-State = tuple[Tensor, ...]  # h [N, H], and what else goes from step to step; in the walk back their cotangents
+State = tuple[Tensor, ...]  # h [N, H], and whatever else passes from step to step; in the walk back, their cotangents
 
 
 def vjp(r: Recurrent, x: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ def vjp(r: Recurrent, x: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -
 
 
 class Walk:
-    """One layer in one direction: the walk forward keeps what the walk back needs.  ``y [N, T, H]``."""
+    """One layer in one direction: the forward walk keeps everything that the backward walk needs.  ``y [N, T, H]``."""
 
     def __init__(self, x: Tensor, w: Sequence[Tensor], kind: str) -> None:
         self.w_ih, self.w_hh = w[0], w[1]
@@ -97,7 +97,7 @@ class Lstm(Walk):
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         new = f * c + i * g
         t = torch.tanh(new)
-        # Slopes of the four gates: in dc for the first three, in dh for the last; then dc from dh, and dc onward.
+        # The slopes of the gates: with respect to dc for the first three, to dh for the last; then dc from dh and dc.
         self.kept.append((g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), t * o * (1 - o), o * (1 - t * t), f))
         return o * t, new
 

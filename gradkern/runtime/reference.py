@@ -1,6 +1,7 @@
-"""The plain torch executor: every form, all seeds at once.  The oracle of the kernels and the layer-level fallback.
+"""The plain torch executor of every form, for all seeds at once.  It is the oracle of the kernels, and runs the steps
+that have none.
 
-Seeds are an axis after the batch: a cotangent is ``[N, S, *shape]``.  Where torch has no such axis it is folded
+Seeds are an axis after the batch: a cotangent is ``[N, S, *shape]``.  If a torch call has no such axis, it is folded
 into the batch, ``[N·S, *shape]``.
 """
 
@@ -91,7 +92,7 @@ def _per_channel(channels: ir.Channels, x: Tensor) -> ir.Shape:
 
 
 def _padded(w: ir.Windows, x: Tensor) -> tuple[ir.Shape, Tensor]:
-    """The padding to give to torch, and the input with the rest of it: torch pads both sides alike only."""
+    """The padding that torch applies, and the input with the rest of it: torch can only pad both sides equally."""
     if all(before == after for before, after in w.padding):
         return tuple(before for before, _ in w.padding), x
     flat = [n for before_after in reversed(w.padding) for n in before_after]
@@ -99,7 +100,7 @@ def _padded(w: ir.Windows, x: Tensor) -> tuple[ir.Shape, Tensor]:
 
 
 def _positions(positions: ir.Positions, x: Tensor, spatial: Sequence[int], *, back: bool = False) -> Tensor:
-    """``x [*, *spatial]`` through one small matrix per axis; with ``back`` the transpose, ``[*, *outputs]`` to that."""
+    """``x [*, *spatial]`` times one small matrix per axis; with ``back``, ``[*, *outputs]`` times the transposes."""
     lead = x.dim() - len(spatial)
     for a, (rows, n) in enumerate(zip(positions.axes, spatial, strict=True)):
         matrix = _matrix(rows, int(n), x.dtype, x.device)  # [out, in], None for the identity
@@ -149,8 +150,8 @@ def vjp_step(
 ) -> tuple[Tensor, ...]:
     """The cotangents of a step's inputs, all seeds at once.
 
-    ``args`` one ``[N, *in]`` per entry of ``step.inputs``, ``out`` the step's value ``[N, *shape]``, ``cotangent``
-    ``[N, S, *shape]``.  Gives one ``[N, S, *in]`` per entry of ``step.inputs``; zeros where nothing flows.
+    ``args``: one ``[N, *in]`` per entry of ``step.inputs``; ``out``: the step's value ``[N, *shape]``; ``cotangent``:
+    ``[N, S, *shape]``.  Returns one ``[N, S, *in]`` per entry of ``step.inputs``, with zeros where nothing flows.
     """
     form = program.steps[i].form
     x, g = args[0], cotangent
@@ -196,7 +197,7 @@ def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> T
 
 
 def _convolution_back(w: ir.Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """``g [N, S, O, *out] -> [N, S, C, *spatial]``; what falls on padding is cut off."""
+    """``g [N, S, O, *out] -> [N, S, C, *spatial]``; cotangents of padding are cut off."""
     n, s = g.shape[:2]
     if n * s == 0:
         return g.new_zeros(n, s, *x.shape[1:])
@@ -253,7 +254,7 @@ def _low_rank_back(form: ir.LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tenso
 
 
 def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
-    """Each side's cotangent is the other side's value times ``g [N, S, *shape]``, summed where it was stretched."""
+    """Each side's cotangent is the other side's value times ``g [N, S, *shape]``, summed over broadcast axes."""
     a, b = (x.unsqueeze(1) for x in args)  # [N, 1, *]
     if form.function == "matmul":
         return g @ b.transpose(-1, -2), a.transpose(-1, -2) @ g
@@ -270,7 +271,7 @@ on_reset(_looped.clear)
 def _opaque_back(
     call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
-    """torch's own VJP of one call: under vmap for all seeds where torch can, else one seed after another."""
+    """torch's own VJP of one call: under vmap for all seeds if torch can, else one seed after another."""
     recurrent = recognise(call)
     if recurrent is not None:
         return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
@@ -320,7 +321,7 @@ def _all_seeds(
 
 @contextmanager
 def _without_fallback_warning() -> Iterator[None]:
-    """torch warns where vmap loops inside one op: that is what is wanted here."""
+    """Mute torch's warning that vmap loops inside one op, which is intended here."""
     switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda enabled: None)
     switch(False)
     try:
@@ -334,7 +335,7 @@ def _is_smooth(x: Tensor) -> bool:
 
 
 def _usable(x: Tensor) -> Tensor:
-    """Autograd cannot save tensors made under inference mode."""
+    """A copy of a tensor made under inference mode, which autograd could not save."""
     return x.clone() if x.is_inference() else x.detach()
 
 
@@ -351,7 +352,7 @@ def vjp(
     """
     n = len(program.inputs)
     wanted = tuple(range(n)) if wrt is None else tuple(wrt)
-    if cotangent.shape[0] * cotangent.shape[1] == 0:  # torch cannot infer a shape from nothing
+    if cotangent.shape[0] * cotangent.shape[1] == 0:  # torch cannot infer a shape from an empty tensor
         return tuple(cotangent.new_zeros(*cotangent.shape[:2], *program.inputs[v]) for v in wanted)
     leads = graph.descendants(program, wanted)  # a cotangent reaches the wanted inputs through these
     cotangents: dict[int, Tensor] = {program.output: cotangent}
@@ -369,7 +370,7 @@ def vjp(
 
 
 def one_hot(program: ir.Program, y: Tensor, targets: Tensor | None) -> Tensor:
-    """Seeds ``[N, S, *out]`` for flat output numbers ``targets``: ``None`` (all), ``[S]``, or ``[N, S]``."""
+    """Seeds ``[N, S, *out]`` for flat output indices ``targets``: ``None`` (all), ``[S]``, or ``[N, S]``."""
     n, c = y.shape[0], program.outputs
     if targets is None:
         targets = torch.arange(c, device=y.device)
@@ -389,7 +390,7 @@ def jacobian(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Outputs ``[N, *out]`` and, per input in ``wrt`` (all by default), the Jacobian ``[N, S, *in]``.
 
-    ``targets`` are flat output numbers: ``None`` for all C of them, ``[S]`` for these ones of every sample, or
+    ``targets`` are flat output indices: ``None`` for all C outputs, ``[S]`` for these outputs of every sample, or
     ``[N, S]`` for each sample's own.  ``out``: tensors to fill with the Jacobians.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The buffers of a live model, put back after a forward pass that may change them."""
+"""Restores the buffers of a live model after a forward pass that may change them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def buffers_kept(module: nn.Module | None) -> Iterator[list[bool]]:
-    """Put the buffers back as they were; the list yielded gets True where a forward has changed one."""
+    """Restore the buffers afterwards; the yielded list gets True if a forward has changed one."""
     changed: list[bool] = []
     if module is None:
         yield changed

@@ -1,4 +1,4 @@
-"""What a caller hands over as the model: a module, a method of one, a partial, a function; and what is behind it."""
+"""Callables that a caller passes as the model (a module, a method, a partial, a function), and the modules behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .torch_compat import eval_frame
 
 @dataclass(frozen=True, eq=False)
 class FixedArguments:
-    """``fn`` with those of its arguments given that are no samples, by position; it is called with the samples."""
+    """``fn`` with fixed values for the arguments that are not samples, by position; it is called with the samples."""
 
     fn: Callable[..., Any]
     given: dict[int, Any]
@@ -26,7 +26,7 @@ class FixedArguments:
 
 
 def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
-    """All arguments in order.  ``given``: by position, ascending."""
+    """All arguments in order.  ``given``: the fixed ones by position, ascending."""
     arguments = list(samples)
     for place, value in given.items():
         arguments.insert(place, value)
@@ -34,18 +34,18 @@ def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
 
 
 def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
-    """A callable and the arguments that it is given beside the samples."""
+    """A callable, and its fixed arguments besides the samples."""
     return (fn.fn, fn.given) if isinstance(fn, FixedArguments) else (fn, {})
 
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
-    """A call as it is captured and guarded: ``fn``, the arguments ``given`` beside the samples, and the ``inputs``."""
+    """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, and the ``inputs``."""
     model, given = split(fn)
     return {"fn": model, "given": given, "inputs": samples}
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
-    """Are both the same callable with the same arguments?  Values count as equal only where they are one object."""
+    """Are both the same callable with the same arguments?  Values count as equal only if they are the same object."""
     (f, given), (g, other) = split(a), split(b)
     if f is not g and not (isinstance(f, types.MethodType) and f == g):
         return False
@@ -53,7 +53,7 @@ def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
 
 
 def unwrapped(fn: Any) -> Any:
-    """What is inside of wrappers that compute the same: `torch.compile`, data parallelism on one device."""
+    """The callable inside wrappers that compute the same: `torch.compile`, data parallelism on one device."""
     while (inner := _inner(fn)) is not None:
         fn = inner
     return fn
@@ -80,7 +80,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def anchor(fn: Any) -> tuple[Any, Hashable]:
-    """The object that what is known of ``fn`` hangs on, and the way from that object to ``fn``."""
+    """The object that the state kept for ``fn`` belongs to, and the path from that object to ``fn``."""
     if isinstance(fn, nn.Module):
         return fn, ()
     if isinstance(fn, FixedArguments):
@@ -96,13 +96,13 @@ def anchor(fn: Any) -> tuple[Any, Hashable]:
 
 
 def model_of(fn: Any) -> nn.Module | None:
-    """The module that ``fn`` is, is a method of, or is made of by `functools.partial`; else None."""
+    """The module that ``fn`` is, is a method of, or is a `functools.partial` of; else None."""
     owner = anchor(fn)[0]
     return owner if isinstance(owner, nn.Module) else None
 
 
 def name_of(fn: Any) -> str:
-    """What to call ``fn`` in messages: the class of a module, the name of a function."""
+    """The name of ``fn`` in messages: the class of a module, the name of a function."""
     owner = anchor(fn)[0]
     of_class = type(owner).__name__
     return of_class if isinstance(owner, nn.Module) else getattr(owner, "__qualname__", of_class)
@@ -129,7 +129,7 @@ def _reachable(fn: Any) -> Iterator[Any]:
 
 
 def described(fn: Any) -> Hashable:
-    """The arguments that ``fn`` is given beside the samples, as far as they are numbers, shapes and types."""
+    """The fixed arguments of ``fn`` besides the samples, as numbers, shapes and types."""
     return tuple([(place, _described(value)) for place, value in split(fn)[1].items()])
 
 

@@ -1,10 +1,10 @@
-"""A batch in pieces: how much memory a sample takes, how many samples go together, and their ranges.
+"""A batch in pieces: the memory of a sample, the number of samples per piece, and their ranges.
 
-Every part of gradkern that cuts a batch for its memory asks `samples_per_chunk`, with two exceptions.  A store's chunks
-(:mod:`gradkern.data.runs.forecast`) follow from shapes alone: every machine that works on a store, or continues it,
-has to come to the same ones.  The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) are the
-live model's, which nobody has measured, so their number of rows is fixed.  What a caller of gradkern says (``chunk=``)
-holds as it is.
+Every part of gradkern that cuts a batch to save memory uses `samples_per_chunk`, with two exceptions.  A store's chunks
+(:mod:`gradkern.data.runs.forecast`) depend only on shapes, because every machine that works on a store, or continues
+it, needs the same ones.  The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) come from the
+live model, whose memory is not measured, so their number of rows is fixed.  A value that the caller gives (``chunk=``)
+is used unchanged.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .options import memory_budget
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
-# What a CPU works on at a time stays in its caches: larger pieces were no faster over five networks, step by step and
-# on autograd.  A GPU wants pieces as large as its memory allows.
+# On a CPU a piece stays in its caches: larger pieces were no faster over five networks, step by step and on autograd.
+# On a GPU pieces should be as large as its memory allows.
 CPU_CACHED_BYTES = 24 << 20
 
 
 def samples_per_chunk(device: torch.device, peak: int, cached: int = 0, *, fixed: int = 0, least: int = 1) -> int:
-    """How many samples to work on at a time, at least one.
+    """How many samples to process at a time, at least one.
 
-    ``peak``: bytes that a sample takes at most beside the result; all of them, and ``fixed`` bytes, fit in the memory
-    budget of the device.  ``cached``: bytes per sample that are read again and again; on a CPU they fit in its caches,
-    unless that is fewer than ``least`` samples.
+    ``peak``: the most bytes that a sample takes in addition to the result; all samples, and ``fixed`` bytes, fit in the
+    memory budget of the device.  ``cached``: bytes per sample that are read repeatedly; on a CPU they fit in its
+    caches, unless that is fewer than ``least`` samples.
     """
     samples = (memory_budget(device) - fixed) // max(peak, 1)
     if device.type == "cpu" and cached:
@@ -38,7 +38,7 @@ def samples_per_chunk(device: torch.device, peak: int, cached: int = 0, *, fixed
 
 
 def stepwise_samples(device: torch.device, estimate: int) -> int:
-    """`samples_per_chunk` where steps run one by one and take as much as `stepwise_bytes` estimates."""
+    """`samples_per_chunk` for steps that run one by one and take as many bytes as `stepwise_bytes` estimates."""
     return samples_per_chunk(device, STEPWISE_PEAK * estimate, estimate)
 
 
@@ -48,7 +48,7 @@ def forward_samples(device: torch.device, estimate: int) -> int:
 
 
 def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -> int:
-    """Bytes per sample, beside the result, where steps run one by one: all values, and cotangents of all seeds.
+    """Bytes per sample, besides the result, if steps run one by one: all values, and cotangents of all seeds.
 
     ``shapes``: per sample, of every value.
     """
@@ -58,13 +58,13 @@ def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -
 
 @lru_cache(maxsize=1024)
 def element_counts(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
-    """How many numbers tensors of these shapes have: together, and the largest of them."""
+    """The number of elements of tensors of these shapes: in all, and in the largest of them."""
     sizes = [math.prod(shape) for shape in shapes]
     return sum(sizes), max(sizes)
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Even pieces of at most ``chunk``: no lone sample at the end, which some models treat differently."""
+    """Even pieces of at most ``chunk``, without a single sample at the end, which some models treat differently."""
     count = stop - start
     pieces = -(-count // chunk) if count else 0
     for i in range(pieces):

@@ -1,4 +1,4 @@
-"""The one cache of results that can be recomputed: bounded, least recently used first out, thread-safe."""
+"""A cache of results that can be recomputed: bounded, thread-safe, and dropping the least recently used first."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _on_reset: list[Callable[[], None]] = []
 class Memo(Generic[V]):
     """At most ``most`` values by key.
 
-    A value is made outside the lock, so that making one may ask the same table; where two threads make the same one,
-    the first to finish wins and both get that.
+    A value is made outside the lock, so that making it may use the same table.  If two threads make the same value,
+    the first to finish wins, and both get its value.
     """
 
     def __init__(self, most: int) -> None:
@@ -36,7 +36,7 @@ class Memo(Generic[V]):
             self._trim()
 
     def get_or_make(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of ``key``; ``make`` is called where there is none."""
+        """The value of ``key``; ``make`` is called if there is none."""
         with self._lock:
             value = self._values.get(key, _ABSENT)
             if value is not _ABSENT:
@@ -50,7 +50,7 @@ class Memo(Generic[V]):
         return value
 
     def get(self, key: Hashable) -> V | None:
-        """The value of ``key``; None where there is none."""
+        """The value of ``key``; None if there is none."""
         with self._lock:
             return self._values.get(key)
 
@@ -74,7 +74,7 @@ class Memo(Generic[V]):
 class WeakMemo(Generic[V]):
     """One value per living object, forgotten with the object.
 
-    Objects are told apart by identity: one may define ``==`` as it likes.
+    Objects are compared by identity, so any definition of ``==`` works.
     """
 
     def __init__(self, make: Callable[[], V]) -> None:
@@ -113,13 +113,13 @@ class WeakMemo(Generic[V]):
 
 
 def on_reset(forget: Callable[[], None]) -> Callable[[], None]:
-    """Call ``forget`` at every `reset`: for what is remembered elsewhere than in a `Memo`.  Usable as a decorator."""
+    """Call ``forget`` at every `reset`, for state kept elsewhere than in a `Memo`.  Usable as a decorator."""
     _on_reset.append(forget)
     return forget
 
 
 def reset() -> None:
-    """Forget everything that was learnt: Programs, plans, packed weights, measurements, and warnings that were given.
+    """Forget everything that was learned: Programs, plans, packed weights, measurements, and warnings given.
 
     Results stay the same; the next call of every model pays for its capture again.
     """

@@ -1,7 +1,7 @@
-"""Choices of the caller: which engine, how much memory; and the warnings and errors that gradkern raises.
+"""The caller's choice of engine and memory, and the warnings and errors that gradkern raises.
 
-The engine is chosen by, in this order: the ``engine=`` argument, :func:`use` in this thread, the environment
-variable ``GRADKERN_ENGINE`` (read at every call), ``"auto"``.
+The engine comes from the first of these that is set: the ``engine=`` argument, :func:`use` in this thread, the
+environment variable ``GRADKERN_ENGINE`` (read at every call).  Otherwise it is ``"auto"``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
-GPU_SHARE = 16  # the budget on a GPU is one part in so many of its memory: a GPU wants large pieces
+GPU_SHARE = 16  # the budget on a GPU is its memory divided by this: a GPU needs large pieces
 
 _engine: ContextVar[Engine | None] = ContextVar("gradkern_engine", default=None)
 _budget: ContextVar[int | None] = ContextVar("gradkern_memory_budget", default=None)
 
 
 class GradkernWarning(UserWarning):
-    """Something is right but slower than it could be: what, where, and what to do about it."""
+    """Something is correct but slower than it could be.  The message says what, where, and what to do about it."""
 
 
 class InputError(Exception):
@@ -57,7 +57,7 @@ def _valid_budget(size: int) -> int:
 
 
 def engine(argument: str | None = None) -> Engine:
-    """The engine that holds here and now: the argument, else `use`, else the environment, else ``"auto"``."""
+    """The engine in effect: the argument, else `use`, else the environment, else ``"auto"``."""
     if argument is not None:
         return _valid_engine(argument, "engine=")
     chosen = _engine.get()
@@ -67,7 +67,7 @@ def engine(argument: str | None = None) -> Engine:
 
 
 def memory_budget(device: torch.device | None = None) -> int:
-    """Bytes that a call may allocate beside its result (one sample's need where that is more).
+    """Bytes that a call may allocate in addition to its result (or the need of one sample, if that is more).
 
     Default: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
     """
@@ -81,10 +81,10 @@ def memory_budget(device: torch.device | None = None) -> int:
 def use(engine: Engine | None = None, *, memory_budget: int | None = None) -> Iterator[None]:
     """Choose the engine and the memory budget for the calls inside, Captum classes included.
 
-    ``engine``: ``"auto"`` (the fastest way that pays, the default), ``"kernel"`` (trace at once, whatever that
+    ``engine``: ``"auto"`` (trace once that saves time, the default), ``"kernel"`` (trace at once, whatever that
     costs), ``"reference"`` (plain torch per step, no compiled code) or ``"autograd"`` (never trace).
-    ``memory_budget``: bytes beside the result, by default 128 MiB, or a sixteenth of a GPU's memory.
-    Both hold for this thread (and context) only; ``None`` leaves what holds outside.
+    ``memory_budget``: bytes in addition to the result, by default 128 MiB, or a sixteenth of a GPU's memory.
+    Both hold for this thread (and context) only; ``None`` keeps the setting outside.
     """
     undo: list[tuple[ContextVar[Any], Token[Any]]] = []
     if engine is not None:

@@ -1,7 +1,7 @@
-"""How far two results may lie apart by rounding alone: two measures, and the tolerances of every comparison.
+"""How much two results may differ by rounding: two measures, and the tolerances of every comparison.
 
-The numbers are relative, by dtype.  What is compared element by element comes from the same operations; a Program and
-live autograd may come to a sample's gradient in different orders, so they are compared sample by sample in the norm.
+The tolerances are relative, by dtype.  Results of the same operations are compared element by element.  A Program and
+live autograd may compute a sample's gradient in different orders, so these are compared per sample, in the norm.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from torch import Tensor
 
 _PROGRAM = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _PROGRAM |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
-TF32 = 5e-2  # for a Program where float32 is cut to ten bits of mantissa, which also flips a pattern here and there
+TF32 = 5e-2  # for a Program if float32 is cut to ten bits of mantissa, which also flips a few patterns
 
 
 def for_program(dtype: torch.dtype) -> float:
-    """Between a Program and live autograd: of an output, and of a gradient of which no activation pattern flipped."""
+    """Between a Program and live autograd, for outputs and for gradients without flipped activation patterns."""
     return _PROGRAM.get(dtype, 0.0)
 
 
 def for_batch(dtype: torch.dtype) -> float:
-    """Between one sample alone and the same among others."""
+    """Between one sample alone and the same sample in a batch."""
     return 1e-9 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 3e-2
 
 
 def for_layer(dtype: torch.dtype) -> float:
-    """Between a layer's output and the value of the Program that it is: distinct values must not pass for equal."""
+    """Between a layer's output and its value in the Program: distinct values must not count as equal."""
     return 1e-10 if dtype == torch.float64 else 1e-4
 
 
 def close_elements(got: Any, want: Tensor, tolerance: float) -> bool:
-    """Every number against its own size and that of the largest; NaN and Inf in the same places.  Integers are equal
-    or not."""
+    """Compare every number, relative to its own size and to the largest; NaN and Inf must be in the same places.
+    Integers must be equal."""
     if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
         return False
     if not (want.is_floating_point() or want.is_complex()):
@@ -44,7 +44,7 @@ def close_elements(got: Any, want: Tensor, tolerance: float) -> bool:
 
 
 def close_samples(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    """Per sample, the difference against the size of what is right, in the 2-norm; NaN and Inf in the same places."""
+    """Compare, per sample, the 2-norm of the error with that of ``want``; NaN and Inf must be in the same places."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
@@ -52,5 +52,5 @@ def close_samples(got: Tensor, want: Tensor, tolerance: float) -> bool:
     if not torch.equal(finite, torch.isfinite(a)):
         return False
     a, b = a.where(finite, 0.0), b.where(finite, 0.0)
-    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured by the others
+    size = torch.maximum(b.norm(dim=1), 1e-6 * b.norm())  # a sample without gradient is measured against the others
     return bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all())

@@ -1,8 +1,8 @@
 # ruff: noqa: F401  (names are imported here for the other files)
 """torch's private names that capturing needs, each imported here and nowhere else.
 
-Public API says that a function is captured under guards (`torch.compile` with a backend).  It does not say whether the
-guards hold without running anything, which of a process's settings apply, or what code was read.
+The public API captures a function under guards (`torch.compile` with a backend).  It cannot check the guards without
+running anything, apply settings to one capture only, or tell which code was read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ except ImportError as missing:
 def keeper_of(node_name: str) -> tuple[str, str] | None:
     """The attribute, and the type of its owner, in which the code that is being captured keeps the tensor of a node.
 
-    None where that is no attribute, or where Dynamo does not say.
+    None if it is not an attribute, or if Dynamo does not say.
     """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator

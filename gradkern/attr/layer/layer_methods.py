@@ -1,7 +1,7 @@
-"""Layer methods: Captum's, on a Program that is cut at the layer.
+"""Captum's layer methods, on a Program that is cut at the layer.
 
-A layer method is its mathematics (`_layer`, on a `LayerView`) and two lines: `one_output` and `all_outputs` read
-Captum's signature and give ``attribute`` and ``attribute_all``.
+A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `one_output` and `all_outputs`
+read Captum's signature and make ``attribute`` and ``attribute_all``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LayerMethod(stock.GradientAttribution):
         raise NotImplementedError
 
     def _view(self, inputs: Tensors, extra: Any, options: Options, *, now: bool) -> LayerView | None:
-        """The model seen from the layer, where this call is not Captum's."""
+        """The model seen from the layer; None if Captum takes this call."""
         if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in inputs):
             return None
         if options.get("grad_kwargs") or not isinstance(self.layer, nn.Module) or self.device_ids:
@@ -62,7 +62,7 @@ class LayerMethod(stock.GradientAttribution):
         return view_of(points, self.layer, bool(to_input), now=now)
 
     def _one(self, rows: Tensors, options: Options) -> Any:
-        """``attribute`` on the engine, where the model is traced; None where the call is Captum's."""
+        """``attribute`` on the engine, if the model is traced; None if Captum takes the call."""
         try:
             view = self._view(rows, options["additional_forward_args"], options, now=False)
             if view is None:
@@ -74,7 +74,7 @@ class LayerMethod(stock.GradientAttribution):
         return None if maps is None else maps[:, 0]
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
-        """``attribute_all`` on the engine; None where the call is Captum's."""
+        """``attribute_all`` on the engine; None if Captum takes the call."""
         view = self._view(rows, options["additional_forward_args"], options, now=True)
         if view is None:
             return None
@@ -89,7 +89,7 @@ class LayerMethod(stock.GradientAttribution):
         return answer((maps,), False, seeds, delta)
 
     def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
-        """Captum's time counts towards tracing."""
+        """Count Captum's time in the decision to trace."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors = all(isinstance(x, Tensor) for x in rows)
@@ -230,7 +230,7 @@ class GuidedGradCam(stock.GuidedGradCam):
             try:
                 wide = stock.LayerAttribution.interpolate(cam, tuple(x.shape[2:]), interpolate_mode=interpolate_mode)
                 maps.append(g * wide.view(x.shape[0], seeds.count, *wide.shape[1:]))
-            except Exception:  # as Captum: shapes that cannot be interpolated
+            except Exception:  # like Captum, accept shapes that cannot be interpolated
                 warnings.warn(
                     "Couldn't appropriately interpolate GradCAM attributions for some input tensors, returning empty "
                     "tensor for corresponding attributions.",
@@ -241,7 +241,7 @@ class GuidedGradCam(stock.GuidedGradCam):
 
 
 def _as_targets(index: Tensor | None, out: tuple[int, ...]) -> Any:
-    """Flat output numbers (None, ``[S]`` or ``[N, S]``) as `gradkern.jacobian` takes them."""
+    """Flat output indices (None, ``[S]`` or ``[N, S]``) as `gradkern.jacobian` takes them."""
     if index is None or len(out) == 1:
         return index
     axes = torch.stack(torch.unravel_index(index, out), -1)  # [..., axes]

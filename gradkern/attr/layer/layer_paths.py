@@ -1,4 +1,4 @@
-"""Layer methods along a path of inputs or activations, their steps summed as they are computed."""
+"""Layer methods along a path of inputs or activations, whose steps are summed as they are computed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
         _, places = approximation_parameters(options["method"])
         alphas = torch.tensor(places(options["n_steps"] + 1), dtype=torch.float64)
         total = view.zeros(seeds)
-        last: tuple[Tensor, Tensor] | None = None  # the activations and gradients of the step before
+        last: tuple[Tensor, Tensor] | None = None  # the activations and gradients of the previous step
         for block in blocks_of_path(view, alphas, index, seeds, options):
             steps, rows = block.last - block.first, block.b - block.a
             values = block.values.view(steps, rows, 1, *view.shape)
@@ -73,7 +73,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     attribute_all = all_outputs(stock.LayerIntegratedGradients)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
-        if not view.exclusive:  # Captum moves the layer's input alone, and other readers of that value stay
+        if not view.exclusive:  # Captum changes only the layer's input, not what other readers of that value see
             return None
         inputs, start = format_input_baseline(view.points.inputs, options["baselines"])
         value, *crossing = view.forward(inputs, view.points.more)

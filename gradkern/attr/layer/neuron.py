@@ -1,4 +1,4 @@
-"""Neuron methods: Captum's, on a Program that ends at the layer."""
+"""Captum's neuron methods, on a Program that ends at the layer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .split import jacobians
 class NeuronGradient(LayerMethod, stock.NeuronGradient):
     """The gradient of one unit of a layer with respect to the input.
 
-    A drop-in for `captum.attr.NeuronGradient`.  Logits or probabilities do not matter: the unit is what is explained.
+    A drop-in for `captum.attr.NeuronGradient`.  It explains the unit, so logits and probabilities do not matter.
     """
 
-    _takes_integers = False  # it is their gradient
+    _takes_integers = False  # their gradient is computed
 
     attribute = one_output(stock.NeuronGradient)
 
@@ -40,7 +40,7 @@ class NeuronGradient(LayerMethod, stock.NeuronGradient):
 
 
 def unit_number(selector: Any, shape: tuple[int, ...]) -> int | None:
-    """A unit's flat number; None for selectors that are Captum's (slices, functions) or do not fit."""
+    """A unit's flat index; None for selectors that are left to Captum (slices, functions) or do not fit."""
     axes = (selector,) if isinstance(selector, int) and not isinstance(selector, bool) else selector
     if not isinstance(axes, tuple) or len(axes) != len(shape) or not all(type(a) is int for a in axes):
         return None

@@ -1,7 +1,7 @@
 """A Program cut at a layer: forward to the layer's value, and all-seed gradients from the outputs back to it.
 
-The layer's value is found by what it holds: the live model runs a few samples with a hook on the layer, and the value
-of the Program that equals what the hook saw is the one (module paths decide between equals).
+The layer's value is found by its content: the live model runs a few samples with a hook on the layer, and the value of
+the Program that equals the hooked tensor is chosen (module paths decide between equal values).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # that the layer's value is looked for with, and as many noisy ones
+SAMPLES = 3  # used to find the layer's value, and as many noisy ones
 #: By the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
@@ -43,9 +43,9 @@ class Tail:
 
 
 def layer_value(points: Points, program: Program, layer: nn.Module, path: str, to_input: bool) -> int | None:
-    """The number of the layer's value (its last call's, its input's with ``to_input``); None where there is none.
+    """The index of the layer's value (from its last call; its input with ``to_input``); None if there is none.
 
-    Remembered as long as the graph, but only where these weights and samples left no other choice.
+    It is remembered as long as the graph, but only if these weights and samples left no other choice.
     """
     known = _values.of(points.route.verdict)
     value = known.get((path, to_input))
@@ -77,14 +77,14 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         values = reference.forward(program, points.route.params(), rows)
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
-    # From the outputs to integers there is no gradient that could have been compared when the Program was made.
+    # With integer inputs, no gradient could be compared when the Program was made.
     unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
     return (None, False) if unconfirmed else (value, unique)
 
 
 @contextmanager
 def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
-    """What every call of the layer gives (or gets), itself and a copy.  ``grad``: gradients are to arrive there."""
+    """The output (or input) of every call of the layer, and a copy.  ``grad``: gradients must reach it."""
     seen: list[tuple[Tensor, Tensor] | None] = []
 
     def look(_: Any, inputs: Any, output: Any = None) -> Tensor | None:
@@ -126,7 +126,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _best(program: Program, path: str, to_input: bool, candidates: list[int]) -> tuple[int | None, bool]:
-    """The candidate that belongs to the module, and whether no other does; one alone is taken as it is."""
+    """The candidate that belongs to the module, and whether it is the only one; a single one is taken unchecked."""
     base = len(program.inputs)
     if to_input:
         inside = [v for v in candidates if any(_inside(program, path, i) for i in program.consumers[v])]
@@ -138,7 +138,7 @@ def _best(program: Program, path: str, to_input: bool, candidates: list[int]) ->
 
 
 def tail_of(program: Program, value: int) -> Tail:
-    """What stands between ``value`` and the output, remembered."""
+    """The part of the Program between ``value`` and the output, remembered."""
 
     def make() -> Tail:
         needed = graph.ancestors(program, [program.output], without=[value])
@@ -155,7 +155,7 @@ class LayerView:
 
     def __init__(self, points: Points, program: Program, value: int, exclusive: bool) -> None:
         self.points, self.program, self.value = points, program, value
-        self.exclusive = exclusive  # whether all that reads the value reads it from the layer
+        self.exclusive = exclusive  # whether all readers of the value read it from the layer
         self.tail = tail_of(program, value)
         self.params = points.route.params()
         self.by_reference = options.engine(points.engine) == "reference" or any(
@@ -167,7 +167,7 @@ class LayerView:
         return self.program.shape(self.value)
 
     def forward(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The layer's value ``[R, *layer]``, and the others that cross the cut."""
+        """The layer's value ``[R, *layer]``, and the other values that cross the cut."""
         rows = [x.detach().contiguous() for x in (*inputs, *more)]
         count, like = rows[0].shape[0], executor.leading(rows)
         chunk = forward_samples(like.device, stepwise_bytes(self.program.shapes, 0, like.element_size()))
@@ -189,7 +189,7 @@ class LayerView:
         return values[0], self.gradients(values, index, seeds)
 
     def zeros(self, seeds: int) -> Tensor:
-        """Room for attributions, ``[N, S, *layer]``."""
+        """An empty tensor for attributions, ``[N, S, *layer]``."""
         x = self.points.inputs[0]
         return torch.zeros(x.shape[0], seeds, *self.shape, dtype=x.dtype, device=x.device)
 
@@ -227,7 +227,7 @@ def jacobians(
 
 
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
-    """The model seen from ``layer``; None where it has no Program (or none yet, without ``now``) or no such value."""
+    """The model seen from ``layer``; None if it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
     program = (
         points.traced() if now or name in ("kernel", "reference") or points.route.tracing_pays else points.program()
@@ -249,7 +249,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
 
 
 def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool:
-    """Does putting another tensor in the layer's place change this value for every reader?"""
+    """Does replacing the layer's tensor change this value for every reader?"""
     base, readers = len(program.inputs), program.consumers[value]
     if to_input:
         return all(_inside(program, path, i) for i in readers)

@@ -1,1 +1,1 @@
-"""Methods that put a rule in place of each step's derivative."""
+"""Methods that replace each step's derivative by a rule."""

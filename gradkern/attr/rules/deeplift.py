@@ -1,8 +1,8 @@
 """DeepLift and DeepLiftShap by the rescale rule: secants in place of slopes, per sample and complete.
 
-Captum 0.9 hooks modules and is wrong where a ReLU stands directly before a max pool, where a pool's input does not
-differ from its reference (#1276), where pool windows overlap, and mixes samples in a softmax (#1367); docs/captum.md
-shows it.  Here the rule stands in the Program, so it also holds for functional, in-place and reused activations.
+Captum 0.9 hooks modules.  It is wrong if a ReLU comes directly before a max pool, if a pool's input equals its
+reference (#1276), or if pool windows overlap, and it mixes samples in a softmax (#1367); docs/captum.md shows this.
+Here the rule is applied to the Program, so it also works for functional, in-place and reused activations.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .rule_methods import Chunk, RuleMethod
 class Rescale(Rule):
     """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
 
-    Elementwise steps: the secant, the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
-    to where the input's maximum is and to where the reference's was, as much as each of them changed.  Softmax: the
-    secant on logits less their mean (the paper's normalisation, section 3.6), which is complete and per sample.
-    Products: the mean of both points, which is complete.  Other steps: the derivative at the input.
+    Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
+    to the places of the input's and of the reference's maximum, each as much as it changed.  Softmax: the secant on
+    logits minus their mean (the paper's normalisation, section 3.6), which is complete and per sample.  Products: the
+    mean of both points, which is complete.  Other steps: the derivative at the input.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Rescale(Rule):
         self.reference, self.eps, self.native = reference, eps, native
 
     def differences(self, i: int) -> tuple[Tensor, Tensor]:
-        """How a step's input and its value differ from those of the reference."""
+        """The differences of a step's input and of its value from those of the reference."""
         u, v = self.source(i), self.base + i
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
@@ -140,8 +140,8 @@ Rescale.table = {
 class DeepLift(RuleMethod, stock.DeepLift):
     """Differences from a reference instead of gradients (Shrikumar et al., arXiv:1704.02685), the rescale rule.
 
-    A drop-in for `captum.attr.DeepLift`, complete also where Captum is not.  Attribute logits: through a softmax
-    each class's contributions are relative to the mean of all classes.
+    A drop-in for `captum.attr.DeepLift`, complete even in cases where Captum is not.  Attribute logits: through a
+    softmax each class's contributions are relative to the mean of all classes.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[i
 
 
 def _start(chunk: Chunk) -> Tensors:
-    """The chunk's reference point: one row where one serves all, else one each; then what is no input."""
+    """The chunk's reference point: one row if it serves all, else one each; then the tensors that are not inputs."""
     start = []
     for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
         rows = rows_of(base, chunk.a, chunk.b)
@@ -233,7 +233,7 @@ def _start(chunk: Chunk) -> Tensors:
 class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     """The mean of DeepLift over a distribution of references (SHAP's DeepExplainer, arXiv:1705.07874).
 
-    A drop-in for `captum.attr.DeepLiftShap`, complete also where Captum is not.  Attribute logits, as for DeepLift.
+    A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
     def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:

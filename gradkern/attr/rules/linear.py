@@ -1,8 +1,8 @@
 """Rules on the kernels: a Program whose derivatives a rule has replaced is linear, and its transpose is one chain.
 
 `build` writes the rule's maps as a Program of linear forms: contractions keep their weight, every elementwise
-derivative becomes a `Given` slope, a pool becomes one gather and slope per place of its window.  Slopes that follow
-each other are multiplied, and those at either end are left to the caller.  The kernels then need no forward pass.
+derivative becomes a `Given` slope, and a pool becomes one gather and slope per place of its window.  Consecutive slopes
+are multiplied, and those at either end are left to the caller.  The kernels then need no forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...runtime import executor, reference
 from ...util.memo import Memo
 from .rule import Local, Rule, Values, at_place, is_linear, padded, pull, tap_slices
 
-MOST_TAPS = 16  # places of a pool's window, each of which is a step of its own
+MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
 Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
 
 
@@ -48,7 +48,7 @@ Structure = tuple[tuple[Any, ...], ...]
 
 
 def structure_of(locals_: Sequence[Local]) -> Structure | None:
-    """What `build` must know of a rule's maps; None where one of them is not made of slopes and contractions."""
+    """The facts about a rule's maps that `build` needs; None if one is not made of slopes and contractions."""
     if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
         return None
 
@@ -60,14 +60,14 @@ def structure_of(locals_: Sequence[Local]) -> Structure | None:
 
 
 class _Writer:
-    """Steps of the linear Program with symbolic numbers: inputs as they are, slopes and steps counted apart."""
+    """Steps of the linear Program with symbolic indices: inputs keep theirs; slopes and steps have separate ones."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
         self.slopes: list[Slope] = []
         self.weights: list[tuple[str, int]] = []
-        # per value of the network: where it is, and the factors still to be multiplied
+        # per value of the network: its index here, and the factors still to be multiplied
         self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
             v: (("in", v), ()) for v in range(len(program.inputs))
         }
@@ -112,7 +112,7 @@ class _Writer:
             self.at[v] = (self.emit(self.weighted(i, step.form, weight), reads, step.shape, step), rest)
 
     def weighted(self, i: int, form: Any, changed: bool) -> Any:
-        """The contraction without its bias, and with the rule's weight under a name of its own."""
+        """The contraction without its bias, and with the rule's weight under a new name."""
         if not isinstance(form, Contract):
             return form
         if changed:
@@ -136,7 +136,7 @@ class _Writer:
 
 
 def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Positions:
-    """The constant map that takes every window's t-th place (zero where that is padding)."""
+    """The constant map that takes every window's t-th place (zero in the padding)."""
     axes = []
     for cut, n, (before, _) in zip(tap_slices(w, t, counts), spatial, w.padding, strict=True):
         places = [p - before for p in range(cut.start, cut.stop, cut.step)]
@@ -145,7 +145,7 @@ def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Position
 
 
 def build(program: Program, structure: Structure) -> Linear | None:
-    """The linear Program of a rule; None where nothing is left of it."""
+    """The linear Program of a rule; None if it would have no steps."""
     writer = _Writer(program)
     for i, step in enumerate(program.steps):
         writer.step(i, step, structure[i])
@@ -159,7 +159,7 @@ _linear: Memo[Linear | None] = Memo(64)
 
 
 def linear_of(program: Program, structure: Structure) -> Linear | None:
-    """`build`, remembered, where kernels run every step of it."""
+    """`build`, remembered; None unless kernels run every step of the result."""
 
     def make() -> Linear | None:
         linear = build(program, structure)
@@ -186,7 +186,7 @@ def product(refs: Sequence[Ref], locals_: Sequence[Local], shape: Shape) -> Tens
 
 
 def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
-    """The values of one slope, ``[N, *shape]``, in one piece."""
+    """The values of one slope, ``[N, *shape]``, as one contiguous tensor."""
     if slope.tap is None:
         factor = product(slope.refs, locals_, slope.shape)
         assert factor is not None
@@ -214,7 +214,7 @@ def run_transposed(
 ) -> tuple[Tensor, ...]:
     """The rule's maps, transposed, on the kernels: one ``[N, S, *in]`` per input of ``wrt``.
 
-    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` where it is given.
+    Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` if it is given.
     """
     lp, n, seeds = linear.program, inputs[0].shape[0], targets.shape[-1]
     outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]
@@ -234,7 +234,7 @@ def run_transposed(
 
 
 def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Values:
-    """The wanted values of a forward pass, by the kernels where they may run; `Values` computes what is missing."""
+    """The wanted values of a forward pass, by the kernels if they may run; `Values` computes missing ones."""
     values = dict(enumerate(inputs)) | executor.forward_values(program, params, inputs, wanted)
     return Values(program, params, values)
 
@@ -242,7 +242,7 @@ def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], want
 def values_needed(program: Program, outputs_too: bool) -> list[int]:
     """The values that a rule needs and that are not cheap to compute from others.
 
-    ``outputs_too``: of linear steps the results as well (LRP); else the inputs of the other steps only.
+    ``outputs_too``: include the results of linear steps (LRP); otherwise only the inputs of the other steps.
     """
     base = len(program.inputs)
     wanted = set()
@@ -267,7 +267,7 @@ def attribute(
 ) -> tuple[Tensor, ...]:
     """The rule's multipliers of the outputs ``targets`` for the inputs ``wrt``: one ``[N, S, *in]`` each.
 
-    On the kernels where every map is made of slopes and contractions, a tail of the network (a softmax) aside.
+    Kernels run it if every map is made of slopes and contractions, except in a tail of the network (a softmax).
     """
     program = rule.program
     locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
@@ -299,7 +299,7 @@ class _TailRule(Rule):
 
 
 def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
-    """The Program without a straight tail of steps that the kernels cannot run; None where too little is left."""
+    """The Program without a straight tail of steps that the kernels cannot run; None if too little remains."""
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
     while steps and any(x.custom is not None for x in locals_[: len(steps)]):

@@ -2,7 +2,7 @@
 
 The relevance of a value is its share of the output.  At a contraction ``z = W a + b`` the rule gives
 ``R_a = a ⊙ Wᵀ (R_z / z)``, with W changed (gamma, alpha-beta, z-plus) and z stabilised by an epsilon of its own sign.
-Activations hand relevance through.  So LRP is a chain of contractions and slopes, like a gradient.
+Activations pass relevance on unchanged.  So LRP is a chain of contractions and slopes, like a gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Rules = Mapping[str, compat.PropagationRule | None]  # by the module's path
 
 
 class Relevance(Rule):
-    """LRP as maps of relevance, with one of Captum's rules per module path; epsilon where there is none."""
+    """LRP as maps of relevance, with one of Captum's rules per module path; the default is the epsilon rule."""
 
     def __init__(self, program: Program, params: Params, values: Values, rules: Rules, model: nn.Module) -> None:
         super().__init__(program, params, values)
@@ -55,7 +55,7 @@ class Relevance(Rule):
         return torch.where(z < 0, z - epsilon, z + epsilon)
 
     def changed(self, i: int) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias as a gamma or alpha-beta rule wants them; None where they stay."""
+        """Weight and bias as changed by a gamma or alpha-beta rule; None if they stay the same."""
         form, path = self.form(i, Contract), self.program.steps[i].module
         rule = self.rules.get(path)
         if not isinstance(rule, (compat.GammaRule, compat.Alpha1_Beta0_Rule)) or form.weight is None:
@@ -75,7 +75,7 @@ def _modified(weight: Tensor, rule: Any) -> Tensor:
 
 
 def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
-    """A rule changes the factor that was learnt, not the one that includes the variance."""
+    """Weight and bias of a batch norm: a rule changes the learned factor, not the one that includes the variance."""
     inverse = torch.rsqrt(module.running_var + module.eps)
     weight = torch.ones_like(inverse) if module.weight is None else _modified(module.weight.detach(), rule)
     bias = torch.zeros_like(inverse) if module.bias is None or rule.set_bias_to_zero else module.bias.detach()
@@ -94,7 +94,7 @@ def contraction(rule: Relevance, i: int) -> Local:
 
 
 def winner(rule: Relevance, i: int) -> Local:
-    """A pool hands relevance to the maximum."""
+    """A pool passes relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
     return Local(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
@@ -113,7 +113,7 @@ def affine(rule: Relevance, i: int) -> Local:
     return Local(after=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
 
 
-#: LRP's rules: a line for a function, or for all functions of a form.  A form without one has no LRP.
+#: LRP's rules: a line for a function, or for all functions of a form.  LRP does not support other forms.
 Relevance.table = {
     Contract: contraction,
     View: own_map,
@@ -129,9 +129,8 @@ class LRP(RuleMethod, stock.LRP):
     """Layer-wise relevance propagation (Bach et al., doi:10.1371/journal.pone.0130140).
 
     A drop-in for `captum.attr.LRP` with Captum's rules (set as ``module.rule``: `EpsilonRule`, `GammaRule`,
-    `Alpha1_Beta0_Rule`, which with a bias of zero is z-plus, `IdentityRule`), also for Conv1d, BatchNorm1d, ELU,
-    average pools of one dimension, residual sums, functional and reused activations.  Attribute logits: a softmax
-    has no rule.
+    `Alpha1_Beta0_Rule`, which is z-plus for a bias of zero, `IdentityRule`).  It also covers Conv1d, BatchNorm1d, ELU,
+    1-D average pools, residual sums, and functional and reused activations.  Attribute logits: a softmax has no rule.
     """
 
     def __init__(self, model: nn.Module, engine: Engine | None = None) -> None:
@@ -147,7 +146,7 @@ class LRP(RuleMethod, stock.LRP):
         return_convergence_delta: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """As Captum's.  As there, rules set on modules serve one call and are gone after it."""
+        """As Captum's.  As there, rules set on modules serve one call and are removed after it."""
         rows = compat.format_tensor_into_tuples(inputs)
         with self._rules() as rules:
             maps = self._one(rows, target, additional_forward_args, {"rules": rules})
@@ -186,7 +185,7 @@ class LRP(RuleMethod, stock.LRP):
         def attribute(target: Any) -> Any:
             try:
                 return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
-            finally:  # Captum takes them off
+            finally:  # Captum removes them
                 for path, rule in rules.items():
                     self.model.get_submodule(path).rule = rule
 
@@ -194,7 +193,7 @@ class LRP(RuleMethod, stock.LRP):
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
-        """The rules set on modules, by path; taken off meanwhile, as they are no part of the network."""
+        """The rules set on modules, by path; removed meanwhile, because they are not part of the network."""
         ruled = {path: m for path, m in self.model.named_modules() if "rule" in m.__dict__}
         rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
         try:

@@ -1,8 +1,8 @@
-"""Rules: what an attribution method puts in place of each step's derivative, and the plain executor of it.
+"""Rules, which replace each step's derivative for an attribution method, and the plain executor that runs them.
 
-A gradient is the product of the steps' transposed linear maps.  A rule keeps that shape and changes maps: DeepLift
-replaces slopes by secants, LRP changes weights and normalises.  `Local` is one step's map.  `pull` runs a Program
-backwards through such maps in plain torch, all seeds at once; :mod:`gradkern.attr.linear` runs the same on the kernels.
+A gradient is the product of the steps' transposed linear maps.  A rule keeps this structure and changes the maps:
+DeepLift replaces slopes by secants; LRP changes weights and normalises.  `Local` is one step's map.  `pull` runs a
+Program backwards through such maps in plain torch, all seeds at once, and :mod:`gradkern.attr.rules.linear` on kernels.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Local:
-    """A step's linear map as a rule wants it, transposed: from the cotangent of its value to those of its inputs.
+    """A step's transposed linear map under a rule: from the cotangent of its value to those of its inputs.
 
-    First ``after [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place of
-    its own where given), or none at all (``through``), or that of a pool given by ``taps`` (how much of each window's
-    value goes to its t-th place, ``[N, *shape]`` each), or anything (``custom``).  Last, ``before`` multiplies, one
-    ``[N, *in]`` or None per input.
+    First, ``after [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place of its
+    own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each window's value
+    that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last, ``before`` multiplies, with
+    one ``[N, *in]`` or None per input.
     """
 
     after: Tensor | None = None
@@ -60,7 +60,7 @@ class Values:
 class Rule:
     """The gradient itself, and the base of the other rules.  ``at(i)`` is step i's map."""
 
-    #: What makes a step's map, by the name of its function, or else by its form.
+    #: The function that makes a step's map, by the name of its elementwise function, or else by its form.
     table: ClassVar[Mapping[str | type, Maker]] = {}
 
     def __init__(self, program: Program, params: Params, values: Values) -> None:
@@ -69,7 +69,7 @@ class Rule:
 
     @classmethod
     def maker(cls, form: Form) -> Maker | None:
-        """What ``table`` has for a form."""
+        """The entry of ``table`` for a form."""
         named = isinstance(form, (Scale, LowRank, Product)) and cls.table.get(form.function)
         return named or cls.table.get(type(form))
 
@@ -84,7 +84,7 @@ class Rule:
         return form
 
     def source(self, i: int) -> int:
-        """The number of a step's (first) input."""
+        """The index of a step's (first) input."""
         return self.program.steps[i].inputs[0]
 
     def pre(self, i: int) -> Tensor:
@@ -103,7 +103,7 @@ Maker = Callable[[Any, int], Local]  # (rule, step) to the step's map
 
 
 def own_map(rule: Rule, i: int) -> Local:
-    """The step's own, transposed."""
+    """The step's own transposed map."""
     return Local()
 
 
@@ -117,7 +117,7 @@ def slope(rule: Rule, i: int) -> Local:
 
 
 def routed(rule: Rule, i: int) -> Local:
-    """A pool: to where the maximum is."""
+    """A pool: everything goes to the place of the maximum."""
     form, x = rule.form(i, Select), rule.pre(i)
     if form.ties != "first":
         return derivative(rule, i)
@@ -143,7 +143,7 @@ def is_linear(form: Form) -> bool:
 
 
 def tap_slices(w: Windows, t: int, counts: Sequence[int]) -> tuple[slice, ...]:
-    """Where the t-th place of every window lies in the padded input, per spatial axis."""
+    """The t-th place of every window in the padded input, as a slice per spatial axis."""
     place = list(itertools.product(*(range(k) for k in w.kernel)))[t]
     return tuple(
         slice(j * d, j * d + (n - 1) * s + 1, s) for j, d, s, n in zip(place, w.dilation, w.stride, counts, strict=True)
@@ -163,7 +163,7 @@ def padded(w: Windows, x: Tensor, value: float) -> Tensor:
 
 
 def chosen(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """For each place of a window, where it holds the maximum (the first of equals): bool ``[N, C, *out]``."""
+    """For each place of a window, whether it holds the maximum (the first of equals): bool ``[N, C, *out]``."""
     counts = shape[2:]
     wide = padded(w, x, float("-inf"))
     taps = [at_place(w, t, wide, counts) for t in range(w.taps)]
@@ -195,7 +195,7 @@ def scatter_taps(w: Windows, taps: Sequence[Tensor], g: Tensor, spatial: Sequenc
 def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]:
     """``cotangent [N, S, *out]`` back through the rule's maps: the cotangents of the values ``wrt``.
 
-    What nothing reaches is missing in the result.
+    Values that no cotangent reaches are missing in the result.
     """
     program, base = rule.program, rule.base
     leads = graph.descendants(program, wrt)
@@ -230,7 +230,7 @@ def transposed_step(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor
             weight = rule.form(i, Contract).weight
             assert weight is not None
             params = {**params, weight.name: local.weight}
-        # a linear step's VJP needs the shape of its inputs alone
+        # a linear step's VJP needs only the shapes of its inputs
         shapes = [g.new_empty(1).expand(g.shape[0], *rule.program.shape(v)) for v in inputs]
         back = reference.vjp_step(rule.program, i, shapes, g, g, params)
     if not any(b is not None for b in local.before):

@@ -1,4 +1,4 @@
-"""Guided backpropagation and deconvolution, and what every method made of a rule shares."""
+"""Guided backpropagation and deconvolution, and code shared by every method based on a rule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .rule import Rule, Values
 
 @dataclass(frozen=True)
 class Chunk:
-    """The rows ``a:b`` of one call, all that the model takes of them, and how they are to be attributed."""
+    """The rows ``a:b`` of one call, with all arguments of the model and the options of the attribution."""
 
     program: Program
     params: Params
@@ -35,7 +35,7 @@ class Chunk:
     a: int
     b: int
     options: Options
-    by_reference: bool  # by plain torch: the reference engine, or numbers that kernels do not take
+    by_reference: bool  # run plain torch: for the reference engine, or dtypes that kernels do not take
 
     def values(self, rows: Sequence[Tensor], outputs_too: bool = False) -> Values:
         return values_of(self.program, self.params, rows, self.by_reference, outputs_too)
@@ -45,7 +45,7 @@ class ProgramMethod(RowMethod):
     """An input method that needs the model's Program."""
 
     def _one(self, rows: Tensors, target: Any, extra: Any, options: Options) -> Tensors | None:
-        """Attributions ``[N, *in]`` of Captum's ``target``; None where the call is Captum's, its errors included."""
+        """Attributions ``[N, *in]`` of Captum's ``target``; None if Captum takes the call, errors included."""
         if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in rows):
             return None
         points = points_for(self, rows, extra)
@@ -74,11 +74,11 @@ class RuleMethod(ProgramMethod):
         raise NotImplementedError
 
     def _supports(self, program: Program) -> bool:
-        """Has the rule something to say about every step?"""
+        """Does the rule cover every step?"""
         return True
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
-        """The reduction: multipliers ``[n, S, *in]`` to attributions."""
+        """The last step: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
@@ -115,7 +115,7 @@ def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: 
 def values_of(
     program: Program, params: Params, rows: Sequence[Tensor], by_reference: bool, outputs_too: bool = False
 ) -> Values:
-    """The forward pass that a rule looks at."""
+    """The values of the forward pass that a rule uses."""
     if by_reference:
         return Values(program, params, dict(enumerate(rows)))
     return rule_values(program, params, rows, values_needed(program, outputs_too))
@@ -132,7 +132,7 @@ class _Rectifying(ProgramMethod):
 
     @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """As Captum's, but for every ReLU of the network, functional, in-place and reused ones included."""
+        """As Captum's, but for every ReLU of the network, including functional, in-place and reused ones."""
         rows = compat.format_tensor_into_tuples(inputs)
         maps = self._one(rows, target, additional_forward_args, {})
         if maps is not None:
@@ -155,8 +155,8 @@ class _Rectifying(ProgramMethod):
 class GuidedBackprop(_Rectifying, stock.GuidedBackprop):
     """The gradient that passes a ReLU only where its input and the gradient are positive (arXiv:1412.6806).
 
-    A drop-in for `captum.attr.GuidedBackprop`.  Attribute logits: a softmax mixes the other classes' negative
-    gradients in, which the rule then drops at random.
+    A drop-in for `captum.attr.GuidedBackprop`.  Attribute logits: a softmax mixes in the negative gradients of other
+    classes, which the rule then drops at random.
     """
 
     _relu = "guided_relu"

@@ -1,1 +1,1 @@
-"""Records, weights and prices of the GPU kernels."""
+"""Records, weights and costs of the GPU kernels."""

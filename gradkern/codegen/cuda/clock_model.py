@@ -1,9 +1,9 @@
-"""What the GPU's kernels are expected to cost: pure functions of a record and of how the work is cut.
+"""The expected cost of the GPU's kernels, as pure functions of a record and of how the work is cut.
 
-The unit is a clock of one multiprocessor.  A loop takes as long as its instructions need to be issued or as its
-loads need to pass the load unit, whichever is longer: four instructions and 128 bytes of shared memory or L1 per
-clock, at the share of those rates that well-fed loops reach (`PACE`, an estimate).  Instructions per turn of a loop are
-counted in sm_90 machine code (nvcc 13.0).  An H200 takes 2.4 to 3 times as long (benchmarks/notes-cuda.md).
+The unit is a clock of one multiprocessor.  A loop takes the longer of two times: that of issuing its instructions, and
+that of its loads.  The rates are four instructions, and 128 bytes of shared memory or L1, per clock, times the share of
+them that good loops reach (`PACE`, an estimate).  Instructions per turn of a loop are counted in sm_90 machine code
+(nvcc 13.0).  An H200 takes 2.4 to 3 times as long (benchmarks/notes-cuda.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .. import limits, records
 WARP = 32
 QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
 QUAD_LANES = (4, 8, 16, 32)  # of a worker
-DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions that find out which of so many taps a channel came from
+DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions to find the tap, of so many, that a channel came from
 PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
-#: Fields that no price depends on: where weights, bits and tables lie, and what is settled after the price.
+#: Fields that no price depends on: the places of weights, bits and tables, and fields that are set after the price.
 UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
 #: Records that are priced as the step from one to the next: they touch each number once, or a few times.
 BARRIERS = frozenset({
@@ -39,12 +39,12 @@ BandOptions = Mapping[int, list[records.Bands]]
 
 
 def loop(instructions: float, wavefronts: float) -> float:
-    """Clocks of a warp's loop with all warps at work: instructions issued, 128-byte wavefronts loaded."""
+    """Clocks of a warp's loop if all warps are busy: instructions issued, 128-byte wavefronts loaded."""
     return max(instructions / 4, wavefronts) / PACE
 
 
 def busy(items: float, workers: float) -> float:
-    """The share of workers that have something to do."""
+    """The share of workers that have work."""
     return items / (math.ceil(items / workers) * workers)
 
 
@@ -65,7 +65,7 @@ class Work:
     band_options: BandOptions
 
     def samples(self, op: records.Record) -> int:
-        """How many go through the record together."""
+        """How many samples pass the record together."""
         return self.block if op.whole_block else self.resident
 
     def clocks(self, op: records.Record, forward: bool) -> float:

@@ -1,6 +1,6 @@
-"""Convolutions and the ReLU or pool after them as one record: what the convolution gives never leaves registers.
+"""Joins convolutions with the ReLU or pool after them, so that the convolution's result never leaves registers.
 
-A rewriting of a chain's forward records for the GPU (csrc/cuda/pooled.cuh), which has threads that hold whole pools.
+This rewrites a chain's forward records for the GPU (csrc/cuda/pooled.cuh), where one thread holds whole pools.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TAPS = (1, 2, 4)  # of a pool that a thread's positions hold whole: eight, or fo
 
 
 def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:
-    """The forward records, with every convolution that only the pattern after it reads joined to that."""
+    """The forward records, after joining every convolution to the pattern after it if that is its only reader."""
     out: list[Record] = []
     dropped: set[Buffer | None] = set()
     for i, op in enumerate(forward):
@@ -31,9 +31,9 @@ def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]
 
 
 def joins(window: Window, pattern: Pattern, before: Iterable[Record], after: Iterable[Record]) -> bool:
-    """Whether the pattern alone reads the convolution's result, in pools that neither meet nor hang over the edge.
+    """Whether only the pattern reads the convolution's result, in pools that neither overlap nor leave the input.
 
-    A ReLU may work in place: then later records read what it leaves.
+    A ReLU may work in place: then later records read its result.
     """
     buffer, p = window.dst.buffer, pattern.pattern
     assert buffer is not None

@@ -1,14 +1,14 @@
-"""Chains on a GPU: the same records as on the CPU (:mod:`gradkern.codegen.chain`), laid out for a thread block.
+"""Chains on a GPU: records (:mod:`gradkern.codegen.chain`) laid out for a thread block.
 
 A block takes a tile of samples through the whole chain in shared memory, which holds, in this order,
 
-* the *region*: scratch of what lives within one run of per-sample records, for as many samples as are *resident* at a
-  time; a record that takes all samples at once (a linear layer) uses it for its temporary matrices;
-* for every sample what outlives a run, buffers with disjoint lifetimes on top of each other;
-* for every sample its bits.
+* the *region*: scratch for buffers that live within one run of per-sample records, for as many samples as are
+  *resident* at a time; a record that takes all samples at once (a linear layer) uses it for its temporary matrices;
+* for every sample, the buffers that outlive a run; those with disjoint lifetimes overlap;
+* for every sample, its bits.
 
-Everything is known when the chain is lowered, to the byte.  `DeviceLowering.finish` tries seed tiles, resident samples
-and sample tiles and keeps the cheapest that fits; where none does, `TooLarge` says so, and the plan splits the chain or
+Everything is known to the byte when the chain is lowered.  `DeviceLowering.finish` tries seed tiles, resident samples
+and sample tiles and keeps the cheapest that fits.  If none fits, it raises `TooLarge`, and the plan splits the chain or
 leaves the step to ATen.  Nothing ever spills to global memory.
 """
 
@@ -36,8 +36,8 @@ from .slices import COUNTS as SLICES
 from .slices import sliced
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 
-#: Numbers in a weight from which a contraction leaves its chain.  A block reads the weight for its own few samples: a
-#: mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
+#: A contraction with a larger weight than this leaves its chain.  A block reads the weight for its own few samples, and
+#: reading a mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
 CHAIN_WEIGHT = 1 << 18
 MAX_TILE = 64  # samples of a block
 MAX_RESIDENT = 32  # samples at a time in scratch
@@ -45,8 +45,8 @@ MAX_RESIDENT = 32  # samples at a time in scratch
 
 @dataclass(frozen=True)
 class Tiling:
-    """A way to cut the work: seeds at a time, samples of a block, and of every run of records those that are resident
-    in scratch together; and the shared memory that it takes."""
+    """A way to cut the work (seeds at a time, samples of a block, and for every run of records the samples that are
+    resident in scratch together), and the shared memory that it takes."""
 
     seed_tile: int
     block: int
@@ -78,8 +78,8 @@ class DeviceLowering(Lowering):
     # ---- records that differ from the CPU's
 
     def choose_scatter(self, unit: Unit, pattern: Unit | None) -> DeviceScatter:
-        """One window per position or one for all taps of the pool after it, walked channel by live channel or in
-        quads: whichever is expected to be fastest with all warps at work."""
+        """One window per position, or one for all taps of the pool after it, walked channel by live channel or in
+        quads: the layout that is expected to be fastest if all warps are busy."""
         if unit.dense:
             return DeviceScatter.of(unit, 1)
         upstream = self.cotangents.of(unit.out)
@@ -110,7 +110,7 @@ class DeviceLowering(Lowering):
         return walks * clock_model.walk_clocks(elements, layout.O, layout.merged, together, taps, pattern)
 
     def prepare(self, unit: Unit) -> None:
-        """Borders, and what copies leave out, are zeroed for every tile: buffers share memory."""
+        """Zero borders, and places that copies leave out, for every tile, because buffers share memory."""
         node = unit.out
         filled = node.C * node.P
         if unit.kind == "move":
@@ -142,7 +142,7 @@ class DeviceLowering(Lowering):
         return op
 
     def backward_move(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        """Where no number was read twice, every run has its own warp."""
+        """If no number was read twice, every run has its own warp."""
         super().backward_move(unit, operand, upstream)
         op = self.backward[-1]
         assert isinstance(op, MoveT)
@@ -151,7 +151,7 @@ class DeviceLowering(Lowering):
         self.backward[-1] = replace(op, distinct=len(set(read)) == len(read))
 
     def transpose_right(self, unit: Unit) -> None:
-        """No copy: the kernel reads the right side of a matrix product by any steps, and shared memory is scarce."""
+        """No copy: the kernel reads the right side of a matrix product with any strides, and memory is scarce."""
 
     def right_transposed(self, unit: Unit) -> tuple[Place, int]:
         b = unit.reads[1]
@@ -160,7 +160,7 @@ class DeviceLowering(Lowering):
     # ---- layout of shared memory
 
     def finish(self) -> LaidOut:
-        """The records as the cheapest way to cut the work has them."""
+        """The records for the cheapest way to cut the work."""
         best: tuple[Passes, Arrangement, Tiling] | None = None
         least = 0
         forward, stores, saved = fused(self.forward, self.backward), self.stores.values(), self.saved.values()
@@ -196,10 +196,10 @@ class DeviceLowering(Lowering):
                 _, lanes, shares = work.transposed(op)
                 op = replace(op, lanes=lanes, bands=shares)
             ops.append(op)
-            # A negative stride between samples means scratch; where one sample is resident it is still below zero.
+            # A negative stride between samples means scratch; it is negative even if one sample is resident.
             rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
             clocks.append(work.clocks(op, forward) * (1 if forward else self.rounds(tiling.seed_tile)))
-        # Lanes without work, and weights asked for ahead of time, lie up to that far past the last row.
+        # Idle lanes and prefetched weights may read up to that far past the last row.
         slack = 8 * max((x.row_length for x in self.layouts), default=0) + clock_model.WARP * 4 * max(limits.QUADS)
         most, n = max(tiling.resident, default=1), len(passes.forward)
         return LaidOut(
@@ -218,7 +218,7 @@ class DeviceLowering(Lowering):
         return ((region + block * sample) * self.itemsize + block * self.bit_bytes + 15) // 16 * 16
 
     def best_tiling(self, passes: Passes, arrangement: Arrangement, tile: int) -> Tiling | None:
-        """The cheapest samples of a block and resident samples for a seed tile; None where nothing fits."""
+        """The cheapest numbers of block and resident samples for a seed tile; None if nothing fits."""
         scratch, sample, best = arrangement.strides, arrangement.sample, None
         runs = self.priced(passes, tile)
         for block in range(1, MAX_TILE + 1):
@@ -242,7 +242,7 @@ class DeviceLowering(Lowering):
         return math.ceil(self.seeds / tile) if self.seeds else 0
 
     def priced(self, passes: Passes, tile: int) -> list[clock_model.RunPrice]:
-        """The runs of records, as prices by the number of samples that they take at a time."""
+        """The prices of the runs of records, by the number of samples that they take at a time."""
         prices: list[clock_model.RunPrice] = []
         for i, (op, run) in enumerate(zip(passes.records, passes.runs, strict=True)):
             if run == len(prices):
@@ -257,7 +257,7 @@ class DeviceLowering(Lowering):
 
 
 def bands(unit: Unit, op: ScatterT) -> list[Bands]:
-    """The rectangles of positions that workers may own, and how many colours part them.
+    """The rectangles of positions that workers may own, and the number of colours that separate them.
 
     Position ``q`` of an axis reaches from ``q·step`` to ``q·step + reach`` of the destination.  Bands of ``length``
     positions, every ``n``-th of one colour, touch different memory when ``((n - 1)·length + 1)·step > reach``.  So an
@@ -275,7 +275,7 @@ def bands(unit: Unit, op: ScatterT) -> list[Bands]:
 
 
 def too_heavy_reason(program: Program, i: int) -> str | None:
-    """Why a contraction should not be part of a chain although it might fit one; None where it should."""
+    """Why a contraction should not be part of a chain although it might fit one; None if it should."""
     step = program.steps[i]
     form = step.form
     if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):

@@ -1,7 +1,7 @@
-"""Where the buffers of a chain lie in the shared memory of a thread block, as plain values.
+"""The places of a chain's buffers in the shared memory of a thread block, as plain values.
 
-`Passes` are the records of both passes and what follows from them alone; `Arrangement` is a place for every buffer,
-with so many seeds at a time.  Nothing here changes a buffer: `DeviceLowering` enters the places that it has chosen.
+`Passes` are the records of both passes and the facts that follow from them alone; `Arrangement` is a place for every
+buffer, for a number of seeds at a time.  Nothing here changes a buffer: `DeviceLowering` enters the chosen places.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from . import clock_model
 
 @dataclass(frozen=True)
 class Life:
-    """The records between which a buffer's content matters, and the run whose scratch it lies in.
+    """The records between which a buffer's content matters, and the run whose scratch holds it.
 
-    No run: it outlives one, or a record of the whole block uses it, and each sample of the block keeps its own.
+    Without a run, it outlives one, or a record of the whole block uses it, and each sample of the block keeps its own.
     """
 
     first: int
@@ -26,7 +26,7 @@ class Life:
     run: int | None
 
     def meets(self, other: Life) -> bool:
-        """Whether the two may not lie on top of each other, both in scratch or both kept."""
+        """Whether the two buffers must not overlap, both in scratch or both kept."""
         same_kind = (self.run is None) == (other.run is None)
         return same_kind and self.first <= other.last and other.first <= self.last
 
@@ -48,7 +48,7 @@ class Passes:
         stores: Collection[Buffer],
         saved: Collection[Buffer],
     ) -> Passes:
-        """``stores``: buffers of values; ``saved``: of what the backward pass needs besides."""
+        """``stores``: buffers of values; ``saved``: other buffers that the backward pass needs."""
         ops, runs = (*forward, *backward), runs_of(forward, backward)
         places: dict[Buffer, list[int]] = {}
         for i, op in enumerate(ops):
@@ -59,7 +59,7 @@ class Passes:
         for buffer in (*(b for b in (*stores, *cotangents) if b in places), *saved):
             first, last = places[buffer][0], places[buffer][-1]
             if buffer in saved or (not buffer.cotangent and last >= len(forward)):
-                last = len(ops)  # what the backward pass reads is read for every tile of seeds
+                last = len(ops)  # the backward pass reads it for every tile of seeds
             used = {runs[i] for i in places[buffer]}
             kept = buffer in saved or len(used) > 1 or any(ops[i].whole_block for i in places[buffer])
             lives[buffer] = Life(first, last, None if kept else used.pop())
@@ -82,7 +82,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A place for every buffer, in its run's scratch or among what a sample keeps."""
+    """A place for every buffer, in its run's scratch or in the memory that a sample keeps."""
 
     bases: Mapping[Buffer, int]
     strides: tuple[int, ...]  # elements of every run's scratch for one sample
@@ -90,7 +90,7 @@ class Arrangement:
 
     @classmethod
     def of(cls, passes: Passes, tile: int) -> Arrangement:
-        """With ``tile`` seeds at a time, buffers whose lives meet beside each other, the largest first."""
+        """For ``tile`` seeds at a time; buffers whose lives overlap get disjoint places, the largest first."""
         sample, strides = 0, [0] * (max(passes.runs, default=0) + 1)
         bases: dict[Buffer, int] = {}
         ends: dict[Buffer, int] = {}

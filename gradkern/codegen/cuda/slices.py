@@ -1,12 +1,12 @@
-"""Slices: a wide linear layer's backward pass made, and consumed, a few positions at a time.
+"""Slices: a wide linear layer's backward pass, computed and consumed a few positions at a time.
 
-The cotangent in front of a wide linear layer is the largest thing that a sample keeps on the chip: 1792 numbers per
-seed in `cnn1d`, and the convolutions before it make twice as many.  All of them are linear, so a slice of positions
-can be made and sent on to the input's cotangent before the next one is made; windows that reach over a slice's edge
-are simply added up.  Memory per sample falls to a slice and its halo, more samples share each weight that is read
-from L2, and what is computed twice is the halo.
+The cotangent before a wide linear layer is the largest buffer that a sample keeps on the chip: 1792 numbers per seed in
+`cnn1d`, and the convolutions before it produce twice as many.  All of them are linear, so a slice of positions can be
+computed and passed on to the input's cotangent before the next one; windows that reach over a slice's edge are simply
+added up.  Memory per sample falls to a slice and its halo, and more samples share each weight that is read from L2.
+Only the halo is computed twice.
 
-This is a rewriting of records, no new kind of them: every slice has records of its own, with shifted offsets.
+This rewrites records and needs no new kinds: every slice has its own records, with shifted offsets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stage:
 
     @classmethod
     def of(cls, place: int, op: Record, tables: Sequence[int]) -> Stage | None:
-        """None where a position's part cannot be told from its number: pools that hang over the edge."""
+        """None if a position's part cannot be computed from its index, which happens for pools that leave the input."""
         if not isinstance(op, ScatterT) or op.seed_rows:
             return None
         axis: Literal["H", "W"] = "H" if op.H > 1 else "W"
@@ -70,10 +70,10 @@ class Stage:
 
 
 def sliced(backward: list[Record], tables: Sequence[int], count: int) -> list[Record] | None:
-    """The records with the last wide linear layer in ``count`` slices; None where that cannot be done.
+    """The records with the last wide linear layer in ``count`` slices; None if that is impossible.
 
-    It needs a linear layer whose cotangent one transposed convolution alone reads.  As many of those as follow each
-    other go slice by slice; what the last of them adds to is whole.
+    The cotangent of the linear layer must have a transposed convolution as its only reader.  All such convolutions that
+    follow each other run slice by slice; the target of the last one is whole.
     """
     chosen = path(backward, tables)
     if chosen is None or chosen[1][0].positions < 2 * count:
@@ -92,7 +92,7 @@ def sliced(backward: list[Record], tables: Sequence[int], count: int) -> list[Re
 
 
 def path(backward: list[Record], tables: Sequence[int]) -> tuple[int, list[Stage]] | None:
-    """The record of the last wide linear layer, and the transposed convolutions after it, one reading the other."""
+    """The record of the last wide linear layer, and the chain of transposed convolutions that read from it."""
     for wide in reversed(range(len(backward))):
         op = backward[wide]
         if isinstance(op, DenseT) and op.assign and op.joined:
@@ -119,20 +119,20 @@ def target_of(op: Record) -> Buffer:
 
 
 def only_reader(ops: list[Record], buffer: Buffer) -> int | None:
-    """The one record that reads a cotangent, where one other writes it and nothing but its zeroing touches it."""
+    """The only reader of a cotangent, if one other record writes it and only its zeroing touches it besides."""
     readers = [i for i, op in enumerate(ops) if op.reads(buffer)]
     writers = [op for op in ops if op.writes(buffer) and not isinstance(op, Zero)]
     return readers[0] if len(readers) == len(writers) == 1 else None
 
 
 def zeros_of(ops: list[Record], stages: Sequence[Stage]) -> list[int]:
-    """The records that zero what these stages add to."""
+    """The records that zero the targets of these stages."""
     targets = [target_of(ops[s.place]) for s in stages]
     return [i for i, op in enumerate(ops) if isinstance(op, Zero) and any(op.writes(b) for b in targets)]
 
 
 def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int, end: int) -> list[Record]:
-    """The records for positions begin … end - 1 of what the linear layer makes; none where nothing comes of them."""
+    """The records for positions begin … end - 1 of the linear layer's cotangent; none if they have no effect."""
     op, first = backward[wide], stages[0]
     assert isinstance(op, DenseT)
     low, high = begin * first.source, end * first.source
@@ -147,8 +147,8 @@ def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int,
             shift, far = stage.span(begin, end)
             after = following.readers(shift, far)
             if after[0] >= after[1]:
-                return []  # all that the slice adds to is a border
-            # What is read lies in whole positions: a row may begin before the window that reached it.
+                return []  # the slice adds only to a border
+            # Reads cover whole positions: a row may begin before the window that reached it.
             shift = min(shift, (following.first + after[0] * following.source) // 4 * 4)
             far = max(far, following.first + after[1] * following.source)
             target = Buffer((far - shift + 3) // 4 * 4, cotangent=True)

@@ -1,4 +1,4 @@
-"""Packed weights as the GPU's kernels read them."""
+"""Packed weights in the layouts of the GPU's kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DeviceWindow(WindowLayout):
 
 
 class DeviceScatter(ScatterLayout):
-    """Backward weights ``[taps · O][window to a multiple of 4]``; ``window`` holds its offsets, one by one."""
+    """Backward weights ``[taps · O][window to a multiple of 4]``; ``window`` lists its offsets."""
 
     algorithm: ClassVar[ScatterAlgorithm] = ScatterAlgorithm.Walk
 
@@ -58,9 +58,9 @@ class DeviceScatter(ScatterLayout):
 class QuadScatter(DeviceScatter):
     """Backward weights for quads (csrc/cuda/quads.cuh): ``[variants][O][rows with zeros above and below][columns]``.
 
-    A tap of a merged window reads a channel's weights from a place of its own, so that they lie where the tap does,
-    between zeros, and the window's quads lie side by side.  A window of one row is shifted by columns in the same
-    way; otherwise every shift by columns is a variant of its own.
+    Each tap of a merged window reads a channel's weights at its own offset, so that they are shifted to the tap's
+    position, with zeros around them, and the window's quads are contiguous.  A window of one row is shifted by columns
+    in the same way; otherwise every shift by columns is a separate variant.
     """
 
     algorithm = ScatterAlgorithm.Quads
@@ -72,7 +72,7 @@ class QuadScatter(DeviceScatter):
 
     @property
     def variants(self) -> list[int]:
-        """The shifts, in columns, that have weights of their own."""
+        """The shifts, in columns, that have their own weights."""
         return [0] if len(self.runs) == 1 and self.channels % 4 == 0 else sorted({j for _, j in self.taps})
 
     @property
@@ -85,7 +85,7 @@ class QuadScatter(DeviceScatter):
         return ((len(self.runs) + self.margin[0]) * self.length + 3) // 4 * 4
 
     def offsets(self) -> list[int]:
-        """Where every tap's weights begin."""
+        """The offsets of every tap's weights."""
         rows, columns = self.margin
         return [
             (rows - i) * self.length
@@ -110,7 +110,7 @@ class QuadScatter(DeviceScatter):
             variant[:, rows : high - rows, start : start + inner.shape[2]] = inner
 
     def fits(self, node: Node, upstream: Node) -> bool:
-        """Whether all that quads read and write lies on multiples of four numbers."""
+        """Whether everything that quads read and write is aligned to four numbers."""
         origin = node.interior + self.origin
         steps = (origin, *self.step, *self.runs, self.L, self.O, upstream.interior, upstream.row)
         return self.groups == 1 and len(self.taps) <= limits.QUAD_PLANES and all(n % 4 == 0 for n in steps)
@@ -119,7 +119,7 @@ class QuadScatter(DeviceScatter):
 class NarrowScatter(DeviceScatter):
     """Backward weights for narrow windows (csrc/cuda/narrow.cuh): ``[taps][O][window to a multiple of 4]``.
 
-    Channels in the order 0, 4, 8 …, 1, 5, 9 …, 2 …: those of neighbouring lanes lie side by side.
+    Channels are in the order 0, 4, 8 …, 1, 5, 9 …, 2 …, so that those of neighbouring lanes are adjacent.
     """
 
     algorithm = ScatterAlgorithm.Narrow
@@ -129,7 +129,7 @@ class NarrowScatter(DeviceScatter):
         return w.view(-1, self.O // 4, 4, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
     def fits(self, node: Node, upstream: Node) -> bool:
-        """Whether the window is short and in one piece, and cotangents can be read four at a time."""
+        """Whether the window is short and contiguous, and cotangents can be read four at a time."""
         narrow = self.L <= limits.NARROW and len(self.taps) <= limits.QUAD_PLANES
         fours = all(n % 4 == 0 for n in (self.O, upstream.interior, upstream.row))
         return self.groups == 1 and len(self.runs) == 1 and narrow and fours

@@ -1,1 +1,1 @@
-"""A run over a data set: what is asked for, what is pinned, the pipeline, and shards."""
+"""A run over a data set: its settings, the pinned state, the pipeline, and shards."""

@@ -1,4 +1,4 @@
-"""What the store of a new run holds: its attributes and its arrays."""
+"""The contents of a new store: its attributes and its arrays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import Settings
 def attributes(
     asked: dict[str, Any], source: Source, settings: Settings, probe: Probe, made_by: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The store's attributes.  Everything that decides about the last bits is under ``pinned``."""
+    """The store's attributes.  Everything that affects the last bits of a result is under ``pinned``."""
     budget = options.memory_budget()
     stored = probe.map_elements * forecast.itemsize(settings.dtype) if settings.maps else 0
     chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes), source.samples)
@@ -55,7 +55,7 @@ def attributes(
 
 
 def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
-    """The arrays of a new store, those that are written chunk by chunk and those that are known already."""
+    """The arrays of a new store: those that are written chunk by chunk, and those that are already known."""
     n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
     outcome, inputs = probe.outcome, about["inputs"]
     listed = []
@@ -90,7 +90,7 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
 
 
 def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
-    """The array ``[C, *in]`` of a reduction's result, with one axis more for ranks."""
+    """The array ``[C, *in]`` of a reduction's result, with one more axis for ranks."""
     dimensions, dtype, attributes = ("class", *axes), "float64", {"about": statistics.REDUCTIONS[reduction].about}
     if reduction == "ranks":
         shape, dimensions, dtype = (*shape, statistics.RANK_BINS), (*dimensions, "rank"), "int64"

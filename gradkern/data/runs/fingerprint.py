@@ -1,4 +1,4 @@
-"""What makes two runs the same run: the model's weights and graph, the method, the source; and what pins its bits."""
+"""The fingerprint by which two runs are the same: the model's weights and graph, the method, the source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..store.layout import dtype_name
 from .settings import Settings
 
 HASHED_SAMPLES = 32  # samples of a source whose content is hashed
-KEYS = 2  # how the keys of graph and plan are made; a store without the number has those of version 1
+KEYS = 2  # version of the keys of graph and plan; a store without it has version 1
 
 
 class Mismatch(BadValue):
@@ -30,7 +30,7 @@ class Mismatch(BadValue):
 
 
 def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
-    """Hashes of everything that decides what the model computes: its weights and buffers, and its graph."""
+    """Hashes of everything that determines the model's results: its weights and buffers, and its graph."""
     digest = hashlib.sha256()
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
@@ -63,7 +63,7 @@ def of_source(source: Source) -> dict[str, Any]:
 
 
 def of_targets(targets: Any) -> Any:
-    """Targets as plain data: a word, a list, or the hash of a large array."""
+    """Targets as plain data: a string, a list, or the hash of a large array."""
     if targets is None:
         return None
     if isinstance(targets, TopK):
@@ -104,7 +104,7 @@ def of_run(model: nn.Module, source: Source, settings: Settings, program: Progra
 
 
 def of_machine() -> dict[str, Any]:
-    """Versions and instruction set: a run that goes on under others is equal within rounding only."""
+    """Versions and instruction set: a run that continues under others is equal only within rounding."""
     machine = ops.machine()
     return {
         "isa": machine.isa if machine else "none",
@@ -133,15 +133,15 @@ WORDS = {
 
 
 def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """How a store's keys of graph and plan were made (None: how they are made now).  Keys of two versions are not
+    """The version of a store's keys of graph and plan (None: the present one).  Keys of two versions are not
     comparable."""
     return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
 
 
 def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:
-    """Raise `Mismatch` where the run asked for is not the one that the store holds.
+    """Raise `Mismatch` if the requested run is not the one in the store.
 
-    ``graph``: compare the graph's keys too, which makes sense only where both were made in the same way.
+    ``graph``: also compare the graph's keys, which makes sense only if both have the same version.
     """
     stored, asked = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))
     differences = []

@@ -1,4 +1,4 @@
-"""How much and how long, before the run: chunk, batch, bytes, seconds; and what an out-of-memory error looks like."""
+"""Estimates before the run (chunk, batch, bytes, seconds), and the recognition of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs where no maps are stored
+CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
 LARGEST_CHUNK = 16384
-CACHED_BYTES = 16 << 20  # of a batch's maps, where they are reduced at once and not stored
+CACHED_BYTES = 16 << 20  # of a batch's maps, if they are reduced at once and not stored
 SMALLEST_CACHED = 32
 QUEUED = 5  # chunks alive at a time: two read ahead, one computed, two being written
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.  ``seconds`` is None where nothing was measured."""
+    """What a run will take.  ``seconds`` is None if nothing was measured."""
 
     samples: int
     chunks: int
@@ -46,7 +46,7 @@ def itemsize(dtype: str) -> int:
 def chunk_size(samples: int, stored: int, read: int) -> int:
     """Samples per chunk: a power of two whose maps (``stored`` bytes per sample; else inputs) make `CHUNK_BYTES`.
 
-    From shapes alone, so that every shard and every later run comes to the same grid.
+    It depends only on shapes, so that every shard and every later run has the same grid.
     """
     fits = CHUNK_BYTES // max(stored or read, 1)
     return max(1, min(_power(fits), LARGEST_CHUNK, samples))
@@ -64,7 +64,7 @@ def _power(n: int) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Is this the failure of an allocation?"""
+    """Is this error a failed allocation?"""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""What decides about the last bits of a run, held as its store says: threads, memory, precision, instruction set."""
+"""Everything that affects the last bits of a run, pinned as in its store: threads, memory, precision, instructions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .settings import Settings
 
 @contextmanager
 def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
-    """The store's number of threads, memory budget and precision (else the caller's), put back afterwards."""
+    """Set the store's threads, memory budget and precision (else the caller's), and restore them afterwards."""
     threads, precision = torch.get_num_threads(), ops.precision()
     with ExitStack() as stack:
         if pinned:
@@ -31,7 +31,7 @@ def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
 
 
 def pin_isa(wanted: str | None) -> None:
-    """Ask for the store's instruction set, where none has been chosen yet: the choice is made once per process."""
+    """Request the store's instruction set if none has been chosen yet: the choice is made once per process."""
     if wanted in (None, "none") or os.environ.get("GRADKERN_ISA"):
         return
     extension = ops.extension()
@@ -47,9 +47,9 @@ def pin_isa(wanted: str | None) -> None:
 
 
 def differences(pinned: Mapping[str, Any], probe: Probe, *, plan: bool = True) -> list[str]:
-    """Which pinned settings differ here, in words: the result is then equal within rounding only.
+    """The pinned settings that differ here, in words; the result is then equal only within rounding.
 
-    ``plan``: compare the plans' keys too, which makes sense only where both were made in the same way.
+    ``plan``: also compare the plans' keys, which makes sense only if both have the same version.
     """
     now: dict[str, Any] = fingerprint.of_machine() | {"engine": probe.engine}
     if plan and now["isa"] == pinned["isa"]:

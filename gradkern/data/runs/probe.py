@@ -28,7 +28,7 @@ PROBED = 4
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few samples showed: shapes of the outcome, and the samples per second of a first try."""
+    """The results of a few samples: shapes of the outcome, and the samples per second of a first try."""
 
     program: Program | None
     engine: Engine
@@ -47,7 +47,7 @@ class Probe:
 
     @property
     def classes(self) -> int:
-        """The rows of a statistic: one per target, or one per output where samples have targets of their own."""
+        """The rows of a statistic: one per target, or one per output if samples have their own targets."""
         return self.seeds if self.outcome.rows is None else math.prod(self.outcome.outputs.shape[1:])
 
     @property
@@ -108,7 +108,7 @@ def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def targets_of_first(targets: Any, count: int, samples: int) -> Any:
-    """The targets of the first ``count`` of ``samples``, where every sample has its own; others as they are."""
+    """The targets of the first ``count`` of ``samples`` if every sample has its own; other targets unchanged."""
     if isinstance(targets, list) and targets and isinstance(targets[0], list):
         targets = torch.tensor(targets)
     if isinstance(targets, (Tensor, np.ndarray)) and np.ndim(targets) == 2:

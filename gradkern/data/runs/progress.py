@@ -12,7 +12,7 @@ from importlib.util import find_spec
 def progress_bar(about: str, total: int, done: int, shown: bool | None) -> Iterator[Callable[[int], object]]:
     """Yields a function to call with the number of samples just finished; nothing is drawn without tqdm.
 
-    ``shown``: True, False, or None for in a terminal only.
+    ``shown``: True, False, or None to show it only in a terminal.
     """
     if not (sys.stderr.isatty() if shown is None else shown) or find_spec("tqdm") is None:
         yield lambda samples: None

@@ -44,9 +44,9 @@ def run(
 ) -> Results:  # fmt: skip
     """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
 
-    A call with a store that is there continues it: finished chunks are kept, at most the chunks in flight are
-    computed again, and the result is bit-equal to that of an uninterrupted run.  A store of another model, method
-    or source is left alone, and `gradkern.data.Mismatch` says what differs.
+    A call with an existing store continues it: finished chunks are kept, at most the chunks in flight are computed
+    again, and the result is bit-equal to that of an uninterrupted run.  A store of another model, method or source is
+    left unchanged, and `gradkern.data.Mismatch` says what differs.
 
     Parameters
     ----------
@@ -54,8 +54,8 @@ def run(
         A `torch.nn.Module` in eval mode, on the device to compute on.
     source
         A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
-        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or what a class
-        of your own accepts (`gradkern.data.register`).
+        Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or anything
+        that a class of your own accepts (`gradkern.data.register`).
     out
         A folder, or an address that fsspec knows.
     method
@@ -67,9 +67,9 @@ def run(
         ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
         A keyword that is None counts as not given.
     columns, input_dtype
-        Which fields of a sample are the model's inputs; a dtype to cast floating inputs and bytes to.
+        The fields of a sample that are the model's inputs; the dtype that floating inputs and bytes are cast to.
     shard
-        ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  Whichever shard ends last completes the
+        ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  The last shard to finish completes the
         store.
     progress
         True or False; None shows a bar in a terminal only.
@@ -81,7 +81,7 @@ def run(
         ``dtype="float32"`` of the stored maps, or float64, float16, bfloat16; ``compression="none"``, or ``"zstd"``,
         ``"blosc"``.
         ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
-        the engine; chosen where they are None, recorded and pinned.
+        the engine; chosen if they are None, then recorded and pinned.
         ``arguments``: of the method.
 
     Returns
@@ -89,7 +89,7 @@ def run(
     The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
-    owned(1, shard)  # a shard that makes no sense is refused before anything is made
+    owned(1, shard)  # an invalid shard is refused before anything is created
     task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
     work(task, owned(task.results.chunks, shard), progress)
     task.results.complete()
@@ -97,7 +97,7 @@ def run(
 
 
 def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
-    """Compute the chunks of ``owned_chunks`` that are not finished; gives how many those were."""
+    """Compute the chunks of ``owned_chunks`` that are not finished; return their number."""
     results = task.results
     done = results.ledger.finished()
     todo = [c for c in owned_chunks if c not in done]
@@ -131,7 +131,7 @@ def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
 
 
 def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> None:
-    """Read ahead, compute, and write.  An error anywhere stops all; what is being written then is still finished."""
+    """Read ahead, compute, and write.  An error stops everything, but chunks that are being written are finished."""
     results, lock = task.results, threading.Lock()
     stream = task.source.stream([results.span(c) for c in todo])
 

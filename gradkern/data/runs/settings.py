@@ -1,4 +1,4 @@
-"""What a dataset run is asked for."""
+"""The settings of a dataset run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..store.layout import STORED_AS, codecs
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for, as one value: the fields are the keywords of `gradkern.run`, which says what they mean.
+    """The settings of a run as one value.  The fields are the keywords of `gradkern.run`, which explains them.
 
     Plain data, so that it can travel to other processes.
     """
@@ -61,7 +61,7 @@ class RunOptions(TypedDict, total=False):
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:
-    """The settings, from one value or from keywords; a keyword that is None was not given."""
+    """The settings, from one value or from keywords; a keyword that is None counts as not given."""
     unknown = keywords.keys() - {f.name for f in fields(Settings)}
     if unknown:
         raise TypeError(f"{caller}() got an unexpected keyword argument {min(unknown)!r}")

@@ -1,4 +1,4 @@
-"""Shards: which chunks are whose, and putting stores together."""
+"""Shards: the chunks of each, and merging their stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shard = tuple[int, int]
 
 
 def owned(chunks: int, shard: Shard) -> range:
-    """The chunks of shard ``(i, n)``: consecutive, disjoint, all together all."""
+    """The chunks of shard ``(i, n)``.  They are consecutive; the shards are disjoint and together cover all chunks."""
     ok = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(type(v) is int for v in shard)
     if not ok or not 0 <= shard[0] < shard[1]:
         raise BadValue(f"shard: got {shard!r}, expected (i, n) with 0 <= i < n, such as (0, 4).")
@@ -24,10 +24,10 @@ def owned(chunks: int, shard: Shard) -> range:
 
 
 def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
-    """Complete a store whose chunks are all there, after taking over the finished chunks of ``parts``.
+    """Complete a store, after copying the finished chunks of ``parts`` to it.
 
-    ``parts`` are stores of the same run made elsewhere (each shard on its own disk).  Raises `Mismatch` where one
-    is of another run, `BadValue` where chunks are missing.
+    ``parts`` are stores of the same run made elsewhere (each shard on its own disk).  Raises `Mismatch` if one belongs
+    to another run, and `BadValue` if chunks are missing.
     """
     results = Results.open(out, read_only=False)
     others = [Results.open(p) for p in parts]

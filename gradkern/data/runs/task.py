@@ -1,4 +1,4 @@
-"""A run with everything that it needs, and the computing of one chunk."""
+"""A run with everything that it needs, and the computation of one chunk."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Task:
         cls, model: Any, source: Any, out: str | Path, settings: Settings, *, columns: Any = None,
         input_dtype: torch.dtype | None = None, made_by: Mapping[str, Any] | None = None,
     ) -> Task:  # fmt: skip
-        """Look at model and source, and make the store, or open the one that is there and check that it is this run's.
+        """Probe model and source, and create the store, or open an existing one and check that it belongs to this run.
 
-        Raises `fingerprint.Mismatch` where it is another run's.
+        Raises `fingerprint.Mismatch` if it is another run's.
         """
         if not isinstance(model, nn.Module):
             raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
@@ -82,9 +82,9 @@ class Task:
         return task
 
     def check_earlier(self, asked: Mapping[str, Any]) -> None:
-        """A store whose keys were made in another way than today's: is it this run's?  One finished chunk tells.
+        """Check whether a store with keys of another version belongs to this run, by repeating one finished chunk.
 
-        Raises `fingerprint.Mismatch` where it is another's; notes it where the bits are not those of today.
+        Raises `fingerprint.Mismatch` if it belongs to another run; adds a note if only the last bits differ.
         """
         about = self.results.about
         if (about["fingerprint"]["model"]["graph"], self.pinned["plan"]) == (
@@ -92,7 +92,7 @@ class Task:
         ):  # fmt: skip
             return
         ledger = self.results.ledger
-        node = min(ledger.nodes(), default=None)  # a chunk by itself where there is one
+        node = min(ledger.nodes(), default=None)  # a single chunk if there is one
         if node is None:
             return
         chunk = node[1] << node[0]
@@ -120,7 +120,7 @@ class Task:
             self.notes.append("another version of gradkern began the store")
 
     def forecast(self, chunks: Sequence[int]) -> forecast.Forecast:
-        """What computing these chunks will take."""
+        """The forecast for computing these chunks."""
         samples = sum(b - a for a, b in map(self.results.span, chunks))
         probe, keeps = self.probe, self.settings.maps
         queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
@@ -131,11 +131,11 @@ class Task:
     # ---- computing
 
     def ready(self) -> AbstractContextManager[None]:
-        """Threads and memory budget as the store pins them, for the thread that computes."""
+        """The threads and memory budget that the store pins, for the computing thread."""
         return pinning(self.pinned, self.settings)
 
     def compute(self, chunk: int, upload: Ready) -> Computed:
-        """One chunk, from inputs on the device to what is to be written."""
+        """Compute one chunk, from inputs on the device to the arrays to be written."""
         begin = time.perf_counter()
         inputs = upload()
         memory = self.pool.take() if self.pool and self.batch >= self.results.chunk else None
@@ -146,7 +146,7 @@ class Task:
             except Exception as error:
                 if not forecast.out_of_memory(error) or self.batch == 1:
                     raise
-                self._back_off()  # and do the chunk afresh: what it has summed up so far is not complete
+                self._back_off()  # and restart the chunk, because its sums so far are incomplete
         facts = {"samples": inputs[0].shape[0], "seconds": time.perf_counter() - begin, "batches": [self.batch]}
         sums = {k: v for name, r in reducers.items() for k, v in r.result(name).items()}
         names = list(kept)
@@ -195,7 +195,7 @@ class Task:
         self, inputs: tuple[Tensor, ...], first: int, reducers: Mapping[str, statistics.Accumulator],
         out: tuple[Tensor, ...] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The rows to be stored of one batch; its statistics go to ``reducers``, and only if all went well."""
+        """The rows of one batch to be stored; its statistics go to ``reducers``, but only if there was no error."""
         targets = self.settings.targets
         if self.probe.outcome.rows is not None and isinstance(targets, (Tensor, np.ndarray, list)):
             targets = torch.as_tensor(targets)[first : first + inputs[0].shape[0]]
@@ -219,7 +219,7 @@ class Task:
         return rows
 
     def stored(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Rows as the store's arrays take them."""
+        """Rows in the form that the store's arrays take."""
         dtype = getattr(torch, self.settings.dtype)
         stored = {}
         for name, value in rows.items():
@@ -240,7 +240,7 @@ class Computed:
 
 
 class Pool:
-    """Page-aligned memory for maps, used again and again: fresh memory costs a page fault for every 4 KiB of it."""
+    """Page-aligned memory for maps, which is reused: fresh memory costs a page fault for every 4 KiB of it."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
         self.shapes, self.dtypes = shapes, dtypes

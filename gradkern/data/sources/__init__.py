@@ -1,6 +1,6 @@
-"""Where samples come from.  One class per kind of source, entered into a registry; `open_source` asks each in turn."""
+"""Sources of samples.  Each kind is one class in a registry, and `open_source` asks them in turn."""
 
-from . import arrays, datasets, parquet  # each enters its classes into the registry
+from . import arrays, datasets, parquet  # each module registers its classes
 from .registry import Source, can_be_pickled, open_source, register
 
 __all__ = ["Source", "arrays", "can_be_pickled", "datasets", "open_source", "parquet", "register"]

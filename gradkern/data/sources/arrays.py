@@ -53,7 +53,7 @@ class Arrays(Source):
 
     @classmethod
     def load(cls, path: str) -> Any:
-        """What a file holds: an array, or several by name.  Read as lazily as its kind allows."""
+        """The content of a file: an array, or several by name.  It is read as lazily as its kind allows."""
         suffix = Path(path).suffix.lower()
         if suffix == ".npy":
             return np.load(path, mmap_mode="r")
@@ -71,7 +71,7 @@ class Arrays(Source):
     # ---- to other processes: as the place to open an array again, where it has one, not as its content
 
     def opener(self, array: Any) -> partial[Any] | None:
-        """How to open ``array`` again in another process; None: its content travels."""
+        """A function that opens ``array`` again in another process; None if its content must be sent."""
         if not (isinstance(array, np.memmap) and array.filename is not None and array.flags.c_contiguous):
             return None
         offset = array.offset + array.__array_interface__["data"][0] - _start_of_map(array)
@@ -94,7 +94,7 @@ def _start_of_map(array: np.memmap) -> int:
 
 
 def package_of(data: Any) -> str:
-    """The package that an object's class comes from: told without importing an optional library."""
+    """The package that an object's class comes from, found without importing an optional library."""
     return type(data).__module__.partition(".")[0]
 
 

@@ -1,4 +1,4 @@
-"""Which fields of a sample are the model's inputs, and fields as tensors."""
+"""Picks the fields of a sample that are the model's inputs, and turns fields into tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def as_tuple(columns: Any) -> tuple[Any, ...]:
 
 
 def pick(fields: Any, columns: Any) -> tuple[Tensor, ...]:
-    """The fields that are the model's inputs: by name or number, else the first of a tuple, the one of a dict."""
+    """The fields that are the model's inputs: by name or index, else the first of a tuple, the only one of a dict."""
     if isinstance(fields, dict):
         if columns is None:
             floating = [k for k, v in fields.items() if _is_floating(v)]
@@ -35,7 +35,7 @@ def pick(fields: Any, columns: Any) -> tuple[Tensor, ...]:
 
 
 def members(group: Any, columns: Any) -> list[Any]:
-    """Arrays of a group or dict by name; the only one where there is one."""
+    """Arrays of a group or dict by name; without names, its only array."""
     names = [k for k in group if hasattr(group[k], "shape")]
     if columns is None:
         if len(names) != 1:
@@ -53,10 +53,10 @@ def _is_floating(value: Any) -> bool:
 
 
 def to_tensor(x: Any) -> Tensor:
-    """A CPU tensor that owns its memory or shares the caller's tensor; what is on disk is read here and now."""
+    """A CPU tensor that owns its memory or shares the caller's tensor; data on disk is read here."""
     if isinstance(x, Tensor):
         return x.detach().cpu()
-    array = np.array(x)  # a copy: the reading happens in this thread, and torch wants writable memory
+    array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     try:

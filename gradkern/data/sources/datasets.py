@@ -1,4 +1,4 @@
-"""Sources that hand out samples one by one or in tables: torch Datasets and DataLoaders, Hugging Face datasets."""
+"""Sources that return samples one by one or in tables: torch Datasets and DataLoaders, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .registry import SOURCE_KINDS, Source, Span, register
 
 
 class TorchDataset(Source):
-    """A map-style Dataset, sample by sample, collated; read by worker processes where a DataLoader brings them."""
+    """A map-style Dataset, read sample by sample and collated, by a DataLoader's worker processes if it has any."""
 
     about = "a torch Dataset or DataLoader"
 
@@ -66,7 +66,7 @@ class TorchDataset(Source):
             yield self.prepared(pick(batch, self.columns), start, stop)
 
 
-SOURCE_KINDS.append(TorchDataset)  # the last to be asked: most things have a length and can be indexed
+SOURCE_KINDS.append(TorchDataset)  # asked last, since most objects have a length and can be indexed
 
 
 def no_random_access(what: str) -> BadType:

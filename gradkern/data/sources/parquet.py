@@ -59,7 +59,7 @@ class Parquet(Source):
         return pick({name: _nested(table.column(name)) for name in table.column_names}, self.columns)
 
     def _group(self, i: int) -> Any:
-        """One row group, the last one kept: chunks are read in order."""
+        """One row group; the last one is kept, because chunks are read in order."""
         if self._kept is None or self._kept[0] != i:
             import pyarrow.parquet as parquet
 

@@ -1,7 +1,7 @@
-"""What a source of samples is, and the registry by which an object or a path finds the class that reads it.
+"""The base class of sources of samples, and the registry that finds the class for an object or a path.
 
 A source has a length and random access by ranges, because a run that resumes or is sharded must read the samples of
-one chunk alone.  Streams without either are refused, with advice.
+single chunks.  Streams without these are refused, with advice.
 
 A kind of source is one class:
 
@@ -36,7 +36,7 @@ Span = tuple[int, int]
 class Source(ABC):
     """Samples in a fixed order.  ``read(a, b)`` gives one tensor ``[b - a, *in]`` per input of the model.
 
-    ``about`` says what the class takes, for error messages; ``suffixes`` are those of the files that it opens.
+    ``about`` describes in error messages what the class accepts; ``suffixes`` are those of the files that it opens.
     """
 
     about: ClassVar[str] = ""
@@ -77,11 +77,11 @@ class Source(ABC):
         """The samples ``start:stop``, one CPU tensor ``[stop - start, *in]`` per input of the model."""
 
     def read(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """`rows`, checked, and cast where a dtype was asked for."""
+        """`rows`, checked, and cast if a dtype was requested."""
         return self.prepared(self.rows(start, stop), start, stop)
 
     def prepared(self, rows: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows ``[stop - start, *in]``, checked, floating inputs and bytes cast where a dtype was asked for."""
+        """Rows ``[stop - start, *in]``, checked; floating inputs and bytes are cast if a dtype was requested."""
         for x in rows:
             if x.shape[:1] != (stop - start,):
                 raise BadValue(
@@ -108,13 +108,13 @@ SOURCE_KINDS: list[type[Source]] = []
 
 
 def register(kind: Kind) -> Kind:
-    """Enter a class into the registry.  The last one is asked first, so that yours come before gradkern's own."""
+    """Register a class.  The last one is asked first, so that yours come before gradkern's own."""
     SOURCE_KINDS.insert(0, kind)
     return kind
 
 
 def accepted_kinds() -> str:
-    """What `open_source` takes, in words."""
+    """The kinds of sources that `open_source` accepts, in words."""
     *kinds, fallback = SOURCE_KINDS
     objects = [kind.about for kind in (*reversed(kinds), fallback) if kind.about]
     return f"{', '.join(objects)}, or a path that ends in {', '.join(sorted(_suffixes()))}"
@@ -125,7 +125,7 @@ def _suffixes() -> list[str]:
 
 
 def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
-    """Anything that a registered class takes, as a `Source`.
+    """A `Source` for anything that a registered class accepts.
 
     ``columns``: which fields of a sample are the model's inputs (names or numbers).  ``dtype``: cast floating
     inputs and bytes to it, for data that is stored in another precision than the model's.
@@ -151,7 +151,7 @@ def _open_path(text: str, columns: Any) -> Source:
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """``"data.h5:train/x"`` → ``("data.h5", "train/x")``; a path that exists is taken as it is."""
+    """``"data.h5:train/x"`` → ``("data.h5", "train/x")``; a path that exists is not split."""
     if not Path(text).exists():
         for suffix in _suffixes():
             path, colon, name = text.partition(suffix + ":")
@@ -161,7 +161,7 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def member(container: Any, name: str | None) -> Any:
-    """What a file holds under ``name``; all of it where no name was given."""
+    """The member ``name`` of a file; the whole file if no name was given."""
     if name is None:
         return container
     try:

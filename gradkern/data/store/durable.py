@@ -1,7 +1,7 @@
-"""A zarr store whose writes survive a kill and a power failure: complete and on disk, or not there.
+"""A zarr store whose writes survive a kill and a power failure: each is complete and on disk, or absent.
 
-Every key is written to a file beside its place, forced to disk, and renamed; then the folder is forced to disk.
-A reader, and the run that comes after a kill, see the old content or the new one and nothing between.
+Every key is written to a temporary file next to its destination, forced to disk, and renamed; then the folder is forced
+to disk.  A reader, and a run after a kill, see either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 PARTIAL = ".partial"
 BLOCK = 4096  # bytes: alignment of direct writes
-DIRECT = 1 << 20  # bytes from which they pay
+DIRECT = 1 << 20  # bytes from which direct writes pay
 
 
 def write_file(path: Path, content: Any) -> None:
@@ -54,7 +54,7 @@ def write_file(path: Path, content: Any) -> None:
 def _open(path: Path, content: Any) -> int:
     """Open for writing; large content on whole pages goes to the disk without a copy in the page cache.
 
-    That copy costs a third of the engine's own time where maps are written as fast as they are computed.
+    That copy costs a third of the engine's own time if maps are written as fast as they are computed.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     direct = getattr(os, "O_DIRECT", 0)
@@ -71,7 +71,7 @@ def _open(path: Path, content: Any) -> int:
 
 
 def _through_cache(number: int) -> None:
-    """Back to ordinary writing, for a part that fills no block."""
+    """Return to ordinary writing, for a part that does not fill a block."""
     import fcntl
 
     direct = getattr(os, "O_DIRECT", 0)
@@ -89,7 +89,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to disk, where the system can."""
+    """Force a folder's entries to disk, if the system can."""
     if os.name != "posix":
         return
     number = os.open(folder, os.O_RDONLY)
@@ -117,7 +117,7 @@ class DurableStore(LocalStore):
         write_file(self.root / key, value.as_buffer_like())
 
     def remove_partial(self, prefix: str, ours: Callable[[str], bool]) -> None:
-        """Remove half-written files under ``prefix``, those of which ``ours(name of the file to be)`` is true."""
+        """Remove half-written files under ``prefix`` for which ``ours(name of the final file)`` is true."""
         for path in (self.root / prefix).glob(f"*{PARTIAL}"):
             if ours(path.name.removesuffix(PARTIAL).rpartition(".")[0]):
                 path.unlink(missing_ok=True)

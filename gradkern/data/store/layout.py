@@ -1,6 +1,6 @@
-"""Arrays of a store: their names, dtypes and codecs, and making them.
+"""The arrays of a store: their names, dtypes and codecs, and their creation.
 
-bfloat16, which zarr has no name for, is stored as the uint16 of its bits; the attribute ``dtype`` says so.
+zarr has no name for bfloat16, which is stored as the uint16 of its bits; the attribute ``dtype`` says so.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from ...util.options import BadValue
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
-FILL_VALUES = {"bfloat16": 0x7FC0, "int64": -1}  # the bits of a NaN; no index.  Others: NaN, or 0 where there is none
+FILL_VALUES = {"bfloat16": 0x7FC0, "int64": -1}  # the bits of a NaN; no index.  Others: NaN, or 0 if there is none
 ENCODING: Any = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array to be made.  ``chunk`` is the number of rows per chunk; None: all in one."""
+    """One array to be created.  ``chunk`` is the number of rows per chunk; None: all rows in one chunk."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ def map_names(count: int) -> list[str]:
 
 
 def reduction_key(reduction: str, inputs: Sequence[str], of: int) -> str:
-    """Where the result of a reduction lies, of the input numbered ``of``."""
+    """The key of a reduction's result, for the input with index ``of``."""
     return f"reductions/{reduction}" if len(inputs) == 1 else f"reductions/{reduction}_{of}"
 
 
@@ -54,7 +54,7 @@ def chunk_key(name: str, chunk: int, axes: int) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` and the like, as attributes and messages have it."""
+    """A dtype's name in attributes and messages, such as ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 

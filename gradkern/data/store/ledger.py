@@ -1,11 +1,11 @@
-"""The ledger: which chunks are finished, and the statistics of each, as a tree that merges exactly.
+"""The ledger: the finished chunks, and the statistics of each, as a tree that merges exactly.
 
 A finished chunk is a record at level 0.  Two records of neighbouring ranges become one at the next level, so a run
-of K chunks leaves about log K records, whatever the number of features.  The tree's shape depends on the chunks'
-numbers alone: sums taken in any order, by any number of processes, after any number of kills, are bit-equal.
+of K chunks leaves about log K records, whatever the number of features.  The tree's shape depends only on the chunks'
+indices: sums taken in any order, by any number of processes, after any number of kills, are bit-equal.
 
-A record is written after all the data of its chunk, and in one piece, so it *is* the mark that the chunk is
-finished.  A parent is written before its children are removed; a record below a finished parent means nothing.
+A record is written atomically after all the data of its chunk, so the record itself marks the chunk as finished.  A
+parent is written before its children are removed; a record below a finished parent is ignored.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (n
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """What is known of a finished range of chunks.
+    """The record of a finished range of chunks.
 
     ``sums``: statistics by name.  ``facts``: samples, seconds of computing, the batches that were used, and notes
-    of everything that makes the result differ in its last bits from an uninterrupted run.
+    on everything that makes the result differ in its last bits from an uninterrupted run.
     """
 
     sums: Mapping[str, np.ndarray]
@@ -59,7 +59,7 @@ class ChunkRecord:
 
 
 class Ledger:
-    """The records of a store.  One process adds the chunks that are its own; others may do so beside it."""
+    """The records of a store.  One process adds its own chunks; other processes may do so at the same time."""
 
     def __init__(self, store: Store, chunks: int) -> None:
         self.store, self.chunks = store, chunks
@@ -69,7 +69,7 @@ class Ledger:
         return f"{FOLDER}/{node[0]:02d}.{node[1]:08d}.npz"
 
     def nodes(self) -> set[TreeNode]:
-        """Every record that is there, without those below another."""
+        """Every record in the store, except those below another."""
         there = {n for n in map(node_of, durable.names(self.store, FOLDER)) if n is not None}
         return {n for n in there if not any(parent in there for parent in self.above(n))}
 
@@ -111,13 +111,13 @@ class Ledger:
                 durable.delete(self.store, self.key(node))
 
     def add(self, chunk: int, record: ChunkRecord) -> None:
-        """Enter a finished chunk: this is the moment at which it becomes finished."""
+        """Record a finished chunk; from this moment it counts as finished."""
         node: TreeNode = (0, chunk)
         fresh, stale = {node}, []
         self.own_records[node] = record
         while (pair := self._pair(node)) is not None:
             left, right = pair
-            # the lone last record of an odd level moves up as it is
+            # the last record of an odd level moves up alone
             joined = self.own_records[left] if right is None else self.own_records[left] + self.own_records[right]
             for n in (left, right):
                 if n is not None:
@@ -132,7 +132,7 @@ class Ledger:
             durable.delete(self.store, self.key(n))
 
     def _pair(self, node: TreeNode) -> tuple[TreeNode, TreeNode | None] | None:
-        """The two records to join now that ``node`` is there; None where its neighbour is missing."""
+        """The two records to join now that ``node`` exists; None if its neighbour is missing."""
         level, number = node
         if (1 << level) >= self.chunks:
             return None
@@ -146,8 +146,8 @@ class Ledger:
     def records(self) -> dict[TreeNode, ChunkRecord]:
         """Every record that `nodes` lists, as of one moment.
 
-        Another process may join two records between the listing and the reading, and so remove them; their parent
-        was there before.  Then it is listed anew.  What is gone without any change of the list is lost.
+        Another process may join two records between the listing and the reading, and so remove them; it has written
+        their parent before.  Then the records are listed again.  A record that is still listed but missing is lost.
         """
         nodes = self.nodes()
         while True:
@@ -159,7 +159,7 @@ class Ledger:
                     raise
 
     def total(self, progress: Callable[[int], None] = lambda level: None) -> ChunkRecord | None:
-        """The record of all chunks together; None while some are missing."""
+        """The record of all chunks together; None as long as some are missing."""
         records = self.records()
         level = 0
         while True:

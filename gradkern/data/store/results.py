@@ -1,10 +1,10 @@
-"""The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of what is finished.
+"""The store of a run: plain zarr v3 arrays, readable without gradkern, and the ledger of finished chunks.
 
-attributions  [N, S, *in]   maps of the targets (attributions_0, … where the model has several inputs)
+attributions  [N, S, *in]   maps of the targets (attributions_0, … if the model has several inputs)
 predictions   [N, *out]     the model's outputs
-targets       [S] or [N, S] which outputs, as flat indices
-deltas        [N, S]        where the method has them
-top_features  [N, S, k]     where asked for: flat indices of the features with the largest |attribution|
+targets       [S] or [N, S] the flat indices of the target outputs
+deltas        [N, S]        if the method has them
+top_features  [N, S, k]     if requested: flat indices of the features with the largest |attribution|
 chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
 reductions/   [C, *in]      once the run is complete
 """
@@ -40,7 +40,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3
 
 
 class Results:
-    """A store, open.  ``about`` are its attributes: fingerprint, what is pinned, versions."""
+    """An open store.  ``about`` holds its attributes: fingerprint, pinned settings, versions."""
 
     def __init__(self, place: str, store: Store, group: zarr.Group) -> None:
         self.place, self.store, self.group = place, store, group
@@ -57,7 +57,7 @@ class Results:
 
     @classmethod
     def exists(cls, place: str | Path) -> bool:
-        """Is there a run at this place?  Raises `BadValue` where there is something else."""
+        """Is there a run at this place?  Raises `BadValue` if there is something else."""
         text = str(place)
         path = durable.local_path(text)
         if path is None:
@@ -70,7 +70,7 @@ class Results:
 
     @classmethod
     def open(cls, place: str | Path, *, read_only: bool = True) -> Results:
-        """Open a run.  Raises `BadValue` where there is none."""
+        """Open a run.  Raises `BadValue` if there is none."""
         text = str(place)
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
@@ -85,7 +85,7 @@ class Results:
 
     @classmethod
     def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
-        """Make a store, all of it or nothing; where another process was faster, open that one's."""
+        """Create a store atomically; if another process was faster, open its store."""
         text = str(place)
         path = durable.local_path(text)
         if path is None:
@@ -97,7 +97,7 @@ class Results:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
         try:
             layout.create_arrays(durable.DurableStore(unfinished), arrays, about, compression)
-            with contextlib.suppress(OSError):  # somebody else's is there already
+            with contextlib.suppress(OSError):  # another process has created it already
                 os.rename(unfinished, path)
                 durable.sync_folder(path.parent)
         finally:
@@ -111,7 +111,7 @@ class Results:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.samples)
 
     def write(self, chunk: int, parts: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk's rows of some arrays: complete on disk when this returns, but not yet finished."""
+        """Write a chunk's rows of some arrays.  They are on disk afterwards, but the chunk is not finished yet."""
         start, stop = self.span(chunk)
         for name, rows in parts.items():
             array = self.array(name)
@@ -132,7 +132,7 @@ class Results:
         self.store.remove_partial(FOLDER, lambda file: not wanted_chunks.isdisjoint(self.ledger.span_of(file)))
 
     def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
-        """Is a chunk's file these rows as they lie in memory?  (The last chunk is padded, others compressed.)"""
+        """Are the rows in memory equal to a chunk's file?  (The last chunk is padded, and others may be compressed.)"""
         return (
             rows.shape == array.chunks
             and rows.dtype == array.dtype
@@ -144,7 +144,7 @@ class Results:
         )
 
     def complete(self) -> bool:
-        """Write the reductions and mark the store complete; False where chunks are missing.  Several may call it."""
+        """Write the reductions and mark the store complete; False if chunks are missing.  Any process may call it."""
         if self.about.get("finished"):
             return True
         total = self.ledger.total()
@@ -164,7 +164,7 @@ class Results:
     # ---- reading
 
     def array(self, name: str) -> Any:
-        """An array of the store, as zarr has it."""
+        """An array of the store, as a zarr array."""
         if name not in self._arrays:
             with zarr.config.set({"array.write_empty_chunks": True}):
                 self._arrays[name] = self.group[name]
@@ -185,7 +185,7 @@ class Results:
         return rows.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else rows
 
     def reduction(self, name: str, of: int = 0) -> np.ndarray:
-        """The result of a reduction ``[C, *in]``, of the input numbered ``of``.  The run must be complete."""
+        """The result of a reduction ``[C, *in]``, for the input with index ``of``.  The run must be complete."""
         if not self.about.get("finished"):
             raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
         key = layout.reduction_key(name, self.about["inputs"], of)
@@ -203,7 +203,7 @@ class Results:
 
 
 def _tidy(path: Path) -> None:
-    """Remove stores that were killed while they were made, an hour ago or more: younger ones may be alive."""
+    """Remove stores whose creation was killed an hour ago or more; younger ones may still be in progress."""
     for old in path.parent.glob(f".{path.name}.*.new"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > ABANDONED:

@@ -24,7 +24,7 @@ def elementwise(b: ProgramBuilder, x: object, function: str, *params: float) -> 
 @lowers("aten.clamp_min.default", axes=(), function="clamp", params=("min", math.inf))
 @lowers("aten.clamp_max.default", axes=(), function="clamp", params=(-math.inf, "max"))
 def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
-    """A function whose parameters are numbers, or arguments by name."""
+    """A function whose parameters are numbers, or names of arguments."""
     return elementwise(b, a.self, function, *(number_of(getattr(a, p)) if isinstance(p, str) else p for p in params))
 
 
@@ -47,7 +47,7 @@ def gelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.prelu.default", "aten._prelu_kernel.default")
 def prelu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``x`` where it is positive, ``w x`` elsewhere, with one ``w`` per channel (or one for all of them)."""
+    """``x`` where it is positive and ``w x`` elsewhere, with one ``w`` per channel (or one for all channels)."""
     x = need_value(a.self)
     if not isinstance(a.weight, Param):
         raise NoForm("its weight depends on the samples")

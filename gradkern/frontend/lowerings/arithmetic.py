@@ -25,8 +25,8 @@ def affine(b: ProgramBuilder, x: Value, a: float, shift: float) -> Value:
 def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Param, Shape]:
     """A constant that broadcasts against the live ``[N, *shape]``, as one number per channel.
 
-    Gives the value in a shape where the constant is that (flat, where each element has a number of its own), the
-    axis of the channels, the constant as ``[channels]``, and the shape of the result.
+    Returns the value in a shape that allows this (flat, if each element has its own number), the axis of the
+    channels, the constant as ``[channels]``, and the shape of the result.
     """
     shape, p_shape = b.shape(x), b.param_shape(p)
     if len(p_shape) > len(shape) + 1 or (len(p_shape) == len(shape) + 1 and p_shape[0] != 1) or not shape:
@@ -90,7 +90,7 @@ def added(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
 
 
 def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
-    """The shape that two values stretch to; values of other ranks would meet the batch axis with another."""
+    """The shape that two values broadcast to; in values of unequal ranks another axis would meet the batch axis."""
     one, two = b.shape(x), b.shape(y)
     if len(one) != len(two):
         raise NoForm(f"it joins values of shapes {one} and {two}")

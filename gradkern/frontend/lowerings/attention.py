@@ -1,4 +1,4 @@
-"""Attention: matrix products of values, a number, a softmax."""
+"""Attention: matrix products of values, a scale and a softmax."""
 
 from __future__ import annotations
 

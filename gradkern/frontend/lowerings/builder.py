@@ -1,8 +1,8 @@
 """The lowering of one exported graph: a registry of ATen ops and the builder that they write steps to.
 
 A lowering is a function ``(builder, a) -> value`` registered for the full names of ATen overloads.  ``a`` holds
-the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, the rest as
-plain Python; and the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` and so on.
+the call's arguments by their schema names, with defaults filled in: tensors as `Value` or `Param`, everything else as
+plain Python.  It also holds the per-sample shape, dtype and device of the result: ``a.result``, ``a.result_dtype`` etc.
 It emits steps and returns the `Value` that stands for the result, or raises `NoForm` with a reason, in which case the
 op becomes one `Opaque` step.
 """
@@ -23,7 +23,7 @@ from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Valu
 
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
-SEVERAL: set[str] = set()  # ops of several results whose lowering makes any of them: ``a.piece`` says which
+SEVERAL: set[str] = set()  # ops of several results whose lowering can give any of them: ``a.piece`` says which
 AXES: dict[str, tuple[str, ...]] = {}  # the arguments that name axes, of the ops that may have the batch anywhere
 ALONG: dict[str, str] = {}  # the argument that names the axes that an op works along, so that none is the batch
 
@@ -38,9 +38,9 @@ def lowers(
     """Register a lowering for ATen overloads by their full names, ``"aten.relu.default"``.
 
     ``axes`` or ``along`` says what to do with tensors whose batch is not axis 0 (`frontend/batch_axis.py`); without
-    them the ops have no form there.  ``axes``: the op takes them wherever the batch is, and these arguments name axes;
-    ``()`` where it works on numbers one by one, or along static axes at the end.  ``along``: the op works along the
-    axes that this argument names.  ``fixed``: further arguments of the lowering for these ops.
+    them the ops have no form there.  ``axes``: the op accepts them for any batch axis, and these arguments name axes;
+    it is ``()`` for elementwise ops, and for ops along static axes at the end.  ``along``: the op works along the axes
+    that this argument names.  ``fixed``: further arguments of the lowering for these ops.
     """
     if axes is not None:
         AXES.update(dict.fromkeys(ops, axes))
@@ -63,7 +63,7 @@ class ProgramBuilder:
         self.derived_by_call: dict[Call, Param] = {}
         self.param_meta: dict[Param, torch.Tensor] = {}  # fake tensors: shape, dtype and device of parameters
         self.dtypes: dict[Value, torch.dtype] = {}  # of values that stand for a node of the graph
-        self.op = ""  # of the node being lowered, and the module that it stands in
+        self.op = ""  # the op and the module of the node being lowered
         self.module = ""
 
     # -- values
@@ -94,8 +94,8 @@ class ProgramBuilder:
         return self.derive_call(Call(op, args, tuple(sorted(kwargs.items())), index))
 
     def derive_call(self, call: Call, meta: torch.Tensor | None = None) -> Param:
-        """As `derive`, for a whole call; ``meta`` is its fake result where the caller has it at hand."""
-        name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # '#' is in no attribute's name
+        """As `derive`, for a whole call; ``meta`` is its fake result, if the caller has it."""
+        name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # no attribute's name contains '#'
         param = self.derived_by_call.setdefault(call, Param(name))
         if meta is not None:
             self.param_meta[param] = meta
@@ -156,7 +156,7 @@ class MixesSamples(Exception):
 
 
 def as_shape(b: ProgramBuilder, value: Value, shape: Shape) -> Value:
-    """The value under another shape with as many numbers; nothing is emitted where it, or what it views, has that."""
+    """The value under another shape of equal size; nothing is emitted if it, or the value it views, has that shape."""
     if b.shape(value) == tuple(shape):
         return value
     step = b.step(value)

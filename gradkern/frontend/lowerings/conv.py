@@ -25,7 +25,7 @@ def general(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.conv_transpose1d.default", dims=1)
 @lowers("aten.conv_transpose2d.input", dims=2)
 def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
-    """A convolution with the flipped weight over the input with zeros between its elements."""
+    """A convolution with the flipped weight, over the input with zeros inserted between its elements."""
     x = convolved(b, a, dims)
     channels, per_group, *kernel = b.param_shape(a.weight)  # [C, O/groups, *kernel]
     stride, dilation = tuple_of(a.stride, dims), tuple_of(a.dilation, dims)
@@ -73,7 +73,7 @@ def convolved(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 
 def absorbed(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padding]:
-    """Zeros that a step put around the value become padding of the convolution that reads it."""
+    """Zeros that an earlier step put around the value become padding of the convolution that reads it."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:
         return x, padding
@@ -92,7 +92,7 @@ def absorbed(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padd
 
 
 def padding_of(padding: object, kernel: Shape, dilation: Shape) -> Padding:
-    """``(before, after)`` per axis.  Where ``same`` needs an odd number of zeros, torch puts the odd one after."""
+    """``(before, after)`` per axis.  If ``same`` needs an odd number of zeros, torch puts the extra one after."""
     if padding == "valid":
         return ((0, 0),) * len(kernel)
     if padding == "same":

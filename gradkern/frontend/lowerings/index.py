@@ -14,7 +14,7 @@ from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_val
 
 
 def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
-    """The part of one value; nothing for the identity, one step where the value is itself an `Index` of one part."""
+    """The part of one value.  The identity emits nothing; a value that is itself an `Index` of one part is merged."""
     shape = b.shape(x)
     if part == identity(shape):
         return x
@@ -28,7 +28,7 @@ def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
     pairs = [
         (a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != identity_runs(1)
     ]
-    if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: without those of length one that stay so
+    if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: leave out those that are and stay of length one
         kept = sorted(a for a, _ in pairs)
         small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
         return as_shape(b, emit(b, as_shape(b, x, tuple(shape[a] for a in kept)), small), result)
@@ -133,7 +133,7 @@ def takes_all(a: SimpleNamespace) -> bool:
 
 
 def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> Value | None:
-    """A convolution whose last windows are cut off (a causal network's chomp) is one with less padding after."""
+    """A convolution whose last windows are cut off (a causal network's chomp), as one with less padding after."""
     step = b.step(x)
     if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
         return None
@@ -223,7 +223,7 @@ def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.slice_scatter.default", "aten.select_scatter.default")
 def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """A value with others in place of some positions (``y[:, 0] = x``)."""
+    """A value in which other values replace some positions (``y[:, 0] = x``)."""
     x, source = need_value(a.self), need_value(a.src, "what is assigned")
     shape = b.shape(x)
     if not hasattr(a, "index") and a.dim % (len(shape) + 1) == 0 and takes_all(a):
@@ -241,7 +241,7 @@ def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
-    values = [v for v in values if b.shape(v)[axis]] or values[:1]  # nothing is read of what is empty
+    values = [v for v in values if b.shape(v)[axis]] or values[:1]  # empty values are not read
     for v in values:
         n = b.shape(v)[axis]
         wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
@@ -326,7 +326,7 @@ def repeat_interleave(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 def scales(a: SimpleNamespace) -> list[float | None]:
-    """Scale factors that the caller gave, per axis; None where a size was given."""
+    """Scale factors that the caller gave, per axis; None if a size was given."""
     scales = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
     return list(scales)
 

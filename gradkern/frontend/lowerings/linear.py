@@ -56,7 +56,7 @@ def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.baddbmm.default", axes=())
 def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``beta mask + alpha x @ y`` per sample, with a constant mask: attention that also gives its weights."""
+    """``beta mask + alpha x @ y`` per sample, with a constant mask: from attention that also returns its weights."""
     if not isinstance(a.self, Param):
         raise NoForm("its added tensor depends on the samples")
     product = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)

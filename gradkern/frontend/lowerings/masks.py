@@ -1,4 +1,4 @@
-"""Constant masks: numbers that fill places, and what a softmax is told to leave out."""
+"""Constant masks: fill values, and the scores that a softmax leaves out."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, numbe
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """Instead of -inf, which no kernel multiplies: its exponential beside any other score's is exactly zero."""
+    """A stand-in for -inf, which no kernel multiplies: next to any other score, its exponential is exactly zero."""
     return max(-1e30, torch.finfo(dtype).min)
 
 
 def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
-    """The derived tensor, its shape and dtype noted in the builder."""
+    """The derived tensor, after noting its shape and dtype in the builder."""
     b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
     return param
 
 
 def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
-    """1 where a mask of booleans is true, else 0."""
+    """1 where a boolean mask is true, else 0."""
     if b.param_meta[mask].dtype != torch.bool:
         raise NoForm("its mask is not of booleans")
     return described(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
 
 
 def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
-    """What attention adds to its scores for a mask: of booleans (true: attended to), or of numbers already."""
+    """The numbers that attention adds to its scores for a mask, which may be boolean (true: attend) or numbers."""
     if b.param_meta[mask].dtype.is_floating_point:
         return described(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
@@ -44,7 +44,7 @@ def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.de
 
 
 def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
-    """A softmax's argument, with constants of -inf that were added to it as low as an exponential needs."""
+    """A softmax's argument, in which `lowest` replaces constants of -inf that were added to it."""
     step = b.step(x)
     if step is not None and isinstance(step.form, View):
         return as_shape(b, bounded(b, Value(step.inputs[0]), dtype), b.shape(x))
@@ -57,7 +57,7 @@ def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
 
 @lowers("aten.masked_fill.Scalar", axes=())
 def masked_fill(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``x (1 - mask) + value mask``, for scores that a softmax is to leave out; where they are finite that is the same.
+    """``x (1 - mask) + value mask``, for scores that a softmax leaves out; for finite scores this is the same.
 
     Other fills may replace numbers that are not finite (padding, a logarithm's result), and 0 · NaN is NaN.
     """

@@ -1,4 +1,4 @@
-"""Calls inside which the batch is not axis 0, and that have a form all the same."""
+"""Calls inside which the batch is not axis 0, but which have a form nevertheless."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .index import along, emit
 
 
 def simplified(b: ProgramBuilder, call: Call) -> Call:
-    """The call with constants that are repeated for every sample (a class token) as constants again."""
+    """The call, in which constants repeated for every sample (a class token) are constants again."""
 
     def plain(x: object) -> object:
         if isinstance(x, tuple):
@@ -28,7 +28,7 @@ def simplified(b: ProgramBuilder, call: Call) -> Call:
 
 
 def last_state(b: ProgramBuilder, call: Call) -> Value | None:
-    """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (the first, backward)."""
+    """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (backward, the first)."""
     if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
         return None
     inner, dim, index = call.args[:3]

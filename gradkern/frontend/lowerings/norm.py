@@ -50,7 +50,7 @@ def softmax(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Norms: one axis that holds all that is normalised together, then a factor and a shift
+# Norms: one axis holds all numbers that are normalised together; then come a factor and a shift
 
 
 def normalized(b: ProgramBuilder, x: Value, groups: int, eps: float) -> Value:

@@ -59,7 +59,7 @@ def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 @lowers("aten.avg_pool1d.default", dims=1)
 @lowers("aten.avg_pool2d.default", dims=2)
 def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
-    """The divisor of a window is the product over axes of how many positions count, so the map is separable."""
+    """The divisor of a window is the product over axes of the positions that count, so the map is separable."""
     x = need_value(a.self)
     source = with_channels(b, x, dims)
     channels, *spatial = b.shape(source)
@@ -79,7 +79,7 @@ def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 
 def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool) -> Rows:
-    """One axis of an average pool: windows are clipped to the padded input, and to the input for what they read."""
+    """One axis of an average pool: windows are clipped to the padded input, and read only inside the input."""
     rows = []
     for i in range(pooled(n, k, s, p, 1, ceil)):
         start = i * s - p
@@ -137,7 +137,7 @@ def reduced(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
 
 
 def kept_first(b: ProgramBuilder, x: Value, dims: set[int]) -> tuple[Value, int]:
-    """The value as ``[what stays, what is reduced]``, and how much that is: a map over positions keeps axis 0."""
+    """The value as ``[kept, reduced]`` and the size of the second: a map over positions keeps axis 0."""
     shape = b.shape(x)
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")

@@ -1,4 +1,4 @@
-"""Views of the same numbers (`View`), and ops that vanish."""
+"""Views of the same numbers (`View`), and ops that disappear."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ...ir.program import Value
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
 
-#: Ops that are known by the shape of their result alone.
+#: Ops for which the shape of the result says everything.
 VIEWS = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
     *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
@@ -17,7 +17,7 @@ VIEWS = (
 
 @lowers(*VIEWS)
 def view(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Row-major order and batch axis 0 stay as they are, so the result's own shape says everything."""
+    """Row-major order and batch axis 0 do not change, so the result's shape says everything."""
     x = need_value(a.self)
     if math.prod(b.shape(x)) != math.prod(a.result):
         raise NoForm("it changes how many numbers a sample has")
@@ -38,7 +38,7 @@ def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten._to_copy.default", "aten.to.dtype")
 def unchanged(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Ops that vanish where they leave the dtype as it is."""
+    """Ops that disappear if they do not change the dtype."""
     x = need_value(a.self)
     if b.shape(x) != a.result or b.dtypes.get(x) != a.result_dtype:
         raise NoForm("it changes the dtype")

@@ -1,4 +1,4 @@
-// What the launchers use of torch's header of this name, around the stand-in GPU.
+// The parts of torch's header of this name that the launchers use, for the stand-in GPU.
 #pragma once
 #include "CUDAStream.h"
 
