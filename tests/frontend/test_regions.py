@@ -180,7 +180,7 @@ def test_random_regions_once_auto_has_switched(seed: int, monkeypatch: pytest.Mo
     check(random.Random(seed).choice(list(REGIONS)), seed, "auto")
 
 
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name", sorted(CAPTURED))
 def test_regions_without_gradients_are_captured(name: str) -> None:
     model, x = network(name, random.Random(name))
     assert gradkern.prepare(model, x) is not None
