@@ -16,6 +16,8 @@ ARGS ?=
 # `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
 EXTRAS := $(if $(filter-out demo,$(or $(MAKECMDGOALS),help)),,--extras demo)
 BIN := $(VENV)/bin
+# A process per core; the tests of a file stay together, as they share what they compute once.
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
 EXT := build/extension.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
@@ -31,11 +33,11 @@ help: ## this list
 demo: $(EXT) ## train two small networks on real data, explain them, write an HTML report
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(EXT) ## the tests, but for the slow ones (about five minutes on two cores)
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+test: $(EXT) ## the tests, but for the slow ones (a process per core)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(EXT) ## all tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)

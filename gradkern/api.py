@@ -71,8 +71,8 @@ def jacobian(
     Parameters
     ----------
     model
-        A `torch.nn.Module` (or its bound ``forward``) that maps tensors ``[N, ...]`` to one tensor ``[N, *out]``.
-        Any other callable works too, on autograd.
+        A `torch.nn.Module`, one of its methods, or another callable that maps tensors ``[N, ...]`` to one tensor
+        ``[N, *out]``.
     inputs
         One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets

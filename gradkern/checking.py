@@ -17,6 +17,7 @@ from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
 from .util.callables import model_of, unwrapped
 from .util.options import BadValue, Engine
+from .util.random_state import RandomState
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
 
@@ -61,15 +62,15 @@ def check(
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
     tensors, indices = read_inputs(inputs, wrt)
-    state = torch.get_rng_state()
+    state = RandomState()
     if isinstance(targets, TopK):
         answer, targets = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
     else:
         answer = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
-    torch.set_rng_state(state)
+    state.restore()
     request, against = _exact_request(model, tensors, indices, targets)
     results = solve(request, decide(request, "autograd"))
-    torch.set_rng_state(state)
+    state.restore()
     compared = [a.reshape(e.shape) for a, e in zip(answer, results.jacobians, strict=True)]
     return _compare(compared, results.jacobians, _names(results), against)
 

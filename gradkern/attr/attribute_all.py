@@ -20,6 +20,7 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from ..ir.program import Shape
 from ..util.options import BadType
+from ..util.random_state import RandomState
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, Tensors, with_arguments
@@ -104,10 +105,10 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolved(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    torch_state, numpy_state = RandomState(), np.random.get_state()
     results = []
     for s in range(seeds.count):
-        torch.set_rng_state(torch_state)
+        torch_state.restore()
         np.random.set_state(numpy_state)
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
         results.append(attribute(captum_target(column, out)))
@@ -173,8 +174,8 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    A subclass only has to provide ``_rows``: the attributions of every seed at given points.  From it follow
-    ``attribute_all`` and, in `NoiseTunnel`, the average over noise, which holds no samples.
+    A subclass provides ``_rows``, the attributions of every seed at given points.  From it follows, in `NoiseTunnel`,
+    the average over noise, which holds no samples.
     """
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:

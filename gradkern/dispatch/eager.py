@@ -22,6 +22,7 @@ from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
+from ..util.random_state import RandomState
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
 
 LARGEST_CHUNK = 2048  # samples
@@ -106,13 +107,13 @@ def probe(
     Samples mix if the gradient of one sample's outputs reaches another sample, or if a sample alone gives other
     outputs than in a batch.  Afterwards the random state and the buffers are restored.
     """
-    count, state = samples[0].shape[0], torch.get_rng_state()
+    count, state = samples[0].shape[0], RandomState()
     together, alone = _SavedBytes(module), _SavedBytes(module)
     with outside_modes(), buffers_kept(module) as changed:
         leaves, arguments = _leaves(samples, wrt)
         with together, _ReadsValues(module) as reads:
             y = forward(fn, module, arguments)
-        random = not torch.equal(state, torch.get_rng_state())
+        random = state.changed
         reason = ""
         if y.requires_grad and leaves:
             gradients = torch.autograd.grad(y[0].sum(), leaves, allow_unused=True)
@@ -131,7 +132,7 @@ def probe(
     if reads.seen:
         reason = reason or "the model's code reads values of the batch as Python numbers"
     if random:
-        torch.set_rng_state(state)
+        state.restore()
         reason = "the model draws random numbers"
     if changed:
         reason = reason or "the model changes its buffers"

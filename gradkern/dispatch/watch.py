@@ -25,8 +25,8 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """Decides when to compare the outputs of one model: once ``share`` of the ``seconds`` of work since the last
-    comparison exceeds its ``cost``."""
+    """When the outputs of one model are due for a comparison: once ``share`` of the ``seconds`` of work since the last
+    one exceeds its ``cost``."""
 
     def __init__(self) -> None:
         self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE

@@ -64,7 +64,7 @@ def element_counts(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Even pieces of at most ``chunk``, without a single sample at the end, which some models treat differently."""
+    """Even pieces of at most ``chunk``: there is no small remainder at the end."""
     count = stop - start
     pieces = -(-count // chunk) if count else 0
     for i in range(pieces):

@@ -223,7 +223,9 @@ class Rows(nn.Module):
 
 
 @pytest.mark.parametrize("shared", [1200, 232448])
-@pytest.mark.parametrize("rule", [None, EpsilonRule(0.1), GammaRule(0.4), Alpha1_Beta0_Rule()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [None, EpsilonRule(0.1), GammaRule(0.4), Alpha1_Beta0_Rule()], ids=lambda rule: type(rule).__name__
+)
 def test_weights_that_a_rule_changes(rule: object, shared: int) -> None:
     model, x = build(Rows), torch.randn(4, 1, 12, dtype=torch.float64)
 
