@@ -16,8 +16,8 @@ ARGS ?=
 # `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
 EXTRAS := $(if $(filter-out demo,$(or $(MAKECMDGOALS),help)),,--extras demo)
 BIN := $(VENV)/bin
-# A process per core; the tests of a file stay together, as they share what they compute once.
-PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile
+# A process per core, up to four; the tests of a file stay together, as they share what they compute once.
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 EXT := build/extension.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
