@@ -142,6 +142,8 @@ class ModelState:
                     unused = verify(program, fn, bind(program, captured.tensors), samples)
                     captured.graph.module = None
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
+                    for given_up in entry.verdicts.keys() - set(entry.capture.graphs.values()):
+                        del entry.verdicts[given_up]
             return Traced(verdict, program, captured.tensors)
         except Untraceable as error:
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)

@@ -300,3 +300,24 @@ def test_weight_norm_is_evaluated_live(traced):
     changed(agrees)
     nn.utils.parametrize.remove_parametrizations(model.fc, "weight")
     agrees()
+
+
+def test_graphs_that_are_given_up_are_forgotten() -> None:
+    """Dynamo keeps a few graphs per code object; those of settings that have passed do not pile up."""
+
+    class Annealed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.temperature = nn.Linear(4, 3).double(), 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) / self.temperature
+
+    model, x, changes = Annealed(), torch.randn(2, 4, dtype=torch.float64), 12
+    for step in range(changes):
+        model.temperature = 1.0 + step
+        for _ in range(2):
+            got = gradkern.jacobian(model, x, engine="kernel")
+    torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"))
+    (entry,) = state.models.of(model).entries.values()
+    assert 0 < len(entry.verdicts) < changes
