@@ -5,8 +5,8 @@ from __future__ import annotations
 from gradkern.codegen.aliasing import Cotangent, Cotangents
 from gradkern.codegen.grouping import GraphBuilder
 from gradkern.codegen.units import Node, UnitGraph
-from gradkern.ir.program import Program, Step, Sum, View
-from tests.support.programs import GUIDED, RELU, TANH, conv, linear, pool, program
+from gradkern.ir.program import Program, Step, Sum
+from tests.support.programs import GUIDED, TANH, classifier, conv, pool, program
 
 
 def cotangents(p: Program, *, onehot: bool = True, live_out: list[int] | None = None, wrt: tuple[int, ...] = (0,)):
@@ -17,16 +17,6 @@ def cotangents(p: Program, *, onehot: bool = True, live_out: list[int] | None = 
 def result_of(graph: UnitGraph, step: int) -> Node:
     (node,) = (unit.out for unit in graph.units if step in unit.steps)
     return node
-
-
-def classifier(activation=RELU) -> Program:
-    return program(
-        Step(conv(), (0,), (4, 8)),
-        Step(activation, (1,), (4, 8)),
-        Step(View(), (2,), (32,)),
-        Step(linear(), (3,), (3,)),
-        inputs=((1, 8),),
-    )
 
 
 def test_one_hot_seeds_need_no_first_cotangent():

@@ -12,8 +12,8 @@ from gradkern.codegen.cuda.lowering import Device, lower_device
 from gradkern.codegen.lowering import lower_to_chain
 from gradkern.codegen.machine import Machine
 from gradkern.codegen.records import Along, Extent, LineFunction, Record
-from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum, View
-from tests.support.programs import RELU, conv, linear, program
+from gradkern.ir.program import LowRank, Product, Program, Scale, Step, Sum
+from tests.support.programs import RELU, classifier, conv, program
 
 CPU = Machine("portable", 16)  # four floats per vector
 GPU = Device("cuda", 16)
@@ -34,13 +34,7 @@ def one(ops: Sequence[Record], kind: type[Record]) -> Record:
     return op
 
 
-CLASSIFIER = program(
-    Step(conv(), (0,), (4, 8)),
-    Step(RELU, (1,), (4, 8)),
-    Step(View(), (2,), (32,)),
-    Step(linear(), (3,), (3,)),
-    inputs=((2, 8),),
-)
+CLASSIFIER = classifier(channels=2)
 
 
 def test_a_classifier_with_one_hot_seeds():

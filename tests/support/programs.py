@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from gradkern.ir.indexing import identity
-from gradkern.ir.program import Channels, Contract, Dense, Index, Param, Program, Scale, Select, Shape, Step, Windows
+from gradkern.ir.program import (
+    Channels,
+    Contract,
+    Dense,
+    Index,
+    Param,
+    Program,
+    Scale,
+    Select,
+    Shape,
+    Step,
+    View,
+    Windows,
+)
 
 
 def program(*steps: Step, output: int | None = None, inputs: tuple[Shape, ...] = ((4, 8),)) -> Program:
@@ -42,3 +55,14 @@ RELU, GUIDED, TANH = Scale("relu"), Scale("guided_relu"), Scale("tanh")
 
 def dense(o: int, i: int, source: int, name: str = "w") -> Step:
     return Step(Contract(Dense(), Param(f"{name}{o}x{i}")), (source,), (o,))
+
+
+def classifier(activation: Scale = RELU, *, channels: int = 1) -> Program:
+    """A convolution, an activation, and a linear layer with three outputs."""
+    return program(
+        Step(conv(), (0,), (4, 8)),
+        Step(activation, (1,), (4, 8)),
+        Step(View(), (2,), (32,)),
+        Step(linear(), (3,), (3,)),
+        inputs=((channels, 8),),
+    )
