@@ -83,9 +83,16 @@ GK_HD float error_function(float x) {
   return x < 0 ? -y : y;
 }
 
+// e^x, with its limits at both infinities.
+template <class T>
+GK_HD T exponential_to_the_ends(T x) {
+  const T infinite = T(INFINITY), e = exponential(x).e;
+  return x == infinite ? infinite : (x == -infinite ? T(0) : e);
+}
+
 template <class T>
 GK_HD T logistic(T x) {
-  return T(1) / (T(1) + exponential(-x).e);
+  return T(1) / (T(1) + exponential_to_the_ends(-x));
 }
 template <class T>
 GK_HD T hyperbolic_tangent(T x) {
@@ -116,7 +123,8 @@ struct Function<Fn::elu> {  // scale (x > 0 ? x : alpha (e^(input_scale x) - 1))
   template <class T>
   GK_HD static Pair<T> at(T x, T alpha, T scale, T input_scale) {
     const auto [e, m1] = exponential(x * input_scale);
-    return {x > T(0) ? scale * x : alpha * scale * m1, x > T(0) ? scale : alpha * scale * input_scale * e};
+    const T left = x == -T(INFINITY) ? T(0) : e;
+    return {x > T(0) ? scale * x : alpha * scale * m1, x > T(0) ? scale : alpha * scale * input_scale * left};
   }
 };
 template <>
@@ -132,7 +140,7 @@ template <>
 struct Function<Fn::sigmoid> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
-    const T y = T(1) / (T(1) + exponential(-x).e);
+    const T y = logistic(x);
     return {y, y * (T(1) - y)};
   }
 };
@@ -148,7 +156,7 @@ struct Function<Fn::gelu> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
     const T phi = T(0.5) * (T(1) + error_function(x * T(0.70710678118654752440)));
-    return {x * phi, phi + x * exponential(T(-0.5) * x * x).e * T(0.39894228040143267794)};
+    return {x * phi, phi + x * exponential_to_the_ends(T(-0.5) * x * x) * T(0.39894228040143267794)};
   }
 };
 template <>
@@ -185,10 +193,10 @@ struct Function<Fn::softplus> {
   }
 };
 template <>
-struct Function<Fn::hardtanh> {  // slope 0 at both bounds
+struct Function<Fn::hardtanh> {  // slope 0 at both bounds, and at NaN
   template <class T>
   GK_HD static Pair<T> at(T x, T low, T high, T) {
-    return {x < low ? low : (x > high ? high : x), x <= low || x >= high ? T(0) : T(1)};
+    return {x < low ? low : (x > high ? high : x), x > low && x < high ? T(1) : T(0)};
   }
 };
 template <>
@@ -203,7 +211,7 @@ struct Function<Fn::hardswish> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
     const T gate = x <= T(-3) ? T(0) : (x < T(3) ? x / T(6) + T(0.5) : T(1));
-    return {x * gate, x <= T(-3) ? T(0) : (x < T(3) ? x / T(3) + T(0.5) : T(1))};
+    return {x * gate, x <= T(-3) ? T(0) : (x >= T(3) ? T(1) : x / T(3) + T(0.5))};
   }
 };
 template <>
@@ -221,11 +229,17 @@ struct Function<Fn::square> {
     return {x * x, T(2) * x};
   }
 };
+// x^p.  For p = 1/2 and -1/2 torch takes roots, which differ from pow at -0 and -Inf.
+template <class T>
+GK_HD T power_of(T x, T p) {
+  const bool root = (x == T(0) || x == -T(INFINITY)) && (p == T(0.5) || p == T(-0.5));
+  return root ? (p > T(0) ? std::sqrt(x) : T(1) / std::sqrt(x)) : std::pow(x, p);
+}
 template <>
 struct Function<Fn::power> {
   template <class T>
   GK_HD static Pair<T> at(T x, T p, T, T) {
-    return {std::pow(x, p), p * std::pow(x, p - T(1))};
+    return {power_of(x, p), p * power_of(x, p - T(1))};
   }
 };
 template <>

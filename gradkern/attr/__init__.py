@@ -11,6 +11,7 @@ from .noise_tunnel import NoiseTunnel
 from .paths import GradientShap, IntegratedGradients
 from .rules.deeplift import DeepLift, DeepLiftShap
 from .rules.lrp import LRP
+from .rules.registry import register_rule
 from .rules.rule_methods import Deconvolution, GuidedBackprop
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NeuronGradient",
     "NoiseTunnel",
     "Saliency",
+    "register_rule",
 ]
 
 #: Captum's own classes and what `gradkern.accelerate` makes of their objects.

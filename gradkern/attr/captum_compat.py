@@ -38,6 +38,7 @@ try:
     from captum._utils.common import _run_forward as run_forward
     from captum._utils.common import _select_targets as select_targets
     from captum._utils.gradient import apply_gradient_requirements, compute_gradients, undo_gradient_requirements
+    from captum.attr._core.deep_lift import SUPPORTED_NON_LINEAR
     from captum.attr._core.gradient_shap import InputBaselineXGradient
     from captum.attr._core.noise_tunnel import SUPPORTED_NOISE_TUNNEL_TYPES
     from captum.attr._utils.approximation_methods import approximation_parameters
@@ -61,6 +62,17 @@ for _class, _names in _USED_METHODS.items():
     for _name in _names:
         if not hasattr(getattr(stock, _class), _name):
             raise _error(f"{_class}.{_name}")
+
+
+_LINEAR = ("Linear", "Conv", "BatchNorm", "AvgPool", "AdaptiveAvgPool", "Identity", "Dropout", "Flatten", "Unflatten")
+
+
+def lacks_deep_lift_rule(module: Any) -> bool:
+    """Is this a module of torch that is not linear and for which Captum's DeepLift has no rule?"""
+    kind = type(module)
+    if kind in SUPPORTED_NON_LINEAR or not kind.__module__.startswith("torch.nn.modules.") or any(module.children()):
+        return False
+    return not kind.__name__.startswith((*_LINEAR, "Embedding", "Upsample", "Pixel", "ZeroPad", "ConstantPad"))
 
 
 def unlogged(kind: type) -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _compared(
     for (ours, _), live in zip(traced, (together_live, alone_live), strict=True):
         what = _far(ours, live, tolerance)
         if what is not None:
-            custom = _custom_backward(fn, samples)
+            custom = custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
             error = Untraceable(f"its {what} is not what torch.export makes of it{cause}")
             error.final = what == "output"
@@ -168,7 +168,7 @@ def _same_gradient(got: Tensor | None, want: Tensor | None, tolerance: float) ->
     return rounding.close_samples(got, want, tolerance)
 
 
-def _custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:
+def custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:
     """The name of a custom `autograd.Function` in the graph of a live forward pass, if there is one."""
     with torch.enable_grad():
         y = fn(*[x.detach().clone().requires_grad_(x.is_floating_point()).clone() for x in samples])

@@ -80,8 +80,9 @@ def operator_of(name: str) -> Callable[..., Any]:
     return getattr(getattr(at, packet), overload)
 
 
-def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
-    """Run a call.  ``leaf`` returns the tensor or number of each `Param`, `Value` and `Batch`."""
+def evaluate(call: Call, leaf: Callable[[Any], Any], apply: Callable[..., Any] | None = None) -> Any:
+    """Run a call.  ``leaf`` returns the tensor or number of each `Param`, `Value` and `Batch`; ``apply(op, *args)``
+    runs an operation (by default, it is just called)."""
     done: dict[Call, Any] = {}  # a nested call may be read twice, and several results come from one run
 
     def run(call: Call) -> Any:
@@ -90,7 +91,8 @@ def evaluate(call: Call, leaf: Callable[[Any], Any]) -> Tensor:
         full = call if call.index is None else Call(call.op, call.args, call.kwargs)
         if full not in done:
             args = [item(x) for x in call.args]
-            done[full] = operator_of(call.op)(*args, **{k: item(v) for k, v in call.kwargs})
+            kwargs, op = {k: item(v) for k, v in call.kwargs}, operator_of(call.op)
+            done[full] = op(*args, **kwargs) if apply is None else apply(op, *args, **kwargs)
         return done[full] if call.index is None else done[full][call.index]
 
     def item(x: Any) -> Any:

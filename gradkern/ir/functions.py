@@ -30,7 +30,7 @@ def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 def _elu_slope(x: Tensor, y: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
     left = (x * input_scale).exp() * (alpha * scale * input_scale)
-    return torch.where(x <= 0, left, scale)
+    return torch.where(x > 0, scale, left)
 
 
 def _elu(x: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
@@ -58,7 +58,7 @@ def _softplus_slope(x: Tensor, y: Tensor, beta: float, threshold: float) -> Tens
 
 
 def _hardswish_slope(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
 
 
 def _mish_slope(x: Tensor, y: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ FUNCTIONS: dict[str, Function] = {
     "silu": Function(F.silu, _silu_slope),
     "mish": Function(F.mish, _mish_slope),
     "softplus": Function(lambda x, beta, threshold: F.softplus(x, beta, threshold), _softplus_slope),
-    "hardtanh": Function(F.hardtanh, lambda x, y, low, high: ~((x <= low) | (x >= high))),
+    "hardtanh": Function(F.hardtanh, lambda x, y, low, high: (x > low) & (x < high)),
     "clamp": Function(torch.clamp, lambda x, y, low, high: (x >= low) & (x <= high)),
     "hardswish": Function(F.hardswish, _hardswish_slope),
     "hardsigmoid": Function(F.hardsigmoid, lambda x, y: _either((x > -3) & (x < 3), _SIXTH, 0.0, x)),

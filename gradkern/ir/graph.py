@@ -20,11 +20,11 @@ def ancestors(program: Program, values: Iterable[int], without: Collection[int] 
     return reached
 
 
-def descendants(program: Program, values: Iterable[int]) -> set[int]:
-    """These values and everything that is computed from them."""
+def descendants(program: Program, values: Iterable[int], without: Collection[int] = ()) -> set[int]:
+    """These values and everything that is computed from them; the search stops at the values ``without``."""
     base, reached = len(program.inputs), set(values)
     for i, step in enumerate(program.steps):
-        if not reached.isdisjoint(step.inputs):
+        if base + i not in without and not reached.isdisjoint(step.inputs):
             reached.add(base + i)
     return reached
 

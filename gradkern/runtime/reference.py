@@ -292,15 +292,19 @@ def _opaque_back(
             return _opaque(call, ids, full, params)
 
         moving = [args[k] for k in smooth]
-        grads = _all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
+        grads = all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
     for k, grad in zip(smooth, grads, strict=True):
         result[k] = grad  # [N, S, *in]
     return tuple(result)
 
 
-def _all_seeds(
+def all_seeds(
     ops: tuple[str, ...], run: Callable[..., Tensor], moving: Sequence[Tensor], g: Tensor
 ) -> Sequence[Tensor]:
+    """``g [N, S, *out]`` through the transpose of ``run``'s derivative at ``moving``: one ``[N, S, *in]`` each.
+
+    ``ops`` names the function: if vmap cannot run its backward, that is remembered, and seeds go one by one.
+    """
     if ops not in _looped:
         try:
             with _without_fallback_warning():

@@ -7,148 +7,54 @@ Here the rule is applied to the Program, so it also works for functional, in-pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...dispatch import state
 from ...dispatch.request import jacobian_choice
 from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
-from ...ir.calls import Params
-from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
-from ...runtime import ops, reference
+from ...util.callables import model_of, name_of
 from ...util.chunks import spans
-from ...util.options import Engine
+from ...util.options import BadValue, Engine, InputError
+from ...util.options import engine as engine_of
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
-from ..plug import GradientFunc, plug_into
+from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
 from ..points import Points, block_rows, gradient_bytes, rows_of
-from .rule import Local, Rule, Values, at_place, chosen, padded, pass_through, slope
+from .eager import multipliers
+from .registry import regions
+from .rescale import Rescale, detached
+from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod
+from .tape import NoRule
 
-
-class Rescale(Rule):
-    """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
-
-    Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
-    to the places of the input's and of the reference's maximum, each as much as it changed.  Softmax: the secant on
-    logits minus their mean (the paper's normalisation, section 3.6), which is complete and per sample.  Products: the
-    mean of both points, which is complete.  Other steps: the derivative at the input.
-    """
-
-    def __init__(
-        self, program: Program, params: Params, values: Values, reference: Values, eps: float, native: bool = False
-    ) -> None:
-        super().__init__(program, params, values)
-        self.reference, self.eps, self.native = reference, eps, native
-
-    def differences(self, i: int) -> tuple[Tensor, Tensor]:
-        """The differences of a step's input and of its value from those of the reference."""
-        u, v = self.source(i), self.base + i
-        return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
-
-    def pooled_relu(self, i: int) -> bool:
-        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
-        form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
-        alone = len(readers) == 1 and self.base + i != self.program.output
-        is_relu = isinstance(form, Scale) and form.function == "relu"
-        return is_relu and alone and isinstance(self.program.steps[readers[0]].form, Select)
-
-    def multipliers(self, u: int, pool: Sequence[int], relu: bool) -> Tensor:
-        """The compiled op on a value ``[N, C, *spatial]`` and its reference."""
-        z, ref = (
-            x.reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, *(x.shape[2:] if x.dim() == 4 else (1, -1)))
-            for x in (self.values[u], self.reference[u])
-        )
-        return ops.rescale(z.contiguous(), ref.contiguous(), pool, relu, self.eps)
-
-
-def secant(rule: Rescale, i: int) -> Local:
-    din, dout = rule.differences(i)
-    return Local(after=torch.where(din.abs() < rule.eps, rule.slope(i), dout / din), through=True)
-
-
-def relu_secant(rule: Rescale, i: int) -> Local:
-    if not rule.native:
-        return secant(rule, i)
-    if rule.pooled_relu(i):
-        return pass_through(rule, i)
-    u = rule.source(i)
-    return Local(after=rule.multipliers(u, (), True)[0].reshape(rule.values[u].shape), through=True)
-
-
-def shared_by_pool(rule: Rescale, i: int) -> Local:
-    w, u, shape = rule.form(i, Select).windows, rule.source(i), rule.program.steps[i].shape
-    if rule.native and len(w.kernel) <= 2:
-        relu = u >= rule.base and rule.pooled_relu(u - rule.base)
-        pool = [n for pair in zip(*_planar(w, shape[1:]), strict=True) for n in pair]
-        shares = rule.multipliers(rule.source(u - rule.base) if relu else u, pool, relu)
-        return Local(taps=tuple(shares.view(shares.shape[0], -1, *shape)))
-    x, x_ref = rule.values[u], rule.reference[u]
-    y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
-    top = torch.maximum(y, y_ref)
-    up, down = top - y_ref, y - top
-    wide = padded(w, x - x_ref, 0.0)
-    taps = []
-    for t, (wins, wins_ref) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
-        din = at_place(w, t, wide, y.shape[2:])
-        share = (wins * up + wins_ref * down) / din
-        taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
-    return Local(taps=tuple(taps))
-
-
-def normalised(rule: Rescale, i: int) -> Local:
-    axis = rule.form(i, LowRank).axis
-    din, dout = rule.differences(i)
-    din = din - din.mean(axis + 1, keepdim=True)  # a softmax does not see the mean
-    flat = din.abs() < rule.eps
-    ratio = torch.where(flat, 0.0, dout / din)
-
-    def pulled(g: Tensor) -> tuple[Tensor, ...]:
-        back = g * ratio.unsqueeze(1)  # [N, S, *shape]
-        back = back - back.mean(axis + 2, keepdim=True)
-        if not bool(flat.any()):
-            return (back,)
-        kept = g * flat.unsqueeze(1)
-        return (back + reference.vjp_step(rule.program, i, [rule.pre(i)], rule.post(i), kept, rule.params)[0],)
-
-    return Local(custom=pulled)
-
-
-def midpoint(rule: Rescale, i: int) -> Local:
-    middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
-    out = reference.forward_step(rule.program, i, middle, rule.params)
-    return Local(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
-
-
-#: DeepLift's rules: a line for a function, or for all functions of a form.
-Rescale.table = {
-    **Rule.table,
-    Scale: secant,
-    "affine": slope,
-    "relu": relu_secant,
-    Select: shared_by_pool,
-    "softmax": normalised,
-    "log_softmax": normalised,
-    Product: midpoint,
-}
+Rules = Literal["complete", "captum"]
 
 
 class DeepLift(RuleMethod, stock.DeepLift):
     """Differences from a reference instead of gradients (Shrikumar et al., arXiv:1704.02685), the rescale rule.
 
-    A drop-in for `captum.attr.DeepLift`, complete even in cases where Captum is not.  Attribute logits: through a
-    softmax each class's contributions are relative to the mean of all classes.
+    A drop-in for `captum.attr.DeepLift`, complete even in cases where Captum is not.  ``rules="captum"`` gives Captum's
+    own numbers, by Captum's own code; docs/captum.md lists the differences.  A step that has no rule gets its
+    derivative at the input, and a warning names it; `register_rule` gives it a rule.  What the model detaches is a
+    constant, with its value at the input.  Attribute logits: a probability's contributions are mixed with those of all
+    other classes.
     """
 
     def __init__(
-        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: Engine | None = None
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        eps: float = 1e-10,
+        engine: Engine | None = None,
+        rules: Rules = "complete",
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(_engine_of(rules, engine)))
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -167,16 +73,23 @@ class DeepLift(RuleMethod, stock.DeepLift):
             compat.validate_input(rows, start)
         maps = self._one(rows, target, additional_forward_args, {"baselines": start, "multiply": False})
         if maps is None:
+            maps = self._by_tape(rows, start, target, additional_forward_args)
+        if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
-            return compat.unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
+            result = compat.unlogged(stock.DeepLift)(self, inputs, baselines, *fixed)
+            self._on_hooks()
+            return result
         start = compat.tensorize_baseline(rows, start)
         if custom_attribution_func is not None:
             maps = compat.call_custom_attribution_func(custom_attribution_func, maps, rows, start)
         elif self.multiplies_by_inputs:
             maps = tuple((x - base) * m for x, base, m in zip(rows, start, maps, strict=True))
-        return compat.compute_conv_delta_and_format_attrs(
+        result = compat.compute_conv_delta_and_format_attrs(
             self, return_convergence_delta, maps, start, rows, additional_forward_args, target, compat.is_tuple(inputs)
         )
+        if return_convergence_delta and custom_attribution_func is None and self.multiplies_by_inputs:
+            say_if_large(self.forward_func, maps, result[1])
+        return result
 
     @typed
     def attribute_all(
@@ -201,8 +114,75 @@ class DeepLift(RuleMethod, stock.DeepLift):
         return super()._rows(points, index, seeds, options)
 
     def _rule(self, chunk: Chunk) -> Rescale:
-        values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
-        return Rescale(chunk.program, chunk.params, values, start, self.eps, not chunk.by_reference)
+        values, rows, constant = chunk.values(chunk.rows), _start(chunk), detached(chunk.program)
+        if constant:  # the same at the reference as at the input
+            rows = tuple(s.expand(x.shape) for s, x in zip(rows, chunk.rows, strict=True))
+            known = dict(enumerate(rows)) | {v: values[v] for v in sorted(constant)}
+            start = Values(chunk.program, chunk.params, known)
+        else:
+            start = chunk.values(rows)
+        inputs, own = len(chunk.options["baselines"]), regions(chunk.program, model_of(self.forward_func))
+        native = not chunk.by_reference
+        return Rescale(chunk.program, chunk.params, values, start, self.eps, native, inputs, own)
+
+    def _done(self, points: Points, rule: Rule) -> None:
+        """Say, once per model, where attributions need not add up to the change of the output."""
+        assert isinstance(rule, Rescale)
+        name, program = name_of(points.fn), rule.program
+        for i, op in rule.unruled.items():
+            state.warn(
+                points.fn,
+                f"{name}: no DeepLift rule for {op} in {program.steps[i].module or name}. Its derivative at the input "
+                "is taken, so attributions need not add up to the change of the output. gradkern.attr.register_rule "
+                "gives it a rule.",
+            )
+        constant = [s for i, s in enumerate(program.steps) if rule.base + i in rule.detached]
+        constant = [s for s in constant if not rule.moving.isdisjoint(s.inputs)]
+        if constant:
+            say_constant(points.fn, ", ".join(dict.fromkeys(s.module or name for s in constant)))
+
+    def _by_tape(self, rows: Tensors, start: Tensors, target: Any, extra: Any) -> Tensors | None:
+        """Multipliers of a model that has no Program, by the same rules; None if Captum takes the call."""
+        gradients = self.gradient_func
+        if not isinstance(gradients, GradientFunc) or not takes_over(self.forward_func, rows, gradients.engine):
+            return None
+
+        base = tuple(
+            s if isinstance(s, Tensor) else torch.full_like(x[:1], s) for x, s in zip(rows, start, strict=True)
+        )
+        more = compat.format_additional_forward_args(extra) or ()
+        try:
+            maps, held = multipliers(
+                self.forward_func, rows, base, more, lambda n, out: captum_seeds(target, n, out), self.eps
+            )
+            if held:
+                say_constant(self.forward_func, name_of(self.forward_func))
+            return tuple(m[:, 0] for m in maps)
+        except NoRule as reason:
+            state.warn(self.forward_func, f"{name_of(self.forward_func)}: no DeepLift rule for {reason}.")
+        except InputError:
+            pass  # Captum's own error
+        return None
+
+    def _on_hooks(self) -> None:
+        """Say that Captum's hooks ran where rules that complete were asked for."""
+        gradients = self.gradient_func
+        if isinstance(gradients, GradientFunc) and engine_of(gradients.engine) != "autograd":
+            model = model_of(self.forward_func)
+            modules = model.named_modules() if model is not None else ()
+            lacking = [f"{type(m).__name__} at {path}" for path, m in modules if compat.lacks_deep_lift_rule(m)]
+            name, listed = name_of(self.forward_func), ", ".join(["functions such as F.relu", *lacking])
+            state.warn(
+                self.forward_func,
+                f"{name}: DeepLift runs on Captum's hooks, which modules alone have: no DeepLift rule for {listed}. "
+                "Attributions need not add up to the change of the output.",
+            )
+
+    def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
+        delta = super()._row_delta(parts, points, seeds, options)
+        if self.multiplies_by_inputs:
+            say_if_large(points.fn, tuple(p.flatten(0, 1) for p in parts), delta.flatten())
+        return delta
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
@@ -211,11 +191,36 @@ class DeepLift(RuleMethod, stock.DeepLift):
         return tuple(m.mul_((x - start).unsqueeze(1)) for m, x, start in points)
 
 
-def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A pool's geometry per axis, rows first: kernel, stride, padding before, dilation, windows."""
-    axes = list(zip(w.kernel, w.stride, (a for a, _ in w.padding), w.dilation, counts, strict=True))
-    rows, columns = ((1, 1, 0, 1, 1), axes[0]) if len(axes) == 1 else axes
-    return rows, columns
+def say_constant(fn: Any, where: str) -> None:
+    """Warn, once per model, that something is detached in ``where``."""
+    state.warn(
+        fn,
+        f"{name_of(fn)}: DeepLift takes what is detached (in {where}) as constant, with its value at the input. "
+        "Attributions add up to the change of the output with these values held, not to all of it.",
+    )
+
+
+LARGE = 0.01  # of the sum of the attributions' sizes
+
+
+def say_if_large(fn: Any, maps: Tensors, delta: Tensor) -> None:
+    """Warn, once per model, if attributions ``[N, *in]`` do not add up: ``delta [N]`` is what they miss."""
+    sizes = [m.detach().abs().flatten(1).sum(1) for m in maps]
+    size = sum(sizes[1:], start=sizes[0])
+    large = delta.detach().abs() > LARGE * size
+    if delta.shape == size.shape and bool(large.any()):
+        state.warn(
+            fn,
+            f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the delta is "
+            f"more than {LARGE:.0%} of the sum of their sizes for {int(large.sum())} of {len(large)} samples.",
+        )
+
+
+def _engine_of(rules: Rules, engine: Engine | None) -> Engine | None:
+    """Captum's rules are those of Captum's own code."""
+    if rules not in ("complete", "captum"):
+        raise BadValue(f"rules: got {rules!r}, expected 'complete' or 'captum'.")
+    return "autograd" if rules == "captum" else engine
 
 
 def _start(chunk: Chunk) -> Tensors:
@@ -236,9 +241,15 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        rules: Rules = "complete",
+    ) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(_engine_of(rules, engine)))
 
     @typed
     def attribute_all(

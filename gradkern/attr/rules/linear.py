@@ -275,8 +275,9 @@ def attribute(
     head, cotangent = _head(program, locals_) if native else None, None
     if head is not None:
         if head is not program:
-            cotangents = pull(tail_rule, reference.one_hot(program, inputs[0], targets), [head.output])
-            cotangent = cotangents[head.output].flatten(2)
+            seeds = reference.one_hot(program, inputs[0], targets)
+            cotangents = pull(tail_rule, seeds, [head.output])
+            cotangent = cotangents.get(head.output, seeds.new_zeros(*seeds.shape[:2], head.outputs)).flatten(2)
         structure = structure_of(locals_[: len(head.steps)])
         linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
@@ -292,7 +293,10 @@ class _TailRule(Rule):
 
     def __init__(self, rule: Rule, locals_: Sequence[Local]) -> None:
         super().__init__(rule.program, rule.params, rule.values)
-        self.locals_ = locals_
+        self.rule, self.locals_ = rule, locals_
+
+    def leads(self, wrt: Sequence[int]) -> set[int]:
+        return self.rule.leads(wrt)
 
     def at(self, i: int) -> Local:
         return self.locals_[i]
@@ -300,6 +304,8 @@ class _TailRule(Rule):
 
 def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
     """The Program without a straight tail of steps that the kernels cannot run; None if too little remains."""
+    if any(x.reads is not None for x in locals_):
+        return None
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
     while steps and any(x.custom is not None for x in locals_[: len(steps)]):

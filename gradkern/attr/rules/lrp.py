@@ -27,6 +27,13 @@ from ..points import Points
 from .rule import Local, Rule, Values, chosen, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
+#: Activations that pass relevance on: increasing, with f(0) = 0.  Captum knows ReLU and Tanh.
+PASSING = ("relu", "leaky_relu", "elu", "tanh", "negative_part")
+#: Modules on which a rule of Captum's means here what it means there.
+RULED = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+)
 KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
 EPSILON = 1e-9  # Captum's default
 Rules = Mapping[str, compat.PropagationRule | None]  # by the module's path
@@ -120,7 +127,7 @@ Relevance.table = {
     Index: own_map,
     Sum: in_proportion,
     Select: winner,
-    Scale: pass_through,
+    **dict.fromkeys(PASSING, pass_through),
     "affine": affine,
 }
 
@@ -215,9 +222,18 @@ class LRP(RuleMethod, stock.LRP):
         if "rules" not in options:
             with self._rules() as rules:
                 return self._rows(points, index, seeds, options | {"rules": rules})
-        if not all(type(r) in KNOWN or r is None for r in options["rules"].values()):
+        if not all(self._same_here(path, r) for path, r in options["rules"].items()):
             return None
         return super()._rows(points, index, seeds, options)
+
+    def _same_here(self, path: str, rule: compat.PropagationRule | None) -> bool:
+        """Does a rule on this module mean here what it means in Captum?"""
+        module = self.model.get_submodule(path)
+        if rule is None or isinstance(module, (nn.ReLU, nn.Tanh, nn.Dropout)):
+            return rule is None or type(rule) in KNOWN
+        if isinstance(rule, compat.IdentityRule) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return False  # relevance of one shape for a value of another: Captum's error
+        return type(rule) in KNOWN and type(module) in RULED
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)

@@ -32,7 +32,8 @@ class Local:
     First, ``after [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place of its
     own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each window's value
     that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last, ``before`` multiplies, with
-    one ``[N, *in]`` or None per input.
+    one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents ``custom`` gives, if they are not the
+    step's inputs (a rule for several steps).
     """
 
     after: Tensor | None = None
@@ -41,6 +42,7 @@ class Local:
     custom: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     weight: Tensor | None = None
     before: tuple[Tensor | None, ...] = ()
+    reads: tuple[int, ...] | None = None
 
 
 class Values:
@@ -75,6 +77,10 @@ class Rule:
 
     def at(self, i: int) -> Local:
         return (self.maker(self.program.steps[i].form) or derivative)(self, i)
+
+    def leads(self, wrt: Sequence[int]) -> set[int]:
+        """The values that cotangents pass on their way to the values ``wrt``."""
+        return graph.descendants(self.program, wrt)
 
     # ---- what a rule sees of a step
 
@@ -198,15 +204,15 @@ def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]
     Values that no cotangent reaches are missing in the result.
     """
     program, base = rule.program, rule.base
-    leads = graph.descendants(program, wrt)
+    leads = rule.leads(wrt)
     cotangents = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         v = base + i
         if v not in leads or v in wrt or v not in cotangents:
             continue
-        step = program.steps[i]
-        back = transposed_step(rule, i, rule.at(i), cotangents.pop(v))
-        for u, part in zip(step.inputs, back, strict=True):
+        local = rule.at(i)
+        back = transposed_step(rule, i, local, cotangents.pop(v))
+        for u, part in zip(local.reads or program.steps[i].inputs, back, strict=True):
             if u in leads:
                 cotangents[u] = cotangents[u] + part if u in cotangents else part
     return cotangents

@@ -81,6 +81,9 @@ class RuleMethod(ProgramMethod):
         """The last step: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
+    def _done(self, points: Points, rule: Rule) -> None:
+        """After a call: what there is to say about its rule."""
+
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.traced()
         if program is None or not self._supports(program):
@@ -90,7 +93,7 @@ class RuleMethod(ProgramMethod):
         device, n = inputs[0].device, inputs[0].shape[0]
         targets = torch.arange(program.outputs, device=device) if index is None else index.to(device)
         by_reference = engine(points.engine) == "reference" or any(map(batching.not_native, inputs))
-        results = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs)
+        results, rule = tuple(x.new_empty(n, seeds, *x.shape[1:]) for x in points.inputs), None
         with torch.inference_mode(False), torch.no_grad():
             params = points.route.params()
             for a, b in spans(0, n, samples_at_a_time(program, seeds, inputs[0].dtype, device)):
@@ -100,6 +103,8 @@ class RuleMethod(ProgramMethod):
                 multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
                 for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
+        if rule is not None:
+            self._done(points, rule)
         return results
 
 

@@ -1,0 +1,100 @@
+"""DeepLift of a model that has no Program: the operations of its live forward pass, with the same rules.
+
+torch traces the forward pass as it runs on the caller's samples (`make_fx`), so Python code that looks at numbers is
+followed as it went for these samples.  Its operations then run on the tape (`tape.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ...dispatch.targets import Seeds
+from ...frontend.verify import custom_backward
+from ...ir.program import Shape
+from ...runtime.reference import all_seeds
+from ...util.buffers import buffers_kept
+from ...util.callables import model_of
+from ...util.random_state import RandomState
+from .tape import NoRule, Pair, Tape, interpreted
+
+SAME = 1e-4  # relative; what torch traces has to be the model's own output, and that of a sample alone
+
+
+def multipliers(
+    fn: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    more: Sequence[Any],
+    seeds: Callable[[int, Shape], Seeds],
+    eps: float,
+) -> tuple[tuple[Tensor, ...], bool]:
+    """DeepLift's multipliers, ``[N, S, *in]`` per input, and whether it took anything that is detached as constant.
+
+    ``reference``: ``[N, *in]`` per input.  ``more``: what the model takes after the inputs.  ``seeds``: the outputs,
+    for the number of samples and the shape of the output per sample.  Raises `NoRule` if an operation has no rule, if torch
+    cannot trace the model, or if samples depend on each other; the message says which.
+    """
+    xs = [x.detach() for x in inputs]
+    with torch.inference_mode(False), buffers_kept(model_of(fn)):
+        state = RandomState()
+        graph, live, alone = _traced(fn, xs, more)
+        state.restore()
+        tape = Tape(xs[0].dtype, eps)
+        pairs = [tape.pair(x, r.detach().to(x.dtype).expand_as(x)) for x, r in zip(xs, reference, strict=True)]
+        with torch.no_grad():
+            y = interpreted(tape, graph, pairs)
+            if not isinstance(y, Pair):
+                raise NoRule("its output, which does not depend on the inputs")
+            if not _close(y.x, live) or not _close(y.x[:1], alone):
+                raise NoRule("a model whose samples depend on each other, or that draws random numbers")
+            g = one_hot(y.x, seeds(y.x.shape[0], tuple(y.x.shape[1:])))
+        changes = [torch.zeros_like(x) for x in xs]
+        with torch.enable_grad():
+            maps = all_seeds(("tape", "model"), lambda *ts: tape.replay(pairs, ts, y), changes, g)
+        return tuple(maps), tape.held
+
+
+def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
+    """Cotangents ``[N, S, *out]`` for outputs ``[N, *out]``."""
+    n, width = y.shape[0], math.prod(y.shape[1:])
+    index = seeds.rows(0, n)
+    index = torch.arange(width) if index is None else index
+    index = index.to(y.device).expand(n, seeds.count)
+    return y.new_zeros(n, seeds.count, width).scatter_(2, index.unsqueeze(2), 1.0).view(n, seeds.count, *y.shape[1:])
+
+
+def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
+    """The graph of the forward pass, its output, and that of the first sample alone."""
+
+    def forward(*inputs: Tensor) -> Tensor:
+        result: Tensor = fn(*inputs, *more)
+        return result
+
+    n = xs[0].shape[0]
+    first = [m[:1] if isinstance(m, Tensor) and m.dim() and m.shape[0] == n else m for m in more]
+    try:
+        with torch.enable_grad():
+            graph = make_fx(forward, pre_dispatch=True)(*(x.clone() for x in xs))
+        own = custom_backward(forward, xs)
+        if own:
+            raise NoRule(f"{own}, which has a backward of its own")
+        with torch.no_grad():
+            return graph, forward(*(x.clone() for x in xs)), fn(*(x[:1].clone() for x in xs), *first)
+    except NoRule:
+        raise
+    except Exception as error:  # whatever tracing may raise, Captum's own method still runs
+        line = next(iter(str(error).splitlines()), "")[:200]
+        raise NoRule(f"a forward pass that torch cannot trace ({type(error).__name__}: {line})") from error
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    if got.shape != want.shape:
+        return False
+    scale = float(want.detach().abs().max()) if want.numel() else 0.0
+    return bool(torch.allclose(got, want, rtol=SAME, atol=SAME * scale, equal_nan=True))

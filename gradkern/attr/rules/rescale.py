@@ -1,0 +1,212 @@
+"""DeepLift's rules on the Program: the rescale rule, and rules that complete for what is not elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...ir import graph
+from ...ir.calls import Params, evaluate
+from ...ir.program import Batch, LowRank, Opaque, Param, Product, Program, Scale, Select, Value, Windows
+from ...runtime import ops, reference
+from . import maxima, recurrent  # noqa: F401  (register their rules)
+from .compositions import log_softmax_along, normalised, softmax_along
+from .registry import Region
+from .rule import Local, Rule, Values, at_place, chosen, derivative, padded, pass_through, slope
+from .tape import NoRule, Pair, Tape, secant_by_formula
+
+
+class Rescale(Rule):
+    """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
+
+    Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
+    to the places of the input's and of the reference's maximum, each as much as it changed.  Products: the mean of both
+    points.  Softmax, norms, and everything that torch decomposes (attention): compositions of such steps (`tape.py`).
+    All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the input;
+    ``unruled`` names them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        params: Params,
+        values: Values,
+        reference: Values,
+        eps: float,
+        native: bool = False,
+        inputs: int | None = None,
+        regions: Sequence[Region] = (),
+    ) -> None:
+        """``inputs``: so many of the first inputs are attributed.  ``regions``: what users' own rules cover."""
+        super().__init__(program, params, values)
+        self.reference, self.eps, self.native = reference, eps, native
+        self.detached = detached(program)
+        first = range(len(program.inputs) if inputs is None else inputs)
+        self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed
+        self.regions = {region.steps[-1]: region for region in regions}
+        self.unruled: dict[int, str] = {}  # steps that have no rule, and their operation
+
+    def at(self, i: int) -> Local:
+        if self.detached and self.base + i not in self.moving:
+            return Local(custom=lambda g: ())  # no cotangent comes here
+        if i in self.regions:
+            return self.given(self.regions[i])
+        return super().at(i)
+
+    def leads(self, wrt: Sequence[int]) -> set[int]:
+        return graph.descendants(self.program, wrt, self.detached)
+
+    def given(self, region: Region) -> Local:
+        """A user's rule."""
+        u, v = region.entry, self.base + region.steps[-1]
+        x, y = self.values[u], self.values[v]
+        factor = region.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
+        if self.program.steps[region.steps[-1]].inputs == (u,):
+            return Local(after=factor, through=True)
+        return Local(custom=lambda g: (g * factor.unsqueeze(1),), reads=(u,))
+
+    def differences(self, i: int) -> tuple[Tensor, Tensor]:
+        """The differences of a step's input and of its value from those of the reference."""
+        u, v = self.source(i), self.base + i
+        return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
+
+    def pooled_relu(self, i: int) -> bool:
+        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
+        alone = len(readers) == 1 and self.base + i != self.program.output
+        is_relu = isinstance(form, Scale) and form.function == "relu"
+        if not alone or readers[0] in self.regions or i in self.regions:
+            return False
+        return is_relu and isinstance(self.program.steps[readers[0]].form, Select)
+
+    def multipliers(self, u: int, pool: Sequence[int], relu: bool) -> Tensor:
+        """The compiled op on a value ``[N, C, *spatial]`` and its reference."""
+        z, ref = (
+            x.reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, *(x.shape[2:] if x.dim() == 4 else (1, -1)))
+            for x in (self.values[u], self.reference[u])
+        )
+        return ops.rescale(z.contiguous(), ref.contiguous(), pool, relu, self.eps)
+
+
+def detached(program: Program) -> frozenset[int]:
+    """The values that the network detaches, of those that depend on its inputs."""
+    base = len(program.inputs)
+    forms = ((base + i, step.form) for i, step in enumerate(program.steps))
+    return frozenset(v for v, form in forms if isinstance(form, Opaque) and form.call.op == "aten.detach.default")
+
+
+def secant(rule: Rescale, i: int) -> Local:
+    din, dout = rule.differences(i)
+    formula = secant_by_formula(rule.form(i, Scale).function, rule.post(i), rule.reference[rule.base + i])
+    if formula is not None:
+        return Local(after=formula.expand_as(din), through=True)
+    still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # equal infinities too
+    return Local(after=torch.where(still, rule.slope(i), dout / din), through=True)
+
+
+def relu_secant(rule: Rescale, i: int) -> Local:
+    if not rule.native:
+        return secant(rule, i)
+    if rule.pooled_relu(i):
+        return pass_through(rule, i)
+    u = rule.source(i)
+    return Local(after=rule.multipliers(u, (), True)[0].reshape(rule.values[u].shape), through=True)
+
+
+def shared_by_pool(rule: Rescale, i: int) -> Local:
+    w, u, shape = rule.form(i, Select).windows, rule.source(i), rule.program.steps[i].shape
+    if rule.native and len(w.kernel) <= 2:
+        relu = u >= rule.base and rule.pooled_relu(u - rule.base)
+        pool = [n for pair in zip(*_planar(w, shape[1:]), strict=True) for n in pair]
+        shares = rule.multipliers(rule.source(u - rule.base) if relu else u, pool, relu)
+        return Local(taps=tuple(shares.view(shares.shape[0], -1, *shape)))
+    x, x_ref = rule.values[u], rule.reference[u]
+    y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
+    top = torch.maximum(y, y_ref)
+    up, down = top - y_ref, y - top
+    wide = padded(w, x - x_ref, 0.0)
+    taps = []
+    for t, (wins, wins_ref) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
+        din = at_place(w, t, wide, y.shape[2:])
+        share = (wins * up + wins_ref * down) / din
+        taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
+    return Local(taps=tuple(taps))
+
+
+def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A pool's geometry per axis, rows first: kernel, stride, padding before, dilation, windows."""
+    axes = list(zip(w.kernel, w.stride, (a for a, _ in w.padding), w.dilation, counts, strict=True))
+    rows, columns = ((1, 1, 0, 1, 1), axes[0]) if len(axes) == 1 else axes
+    return rows, columns
+
+
+def midpoint(rule: Rescale, i: int) -> Local:
+    middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
+    out = reference.forward_step(rule.program, i, middle, rule.params)
+    return Local(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
+
+
+def composed(rule: Rescale, i: int) -> Local:
+    """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
+    step, dtype = rule.program.steps[i], rule.values[0].dtype
+    tape = Tape(dtype, rule.eps)
+    args: list[Pair | Tensor] = []
+    for v in step.inputs:
+        x = rule.values[v]
+        args.append(tape.pair(x, rule.reference[v].expand_as(x)) if v in rule.moving else x)
+    moving = [p for p in args if isinstance(p, Pair)]
+    try:
+        with torch.inference_mode(False):
+            result = _on_tape(rule, i, tape, args)
+    except NoRule as reason:
+        rule.unruled[i] = str(reason)
+        return derivative(rule, i)
+    changes = [torch.zeros_like(p.x, dtype=dtype) for p in moving]
+
+    def pulled(g: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(result, Pair):  # a constant
+            grads: Sequence[Tensor] = [g.new_zeros(*g.shape[:2], *t.shape[1:]) for t in changes]
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                key = ("tape", step.op)
+                grads = reference.all_seeds(key, lambda *ts: tape.replay(moving, ts, result), changes, g)
+        rest = iter(grads)
+        still = g.new_zeros(())
+        return tuple(next(rest) if isinstance(p, Pair) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args)
+
+    return Local(custom=pulled)
+
+
+def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -> Pair | Tensor:
+    step = rule.program.steps[i]
+    form, x = step.form, args[0]
+    if isinstance(form, LowRank):
+        assert isinstance(x, Pair)
+        if form.function == "normalize":
+            return normalised(tape, x, [form.axis + 1], form.params[0])[0]
+        return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
+    assert isinstance(form, Opaque)
+    known = dict(zip(step.inputs, args, strict=True))
+    samples = x.shape[0]
+
+    def leaf(item: Param | Value | Batch) -> Pair | Tensor | int:
+        if isinstance(item, Param):
+            return rule.params[item.name]
+        return known[item.id] if isinstance(item, Value) else item.times * samples
+
+    return evaluate(form.call, leaf, tape)
+
+
+#: DeepLift's rules: a line for a function, or for all functions of a form.
+Rescale.table = {
+    **Rule.table,
+    Scale: secant,
+    "affine": slope,
+    "relu": relu_secant,
+    Select: shared_by_pool,
+    LowRank: composed,
+    Product: midpoint,
+    Opaque: composed,
+}
