@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern.ir.functions import FUNCTIONS, RECTIFYING
+from gradkern.ir.program import Program, Scale, Step
+from gradkern.runtime import executor, reference
 from tests.cases import CASES
 from tests.support import oracle
 from tests.support.case import lazily, seq1d, seq2d
 from tests.support.case_runs import EXACT
+from tests.support.functions import ARGUMENTS, ORIGINALS
 
 BAD = (math.nan, math.inf, -math.inf)
 # Not ELU: at NaN torch's own derivative is 1 or NaN, depending on where in a vector the element lies.
@@ -115,6 +119,26 @@ def test_saturated_and_tiny_activations_keep_their_digits():
         slope = gradkern.jacobian(act, x.reshape(-1, 1), engine="kernel").flatten().double()
         want = oracle.jacobian(act, x.reshape(-1, 1))[1][0].flatten()
         assert ((slope - want).abs() <= 2e-6 * want.abs() + 1e-7).all(), act
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [f for f in FUNCTIONS if f not in (*RECTIFYING, "negative_part", "affine")])
+def test_every_function_where_numbers_end(name, dtype):
+    """Values and derivatives at NaN, at both infinities and at both zeros are those of torch's vector loops."""
+    params = {"power": [(0.5,), (-0.5,), (1.5,), (3.0,), (-1.0,)]}.get(name, [ARGUMENTS.get(name, ())])
+    ends = (math.nan, math.inf, -math.inf, 0.0, -0.0)
+    for given in params:
+        step = Step(Scale(name, tuple(map(float, given))), (0,), (64,))
+        program = Program(((64,),), (step,), 1)
+        x = torch.tensor(ends, dtype=dtype).unsqueeze(1).repeat(1, 64)
+        rows = [z.clone().requires_grad_() for z in x]
+        y = [ORIGINALS[name](z, *given) for z in rows]
+        slopes = [torch.autograd.grad(v.sum(), z)[0][0] for v, z in zip(y, rows, strict=True)]
+        want = torch.stack([torch.stack([v[0].detach() for v in y]), torch.stack(slopes)])
+        for engine in (executor, reference):
+            values, (jacobian,) = engine.jacobian(program, {}, (x,))
+            got = torch.stack([values[:, 0], jacobian[:, 0, 0]])
+            torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=1e-30, msg=f"{engine} {given}")
 
 
 class Square(nn.Module):

@@ -15,6 +15,7 @@ from tests.support import oracle
 from tests.support.capturing import bind, to_program
 from tests.support.case import Case
 from tests.support.case_runs import lowered
+from tests.support.functions import ARGUMENTS, ORIGINALS
 
 CHECKED = tuple(c for c in SMALL if c.traceable)
 
@@ -123,37 +124,6 @@ def test_every_step_against_autograd(case: Case) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Elementwise functions
 
-ARGUMENTS = {
-    "leaky_relu": (0.2,),
-    "elu": (0.7, 1.1, 1.3),
-    "affine": (-0.5, 2.0),
-    "softplus": (2.0, 3.0),
-    "hardtanh": (-1.0, 2.0),
-    "clamp": (-1.0, 2.0),
-    "power": (3.0,),
-}
-ORIGINALS = {
-    "relu": torch.relu,
-    "leaky_relu": nn.functional.leaky_relu,
-    "elu": torch.ops.aten.elu.default,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "affine": lambda x, a, b: x * a + b,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "silu": nn.functional.silu,
-    "mish": nn.functional.mish,
-    "softplus": nn.functional.softplus,
-    "hardtanh": nn.functional.hardtanh,
-    "clamp": torch.clamp,
-    "hardswish": nn.functional.hardswish,
-    "hardsigmoid": nn.functional.hardsigmoid,
-    "square": torch.square,
-    "negative_part": lambda x: nn.functional.prelu(x, x.new_ones(1)) - torch.relu(x),  # what PReLU scales
-    "power": torch.pow,
-    **{name: getattr(torch, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal")},
-    **{name: getattr(torch, name) for name in ("abs", "erf", "sin", "cos")},
-}
 POINTS = (0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.3, -0.4, 1.5, 5.0, -20.0, 20.0, math.nan)
 
 
@@ -166,16 +136,18 @@ def test_functions_at_kinks_and_nan(name: str, dtype: torch.dtype) -> None:
     points = [p for p in POINTS if not positive or not p < 0]
     if name in ("hardsigmoid", "negative_part"):
         points.remove(math.nan)  # torch's vector and scalar loops disagree there; the original here is a difference
-    x = torch.tensor(points, dtype=dtype, requires_grad=True)
-    y = original(x, *params)
-    (want,) = torch.autograd.grad(y.sum(), x)
+    # At NaN torch's vector and scalar loops disagree for some functions: the first of many are in the vector loop.
+    many = torch.tensor(points * 16, dtype=dtype, requires_grad=True)
+    y = original(many, *params)
+    (want,) = torch.autograd.grad(y.sum(), many)
+    x, y, want = (z.detach()[: len(points)] for z in (many, y, want))
     with torch.no_grad():
         got_y = function.f(x, *params)
         got = function.df(x, got_y, *params).to(dtype)
     tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 1e-7}
     assert got_y.dtype == dtype
     assert torch.allclose(got_y, y.detach(), equal_nan=True, **tolerance)
-    if name in ("relu", "hardtanh"):  # masks: NaN passes the cotangent on, as torch has it
+    if name in ("relu", "hardtanh"):  # masks: NaN passes the cotangent on in a ReLU alone, as torch has it
         assert torch.equal(torch.where(got.bool(), 1.0, 0.0).to(dtype), want)
     assert torch.allclose(got, want, equal_nan=True, **tolerance), (points, got, want)
 

@@ -82,12 +82,21 @@ def deep_lift(modules: Sequence[nn.Module], x: Tensor, r: Tensor, target: int) -
             moved = a - b
             g = g * torch.where(moved.abs() < 1e-10, slope, (y - z) / moved)
         elif isinstance(module, nn.Softmax):
-            moved = (a - b) - (a - b).mean()
-            g = g * (y - z) / moved
-            g = g - g.mean()
+            g = through_softmax(a, b, y, z, g)
         else:
             g = pull(module, a, g)
     return g * (x - r)
+
+
+def through_softmax(x: Tensor, r: Tensor, y: Tensor, y_ref: Tensor, g: Tensor) -> Tensor:
+    """``exp(z - log Σ exp(z))``: secants of the exponentials and of the logarithm between."""
+    shift = max(x.max().item(), r.max().item())
+    e, f = (x - shift).exp(), (r - shift).exp()
+    shares = torch.where((x - r).abs() < 1e-10, e, (e - f) / (x - r))
+    shares = shares * (e.sum().log() - f.sum().log()) / (e.sum() - f.sum())
+    moved = (x - x.logsumexp(1)) - (r - r.logsumexp(1))
+    g = g * torch.where(moved.abs() < 1e-10, y, (y - y_ref) / moved)
+    return g - shares * g.sum()
 
 
 RECTIFIERS = (nn.ReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softmax, nn.MaxPool1d, nn.MaxPool2d)
@@ -103,7 +112,9 @@ def least_movement(modules: Sequence[nn.Module], x: Tensor, r: Tensor) -> Tensor
         for module in modules:
             if isinstance(module, RECTIFIERS):
                 moved = (x - r).flatten(1)  # [N, numbers]
-                moved = (moved - moved.mean(1, keepdim=True) * isinstance(module, nn.Softmax)).abs()
+                if isinstance(module, nn.Softmax):
+                    moved = torch.cat([moved, x.log_softmax(1) - r.log_softmax(1)], 1)
+                moved = moved.abs()
                 least = least.minimum(moved.where(moved >= 1e-10, float("inf")).amin(1))
             x, r = module(x), module(r)
     return least

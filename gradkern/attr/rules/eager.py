@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
 
 from ...dispatch.targets import Seeds
 from ...frontend.verify import custom_backward
@@ -69,11 +70,24 @@ def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
     return y.new_zeros(n, seeds.count, width).scatter_(2, index.unsqueeze(2), 1.0).view(n, seeds.count, *y.shape[1:])
 
 
+class _NumbersAsTheyAre(TorchFunctionMode):
+    """Python code that asks for the numbers of a tensor gets them, while torch traces."""
+
+    ASKED = frozenset(getattr(Tensor, f) for f in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.ASKED:
+            return func(*args, **(kwargs or {}))
+        with disable_proxy_modes_tracing():
+            return func(*args, **(kwargs or {}))
+
+
 def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
     """The graph of the forward pass, its output, and that of the first sample alone."""
 
     def forward(*inputs: Tensor) -> Tensor:
-        result: Tensor = fn(*inputs, *more)
+        with _NumbersAsTheyAre():
+            result: Tensor = fn(*inputs, *more)
         return result
 
     n = xs[0].shape[0]
