@@ -211,8 +211,8 @@ def say_if_large(fn: Any, maps: Tensors, delta: Tensor) -> None:
     if delta.shape == size.shape and bool(large.any()):
         state.warn(
             fn,
-            f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the convergence delta of "
-            f"some samples is more than {LARGE:.0%} of the sum of their sizes.",
+            f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the delta of some "
+            f"samples is more than {LARGE:.0%} of the sum of their sizes.",
         )
 
 

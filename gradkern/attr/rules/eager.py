@@ -38,8 +38,8 @@ def multipliers(
     """DeepLift's multipliers, ``[N, S, *in]`` per input, and whether it took anything that is detached as constant.
 
     ``reference``: ``[N, *in]`` per input.  ``more``: what the model takes after the inputs.  ``seeds``: the outputs,
-    for the number of samples and the shape of the output per sample.  Raises `NoRule` if an operation has no rule, if torch
-    cannot trace the model, or if samples depend on each other; the message says which.
+    for the number of samples and the output's shape per sample.  Raises `NoRule`, whose message says which, if an
+    operation has no rule, if torch cannot trace the model, or if samples depend on each other.
     """
     xs = [x.detach() for x in inputs]
     with torch.inference_mode(False), buffers_kept(model_of(fn)):

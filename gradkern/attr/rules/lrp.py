@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...dispatch import state
 from ...ir.calls import Params
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
-from ...util.callables import model_of
+from ...util.callables import model_of, name_of
 from ...util.options import Engine
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
@@ -216,7 +217,15 @@ class LRP(RuleMethod, stock.LRP):
         named = [s.module for s in program.steps if isinstance(s.form, Contract) and s.form.weight and s.module]
         if len(set(named)) < len(named):
             return False  # one layer's weight used twice: Captum's error
-        return all(Relevance.maker(s.form) for s in program.steps)
+        lacking = [s for s in program.steps if Relevance.maker(s.form) is None]
+        for step in lacking:
+            name = name_of(self.forward_func)
+            state.warn(
+                self.forward_func,
+                f"{name}: no LRP rule for {step.op} in {step.module or name}. Captum's own method takes the call: it "
+                "raises for modules that have no rule, and takes the gradient of functions.",
+            )
+        return not lacking
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         if "rules" not in options:
