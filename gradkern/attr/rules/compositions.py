@@ -193,7 +193,7 @@ def group_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 def vector_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
     """``(Σ |x|^p)^(1/p)``, or the largest ``|x|``."""
     a = named(op, args, kwargs)
-    x, order = a.get("self", a.get("x")), a.get("ord", a.get("p", 2))
+    x, order = a["self"], a.get("ord", a.get("p", 2))
     order = 2.0 if order is None else float(order)
     dims, keep = axes(a.get("dim"), x.x.dim()), bool(a.get("keepdim", False))
     x = cast(tape, x, a.get("dtype"))

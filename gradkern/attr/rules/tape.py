@@ -77,10 +77,10 @@ class Tape:
             known.update(zip(slots, pytree.tree_leaves(function(*(known[s] for s in sources))), strict=True))
         return known[last.slot]
 
-    def __call__(self, op: str | Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """An ATen operation (an overload or its name without ``aten.``) on pairs, tensors and plain values."""
         if isinstance(op, str):
-            op = operator_of(f"aten.{op}")
+            return self(operator_of(f"aten.{op}"), *args, **kwargs)
         moving = pairs_in((args, kwargs))
         if not moving:
             return op(*args, **kwargs)
