@@ -31,7 +31,7 @@ class Chain:
     output_sizes: tuple[int, ...]
     wrt: tuple[int, ...]  # external inputs whose cotangents are stored, in the order that StoreT counts them
     seed_tile: int
-    rows: tuple[int, int] | None  # (offset, row length) in the packed weights of the seed rows
-    rectify_rows: bool  # the rows pass a guided ReLU: without their negative part
+    seed_rows: tuple[int, int] | None  # their offset and row length in the packed weights
+    rectify_seed_rows: bool  # the rows pass a guided ReLU: without their negative part
     scratch: int  # bytes per thread
     clocks: tuple[float, ...] = ()  # on a GPU: estimated clocks of a multiprocessor for each record, per sample

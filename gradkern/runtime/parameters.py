@@ -109,12 +109,12 @@ class Packed:
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
         """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
-        if self.chain.rows is None:
+        if self.chain.seed_rows is None:
             return None
-        start, row = self.chain.rows
+        start, row = self.chain.seed_rows
         rows = self.weights[start : start + outputs * row].view(outputs, row)
         rows = rows[targets].contiguous()
-        return rows.clamp_(min=0) if self.chain.rectify_rows else rows
+        return rows.clamp_(min=0) if self.chain.rectify_seed_rows else rows
 
 
 class PackedPlan:
