@@ -1,6 +1,6 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
-`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialised and which are
+`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialized and which are
 read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
 at a time.
 It is pure: equal arguments give equal chains.

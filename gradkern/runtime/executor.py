@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plans, specialised for the inputs that a call differentiates
+# Plans, specialized for the inputs that a call differentiates
 
 
 _plans: Memo[Plan] = Memo(256)
@@ -55,7 +55,7 @@ def plan_for(
 def executable_for(
     program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
 ) -> Executable:
-    """The plan for the dtype and device of ``like``, specialised for the inputs ``wrt``, remembered."""
+    """The plan for the dtype and device of ``like``, specialized for the inputs ``wrt``, remembered."""
     key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
     return _executables.get_or_make(
         key, lambda: Executable(plan_for(program, seeds, like.dtype, like.device, wanted), wrt)
@@ -75,7 +75,7 @@ class BoundGroup:
 
 
 class Executable:
-    """A plan specialised for the inputs ``wrt``: everything that does not depend on tensors is computed once."""
+    """A plan specialized for the inputs ``wrt``: everything that does not depend on tensors is computed once."""
 
     def __init__(self, plan: Plan, wrt: tuple[int, ...]) -> None:
         program = plan.program

@@ -21,7 +21,7 @@ from ..ir import graph, indexing
 from ..ir import program as ir
 from ..ir.calls import Params, calls_in, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
-from ..ir.recurrent import recognise
+from ..ir.recurrent import recognize
 from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
 
@@ -272,7 +272,7 @@ def _opaque_back(
     call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
     """torch's own VJP of one call: under vmap for all seeds if torch can, else one seed after another."""
-    recurrent = recognise(call)
+    recurrent = recognize(call)
     if recurrent is not None:
         return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
     n, s = g.shape[:2]
