@@ -16,14 +16,14 @@ class Buffers:
     def __init__(self, slack: int = SLACK, multiple: int = 16) -> None:
         self.slack = slack  # elements past the end of every buffer
         self.multiple = multiple  # the sizes of buffers are multiples of it
-        self.values: dict[int, Buffer] = {}  # by Node.store
+        self.values: dict[int, Buffer] = {}  # by Node.memory
         self.cotangents: dict[Node, Buffer] = {}
         self.saved: dict[Unit, Buffer] = {}
         self.bits: dict[units.Pattern, int] = {}  # byte offset among a sample's bits
         self.bit_bytes = 0  # of each sample
 
     def value(self, node: Node) -> Buffer:
-        return self.values.setdefault(node.store, Buffer(round_up(node.size + self.slack, self.multiple)))
+        return self.values.setdefault(node.memory, Buffer(round_up(node.size + self.slack, self.multiple)))
 
     def cotangent(self, node: Node, interleaved: int = 1) -> Buffer:
         """``interleaved``: how many rows are interleaved; both the rows and the windows on them round up."""
@@ -32,7 +32,7 @@ class Buffers:
         return self.cotangents.setdefault(node, Buffer(elements, cotangent=True))
 
     def saved_for(self, unit: Unit, elements: int) -> Buffer:
-        """Memory for the numbers that the unit's backward pass needs of every sample: derivatives, probabilities, …"""
+        """Memory for the values that the unit's backward pass needs of every sample: derivatives, probabilities, …"""
         return self.saved.setdefault(unit, Buffer(elements + self.slack, per_sample=True))
 
     def pattern(self, unit: units.Pattern) -> PatternRef:

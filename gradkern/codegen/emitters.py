@@ -364,7 +364,7 @@ class Emitter:
             extent=extent(out), along=STORAGE_AXES[unit.along], function=LINE_FUNCTIONS[form.function],
             epsilon=form.params[0] if form.params else 0.0,
             saved=interior(out, self.buffers.saved_for(unit, out.size + out.C * out.P)),
-            deviations=out.size - out.interior,  # the lines' own numbers come after the storage
+            deviations=out.size - out.interior,  # which come after the storage
         )  # fmt: skip
 
     @emit_forward.register

@@ -66,12 +66,12 @@ class GraphBuilder:
         assert extent is not None  # `unsupported_reason` refuses others
         c, h, w = extent
         self.count += 1
-        return Node(self.count - 1, c, h, w, store=self.count - 1)
+        return Node(self.count - 1, c, h, w, memory=self.count - 1)
 
     def alike(self, node: Node) -> Node:
         """New storage in the geometry of a node."""
         self.count += 1
-        return Node(self.count - 1, node.C, node.H, node.W, store=self.count - 1)
+        return Node(self.count - 1, node.C, node.H, node.W, memory=self.count - 1)
 
     def add(self, unit: Unit) -> None:
         unit.out.producer = unit
@@ -171,16 +171,16 @@ class GraphBuilder:
     def result(self, i: int, channels_last: bool = False) -> Node:
         """New storage for the result of step ``i``, in the geometry of its shape."""
         out = self.node(self.program.steps[i].shape, channels_last)
-        self.place(i, out, channels_last)
+        self.set_node(i, out, channels_last)
         return out
 
     def alike_result(self, i: int, like: int) -> Node:
         """New storage for the result of step ``i``, in the geometry and order of the value ``like``."""
         out = self.alike(self.nodes[like])
-        self.place(i, out, like in self.channels_last)
+        self.set_node(i, out, like in self.channels_last)
         return out
 
-    def place(self, i: int, node: Node, channels_last: bool = False) -> None:
+    def set_node(self, i: int, node: Node, channels_last: bool = False) -> None:
         self.nodes[self.base + i] = node
         if channels_last:
             self.channels_last.add(self.base + i)
@@ -193,7 +193,7 @@ class GraphBuilder:
             channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
             nodes, like = [self.in_order(v, channels_last) for v in step.inputs], None
         total = nodes[0]
-        self.place(i, total, channels_last)
+        self.set_node(i, total, channels_last)
         for other in nodes[1:]:
             out = self.result(i, channels_last) if like is None else self.alike_result(i, like)
             self.add(units.Add((total, other), out, (i,)))
@@ -203,7 +203,7 @@ class GraphBuilder:
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
         if node.is_a(tokens(step.shape) if channels_last else geometry(step.shape)) or len(step.shape) == 1:
-            self.place(i, node, channels_last)
+            self.set_node(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
         side = Side(self.program.shape(source), channels_last)
@@ -220,7 +220,7 @@ class GraphBuilder:
             to_first = channels_last and self.nodes[source].is_a(tokens(shape))
             order = form.parts[0].order
             if (to_last and order == (*range(1, last + 1), 0)) or (to_first and order == (last, *range(last))):
-                self.place(i, self.nodes[source], to_last)
+                self.set_node(i, self.nodes[source], to_last)
                 return
         reads = [self.nodes[v] for v in step.inputs]
         steps = [i]
@@ -231,7 +231,7 @@ class GraphBuilder:
         out = self.node(step.shape, keeps)
         sources = tuple(Side(self.program.shape(v), v in self.channels_last) for v in step.inputs)
         self.add(units.Move(tuple(reads), out, tuple(steps), sources, Side(step.shape, keeps), form.parts))
-        self.place(steps[-1], out, keeps)
+        self.set_node(steps[-1], out, keeps)
 
     def side_by_side(self, step: ir.Step) -> bool:
         """Whether a concatenation of values that are stored channels first fills every channel."""
@@ -305,7 +305,7 @@ class GraphBuilder:
             folds.append(Fold(factors))
             steps.append(j)
             self.done.add(j)
-            self.place(j, out, channels_last)
+            self.set_node(j, out, channels_last)
         self.add(units.Window((node,), out, tuple(steps), form, tuple(folds), storage_order))
 
     def fold(self, unit: units.Window, norm: Fold) -> None:
@@ -336,7 +336,7 @@ class GraphBuilder:
             self.done.add(j)
         out = self.node(self.program.steps[steps[-1]].shape) if pool else self.alike(node)
         self.add(units.Pattern((node,), out, tuple(steps), pool, relu, rectify, opened))
-        self.place(steps[-1], out, channels_last)
+        self.set_node(steps[-1], out, channels_last)
 
     def joinable(self, step: ir.Step, rectify: bool) -> bool:
         """Whether a pool can be one pattern with the ReLU before it."""
@@ -371,7 +371,7 @@ def share_in_place(all_units: list[Unit], outputs: dict[int, Node]) -> None:
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]
                 source.halo[:] = both
                 unit.out.halo = source.halo  # the same list: one storage, one border
-                unit.out.store = source.store
+                unit.out.memory = source.memory
 
 
 def channel_axis(step: ir.Step) -> int | None:

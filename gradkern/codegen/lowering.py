@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from ..ir.program import Program
 from . import records, units
 from .buffers import Buffers, extent
-from .chain import Chain, Row
+from .chain import Chain, LaidOut
 from .emitters import Emitter
-from .encoding import CpuSizes, Sizes, encode
+from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
 from .layouts import Layouts
 from .machine import Machine
@@ -25,21 +25,6 @@ from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, mark_lives, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
-
-
-@dataclass(frozen=True)
-class LaidOut:
-    """The records of both passes once scratch memory is laid out, as their `Chain` has them."""
-
-    forward: tuple[Record, ...]
-    backward: tuple[Record, ...]
-    forward_rows: tuple[Row, ...]
-    backward_rows: tuple[Row, ...]
-    sizes: Sizes
-    packed_size: int
-    seed_tile: int
-    scratch: int
-    clocks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,12 +155,13 @@ def lay_out(e: Emitter) -> LaidOut:
     return LaidOut(
         forward=tuple(e.forward),
         backward=tuple(e.backward),
-        forward_rows=tuple(encode(op, sample) for op in e.forward),
-        backward_rows=tuple(encode(op, sample) for op in e.backward),
+        encoded_forward=tuple(encode(op, sample) for op in e.forward),
+        encoded_backward=tuple(encode(op, sample) for op in e.backward),
         sizes=sizes,
         packed_size=e.layouts.size,
         seed_tile=tile,
         scratch=scratch,
+        clocks=(),
     )
 
 

@@ -54,7 +54,7 @@ class Node:
     producer: Unit = field(init=False)
     readers: list[Unit] = field(default_factory=list)  # once per read
     halo: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, bottom, left, right
-    store: int = -1  # nodes of equal `store` share forward memory (a ReLU in place)
+    memory: int = -1  # nodes of equal `memory` share a buffer in the forward pass (a ReLU in place)
 
     @property
     def row(self) -> int:

@@ -227,8 +227,8 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
 
 def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
-    chosen = (x == out).to(g.dtype)  # [N, C, *spatial]
-    share = chosen / chosen.sum(tuple(range(2, x.dim())), keepdim=True)
+    maxima = (x == out).to(g.dtype)  # [N, C, *spatial]
+    share = maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
     return share.unsqueeze(1) * g
 
 

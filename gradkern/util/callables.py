@@ -45,7 +45,7 @@ def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
-    """Are both the same callable with the same arguments?  Values count as equal only if they are the same object."""
+    """Whether both are the same callable with the same arguments; values are compared by identity."""
     (f, given), (g, other) = split(a), split(b)
     if f is not g and not (isinstance(f, types.MethodType) and f == g):
         return False

@@ -162,8 +162,8 @@ def test_padding_is_a_border_of_what_is_read(convolutions, halo):
 def test_a_relu_writes_over_what_nobody_else_reads():
     p = program(Step(conv(), (0,), (4, 8)), Step(RELU, (1,), (4, 8)))
     first, relu = (unit.out for unit in grouped(p).units[1:])
-    assert relu.store == first.store
+    assert relu.memory == first.memory
     first, relu = (unit.out for unit in grouped(p, [1, 2]).units[1:])
-    assert relu.store != first.store  # the caller wants both
+    assert relu.memory != first.memory  # the caller wants both
     loaded, relu = (unit.out for unit in grouped(program(Step(RELU, (0,), (4, 8)))).units)
-    assert relu.store != loaded.store  # the input's storage is loaded again
+    assert relu.memory != loaded.memory  # the input's storage is loaded again

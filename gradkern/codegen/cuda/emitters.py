@@ -57,7 +57,7 @@ class DeviceEmitter(Emitter):
         filled = node.C * node.P
         if isinstance(unit, units.Move):
             filled = sum(sum(runs[2::5]) for runs in self.runs(unit, node))
-        shared = node.store in self.buffers.values  # by a unit that works in place: its border is zero already
+        shared = node.memory in self.buffers.values  # by a unit that works in place: its border is zero already
         if not shared and node.size != filled:
             self.forward.append(Zero(dst=Place(self.buffers.value(node), 0), elements=node.size))
 

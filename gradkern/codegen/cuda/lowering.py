@@ -21,9 +21,10 @@ from functools import partial
 from ...ir.program import Contract, Dense, Program, Windows
 from .. import limits
 from ..buffers import Buffers
-from ..chain import Chain, Row
+from ..chain import Chain, EncodedRecord, LaidOut
+from ..emitters import Emitter
 from ..encoding import CudaSizes, encode
-from ..lowering import Backend, Emitter, LaidOut, lower_to_chain
+from ..lowering import Backend, lower_to_chain
 from ..machine import Device, Machine, TooLarge
 from ..records import Record, ScatterT
 from ..spec import ChainSpec
@@ -74,7 +75,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
         buffer.per_sample = life.run is None
         buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
     ops: list[Record] = []
-    rows: list[Row] = []
+    encoded: list[EncodedRecord] = []
     clocks: list[float] = []
     for op, run, forward in passes.numbered():
         resident = tiling.resident[run]
@@ -84,7 +85,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
             op = replace(op, lanes=lanes, bands=bands)
         ops.append(op)
         # A negative stride between samples means scratch; it is negative even if one sample is resident.
-        rows.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
+        encoded.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
         clocks.append(work.clocks(op, forward) * (1 if forward else tiler.rounds(tiling.seed_tile)))
     # Idle lanes and prefetched weights may read up to that far past the last row.
     row_length = max((x.row_length for x in e.layouts.made.values()), default=0)
@@ -93,8 +94,8 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
     return LaidOut(
         forward=tuple(ops[:n]),
         backward=tuple(ops[n:]),
-        forward_rows=tuple(rows[:n]),
-        backward_rows=tuple(rows[n:]),
+        encoded_forward=tuple(encoded[:n]),
+        encoded_backward=tuple(encoded[n:]),
         sizes=CudaSizes(
             region=tiling.region,
             sample=arrangement.sample,
