@@ -8,8 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..ir.calls import Params, calls_in, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognise
 from ..util.memo import on_reset
+from ..util.torch_compat import without_fallback_warning
 from .recurrent import vjp as vjp_recurrent
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def _all_seeds(
 ) -> Sequence[Tensor]:
     if ops not in _looped:
         try:
-            with _without_fallback_warning():
+            with without_fallback_warning():
                 back: Callable[..., Sequence[Tensor]] = torch.func.vjp(run, *moving)[1]
                 return torch.vmap(back, in_dims=1, out_dims=1)(g)
         except RuntimeError:
@@ -317,17 +317,6 @@ def _all_seeds(
         for k in range(g.shape[1])
     ]
     return [torch.stack(seeds, dim=1) for seeds in zip(*grads, strict=True)]
-
-
-@contextmanager
-def _without_fallback_warning() -> Iterator[None]:
-    """Mute torch's warning that vmap loops inside one op, which is intended here."""
-    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda enabled: None)
-    switch(False)
-    try:
-        yield
-    finally:
-        switch(True)
 
 
 def _is_smooth(x: Tensor) -> bool:
