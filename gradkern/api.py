@@ -76,10 +76,11 @@ def jacobian(
     inputs
         One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
-        ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list or
-        1-D tensor of S ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).
-        A tensor ``[N, S]`` (or N lists): each sample's own.  For an output with several axes a tuple of indices, a
-        list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``: the k highest outputs of each sample.
+        ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list of S
+        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).  A tensor
+        ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused, because it may mean either.  For an
+        output with several axes a tuple of indices, a list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``:
+        the k highest outputs of each sample.
     out
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.

@@ -17,13 +17,14 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
+from .call import PublicMethod
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
 
 FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence
 
 
-class NoiseTunnel(stock.NoiseTunnel):
+class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
     """An average over noisy copies of the input (SmoothGrad, arXiv:1706.03825; VarGrad, arXiv:1810.03307).
 
     A drop-in for `captum.attr.NoiseTunnel`, with equal numbers for equal seeds.  Whether to attribute logits or
@@ -98,6 +99,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     def attribute_all(
         self,
         inputs: Inputs,
+        *,
         targets: Any = None,
         nt_type: str = "smoothgrad",
         nt_samples: int = 5,

@@ -153,9 +153,9 @@ class LRP(RuleMethod, stock.LRP):
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return compat.unlogged(stock.LRP)(self, inputs, *fixed)
-        for path, rule in rules.items():
-            if verbose:
-                print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
+        if verbose:
+            self._print(rules)
+        for path in rules:
             del self.model.get_submodule(path).rule
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
@@ -168,17 +168,22 @@ class LRP(RuleMethod, stock.LRP):
     def attribute_all(
         self,
         inputs: Inputs,
+        *,
         targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        verbose: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.  Rules stay set.
+        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.  Rules stay set;
+        ``verbose`` prints them.
         """
         with self._rules() as rules:
             options = {"rules": rules}
             maps = self._all_on_engine(inputs, targets, additional_forward_args, options, return_convergence_delta)
+        if verbose:
+            self._print(rules)
         if maps is not None:
             return maps
 
@@ -190,6 +195,10 @@ class LRP(RuleMethod, stock.LRP):
                     self.model.get_submodule(path).rule = rule
 
         return one_by_one(self.model, inputs, additional_forward_args, targets, attribute)
+
+    def _print(self, rules: Rules) -> None:
+        for path, rule in rules.items():
+            print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:

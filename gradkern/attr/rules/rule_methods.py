@@ -141,7 +141,7 @@ class _Rectifying(ProgramMethod):
         return captums(self, inputs, target, additional_forward_args)
 
     @typed
-    def attribute_all(self, inputs: Inputs, targets: Any = None, additional_forward_args: Any = None) -> Any:
+    def attribute_all(self, inputs: Inputs, *, targets: Any = None, additional_forward_args: Any = None) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 
