@@ -57,7 +57,7 @@ def _attribute(function: Function) -> Function:
                 return _of_no_samples(function, self, args, kwargs)
             result = function(self, *args, **kwargs)
             graph = (kwargs.get("grad_kwargs") or {}).get("create_graph")
-            return result if graph else mapped(Tensor.detach, result)
+            return result if graph else mapped(_plain, result)
 
     return _marked(attribute, function)
 
@@ -76,7 +76,7 @@ def _attribute_all(function: Function) -> Function:
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
         with public_call(method):
             result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
-            result = mapped(Tensor.detach, result)
+            result = mapped(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
         maps, *rest = result if extras else (result,)
         maps = _written(_of_inputs(maps, shared.get("wrt")), shared.get("out"))
@@ -94,6 +94,10 @@ def _marked(wrapper: Function, function: Function) -> Function:
     wrapper._is_public = True  # type: ignore[attr-defined]
     wrapper.__wrapped__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]  # as Captum's own
     return wrapper
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:

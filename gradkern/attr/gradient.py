@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import api
 from ..dispatch.targets import TopK
 from ..util.options import Engine
+from ..util.outputs import Output
 from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -22,9 +23,14 @@ class GradientMethod(RowMethod):
 
     gradients = HooklessGradientFunc
 
-    def __init__(self, forward_func: Callable[..., Tensor], engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        forward_func: Callable[..., Tensor],
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
         super().__init__(forward_func)
-        plug_into(self, self.gradients(engine))
+        plug_into(self, self.gradients(engine), output)
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""

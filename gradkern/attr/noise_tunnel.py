@@ -6,6 +6,7 @@ are drawn piece by piece, so that neither noise nor maps grow with ``nt_samples`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
+from ..util.options import BadType
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
 from .call import PublicMethod
@@ -116,6 +118,11 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         """
         compat.validate_noise_tunnel_type(nt_type, compat.SUPPORTED_NOISE_TUNNEL_TYPES)
         rows, method = compat.format_tensor_into_tuples(inputs), self.attribution_method
+        unknown = kwargs.keys() - inspect.signature(method.attribute).parameters.keys()
+        if unknown:
+            raise BadType(
+                f"NoiseTunnel.attribute_all: got {min(unknown)!r}, which {type(method).__name__} does not take."
+            )
         wants_delta = self.is_delta_supported and return_convergence_delta
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dispatch.targets import Seeds
 from ..util.options import Engine, InputError, Unused
+from ..util.outputs import Output
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
 from .call import PublicMethod
@@ -29,10 +30,14 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
+        self,
+        forward_func: Callable[..., Tensor],
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     def _attribute(
         self,
@@ -137,10 +142,14 @@ class GradientShap(PublicMethod, stock.GradientShap):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
+        self,
+        forward_func: Callable[..., Tensor],
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @typed
     def attribute_all(

@@ -23,8 +23,9 @@ from ..dispatch.targets import Seeds
 from ..ir.program import Shape
 from ..util import options
 from ..util.buffers import buffers_kept
-from ..util.callables import modules_behind, name_of, unwrapped
+from ..util.callables import modules_behind, name_of, unwrapped, with_output
 from ..util.options import BadType, BadValue, Engine, InputError, Unused
+from ..util.outputs import OneOutput, Output, check_output_choice
 from .call import keep_buffers
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
 from .points import with_arguments
@@ -135,13 +136,18 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     return Seeds(1, (1,), flat[:, None])
 
 
-def plug_into(attribution: Any, gradients: GradientFunc) -> None:
+def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) -> None:
     """Give an attribution object these gradients, and the module inside a compiled or parallel model, in which Captum
-    looks for hooks and layers."""
+    looks for hooks and layers.  ``output``: which part of the model's result is explained, as in `gradkern.jacobian`.
+    """
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):
         if hasattr(attribution, name):
             setattr(attribution, name, unwrapped(getattr(attribution, name)))
+    if check_output_choice(output) is not None:
+        attribution.forward_func = with_output(attribution.forward_func, output)
+        if hasattr(attribution, "model"):
+            attribution.model = OneOutput(attribution.model, output)
 
 
 def accelerate(attribution: Any, engine: Engine | None = None) -> Any:

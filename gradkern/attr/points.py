@@ -19,7 +19,7 @@ from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
-from ..util.callables import FixedArguments
+from ..util.callables import with_given
 from ..util.chunks import samples_per_chunk
 from ..util.options import Engine
 from .captum_compat import format_additional_forward_args
@@ -151,7 +151,7 @@ def with_arguments(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any)
     samples = inputs[0].shape[0]
     rows = {k: isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for k, x in enumerate(more)}
     given = {len(inputs) + k: x for k, x in enumerate(more) if not rows[k]}
-    return FixedArguments(fn, given) if given else fn, tuple(x for k, x in enumerate(more) if rows[k])
+    return with_given(fn, given), tuple(x for k, x in enumerate(more) if rows[k])
 
 
 def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, alphas: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..ir.program import Shape
 from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
+from ..util.outputs import HINT, described_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
@@ -255,10 +256,7 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
-        raise BadType(
-            f"the model returned {type(y).__name__}, expected one tensor [N, ...]. Wrap the model in a module whose "
-            "forward returns the tensor to explain."
-        )
+        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}.")
     if not y.is_floating_point():
         raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
     if y.dim() == 0 or y.shape[0] != samples:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
 from ...util.options import Engine, InputError
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -43,9 +44,9 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
 
     _takes_integers = True  # inputs may be indices into an embedding
 
-    def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, engine: Engine | None = None, output: Output = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
@@ -202,12 +203,17 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
     """
 
     def __init__(
-        self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: Engine | None = None
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        device_ids: Any = None,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(model, layer, device_ids)
-        plug_into(self, GradientFunc(engine))
-        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
-        self.guided_backprop = GuidedBackprop(model, engine)
+        plug_into(self, GradientFunc(engine), output)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine, output=output)
+        self.guided_backprop = GuidedBackprop(model, engine, output)
 
     @typed
     def attribute_all(

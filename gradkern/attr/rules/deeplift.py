@@ -21,6 +21,7 @@ from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from ...util.chunks import spans
 from ...util.options import Engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
@@ -145,10 +146,15 @@ class DeepLift(RuleMethod, stock.DeepLift):
     """
 
     def __init__(
-        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: Engine | None = None
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        eps: float = 1e-10,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -253,9 +259,15 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @typed
     def attribute_all(

@@ -19,6 +19,7 @@ from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum
 from ...runtime import reference
 from ...util.callables import model_of
 from ...util.options import Engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
@@ -133,9 +134,9 @@ class LRP(RuleMethod, stock.LRP):
     1-D average pools, residual sums, and functional and reused activations.  Attribute logits: a softmax has no rule.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine | None = None) -> None:
+    def __init__(self, model: nn.Module, engine: Engine | None = None, output: Output = None) -> None:
         stock.LRP.__init__(self, model)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -156,7 +157,7 @@ class LRP(RuleMethod, stock.LRP):
         if verbose:
             self._print(rules)
         for path in rules:
-            del self.model.get_submodule(path).rule
+            del self._network.get_submodule(path).rule
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
@@ -192,18 +193,23 @@ class LRP(RuleMethod, stock.LRP):
                 return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
             finally:  # Captum removes them
                 for path, rule in rules.items():
-                    self.model.get_submodule(path).rule = rule
+                    self._network.get_submodule(path).rule = rule
 
-        return one_by_one(self.model, inputs, additional_forward_args, targets, attribute)
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+
+    @property
+    def _network(self) -> Any:
+        """The caller's module, which `self.model` wraps if one of its outputs is chosen."""
+        return model_of(self.forward_func) or self.model
 
     def _print(self, rules: Rules) -> None:
         for path, rule in rules.items():
-            print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
+            print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
         """The rules set on modules, by path; removed meanwhile, because they are not part of the network."""
-        ruled = {path: m for path, m in self.model.named_modules() if "rule" in m.__dict__}
+        ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
         rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
         try:
             yield rules
@@ -230,8 +236,7 @@ class LRP(RuleMethod, stock.LRP):
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)
-        model = model_of(self.forward_func) or self.model
-        return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], model)
+        return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]
