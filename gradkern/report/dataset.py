@@ -29,7 +29,8 @@ def report(
     """Write the report of a run to one self-contained HTML file; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
-    insertion curves (of the run's ``output``, if it has an index or a name).  ``names`` are those of the outputs.  An unfinished run is reported as far as it has got.
+    insertion curves (of the run's ``output``, if that is an index or a name).  ``names`` are those of the outputs.  An
+    unfinished run is reported as far as it has got.
     """
     store = open_store(results) if isinstance(results, (str, Path)) else results
     output = store.about["fingerprint"]["method"].get("output")
