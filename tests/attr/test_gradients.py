@@ -18,14 +18,6 @@ N = 5
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few points, so that every loop over blocks turns."""

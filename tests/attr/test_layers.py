@@ -40,14 +40,6 @@ LAYERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 

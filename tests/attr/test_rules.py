@@ -29,14 +29,6 @@ N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def same(got, want, tolerance=1e-10):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
