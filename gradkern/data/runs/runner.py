@@ -84,6 +84,7 @@ def run(
         ``"blosc"``.
         ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
         the engine; chosen if they are None, then recorded and pinned.
+        ``output``: which of several outputs of the model, as in `gradkern.jacobian`.
         ``arguments``: of the method.
 
     Returns
