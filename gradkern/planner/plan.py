@@ -27,6 +27,7 @@ from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
 from .implementations import ATEN, FOLDED, KERNEL, RECURRENT, Choice, Implementation, choose_implementation
+from .timing import Timing
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Plan:
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
     fallback: str | None = None  # why plain torch runs every step with the present tensors
+    timing: Timing | None = None  # of the plan and of autograd, if they were compared
 
     @cached_property
     def native(self) -> bool:
@@ -105,6 +107,10 @@ class Plan:
         ``measured_macs``: multiply-adds of opaque steps, by step of ``program``; ``fallback``: why no kernel can run.
         """
         return replace(self, measured_macs=dict(measured_macs), fallback=fallback)
+
+    def timed(self, timing: Timing | None) -> Plan:
+        """The same plan with the measured time of a call; autograd runs instead of it if that was faster."""
+        return replace(self, timing=timing)
 
     # ---- the table
 
@@ -174,7 +180,10 @@ class Plan:
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
         if self.fallback is not None:
             lines.append(f"with the present tensors, no kernel runs: {self.fallback}")
-        return "\n".join([*lines, self._summary])
+        lines.append(self._summary)
+        if self.timing is not None:
+            lines.append(str(self.timing))
+        return "\n".join(lines)
 
 
 def plan(
