@@ -69,7 +69,9 @@ class Plan:
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
     bottleneck: Bottleneck | None = None  # the start of the seeds, if not the outputs
-    parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
+    #: Up to the bottleneck, and from there on.  If there are parts, they run, and the groups are only what the table
+    #: shows: the steps of the whole network, with their own numbers and modules.
+    parts: tuple[Plan, Plan] | None = None
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
     fallback: str | None = None  # why plain torch runs every step with the present tensors
@@ -87,15 +89,13 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors that are packed for kernels, those of the parts included."""
-        names: dict[str, None] = {}
+        """The tensors that are packed for kernels."""
+        if self.parts is not None:
+            return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
         needed = set(graph.steps_to(self.program, self.wanted))
-        for i in (i for g in self.groups if g.native for i in g.steps if i in needed):
-            form = self.program.steps[i].form
-            names |= dict.fromkeys(p.name for p in form_params(form) if isinstance(form, Contract))
-        for part in self.parts or ():
-            names |= dict.fromkeys(part.packed_names)
-        return tuple(names)
+        native = (i for g in self.groups if g.native for i in g.steps if i in needed)
+        forms = (self.program.steps[i].form for i in native)
+        return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
