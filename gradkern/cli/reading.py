@@ -89,11 +89,12 @@ def _check_same(results: Results, model: nn.Module | None, source: Source | None
     """Refuse another model or source: a report must not combine its curves or samples with these maps."""
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
+    from gradkern.data.runs.reading import Alone
 
     stored = results.about["fingerprint"]
     if model is not None and fingerprint.of_model(model, None)["weights"] != stored["model"]["weights"]:
         raise Mismatch("--model: its weights are not those of the run.")
-    if source is not None and fingerprint.of_source(source) != stored["source"]:
+    if source is not None and fingerprint.of_source(source.samples, Alone.of(source).rows) != stored["source"]:
         raise Mismatch("--source: its samples are not those of the run.")
 
 

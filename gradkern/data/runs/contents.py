@@ -44,6 +44,7 @@ def attributes(
             "plan": probe.plan_key(),
             **fingerprint.of_machine(),
         },
+        "nonfinite": settings.nonfinite or ("error" if settings.reductions else "keep"),
         "inputs": map_names(len(probe.floating)),
         "reductions": list(settings.reductions),
         "arrays": {"dtype": settings.dtype, "compression": settings.compression},

@@ -17,11 +17,11 @@ from ...dispatch.targets import TopK
 from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
-from ..sources import Source
+from .. import methods
 from ..store.layout import dtype_name
+from .code import code_text
 from .settings import Settings
 
-HASHED_SAMPLES = 32  # samples of a source whose content is hashed
 KEYS = 2  # version of the keys of graph and plan; a store without it has version 1
 
 
@@ -46,16 +46,15 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy().data if not flat.is_complex() else flat.numpy().tobytes())
 
 
-def of_source(source: Source) -> dict[str, Any]:
-    """Length, shapes and dtypes, and a hash of some samples spread over the whole."""
+def of_source(samples: int, alone: Mapping[int, tuple[Tensor, ...]]) -> dict[str, Any]:
+    """Number of samples, shapes and dtypes, and a hash of the samples that were read ``alone`` [1, *in], by index."""
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
-    for i in sorted({int(i) for i in np.linspace(0, source.samples - 1, min(HASHED_SAMPLES, source.samples))}):
-        rows = source.read(i, i + 1)
+    for i, rows in alone.items():
         for k, x in enumerate(rows):
             _add_tensor(digest, f"{i} {k}", x)
     return {
-        "samples": source.samples,
+        "samples": samples,
         "shapes": [list(x.shape[1:]) for x in rows],
         "dtypes": [dtype_name(x.dtype) for x in rows],
         "content": digest.hexdigest()[:32],
@@ -88,8 +87,8 @@ def _plain(value: Any) -> Any:
     raise BadValue(f"arguments: got {type(value).__name__}, expected numbers, text, tensors, or lists of such.")
 
 
-def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
-    """Everything that must agree for one run to continue another."""
+def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None) -> dict[str, Any]:
+    """Everything that must agree for one run to continue another; ``source`` as of `of_source`."""
     stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
         "model": of_model(model, program),
@@ -97,10 +96,19 @@ def of_run(model: nn.Module, source: Source, settings: Settings, program: Progra
             "method": settings.method,
             "targets": of_targets(settings.targets),
             "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
+            **of_code(settings.method),
         },
-        "source": of_source(source),
+        "source": source,
         "stored": {name: getattr(settings, name) for name in stored},
     }
+
+
+def of_code(method: str) -> dict[str, str]:
+    """A hash of the code of a method of the caller's own; nothing for gradkern's."""
+    function = methods.METHODS.get(method)
+    if function is None or function.__module__.partition(".")[0] == "gradkern":
+        return {}
+    return {"code": hashlib.sha256(code_text(function).encode()).hexdigest()[:16]}
 
 
 def of_machine() -> dict[str, Any]:
@@ -125,6 +133,7 @@ WORDS = {
     "model.weights": "the model has other weights",
     "model.graph": "the model computes something else (its graph differs)",
     "model.tensors": "the model has other parameters",
+    "method.code": "the code of the method has changed",
     "source.samples": "the source has another number of samples",
     "source.shapes": "the source has samples of another shape",
     "source.dtypes": "the source has another dtype",
