@@ -109,6 +109,11 @@ def _of_model_alone(kind: Any) -> bool:
 
 def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor], samples: int) -> None:
     """Raise `BadValue`, by name, for a tensor among the arguments that is neither one row nor a row per sample."""
+    if arguments.get("additional_forward_args") is not None:
+        raise BadValue(
+            "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
+            "arguments as further inputs, with source=(x, more), and what is the same for all samples with the model."
+        )
     for name, value in arguments.items():
         if name in distributions(method):
             continue
@@ -225,9 +230,8 @@ class FromCaptum:
             maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
         maps, deltas = maps if self.deltas else (maps, None)
         maps = maps if isinstance(maps, tuple) else (maps,)
-        more = batch.arguments.get("additional_forward_args", ())
         with torch.no_grad():
-            outputs = batch.model(*batch.inputs, *(more if isinstance(more, tuple) else (more,)))
+            outputs = batch.model(*batch.inputs)
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
         seeds = jacobian_choice(batch.targets)(n, tuple(outputs.shape[1:]))
         rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None

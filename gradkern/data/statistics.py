@@ -7,6 +7,7 @@ mean absolute attribution or the variance.  It names the statistics that it need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -54,8 +55,12 @@ def _variance(sums: Sums) -> np.ndarray:
 
 
 def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
-    """Standard deviation of the inputs ``[*in]`` with every group counted ``weights`` [G] times."""
+    """Standard deviation of the inputs ``[*in]`` with every group counted ``weights`` [G] times.
+
+    With weights [D, G]: that of every draw, ``[D, *in]``.
+    """
     n = weights @ sums["count_group_inputs"]
+    n = n.reshape(*n.shape, *[1] * (sums["sum_group_inputs"].ndim - 1))
     mean = np.tensordot(weights, sums["sum_group_inputs"], 1) / n
     square = np.tensordot(weights, sums["sum_group_inputs_square"], 1) / n
     return np.sqrt(np.maximum(square - mean * mean, 0.0))
@@ -94,6 +99,17 @@ def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
     if unknown:
         raise BadValue(f"reductions: got {unknown[0]!r}, expected some of {', '.join(REDUCTIONS)}.")
     return tuple(n for n in REDUCTIONS if n in wanted)
+
+
+def nbytes(wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> int:
+    """Bytes of the statistics that these reductions need, for one chunk and one input."""
+    needs, maps, features = (
+        {n for r in wanted for n in REDUCTIONS[r].needs},
+        classes * math.prod(shape),
+        math.prod(shape),
+    )
+    numbers = {"count_ranks": RANK_BINS * maps, "sum_group_abs": GROUPS * maps, "max_abs": maps / 2}
+    return int(8 * sum(2 * GROUPS * features if n == "sum_group_inputs" else numbers.get(n, maps) for n in needs))
 
 
 class Accumulator:

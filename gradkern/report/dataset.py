@@ -124,6 +124,8 @@ class StoreSections:
                 f"Equal within {self.about['tolerance']:.0e} of the largest attribution, not to the last bit: "
                 + "; ".join(self.about["notes"]) + "."
             )  # fmt: skip
+        for words in self.results.losses():
+            section.text(words[0].upper() + words[1:] + ".")
         if not self.about["finished"]:
             missing = sorted(set(range(self.results.chunks)) - self.finished)
             section.text(f"{len(missing):,} chunks are missing. Run the same call again to continue.")

@@ -21,7 +21,7 @@ from gradkern.cli.models import load_model
 from gradkern.data import Results
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "info")
+COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "verify", "info")
 
 
 def build() -> nn.Module:

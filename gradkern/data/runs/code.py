@@ -55,8 +55,8 @@ def _belongs(value: Any, package: str) -> bool:
 
 def _of_function(function: FunctionType, package: str, seen: set[int]) -> Iterator[str]:
     yield _source(function, _text_of_code(function.__code__))
-    captured = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    for value in (function.__defaults__, function.__kwdefaults__, captured):
+    captured = tuple(cell.cell_contents for cell in function.__closure__ or () if _filled(cell))
+    for value in (function.__defaults__, tuple((function.__kwdefaults__ or {}).items()), captured):
         yield from _lines(value, package, seen)
     for name in sorted(_names(function.__code__) & function.__globals__.keys()):
         yield name

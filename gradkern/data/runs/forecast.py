@@ -11,6 +11,7 @@ CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
 LARGEST_CHUNK = 16384
 CACHED_BYTES = 16 << 20  # of a batch's maps, if they are reduced at once and not stored
 SMALLEST_CACHED = 32
+RECORDS = 6  # statistics alive at a time: of the chunk at work, of those being written, and of records being joined
 QUEUED = 5  # chunks alive at a time: two read ahead, one computed, two being written
 
 

@@ -85,6 +85,8 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     device = device_of(model)
     chosen = choose(model, alone, device)
     inputs = _joined(alone, chosen, device)
+    method = methods.find(settings.method, settings.arguments)
+    methods.check_arguments(method, settings.arguments, inputs, samples)
     engine = engine or options.engine(settings.engine)
     program = None
     if engine != "autograd":
@@ -92,8 +94,6 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
-    method = methods.find(settings.method, settings.arguments)
-    methods.check_arguments(method, settings.arguments, inputs, samples)
     arguments = methods.arguments_of(method, settings.arguments, chosen, samples, device)
     targets = targets_of(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)

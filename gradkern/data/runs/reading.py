@@ -7,7 +7,7 @@ continues reads finished chunks again, and compares, before it skips them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ class Reading:
     def __init__(self, source: Source, results: Results, alone: Alone, trust: bool) -> None:
         self.source, self.results, self.alone, self.trust = source, results, alone, trust
 
-    def stream(self, chunks: Sequence[int]) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    def stream(self, chunks: Sequence[int]) -> Generator[tuple[tuple[Tensor, ...], int], None, None]:
         """The inputs of one chunk after the other, each with its checksum."""
         spans = [self.results.span(c) for c in chunks]
         for (start, stop), rows in zip(spans, self.source.stream(spans), strict=True):

@@ -203,3 +203,4 @@ def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> 
     finally:
         for pool in (reader, writers):
             pool.shutdown(cancel_futures=True)
+        stream.close()  # the source's worker processes, if it has any

@@ -131,7 +131,9 @@ class Task:
         probe, keeps = self.probe, self.settings.maps
         queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
         written = probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps
-        memory = forecast.QUEUED * self.results.chunk * queued + options.memory_budget()
+        shapes = [tuple(probe.inputs[i].shape[1:]) for i in probe.floating]
+        sums = sum(statistics.nbytes(self.settings.reductions, probe.classes, shape) for shape in shapes)
+        memory = forecast.QUEUED * self.results.chunk * queued + options.memory_budget() + forecast.RECORDS * sums
         return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
 
     # ---- computing

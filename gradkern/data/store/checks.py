@@ -23,7 +23,7 @@ def checksum(arrays: Iterable[np.ndarray]) -> int:
     value = 0
     for array in arrays:
         value = google_crc32c.extend(value, f"{array.dtype.str}{array.shape}".encode())
-        content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for at in range(0, len(content), BLOCK):  # the function takes bytes only; a small copy stays in the cache
             value = google_crc32c.extend(value, bytes(content[at : at + BLOCK]))
     return value or 1
