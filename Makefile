@@ -23,7 +23,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all fuzz soak bench gpu cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -41,6 +41,9 @@ test-all: $(EXT) ## all tests
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
+
+soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes 30 --seed 1"
+	$(BIN)/python -m tests.support.soak $(ARGS)
 
 bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))

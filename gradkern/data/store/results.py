@@ -12,6 +12,7 @@ reductions/   [C, *in]      once the run is complete
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -202,11 +203,14 @@ class Results:
         counts = {name: total.facts[name] for name in COUNTS if name in total.facts}
         self.about |= {"finished": True, "exact": not notes, "notes": notes, "counts": counts, **tolerance}
         self.write_attributes()
-        layout.consolidate(self.store)
 
     def write_attributes(self) -> None:
-        self.about["checksum"] = checks.of_attributes(self.about)
-        self.group.attrs.update({"gradkern": self.about})
+        """Write ``about`` in one step: zarr would take two, and leave out the other arrays' descriptions in between."""
+        if "checksum" in self.about:  # a store of an earlier version has none, and no copy either
+            self.about["checksum"] = checks.of_attributes(self.about)
+        described = json.loads(durable.get(self.store, "zarr.json") or b"{}")
+        described.setdefault("attributes", {})["gradkern"] = self.about
+        durable.put(self.store, "zarr.json", json.dumps(described, indent=2).encode())
 
     def _remove_partial_of_completion(self) -> None:
         """Remove the half-written files of a completion that was killed."""
