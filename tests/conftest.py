@@ -20,6 +20,7 @@ from tests.support import exports
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 
 EXPORTING = {"frontend", "dispatch", "gpu", "test_threads.py"}
+torch.set_num_threads(1)  # before the fixtures of modules, too
 SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
 
 
@@ -28,6 +29,13 @@ def fresh_numbers(request: pytest.FixtureRequest) -> None:
     seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     np.random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """There is a process of tests per core.  A test that is about threads sets their number, which ends with it."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:

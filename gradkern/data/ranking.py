@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..util.buffers import buffers_kept
 from ..util.options import BadValue
+from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
@@ -65,10 +66,10 @@ class Curve:
 class Importance:
     """Scores and their stability.  Features are numbered row-major over a sample's shape.
 
-    ``scores``, ``low``, ``high`` [C, *in] with the bootstrap interval of ``level``; ``ranking`` [C, F], the most
-    important feature first; ``agreement`` [C], Spearman's rank correlation between the two halves of the data;
-    ``counts`` [C], the samples behind each row; ``means`` [*in] of the features.  ``nonfinite``: samples with NaN or
-    Inf, which were left out or counted in as the run's ``nonfinite`` says.
+    ``scores``, ``low``, ``high`` ``[C, *in]`` with the bootstrap interval of ``level``; ``ranking`` ``[C, F]``, most
+    important first; ``agreement`` ``[C]``, Spearman's rank correlation between the two halves of the data;
+    ``counts`` ``[C]``, the samples behind each row; ``means`` ``[*in]`` of the features.  ``nonfinite``: samples with
+    NaN or Inf, which were left out or counted in as the run's ``nonfinite`` says.
     """
 
     scores: np.ndarray
@@ -124,13 +125,13 @@ def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
 def importance(
     model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
-    progress: bool | None = None, **options: Any,
+    progress: bool | None = None, output: Output = None, **options: Any,
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
     ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
     ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
-    (0: no curves).  ``options`` go to `gradkern.run`.
+    (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
 
     Memory is bounded: where the statistics of all outputs would take more than 48 MiB, the outputs are done in parts,
     each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
@@ -142,17 +143,18 @@ def importance(
     def of(place: str | Path, targets: Any) -> Importance:
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
-            progress=progress, **options,
+            progress=progress, output=output, **options,
         )  # fmt: skip
         return of_results(results, level=level, draws=draws)
 
+    one = model if output is None else OneOutput(model, output)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
-        parts = [targets] if out is not None else _parts(model, rows, targets)
+        parts = [targets] if out is not None else _parts(one, rows, targets)
         found = [of(Path(folder, f"{i}.zarr") if out is None else out, part) for i, part in enumerate(parts)]
     whole = found[0] if len(found) == 1 else _joined(found)
     if not curve_samples:
         return whole
-    return replace(whole, curve=curve(model, rows, whole.ranking, whole.means, curve_samples))
+    return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
 
 
 def _parts(model: nn.Module, source: Source, targets: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from ...dispatch.targets import TopK
 from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
+from ...util.outputs import OneOutput, output_name
 from .. import methods
 from ..store.layout import dtype_name
 from .code import code_text
@@ -32,6 +33,7 @@ class Mismatch(BadValue):
 def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
     """Hashes of everything that determines the model's results: its weights and buffers, and its graph."""
     digest = hashlib.sha256()
+    model = model.model if isinstance(model, OneOutput) else model
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         _add_tensor(digest, name, tensor)
@@ -95,20 +97,20 @@ def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, prog
         "method": {
             "method": settings.method,
             "targets": of_targets(settings.targets),
+            **({} if settings.output is None else {"output": output_name(settings.output)}),
             "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
-            **of_code(settings.method),
+            **of_code(settings.method, settings.output),
         },
         "source": source,
         "stored": {name: getattr(settings, name) for name in stored},
     }
 
 
-def of_code(method: str) -> dict[str, str]:
-    """A hash of the code of a method of the caller's own; nothing for gradkern's."""
-    function = methods.METHODS.get(method)
-    if function is None or function.__module__.partition(".")[0] == "gradkern":
-        return {}
-    return {"code": hashlib.sha256(code_text(function).encode()).hexdigest()[:16]}
+def of_code(method: str, output: Any) -> dict[str, str]:
+    """Hashes of the code of a method, and of a function that chooses the output, that are the caller's own."""
+    given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
+    own = {k: f for k, f in given.items() if f is not None and f.__module__.partition(".")[0] != "gradkern"}
+    return {k: hashlib.sha256(code_text(f).encode()).hexdigest()[:16] for k, f in own.items()}
 
 
 def of_machine() -> dict[str, Any]:
@@ -134,6 +136,7 @@ WORDS = {
     "model.graph": "the model computes something else (its graph differs)",
     "model.tensors": "the model has other parameters",
     "method.code": "the code of the method has changed",
+    "method.output_code": "the code of the function output= has changed",
     "source.samples": "the source has another number of samples",
     "source.shapes": "the source has samples of another shape",
     "source.dtypes": "the source has another dtype",
@@ -155,8 +158,8 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
     stored, asked = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))
     differences = []
     for part in stored:
-        for name in stored[part]:
-            was, now = stored[part][name], asked.get(part, {}).get(name)
+        for name in dict.fromkeys([*stored[part], *({"output"} & asked.get(part, {}).keys())]):
+            was, now = stored[part].get(name), asked.get(part, {}).get(name)
             if was != now and (graph or (part, name) != ("model", "graph")):
                 words = WORDS.get(f"{part}.{name}", f"{name} differs")
                 differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")

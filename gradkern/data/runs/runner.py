@@ -86,6 +86,7 @@ def run(
         ``"blosc"``.
         ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
         the engine; chosen if they are None, then recorded and pinned.
+        ``output``: which of several outputs of the model, as in `gradkern.jacobian`.
         ``arguments``: of the method.  Tensors with a row per sample are cut with the samples.
         ``nonfinite``: what becomes of samples with NaN or Inf among their attributions.  ``"error"`` stops, and names
         them (the default if there are statistics); ``"skip"`` leaves them out of the statistics; ``"keep"`` counts

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from ...util.options import BadValue, Engine
+from ...util.outputs import Output, check_output_choice
 from .. import statistics
 from ..store.layout import STORED_AS, codecs
 
@@ -32,6 +33,7 @@ class Settings:
     batch: int | None = None
     threads: int | None = None
     engine: Engine | None = None
+    output: Output = None
     nonfinite: Nonfinite | None = None
     trust_source: bool = False
 
@@ -39,6 +41,7 @@ class Settings:
         if self.dtype not in STORED_AS:
             raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
         codecs(self.compression)
+        check_output_choice(self.output)
         object.__setattr__(self, "reductions", statistics.check_reductions(self.reductions))
         object.__setattr__(self, "arguments", dict(self.arguments))
         for name in ("chunk", "batch", "threads"):
@@ -64,6 +67,7 @@ class RunOptions(TypedDict, total=False):
     batch: int | None
     threads: int | None
     engine: Engine | None
+    output: Output
     nonfinite: Nonfinite | None
     trust_source: bool
 

@@ -316,14 +316,16 @@ def settings_of_store(about: Mapping[str, Any]) -> Settings:
     fingerprint, pinned = about["fingerprint"], about["pinned"]
     of_method = fingerprint["method"]
     targets, arguments = of_method["targets"], of_method["arguments"]
-    if isinstance(targets, dict) or any(isinstance(v, (list, dict)) for v in arguments.values()):
+    output = of_method.get("output")
+    hashed = "output_code" in of_method
+    if hashed or isinstance(targets, dict) or any(isinstance(v, (list, dict)) for v in arguments.values()):
         raise BadValue(
-            "the store holds only a hash of its run's targets or arguments. Call gradkern.data.repair(store, model, "
-            "source, settings=gradkern.data.Settings(...)) with those of the run."
+            "the store holds only a hash of its run's targets, arguments or output. Call gradkern.data.repair(store, "
+            "model, source, settings=gradkern.data.Settings(...)) with those of the run."
         )
     if isinstance(targets, str) and targets.startswith("TopK("):
         targets = TopK(int(targets[5:-1]))
     return Settings(
         of_method["method"], targets, arguments, **fingerprint["stored"], nonfinite=about.get("nonfinite"),
-        chunk=pinned["chunk"],
+        output=output, chunk=pinned["chunk"],
     )  # fmt: skip
