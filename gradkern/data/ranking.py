@@ -28,7 +28,7 @@ from .sources import Source, open_source
 from .statistics import GROUPS
 from .store.results import Results
 
-PART_BYTES = 48 << 20  # of statistics of the outputs that one pass over the data covers
+PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
 TRACK_BYTES = 16 << 20  # of the order of features of the samples that are tracked at a time
 BLOCK = 4096  # features whose bootstrap is drawn at a time
 SPREAD = ("sum_group_inputs", "sum_group_inputs_square", "sum_group_abs")
@@ -133,7 +133,7 @@ def importance(
     ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
     (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
 
-    Memory is bounded: where the statistics of all outputs would take more than 48 MiB, the outputs are done in parts,
+    Memory is bounded: where the statistics of all outputs would take more than 64 MiB, the outputs are done in parts,
     each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
     """
     rows = open_source(source, columns, input_dtype)
@@ -166,7 +166,7 @@ def _parts(model: nn.Module, source: Source, targets: Any) -> list[Any]:
         outputs = model(*inputs)
     wanted = list(range(outputs[0].numel())) if targets is None else list(targets)
     features = sum(x.numel() for x in inputs if x.is_floating_point())
-    size = max(1, PART_BYTES // max(1, statistics.nbytes(("mean_abs", "importance"), 1, (features,))))
+    size = max(1, PART_BYTES // max(1, 8 * (GROUPS + 1) * features))
     if size >= len(wanted):
         return [targets]
     return [wanted[i : i + size] for i in range(0, len(wanted), size)]

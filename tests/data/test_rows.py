@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from gradkern.data import Mismatch, Outcome, merge, open_source, run, verify
 from gradkern.data import methods as data_methods
 from gradkern.data.sources import registry
-from tests.data.test_sources import MAKERS, Items, X
+from tests.support.sources import MAKERS, Items, X
 
 KINDS = [*MAKERS, lambda folder: DataLoader(Items(), batch_size=5, num_workers=2, collate_fn=list_of_pairs)]
 
@@ -45,7 +45,7 @@ def mirror(monkeypatch):
 def test_every_registered_kind_is_among_those_tried(tmp_path):
     tried = {type(open_source(make(folder_of(tmp_path, i)))) for i, make in enumerate(KINDS)}
     ours = {kind for kind in registry.SOURCE_KINDS if kind.__module__.startswith("gradkern.")}
-    assert ours <= tried, "a new kind of source needs an entry in MAKERS of tests/data/test_sources.py"
+    assert ours <= tried, "a new kind of source needs an entry in MAKERS of tests/support/sources.py"
 
 
 def folder_of(path, name):

@@ -31,9 +31,9 @@ from torch import nn
 
 import gradkern
 from gradkern.data import Busy, DiskFull, Mismatch, Results, repair, run, verify
-from tests.data.test_sources import MAKERS, X
-from tests.data.test_stores import OPTIONS as OLD_OPTIONS
-from tests.data.test_stores import STORES, problem
+from tests.support.old_stores import OPTIONS as OLD_OPTIONS
+from tests.support.old_stores import STORES, problem
+from tests.support.sources import MAKERS, X
 from tests.support.stores import assert_same
 
 FULL, BUSY, FAILED = 4, 6, 1

@@ -22,7 +22,7 @@ from ...util import options
 from ...util.buffers import buffers_kept
 from ...util.options import BadValue, Engine
 from ...util.random_state import RandomState
-from .. import methods
+from .. import methods, statistics
 from .reading import Alone
 from .settings import Settings
 
@@ -66,6 +66,11 @@ class Probe:
     @property
     def input_bytes(self) -> int:
         return sum(x[:1].nbytes for x in self.inputs)
+
+    def sums_bytes(self, reductions: Sequence[str] | str) -> int:
+        """Bytes of the statistics of one chunk."""
+        shapes = [tuple(self.inputs[i].shape[1:]) for i in self.floating]
+        return sum(statistics.nbytes(reductions, self.classes, shape) for shape in shapes)
 
     def plan_key(self) -> str | None:
         """A hash of the plan: how each step runs."""

@@ -133,9 +133,12 @@ class Task:
         probe, keeps = self.probe, self.settings.maps
         queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
         written = probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps
-        shapes = [tuple(probe.inputs[i].shape[1:]) for i in probe.floating]
-        sums = sum(statistics.nbytes(self.settings.reductions, probe.classes, shape) for shape in shapes)
-        memory = forecast.QUEUED * self.results.chunk * queued + options.memory_budget() + forecast.RECORDS * sums
+        sums = probe.sums_bytes(self.settings.reductions)
+        memory = (
+            forecast.QUEUED * self.results.chunk * queued
+            + options.memory_budget()
+            + min(forecast.RECORDS, 2 + len(chunks)) * sums
+        )
         return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
 
     # ---- computing
