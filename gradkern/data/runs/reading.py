@@ -52,7 +52,7 @@ class Alone:
                 raise BadValue(
                     f"source: the samples {start} … {stop - 1} are {x.dtype} {list(x.shape[1:])}, but sample "
                     f"{next(iter(self.rows))} is {one.dtype} {list(one.shape[1:])}. All must be alike: pad or "
-                    "crop them (pad=), and store them in one dtype."
+                    "crop them before, and store them in one dtype."
                 )
         for i in range(start, stop):
             if i in self.rows and _checksum([x[i - start : i - start + 1] for x in rows]) != _checksum(self.rows[i]):
