@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import api
+from ...dispatch import ways
 from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import couples_batch, decide
+from ...dispatch.route import compared, couples_batch, decide
+from ...dispatch.targets import Seeds
 from ...ir.program import Program
+from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
 from ...util.buffers import buffers_kept
@@ -39,6 +42,7 @@ class Probe:
     inputs: tuple[Tensor, ...]
     rate: float
     alone: Alone  # the samples that were read
+    way: Way | None = None  # of gradients, if kernels and autograd were compared
 
     @property
     def seeds(self) -> int:
@@ -85,27 +89,44 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, engine: Engine | None) -> Probe:
-    """Trace, and run the method on a few of the samples that were read, which are spread over all ``samples``."""
+def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
+    """Trace, and run the method on a few of the samples that were read, which are spread over all ``samples``.
+
+    ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
+    chunks, in all processes, go the same way.
+    """
     device = device_of(model)
     chosen = choose(model, alone, device)
     inputs = _joined(alone, chosen, device)
     method = methods.find(settings.method, settings.arguments)
     methods.check_arguments(method, settings.arguments, inputs, samples)
-    engine = engine or options.engine(settings.engine)
+    engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
         program = api.prepare(model, inputs)
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
+    chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
     arguments = methods.arguments_of(method, settings.arguments, chosen, samples, device)
     targets = targets_of(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
+    way = faster_way(model, alone, outcome.maps[0].shape[1]) if chooses else None
     begin = time.perf_counter()
-    method(batch)
-    return Probe(program, engine, outcome, inputs, len(chosen) / (time.perf_counter() - begin), alone)
+    with ways.pinned(way):
+        method(batch)
+    return Probe(program, engine, outcome, inputs, len(chosen) / (time.perf_counter() - begin), alone, way)
+
+
+def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
+    """The way of gradients of so many outputs, measured on samples spread over the source."""
+    inputs = _joined(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
+    floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
+    chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
+    request = Request(model, inputs, floating, lambda n, out: chosen)
+    found = compared(request, decide(request, "auto"), chosen)
+    return None if found is None else found.way
 
 
 def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:

@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from ...util import options as choices
 from ...util.options import GradkernWarning
 from ..store import locks
 from ..store.results import Results
@@ -99,6 +101,8 @@ def run(
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned(1, shard)  # an invalid shard is refused before anything is created
+    if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
+        settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
     with disk_full(out):
         task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
         task.results.check_files()

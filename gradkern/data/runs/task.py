@@ -316,6 +316,8 @@ def check_pinned(results: Results, settings: Settings) -> None:
         "threads": settings.threads,
         "engine": None if settings.engine == "auto" else settings.engine,
     }
+    if settings.engine == "kernel" and results.about["program"] is None and results.about.get("engine") != "autograd":
+        asked["engine"] = None  # kernels were asked for, and the network has none
     differing = [f"{k} {pinned[k]}, this call asks for {v}" for k, v in asked.items() if v and v != pinned[k]]
     before, now = results.about.get("nonfinite", "keep"), settings.nonfinite
     if now and now != before:
