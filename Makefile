@@ -55,6 +55,10 @@ bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two fir
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 
+zoo: $(EXT) ## networks of other people's packages against plain torch; writes docs/zoo.md (ARGS=--quick: two networks)
+	$(BIN)/python -m benchmarks.zoo.environment build/zoo
+	build/zoo/bin/python -W ignore -m benchmarks.zoo $(ARGS)
+
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
 	@PYTHON='$(PYTHON)' tools/gpu.sh
 
