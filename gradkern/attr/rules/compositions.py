@@ -111,7 +111,7 @@ def logcumsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 # Means, variances, norms
 
 
-def centred(tape: Tape, p: Pair, dims: list[int]) -> tuple[Pair, Pair]:
+def centered(tape: Tape, p: Pair, dims: list[int]) -> tuple[Pair, Pair]:
     """The mean, with its axes kept, and the deviations from it."""
     mean = tape("mean.dim", p, dims, True)
     return mean, tape("sub.Tensor", p, mean)
@@ -129,7 +129,7 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     p = a["self"]
     dims, keep = axes(a.get("dim"), p.x.dim()), bool(a.get("keepdim", False))
     given = a.get("correction", 1.0 if a.get("unbiased", True) else 0.0)
-    mean, deviations = centred(tape, p, dims)
+    mean, deviations = centered(tape, p, dims)
     y = variance(tape, deviations, dims, 1.0 if given is None else given)
     if name.startswith("std"):
         y = tape("sqrt.default", y)
@@ -138,9 +138,9 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return (y, mean) if name.endswith("mean") else y
 
 
-def normalised(tape: Tape, p: Pair, dims: list[int], eps: float) -> tuple[Pair, Pair, Pair]:
+def normalized(tape: Tape, p: Pair, dims: list[int], eps: float) -> tuple[Pair, Pair, Pair]:
     """Deviations over the root of their mean square, that mean, and the inverse root."""
-    mean, deviations = centred(tape, p, dims)
+    mean, deviations = centered(tape, p, dims)
     inverse = tape("rsqrt.default", tape("add.Scalar", variance(tape, deviations, dims, 0.0), eps))
     return tape("mul.Tensor", deviations, inverse), mean, inverse
 
@@ -150,7 +150,7 @@ def layer_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     a = named(op, args, kwargs)
     p = a["input"]
     dims = list(range(p.x.dim() - len(a["normalized_shape"]), p.x.dim()))
-    y, mean, inverse = normalised(tape, p, dims, a["eps"])
+    y, mean, inverse = normalized(tape, p, dims, a["eps"])
     if a["weight"] is not None:
         y = tape("mul.Tensor", y, a["weight"])
     if a["bias"] is not None:
@@ -180,7 +180,7 @@ def group_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         raise NoRule(str(op))
     groups = shape[1] if name == "instance_norm" else a["num_groups"] if name == "group_norm" else a["group"]
     rows = tape("view.default", tape("clone.default", p), [shape[0], groups, -1])
-    y, mean, inverse = normalised(tape, rows, [2], a["eps"])
+    y, mean, inverse = normalized(tape, rows, [2], a["eps"])
     y = tape("view.default", y, shape)
     per_channel = [1, -1, *(1,) * (len(shape) - 2)]
     for key, join in (("weight", "mul.Tensor"), ("bias", "add.Tensor")):

@@ -7,6 +7,7 @@ Here the rule is applied to the Program, so it also works for functional, in-pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from ...util.callables import model_of, name_of
 from ...util.chunks import spans
 from ...util.options import BadValue, Engine, InputError
 from ...util.options import engine as engine_of
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
@@ -51,10 +53,11 @@ class DeepLift(RuleMethod, stock.DeepLift):
         multiply_by_inputs: bool = True,
         eps: float = 1e-10,
         engine: Engine | None = None,
+        output: Output = None,
         rules: Rules = "complete",
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
-        plug_into(self, GradientFunc(_engine_of(rules, engine)))
+        plug_into(self, GradientFunc(_engine_of(rules, engine)), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -95,23 +98,30 @@ class DeepLift(RuleMethod, stock.DeepLift):
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
+        ``custom_attribution_func`` as in ``attribute``; it is called once per output.
         """
         rows = compat.format_tensor_into_tuples(inputs)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
-        return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
+        options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
+        return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        options = options | {"baselines": compat.format_baseline(options.get("baselines"), points.inputs)}
-        return super()._rows(points, index, seeds, options)
+        start = compat.format_baseline(options.get("baselines"), points.inputs)
+        custom = options.get("custom_attribution_func")
+        options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
+        parts = super()._rows(points, index, seeds, options)
+        return parts if custom is None or parts is None else customised(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         values, rows, constant = chunk.values(chunk.rows), _start(chunk), detached(chunk.program)
@@ -180,7 +190,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
         delta = super()._row_delta(parts, points, seeds, options)
-        if self.multiplies_by_inputs:
+        if self.multiplies_by_inputs and options.get("custom_attribution_func") is None:
             say_if_large(points.fn, tuple(p.flatten(0, 1) for p in parts), delta.flatten())
         return delta
 
@@ -223,6 +233,16 @@ def _engine_of(rules: Rules, engine: Engine | None) -> Engine | None:
     return "autograd" if rules == "captum" else engine
 
 
+def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
+    """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
+    start = compat.tensorize_baseline(inputs, tuple(baselines))
+    by_seed = [
+        compat.call_custom_attribution_func(custom, tuple(m[:, s] for m in multipliers), inputs, start)
+        for s in range(multipliers[0].shape[1])
+    ]
+    return tuple(torch.stack(parts, 1) for parts in zip(*by_seed, strict=True))
+
+
 def _start(chunk: Chunk) -> Tensors:
     """The chunk's reference point: one row if it serves all, else one each; then the tensors that are not inputs."""
     start = []
@@ -246,19 +266,22 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         model: nn.Module,
         multiply_by_inputs: bool = True,
         engine: Engine | None = None,
+        output: Output = None,
         rules: Rules = "complete",
     ) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
-        plug_into(self, GradientFunc(_engine_of(rules, engine)))
+        plug_into(self, GradientFunc(_engine_of(rules, engine)), output)
 
     @typed
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -278,16 +301,19 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
-                maps, delta = self._mean(points, seeds, start, return_convergence_delta)
+                maps, delta = self._mean(points, seeds, start, return_convergence_delta, custom_attribution_func)
                 return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
             base = start if as_tuple else start[0]
-            return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
+            fixed = (additional_forward_args, return_convergence_delta, custom_attribution_func)
+            return self.attribute(inputs, base, target, *fixed)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
-    def _mean(self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool) -> tuple[Tensors, Tensor | None]:
+    def _mean(
+        self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool, custom: Any = None
+    ) -> tuple[Tensors, Tensor | None]:
         """Some samples at a time against all references."""
         rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
@@ -296,7 +322,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
-            options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
+            options: Options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
+            options |= {"custom_attribution_func": custom}
             chunk_index = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
             paired = points.at(pairs, extra)
             maps = self._rows(paired, chunk_index, seeds.count, options)

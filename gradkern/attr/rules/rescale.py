@@ -12,7 +12,7 @@ from ...ir.calls import Params, evaluate
 from ...ir.program import Batch, LowRank, Opaque, Param, Product, Program, Scale, Select, Value, Windows
 from ...runtime import ops, reference
 from . import maxima, recurrent  # noqa: F401  (register their rules)
-from .compositions import log_softmax_along, normalised, softmax_along
+from .compositions import log_softmax_along, normalized, softmax_along
 from .registry import Region
 from .rule import Local, Rule, Values, at_place, chosen, derivative, padded, pass_through, slope
 from .tape import NoRule, Pair, Tape, secant_by_formula
@@ -164,15 +164,12 @@ def composed(rule: Rescale, i: int) -> Local:
     except NoRule as reason:
         rule.unruled[i] = str(reason)
         return derivative(rule, i)
-    changes = [torch.zeros_like(p.x, dtype=dtype) for p in moving]
 
     def pulled(g: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(result, Pair):  # a constant
-            grads: Sequence[Tensor] = [g.new_zeros(*g.shape[:2], *t.shape[1:]) for t in changes]
+            grads = [g.new_zeros(*g.shape[:2], *p.shape[1:]) for p in moving]
         else:
-            with torch.inference_mode(False), torch.enable_grad():
-                key = ("tape", step.op)
-                grads = reference.all_seeds(key, lambda *ts: tape.replay(moving, ts, result), changes, g)
+            grads = tape.transposed(moving, result, g)
         rest = iter(grads)
         still = g.new_zeros(())
         return tuple(next(rest) if isinstance(p, Pair) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args)
@@ -186,7 +183,7 @@ def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -
     if isinstance(form, LowRank):
         assert isinstance(x, Pair)
         if form.function == "normalize":
-            return normalised(tape, x, [form.axis + 1], form.params[0])[0]
+            return normalized(tape, x, [form.axis + 1], form.params[0])[0]
         return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
     assert isinstance(form, Opaque)
     known = dict(zip(step.inputs, args, strict=True))

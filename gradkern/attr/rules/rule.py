@@ -1,7 +1,7 @@
 """Rules, which replace each step's derivative for an attribution method, and the plain executor that runs them.
 
 A gradient is the product of the steps' transposed linear maps.  A rule keeps this structure and changes the maps:
-DeepLift replaces slopes by secants; LRP changes weights and normalises.  `Local` is one step's map.  `pull` runs a
+DeepLift replaces slopes by secants; LRP changes weights and normalizes.  `Local` is one step's map.  `pull` runs a
 Program backwards through such maps in plain torch, all seeds at once, and :mod:`gradkern.attr.rules.linear` on kernels.
 """
 

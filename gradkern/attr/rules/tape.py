@@ -70,12 +70,23 @@ class Tape:
         self.maps.append((function, tuple(p.slot for p in moving), slots))
         return results
 
-    def replay(self, first: Sequence[Pair], changes: Sequence[Tensor], last: Pair) -> Tensor:
-        """The change of ``last`` for changes of ``first``; a linear function of these, which torch differentiates."""
-        known = {p.slot: t for p, t in zip(first, changes, strict=True)}
-        for function, sources, slots in self.maps:
-            known.update(zip(slots, pytree.tree_leaves(function(*(known[s] for s in sources))), strict=True))
-        return known[last.slot]
+    def transposed(self, first: Sequence[Pair], last: Pair, g: Tensor) -> list[Tensor]:
+        """``g [N, S, *out]`` of ``last`` back through the maps: one ``[N, S, *in]`` for each of ``first``."""
+        with torch.inference_mode(False), torch.enable_grad():
+            changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]
+            known = {p.slot: t for p, t in zip(first, changes, strict=True)}
+            for function, sources, slots in self.maps:
+                known.update(zip(slots, pytree.tree_leaves(function(*(known[s] for s in sources))), strict=True))
+            change = known[last.slot]
+            if not change.requires_grad:
+                return [g.new_zeros(*g.shape[:2], *t.shape[1:]) for t in changes]
+            seeds = g.clone().to(change.dtype).unbind(1)
+            back = [torch.autograd.grad(change, changes, s, retain_graph=True, materialize_grads=True) for s in seeds]
+        return (
+            [torch.stack(parts, 1) for parts in zip(*back, strict=True)]
+            if back
+            else [g.new_zeros(*g.shape[:2], *t.shape[1:]) for t in changes]
+        )
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """An ATen operation (an overload or its name without ``aten.``) on pairs, tensors and plain values."""
