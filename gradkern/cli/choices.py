@@ -107,13 +107,36 @@ class ShardType(click.ParamType):
         return i, n
 
 
+class OutputType(click.ParamType):
+    """An index, or a name."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return int(value) if value.lstrip("-").isdigit() else str(value)
+
+
+output = click.option(
+    "--output", type=OutputType(), help="Of a model that returns several tensors: the index or name of one."
+)
+
+
 def run_options(command: Command) -> Command:
     """The options that ``run`` and ``importance`` share; they are passed on to `gradkern.run` unchanged."""
     for option in (
         click.option("--targets", type=TargetsType(), help="Outputs, such as 0,2 or top3; all by default."),
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
         click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
+        click.option(
+            "--nonfinite",
+            type=click.Choice(["error", "skip", "keep"]),
+            help="Samples with NaN or Inf: stop (the default with statistics), leave them out of these, or keep them.",
+        ),
+        click.option(
+            "--trust-source", is_flag=True, help="Do not check that the samples are those of finished chunks."
+        ),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
+        output,
         click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),
     ):
         command = option(command)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from ...util.options import BadValue, Engine
+from ...util.outputs import Output, check_output_choice
 from .. import statistics
 from ..store.layout import STORED_AS, codecs
+
+Nonfinite = Literal["error", "skip", "keep"]
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,23 @@ class Settings:
     batch: int | None = None
     threads: int | None = None
     engine: Engine | None = None
+    output: Output = None
+    nonfinite: Nonfinite | None = None
+    trust_source: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
             raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
         codecs(self.compression)
+        check_output_choice(self.output)
         object.__setattr__(self, "reductions", statistics.check_reductions(self.reductions))
         object.__setattr__(self, "arguments", dict(self.arguments))
         for name in ("chunk", "batch", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise BadValue(f"{name}: got {value!r}, expected a positive number, or None.")
+        if self.nonfinite is not None and self.nonfinite not in get_args(Nonfinite):
+            raise BadValue(f"nonfinite: got {self.nonfinite!r}, expected one of {', '.join(get_args(Nonfinite))}.")
         if not self.maps and not self.reductions and not self.top_features:
             raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
 
@@ -58,6 +67,9 @@ class RunOptions(TypedDict, total=False):
     batch: int | None
     threads: int | None
     engine: Engine | None
+    output: Output
+    nonfinite: Nonfinite | None
+    trust_source: bool
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:
