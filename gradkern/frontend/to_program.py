@@ -176,7 +176,9 @@ class _GraphLowering:
         place = _batch_axis(meta.shape)
         if size <= _LARGEST_CALL // 8 or not values_in(call):
             return call
-        if meta.dtype.is_floating_point and place >= 0 and self._size(meta.shape[place]) == Batch(1):
+        recurrent = any(inner.op in GATES for inner in calls_in(call))  # its last state has a form (`last_state`)
+        movable = meta.dtype.is_floating_point and place >= 0 and self._size(meta.shape[place]) == Batch(1)
+        if movable and not recurrent:
             b, rest = self.builder, [int(d) for k, d in enumerate(meta.shape) if k != place]
             front = Call("aten.movedim.int", (call, place, 0))
             x = b.emit(Opaque(front, "inside it the batch is not axis 0"), values_in(call), tuple(rest))

@@ -229,6 +229,22 @@ def test_literals_are_part_of_the_program() -> None:
     assert torch.allclose(reference.forward(program, bind(program, model), (x,))[-1], model(x).detach())
 
 
+@pytest.mark.parametrize("times", [1, 0])
+def test_constants_with_the_size_of_the_batch(times: int) -> None:
+    """A row that all samples share is a constant; numbers that differ between samples are not."""
+
+    def run(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(x.shape[0], dtype=x.dtype).view(-1, 1) ** (1 - times)  # ones, or 0, 1, 2, …
+        return net.fc(x).tanh() + rows + torch.full((x.shape[0], 1), 0.5, dtype=x.dtype)
+
+    model = Net(run)
+    program = proposed(model, (4,))
+    assert (Opaque in forms(program)) == (times == 0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    got = reference.forward(program, bind(program, model), (x,))[-1]
+    assert torch.allclose(got, model(x).detach(), rtol=1e-12)
+
+
 def test_tensor_attributes_are_bound_live() -> None:
     model = Net(lambda net, x: net.fc(x) * net.factor, factor=torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
     program = proposed(model, (4,))
