@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern.ir.program import Opaque
-from tests.support.operations import FORMS, TORCHS, Operation
+from tests.support.operations import FORMS, SEQUENCE_FIRST, TORCHS, Operation
 
 _TOGETHER = 12  # operations of one network
 
@@ -77,6 +77,12 @@ def checked(operations: Mapping[str, Operation]) -> list[str]:
 @pytest.mark.parametrize("operations", cases(FORMS))
 def test_operations_that_are_forms(operations: Mapping[str, Operation]) -> None:
     assert checked(operations) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+def test_operations_with_the_samples_in_axis_one() -> None:
+    checked(SEQUENCE_FIRST)
 
 
 @pytest.mark.slow

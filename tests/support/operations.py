@@ -31,6 +31,11 @@ def assign(h: Tensor, change: Callable[[Tensor], None]) -> Tensor:
     return y
 
 
+def first(h: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """``f`` on ``[6, N, 8]``."""
+    return f(h.transpose(0, 1)).transpose(0, 1)
+
+
 def sequence_first(h: Tensor) -> Tensor:
     y = h.transpose(0, 1)
     for _ in range(60):
@@ -394,6 +399,22 @@ FORMS: dict[str, dict[str, Operation]] = {
         "long_batch_away": (S, lambda h: sequence_first(h)),
         "numpy_T": (S, lambda h: h.permute(2, 1, 0).permute(2, 1, 0)),
     },
+}
+
+#: With the samples in axis 1; some of these are forms.
+SEQUENCE_FIRST: dict[str, Operation] = {
+    "first_cat": (S, lambda h: first(h, lambda y: torch.cat([y, R(1, 1, 8).expand(-1, h.shape[0], -1)]))),
+    "first_cat_last": (S, lambda h: first(h, lambda y: torch.cat([R(6, 1, 2).expand(-1, h.shape[0], -1), y], 2))),
+    "first_stack": (S, lambda h: first(h, lambda y: torch.stack([y, y.tanh()], 2).flatten(2))),
+    "first_stack_zeros": (S, lambda h: first(h, lambda y: torch.stack([y, torch.zeros_like(y)]).sum(0))),
+    "first_pad": (S, lambda h: first(h, lambda y: F.pad(y, (1, 2)))),
+    "first_norms": (S, lambda h: first(h, lambda y: y.norm(dim=-1, keepdim=True) * y.var(0) + y.logsumexp(0))),
+    "first_index": (S, lambda h: first(h, lambda y: y.index_select(0, torch.tensor([0, 3])).cumsum(0))),
+    "first_assign": (S, lambda h: first(h, lambda y: assign(y, lambda z: z.__setitem__(0, y[2])))),
+    "first_assign_number": (S, lambda h: first(h, lambda y: assign(y, lambda z: z.__setitem__(0, 1.0)))),
+    "first_fill": (S, lambda h: first(h, lambda y: y.masked_fill(R(8) > 0, 0.5))),
+    "first_where": (S, lambda h: first(h, lambda y: torch.where(R(8) > 0, y, y.addcmul(y, R(6, 1, 8))))),
+    "first_maximum": (S, lambda h: first(h, lambda y: torch.maximum(y, R(8)).amin(0).unsqueeze(0))),
 }
 
 #: torch runs and differentiates these.

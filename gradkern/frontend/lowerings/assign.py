@@ -29,6 +29,9 @@ def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not hasattr(a, "index") and a.dim % (len(shape) + 1) == 0 and takes_all(a):
         return need_value(source, "what is assigned")
     axis = sample_axis(a.dim, len(shape))
+    for tensor, rank in ((x, len(shape) + 1), (source, len(shape) + 1 - hasattr(a, "index"))):
+        if isinstance(tensor, Param) and len(b.param_shape(tensor)) != rank:
+            raise NoForm("one of its constants has other axes than the samples")
     places = range(shape[axis])
     found = [places[a.index]] if hasattr(a, "index") else list(places[a.start : a.end : a.step])
     part = (*shape[:axis], len(found), *shape[axis + 1 :])

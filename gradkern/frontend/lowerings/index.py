@@ -223,14 +223,18 @@ def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], axis: int,
     like = {"dtype": a.result_dtype, "device": a.result_device}
     parts, pieces, values, first = [], [], [], 0
     for x in tensors:
-        shape = b.shape(x) if isinstance(x, Value) else b.param_shape(x)[1:]
+        shape = b.shape(x) if isinstance(x, Value) else b.param_shape(x)
+        if isinstance(x, Param) and len(shape) == len(a.result) + 1:
+            shape = shape[1:]
+        if len(shape) != len(a.result):
+            raise NoForm("one of its constants has other axes than the samples")
         n = shape[axis]
         if isinstance(x, Value):
             pieces.append(b.derive("aten.zeros.default", (1, *shape), **like))
             parts.append(along(shape, axis, [-1] * first + list(range(n)) + [-1] * (a.result[axis] - first - n)))
             values.append(x)
         else:
-            pieces.append(x)
+            pieces.append(b.derive("aten.reshape.default", x, (1, *shape)))
         first += n
     y = emit(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
     full = b.derive("aten.cat.default", tuple(pieces), axis + 1)
