@@ -160,6 +160,13 @@ def _parts(method: Any) -> list[Any]:
     return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
 
 
+def seen_as(kind: Any, method: Any) -> Any:
+    """``method`` as an object of another class, with what its constructor has set: the model, engine and factors."""
+    other = kind.__new__(kind)
+    other.__dict__.update(vars(method))
+    return other
+
+
 def with_engine(method: Any, engine: Any) -> Any:
     """The same method on another engine."""
     from .plug import GradientFunc

@@ -127,7 +127,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:
             seeds, _ = points.choose(jacobian_choice(targets))
-            run = _AllOutputs(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, wants_delta)
+            run = AllOutputs(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, wants_delta)
             average = run.average(nt_samples, nt_samples_batch_size, stdevs)
             if average is not None:
                 maps = average.smoothed(self, nt_type, nt_samples)
@@ -168,8 +168,11 @@ class _Average:
         return torch.cat(self.deltas)
 
 
-class _AllOutputs:
-    """One call of `NoiseTunnel.attribute_all` on the engine."""
+class AllOutputs:
+    """One call of `NoiseTunnel.attribute_all` on the engine.
+
+    ``shapes`` of the attributions ``[N, S, …]``, if they are not those of the inputs.
+    """
 
     def __init__(
         self,
@@ -180,10 +183,13 @@ class _AllOutputs:
         options: Options,
         draw: bool,
         delta: bool,
+        shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.tunnel, self.rows, self.points, self.seeds = tunnel, rows, points, seeds
         self.options, self.draw, self.wants_delta = options, draw, delta
-        self.sums = _Average(rows, [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows])
+        shapes = [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows] if shapes is None else shapes
+        self.sums = _Average(rows[: len(shapes)], shapes)
+        self.point_bytes = max(1, sum(s[0].nbytes for s in self.sums.sums if len(s)), gradient_bytes(rows, seeds.count))
 
     def average(self, samples: int, batch: int | None, stdevs: Any) -> _Average | None:
         """The average over all copies; None if the method has no Program."""
@@ -217,7 +223,7 @@ class _AllOutputs:
         """Add the samples ``a:b``, whose copies are consecutive rows, in blocks of rows."""
         method = self.tunnel.attribution_method
         index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
-        room = block_rows(gradient_bytes(self.rows, self.seeds.count), self.rows[0].device)
+        room = block_rows(self.point_bytes, self.rows[0].device)
         for first, last, step, stop in _row_blocks(b - a, count, room):
             take = slice(first * count + step, (last - 1) * count + stop)
             rows, copies = tuple(x[take].detach() for x in noisy), stop - step
