@@ -173,7 +173,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
-    for start, stop in spans(0, request.samples, chunk):
+    for start, stop in list(spans(0, request.samples, chunk)) or [(0, 0)]:
         if whole is None:
             part = request.part(start, stop, seeds)
             # Decide again: the caller may have changed the model since the last piece.
@@ -284,4 +284,6 @@ def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Outp
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None
     checked, indices = read_inputs(inputs, wrt)
+    if not checked[0].shape[0]:
+        raise BadValue("inputs: got no samples, expected at least one: a network is verified on some of them.")
     return Request(_callable(model, output), checked, indices, jacobian_choice(None))

@@ -138,12 +138,23 @@ def public_call(method: Any) -> Iterator[None]:
         with one_call(), _Call() as call:
             token = _current.set(call)
             try:
+                if not _on_our_gradients(method):
+                    keep_buffers(getattr(method, "forward_func", None))
                 yield
             finally:
                 _current.reset(token)
     finally:
         for part, gradient in gradients:
             part.gradient_func = gradient
+
+
+def _on_our_gradients(method: Any) -> bool:
+    """Does gradkern decide what runs?  Not with a gradient, or a method inside, that is not its own."""
+    from .plug import GradientFunc
+
+    while hasattr(method, "attribution_method"):
+        method = method.attribution_method
+    return isinstance(getattr(method, "gradient_func", None), GradientFunc)
 
 
 def keep_buffers(fn: Any) -> None:

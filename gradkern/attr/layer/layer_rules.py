@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...dispatch.targets import Seeds
 from ...runtime import reference
 from ...util.chunks import spans
+from ...util.options import Engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, completeness, picked
 from ..call import seen_as
 from ..captum_compat import stock
+from ..plug import GradientFunc, plug_into
 from ..points import block_rows, gradient_bytes
 from ..rules.deeplift import DeepLift, check_references, customised, pairs_of
 from ..rules.lrp import LRP
@@ -78,6 +81,18 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
 
     A drop-in for `captum.attr.LayerDeepLiftShap`, complete even where Captum is not.  Attribute logits.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
+        # Captum's own calls `LayerDeepLift` by a name that a user may have replaced by ours.
+        stock.LayerDeepLift.__init__(self, model, layer, multiply_by_inputs)
+        plug_into(self, GradientFunc(engine), output)
 
     attribute = one_output(stock.LayerDeepLiftShap)
     attribute_all = all_outputs(stock.LayerDeepLiftShap)
