@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import eager
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
+from .dispatch.route import compared, couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
@@ -223,8 +223,9 @@ def explain(
 
     Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
-    gradkern's own kernels.  Captures the model if that has not been done.  ``wrt`` (by default all floating inputs) and
-    ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
+    gradkern's own kernels.  With the engine ``"auto"``, ``.timing`` compares the plan with autograd on these samples;
+    calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
+    inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
     request = _inspection_request(model, inputs, wrt, output)
     route = decide(request, engine)
@@ -239,6 +240,7 @@ def explain(
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
+        explanation = explanation.timed(compared(request, route, seeds))
     if show:
         print(explanation)
     return explanation

@@ -61,9 +61,9 @@ class Curve:
 class Importance:
     """Scores and their stability.  Features are numbered row-major over a sample's shape.
 
-    ``scores``, ``low``, ``high`` [C, *in] with the bootstrap interval of ``level``; ``ranking`` [C, F], the most
-    important feature first; ``agreement`` [C], Spearman's rank correlation between the two halves of the data;
-    ``counts`` [C], the samples behind each row.
+    ``scores``, ``low``, ``high`` ``[C, *in]`` with the bootstrap interval of ``level``; ``ranking`` ``[C, F]``, most
+    important first; ``agreement`` ``[C]``, Spearman's rank correlation between the two halves of the data;
+    ``counts`` ``[C]``, the samples behind each row.
     """
 
     scores: np.ndarray

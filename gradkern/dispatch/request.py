@@ -31,6 +31,7 @@ class Request:
 
     ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
     which count in the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
+    ``part_of``: samples of the whole call, if this is a part of one.
     """
 
     fn: Callable[..., Any]
@@ -40,6 +41,7 @@ class Request:
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
+    part_of: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fn", unwrapped(self.fn))
@@ -52,6 +54,11 @@ class Request:
     @property
     def samples(self) -> int:
         return self.inputs[0].shape[0]
+
+    @property
+    def whole(self) -> int:
+        """Samples of the whole call."""
+        return max(self.part_of, self.samples)
 
     @property
     def sample_bytes(self) -> int:
@@ -71,6 +78,7 @@ class Request:
             self.wrt,
             lambda samples, output_shape: seeds.part(start, stop),
             ahead=self.ahead + self.samples - stop,
+            part_of=self.whole,
         )
 
     def pick(self, most: int) -> tuple[Tensor, ...]:
