@@ -173,7 +173,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
-    for start, stop in list(spans(0, request.samples, chunk)) or [(0, 0)]:
+    for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
             # Decide again: the caller may have changed the model since the last piece.
