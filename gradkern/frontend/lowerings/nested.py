@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...ir.calls import values_in
 from ...ir.program import Call, Opaque, Value
-from ...ir.recurrent import GATES, recognise
+from ...ir.recurrent import GATES, recognize
 from .builder import ProgramBuilder, as_shape
 from .index import along, emit
 from .repeated import row_of
@@ -34,7 +34,7 @@ def last_state(b: ProgramBuilder, call: Call) -> Value | None:
     if inner.op not in GATES or inner.index != 1 or dim != 0:
         return None
     net = replace(inner, index=0)
-    r = recognise(net)
+    r = recognize(net)
     if r is None:
         return None
     states = len(r.weights)
