@@ -20,8 +20,8 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.utils import _pytree as pytree
 
-from ..util.limits import check_memory
 from ..util.options import BadValue
+from ..util.untrusted import check_memory
 
 MODEL = re.compile(r"models/(\w+)\.json")
 #: The records of an archive of `torch.export.save`.  Compiled libraries and pickled objects have other names.

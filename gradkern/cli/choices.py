@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..util.options import BadValue
+
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import Source
 
 Command = Callable[..., None]
+CASTS = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class SourceArguments:
         from ..data import open_source
 
         columns = tuple(self.columns.split(",")) if self.columns else None
+        if self.cast not in (None, *CASTS):
+            raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
         return open_source(self.spec, columns, getattr(torch, self.cast) if self.cast else None)
 
 
@@ -69,7 +74,7 @@ def model_and_source(command: Command) -> Command:
         )
 
     for option in (
-        click.option("--cast", type=click.Choice(["float32", "float64"]), help="Cast floating inputs and bytes to it."),
+        click.option("--cast", type=click.Choice(CASTS), help="Cast floating inputs and bytes to it."),
         click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
         allow_pickle,
         click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),

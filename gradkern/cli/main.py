@@ -16,7 +16,7 @@ try:
 except ImportError:
     raise SystemExit("gradkern: the command line needs the data extra: pip install 'gradkern[data]'") from None
 
-from . import computing, reading
+from . import computing, reading, terminal
 
 FAILED, MISMATCH, FULL, INTERRUPTED = 1, 3, 4, 130
 
@@ -32,12 +32,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("gradkern: interrupted; what is finished is kept", err=True)
             context.exit(INTERRUPTED)
+        except BrokenPipeError:  # `| head` has seen enough: click ends quietly
+            raise
         except Exception as error:
             if context.params.get("debug"):
                 raise
-            line = " ".join(str(error).split()) or type(error).__name__
+            text = terminal.line(error) or type(error).__name__
             name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            click.echo(f"gradkern: {name}{line}", err=True)
+            click.echo(f"gradkern: {name}{text}", err=True)
             context.exit(_code(error))
 
 
@@ -67,10 +69,12 @@ def main(debug: bool, log: str, threads: int | None) -> None:
     gradkern run --help                                         more examples
     """
     if log == "info":
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(terminal.Formatter("%(asctime)s %(name)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not debug:
-        warnings.showwarning = lambda message, *rest, **more: click.echo(f"gradkern: note: {message}", err=True)
+        warnings.showwarning = lambda message, *rest, **more: terminal.note(message)
     if threads:
         import torch
 

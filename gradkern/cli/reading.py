@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..util.options import BadValue
 from . import choices
 from .choices import ModelArguments, SourceArguments
+from .terminal import line, note, say
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import Results, Source
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -31,7 +34,10 @@ def explain(model: ModelArguments, samples: SourceArguments) -> None:
     import gradkern
 
     inputs = samples.open().read(0, 1)
-    gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs)
+    say(text.getvalue().rstrip("\n"))
 
 
 @click.command()
@@ -39,9 +45,9 @@ def explain(model: ModelArguments, samples: SourceArguments) -> None:
 @click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
 @click.option("--names", help="Names of the outputs, with commas between.")
 @click.option("--title", help="Title of the page.")
-@click.option("--model", help="The run's model, where its file is elsewhere now.")
+@click.option("--model", help="The run's model: adds the deletion and insertion curves.")
 @click.option("--weights", help="Its weights.")
-@click.option("--source", help="The run's source, where its file is elsewhere now.")
+@click.option("--source", help="The run's source: adds the samples under the maps.")
 @choices.allow_pickle
 def report(
     store: str, out: str | None, names: str | None, title: str | None, model: str | None, weights: str | None,
@@ -49,40 +55,51 @@ def report(
 ) -> None:  # fmt: skip
     """Write one HTML file about STORE, finished or not.
 
-    Uses the model and the source of `gradkern run`, if they still exist, for the samples under the maps and the
-    deletion curves.
+    With the model and the source of its run, the page has the samples under the maps and the deletion curves. They are
+    never loaded because the store names them, only if you do.
 
     \b
     gradkern report maps.zarr --names cat,dog,horse
+    gradkern report maps.zarr --model net.pt2 --source x.npy
     """
     from gradkern.data import open_store
     from gradkern.report.dataset import report
 
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    samples = SourceArguments(source or made_by.get("source"), made_by.get("columns"), made_by.get("cast"))
-    chosen = ModelArguments(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
-    rows = _again(samples.open, "source", samples.spec, required=source is not None)
-    net = _again(chosen.load, "model", chosen.spec, required=model is not None)
+    rows = SourceArguments(source, _recorded(made_by, "columns"), _recorded(made_by, "cast")).open() if source else None
+    net = ModelArguments(model, weights, allow_pickle).load() if model else None
     _check_same(results, net, rows)
     path = report(
-        results, out or Path(store.rstrip("/")).with_suffix(".html"), model=net, source=rows, title=title,
+        results, out or _beside(store), model=net, source=rows, title=title,
         names=names.split(",") if names else None,
     )  # fmt: skip
-    click.echo(path)
+    say(path)
+    _say_what_is_missing({"model": model, "source": source}, made_by)
 
 
-def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool) -> T | None:
-    """The run's model or source; if it is only recorded and no longer exists, that is not an error."""
-    if spec is None:
-        return None
-    try:
-        return load()
-    except Exception as error:
-        if required:
-            raise
-        click.echo(f"gradkern: note: the report does without the run's {what}: {error}", err=True)
-        return None
+def _beside(store: str) -> Path:
+    """Where the page goes if nobody says: never through a link that came with the store."""
+    path = Path(store.rstrip("/")).with_suffix(".html")
+    if path.is_symlink():
+        raise BadValue(f"{path} is a symbolic link, which might lead anywhere. Say where the page shall go with --out.")
+    return path
+
+
+def _recorded(made_by: Mapping[str, Any], name: str) -> str | None:
+    """How the run read its source, as the store says."""
+    value = made_by.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _say_what_is_missing(given: Mapping[str, str | None], made_by: Mapping[str, Any]) -> None:
+    missing = [
+        f"--{name} {shlex.quote(spec)}"
+        for name, value in given.items()
+        if value is None and (spec := _recorded(made_by, name))
+    ]
+    if missing:
+        note(f"for samples and curves add {' '.join(missing)}, as in the run, if you trust these files")
 
 
 def _check_same(results: Results, model: nn.Module | None, source: Source | None) -> None:
@@ -111,14 +128,14 @@ def info(store: str, as_json: bool) -> None:
     results = open_store(store)
     about = results.about
     if as_json:
-        click.echo(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        say(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
         return
-    click.echo(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
+    say(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
     for part in (*about["fingerprint"].values(), about["pinned"]):
         for key, value in part.items():
-            click.echo(f"  {key:<14} {value}")
+            say(f"  {line(key):<14} {line(value)}")
     for name, array in results.group.arrays():
-        click.echo(f"  {name:<14} {'×'.join(map(str, array.shape))} {array.dtype}")
+        say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {array.dtype}")
     if about["finished"]:
-        exact = "bit-equal to an uninterrupted run" if about["exact"] else "; ".join(about["notes"])
-        click.echo(f"  complete, {exact}")
+        exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
+        say(f"  complete, {exact}")

@@ -13,11 +13,13 @@ from torch import nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
+from ..util.untrusted import plain
 from . import datafigures, figures
 from .page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6
+LONGEST_NAME = 60
 MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
@@ -73,7 +75,7 @@ class StoreSections:
         self.targets = np.asarray(results.array("targets")[...])
         shared = self.targets.ndim == 1 and len(self.targets) == count
         outputs = self.targets if shared else range(count)
-        self.names = list(names) if names is not None else [f"output {c}" for c in outputs]
+        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in names or [f"output {c}" for c in outputs]]
 
     def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
@@ -253,6 +255,6 @@ class StoreSections:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 90) -> str:
     text = str(value)
-    return text if len(text) <= 90 else text[:87] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

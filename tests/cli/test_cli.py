@@ -71,7 +71,8 @@ def test_from_an_exported_network_to_a_report(files, tmp_path):
     assert "4 of 4 chunks" in said
     assert "bit-equal to an uninterrupted run" in said
     assert json.loads(call("info", store, "--json").stdout)["finished_chunks"] == 4
-    page = Path(call("report", store, "--names", "a,b,c").stdout.strip())
+    made_by = ("--model", files / "net.pt2", "--source", files / "x.npy")
+    page = Path(call("report", store, "--names", "a,b,c", *made_by).stdout.strip())
     assert page == tmp_path / "maps.html"
     text = page.read_text(encoding="utf-8")
     for shown in ("Coverage", "100%", "Typical and atypical", "What the ranking is worth", "halves agree"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 from zarr.abc.store import Store
 
+from ...util.options import BadValue
 from ..statistics import merge
-from . import durable
+from . import durable, trust
 
 FOLDER = "chunks/finished"
+RECORD = re.compile(r"([0-9]{2})\.([0-9]{8,18})\.npz")
 TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
 
 
@@ -53,9 +56,7 @@ class ChunkRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ChunkRecord:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            sums = {name: archive[name] for name in archive.files}
-        return cls(sums, json.loads(sums.pop("facts.json").tobytes()))
+        return cls(*trust.read_record(content))
 
 
 class Ledger:
@@ -97,7 +98,13 @@ class Ledger:
         content = durable.get(self.store, self.key(node))
         if content is None:
             raise FileNotFoundError(f"the store has lost its record {self.key(node)}")
-        return ChunkRecord.from_bytes(content)
+        try:
+            return ChunkRecord.from_bytes(content)
+        except ValueError as error:
+            raise BadValue(
+                f"the store's record {self.key(node)} is damaged ({error}). Remove this file: its chunks are then "
+                "computed again."
+            ) from error
 
     def adopt(self, owned: range) -> None:
         """Take over the records of this process's own chunks that an earlier run has left."""
@@ -176,7 +183,5 @@ class Ledger:
 
 
 def node_of(name: str) -> TreeNode | None:
-    parts = name.split(".")
-    if len(parts) != 3 or parts[2] != "npz" or not (parts[0].isdigit() and parts[1].isdigit()):
-        return None
-    return int(parts[0]), int(parts[1])
+    parts = RECORD.fullmatch(name)
+    return None if parts is None else (int(parts[1]), int(parts[2]))
