@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @choices.model_and_source
-def explain(model: ModelArguments, samples: SourceArguments) -> None:
+@choices.output
+def explain(model: ModelArguments, samples: SourceArguments, output: int | str | None) -> None:
     """Print how every step of MODEL runs, and why it is not faster.
 
     \b
@@ -36,7 +37,7 @@ def explain(model: ModelArguments, samples: SourceArguments) -> None:
     inputs = samples.open().read(0, 1)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs)
+        gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs, output=output)
     say(text.getvalue().rstrip("\n"))
 
 
