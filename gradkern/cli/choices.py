@@ -74,7 +74,11 @@ def model_and_source(command: Command) -> Command:
         )
 
     for option in (
-        click.option("--cast", type=click.Choice(CASTS), help="Cast floating inputs and bytes to it."),
+        click.option(
+            "--cast",
+            type=click.Choice(CASTS),
+            help="Cast the inputs to it: other floating numbers, bytes, whole numbers, booleans.",
+        ),
         click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
         allow_pickle,
         click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),

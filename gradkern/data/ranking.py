@@ -124,6 +124,13 @@ def importance(
     (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
     """
     rows = open_source(source, columns, input_dtype)
+    floating = sum(x.is_floating_point() for x in rows.read(0, 1))
+    if floating != 1:
+        raise BadValue(
+            f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
+            "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
+            "become floating with input_dtype=torch.float32 (--cast float32)."
+        )
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         place = Path(folder, "run.zarr") if out is None else out
         results = run(
@@ -206,16 +213,26 @@ def _average_ranks(v: np.ndarray) -> np.ndarray:
 
 
 def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve:
-    """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature."""
+    """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature.
+
+    The features are those of the only floating input; other inputs stay as they are.
+    """
     samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
     parts = [source.read(int(i), int(i) + 1) for i in samples_read]
-    if len(parts[0]) != 1:
-        raise BadValue(f"curve: the model has {len(parts[0])} inputs, expected one.")
     device = device_of(model)
-    x = torch.cat([p[0] for p in parts]).to(device)  # [n, *in]
+    inputs = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    which = [i for i, t in enumerate(inputs) if t.is_floating_point()]
+    if len(which) != 1:
+        raise BadValue(f"curve: the model has {len(which)} floating inputs, expected one.")
+    x = inputs[which[0]]  # [n, *in]
     baseline = torch.as_tensor(mean).to(x)
-    with torch.no_grad():
-        y = model(x).flatten(1)  # [n, C]
+
+    def outputs(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = model(*(x if i == which[0] else t for i, t in enumerate(inputs)))
+        return y.reshape(len(y), -1)  # [n, C], of one output also [N]
+
+    y = outputs(x)
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
     orders = [torch.as_tensor(ranking[rows], device=device)]  # [n, F]: the ranking of the predicted class
@@ -223,7 +240,7 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     for _ in range(RANDOM_ORDERS):
         orders.append(torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x))]).to(device))
     shares = np.array(sorted({math.ceil(s * features) / features for s in STEPS}))
-    both = [[_track(model, x, baseline, y, order, shares, insert) for insert in (False, True)] for order in orders]
+    both = [[_track(outputs, x, baseline, y, order, shares, insert) for insert in (False, True)] for order in orders]
     random = np.mean(both[1:], axis=0)
     return Curve(shares, both[0][0], both[0][1], random[0], random[1], len(x), kind)
 
@@ -238,9 +255,7 @@ def _track(
     for share in shares:
         chosen = order[:, : round(share * order.shape[1])]
         mask = torch.zeros(x.shape[0], order.shape[1], dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
-        with torch.no_grad():
-            now = model(torch.where(mask.view_as(x), end, start)).flatten(1)
-        held.append(_holds(y, now))
+        held.append(_holds(y, model(torch.where(mask.view_as(x), end, start))))
     return np.array(held)
 
 

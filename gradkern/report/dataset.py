@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
@@ -183,7 +183,7 @@ class StoreSections:
         inputs = None
         if self.source is not None:
             inputs = np.stack([
-                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.samples]) for e in extremes
+                np.stack([_explained(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
@@ -258,6 +258,11 @@ class StoreSections:
         section.table(["", "value"], [(k, _short(v)) for k, v in rows], "What makes this run this run.")
         if self.about["program"]:
             section.printed(self.about["program"], "The network as gradkern sees it")
+
+
+def _explained(inputs: Sequence[Tensor]) -> np.ndarray:
+    """The sample ``[*in]`` of the first floating input, which the maps are of."""
+    return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
 
 
 def _short(value: Any, most: int = 90) -> str:

@@ -85,6 +85,7 @@ class Report:
         """Writes the page, making folders as needed, into a folder as ``index.html``; returns its absolute path."""
         path = Path(path).absolute()
         path = path / "index.html" if path.is_dir() else path
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.html(), encoding="utf-8")
         return path
 

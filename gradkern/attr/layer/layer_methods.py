@@ -145,7 +145,12 @@ def all_outputs(kind: Any) -> AttributeAll:
         if maps is not None:
             return maps
         extra = options["additional_forward_args"]
-        return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self.attribute(target=t, **options))
+        delta = bool(options.get("return_convergence_delta"))
+
+        def attribute(target: Any) -> Any:
+            return self.attribute(target=target, **options)
+
+        return one_by_one(self.forward_func, inputs, extra, targets, attribute, delta)
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
     return typed(attribute_all)

@@ -195,7 +195,8 @@ class LRP(RuleMethod, stock.LRP):
                 for path, rule in rules.items():
                     self._network.get_submodule(path).rule = rule
 
-        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+        delta = return_convergence_delta
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute, delta)
 
     @property
     def _network(self) -> Any:
