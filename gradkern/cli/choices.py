@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,18 @@ class SourceArguments:
         if self.cast not in (None, *CASTS):
             raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
         return open_source(self.spec, columns, getattr(torch, self.cast) if self.cast else None)
+
+
+def recorded(made_by: Mapping[str, object], name: str) -> str | None:
+    """What a store says its run was given, which is only ever shown: it may be anybody's words."""
+    value = made_by.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]) -> str:
+    """The options that are not ``given`` and that the run had, as one would type them."""
+    missing = {name: recorded(made_by, name) for name, value in given.items() if value is None}
+    return " ".join(f"--{name} {shlex.quote(spec)}" for name, spec in missing.items() if spec)
 
 
 allow_pickle = click.option(
@@ -136,6 +149,14 @@ def run_options(command: Command) -> Command:
         click.option("--targets", type=TargetsType(), help="Outputs, such as 0,2 or top3; all by default."),
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
         click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
+        click.option(
+            "--nonfinite",
+            type=click.Choice(["error", "skip", "keep"]),
+            help="Samples with NaN or Inf: stop (the default with statistics), leave them out of these, or keep them.",
+        ),
+        click.option(
+            "--trust-source", is_flag=True, help="Do not check that the samples are those of finished chunks."
+        ),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
         output,
         click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),

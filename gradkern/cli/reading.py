@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -66,9 +64,15 @@ def report(
     from gradkern.data import open_store
     from gradkern.report.dataset import report
 
+    if weights and not model:
+        raise click.UsageError("--weights belong to a --model, which is not given")
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    rows = SourceArguments(source, _recorded(made_by, "columns"), _recorded(made_by, "cast")).open() if source else None
+    rows = (
+        SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open()
+        if source
+        else None
+    )
     net = ModelArguments(model, weights, allow_pickle).load() if model else None
     _check_same(results, net, rows)
     path = report(
@@ -76,43 +80,37 @@ def report(
         names=names.split(",") if names else None,
     )  # fmt: skip
     say(path)
-    _say_what_is_missing({"model": model, "source": source}, made_by)
+    missing = choices.as_in_the_run({"model": model, "source": source}, made_by)
+    if missing:
+        note(f"for samples and curves add {missing}, as in the run, if you trust these files")
 
 
 def _beside(store: str) -> Path:
-    """Where the page goes if nobody says: never through a link that came with the store."""
-    path = Path(store.rstrip("/")).with_suffix(".html")
+    """The page beside a store, in the current folder if the store is not on this machine; never through a link that
+    came with the store."""
+    from gradkern.data.store.durable import local_path
+
+    place = local_path(store.rstrip("/"))
+    path = Path(store.rstrip("/").rpartition("/")[2] if place is None else place).with_suffix(".html")
     if path.is_symlink():
         raise BadValue(f"{path} is a symbolic link, which might lead anywhere. Say where the page shall go with --out.")
     return path
 
 
-def _recorded(made_by: Mapping[str, Any], name: str) -> str | None:
-    """How the run read its source, as the store says."""
-    value = made_by.get(name)
-    return value if isinstance(value, str) and value else None
-
-
-def _say_what_is_missing(given: Mapping[str, str | None], made_by: Mapping[str, Any]) -> None:
-    missing = [
-        f"--{name} {shlex.quote(spec)}"
-        for name, value in given.items()
-        if value is None and (spec := _recorded(made_by, name))
-    ]
-    if missing:
-        note(f"for samples and curves add {' '.join(missing)}, as in the run, if you trust these files")
-
-
-def _check_same(results: Results, model: nn.Module | None, source: Source | None) -> None:
+def _check_same(results: Results, net: nn.Module | None, rows: Source | None) -> None:
     """Refuse another model or source: a report must not combine its curves or samples with these maps."""
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
+    from gradkern.data.runs.reading import Alone
 
     stored = results.about["fingerprint"]
-    if model is not None and fingerprint.of_model(model, None)["weights"] != stored["model"]["weights"]:
-        raise Mismatch("--model: its weights are not those of the run.")
-    if source is not None and fingerprint.of_source(source) != stored["source"]:
-        raise Mismatch("--source: its samples are not those of the run.")
+    same = {
+        "model": net is None or fingerprint.of_model(net, None)["weights"] == stored["model"]["weights"],
+        "source": rows is None or fingerprint.of_source(rows.samples, Alone.of(rows).rows) == stored["source"],
+    }
+    for what, ok in same.items():
+        if not ok:
+            raise Mismatch(f"--{what}: it is not the {what} of the run, whose content was another.")
 
 
 @click.command()
@@ -139,4 +137,8 @@ def info(store: str, as_json: bool) -> None:
         say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {array.dtype}")
     if about["finished"]:
         exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
-        say(f"  complete, {exact}")
+        short = len(results.short_files())
+        say(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
+        say(f"  (gradkern verify {store} compares everything with its checksums)")
+    for words in results.losses():
+        say(f"  {words}")
