@@ -321,6 +321,6 @@ def test_a_closed_pipe_is_no_error(store: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
-        command = [sys.executable, "-m", "gradkern.cli", "info", str(store)]
+        command = [sys.executable, "-c", "from gradkern.cli import main; main()", "info", str(store)]
         done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.stderr == ""
