@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
-from .terminal import say
+from .terminal import line, say
 
 DAMAGED = 5
 
@@ -27,9 +29,11 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare STORE with the checksums of when it was written; exit code 5 if something is damaged.
 
+    Model and source are never loaded because the store names them, only if you do.
+
     \b
-    gradkern verify maps.zarr              says what is damaged, and which samples to compute again
-    gradkern verify maps.zarr --repair --model net.pt2 --source x.npy     computes them again
+    gradkern verify maps.zarr                                              what is damaged, which samples to do again
+    gradkern verify maps.zarr --repair --model net.pt2 --source x.npy      does them again
     """
     from gradkern.data import open_store
     from gradkern.data import repair as redo
@@ -43,8 +47,9 @@ def verify(
         context.exit(DAMAGED)
     made_by = _made_by(store)
     if not (model and source):
-        words = choices.as_in_the_run({"model": model, "weights": weights, "source": source}, made_by)
-        raise click.UsageError(f"--repair needs --model and --source{words and f', in the run {words}'}")
+        named = choices.as_in_the_run({"model": model, "weights": weights, "source": source}, made_by)
+        hint = f" The store says: {named}. Give them if you trust these files." if named else ""
+        raise click.UsageError(line(f"--repair needs the run's --model and --source.{hint}"))
     samples = SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast"))
     rows = samples.open()
     redo(store, ModelArguments(model, weights, allow_pickle).load(), rows, input_dtype=rows.cast)
@@ -56,16 +61,14 @@ def verify(
         context.exit(DAMAGED)
 
 
-def _made_by(store: str) -> dict[str, object]:
+def _made_by(store: str) -> dict[str, str]:
     """The run's own arguments, from the store's copy of its description where that is damaged."""
-    import json
-
     from gradkern.data.store import checks, durable
 
-    files = checks.read_backup(durable.store_at(store, read_only=True)) or {}
-    content = files.get("zarr.json") or durable.get(durable.store_at(store, read_only=True), "zarr.json") or b"{}"
+    place = durable.store_at(store, read_only=True)
+    content = (checks.read_backup(place) or {}).get("zarr.json") or durable.get(place, "zarr.json") or b"{}"
     try:
         made_by = json.loads(content)["attributes"]["gradkern"]["made_by"]
-    except (ValueError, LookupError, TypeError):
+        return {name: value for name, value in made_by.items() if isinstance(value, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return made_by if isinstance(made_by, dict) else {}

@@ -156,9 +156,10 @@ def test_verify_repairs_from_model_and_source(files, tmp_path):
         said = call("verify", store, code=5).stdout
         assert "damaged chunks: 1 (attributions)" in said
         assert "samples to compute again: 8 … 15" in said
-        assert "in the run --model" in call("verify", store, "--repair", code=2).stderr
-        made_by = ("--model", files / "net.pt2", "--source", files / "x.npy")
-        assert "everything that is finished" in call("verify", store, "--repair", *made_by).stdout
+        asked = call("verify", store, "--repair", code=2).stderr
+        assert f"The store says: --model {files / 'net.pt2'} --source {files / 'x.npy'}" in " ".join(asked.split())
+        again = call("verify", store, "--repair", "--model", files / "net.pt2", "--source", files / "x.npy")
+        assert "everything that is finished" in again.stdout
         assert (store / "attributions/c.1.0.0.0").read_bytes() == whole
     (store / "attributions/c.1.0.0.0").unlink()
     assert "damaged: 1 files are missing" in call("info", store).stdout
