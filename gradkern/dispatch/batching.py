@@ -50,7 +50,7 @@ def run(
             y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
             watch.seconds += time.perf_counter() - begin
             if due and a == start:
-                watch.compare(request.fn, request.module, program, params, chunk_inputs, y)
+                watch.compare(request.fn, request.module, chunk_inputs, y)
             if request.keep_outputs:
                 results.kept.append(y)
             del y  # before the next one is made

@@ -1,6 +1,6 @@
 """The size of the terms that an output or a gradient is the sum of, which is what its rounding errors are relative to.
 
-Where terms cancel, a result may be nothing but rounding (a softmax after equal weights), and two correct computations
+Where terms cancel, a gradient may be nothing but rounding (a softmax after equal weights), and two correct computations
 of it have nothing in common.  The size of the terms is measured by a rounding error made on purpose: every intermediate
 result is changed by a small random share ``h`` of itself, in float64, and the change of the result is divided by ``h``
 (stochastic arithmetic: Parker, Monte Carlo Arithmetic, 1997).
@@ -18,7 +18,7 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import reference
 
-_SHARE = 2.0**-20
+_SHARE = 2.0**-30  # small enough to be linear in, large enough for float64
 _LESS = 16.0  # the share is also taken so many times smaller: a jump at a kink then stays as large
 
 
@@ -57,7 +57,7 @@ def pulled(
 def terms_of(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> Terms | None:
     """The sizes of the terms of ``program``; None if it does not run in float64.
 
-    Kinks and ties are left alone if they would be passed: then only the backward pass is altered.
+    Where the forward pass is at a kink or a tie, which changes would leave, only the backward pass is changed.
     """
     wide, exact = {name: _widened(p) for name, p in params.items()}, [_widened(x) for x in samples]
 
@@ -70,15 +70,8 @@ def terms_of(program: Program, params: Params, samples: Sequence[Tensor], cotang
         back = _sizes(run(0.0, _SHARE), base, _SHARE)
     except RuntimeError:  # a step that insists on another dtype
         return None
-    zeros = torch.zeros_like(whole.output)
-    output = _where_smooth(whole.output, less.output, zeros)
-    return Terms(
-        output, {i: _where_smooth(t, less.gradients[i], back.gradients[i]) for i, t in whole.gradients.items()}
-    )
-
-
-def _where_smooth(whole: Tensor, less: Tensor, otherwise: Tensor) -> Tensor:
-    return torch.where(less <= 2 * whole, whole, otherwise)
+    smooth = {i: torch.where(less.gradients[i] <= 2 * g, g, back.gradients[i]) for i, g in whole.gradients.items()}
+    return Terms(whole.output, smooth)
 
 
 def _sizes(got: Pulled, base: Pulled, share: float) -> Terms:

@@ -43,12 +43,16 @@ def close_elements(got: Any, want: Tensor, tolerance: float) -> bool:
     return bool(torch.allclose(got.detach(), want.detach(), rtol=tolerance, atol=atol, equal_nan=True))
 
 
+def unit(dtype: torch.dtype, tolerance: float) -> float:
+    """The unit of rounding of computations with this ``tolerance``."""
+    return 2.0**-10 if dtype == torch.float32 and tolerance >= TF32 else torch.finfo(dtype).eps
+
+
 def of_terms(dtype: torch.dtype, tolerance: float) -> float:
     """How much a sum may differ in relation to the terms that cancel in it, for a ``tolerance`` in relation to itself.
 
     Sums of thousands of terms were off by some tens of units of rounding."""
-    unit = torch.finfo(dtype).eps if tolerance < TF32 or dtype != torch.float32 else 2.0**-10
-    return min(tolerance / 4, 256 * unit)
+    return min(tolerance / 4, 256 * unit(dtype, tolerance))
 
 
 def close_samples(got: Tensor, want: Tensor, tolerance: float, slack: Tensor | None = None) -> bool:

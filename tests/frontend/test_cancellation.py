@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from gradkern.dispatch.watch import OutputsChanged, Watch
 from gradkern.frontend.refusal import Untraceable
 from gradkern.ir.program import Program, Scale
-from gradkern.util import rounding
-from tests.support.capturing import bind, to_program, verify
+from tests.support.capturing import to_program, verify
 from tests.support.modules import Net
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -30,8 +28,8 @@ CANCELLING: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "log_softmax": lambda net, x: net.equal(net.fc(x).tanh()).log_softmax(1),
     "layer norm": lambda net, x: nn.functional.layer_norm(net.equal(net.fc(x).tanh()), (4,)),
     "softmax over one": lambda net, x: net.fc(x)[:, :1].softmax(1) * 3 + net.fc(x).softmax(1).sum(1, keepdim=True),
-    "difference": lambda net, x: (net.fc(x) * 3.3) * 1.7 - net.fc(x) * (3.3 * 1.7),
-    "factor of nothing": lambda net, x: net.fc(x) * (net.fc(x).softmax(1).sum(1, keepdim=True) - 1),
+    "difference": lambda net, x: (net.fc(x) * 3.3) * 1.7 - net.fc(x) * (3.3 * 1.7) + 10,
+    "factor of nothing": lambda net, x: net.fc(x) * (net.fc(x).softmax(1).sum(1, keepdim=True) - 1) + 1,
     "pools": lambda net, x: net.equal(pooled(net.fc(x))).log_softmax(1),
 }  # fmt: skip
 
@@ -98,20 +96,6 @@ def test_a_straight_through_gradient_among_cancelling_terms_is_caught() -> None:
     x = torch.randn(4, 4)
     with pytest.raises(Untraceable, match="its gradient is not"):
         verify(to_program(plain, (x,)), doubled, (x,))
-
-
-def test_outputs_of_rounding_are_no_change_of_the_network() -> None:
-    program = to_program(network("difference"), (torch.zeros(2, 4),))
-    for dtype in DTYPES:
-        model = network("difference", dtype)
-        x = torch.randn(4, 4, dtype=dtype)
-        params = bind(program, model)
-        y = model(x).detach()
-        noise = y.flip(0) + torch.finfo(dtype).eps
-        assert not rounding.close_samples(noise[:2], y[:2], rounding.for_program(dtype))
-        Watch().compare(model, model, program, params, [x], noise)
-        with pytest.raises(OutputsChanged):
-            Watch().compare(model, model, program, params, [x], y + 0.1)
 
 
 def test_kernels_run_where_the_gradient_vanishes() -> None:
