@@ -14,7 +14,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 # `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
-EXTRAS := $(if $(filter-out demo,$(or $(MAKECMDGOALS),help)),,--extras demo)
+GOALS := $(or $(MAKECMDGOALS),help)
+EXTRAS := $(if $(filter-out demo,$(GOALS)),$(if $(filter docs,$(GOALS)),--extras demo data ray bench plot dev docs),--extras demo)
 BIN := $(VENV)/bin
 # A process per core, up to four; the tests of a file stay together, as they share what they compute once.
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -23,7 +24,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all docs fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -38,6 +39,9 @@ test: $(EXT) ## the tests, but for the slow ones (a process per core)
 
 test-all: $(EXT) ## all tests
 	$(PYTEST) $(ARGS)
+
+docs: $(EXT) ## the documentation site with its executed gallery, in build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)

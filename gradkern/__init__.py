@@ -1,45 +1,48 @@
-"""All-class input gradients: the Jacobian of a network's outputs with respect to its inputs, per sample, fast."""
+"""All-class input gradients: the Jacobian of a network's outputs with respect to its inputs, per sample, fast.
+
+Names are imported at first use, so that ``import gradkern`` and ``gradkern --help`` cost nothing.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .api import explain, iter_jacobian, jacobian, prepare
-from .checking import Check, check
-from .dispatch.targets import TopK
-from .ir.program import Program
-from .planner.plan import Plan
-from .util.memo import reset
-from .util.options import GradkernWarning, use
-
 if TYPE_CHECKING:
     from . import attr as attr
+    from . import plot as plot
+    from .api import explain, iter_jacobian, jacobian, prepare
     from .attr.plug import accelerate
+    from .checking import Check, check
     from .data import importance, run
-
-_DATA = ("run", "importance")  # of gradkern.data, whose libraries come with an extra
-
-
-def __getattr__(name: str) -> Any:
-    if name == "attr":  # Captum is slow to import, so it is imported at first use
-        return import_module(".attr", __name__)
-    if name == "accelerate":
-        return import_module(".attr.plug", __name__).accelerate
-    if name not in _DATA:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from . import data
-    except ImportError as error:
-        raise ImportError(f"gradkern.{name} needs the data extra ({error}): pip install 'gradkern[data]'") from error
-    return getattr(data, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "attr"})
-
+    from .dispatch.targets import TopK
+    from .ir.program import Program
+    from .planner.plan import Plan
+    from .runtime.versions import show_versions
+    from .util.memo import reset
+    from .util.options import GradkernWarning, use
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Check": "checking",
+    "GradkernWarning": "util.options",
+    "Plan": "planner.plan",
+    "Program": "ir.program",
+    "TopK": "dispatch.targets",
+    "accelerate": "attr.plug",
+    "check": "checking",
+    "explain": "api",
+    "importance": "data",
+    "iter_jacobian": "api",
+    "jacobian": "api",
+    "prepare": "api",
+    "reset": "util.memo",
+    "run": "data",
+    "show_versions": "runtime.versions",
+    "use": "util.options",
+}
+_SUBMODULES = ("attr", "plot")
 
 __all__ = [
     "Check",
@@ -56,5 +59,26 @@ __all__ = [
     "prepare",
     "reset",
     "run",
+    "show_versions",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    except ImportError as error:
+        if _HOMES[name] != "data":
+            raise
+        hint = "pip install 'gradkern[data]', in a checkout pip install --no-build-isolation '.[data]'"
+        raise ImportError(f"gradkern.{name} needs the data extra ({error}): {hint}") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

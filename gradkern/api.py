@@ -12,18 +12,19 @@ from torch import Tensor
 
 from .dispatch import eager
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import couples_batch, decide, output_shape, solve, verdict_now
+from .dispatch.route import compared, couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
 from .planner.plan import Plan, PlanStep
 from .runtime import executor, mac_counter, parameters
 from .util import options
-from .util.callables import name_of
+from .util.callables import name_of, with_output
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
+from .util.outputs import Output
 
-Model: TypeAlias = Callable[..., Tensor]
+Model: TypeAlias = Callable[..., Any]
 Several: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 Wrt: TypeAlias = int | Sequence[int] | None
 
@@ -31,38 +32,38 @@ Wrt: TypeAlias = int | Sequence[int] | None
 @overload
 def jacobian(
     model: Model, inputs: Tensor, targets: TopK, *, out: Tensor | None = None, wrt: int | None = None,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Several, targets: TopK, *, out: Several | None = None, wrt: Sequence[int] | None = None,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor, targets: Targets = None, *, out: Tensor | None = None, wrt: int | None = None,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets = None, *, out: Tensor | None = None, wrt: int,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Several, targets: Targets = None, *, out: Several | None = None,
-    wrt: Sequence[int] | None = None, engine: Engine | None = None, create_graph: bool = False,
+    wrt: Sequence[int] | None = None, engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> Any: ...  # fmt: skip
 
 
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: Engine | None = None, create_graph: bool = False,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
 ) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
@@ -72,14 +73,15 @@ def jacobian(
     ----------
     model
         A `torch.nn.Module`, one of its methods, or another callable that maps tensors ``[N, ...]`` to one tensor
-        ``[N, *out]``.
+        ``[N, *out]``, or to several (``output``).
     inputs
         One tensor ``[N, *in]``, or a tuple of such tensors with equal N.  Neither they nor the model are changed.
     targets
-        ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list or
-        1-D tensor of S ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).
-        A tensor ``[N, S]`` (or N lists): each sample's own.  For an output with several axes a tuple of indices, a
-        list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``: the k highest outputs of each sample.
+        ``None``: all C outputs.  An int: that one (the axis stays, S = 1; negative ones as in Python).  A list of S
+        distinct ints: these outputs **for all samples** (unlike Captum, which reads one target per sample).  A tensor
+        ``[N, S]`` (or N lists): each sample's own.  A tensor ``[N]`` is refused, because it may mean either.  For an
+        output with several axes a tuple of indices, a list of S tuples, or a tensor ``[N, S, axes]``.  ``TopK(k)``:
+        the k highest outputs of each sample.
     out
         A tensor or numpy array (`np.memmap`) of the result's shape to write to, or a tuple of them; any floating
         dtype.  The result may be larger than memory.
@@ -90,6 +92,9 @@ def jacobian(
     create_graph
         True gives a result that can itself be differentiated; it is always computed by autograd, in one piece.
         Otherwise the result is detached, even if the inputs require grad.
+    output
+        The tensor to differentiate, of a model that returns several: an index (of a tuple or list), a name (of a
+        dict, dataclass or named tuple), or a function of what the model returns.
 
     Returns
     -------
@@ -105,7 +110,7 @@ def jacobian(
         that is to be differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  If
         only some outputs are constant, their gradients are zeros.
     """
-    as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model)
+    as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
     results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
@@ -119,33 +124,33 @@ def jacobian(
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: TopK, *, chunk: int | None = None, wrt: int | None = None,
-    engine: Engine | None = None,
+    engine: Engine | None = None, output: Output = None,
 ) -> Iterator[tuple[Tensor, Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: TopK, *, chunk: int | None = None, wrt: Sequence[int] | None = None,
-    engine: Engine | None = None,
+    engine: Engine | None = None, output: Output = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor, targets: Targets = None, *, chunk: int | None = None, wrt: int | None = None,
-    engine: Engine | None = None,
+    engine: Engine | None = None, output: Output = None,
 ) -> Iterator[Tensor]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Several, targets: Targets = None, *, chunk: int | None = None,
-    wrt: Sequence[int] | None = None, engine: Engine | None = None,
+    wrt: Sequence[int] | None = None, engine: Engine | None = None, output: Output = None,
 ) -> Iterator[tuple[Tensor, ...]]: ...  # fmt: skip
 @overload
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: Engine | None = None,
+    wrt: Wrt = None, engine: Engine | None = None, output: Output = None,
 ) -> Iterator[Any]: ...  # fmt: skip
 
 
 def iter_jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, chunk: int | None = None,
-    wrt: Wrt = None, engine: Engine | None = None,
+    wrt: Wrt = None, engine: Engine | None = None, output: Output = None,
 ) -> Iterator[Any]:  # fmt: skip
     """`jacobian` in pieces of consecutive samples, for results larger than memory.
 
@@ -156,7 +161,7 @@ def iter_jacobian(
     tensors, indices = read_inputs(inputs, wrt)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
-    request = Request(_callable(model), tensors, indices, jacobian_choice(targets))
+    request = Request(_callable(model, output), tensors, indices, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
     return _pieces(request, chunk, engine, _gives_tuple(inputs, wrt))
@@ -182,13 +187,13 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
         yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
-def prepare(model: Model, inputs: Tensor | Several) -> Program | None:
+def prepare(model: Model, inputs: Tensor | Several, *, output: Output = None) -> Program | None:
     """Trace and verify the model now, with some of these samples, so that no later call has to.
 
     One Program serves every later call, whatever its ``engine`` and ``wrt``.  Returns it (it prints itself), or None
-    if the model stays on autograd; a warning says why.
+    if the model stays on autograd; a warning says why.  ``output`` as in `jacobian`.
     """
-    request = _inspection_request(model, inputs)
+    request = _inspection_request(model, inputs, output=output)
     verdict = verdict_now(request, decide(request))
     return None if verdict is None else verdict.program
 
@@ -212,16 +217,17 @@ Explanation: TypeAlias = Plan | WholeModel
 
 def explain(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, wrt: Wrt = None,
-    engine: Engine | None = None, show: bool = True,
+    engine: Engine | None = None, output: Output = None, show: bool = True,
 ) -> Explanation:  # fmt: skip
     """Print, step by step, how `jacobian` runs this model, why it is not faster, and the share that is fused.
 
     Returns the plan: ``str()`` of it is that table; ``.steps`` are its rows, ``.fused_share`` the share of the dense
     multiply-adds that run on kernels or planned ATen calls with all seeds folded in, ``.native_share`` the share on
-    gradkern's own kernels.  Captures the model if that has not been done.  ``wrt`` (by default all floating inputs) and
-    ``engine`` as in `jacobian`.  ``show=False`` prints nothing.
+    gradkern's own kernels.  With the engine ``"auto"``, ``.timing`` compares the plan with autograd on these samples;
+    calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
+    inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = _inspection_request(model, inputs, wrt)
+    request = _inspection_request(model, inputs, wrt, output)
     route = decide(request, engine)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -234,6 +240,7 @@ def explain(
     else:
         seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
+        explanation = explanation.timed(compared(request, route, seeds))
     if show:
         print(explanation)
     return explanation
@@ -251,10 +258,10 @@ def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> P
 # Arguments
 
 
-def _callable(model: object) -> Callable[..., Any]:
+def _callable(model: object, output: Output) -> Callable[..., Any]:
     if not callable(model):
         raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module or another callable.")
-    return model
+    return with_output(model, output)
 
 
 def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
@@ -273,10 +280,10 @@ def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:
     return eager.with_graph(request)
 
 
-def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None) -> Request:
+def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Output = None) -> Request:
     """A request for inspection only: by default, integer inputs are allowed, and not differentiated."""
     if wrt is None:
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None
     checked, indices = read_inputs(inputs, wrt)
-    return Request(_callable(model), checked, indices, jacobian_choice(None))
+    return Request(_callable(model, output), checked, indices, jacobian_choice(None))

@@ -15,8 +15,9 @@ from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inp
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
-from .util.callables import model_of, unwrapped
+from .util.callables import model_of, unwrapped, with_output
 from .util.options import BadValue, Engine
+from .util.outputs import Output
 from .util.random_state import RandomState
 
 TOLERANCE = 1e-5  # relative to the largest entry of a sample's gradient
@@ -52,23 +53,24 @@ class Check:
 
 
 def check(
-    model: Callable[..., Tensor], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
-    wrt: api.Wrt = None, engine: Engine = "kernel",
+    model: Callable[..., Any], inputs: Tensor | api.Several, targets: Targets | TopK = None, *,
+    wrt: api.Wrt = None, engine: Engine = "kernel", output: Output = None,
 ) -> Check:  # fmt: skip
     """Compare the results of ``engine`` with autograd on a float64 copy.
 
-    ``"kernel"`` gives the results of ``"auto"`` for a traced model.  ``targets`` and ``wrt`` as in `jacobian`.
+    ``"kernel"`` gives the results of ``"auto"`` for a traced model.  ``targets``, ``wrt`` and ``output`` as in
+    `jacobian`.
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.
     """
     tensors, indices = read_inputs(inputs, wrt)
     state = RandomState()
     if isinstance(targets, TopK):
-        answer, targets = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
+        answer, targets = api.jacobian(model, tensors, targets, wrt=indices, engine=engine, output=output)
     else:
-        answer = api.jacobian(model, tensors, targets, wrt=indices, engine=engine)
+        answer = api.jacobian(model, tensors, targets, wrt=indices, engine=engine, output=output)
     state.restore()
-    request, against = _exact_request(model, tensors, indices, targets)
+    request, against = _exact_request(with_output(model, output), tensors, indices, targets)
     results = solve(request, decide(request, "autograd"))
     state.restore()
     compared = [a.reshape(e.shape) for a, e in zip(answer, results.jacobians, strict=True)]

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import gradkern
+from gradkern.dispatch import ways
 from gradkern.frontend import to_program
+from gradkern.planner.timing import Timing
 from tests.support import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
 
 EXPORTING = {"frontend", "dispatch", "gpu", "test_threads.py"}
+torch.set_num_threads(1)  # before the fixtures of modules, too
 SEED = int(os.environ.get("GRADKERN_SEED") or random.SystemRandom().randrange(1 << 31))
 
 
@@ -28,6 +31,13 @@ def fresh_numbers(request: pytest.FixtureRequest) -> None:
     seed = SEED ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(seed)
     np.random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """There is a process of tests per core.  A test that is about threads sets their number, which ends with it."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
@@ -40,6 +50,13 @@ def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pyt
     """Except where capturing a network, or noticing that it has changed, is what is tested."""
     if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
         monkeypatch.setattr(to_program, "export", exports.remembered)
+
+
+@pytest.fixture(autouse=True)
+def kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed, so no test depends on what is faster on this machine: kernels run where there are any."""
+    always = Timing(1, {"kernels": 1e-3, "loop": 2e-3})
+    monkeypatch.setattr(ways, "measured", lambda *args: always)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from tests.support.packages import PACKAGES, TOP
 
 PACKAGE = Path(__file__).parents[1] / "gradkern"
 MOST_AT_THE_TOP = 5  # files in gradkern/ itself
-#: Names that `gradkern/__init__.py` re-exports from packages further down the list, at their first use.
-REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data")}
+#: What the ways in import from packages further down the list: `gradkern/__init__.py` at the first use of a name.
+REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data"), ("__main__.py", "cli")}
 COMPILED = ["gradkern", "_C"]  # the extension, which is no package
 
 

@@ -25,8 +25,8 @@ def walked() -> list[tuple[str, str]]:
     Comprehensions are parts of the function that they stand in.
     """
     model, (x,) = net("maxpool1d")
-    for _ in range(2):
-        gradkern.jacobian(model, x, engine="kernel")
+    for engine in ("kernel", "kernel", "auto"):
+        gradkern.jacobian(model, x, engine=engine)
     for entry in models.of(model).entries.values():
         entry.watch.seconds = 0.0  # a slow machine would make a comparison of outputs due
     entered: list[tuple[str, str]] = []

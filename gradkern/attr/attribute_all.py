@@ -12,15 +12,18 @@ from typing import Any, Literal, Protocol, cast, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..dispatch.request import jacobian_choice
+from ..dispatch.request import check_output, jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from ..ir.program import Shape
+from ..util.buffers import buffers_kept
+from ..util.callables import modules_behind
 from ..util.options import BadType
 from ..util.random_state import RandomState
+from .call import PublicMethod, keep_buffers
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
 from .plug import stays_ours, takes_over
 from .points import Points, Tensors, with_arguments
@@ -32,7 +35,7 @@ Yes = Literal[True]
 
 
 class AttributeAll(Protocol):
-    """``attribute_all(inputs, targets, …)`` of every method; pass the method's other arguments by name.
+    """``attribute_all(inputs, baselines, *, targets, …)`` of every method (without ``baselines`` if it has none).
 
     Returns attributions (a tuple if the inputs are one), then the convergence delta if requested, then the indices
     of `TopK`.
@@ -40,21 +43,21 @@ class AttributeAll(Protocol):
 
     # fmt: off
     @overload
-    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor, Tensor]: ...  # noqa: E501
+    def __call__(self, inputs: Tensor, *a: Any, targets: TopK, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensor, targets: Targets = None, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...  # noqa: E501
+    def __call__(self, inputs: Tensor, *a: Any, targets: Targets = None, return_convergence_delta: Yes, **k: Any) -> tuple[Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensor, targets: TopK, *a: Any, **k: Any) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, inputs: Tensor, *a: Any, targets: TopK, **k: Any) -> tuple[Tensor, Tensor]: ...
     @overload
-    def __call__(self, inputs: Tensor, targets: Targets = None, *a: Any, **k: Any) -> Tensor: ...
+    def __call__(self, inputs: Tensor, *a: Any, targets: Targets = None, **k: Any) -> Tensor: ...
     @overload
-    def __call__(self, inputs: Tensors, targets: TopK, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor, Tensor]: ...  # noqa: E501
+    def __call__(self, inputs: Tensors, *a: Any, targets: TopK, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensors, targets: Targets = None, *a: Any, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor]: ...  # noqa: E501
+    def __call__(self, inputs: Tensors, *a: Any, targets: Targets = None, return_convergence_delta: Yes, **k: Any) -> tuple[Tensors, Tensor]: ...  # noqa: E501
     @overload
-    def __call__(self, inputs: Tensors, targets: TopK, *a: Any, **k: Any) -> tuple[Tensors, Tensor]: ...
+    def __call__(self, inputs: Tensors, *a: Any, targets: TopK, **k: Any) -> tuple[Tensors, Tensor]: ...
     @overload
-    def __call__(self, inputs: Tensors, targets: Targets = None, *a: Any, **k: Any) -> Tensors: ...
+    def __call__(self, inputs: Tensors, *a: Any, targets: Targets = None, **k: Any) -> Tensors: ...
     # fmt: on
 
 
@@ -64,11 +67,11 @@ def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
 
 
 def check_distribution(method: Any, baselines: Any) -> None:
-    """Raise if a method that averages over baselines got none: in Captum's order they would be taken as targets."""
+    """Raise if a method that averages over baselines got none."""
     if baselines is None:
         raise BadType(
-            f"baselines: got none, but {type(method).__name__} averages over them. Pass baselines=... by name: the "
-            "second argument of attribute_all is targets."
+            f"baselines: got none, but {type(method).__name__} averages over them. Pass a tensor of several rows: "
+            "attribute_all(inputs, baselines)."
         )
 
 
@@ -93,15 +96,17 @@ def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, inte
 def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
     """``targets`` as `gradkern.jacobian` reads them, for the model's output at these inputs."""
     more = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
+    keep_buffers(fn)
     with torch.no_grad():
         probe = inputs if isinstance(targets, TopK) or more else [x[:2] for x in inputs]
-        y = fn(*[x.detach().clone() for x in probe], *more)
+        y = check_output(fn(*[x.detach().clone() for x in probe], *more), probe[0].shape[0])
     out = tuple(y.shape[1:])
     return jacobian_choice(targets)(inputs[0].shape[0], out).chosen_by(y), out
 
 
 def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:
-    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers."""
+    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers and
+    buffers."""
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolved(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
@@ -111,7 +116,8 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
         torch_state.restore()
         np.random.set_state(numpy_state)
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
-        results.append(attribute(captum_target(column, out)))
+        with buffers_kept(nn.ModuleList(modules_behind(fn))):
+            results.append(attribute(captum_target(column, out)))
     tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
     return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
 
@@ -171,7 +177,7 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
 
 
-class RowMethod(stock.GradientAttribution):
+class RowMethod(PublicMethod, stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
     A subclass provides ``_rows``, the attributions of every seed at given points.  From it follows, in `NoiseTunnel`,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import api
 from ..dispatch.targets import TopK
 from ..util.options import Engine
+from ..util.outputs import Output
 from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
@@ -22,9 +23,14 @@ class GradientMethod(RowMethod):
 
     gradients = HooklessGradientFunc
 
-    def __init__(self, forward_func: Callable[..., Tensor], engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        forward_func: Callable[..., Tensor],
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
         super().__init__(forward_func)
-        plug_into(self, self.gradients(engine))
+        plug_into(self, self.gradients(engine), output)
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
@@ -42,11 +48,11 @@ class GradientMethod(RowMethod):
             lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
             self._finish(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
 
-    def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, options: Options, finish: Options) -> Any:
-        """``attribute_all`` by `gradkern.jacobian`, with its ``options``."""
-        options.setdefault("engine", self.gradient_func.engine)
+    def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, out: Any, wrt: Any, finish: Options) -> Any:
+        """``attribute_all`` by `gradkern.jacobian`, with its ``out`` and ``wrt``."""
+        options = {"engine": self.gradient_func.engine, "out": out, "wrt": wrt}
         jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
-        rows, wrt = format_tensor_into_tuples(inputs), options.get("wrt")
+        rows = format_tensor_into_tuples(inputs)
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
         indices = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
@@ -64,14 +70,21 @@ class Saliency(GradientMethod, stock.Saliency):
 
     @typed
     def attribute_all(
-        self, inputs: Inputs, targets: Any = None, abs: bool = True, additional_forward_args: Any = None, **options: Any
+        self,
+        inputs: Inputs,
+        *,
+        targets: Any = None,
+        abs: bool = True,
+        additional_forward_args: Any = None,
+        out: Any = None,
+        wrt: Any = None,
     ) -> Any:
         """Saliency of every output (or of ``targets``, as `gradkern.jacobian` reads them): ``[N, C, *in]``.
 
-        ``abs=False`` keeps the sign.  ``options`` are those of `gradkern.jacobian` (``out=``, ``wrt=``).  A tuple of
-        inputs gives a tuple; ``TopK(k)`` gives the pair of that and the indices.
+        ``abs=False`` keeps the sign.  A tuple of inputs gives a tuple; ``TopK(k)`` gives the pair of that and the
+        indices.
         """
-        return self._jacobian(inputs, targets, additional_forward_args, options, {"abs": abs})
+        return self._jacobian(inputs, targets, additional_forward_args, out, wrt, {"abs": abs})
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         if options.get("abs", True):
@@ -87,10 +100,16 @@ class InputXGradient(GradientMethod, stock.InputXGradient):
 
     @typed
     def attribute_all(
-        self, inputs: Inputs, targets: Any = None, additional_forward_args: Any = None, **options: Any
+        self,
+        inputs: Inputs,
+        *,
+        targets: Any = None,
+        additional_forward_args: Any = None,
+        out: Any = None,
+        wrt: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
-        return self._jacobian(inputs, targets, additional_forward_args, options, {})
+        return self._jacobian(inputs, targets, additional_forward_args, out, wrt, {})
 
     def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         gradient.mul_(x)
@@ -102,8 +121,9 @@ def jacobians(fn: Callable[..., Any], inputs: Any, targets: Any, extra: Any, opt
         return api.jacobian(fn, inputs, targets, **options)
     rows = format_tensor_into_tuples(inputs)
     fn, more = with_arguments(fn, rows, extra)
-    options.setdefault("wrt", list(range(len(rows))))
+    wrt = options["wrt"]
+    options |= {"wrt": list(range(len(rows))) if wrt is None else wrt}
     jacobian = api.jacobian(fn, (*rows, *more), targets, **options)
-    if is_tuple(inputs) or isinstance(options.get("wrt"), int):
+    if is_tuple(inputs) or wrt is not None:
         return jacobian
     return (jacobian[0][0], jacobian[1]) if isinstance(targets, TopK) else jacobian[0]

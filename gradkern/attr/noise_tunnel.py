@@ -6,6 +6,7 @@ are drawn piece by piece, so that neither noise nor maps grow with ``nt_samples`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
+from ..util.options import BadType
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
+from .call import PublicMethod
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
 
 FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence
 
 
-class NoiseTunnel(stock.NoiseTunnel):
+class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
     """An average over noisy copies of the input (SmoothGrad, arXiv:1706.03825; VarGrad, arXiv:1810.03307).
 
     A drop-in for `captum.attr.NoiseTunnel`, with equal numbers for equal seeds.  Whether to attribute logits or
@@ -98,6 +101,7 @@ class NoiseTunnel(stock.NoiseTunnel):
     def attribute_all(
         self,
         inputs: Inputs,
+        *,
         targets: Any = None,
         nt_type: str = "smoothgrad",
         nt_samples: int = 5,
@@ -114,6 +118,11 @@ class NoiseTunnel(stock.NoiseTunnel):
         """
         compat.validate_noise_tunnel_type(nt_type, compat.SUPPORTED_NOISE_TUNNEL_TYPES)
         rows, method = compat.format_tensor_into_tuples(inputs), self.attribution_method
+        unknown = kwargs.keys() - inspect.signature(method.attribute).parameters.keys()
+        if unknown:
+            raise BadType(
+                f"NoiseTunnel.attribute_all: got {min(unknown)!r}, which {type(method).__name__} does not take."
+            )
         wants_delta = self.is_delta_supported and return_convergence_delta
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:

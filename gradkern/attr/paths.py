@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..dispatch.targets import Seeds
 from ..util.options import Engine, InputError, Unused
+from ..util.outputs import Output
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
+from .call import PublicMethod
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds, plug_into
@@ -28,10 +30,14 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
+        self,
+        forward_func: Callable[..., Tensor],
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     def _attribute(
         self,
@@ -69,24 +75,29 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         additional_forward_args: Any = None,
         n_steps: int = 50,
         method: str = "gausslegendre",
+        internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
+        ``internal_batch_size``: at most so many points at a time; by default as many as fit in the memory budget.
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
         """
         compat.validate_input(*compat.format_input_baseline(inputs, baselines), n_steps, method)
         options = {"baselines": baselines, "n_steps": n_steps, "method": method}
+        options |= {"internal_batch_size": internal_batch_size}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
+        points.most = options.get("internal_batch_size")
         totals = path_sum(points, baselines, Seeds(seeds, (seeds,), index), weights.float(), alphas)
         if self.multiplies_by_inputs:
             times_difference(totals, rows, baselines)
@@ -123,7 +134,7 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
         return gradients
 
 
-class GradientShap(stock.GradientShap):
+class GradientShap(PublicMethod, stock.GradientShap):
     """Expected gradients over random baselines and random points on the way (SHAP's GradientExplainer).
 
     A drop-in for `captum.attr.GradientShap`, with equal numbers for equal seeds of torch and numpy.  Attribute
@@ -131,17 +142,22 @@ class GradientShap(stock.GradientShap):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Tensor], multiply_by_inputs: bool = True, engine: Engine | None = None
+        self,
+        forward_func: Callable[..., Tensor],
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(forward_func, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @typed
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         n_samples: int = 5,
         stdevs: float | tuple[float, ...] = 0.0,
         additional_forward_args: Any = None,
@@ -160,7 +176,7 @@ class GradientShap(stock.GradientShap):
         inner.gradient_func = self.gradient_func
         return NoiseTunnel(inner).attribute_all(
             inputs,
-            targets,
+            targets=targets,
             nt_samples=n_samples,
             stdevs=stdevs,
             draw_baseline_from_distrib=True,

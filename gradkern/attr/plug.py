@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import Request
@@ -22,8 +22,11 @@ from ..dispatch.route import Route, decide, shared_route, solve
 from ..dispatch.targets import Seeds
 from ..ir.program import Shape
 from ..util import options
-from ..util.callables import name_of, unwrapped
+from ..util.buffers import buffers_kept
+from ..util.callables import modules_behind, name_of, unwrapped, with_output
 from ..util.options import BadType, BadValue, Engine, InputError, Unused
+from ..util.outputs import OneOutput, Output, check_output_choice
+from .call import keep_buffers
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
 from .points import with_arguments
 
@@ -60,7 +63,8 @@ class GradientFunc:
             except Exception:
                 compute_gradients(forward_fn, inputs, target_ind, additional_forward_args)  # Captum's own error
                 raise
-        return compute_gradients(forward_fn, inputs, target_ind, additional_forward_args)
+        with buffers_kept(nn.ModuleList(modules_behind(forward_fn))):
+            return compute_gradients(forward_fn, inputs, target_ind, additional_forward_args)
 
     def __repr__(self) -> str:
         return f"gradkern.GradientFunc(engine={self.engine!r})"
@@ -79,6 +83,13 @@ def takes_over(
 
     ``integers``: inputs need not be floating, because their own gradients are not requested.
     """
+    ours = _suits(fn, tensors, engine, integers)
+    if not ours:
+        keep_buffers(fn)
+    return ours
+
+
+def _suits(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, integers: bool) -> bool:
     if options.engine(engine) == "autograd":
         return False
     if not tensors or not all(isinstance(x, Tensor) and x.dim() for x in tensors):
@@ -97,6 +108,7 @@ def takes_over(
 def stays_ours(route: Route) -> bool:
     """Does gradkern take this route?  If autograd has to, Captum's own gradients run, and a warning says why."""
     if route.eager_reason is not None:
+        keep_buffers(route.fn)
         _say(route.fn, route.eager_reason.text)
     return route.eager_reason is None
 
@@ -124,13 +136,18 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     return Seeds(1, (1,), flat[:, None])
 
 
-def plug_into(attribution: Any, gradients: GradientFunc) -> None:
+def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) -> None:
     """Give an attribution object these gradients, and the module inside a compiled or parallel model, in which Captum
-    looks for hooks and layers."""
+    looks for hooks and layers.  ``output``: which part of the model's result is explained, as in `gradkern.jacobian`.
+    """
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):
         if hasattr(attribution, name):
             setattr(attribution, name, unwrapped(getattr(attribution, name)))
+    if check_output_choice(output) is not None:
+        attribution.forward_func = with_output(attribution.forward_func, output)
+        if hasattr(attribution, "model"):
+            attribution.model = OneOutput(attribution.model, output)
 
 
 def accelerate(attribution: Any, engine: Engine | None = None) -> Any:

@@ -19,7 +19,7 @@ from ..dispatch.request import Request
 from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
 from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
-from ..util.callables import FixedArguments
+from ..util.callables import with_given
 from ..util.chunks import samples_per_chunk
 from ..util.options import Engine
 from .captum_compat import format_additional_forward_args
@@ -46,6 +46,7 @@ class Points:
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
         self.ahead = 0  # points still to come, for the decision to trace
+        self.most: int | None = None  # points at a time, if the caller limits them
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
 
@@ -113,7 +114,7 @@ class Points:
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
-        return blocks(self.samples, steps, gradient_bytes(self.inputs, seeds), self.inputs[0].device)
+        return blocks(self.samples, steps, gradient_bytes(self.inputs, seeds), self.inputs[0].device, self.most)
 
 
 def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
@@ -126,9 +127,15 @@ def block_rows(point_bytes: int, device: torch.device) -> int:
     return samples_per_chunk(device, 2 * point_bytes, 3 * point_bytes, least=LEAST_BLOCK)
 
 
-def blocks(samples: int, steps: int, point_bytes: int, device: torch.device) -> Iterator[tuple[int, int, int, int]]:
-    """Pieces ``(first sample, last, first step, last)`` of a path's points whose gradients fit in a block."""
+def blocks(
+    samples: int, steps: int, point_bytes: int, device: torch.device, most: int | None = None
+) -> Iterator[tuple[int, int, int, int]]:
+    """Pieces ``(first sample, last, first step, last)`` of a path's points whose gradients fit in a block.
+
+    ``most``: points of a piece at most.
+    """
     rows = block_rows(point_bytes, device)
+    rows = rows if most is None else max(1, min(rows, most))
     size = max(1, min(samples, rows // steps))
     for a in range(0, samples, size):
         b = min(a + size, samples)
@@ -144,7 +151,7 @@ def with_arguments(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any)
     samples = inputs[0].shape[0]
     rows = {k: isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for k, x in enumerate(more)}
     given = {len(inputs) + k: x for k, x in enumerate(more) if not rows[k]}
-    return FixedArguments(fn, given) if given else fn, tuple(x for k, x in enumerate(more) if rows[k])
+    return with_given(fn, given), tuple(x for k, x in enumerate(more) if rows[k])
 
 
 def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, alphas: Tensor) -> list[Tensor]:

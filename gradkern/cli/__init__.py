@@ -1,5 +1,18 @@
-"""The command line: ``gradkern``."""
+"""The command line: ``gradkern``, or ``python -m gradkern``."""
 
-from .main import main
+import sys
+
+
+def main() -> None:
+    """Run the command line.  ``gradkern --version`` works without the libraries of the data extra, too."""
+    if sys.argv[1:] == ["--version"]:
+        from .. import __version__
+
+        print(f"gradkern, version {__version__}")
+        return
+    from .main import main as commands
+
+    commands()
+
 
 __all__ = ["main"]

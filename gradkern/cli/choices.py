@@ -107,6 +107,20 @@ class ShardType(click.ParamType):
         return i, n
 
 
+class OutputType(click.ParamType):
+    """An index, or a name."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return int(value) if value.lstrip("-").isdigit() else str(value)
+
+
+output = click.option(
+    "--output", type=OutputType(), help="Of a model that returns several tensors: the index or name of one."
+)
+
+
 def run_options(command: Command) -> Command:
     """The options that ``run`` and ``importance`` share; they are passed on to `gradkern.run` unchanged."""
     for option in (
@@ -114,6 +128,7 @@ def run_options(command: Command) -> Command:
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
         click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
+        output,
         click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),
     ):
         command = option(command)

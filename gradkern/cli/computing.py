@@ -107,13 +107,16 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
     "--samples", "most", type=click.IntRange(2), default=2048, show_default=True, help="At most this many samples."
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def bench(model: ModelArguments, samples: SourceArguments, most: int, repeats: int) -> None:
+@choices.output
+def bench(model: ModelArguments, samples: SourceArguments, most: int, repeats: int, output: int | str | None) -> None:
     """Compare gradkern on MODEL and SOURCE with autograd, which runs one backward pass per output.
 
     \b
     gradkern bench net.pt2 x.npy --samples 4096
     """
+    from ..util.outputs import OneOutput
     from .bench import bench
 
-    for line in bench(model.load(), samples.open(), most, repeats):
+    net = model.load()
+    for line in bench(net if output is None else OneOutput(net, output), samples.open(), most, repeats):
         click.echo(line)

@@ -14,7 +14,10 @@ from typing import Any
 try:
     import click
 except ImportError:
-    raise SystemExit("gradkern: the command line needs the data extra: pip install 'gradkern[data]'") from None
+    raise SystemExit(
+        "gradkern: the command line needs the data extra: pip install 'gradkern[data]', in a checkout "
+        "pip install --no-build-isolation '.[data]'"
+    ) from None
 
 from . import computing, reading
 

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 @click.command()
 @choices.model_and_source
-def explain(model: ModelArguments, samples: SourceArguments) -> None:
+@choices.output
+def explain(model: ModelArguments, samples: SourceArguments, output: int | str | None) -> None:
     """Print how every step of MODEL runs, and why it is not faster.
 
     \b
@@ -31,7 +32,7 @@ def explain(model: ModelArguments, samples: SourceArguments) -> None:
     import gradkern
 
     inputs = samples.open().read(0, 1)
-    gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs)
+    gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs, output=output)
 
 
 @click.command()

@@ -1,6 +1,6 @@
 """Whole data sets: stream samples to a store, reduce on the fly, resume after a kill, shard, merge.
 
-Needs the ``data`` extra: ``pip install 'gradkern[data]'``.
+Needs the ``data`` extra: ``pip install 'gradkern[data]'``.::
 
     results = gradkern.run(model, "samples.npy", "maps.zarr", reductions=["mean_abs"])
     results.array("attributions")   # zarr [N, S, *in]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util.options import BadValue
+from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
@@ -60,9 +61,9 @@ class Curve:
 class Importance:
     """Scores and their stability.  Features are numbered row-major over a sample's shape.
 
-    ``scores``, ``low``, ``high`` [C, *in] with the bootstrap interval of ``level``; ``ranking`` [C, F], the most
-    important feature first; ``agreement`` [C], Spearman's rank correlation between the two halves of the data;
-    ``counts`` [C], the samples behind each row.
+    ``scores``, ``low``, ``high`` ``[C, *in]`` with the bootstrap interval of ``level``; ``ranking`` ``[C, F]``, most
+    important first; ``agreement`` ``[C]``, Spearman's rank correlation between the two halves of the data;
+    ``counts`` ``[C]``, the samples behind each row.
     """
 
     scores: np.ndarray
@@ -114,21 +115,22 @@ def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
 def importance(
     model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
-    progress: bool | None = None, **options: Any,
+    progress: bool | None = None, output: Output = None, **options: Any,
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
     ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
     ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
-    (0: no curves).  ``options`` go to `gradkern.run`.
+    (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
     """
     rows = open_source(source, columns, input_dtype)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         place = Path(folder, "run.zarr") if out is None else out
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
-            progress=progress, **options,
+            progress=progress, output=output, **options,
         )  # fmt: skip
+        model = model if output is None else OneOutput(model, output)
         return of_results(results, model if curve_samples else None, rows, level, draws, curve_samples)
 
 

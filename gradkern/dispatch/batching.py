@@ -34,7 +34,7 @@ def run(
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
         params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
         # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
-        if partial is None and request.out is None:
+        if start == 0 and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if by_reference else executor.jacobian

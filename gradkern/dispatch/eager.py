@@ -20,12 +20,14 @@ from ..runtime import ops
 from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
-from ..util.chunks import samples_per_chunk, spans
+from ..util.chunks import MOST_COTANGENTS, samples_per_chunk, spans
 from ..util.options import BadValue, InputError, memory_budget
 from ..util.random_state import RandomState
+from ..util.torch_compat import without_fallback_warning
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
 
 LARGEST_CHUNK = 2048  # samples
+LEAST_BATCHED = 8  # samples whose seeds go back together
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
 BATCHED_NODES = frozenset(
@@ -44,7 +46,8 @@ class ModelProfile:
 
     ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
     known, so one forward gets the whole batch.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
-    are the bytes that autograd saves for the backward pass.
+    are the bytes that autograd saves for the backward pass, ``largest`` those of the largest tensor among them, per
+    sample.
     """
 
     couples_batch: str = ""
@@ -52,14 +55,25 @@ class ModelProfile:
     fixed: int = 0
     per_sample: int = 0
     one_piece: bool = False
+    largest: int = 0
 
-    def chunk(self, samples: int, per_input: int, device: torch.device) -> int:
-        """Samples per forward.  ``per_input``: bytes of one sample's inputs."""
+    def chunk(self, samples: int, per_input: int, device: torch.device, seeds: int = 1) -> int:
+        """Samples per forward.  ``per_input``: bytes of one sample's inputs.  ``seeds``: that go back together."""
         if self.couples_batch or self.one_piece:
             return samples
         # The saved activations, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1
+        peak += (seeds - 1) * self.cotangents(per_input)
         return min(samples_per_chunk(device, peak, cached, fixed=self.fixed), LARGEST_CHUNK)
+
+    def cotangents(self, per_input: int) -> int:
+        """Bytes of the cotangents of one sample that are alive together, for one seed."""
+        return MOST_COTANGENTS * max(self.largest, per_input)
+
+    def seeds_together(self, seeds: int, samples: int, per_input: int, device: torch.device) -> int:
+        """How many seeds to send back together, if a few samples with all of them do not fit in the memory."""
+        each = self.cotangents(per_input) * min(samples, LEAST_BATCHED) + 1
+        return max(1, min(seeds, memory_budget(device) // 2 // each))
 
 
 @contextmanager
@@ -137,7 +151,8 @@ def probe(
     if changed:
         reason = reason or "the model changes its buffers"
     per_sample = max(together.bytes - alone.bytes, 0) // (count - 1)
-    return ModelProfile(reason, bool(changed), max(alone.bytes - per_sample, 0), per_sample)
+    fixed = max(alone.bytes - per_sample, 0)
+    return ModelProfile(reason, bool(changed), fixed, per_sample, largest=together.largest // count)
 
 
 class _ReadsValues(TorchDispatchMode):
@@ -169,7 +184,7 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd saves: each storage once, and the model's own tensors not at all."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.bytes, self.seen = 0, _storages(module)
+        self.bytes, self.largest, self.seen = 0, 0, _storages(module)
         super().__init__(self._count, lambda x: x)
 
     def _count(self, x: Tensor) -> Tensor:
@@ -177,6 +192,7 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
         return x.detach()  # the tensor itself would be a reference cycle
 
 
@@ -203,13 +219,32 @@ def run(
     return partial
 
 
-def fill(request: Request, partial: JacobianResult | None, start: int, stop: int) -> JacobianResult:
-    """Differentiate the samples ``start:stop`` in one forward and write their rows of the results."""
+def run_as_measured(
+    request: Request, profile: ModelProfile, start: int, results: JacobianResult, *, batched: bool
+) -> JacobianResult:
+    """The same for a model whose samples do not mix: all seeds ``batched`` in one backward, or one after another."""
+    device, together = request.inputs[0].device, 1
+    if batched:
+        together = profile.seeds_together(results.seeds.count, request.samples, request.sample_bytes, device)
+    chunk = profile.chunk(request.samples, request.sample_bytes, device, together)
+    with without_fallback_warning():
+        for a, b in spans(start, request.samples, chunk):
+            fill(request, results, a, b, together)
+    return results
+
+
+def fill(
+    request: Request, partial: JacobianResult | None, start: int, stop: int, together: int | None = None
+) -> JacobianResult:
+    """Differentiate the samples ``start:stop`` in one forward and write their rows of the results.
+
+    ``together``: how many seeds to send back at a time; by default, as many as torch is known to batch well.
+    """
     with outside_modes():
         leaves, arguments = _leaves([x[start:stop] for x in request.inputs], request.wrt)
         y = forward(request.fn, request.module, arguments)  # [n, *out]
         results = allocate(request, tuple(y.shape[1:]), partial)
-        if partial is None and request.out is None:
+        if start == 0 and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
         _check_followed(request, y)
@@ -219,7 +254,7 @@ def fill(request: Request, partial: JacobianResult | None, start: int, stop: int
         seeds = results.chosen
         index = seeds.rows(start, stop)
         rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
-        group = _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
+        group = together or _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
             cotangents = _cotangents(y, index, first, last)  # [s, n, *out]

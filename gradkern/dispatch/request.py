@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..ir.program import Shape
 from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
+from ..util.outputs import HINT, described_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
@@ -30,6 +31,7 @@ class Request:
 
     ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
     which count in the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
+    ``part_of``: samples of the whole call, if this is a part of one.
     """
 
     fn: Callable[..., Any]
@@ -39,6 +41,7 @@ class Request:
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
+    part_of: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fn", unwrapped(self.fn))
@@ -51,6 +54,11 @@ class Request:
     @property
     def samples(self) -> int:
         return self.inputs[0].shape[0]
+
+    @property
+    def whole(self) -> int:
+        """Samples of the whole call."""
+        return max(self.part_of, self.samples)
 
     @property
     def sample_bytes(self) -> int:
@@ -70,6 +78,7 @@ class Request:
             self.wrt,
             lambda samples, output_shape: seeds.part(start, stop),
             ahead=self.ahead + self.samples - stop,
+            part_of=self.whole,
         )
 
     def pick(self, most: int) -> tuple[Tensor, ...]:
@@ -155,12 +164,13 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
         outs = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
         if len(outs) != len(shapes):
             raise BadValue(f"out: got {len(outs)} tensors, expected {len(shapes)}, one per differentiated input.")
-        rows = [_out_tensor(g, s, f) for g, s, f in zip(outs, shapes, flat, strict=True)]
+        rows = [out_tensor(g, s, f) for g, s, f in zip(outs, shapes, flat, strict=True)]
     shaped = tuple(r.view(r.shape[0], *seeds.axes, *r.shape[2:]) for r in rows)
     return JacobianResult(seeds, indices, output_shape, tuple(rows), shaped)
 
 
-def _out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
+def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
+    """The caller's memory for a result of this shape, seen in the shape ``flat``."""
     if isinstance(out, np.ndarray):  # np.memmap too
         if not out.flags.writeable:
             raise BadValue("out: got a read-only array, expected a writable one (np.memmap: mode 'r+' or 'w+').")
@@ -222,7 +232,7 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"inputs: number {i} has {x.shape[0]} samples and number 0 has {tensors[0].shape[0]}, expected the "
                 "same batch axis (axis 0) in all."
             )
-    indices = _read_wrt(wrt, len(tensors))
+    indices = checked_wrt(wrt, len(tensors))
     for w in indices:
         x = tensors[w]
         if not x.is_floating_point():
@@ -235,7 +245,8 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
     return tensors, indices
 
 
-def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The indices of the inputs to differentiate, of so many."""
     if wrt is None:
         return tuple(range(count))
     indices = [wrt] if isinstance(wrt, int) else list(wrt)
@@ -253,10 +264,7 @@ def _read_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
-        raise BadType(
-            f"the model returned {type(y).__name__}, expected one tensor [N, ...]. Wrap the model in a module whose "
-            "forward returns the tensor to explain."
-        )
+        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}.")
     if not y.is_floating_point():
         raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
     if y.dim() == 0 or y.shape[0] != samples:

@@ -9,23 +9,25 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ir.program import Program, Shape
+from ..planner.timing import Timing, Way
 from ..runtime.parameters import bind
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
-from . import batching, eager, guards, state
+from . import batching, eager, guards, state, ways
 from .eager import ModelProfile
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached
 from .state import CacheEntry, ModelState, Traced, Verdict
+from .targets import Seeds
 from .watch import OutputsChanged
 
 TRACE_SAMPLES = 4
@@ -56,6 +58,7 @@ class Route:
     state: ModelState
     entry: CacheEntry
     decision: Decision
+    ways: dict[int, Way] = field(default_factory=dict)  # of the call's parts, by the number of seeds
 
     @property
     def eager_reason(self) -> EagerReason | None:
@@ -269,7 +272,13 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if isinstance(found, Verdict):
         return _on_autograd(request, route, start, results)
     route.check_reached(request)
-    saved = (route.entry.profile or _profile(request, route)).per_sample if found.verdict.opaque else 0
+    with torch.inference_mode(False):
+        results = allocate(request, found.program.output_shape, results)
+    way = _way(request, route, found, results.seeds)
+    if way != "kernels":
+        profile = _profile_of_program(request, route)
+        return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
+    saved = _profile_of_program(request, route).per_sample if found.verdict.opaque else 0
     try:
         return batching.run(
             request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
@@ -277,6 +286,43 @@ def solve(request: Request, route: Route) -> JacobianResult:
     except OutputsChanged:
         route.refuse(CHANGED)
     return _on_autograd(request, route, start, results)
+
+
+def _way(request: Request, route: Route, found: Traced, seeds: Seeds) -> Way:
+    """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
+    pinned = ways.pinned_way.get()
+    if pinned is not None and route.engine != "reference":
+        return pinned
+    if route.engine != "auto" or not seeds.count:
+        return "kernels"
+    way = route.ways.get(seeds.count)
+    if way is None:
+        way = route.ways[seeds.count] = timing(request, route, found, seeds).way
+    return way
+
+
+def timing(request: Request, route: Route, found: Traced, seeds: Seeds) -> Timing:
+    """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
+    x, program, threads = request.inputs[request.wrt[0]], found.program, torch.get_num_threads()
+    size = sum(request.whole >= least for least in ways.SIZES)  # parts of a call have the size of the whole
+    key = program.key, type(seeds), seeds.count, request.wrt, x.dtype, x.device, threads, size
+    return ways.timings.get_or_make(
+        key, lambda: ways.measured(request, found, seeds, _profile_of_program(request, route))
+    )
+
+
+def compared(request: Request, route: Route, seeds: Seeds) -> Timing | None:
+    """`timing` for a route whose calls are decided by it; None for other routes."""
+    found = route.decision
+    if route.engine != "auto" or not isinstance(found, Traced) or not (request.samples and seeds.count):
+        return None
+    return None if found.verdict.unused.intersection(request.wrt) else timing(request, route, found, seeds)
+
+
+def _profile_of_program(request: Request, route: Route) -> ModelProfile:
+    """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
+    profile = route.entry.profile or _profile(request, route)
+    return replace(profile, couples_batch="", mutates=False)
 
 
 def _on_autograd(

@@ -19,7 +19,11 @@ from ..ir.program import Shape
 from ..util.options import BadType, BadValue
 
 Targets = int | Sequence[Any] | Tensor | np.ndarray | None
-ACCEPTED = "None, an int, a list of ints, a 1-D tensor [S], a 2-D tensor [N, S], a tuple of ints, or TopK(k)"
+ACCEPTED = "None, an int, a list of ints, a tensor [N, S], a tuple of ints, or TopK(k)"
+
+
+FAR = 2**62  # in place of indices that do not fit in 64 bits; no output has them either
+PER_SAMPLE = "For one output per sample pass a tensor [N, 1]: torch.as_tensor(targets)[:, None]."
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,32 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
             raise BadValue(f"targets: got TopK({targets.k}), but the model has {total} outputs per sample.")
         return TopSeeds(targets.k, (targets.k,), None, out)
     flat = _flat_indices(targets, samples, out)
+    if flat.dim() == 1:
+        _distinct(flat, targets, out)
+    elif out == flat.shape[1:]:
+        _no_one_hot(flat)
     return Seeds(flat.shape[-1], (flat.shape[-1],), flat)
+
+
+def _distinct(flat: Tensor, targets: Any, out: Shape) -> None:
+    """Refuse outputs for all samples that name one twice: most often they are labels, one per sample."""
+    values, counts = flat.unique(return_counts=True)
+    if len(values) < len(flat):
+        repeated = int(values[counts > 1][0])
+        name = str(repeated) if len(out) < 2 else str(tuple(int(i) for i in np.unravel_index(repeated, out)))
+        raise BadValue(
+            f"targets: got {_brief(targets)}, which names output {name} more than once; a list gives these outputs for "
+            f"all samples, so each may stand in it once. {PER_SAMPLE}"
+        )
+
+
+def _no_one_hot(flat: Tensor) -> None:
+    """Refuse one-hot labels ``[N, C]``: read as indices, they would mean the outputs 0 and 1."""
+    if flat.shape[1] > 2 and len(flat) and bool(((flat == 1).sum(1) == 1).all() & (flat <= 1).all()):
+        raise BadValue(
+            f"targets: got one-hot labels {list(flat.shape)}, expected the indices of outputs. Use "
+            "targets.argmax(1, keepdim=True), one output per sample."
+        )
 
 
 def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
@@ -116,8 +145,10 @@ def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
         targets = list(targets)
     if isinstance(targets, list):
         return _from_list(targets, samples, out)
+    if isinstance(targets, Tensor) and targets.dtype == torch.uint64:
+        targets = targets.cpu().numpy()
     if isinstance(targets, np.ndarray):
-        targets = torch.from_numpy(np.ascontiguousarray(targets))
+        targets = _from_array(targets)
     if isinstance(targets, Tensor):
         return _from_tensor(targets, samples, out)
     number = _as_int(targets)
@@ -148,21 +179,33 @@ def _from_list(targets: list[Any], samples: int, out: Shape) -> Tensor:
     return _ravel(torch.tensor(indices)[:, None], out)
 
 
+def _from_array(targets: np.ndarray) -> Tensor:
+    if targets.dtype.kind not in "iu":
+        raise BadType(f"targets: got an array of {targets.dtype}, expected integers. Use targets.astype(int).")
+    if targets.dtype == np.uint64:
+        targets = np.minimum(targets, np.uint64(FAR))
+    return torch.from_numpy(targets.astype(np.int64, order="C"))
+
+
 def _from_tensor(targets: Tensor, samples: int, out: Shape) -> Tensor:
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
         raise BadType(f"targets: got a tensor of {targets.dtype}, expected integers. Use targets.long().")
     targets = targets.detach().cpu().long()
     if targets.numel() == 0 and not (targets.dim() >= 2 and samples == 0):
         raise BadValue("targets: got an empty tensor, expected at least one output. Pass None for all outputs.")
+    if targets.dim() == 1:
+        raise BadValue(
+            f"targets: got {_brief(targets)} with one axis, which may mean outputs for all samples or one output per "
+            "sample. For these outputs in every sample pass a list of distinct ones: targets.tolist(). "
+            + (PER_SAMPLE if len(out) == 1 else "For each sample its own, pass a tensor [N, S, axes].")
+        )
     if len(out) == 1:
         if targets.dim() == 0:
-            targets = targets[None]
-        if targets.dim() == 1:
-            return _ravel(targets[:, None], out)
+            return _ravel(targets[None, None], out)
         if targets.dim() == 2:
             _same_samples(targets, samples)
             return _ravel(targets[..., None], out)
-        raise BadValue(f"targets: got a tensor {list(targets.shape)}, expected [S] or [N, S] = [{samples}, S].")
+        raise BadValue(f"targets: got a tensor {list(targets.shape)}, expected [N, S] = [{samples}, S].")
     if targets.dim() == 3 and targets.shape[-1] == len(out):
         _same_samples(targets, samples)
         return _ravel(targets, out)
@@ -173,7 +216,7 @@ def _same_samples(targets: Tensor, samples: int) -> None:
     if targets.shape[0] != samples:
         raise BadValue(
             f"targets: got a tensor {list(targets.shape)} for {samples} samples, expected [N, S] = [{samples}, S]. "
-            "For the same outputs in every sample pass a list or a 1-D tensor."
+            "For the same outputs in every sample pass a list."
         )
 
 
@@ -218,7 +261,7 @@ def _as_int(value: Any) -> int | None:
     if isinstance(value, Tensor) and (value.dim() or value.is_floating_point() or value.dtype == torch.bool):
         return None
     try:
-        return operator.index(value)
+        return max(-FAR, min(operator.index(value), FAR))
     except (TypeError, ValueError):
         return None
 

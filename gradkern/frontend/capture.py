@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util.callables import by_name, placed
+from ..util.outputs import chosen
 from ..util.torch_compat import cache_entries, disable_current_modes, dynamo, shapes_config, tracing_context
 from . import regions
 from .refusal import Untraceable, reason_of
@@ -100,12 +101,12 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...]) -> Tensor | None:
+def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...], output: Any) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
     # ``fn`` may work in place on its inputs, which is forbidden on leaves.  The clone of its result is the graph's own
     # last step: every other result of the graph is a side effect of ``fn``.
-    result = fn(*placed([x.clone() for x in inputs], given))
+    result = chosen(fn(*placed([x.clone() for x in inputs], given)), output)
     return result.clone() if isinstance(result, Tensor) else None
 
 
@@ -279,7 +280,7 @@ def _without_onednn() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mute the errors that capture and export log and print; the caller gets one line instead.  Needs the lock."""
+    """Mute what capture and export log, print and warn of; the caller gets one line instead.  Needs the lock."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.level for logger in loggers]
     stderr = sys.stderr
@@ -287,7 +288,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with _tolerant():
+        with _unwarned():
             yield
     finally:
         if isinstance(sys.stderr, _Muted):  # it has not been replaced meanwhile
@@ -297,14 +298,25 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _tolerant() -> Iterator[None]:
-    """Ignore warnings if the caller turns them into errors: torch's own warnings would end the capture."""
-    if not any(action == "error" for action, *_ in warnings.filters):
-        yield  # changing filters is not thread-safe, so it is done only if necessary
+def _unwarned() -> Iterator[None]:
+    """Drop this thread's warnings: torch warns of its own internals, and a forward pass repeats those of the model."""
+    if any(action == "error" for action, *_ in warnings.filters):  # a warning would end the capture
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    before, owner = warnings.showwarning, threading.get_ident()  # changing filters would concern all threads
+
+    def show(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != owner:
+            before(*args, **kwargs)
+
+    warnings.showwarning = show
+    try:
         yield
+    finally:
+        if warnings.showwarning is show:  # it has not been replaced meanwhile
+            warnings.showwarning = before
 
 
 class _Muted:

@@ -75,7 +75,7 @@ TORCH_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
 KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True, chained=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
-PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP, under vmap
+PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP
 IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, RECURRENT, PER_OP)
 #: The name for a step of `KERNEL` that the kernel of a neighbour does, which only the grouping knows.
 FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chained=True)

@@ -27,6 +27,7 @@ from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
 from .implementations import FOLDED, RECURRENT, Choice, Implementation, choose_implementation
+from .timing import Timing
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Plan:
     parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
+    timing: Timing | None = None  # of the plan and of autograd, if they were compared
 
     @cached_property
     def native(self) -> bool:
@@ -101,6 +103,10 @@ class Plan:
     def counting(self, measured_macs: Mapping[int, int]) -> Plan:
         """The same plan with the measured multiply-adds of opaque steps, by step of ``program``."""
         return replace(self, measured_macs=dict(measured_macs))
+
+    def timed(self, timing: Timing | None) -> Plan:
+        """The same plan with the measured time of a call; autograd runs instead of it if that was faster."""
+        return replace(self, timing=timing)
 
     # ---- the table
 
@@ -165,7 +171,10 @@ class Plan:
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
-        return "\n".join([*lines, self._summary])
+        lines.append(self._summary)
+        if self.timing is not None:
+            lines.append(str(self.timing))
+        return "\n".join(lines)
 
 
 def plan(

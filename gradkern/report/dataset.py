@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
+from ..util.outputs import OneOutput
 from . import datafigures, figures
 from .page import Report, Section
 
@@ -28,9 +29,13 @@ def report(
     """Write the report of a run to one self-contained HTML file; returns its absolute path.
 
     ``model`` and ``source`` (those of the run) add the samples themselves behind their maps, and the deletion and
-    insertion curves.  ``names`` are those of the outputs.  An unfinished run is reported as far as it has got.
+    insertion curves (of the run's ``output``, if that is an index or a name).  ``names`` are those of the outputs.  An
+    unfinished run is reported as far as it has got.
     """
     store = open_store(results) if isinstance(results, (str, Path)) else results
+    output = store.about["fingerprint"]["method"].get("output")
+    if model is not None and output is not None and not isinstance(model, OneOutput):
+        model = OneOutput(model, output)
     view = StoreSections(store, model, source, names)
     page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
     view.coverage(page.section("Coverage"))

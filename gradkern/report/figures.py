@@ -13,11 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-MAGNITUDE, SIGNED = "Oranges", "RdBu_r"
-INK, ACCENT, PALE = "#1d2329", "#c2560c", "#b8c4cf"
+from ..plot import ACCENT, INK, MAGNITUDE, PALE, SIGNED, limits, strip
 
 
 def bars(
@@ -48,13 +46,14 @@ def signal_classes(x: np.ndarray, importance: np.ndarray, labels: np.ndarray, na
     figure = Figure(figsize=(9, 1.75 * len(names) + 0.4), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     top = float(importance.max()) or 1.0
-    low, high = _limits(x)
+    low, high = limits(x)
+    steps = np.arange(x.shape[1])
     for c, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        shade = _background(axes, importance[c], low, high, MAGNITUDE, 0.0, top)
+        shade = strip(axes, importance[c], steps, low, high, {"cmap": MAGNITUDE, "vmin": 0.0, "vmax": top})
         signals = x[labels == c]  # [n, T]
         if len(signals):
             mean, spread = signals.mean(0), signals.std(0)
-            axes.fill_between(np.arange(x.shape[1]), mean - spread, mean + spread, color=INK, alpha=0.12, linewidth=0)
+            axes.fill_between(steps, mean - spread, mean + spread, color=INK, alpha=0.12, linewidth=0)
             axes.plot(mean, color=INK, linewidth=1.5)
         axes.set_title(f"{name} (n = {len(signals)})", fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
@@ -108,12 +107,13 @@ def signal_samples(
     x, gradients = np.asarray(x), np.asarray(gradients)
     figure = Figure(figsize=(3.1 * len(names), 1.55 * len(x) + 0.4), layout="constrained")
     panels = figure.subplots(len(x), len(names), sharex=True, sharey=True, squeeze=False)
-    low, high = _limits(x)
+    low, high = limits(x)
+    steps = np.arange(x.shape[1])
     for row, signal in enumerate(x):
         top = float(np.abs(gradients[row]).max()) or 1.0
         for c, name in enumerate(names):
             axes = panels[row, c]
-            _background(axes, gradients[row, c], low, high, SIGNED, -top, top)
+            strip(axes, gradients[row, c], steps, low, high, {"cmap": SIGNED, "vmin": -top, "vmax": top})
             axes.plot(signal, color=INK, linewidth=1.1)
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
@@ -150,24 +150,6 @@ def image_samples(
                 axes.set_title(name, fontsize=10)
     panels[0, 0].set_title("image", fontsize=10)
     return figure
-
-
-def _background(
-    axes: Axes, values: np.ndarray, low: float, high: float, cmap: str, vmin: float, vmax: float
-) -> AxesImage:
-    """Colours the area behind a signal, one stripe per time step (values ``[T]``), between ``low`` and ``high``."""
-    steps = len(values)
-    axes.set_xlim(-0.5, steps - 0.5)
-    extent = (-0.5, steps - 0.5, low, high)
-    return axes.imshow(
-        values[None], cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto", extent=extent, interpolation="nearest", zorder=0
-    )
-
-
-def _limits(x: np.ndarray) -> tuple[float, float]:
-    low, high = float(x.min()), float(x.max())
-    margin = 0.05 * (high - low) or 1.0
-    return low - margin, high + margin
 
 
 def _frame(axes: Axes, predicted: bool) -> None:

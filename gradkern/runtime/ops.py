@@ -7,8 +7,10 @@ module itself.  Without the extension the package works through the reference pa
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def extension() -> Any:
         from .. import _C as compiled
     except ImportError as error:
         what = f"is not available ({error}); results are the same, only slower"
-        warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
     module: Any = compiled
     same_layout = getattr(module, "record_layout", None) == layout_fingerprint()
@@ -38,6 +40,16 @@ def extension() -> Any:
         return None
     register_fakes()
     return module
+
+
+def _way_out() -> str:
+    """What to do without an extension: an installed package that has one may be hidden by the checkout's folder."""
+    here = Path(__file__).resolve().parents[1]
+    for folder in map(Path, sys.path):
+        installed = (folder / "gradkern").resolve()
+        if installed != here and any(installed.glob("_C.*")):
+            return f"The one in {installed} is hidden by {here}: start Python in another folder."
+    return HOW_TO_BUILD
 
 
 def machine(device: torch.device | None = None) -> Machine | None:

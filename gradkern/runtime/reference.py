@@ -8,8 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from ..ir import graph, indexing
 from ..ir import program as ir
-from ..ir.calls import Params, calls_in, evaluate, params_in
+from ..ir.calls import Params, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognise
-from ..util.memo import on_reset
 from .recurrent import vjp as vjp_recurrent
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,70 +269,46 @@ def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[
 # ---------------------------------------------------------------------------------------------------------------
 # Opaque steps: torch differentiates
 
-_looped: set[tuple[str, ...]] = set()  # the ops of calls whose backward torch cannot run for all seeds at once
-on_reset(_looped.clear)
+MOST_FOLDED = 1 << 16  # numbers per sample, of all seeds: with more, repeating the forward costs more than more calls
 
 
 def _opaque_back(
     call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
-    """torch's own VJP of one call: under vmap for all seeds if torch can, else one seed after another."""
     recurrent = recognise(call)
     if recurrent is not None:
         return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
+    return _by_autograd(call, ids, args, out, g, params)
+
+
+def _by_autograd(
+    call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
+) -> tuple[Tensor, ...]:
+    """torch's own VJP of one call.
+
+    A small call runs once more with all seeds folded into the batch, since each call of torch has its cost; for a large
+    one, one backward follows another.  The size of one sample decides, so that a result does not depend on the batch.
+    """
     n, s = g.shape[:2]
     smooth = [k for k, a in enumerate(args) if _is_smooth(a)] if _is_smooth(out) else []
     result = [g.new_zeros(n, s, *a.shape[1:], dtype=a.dtype if _is_smooth(a) else g.dtype) for a in args]
     if not smooth or n * s == 0:
         return tuple(result)
+    folds = 1 < s <= MOST_FOLDED // (out[0].numel() + sum(a[0].numel() for a in args) + 1)
     with torch.inference_mode(False), torch.enable_grad():
-        args = [_usable(a) for a in args]
-        params = {p.name: _usable(params[p.name]) for p in params_in(call)}
-        g = _usable(g)
-
-        def run(*moving: Tensor) -> Tensor:
-            full = list(args)
-            for k, a in zip(smooth, moving, strict=True):
-                full[k] = a
-            return _opaque(call, ids, full, params)
-
-        moving = [args[k] for k in smooth]
-        grads = _all_seeds(tuple(c.op for c in calls_in(call)), run, moving, g)
-    for k, grad in zip(smooth, grads, strict=True):
-        result[k] = grad  # [N, S, *in]
+        rows = [_usable(a.repeat_interleave(s, dim=0) if folds else a) for a in args]
+        leaves = [rows[k].requires_grad_() for k in smooth]
+        y = _opaque(call, ids, rows, {p.name: _usable(params[p.name]) for p in params_in(call)})
+        if not y.requires_grad:
+            return tuple(result)
+        sent = (_usable(g).flatten(0, 1),) if folds else _usable(g).unbind(1)
+        back = [
+            torch.autograd.grad(y, leaves, part, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for part in sent
+        ]
+    for k, grads in zip(smooth, zip(*back, strict=True), strict=True):
+        result[k] = grads[0].unflatten(0, (n, s)) if folds else torch.stack(grads, dim=1)  # [N, S, *in]
     return tuple(result)
-
-
-def _all_seeds(
-    ops: tuple[str, ...], run: Callable[..., Tensor], moving: Sequence[Tensor], g: Tensor
-) -> Sequence[Tensor]:
-    if ops not in _looped:
-        try:
-            with _without_fallback_warning():
-                back: Callable[..., Sequence[Tensor]] = torch.func.vjp(run, *moving)[1]
-                return torch.vmap(back, in_dims=1, out_dims=1)(g)
-        except RuntimeError:
-            _looped.add(ops)
-    leaves = [m.detach().requires_grad_() for m in moving]
-    y = run(*leaves)
-    if not y.requires_grad:
-        return [g.new_zeros(*g.shape[:2], *m.shape[1:]) for m in moving]
-    grads = [
-        torch.autograd.grad(y, leaves, g[:, k], retain_graph=True, allow_unused=True, materialize_grads=True)
-        for k in range(g.shape[1])
-    ]
-    return [torch.stack(seeds, dim=1) for seeds in zip(*grads, strict=True)]
-
-
-@contextmanager
-def _without_fallback_warning() -> Iterator[None]:
-    """Mute torch's warning that vmap loops inside one op, which is intended here."""
-    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda enabled: None)
-    switch(False)
-    try:
-        yield
-    finally:
-        switch(True)
 
 
 def _is_smooth(x: Tensor) -> bool:

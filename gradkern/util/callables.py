@@ -11,18 +11,35 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .outputs import Output, check_output_choice, chosen, output_key
 from .torch_compat import eval_frame
 
 
 @dataclass(frozen=True, eq=False)
 class FixedArguments:
-    """``fn`` with fixed values for the arguments that are not samples, by position; it is called with the samples."""
+    """``fn`` with fixed values for the arguments that are not samples, by position; it is called with the samples.
+
+    ``output``: the part of its result that is returned, as in `util.outputs`.
+    """
 
     fn: Callable[..., Any]
     given: dict[int, Any]
+    output: Output = None
 
     def __call__(self, *samples: Any) -> Any:
-        return self.fn(*placed(samples, self.given))
+        return chosen(self.fn(*placed(samples, self.given)), self.output)
+
+
+def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., Any]:
+    """``fn`` with fixed arguments."""
+    model, before, output = split(fn)
+    return FixedArguments(model, before | given, output) if given else fn
+
+
+def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
+    """``fn``, of whose result ``output`` is returned."""
+    check_output_choice(output)
+    return fn if output is None else FixedArguments(unwrapped(fn), {}, output)
 
 
 def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
@@ -33,20 +50,22 @@ def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
     return arguments
 
 
-def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any]]:
-    """A callable, and its fixed arguments besides the samples."""
-    return (fn.fn, fn.given) if isinstance(fn, FixedArguments) else (fn, {})
+def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], Output]:
+    """A callable, its fixed arguments besides the samples, and the part of its result that is returned."""
+    return (fn.fn, fn.given, fn.output) if isinstance(fn, FixedArguments) else (fn, {}, None)
 
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
-    """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, and the ``inputs``."""
-    model, given = split(fn)
-    return {"fn": model, "given": given, "inputs": samples}
+    """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, ``inputs`` and ``output``."""
+    model, given, output = split(fn)
+    return {"fn": model, "given": given, "inputs": samples, "output": output}
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     """Are both the same callable with the same arguments?  Values count as equal only if they are the same object."""
-    (f, given), (g, other) = split(a), split(b)
+    (f, given, output), (g, other, another) = split(a), split(b)
+    if output_key(output) != output_key(another):
+        return False
     if f is not g and not (isinstance(f, types.MethodType) and f == g):
         return False
     return given.keys() == other.keys() and all(given[k] is other[k] for k in given)
@@ -85,7 +104,7 @@ def anchor(fn: Any) -> tuple[Any, Hashable]:
         return fn, ()
     if isinstance(fn, FixedArguments):
         owner, way = anchor(fn.fn)
-        return owner, (way, tuple(fn.given))
+        return owner, (way, tuple(fn.given), output_key(fn.output))
     if isinstance(fn, functools.partial):
         owner, way = anchor(fn.func)
         return owner, (way, "partial")
@@ -130,7 +149,8 @@ def _reachable(fn: Any) -> Iterator[Any]:
 
 def described(fn: Any) -> Hashable:
     """The fixed arguments of ``fn`` besides the samples, as numbers, shapes and types."""
-    return tuple([(place, _described(value)) for place, value in split(fn)[1].items()])
+    _, given, output = split(fn)
+    return tuple([(place, _described(value)) for place, value in given.items()]), output_key(output)
 
 
 def _described(value: Any) -> Hashable:

@@ -1,11 +1,14 @@
 # ruff: noqa: F401  (names are imported here for the other files)
-"""torch's private names that capturing needs, each imported here and nowhere else.
+"""torch's private names that gradkern needs, each imported here and nowhere else.
 
 The public API captures a function under guards (`torch.compile` with a backend).  It cannot check the guards without
 running anything, apply settings to one capture only, or tell which code was read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +27,17 @@ except ImportError as missing:
         f"gradkern captures networks by way of private names of torch, and torch {torch.__version__} lacks one: "
         f"{missing}. Versions that work: {', '.join(TRIED)}."
     ) from missing
+
+
+@contextmanager
+def without_fallback_warning() -> Iterator[None]:
+    """Mute torch's warning that vmap loops inside one op, which is intended here."""
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda enabled: None)
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 def keeper_of(node_name: str) -> tuple[str, str] | None:

@@ -40,14 +40,6 @@ LAYERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
@@ -111,13 +103,16 @@ def test_long_paths_in_blocks(monkeypatch):
 def test_targets_and_options():
     model, x = net("residual", 4)
     whole = ours.LayerGradCam(model, model.conv2).attribute_all(x, attr_dim_summation=False)
-    same(ours.LayerGradCam(model, model.conv2).attribute_all(x, [3, 1], attr_dim_summation=False), whole[:, [3, 1]])
+    same(
+        ours.LayerGradCam(model, model.conv2).attribute_all(x, targets=[3, 1], attr_dim_summation=False),
+        whole[:, [3, 1]],
+    )
     for target in ([0, 3, 1, 2], torch.tensor([1, 1, 0, 3]), -1):
         got = ours.LayerGradCam(model, model.conv2, engine="kernel").attribute(
             x, target=target, attr_dim_summation=False
         )
         same(got, stock.LayerGradCam(model, model.conv2).attribute(x, target=target, attr_dim_summation=False))
-    best, index = ours.LayerGradientXActivation(model, model.conv2).attribute_all(x, gradkern.TopK(1))
+    best, index = ours.LayerGradientXActivation(model, model.conv2).attribute_all(x, targets=gradkern.TopK(1))
     full = ours.LayerGradientXActivation(model, model.conv2).attribute_all(x)
     same(best[:, 0], full[torch.arange(4), index[:, 0]])
 
@@ -154,7 +149,7 @@ def test_guided_grad_cam():
     want = stacked([stock.GuidedGradCam(model, model.conv).attribute(x, target=c) for c in range(3)])
     mine = ours.GuidedGradCam(model, model.conv)
     same(mine.attribute_all(x), want)
-    same(mine.attribute_all(x, [2, 1]), want[:, [2, 1]])
+    same(mine.attribute_all(x, targets=[2, 1]), want[:, [2, 1]])
     same(mine.attribute(x, target=2), want[:, 2])
     fast = gradkern.accelerate(stock.GuidedGradCam(model, model.conv))
     same(fast.attribute_all(x), want)
@@ -187,19 +182,18 @@ def test_a_new_layer_method_is_its_mathematics():
     want = stacked([plain.attribute(x, target=c) ** 2 for c in range(4)])
     same(mine.attribute_all(x), want)
     same(mine.attribute(x, 1), want[:, 1])
-    same(mine.attribute_all(x, [2, 0], attribute_to_layer_input=False), want[:, [2, 0]])
+    same(mine.attribute_all(x, targets=[2, 0], attribute_to_layer_input=False), want[:, [2, 0]])
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_signatures_are_captums(name):
     mine, captums = getattr(ours, name), getattr(stock, name)
     assert inspect.signature(mine.attribute) == inspect.signature(captums.attribute)
-    every = list(inspect.signature(mine.attribute_all).parameters)
-    kept = [
-        n for n in inspect.signature(captums.attribute).parameters if n not in ("internal_batch_size", "grad_kwargs")
-    ]
-    assert every[:3] == ["self", "inputs", "targets"]
-    assert every[3:] == [n for n in kept[2:] if n != "target"]
+    every = inspect.signature(mine.attribute_all).parameters
+    kept = ["targets" if n == "target" else n for n in inspect.signature(captums.attribute).parameters]
+    assert sorted(every) == sorted([*kept, "out", "wrt", "engine"])
+    by_place = [n for n, p in every.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_place == [n for n in kept if n in ("self", "inputs", "baselines")]
     with pytest.raises(TypeError, match="nonsense"):
         mine(nn.Linear(3, 3), None).attribute_all(torch.zeros(1, 3), nonsense=1)
 

@@ -29,14 +29,6 @@ N = 4
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def same(got, want, tolerance=1e-10):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
@@ -285,10 +277,10 @@ def test_per_sample_targets_and_top_k():
     model, x = build(PooledNet), images()
     for cls in (ours.GuidedBackprop, ours.LRP, ours.DeepLift):
         whole = cls(model).attribute_all(x)
-        picked = cls(model).attribute_all(x, torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]]))
+        picked = cls(model).attribute_all(x, targets=torch.tensor([[0, 1], [2, 2], [1, 0], [0, 2]]))
         same(picked[1], whole[1, [2, 2]])
-        same(cls(model).attribute_all(x, [2, 0]), whole[:, [2, 0]])
-        best, index = cls(model).attribute_all(x, gradkern.TopK(1))
+        same(cls(model).attribute_all(x, targets=[2, 0]), whole[:, [2, 0]])
+        best, index = cls(model).attribute_all(x, targets=gradkern.TopK(1))
         same(best[:, 0], whole[torch.arange(N), index[:, 0]])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,15 +17,6 @@ from tests.cases import CASES
 from tests.support import oracle
 
 TINY = ("loop_classes", "grads_batched")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One thread is enough here, and the benchmark sets the number for itself: give it back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

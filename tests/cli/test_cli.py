@@ -151,7 +151,7 @@ def test_help_has_an_example(command):
 
 
 def test_as_a_program_quiet_and_interruptible(files, tmp_path):
-    command = [sys.executable, "-m", "gradkern.cli", "--threads", "1", "run", str(files / "net.pt2")]
+    command = [sys.executable, "-m", "gradkern", "--threads", "1", "run", str(files / "net.pt2")]
     command += [str(files / "x.npy"), str(tmp_path / "a.zarr")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr

@@ -250,7 +250,7 @@ def test_relevance_by_its_definition() -> None:
     device = HostDevice(threads=32)
     with installed(device):
         got = attr.LRP(model, engine="kernel").attribute_all(x)
-        own = attr.LRP(model, engine="kernel").attribute_all(x, torch.tensor([[0, 1], [2, 2], [1, 0]]))
+        own = attr.LRP(model, engine="kernel").attribute_all(x, targets=torch.tensor([[0, 1], [2, 2], [1, 0]]))
     assert device.launches == 4
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(own, oracle.pick(want, torch.tensor([[0, 1], [2, 2], [1, 0]])), rtol=1e-8, atol=1e-8)

@@ -22,14 +22,6 @@ from tests.support.stores import assert_same
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(seed: int = 0, samples: int = 40) -> tuple[torch.nn.Module, torch.Tensor]:
     case = CASES["cnn1d_strided"]
     return case.build(seed), case.inputs(samples)[0]

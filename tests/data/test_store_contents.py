@@ -23,7 +23,6 @@ CASE = CASES["lenet5"]
 
 @pytest.fixture(scope="module")
 def problem():
-    torch.set_num_threads(1)
     model, x = CASE.build(), CASE.inputs(21)[0]
     return model, x, gradkern.jacobian(model, x, engine="kernel")
 

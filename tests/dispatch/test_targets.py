@@ -50,12 +50,11 @@ def same(got, want):
         (torch.tensor(1), [1]),
         ((2,), [2]),
         ([2, 0], [2, 0]),
-        ([-1, 0, -1], [2, 0, 2]),
-        ([0, 1, 2, 0], [0, 1, 2, 0]),  # as long as the batch: still for all samples
+        ([-1, 0], [2, 0]),
+        ([np.int32(1), torch.tensor(0)], [1, 0]),
         (range(2), [0, 1]),
-        (torch.tensor([1, 2, 1, 0]), [1, 2, 1, 0]),
-        (torch.tensor([2], dtype=torch.int32), [2]),
-        (np.array([0, -2]), [0, 1]),
+        (np.array(1), [1]),
+        (np.array([[0, 1], [0, 1], [0, 1], [0, 1]], dtype=np.uint16), [0, 1]),
         ([(1,), (0,)], [1, 0]),
     ],
 )
@@ -138,7 +137,19 @@ def test_one_number_per_sample():
         (torch.zeros(5, 1, dtype=torch.long), BadValue, r"\[5, 1\].*for 4 samples"),
         ([[0], [1]], BadValue, "2 lists, expected one for each of the 4"),
         ([[0], [1, 2], [0], [0]], BadValue, "different lengths"),
-        (torch.zeros(4, 1, 1, dtype=torch.long), BadValue, r"expected \[S\] or \[N, S\]"),
+        (torch.zeros(4, 1, 1, dtype=torch.long), BadValue, r"expected \[N, S\]"),
+        ([0, 0], BadValue, "output 0 more than once"),
+        ([2, -1], BadValue, "output 2 more than once"),
+        ([0, 1, 2, 0], BadValue, r"more than once.*\[:, None\]"),  # as long as the batch: labels
+        (
+            torch.eye(4, 3, dtype=torch.long) + torch.tensor([[0], [0], [0], [1]]) * torch.tensor([1, 0, 0]),
+            BadValue,
+            "one-hot labels.*argmax",
+        ),
+        ([2**80], BadValue, "expected -3"),
+        (np.array([[2**64 - 1]] * 4, dtype=np.uint64), BadValue, "expected -3"),
+        (np.array([["a"]] * 4), BadType, "array of <U1"),
+        (np.array([[True]] * 4), BadType, "array of bool"),
         ([], BadValue, "empty list"),
         (torch.zeros(0, dtype=torch.long), BadValue, "empty tensor"),
         ((0, 1), BadValue, "expected 1 indices"),
@@ -156,7 +167,27 @@ def test_bad_targets(targets, error, words):
         resolve(targets, N, (C,))
 
 
-@pytest.mark.parametrize("targets", [1, [0, 1], torch.tensor([0]), torch.zeros(4, 1, dtype=torch.long), (1,), (1, 3)])
+@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("samples", [1, 2, N, 7])
+@pytest.mark.parametrize("make", [torch.arange, np.arange, lambda n: torch.arange(n, dtype=torch.uint8)])
+@pytest.mark.parametrize("out", [(7,), (7, 2)])
+def test_one_axis_of_indices_is_refused_for_every_length(make, samples, count, out):
+    with pytest.raises(BadValue, match=r"targets\.tolist\(\).*(\[N, 1\].*\[:, None\]|\[N, S, axes\])"):
+        resolve(make(count), samples, out)
+
+
+def test_a_list_of_tuples_that_repeats_an_output():
+    with pytest.raises(BadValue, match=r"output \(1, 2\) more than once"):
+        resolve([(1, 2), (0, 0), (-3, -1)], N, (4, 3))
+
+
+def test_indices_of_two_classes_are_no_one_hot_labels():
+    """What `TopK(2)` returns for two outputs is a permutation of them in every sample."""
+    index = torch.tensor([[0, 1], [1, 0], [1, 0], [0, 1]])
+    assert torch.equal(resolve(index, N, (2,)).indices, index)
+
+
+@pytest.mark.parametrize("targets", [1, [0, 1], torch.zeros(4, 1, dtype=torch.long), (1,), (1, 3)])
 def test_bad_targets_for_several_axes(targets):
     with pytest.raises(BadValue, match=r"2 indices|expected -3"):
         resolve(targets, N, (4, 3))

@@ -272,9 +272,11 @@ def test_deep_lift_as_on_the_cpu(name: str) -> None:
     model, x, base = case.build(), case.inputs(300)[0], case.inputs(300, 7)[0]
     targets = torch.randint(3, (300, 2), generator=torch.Generator().manual_seed(0))
     for start in (base, base[:1]):
-        want = attr.DeepLift(model.double(), engine="reference").attribute_all(x.double(), targets, start.double())
+        want = attr.DeepLift(model.double(), engine="reference").attribute_all(
+            x.double(), start.double(), targets=targets
+        )
         own = attr.DeepLift(model.float().to(CUDA), engine="kernel")
-        got = own.attribute_all(x.to(CUDA), targets.to(CUDA), start.to(CUDA))
+        got = own.attribute_all(x.to(CUDA), start.to(CUDA), targets=targets.to(CUDA))
         model.cpu()
         assert got.device == CUDA
         assert oracle.disagreeing(got.cpu(), want, 1e-3) <= 0.05

@@ -36,7 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     counted(ops, "chain_vjp", lambda *args: "kernel")
     counted(reference, "vjp_step", lambda program, i, *args: (program.key, i))
     counted(reference, "vjp_recurrent", lambda *args: RECURRENT)
-    counted(reference, "_all_seeds", lambda *args: PER_OP)
+    counted(reference, "_by_autograd", lambda *args: PER_OP)
     return counts
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from gradkern.data import open_source, run
 from gradkern.report import datafigures
@@ -21,7 +20,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def signals(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("report")
     case = CASES["cnn1d_strided"]
     model, x = case.build(), case.inputs(60)[0]

@@ -17,14 +17,6 @@ from tests.support.properties import FAST, FUZZ, agrees, questions
 from tests.support.random_programs import programs
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @settings(FAST, max_examples=FUZZ or 500, derandomize=not FUZZ)
 @given(questions(programs()))
 def test_random_programs_of_kernels(question):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkern.ir.functions import FUNCTIONS, RECTIFYING
+from gradkern.ir.program import Call, Value
 from gradkern.runtime import reference
 from tests.cases import BENCH, CASES, SMALL
 from tests.support import oracle
@@ -228,21 +229,31 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert oracle.relative_error(jac.double(), want) < 0.1
 
 
-@pytest.mark.parametrize("name", ["resnet1d_cumsum"])
-def test_a_loop_over_seeds_where_vmap_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, program = lowered(name)
-    inputs = CASES[name].inputs(2, dtype=torch.float64)
-    params = bind(program, model)
-    at_once = reference.jacobian(program, params, inputs)[1][0]
-
-    def fails(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("no batching rule")
-
-    monkeypatch.setattr(torch, "vmap", fails)
-    monkeypatch.setattr(reference, "_looped", set())
-    looped = reference.jacobian(program, params, inputs)[1][0]
-    assert reference._looped  # remembered, so that nothing fails twice
-    assert torch.allclose(at_once, looped, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("op", ["cumsum", "sinh", "logsumexp", "round"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_small_opaque_steps_fold_their_seeds_and_large_ones_loop(
+    op: str, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = {"cumsum": (1,), "logsumexp": ((1,),)}.get(op, ())
+    shape = (5,) if op == "logsumexp" else (3, 5)
+    call = Call(f"aten.{op}.default", (Value(0), *args))
+    x, g = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, seeds, *shape, dtype=torch.float64)
+    out = getattr(torch, op)(x, *args)
+    calls = []
+    real = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or real(*a, **k))
+    results = []
+    for most, expected in ((1 << 16, 1), (1, seeds)):
+        monkeypatch.setattr(reference, "MOST_FOLDED", most)
+        calls.clear()
+        results += reference._opaque_back(call, (0,), [x], out, g, {})
+        assert len(calls) == expected
+    folded, looped = results
+    leaf = x.clone().requires_grad_()
+    y = getattr(torch, op)(leaf, *args)
+    want = torch.stack([real(y, leaf, g[:, s], retain_graph=True)[0] for s in range(seeds)], 1)
+    for got in (folded, looped):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
 def test_lstm_in_float32() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
 from ...util.options import Engine, InputError
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -31,20 +32,21 @@ from ..attribute_all import (
     resolved,
     typed,
 )
+from ..call import POSITIONAL, PublicMethod, keep_buffers
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into
 from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
 
-class LayerMethod(stock.GradientAttribution):
+class LayerMethod(PublicMethod, stock.GradientAttribution):
     """A method of a layer: ``_layer`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
 
     _takes_integers = True  # inputs may be indices into an embedding
 
-    def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, engine: Engine | None = None, output: Output = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
@@ -111,6 +113,7 @@ def one_output(kind: Any) -> Any:
         wants_delta = options.pop("return_convergence_delta", False)
         maps = self._one(rows, options)
         if maps is None:
+            keep_buffers(self.forward_func)
             begin = time.perf_counter()
             maps = captums(self, **options)
             self._spent(rows, extra, time.perf_counter() - begin)
@@ -127,11 +130,12 @@ def one_output(kind: Any) -> Any:
 
 
 def all_outputs(kind: Any) -> AttributeAll:
-    """Its ``attribute_all``: Captum's arguments, with ``targets`` after the inputs."""
+    """Its ``attribute_all``: Captum's arguments, with ``targets`` in place of ``target``; most of them by name."""
     parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
-    targets = parameters.pop("target").replace(name="targets", annotation=Any)
-    kept = [p for name, p in parameters.items() if name not in ("internal_batch_size", "grad_kwargs")]
-    signature = inspect.Signature([*kept[:2], targets, *kept[2:]])
+    targets = parameters.pop("target").replace(name="targets", annotation=Any, default=None)
+    places = [p for name, p in parameters.items() if name in POSITIONAL]
+    named = [p for name, p in parameters.items() if name not in POSITIONAL]
+    signature = inspect.Signature([*places, *(p.replace(kind=p.KEYWORD_ONLY) for p in (targets, *named))])
 
     def attribute_all(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *layer]``."""
@@ -192,24 +196,30 @@ class LayerGradCam(LayerMethod, stock.LayerGradCam):
         return F.relu(maps) if options["relu_attributions"] else maps
 
 
-class GuidedGradCam(stock.GuidedGradCam):
+class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
     """Guided backpropagation times upsampled Grad-CAM (arXiv:1610.02391).
 
     A drop-in for `captum.attr.GuidedGradCam`.  Attribute logits, as the paper does.
     """
 
     def __init__(
-        self, model: nn.Module, layer: nn.Module, device_ids: Any = None, engine: Engine | None = None
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        device_ids: Any = None,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         super().__init__(model, layer, device_ids)
-        plug_into(self, GradientFunc(engine))
-        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine)
-        self.guided_backprop = GuidedBackprop(model, engine)
+        plug_into(self, GradientFunc(engine), output)
+        self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine, output=output)
+        self.guided_backprop = GuidedBackprop(model, engine, output)
 
     @typed
     def attribute_all(
         self,
         inputs: Inputs,
+        *,
         targets: Any = None,
         additional_forward_args: Any = None,
         interpolate_mode: str = "nearest",
@@ -219,10 +229,11 @@ class GuidedGradCam(stock.GuidedGradCam):
         rows = compat.format_tensor_into_tuples(inputs)
         seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
         chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
+        shared = {"targets": chosen, "additional_forward_args": additional_forward_args}
         cam = self.grad_cam.attribute_all(
-            rows, chosen, additional_forward_args, attribute_to_layer_input, relu_attributions=True
+            rows, **shared, attribute_to_layer_input=attribute_to_layer_input, relu_attributions=True
         )
-        guided = self.guided_backprop.attribute_all(rows, chosen, additional_forward_args)
+        guided = self.guided_backprop.attribute_all(rows, **shared)
         cam = cam.reshape(cam.shape[0], seeds.count, *cam.shape[1 + len(seeds.axes) :]).flatten(0, 1)
         maps = []
         for x, g in zip(rows, guided, strict=True):
@@ -243,6 +254,6 @@ class GuidedGradCam(stock.GuidedGradCam):
 def _as_targets(index: Tensor | None, out: tuple[int, ...]) -> Any:
     """Flat output indices (None, ``[S]`` or ``[N, S]``) as `gradkern.jacobian` takes them."""
     if index is None or len(out) == 1:
-        return index
+        return index.tolist() if index is not None and index.dim() == 1 else index
     axes = torch.stack(torch.unravel_index(index, out), -1)  # [..., axes]
     return axes if axes.dim() == 3 else [tuple(a) for a in axes.tolist()]

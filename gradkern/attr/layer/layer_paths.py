@@ -80,7 +80,8 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         base = view.forward(tensorize_baseline(inputs, start), view.points.more)[0]
         weights, alphas = path_steps(options["method"], options["n_steps"])
         total = value.new_zeros(len(value), seeds, *view.shape)
-        for a, b, first, last in blocks(len(value), len(alphas), gradient_bytes([value], seeds), value.device):
+        size, most = gradient_bytes([value], seeds), options["internal_batch_size"]
+        for a, b, first, last in blocks(len(value), len(alphas), size, value.device, most):
             steps = last - first
             tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
             gradients = view.gradients(tail_inputs, repeated_index(index, a, b, steps), seeds)
@@ -109,7 +110,8 @@ def blocks_of_path(
     points = view.points
     inputs, start = format_input_baseline(points.inputs, options["baselines"])
     layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
-    for a, b, first, last in blocks(points.samples, len(alphas), gradient_bytes([layer], seeds), inputs[0].device):
+    size, most = gradient_bytes([layer], seeds), options["internal_batch_size"]
+    for a, b, first, last in blocks(points.samples, len(alphas), size, inputs[0].device, most):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
         values = view.forward(at, repeated(points.more, a, b, steps))
         yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeated_index(index, a, b, steps), seeds))

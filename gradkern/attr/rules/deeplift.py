@@ -21,6 +21,7 @@ from ...ir.program import LowRank, Product, Program, Scale, Select, Windows
 from ...runtime import ops, reference
 from ...util.chunks import spans
 from ...util.options import Engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
 from ..captum_compat import stock
@@ -145,10 +146,15 @@ class DeepLift(RuleMethod, stock.DeepLift):
     """
 
     def __init__(
-        self, model: nn.Module, multiply_by_inputs: bool = True, eps: float = 1e-10, engine: Engine | None = None
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        eps: float = 1e-10,
+        engine: Engine | None = None,
+        output: Output = None,
     ) -> None:
         stock.DeepLift.__init__(self, model, multiply_by_inputs, eps)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -182,23 +188,30 @@ class DeepLift(RuleMethod, stock.DeepLift):
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
+        ``custom_attribution_func`` as in ``attribute``; it is called once per output.
         """
         rows = compat.format_tensor_into_tuples(inputs)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
-        return self._all(inputs, targets, additional_forward_args, {"baselines": start}, return_convergence_delta)
+        options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
+        return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        options = options | {"baselines": compat.format_baseline(options.get("baselines"), points.inputs)}
-        return super()._rows(points, index, seeds, options)
+        start = compat.format_baseline(options.get("baselines"), points.inputs)
+        custom = options.get("custom_attribution_func")
+        options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
+        parts = super()._rows(points, index, seeds, options)
+        return parts if custom is None or parts is None else customised(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         values, start = chunk.values(chunk.rows), chunk.values(_start(chunk))
@@ -209,6 +222,16 @@ class DeepLift(RuleMethod, stock.DeepLift):
             return multipliers
         points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
         return tuple(m.mul_((x - start).unsqueeze(1)) for m, x, start in points)
+
+
+def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
+    """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
+    start = compat.tensorize_baseline(inputs, tuple(baselines))
+    by_seed = [
+        compat.call_custom_attribution_func(custom, tuple(m[:, s] for m in multipliers), inputs, start)
+        for s in range(multipliers[0].shape[1])
+    ]
+    return tuple(torch.stack(parts, 1) for parts in zip(*by_seed, strict=True))
 
 
 def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -236,18 +259,26 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    def __init__(self, model: nn.Module, multiply_by_inputs: bool = True, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @typed
     def attribute_all(
         self,
         inputs: Inputs,
-        targets: Any = None,
         baselines: Any = None,
+        *,
+        targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
@@ -267,16 +298,19 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             points = points_for(self, rows, additional_forward_args)
             if points is not None and points.traced() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
-                maps, delta = self._mean(points, seeds, start, return_convergence_delta)
+                maps, delta = self._mean(points, seeds, start, return_convergence_delta, custom_attribution_func)
                 return answer(maps, as_tuple, seeds, delta)
 
         def attribute(target: Any) -> Any:
             base = start if as_tuple else start[0]
-            return self.attribute(inputs, base, target, additional_forward_args, return_convergence_delta)
+            fixed = (additional_forward_args, return_convergence_delta, custom_attribution_func)
+            return self.attribute(inputs, base, target, *fixed)
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
-    def _mean(self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool) -> tuple[Tensors, Tensor | None]:
+    def _mean(
+        self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool, custom: Any = None
+    ) -> tuple[Tensors, Tensor | None]:
         """Some samples at a time against all references."""
         rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
         means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
@@ -285,7 +319,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
             pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
             extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
-            options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
+            options: Options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
+            options |= {"custom_attribution_func": custom}
             chunk_index = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
             paired = points.at(pairs, extra)
             maps = self._rows(paired, chunk_index, seeds.count, options)

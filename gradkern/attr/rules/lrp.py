@@ -19,6 +19,7 @@ from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum
 from ...runtime import reference
 from ...util.callables import model_of
 from ...util.options import Engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
 from ..captum_compat import stock
@@ -133,9 +134,9 @@ class LRP(RuleMethod, stock.LRP):
     1-D average pools, residual sums, and functional and reused activations.  Attribute logits: a softmax has no rule.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine | None = None) -> None:
+    def __init__(self, model: nn.Module, engine: Engine | None = None, output: Output = None) -> None:
         stock.LRP.__init__(self, model)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(
@@ -153,10 +154,10 @@ class LRP(RuleMethod, stock.LRP):
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return compat.unlogged(stock.LRP)(self, inputs, *fixed)
-        for path, rule in rules.items():
-            if verbose:
-                print(f"Applied {rule} on layer {self.model.get_submodule(path)}")
-            del self.model.get_submodule(path).rule
+        if verbose:
+            self._print(rules)
+        for path in rules:
+            del self._network.get_submodule(path).rule
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
@@ -168,17 +169,22 @@ class LRP(RuleMethod, stock.LRP):
     def attribute_all(
         self,
         inputs: Inputs,
+        *,
         targets: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        verbose: bool = False,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.  Rules stay set.
+        With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.  Rules stay set;
+        ``verbose`` prints them.
         """
         with self._rules() as rules:
             options = {"rules": rules}
             maps = self._all_on_engine(inputs, targets, additional_forward_args, options, return_convergence_delta)
+        if verbose:
+            self._print(rules)
         if maps is not None:
             return maps
 
@@ -187,14 +193,23 @@ class LRP(RuleMethod, stock.LRP):
                 return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
             finally:  # Captum removes them
                 for path, rule in rules.items():
-                    self.model.get_submodule(path).rule = rule
+                    self._network.get_submodule(path).rule = rule
 
-        return one_by_one(self.model, inputs, additional_forward_args, targets, attribute)
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+
+    @property
+    def _network(self) -> Any:
+        """The caller's module, which `self.model` wraps if one of its outputs is chosen."""
+        return model_of(self.forward_func) or self.model
+
+    def _print(self, rules: Rules) -> None:
+        for path, rule in rules.items():
+            print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
         """The rules set on modules, by path; removed meanwhile, because they are not part of the network."""
-        ruled = {path: m for path, m in self.model.named_modules() if "rule" in m.__dict__}
+        ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
         rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
         try:
             yield rules
@@ -221,8 +236,7 @@ class LRP(RuleMethod, stock.LRP):
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)
-        model = model_of(self.forward_func) or self.model
-        return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], model)
+        return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]

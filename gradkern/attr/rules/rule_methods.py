@@ -15,6 +15,7 @@ from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
 from ...util.options import Engine, InputError, Unused, engine
+from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
 from ..captum_compat import stock
@@ -126,9 +127,9 @@ class _Rectifying(ProgramMethod):
 
     _relu = ""
 
-    def __init__(self, model: torch.nn.Module, engine: Engine | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, engine: Engine | None = None, output: Output = None) -> None:
         super().__init__(model)
-        plug_into(self, GradientFunc(engine))
+        plug_into(self, GradientFunc(engine), output)
 
     @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
@@ -141,7 +142,7 @@ class _Rectifying(ProgramMethod):
         return captums(self, inputs, target, additional_forward_args)
 
     @typed
-    def attribute_all(self, inputs: Inputs, targets: Any = None, additional_forward_args: Any = None) -> Any:
+    def attribute_all(self, inputs: Inputs, *, targets: Any = None, additional_forward_args: Any = None) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 

@@ -40,6 +40,7 @@ def attributes(
             "threads": settings.threads or torch.get_num_threads(),
             "memory_budget": budget,
             "engine": probe.engine,
+            "way": probe.way,
             "precision": ops.precision(),
             "plan": probe.plan_key(),
             **fingerprint.of_machine(),

@@ -17,6 +17,7 @@ from ...dispatch.targets import TopK
 from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
+from ...util.outputs import OneOutput, output_name
 from ..sources import Source
 from ..store.layout import dtype_name
 from .settings import Settings
@@ -32,6 +33,7 @@ class Mismatch(BadValue):
 def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
     """Hashes of everything that determines the model's results: its weights and buffers, and its graph."""
     digest = hashlib.sha256()
+    model = model.model if isinstance(model, OneOutput) else model
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         _add_tensor(digest, name, tensor)
@@ -96,6 +98,7 @@ def of_run(model: nn.Module, source: Source, settings: Settings, program: Progra
         "method": {
             "method": settings.method,
             "targets": of_targets(settings.targets),
+            **({} if settings.output is None else {"output": output_name(settings.output)}),
             "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
         },
         "source": of_source(source),
@@ -146,8 +149,8 @@ def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], 
     stored, asked = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))
     differences = []
     for part in stored:
-        for name in stored[part]:
-            was, now = stored[part][name], asked.get(part, {}).get(name)
+        for name in dict.fromkeys([*stored[part], *({"output"} & asked.get(part, {}).keys())]):
+            was, now = stored[part].get(name), asked.get(part, {}).get(name)
             if was != now and (graph or (part, name) != ("model", "graph")):
                 words = WORDS.get(f"{part}.{name}", f"{name} differs")
                 differences.append(f"{words}: the store has {_short(was)}, this call {_short(now)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch import ways
 from ...runtime import ops
 from ...util import options
 from . import fingerprint
@@ -18,11 +19,12 @@ from .settings import Settings
 
 @contextmanager
 def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
-    """Set the store's threads, memory budget and precision (else the caller's), and restore them afterwards."""
+    """Set the store's threads, memory budget, precision and way (else the caller's), and restore them afterwards."""
     threads, precision = torch.get_num_threads(), ops.precision()
     with ExitStack() as stack:
         if pinned:
             stack.enter_context(options.use(memory_budget=pinned["memory_budget"]))
+            stack.enter_context(ways.pinned(pinned.get("way")))
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.set_float32_matmul_precision, precision)
         torch.set_num_threads(pinned.get("threads") or settings.threads or threads)

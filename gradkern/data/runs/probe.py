@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import api
+from ...dispatch import ways
 from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import couples_batch, decide
+from ...dispatch.route import compared, couples_batch, decide
+from ...dispatch.targets import Seeds
 from ...ir.program import Program
+from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
 from ...util.options import BadValue, Engine
@@ -35,6 +38,7 @@ class Probe:
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
+    way: Way | None = None  # of gradients, if kernels and autograd were compared
 
     @property
     def seeds(self) -> int:
@@ -76,24 +80,40 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, source: Source, settings: Settings, engine: Engine | None) -> Probe:
-    """Trace, and run the method on a few samples."""
+def probe_run(model: nn.Module, source: Source, settings: Settings, pinned: Engine | None) -> Probe:
+    """Trace, and run the method on a few samples.  ``pinned``: the engine that a store has recorded.
+
+    Without one, kernels and autograd are compared, so that all chunks, in all processes, go the same way.
+    """
     count = min(PROBED, source.samples)
     inputs = tuple(x.to(device_of(model)) for x in source.read(0, count))
-    engine = engine or options.engine(settings.engine)
+    engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
         program = api.prepare(model, inputs)
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and count > 1:
         refuse_mixed(model, inputs)
+    chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
     method = methods.find(settings.method, settings.arguments)
     targets = targets_of_first(settings.targets, count, source.samples)
     batch = methods.Batch(model, inputs, targets, engine, settings.arguments)
     outcome = method(batch)  # warms up
+    way = faster_way(model, source, outcome.maps[0].shape[1]) if chooses else None
     begin = time.perf_counter()
-    method(batch)
-    return Probe(program, engine, outcome, inputs, count / (time.perf_counter() - begin))
+    with ways.pinned(way):
+        outcome = method(batch)
+    return Probe(program, engine, outcome, inputs, count / (time.perf_counter() - begin), way)
+
+
+def faster_way(model: nn.Module, source: Source, seeds: int) -> Way | None:
+    """The way of gradients of so many outputs, measured on the first samples."""
+    inputs = tuple(x.to(device_of(model)) for x in source.read(0, min(ways.MOST_SAMPLES, source.samples)))
+    floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
+    chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
+    request = Request(model, inputs, floating, lambda n, out: chosen)
+    found = compared(request, decide(request, "auto"), chosen)
+    return None if found is None else found.way
 
 
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -13,12 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from ...util import options as choices
 from ..store.results import Results
 from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
@@ -82,6 +84,7 @@ def run(
         ``"blosc"``.
         ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
         the engine; chosen if they are None, then recorded and pinned.
+        ``output``: which of several outputs of the model, as in `gradkern.jacobian`.
         ``arguments``: of the method.
 
     Returns
@@ -90,6 +93,8 @@ def run(
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned(1, shard)  # an invalid shard is refused before anything is created
+    if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
+        settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
     task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
     work(task, owned(task.results.chunks, shard), progress)
     task.results.complete()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from ...util.options import BadValue, Engine
+from ...util.outputs import Output, check_output_choice
 from .. import statistics
 from ..store.layout import STORED_AS, codecs
 
@@ -30,11 +31,13 @@ class Settings:
     batch: int | None = None
     threads: int | None = None
     engine: Engine | None = None
+    output: Output = None
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
             raise BadValue(f"dtype: got {self.dtype!r}, expected one of {', '.join(STORED_AS)}.")
         codecs(self.compression)
+        check_output_choice(self.output)
         object.__setattr__(self, "reductions", statistics.check_reductions(self.reductions))
         object.__setattr__(self, "arguments", dict(self.arguments))
         for name in ("chunk", "batch", "threads"):
@@ -58,6 +61,7 @@ class RunOptions(TypedDict, total=False):
     batch: int | None
     threads: int | None
     engine: Engine | None
+    output: Output
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...util import options
 from ...util.options import BadType
+from ...util.outputs import OneOutput
 from .. import methods, statistics
 from ..sources import Source, open_source
 from ..store.layout import dtype_name, map_names
@@ -63,6 +64,7 @@ class Task:
         """
         if not isinstance(model, nn.Module):
             raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
+        model = model if settings.output is None else OneOutput(model, settings.output)
         rows = open_source(source, columns, input_dtype)
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}

@@ -1,0 +1,5 @@
+"""``python -m gradkern``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,262 @@
+"""What every public call of an attribution object has in common, whatever the method.
+
+`PublicMethod` puts it around ``attribute`` and ``attribute_all`` of each class:
+
+* results carry no autograd graph (except where ``grad_kwargs`` asks for one with ``create_graph``);
+* the buffers of the model and the object's own ``gradient_func`` are left as they were;
+* a batch without samples gives results without samples;
+* ``attribute_all`` takes ``out=``, ``wrt=`` and ``engine=``, and everything after the inputs and the baselines by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..dispatch.request import checked_wrt, out_tensor
+from ..dispatch.route import one_call
+from ..dispatch.targets import TopK
+from ..util.buffers import buffers_kept
+from ..util.callables import modules_behind
+from ..util.options import BadType, BadValue
+from ..util.random_state import RandomState
+
+STAND_INS = 2  # samples in place of none, from which the shapes of results are learned
+POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
+SHARED = ("out", "wrt", "engine")
+Function = Callable[..., Any]
+
+
+class PublicMethod:
+    """Base of the attribution classes: what this module's docstring lists, for every subclass."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, wrap in (("attribute", _attribute), ("attribute_all", _attribute_all)):
+            function = getattr(cls, name, None)
+            if function is not None and not hasattr(function, "_is_public"):
+                setattr(cls, name, wrap(function))
+
+
+def _attribute(function: Function) -> Function:
+    """``attribute`` with what all methods have in common."""
+
+    @functools.wraps(function)
+    def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with public_call(self):
+            if _is_empty(args[0] if args else kwargs.get("inputs")):
+                return _of_no_samples(function, self, args, kwargs)
+            result = function(self, *args, **kwargs)
+            graph = (kwargs.get("grad_kwargs") or {}).get("create_graph")
+            return result if graph else mapped(_plain, result)
+
+    return _marked(attribute, function)
+
+
+def _attribute_all(function: Function) -> Function:
+    """``attribute_all`` with what all methods have in common."""
+    signature = inspect.signature(function)
+    places = [name for name in signature.parameters if name in POSITIONAL]
+    native = [name for name in SHARED if name in signature.parameters]
+
+    @functools.wraps(function)
+    def attribute_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_arguments(self, places, args, kwargs)
+        none = _is_empty(args[0] if args else kwargs.get("inputs"))
+        shared = {name: kwargs.pop(name, None) for name in SHARED if (none and name == "out") or name not in native}
+        method = self if shared["engine"] is None else with_engine(self, shared["engine"])
+        with public_call(method):
+            result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
+            result = mapped(_plain, result)
+        extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
+        maps, *rest = result if extras else (result,)
+        maps = _written(_of_inputs(maps, shared.get("wrt")), shared.get("out"))
+        return (maps, *rest) if extras else maps
+
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [name for name in SHARED if name not in native]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    attribute_all.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return _marked(attribute_all, function)
+
+
+def _marked(wrapper: Function, function: Function) -> Function:
+    wrapper._is_public = True  # type: ignore[attr-defined]
+    wrapper.__wrapped__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]  # as Captum's own
+    return wrapper
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
+def mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The tree of tuples, lists and dicts with ``change`` made to every tensor."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(mapped(change, part) for part in tree)
+    if type(tree) is dict:
+        return {name: mapped(change, part) for name, part in tree.items()}
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model as it was
+
+
+class _Call(ExitStack):
+    """The public call that is being made, and the models whose buffers are restored at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+
+
+_current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=None)
+
+
+@contextmanager
+def public_call(method: Any) -> Iterator[None]:
+    """Everything inside is one call of ``method``, after which the method and the model are as before."""
+    # Captum sets the gradient of some of its objects at every call
+    gradients = [(part, part.gradient_func) for part in _parts(method) if hasattr(part, "gradient_func")]
+    try:
+        if _current.get() is not None:
+            yield
+            return
+        with one_call(), _Call() as call:
+            token = _current.set(call)
+            try:
+                yield
+            finally:
+                _current.reset(token)
+    finally:
+        for part, gradient in gradients:
+            part.gradient_func = gradient
+
+
+def keep_buffers(fn: Any) -> None:
+    """The live model will run: its buffers are restored when the public call ends."""
+    call = _current.get()
+    if call is not None and not any(fn is other for other in call.kept):
+        call.kept.append(fn)
+        call.enter_context(buffers_kept(nn.ModuleList(modules_behind(fn))))
+
+
+def _parts(method: Any) -> list[Any]:
+    """A method and the methods that it is made of."""
+    inner = [getattr(method, name, None) for name in ("attribution_method", "grad_cam", "guided_backprop", "deconv")]
+    return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
+
+
+def with_engine(method: Any, engine: Any) -> Any:
+    """The same method on another engine."""
+    from .plug import GradientFunc
+
+    twin = copy.copy(method)
+    if isinstance(getattr(twin, "gradient_func", None), GradientFunc):
+        twin.gradient_func = type(twin.gradient_func)(engine)
+    for name in ("attribution_method", "grad_cam", "guided_backprop"):
+        if hasattr(twin, name):
+            setattr(twin, name, with_engine(getattr(twin, name), engine))
+    return twin
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Errors that all methods share."""
+    from .plug import GradientFunc
+
+    name = f"{type(method).__name__}.attribute_all"
+    if len(args) >= len(places):
+        raise BadType(
+            f"{name}: got {len(args)} arguments by position, expected only {', '.join(places[1:])}. Pass the others by "
+            "name: attribute_all(inputs, targets=...)."
+        )
+    if "target" in kwargs:
+        raise BadType(
+            f"{name}: got target=, expected targets=: the outputs to attribute, as gradkern.jacobian reads them (None: "
+            "all). For one target per sample as in Captum use attribute(inputs, target=...)."
+        )
+    if "baselines" in places:
+        at = places.index("baselines") - 1
+        baselines = args[at] if len(args) > at else kwargs.get("baselines")
+        if isinstance(baselines, (TopK, list, range, set)):
+            raise BadType(
+                f"{name}: got {baselines!r} as baselines, expected a number, a tensor or a tuple of them. Pass outputs "
+                "by name: targets=..."
+            )
+    for part in _parts(method):
+        gradients = getattr(part, "gradient_func", None)
+        if isinstance(part, PublicMethod) and gradients is not None and not isinstance(gradients, GradientFunc):
+            raise BadType(
+                f"{name}: got a gradient_func of its own ({gradients!r}), which gives one target at a time, expected "
+                f"gradkern's. Call attribute(inputs, target=...) per target, or make a new {type(part).__name__}."
+            )
+
+
+def _of_inputs(maps: Any, wrt: int | Sequence[int] | None) -> Any:
+    """The maps of the inputs ``wrt``: one for an int, else a tuple."""
+    if wrt is None:
+        return maps
+    parts = maps if isinstance(maps, tuple) else (maps,)
+    chosen = tuple(parts[w] for w in checked_wrt(wrt, len(parts)))
+    return chosen[0] if isinstance(wrt, int) else chosen
+
+
+def _written(maps: Any, out: Any) -> Any:
+    """The maps in the caller's memory, if ``out`` is given."""
+    if out is None:
+        return maps
+    parts, outs = (x if isinstance(x, (tuple, list)) else [x] for x in (maps, out))
+    if len(parts) != len(outs):
+        raise BadValue(f"out: got {len(outs)} tensors, expected {len(parts)}, one per attribution.")
+    for part, place in zip(parts, outs, strict=True):
+        out_tensor(place, tuple(part.shape), tuple(part.shape)).copy_(part)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# No samples
+
+
+def _is_empty(inputs: Any) -> bool:
+    first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
+    return isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == 0
+
+
+def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The results for no samples: those for a few zeros, of which nothing is kept."""
+    state, numpy_state = RandomState(), np.random.get_state()
+    kwargs = {name: _per_sample(value) for name, value in kwargs.items()}
+    try:
+        result = function(method, *mapped(_filled, tuple(map(_per_sample, args))), **mapped(_filled, kwargs))
+    finally:
+        state.restore()
+        np.random.set_state(numpy_state)
+    return mapped(lambda x: x[:0].clone(), result)
+
+
+def _per_sample(value: Any) -> Any:
+    """An argument with its rows for no samples as a tensor, or filled."""
+    if isinstance(value, list) and not value:
+        return [0] * STAND_INS
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
+
+
+def _filled(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 or x.shape[0] else torch.zeros(STAND_INS, *x.shape[1:], dtype=x.dtype, device=x.device)

@@ -1,5 +1,0 @@
-"""``python -m gradkern.cli``."""
-
-from .main import main
-
-main()

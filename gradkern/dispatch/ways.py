@@ -1,0 +1,123 @@
+"""Measures whether kernels or autograd are faster for calls like one call.
+
+A Program whose steps mostly run one by one on ATen may be slower than autograd on the model itself.  No static rule
+predicts this well, so both are timed on some of the caller's own samples when a Program is first used, for a few
+milliseconds if the network is small.  The result is remembered with the Program, by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+
+from ..planner.timing import Timing, Way
+from ..util.memo import Memo
+from . import batching, eager
+from .eager import ModelProfile
+from .request import Request, allocate
+from .state import Traced
+from .targets import Seeds
+
+SIZES = (2, 8, 32)  # calls with fewer than so many samples are measured apart: the cost per call weighs more
+MOST_SAMPLES = SIZES[-1]
+FEW_SAMPLES = SIZES[-2]  # the slice of a slow network
+WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
+MOST_SEEDS = 32  # of a measurement on autograd, whose time is proportional to them
+ROUNDS = 7
+PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, any later round is the last
+HOPELESS = 2.0  # a way that takes so many times the shortest is not measured again
+
+#: By everything that a measurement depends on, see `route.timing`.
+timings: Memo[Timing] = Memo(256)
+
+#: The way of all calls in this context, which a data set's store has recorded.
+pinned_way: ContextVar[Way | None] = ContextVar("gradkern_way", default=None)
+
+
+@contextmanager
+def pinned(way: Way | None) -> Iterator[None]:
+    """All calls inside that have a Program go this way; None keeps the setting outside."""
+    token = pinned_way.set(way or pinned_way.get())
+    try:
+        yield
+    finally:
+        pinned_way.reset(token)
+
+
+def measured(request: Request, found: Traced, seeds: Seeds, profile: ModelProfile) -> Timing:
+    """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
+    few = _fewer(seeds)
+    saved = profile.per_sample if found.verdict.opaque else 0
+
+    def run(way: Way, samples: int) -> float:
+        part = request.part(0, samples, seeds if way == "kernels" else few)
+
+        def work() -> None:
+            if way == "kernels":
+                batching.run(part, found.program, found.tensors, "auto", saved=saved)
+            else:
+                with eager.outside_modes():
+                    results = allocate(part, found.program.output_shape)
+                eager.run_as_measured(part, profile, 0, results, batched=way == "batched")
+
+        took = seconds_of(work, request.inputs[0].device)
+        return took if way == "kernels" else took * seeds.count / few.count
+
+    warm = min(WARM_UP, request.samples)
+    best = {way: float("inf") for way in _ways(seeds) if _runs(run, way, warm)}
+    samples = min(request.samples, MOST_SAMPLES)
+    if run("kernels", warm) / warm * samples > PATIENCE[-1]:
+        samples = min(samples, FEW_SAMPLES)
+    spent = 0.0
+    for number in range(ROUNDS):
+        shortest = min(best.values())
+        for way in best:
+            if best[way] <= HOPELESS * shortest or number == 0:
+                took = run(way, samples)
+                best[way] = min(best[way], took)
+                spent += took
+        if spent > PATIENCE[min(number, len(PATIENCE) - 1)]:
+            break
+    return Timing(samples, best)
+
+
+def _ways(seeds: Seeds) -> tuple[Way, ...]:
+    return ("kernels", "loop", "batched") if seeds.count > 1 else ("kernels", "loop")
+
+
+def _runs(run: Callable[[Way, int], float], way: Way, samples: int) -> bool:
+    """Run for the first time.  Can torch run this way?  Not every operation can be batched."""
+    try:
+        run(way, samples)
+    except RuntimeError:
+        if way != "batched":
+            raise
+        return False
+    return True
+
+
+def _fewer(seeds: Seeds) -> Seeds:
+    """At most `MOST_SEEDS` of them."""
+    if seeds.count <= MOST_SEEDS:
+        return seeds
+    indices = torch.arange(MOST_SEEDS) if seeds.indices is None else seeds.indices[..., :MOST_SEEDS]
+    return replace(seeds, count=MOST_SEEDS, axes=(MOST_SEEDS,), indices=indices)
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a piece of work on a device: of this thread's own time if no other works for it, which does not count
+    what else runs on the machine."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - begin

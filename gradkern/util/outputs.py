@@ -1,0 +1,87 @@
+"""``output=``: the tensor to explain, of a model that returns several (a tuple, a dict, a dataclass)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .options import BadType, BadValue
+
+Output = int | str | Callable[[Any], Tensor] | None
+HINT = "Pass output= (an index, a name, or a function of what the model returns)"
+
+
+def check_output_choice(output: Any) -> Output:
+    """``output`` as it is given, if it is one."""
+    if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
+        raise BadType(
+            f"output: got {output!r} ({type(output).__name__}), expected an index (int), a name (str), or a function "
+            "of what the model returns."
+        )
+    return output
+
+
+def chosen(result: Any, output: Output) -> Any:
+    """The part of a model's ``result`` that ``output`` names; all of it if that is None."""
+    if output is None:
+        return result
+    if not isinstance(output, (int, str)):
+        return output(result)
+    if isinstance(output, str):
+        if isinstance(result, dict) and output in result:
+            return result[output]
+        if not isinstance(result, (dict, Tensor)) and hasattr(result, output):
+            return getattr(result, output)
+    elif isinstance(result, (tuple, list)):
+        if -len(result) <= output < len(result):
+            return result[output]
+    elif isinstance(result, dict) and dataclasses.is_dataclass(result) and 0 <= output < len(result):
+        return list(result.values())[output]
+    raise BadValue(f"output: got {output!r}, but the model returned {described_result(result)}.")
+
+
+def described_result(result: Any) -> str:
+    """What a model returned, in words that say what ``output=`` may be."""
+    if isinstance(result, Tensor):
+        return f"one tensor {list(result.shape)}: leave output= out, or pass a function"
+    if isinstance(result, dict):
+        return f"{_kind(result)} with the names {', '.join(map(repr, result))}"
+    if hasattr(result, "_fields"):
+        return f"a named tuple with the names {', '.join(map(repr, result._fields))}"
+    if isinstance(result, (tuple, list)):
+        return f"{_kind(result)} of {len(result)}"
+    if dataclasses.is_dataclass(result):
+        return f"{_kind(result)} with the names {', '.join(repr(f.name) for f in dataclasses.fields(result))}"
+    return _kind(result)
+
+
+def _kind(result: Any) -> str:
+    name = type(result).__name__
+    return f"a {name}" if type(result) in (tuple, list, dict) else name
+
+
+def output_key(output: Output) -> Hashable:
+    """What two choices of an output have in common if they are the same; functions by their code."""
+    return output if output is None or isinstance(output, (int, str)) else getattr(output, "__code__", output)
+
+
+def output_name(output: Output) -> int | str | None:
+    """A choice as plain data."""
+    if output is None or isinstance(output, (int, str)):
+        return output
+    return f"{getattr(output, '__module__', '')}:{getattr(output, '__qualname__', type(output).__qualname__)}"
+
+
+class OneOutput(nn.Module):
+    """A model of which ``output`` is returned, as a module."""
+
+    def __init__(self, model: nn.Module, output: Output) -> None:
+        super().__init__()
+        self.model, self.output = model, check_output_choice(output)
+        self.training = model.training
+
+    def forward(self, *inputs: Any) -> Any:
+        return chosen(self.model(*inputs), self.output)

@@ -1,0 +1,233 @@
+"""What every public call of an attribution object has in common, generated over all methods."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum import attr as stock
+from torch import Tensor, nn
+
+import gradkern
+from gradkern import attr as ours
+
+N, F, C = 5, 6, 3
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+NAMES = [kind.__name__ for kind in ours.REPLACEMENTS]
+ALL = [name for name in NAMES if hasattr(getattr(ours, name), "attribute_all")]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """One model for the file, so that it is captured once."""
+    torch.manual_seed(0)
+    return build().eval()
+
+
+def build() -> nn.Module:
+    layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, C)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> Iterator[None]:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    yield
+
+
+def samples(n: int = N, seed: int = 0) -> Tensor:
+    return torch.randn(n, 1, 3, F, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The arguments that a method needs, besides the inputs and the target."""
+    options: dict[str, Any] = {}
+    if name.endswith("Shap"):
+        options["baselines"] = samples(3, 4)
+    if "n_steps" in inspect.signature(getattr(ours, name).attribute).parameters:
+        options["n_steps"] = 4
+    if name == "NoiseTunnel":
+        options |= {"nt_samples": 2, "stdevs": 0.1}
+    if name.startswith("Neuron"):
+        options["neuron_selector"] = (1, 0, 2)
+    return options
+
+
+def target_of(name: str, target: Any) -> dict[str, Any]:
+    taken = "target" in inspect.signature(getattr(ours, name).attribute).parameters or name == "NoiseTunnel"
+    return {"target": target} if taken else {}
+
+
+def explainer(name: str, model: nn.Module, package: Any = ours, **options: Any) -> Any:
+    kind = getattr(package, name)
+    if name == "NoiseTunnel":
+        return kind(package.Saliency(model, **options))
+    if "layer" in inspect.signature(kind).parameters or "layer" in inspect.signature(getattr(stock, name)).parameters:
+        return kind(model, model[0], **options)
+    return kind(model, **options)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else [x for part in tree for x in leaves(part)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_attribute_all_takes_what_attribute_takes(name: str) -> None:
+    one, every = (inspect.signature(getattr(getattr(ours, name), m)).parameters for m in ("attribute", "attribute_all"))
+    by_place = [n for n, p in every.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_place == [n for n in one if n in ("self", "inputs", "neuron_selector", "baselines")]
+    assert {"targets", "out", "wrt", "engine"} <= set(every)
+    assert set(one) - {"target"} <= set(every)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_calls_in_the_old_order_and_misread_arguments(name: str, net: nn.Module) -> None:
+    method, x, options = explainer(name, net), samples(), options_of(name)
+    places = [options.pop(n) for n in ("neuron_selector", "baselines") if n in options]
+    parameters = inspect.signature(method.attribute_all).parameters
+    if "baselines" in parameters and len(places) == len(options_of(name).keys() & {"neuron_selector"}):
+        places.append(samples(3, 4))
+    for wrong in ([2, 0], 1, gradkern.TopK(1)):
+        with pytest.raises(TypeError, match=r"by position.*targets="):
+            method.attribute_all(x, *places, wrong, **options)
+        if "baselines" in parameters and not isinstance(wrong, int):
+            with pytest.raises(TypeError, match=r"as baselines.*targets="):
+                method.attribute_all(x, **{**options_of(name), "baselines": wrong})
+    with pytest.raises(TypeError, match="expected targets="):
+        method.attribute_all(x, target=1, **options_of(name))
+    with pytest.raises(TypeError, match="nonsense"):
+        method.attribute_all(x, nonsense=1, **options_of(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_gradient_function_of_the_callers_own_is_refused(name: str, net: nn.Module) -> None:
+    method = explainer(name, net)
+    getattr(method, "attribution_method", method).gradient_func = lambda *a, **k: None
+    with pytest.raises(TypeError, match="one target at a time"):
+        method.attribute_all(samples(), **options_of(name))
+
+
+@pytest.mark.parametrize("engine", ["kernel", "autograd"])
+@pytest.mark.parametrize("name", ALL)
+def test_out_wrt_and_engine(name: str, engine: str, net: nn.Module, tmp_path: Any) -> None:
+    options = options_of(name)
+
+    def found(**more: Any) -> Any:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        return explainer(name, net).attribute_all(samples(), engine=engine, **options, **more)
+
+    want = found()
+    torch.testing.assert_close(found(wrt=0), want)
+    torch.testing.assert_close(found(wrt=[0])[0], want)
+    out = np.memmap(tmp_path / "maps", dtype=np.float32, mode="w+", shape=tuple(want.shape))
+    assert found(out=out) is out
+    torch.testing.assert_close(torch.from_numpy(np.array(out)), want.float(), rtol=1e-6, atol=1e-6)
+    maps, index = found(targets=gradkern.TopK(2), out=(place := torch.empty(N, 2, *want.shape[2:]).double()))
+    assert maps is place
+    torch.testing.assert_close(maps, want[torch.arange(N)[:, None], index])
+    with pytest.raises(ValueError, match="out: got shape"):
+        found(out=torch.empty(1).double())
+    with pytest.raises(ValueError, match="wrt: got 3"):
+        found(wrt=3)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "kernel", "autograd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_results_carry_no_graph(name: str, engine: str, grad: bool, net: nn.Module) -> None:
+    method, x = explainer(name, net, **({} if name == "NoiseTunnel" else {"engine": engine})), samples()
+    x.requires_grad_(grad)
+    calls = [lambda: method.attribute(x, **target_of(name, 1), **options_of(name))]
+    if name in ALL:
+        calls.append(lambda: method.attribute_all(x, **options_of(name)))
+    for call in calls:
+        assert not any(part.requires_grad for part in leaves(call()))
+    assert x.requires_grad is grad
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_buffers_of_a_model_in_training_mode_stay(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    calls: list[Callable[[Any], Any]] = [lambda m: m.attribute(samples(), **target_of(name, 1), **options_of(name))]
+    if name in ALL:
+        calls.append(lambda m: m.attribute_all(samples(), **options_of(name)))
+    for call in calls:
+        for method in (explainer(name, model), gradkern.accelerate(explainer(name, model, stock))):
+            with gradkern.use(engine):
+                try:
+                    call(method)
+                except (RuntimeError, AssertionError, TypeError, KeyError) as error:  # Captum's rules refuse batch norm
+                    assert "LRP" in name, error
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, before[key]), (name, key)
+
+
+@pytest.mark.parametrize("engine", ["kernel", "autograd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_samples_give_no_attributions(name: str, engine: str, net: nn.Module) -> None:
+    options = options_of(name)
+    model = nn.Sequential(net[0], nn.ReLU(), nn.Flatten(), nn.Linear(12, C).double()) if "LRP" in name else net
+    extra = {}
+    if "return_convergence_delta" in inspect.signature(getattr(ours, name).attribute).parameters:
+        extra["return_convergence_delta"] = True
+    with gradkern.use(engine):
+        method, state = explainer(name, model), torch.get_rng_state()
+        some = leaves(method.attribute(samples(), **target_of(name, 1), **options, **extra))
+        torch.set_rng_state(state)
+        for target in (1, torch.zeros(0, dtype=torch.long), []):
+            none = leaves(method.attribute(samples(0), **target_of(name, target), **options, **extra))
+            assert [(x.shape, x.dtype) for x in none] == [((0, *y.shape[1:]), y.dtype) for y in some]
+        assert torch.equal(torch.get_rng_state(), state)
+        if name in ALL:
+            every = leaves(method.attribute_all(samples(0), **options, **extra))
+            assert [x.shape for x in every] == [(0, C, *y.shape[1:]) for y in some]
+            assert method.attribute_all(samples(0), **options, targets=[2]).shape == (0, 1, *some[0].shape[1:])
+            best, index = method.attribute_all(samples(0), **options, targets=gradkern.TopK(2))
+            assert (best.shape[:2], index.shape) == ((0, 2), (0, 2))
+            own = torch.zeros(0, 2, dtype=torch.long)
+            assert method.attribute_all(samples(0), **options, targets=own).shape[:2] == (0, 2)
+
+
+def test_custom_attribution_functions_and_internal_batches(net: nn.Module) -> None:
+    x, base = samples(), samples(3, 4)
+
+    def squared(multipliers: Any, inputs: Any, baselines: Any) -> Any:
+        return tuple(m**2 * (x - b) for m, x, b in zip(multipliers, inputs, baselines, strict=True))
+
+    for name, start in (("DeepLift", base[:1]), ("DeepLiftShap", base)):
+        for engine in ("kernel", "autograd"):
+            method = getattr(ours, name)(net, engine=engine)
+            every = method.attribute_all(x, start, custom_attribution_func=squared)
+            for c in range(C):
+                want = method.attribute(x, start, target=c, custom_attribution_func=squared)
+                torch.testing.assert_close(every[:, c], want)
+    ig = ours.IntegratedGradients(net)
+    torch.testing.assert_close(ig.attribute_all(x, internal_batch_size=7), ig.attribute_all(x))
+    layer = ours.LayerConductance(net, net[0])
+    torch.testing.assert_close(layer.attribute_all(x, internal_batch_size=7), layer.attribute_all(x))
+
+
+def test_a_graph_that_is_asked_for(net: nn.Module) -> None:
+    """Captum's ``grad_kwargs`` may ask for a graph: the one case in which a result has one."""
+    x = samples().requires_grad_()
+    method = ours.LayerGradientXActivation(net, net[0])
+    assert method.attribute(x, target=1, grad_kwargs={"create_graph": True}).requires_grad
+
+
+def test_a_method_keeps_its_engine_after_captum_has_run(net: nn.Module) -> None:
+    """Captum sets the gradient of a neuron method at every call."""
+    method = ours.NeuronGradient(net, net[0], engine="kernel")
+    gradients = method.gradient_func
+    method.attribute(samples(), lambda y: y.flatten(1).sum(1))
+    assert method.gradient_func is gradients
