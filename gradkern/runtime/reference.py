@@ -8,7 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
