@@ -24,7 +24,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs fuzz bench gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all docs fuzz soak bench gpu cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -46,11 +46,18 @@ docs: $(EXT) ## the documentation site with its executed gallery, in build/docs/
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
 
+soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes 30 --seed 1"
+	$(BIN)/python -m tests.support.soak $(ARGS)
+
 bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
+
+zoo: $(EXT) ## networks of other people's packages against plain torch; writes docs/zoo.md (ARGS=--quick: two networks)
+	$(BIN)/python -m benchmarks.zoo.environment build/zoo
+	build/zoo/bin/python -W ignore -m benchmarks.zoo $(ARGS)
 
 gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
 	@PYTHON='$(PYTHON)' tools/gpu.sh

@@ -127,6 +127,14 @@ def run_options(command: Command) -> Command:
         click.option("--targets", type=TargetsType(), help="Outputs, such as 0,2 or top3; all by default."),
         click.option("--chunk", type=click.IntRange(1), help="Samples per chunk of the store."),
         click.option("--batch", type=click.IntRange(1), help="Samples per call of the engine."),
+        click.option(
+            "--nonfinite",
+            type=click.Choice(["error", "skip", "keep"]),
+            help="Samples with NaN or Inf: stop (the default with statistics), leave them out of these, or keep them.",
+        ),
+        click.option(
+            "--trust-source", is_flag=True, help="Do not check that the samples are those of finished chunks."
+        ),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
         output,
         click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),

@@ -1,7 +1,8 @@
-"""The command line: ``gradkern run | importance | explain | report | bench | merge | info``.
+"""The command line: ``gradkern run | importance | explain | report | bench | merge | verify | info``.
 
 Exit codes: 0 done; 1 something failed; 2 the command line does not fit; 3 the store belongs to another run; 4 the
-disk is full (what is finished is kept); 130 interrupted (what is finished is kept).
+disk is full (what is finished is kept); 5 the store is damaged; 6 another run is at work on it; 130 interrupted (what
+is finished is kept).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ except ImportError:
         "pip install --no-build-isolation '.[data]'"
     ) from None
 
-from . import computing, reading
+from . import computing, reading, verifying
 
-FAILED, MISMATCH, FULL, INTERRUPTED = 1, 3, 4, 130
+FAILED, MISMATCH, FULL, DAMAGED, BUSY, INTERRUPTED = 1, 3, 4, verifying.DAMAGED, 6, 130
 
 
 class Commands(click.Group):
@@ -45,9 +46,10 @@ class Commands(click.Group):
 
 
 def _code(error: Exception) -> int:
-    from gradkern.data import DiskFull, Mismatch
+    from gradkern.data import Busy, Damaged, DiskFull, Mismatch
 
-    return MISMATCH if isinstance(error, Mismatch) else FULL if isinstance(error, DiskFull) else FAILED
+    codes = {Mismatch: MISMATCH, DiskFull: FULL, Damaged: DAMAGED, Busy: BUSY}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,6 +84,6 @@ def main(debug: bool, log: str, threads: int | None) -> None:
 
 for command in (
     computing.run, computing.importance, reading.explain, reading.report, computing.bench, computing.merge,
-    reading.info,
+    verifying.verify, reading.info,
 ):  # fmt: skip
     main.add_command(command)

@@ -65,9 +65,9 @@ def report(
     chosen = ModelArguments(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
     rows = _again(samples.open, "source", samples.spec, required=source is not None)
     net = _again(chosen.load, "model", chosen.spec, required=model is not None)
-    _check_same(results, net, rows)
+    net, rows = _only_of_the_run(results, net, rows, {"model": bool(model or weights), "source": bool(source)})
     path = report(
-        results, out or Path(store.rstrip("/")).with_suffix(".html"), model=net, source=rows, title=title,
+        results, out or _beside(store), model=net, source=rows, title=title,
         names=names.split(",") if names else None,
     )  # fmt: skip
     click.echo(path)
@@ -86,16 +86,41 @@ def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool
         return None
 
 
-def _check_same(results: Results, model: nn.Module | None, source: Source | None) -> None:
-    """Refuse another model or source: a report must not combine its curves or samples with these maps."""
+def _only_of_the_run(
+    results: Results, net: nn.Module | None, rows: Source | None, given: dict[str, bool]
+) -> tuple[nn.Module | None, Source | None]:
+    """Model and source, if they are the run's: a report must not combine its curves or samples with these maps.
+
+    Refuses one that was ``given`` on the command line; does without one that is only recorded and has changed.
+    """
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
+    from gradkern.data.runs.reading import Alone
 
     stored = results.about["fingerprint"]
-    if model is not None and fingerprint.of_model(model, None)["weights"] != stored["model"]["weights"]:
-        raise Mismatch("--model: its weights are not those of the run.")
-    if source is not None and fingerprint.of_source(source) != stored["source"]:
-        raise Mismatch("--source: its samples are not those of the run.")
+
+    def changed(what: str, same: bool) -> bool:
+        if not same and given[what]:
+            raise Mismatch(f"--{what}: it is not the {what} of the run, whose content was another.")
+        if not same:
+            click.echo(f"gradkern: note: the report does without the run's {what}, which has changed since", err=True)
+        return not same
+
+    weights = stored["model"]["weights"]
+    if net is not None and changed("model", fingerprint.of_model(net, None)["weights"] == weights):
+        net = None
+    content = stored["source"]
+    if rows is not None and changed("source", fingerprint.of_source(rows.samples, Alone.of(rows).rows) == content):
+        rows = None
+    return net, rows
+
+
+def _beside(store: str) -> Path:
+    """The page beside a store; in the current folder if the store is not on this machine."""
+    from gradkern.data.store.durable import local_path
+
+    path = local_path(store.rstrip("/"))
+    return Path(store.rstrip("/").rpartition("/")[2] if path is None else path).with_suffix(".html")
 
 
 @click.command()
@@ -122,4 +147,8 @@ def info(store: str, as_json: bool) -> None:
         click.echo(f"  {name:<14} {'×'.join(map(str, array.shape))} {array.dtype}")
     if about["finished"]:
         exact = "bit-equal to an uninterrupted run" if about["exact"] else "; ".join(about["notes"])
-        click.echo(f"  complete, {exact}")
+        short = len(results.short_files())
+        click.echo(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
+        click.echo(f"  (gradkern verify {store} compares everything with its checksums)")
+    for words in results.losses():
+        click.echo(f"  {words}")

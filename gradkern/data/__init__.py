@@ -18,8 +18,11 @@ from .runs.fingerprint import Mismatch
 from .runs.runner import DiskFull, run
 from .runs.settings import Settings
 from .runs.shards import merge
+from .runs.verify import Verdict, repair, verify
 from .sources import Source, open_source, register
 from .statistics import REDUCTIONS
+from .store.ledger import Damaged
+from .store.locks import Busy
 from .store.results import Results
 
 open_store = Results.open
@@ -40,7 +43,9 @@ __all__ = [
     "METHODS",
     "REDUCTIONS",
     "Batch",
+    "Busy",
     "Curve",
+    "Damaged",
     "DiskFull",
     "Importance",
     "Mismatch",
@@ -48,11 +53,14 @@ __all__ = [
     "Results",
     "Settings",
     "Source",
+    "Verdict",
     "importance",
     "merge",
     "method",
     "open_source",
     "open_store",
     "register",
+    "repair",
     "run",
+    "verify",
 ]

@@ -7,7 +7,7 @@ come from `gradkern.attr`: any class there with ``attribute_all`` can be named.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +101,66 @@ def _of_model_alone(kind: Any) -> bool:
         return False  # their maps belong to a layer, or they wrap another method
     parameters = list(inspect.signature(kind).parameters.values())[1:]  # without the model
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments with a row per sample
+
+
+def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor], samples: int) -> None:
+    """Raise `BadValue`, by name, for a tensor among the arguments that is neither one row nor a row per sample."""
+    if arguments.get("additional_forward_args") is not None:
+        raise BadValue(
+            "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
+            "arguments as further inputs, with source=(x, more), and what is the same for all samples with the model."
+        )
+    for name, value in arguments.items():
+        if name in distributions(method):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, list) and len(value) == samples > 1 and len(value) != len(inputs):
+            raise BadValue(f"arguments: {name!r} is a list with a value per sample. Pass a tensor [{samples}, ...].")
+        for k, v in enumerate(values):
+            if not _has_rows(v):
+                continue
+            at = f"{name!r}" if not isinstance(value, tuple) else f"number {k} of {name!r}"
+            if len(v) not in (1, samples):
+                raise BadValue(
+                    f"arguments: {at} has {len(v)} rows for {samples} samples, expected one for each, or one for all. "
+                    "(What is the same for all samples and has other axes belongs into the model, as a buffer.)"
+                )
+            if name == "baselines" and k < len(inputs) and tuple(v.shape[1:]) != tuple(inputs[k].shape[1:]):
+                raise BadValue(
+                    f"arguments: {at} has rows of shape {list(v.shape[1:])}, expected {list(inputs[k].shape[1:])} as "
+                    "the samples have."
+                )
+
+
+def arguments_of(
+    method: Method, arguments: Mapping[str, Any], which: slice | Sequence[int], samples: int, device: torch.device
+) -> dict[str, Any]:
+    """The arguments for some of the samples: their rows, where an argument has a row per sample."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(rows(v) for v in value)
+        if not _has_rows(value):
+            return value
+        value = torch.as_tensor(value)
+        return (value[which] if len(value) == samples else value).to(device)
+
+    given = distributions(method)
+    return {name: value if name in given else rows(value) for name, value in arguments.items()}
+
+
+def distributions(method: Method) -> tuple[str, ...]:
+    """The arguments whose rows are drawn from, for every sample."""
+    kinds = (attr.GradientShap, attr.DeepLiftShap)
+    return ("baselines",) if isinstance(method, FromCaptum) and issubclass(method.kind, kinds) else ()
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------

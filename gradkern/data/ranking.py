@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..util.buffers import buffers_kept
 from ..util.options import BadValue
 from ..util.outputs import OneOutput, Output
 from . import statistics
@@ -27,6 +28,10 @@ from .sources import Source, open_source
 from .statistics import GROUPS
 from .store.results import Results
 
+PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
+TRACK_BYTES = 16 << 20  # of the order of features of the samples that are tracked at a time
+BLOCK = 4096  # features whose bootstrap is drawn at a time
+SPREAD = ("sum_group_inputs", "sum_group_inputs_square", "sum_group_abs")
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
 RANDOM_ORDERS = 3
 
@@ -63,7 +68,8 @@ class Importance:
 
     ``scores``, ``low``, ``high`` ``[C, *in]`` with the bootstrap interval of ``level``; ``ranking`` ``[C, F]``, most
     important first; ``agreement`` ``[C]``, Spearman's rank correlation between the two halves of the data;
-    ``counts`` ``[C]``, the samples behind each row.
+    ``counts`` ``[C]``, the samples behind each row; ``means`` ``[*in]`` of the features.  ``nonfinite``: samples with
+    NaN or Inf, which were left out or counted in as the run's ``nonfinite`` says.
     """
 
     scores: np.ndarray
@@ -73,7 +79,9 @@ class Importance:
     agreement: np.ndarray
     counts: np.ndarray
     level: float
+    means: np.ndarray
     curve: Curve | None = None
+    nonfinite: int = 0
 
     @property
     def overall(self) -> np.ndarray:
@@ -101,6 +109,8 @@ class Importance:
         for c, features in enumerate(self.top(5)):
             names = ", ".join(position_text(f, self.scores.shape[1:]) for f in features)
             lines.append(f"output {c}: features {names}   (halves agree to {self.agreement[c]:.2f})")
+        if self.nonfinite:
+            lines.append(f"{self.nonfinite} samples are not finite")
         if self.curve is not None:
             lines.append("deletion and insertion against random order: {:+.3f} {:+.3f}".format(*self.curve.gain))
         return "\n".join(lines)
@@ -122,16 +132,51 @@ def importance(
     ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
     ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
     (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
+
+    Memory is bounded: where the statistics of all outputs would take more than 64 MiB, the outputs are done in parts,
+    each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
     """
     rows = open_source(source, columns, input_dtype)
-    with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
-        place = Path(folder, "run.zarr") if out is None else out
+    if rows.samples < 2:
+        raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
+
+    def of(place: str | Path, targets: Any) -> Importance:
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
             progress=progress, output=output, **options,
         )  # fmt: skip
-        model = model if output is None else OneOutput(model, output)
-        return of_results(results, model if curve_samples else None, rows, level, draws, curve_samples)
+        return of_results(results, level=level, draws=draws)
+
+    one = model if output is None else OneOutput(model, output)
+    with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
+        parts = [targets] if out is not None else _parts(one, rows, targets)
+        found = [of(Path(folder, f"{i}.zarr") if out is None else out, part) for i, part in enumerate(parts)]
+    whole = found[0] if len(found) == 1 else _joined(found)
+    if not curve_samples:
+        return whole
+    return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
+
+
+def _parts(model: nn.Module, source: Source, targets: Any) -> list[Any]:
+    """The outputs in parts whose statistics take at most `PART_BYTES` each: every part is a pass over the data."""
+    if not (targets is None or (isinstance(targets, (list, range)) and all(isinstance(t, int) for t in targets))):
+        return [targets]
+    inputs = tuple(x.to(device_of(model)) for x in source.read(0, 1))
+    with torch.no_grad(), buffers_kept(model):
+        outputs = model(*inputs)
+    wanted = list(range(outputs[0].numel())) if targets is None else list(targets)
+    features = sum(x.numel() for x in inputs if x.is_floating_point())
+    size = max(1, PART_BYTES // max(1, 8 * (GROUPS + 1) * features))
+    if size >= len(wanted):
+        return [targets]
+    return [wanted[i : i + size] for i in range(0, len(wanted), size)]
+
+
+def _joined(parts: Sequence[Importance]) -> Importance:
+    """The importance for the outputs of all parts."""
+    fields = ("scores", "low", "high", "ranking", "agreement", "counts")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in fields}
+    return replace(parts[0], **joined, nonfinite=max(p.nonfinite for p in parts))
 
 
 def of_results(
@@ -155,11 +200,12 @@ def of_results(
     even = np.arange(GROUPS) % 2 == 0
     first, second = (statistics.scores(sums, w.astype(float)).reshape(flat.shape) for w in (even, ~even))
     agreement = np.array([_spearman(a, b) for a, b in zip(first, second, strict=True)])
+    means = sums["sum_group_inputs"].sum(0) / sums["count_group_inputs"].sum()
     curves = None
     if model is not None and source is not None and curve_samples:
-        mean = sums["sum_group_inputs"].sum(0) / sums["count_group_inputs"].sum()
-        curves = curve(model, source, ranking, mean, curve_samples)
-    return Importance(scores, low, high, ranking, agreement, sums["count_group"].sum(0), level, curves)
+        curves = curve(model, source, ranking, means, curve_samples)
+    counts, nonfinite = sums["count_group"].sum(0), int(total.facts.get("nonfinite", 0))
+    return Importance(scores, low, high, ranking, agreement, counts, level, means, curves, nonfinite)
 
 
 def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,19 +216,33 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
     drawn = np.random.default_rng(0).multinomial(len(used), [1 / len(used)] * len(used), size=draws)  # [D, used]
     weights = np.zeros((draws, GROUPS))
     weights[:, used] = drawn
-    spreads = np.stack([statistics.spread(sums, w) for w in weights])  # [D, *in]
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    pairs = []
-    for c in range(sums["sum_group_abs"].shape[1]):  # class by class: D maps at a time
-        n = weights @ sums["count_group"][:, c]  # [D]
-        valid = n > 0
-        means = np.tensordot(weights, sums["sum_group_abs"][:, c], 1)[valid] / n[valid].reshape(
-            -1, *[1] * (spreads.ndim - 1)
-        )
-        empty = np.full((2, *spreads.shape[1:]), np.nan)
-        pairs.append(np.quantile(means * spreads[valid], ends, axis=0) if valid.any() else empty)
-    low, high = np.stack(pairs, axis=1)  # each [C, *in]
+    shape, classes = sums["sum_group_inputs"].shape[1:], sums["sum_group_abs"].shape[1]
+    by_group = {name: sums[name].reshape(*sums[name].shape[: -len(shape) or None], -1) for name in SPREAD}
+    counted = weights @ sums["count_group"]  # [D, C]
+    ends = np.full((2, classes, math.prod(shape)), np.nan)
+    for at in range(0, ends.shape[2], BLOCK):  # some features at a time: [D, BLOCK] for every draw
+        part = slice(at, at + BLOCK)
+        few = {name: value[..., part] for name, value in by_group.items()}
+        spreads = statistics.spread(few | {"count_group_inputs": sums["count_group_inputs"]}, weights)
+        for c in range(classes):
+            valid = counted[:, c] > 0
+            if valid.any():
+                means = (weights @ few["sum_group_abs"][:, c])[valid] / counted[valid, c][:, None]
+                ends[:, c, part] = _quantiles(means * spreads[valid], ((1 - level) / 2, (1 + level) / 2))
+    low, high = ends.reshape(2, classes, *shape)
     return low, high
+
+
+def _quantiles(values: np.ndarray, shares: Sequence[float]) -> list[np.ndarray]:
+    """`np.quantile` over the first axis of ``[D, F]``, which sorts faster along contiguous memory."""
+    rows = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN comes last
+    nan, found = np.isnan(rows[:, -1]), []
+    for share in shares:
+        place = share * (rows.shape[1] - 1)
+        low = math.floor(place)
+        high = min(low + 1, rows.shape[1] - 1)
+        found.append(np.where(nan, np.nan, rows[:, low] + (rows[:, high] - rows[:, low]) * (place - low)))
+    return found
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -218,30 +278,40 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
         y = model(x).flatten(1)  # [n, C]
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
-    orders = [torch.as_tensor(ranking[rows], device=device)]  # [n, F]: the ranking of the predicted class
     generator, features = torch.Generator().manual_seed(0), ranking.shape[1]
-    for _ in range(RANDOM_ORDERS):
-        orders.append(torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x))]).to(device))
     shares = np.array(sorted({math.ceil(s * features) / features for s in STEPS}))
-    both = [[_track(model, x, baseline, y, order, shares, insert) for insert in (False, True)] for order in orders]
-    random = np.mean(both[1:], axis=0)
-    return Curve(shares, both[0][0], both[0][1], random[0], random[1], len(x), kind)
+    size = max(1, TRACK_BYTES // (features * 8))  # samples whose order of features is held at a time
+    blocks = [slice(i, i + size) for i in range(0, len(x), size)]
+
+    def both(order_of: Callable[[slice], Tensor]) -> np.ndarray:
+        """Deletion and insertion ``[2, P]`` for the order ``[n, F]`` of each block of samples."""
+        tracked = []
+        for block in blocks:
+            order = order_of(block).to(device)
+            tracked.append([_track(model, x[block], baseline, order, shares, insert) for insert in (False, True)])
+        joined = [torch.cat([t[k] for t in tracked], dim=1) for k in (0, 1)]  # [P, n, C] each
+        return np.array([[_holds(y, now) for now in track] for track in joined])
+
+    def drawn(block: slice) -> Tensor:
+        return torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x[block]))])
+
+    found = both(lambda block: torch.as_tensor(ranking[rows[block]]))  # the ranking of the predicted class
+    random = np.mean([both(drawn) for _ in range(RANDOM_ORDERS)], axis=0)
+    return Curve(shares, found[0], found[1], random[0], random[1], len(x), kind)
 
 
 def _track(
-    model: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, y: Tensor, order: Tensor,
-    shares: np.ndarray, insert: bool,
-) -> np.ndarray:  # fmt: skip
-    """The share of unchanged predictions, step by step, for features in ``order`` [n, F]."""
+    model: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, order: Tensor, shares: np.ndarray, insert: bool
+) -> Tensor:
+    """The outputs ``[P, n, C]``, step by step, for features replaced (or inserted) in ``order`` [n, F]."""
     start, end = (baseline.expand_as(x), x) if insert else (x, baseline.expand_as(x))
-    held = []
+    outputs = []
     for share in shares:
         chosen = order[:, : round(share * order.shape[1])]
         mask = torch.zeros(x.shape[0], order.shape[1], dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
         with torch.no_grad():
-            now = model(torch.where(mask.view_as(x), end, start)).flatten(1)
-        held.append(_holds(y, now))
-    return np.array(held)
+            outputs.append(model(torch.where(mask.view_as(x), end, start)).flatten(1))
+    return torch.stack(outputs)
 
 
 def _holds(y: Tensor, now: Tensor) -> float:

@@ -6,6 +6,7 @@ a killed actor and tries its chunks again; a chunk that was finished before the 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch import nn
 from ..util.options import BadType, BadValue, Engine
 from . import methods
 from .runs.probe import device_of
-from .runs.runner import work
+from .runs.runner import disk_full, work
 from .runs.settings import RunOptions, Settings, settings_of
 from .runs.shards import owned
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
+from .store.durable import local_path
 from .store.layout import map_names
 from .store.results import Results
 
@@ -92,15 +94,17 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     settings = settings_of("run_on_ray", settings, {"method": method, "targets": targets, **options})
-    settings = replace(settings, threads=settings.threads or max(1, int(cpus)))
     rows = open_source(source, columns, input_dtype)
     if not can_be_pickled(rows):
         raise BadType(
             f"source: {type(source).__name__} cannot be sent to other processes. Pass a path, a memory map, a zarr "
             "array or a tensor."
         )
-    place = str(out) if "://" in str(out) else str(Path(out).absolute())
-    task = Task.prepare(model, rows, place, settings)
+    place = str(out) if "://" in str(out) else str(Path(out).resolve())
+    new, threads = not Results.exists(place), settings.threads or max(1, int(cpus))
+    check_shared(place)
+    with disk_full(place):
+        task = Task.prepare(model, rows, place, replace(settings, threads=threads) if new else settings)
     total = ray.cluster_resources()
     slots = total.get("GPU", 0) // gpus if gpus else total.get("CPU", 1) // cpus
     workers = workers or max(1, int(slots))
@@ -116,5 +120,60 @@ def run_on_ray(
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
     done.materialize()
-    task.results.complete()
+    if not task.results.complete():
+        raise RuntimeError(
+            f"{place}: {task.results.done} of {task.results.chunks} chunks are finished, though all workers have "
+            "ended. Run the same again to continue."
+        )
     return Results.open(place)
+
+
+def check_shared(place: str) -> None:
+    """Raise `BadValue` if a machine of the cluster does not see the place of the store, or cannot write there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    path = local_path(place)
+    if path is None:
+        return  # an address is the same everywhere
+    folder = existing(path)
+    with tempfile.NamedTemporaryFile(prefix=".gradkern-", dir=folder) as mine:
+        answer = f"{mine.name}.seen"
+        look = ray.remote(num_cpus=0)(sees)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        asked = [
+            look.options(scheduling_strategy=strategy).remote(mine.name, f"{answer}{i}")
+            for i, strategy in enumerate(strategies)
+        ]
+        said = ray.get(asked)
+        blind = [node["NodeManagerHostname"] for i, node in enumerate(nodes) if not _has_seen(said[i], f"{answer}{i}")]
+    if blind:
+        raise BadValue(
+            f"out: {', '.join(sorted(set(blind)))} cannot see or write {folder}, so what is computed there would be "
+            "lost. Choose a folder that all machines of the cluster share, or an address such as s3://…; nothing was "
+            "computed."
+        )
+
+
+def sees(file: str, answer: str) -> bool:
+    """On a worker: does the file of the driver exist here, and can one be written beside it?"""
+    try:
+        if not Path(file).exists():
+            return False
+        Path(answer).touch()
+    except OSError:
+        return False
+    return True
+
+
+def _has_seen(said: bool, answer: str) -> bool:
+    """On the driver: has the worker's file come here?"""
+    there = Path(answer).exists()
+    Path(answer).unlink(missing_ok=True)
+    return said and there
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above that exists, or the folder itself."""
+    return path if path.is_dir() else existing(path.parent)

@@ -7,6 +7,7 @@ mean absolute attribution or the variance.  It names the statistics that it need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -54,8 +55,12 @@ def _variance(sums: Sums) -> np.ndarray:
 
 
 def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
-    """Standard deviation of the inputs ``[*in]`` with every group counted ``weights`` [G] times."""
+    """Standard deviation of the inputs ``[*in]`` with every group counted ``weights`` [G] times.
+
+    With weights [D, G]: that of every draw, ``[D, *in]``.
+    """
     n = weights @ sums["count_group_inputs"]
+    n = n.reshape(*n.shape, *[1] * (sums["sum_group_inputs"].ndim - 1))
     mean = np.tensordot(weights, sums["sum_group_inputs"], 1) / n
     square = np.tensordot(weights, sums["sum_group_inputs_square"], 1) / n
     return np.sqrt(np.maximum(square - mean * mean, 0.0))
@@ -96,6 +101,17 @@ def check_reductions(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(n for n in REDUCTIONS if n in wanted)
 
 
+def nbytes(wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> int:
+    """Bytes of the statistics that these reductions need, for one chunk and one input."""
+    needs, maps, features = (
+        {n for r in wanted for n in REDUCTIONS[r].needs},
+        classes * math.prod(shape),
+        math.prod(shape),
+    )
+    numbers = {"count_ranks": RANK_BINS * maps, "sum_group_abs": GROUPS * maps, "max_abs": maps / 2}
+    return int(8 * sum(2 * GROUPS * features if n == "sum_group_inputs" else numbers.get(n, maps) for n in needs))
+
+
 class Accumulator:
     """The statistics of one chunk of one input.
 
@@ -121,26 +137,34 @@ class Accumulator:
             self.sums["sum_group_inputs_square"] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
-    def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None) -> None:
-        """Add samples numbered from ``first`` on: ``maps`` [n, S, *in], ``x`` [n, *in], ``rows`` [n, S] or None."""
+    def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None, keep: Tensor | None = None) -> None:
+        """Add samples numbered from ``first`` on: ``maps`` [n, S, *in], ``x`` [n, *in], ``rows`` [n, S] or None.
+
+        ``keep``: the indices of those that count; all if it is None.
+        """
+        number = torch.arange(len(x)) if keep is None else keep
+        if keep is not None:
+            maps, x, rows = maps[keep], x[keep], None if rows is None else rows[keep]
+        if len(x) == 0:
+            return
         if "sum_group_inputs" in self.needs:
-            group, wide = (torch.arange(len(x)) + first) % GROUPS, x.double()
+            group, wide = (number + first) % GROUPS, x.double()
             self.sums["sum_group_inputs"].index_add_(0, group, wide)
             self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
             self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
         if rows is None:
-            self._add(slice(None), first, maps)
+            self._add(slice(None), first, maps, number)
             return
         for c in rows.unique().tolist():
             for s in range(maps.shape[1]):
                 chosen = (rows[:, s] == c).nonzero()[:, 0]
                 if len(chosen):
-                    self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], chosen)
+                    self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], number[chosen])
 
-    def _add(self, at: slice, first: int, maps: Tensor, chosen: Tensor | None = None) -> None:
-        """``maps`` [n, C or 1, *in] of the classes ``at``; ``chosen`` [n] within the batch if it is a subset."""
+    def _add(self, at: slice, first: int, maps: Tensor, number: Tensor) -> None:
+        """``maps`` [n, C or 1, *in] of the classes ``at``; ``number`` [n] of the samples within the batch."""
         n = maps.shape[0]
-        group = ((torch.arange(n) if chosen is None else chosen) + first) % GROUPS  # [n]
+        group = (number + first) % GROUPS  # [n]
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
         self.sums["count"][at] += n

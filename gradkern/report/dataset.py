@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
+from ..data.runs.task import finite_rows
 from ..util.outputs import OneOutput
 from . import datafigures, figures
 from .page import Report, Section
@@ -92,10 +92,13 @@ class StoreSections:
         if self.about["finished"] and "mean_abs" in self.about["reductions"]:
             return self.results.reduction("mean_abs"), "mean |attribution|"
         if "attributions" in self.results and self.results.array("targets").ndim == 1 and self.finished:
-            spans = self._spans()
-            sums = (self.results.maps(start, stop).double().abs().sum(0).numpy() for start, stop in spans)
-            count = sum(stop - start for start, stop in spans)
-            return reduce(np.add, sums) / count, f"mean |attribution| over {count:,} samples"
+            total, count = np.zeros(()), 0
+            for start, stop in self._spans():
+                maps = self.results.maps(start, stop).double()
+                finite = finite_rows(maps)
+                total, count = total + maps[finite].abs().sum(0).numpy(), count + int(finite.sum())
+            if count:
+                return total / count, f"mean |attribution| over {count:,} samples"
         return None, ""
 
     def _spans(self) -> list[tuple[int, int]]:
@@ -129,6 +132,8 @@ class StoreSections:
                 f"Equal within {self.about['tolerance']:.0e} of the largest attribution, not to the last bit: "
                 + "; ".join(self.about["notes"]) + "."
             )  # fmt: skip
+        for words in self.results.losses():
+            section.text(words[0].upper() + words[1:] + ".")
         if not self.about["finished"]:
             missing = sorted(set(range(self.results.chunks)) - self.finished)
             section.text(f"{len(missing):,} chunks are missing. Run the same call again to continue.")
@@ -212,6 +217,7 @@ class StoreSections:
             maps = results.maps(start, stop).float().abs()
             for c in sorted({int(r) for r in rows} & set(column)):
                 maps_of_class = maps[rows == c, column[c]]
+                maps_of_class = maps_of_class[maps_of_class.flatten(1).isfinite().all(1)]
                 means[c] = means.get(c, 0) + maps_of_class.sum(0)
                 counts[c] = counts.get(c, 0) + len(maps_of_class)
         wanted = sorted((c for c in means if counts[c] > 1), key=lambda c: -counts[c])[:SHOWN_CLASSES]
@@ -220,6 +226,8 @@ class StoreSections:
             maps = results.maps(start, stop).float()
             for c in wanted:
                 samples = np.flatnonzero(rows == c)
+                finite = maps[samples, column[c]].flatten(1).isfinite().all(1)
+                samples = samples[finite.numpy()]
                 if len(samples) == 0:
                     continue
                 maps_of_class = maps[samples, column[c]]

@@ -21,7 +21,7 @@ from gradkern.cli.models import load_model
 from gradkern.data import Results
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "info")
+COMMANDS = ("run", "importance", "explain", "report", "bench", "merge", "verify", "info")
 
 
 def build() -> nn.Module:
@@ -143,6 +143,61 @@ def test_importance_explain_and_bench(files):
     assert "Contract" in call("explain", files / "net.pt2", files / "x.npy").stdout
     said = call("bench", files / "net.pt2", files / "x.npy", "--repeats", "1").stdout
     assert "gradkern is" in said
+
+
+def test_verify_repairs_from_what_the_store_records(files, tmp_path):
+    store = tmp_path / "a.zarr"
+    call("run", files / "net.pt2", files / "x.npy", store, "--chunk", "8", "--reduce", "mean_abs")
+    assert "everything that is finished is as it was written" in call("verify", store).stdout
+    whole = (store / "attributions/c.1.0.0.0").read_bytes()
+    for damage in (whole[:-1], whole[:99] + b"?" + whole[100:]):
+        (store / "attributions/c.1.0.0.0").write_bytes(damage)
+        said = call("verify", store, code=5).stdout
+        assert "damaged chunks: 1 (attributions)" in said
+        assert "samples to compute again: 8 … 15" in said
+        assert "everything that is finished" in call("verify", store, "--repair").stdout
+        assert (store / "attributions/c.1.0.0.0").read_bytes() == whole
+    (store / "attributions/c.1.0.0.0").unlink()
+    assert "damaged: 1 files are missing" in call("info", store).stdout
+    again = call("run", files / "net.pt2", files / "x.npy", store, "--reduce", "mean_abs", code=5)
+    assert "gradkern verify" in again.stderr
+
+
+def test_a_report_does_without_a_recorded_model_that_has_changed(files, tmp_path):
+    from safetensors.torch import save_file
+
+    weights, page = tmp_path / "w.safetensors", tmp_path / "a.html"
+    save_file(build().state_dict(), weights)
+    words = ("tests.cli.test_cli:build", files / "x.npy", tmp_path / "a.zarr", "--weights", weights)
+    call("run", *words, "--reduce", "importance", "--no-maps")
+    save_file({k: v + 1 for k, v in build().state_dict().items()}, weights)
+    said = call("report", tmp_path / "a.zarr").stderr
+    assert "does without the run's model, which has changed since" in said
+    assert page.exists()
+    refused = call("report", tmp_path / "a.zarr", "--model", files / "net.pt2", "--source", weights, code=1)
+    assert "--model" not in refused.stderr
+    refused = call("report", tmp_path / "a.zarr", "--weights", weights, code=3)
+    assert "--model: it is not the model of the run" in refused.stderr
+
+
+def test_the_page_of_a_store_elsewhere_comes_to_the_current_folder():
+    from gradkern.cli.reading import _beside
+
+    assert _beside("s3://bucket/maps.zarr/") == Path("maps.html")
+    assert _beside("/data/maps.zarr") == Path("/data/maps.html")
+
+
+def test_not_finite_samples_on_the_command_line(files, tmp_path):
+    x = np.load(files / "x.npy")
+    x[4, 0, 3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    words = ("run", files / "net.pt2", tmp_path / "x.npy", tmp_path / "a.zarr", "--method", "input_x_gradient")
+    stopped = call(*words, "--reduce", "mean_abs", code=1)
+    assert "sample 4 are not finite" in stopped.stderr
+    call(*words, "--reduce", "mean_abs", "--nonfinite", "skip")
+    assert "1 of 30 samples are not finite (samples 4)" in call("info", tmp_path / "a.zarr").stdout
+    page = Path(call("report", tmp_path / "a.zarr").stdout.strip())
+    assert "1 of 30 samples are not finite" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

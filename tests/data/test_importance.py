@@ -9,9 +9,10 @@ from torch import nn
 
 import gradkern
 from gradkern.data import run
-from gradkern.data.ranking import _average_ranks, _spearman, of_results
+from gradkern.data.ranking import _average_ranks, _quantiles, _spearman, of_results
 from gradkern.data.ranking import curve as curve_of
 from tests.cases import CASES
+from tests.support.stores import assert_same
 
 PLANTED = (7, 21)
 
@@ -118,3 +119,36 @@ def test_float64_samples_and_maps_are_left_as_they_are(tmp_path, monkeypatch, ke
     results = run(model, x, tmp_path / "a.zarr", "jacobian", reductions=["mean_abs", "importance"], dtype="float64")
     assert torch.equal(x, before)
     np.testing.assert_allclose(results.array("attributions")[...], jacobian.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", [None, [2, 0, 1]])
+def test_outputs_in_parts_are_the_outputs_together(monkeypatch, targets):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval(), torch.randn(50, 6)
+    whole = gradkern.importance(model, x, targets=targets)
+    monkeypatch.setattr("gradkern.data.ranking.PART_BYTES", 1)
+    monkeypatch.setattr("gradkern.data.ranking.TRACK_BYTES", 6 * 8 * 7)
+    monkeypatch.setattr("gradkern.data.ranking.BLOCK", 4)
+    parts = gradkern.importance(model, x, targets=targets)
+    for name in ("scores", "low", "high", "agreement", "counts", "means"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-9, err_msg=name)
+    assert parts.top(6) == whole.top(6)
+    np.testing.assert_allclose(parts.curve.random_deletion, whole.curve.random_deletion)
+    np.testing.assert_allclose(parts.curve.deletion, whole.curve.deletion)
+
+
+@pytest.mark.parametrize("draws", [2, 7, 200])
+def test_quantiles_are_those_of_numpy(draws):
+    values = np.random.default_rng(0).standard_normal((draws, 9))
+    values[0, 3] = np.nan
+    shares = (0.025, 0.5, 0.975, 1.0)
+    np.testing.assert_allclose(_quantiles(values, shares), np.quantile(values, shares, axis=0), rtol=1e-12)
+
+
+def test_large_records_are_joined_from_the_store(tmp_path, monkeypatch):
+    """Records with many statistics are not kept in memory, and the result is the same."""
+    model, x = nn.Sequential(nn.Linear(6, 3)).eval(), torch.randn(50, 6)
+    given = {"method": "jacobian", "reductions": ["importance", "mean_abs"], "chunk": 4}
+    run(model, x, tmp_path / "a.zarr", **given)
+    monkeypatch.setattr("gradkern.data.store.ledger.KEPT_BYTES", 0)
+    run(model, x, tmp_path / "b.zarr", **given, shard=(0, 2))
+    assert_same(tmp_path / "a.zarr", run(model, x, tmp_path / "b.zarr", **given).place)

@@ -47,3 +47,48 @@ def test_map_batches_callable():
     np.testing.assert_allclose(found["predictions"], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"got \['image'\], but the batch has \['label'\]"):
         attribute({"label": np.arange(5)})
+
+
+class Cluster:
+    """Ray as far as `check_shared` uses it, with workers that see other folders than the driver."""
+
+    def __init__(self, monkeypatch, worker) -> None:
+        import ray
+        from ray.util import scheduling_strategies
+
+        self.worker, self.strategies = worker, []
+        nodes = [{"Alive": True, "NodeID": str(i), "NodeManagerHostname": f"host{i}"} for i in range(2)]
+        nodes.append({"Alive": False, "NodeID": "2", "NodeManagerHostname": "gone"})
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(ray, "remote", lambda **given: lambda function: self)
+        monkeypatch.setattr(ray, "get", lambda values: values)
+        monkeypatch.setattr(scheduling_strategies, "NodeAffinitySchedulingStrategy", lambda node, soft: node)
+
+    def options(self, scheduling_strategy):
+        self.strategies.append(scheduling_strategy)
+        return self
+
+    def remote(self, file, answer):
+        return self.worker(file, answer, int(self.strategies[-1]))
+
+
+def test_machines_that_do_not_share_the_disk_are_refused_by_name(tmp_path, monkeypatch):
+    from gradkern.data.ray import check_shared, sees
+
+    place = str(tmp_path / "deep" / "a.zarr")
+    Cluster(monkeypatch, lambda file, answer, node: sees(file, answer))
+    check_shared(place)
+
+    def elsewhere(file, answer, node):
+        """The second machine has a folder of the same name, which is not this one."""
+        return True if node else sees(file, answer)
+
+    def blind(file, answer, node):
+        return sees(file, answer) if node else sees(f"/nowhere{file}", answer)
+
+    for worker, host in ((elsewhere, "host1"), (blind, "host0")):
+        Cluster(monkeypatch, worker)
+        with pytest.raises(ValueError, match=f"out: {host} cannot see or write"):
+            check_shared(place)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    check_shared("s3://bucket/a.zarr")

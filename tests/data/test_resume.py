@@ -140,7 +140,7 @@ def test_what_pins_the_bits_holds_on_resume(tmp_path, monkeypatch):
     first = run(model, x, tmp_path / "a.zarr", chunk=8, threads=2, shard=(0, 2))
     assert first.about["pinned"]["threads"] == 2
     assert not first.about["finished"]
-    second = run(model, x, tmp_path / "a.zarr", threads=1, chunk=20)
+    second = run(model, x, tmp_path / "a.zarr")
     assert set(threads[2:4]) == {2}
     assert set(threads[4:]) == {2}
     assert torch.get_num_threads() == 1
@@ -240,6 +240,26 @@ def test_shards_in_stores_of_their_own_merge_to_one_run(tmp_path):
     run(small(3)[0], x, other, **options)
     with pytest.raises(Mismatch, match="other weights"):
         merge(parts[0], [other])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"chunk": 20}, "chunk 8, this call asks for 20"),
+        ({"batch": 2}, "batch 8, this call asks for 2"),
+        ({"threads": 3}, "threads 1, this call asks for 3"),
+        ({"engine": "autograd"}, "engine kernel, this call asks for autograd"),
+        ({"nonfinite": "keep"}, "nonfinite skip, this call asks for keep"),
+    ],
+)
+def test_what_a_run_was_begun_with_is_kept_and_another_wish_is_refused(tmp_path, asked, words):
+    model, x = small()
+    given = {"chunk": 8, "reductions": ["mean_abs"]}
+    run(model, x, tmp_path / "a.zarr", shard=(0, 2), nonfinite="skip", **given)
+    with pytest.raises(Mismatch, match=words):
+        run(model, x, tmp_path / "a.zarr", **{**given, **asked})
+    same = {"batch": 100, "threads": 1, "engine": "kernel", "nonfinite": "skip"}
+    assert run(model, x, tmp_path / "a.zarr", **given, **same).about["exact"]
 
 
 @pytest.mark.parametrize("shard", [(0, 0), (2, 2), (-1, 2), 3, (0.0, 2)])

@@ -7,110 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from gradkern.data import Source, open_source, register, run
 from gradkern.data.sources import registry
 from tests.cases import CASES
-
-X = np.random.default_rng(0).standard_normal((23, 2, 5)).astype(np.float32)
-
-
-class Items(Dataset):
-    """Pairs of a sample and a label."""
-
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, i: int):
-        return X[i], i % 3
-
-
-def npy(folder):
-    np.save(folder / "x.npy", X)
-    return str(folder / "x.npy")
-
-
-def npz(folder):
-    np.savez(folder / "x.npz", x=X, y=np.arange(23))
-    return f"{folder}/x.npz:x"
-
-
-def memmap(folder):
-    np.save(folder / "m.npy", X)
-    return np.load(folder / "m.npy", mmap_mode="r")
-
-
-def tensors(folder):
-    torch.save({"x": torch.tensor(X)}, folder / "x.pt")
-    return f"{folder}/x.pt:x"
-
-
-def safetensors(folder):
-    from safetensors.numpy import save_file
-
-    save_file({"x": X}, folder / "x.safetensors")
-    return f"{folder}/x.safetensors:x"
-
-
-def zarr_array(folder):
-    import zarr
-
-    array = zarr.create_array(str(folder / "a.zarr"), shape=X.shape, chunks=(4, 2, 5), dtype="float32")
-    array[...] = X
-    return array
-
-
-def zarr_path(folder):
-    import zarr
-
-    group = zarr.create_group(str(folder / "g.zarr"))
-    group.create_array("train/x", data=X)
-    return f"{folder}/g.zarr:train/x"
-
-
-def hdf5(folder):
-    import h5py
-
-    with h5py.File(folder / "x.h5", "w") as file:
-        file["deep/x"] = X
-    return f"{folder}/x.h5:deep/x"
-
-
-def huggingface(folder):
-    import datasets
-
-    return datasets.Dataset.from_dict({"x": list(X), "y": list(range(23))}).with_format("torch")
-
-
-def huggingface_unformatted(folder):
-    import datasets
-
-    features = datasets.Features({"x": datasets.Array2D((2, 5), "float32")})
-    return datasets.Dataset.from_dict({"x": X}, features=features)
-
-
-def parquet(folder):
-    import pyarrow as arrow
-    import pyarrow.parquet as pq
-
-    for i, part in enumerate((X[:9], X[9:])):
-        column = arrow.array(part.tolist(), type=arrow.list_(arrow.list_(arrow.float32())))
-        pq.write_table(arrow.table({"x": column}), folder / f"part{i}.parquet", row_group_size=4)
-    return str(folder)
-
-
-MAKERS = [
-    lambda folder: torch.tensor(X),
-    lambda folder: X,
-    lambda folder: {"x": X},
-    lambda folder: Items(),
-    lambda folder: DataLoader(Items(), batch_size=4),
-    lambda folder: DataLoader(Items(), batch_size=4, num_workers=1),
-    lambda folder: TensorDataset(torch.tensor(X)),
-    *(npy, npz, memmap, tensors, safetensors, zarr_array, zarr_path, hdf5, huggingface, parquet),
-    huggingface_unformatted,
-]
+from tests.support.sources import MAKERS, Items, X, hdf5, memmap, npy, parquet, zarr_path
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -186,7 +88,7 @@ def test_unequal_lists_in_parquet(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(arrow.table({"x": [[1.0, 2.0], [3.0]]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="different lengths"):
+    with pytest.raises(ValueError, match=r"sample 0 has \[2\], sample 1 has \[1\]"):
         open_source(str(tmp_path / "x.parquet")).read(0, 2)
 
 

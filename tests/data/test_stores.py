@@ -16,22 +16,9 @@ from torch import nn
 
 import gradkern
 from gradkern.data import Mismatch, Results, Settings, open_store, run
+from tests.support.old_stores import OPTIONS, STORES, problem
 
 ROOT = Path(__file__).parents[2]
-STORES = Path(__file__).with_name("stores")
-OPTIONS = {"method": "jacobian", "reductions": ["mean_abs", "variance", "max_abs"], "top_features": 2}
-
-
-def build() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(1, 2, 3, padding="same"), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(10, 3))
-
-
-def problem() -> tuple[nn.Module, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    model = build().eval()
-    model.load_state_dict(load_file(STORES / "net.safetensors"))
-    return model, torch.from_numpy(np.load(STORES / "x.npy"))
 
 
 def oracle() -> torch.Tensor:
@@ -74,7 +61,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from gradkern.data import run
-from tests.data.test_stores import OPTIONS, problem
+from tests.support.old_stores import OPTIONS, problem
 results = run(*problem(), sys.argv[1], **OPTIONS)
 run(*problem(), sys.argv[2], chunk=2, **OPTIONS)
 print(json.dumps(results.about))

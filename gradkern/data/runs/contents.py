@@ -28,7 +28,8 @@ def attributes(
     """The store's attributes.  Everything that affects the last bits of a result is under ``pinned``."""
     budget = options.memory_budget()
     stored = probe.map_elements * forecast.itemsize(settings.dtype) if settings.maps else 0
-    chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes), source.samples)
+    sums = probe.sums_bytes(settings.reductions)
+    chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes, sums), source.samples)
     batch = settings.batch or forecast.batch_size(chunk, probe.map_bytes, settings.maps, budget)
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -45,6 +46,8 @@ def attributes(
             "plan": probe.plan_key(),
             **fingerprint.of_machine(),
         },
+        "engine": settings.engine,
+        "nonfinite": settings.nonfinite or ("error" if settings.reductions else "keep"),
         "inputs": map_names(len(probe.floating)),
         "reductions": list(settings.reductions),
         "arrays": {"dtype": settings.dtype, "compression": settings.compression},

@@ -18,11 +18,11 @@ from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
 from ...util.outputs import OneOutput, output_name
-from ..sources import Source
+from .. import methods
 from ..store.layout import dtype_name
+from .code import code_text
 from .settings import Settings
 
-HASHED_SAMPLES = 32  # samples of a source whose content is hashed
 KEYS = 2  # version of the keys of graph and plan; a store without it has version 1
 
 
@@ -48,16 +48,15 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy().data if not flat.is_complex() else flat.numpy().tobytes())
 
 
-def of_source(source: Source) -> dict[str, Any]:
-    """Length, shapes and dtypes, and a hash of some samples spread over the whole."""
+def of_source(samples: int, alone: Mapping[int, tuple[Tensor, ...]]) -> dict[str, Any]:
+    """Number of samples, shapes and dtypes, and a hash of the samples that were read ``alone`` [1, *in], by index."""
     digest = hashlib.sha256()
     rows: tuple[Tensor, ...] = ()
-    for i in sorted({int(i) for i in np.linspace(0, source.samples - 1, min(HASHED_SAMPLES, source.samples))}):
-        rows = source.read(i, i + 1)
+    for i, rows in alone.items():
         for k, x in enumerate(rows):
             _add_tensor(digest, f"{i} {k}", x)
     return {
-        "samples": source.samples,
+        "samples": samples,
         "shapes": [list(x.shape[1:]) for x in rows],
         "dtypes": [dtype_name(x.dtype) for x in rows],
         "content": digest.hexdigest()[:32],
@@ -90,8 +89,8 @@ def _plain(value: Any) -> Any:
     raise BadValue(f"arguments: got {type(value).__name__}, expected numbers, text, tensors, or lists of such.")
 
 
-def of_run(model: nn.Module, source: Source, settings: Settings, program: Program | None) -> dict[str, Any]:
-    """Everything that must agree for one run to continue another."""
+def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None) -> dict[str, Any]:
+    """Everything that must agree for one run to continue another; ``source`` as of `of_source`."""
     stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
         "model": of_model(model, program),
@@ -100,10 +99,18 @@ def of_run(model: nn.Module, source: Source, settings: Settings, program: Progra
             "targets": of_targets(settings.targets),
             **({} if settings.output is None else {"output": output_name(settings.output)}),
             "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
+            **of_code(settings.method, settings.output),
         },
-        "source": of_source(source),
+        "source": source,
         "stored": {name: getattr(settings, name) for name in stored},
     }
+
+
+def of_code(method: str, output: Any) -> dict[str, str]:
+    """Hashes of the code of a method, and of a function that chooses the output, that are the caller's own."""
+    given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
+    own = {k: f for k, f in given.items() if f is not None and f.__module__.partition(".")[0] != "gradkern"}
+    return {k: hashlib.sha256(code_text(f).encode()).hexdigest()[:16] for k, f in own.items()}
 
 
 def of_machine() -> dict[str, Any]:
@@ -128,6 +135,8 @@ WORDS = {
     "model.weights": "the model has other weights",
     "model.graph": "the model computes something else (its graph differs)",
     "model.tensors": "the model has other parameters",
+    "method.code": "the code of the method has changed",
+    "method.output_code": "the code of the function output= has changed",
     "source.samples": "the source has another number of samples",
     "source.shapes": "the source has samples of another shape",
     "source.dtypes": "the source has another dtype",

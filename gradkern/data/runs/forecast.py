@@ -11,6 +11,7 @@ CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
 LARGEST_CHUNK = 16384
 CACHED_BYTES = 16 << 20  # of a batch's maps, if they are reduced at once and not stored
 SMALLEST_CACHED = 32
+RECORDS = 6  # statistics alive at a time: of the chunk at work, of those being written, and of records being joined
 QUEUED = 5  # chunks alive at a time: two read ahead, one computed, two being written
 
 
@@ -43,12 +44,13 @@ def itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
 
-def chunk_size(samples: int, stored: int, read: int) -> int:
-    """Samples per chunk: a power of two whose maps (``stored`` bytes per sample; else inputs) make `CHUNK_BYTES`.
+def chunk_size(samples: int, stored: int, read: int, sums: int = 0) -> int:
+    """Samples per chunk: a power of two whose maps (``stored`` bytes per sample; else inputs) make `CHUNK_BYTES`, or as
+    many bytes as the chunk's statistics (``sums``) if these are more.
 
     It depends only on shapes, so that every shard and every later run has the same grid.
     """
-    fits = CHUNK_BYTES // max(stored or read, 1)
+    fits = (CHUNK_BYTES if stored else max(CHUNK_BYTES, sums)) // max(stored or read, 1)
     return max(1, min(_power(fits), LARGEST_CHUNK, samples))
 
 

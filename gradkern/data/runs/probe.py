@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from ...ir.program import Program
 from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
+from ...util.buffers import buffers_kept
 from ...util.options import BadValue, Engine
-from .. import methods
-from ..sources import Source
+from ...util.random_state import RandomState
+from .. import methods, statistics
+from .reading import Alone
 from .settings import Settings
 
 PROBED = 4
@@ -38,6 +41,7 @@ class Probe:
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
+    alone: Alone  # the samples that were read
     way: Way | None = None  # of gradients, if kernels and autograd were compared
 
     @property
@@ -67,6 +71,11 @@ class Probe:
     def input_bytes(self) -> int:
         return sum(x[:1].nbytes for x in self.inputs)
 
+    def sums_bytes(self, reductions: Sequence[str] | str) -> int:
+        """Bytes of the statistics of one chunk."""
+        shapes = [tuple(self.inputs[i].shape[1:]) for i in self.floating]
+        return sum(statistics.nbytes(reductions, self.classes, shape) for shape in shapes)
+
     def plan_key(self) -> str | None:
         """A hash of the plan: how each step runs."""
         if self.program is None or self.engine != "kernel":
@@ -80,41 +89,94 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, source: Source, settings: Settings, pinned: Engine | None) -> Probe:
-    """Trace, and run the method on a few samples.  ``pinned``: the engine that a store has recorded.
+def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
+    """Trace, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
-    Without one, kernels and autograd are compared, so that all chunks, in all processes, go the same way.
+    ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
+    chunks, in all processes, go the same way.
     """
-    count = min(PROBED, source.samples)
-    inputs = tuple(x.to(device_of(model)) for x in source.read(0, count))
+    device = device_of(model)
+    chosen = choose(model, alone, device)
+    inputs = _joined(alone, chosen, device)
+    method = methods.find(settings.method, settings.arguments)
+    methods.check_arguments(method, settings.arguments, inputs, samples)
     engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
         prepared = api.prepare(model, inputs)
         program = None if prepared is None else prepared.program
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
-    if program is None and count > 1:
+    if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
     chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
-    method = methods.find(settings.method, settings.arguments)
-    targets = targets_of_first(settings.targets, count, source.samples)
-    batch = methods.Batch(model, inputs, targets, engine, settings.arguments)
+    arguments = methods.arguments_of(method, settings.arguments, chosen, samples, device)
+    targets = targets_of(settings.targets, chosen, samples)
+    batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
-    way = faster_way(model, source, outcome.maps[0].shape[1]) if chooses else None
+    way = faster_way(model, alone, outcome.maps[0].shape[1]) if chooses else None
     begin = time.perf_counter()
     with ways.pinned(way):
-        outcome = method(batch)
-    return Probe(program, engine, outcome, inputs, count / (time.perf_counter() - begin), way)
+        method(batch)
+    return Probe(program, engine, outcome, inputs, len(chosen) / (time.perf_counter() - begin), alone, way)
 
 
-def faster_way(model: nn.Module, source: Source, seeds: int) -> Way | None:
-    """The way of gradients of so many outputs, measured on the first samples."""
-    inputs = tuple(x.to(device_of(model)) for x in source.read(0, min(ways.MOST_SAMPLES, source.samples)))
+def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
+    """The way of gradients of so many outputs, measured on samples spread over the source."""
+    inputs = _joined(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
     found = compared(request, decide(request, "auto"), chosen)
     return None if found is None else found.way
+
+
+def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
+    """The indices of a few samples, spread over the source, whose output depends on them.
+
+    A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
+    """
+    indices = list(alone.rows)
+    order = [i for step in range(-(-len(indices) // PROBED)) for i in indices[step :: -(-len(indices) // PROBED)]]
+    order.sort(key=lambda i: not any(_varies(x) for x in alone.rows[i]))  # stable: those that vary come first
+    found: list[int] = []
+    for at in range(0, len(order), PROBED):
+        tried = order[at : at + PROBED]
+        found += [i for i, alive in zip(tried, _alive(model, _joined(alone, tried, device)), strict=True) if alive]
+        if len(found) >= PROBED:
+            break
+    rest = [i for i in order if i not in found]
+    return sorted([*found, *rest][:PROBED])
+
+
+def _joined(alone: Alone, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
+
+
+def _varies(x: Tensor) -> bool:
+    return x.numel() == 1 or bool((x != x.flatten()[0]).any())
+
+
+def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
+    """For each sample: do the outputs have a gradient that is not all zero?  True where that cannot be found out."""
+    samples = inputs[0].shape[0]
+    floating = [x.is_floating_point() for x in inputs]
+    state = RandomState()
+    try:
+        with torch.enable_grad(), buffers_kept(model):
+            leaves = [x.detach().clone().requires_grad_(f) for x, f in zip(inputs, floating, strict=True)]
+            y = model(*leaves)
+            weights = torch.linspace(1, 2, y[0].numel(), dtype=y.dtype, device=y.device).view_as(y[0])
+            wanted = [x for x, f in zip(leaves, floating, strict=True) if f]
+            gradients = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
+    except Exception:  # the model's own errors come up when the method runs
+        return [True] * samples
+    finally:
+        state.restore()
+    alive = torch.zeros(samples, dtype=torch.bool)
+    for g in gradients:
+        if g is not None:
+            alive |= (g.flatten(1) != 0).any(1).cpu()
+    return alive.tolist()
 
 
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -128,12 +190,12 @@ def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         )
 
 
-def targets_of_first(targets: Any, count: int, samples: int) -> Any:
-    """The targets of the first ``count`` of ``samples`` if every sample has its own; other targets unchanged."""
+def targets_of(targets: Any, chosen: Sequence[int] | slice, samples: int) -> Any:
+    """The targets of the ``chosen`` of ``samples`` if every sample has its own; other targets unchanged."""
     if isinstance(targets, list) and targets and isinstance(targets[0], list):
         targets = torch.tensor(targets)
     if isinstance(targets, (Tensor, np.ndarray)) and np.ndim(targets) == 2:
         if len(targets) != samples:
             raise BadValue(f"targets: got {len(targets)} rows, expected one for each of {samples} samples.")
-        targets = torch.as_tensor(targets)[:count]
+        targets = torch.as_tensor(targets)[chosen]
     return targets

@@ -10,9 +10,11 @@ import errno
 import logging
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -21,6 +23,8 @@ import torch
 from torch import nn
 
 from ...util import options as choices
+from ...util.options import GradkernWarning
+from ..store import locks
 from ..store.results import Results
 from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
@@ -85,7 +89,11 @@ def run(
         ``chunk``, ``batch``, ``threads``, ``engine``: samples per chunk and per call of the engine, torch threads, and
         the engine; chosen if they are None, then recorded and pinned.
         ``output``: which of several outputs of the model, as in `gradkern.jacobian`.
-        ``arguments``: of the method.
+        ``arguments``: of the method.  Tensors with a row per sample are cut with the samples.
+        ``nonfinite``: what becomes of samples with NaN or Inf among their attributions.  ``"error"`` stops, and names
+        them (the default if there are statistics); ``"skip"`` leaves them out of the statistics; ``"keep"`` counts
+        them in (the default for maps alone).  The store says how many there were.
+        ``trust_source=False``: do not check, while reading, that the samples are those of the finished chunks.
 
     Returns
     -------
@@ -95,17 +103,56 @@ def run(
     owned(1, shard)  # an invalid shard is refused before anything is created
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
         settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
-    task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
-    work(task, owned(task.results.chunks, shard), progress)
-    task.results.complete()
-    return Results.open(out)
+    with disk_full(out):
+        task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
+        task.results.check_files()
+        work(task, owned(task.results.chunks, shard), progress)
+        task.results.complete()
+    results = Results.open(out)
+    for words in results.losses():
+        warnings.warn(f"{out}: {words}", GradkernWarning, stacklevel=2)
+    return results
+
+
+@contextmanager
+def disk_full(out: str | Path) -> Iterator[None]:
+    """`DiskFull` in place of the system's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFull):
+            raise
+        finished = ""
+        try:
+            results = Results.open(out)
+            finished = f" with {results.done} of {results.chunks} chunks finished. They are kept"
+        except (OSError, ValueError):  # there was not even the space to create the store
+            finished = ", nothing was computed yet"
+        raise DiskFull(
+            error.errno, f"no space left at {out}{finished}: free some space and run the same again"
+        ) from error
 
 
 def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
-    """Compute the chunks of ``owned_chunks`` that are not finished; return their number."""
+    """Compute the chunks of ``owned_chunks`` that are not finished; return their number.
+
+    Raises `locks.Busy` if another run is at work on some of them, and `Mismatch` if a finished one was computed from
+    other samples.
+    """
+    task.reading.check_finished(task.results.ledger.finished() & set(owned_chunks))
+    if task.results.ledger.finished().issuperset(owned_chunks):
+        return 0
+    with locks.hold(task.results.store, owned_chunks):
+        return compute_missing(task, owned_chunks, progress)
+
+
+def compute_missing(
+    task: Task, owned_chunks: range, progress: bool | None = None, only: Collection[int] | None = None
+) -> int:
+    """`work` without its checks, for the holder of the chunks; of the missing ones, ``only`` these."""
     results = task.results
     done = results.ledger.finished()
-    todo = [c for c in owned_chunks if c not in done]
+    todo = [c for c in owned_chunks if c not in done and (only is None or c in only)]
     results.remove_partial(todo)
     results.ledger.adopt(owned_chunks)
     plan = task.forecast(todo)
@@ -119,17 +166,8 @@ def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
     finished = sum(b - a for a, b in (results.span(c) for c in owned_chunks if c in done))
     total = finished + plan.samples
     begin = time.perf_counter()
-    try:
-        with progress_bar(str(plan), total, finished, progress) as advance, task.ready():
-            _fill(task, todo, advance)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFull(
-            error.errno,
-            f"no space left at {results.place} with {results.done} of {results.chunks} chunks finished. They are "
-            "kept: free some space and run the same again",
-        ) from error
+    with progress_bar(str(plan), total, finished, progress) as advance, task.ready():
+        _fill(task, todo, advance)
     seconds = time.perf_counter() - begin
     log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)
     return len(todo)
@@ -138,17 +176,20 @@ def work(task: Task, owned_chunks: range, progress: bool | None = None) -> int:
 def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> None:
     """Read ahead, compute, and write.  An error stops everything, but chunks that are being written are finished."""
     results, lock = task.results, threading.Lock()
-    stream = task.source.stream([results.span(c) for c in todo])
+    stream = task.reading.stream(todo)
 
-    def read() -> Ready:
-        return task.transfer.upload(next(stream))
+    def read() -> tuple[Ready, int]:
+        rows, checksum = next(stream)
+        return task.transfer.upload(rows), checksum
 
-    def write(computed: Computed) -> None:
-        results.write(computed.chunk, task.stored(computed.rows()))
+    def write(computed: Computed, checksum: int) -> None:
+        stored, lost = task.stored(computed.rows())
+        record = task.record(computed, stored, checksum, lost)
+        results.write(computed.chunk, stored)
         computed.release()
         with lock:
-            results.ledger.add(computed.chunk, computed.record)
-            advance(computed.record.facts["samples"])
+            results.ledger.add(computed.chunk, record)
+            advance(record.facts["samples"])
 
     reader = ThreadPoolExecutor(1, "gradkern-read")
     writers = ThreadPoolExecutor(WRITERS, "gradkern-write")
@@ -156,10 +197,10 @@ def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> 
         reading = deque(reader.submit(read) for _ in todo[:AHEAD])
         writing: deque[Future[None]] = deque()
         for i, chunk in enumerate(todo):
-            ready = reading.popleft().result()
+            ready, checksum = reading.popleft().result()
             if i + AHEAD < len(todo):
                 reading.append(reader.submit(read))
-            writing.append(writers.submit(write, task.compute(chunk, ready)))
+            writing.append(writers.submit(write, task.compute(chunk, ready), checksum))
             if len(writing) > WRITERS:
                 writing.popleft().result()
         for written in writing:
@@ -167,3 +208,4 @@ def _fill(task: Task, todo: Sequence[int], advance: Callable[[int], object]) -> 
     finally:
         for pool in (reader, writers):
             pool.shutdown(cancel_futures=True)
+        stream.close()  # the source's worker processes, if it has any

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from ...util.options import BadValue, Engine
 from ...util.outputs import Output, check_output_choice
 from .. import statistics
 from ..store.layout import STORED_AS, codecs
+
+Nonfinite = Literal["error", "skip", "keep"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Settings:
     threads: int | None = None
     engine: Engine | None = None
     output: Output = None
+    nonfinite: Nonfinite | None = None
+    trust_source: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
@@ -44,6 +48,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise BadValue(f"{name}: got {value!r}, expected a positive number, or None.")
+        if self.nonfinite is not None and self.nonfinite not in get_args(Nonfinite):
+            raise BadValue(f"nonfinite: got {self.nonfinite!r}, expected one of {', '.join(get_args(Nonfinite))}.")
         if not self.maps and not self.reductions and not self.top_features:
             raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
 
@@ -62,6 +68,8 @@ class RunOptions(TypedDict, total=False):
     threads: int | None
     engine: Engine | None
     output: Output
+    nonfinite: Nonfinite | None
+    trust_source: bool
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:

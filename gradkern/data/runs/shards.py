@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...util.options import BadValue
-from ..store import durable
+from ..store import durable, locks
 from ..store.layout import chunk_key
 from ..store.results import Results
 from . import fingerprint
@@ -38,8 +38,10 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
             raise fingerprint.Mismatch(
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )
-    for other in others:
-        _take(results, other)
+    if others:
+        with locks.hold(results.store, range(results.chunks)):
+            for other in others:
+                _take(results, other)
     if not results.complete():
         missing = sorted(set(range(results.chunks)) - results.ledger.finished())
         raise BadValue(
@@ -69,6 +71,5 @@ def _take(results: Results, other: Results) -> None:
                 if content is None:
                     raise BadValue(f"{other.place} has lost {key}. Run that shard again.")
                 durable.put(results.store, key, content)
-        content = durable.get(other.store, other.ledger.key(node))
-        durable.put(results.store, results.ledger.key(node), content or b"")
+        durable.put(results.store, results.ledger.key(node), other.ledger.read(node).to_bytes())
         finished |= chunks

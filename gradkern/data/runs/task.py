@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ...util import options
-from ...util.options import BadType
+from ...util.options import BadType, BadValue
 from ...util.outputs import OneOutput
 from .. import methods, statistics
 from ..sources import Source, open_source
+from ..store.checks import checksum
 from ..store.layout import dtype_name, map_names
-from ..store.ledger import ChunkRecord
+from ..store.ledger import NAMED, ChunkRecord
 from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint, forecast
 from .pins import differences, pin_isa, pinning
-from .probe import Probe, device_of, probe_run
+from .probe import Probe, device_of, probe_run, targets_of
+from .reading import Alone, Reading
 from .settings import Settings
 from .transfer import Ready, Transfer
 
@@ -45,7 +47,9 @@ class Task:
         self.device = device_of(model)
         self.transfer = Transfer(self.device)
         self.pinned = results.about["pinned"]
+        self.nonfinite = results.about.get("nonfinite", "keep")
         self.batch = int(self.pinned["batch"])
+        self.reading = Reading(source, results, probe.alone, settings.trust_source)
         self.pool: Pool | None = None
         maps = probe.outcome.maps
         if settings.maps and self.device.type == "cpu" and probe.outcome.outputs.dim() == 2:
@@ -69,15 +73,17 @@ class Task:
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
+        alone = Alone.of(rows)
         with pinning(pinned, settings):
-            probe = probe_run(model, rows, settings, pinned.get("engine"))
-        asked = fingerprint.of_run(model, rows, settings, probe.program)
+            probe = probe_run(model, alone, rows.samples, settings, pinned.get("engine"))
+        asked = fingerprint.of_run(model, fingerprint.of_source(rows.samples, alone.rows), settings, probe.program)
         if results is None:
             about = contents.attributes(asked, rows, settings, probe, made_by)
             arrays = contents.arrays(rows, settings, probe, about)
             results = Results.create(out, arrays, about, settings.compression)
         same_keys = fingerprint.keys_version(results.about) == fingerprint.keys_version()
         fingerprint.check_same(str(out), results.about["fingerprint"], asked, graph=same_keys)
+        check_pinned(results, settings)
         task = cls(model, rows, settings, results, probe, differences(results.about["pinned"], probe, plan=same_keys))
         if not same_keys:
             task.check_earlier(asked)
@@ -100,7 +106,7 @@ class Task:
         chunk = node[1] << node[0]
         start, stop = self.results.span(chunk)
         with self.ready():
-            computed = self.compute(chunk, self.transfer.upload(self.source.read(start, stop)))
+            computed = self.compute(chunk, self.transfer.upload(self.reading.one(chunk)))
         rows = computed.rows()
         before, now = self.results.maps(start, stop, "predictions").double(), rows["predictions"]
         tolerance = TOLERANCE[dtype_name(now.dtype)]
@@ -112,7 +118,7 @@ class Task:
                 f"else for the samples {start} … {stop - 1}. Choose another place, or the model of the store."
             )
         same = self.settings.maps or node[0] == 0
-        for name, value in self.stored(rows).items():
+        for name, value in self.stored(rows)[0].items():
             same &= value.tobytes() == np.asarray(self.results.array(name)[start:stop]).tobytes()
         if node[0] == 0:
             sums = ledger.read(node).sums
@@ -127,7 +133,12 @@ class Task:
         probe, keeps = self.probe, self.settings.maps
         queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
         written = probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps
-        memory = forecast.QUEUED * self.results.chunk * queued + options.memory_budget()
+        sums = probe.sums_bytes(self.settings.reductions)
+        memory = (
+            forecast.QUEUED * self.results.chunk * queued
+            + options.memory_budget()
+            + min(forecast.RECORDS, 2 + len(chunks)) * sums
+        )
         return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
 
     # ---- computing
@@ -143,7 +154,7 @@ class Task:
         memory = self.pool.take() if self.pool and self.batch >= self.results.chunk else None
         while True:
             try:
-                reducers, kept = self._batches(chunk, inputs, memory)
+                reducers, kept, counts = self._batches(chunk, inputs, memory)
                 break
             except Exception as error:
                 if not forecast.out_of_memory(error) or self.batch == 1:
@@ -157,24 +168,25 @@ class Task:
         computed = Computed(
             chunk,
             lambda: dict(zip(names, download(), strict=True)),
-            ChunkRecord(sums, facts | {"notes": list(self.notes)}),
+            ChunkRecord(sums, facts | {"notes": list(self.notes)} | counts),
         )
         pool = self.pool
         return computed if memory is None or pool is None else replace(computed, release=lambda: pool.give(memory))
 
     def _batches(
         self, chunk: int, inputs: tuple[Tensor, ...], memory: tuple[Tensor, ...] | None
-    ) -> tuple[dict[str, statistics.Accumulator], dict[str, list[Tensor]]]:
-        """The chunk's statistics by input, and its rows by array, in pieces."""
+    ) -> tuple[dict[str, statistics.Accumulator], dict[str, list[Tensor]], dict[str, Any]]:
+        """The chunk's statistics by input, its rows by array, in pieces, and the count of its non-finite samples."""
         first, stop = self.results.span(chunk)
         reducers = self._accumulators()
         kept: dict[str, list[Tensor]] = {}
+        bad: list[int] = []
         for at in range(0, stop - first, self.batch):
             part = tuple(x[at : at + self.batch] for x in inputs)
             out = None if memory is None else tuple(m[at : at + len(part[0])] for m in memory)
-            for name, rows in self._batch(part, first + at, reducers, out).items():
+            for name, rows in self._batch(part, first + at, reducers, out, bad).items():
                 kept.setdefault(name, []).append(rows)
-        return reducers, kept
+        return reducers, kept, {"nonfinite": len(bad), "nonfinite_first": bad[:NAMED]} if bad else {}
 
     def _back_off(self) -> None:
         self.batch = max(1, self.batch // 2)
@@ -195,14 +207,17 @@ class Task:
 
     def _batch(
         self, inputs: tuple[Tensor, ...], first: int, reducers: Mapping[str, statistics.Accumulator],
-        out: tuple[Tensor, ...] | None,
+        out: tuple[Tensor, ...] | None, bad: list[int],
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The rows of one batch to be stored; its statistics go to ``reducers``, but only if there was no error."""
-        targets = self.settings.targets
-        if self.probe.outcome.rows is not None and isinstance(targets, (Tensor, np.ndarray, list)):
-            targets = torch.as_tensor(targets)[first : first + inputs[0].shape[0]]
-        arguments = self.settings.arguments
+        """The rows of one batch to be stored; its statistics go to ``reducers``, but only if there was no error.
+
+        ``bad`` gets the numbers of its samples with attributions that are not finite.
+        """
+        which, samples = slice(first, first + inputs[0].shape[0]), self.results.samples
+        targets = targets_of(self.settings.targets, which, samples)
+        arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, self.device)
         outcome = self.method(methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out))
+        keep = self._finite(inputs, first, outcome, bad)
         rows = {"predictions": outcome.outputs}
         if outcome.rows is not None:
             rows["targets"] = outcome.rows
@@ -217,18 +232,106 @@ class Task:
                 rows[name.replace("attributions", "top_features")] = top
             if name in reducers:
                 where = None if outcome.rows is None else outcome.rows.cpu()
-                reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where)
+                reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where, keep)
         return rows
 
-    def stored(self, rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Rows in the form that the store's arrays take."""
+    def _finite(
+        self, inputs: tuple[Tensor, ...], first: int, outcome: methods.Outcome, bad: list[int]
+    ) -> Tensor | None:
+        """The samples of a batch that statistics count, by index; None for all.  The settings say what is to be done
+        about maps that are not finite, and about such inputs where their statistics are taken."""
+        values = outcome.maps
+        if "importance" in self.settings.reductions:
+            values += tuple(inputs[i] for i in self.probe.floating)
+        finite = torch.stack([finite_rows(v).cpu() for v in values]).all(0)
+        if bool(finite.all()):
+            return None
+        new = [first + int(i) for i in (~finite).nonzero()[:, 0]]
+        if self.nonfinite == "error":
+            raise BadValue(
+                f"the attributions of sample {new[0]} are not finite (NaN or Inf); so are {len(new) - 1} others of the "
+                f"samples {first} … {first + len(finite) - 1}{_named(new[1:])}. Mend the data or the model; or "
+                "nonfinite='skip' leaves such samples out of the statistics, and 'keep' counts them in. What is "
+                "finished is kept."
+            )
+        bad += new
+        return finite.nonzero()[:, 0] if self.nonfinite == "skip" else None
+
+    def stored(self, rows: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """Rows in the form that the store's arrays take, and what was lost in narrower numbers: how many values
+        ``overflow`` to Inf or ``underflow`` to 0, of so many ``narrowed`` ones that are finite and not 0."""
         dtype = getattr(torch, self.settings.dtype)
-        stored = {}
+        stored, lost = {}, {"overflow": 0, "underflow": 0, "narrowed": 0}
         for name, value in rows.items():
-            value = value.to(dtype) if name.startswith("attributions") else value
+            if name.startswith("attributions") and dtype != value.dtype:
+                narrow = value.to(dtype)
+                if dtype.itemsize < value.dtype.itemsize:
+                    lost = {k: lost[k] + v for k, v in _lost(value, narrow).items()}
+                value = narrow
             value = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
             stored[name] = value.detach().numpy()
-        return stored
+        return stored, lost if lost["narrowed"] else {}
+
+    def record(
+        self, computed: Computed, stored: Mapping[str, np.ndarray], read: int, lost: Mapping[str, int]
+    ) -> ChunkRecord:
+        """The record of a computed chunk; ``read`` is the checksum of what was read."""
+        checks = {"source": read} | {name: checksum([rows]) for name, rows in stored.items()}
+        entered = {name: np.array([value], np.uint32) for name, value in checks.items()}
+        record = computed.record
+        return replace(record, checks=entered, facts={**record.facts, **lost})
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Which samples of ``[n, ...]`` have finite values only, ``[n]``."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    flat = values.detach().flatten(1)
+    finite = flat.sum(1).isfinite()  # one pass without a copy; a sum may overflow, so the others are looked at closely
+    suspects = (~finite).nonzero()[:, 0]
+    finite[suspects] = flat[suspects].isfinite().all(1)
+    return finite
+
+
+def _named(samples: Sequence[int]) -> str:
+    return f": {', '.join(map(str, samples[:NAMED]))}" + (", …" if len(samples) > NAMED else "") if samples else ""
+
+
+def _lost(value: Tensor, narrow: Tensor) -> dict[str, int]:
+    counted = value.isfinite() & (value != 0)
+    return {
+        "overflow": int((narrow.isinf() & counted).sum()),
+        "underflow": int(((narrow == 0) & counted).sum()),
+        "narrowed": int(counted.sum()),
+    }
+
+
+def check_pinned(results: Results, settings: Settings) -> None:
+    """Raise `fingerprint.Mismatch` where the caller asks for another chunk, batch, engine or number of threads than the
+    store's, or for another way with what is not finite."""
+    pinned = results.about["pinned"]
+    asked = {
+        "chunk": settings.chunk and min(settings.chunk, results.samples),
+        "batch": settings.batch and min(settings.batch, results.chunk),
+        "threads": settings.threads,
+        "engine": None if settings.engine == "auto" else settings.engine,
+    }
+    if settings.engine == "kernel" and results.about["program"] is None and results.about.get("engine") != "autograd":
+        asked["engine"] = None  # kernels were asked for, and the network has none
+    differing = [f"{k} {pinned[k]}, this call asks for {v}" for k, v in asked.items() if v and v != pinned[k]]
+    before, now = results.about.get("nonfinite", "keep"), settings.nonfinite
+    if now and now != before:
+        if before != "error":  # after an error the same run may continue in another way: no sample was concerned yet
+            differing.append(f"nonfinite {before}, this call asks for {now}")
+        elif not results.about["finished"] and not differing:
+            results.about["nonfinite"] = now
+            results.write_attributes()
+    if differing:
+        raise fingerprint.Mismatch(
+            f"{results.place} was begun with {'; '.join(differing)}; nothing was changed. A run keeps what it was "
+            "begun with, so that its result is the same to the last bit: leave these arguments out, or choose another "
+            "place."
+        )
 
 
 @dataclass(frozen=True)

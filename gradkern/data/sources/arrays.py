@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
-from .columns import members, to_tensor
+from .columns import Rows, members, to_tensor
 from .registry import Source, member, register
 
 
@@ -58,14 +58,14 @@ class Arrays(Source):
         if suffix == ".npy":
             return np.load(path, mmap_mode="r")
         if suffix == ".npz":
-            return dict(np.load(path).items())
+            return np.load(path)  # reads an array when it is asked for
         if suffix == ".pt":
             return torch.load(path, weights_only=True, mmap=True)
         from safetensors.torch import load_file
 
         return load_file(path)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         return tuple(to_tensor(a[start:stop]) for a in self.arrays)
 
     # ---- to other processes: as the place to open an array again, where it has one, not as its content

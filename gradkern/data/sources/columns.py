@@ -15,7 +15,10 @@ def as_tuple(columns: Any) -> tuple[Any, ...]:
     return tuple(columns) if isinstance(columns, (tuple, list)) else (columns,)
 
 
-def pick(fields: Any, columns: Any) -> tuple[Tensor, ...]:
+Rows = Tensor | list[Tensor]  # [n, *in]; a list of n tensors [*in] where these have different shapes
+
+
+def pick(fields: Any, columns: Any) -> tuple[Rows, ...]:
     """The fields that are the model's inputs: by name or index, else the first of a tuple, the only one of a dict."""
     if isinstance(fields, dict):
         if columns is None:
@@ -35,31 +38,67 @@ def pick(fields: Any, columns: Any) -> tuple[Tensor, ...]:
 
 
 def members(group: Any, columns: Any) -> list[Any]:
-    """Arrays of a group or dict by name; without names, its only array."""
-    names = [k for k in group if hasattr(group[k], "shape")]
+    """Arrays of a group or dict by name; without names, its only array.  Others are not read."""
     if columns is None:
+        names = list(group) if len(group) == 1 else [k for k in group if hasattr(group[k], "shape")]
         if len(names) != 1:
             raise BadValue(f"source: the group holds {names or 'no arrays'}. Say which: columns=('name', ...).")
         columns = names
-    if any(c not in names for c in as_tuple(columns)):
-        raise BadValue(f"source: got columns={columns!r}, but the group holds {names}.")
+    if any(c not in group for c in as_tuple(columns)):
+        raise BadValue(f"source: got columns={columns!r}, but the group holds {list(group)}.")
     return [group[c] for c in as_tuple(columns)]
 
 
 def _is_floating(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point()
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    if isinstance(value, list):
+        return any(_is_floating(v) for v in value)
+    return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or any(map(_is_floating, _objects(value))))
 
 
-def to_tensor(x: Any) -> Tensor:
-    """A CPU tensor that owns its memory or shares the caller's tensor; data on disk is read here."""
+def _objects(array: np.ndarray) -> list[Any]:
+    """The items of an array of objects (rows of different shapes); none for numbers."""
+    return list(array.flat) if array.dtype == object else []
+
+
+def to_tensor(x: Any) -> Rows:
+    """A CPU tensor that owns its memory or shares the caller's tensor; data on disk is read here.
+
+    Rows of different shapes come as a list of tensors.
+    """
     if isinstance(x, Tensor):
-        return x.detach().cpu()
-    array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
+        return list(x.detach().cpu().unbind()) if x.is_nested else x.detach().cpu()
+    try:
+        array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
+    except ValueError:  # rows of different shapes
+        return [_tensor(np.asarray(row)) for row in x]
+    if array.dtype == object and array.ndim == 1 and all(hasattr(row, "__len__") for row in array):
+        return one_or_list([_tensor(np.array(row)) for row in array])
+    return _tensor(array)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     try:
         return torch.from_numpy(array)
     except TypeError as error:
         raise BadType(f"source: got an array of {array.dtype}, expected numbers that torch has.") from error
+
+
+def one_or_list(rows: list[Tensor]) -> Rows:
+    """The rows as one tensor, if they have one shape."""
+    return torch.stack(rows) if rows and all(r.shape == rows[0].shape for r in rows) else rows
+
+
+def stacked(rows: Rows, start: int) -> Tensor:
+    """The rows as one tensor.  Raises `BadValue` where they have different shapes, which names the first two."""
+    if isinstance(rows, Tensor):
+        return rows
+    shapes = [list(r.shape) for r in rows]
+    other = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
+    raise BadValue(
+        f"source: the samples have different shapes: sample {start} has {shapes[0]}, sample {start + other} has "
+        f"{shapes[other]}. All samples of a run must be alike: pad or crop them before."
+    )

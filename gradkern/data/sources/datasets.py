@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
 
-from ...util.options import BadType, BadValue
+from ...util.options import BadType, BadValue, InputError
 from .arrays import package_of
-from .columns import pick
+from .columns import Rows, one_or_list, pick
 from .registry import SOURCE_KINDS, Source, Span, register
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Turns items of a Dataset into rows, one per item, or finds the item of which that is not true.
+
+    A collate function of the caller's may leave out an item, or make two rows of one, and nothing in its result says
+    which.  So it is called with one item at a time.
+    """
+
+    function: Callable[..., Any]
+    columns: Any
+    batched: bool = True  # the function takes a list of items; else one item
+
+    def __call__(self, items: Sequence[Any]) -> tuple[tuple[Rows, ...], tuple[int, str] | None]:
+        """The rows, or the place of the first bad item and what is wrong with it."""
+        if self.function is default_collate and self.batched:
+            try:
+                return pick(default_collate(list(items)), self.columns), None
+            except (RuntimeError, ValueError):  # items of different shapes, for one
+                pass
+        kept: list[tuple[Tensor, ...]] = []
+        for k, item in enumerate(items):
+            try:
+                rows = pick(self.function([item]), self.columns) if self.batched else self._single(item)
+            except Exception as error:
+                if isinstance(error, InputError):
+                    raise
+                return (), (k, f"could not be collated ({type(error).__name__}: {error})")
+            wrong = next((len(r) for r in rows if len(r) != 1), None)
+            if wrong is not None:
+                return (), (k, f"gave {wrong} rows")
+            kept.append(tuple(r[0] for r in rows))
+        return tuple(one_or_list(list(column)) for column in zip(*kept, strict=True)), None
+
+    def _single(self, item: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.as_tensor(x)[None] for x in pick(self.function(item), self.columns))
 
 
 class TorchDataset(Source):
@@ -19,10 +58,13 @@ class TorchDataset(Source):
 
     about = "a torch Dataset or DataLoader"
 
-    def __init__(self, dataset: Any, columns: Any, collate: Callable[..., Any] | None = None, workers: int = 0) -> None:
+    def __init__(
+        self, dataset: Any, columns: Any, collate: Collate | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(len(dataset))
-        self.dataset, self.columns, self.workers = dataset, columns, workers
-        self.collate = collate or default_collate
+        self.dataset = dataset
+        self.collate = collate or Collate(default_collate, columns)
+        self.options = dict(options or {})  # of the DataLoader, where it has workers
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
@@ -40,7 +82,8 @@ class TorchDataset(Source):
     def _of_loader(cls, loader: DataLoader, columns: Any) -> Source:
         if isinstance(loader.dataset, IterableDataset):
             raise no_random_access("the DataLoader's dataset is an IterableDataset")
-        sampler = loader.sampler if loader.batch_size is not None else loader.batch_sampler
+        batched = loader.batch_sampler is not None
+        sampler = loader.batch_sampler if batched and loader.batch_size is None else loader.sampler
         if isinstance(sampler, BatchSampler):
             sampler = sampler.sampler
         if not isinstance(sampler, SequentialSampler):
@@ -49,21 +92,33 @@ class TorchDataset(Source):
                 "that a run can resume. Use shuffle=False, or pass the Dataset (a torch.utils.data.Subset for some "
                 "of it)."
             )
-        return cls(loader.dataset, columns, loader.collate_fn, loader.num_workers)
+        names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
+        options = {name: getattr(loader, name) for name in names} if loader.num_workers else {}
+        return cls(loader.dataset, columns, Collate(loader.collate_fn, columns, batched), options)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(list(range(start, stop))) if fetch else [self.dataset[i] for i in range(start, stop)]
-        return pick(self.collate(items), self.columns)
+        return self._sound(self.collate(items), start)
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
-        if not self.workers:
+        if not self.options:
             yield from super().stream(spans)
             return
         batches = [list(range(a, b)) for a, b in spans]
-        loader = DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate, num_workers=self.workers)
-        for (start, stop), batch in zip(spans, loader, strict=True):
-            yield self.prepared(pick(batch, self.columns), start, stop)
+        loader = DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate, **self.options)
+        for (start, stop), collated in zip(spans, loader, strict=True):
+            yield self.prepared(self._sound(collated, start), start, stop)
+
+    def _sound(self, collated: tuple[tuple[Rows, ...], tuple[int, str] | None], start: int) -> tuple[Rows, ...]:
+        rows, bad = collated
+        if bad is not None:
+            raise BadValue(
+                f"source: sample {start + bad[0]} {bad[1]}, expected one row. Every item of the Dataset must give "
+                "exactly one: leave bad records out of the Dataset itself (torch.utils.data.Subset), and give windows "
+                "an index of their own."
+            )
+        return rows
 
 
 SOURCE_KINDS.append(TorchDataset)  # asked last, since most objects have a length and can be indexed
@@ -98,5 +153,5 @@ class HuggingFaceDataset(Source):
             raise no_random_access(f"got {type(data).__name__}")
         return cls(data, columns)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         return pick(self.dataset[start:stop], self.columns)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...util.options import BadValue
-from .columns import as_tuple, pick
+from .columns import Rows, as_tuple, pick
 from .registry import Source, register
 
 
@@ -47,7 +48,7 @@ class Parquet(Source):
             raise BadValue(f"source: there are no parquet files at {path!r}.")
         return cls(paths, name or columns)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         import pyarrow as arrow
 
         parts = []
@@ -56,7 +57,7 @@ class Parquet(Source):
             if low < high:
                 parts.append(self._group(i).slice(low - first, high - low))
         table = arrow.concat_tables(parts)
-        return pick({name: _nested(table.column(name)) for name in table.column_names}, self.columns)
+        return pick({name: _nested(table.column(name), name, start) for name in table.column_names}, self.columns)
 
     def _group(self, i: int) -> Any:
         """One row group; the last one is kept, because chunks are read in order."""
@@ -72,18 +73,51 @@ class Parquet(Source):
         return self.__dict__ | {"_kept": None}
 
 
-def _nested(column: Any) -> np.ndarray:
-    """A parquet column as ``[n, ...]``: list columns are flattened down to their numbers, all of one length."""
+def _nested(column: Any, name: str, first: int) -> np.ndarray | list[Tensor]:
+    """A column of (nested) lists as ``[n, ...]``; a list of n tensors where the lists have different lengths.
+
+    Raises `BadValue` for missing values, which names the first samples that lack them (counted from ``first``).
+    """
     import pyarrow as arrow
 
     array = column.combine_chunks()
     if isinstance(array, arrow.ChunkedArray):
         array = array.chunk(0) if array.num_chunks == 1 else arrow.concat_arrays(array.chunks)
-    kinds = arrow.types
-    shape = [len(array)]
-    while kinds.is_list(array.type) or kinds.is_large_list(array.type) or kinds.is_fixed_size_list(array.type):
-        outer, array = len(array), array.flatten()
-        if outer and len(array) % outer:
-            raise BadValue(f"source: a parquet column of lists of different lengths, expected {outer} equal ones.")
-        shape.append(len(array) // max(outer, 1))
+    if hasattr(array, "to_numpy_ndarray"):  # tensors of a fixed shape
+        return array.to_numpy_ndarray()
+    shape, whole = [len(array)], array
+    owner = np.arange(first, first + len(array))  # the sample that an element belongs to
+    while _is_list(array.type):
+        _refuse_missing(array, name, owner)
+        lengths = np.asarray(array.value_lengths())
+        if len(lengths) and (lengths != lengths[0]).any():
+            return [_one(row, name, int(i)) for row, i in zip(whole, range(first, first + len(whole)), strict=True)]
+        array, owner = array.flatten(), np.repeat(owner, lengths)
+        shape.append(int(lengths[0]) if len(lengths) else 0)
+    if arrow.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if not arrow.types.is_floating(array.type):  # there, a missing number is NaN
+        _refuse_missing(array, name, owner)
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as arrow
+
+    named = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(arrow.types, f"is_{name}")(kind) for name in named if hasattr(arrow.types, f"is_{name}"))
+
+
+def _refuse_missing(array: Any, name: str, owner: np.ndarray) -> None:
+    if array.null_count:
+        missing = np.asarray(array.is_null())
+        samples = ", ".join(map(str, np.unique(owner[missing])[:5]))
+        raise BadValue(f"source: the column {name!r} has no value for some samples (the first: {samples}).")
+
+
+def _one(row: Any, name: str, sample: int) -> Tensor:
+    """One sample of a column whose samples have different shapes."""
+    try:
+        return torch.from_numpy(np.array(row.as_py()))
+    except (ValueError, TypeError):
+        raise BadValue(f"source: sample {sample} of the column {name!r} holds lists of different lengths.") from None

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
+from .columns import Rows, stacked
 
 Span = tuple[int, int]
 
@@ -73,21 +74,26 @@ class Source(ABC):
     # ---- reading
 
     @abstractmethod
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """The samples ``start:stop``, one CPU tensor ``[stop - start, *in]`` per input of the model."""
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
+        """The samples ``start:stop``, one CPU tensor ``[stop - start, *in]`` per input of the model.
+
+        Where samples have different shapes, a list of tensors ``[*in]`` instead: the error then names them.
+        """
 
     def read(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """`rows`, checked, and cast if a dtype was requested."""
         return self.prepared(self.rows(start, stop), start, stop)
 
-    def prepared(self, rows: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+    def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Rows ``[stop - start, *in]``, checked; floating inputs and bytes are cast if a dtype was requested."""
-        for x in rows:
-            if x.shape[:1] != (stop - start,):
+        for x in given:
+            shape = [len(x), "..."] if isinstance(x, list) else list(x.shape)
+            if shape[:1] != [stop - start]:
                 raise BadValue(
-                    f"source: reading samples {start} … {stop - 1} gave shape {list(x.shape)}, expected "
+                    f"source: reading samples {start} … {stop - 1} gave shape {shape}, expected "
                     f"[{stop - start}, ...]: one row per sample."
                 )
+        rows = tuple(stacked(x, start) for x in given)
         if self.cast is None:
             return rows
         return tuple(x.to(self.cast) if x.is_floating_point() or x.dtype == torch.uint8 else x for x in rows)

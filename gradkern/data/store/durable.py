@@ -116,6 +116,14 @@ class DurableStore(LocalStore):
         self._check_writable()
         write_file(self.root / key, value.as_buffer_like())
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The sizes in bytes of the files directly under ``prefix``."""
+        try:
+            with os.scandir(self.root / prefix) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries}
+        except OSError:
+            return {}
+
     def remove_partial(self, prefix: str, ours: Callable[[str], bool]) -> None:
         """Remove half-written files under ``prefix`` for which ``ours(name of the final file)`` is true."""
         for path in (self.root / prefix).glob(f"*{PARTIAL}"):
@@ -142,8 +150,8 @@ def local_path(place: str) -> Path | None:
 # Single keys, from ordinary code
 
 
-def put(store: Store, key: str, content: bytes) -> None:
-    sync(store.set(key, cpu.Buffer.from_bytes(content)))
+def put(store: Store, key: str, content: bytes | memoryview) -> None:
+    sync(store.set(key, cpu.Buffer.from_array_like(np.frombuffer(content, np.uint8))))
 
 
 def put_array(store: Store, key: str, array: np.ndarray) -> None:
@@ -160,6 +168,10 @@ def get(store: Store, key: str) -> bytes | None:
 def delete(store: Store, key: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         sync(store.delete(key))
+
+
+def exists(store: Store, key: str) -> bool:
+    return sync(store.exists(key))
 
 
 def names(store: Store, prefix: str) -> list[str]:

@@ -18,6 +18,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from ...util.options import BadValue
+from . import checks
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
 FILL_VALUES = {"bfloat16": 0x7FC0, "int64": -1}  # the bits of a NaN; no index.  Others: NaN, or 0 if there is none
@@ -71,8 +72,9 @@ def codecs(compression: str) -> Any:
 
 
 def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> None:
-    """Make the arrays and attributes of a new store."""
-    group = zarr.create_group(store, attributes={"gradkern": json.loads(json.dumps(about))})
+    """Make the arrays and attributes of a new store, and a copy of both for `gradkern.data.verify`."""
+    about = json.loads(json.dumps(about))
+    group = zarr.create_group(store, attributes={"gradkern": {**about, "checksum": checks.of_attributes(about)}})
     for a in arrays:
         array = group.create_array(
             a.name,
@@ -88,6 +90,10 @@ def create_arrays(store: Store, arrays: Sequence[Array], about: Mapping[str, Any
         if a.content is not None:
             array[...] = a.content
     consolidate(store)
+    keys = {f"{a.name}/zarr.json" for a in arrays}
+    keys |= {f"{a.name.rpartition('/')[0]}/zarr.json".lstrip("/") for a in arrays}  # groups
+    keys |= {chunk_key(a.name, 0, len(a.shape)) for a in arrays if a.content is not None}
+    checks.write_backup(store, keys)
 
 
 def consolidate(store: Store) -> None:

@@ -12,18 +12,29 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from zarr.abc.store import Store
 
+from ...util.options import BadValue
 from ..statistics import merge
 from . import durable
+from .checks import UNKNOWN
 
 FOLDER = "chunks/finished"
+CHECKS = "checks/"  # begins the names of the checksums in a record's file
+KEPT_BYTES = 8 << 20  # records with more statistics than this are read from the store again to be joined
+NAMED = 8  # samples that a record names
 TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
+
+
+class Damaged(BadValue):
+    """Something in the store is not what was written there."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +42,53 @@ class ChunkRecord:
     """The record of a finished range of chunks.
 
     ``sums``: statistics by name.  ``facts``: samples, seconds of computing, the batches that were used, and notes
-    on everything that makes the result differ in its last bits from an uninterrupted run.
+    on everything that makes the result differ in its last bits from an uninterrupted run; also counts, such as that
+    of the samples with attributions that are not finite.  ``checks``: a checksum per chunk, uint32 ``[chunks]``, of
+    the rows in each array, and of what was read from the ``source``; `checks.UNKNOWN` where there is none.
     """
 
     sums: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
+    checks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    chunks: int = 1
 
     def __add__(self, right: ChunkRecord) -> ChunkRecord:
         """The record of this range and the one right of it."""
-        a, b = self.facts, right.facts
-        sums = {key: a[key] + b[key] for key in ("samples", "seconds")}
-        unions = {key: sorted({*a[key], *b[key]}) for key in ("batches", "notes")}
-        return ChunkRecord(merge(self.sums, right.sums), sums | unions)
+        facts: dict[str, Any] = {}
+        for key in {**self.facts, **right.facts}:
+            values = [r.facts[key] for r in (self, right) if key in r.facts]
+            if isinstance(values[0], list):
+                facts[key] = sorted({v for value in values for v in value})
+            else:
+                facts[key] = sum(values)
+        if "nonfinite_first" in facts:
+            facts["nonfinite_first"] = facts["nonfinite_first"][:NAMED]
+        checks = {
+            name: np.concatenate([r.checks.get(name, np.full(r.chunks, UNKNOWN, np.uint32)) for r in (self, right)])
+            for name in {**self.checks, **right.checks}
+        }
+        return ChunkRecord(merge(self.sums, right.sums), facts, checks, self.chunks + right.chunks)
 
-    def to_bytes(self) -> bytes:
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.sums.values())
+
+    def to_bytes(self) -> memoryview:
         buffer = io.BytesIO()
         text = np.frombuffer(json.dumps(dict(self.facts)).encode(), dtype=np.uint8)
-        entries: dict[str, Any] = {"facts.json": text, **self.sums}
+        checks = {CHECKS + name: value for name, value in self.checks.items()}
+        entries: dict[str, Any] = {"facts.json": text, **checks, **self.sums}
         np.savez(buffer, **entries)
-        return buffer.getvalue()
+        return buffer.getbuffer()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> ChunkRecord:
+    def from_bytes(cls, content: bytes, chunks: int = 1) -> ChunkRecord:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             sums = {name: archive[name] for name in archive.files}
-        return cls(sums, json.loads(sums.pop("facts.json").tobytes()))
+        checks = {n.removeprefix(CHECKS): sums.pop(n) for n in list(sums) if n.startswith(CHECKS)}
+        if any(value.shape != (chunks,) for value in checks.values()):
+            raise ValueError(f"checksums of another number of chunks than {chunks}")
+        return cls(sums, json.loads(sums.pop("facts.json").tobytes()), checks, chunks)
 
 
 class Ledger:
@@ -63,7 +96,7 @@ class Ledger:
 
     def __init__(self, store: Store, chunks: int) -> None:
         self.store, self.chunks = store, chunks
-        self.own_records: dict[TreeNode, ChunkRecord] = {}
+        self.own_records: dict[TreeNode, ChunkRecord | None] = {}  # None: read it from the store
 
     def key(self, node: TreeNode) -> str:
         return f"{FOLDER}/{node[0]:02d}.{node[1]:08d}.npz"
@@ -97,7 +130,30 @@ class Ledger:
         content = durable.get(self.store, self.key(node))
         if content is None:
             raise FileNotFoundError(f"the store has lost its record {self.key(node)}")
-        return ChunkRecord.from_bytes(content)
+        try:
+            return ChunkRecord.from_bytes(content, len(self.span(node)))
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise Damaged(
+                f"{self.key(node)} is damaged ({error}). `gradkern verify STORE --repair`, or gradkern.data.repair, "
+                "computes again what it stood for."
+            ) from error
+
+    def _own(self, node: TreeNode) -> ChunkRecord:
+        return self.own_records[node] or self.read(node)
+
+    def _keep(self, node: TreeNode, record: ChunkRecord) -> None:
+        self.own_records[node] = record if record.nbytes <= KEPT_BYTES else None
+
+    def amend(self, chunk: int, checks: Mapping[str, int], notes: Iterable[str]) -> None:
+        """Enter other checksums for a finished chunk that has been written again, and notes on why they differ."""
+        node = next(n for n in self.nodes() if chunk in self.span(n))
+        record = self.read(node)
+        entered = {name: value.copy() for name, value in record.checks.items()}
+        for name, value in checks.items():
+            known = entered.setdefault(name, np.full(record.chunks, UNKNOWN, np.uint32))
+            known[chunk - self.span(node)[0]] = value
+        facts = {**record.facts, "notes": sorted({*record.facts["notes"], *notes})}
+        durable.put(self.store, self.key(node), replace(record, checks=entered, facts=facts).to_bytes())
 
     def adopt(self, owned: range) -> None:
         """Take over the records of this process's own chunks that an earlier run has left."""
@@ -106,7 +162,7 @@ class Ledger:
             if node is None or not (self.span(node)[0] in owned and self.span(node)[-1] in owned):
                 continue
             if node in top:
-                self.own_records[node] = self.read(node)
+                self._keep(node, self.read(node))
             else:  # a kill came between writing its parent and removing it
                 durable.delete(self.store, self.key(node))
 
@@ -114,11 +170,12 @@ class Ledger:
         """Record a finished chunk; from this moment it counts as finished."""
         node: TreeNode = (0, chunk)
         fresh, stale = {node}, []
+        joined = record
         self.own_records[node] = record
         while (pair := self._pair(node)) is not None:
             left, right = pair
-            # the last record of an odd level moves up alone
-            joined = self.own_records[left] if right is None else self.own_records[left] + self.own_records[right]
+            if right is not None:  # the last record of an odd level moves up alone
+                joined = joined + self._own(right) if node == left else self._own(left) + joined
             for n in (left, right):
                 if n is not None:
                     del self.own_records[n]
@@ -127,7 +184,8 @@ class Ledger:
             node = (left[0] + 1, left[1] // 2)
             fresh.add(node)
             self.own_records[node] = joined
-        durable.put(self.store, self.key(node), self.own_records[node].to_bytes())
+        durable.put(self.store, self.key(node), joined.to_bytes())
+        self._keep(node, joined)
         for n in stale:
             durable.delete(self.store, self.key(n))
 

@@ -12,6 +12,8 @@ reductions/   [C, *in]      once the run is complete
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import sys
@@ -30,12 +32,14 @@ from zarr.abc.store import Store
 
 from ...util.options import BadValue
 from .. import statistics
-from . import durable, layout
+from . import checks, durable, layout, locks
 from .layout import Array
-from .ledger import FOLDER, Ledger
+from .ledger import FOLDER, NAMED, ChunkRecord, Damaged, Ledger
 
 FORMAT = 1
 ABANDONED = 3600  # seconds
+COUNTS = ("nonfinite", "nonfinite_first", "overflow", "underflow", "narrowed")  # facts that are told at the end
+UNDERFLOW = 0.01  # share of the nonzero values stored as 0 from which it is told
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
@@ -75,9 +79,15 @@ class Results:
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
         store = durable.store_at(text, read_only=read_only)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            group = zarr.open_group(store, mode="r" if read_only else "r+", use_consolidated=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                group = zarr.open_group(store, mode="r" if read_only else "r+", use_consolidated=False)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(
+                f"{text}: zarr.json is damaged ({type(error).__name__}). `gradkern verify {text} --repair` restores it "
+                "from the store's own copy."
+            ) from error
         about = group.attrs.get("gradkern")
         if not isinstance(about, Mapping) or about.get("format") != FORMAT:
             raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
@@ -91,7 +101,7 @@ class Results:
         if path is None:
             layout.create_arrays(durable.store_at(text), arrays, about, compression)
             return cls.open(text, read_only=False)
-        path = path.absolute()
+        path = path.resolve()  # where a link to an empty folder points to
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
@@ -120,6 +130,34 @@ class Results:
                 durable.put_array(self.store, key, rows)  # byte for byte what zarr would write
             else:
                 array[start:stop] = rows
+
+    def short_files(self) -> set[tuple[str, int]]:
+        """Array and chunk of the finished chunks whose file is missing or has another size than it must have.
+
+        Looks at names and sizes only.  None in object stores.
+        """
+        if not isinstance(self.store, durable.DurableStore):
+            return set()
+        short, finished = set(), self.ledger.finished()
+        for name in self.arrays():
+            array, sizes = self.array(name), self.store.sizes(name)
+            wanted = None if array.compressors else array.dtype.itemsize * math.prod(array.chunks)
+            for chunk in finished:
+                size = sizes.get(layout.chunk_key("", chunk, array.ndim).lstrip("/"), 0)
+                if size != wanted if wanted is not None else size == 0:
+                    short.add((name, chunk))
+        return short
+
+    def check_files(self) -> None:
+        """Raise `Damaged` if a look at names and sizes shows that finished chunks are gone."""
+        if short := self.short_files():
+            name, chunk = min(short, key=lambda s: s[1])
+            start, stop = self.span(chunk)
+            raise Damaged(
+                f"{self.place}: {len(short)} files of finished chunks are missing or have another size (the first: "
+                f"{name} of the samples {start} … {stop - 1}). `gradkern verify {self.place} --repair`, or "
+                "gradkern.data.repair, computes them again."
+            )
 
     def remove_partial(self, chunks: Iterable[int]) -> None:
         """Remove the half-written files of these chunks, which a killed run has left."""
@@ -150,16 +188,38 @@ class Results:
         total = self.ledger.total()
         if total is None:
             return False
+        with locks.completing(self.store, self.chunks):
+            self._complete(total)
+        return True
+
+    def _complete(self, total: ChunkRecord) -> None:
+        self._remove_partial_of_completion()
         names = self.about["inputs"]
         for i, name in enumerate(names):
             for reduction, value in statistics.finish(self.about["reductions"], total.sums, name).items():
                 self.array(layout.reduction_key(reduction, names, i))[...] = value
         notes = total.facts["notes"]
         tolerance = {"tolerance": TOLERANCE[self.about["arrays"]["dtype"]]} if notes else {}
-        self.about |= {"finished": True, "exact": not notes, "notes": notes, **tolerance}
-        self.group.attrs.update({"gradkern": self.about})
-        layout.consolidate(self.store)
-        return True
+        counts = {name: total.facts[name] for name in COUNTS if name in total.facts}
+        self.about |= {"finished": True, "exact": not notes, "notes": notes, "counts": counts, **tolerance}
+        self.write_attributes()
+
+    def write_attributes(self) -> None:
+        """Write ``about`` in one step: zarr would take two, and leave out the other arrays' descriptions in between."""
+        if "checksum" in self.about:  # a store of an earlier version has none, and no copy either
+            self.about["checksum"] = checks.of_attributes(self.about)
+        described = json.loads(durable.get(self.store, "zarr.json") or b"{}")
+        described.setdefault("attributes", {})["gradkern"] = self.about
+        durable.put(self.store, "zarr.json", json.dumps(described, indent=2).encode())
+
+    def _remove_partial_of_completion(self) -> None:
+        """Remove the half-written files of a completion that was killed."""
+        if isinstance(self.store, durable.DurableStore):
+            for folder in ("", *(f"reductions/{name}" for name, _ in self._reductions())):
+                self.store.remove_partial(folder, lambda file: True)
+
+    def _reductions(self) -> list[tuple[str, Any]]:
+        return list(self.group["reductions"].arrays()) if "reductions" in self.group else []  # type: ignore[union-attr]
 
     # ---- reading
 
@@ -192,6 +252,26 @@ class Results:
         if key not in self.group:
             raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
         return np.asarray(self.array(key)[...])
+
+    def losses(self) -> list[str]:
+        """What the numbers do not show: samples that are not finite, and values that the stored dtype cannot hold."""
+        counts, words = self.about.get("counts", {}), []
+        if count := counts.get("nonfinite"):
+            first = ", ".join(map(str, counts["nonfinite_first"])) + (", …" if count > NAMED else "")
+            left_out = self.about["reductions"] and self.about.get("nonfinite") == "skip"
+            verdict = "they are left out of the statistics" if left_out else "they are kept as they are"
+            words.append(f"{count:,} of {self.samples:,} samples are not finite (samples {first}); {verdict}")
+        dtype, narrowed = self.about["arrays"]["dtype"], counts.get("narrowed", 0)
+        if overflow := counts.get("overflow"):
+            words.append(
+                f"{overflow / narrowed:.2%} of the attributions are too large for {dtype} and are stored as Inf"
+            )
+        if (underflow := counts.get("underflow", 0)) > UNDERFLOW * narrowed:
+            words.append(
+                f"{underflow / narrowed:.2%} of the attributions that are not 0 are too small for {dtype} and are "
+                "stored as 0"
+            )
+        return words
 
     @property
     def done(self) -> int:

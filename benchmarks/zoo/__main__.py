@@ -1,0 +1,96 @@
+"""The command: every network in a process of its own, results to a folder, a table to docs/zoo.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.zoo import stubs, table
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("torch/mlp", "torch/cnn1d")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--limit", type=float, default=600, help="wall-clock seconds per network")
+    parser.add_argument("--seconds", type=float, default=2, help="of timing, per network and batch size")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "zoo-results", help="one file per network")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "zoo.json", help="all results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
+    parser.add_argument("--quick", action="store_true", help="two networks of torch alone, in a few seconds")
+    parser.add_argument("--again", action="store_true", help="measure also what has a result")
+    parser.add_argument("--busy", action="store_true", help="note that the machine had other work")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    stubs.install()
+    if options.one:
+        return one(options.one, options.threads[0], options.seconds)
+    listed = QUICK if options.quick else names()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in (n for n in listed if options.only in n):
+        for threads in options.threads:
+            file = options.out / f"{name.replace('/', '--')}--{threads}.json"
+            if options.again or not file.exists():
+                found = run(name, threads, options)
+                file.write_text(json.dumps(found, indent=1) + "\n")
+            print(table.line(json.loads(file.read_text())), flush=True)
+    results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
+    about = machine.describe(max(options.threads)) | {"busy": options.busy, "packages": versions()}
+    options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+    options.page.write_text(table.page(about, results))
+
+
+def names() -> list[str]:
+    from benchmarks.zoo.networks import names as listed
+
+    return listed()
+
+
+def versions() -> dict[str, str]:
+    from benchmarks.zoo.networks import FAMILIES
+
+    return {package: machine.version(package) for package in FAMILIES}
+
+
+def run(name: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One network in a process of its own; its result, or what went wrong."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.zoo", "--one", name, "--threads", str(threads)]
+    command += ["--seconds", str(options.seconds)]
+    failed = {"name": name, "threads": threads}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=options.limit,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return failed | {"failed": f"took longer than {options.limit:g} s"}
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        return failed | {"failed": (lines or [f"exit code {done.returncode}"])[-1][:300]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def one(name: str, threads: int, seconds: float) -> None:
+    """In the process of one network: print its result as the last line."""
+    from benchmarks.zoo.network import measured
+
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = measured(name, threads, seconds)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

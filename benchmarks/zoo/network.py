@@ -1,0 +1,152 @@
+"""One network in this process: its error, its time against plain torch, and why it is not faster.
+
+Times are CPU seconds of interleaved calls: on a machine that others use, too, they vary much less than wall-clock
+seconds.  On two threads they add up over the threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gradkern
+from benchmarks.zoo.networks import Apply, build, randomised
+
+BATCHES = (8, 32)
+OUTPUTS = 4
+SEED = 0
+MOST_ROUNDS, LEAST_ROUNDS = 25, 5
+RESAMPLES = 1000
+NEURAL = {"recurrent": (nn.RNNBase,), "convolutional": (nn.modules.conv._ConvNd,)}
+
+
+def measured(name: str, threads: int, seconds: float) -> dict[str, Any]:
+    """Everything about one network.  ``seconds``: of timing, per batch size."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(SEED)
+    net, shape = build(name)
+    model = Apply(randomised(net), after=flat_output)
+    x = torch.randn(max(BATCHES), *shape)
+    with torch.no_grad():
+        width = model(x[:2]).shape[1]
+    targets = [round(k) for k in torch.linspace(0, width - 1, min(OUTPUTS, width)).tolist()]
+    found: dict[str, Any] = {"name": name, "threads": threads, "kind": kind(net), "input": list(shape), "width": width}
+    found["parameters"] = sum(p.numel() for p in net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        begin = time.process_time()
+        gradkern.prepare(model, x[: BATCHES[0]])
+        gradkern.jacobian(model, x[: BATCHES[0]], targets)
+        found["first_call"] = time.process_time() - begin
+        found |= explained(model, x, targets)
+        found["error"] = error(model, x[:3], targets)
+        found["times"] = {str(n): compared(model, x[:n], targets, seconds) for n in BATCHES}
+    return found
+
+
+def flat_output(y: Any) -> Tensor:
+    """The first tensor of an output, flat per sample."""
+    while not isinstance(y, Tensor):
+        y = next(iter(y.values() if isinstance(y, dict) else y))
+    return y.flatten(1)
+
+
+def kind(net: nn.Module) -> str:
+    """Recurrent, transformer, convolutional, or other: the first kind of which the network has a layer."""
+    parts = list(net.modules())
+    if any(isinstance(part, nn.RNNBase) for part in parts):
+        return "recurrent"
+    if any("attention" in type(part).__name__.lower() for part in parts):
+        return "transformer"
+    return "convolutional" if any(isinstance(part, nn.modules.conv._ConvNd) for part in parts) else "other"
+
+
+def explained(model: nn.Module, x: Tensor, targets: list[int]) -> dict[str, Any]:
+    """The fused share, the groups, the ways that were measured, and the reason if autograd runs all of it."""
+    plan = gradkern.explain(model, x[: BATCHES[0]], targets, show=False)
+    found: dict[str, Any] = {"fused": plan.fused_share, "native": plan.native_share}
+    if not plan.steps:
+        return found | {"reason": plan.reason}
+    slow = [f"{s.op or s.form}: {s.why}" for s in plan.steps if not s.implementation.fused]
+    ways = {str(n): gradkern.explain(model, x[:n], targets, show=False).timing.way for n in BATCHES}
+    return found | {"groups": len(plan.groups), "ways": ways, "by_autograd": sorted(set(slow))}
+
+
+def error(model: nn.Module, x: Tensor, targets: list[int]) -> float:
+    """The largest difference from autograd, both in float64, as a share of the largest gradient."""
+    exact = copy.deepcopy(model).double()
+    want = class_loop(exact, x.double(), targets)
+    got = gradkern.jacobian(exact, x.double(), targets, engine="kernel")
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-300))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def class_loop(model: nn.Module, x: Tensor, targets: Sequence[int]) -> Tensor:
+    """``[N, S, *in]``: one forward, and a backward per output."""
+    leaf = x.detach().requires_grad_()
+    sums = model(leaf).sum(0)  # [C]
+    grads = [torch.autograd.grad(sums[t], leaf, retain_graph=True)[0] for t in targets]
+    return torch.stack(grads, dim=1)
+
+
+def batched(model: nn.Module, x: Tensor, targets: Sequence[int]) -> Tensor:
+    """The same with one backward for all outputs, by ``is_grads_batched``."""
+    leaf = x.detach().requires_grad_()
+    sums = model(leaf).sum(0)
+    hot = torch.eye(sums.shape[0], dtype=x.dtype)[list(targets)]
+    (grads,) = torch.autograd.grad(sums, leaf, hot, is_grads_batched=True)
+    return grads.movedim(0, 1)
+
+
+def compared(model: nn.Module, x: Tensor, targets: list[int], seconds: float) -> dict[str, Any]:
+    """Interleaved calls of gradkern and of plain torch: medians, and the ratio of the better peer to gradkern."""
+    calls: dict[str, Callable[[], Tensor]] = {
+        "gradkern": lambda: gradkern.jacobian(model, x, targets),
+        "class loop": lambda: class_loop(model, x, targets),
+        "batched": lambda: batched(model, x, targets),
+    }
+    for name in list(calls):
+        for _ in range(2):
+            try:
+                calls[name]()
+            except RuntimeError:
+                if name != "batched":
+                    raise
+                del calls[name]  # not every operation can be batched
+                break
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(SEED)
+    begin = time.process_time()
+    for number in range(MOST_ROUNDS):
+        shuffle.shuffle(order)
+        for name in order:
+            start = time.process_time()
+            calls[name]()
+            spent[name].append(time.process_time() - start)
+        if number + 1 >= LEAST_ROUNDS and time.process_time() - begin > seconds:
+            break
+    peers = [name for name in calls if name != "gradkern"]
+    best = min(peers, key=lambda name: statistics.median(spent[name]))
+    ratios = [theirs / ours for theirs, ours in zip(spent[best], spent["gradkern"], strict=True)]
+    low, high = interval(ratios)
+    medians = {name: statistics.median(values) for name, values in spent.items()}
+    return {"seconds": medians, "peer": best, "ratio": statistics.median(ratios), "low": low, "high": high,
+            "rounds": len(ratios)}  # fmt: skip
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """A bootstrap interval of the median: its 5th and 95th percentile, each a bound with 95 % confidence."""
+    draw = random.Random(SEED)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return medians[RESAMPLES // 20], medians[-1 - RESAMPLES // 20]

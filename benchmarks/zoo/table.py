@@ -1,0 +1,102 @@
+"""The results as text: a line per network, and the page docs/zoo.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import machine
+
+Result = Mapping[str, Any]
+SLOWER = 0.95
+INTRODUCTION = """\
+# Other people's networks
+
+`make zoo` installs packages that define networks, gives the networks random weights, and compares the Jacobian of four
+outputs with plain torch: the better of a loop over outputs and `is_grads_batched`. The *error* is the largest
+difference from autograd in float64, as a share of the largest gradient. The *ratio* says how many times longer plain
+torch takes: the median over interleaved calls of the ratio of CPU times, with its 90 % confidence interval (bootstrap).
+Below 1, gradkern is slower. *Fused* is the share of the multiply-adds for which all outputs go back together; *way* is
+the choice that was measured before (`dispatch/ways.py`). The first call, which captures and verifies the network, is
+listed apart, in seconds of CPU time.
+"""
+
+
+def line(result: Result) -> str:
+    """One result for the terminal."""
+    where = f"{result['name']}, {result['threads']} threads"
+    if "failed" in result:
+        return f"{where}: failed: {result['failed']}"
+    ratios = ", ".join(f"{t['ratio']:.2f}× at {n}" for n, t in result["times"].items())
+    return f"{where}: {ratios}; error {result['error']:.0e}; {result.get('reason') or ways(result)}"
+
+
+def ways(result: Result) -> str:
+    return "/".join(dict.fromkeys(result.get("ways", {}).values()))
+
+
+def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The page, from the machine's description and all results."""
+    good = [r for r in results if "failed" not in r]
+    busy = " The machine had other work at the same time." if about["busy"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    parts = [
+        INTRODUCTION,
+        f"Measured on {machine.one_line(about)} at commit {about['commit']}.{busy} Packages: {versions}.\n",
+    ]
+    for threads in sorted({r["threads"] for r in results}):
+        chosen = [r for r in good if r["threads"] == threads]
+        parts += [f"## {threads} thread{'s' * (threads != 1)}\n", summary(chosen), networks(chosen)]
+    failed = [r for r in results if "failed" in r]
+    if failed:
+        parts.append("## Not measured\n")
+        parts.append("\n".join(f"- {r['name']}, {r['threads']} threads: {r['failed']}" for r in failed) + "\n")
+    return "\n".join(parts)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """A row per kind of network."""
+    rows = ["| kind | networks | median ratio | geometric mean | slower (upper bound below 0.95) | all on autograd |"]
+    rows.append("|---|---|---|---|---|---|")
+    for kind in (*sorted({r["kind"] for r in results}), "all"):
+        chosen = [r for r in results if kind in ("all", r["kind"])]
+        times = [t for r in chosen for t in r["times"].values()]
+        if not times:
+            continue
+        ratios = [t["ratio"] for t in times]
+        slower = sum(any(t["high"] < SLOWER for t in r["times"].values()) for r in chosen)
+        whole = sum("reason" in r for r in chosen)
+        rows.append(
+            f"| {kind} | {len(chosen)} | {statistics.median(ratios):.2f}× | {statistics.geometric_mean(ratios):.2f}× "
+            f"| {slower} | {whole} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def networks(results: Sequence[Result]) -> str:
+    """A row per network."""
+    sizes = list(dict.fromkeys(n for r in results for n in r["times"]))
+    head = [
+        "network",
+        *[f"ratio, {n} samples" for n in sizes],
+        "error",
+        "fused",
+        "way",
+        "first call, s",
+        "why not faster",
+    ]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for r in sorted(results, key=lambda r: r["name"]):
+        times = [f"{t['ratio']:.2f}× ({t['low']:.2f}–{t['high']:.2f})" for t in r["times"].values()]
+        why = r.get("reason") or "; ".join(r.get("by_autograd", [])[:2])
+        cells = [
+            *times,
+            f"{r['error']:.0e}",
+            f"{r['fused']:.0%}",
+            ways(r),
+            f"{r['first_call']:.1f}",
+            why.replace("|", "\\|"),
+        ]
+        rows.append("| " + " | ".join([r["name"], *cells]) + " |")
+    return "\n".join(rows) + "\n"

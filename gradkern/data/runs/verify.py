@@ -1,0 +1,331 @@
+"""Is a store what was written, and doing again what is not: `verify` and `repair`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...dispatch.targets import TopK
+from ...util.options import BadValue
+from .. import statistics
+from ..sources import Span, open_source
+from ..store import checks, durable, layout, locks
+from ..store.ledger import ChunkRecord, Damaged, TreeNode
+from ..store.results import Results
+from .fingerprint import Mismatch
+from .runner import compute_missing, disk_full
+from .settings import Settings
+from .task import Task
+
+ROOT = "zarr.json"
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` has found.
+
+    ``files``: damaged or missing descriptions of arrays, and arrays that never change.  The rest is looked at only
+    where the descriptions are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
+    ``chunks``: the arrays whose rows are damaged, by chunk.  ``reductions``: damaged results of statistics.
+    ``unfinished``: chunks that were never finished, or whose record is gone.  ``unchecked``: chunks of an earlier
+    version, which have no checksums: they were only read.
+    """
+
+    place: str
+    files: tuple[str, ...] = ()
+    records: Mapping[TreeNode, range] = field(default_factory=dict)
+    chunks: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    reductions: tuple[str, ...] = ()
+    unfinished: int = 0
+    unchecked: int = 0
+    finished: bool = False
+    spans: tuple[Span, ...] = ()  # the samples whose chunks have to be computed again
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is damaged; chunks may be missing in a store that says so."""
+        lost = self.finished and self.unfinished
+        return not (self.files or self.records or self.chunks or self.reductions or lost)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.files:
+            lines.append(f"damaged or missing: {_few(list(self.files))}")
+        if self.records:
+            lines.append(f"damaged records of the ledger: {len(self.records)}")
+        if self.chunks:
+            named = sorted({name for names in self.chunks.values() for name in names})
+            lines.append(f"damaged chunks: {_few(sorted(self.chunks))} ({', '.join(named)})")
+        if self.reductions:
+            lines.append(f"damaged statistics: {', '.join(self.reductions)}")
+        if self.spans:
+            lines.append(f"samples to compute again: {_few([f'{a} … {b - 1}' for a, b in self.spans])}")
+        if self.unfinished:
+            lost = ", though the store was complete" if self.finished else ""
+            lines.append(f"{self.unfinished} chunks are not finished{lost}")
+        if self.unchecked:
+            lines.append(f"{self.unchecked} chunks have no checksums (an earlier version wrote them): they can be read")
+        if self.ok:
+            lines.insert(0, "everything that is finished is as it was written")
+        return "\n".join(f"{self.place}: {line}" for line in lines)
+
+
+def _few(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:SHOWN])) + (f", … ({len(items)})" if len(items) > SHOWN else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Verifying
+
+
+def verify(place: str | Path) -> Verdict:
+    """Read a whole store and compare it with the checksums that were taken when it was written.
+
+    Changes nothing.  `repair` does again what is damaged.  Raises `BadValue` if there is no store.
+    """
+    text = str(place)
+    if not Results.exists(text):
+        raise BadValue(f"there is no store at {text}.")
+    files = _damaged_files(durable.store_at(text, read_only=True))
+    if any(file.endswith(ROOT) for file in files):
+        return Verdict(text, files)
+    results = Results.open(text)
+    records, lost = _records(results)
+    chunks, unchecked = _damaged_chunks(results, records)
+    finished = bool(results.about["finished"])
+    unfinished = results.chunks - sum(len(results.ledger.span(n)) for n in (*records, *lost))
+    reductions = () if lost or unfinished or not finished else _damaged_reductions(results)
+    again = sorted({*chunks, *(c for span in lost.values() for c in span)})
+    if finished and unfinished:
+        again = sorted({*again, *set(range(results.chunks)).difference(*map(results.ledger.span, records))})
+    spans = _joined([results.span(c) for c in again])
+    return Verdict(text, files, lost, chunks, reductions, unfinished, unchecked, finished, spans)
+
+
+def _damaged_files(store: Any) -> tuple[str, ...]:
+    """The files that are not as they were at creation; none can be told in a store of an earlier version."""
+    backup = checks.read_backup(store)
+    if backup is None:
+        content = durable.get(store, ROOT)
+        return (checks.BACKUP,) if _checksum_stored(content) else () if _description(content) else (ROOT,)
+    damaged = [key for key, content in backup.items() if key != ROOT and durable.get(store, key) != content]
+    if not _root_is_whole(durable.get(store, ROOT), backup):
+        damaged.append(ROOT)
+    return tuple(sorted(damaged))
+
+
+def _description(content: bytes | None) -> dict[str, Any]:
+    """The attributes of gradkern in a ``zarr.json``; empty if they cannot be read."""
+    try:
+        about = json.loads(content or b"")["attributes"]["gradkern"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _checksum_stored(content: bytes | None) -> bool:
+    about = _description(content)
+    return "checksum" in about
+
+
+def _root_is_whole(content: bytes | None, backup: Mapping[str, bytes]) -> bool:
+    """The root's attributes change when a run is completed, and have a checksum; the rest is as at creation."""
+    about = _description(content)
+    if not about or about.get("checksum") != checks.of_attributes(about):
+        return False
+    now, before = json.loads(content or b""), json.loads(backup[ROOT])
+    listed = now.pop("consolidated_metadata", None) or {}
+    arrays = {k.removesuffix(f"/{ROOT}"): json.loads(v) for k, v in backup.items() if k.endswith(f"/{ROOT}")}
+    for described in (now, before):
+        described.pop("attributes", None)
+        described.pop("consolidated_metadata", None)
+    shown = {k: _without_consolidated(v) for k, v in listed.get("metadata", {}).items()}
+    return now == before and shown == {k: _without_consolidated(v) for k, v in arrays.items()}
+
+
+def _without_consolidated(described: Any) -> Any:
+    return {k: v for k, v in described.items() if k != "consolidated_metadata"}
+
+
+def _records(results: Results) -> tuple[dict[TreeNode, ChunkRecord], dict[TreeNode, range]]:
+    """The records that can be read, without their statistics, and the chunks of those that cannot."""
+    ledger = results.ledger
+    records, lost = {}, {}
+    for node in sorted(ledger.nodes()):
+        try:
+            record = ledger.read(node)
+            records[node] = ChunkRecord({}, record.facts, record.checks, record.chunks)
+        except Damaged:
+            lost[node] = ledger.span(node)
+    return records, lost
+
+
+def _damaged_chunks(
+    results: Results, records: Mapping[TreeNode, ChunkRecord]
+) -> tuple[dict[int, tuple[str, ...]], int]:
+    """The damaged arrays by chunk, and how many chunks have no checksums."""
+    damaged, unchecked = {}, 0
+    short = results.short_files()
+    for node, record in records.items():
+        for i, chunk in enumerate(results.ledger.span(node)):
+            known = {name: int(value[i]) for name, value in record.checks.items()}
+            unchecked += all(value == checks.UNKNOWN for name, value in known.items() if name != "source")
+            names = tuple(
+                name
+                for name in results.arrays()
+                if (name, chunk) in short or not _as_written(results, name, chunk, known.get(name, checks.UNKNOWN))
+            )
+            if names:
+                damaged[chunk] = names
+    return damaged, unchecked
+
+
+def _as_written(results: Results, name: str, chunk: int, known: int) -> bool:
+    start, stop = results.span(chunk)
+    try:
+        rows = np.asarray(results.array(name)[start:stop])
+    except Exception:  # whatever a codec says to bytes that are not its own
+        return False
+    return known in (checks.UNKNOWN, checks.checksum([rows]))
+
+
+def _damaged_reductions(results: Results) -> tuple[str, ...]:
+    total, names = results.ledger.total(), results.about["inputs"]
+    assert total is not None
+    damaged = []
+    for i, name in enumerate(names):
+        for reduction, value in statistics.finish(results.about["reductions"], total.sums, name).items():
+            key = layout.reduction_key(reduction, names, i)
+            try:
+                array = results.array(key)
+                whole = np.asarray(array[...]).tobytes() == value.astype(array.dtype).tobytes()
+            except Exception:
+                whole = False
+            if not whole:
+                damaged.append(key)
+    return tuple(damaged)
+
+
+def _joined(spans: list[Span]) -> tuple[Span, ...]:
+    """Neighbouring spans as one."""
+    joined: list[Span] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Repairing
+
+
+def repair(
+    place: str | Path, model: nn.Module, source: Any, *, settings: Settings | None = None, columns: Any = None,
+    input_dtype: torch.dtype | None = None, progress: bool | None = None,
+) -> Results:  # fmt: skip
+    """Do again what `verify` finds damaged, with the run's own model and source; what is whole stays as it is.
+
+    ``settings``: those of the run, where the store has only a hash of its targets or arguments.  The result is
+    bit-equal to what was there before, which the checksums confirm; otherwise the store notes the difference.  Raises
+    `fingerprint.Mismatch` for another model or source, and `store.locks.Busy` while a run is at work.
+    """
+    text = str(place)
+    with disk_full(text):
+        _restore_files(text)
+        verdict = verify(text)
+        results = Results.open(text, read_only=False)
+        with locks.hold(results.store, range(results.chunks)):
+            if not verdict.ok:
+                _redo(results, verdict, model, open_source(source, columns, input_dtype), settings, progress)
+        results = Results.open(text, read_only=False)
+        results.complete()
+    return Results.open(text)
+
+
+def _restore_files(place: str) -> None:
+    if not Results.exists(place):
+        raise BadValue(f"there is no store at {place}.")
+    store = durable.store_at(place)
+    backup, damaged = checks.read_backup(store), _damaged_files(store)
+    if damaged == (checks.BACKUP,):
+        results = Results.open(place)
+        described = [name for name, _ in results.group.members(max_depth=None)]
+        keys = {ROOT, *(f"{name}/{ROOT}" for name in described), "chunks/c.0.0"}
+        keys |= {"targets/c.0"} if results.array("targets").ndim == 1 else set()
+        checks.write_backup(store, keys)
+    elif damaged and backup is None:
+        raise Damaged(f"{place}: {_few(list(damaged))} is damaged and has no copy. Make the store again elsewhere.")
+    elif backup is not None:
+        for key in damaged:
+            durable.put(store, key, backup[key])
+
+
+def _redo(
+    results: Results, verdict: Verdict, model: nn.Module, source: Any, settings: Settings | None, progress: bool | None
+) -> None:
+    lost = {c for span in verdict.records.values() for c in span}
+    if verdict.finished:
+        lost |= set(range(results.chunks)) - results.ledger.finished()
+    task = Task.prepare(model, source, results.place, settings or settings_of_store(results.about))
+    results = task.results
+    for node in verdict.records:
+        durable.delete(results.store, results.ledger.key(node))
+    if results.about["finished"]:
+        results.about["finished"] = False  # until `complete` has written the reductions again
+        results.write_attributes()
+    with task.ready():
+        for chunk, names in verdict.chunks.items():
+            _rewrite(task, chunk, names)
+    if lost:
+        compute_missing(task, range(results.chunks), progress, lost)
+
+
+def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
+    """Compute a chunk again, and write those of its arrays that are damaged."""
+    ledger = task.results.ledger
+    node = next(n for n in ledger.nodes() if chunk in ledger.span(n))
+    record, at = ledger.read(node), chunk - ledger.span(node)[0]
+    known = {name: int(value[at]) for name, value in record.checks.items()}
+    rows, read = next(task.reading.stream([chunk]))
+    if checks.UNKNOWN not in (read, known.get("source", checks.UNKNOWN)) and read != known["source"]:
+        start, stop = task.results.span(chunk)
+        raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} were others when they were computed.")
+    computed = task.compute(chunk, task.transfer.upload(rows))
+    stored, _ = task.stored(computed.rows())
+    task.results.write(chunk, {name: stored[name] for name in names})
+    found = {name: checks.checksum([stored[name]]) for name in names}
+    computed.release()
+    others = {name: value for name, value in found.items() if value != known.get(name, checks.UNKNOWN)}
+    if others:
+        told = [] if all(known.get(n, checks.UNKNOWN) == checks.UNKNOWN for n in others) else ["repaired, other bits"]
+        ledger.amend(chunk, others, task.notes or told)
+
+
+def settings_of_store(about: Mapping[str, Any]) -> Settings:
+    """The settings that a store was made with, as far as it holds them.  Raises `BadValue` if it has only a hash."""
+    fingerprint, pinned = about["fingerprint"], about["pinned"]
+    of_method = fingerprint["method"]
+    targets, arguments = of_method["targets"], of_method["arguments"]
+    output = of_method.get("output")
+    hashed = "output_code" in of_method
+    if hashed or isinstance(targets, dict) or any(isinstance(v, (list, dict)) for v in arguments.values()):
+        raise BadValue(
+            "the store holds only a hash of its run's targets, arguments or output. Call gradkern.data.repair(store, "
+            "model, source, settings=gradkern.data.Settings(...)) with those of the run."
+        )
+    if isinstance(targets, str) and targets.startswith("TopK("):
+        targets = TopK(int(targets[5:-1]))
+    return Settings(
+        of_method["method"], targets, arguments, **fingerprint["stored"], nonfinite=about.get("nonfinite"),
+        output=output, chunk=pinned["chunk"],
+    )  # fmt: skip

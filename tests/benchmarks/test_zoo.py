@@ -1,0 +1,93 @@
+"""The zoo's command on networks of torch alone, and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.zoo import table
+from benchmarks.zoo.network import batched, class_loop, flat_output, interval, kind
+from benchmarks.zoo.networks import Apply, build, names, randomised
+
+ROOT = Path(__file__).resolve().parents[2]
+TIME = {"seconds": {}, "peer": "batched", "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 5}
+
+
+def result(name: str, kind: str, ratio: float, **more: object) -> dict:
+    times = {"8": TIME | {"ratio": ratio, "high": ratio}}
+    same = {"threads": 1, "error": 1e-15, "fused": 1.0, "first_call": 0.5, "by_autograd": [], "ways": {"8": "kernels"}}
+    return {"name": name, "kind": kind, "times": times} | same | more
+
+
+def test_the_page_sums_up_by_kind() -> None:
+    results = [
+        result("a/one", "convolutional", 4.0),
+        result("a/two", "convolutional", 1.0),
+        result("b/three", "recurrent", 0.5, reason="a hook"),
+        {"name": "b/four", "threads": 1, "failed": "took longer than 600 s"},
+    ]
+    summary = table.summary(results[:3]).splitlines()[2:]
+    assert summary == [
+        "| convolutional | 2 | 2.50× | 2.00× | 0 | 0 |",
+        "| recurrent | 1 | 0.50× | 0.50× | 1 | 1 |",
+        "| all | 3 | 1.00× | 1.26× | 1 | 1 |",
+    ]
+    about = {"busy": True, "packages": {"a": "1.0"}, "commit": "c", "cpu": "x", "cores": 2, "threads": 1, "isa": "y"}
+    page = table.page(about | {"torch": "2"}, results)
+    assert "other work" in page
+    assert "b/four, 1 threads: took longer" in page
+    assert "| b/three | 0.50× (1.90–0.50) | 1e-15 | 100% | kernels | 0.5 | a hook |" in page
+
+
+def test_peers_agree_and_the_interval_holds_the_median() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.allclose(class_loop(net, x, [2, 0]), batched(net, x, [2, 0]))
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert low <= 3.0 <= high
+
+
+def test_outputs_are_flattened_and_kinds_are_told_apart() -> None:
+    y = torch.zeros(2, 3, 4)
+    assert flat_output((y, None)).shape == flat_output({"out": [y]}).shape == (2, 12)
+    built = {name: build(name) for name in names(["torch"])}
+    assert {
+        name: kind(net) for name, (net, _) in built.items() if name.endswith(("mlp", "cnn1d", "encoder", "gru"))
+    } == {
+        "torch/mlp": "other",
+        "torch/cnn1d": "convolutional",
+        "torch/transformer-encoder": "transformer",
+        "torch/gru": "recurrent",
+    }
+    for net, shape in built.values():
+        assert flat_output(Apply(randomised(net))(torch.randn(2, *shape))).shape == (2, 4)
+
+
+@pytest.mark.slow
+def test_quick(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.zoo", "--quick", "--threads", "1", "--seconds", "0.1"]
+    command += [
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+        str(tmp_path / "zoo.json"),
+        "--page",
+        str(tmp_path / "zoo.md"),
+    ]
+    for _ in range(2):  # the second time, everything is there
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "zoo.json").read_text())["results"]
+    assert [r["name"] for r in results] == ["torch/cnn1d", "torch/mlp"]
+    assert all(r["error"] < 1e-12 and r["fused"] == 1.0 for r in results)
+    assert "torch/cnn1d" in (tmp_path / "zoo.md").read_text()

@@ -1,0 +1,138 @@
+"""Damage to any file of a store is seen and named, and repaired to the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gradkern.data import Damaged, Mismatch, Results, Settings, repair, run, verify
+from tests.support.stores import assert_same
+from tests.support.tiny import net, samples
+
+STORES = Path(__file__).with_name("stores")
+OPTIONS = {"method": "jacobian", "reductions": ["mean_abs", "importance"], "top_features": 2, "chunk": 8}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "a.zarr"
+    run(net(), samples(), out, **OPTIONS, compression="zstd")
+    return out
+
+
+@pytest.fixture
+def store(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "a.zarr"))
+
+
+def flip(content: bytes, at: float) -> bytes:
+    place = min(int(len(content) * at), len(content) - 1)
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+
+
+DAMAGE = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "flipped": lambda path: path.write_bytes(flip(path.read_bytes(), 0.4)),
+}
+FILES = [
+    "attributions/c.1.0.0", "predictions/c.0.0", "top_features/c.2.0.0", "reductions/mean_abs/c.0.0",
+    "reductions/importance/c.0.0", "chunks/finished/03.00000000.npz", "chunks/c.0.0", "chunks/created.json",
+    "targets/c.0", "attributions/zarr.json", "reductions/mean_abs/zarr.json", "zarr.json",
+]  # fmt: skip
+
+
+def test_a_store_as_it_was_written(store):
+    verdict = verify(store)
+    assert verdict.ok, verdict
+    assert "everything that is finished is as it was written" in str(verdict)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_any_damage_is_found_and_repaired_to_the_same_bits(whole, store, damage):
+    for file in FILES:
+        if (damage, file) == ("deleted", "zarr.json"):
+            continue  # then there is no store
+        DAMAGE[damage](store / file)
+        verdict = verify(store)
+        assert not verdict.ok, (damage, file)
+        assert str(store) in str(verdict)
+        if "/c.1" in file:
+            assert verdict.spans == ((8, 16),)
+            assert "samples to compute again: 8 … 15" in str(verdict)
+        repaired = repair(store, net(), samples())
+        assert verify(store).ok, (damage, file)
+        assert repaired.about["exact"]
+        assert_same(store, whole)
+
+
+def test_random_bits_in_random_files(whole, store):
+    """A flip may be harmless (in a file's padding); then everything reads the same, and else it is found."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        files = sorted(p for p in store.rglob("*") if p.is_file() and p.stat().st_size and "holders" not in p.parts)
+        file = files[rng.integers(len(files))]
+        before = file.read_bytes()
+        file.write_bytes(flip(before, rng.random()))
+        if verify(store).ok:
+            assert_same(store, whole)
+        file.write_bytes(before)
+    assert verify(store).ok
+
+
+def test_several_damages_at_once_in_an_unfinished_store(whole, tmp_path):
+    out = tmp_path / "a.zarr"
+    run(net(), samples(), out, **OPTIONS, compression="zstd", shard=(0, 2))
+    for file in ("attributions/c.0.0.0", "predictions/c.1.0", "zarr.json"):
+        DAMAGE["flipped"](out / file)
+    DAMAGE["truncated"](next(out.glob("chunks/finished/*.npz")))
+    assert not verify(out).ok
+    assert not repair(out, net(), samples()).about["finished"], "the other shard is not ours to compute"
+    assert verify(out).ok
+    run(net(), samples(), out, **OPTIONS, compression="zstd")
+    assert_same(out, whole)
+
+
+def test_another_model_or_source_repairs_nothing(store):
+    DAMAGE["deleted"](store / "attributions/c.1.0.0")
+    with pytest.raises(Mismatch, match="other weights"):
+        repair(store, net(1), samples())
+    other = samples()
+    other[9] += 1  # none of those that are read alone
+    with pytest.raises(Mismatch):
+        repair(store, net(), other)
+    assert not (store / "attributions/c.1.0.0").exists()
+
+
+def test_a_run_is_not_continued_over_a_hole(store):
+    DAMAGE["deleted"](store / "predictions/c.1.0")
+    with pytest.raises(Damaged, match=r"1 files of finished chunks .* predictions of the samples 8 … 15"):
+        run(net(), samples(), store, **OPTIONS, compression="zstd")
+
+
+def test_settings_of_which_the_store_has_a_hash_only(tmp_path):
+    rows = torch.randint(0, 3, (40, 2), generator=torch.Generator().manual_seed(0))
+    run(net(), samples(), tmp_path / "a.zarr", targets=rows, chunk=8)
+    shutil.copytree(tmp_path / "a.zarr", tmp_path / "b.zarr")
+    DAMAGE["emptied"](tmp_path / "b.zarr/targets/c.1.0")
+    with pytest.raises(ValueError, match=r"only a hash .* settings=gradkern.data.Settings"):
+        repair(tmp_path / "b.zarr", net(), samples())
+    repair(tmp_path / "b.zarr", net(), samples(), settings=Settings(targets=rows))
+    assert (tmp_path / "a.zarr/targets/c.1.0").read_bytes() == (tmp_path / "b.zarr/targets/c.1.0").read_bytes()
+
+
+def test_a_store_of_an_earlier_version_is_read_at_least(tmp_path):
+    shutil.copytree(STORES / "finished.zarr", tmp_path / "a.zarr")
+    verdict = verify(tmp_path / "a.zarr")
+    assert verdict.ok, verdict
+    assert verdict.unchecked == 5
+    DAMAGE["truncated"](tmp_path / "a.zarr/attributions/c.1.0.0.0")
+    DAMAGE["flipped"](next((tmp_path / "a.zarr/chunks/finished").glob("*.npz")))
+    assert not verify(tmp_path / "a.zarr").ok
+    assert Results.open(tmp_path / "a.zarr").short_files()

@@ -1,0 +1,318 @@
+"""What would make a result wrong without a word: numbers that are not finite, per-sample arguments, dead samples, two
+runs at once, a method that was edited, numbers too large or too small for the stored dtype."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradkern
+from gradkern.data import Busy, DiskFull, Mismatch, Outcome, Results, run
+from gradkern.data import methods as data_methods
+from gradkern.data.runs import probe
+from gradkern.data.runs.code import code_text
+from gradkern.data.runs.reading import Alone
+from gradkern.data.sources import open_source
+from gradkern.util.options import GradkernWarning
+from tests.support.stores import assert_same
+from tests.support.tiny import net, samples
+
+ROOT = Path(__file__).parents[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Not finite
+
+
+def damaged(where: list[int], value: float) -> torch.Tensor:
+    x = samples()
+    x[where, 2] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_statistics_stop_at_what_is_not_finite_and_name_it(tmp_path, value):
+    given = {"method": "input_x_gradient", "reductions": ["mean_abs"], "chunk": 16}
+    with pytest.raises(ValueError, match=r"sample 19 are not finite .* 2 others of the samples 16 … 31: 20, 31"):
+        run(net(), damaged([19, 20, 31, 38], value), tmp_path / "a.zarr", **given)
+    assert Results.open(tmp_path / "a.zarr").done == 1, "what is finished is kept"
+
+
+@pytest.mark.parametrize("reductions", [["mean_abs"], ["mean", "variance", "max_abs"], ["importance"], ["ranks"]])
+def test_skipped_samples_leave_the_statistics_of_the_others(tmp_path, reductions):
+    bad = [0, 19, 20, 38]
+    given = {"method": "input_x_gradient", "reductions": reductions, "chunk": 7, "nonfinite": "skip"}
+    with pytest.warns(GradkernWarning, match=r"4 of 40 samples .* \(samples 0, 19, 20, 38\); they are left out"):
+        found = run(net(), damaged(bad, float("nan")), tmp_path / "a.zarr", **given)
+    assert found.about["counts"] == {"nonfinite": 4, "nonfinite_first": bad}
+    whole = run(net(), samples(), tmp_path / "b.zarr", "input_x_gradient")
+    good = [i for i in range(40) if i not in bad]
+    maps = whole.maps(0, 40)[good].double()
+    expected = {
+        "mean_abs": maps.abs().mean(0), "mean": maps.mean(0), "variance": maps.var(0, unbiased=False),
+        "max_abs": maps.abs().amax(0),
+        "importance": maps.abs().mean(0) * samples()[good].double().std(0, unbiased=False),
+    }  # fmt: skip
+    for name in reductions:
+        value = found.reduction(name)
+        if name == "ranks":
+            assert (value.sum(-1) == len(good)).all()
+        else:
+            np.testing.assert_allclose(value, expected[name].numpy(), rtol=1e-6, atol=1e-9)
+
+
+def test_kept_samples_are_counted(tmp_path):
+    with pytest.warns(GradkernWarning, match="1 of 40 samples are not finite"):
+        maps = run(net(), damaged([5], float("nan")), tmp_path / "a.zarr", "input_x_gradient")
+    assert not np.isfinite(maps.array("attributions")[5]).all()
+    with pytest.warns(GradkernWarning, match="they are kept"):
+        run(
+            net(), damaged([5], float("nan")), tmp_path / "b.zarr", "input_x_gradient", reductions=["mean"],
+            nonfinite="keep",
+        )  # fmt: skip
+
+
+def test_importance_tells(tmp_path):
+    x = damaged([7], float("nan"))
+    with pytest.raises(ValueError, match="sample 7 are not finite"):
+        gradkern.importance(net(), x, curve_samples=0)
+    with pytest.warns(GradkernWarning):
+        found = gradkern.importance(net(), x, curve_samples=0, nonfinite="skip")
+    assert found.nonfinite == 1
+    assert np.isfinite(found.scores).all()
+    assert "1 samples are not finite" in str(found)
+    with pytest.raises(ValueError, match="got one sample, expected several"):
+        gradkern.importance(net(), samples(1))
+
+
+def test_a_run_that_stopped_continues_with_another_wish(tmp_path):
+    given = {"method": "input_x_gradient", "reductions": ["mean_abs"], "chunk": 8}
+    x = damaged([30], float("nan"))
+    with pytest.raises(ValueError, match="sample 30 are not finite"):
+        run(net(), x, tmp_path / "a.zarr", **given)
+    with pytest.warns(GradkernWarning):
+        run(net(), x, tmp_path / "a.zarr", **given, nonfinite="skip")
+    with pytest.warns(GradkernWarning):
+        run(net(), x, tmp_path / "b.zarr", **given, nonfinite="skip")
+    assert_same(tmp_path / "a.zarr", tmp_path / "b.zarr")
+
+
+@pytest.mark.parametrize(("scale", "words"), [(1e6, "too large for float16"), (1e-7, "too small for float16")])
+def test_what_a_narrow_dtype_loses_is_counted_and_said(tmp_path, scale, words):
+    def scaled(batch):
+        return Outcome((batch.inputs[0][:, None] * scale,), batch.model(batch.inputs[0]).detach())
+
+    data_methods.METHODS["scaled"] = scaled
+    try:
+        given = {"method": "scaled", "dtype": "float16", "engine": "autograd", "chunk": 16}
+        with pytest.warns(GradkernWarning, match=words):
+            results = run(net(), samples(), tmp_path / "a.zarr", **given)
+    finally:
+        del data_methods.METHODS["scaled"]
+    wide = (samples().double() * scale).float()
+    narrow, counts = wide.half(), results.about["counts"]
+    assert counts["overflow"] == int(narrow.isinf().sum())
+    assert counts["underflow"] == int((narrow == 0).sum())
+    assert counts["narrowed"] == wide.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments with a row per sample
+
+
+@pytest.mark.parametrize("method", ["IntegratedGradients", "DeepLift"])
+@pytest.mark.parametrize("chunk", [4, 7, 40])
+def test_baselines_of_each_sample_go_with_their_samples(tmp_path, method, chunk):
+    x, baselines = samples(), samples(seed=5)
+    kind = getattr(gradkern.attr, method)
+    for name, given in (("tensor", baselines), ("tuple", (baselines,)), ("array", baselines.numpy())):
+        results = run(
+            net(), x, tmp_path / f"{name}.zarr", method, chunk=chunk, arguments={"baselines": given}, dtype="float64"
+        )
+        expected = kind(net()).attribute_all(x, baselines=baselines)
+        torch.testing.assert_close(results.maps(0, 40).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"baselines": torch.zeros(8, 6)}, "'baselines' has 8 rows for 40 samples"),
+        ({"baselines": (torch.zeros(8, 6),)}, "number 0 of 'baselines' has 8 rows"),
+        ({"baselines": torch.zeros(40, 5)}, r"rows of shape \[5\], expected \[6\]"),
+        ({"additional_forward_args": torch.zeros(40)}, r"further inputs, with source=\(x, more\)"),
+        ({"baselines": [0.0] * 40}, "is a list with a value per sample"),
+    ],
+)
+def test_what_is_neither_one_row_nor_one_per_sample_is_refused_by_name(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        run(net(), samples(), tmp_path / "a.zarr", "IntegratedGradients", arguments=arguments, chunk=8)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The samples that decide
+
+
+class OnlyPositive(nn.Module):
+    """Dead where the first feature is not positive."""
+
+    def forward(self, x):
+        return torch.relu(x[:, :1]) * x[:, 1:]
+
+
+@pytest.mark.parametrize("alive", [[39], [0, 20], list(range(30, 40)), [13, 14, 15, 16, 17]])
+def test_the_samples_that_decide_are_spread_and_not_dead(alive):
+    x = -torch.rand(40, 6)
+    x[alive, 0] = 1.0
+    source = open_source(x)
+    alone = Alone.of(source)
+    chosen = probe.choose(OnlyPositive(), alone, torch.device("cpu"))
+    read_and_alive = [i for i in alone.rows if i in alive]
+    assert len(chosen) == 4
+    assert len(set(chosen) & set(alive)) == min(4, len(read_and_alive))
+
+
+def test_the_samples_that_decide_are_spread_over_a_live_source():
+    chosen = probe.choose(net(), Alone.of(open_source(samples(400))), torch.device("cpu"))
+    assert chosen[0] < 100
+    assert chosen[-1] > 300
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x * x.mean(0, keepdim=True)
+
+
+def test_mixed_samples_are_seen_behind_dead_ones(tmp_path):
+    x = torch.zeros(40, 6)
+    x[4:] = samples()[4:]
+    with pytest.raises(ValueError, match="would depend on the chunk"):
+        run(Mixing().eval(), x, tmp_path / "a.zarr", "jacobian")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The code of a method
+
+FACTOR = 1.0
+
+
+def helper(x):
+    return x * FACTOR
+
+
+def outer(factor):
+    def inner(batch):
+        return helper(batch) * factor
+
+    return inner
+
+
+def test_the_text_of_a_function_has_what_it_uses(monkeypatch):
+    texts = {code_text(outer(2)), code_text(outer(3))}
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    texts.add(code_text(outer(2)))
+    monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: x + FACTOR)
+    texts.add(code_text(outer(2)))
+    assert len(texts) == 4
+    assert code_text(outer(2)) == code_text(outer(2))
+
+
+def test_an_edited_method_is_another_run(tmp_path, monkeypatch):
+    def of(factor):
+        def method(batch):
+            return Outcome((batch.inputs[0][:, None] * factor,), batch.model(batch.inputs[0]).detach())
+
+        return method
+
+    given = {"method": "edited", "chunk": 8, "engine": "autograd"}
+    monkeypatch.setitem(data_methods.METHODS, "edited", of(1))
+    run(net(), samples(), tmp_path / "a.zarr", shard=(0, 2), **given)
+    monkeypatch.setitem(data_methods.METHODS, "edited", of(2))
+    with pytest.raises(Mismatch, match="the code of the method has changed"):
+        run(net(), samples(), tmp_path / "a.zarr", **given)
+    monkeypatch.setitem(data_methods.METHODS, "edited", of(1))
+    assert run(net(), samples(), tmp_path / "a.zarr", **given).about["finished"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two runs on one store, full disks, links
+
+HOLD = """
+import sys, time
+from gradkern.data import Results
+from gradkern.data.store import locks
+with locks.hold(Results.open(sys.argv[1], read_only=False).store, range(int(sys.argv[2]), int(sys.argv[3]))):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_refused_and_told_who_is_at_work_and_the_dead_hold_nothing(tmp_path):
+    out, given = tmp_path / "a.zarr", {"chunk": 4, "method": "jacobian", "reductions": ["mean_abs"]}
+    run(net(), samples(), out, shard=(4, 5), **given)  # chunks 8, 9
+    partial = out / "attributions/c.1.0.0.0123.partial"
+    partial.write_bytes(b"of a live run")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out), "0", "3"], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(Busy, match=rf"process {holder.pid} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is at work"):
+            run(net(), samples(), out, **given)
+        assert partial.exists()
+        run(net(), samples(), out, shard=(1, 2), **given)  # the chunks 5 … 9 are free
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run(net(), samples(), out, **given).about["exact"]
+    assert not list(out.rglob("*.partial"))
+    run(net(), samples(), tmp_path / "b.zarr", **given)
+    assert_same(out, tmp_path / "b.zarr")
+
+
+def test_a_second_run_in_another_thread_is_refused_too(tmp_path, monkeypatch):
+    inside, go_on, original = threading.Event(), threading.Event(), data_methods.METHODS["saliency"]
+    calls = []
+
+    def waiting(batch):
+        calls.append(batch.first)
+        if len(calls) == 3:  # two are the look at some samples
+            inside.set()
+            assert go_on.wait(60)
+        return original(batch)
+
+    monkeypatch.setitem(data_methods.METHODS, "saliency", waiting)
+    first = threading.Thread(target=run, args=(net(), samples(), tmp_path / "a.zarr"), kwargs={"chunk": 8})
+    first.start()
+    assert inside.wait(60)
+    try:
+        with pytest.raises(Busy, match="is at work on the chunks 0 … 4"):
+            run(net(), samples(), tmp_path / "a.zarr", chunk=8)
+    finally:
+        go_on.set()
+        first.join()
+    assert Results.open(tmp_path / "a.zarr").about["finished"]
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradkern.data.store.durable.write_file", full)
+        with pytest.raises(DiskFull, match="nothing was computed yet: free some space and run the same again"):
+            run(net(), samples(), tmp_path / "a.zarr")
+    assert run(net(), samples(), tmp_path / "a.zarr").about["finished"]
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert run(net(), samples(), tmp_path / "link").about["finished"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "zarr.json").exists()
