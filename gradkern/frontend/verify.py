@@ -7,7 +7,7 @@ those of the live module, on several of the caller's samples together and on one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -84,7 +84,7 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # One comparison
 
 #: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
-Pair = tuple[Tensor, dict[int, Tensor | None]]
+Pair = tuple[Tensor, Mapping[int, Tensor | None]]
 
 
 class _Rounding:
