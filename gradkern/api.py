@@ -261,7 +261,8 @@ def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> P
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, params)
-        return plan.counting(mac_counter.opaque_macs(plan.program, params, request.pick(2)))
+        macs = mac_counter.opaque_macs(plan.program, params, request.pick(2))
+        return plan.explained(macs, executor.fallback_reason(program, seeds.count, params, request.inputs, request.wrt))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import click
 
 from . import choices
@@ -26,9 +29,11 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare STORE with the checksums of when it was written; exit code 5 if something is damaged.
 
+    Model and source are never loaded because the store names them, only if you do.
+
     \b
-    gradkern verify maps.zarr              says what is damaged, and which samples to compute again
-    gradkern verify maps.zarr --repair     computes them again
+    gradkern verify maps.zarr                                              what is damaged, which samples to do again
+    gradkern verify maps.zarr --repair --model net.pt2 --source x.npy      does them again
     """
     import torch
 
@@ -43,12 +48,13 @@ def verify(
     if not repairs:
         context.exit(DAMAGED)
     made_by = _made_by(store)
-    model, source = model or made_by.get("model"), source or made_by.get("source")
     if not (model and source):
-        raise click.UsageError("the store does not say what it was made from: give --model and --source")
+        named = " ".join(f"--{n} {shlex.quote(made_by[n])}" for n in ("model", "weights", "source") if made_by.get(n))
+        hint = f" The store says: {named}. Give them if you trust these files." if named else ""
+        raise click.UsageError(f"--repair needs the run's --model and --source.{hint}")
     samples = SourceArguments(source, made_by.get("columns"), made_by.get("cast"))
-    net = ModelArguments(model, weights or made_by.get("weights"), allow_pickle)
-    dtype = getattr(torch, samples.cast) if samples.cast else None
+    net = ModelArguments(model, weights, allow_pickle)
+    dtype = getattr(torch, samples.cast) if samples.cast in ("float32", "float64") else None
     redo(store, net.load(), samples.open(), input_dtype=dtype)
     after = check(store)
     click.echo(after)
@@ -58,12 +64,14 @@ def verify(
         context.exit(DAMAGED)
 
 
-def _made_by(store: str) -> dict[str, str | None]:
+def _made_by(store: str) -> dict[str, str]:
     """The run's own arguments, from the store's copy of its description where that is damaged."""
-    import json
-
     from gradkern.data.store import checks, durable
 
-    files = checks.read_backup(durable.store_at(store, read_only=True)) or {}
-    content = files.get("zarr.json") or durable.get(durable.store_at(store, read_only=True), "zarr.json") or b"{}"
-    return json.loads(content).get("attributes", {}).get("gradkern", {}).get("made_by", {})
+    place = durable.store_at(store, read_only=True)
+    content = (checks.read_backup(place) or {}).get("zarr.json") or durable.get(place, "zarr.json") or b"{}"
+    try:
+        made_by = json.loads(content)["attributes"]["gradkern"]["made_by"]
+        return {name: value for name, value in made_by.items() if isinstance(value, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}

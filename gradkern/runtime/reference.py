@@ -20,7 +20,7 @@ from ..ir import graph, indexing
 from ..ir import program as ir
 from ..ir.calls import Params, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
-from ..ir.recurrent import recognise
+from ..ir.recurrent import recognize
 from .recurrent import vjp as vjp_recurrent
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
 
 def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
-    chosen = (x == out).to(g.dtype)  # [N, C, *spatial]
-    share = chosen / chosen.sum(tuple(range(2, x.dim())), keepdim=True)
+    maxima = (x == out).to(g.dtype)  # [N, C, *spatial]
+    share = maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
     return share.unsqueeze(1) * g
 
 
@@ -275,7 +275,7 @@ MOST_FOLDED = 1 << 16  # numbers per sample, of all seeds: with more, repeating 
 def _opaque_back(
     call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
-    recurrent = recognise(call)
+    recurrent = recognize(call)
     if recurrent is not None:
         return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
     return _by_autograd(call, ids, args, out, g, params)

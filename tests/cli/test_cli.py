@@ -155,7 +155,10 @@ def test_verify_repairs_from_what_the_store_records(files, tmp_path):
         said = call("verify", store, code=5).stdout
         assert "damaged chunks: 1 (attributions)" in said
         assert "samples to compute again: 8 … 15" in said
-        assert "everything that is finished" in call("verify", store, "--repair").stdout
+        asked = call("verify", store, "--repair", code=2).stderr
+        assert f"The store says: --model {files / 'net.pt2'} --source {files / 'x.npy'}" in " ".join(asked.split())
+        again = call("verify", store, "--repair", "--model", files / "net.pt2", "--source", files / "x.npy")
+        assert "everything that is finished" in again.stdout
         assert (store / "attributions/c.1.0.0.0").read_bytes() == whole
     (store / "attributions/c.1.0.0.0").unlink()
     assert "damaged: 1 files are missing" in call("info", store).stdout
