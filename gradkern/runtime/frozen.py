@@ -25,7 +25,7 @@ class FrozenChain:
     def __call__(self, inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Fill ``out``: contiguous tensors ``[N, S, *in]``, one for each input that is differentiated."""
         reads = [inputs[v].contiguous() for v in self.chain.inputs]
-        executor.call(self.packed, reads, self.targets, self.rows, [], [out[k] for k in self.order])
+        executor.run_chain(self.packed, reads, self.targets, self.rows, [], [out[k] for k in self.order])
 
 
 def frozen_chain(
@@ -39,15 +39,17 @@ def frozen_chain(
     if targets is None:
         targets = executor.every(program.outputs, like.device)
     targets = targets.to(like.device)
-    x = executor.executable_for(program, targets.shape[-1], like, wrt)
-    whole = x.native and x.targets_enter and len(x.groups) == 1 and x.parts is None and x.plan.cast_dtype is None
-    if not whole or x.groups[0].alone != set(wrt):
+    call_plan = executor.call_plan_for(program, targets.shape[-1], like, wrt)
+    whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
+    if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
+        return None
+    if call_plan.groups[0].alone != set(wrt):
         return None
     try:
-        chain = x.chain(x.groups[0], backward=True, onehot=True)
-        packed = PlanWeights(x.plan, params, like).packed(chain)
+        chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
+        packed = PlanWeights(call_plan.plan, params, like).packed(chain)
     except (KernelsUnavailable, TooLarge):
         return None
     if set(chain.wrt) != set(wrt) or any(inputs[v].dtype != like.dtype for v in chain.inputs):
         return None
-    return FrozenChain(chain, packed, wrt, targets, x.outputs)
+    return FrozenChain(chain, packed, wrt, targets, call_plan.outputs)
