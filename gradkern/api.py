@@ -297,4 +297,6 @@ def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Outp
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None
     checked, indices = read_inputs(inputs, wrt)
+    if not checked[0].shape[0]:
+        raise BadValue("inputs: got no samples, expected at least one: a network is verified on some of them.")
     return Request(_callable(model, output), checked, indices, jacobian_choice(None))
