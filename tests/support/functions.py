@@ -13,6 +13,9 @@ ARGUMENTS = {
     "hardtanh": (-1.0, 2.0),
     "clamp": (-1.0, 2.0),
     "power": (3.0,),
+    "hardshrink": (1.0,),
+    "threshold": (1.0, -2.0),
+    "remainder": (0.7,),
 }
 ORIGINALS = {
     "relu": torch.relu,
@@ -34,5 +37,9 @@ ORIGINALS = {
     "negative_part": lambda x: nn.functional.prelu(x, x.new_ones(1)) - torch.relu(x),  # what PReLU scales
     "power": torch.pow,
     **{name: getattr(torch, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal")},
-    **{name: getattr(torch, name) for name in ("abs", "erf", "sin", "cos")},
+    **{name: getattr(torch, name) for name in ("abs", "erf", "sin", "cos", "sinh", "cosh", "atan", "asin", "acos")},
+    **{name: getattr(torch, name) for name in ("asinh", "atanh", "sign", "floor", "ceil", "round", "trunc")},
+    "hardshrink": nn.functional.hardshrink,
+    "threshold": nn.functional.threshold,
+    "remainder": torch.remainder,
 }
