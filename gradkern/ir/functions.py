@@ -114,7 +114,7 @@ FUNCTIONS: dict[str, Function] = {
     "acos": Function(torch.acos, lambda x, y: -((1 - x * x).rsqrt())),
     "asinh": Function(torch.asinh, lambda x, y: 1 / (x * x + 1).sqrt()),
     "atanh": Function(torch.atanh, lambda x, y: 1 / (1 - x * x)),
-    "hardshrink": Function(F.hardshrink, lambda x, y, bound: ~((x >= -bound) & (x <= bound))),
+    "hardshrink": Function(F.hardshrink, lambda x, y, bound: (x < -bound) | (x > bound)),
     "threshold": Function(F.threshold, lambda x, y, bound, value: ~(x <= bound)),
     "sign": Function(torch.sign, _zero),
     "floor": Function(torch.floor, _zero),
