@@ -269,8 +269,7 @@ struct MoveRecord {
   Place src;
   Place dst;
   int64_t runs;
-  int64_t
-      run_table;  // offset in the tables; 5 integers each: source, destination, count, source step, destination step
+  int64_t run_table;  // offset in the tables; 5 integers each: source, destination, count, and the steps of both
 };
 
 // The product of two values; a stride of 0 broadcasts a side along that axis.

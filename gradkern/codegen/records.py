@@ -254,7 +254,7 @@ class Move(Record):
     src: Place
     dst: Place
     runs: int
-    run_table: int  # offset in the tables; 5 integers each: source, destination, count, source step, destination step
+    run_table: int  # offset in the tables; 5 integers each: source, destination, count, and the steps of both
 
 
 class Multiply(Record):
