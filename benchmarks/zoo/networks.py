@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,14 @@ def family(package: str) -> Callable[[Callable[[], Family]], Callable[[], Family
 
 def names(packages: Iterable[str] | None = None) -> list[str]:
     """All networks, as ``package/name``."""
-    return [f"{p}/{n}" for p, (listed, _) in FAMILIES.items() if packages is None or p in packages for n in listed()]
+    found = []
+    for package, (listed, _) in FAMILIES.items():
+        if packages is None or package in packages:
+            try:
+                found += [f"{package}/{name}" for name in listed()]
+            except ImportError as error:
+                print(f"{package} is left out: {error}", file=sys.stderr)
+    return found
 
 
 def build(name: str) -> Built:
