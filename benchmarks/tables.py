@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/captum.md", "docs/performance.md")
+PAGES = ("docs/benchmarks.md", "docs/captum.md", "docs/performance.md")
 GEMM = 334.0  # GFLOP/s of torch's float32 matrix product on 2 threads of the machine that measured
 
 
@@ -34,7 +34,7 @@ def short(x: float) -> str:
 
 
 def networks() -> str:
-    """README: what a user asks first."""
+    """docs/benchmarks.md: what a user asks first."""
     rows = []
     for r in load("networks.json")["networks"]:
         seeds = "all" if r["seeds"] == r["outputs"] else "random"
@@ -58,7 +58,7 @@ def operations() -> str:
 
 
 def captum() -> str:
-    """README and docs/captum.md: each method beside stock Captum."""
+    """docs/captum.md: each method beside stock Captum."""
     rows: dict[str, list[str]] = {}
     found = load("captum-2t.json")["rows"]
     nets = list(dict.fromkeys(r["net"] for r in found))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
+from .terminal import line, say
 
 DAMAGED = 5
 
@@ -15,9 +18,9 @@ DAMAGED = 5
 @click.option(
     "--repair", "repairs", is_flag=True, help="Compute again what is damaged, from the run's model and source."
 )
-@click.option("--model", help="The run's model, where its file is elsewhere now.")
+@click.option("--model", help="The run's model, to repair: never loaded only because the store names it.")
 @click.option("--weights", help="Its weights.")
-@click.option("--source", help="The run's source, where its file is elsewhere now.")
+@click.option("--source", help="The run's source, to repair.")
 @choices.allow_pickle
 @click.pass_context
 def verify(
@@ -26,44 +29,46 @@ def verify(
 ) -> None:  # fmt: skip
     """Compare STORE with the checksums of when it was written; exit code 5 if something is damaged.
 
-    \b
-    gradkern verify maps.zarr              says what is damaged, and which samples to compute again
-    gradkern verify maps.zarr --repair     computes them again
-    """
-    import torch
+    Model and source are never loaded because the store names them, only if you do.
 
+    \b
+    gradkern verify maps.zarr                                              what is damaged, which samples to do again
+    gradkern verify maps.zarr --repair --model net.pt2 --source x.npy      does them again
+    """
     from gradkern.data import open_store
     from gradkern.data import repair as redo
     from gradkern.data import verify as check
 
     verdict = check(store)
-    click.echo(verdict)
+    say(verdict)
     if verdict.ok:
         return
     if not repairs:
         context.exit(DAMAGED)
     made_by = _made_by(store)
-    model, source = model or made_by.get("model"), source or made_by.get("source")
     if not (model and source):
-        raise click.UsageError("the store does not say what it was made from: give --model and --source")
-    samples = SourceArguments(source, made_by.get("columns"), made_by.get("cast"))
-    net = ModelArguments(model, weights or made_by.get("weights"), allow_pickle)
-    dtype = getattr(torch, samples.cast) if samples.cast else None
-    redo(store, net.load(), samples.open(), input_dtype=dtype)
+        named = choices.as_in_the_run({"model": model, "weights": weights, "source": source}, made_by)
+        hint = f" The store says: {named}. Give them if you trust these files." if named else ""
+        raise click.UsageError(line(f"--repair needs the run's --model and --source.{hint}"))
+    samples = SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast"))
+    rows = samples.open()
+    redo(store, ModelArguments(model, weights, allow_pickle).load(), rows, input_dtype=rows.cast)
     after = check(store)
-    click.echo(after)
+    say(after)
     for note in open_store(store).about.get("notes", []):
-        click.echo(f"{store}: not equal to the last bit: {note}")
+        say(f"{store}: not equal to the last bit: {note}")
     if not after.ok:
         context.exit(DAMAGED)
 
 
-def _made_by(store: str) -> dict[str, str | None]:
+def _made_by(store: str) -> dict[str, str]:
     """The run's own arguments, from the store's copy of its description where that is damaged."""
-    import json
-
     from gradkern.data.store import checks, durable
 
-    files = checks.read_backup(durable.store_at(store, read_only=True)) or {}
-    content = files.get("zarr.json") or durable.get(durable.store_at(store, read_only=True), "zarr.json") or b"{}"
-    return json.loads(content).get("attributes", {}).get("gradkern", {}).get("made_by", {})
+    place = durable.store_at(store, read_only=True)
+    content = (checks.read_backup(place) or {}).get("zarr.json") or durable.get(place, "zarr.json") or b"{}"
+    try:
+        made_by = json.loads(content)["attributes"]["gradkern"]["made_by"]
+        return {name: value for name, value in made_by.items() if isinstance(value, str)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}

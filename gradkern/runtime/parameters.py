@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
-from ..ir.calls import LITERAL, Params, evaluate, operator_of
+from ..ir.calls import LITERAL, Params, evaluate, operator_of, params_in
 from ..ir.program import Call, Derived, Opaque, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
@@ -47,6 +47,8 @@ class _Binder:
 
     def __init__(self, program: Program) -> None:
         self.derived = tuple(map(_Computed, program.derived))
+        self.constant = _constants(program)  # they are computed once
+        self.constants: dict[str, Tensor] = {}
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
@@ -55,8 +57,22 @@ class _Binder:
         if self.derived:
             with torch.no_grad():
                 for derived in self.derived:
+                    if derived.name in self.constants:
+                        params[derived.name] = self.constants[derived.name]
+                        continue
                     params[derived.name] = derived(params)
+                    if derived.name in self.constant:
+                        self.constants[derived.name] = params[derived.name]
         return params
+
+
+def _constants(program: Program) -> frozenset[str]:
+    """The names of the derived tensors that depend on no live tensor."""
+    found: set[str] = set()
+    for derived in program.derived:
+        if all(p.name in found for p in params_in(derived.call)):
+            found.add(derived.name)
+    return frozenset(found)
 
 
 _binders: Memo[_Binder] = Memo(256)
@@ -84,7 +100,7 @@ MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
 
 
 class KernelsUnavailable(Exception):
-    """Skipping zeros is not exact here (0 · Inf is NaN), dtypes differ, or there is nothing for a kernel to do."""
+    """No kernel may run for these tensors although the plan has some; the message says why."""
 
 
 class Packed:
@@ -95,7 +111,7 @@ class Packed:
         self.tables = torch.tensor(chain.tables or (0,), dtype=torch.int32, device=like.device)
         self.forward, self.backward = (
             torch.tensor(rows, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
-            for rows in (chain.forward_rows, chain.backward_rows)
+            for rows in (chain.encoded_forward, chain.encoded_backward)
         )
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
@@ -109,12 +125,12 @@ class Packed:
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
         """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
-        if self.chain.rows is None:
+        if self.chain.seed_rows is None:
             return None
-        start, row = self.chain.rows
+        start, row = self.chain.seed_rows
         rows = self.weights[start : start + outputs * row].view(outputs, row)
         rows = rows[targets].contiguous()
-        return rows.clamp_(min=0) if self.chain.rectify_rows else rows
+        return rows.clamp_(min=0) if self.chain.rectify_seed_rows else rows
 
 
 class PackedPlan:
@@ -185,14 +201,15 @@ class PlanWeights:
     def __init__(self, plan: Plan, params: Params, like: Tensor):
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
-        self.mixed = any(t.dtype != like.dtype for t in tensors)
+        self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
         on_device = [t for t in tensors if t.device == like.device]
-        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(on_device), like)
+        content = ops.content_hash(on_device) if self.mixed is None else 0
+        self.entry = weight_cache.entry(plan, content, like)
 
     def packed(self, chain: Chain) -> Packed:
-        if self.mixed:
-            raise KernelsUnavailable
+        if self.mixed is not None:
+            raise KernelsUnavailable(f"some weights are {self.mixed}, and the inputs are {self.like.dtype}")
         packed = weight_cache.packed(self.entry, chain, self.params, self.like)
         if not packed.finite:
-            raise KernelsUnavailable
+            raise KernelsUnavailable("some weights are NaN or infinite, and then skipping zeros is not exact")
         return packed

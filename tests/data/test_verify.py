@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -136,3 +137,37 @@ def test_a_store_of_an_earlier_version_is_read_at_least(tmp_path):
     DAMAGE["flipped"](next((tmp_path / "a.zarr/chunks/finished").glob("*.npz")))
     assert not verify(tmp_path / "a.zarr").ok
     assert Results.open(tmp_path / "a.zarr").short_files()
+
+
+@pytest.mark.parametrize("key", ["../out.txt", "/etc/x", "a/../../zarr.json", "attributions/c.1.0.0"])
+def test_a_copy_that_leads_out_of_the_store_is_no_copy(store, key):
+    from gradkern.data.store import checks, durable
+
+    place = durable.store_at(str(store))
+    files = checks.read_backup(place)
+    assert files is not None
+    (store.parent / "out.txt").write_bytes(b"mine")
+    content = json.dumps({key: "", "zarr.json": ""})
+    durable.put(place, checks.BACKUP, json.dumps({"checksum": checks._of_text(content), "files": content}).encode())
+    assert checks.read_backup(place) is None
+    repair(store, net(), samples())
+    assert (store.parent / "out.txt").read_bytes() == b"mine"
+    assert set(checks.read_backup(place)) == set(files)
+    DAMAGE["emptied"](store / "zarr.json")
+    repair(store, net(), samples())
+    assert verify(store).ok
+
+
+def test_the_copy_and_a_description_are_restored_from_the_root(whole, store):
+    for damage in DAMAGE.values():
+        damage(store / "chunks/created.json")
+        damage(store / "attributions/zarr.json")
+        assert not verify(store).ok
+        repair(store, net(), samples())
+        assert verify(store).ok
+        assert_same(store, whole)
+    for file in ("chunks/created.json", "zarr.json"):
+        DAMAGE["emptied"](store / file)
+    assert not verify(store).ok
+    with pytest.raises(Damaged, match=r"has no copy. Make the store again elsewhere"):
+        repair(store, net(), samples())

@@ -33,7 +33,7 @@ class Verdict:
     """What `verify` has found.
 
     ``files``: damaged or missing descriptions of arrays, and arrays that never change.  The rest is looked at only
-    where the descriptions are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
+    where these are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
     ``chunks``: the arrays whose rows are damaged, by chunk.  ``reductions``: damaged results of statistics.
     ``unfinished``: chunks that were never finished, or whose record is gone.  ``unchecked``: chunks of an earlier
     version, which have no checksums: they were only read.
@@ -95,7 +95,7 @@ def verify(place: str | Path) -> Verdict:
     if not Results.exists(text):
         raise BadValue(f"there is no store at {text}.")
     files = _damaged_files(durable.store_at(text, read_only=True))
-    if any(file.endswith(ROOT) for file in files):
+    if set(files) - {checks.BACKUP}:
         return Verdict(text, files)
     results = Results.open(text)
     records, lost = _records(results)
@@ -112,12 +112,17 @@ def verify(place: str | Path) -> Verdict:
 
 def _damaged_files(store: Any) -> tuple[str, ...]:
     """The files that are not as they were at creation; none can be told in a store of an earlier version."""
-    backup = checks.read_backup(store)
+    backup, root = checks.read_backup(store), durable.get(store, ROOT)
     if backup is None:
-        content = durable.get(store, ROOT)
-        return (checks.BACKUP,) if _checksum_stored(content) else () if _description(content) else (ROOT,)
+        about = _description(root)
+        if "checksum" not in about:
+            return () if about else (ROOT,)
+        if about["checksum"] != checks.of_attributes(about):
+            return (checks.BACKUP, ROOT)
+        listed = _listed(root).items()
+        return (checks.BACKUP, *(key for key, wanted in listed if not _says(durable.get(store, key), wanted)))
     damaged = [key for key, content in backup.items() if key != ROOT and durable.get(store, key) != content]
-    if not _root_is_whole(durable.get(store, ROOT), backup):
+    if not _root_is_whole(root, backup):
         damaged.append(ROOT)
     return tuple(sorted(damaged))
 
@@ -131,9 +136,17 @@ def _description(content: bytes | None) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _checksum_stored(content: bytes | None) -> bool:
-    about = _description(content)
-    return "checksum" in about
+def _listed(root: bytes | None) -> dict[str, Any]:
+    """The arrays' and groups' descriptions that the root repeats, by the key of their own file."""
+    metadata = (json.loads(root or b"{}").get("consolidated_metadata") or {}).get("metadata", {})
+    return {f"{name}/{ROOT}": _without_consolidated(described) for name, described in metadata.items()}
+
+
+def _says(content: bytes | None, wanted: Any) -> bool:
+    try:
+        return _without_consolidated(json.loads(content or b"")) == wanted
+    except (ValueError, AttributeError):
+        return False
 
 
 def _root_is_whole(content: bytes | None, backup: Mapping[str, bytes]) -> bool:
@@ -142,13 +155,11 @@ def _root_is_whole(content: bytes | None, backup: Mapping[str, bytes]) -> bool:
     if not about or about.get("checksum") != checks.of_attributes(about):
         return False
     now, before = json.loads(content or b""), json.loads(backup[ROOT])
-    listed = now.pop("consolidated_metadata", None) or {}
-    arrays = {k.removesuffix(f"/{ROOT}"): json.loads(v) for k, v in backup.items() if k.endswith(f"/{ROOT}")}
     for described in (now, before):
         described.pop("attributes", None)
         described.pop("consolidated_metadata", None)
-    shown = {k: _without_consolidated(v) for k, v in listed.get("metadata", {}).items()}
-    return now == before and shown == {k: _without_consolidated(v) for k, v in arrays.items()}
+    arrays = {k: _without_consolidated(json.loads(v)) for k, v in backup.items() if k.endswith(f"/{ROOT}")}
+    return now == before and _listed(content) == arrays
 
 
 def _without_consolidated(described: Any) -> Any:
@@ -257,14 +268,14 @@ def _restore_files(place: str) -> None:
         raise BadValue(f"there is no store at {place}.")
     store = durable.store_at(place)
     backup, damaged = checks.read_backup(store), _damaged_files(store)
-    if damaged == (checks.BACKUP,):
-        results = Results.open(place)
-        described = [name for name, _ in results.group.members(max_depth=None)]
-        keys = {ROOT, *(f"{name}/{ROOT}" for name in described), "chunks/c.0.0"}
-        keys |= {"targets/c.0"} if results.array("targets").ndim == 1 else set()
-        checks.write_backup(store, keys)
-    elif damaged and backup is None:
+    if backup is None and ROOT in damaged:
         raise Damaged(f"{place}: {_few(list(damaged))} is damaged and has no copy. Make the store again elsewhere.")
+    if backup is None and damaged:
+        listed = _listed(durable.get(store, ROOT))
+        for key in set(damaged) - {checks.BACKUP}:
+            durable.put(store, key, json.dumps(listed[key], indent=2).encode())
+        constant = {"targets/c.0"} if Results.open(place).array("targets").ndim == 1 else set()
+        checks.write_backup(store, {ROOT, *listed, "chunks/c.0.0", *constant})
     elif backup is not None:
         for key in damaged:
             durable.put(store, key, backup[key])

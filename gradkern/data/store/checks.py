@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,9 +54,15 @@ def read_backup(store: Store) -> dict[str, bytes] | None:
         backup = json.loads(content or b"")
         if _of_text(backup["files"]) != backup["checksum"]:
             return None
-        return {key: base64.b64decode(text) for key, text in json.loads(backup["files"]).items()}
+        files = {key: base64.b64decode(text) for key, text in json.loads(backup["files"]).items()}
+        return files if "zarr.json" in files and all(map(_inside, files)) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _inside(key: str) -> bool:
+    """Is it the key of a description, or of the one chunk of an array, in this store?"""
+    return re.fullmatch(r"([A-Za-z]\w*/){0,2}(zarr\.json|c(\.0)+)", key) is not None
 
 
 def _of_text(text: str) -> int:
