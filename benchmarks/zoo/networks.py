@@ -208,7 +208,9 @@ def _braindecode() -> Family:
         seconds = chosen.get("input_window_seconds", 0) * chosen.get("sfreq", 0)
         return net, (int(channels), int(chosen.get("n_times") or seconds or 1000))
 
-    return lambda: list(mandatory()), make
+    # Filter banks and spectrograms of torchaudio, whose library is compiled for another torch; and a download.
+    left_out = ("FBCNet", "FBMSNet", "FBLightConvNet", "IFNet", "MetaNeuromotorHand", "EMG2QwertyNet", "REVE")
+    return lambda: [name for name in mandatory() if name not in left_out], make
 
 
 @family("torch-ecg")
@@ -415,7 +417,7 @@ class Embedded(nn.Module):
         return self.net(inputs_embeds=x)[0][:, -1]
 
 
-def randomised(net: nn.Module) -> nn.Module:
+def randomized(net: nn.Module) -> nn.Module:
     """Batch norms get running statistics and scales that are no identity, and the network is in evaluation mode."""
     for part in net.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None:

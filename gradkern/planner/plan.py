@@ -22,7 +22,7 @@ from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
-from ..ir.recurrent import recognise
+from ..ir.recurrent import recognize
 from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
@@ -132,7 +132,7 @@ class Plan:
                 implementation, refusals = ATEN, (self.fallback, *refusals)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
-            recurrent = recognise(step.form.call) if isinstance(step.form, Opaque) else None
+            recurrent = recognize(step.form.call) if isinstance(step.form, Opaque) else None
             if recurrent is not None:
                 length, inputs = program.shape(step.inputs[0])
                 macs = recurrent.macs(length, inputs, step.shape[-1], seeds)
