@@ -142,7 +142,7 @@ def jacobian(
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     like = leading(inputs)
     if targets is None:
-        targets = _every(program.outputs, like.device)
+        targets = every(program.outputs, like.device)
     targets = targets.to(inputs[0].device).contiguous()
     n, seeds = inputs[0].shape[0], targets.shape[-1]
     if out is None:
@@ -217,7 +217,7 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _every(outputs: int, device: torch.device) -> Tensor:
+def every(outputs: int, device: torch.device) -> Tensor:
     """The indices of all outputs; never written to."""
     with torch.inference_mode(False):
         return torch.arange(outputs, device=device)

@@ -8,7 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -57,11 +57,18 @@ def forward_step(program: ir.Program, i: int, args: Sequence[Tensor], params: Pa
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
 
 
-def forward(program: ir.Program, params: Params, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All values in order, each ``[N, *shape]``: the inputs, then one per step."""
-    values = list(inputs)
+Alter = Callable[[Tensor], Tensor]
+
+
+def unaltered(x: Tensor) -> Tensor:
+    return x
+
+
+def forward(program: ir.Program, params: Params, inputs: Sequence[Tensor], alter: Alter = unaltered) -> list[Tensor]:
+    """All values in order, each ``[N, *shape]``: the inputs, then one per step.  ``alter`` is applied to each."""
+    values = [alter(x) for x in inputs]
     for i, step in enumerate(program.steps):
-        values.append(forward_step(program, i, [values[v] for v in step.inputs], params))
+        values.append(alter(forward_step(program, i, [values[v] for v in step.inputs], params)))
     return values
 
 
@@ -318,11 +325,16 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def vjp(
-    program: ir.Program, params: Params, values: Sequence[Tensor], cotangent: Tensor, wrt: Sequence[int] | None = None
+    program: ir.Program,
+    params: Params,
+    values: Sequence[Tensor],
+    cotangent: Tensor,
+    wrt: Sequence[int] | None = None,
+    alter: Alter = unaltered,
 ) -> tuple[Tensor, ...]:
     """Pull ``cotangent [N, S, *out]`` back to the inputs ``wrt`` (all by default): one ``[N, S, *in]`` each.
 
-    ``values`` are those of `forward`.
+    ``values`` are those of `forward`.  ``alter`` is applied to the cotangents that each step sends back.
     """
     n = len(program.inputs)
     wanted = tuple(range(n)) if wrt is None else tuple(wrt)
@@ -338,6 +350,7 @@ def vjp(
         back = vjp_step(program, i, [values[v] for v in step.inputs], values[n + i], g, params)
         for v, part in zip(step.inputs, back, strict=True):
             if v in leads:
+                part = alter(part)
                 cotangents[v] = cotangents[v] + part if v in cotangents else part
     seeds = cotangent.shape[:2]
     return tuple(cotangents[v] if v in cotangents else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)

@@ -52,7 +52,7 @@ class Rescale(Rule):
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
     def pooled_relu(self, i: int) -> bool:
-        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        """Whether this is a ReLU that a pool alone reads.  The pool's shares then hold its secant."""
         form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
         alone = len(readers) == 1 and self.base + i != self.program.output
         is_relu = isinstance(form, Scale) and form.function == "relu"
@@ -326,7 +326,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             fixed = (additional_forward_args, return_convergence_delta, custom_attribution_func)
             return self.attribute(inputs, base, target, *fixed)
 
-        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+        wants_delta = return_convergence_delta
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute, wants_delta)
 
     def _mean(
         self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool, custom: Any = None
