@@ -34,8 +34,8 @@ def movement(p: Pair) -> Tensor:
     return torch.where(p.x == p.r, 0.0, p.x - p.r)
 
 
-def log_sum(p: Pair, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``logsumexp`` at input and reference (axes kept), and its multipliers.
+def log_sum(p: Pair, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``logsumexp`` at input and reference (axes kept), its change, and its multipliers.
 
     The composition of the exponentials' secants, a sum and the logarithm's secant; the secants are taken of
     ``exp(z - s)``, with one shift ``s`` for input and reference, which cancels out.
@@ -47,9 +47,11 @@ def log_sum(p: Pair, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tenso
     moved = movement(p)
     secants = torch.where(moved.abs() < eps, exps[0], (exps[0] - exps[1]) / moved)
     grown = (exps[0] - exps[1]).sum(dims, keepdim=True)
-    total = exps[0].sum(dims, keepdim=True)
-    outer = torch.where(grown.abs() < eps, 1 / total, (ends[0] - ends[1]) / grown)
-    return ends[0], ends[1], secants * outer
+    total, total_ref = (e.sum(dims, keepdim=True) for e in exps)
+    near = grown.abs() < total_ref / 2  # there the difference of the two logarithms would lose digits
+    change = torch.where(near, torch.log1p(grown / total_ref), ends[0] - ends[1])
+    outer = torch.where(grown.abs() < eps, 1 / total, change / grown)
+    return ends[0], ends[1], change, secants * outer
 
 
 def reduced(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
@@ -60,7 +62,7 @@ def reduced(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
 def logsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
     a = named(op, args, kwargs)
     p, dims = a["self"], axes(a["dim"], a["self"].x.dim())
-    y, y_ref, m = log_sum(p, dims, tape.eps)
+    y, y_ref, _, m = log_sum(p, dims, tape.eps)
 
     def change(t: Tensor) -> Tensor:
         return (m * t).sum(dims, keepdim=a["keepdim"])
@@ -76,7 +78,7 @@ def log_softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 def log_softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
-    y, y_ref, m = log_sum(p, [dim], tape.eps)
+    y, y_ref, _, m = log_sum(p, [dim], tape.eps)
     return tape.record(lambda t: t - (m * t).sum(dim, keepdim=True), [p], p.x - y, p.r - y_ref)
 
 
@@ -89,9 +91,10 @@ def softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
     y, y_ref = torch.softmax(p.x, dim), torch.softmax(p.r, dim)
-    end, end_ref, m = log_sum(p, [dim], tape.eps)
-    moved = movement(Pair(p.x - end, p.r - end_ref, -1))
-    secant = torch.where(moved.abs() < tape.eps, y, (y - y_ref) / moved)
+    _, _, change, m = log_sum(p, [dim], tape.eps)
+    moved = movement(p) - change
+    secant = torch.where(moved.abs() < 1, y_ref * torch.expm1(moved) / moved, (y - y_ref) / moved)
+    secant = torch.where(moved.abs() < tape.eps, y, secant)
     return tape.record(lambda t: secant * (t - (m * t).sum(dim, keepdim=True)), [p], y, y_ref)
 
 

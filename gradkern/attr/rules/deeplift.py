@@ -217,7 +217,7 @@ LARGE = 0.01  # of the sum of the attributions' sizes
 
 def say_if_large(fn: Any, maps: Tensors, delta: Tensor) -> None:
     """Warn, once per model, if attributions ``[N, *in]`` do not add up: ``delta [N]`` is what they miss."""
-    sizes = [m.detach().abs().flatten(1).sum(1) for m in maps]
+    sizes = [m.detach().abs().reshape(m.shape[0], -1).sum(1) for m in maps]
     size = sum(sizes[1:], start=sizes[0])
     large = delta.detach().abs() > LARGE * size
     if delta.shape == size.shape and bool(large.any()):
