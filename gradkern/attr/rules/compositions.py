@@ -78,8 +78,19 @@ def log_softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 def log_softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
-    y, y_ref, _, m = log_sum(p, [dim], tape.eps)
-    return tape.record(lambda t: t - (m * t).sum(dim, keepdim=True), [p], p.x - y, p.r - y_ref)
+    wide = in_double(p)
+    m = log_sum(wide, [dim], tape.eps)[3]
+
+    def change(t: Tensor) -> Tensor:
+        z = t.double()
+        return (z - (m * z).sum(dim, keepdim=True)).to(t.dtype)
+
+    return tape.record(change, [p], torch.log_softmax(p.x, dim), torch.log_softmax(p.r, dim))
+
+
+def in_double(p: Pair) -> Pair:
+    """A value for maps whose terms nearly cancel where logits are large."""
+    return Pair(p.x.double(), p.r.double(), p.slot)
 
 
 @handles("softmax", "_softmax", "_safe_softmax")
@@ -90,12 +101,18 @@ def softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
-    y, y_ref = torch.softmax(p.x, dim), torch.softmax(p.r, dim)
-    _, _, change, m = log_sum(p, [dim], tape.eps)
-    moved = movement(p) - change
+    wide = in_double(p)
+    y, y_ref = torch.softmax(wide.x, dim), torch.softmax(wide.r, dim)
+    _, _, grown, m = log_sum(wide, [dim], tape.eps)
+    moved = movement(wide) - grown
     secant = torch.where(moved.abs() < 1, y_ref * torch.expm1(moved) / moved, (y - y_ref) / moved)
     secant = torch.where(moved.abs() < tape.eps, y, secant)
-    return tape.record(lambda t: secant * (t - (m * t).sum(dim, keepdim=True)), [p], y, y_ref)
+
+    def change(t: Tensor) -> Tensor:
+        z = t.double()
+        return (secant * (z - (m * z).sum(dim, keepdim=True))).to(t.dtype)
+
+    return tape.record(change, [p], y.to(p.x.dtype), y_ref.to(p.r.dtype))
 
 
 def cast(tape: Tape, p: Pair, dtype: torch.dtype | None) -> Pair:
