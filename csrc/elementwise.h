@@ -33,7 +33,7 @@ struct Pair {
 };
 
 // e^x and e^x - 1, each without cancellation.  In double, libm's.  In float, a branch-free form that the compiler can
-// vectorise: x = n ln 2 + r, a polynomial of degree 6 in r (Cephes' coefficients), and n put into the exponent.  Error
+// vectorize: x = n ln 2 + r, a polynomial of degree 6 in r (Cephes' coefficients), and n put into the exponent.  Error
 // below 2 ulp; results are clamped to the normal range, NaN stays NaN.
 template <class T>
 struct Exponential {
@@ -73,7 +73,7 @@ GK_HD float power_of_e(float x) {
   return x < -87.3f ? 0.0f : e;
 }
 
-// The error function.  In double, libm's.  In float, Abramowitz and Stegun 7.1.26, which the compiler can vectorise;
+// The error function.  In double, libm's.  In float, Abramowitz and Stegun 7.1.26, which the compiler can vectorize;
 // its error is below 1.5e-7, an ulp of one.
 GK_HD double error_function(double x) { return std::erf(x); }
 GK_HD float error_function(float x) {

@@ -109,13 +109,13 @@ struct StencilTable {
   int64_t entry_table;  // offset of the entries in the tables, 2 numbers each
 };
 
-// Softmax or normalisation along one axis of the storage, and the numbers kept for the backward pass.
+// Softmax or normalization along one axis of the storage, and the numbers kept for the backward pass.
 struct LineSet {
   Extent extent;
   Along along;
   LineFunction function;
   double epsilon;      // added to the variance
-  Place saved;         // the probabilities, or the normalised numbers
+  Place saved;         // the probabilities, or the normalized numbers
   int64_t deviations;  // elements from `saved` to the lines' inverse standard deviations
 };
 
@@ -284,7 +284,7 @@ struct MultiplyRecord {
   int64_t right_channel;
 };
 
-// Softmax, log-softmax or normalisation.
+// Softmax, log-softmax or normalization.
 struct LinesRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -475,7 +475,7 @@ struct MultiplyTRecord {
   int64_t other_channel;
 };
 
-// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
+// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalize: r (g - mean g - p mean(g p)).
 struct LinesTRecord {
   Kind kind;
   int64_t whole_block, samples;

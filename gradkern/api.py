@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import eager
+from .dispatch.prepared import Prepared
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
 from .dispatch.route import compared, couples_batch, decide, output_shape, solve, verdict_now
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
@@ -187,15 +188,24 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
         yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
-def prepare(model: Model, inputs: Tensor | Several, *, output: Output = None) -> Program | None:
+def prepare(
+    model: Model, inputs: Tensor | Several, targets: Targets = None, *, output: Output = None
+) -> Prepared | None:
     """Trace and verify the model now, with some of these samples, so that no later call has to.
 
-    One Program serves every later call, whatever its ``engine`` and ``wrt``.  Returns it (it prints itself), or None
-    if the model stays on autograd; a warning says why.  ``output`` as in `jacobian`.
+    Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets)`` for inputs of the same shapes, dtypes and devices
+    (all floating ones are differentiated), without the checks that take most of the time of a call of few samples.  It
+    packs the weights at its first call and does not notice any later change of the model: prepare it again after one.
+    ``jac.program`` is what was captured, and ``str(jac)`` lists it.  Returns None if the model stays on autograd; a
+    warning says why.
+
+    ``targets`` as in `jacobian`, the same for all samples; ``output`` as in `jacobian`.  `jacobian` itself uses the
+    captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
-    request = _inspection_request(model, inputs, output=output)
+    request = replace(_inspection_request(model, inputs, output=output), choose=jacobian_choice(targets))
     verdict = verdict_now(request, decide(request))
-    return None if verdict is None else verdict.program
+    program = None if verdict is None else verdict.program
+    return None if program is None else Prepared(request, program, isinstance(inputs, (tuple, list)))
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,8 @@ def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> P
     plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, params)
-        return plan.counting(mac_counter.opaque_macs(plan.program, params, request.pick(2)))
+        macs = mac_counter.opaque_macs(plan.program, params, request.pick(2))
+        return plan.explained(macs, executor.fallback_reason(program, seeds.count, params, request.inputs, request.wrt))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,4 +297,6 @@ def _inspection_request(model: Model, inputs: Any, wrt: Wrt = None, output: Outp
         tensors = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         wrt = [i for i, x in enumerate(tensors) if isinstance(x, Tensor) and x.is_floating_point()] or None
     checked, indices = read_inputs(inputs, wrt)
+    if not checked[0].shape[0]:
+        raise BadValue("inputs: got no samples, expected at least one: a network is verified on some of them.")
     return Request(_callable(model, output), checked, indices, jacobian_choice(None))

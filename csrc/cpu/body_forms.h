@@ -213,7 +213,7 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
       }
 }
 
-// ---- softmax, log-softmax and normalisation along one axis of the storage ------------------------------------
+// ---- softmax, log-softmax and normalization along one axis of the storage ------------------------------------
 // Bundles of at most 64 parallel lines whose k-th elements are neighbours; f gets the bundle's offset for a given
 // row step, the number of lines, and its first line.
 template <class F>
@@ -237,7 +237,7 @@ GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
   return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
 }
 
-// One line of contiguous elements; returns its inverse deviation (normalise).
+// One line of contiguous elements; returns its inverse deviation (normalize).
 template <class T>
 GK_INLINE T line_forward(const LineSet& op, int64_t len, const T* x, T* y, T* p) {
   if (op.function == LineFunction::Normalize) {
@@ -336,7 +336,7 @@ GK_INLINE void line_backward(const LineSet& op, int64_t len, const T* g, T* y, c
   }
 }
 
-// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
+// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalize: r (g - mean g - p mean(g p)).
 template <class T>
 void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
   const int64_t len = line_length(op.lines), dg = line_step(op.lines, op.src.row), dy = line_step(op.lines, op.dst.row),

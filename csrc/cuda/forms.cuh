@@ -217,7 +217,7 @@ GK_RECORD void run_multiply_t(const MultiplyTRecord& op, const Tile<T> t) {
   }
 }
 
-// ---- softmax, log-softmax and normalisation along one axis of the storage: a thread per line -----------------
+// ---- softmax, log-softmax and normalization along one axis of the storage: a thread per line -----------------
 
 struct Lines {
   int H, W, C, length, count;
@@ -276,7 +276,7 @@ GK_RECORD void run_lines(const LinesRecord& op, const Tile<T> t) {
   }
 }
 
-// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p)).
+// softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalize: r (g - mean g - p mean(g p)).
 template <class T>
 GK_RECORD void run_lines_t(const LinesTRecord& op, const Tile<T> t) {
   const LineSet& set = op.lines;

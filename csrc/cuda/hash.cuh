@@ -7,7 +7,7 @@ namespace gradkern::cuda {
 
 constexpr int kHashThreads = 256;
 
-// The finaliser of SplitMix64.
+// The finalizer of SplitMix64.
 GK_DEVICE uint64_t mixed(uint64_t x) {
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ x >> 27) * 0x94d049bb133111ebull;

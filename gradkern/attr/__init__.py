@@ -6,7 +6,18 @@ from .captum_compat import stock
 from .gradient import InputXGradient, Saliency
 from .layer.layer_methods import GuidedGradCam, LayerGradCam, LayerGradientXActivation
 from .layer.layer_paths import InternalInfluence, LayerConductance, LayerIntegratedGradients
-from .layer.neuron import NeuronGradient
+from .layer.layer_rules import LayerDeepLift, LayerDeepLiftShap, LayerLRP
+from .layer.layer_shap import LayerGradientShap
+from .layer.neuron import (
+    NeuronConductance,
+    NeuronDeconvolution,
+    NeuronDeepLift,
+    NeuronDeepLiftShap,
+    NeuronGradient,
+    NeuronGradientShap,
+    NeuronGuidedBackprop,
+    NeuronIntegratedGradients,
+)
 from .noise_tunnel import NoiseTunnel
 from .paths import GradientShap, IntegratedGradients
 from .rules.deeplift import DeepLift, DeepLiftShap
@@ -25,10 +36,21 @@ __all__ = [
     "IntegratedGradients",
     "InternalInfluence",
     "LayerConductance",
+    "LayerDeepLift",
+    "LayerDeepLiftShap",
     "LayerGradCam",
+    "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerLRP",
+    "NeuronConductance",
+    "NeuronDeconvolution",
+    "NeuronDeepLift",
+    "NeuronDeepLiftShap",
     "NeuronGradient",
+    "NeuronGradientShap",
+    "NeuronGuidedBackprop",
+    "NeuronIntegratedGradients",
     "NoiseTunnel",
     "Saliency",
 ]
@@ -46,10 +68,21 @@ REPLACEMENTS = {
     stock.IntegratedGradients: IntegratedGradients,
     stock.InternalInfluence: InternalInfluence,
     stock.LayerConductance: LayerConductance,
+    stock.LayerDeepLift: LayerDeepLift,
+    stock.LayerDeepLiftShap: LayerDeepLiftShap,
     stock.LayerGradCam: LayerGradCam,
+    stock.LayerGradientShap: LayerGradientShap,
     stock.LayerGradientXActivation: LayerGradientXActivation,
     stock.LayerIntegratedGradients: LayerIntegratedGradients,
+    stock.LayerLRP: LayerLRP,
+    stock.NeuronConductance: NeuronConductance,
+    stock.NeuronDeconvolution: NeuronDeconvolution,
+    stock.NeuronDeepLift: NeuronDeepLift,
+    stock.NeuronDeepLiftShap: NeuronDeepLiftShap,
     stock.NeuronGradient: NeuronGradient,
+    stock.NeuronGradientShap: NeuronGradientShap,
+    stock.NeuronGuidedBackprop: NeuronGuidedBackprop,
+    stock.NeuronIntegratedGradients: NeuronIntegratedGradients,
     stock.NoiseTunnel: NoiseTunnel,
     stock.Saliency: Saliency,
 }

@@ -138,12 +138,23 @@ def public_call(method: Any) -> Iterator[None]:
         with one_call(), _Call() as call:
             token = _current.set(call)
             try:
+                if not _on_our_gradients(method):
+                    keep_buffers(getattr(method, "forward_func", None))
                 yield
             finally:
                 _current.reset(token)
     finally:
         for part, gradient in gradients:
             part.gradient_func = gradient
+
+
+def _on_our_gradients(method: Any) -> bool:
+    """Does gradkern decide what runs?  Not with a gradient, or a method inside, that is not its own."""
+    from .plug import GradientFunc
+
+    while hasattr(method, "attribution_method"):
+        method = method.attribution_method
+    return isinstance(getattr(method, "gradient_func", None), GradientFunc)
 
 
 def keep_buffers(fn: Any) -> None:
@@ -158,6 +169,13 @@ def _parts(method: Any) -> list[Any]:
     """A method and the methods that it is made of."""
     inner = [getattr(method, name, None) for name in ("attribution_method", "grad_cam", "guided_backprop", "deconv")]
     return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
+
+
+def seen_as(kind: Any, method: Any) -> Any:
+    """``method`` as an object of another class, with what its constructor has set: the model, engine and factors."""
+    other = kind.__new__(kind)
+    other.__dict__.update(vars(method))
+    return other
 
 
 def with_engine(method: Any, engine: Any) -> Any:

@@ -23,7 +23,7 @@ from .call import PublicMethod
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
 
-FILL = 16  # torch fills normal numbers in blocks of 16: pieces of whole blocks continue one sequence
+FILL = 16  # torch fills normal numbers in blocks of 16
 
 
 class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
@@ -47,50 +47,43 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
     ) -> Any:
         """As Captum's; a batch too large for one block goes through in pieces of samples."""
         rows = compat.format_tensor_into_tuples(inputs)
-        pieces = [] if draw_baseline_from_distrib else self._pieces(rows, nt_samples, stdevs, kwargs)
-        if len(pieces) < 2:
+        copies = nt_samples if nt_samples_batch_size is None else min(nt_samples, nt_samples_batch_size)
+        if draw_baseline_from_distrib or not self._goes_in_pieces(rows, copies, stdevs, kwargs):
             return compat.unlogged(stock.NoiseTunnel)(
                 self, inputs, nt_type, nt_samples, nt_samples_batch_size, stdevs, draw_baseline_from_distrib, **kwargs
             )
         compat.validate_noise_tunnel_type(nt_type, compat.SUPPORTED_NOISE_TUNNEL_TYPES)
         with torch.no_grad():
-            return self._in_pieces(inputs, pieces, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
+            return self._in_pieces(inputs, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
-    def _pieces(self, rows: Tensors, samples: int, stdevs: Any, kwargs: Options) -> list[tuple[int, int]]:
-        """Pieces of samples whose noise continues Captum's sequence of numbers; none if Captum takes the call."""
+    def _goes_in_pieces(self, rows: Tensors, copies: int, stdevs: Any, kwargs: Options) -> bool:
+        """Is the batch too large for one block, and may it be cut?"""
         method = self.attribution_method
         if not isinstance(method, RowMethod) or method._indivisible():
-            return []
+            return False
         if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() for x in rows):
-            return []
+            return False
         if not isinstance(stdevs, (float, tuple)) or (isinstance(stdevs, tuple) and len(stdevs) != len(rows)):
-            return []
-        if points_for(method, rows, kwargs.get("additional_forward_args")) is None:
-            return []
-        return _spans(rows[0].shape[0], max(FILL, _block(rows, samples, 1)))
+            return False
+        if rows[0].shape[0] * copies <= _room(rows):
+            return False
+        return points_for(method, rows, kwargs.get("additional_forward_args")) is not None
 
     def _in_pieces(
-        self,
-        inputs: Any,
-        pieces: list[tuple[int, int]],
-        nt_type: str,
-        samples: int,
-        batch: int | None,
-        stdevs: Any,
-        kwargs: Options,
+        self, inputs: Any, nt_type: str, samples: int, batch: int | None, stdevs: Any, kwargs: Options
     ) -> Any:
         rows = compat.format_tensor_into_tuples(inputs)
-        n = rows[0].shape[0]
+        n, room = rows[0].shape[0], _room(rows)
         wants_delta = self.is_delta_supported and bool(kwargs.get("return_convergence_delta"))
         average = _Average(rows, [x.shape for x in rows])
         for count in _draws(samples, batch):
             noise = Noise(rows, count, stdevs)
-            for a, b in pieces:
+            for a, b, first, last in _row_blocks(n, count, room):
                 options = {k: _rows_of_option(v, a, b, n) for k, v in kwargs.items()}
-                self._expand_partial(count, options, tuple(x[a:b] for x in rows), False)
-                noisy = noise.piece(a, b)
+                self._expand_partial(last - first, options, tuple(x[a:b] for x in rows), False)
+                noisy = noise.piece(a, b, first, last)
                 maps, _, delta = self._compute_partial_attribution(noisy, options, compat.is_tuple(inputs), wants_delta)
-                average.add(a, b, count, maps, delta)
+                average.add(a, b, last - first, maps, delta)
             noise.finish()
         maps = average.smoothed(self, nt_type, samples)
         result = maps if compat.is_tuple(inputs) else maps[0]
@@ -127,7 +120,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         points = points_for(method, rows, additional_forward_args) if isinstance(method, RowMethod) else None
         if points is not None:
             seeds, _ = points.choose(jacobian_choice(targets))
-            run = _AllOutputs(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, wants_delta)
+            run = AllOutputs(self, rows, points, seeds, kwargs, draw_baseline_from_distrib, wants_delta)
             average = run.average(nt_samples, nt_samples_batch_size, stdevs)
             if average is not None:
                 maps = average.smoothed(self, nt_type, nt_samples)
@@ -168,8 +161,11 @@ class _Average:
         return torch.cat(self.deltas)
 
 
-class _AllOutputs:
-    """One call of `NoiseTunnel.attribute_all` on the engine."""
+class AllOutputs:
+    """One call of `NoiseTunnel.attribute_all` on the engine.
+
+    ``shapes`` of the attributions ``[N, S, …]``, if they are not those of the inputs.
+    """
 
     def __init__(
         self,
@@ -180,10 +176,13 @@ class _AllOutputs:
         options: Options,
         draw: bool,
         delta: bool,
+        shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.tunnel, self.rows, self.points, self.seeds = tunnel, rows, points, seeds
         self.options, self.draw, self.wants_delta = options, draw, delta
-        self.sums = _Average(rows, [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows])
+        shapes = [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows] if shapes is None else shapes
+        self.sums = _Average(rows[: len(shapes)], shapes)
+        self.point_bytes = max(1, sum(s[0].nbytes for s in self.sums.sums if len(s)), gradient_bytes(rows, seeds.count))
 
     def average(self, samples: int, batch: int | None, stdevs: Any) -> _Average | None:
         """The average over all copies; None if the method has no Program."""
@@ -203,36 +202,28 @@ class _AllOutputs:
         return options
 
     def _one_draw(self, count: int, stdevs: Any, options: Options) -> bool:
-        n = self.rows[0].shape[0]
-        size = _block(self.rows, count, self.seeds.count)
-        size = n if any(x.device.type != "cpu" for x in self.rows) else max(size, FILL)
         noise = Noise(self.rows, count, stdevs)
-        for a, b in _spans(n, size):
-            if not self._piece(noise.piece(a, b), a, b, count, options):
+        room = block_rows(self.point_bytes, self.rows[0].device)
+        for a, b, first, last in _row_blocks(self.rows[0].shape[0], count, room):
+            if not self._piece(noise.piece(a, b, first, last), a, b, first, last, count, options):
                 return False
         noise.finish()
         return True
 
-    def _piece(self, noisy: Tensors, a: int, b: int, count: int, options: Options) -> bool:
-        """Add the samples ``a:b``, whose copies are consecutive rows, in blocks of rows."""
-        method = self.tunnel.attribution_method
-        index, more = self.seeds.rows(a, b), [x[a:b] for x in self.points.more]
-        room = block_rows(gradient_bytes(self.rows, self.seeds.count), self.rows[0].device)
-        for first, last, step, stop in _row_blocks(b - a, count, room):
-            take = slice(first * count + step, (last - 1) * count + stop)
-            rows, copies = tuple(x[take].detach() for x in noisy), stop - step
-            these = index if index is None or index.dim() == 1 else index[first:last].repeat_interleave(copies, 0)
-            piece_options = {k: self._option(v, k, a + first, a + last, step, stop, count) for k, v in options.items()}
-            extra = tuple(x[first:last].repeat_interleave(copies, 0) for x in more)
-            points = self.points.at(rows, extra)
-            maps = method._rows(points, these, self.seeds.count, piece_options)
-            if maps is None:
-                return False
-            delta = None
-            if self.wants_delta:
-                seeds = Seeds(self.seeds.count, self.seeds.axes, these)
-                delta = method._row_delta(maps, points, seeds, piece_options)
-            self.sums.add(a + first, a + last, copies, maps, delta)
+    def _piece(self, rows: Tensors, a: int, b: int, first: int, last: int, count: int, options: Options) -> bool:
+        """Add the copies ``first:last`` of the samples ``a:b``."""
+        method, copies, index = self.tunnel.attribution_method, last - first, self.seeds.rows(a, b)
+        rows = tuple(x.detach() for x in rows)
+        these = index if index is None or index.dim() == 1 else index.repeat_interleave(copies, 0)
+        options = {k: self._option(v, k, a, b, first, last, count) for k, v in options.items()}
+        points = self.points.at(rows, tuple(x[a:b].repeat_interleave(copies, 0) for x in self.points.more))
+        maps = method._rows(points, these, self.seeds.count, options)
+        if maps is None:
+            return False
+        delta = None
+        if self.wants_delta:
+            delta = method._row_delta(maps, points, Seeds(self.seeds.count, self.seeds.axes, these), options)
+        self.sums.add(a, b, copies, maps, delta)
         return True
 
     def _option(self, value: Any, name: str, a: int, b: int, step: int, stop: int, count: int) -> Any:
@@ -252,7 +243,7 @@ class _AllOutputs:
 
 
 class Noise:
-    """The noisy copies of all samples in Captum's order, drawn piece by piece from torch's generator.
+    """The noisy copies of all samples in Captum's order, drawn row by row from torch's generator.
 
     The sequence of several inputs is drawn input after input, so each has a generator of its own that starts where
     the one before would have ended.
@@ -266,46 +257,76 @@ class Noise:
         else:
             assert isinstance(stdevs, float), f"stdevs must be type float. Given: {type(stdevs)}"
             stdevs = (stdevs,) * len(rows)
-        self.rows, self.copies, self.stdevs = rows, copies, stdevs
-        self.generators: list[torch.Generator | None] = [None] * len(rows)
-        if len(rows) > 1 and all(x.device.type == "cpu" for x in rows):
-            generator = torch.Generator()
-            generator.set_state(torch.get_rng_state())
-            self.generators = [generator]
-            for x in rows[:-1]:
-                generator = generator.clone_state()
-                for size in _even(x.numel() * copies):  # the random numbers that this input will use
-                    torch.normal(0.0, torch.ones(size), generator=generator)
-                self.generators.append(generator)
+        self.rows, self.copies = rows, copies
+        self.streams: list[_Stream] = []
+        generator: torch.Generator | None = None
+        for i, (x, stdev) in enumerate(zip(rows, stdevs, strict=True)):
+            if len(rows) > 1 and x.device.type == "cpu":
+                generator = _default_copy() if i == 0 else self.streams[-1].spent()
+            self.streams.append(_Stream(x.numel() * copies, stdev, x.device, generator))
 
-    def piece(self, a: int, b: int) -> tuple[Tensor, ...]:
-        """The copies of the samples ``a:b``, ``[(b - a) · copies, *in]`` per input.  Pieces must follow each other."""
+    def piece(self, a: int, b: int, first: int, last: int) -> tuple[Tensor, ...]:
+        """The copies ``first:last`` of the samples ``a:b``, ``[(b - a) (last - first), *in]`` per input.
+
+        Pieces must follow each other: all copies of some samples, or some copies of one sample.
+        """
         noisy = []
-        for x, stdev, generator in zip(self.rows, self.stdevs, self.generators, strict=True):
-            size = ((b - a) * self.copies, *x.shape[1:])
-            spread = torch.tensor(stdev, device=x.device).repeat(size)
-            noise = torch.normal(0, spread) if generator is None else torch.normal(0, spread, generator=generator)
-            noisy.append(x[a:b].repeat_interleave(self.copies, dim=0) + noise)
+        for x, stream in zip(self.rows, self.streams, strict=True):
+            copies = x[a:b].repeat_interleave(last - first, dim=0)
+            noisy.append(copies + stream.take(copies.numel()).view(copies.shape))
         return tuple(noisy)
 
     def finish(self) -> None:
         """Leave torch's generator where Captum would."""
-        last = self.generators[-1]
-        if last is not None:
-            torch.set_rng_state(last.get_state())
+        generator = self.streams[-1].generator
+        if generator is not None:
+            torch.set_rng_state(generator.get_state())
 
 
-def _even(total: int, piece: int = 1 << 20) -> Iterator[int]:
-    """``total`` in pieces: all but the last are whole blocks, and the last is not shorter than one block."""
-    while total >= 2 * piece:
-        yield piece
-        total -= piece
-    yield total
+def _default_copy() -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return generator
 
 
-def _block(rows: Sequence[Tensor], copies: int, seeds: int) -> int:
-    """Samples per piece, in whole blocks of the random sequence."""
-    return max(1, block_rows(gradient_bytes(rows, seeds), rows[0].device) // max(copies, 1)) // FILL * FILL
+class _Stream:
+    """``total`` normal numbers as one call of `torch.normal` draws them, but some at a time.
+
+    On a CPU torch fills whole blocks of 16 numbers one after the other; a last block that is not whole takes the place
+    of the last 16 numbers.  So whole blocks are drawn, and the last draw is not shorter than one.
+    """
+
+    def __init__(self, total: int, stdev: float, device: torch.device, generator: torch.Generator | None) -> None:
+        self.total, self.drawn, self.generator = total, 0, generator
+        self.stdev, self.kept = torch.tensor(stdev, device=device), torch.empty(0, device=device)
+
+    def take(self, count: int) -> Tensor:
+        """The next ``count`` numbers."""
+        missing = count - len(self.kept)
+        if missing > 0:
+            left = self.total - self.drawn
+            size = -(-missing // FILL) * FILL
+            size = left if self.stdev.device.type != "cpu" or left - size < FILL else size
+            fresh = torch.normal(0, self.stdev.repeat(size), generator=self.generator)
+            self.drawn += size
+            self.kept = torch.cat([self.kept, fresh]) if len(self.kept) else fresh
+        taken, self.kept = self.kept[:count], self.kept[count:]
+        return taken
+
+    def spent(self) -> torch.Generator:
+        """A generator that starts where this stream will have ended."""
+        assert self.generator is not None
+        twin = _Stream(self.total, 1.0, self.stdev.device, self.generator.clone_state())
+        while twin.drawn < self.total:
+            twin.take(min(self.total - twin.drawn, 1 << 20))
+            twin.kept = twin.kept[:0]
+        assert twin.generator is not None
+        return twin.generator
+
+
+def _room(rows: Sequence[Tensor]) -> int:
+    """Noisy copies that fit in a block."""
+    return block_rows(gradient_bytes(rows, 1), rows[0].device)
 
 
 def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
@@ -331,10 +352,6 @@ def _rows_of_option(value: Any, a: int, b: int, n: int) -> Any:
     if isinstance(value, tuple) and not all(isinstance(v, int) for v in value):
         return tuple(_rows_of_option(v, a, b, n) for v in value)
     per_sample = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[a:b] if per_sample and len(value) == n > 1 else value
-
-
-def _spans(n: int, size: int) -> list[tuple[int, int]]:
-    """Pieces of ``size`` samples; the last one takes the rest, so that none is shorter than a block of numbers."""
-    starts = list(range(0, max(n - size, 0) + 1, size))
-    return [(a, n if a == starts[-1] else a + size) for a in starts]
+    if not per_sample or len(value) != n or n < 2:
+        return value
+    return value[a] if isinstance(value, list) and b - a == 1 else value[a:b]  # Captum expands no list of one target

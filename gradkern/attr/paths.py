@@ -119,16 +119,28 @@ def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baseline
             part.mul_((x - base).unsqueeze(1))
 
 
+def random_points(rows: Tensors, baselines: Sequence[Any]) -> list[Tensor]:
+    """A point between baseline and input for every sample, drawn as Captum draws it."""
+    r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
+    with torch.no_grad():
+        shares = [r.view(-1, *(1,) * (x.dim() - 1)) for x in rows]
+        return [a * x + (1.0 - a) * base for a, x, base in zip(shares, rows, baselines, strict=True)]
+
+
+def check_tensors(baselines: Any) -> Any:
+    """Raise Captum's error for a distribution of baselines that is not a tensor."""
+    if not isinstance(baselines[0], Tensor):
+        raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {baselines[0]}.")
+    return baselines
+
+
 class RandomPoint(RowMethod, compat.InputBaselineXGradient):
     """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
-        r = torch.tensor(np.random.uniform(0.0, 1.0, rows[0].shape[0]), device=rows[0].device, dtype=rows[0].dtype)
         with torch.no_grad():
-            shares = [r.view(-1, *(1,) * (x.dim() - 1)) for x in rows]
-            at = [a * x + (1.0 - a) * base for a, x, base in zip(shares, rows, baselines, strict=True)]
-            gradients = points.gradients(at, points.more, index, seeds)
+            gradients = points.gradients(random_points(rows, baselines), points.more, index, seeds)
         if self.multiplies_by_inputs:
             times_difference(gradients, rows, baselines)
         return gradients
@@ -169,9 +181,7 @@ class GradientShap(PublicMethod, stock.GradientShap):
         ``[N · n_samples, C]``.
         """
         check_distribution(self, baselines)
-        start = compat.format_callable_baseline(baselines, inputs)
-        if not isinstance(start[0], Tensor):
-            raise AssertionError(f"Baselines distribution has to be provided in a form of a torch.Tensor {start[0]}.")
+        start = check_tensors(compat.format_callable_baseline(baselines, inputs))
         inner = RandomPoint(self.forward_func, self.multiplies_by_inputs)
         inner.gradient_func = self.gradient_func
         return NoiseTunnel(inner).attribute_all(

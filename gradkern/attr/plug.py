@@ -145,7 +145,9 @@ def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) 
         if hasattr(attribution, name):
             setattr(attribution, name, unwrapped(getattr(attribution, name)))
     if check_output_choice(output) is not None:
-        attribution.forward_func = with_output(attribution.forward_func, output)
+        model = attribution.forward_func
+        is_module = isinstance(attribution, stock.NeuronAttribution) and isinstance(model, nn.Module)
+        attribution.forward_func = OneOutput(model, output) if is_module else with_output(model, output)
         if hasattr(attribution, "model"):
             attribution.model = OneOutput(attribution.model, output)
 

@@ -21,9 +21,9 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     inputs = source.read(0, min(samples, source.samples))
     given = inputs[0] if len(inputs) == 1 else inputs
     begin = time.perf_counter()
-    program = api.prepare(model, given)
-    our_call = partial(api.jacobian, model, given, engine="kernel" if program else "autograd")
-    yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if program else ": stays on autograd")
+    prepared = api.prepare(model, given)
+    our_call = partial(api.jacobian, model, given, engine="kernel" if prepared else "autograd")
+    yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if prepared else ": stays on autograd")
     our_call()
     ours = min(repeat(our_call, number=1, repeat=repeats))
     n = inputs[0].shape[0]

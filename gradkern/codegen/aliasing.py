@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .units import Node, Unit, UnitGraph, overlaps
+from . import units
+from .units import Node, Unit, UnitGraph, overlaps, rectifies_cotangent
 from .weights import WindowLayout
 
 
@@ -19,8 +20,8 @@ class Cotangent:
     """Where a node's cotangent is read: the buffer of ``node`` (or the seed rows), through ``pattern`` if any."""
 
     node: Node
-    rows: bool = False
-    pattern: Unit | None = None
+    seed_rows: bool = False
+    pattern: units.Pattern | None = None
 
 
 class Cotangents:
@@ -28,95 +29,96 @@ class Cotangents:
 
     def __init__(self, graph: UnitGraph, wrt: tuple[int, ...], onehot: bool):
         self.graph = graph
-        self.outputs = list(graph.outputs.values())
+        self.outputs = set(graph.outputs.values())
         self.needs = reachable(graph, wrt)
-        self.known: dict[int, Cotangent | None] = {}
-        self.rows_unit = self.find_rows_unit() if onehot else None
+        self.seed_rows_unit = self.find_seed_rows_unit() if onehot else None
+        self.known: dict[Node, Cotangent | None] = {}
+        for unit in reversed(graph.units):  # from the end, as each decision depends on those of the readers
+            self.known[unit.out] = self.decide(unit.out)
 
-    def find_rows_unit(self) -> Unit | None:
+    def of(self, node: Node) -> Cotangent | None:
+        """The cotangent of a node; ``.node is node`` if it has its own buffer; None: not wanted."""
+        return self.known[node]
+
+    def find_seed_rows_unit(self) -> units.Window | None:
         """The last linear layer if one-hot seeds start there: then the first cotangents are rows of its weight."""
-        if len(self.outputs) != 1:
+        if len(self.graph.outputs) != 1:
             return None
-        out = self.outputs[0]
+        (out,) = self.outputs
         unit = out.producer
-        if not unit.dense or out.readers or not any(n.id in self.needs for n in unit.reads):
+        if not (isinstance(unit, units.Window) and unit.dense) or out.readers or self.needs.isdisjoint(unit.reads):
             return None
         return unit if len(WindowLayout.of(unit, 1).runs) == 1 else None
 
     def read_once(self, node: Node) -> bool:
         """Whether the node's cotangent comes from one unit alone, none from the caller."""
-        return len(self.readers(node)) == 1 and not any(node is n for n in self.outputs)
+        return len(self.readers(node)) == 1 and node not in self.outputs
 
     def readers(self, node: Node) -> list[Unit]:
         """The units that a node gets cotangents from."""
-        return [u for u in node.readers if u.out.id in self.needs]
-
-    def of(self, node: Node) -> Cotangent | None:
-        """The cotangent of a node as an expression; ``.node is node`` if it has its own buffer; None: not wanted."""
-        if node.id not in self.known:
-            self.known[node.id] = self.decide(node)
-        return self.known[node.id]
+        return [u for u in node.readers if u.out in self.needs]
 
     def decide(self, node: Node) -> Cotangent | None:
         own_buffer = Cotangent(node)
-        if node.id not in self.needs:
+        if node not in self.needs:
             return None
         readers = self.readers(node)
-        if self.rows_unit is not None and node is self.rows_unit.out:
+        if self.seed_rows_unit is not None and node is self.seed_rows_unit.out:
             return None
         if not self.read_once(node):
             return own_buffer
         reader, producer = readers[0], node.producer
-        through_bits = producer.kind in ("window", "add")
-        if reader is self.rows_unit:
-            return Cotangent(node, rows=True) if self.takes_rows(node) else own_buffer
+        through_bits = isinstance(producer, units.Window | units.Add)
+        if reader is self.seed_rows_unit:
+            return Cotangent(node, seed_rows=True) if self.takes_seed_rows(node) else own_buffer
         upstream = self.of(reader.out)
         if upstream is None:
             return None
-        if reader.opened:
-            in_full = upstream.node is reader.out and not upstream.rows
-            return upstream if in_full or (upstream.pattern is not None and through_bits) else own_buffer
-        if (
-            reader.kind == "pattern"
-            and upstream.pattern is None
-            and (through_bits or self.can_defer_rectify(reader, upstream))
-        ):
-            return Cotangent(upstream.node, upstream.rows, reader)
-        if reader.kind == "add" and producer.rectify:
-            return own_buffer  # its negative part is removed, but the sum's other branches keep theirs
-        if reader.kind == "add" and (through_bits or not (upstream.rows or upstream.pattern)):
-            return upstream
-        if reader.kind == "elementwise" and upstream.node is reader.out:
-            return upstream  # multiplied in place
+        in_full = upstream.node is reader.out and not upstream.seed_rows
+        match reader:
+            case units.Pattern(opened=True) if in_full or (upstream.pattern is not None and through_bits):
+                return upstream
+            case units.Pattern(opened=False) if upstream.pattern is None:
+                if through_bits or self.can_defer_rectify(reader, upstream):
+                    return Cotangent(upstream.node, upstream.seed_rows, reader)
+            case units.Add() if rectifies_cotangent(producer):
+                return own_buffer  # its negative part is removed, but the sum's other branches keep theirs
+            case units.Add() if through_bits or not (upstream.seed_rows or upstream.pattern):
+                return upstream
+            case units.Elementwise() if upstream.node is reader.out:
+                return upstream  # multiplied in place
         return own_buffer
 
-    def can_defer_rectify(self, pool: Unit, upstream: Cotangent) -> bool:
+    def can_defer_rectify(self, pool: units.Pattern, upstream: Cotangent) -> bool:
         """Whether an opened ReLU before a pool can rectify the pool's upstream cotangent instead of the result.
 
         Nothing may be added in between (disjoint windows, one reader each), and the unit before the ReLU has to read
         through the pool's bits.
         """
         relu = pool.reads[0].producer
-        if not (relu and relu.opened and pool.windows) or upstream.rows or upstream.node is not pool.out:
+        if not (isinstance(relu, units.Pattern) and relu.opened) or pool.pool is None:
+            return False
+        if upstream.seed_rows or upstream.node is not pool.out:
             return False
         source = relu.reads[0]
-        return self.read_once(source) and source.producer.kind in ("window", "add") and not overlaps(pool.windows)
+        through_bits = isinstance(source.producer, units.Window | units.Add)
+        return self.read_once(source) and through_bits and not overlaps(pool.pool)
 
-    def takes_rows(self, node: Node) -> bool:
+    def takes_seed_rows(self, node: Node) -> bool:
         """Whether all readers of this cotangent are contractions that read it directly or through one pattern."""
         producer = node.producer
-        if producer.kind == "pattern":
+        if isinstance(producer, units.Pattern):
             if producer.opened:
                 return False
             source = producer.reads[0]
-            return self.read_once(source) and source.producer.kind == "window"
-        return producer.kind == "window"
+            return self.read_once(source) and isinstance(source.producer, units.Window)
+        return isinstance(producer, units.Window)
 
 
-def reachable(graph: UnitGraph, wrt: tuple[int, ...]) -> set[int]:
+def reachable(graph: UnitGraph, wrt: tuple[int, ...]) -> set[Node]:
     """Nodes whose cotangent matters: they depend on a wanted input."""
-    ids = {graph.inputs[v].id for v in wrt}
+    nodes = {graph.inputs[v] for v in wrt}
     for unit in graph.units:
-        if any(n.id in ids for n in unit.reads):
-            ids.add(unit.out.id)
-    return ids
+        if not nodes.isdisjoint(unit.reads):
+            nodes.add(unit.out)
+    return nodes

@@ -11,27 +11,33 @@ from .encoding import Sizes
 from .records import Record
 from .weights import Layout
 
-Row = tuple[int, ...]  # an encoded record
+EncodedRecord = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
-    """Records, tables and layouts of one group.  Read-only; shared by every call with the same plan."""
+class LaidOut:
+    """The records of both passes once scratch memory is laid out."""
 
     forward: tuple[Record, ...]
     backward: tuple[Record, ...]
-    forward_rows: tuple[Row, ...]  # the same, encoded
-    backward_rows: tuple[Row, ...]
+    encoded_forward: tuple[EncodedRecord, ...]
+    encoded_backward: tuple[EncodedRecord, ...]
+    sizes: Sizes  # of scratch memory: CpuSizes or CudaSizes
+    packed_size: int  # elements of the packed weights
+    seed_tile: int  # seeds that are processed at a time
+    scratch: int  # bytes per thread, or per block of a GPU
+    clocks: tuple[float, ...]  # on a GPU: estimated clocks of a multiprocessor for each record, per sample
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(LaidOut):
+    """Records, tables and layouts of one group.  Read-only; shared by every call with the same plan."""
+
     tables: tuple[int, ...]
     layouts: tuple[Layout, ...]
-    sizes: Sizes  # of scratch memory: CpuSizes or CudaSizes
-    packed_size: int
     inputs: tuple[int, ...]  # external values, in the order that Load counts them
     outputs: tuple[int, ...]
     output_sizes: tuple[int, ...]
     wrt: tuple[int, ...]  # external inputs whose cotangents are stored, in the order that StoreT counts them
-    seed_tile: int
-    rows: tuple[int, int] | None  # (offset, row length) in the packed weights of the seed rows
-    rectify_rows: bool  # the rows pass a guided ReLU: without their negative part
-    scratch: int  # bytes per thread
-    clocks: tuple[float, ...] = ()  # on a GPU: estimated clocks of a multiprocessor for each record, per sample
+    seed_rows: tuple[int, int] | None  # their offset and row length in the packed weights
+    rectify_seed_rows: bool  # they pass a guided ReLU: without their negative part

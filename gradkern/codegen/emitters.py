@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from ..ir.program import Channels, Index, LowRank, Scale
-from . import records
+from functools import singledispatchmethod
+
+from ..ir.program import Channels
+from . import records, units
 from .aliasing import Cotangent
-from .recording import Recording, extent, interior
-from .records import Along, ContractionT, LineFunction, LineSet, Place, StencilTable, WindowT
-from .scratch import Buffer, round_up
+from .buffers import Buffers, extent, interior
+from .layouts import Layouts
+from .records import Along, ContractionT, Extent, LineFunction, LineSet, Place, Record, StencilTable, WindowT
+from .scratch import Buffer
+from .spec import ChainSpec
 from .support import NATIVE_FUNCTIONS
-from .tables import move, positions, stencil, transposed
+from .tables import Runs, Tables, move_runs, positions, stencil, transposed
 from .units import Node, Unit
 from .weights import ScatterLayout, StencilLayout
 
@@ -22,217 +26,321 @@ LINE_FUNCTIONS = {
 STORAGE_AXES = {"C": Along.Channels, "W": Along.Columns, "H": Along.Rows}
 
 
-class UnitRecords(Recording):
-    """One pair of methods per unit kind.  ``operand``: which of the unit's reads the cotangent is of."""
+class Emitter:
+    """Emits the records of one chain, and collects the buffers, tables and weights that they refer to.
 
-    def forward_load(self, unit: Unit) -> None:
-        node = unit.out
-        number, value = next((k, v) for k, (v, n) in enumerate(self.graph.inputs.items()) if n is node)
-        dst, shape = self.outside(value, node, self.store(node))
-        self.forward.append(records.Load(number, dst, shape))
+    A GPU's records differ in a few methods (:mod:`gradkern.codegen.cuda.emitters`).
+    """
 
-    def ends(self, unit: Unit) -> tuple[Place, Place]:
-        """The places that a unit of one operand reads and writes."""
-        return self.value(unit.reads[0]), self.value(unit.out)
+    def __init__(self, spec: ChainSpec, layouts: Layouts, buffers: Buffers) -> None:
+        self.spec, self.layouts, self.buffers, self.tables = spec, layouts, buffers, Tables()
+        self.forward: list[Record] = []
+        self.backward: list[Record] = []
+        self.written: set[Node] = set()  # nodes whose cotangent has been zeroed or written
+        self.known_runs: dict[tuple[units.Move, int], list[Runs]] = {}  # by unit and row of the result
+
+    @singledispatchmethod
+    def emit_forward(self, unit: Unit) -> None:
+        """The unit's records in the forward pass."""
+        raise TypeError(f"{type(unit).__name__} has no forward pass: given slopes belong to linear groups")
+
+    @singledispatchmethod
+    def emit_backward(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+        """The records that take the cotangent of the unit's result to that of its ``operand``-th read."""
+        raise TypeError(f"{type(unit).__name__} has no backward pass")
+
+    def zero_border(self, unit: Unit) -> None:
+        """Called before a unit's forward records.  A CPU's scratch memory starts out as zeros, and borders stay so."""
+
+    # ---- places
+
+    def value(self, node: Node) -> Place:
+        """A node's interior in forward memory."""
+        return interior(node, self.buffers.value(node))
+
+    def cotangent_buffer(self, node: Node) -> Buffer:
+        return self.buffers.cotangent(node, self.layouts.interleaved_rows(node))
+
+    def cotangent(self, node: Node) -> Place:
+        """A node's interior in its cotangent's memory."""
+        return interior(node, self.cotangent_buffer(node))
+
+    def upstream(self, cotangent: Cotangent) -> Place:
+        """A cotangent that is read directly from its buffer."""
+        if cotangent.seed_rows or cotangent.pattern is not None:
+            raise AssertionError("only contractions read through patterns")
+        return self.cotangent(cotangent.node)
+
+    def accumulated(self, node: Node) -> Place:
+        """A cotangent that is added to."""
+        self.zero_once(node)
+        return self.cotangent(node)
+
+    def zero_once(self, node: Node) -> None:
+        """Zero a cotangent before anything is added to it."""
+        if node not in self.written:
+            self.written.add(node)
+            buffer = self.cotangent_buffer(node)
+            self.backward.append(records.Zero(dst=Place(buffer, 0), elements=buffer.elements))
+
+    def assigns(self, node: Node) -> bool:
+        """Whether a record that writes all of a cotangent (except its border) is the first to write it."""
+        first = node.size == node.C * node.P and node not in self.written
+        if first:
+            self.written.add(node)
+        return first
+
+    def external(self, value: int, node: Node, buffer: Buffer) -> tuple[Place, Extent]:
+        """A node that is copied from or to the caller's row-major tensor, and its extent in that order."""
+        place = interior(node, buffer)
+        if value not in self.spec.graph.channels_last:
+            return place, extent(node)
+        return Place(buffer, place.offset, row=node.row, position=1), Extent(C=1, H=node.H, W=node.W * node.C)
+
+    # ---- inputs and outputs
+
+    @emit_forward.register
+    def load(self, unit: units.Load) -> None:
+        number = list(self.spec.graph.inputs).index(unit.value)
+        dst, shape = self.external(unit.value, unit.out, self.buffers.value(unit.out))
+        self.forward.append(records.Load(input=number, dst=dst, extent=shape))
 
     # ---- contractions
 
-    def forward_window(self, unit: Unit) -> None:
-        layout, source, out = self.window(unit), unit.reads[0], unit.out
+    @emit_forward.register
+    def window(self, unit: units.Window) -> None:
+        layout, source, out = self.layouts.window(unit), unit.reads[0], unit.out
         (down, along), first = layout.stride, source.interior + layout.origin
-        src = Place(self.store(source), first, down * source.row, along * source.C)
-        sizes = (out.H, out.W, layout.channels, layout.O, layout.groups, layout.R, layout.L)
-        where = (self.table(layout.runs), layout.weights, layout.bias)
-        self.forward.append(records.Window(src, self.value(out), *sizes, *where, whole_block=unit.dense))
+        src = Place(self.buffers.value(source), first, row=down * source.row, position=along * source.C)
+        record = records.Window(
+            src=src, dst=self.value(out), H=out.H, W=out.W, C=layout.channels, O=layout.O, groups=layout.groups,
+            runs=layout.R, run_length=layout.L, run_table=self.tables.add(layout.runs),
+            weights=layout.weights, bias=layout.bias, whole_block=unit.dense,
+        )  # fmt: skip
+        self.forward.append(record)
 
-    def backward_window(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        layout = self.scatter(unit, upstream.pattern)
+    @emit_backward.register
+    def window_t(self, unit: units.Window, operand: int, upstream: Cotangent) -> None:
+        (node,), pattern = unit.reads, upstream.pattern
+        layout = self.layouts.scatter(unit, pattern)
         assign = unit.dense and len(layout.runs) == 1 and self.assigns(node)
-        self.first_touch(node)
+        self.zero_once(node)
         source = upstream.node
-        pattern = None if upstream.pattern is None else self.pattern(upstream.pattern)
-        buffer, first = (None, 0) if upstream.rows else (self.grad(source), source.interior)
-        row = source.W * source.C if upstream.rows else source.row
-        src = Place(buffer, first, row, source.C)
-        dst = Place(self.grad(node), node.interior + layout.origin, *layout.step)
-        where = (layout.weights, layout.row_length, self.table(layout.window))
-        common = ContractionT(src, upstream.rows, dst, layout.O, pattern, *where, whole_block=unit.dense)
-        read = unit.out if upstream.pattern is None else upstream.pattern.out
-        self.backward.append(self.contraction(unit, layout, read, common, assign))
+        if upstream.seed_rows:
+            src = Place(None, 0, row=source.W * source.C, position=source.C)
+        else:
+            src = self.cotangent(source)
+        row, position = layout.step
+        common = ContractionT(
+            src=src, seed_rows=upstream.seed_rows,
+            dst=Place(self.cotangent_buffer(node), node.interior + layout.origin, row=row, position=position),
+            O=layout.O, pattern=None if pattern is None else self.buffers.pattern(pattern),
+            weights=layout.weights, row_length=layout.row_length, window_table=self.tables.add(layout.window),
+            whole_block=unit.dense,
+        )  # fmt: skip
+        read = unit.out if pattern is None else pattern.out
+        self.backward.append(self.contraction_t(unit, layout, read, common, assign))
 
-    def contraction(
-        self, unit: Unit, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
+    def contraction_t(
+        self, unit: units.Window, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool
     ) -> ContractionT:
         """The transposed record of a window unit; ``read``: the node whose cotangent it reads."""
-        entries, segments = read.C, read.P  # of the lists of live channels
-        if common.pattern is not None:
-            segments = read.P * common.pattern.taps + 1
-            entries = segments * round_up(read.C) + 64
-        self.entries, self.segments = max(self.entries, entries), max(self.segments, segments)
-        sizes = {"H": read.H, "W": read.W, "C": layout.channels, "groups": layout.groups}
-        vectors, sweep = len(layout.window) // 2, self.sweep(unit, layout)
-        cpu_fields = {"merged": layout.merged, "window_vectors": vectors, "sweep": sweep, "assign": assign}
-        return WindowT(**vars(common) | sizes | cpu_fields)
+        return WindowT(
+            **vars(common), H=read.H, W=read.W, C=layout.channels, groups=layout.groups, merged=layout.merged,
+            window_vectors=len(layout.window) // 2, sweep=self.sweep(unit, layout), assign=assign,
+        )  # fmt: skip
 
-    def sweep(self, unit: Unit, layout: ScatterLayout) -> int:
+    def sweep(self, unit: units.Window, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few if the weights stay in L1, more if they come from L2."""
         if unit.dense:
             return 1 << 30
-        weights = layout.row_length * layout.O * len(layout.taps) * self.itemsize
+        weights = layout.row_length * layout.O * len(layout.taps) * self.spec.itemsize
         return 8 if weights <= L1_BYTES else 64
 
     # ---- ReLU and max pool
 
-    def forward_pattern(self, unit: Unit) -> None:
-        src, dst = self.ends(unit)
-        self.forward.append(records.Pattern(src, dst, extent(unit.out), self.pattern(unit), unit.relu))
+    @emit_forward.register
+    def pattern(self, unit: units.Pattern) -> None:
+        src, dst, bits = self.value(unit.reads[0]), self.value(unit.out), self.buffers.pattern(unit)
+        self.forward.append(records.Pattern(src=src, dst=dst, extent=extent(unit.out), pattern=bits, relu=unit.relu))
 
-    def backward_pattern(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        expression = self.cotangents.of(node)
-        if expression is not None and expression.pattern is unit:
+    @emit_backward.register
+    def pattern_t(self, unit: units.Pattern, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[0]
+        cotangent = self.spec.cotangents.of(node)
+        if cotangent is not None and cotangent.pattern is unit:
             return
         if not unit.opened:
             self.through_pattern(unit, self.upstream(upstream), node)
-        elif expression is not upstream:
-            self.add(upstream, node)
+        elif cotangent is not upstream:
+            self.accumulate(upstream, node)
 
-    def through_pattern(self, pattern: Unit, src: Place, node: Node) -> None:
-        dst = self.accumulated(node)
-        self.backward.append(records.PatternT(src, dst, extent(pattern.out), self.pattern(pattern)))
+    def through_pattern(self, pattern: units.Pattern, src: Place, node: Node) -> None:
+        dst, bits = self.accumulated(node), self.buffers.pattern(pattern)
+        self.backward.append(records.PatternT(src=src, dst=dst, extent=extent(pattern.out), pattern=bits))
 
     # ---- sums
 
-    def forward_add(self, unit: Unit) -> None:
+    @emit_forward.register
+    def add(self, unit: units.Add) -> None:
         left, right = map(self.value, unit.reads)
-        self.forward.append(records.Add(left, right, self.value(unit.out), extent(unit.out)))
+        self.forward.append(records.Add(left=left, right=right, dst=self.value(unit.out), extent=extent(unit.out)))
 
-    def backward_add(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
+    @emit_backward.register
+    def add_t(self, unit: units.Add, operand: int, upstream: Cotangent) -> None:
         node = unit.reads[operand]
-        if self.cotangents.of(node) is upstream:
+        if self.spec.cotangents.of(node) is upstream:
             return
         if upstream.pattern is not None:
             self.through_pattern(upstream.pattern, self.cotangent(upstream.node), node)
         else:
-            self.add(upstream, node)
+            self.accumulate(upstream, node)
 
-    def add(self, upstream: Cotangent, node: Node) -> None:
+    def accumulate(self, upstream: Cotangent, node: Node) -> None:
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.Accumulate(src, dst, extent(node)))
+        self.backward.append(records.Accumulate(src=src, dst=dst, extent=extent(node)))
 
     # ---- copies
 
-    def runs(self, unit: Unit, out: Node) -> list[list[int]]:
-        """The runs of every source to the elements of ``out``, which is the result or the node of its cotangent."""
-        key = (id(unit), out.row)
-        if key not in self.tables_of:
-            *sides, to = unit.sides
-            parts = unit.form.parts if isinstance(unit.form, Index) else [None]
-            self.tables_of[key] = [move(n, s, out, to, p) for n, s, p in zip(unit.reads, sides, parts, strict=True)]
-        return self.tables_of[key]
+    def runs(self, unit: units.Move, out: Node) -> list[Runs]:
+        """`move_runs`, which takes long for large values, remembered."""
+        key = (unit, out.row)
+        if key not in self.known_runs:
+            self.known_runs[key] = move_runs(unit, out)
+        return self.known_runs[key]
 
-    def forward_move(self, unit: Unit) -> None:
+    @emit_forward.register
+    def move(self, unit: units.Move) -> None:
         for node, runs in zip(unit.reads, self.runs(unit, unit.out), strict=True):
             self.copy(self.value(node), self.value(unit.out), runs)
 
-    def copy(self, src: Place, dst: Place, runs: list[int]) -> None:
-        self.forward.append(records.Move(src, dst, len(runs) // 5, self.table(runs)))
+    def copy(self, src: Place, dst: Place, runs: Runs) -> None:
+        self.forward.append(records.Move(src=src, dst=dst, runs=len(runs) // 5, run_table=self.tables.add(runs)))
 
-    def backward_move(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
+    @emit_backward.register
+    def move_t(self, unit: units.Move, operand: int, upstream: Cotangent) -> None:
         runs = self.runs(unit, upstream.node)[operand]
-        dst, src = self.accumulated(node), self.upstream(upstream)
-        self.backward.append(records.MoveT(src, dst, len(runs) // 5, self.table(runs)))
+        dst, src = self.accumulated(unit.reads[operand]), self.upstream(upstream)
+        record = records.MoveT(
+            src=src, dst=dst, runs=len(runs) // 5, run_table=self.tables.add(runs), distinct=self.distinct(runs)
+        )
+        self.backward.append(record)
+
+    def distinct(self, runs: Runs) -> bool:
+        """Whether no element is read twice, so that transposed runs can be processed in parallel; unused on a CPU."""
+        return False
 
     # ---- maps over positions, channel by channel
 
-    def forward_stencil(self, unit: Unit) -> None:
-        layout, (src, dst) = self.stencil(unit), self.ends(unit)
-        table = self.stencil_table(layout, *stencil(layout.entries, positions(unit.out), keep_empty=True))
-        self.forward.append(records.Stencil(src, dst, unit.out.C, table, layout.bias))
+    @emit_forward.register
+    def stencil(self, unit: units.Stencil) -> None:
+        layout, out = self.layouts.stencil(unit), unit.out
+        table = self.stencil_table(layout, *stencil(layout.entries, positions(out), keep_empty=True))
+        src, dst = self.value(unit.reads[0]), self.value(out)
+        self.forward.append(records.Stencil(src=src, dst=dst, C=out.C, stencil=table, bias=layout.bias))
 
     def stencil_table(self, layout: StencilLayout, blocks: list[int], entries: list[int]) -> StencilTable:
-        count, tables = len(blocks) // 7, (self.table(blocks), self.table(entries))
-        return StencilTable(layout.weights, layout.row_length, count, *tables)
+        return StencilTable(
+            weights=layout.weights, row_length=layout.row_length, blocks=len(blocks) // 7,
+            block_table=self.tables.add(blocks), entry_table=self.tables.add(entries),
+        )  # fmt: skip
 
-    def backward_stencil(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        layout = self.stencil(unit)
+    @emit_backward.register
+    def stencil_t(self, unit: units.Stencil, operand: int, upstream: Cotangent) -> None:
+        node, layout = unit.reads[0], self.layouts.stencil(unit)
         if isinstance(layout.form.map, Channels) and layout.form.weight is None:
             entries = [[(q, 0)] for q in positions(upstream.node)]
         else:
             entries = transposed(layout.entries, upstream.node, node)
         table = self.stencil_table(layout, *stencil(entries, positions(node), keep_empty=False))
         src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.StencilT(src, dst, node.C, table))
+        self.backward.append(records.StencilT(src=src, dst=dst, C=node.C, stencil=table))
 
     # ---- elementwise functions
 
-    def slope(self, unit: Unit) -> Place:
+    def slope(self, unit: units.Elementwise) -> Place:
         """The place of the derivative."""
-        return interior(unit.out, self.keep(unit, unit.out.size))
+        return interior(unit.out, self.buffers.saved_for(unit, unit.out.size))
 
-    def forward_elementwise(self, unit: Unit) -> None:
+    @emit_forward.register
+    def function(self, unit: units.Function) -> None:
         form = unit.form
-        assert isinstance(form, Scale)
-        (src, dst), parameters = self.ends(unit), (*form.params, 0.0, 0.0, 0.0)[:3]
-        function = list(NATIVE_FUNCTIONS).index(form.function)
-        self.forward.append(records.Elementwise(src, dst, self.slope(unit), extent(unit.out), function, *parameters))
+        p0, p1, p2 = (*form.params, 0.0, 0.0, 0.0)[:3]
+        record = records.Elementwise(
+            src=self.value(unit.reads[0]), dst=self.value(unit.out), slope=self.slope(unit), extent=extent(unit.out),
+            function=list(NATIVE_FUNCTIONS).index(form.function), p0=p0, p1=p1, p2=p2,
+        )  # fmt: skip
+        self.forward.append(record)
 
-    def backward_elementwise(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        in_place = self.cotangents.of(node) is upstream
+    @emit_backward.register
+    def elementwise_t(self, unit: units.Elementwise, operand: int, upstream: Cotangent) -> None:
+        node = unit.reads[0]
+        in_place = self.spec.cotangents.of(node) is upstream
         src = self.upstream(upstream)
         dst = src if in_place else self.accumulated(node)
-        self.backward.append(records.ElementwiseT(src, dst, self.slope(unit), extent(unit.out), in_place))
+        slope, size = self.slope(unit), extent(unit.out)
+        self.backward.append(records.ElementwiseT(src=src, dst=dst, slope=slope, extent=size, assign=in_place))
 
     # ---- products of two values
 
-    def stretched(self, node: Node, out: Node, buffer: Buffer) -> tuple[Place, int]:
+    def broadcast(self, node: Node, out: Node, buffer: Buffer) -> tuple[Place, int]:
         """A side of a product, and its stride between channels; strides are zero along broadcast axes."""
         row, position = node.row if node.H == out.H else 0, node.C if node.W == out.W else 0
-        return Place(buffer, node.interior, row, position), int(node.C == out.C)
+        return Place(buffer, node.interior, row=row, position=position), int(node.C == out.C)
 
-    def forward_multiply(self, unit: Unit) -> None:
-        (left, left_channel), (right, right_channel) = (self.stretched(n, unit.out, self.store(n)) for n in unit.reads)
-        dst = self.value(unit.out)
-        self.forward.append(records.Multiply(left, right, dst, extent(unit.out), left_channel, right_channel))
+    @emit_forward.register
+    def multiply(self, unit: units.Multiply) -> None:
+        out = unit.out
+        (left, left_channel), (right, right_channel) = (
+            self.broadcast(node, out, self.buffers.value(node)) for node in unit.reads
+        )
+        record = records.Multiply(
+            left=left, right=right, dst=self.value(out), extent=extent(out),
+            left_channel=left_channel, right_channel=right_channel,
+        )  # fmt: skip
+        self.forward.append(record)
 
-    def backward_multiply(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        other = unit.reads[1 - operand]
+    @emit_backward.register
+    def multiply_t(self, unit: units.Multiply, operand: int, upstream: Cotangent) -> None:
+        node, other = unit.reads[operand], unit.reads[1 - operand]
         src = self.upstream(upstream)
-        self.first_touch(node)
-        dst, dst_channel = self.stretched(node, unit.out, self.grad(node))
-        side, other_channel = self.stretched(other, unit.out, self.store(other))
-        self.backward.append(records.MultiplyT(src, side, dst, extent(unit.out), dst_channel, other_channel))
+        self.zero_once(node)
+        dst, dst_channel = self.broadcast(node, unit.out, self.cotangent_buffer(node))
+        side, other_channel = self.broadcast(other, unit.out, self.buffers.value(other))
+        record = records.MultiplyT(
+            src=src, other=side, dst=dst, extent=extent(unit.out), dst_channel=dst_channel, other_channel=other_channel
+        )
+        self.backward.append(record)
 
     # ---- products of two matrices of values, H of them, each as it lies row by row
 
-    def forward_matmul(self, unit: Unit) -> None:
-        a, b = unit.reads
-        left, right, dst = self.value(a), self.value(b), self.value(unit.out)
-        self.forward.append(records.MatMul(left, right, dst, 1, 1, unit.out.H, unit.out.W, b.C, a.C))
-        if a.id in self.cotangents.needs:
+    @emit_forward.register
+    def matmul(self, unit: units.MatMul) -> None:
+        (a, b), out = unit.reads, unit.out
+        record = records.MatMul(
+            left=self.value(a), right=self.value(b), dst=self.value(out), left_term=1, right_column=1,
+            matrices=out.H, rows=out.W, columns=b.C, terms=a.C,
+        )  # fmt: skip
+        self.forward.append(record)
+        if a in self.spec.cotangents.needs:
             self.transpose_right(unit)
 
-    def right_transposed(self, unit: Unit) -> tuple[Place, int]:
+    def right_transposed(self, unit: units.MatMul) -> tuple[Place, int]:
         """The transposed right side [columns][terms], as the left side's backward pass reads it, and the stride
         between its columns."""
         b = unit.reads[1]
-        return Place(self.keep(unit, b.C * b.P), 0, b.C * b.W, b.W), 1
+        return Place(self.buffers.saved_for(unit, b.C * b.P), 0, row=b.C * b.W, position=b.W), 1
 
-    def transpose_right(self, unit: Unit) -> None:
+    def transpose_right(self, unit: units.MatMul) -> None:
         """Store the right side transposed, so that vectors read contiguous columns."""
         b = unit.reads[1]
         runs = [[h * b.row + w * b.C, h * b.C * b.W + w, b.C, 1, b.W] for h in range(b.H) for w in range(b.W)]
         src = self.value(b)
         self.copy(src, Place(self.right_transposed(unit)[0].buffer, 0), [x for run in runs for x in run])
 
-    def backward_matmul(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        a, out = unit.reads[0], unit.out
+    @emit_backward.register
+    def matmul_t(self, unit: units.MatMul, operand: int, upstream: Cotangent) -> None:
+        node, a, out = unit.reads[operand], unit.reads[0], unit.out
         assign = self.assigns(node)
         g, dst = self.upstream(upstream), self.accumulated(node)
         if operand == 0:  # g [M, P] · b^T [P, K]
@@ -240,25 +348,31 @@ class UnitRecords(Recording):
             left, left_term, terms = g, 1, out.C
         else:  # a^T [K, M] · g [M, P]
             at = self.value(a)
-            left, left_term, terms = Place(at.buffer, at.offset, at.row, 1), a.C, out.W
+            left, left_term, terms = Place(at.buffer, at.offset, row=at.row, position=1), a.C, out.W
             right, right_column = g, 1
-        sizes = (node.H, node.W, node.C, terms)
-        self.backward.append(records.MatMulT(left, right, dst, left_term, right_column, *sizes, assign))
+        record = records.MatMulT(
+            left=left, right=right, dst=dst, left_term=left_term, right_column=right_column,
+            matrices=node.H, rows=node.W, columns=node.C, terms=terms, assign=assign,
+        )  # fmt: skip
+        self.backward.append(record)
 
     # ---- softmax and norms
 
-    def lines(self, unit: Unit) -> LineSet:
+    def line_set(self, unit: units.Lines) -> LineSet:
         form, out = unit.form, unit.out
-        assert isinstance(form, LowRank)
-        saved = interior(out, self.keep(unit, out.size + out.C * out.P))
-        what = (STORAGE_AXES[unit.along], LINE_FUNCTIONS[form.function], form.params[0] if form.params else 0.0)
-        # The numbers of each line come after the storage.
-        return LineSet(extent(out), *what, saved, out.size - out.interior)
+        return LineSet(
+            extent=extent(out), along=STORAGE_AXES[unit.along], function=LINE_FUNCTIONS[form.function],
+            epsilon=form.params[0] if form.params else 0.0,
+            saved=interior(out, self.buffers.saved_for(unit, out.size + out.C * out.P)),
+            deviations=out.size - out.interior,  # which come after the storage
+        )  # fmt: skip
 
-    def forward_lines(self, unit: Unit) -> None:
-        self.forward.append(records.Lines(*self.ends(unit), self.lines(unit)))
+    @emit_forward.register
+    def lines(self, unit: units.Lines) -> None:
+        src, dst = self.value(unit.reads[0]), self.value(unit.out)
+        self.forward.append(records.Lines(src=src, dst=dst, lines=self.line_set(unit)))
 
-    def backward_lines(self, unit: Unit, operand: int, upstream: Cotangent) -> None:
-        node = unit.reads[operand]
-        src, dst = self.upstream(upstream), self.accumulated(node)
-        self.backward.append(records.LinesT(src, dst, self.lines(unit)))
+    @emit_backward.register
+    def lines_t(self, unit: units.Lines, operand: int, upstream: Cotangent) -> None:
+        src, dst = self.upstream(upstream), self.accumulated(unit.reads[0])
+        self.backward.append(records.LinesT(src=src, dst=dst, lines=self.line_set(unit)))

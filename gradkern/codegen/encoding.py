@@ -1,7 +1,7 @@
 """Encoding: records and sizes as the compiled kernels read them.
 
 A record becomes a row of `WIDTH` integers, shorter kinds padded with zeros: an ``int``, ``bool`` or enum is one int64,
-a ``float`` one double, a `RecordPart` its fields in order (zeros if it is None), and a `Place` the numbers of
+a ``float`` one double, a `RecordPart` its fields in order (zeros if it is None), and a `Place` the integers of
 `PLACE`.  csrc/records.h has the same as structs.
 """
 
@@ -60,7 +60,7 @@ SIZES = (CpuSizes, CudaSizes)
 
 # ---- encoding
 
-#: The numbers that every row begins with; `samples`: on a GPU, how many pass the record's run together.
+#: The integers that every row begins with; `samples`: on a GPU, how many pass the record's run together.
 HEADER = ("kind", "whole_block", "samples")
 #: A place in C++.
 PLACE = (

@@ -9,14 +9,15 @@ between ``[C, L]`` and ``[L, C]`` costs nothing either.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from ..ir import program as ir
 from ..ir.functions import RECTIFYING
 from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
+from . import units
 from .support import unsupported_reason
-from .units import POINT, Fold, Node, Side, Unit, UnitGraph, UnitKind, geometry, overlaps, planar, storage_axes, tokens
+from .units import POINT, Fold, Node, Side, Unit, UnitGraph, Windows2d, geometry, overlaps, storage_axes, tokens
 
 
 class GraphBuilder:
@@ -45,7 +46,7 @@ class GraphBuilder:
             if any(self.wants_tokens(i, v) for i in self.reads[v]):
                 self.channels_last.add(v)
             node = self.node(self.program.shape(v), v in self.channels_last)
-            self.add(Unit("load", [], node, []))
+            self.add(units.Load((), node, (), value=v))
             self.nodes[v] = node
         inputs = {v: self.nodes[v] for v in self.external}
         for i in self.steps:
@@ -53,7 +54,7 @@ class GraphBuilder:
                 self.add_step(i, self.program.steps[i])
         outputs = {v: self.nodes[v] for v in self.live_out}
         for unit in self.units:
-            if unit.kind == "window":
+            if isinstance(unit, units.Window):
                 reserve_halo(unit)
         share_in_place(self.units, outputs)
         return UnitGraph(self.units, inputs, outputs, self.channels_last & {*inputs, *outputs})
@@ -65,12 +66,12 @@ class GraphBuilder:
         assert extent is not None  # `unsupported_reason` refuses others
         c, h, w = extent
         self.count += 1
-        return Node(self.count - 1, c, h, w, store=self.count - 1)
+        return Node(self.count - 1, c, h, w, memory=self.count - 1)
 
     def alike(self, node: Node) -> Node:
         """New storage in the geometry of a node."""
         self.count += 1
-        return Node(self.count - 1, node.C, node.H, node.W, store=self.count - 1)
+        return Node(self.count - 1, node.C, node.H, node.W, memory=self.count - 1)
 
     def add(self, unit: Unit) -> None:
         unit.out.producer = unit
@@ -113,8 +114,8 @@ class GraphBuilder:
             return node
         if (value, channels_last) not in self.copies:
             copy = self.node(shape, channels_last)
-            sides = [Side(shape, value in self.channels_last), Side(shape, channels_last)]
-            self.add(Unit("move", [node], copy, [], sides=sides))
+            source, result = Side(shape, value in self.channels_last), Side(shape, channels_last)
+            self.add(units.Move((node,), copy, (), (source,), result))
             self.copies[value, channels_last] = copy
         return self.copies[value, channels_last]
 
@@ -131,20 +132,19 @@ class GraphBuilder:
             case ir.Contract(map=ir.Dense()) if len(step.shape) > 1:
                 self.window(i, self.in_order(source, True), ir.Contract(POINT, form.weight, form.bias), True)
             case ir.Contract(map=ir.Dense()):
-                self.window(i, self.nodes[source], form)
-                self.nodes[self.base + i].producer.storage_order = source in self.channels_last
+                self.window(i, self.nodes[source], form, storage_order=source in self.channels_last)
             case ir.Contract(map=ir.Windows()):
                 self.convolution(i, step)
             case ir.Contract():
                 last = isinstance(form.map, ir.Channels) and form.map.axis > 0
-                self.unit("stencil", i, [self.in_order(source, last)], last, form=form)
+                self.stencil(i, self.in_order(source, last), form, last)
             case ir.Given():
-                self.unit("elementwise", i, [self.nodes[source]], like=source, form=form, slope=step.inputs[1])
-                self.units[-1].storage_order = source in self.channels_last
+                out = self.alike_result(i, source)
+                self.add(units.Slope((self.nodes[source],), out, (i,), step.inputs[1], source in self.channels_last))
             case ir.Select() | ir.Scale(function="relu" | "guided_relu" | "open_relu"):
                 self.pattern(i, step)
             case ir.Scale():
-                self.unit("elementwise", i, [self.nodes[source]], like=source, form=form)
+                self.add(units.Function((self.nodes[source],), self.alike_result(i, source), (i,), form))
             case ir.Sum():
                 self.sum(i, step)
             case ir.LowRank(axis=axis):
@@ -152,13 +152,14 @@ class GraphBuilder:
                 channels_last |= axis > 0 and axis == len(step.shape) - 1 and self.stays_channels_last(i)
                 node = self.in_order(source, channels_last)
                 order = storage_axes(len(step.shape), channels_last)
-                self.unit("lines", i, [node], channels_last, form=form, along=order[axis])
+                self.add(units.Lines((node,), self.result(i, channels_last), (i,), form, order[axis]))
             case ir.Product(function="matmul"):
-                self.unit("matmul", i, [self.in_order(v, True) for v in step.inputs], True, form=form)
+                reads = tuple(self.in_order(v, True) for v in step.inputs)
+                self.add(units.MatMul(reads, self.result(i, True), (i,)))
             case ir.Product():
                 channels_last = any(v in self.channels_last for v in step.inputs)
-                reads = [self.in_order(v, channels_last) for v in step.inputs]
-                self.unit("multiply", i, reads, channels_last, form=form)
+                reads = tuple(self.in_order(v, channels_last) for v in step.inputs)
+                self.add(units.Multiply(reads, self.result(i, channels_last), (i,)))
 
     def stays_channels_last(self, i: int) -> bool:
         """Whether a later step wants this one's result channels-last."""
@@ -167,19 +168,19 @@ class GraphBuilder:
             self.wanted[value] = any(self.wants_tokens(j, value) for j in self.reads.get(value, []))
         return self.wanted[value]
 
-    def unit(
-        self, kind: UnitKind, i: int, reads: list[Node], channels_last: bool = False, like: int | None = None, **kw: Any
-    ) -> Node:
-        """A unit whose result has the step's shape, or the layout of the value ``like``."""
-        if like is not None:
-            out, channels_last = self.alike(self.nodes[like]), like in self.channels_last
-        else:
-            out = self.node(self.program.steps[i].shape, channels_last)
-        self.add(Unit(kind, reads, out, [i], **kw))
-        self.place(i, out, channels_last)
+    def result(self, i: int, channels_last: bool = False) -> Node:
+        """New storage for the result of step ``i``, in the geometry of its shape."""
+        out = self.node(self.program.steps[i].shape, channels_last)
+        self.set_node(i, out, channels_last)
         return out
 
-    def place(self, i: int, node: Node, channels_last: bool = False) -> None:
+    def alike_result(self, i: int, like: int) -> Node:
+        """New storage for the result of step ``i``, in the geometry and order of the value ``like``."""
+        out = self.alike(self.nodes[like])
+        self.set_node(i, out, like in self.channels_last)
+        return out
+
+    def set_node(self, i: int, node: Node, channels_last: bool = False) -> None:
         self.nodes[self.base + i] = node
         if channels_last:
             self.channels_last.add(self.base + i)
@@ -192,19 +193,21 @@ class GraphBuilder:
             channels_last = any(v in self.channels_last and self.nodes[v].is_a(tokens(step.shape)) for v in step.inputs)
             nodes, like = [self.in_order(v, channels_last) for v in step.inputs], None
         total = nodes[0]
-        self.place(i, total, channels_last)
+        self.set_node(i, total, channels_last)
         for other in nodes[1:]:
-            total = self.unit("add", i, [total, other], channels_last, like)
+            out = self.result(i, channels_last) if like is None else self.alike_result(i, like)
+            self.add(units.Add((total, other), out, (i,)))
+            total = out
 
     def view(self, i: int, step: ir.Step) -> None:
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
         if node.is_a(tokens(step.shape) if channels_last else geometry(step.shape)) or len(step.shape) == 1:
-            self.place(i, node, channels_last)
+            self.set_node(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
-        sides = [Side(self.program.shape(source), channels_last), Side(step.shape, keeps)]
-        self.unit("move", i, [node], keeps, sides=sides)
+        side = Side(self.program.shape(source), channels_last)
+        self.add(units.Move((node,), self.result(i, keeps), (i,), (side,), Side(step.shape, keeps)))
 
     def index(self, i: int, step: ir.Step) -> None:
         """Copies elements; changing between channels first and channels last needs no copy."""
@@ -217,7 +220,7 @@ class GraphBuilder:
             to_first = channels_last and self.nodes[source].is_a(tokens(shape))
             order = form.parts[0].order
             if (to_last and order == (*range(1, last + 1), 0)) or (to_first and order == (last, *range(last))):
-                self.place(i, self.nodes[source], to_last)
+                self.set_node(i, self.nodes[source], to_last)
                 return
         reads = [self.nodes[v] for v in step.inputs]
         steps = [i]
@@ -226,9 +229,9 @@ class GraphBuilder:
         in_place = all(p.order == tuple(range(len(p.order))) for p in form.parts)
         keeps = self.stays_channels_last(steps[-1]) or (in_place and all(v in self.channels_last for v in step.inputs))
         out = self.node(step.shape, keeps)
-        sides = [Side(self.program.shape(v), v in self.channels_last) for v in step.inputs] + [Side(step.shape, keeps)]
-        self.add(Unit("move", reads, out, steps, form=form, sides=sides))
-        self.place(steps[-1], out, keeps)
+        sources = tuple(Side(self.program.shape(v), v in self.channels_last) for v in step.inputs)
+        self.add(units.Move(tuple(reads), out, tuple(steps), sources, Side(step.shape, keeps), form.parts))
+        self.set_node(steps[-1], out, keeps)
 
     def side_by_side(self, step: ir.Step) -> bool:
         """Whether a concatenation of values that are stored channels first fills every channel."""
@@ -247,20 +250,26 @@ class GraphBuilder:
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
             for k, node in enumerate(nodes):
-                producer = node.producer
-                if isinstance(form, ir.Contract) and alone[k] and producer.kind == "window" and not node.readers:
-                    producer.folds.append(Fold(form, first))
+                unread = node.producer if alone[k] and not node.readers else None
+                if isinstance(form, ir.Contract) and isinstance(unread, units.Window):
+                    self.fold(unread, Fold(form, first))
                 else:
-                    out, relu = self.alike(node), is_relu(self.program.steps[j])
-                    kind: UnitKind = (
-                        "stencil" if isinstance(form, ir.Contract) else "pattern" if relu else "elementwise"
-                    )
-                    self.add(Unit(kind, [node], out, [j], form=form, first=first, relu=relu))
-                    nodes[k], alone[k] = out, True
+                    nodes[k], alone[k] = self.elementwise(j, node, first), True
                 first += node.C
             self.done.add(j)
             steps.append(j)
         return nodes, steps
+
+    def elementwise(self, j: int, node: Node, first: int) -> Node:
+        """The result of an elementwise step for channels ``first``, … of its input, which are stored in ``node``."""
+        form, out = self.program.steps[j].form, self.alike(node)
+        if isinstance(form, ir.Contract):
+            self.add(units.Stencil((node,), out, (j,), form, first))
+        elif is_relu(self.program.steps[j]):
+            self.add(units.Pattern((node,), out, (j,), pool=None, relu=True))
+        elif isinstance(form, ir.Scale):
+            self.add(units.Function((node,), out, (j,), form))
+        return out
 
     def convolution(self, i: int, step: ir.Step) -> None:
         form, node = step.form, self.in_order(step.inputs[0], False)
@@ -273,35 +282,46 @@ class GraphBuilder:
             each = along(shape, 0, [c for c in range(groups) for _ in range(per_group)])
             wide = (groups * per_group, *shape[1:])
             copy = self.node(wide)
-            self.add(
-                Unit("move", [node], copy, [], form=ir.Index((each,)), sides=[Side(shape, False), Side(wide, False)])
-            )
+            self.add(units.Move((node,), copy, (), (Side(shape, False),), Side(wide, False), (each,)))
             node = copy
-        self.unit("stencil", i, [node], form=form)
+        self.stencil(i, node, form)
 
-    def window(self, i: int, node: Node, form: ir.Contract, channels_last: bool = False) -> None:
-        out = self.unit("window", i, [node], channels_last, form=form)
-        unit = self.units[-1]
+    def stencil(self, i: int, node: Node, form: ir.Contract, channels_last: bool = False) -> None:
+        self.add(units.Stencil((node,), self.result(i, channels_last), (i,), form))
+
+    def window(
+        self, i: int, node: Node, form: ir.Contract, channels_last: bool = False, storage_order: bool = False
+    ) -> None:
+        """A contraction with the norms after it."""
+        out, steps, folds = self.result(i, channels_last), [i], []
 
         def norm(step: ir.Step) -> bool:
             axis = channel_axis(step)
             return axis is not None and (axis > 0) == channels_last
 
-        while (j := self.follow(unit.steps[-1], norm)) is not None:
+        while (j := self.follow(steps[-1], norm)) is not None:
             factors = self.program.steps[j].form
             assert isinstance(factors, ir.Contract)
-            unit.folds.append(Fold(factors))
-            unit.steps.append(j)
+            folds.append(Fold(factors))
+            steps.append(j)
             self.done.add(j)
-            self.place(j, out, channels_last)
+            self.set_node(j, out, channels_last)
+        self.add(units.Window((node,), out, tuple(steps), form, tuple(folds), storage_order))
+
+    def fold(self, unit: units.Window, norm: Fold) -> None:
+        """Fold one more norm into a window that nothing has read yet."""
+        folded = replace(unit, folds=(*unit.folds, norm))
+        self.units[self.units.index(unit)] = unit.out.producer = folded
+        readers = unit.reads[0].readers
+        readers[readers.index(unit)] = folded
 
     def pattern(self, i: int, step: ir.Step) -> None:
         """ReLU, max pool, or the two in either order: all of them are one bit per unit and tap."""
         source = step.inputs[0]
         node, channels_last = self.nodes[source], source in self.channels_last
-        relu, rectify, opened, windows, steps = False, rectifies(step), False, None, [i]
+        relu, rectify, opened, pool, steps = False, rectifies(step), False, None, [i]
         if isinstance(step.form, ir.Select):
-            node, windows, channels_last = self.in_order(source, False), step.form.windows, False
+            node, pool, channels_last = self.in_order(source, False), step.form.windows, False
             j = self.follow(i, is_relu)
             relu = j is not None
             rectify = j is not None and rectifies(self.program.steps[j])
@@ -310,13 +330,13 @@ class GraphBuilder:
             opened = isinstance(step.form, ir.Scale) and step.form.function == "open_relu"
             first = not channels_last and node.is_a(geometry(step.shape)) and not opened
             j = self.follow(i, lambda s: self.joinable(s, rectify)) if first else None
-            windows = None if j is None else pool_of(self.program.steps[j])
+            pool = None if j is None else pool_of(self.program.steps[j])
         if j is not None:
             steps.append(j)
             self.done.add(j)
-        out = self.node(self.program.steps[steps[-1]].shape) if windows else self.alike(node)
-        self.add(Unit("pattern", [node], out, steps, windows=windows, relu=relu, rectify=rectify, opened=opened))
-        self.place(steps[-1], out, channels_last)
+        out = self.node(self.program.steps[steps[-1]].shape) if pool else self.alike(node)
+        self.add(units.Pattern((node,), out, tuple(steps), pool, relu, rectify, opened))
+        self.set_node(steps[-1], out, channels_last)
 
     def joinable(self, step: ir.Step, rectify: bool) -> bool:
         """Whether a pool can be one pattern with the ReLU before it."""
@@ -326,31 +346,32 @@ class GraphBuilder:
         return not (rectify and overlaps(windows))  # cotangents of overlapping windows are added before rectifying
 
 
-def reserve_halo(unit: Unit) -> None:
+def reserve_halo(unit: units.Window) -> None:
     """Give the storage that is read a zero border for padding, wide enough for every window on it."""
-    m = unit.contraction.map
+    m = unit.form.map
     if not isinstance(m, ir.Windows):
         return
     node, out = unit.reads[0], unit.out
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(m)
-    reach_h = (out.H - 1) * sh + (kh - 1) * dh - ph[0] - (node.H - 1)
-    reach_w = (out.W - 1) * sw + (kw - 1) * dw - pw[0] - (node.W - 1)
-    for side, need in enumerate((ph[0], reach_h, pw[0], reach_w)):
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = Windows2d.of(m)
+    reach_h = (out.H - 1) * sh + (kh - 1) * dh - ph - (node.H - 1)
+    reach_w = (out.W - 1) * sw + (kw - 1) * dw - pw - (node.W - 1)
+    for side, need in enumerate((ph, reach_h, pw, reach_w)):
         node.halo[side] = max(node.halo[side], need)
 
 
-def share_in_place(units: list[Unit], outputs: dict[int, Node]) -> None:
+def share_in_place(all_units: list[Unit], outputs: dict[int, Node]) -> None:
     """Let a bare ReLU or a scale overwrite its input if it is the only reader."""
     kept = {n.id for n in outputs.values()}
-    for unit in units:
-        if unit.kind in ("pattern", "elementwise") and unit.windows is None:
+    for unit in all_units:
+        if isinstance(unit, units.Elementwise) or (isinstance(unit, units.Pattern) and unit.pool is None):
             source = unit.reads[0]
             # Places that a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
-            if len(source.readers) == 1 and source.id not in kept and source.producer.kind not in ("load", "move"):
+            own_storage = isinstance(source.producer, units.Load | units.Move)
+            if len(source.readers) == 1 and source.id not in kept and not own_storage:
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]
                 source.halo[:] = both
                 unit.out.halo = source.halo  # the same list: one storage, one border
-                unit.out.store = source.store
+                unit.out.memory = source.memory
 
 
 def channel_axis(step: ir.Step) -> int | None:

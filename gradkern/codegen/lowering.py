@@ -1,6 +1,6 @@
 """Lowering: from the units of a native group to its :class:`~gradkern.codegen.chain.Chain`.
 
-`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialised and which are
+`lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialized and which are
 read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
 at a time.
 It is pure: equal arguments give equal chains.
@@ -9,150 +9,175 @@ It is pure: equal arguments give equal chains.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir.program import Program
-from . import records
-from .chain import Chain, Row
-from .emitters import UnitRecords
-from .encoding import CpuSizes, Sizes, encode
+from . import records, units
+from .buffers import Buffers, extent
+from .chain import Chain, LaidOut
+from .emitters import Emitter
+from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
+from .layouts import Layouts
 from .machine import Machine
-from .recording import extent
-from .records import Extent, Place, Record
-from .scratch import block_size, mark_lives, place, seed_tile, stacked
-from .units import Node, Unit
+from .records import Extent, Place, Record, WindowT
+from .scratch import assign_places, block_size, mark_lives, round_up, seed_tile, stack_cotangents
+from .spec import ChainSpec
+from .units import Node, Unit, rectifies_cotangent
 
 
 @dataclass(frozen=True)
-class LaidOut:
-    """The records of both passes once scratch memory is laid out, as their `Chain` has them."""
+class Backend:
+    """How records are made and laid out for one kind of processor."""
 
-    forward: tuple[Record, ...]
-    backward: tuple[Record, ...]
-    forward_rows: tuple[Row, ...]
-    backward_rows: tuple[Row, ...]
-    sizes: Sizes
-    packed_size: int
-    seed_tile: int
-    scratch: int
-    clocks: tuple[float, ...] = ()
+    emitter: Callable[[ChainSpec], Emitter]
+    lay_out: Callable[[Emitter], LaidOut]
 
 
-class Lowering(UnitRecords):
-    """One group on one machine, for ``seeds`` seeds of element size ``itemsize``.
+# ---- forward
 
-    The layout of weights and scratch memory is the machine's: :mod:`gradkern.codegen.cuda.lowering` has the GPU's.
-    """
 
-    block_from_forward = True  # whether the forward pass determines how many samples are processed together
+def emit_slopes(e: Emitter) -> None:
+    """Load the given slopes, which are all that a linear group's backward pass needs, where a forward would."""
+    inputs = list(e.spec.graph.inputs)
+    for unit in e.spec.graph.units:
+        if isinstance(unit, units.Slope):
+            dst, shape, out = e.slope(unit), extent(unit.out), unit.out
+            if unit.storage_order:  # storage order is the tensor's own
+                dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
+            e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=shape))
 
-    # ---- forward
 
-    def load_slopes(self) -> None:
-        """Load the given slopes, which are all that a linear group's backward pass needs, where a forward would."""
-        order = list(self.graph.inputs)
-        self.block_from_forward = False
-        for unit in self.graph.units:
-            if unit.kind == "elementwise":
-                dst, shape, out = self.slope(unit), extent(unit.out), unit.out
-                if unit.storage_order:  # storage order is the tensor's own
-                    dst, shape = Place(dst.buffer, dst.offset, dst.row, 1), Extent(1, out.H, out.W * out.C)
-                self.forward.append(records.Load(input=order.index(unit.slope), dst=dst, extent=shape))
+def emit_forward(e: Emitter) -> None:
+    for unit in e.spec.graph.units:
+        e.zero_border(unit)
+        e.emit_forward(unit)
+    for k, (value, node) in enumerate(e.spec.graph.outputs.items()):
+        src, shape = e.external(value, node, e.buffers.value(node))
+        e.forward.append(records.Store(src=src, output=k, extent=shape))
 
-    def run_forward(self) -> None:
-        for unit in self.graph.units:
-            self.prepare(unit)
-            getattr(self, f"forward_{unit.kind}")(unit)
-        for k, (value, node) in enumerate(self.graph.outputs.items()):
-            src, shape = self.outside(value, node, self.store(node))
-            self.forward.append(records.Store(src=src, output=k, extent=shape))
 
-    def prepare(self, unit: Unit) -> None:
-        """Called before a unit's record.  The CPU's scratch memory starts out as zeros, and borders stay zero."""
+# ---- backward
 
-    # ---- backward
 
-    def run_backward(self) -> None:
-        cotangents = self.cotangents
-        for node in cotangents.outputs:  # decide from the end, so that each decision knows its readers
-            cotangents.of(node)
-        for k, (value, node) in enumerate(self.graph.outputs.items()):
-            if node.id in cotangents.needs and node.producer is not cotangents.rows_unit:
-                self.seed(k, value, node)
-        for unit in reversed(self.graph.units):
-            if unit.kind == "load" or unit.out.id not in cotangents.needs:
-                continue
-            if unit is cotangents.rows_unit:
-                self.backward_rows(unit)
-            else:
-                self.backward_unit(unit)
-        for k, value in enumerate(self.wrt):
-            self.store_cotangent(k, value)
+def emit_backward(e: Emitter) -> None:
+    graph, cotangents = e.spec.graph, e.spec.cotangents
+    for k, (value, node) in enumerate(graph.outputs.items()):
+        if node in cotangents.needs and node.producer is not cotangents.seed_rows_unit:
+            emit_seeds(e, k, value, node)
+    for unit in reversed(graph.units):
+        if isinstance(unit, units.Load) or unit.out not in cotangents.needs:
+            continue
+        if unit is cotangents.seed_rows_unit:
+            emit_seed_rows(e, unit.reads[0])
+        else:
+            emit_cotangents(e, unit)
+    for k, value in enumerate(e.spec.wrt):
+        store_cotangent(e, k, value)
 
-    def backward_unit(self, unit: Unit) -> None:
-        upstream = self.cotangents.of(unit.out)
-        if upstream is None:
-            return
-        if unit.rectify and not upstream.rows:
-            buffer = self.grad(upstream.node)
-            self.backward.append(records.Rectify(dst=Place(buffer, 0), elements=buffer.elements))
-        for operand, node in enumerate(unit.reads):  # a unit may read one node twice
-            if node.id in self.cotangents.needs:
-                getattr(self, f"backward_{unit.kind}")(unit, operand, upstream)
 
-    def store_cotangent(self, k: int, value: int) -> None:
-        """Store the ``k``-th wanted cotangent, that of the external ``value``, in the caller's tensor."""
-        node = self.graph.inputs[value]
-        source = self.cotangents.of(node)
-        if source is None:
-            return
-        if source.node is node:
-            self.first_touch(node)  # zeros if nothing was added
-        src, shape = self.outside(value, source.node, self.grad(source.node))
-        border: tuple[int, ...] = ()
-        if (fold := self.folded.get(source.node.id, 1)) > 1:
-            src, border = Place(self.grad(node), 0, src.row, src.position), (fold, node.halo[0], node.halo[2])
-        self.backward.append(records.StoreT(src, k, shape, *border))
+def emit_seeds(e: Emitter, k: int, value: int, node: Node) -> None:
+    """The seeds at the ``k``-th output of the group."""
+    e.zero_once(node)
+    dst, shape = e.external(value, node, e.cotangent_buffer(node))
+    if e.spec.onehot:
+        e.backward.append(records.SeedOneHot(dst=dst, extent=shape))
+    else:
+        e.backward.append(records.SeedDense(dst=dst, cotangent=k, extent=shape))
 
-    def seed(self, k: int, value: int, node: Node) -> None:
-        self.first_touch(node)
-        dst, shape = self.outside(value, node, self.grad(node))
-        self.backward.append(records.SeedOneHot(dst, shape) if self.onehot else records.SeedDense(dst, k, shape))
 
-    def backward_rows(self, unit: Unit) -> None:
-        node = unit.reads[0]
-        expression = self.cotangents.of(node)
-        if expression is None or expression.rows:
-            return
-        self.backward.append(records.SeedRows(dst=self.accumulated(node), elements=node.C * node.P))
+def emit_seed_rows(e: Emitter, node: Node) -> None:
+    """Copy the seed rows into the cotangent of the last linear layer's input, unless its readers take them."""
+    cotangent = e.spec.cotangents.of(node)
+    if cotangent is not None and not cotangent.seed_rows:
+        e.backward.append(records.SeedRows(dst=e.accumulated(node), elements=node.C * node.P))
 
-    # ---- layout of scratch memory
 
-    def finish(self) -> LaidOut:
-        """Place all buffers."""
-        mark_lives((self.forward, self.backward))
-        for buffer in (*self.stores.values(), *self.grads.values()):
-            buffer.per_sample = len(buffer.stages) > 1
-        grads = list(self.grads.values())
-        per_seed = stacked(grads)
-        tile = seed_tile(self.seeds, sum(per_seed) * self.itemsize)
-        shared, sample = place([*self.stores.values(), *self.saved.values()], grads, per_seed, tile)
-        whole_block = any(r.whole_block for r in (self.forward if self.block_from_forward else self.backward))
-        each, lists = sample * self.itemsize + self.bit_bytes, 2 * self.entries + 32 * self.segments
-        block = block_size(whole_block, shared * self.itemsize, each, lists)
-        entries, segments = self.entries * block, self.segments * block
-        elements, bits = shared + sample * block, self.bit_bytes * block
-        return LaidOut(
-            forward=tuple(self.forward),
-            backward=tuple(self.backward),
-            forward_rows=tuple(encode(op, sample) for op in self.forward),
-            backward_rows=tuple(encode(op, sample) for op in self.backward),
-            sizes=CpuSizes(shared, sample, self.bit_bytes, entries, segments, block),
-            packed_size=self.packed,
-            seed_tile=tile,
-            scratch=elements * self.itemsize + bits + entries * 4 + segments * 32,
-        )
+def emit_cotangents(e: Emitter, unit: Unit) -> None:
+    """The records for the cotangents of a unit's reads."""
+    upstream = e.spec.cotangents.of(unit.out)
+    if upstream is None:
+        return
+    if rectifies_cotangent(unit) and not upstream.seed_rows:
+        buffer = e.cotangent_buffer(upstream.node)
+        e.backward.append(records.Rectify(dst=Place(buffer, 0), elements=buffer.elements))
+    for operand, node in enumerate(unit.reads):  # a unit may read one node twice
+        if node in e.spec.cotangents.needs:
+            e.emit_backward(unit, operand, upstream)
+
+
+def store_cotangent(e: Emitter, k: int, value: int) -> None:
+    """Store the ``k``-th wanted cotangent, that of the external ``value``, in the caller's tensor."""
+    node = e.spec.graph.inputs[value]
+    source = e.spec.cotangents.of(node)
+    if source is None:
+        return
+    if source.node is node:
+        e.zero_once(node)  # zeros if nothing was added
+    src, shape = e.external(value, source.node, e.cotangent_buffer(source.node))
+    rows = e.layouts.interleaved_rows(source.node)
+    if rows == 1:
+        e.backward.append(records.StoreT(src=src, result=k, extent=shape))
+        return
+    above, left = node.halo[0], node.halo[2]
+    src = Place(src.buffer, 0, row=src.row, position=src.position)
+    record = records.StoreT(src=src, result=k, extent=shape, fold=rows, halo_rows=above, halo_columns=left)
+    e.backward.append(record)
+
+
+# ---- on a CPU
+
+
+def lay_out(e: Emitter) -> LaidOut:
+    """Assign all buffers their places, as every thread of a CPU has them."""
+    spec, buffers, bit_bytes = e.spec, e.buffers, e.buffers.bit_bytes
+    mark_lives((e.forward, e.backward))
+    for buffer in (*buffers.values.values(), *buffers.cotangents.values()):
+        buffer.per_sample = len(buffer.stages) > 1
+    cotangents = list(buffers.cotangents.values())
+    per_seed = stack_cotangents(cotangents)
+    tile = seed_tile(spec.seeds, sum(per_seed) * spec.itemsize)
+    values = [*buffers.values.values(), *buffers.saved.values()]
+    shared, sample = assign_places(values, cotangents, per_seed, tile)
+    entries, segments = live_lists(e.backward)
+    whole_block = any(r.whole_block for r in (e.backward if spec.linear else e.forward))
+    block = block_size(
+        whole_block,
+        shared=shared * spec.itemsize,
+        sample=sample * spec.itemsize + bit_bytes,
+        lists=2 * entries + 32 * segments,
+    )
+    sizes = CpuSizes(
+        shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block
+    )
+    scratch = (shared + sample * block) * spec.itemsize + bit_bytes * block + sizes.entries * 4 + sizes.segments * 32
+    return LaidOut(
+        forward=tuple(e.forward),
+        backward=tuple(e.backward),
+        encoded_forward=tuple(encode(op, sample) for op in e.forward),
+        encoded_backward=tuple(encode(op, sample) for op in e.backward),
+        sizes=sizes,
+        packed_size=e.layouts.size,
+        seed_tile=tile,
+        scratch=scratch,
+        clocks=(),
+    )
+
+
+def live_lists(backward: list[Record]) -> tuple[int, int]:
+    """The most entries and segments that a sample's lists of live channels have."""
+    entries = segments = 64
+    for op in backward:
+        if isinstance(op, WindowT):
+            positions = op.H * op.W
+            of_op = positions if op.pattern is None else positions * op.pattern.taps + 1
+            segments = max(segments, of_op)
+            entries = max(entries, op.O if op.pattern is None else of_op * round_up(op.O) + 64)
+    return entries, segments
+
+
+CPU = Backend(lambda spec: Emitter(spec, Layouts(spec), Buffers()), lay_out)
 
 
 def lower_to_chain(
@@ -164,8 +189,8 @@ def lower_to_chain(
     seeds: int,
     wrt: tuple[int, ...],
     onehot: bool = True,
-    lowering: type[Lowering] = Lowering,
     linear: bool = False,
+    backend: Backend = CPU,
 ) -> Chain:
     """Lower the native steps ``steps`` of a program.
 
@@ -174,20 +199,22 @@ def lower_to_chain(
     value is computed, as every scale of the group is `Given` (its slopes are external values).
     """
     graph = GraphBuilder(program, steps, live_out).build()
-    lowered = lowering(graph, machine, itemsize, seeds, wrt, onehot)
-    lowered.load_slopes() if linear else lowered.run_forward()
+    wrt = tuple(v for v in graph.inputs if v in wrt)
+    spec = ChainSpec(graph, machine, itemsize, seeds, wrt, onehot, linear)
+    emitter = backend.emitter(spec)
+    rows_unit = spec.cotangents.seed_rows_unit
+    rows = None if rows_unit is None else emitter.layouts.scatter(rows_unit, None)
+    emit_slopes(emitter) if linear else emit_forward(emitter)
     if seeds:
-        lowered.run_backward()
-    laid_out = lowered.finish()
-    rows, rows_unit = lowered.rows, lowered.cotangents.rows_unit
+        emit_backward(emitter)
     return Chain(
-        **vars(laid_out),
-        tables=tuple(lowered.tables),
-        layouts=tuple(lowered.layouts),
+        **vars(backend.lay_out(emitter)),
+        tables=tuple(emitter.tables.integers),
+        layouts=tuple(emitter.layouts.made.values()),
         inputs=tuple(graph.inputs),
         outputs=tuple(live_out),
         output_sizes=tuple(math.prod(program.shape(v)) for v in live_out),
-        wrt=lowered.wrt,
-        rows=None if rows is None else (rows.weights, rows.row_length),
-        rectify_rows=rows_unit is not None and rows_unit.reads[0].producer.rectify,
+        wrt=wrt,
+        seed_rows=None if rows is None else (rows.weights, rows.row_length),
+        rectify_seed_rows=rows_unit is not None and rectifies_cotangent(rows_unit.reads[0].producer),
     )

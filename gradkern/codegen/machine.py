@@ -15,7 +15,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Device(Machine):
-    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read in groups of four numbers."""
+    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read four elements at a time."""
 
     shared_bytes: int = 232448  # that one block may have
     threads: int = 256

@@ -100,13 +100,13 @@ class LineFunction(IntEnum):
 
 
 class LineSet(RecordPart):
-    """Softmax or normalisation along one axis of the storage, and the numbers kept for the backward pass."""
+    """Softmax or normalization along one axis of the storage, and the numbers kept for the backward pass."""
 
     extent: Extent
     along: Along
     function: LineFunction
     epsilon: float  # added to the variance
-    saved: Place  # the probabilities, or the normalised numbers
+    saved: Place  # the probabilities, or the normalized numbers
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
@@ -269,7 +269,7 @@ class Multiply(Record):
 
 
 class Lines(Record):
-    """Softmax, log-softmax or normalisation."""
+    """Softmax, log-softmax or normalization."""
 
     src: Place
     dst: Place
@@ -436,7 +436,7 @@ class MultiplyT(Record):
 
 
 class LinesT(Record):
-    """softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalise: r (g - mean g - p mean(g p))."""
+    """softmax: p ⊙ (g - ⟨g, p⟩);  log-softmax: g - p Σ g;  normalize: r (g - mean g - p mean(g p))."""
 
     src: Place
     dst: Place

@@ -93,22 +93,25 @@ def stack(buffers: Iterable[Buffer]) -> int:
     return height
 
 
-def stacked(grads: Sequence[Buffer]) -> tuple[int, int]:
+def stack_cotangents(cotangents: Sequence[Buffer]) -> tuple[int, int]:
     """Place cotangents for one seed; returns the elements that samples share, and those of each sample.
 
     Each is zeroed or fully written before anything is added to it, so its earlier content does not matter.
     """
-    shared, sample = (stack(b for b in grads if b.per_sample == per_sample) for per_sample in (False, True))
+    shared, sample = (stack(b for b in cotangents if b.per_sample == per_sample) for per_sample in (False, True))
     return shared, sample
 
 
-def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, int], tile: int) -> tuple[int, int]:
+def assign_places(
+    values: Sequence[Buffer], cotangents: Sequence[Buffer], per_seed: tuple[int, int], tile: int
+) -> tuple[int, int]:
     """Give every buffer its base; returns the elements that samples share, and those of each sample.
 
-    ``grads``, `stacked` to the ``sizes``, get room for a tile of seeds.  A sample's part follows the shared part.
+    ``cotangents``, which `stack_cotangents` placed for one seed, get room for a tile of seeds.  A sample's part follows
+    the shared part.
     """
-    shared, sample = (size * tile for size in sizes)
-    for buffer in grads:
+    shared, sample = (size * tile for size in per_seed)
+    for buffer in cotangents:
         buffer.base *= tile
     for buffer in values:  # their borders are zeroed only once, so they must not overlap
         size = round_up(buffer.elements)
@@ -116,7 +119,7 @@ def place(values: Sequence[Buffer], grads: Sequence[Buffer], sizes: tuple[int, i
             buffer.base, sample = sample, sample + size
         else:
             buffer.base, shared = shared, shared + size
-    for buffer in (*values, *grads):
+    for buffer in (*values, *cotangents):
         if buffer.per_sample:
             buffer.base += shared
     return shared, sample + 48  # an odd multiple of 16 elements: samples do not fall on the same cache sets

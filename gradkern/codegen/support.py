@@ -2,7 +2,7 @@
 
 A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on larger values run on ATen, and
 `conv3d`, which has no form, on autograd.  `gradkern.explain` shows both.  Kernels for them would start at `geometry`
-and `planar` in :mod:`gradkern.codegen.units`, after a lowering in ``frontend/lowerings/conv.py``.
+and `Windows2d` in :mod:`gradkern.codegen.units`, after a lowering in ``frontend/lowerings/conv.py``.
 """
 
 from __future__ import annotations

@@ -10,9 +10,27 @@ from torch import Tensor
 
 from ..ir.indexing import indices
 from ..ir.program import Part
+from . import units
 from .units import Node, Side
 
 Entries = list[tuple[int, int]]  # (offset of the read, row of weights)
+Runs = list[int]  # five integers each: source offset, destination offset, count, source step, destination step
+
+
+class Tables:
+    """The tables of one chain in a row; equal ones are stored once."""
+
+    def __init__(self) -> None:
+        self.integers: list[int] = []
+        self.offsets: dict[tuple[int, ...], int] = {}
+
+    def add(self, entries: list[int]) -> int:
+        """The offset of a table with these entries."""
+        key = tuple(entries)
+        if key not in self.offsets:
+            self.offsets[key] = len(self.integers)
+            self.integers += entries
+        return self.offsets[key]
 
 
 # ---- moves
@@ -26,11 +44,15 @@ def offsets(node: Node, side: Side) -> Tensor:
     return (c[:, None, None] + h[:, None] + w).reshape(side.shape)
 
 
-def move(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> list[int]:
-    """Runs ``(source offset, destination offset, count, source step, destination step)``.
+def move_runs(unit: units.Move, out: Node) -> list[Runs]:
+    """The runs of every source to the elements of ``out``, which is the result or the node of its cotangent."""
+    parts = unit.parts or [None] * len(unit.reads)
+    each = zip(unit.reads, unit.sources, parts, strict=True)
+    return [runs_between(source, side, out, unit.result, part) for source, side, part in each]
 
-    ``part`` says which element goes where (None: every element to its own place in row-major order).
-    """
+
+def runs_between(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> Runs:
+    """``part`` says which element goes where (None: every element to its own place in row-major order)."""
     read, write = offsets(source, from_), offsets(out, to)
     if part is None:
         return strided(read.reshape(-1), write.reshape(-1))
@@ -43,7 +65,7 @@ def move(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> l
     return strided(read.reshape(-1), write.reshape(-1))
 
 
-def strided(read: Tensor, write: Tensor) -> list[int]:
+def strided(read: Tensor, write: Tensor) -> Runs:
     """Pairs of offsets as arithmetic progressions, in the order of the destination."""
     if read.numel() == 0:
         return []

@@ -5,7 +5,7 @@ Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.record
 * a **node** is a piece of storage: one value, or several that are views of each other.  Inside a chain every node
   is *channels-last*, ``[H][W][C]`` per sample, because then the window of a convolution is a few contiguous runs;
 * a **unit** is the work of one kernel: a contraction with the batch norms after it folded in, a ReLU and max pool
-  as one bit pattern, …
+  as one bit pattern, …  There is one class per kind.
 
 :mod:`gradkern.codegen.grouping` builds them from the steps of a group.
 """
@@ -13,12 +13,9 @@ Between the :class:`~gradkern.ir.program.Program` and its records (:mod:`.record
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import NamedTuple
 
-from ..ir.program import Contract, Dense, Form, Windows
-
-Pair = tuple[int, int]
-UnitKind = Literal["load", "window", "stencil", "pattern", "elementwise", "add", "move", "lines", "multiply", "matmul"]
+from ..ir.program import Contract, Dense, LowRank, Part, Scale, Windows
 
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
 
@@ -46,7 +43,7 @@ def storage_axes(rank: int, channels_last: bool) -> str:
     return first[1:] + first[0] if channels_last and rank > 1 else first
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """Storage of one value (and its views): channels-last ``[H][W][C]``, with a zero halo if windows need one."""
 
@@ -57,7 +54,7 @@ class Node:
     producer: Unit = field(init=False)
     readers: list[Unit] = field(default_factory=list)  # once per read
     halo: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # top, bottom, left, right
-    store: int = -1  # nodes of equal `store` share forward memory (a ReLU in place)
+    memory: int = -1  # nodes of equal `memory` share a buffer in the forward pass (a ReLU in place)
 
     @property
     def row(self) -> int:
@@ -101,40 +98,108 @@ class Side:
     channels_last: bool
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Unit:
     """The work of one kernel, which reads ``reads`` and writes ``out``.  ``steps`` are the program's step indices."""
 
-    kind: UnitKind
-    reads: list[Node]
+    reads: tuple[Node, ...]
     out: Node
-    steps: list[int]
-    form: Form | None = None
-    windows: Windows | None = None  # of a pattern: its pool; None for a bare ReLU
-    relu: bool = False
-    rectify: bool = False  # of a pattern with a guided or opened ReLU: negative cotangents stop here
-    opened: bool = False  # all other cotangents pass, even where the ReLU is off: the bits are not read
-    slope: int = -1  # of a given scale: the external value that holds its slopes
-    folds: list[Fold] = field(default_factory=list)  # batch norms folded into a window unit
-    first: int = 0  # of a batch norm over some of its channels: the first of them
-    storage_order: bool = False  # of a linear layer or given scale: its input is flat in storage order
-    sides: list[Side] = field(default_factory=list)  # of a move: its sources, and at the end its destination
-    along: str = "C"  # of a norm or softmax: the storage axis that it works along
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Unit):
+    """Loads the external value ``value``."""
+
+    value: int
+
+
+@dataclass(frozen=True, eq=False)
+class Window(Unit):
+    """A convolution, or a linear layer (a window over everything), with the batch norms after it."""
+
+    form: Contract
+    folds: tuple[Fold, ...] = ()
+    storage_order: bool = False  # a linear layer whose input is flat in storage order
 
     @property
     def dense(self) -> bool:
-        return self.kind == "window" and isinstance(self.contraction.map, Dense)
+        return isinstance(self.form.map, Dense)
+
+
+@dataclass(frozen=True, eq=False)
+class Stencil(Unit):
+    """A map over positions, channel by channel: average pool, depthwise convolution, a norm that is not folded."""
+
+    form: Contract
+    first: int = 0  # of a norm over some of its channels: the first of them
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern(Unit):
+    """ReLU, max pool, or both: one bit per unit and tap."""
+
+    pool: Windows | None  # None: a bare ReLU
+    relu: bool
+    rectify: bool = False  # a guided or an opened ReLU: negative cotangents stop here
+    opened: bool = False  # all other cotangents pass, even where the ReLU is off: the bits are not read
 
     @property
-    def contraction(self) -> Contract:
-        assert isinstance(self.form, Contract)
-        return self.form
+    def windows(self) -> Windows2d:
+        """The windows that have bits."""
+        return Windows2d.of(self.pool or POINT)
 
-    @property
-    def convolution(self) -> Windows:
-        """The windows of a contraction, which must have them."""
-        assert isinstance(self.contraction.map, Windows)
-        return self.contraction.map
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(Unit):
+    """Multiplies cotangents by a derivative, element by element."""
+
+
+@dataclass(frozen=True, eq=False)
+class Function(Elementwise):
+    """An elementwise function, which computes the derivative too."""
+
+    form: Scale
+
+
+@dataclass(frozen=True, eq=False)
+class Slope(Elementwise):
+    """A derivative that an attribution rule gives."""
+
+    slope: int  # the external value that holds it
+    storage_order: bool  # its input is flat in storage order
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Unit):
+    """The sum of two values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Move(Unit):
+    """Copies elements of its sources."""
+
+    sources: tuple[Side, ...]
+    result: Side
+    parts: tuple[Part, ...] | None = None  # per source; None: every element keeps its place in row-major order
+
+
+@dataclass(frozen=True, eq=False)
+class Lines(Unit):
+    """Softmax or a norm along one axis."""
+
+    form: LowRank
+    along: str  # the storage axis: "C", "H" or "W"
+
+
+@dataclass(frozen=True, eq=False)
+class Multiply(Unit):
+    """The elementwise product of two values."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatMul(Unit):
+    """The matrix product of two values."""
 
 
 @dataclass
@@ -147,11 +212,35 @@ class UnitGraph:
     channels_last: set[int]  # external values whose storage is in their own row-major order
 
 
-def planar(w: Windows) -> tuple[Pair, Pair, tuple[Pair, Pair], Pair]:
-    """``(kernel, stride, padding, dilation)`` of a 1-D or 2-D window as 2-D pairs."""
-    (kh, kw), (sh, sw) = (1, *w.kernel)[-2:], (1, *w.stride)[-2:]
-    (dh, dw), (above, before) = (1, *w.dilation)[-2:], ((0, 0), *w.padding)[-2:]
-    return (kh, kw), (sh, sw), (above, before), (dh, dw)
+class Pair(NamedTuple):
+    """A number for rows and one for columns."""
+
+    h: int
+    w: int
+
+
+class Windows2d(NamedTuple):
+    """The geometry of windows in two dimensions; those of one dimension have one row."""
+
+    kernel: Pair
+    stride: Pair
+    before: Pair  # padding above and on the left
+    dilation: Pair
+
+    @classmethod
+    def of(cls, w: Windows) -> Windows2d:
+        before = tuple(first for first, _ in w.padding)
+        return cls(
+            kernel=Pair(*(1, *w.kernel)[-2:]),
+            stride=Pair(*(1, *w.stride)[-2:]),
+            before=Pair(*(0, *before)[-2:]),
+            dilation=Pair(*(1, *w.dilation)[-2:]),
+        )
+
+
+def rectifies_cotangent(unit: Unit) -> bool:
+    """Whether negative cotangents of the unit's result stop there."""
+    return isinstance(unit, Pattern) and unit.rectify
 
 
 def overlaps(w: Windows) -> bool:

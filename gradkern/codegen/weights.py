@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..ir.calls import Params
 from ..ir.program import Channels, Contract, Dense, Param, Positions, Windows
+from . import units
 from .support import MAX_CHANNELS
-from .units import Fold, Node, Unit, planar
+from .units import Fold, Node, Windows2d
 
 ALIGN = 16  # elements
 MAX_VECTORS = 4  # vectors of output channels per forward tile; csrc/cpu/tiles.h: kMaxNV
@@ -61,7 +62,7 @@ class Layout(ABC):
 class ContractionLayout(Layout):
     """Common to the forward and the backward layout of one contraction: its weight as a matrix, folded."""
 
-    folds: list[Fold]
+    folds: tuple[Fold, ...]
     lanes: int
     geometry: tuple[int, int, int]  # C, H, W of the input
     storage_order: bool  # a linear layer whose input is flat in storage order
@@ -125,24 +126,26 @@ class WindowLayout(ContractionLayout):
         return self.vectors * self.lanes
 
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> Self:
-        form, node, out = unit.contraction, unit.reads[0], unit.out
+    def of(cls, unit: units.Window, lanes: int) -> Self:
+        form, node, out = unit.form, unit.reads[0], unit.out
         C, row = node.C, node.row
         if isinstance(form.map, Dense):
             joined = row == node.W * C
             runs, groups = [0] if joined else [h * row for h in range(node.H)], 1
             length, origin, stride = node.W * C * (node.H if joined else 1), 0, (1, 1)
         else:
-            (kh, kw), stride, (ph, pw), (dh, dw) = planar(unit.convolution)
-            groups, origin = unit.convolution.groups, -(ph[0] * row + pw[0] * C)
+            assert isinstance(form.map, Windows)
+            (kh, kw), stride, (ph, pw), (dh, dw) = Windows2d.of(form.map)
+            groups, origin = form.map.groups, -(ph * row + pw * C)
             if groups == 1 and dw == 1:
                 runs, length = [i * dh * row for i in range(kh)], kw * C
             else:
                 runs = [i * dh * row + j * dw * C for i in range(kh) for j in range(kw)]
                 length = C // groups
         return cls(
-            form, unit.folds, lanes, (C, node.H, node.W), unit.storage_order,
-            C // groups, out.C // groups, groups, len(runs), length, origin, stride, runs,
+            form=form, folds=unit.folds, lanes=lanes, geometry=(C, node.H, node.W), storage_order=unit.storage_order,
+            channels=C // groups, O=out.C // groups, groups=groups, R=len(runs), L=length, origin=origin,
+            stride=stride, runs=runs,
         )  # fmt: skip
 
     @property
@@ -200,33 +203,34 @@ class ScatterLayout(ContractionLayout):
         return len(self.window) // 2 * self.lanes
 
     @classmethod
-    def of(cls, unit: Unit, lanes: int) -> Self:
+    def of(cls, unit: units.Window, lanes: int) -> Self:
         """The plain layout: one window per output position."""
         w, node = WindowLayout.of(unit, lanes), unit.reads[0]
         step = (w.stride[0] * node.row, w.stride[1] * node.C)
         return cls(
-            w.form, w.folds, lanes, w.geometry, w.storage_order,
-            w.O * w.groups, w.groups, w.channels, w.runs, w.L, w.origin, step,
+            form=w.form, folds=w.folds, lanes=lanes, geometry=w.geometry, storage_order=w.storage_order,
+            O=w.O * w.groups, groups=w.groups, channels=w.channels, runs=w.runs, L=w.L, origin=w.origin, step=step,
         )  # fmt: skip
 
     @classmethod
-    def merge(cls, unit: Unit, lanes: int, pool: Windows, fold: int) -> Self:
+    def merge(cls, unit: units.Window, lanes: int, pool: Windows, fold: int) -> Self:
         """One window per pool output.  Needs groups and dilation of 1, and a pool that never leaves its input."""
-        form, node, out = unit.contraction, unit.reads[0], unit.out
-        (kh, kw), (sh, sw), (ph, pw), _ = planar(unit.convolution)
-        (qh, qw), (th, tw), _, (eh, ew) = planar(pool)
+        form, node, out = unit.form, unit.reads[0], unit.out
+        (kh, kw), (sh, sw), (ph, pw), _ = windows_of(form)
+        (qh, qw), (th, tw), _, (eh, ew) = Windows2d.of(pool)
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]
         rows, columns = -(-rows // fold) * fold, kw + taps[-1][1]
         row, px = node.row * fold, node.C * fold  # of a group of interleaved rows
-        halo_h, halo_w = node.halo[0] - ph[0], node.halo[2] - pw[0]
+        halo_h, halo_w = node.halo[0] - ph, node.halo[2] - pw
         origin = halo_h // fold * row + halo_w * px - (node.interior if fold > 1 else 0)
         if fold == 1:
-            origin = -(ph[0] * node.row + pw[0] * node.C)
+            origin = -(ph * node.row + pw * node.C)
         runs, step = [r * row for r in range(rows // fold)], (th * sh * node.row, tw * sw * px)
         return cls(
-            form, unit.folds, lanes, (node.C, node.H, node.W), unit.storage_order,
-            out.C, 1, node.C, runs, columns * px, origin, step, taps, (rows, columns), True, fold,
+            form=form, folds=unit.folds, lanes=lanes, geometry=(node.C, node.H, node.W),
+            storage_order=unit.storage_order, O=out.C, groups=1, channels=node.C, runs=runs, L=columns * px,
+            origin=origin, step=step, taps=taps, extent=(rows, columns), merged=True, fold=fold,
         )  # fmt: skip
 
     @property
@@ -245,8 +249,7 @@ class ScatterLayout(ContractionLayout):
 
     def shifted(self, w: Tensor) -> Tensor:
         """``[O, K] -> [taps·O, merged window]``, rows interleaved by ``fold``."""
-        assert isinstance(self.form.map, Windows)
-        (kh, kw), *_ = planar(self.form.map)
+        kh, kw = windows_of(self.form).kernel
         rows, columns = self.extent
         wide = w.new_zeros(len(self.taps), self.O, rows, columns, self.channels)
         for j, (dh, dw) in enumerate(self.taps):
@@ -255,15 +258,16 @@ class ScatterLayout(ContractionLayout):
         return wide.transpose(2, 3).reshape(len(self.taps) * self.O, -1)
 
 
-def mergeable(unit: Unit, pattern: Unit) -> bool:
+def mergeable(unit: units.Window, pattern: units.Pattern) -> bool:
     """Whether all taps of the pool after a convolution can share one window: no groups, dilation or overhang."""
-    pool, w = pattern.windows, unit.convolution
+    pool, w = pattern.pool, unit.form.map
+    assert isinstance(w, Windows)
     if pool is None or pool.taps == 1 or w.groups != 1 or any(d != 1 for d in w.dilation):
         return False
-    (qh, qw), (th, tw), padding, (eh, ew) = planar(pool)
+    (qh, qw), (th, tw), before, (eh, ew) = Windows2d.of(pool)
     out, source = pattern.out, unit.out
     inside = (out.H - 1) * th + (qh - 1) * eh < source.H and (out.W - 1) * tw + (qw - 1) * ew < source.W
-    return inside and all(p[0] == 0 for p in padding) and pool.taps * source.C <= MAX_CHANNELS
+    return inside and before == (0, 0) and pool.taps * source.C <= MAX_CHANNELS
 
 
 def scatter_cost(layout: ScatterLayout, seeds: int, taps: int) -> float:
@@ -289,22 +293,24 @@ class StencilLayout(Layout):
         return aligned(self.C)
 
     @classmethod
-    def of(cls, unit: Unit) -> StencilLayout:
-        form, node, out = unit.contraction, unit.reads[0], unit.out
+    def of(cls, unit: units.Stencil) -> StencilLayout:
+        form, node, out = unit.form, unit.reads[0], unit.out
         if isinstance(form.map, Channels):
             at = [[(h * node.row + w * node.C, 0)] for h in range(out.H) for w in range(out.W)]
-            return cls(form, 1, node.C, at, None, unit.first)
+            return cls(form, rows=1, C=node.C, entries=at, coefficients=None, first=unit.first)
         if isinstance(form.map, Positions):
-            return cls(form, *averages(form.map, node), unit.first)
-        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = planar(unit.convolution)  # depthwise
+            entries, coefficients = averages(form.map, node)
+            rows = len(coefficients)
+            return cls(form, rows=rows, C=node.C, entries=entries, coefficients=coefficients, first=unit.first)
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = windows_of(form)  # depthwise
 
         def line(n: int, k: int, start: int, d: int, step: int) -> list[tuple[int, int]]:
             return [((start + j * d) * step, j) for j in range(k) if 0 <= start + j * d < n]
 
-        rows = [line(node.H, kh, y * sh - ph[0], dh, node.row) for y in range(out.H)]
-        columns = [line(node.W, kw, x * sw - pw[0], dw, node.C) for x in range(out.W)]
-        entries = [[(a + b, i * kw + j) for a, i in row for b, j in column] for row in rows for column in columns]
-        return cls(form, kh * kw, node.C, entries, None, unit.first)
+        down = [line(node.H, kh, y * sh - ph, dh, node.row) for y in range(out.H)]
+        along = [line(node.W, kw, x * sw - pw, dw, node.C) for x in range(out.W)]
+        entries = [[(a + b, i * kw + j) for a, i in row for b, j in column] for row in down for column in along]
+        return cls(form, rows=kh * kw, C=node.C, entries=entries, coefficients=None, first=unit.first)
 
     @property
     def bias(self) -> int:
@@ -328,8 +334,8 @@ class StencilLayout(Layout):
             packed[self.bias : self.bias + self.C] = params[self.form.bias.name].detach()[channels]
 
 
-def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tuple[int, int]]], list[float]]:
-    """Rows, channels, entries and coefficients of a constant map over positions."""
+def averages(positions: Positions, node: Node) -> tuple[list[list[tuple[int, int]]], list[float]]:
+    """The entries of a constant map over positions, and the coefficient of each row."""
     still = ((0, (1.0,)),)
     axes = (still, still, *positions.axes)[-2:]
     rows: dict[float, int] = {}
@@ -339,7 +345,7 @@ def averages(positions: Positions, node: Node) -> tuple[int, int, list[list[tupl
         return [(h * node.row + w * node.C, rows.setdefault(a * b, len(rows))) for (h, a), (w, b) in pairs]
 
     entries = [reads(h0, ch, w0, cw) for h0, ch in axes[0] for w0, cw in axes[1]]
-    return len(rows), node.C, entries, list(rows)
+    return entries, list(rows)
 
 
 def tiles(count: int, most: int) -> list[tuple[int, int]]:
@@ -350,6 +356,12 @@ def tiles(count: int, most: int) -> list[tuple[int, int]]:
         parts.append((first, size))
         first, left = first + size, left - 1
     return parts
+
+
+def windows_of(form: Contract) -> Windows2d:
+    """The windows of a convolution."""
+    assert isinstance(form.map, Windows)
+    return Windows2d.of(form.map)
 
 
 def param_names(forms: list[Contract]) -> list[str]:

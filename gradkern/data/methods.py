@@ -48,6 +48,9 @@ class Outcome:
     deltas: Tensor | None = None
 
 
+#: Arguments of ``attribute_all`` that the run sets itself.
+OF_THE_RUN = ("self", "inputs", "targets", "out", "wrt", "engine")
+
 Method = Callable[[Batch], Outcome]
 METHODS: dict[str, Method] = {}
 
@@ -73,11 +76,10 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
         raise BadValue(f"method: got {name!r}, expected one of {', '.join(method_names())}.")
     parameters = inspect.signature(kind.attribute_all).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [a for a in arguments if a not in parameters and not open_ended]
+    taken = [p for p in parameters if p not in OF_THE_RUN]
+    unknown = [a for a in arguments if a in OF_THE_RUN or (a not in parameters and not open_ended)]
     if unknown:
-        raise BadValue(
-            f"arguments: got {unknown[0]!r}, but {kind.__name__}.attribute_all takes {list(parameters)[1:]}."
-        )
+        raise BadValue(f"arguments: got {unknown[0]!r}, but {kind.__name__}.attribute_all takes {taken} here.")
     return FromCaptum(kind)
 
 

@@ -264,7 +264,7 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
-        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}.")
+        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}")
     if not y.is_floating_point():
         raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
     if y.dim() == 0 or y.shape[0] != samples:

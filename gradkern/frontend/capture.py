@@ -12,6 +12,7 @@ The graph is captured with grad mode on and inputs that require grad, so that ``
 
 from __future__ import annotations
 
+import _warnings
 import logging
 import re
 import sys
@@ -35,7 +36,7 @@ from .refusal import Untraceable, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe
 _NOISY = ("torch._dynamo", "torch._guards", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
-_SAYS = ("debug", "info", "warning", "error", "exception", "critical", "log")
+_SAYS = ("debug", "info", "warning", "error", "exception", "critical", "log", "isEnabledFor")
 _CONFIG: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,  # a hook that comes or goes is a change
     "specialize_int": True,  # numbers are constants, and guarded
@@ -46,7 +47,12 @@ _CONFIG: dict[str, Any] = {
     "optimize_ddp": False,
     # Printing and logging belong to a real forward pass; checking the guards must not repeat it.
     "ignore_logging_functions": {print, warnings.warn, *(getattr(logging.Logger, name) for name in _SAYS)}
-    | {getattr(logging, name) for name in _SAYS},
+    | {getattr(logging, name) for name in _SAYS if hasattr(logging, name)}
+    | {
+        getattr(_warnings, name)
+        for name in ("_filters_mutated", "_filters_mutated_lock_held")
+        if hasattr(_warnings, name)
+    },
 }
 _INPUT = re.compile(r"L\['inputs'\]\[(\d+)\]")
 _SIZE = re.compile(r"L\['inputs'\]\[\d+\]\.size\(\)\[0\]")
@@ -98,8 +104,9 @@ _ran = _Ran()
 def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...], output: Any) -> Tensor | None:
     if not torch.compiler.is_compiling():
         raise _Missed
-    # The clone is the graph's own last step: every other result of the graph is a side effect of ``fn``.
-    result = chosen(fn(*placed(inputs, given)), output)
+    # ``fn`` may work in place on its inputs, which is forbidden on leaves.  The clone of its result is the graph's own
+    # last step: every other result of the graph is a side effect of ``fn``.
+    result = chosen(fn(*placed([x.clone() for x in inputs], given)), output)
     return result.clone() if isinstance(result, Tensor) else None
 
 

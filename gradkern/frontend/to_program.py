@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
-from ..ir.recurrent import GATES, batch_first, net_within, recognise
+from ..ir.recurrent import GATES, batch_first, net_within, recognize
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .capture import Captured, plain_name
 from .export import Exported, export
@@ -192,7 +192,7 @@ class _GraphLowering:
     def _per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
         """A tensor whose batch is not axis 0, per sample; raises `NoForm` if its op has no form that way."""
         b, net = self.builder, net_within(call)
-        if recognise(net) is not None:
+        if recognize(net) is not None:
             steps, width = int(meta.shape[0]), int(meta.shape[2])
             y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
             return NonLeadingBatch(as_shape(b, y, (steps, 1, width)), call)
@@ -249,7 +249,7 @@ class _GraphLowering:
         state = last_state(self.builder, call)
         if state is not None:
             return state
-        if recognise(call) is not None:
+        if recognize(call) is not None:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):

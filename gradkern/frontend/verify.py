@@ -7,7 +7,8 @@ those of the live module, on several of the caller's samples together and on one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from ..ir.calls import Params
 from ..ir.program import Program
-from ..runtime import ops, reference
+from ..runtime import ops
 from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from .refusal import Untraceable
+from .terms import Terms, pulled, terms_of
 
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones
 _MOVE = 1e-3  # of the spread of the inputs
+_CLEAR = 0.05  # the change of an output, relative to it, if every intermediate result is off by a unit of rounding
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
@@ -81,7 +84,41 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # One comparison
 
 #: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
-Pair = tuple[Tensor, dict[int, Tensor | None]]
+Pair = tuple[Tensor, Mapping[int, Tensor | None]]
+
+
+class _Rounding:
+    """How far two correct computations of a Program's outputs and gradients may be apart."""
+
+    def __init__(self, dtype: torch.dtype, tolerance: float, measure: Callable[[], Terms | None]) -> None:
+        self.dtype, self.tolerance, self._measure = dtype, tolerance, measure
+
+    @cached_property
+    def _terms(self) -> Terms | None:
+        """Measured only if gradients differ by more than the tolerance."""
+        return self._measure()
+
+    def far(self, got: Pair, want: Pair) -> str | None:
+        """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
+        if not rounding.close_samples(got[0], want[0], self.tolerance):
+            return "output"
+        if not all(self._same_gradient(i, got[1][i], g, want[0]) for i, g in want[1].items()):
+            return "gradient"
+        return None
+
+    def _same_gradient(self, i: int, got: Tensor | None, want: Tensor | None, y: Tensor) -> bool:
+        if got is None or want is None:
+            return not any(g is not None and bool(g.any()) for g in (got, want))
+        if rounding.close_samples(got, want, self.tolerance):
+            return True
+        terms, n = self._terms, got.shape[0]
+        if terms is None:
+            return False
+        slack = rounding.of_terms(self.dtype, self.tolerance) * terms.gradients[i][:n]
+        # If rounding changes even the output, the gradient is not forgiven: it may be anything.
+        size = y.double().reshape(n, -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
+        clear = rounding.unit(self.dtype, self.tolerance) * terms.output[:n] <= max(_CLEAR, self.tolerance) * size
+        return rounding.close_samples(got, want, self.tolerance, slack.where(clear, 0.0))
 
 
 def _compared(
@@ -92,12 +129,13 @@ def _compared(
     together_live = _live(fn, samples, cotangent)
     alone_live = _live(fn, alone, cotangent[:1])
     y, grads = together_live
-    traced = [_traced(program, params, xs, cotangent[: xs[0].shape[0]]) for xs in (samples, alone)]
-    tolerance = traced[0][1]
-    if _far((y[:1], {i: g if g is None else g[:1] for i, g in grads.items()}), alone_live, tolerance) is not None:
+    together, values = pulled(program, params, samples, cotangent)
+    allowed = _rounding(program, params, samples, cotangent, values)
+    if allowed.far((y[:1], {i: g if g is None else g[:1] for i, g in grads.items()}), alone_live) is not None:
         return Untraceable("its result for a sample depends on the other samples of the batch", mixes=True)
-    for (ours, _), live in zip(traced, (together_live, alone_live), strict=True):
-        what = _far(ours, live, tolerance)
+    ours_alone, _ = pulled(program, params, alone, cotangent[:1])
+    for ours, live in ((together, together_live), (ours_alone, alone_live)):
+        what = allowed.far(ours, live)
         if what is not None:
             custom = _custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
@@ -105,6 +143,15 @@ def _compared(
             error.final = what == "output"
             return error
     return frozenset(i for i, g in grads.items() if g is None)
+
+
+def _rounding(
+    program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor, values: Sequence[Tensor]
+) -> _Rounding:
+    """``values``: of a forward pass; the least precise of them counts."""
+    least = max(values, key=lambda v: _tolerance(v.dtype, v.device))
+    tolerance = _tolerance(least.dtype, least.device)
+    return _Rounding(least.dtype, tolerance, lambda: terms_of(program, params, samples, cotangent))
 
 
 def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) -> Pair:
@@ -126,18 +173,6 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
     return y.detach(), dict(zip(indices, grads, strict=True))
 
 
-def _traced(program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor) -> tuple[Pair, float]:
-    """The same computed by the Program, and the tolerance of the least precise of its values."""
-    with torch.no_grad():
-        values = reference.forward(program, params, samples)
-        y = values[program.output]
-        g = cotangent.to(dtype=y.dtype, device=y.device).unsqueeze(1)  # [N, 1, *out]
-        floating = [i for i, x in enumerate(samples) if x.is_floating_point()]
-        grads = reference.vjp(program, params, values, g, floating)
-    tolerance = max(_tolerance(v.dtype, v.device) for v in values)
-    return (y, {i: part.squeeze(1) for i, part in zip(floating, grads, strict=True)}), tolerance
-
-
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """The tolerance of a dtype on a device.  On a GPU one sample and several may take different kernels, and torch
     computes convolutions in TF32 by default."""
@@ -151,21 +186,6 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
 def same_outputs(got: Tensor, live: Tensor) -> bool:
     """Are a Program's outputs the live model's, up to rounding?"""
     return rounding.close_samples(got, live, _tolerance(live.dtype, live.device))
-
-
-def _far(got: Pair, want: Pair, tolerance: float) -> str | None:
-    """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
-    if not rounding.close_samples(got[0], want[0], tolerance):
-        return "output"
-    if not all(_same_gradient(got[1][i], g, tolerance) for i, g in want[1].items()):
-        return "gradient"
-    return None
-
-
-def _same_gradient(got: Tensor | None, want: Tensor | None, tolerance: float) -> bool:
-    if got is None or want is None:
-        return not any(g is not None and bool(g.any()) for g in (got, want))
-    return rounding.close_samples(got, want, tolerance)
 
 
 def _custom_backward(fn: Callable[..., Any], samples: Sequence[Tensor]) -> str:

@@ -18,9 +18,9 @@ form           what it is                                             layers tha
 `Select`       routing chosen per sample                              max pool, amax
 `LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
 `Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
-`Index`        the same numbers in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
+`Index`        the same elements in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
 `Given`        slopes that an attribution rule gives, elementwise     none: attribution rules put it for `Scale`
-`View`         the same numbers under another shape                   flatten, view, squeeze
+`View`         the same elements under another shape                   flatten, view, squeeze
 `Sum`          fan-in                                                 residual add
 `Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
 =============  =====================================================  ==========================================
@@ -264,7 +264,7 @@ class Given:
 
 @dataclass(frozen=True)
 class View:
-    """The same numbers in the same row-major order under the step's shape."""
+    """The same elements in the same row-major order under the step's shape."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ class Program:
 
     @cached_property
     def outputs(self) -> int:
-        """How many numbers the network gives per sample (C)."""
+        """The elements of the output per sample (C)."""
         return math.prod(self.output_shape)
 
     @cached_property

@@ -20,7 +20,7 @@ class Recurrent:
     directions: int
 
 
-def recognise(call: Call) -> Recurrent | None:
+def recognize(call: Call) -> Recurrent | None:
     """The call as a `Recurrent`, or None if it is not one."""
     if call.op not in GATES or call.index != 0:
         return None

@@ -1,6 +1,6 @@
 """Where seeds start: at the outputs, or at a bottleneck that everything passes through.
 
-With C outputs and a value ``v`` of K numbers that every path from the inputs crosses, the Jacobian is
+With C outputs and a value ``v`` of K elements that every path from the inputs crosses, the Jacobian is
 ``dy/dv [C, K] · dv/dx [K, in]``.  Where K is well below C it is cheaper to send K seeds through the layers before
 ``v`` and to multiply once.  The choice is pure: shapes and counts of operations, no data.
 """
@@ -21,7 +21,7 @@ WORTHWHILE = 1.25  # times fewer operations; otherwise two calls and a product a
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Seeds start at ``value``, which has ``width`` numbers.  Costs are multiply-adds per sample of the backward."""
+    """Seeds start at ``value``, which has ``width`` elements.  Costs are multiply-adds per sample of the backward."""
 
     value: int
     width: int
@@ -30,7 +30,7 @@ class Bottleneck:
 
     def __str__(self) -> str:
         return (
-            f"seeds start at v{self.value} ({self.width} numbers), then one multiplication: "
+            f"seeds start at v{self.value} ({self.width} elements), then one multiplication: "
             f"{self.unsplit / 1e6:.3g} -> {self.cost / 1e6:.3g} million multiply-adds backward, "
             f"{self.unsplit / self.cost:.2g} times fewer"
         )
@@ -58,8 +58,8 @@ def bottlenecks(program: Program) -> list[int]:
 def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], int]) -> int:
     """Multiply-adds of the backward per sample with the seeds at ``value`` (None: at the outputs).
 
-    ``seeds`` cotangents pass every step after the value, and one cotangent per number of the value passes every step
-    before it.  The multiplication takes ``seeds × numbers × inputs``.
+    ``seeds`` cotangents pass every step after the value, and one cotangent per element of the value passes every step
+    before it.  The multiplication takes ``seeds × elements × inputs``.
     """
     base = len(program.inputs)
     needed = [v - base for v in graph.ancestors(program, [program.output]) if v >= base]
@@ -72,7 +72,7 @@ def cost(program: Program, seeds: int, value: int | None, macs: Callable[[int], 
     return crossed + seeds * width * features
 
 
-def choose(program: Program, seeds: int) -> Bottleneck | None:
+def cheapest(program: Program, seeds: int) -> Bottleneck | None:
     """The cheapest place for the seeds; None if that is the outputs, or hardly better than they are."""
     if program.slopes or any(isinstance(s.form, Scale) and s.form.function in RECTIFYING for s in program.steps):
         return None  # slopes are inputs too, and a rectified cotangent is not linear, so Jacobians cannot be multiplied

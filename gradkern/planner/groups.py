@@ -51,7 +51,7 @@ class Chains:
         except TooLarge as error:
             return error
 
-    def keep(self, groups: Sequence[Group]) -> None:
+    def retain(self, groups: Sequence[Group]) -> None:
         """Forget the chains of all groups except these."""
         kept = {(g.steps, g.live_out) for g in groups}
         self.chains = {key: chain for key, chain in self.chains.items() if key[:2] in kept}
@@ -77,7 +77,7 @@ class Partition:
             pieces = [piece for g in self.cut() for piece in (self.split(g) if g.native else [g])]
             groups = tuple(piece for piece in pieces if piece is not None)
             if len(groups) == len(pieces):
-                self.chains.keep(groups)
+                self.chains.retain(groups)
                 return groups
 
     def cut(self) -> tuple[Group, ...]:

@@ -14,7 +14,7 @@ from ..codegen.cuda.lowering import too_heavy_reason
 from ..codegen.machine import Device, Machine
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
-from ..ir.recurrent import GATES, recognise
+from ..ir.recurrent import GATES, recognize
 
 Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
 SILENT = ""  # a refusal that `explain` does not show, because nobody expects this implementation
@@ -61,7 +61,7 @@ def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine
 def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
     form = program.steps[i].form
     assert isinstance(form, Opaque)
-    if recognise(form.call) is not None:
+    if recognize(form.call) is not None:
         return None
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 

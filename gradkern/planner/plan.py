@@ -26,7 +26,7 @@ from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import FOLDED, RECURRENT, Choice, Implementation, choose_implementation
+from .implementations import ATEN, FOLDED, KERNEL, RECURRENT, Choice, Implementation, choose_implementation
 from .timing import Timing
 
 
@@ -69,9 +69,12 @@ class Plan:
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
     bottleneck: Bottleneck | None = None  # the start of the seeds, if not the outputs
-    parts: tuple[Plan, Plan] | None = None  # up to the bottleneck, and from there on
+    #: Up to the bottleneck, and from there on.  If there are parts, they run, and the groups are only what the table
+    #: shows: the steps of the whole network, with their own numbers and modules.
+    parts: tuple[Plan, Plan] | None = None
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
+    fallback: str | None = None  # why plain torch runs every step with the present tensors
     timing: Timing | None = None  # of the plan and of autograd, if they were compared
 
     @cached_property
@@ -86,23 +89,24 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors that are packed for kernels, those of the parts included."""
-        names: dict[str, None] = {}
+        """The tensors that are packed for kernels."""
+        if self.parts is not None:
+            return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
         needed = set(graph.steps_to(self.program, self.wanted))
-        for i in (i for g in self.groups if g.native for i in g.steps if i in needed):
-            form = self.program.steps[i].form
-            names |= dict.fromkeys(p.name for p in form_params(form) if isinstance(form, Contract))
-        for part in self.parts or ():
-            names |= dict.fromkeys(part.packed_names)
-        return tuple(names)
+        native = (i for g in self.groups if g.native for i in g.steps if i in needed)
+        forms = (self.program.steps[i].form for i in native)
+        return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
         return self.chains.get(self.groups[group], seeds, wrt, onehot)
 
-    def counting(self, measured_macs: Mapping[int, int]) -> Plan:
-        """The same plan with the measured multiply-adds of opaque steps, by step of ``program``."""
-        return replace(self, measured_macs=dict(measured_macs))
+    def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
+        """The same plan with what only live tensors tell.
+
+        ``measured_macs``: multiply-adds of opaque steps, by step of ``program``; ``fallback``: why no kernel can run.
+        """
+        return replace(self, measured_macs=dict(measured_macs), fallback=fallback)
 
     def timed(self, timing: Timing | None) -> Plan:
         """The same plan with the measured time of a call; autograd runs instead of it if that was faster."""
@@ -123,6 +127,8 @@ class Plan:
             implementation, refusals = self.choices[i].implementation, self.choices[i].refusals
             if i in folded:
                 implementation = FOLDED
+            if self.fallback is not None and implementation in (KERNEL, FOLDED):
+                implementation, refusals = ATEN, (self.fallback, *refusals)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
             if implementation is RECURRENT:
@@ -165,12 +171,15 @@ class Plan:
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s in self.steps for reason in s.refusals]
+        refusals = ((s, reason) for s in self.steps for reason in s.refusals if reason != self.fallback)
+        lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
         if self.bottleneck is not None:
             lines.append(str(self.bottleneck))
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
+        if self.fallback is not None:
+            lines.append(f"with the present tensors, no kernel runs: {self.fallback}")
         lines.append(self._summary)
         if self.timing is not None:
             lines.append(str(self.timing))
@@ -203,7 +212,7 @@ def plan(
     groups = partition.groups()
     for i, reason in partition.too_large.items():
         choices[i] = choose_implementation(program, i, dtype, machine, reason)
-    narrow, parts = bottleneck.choose(program, seeds), None
+    narrow, parts = bottleneck.cheapest(program, seeds), None
     if narrow is not None:
         before, after = bottleneck.split_at(program, narrow.value)
         parts = plan(before, narrow.width, dtype, machine=machine), plan(after, seeds, dtype, machine=machine)

@@ -84,7 +84,7 @@ MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
 
 
 class KernelsUnavailable(Exception):
-    """Skipping zeros is not exact here (0 · Inf is NaN), dtypes differ, or there is nothing for a kernel to do."""
+    """No kernel may run for these tensors although the plan has some; the message says why."""
 
 
 class Packed:
@@ -95,7 +95,7 @@ class Packed:
         self.tables = torch.tensor(chain.tables or (0,), dtype=torch.int32, device=like.device)
         self.forward, self.backward = (
             torch.tensor(rows, dtype=torch.int64, device=like.device).reshape(-1, WIDTH)
-            for rows in (chain.forward_rows, chain.backward_rows)
+            for rows in (chain.encoded_forward, chain.encoded_backward)
         )
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
@@ -109,12 +109,12 @@ class Packed:
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
         """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
-        if self.chain.rows is None:
+        if self.chain.seed_rows is None:
             return None
-        start, row = self.chain.rows
+        start, row = self.chain.seed_rows
         rows = self.weights[start : start + outputs * row].view(outputs, row)
         rows = rows[targets].contiguous()
-        return rows.clamp_(min=0) if self.chain.rectify_rows else rows
+        return rows.clamp_(min=0) if self.chain.rectify_seed_rows else rows
 
 
 class PackedPlan:
@@ -185,14 +185,15 @@ class PlanWeights:
     def __init__(self, plan: Plan, params: Params, like: Tensor):
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
-        self.mixed = any(t.dtype != like.dtype for t in tensors)
+        self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
         on_device = [t for t in tensors if t.device == like.device]
-        self.entry = weight_cache.entry(plan, 0 if self.mixed else ops.content_hash(on_device), like)
+        content = ops.content_hash(on_device) if self.mixed is None else 0
+        self.entry = weight_cache.entry(plan, content, like)
 
     def packed(self, chain: Chain) -> Packed:
-        if self.mixed:
-            raise KernelsUnavailable
+        if self.mixed is not None:
+            raise KernelsUnavailable(f"some weights are {self.mixed}, and the inputs are {self.like.dtype}")
         packed = weight_cache.packed(self.entry, chain, self.params, self.like)
         if not packed.finite:
-            raise KernelsUnavailable
+            raise KernelsUnavailable("some weights are NaN or infinite, and then skipping zeros is not exact")
         return packed

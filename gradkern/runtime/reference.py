@@ -8,7 +8,7 @@ into the batch, ``[N·S, *shape]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..ir import graph, indexing
 from ..ir import program as ir
 from ..ir.calls import Params, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
-from ..ir.recurrent import recognise
+from ..ir.recurrent import recognize
 from .recurrent import vjp as vjp_recurrent
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -57,11 +57,18 @@ def forward_step(program: ir.Program, i: int, args: Sequence[Tensor], params: Pa
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
 
 
-def forward(program: ir.Program, params: Params, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All values in order, each ``[N, *shape]``: the inputs, then one per step."""
-    values = list(inputs)
+Alter = Callable[[Tensor], Tensor]
+
+
+def unaltered(x: Tensor) -> Tensor:
+    return x
+
+
+def forward(program: ir.Program, params: Params, inputs: Sequence[Tensor], alter: Alter = unaltered) -> list[Tensor]:
+    """All values in order, each ``[N, *shape]``: the inputs, then one per step.  ``alter`` is applied to each."""
+    values = [alter(x) for x in inputs]
     for i, step in enumerate(program.steps):
-        values.append(forward_step(program, i, [values[v] for v in step.inputs], params))
+        values.append(alter(forward_step(program, i, [values[v] for v in step.inputs], params)))
     return values
 
 
@@ -225,8 +232,8 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
 
 def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
-    chosen = (x == out).to(g.dtype)  # [N, C, *spatial]
-    share = chosen / chosen.sum(tuple(range(2, x.dim())), keepdim=True)
+    maxima = (x == out).to(g.dtype)  # [N, C, *spatial]
+    share = maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
     return share.unsqueeze(1) * g
 
 
@@ -268,7 +275,7 @@ MOST_FOLDED = 1 << 16  # numbers per sample, of all seeds: with more, repeating 
 def _opaque_back(
     call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], out: Tensor, g: Tensor, params: Params
 ) -> tuple[Tensor, ...]:
-    recurrent = recognise(call)
+    recurrent = recognize(call)
     if recurrent is not None:
         return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
     return _by_autograd(call, ids, args, out, g, params)
@@ -318,11 +325,16 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def vjp(
-    program: ir.Program, params: Params, values: Sequence[Tensor], cotangent: Tensor, wrt: Sequence[int] | None = None
+    program: ir.Program,
+    params: Params,
+    values: Sequence[Tensor],
+    cotangent: Tensor,
+    wrt: Sequence[int] | None = None,
+    alter: Alter = unaltered,
 ) -> tuple[Tensor, ...]:
     """Pull ``cotangent [N, S, *out]`` back to the inputs ``wrt`` (all by default): one ``[N, S, *in]`` each.
 
-    ``values`` are those of `forward`.
+    ``values`` are those of `forward`.  ``alter`` is applied to the cotangents that each step sends back.
     """
     n = len(program.inputs)
     wanted = tuple(range(n)) if wrt is None else tuple(wrt)
@@ -338,6 +350,7 @@ def vjp(
         back = vjp_step(program, i, [values[v] for v in step.inputs], values[n + i], g, params)
         for v, part in zip(step.inputs, back, strict=True):
             if v in leads:
+                part = alter(part)
                 cotangents[v] = cotangents[v] + part if v in cotangents else part
     seeds = cotangent.shape[:2]
     return tuple(cotangents[v] if v in cotangents else cotangent.new_zeros(*seeds, *program.inputs[v]) for v in wanted)

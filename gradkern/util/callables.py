@@ -62,7 +62,7 @@ def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
-    """Are both the same callable with the same arguments?  Values count as equal only if they are the same object."""
+    """Whether both are the same callable with the same arguments; values are compared by identity."""
     (f, given, output), (g, other, another) = split(a), split(b)
     if output_key(output) != output_key(another):
         return False

@@ -81,9 +81,9 @@ def memory_budget(device: torch.device | None = None) -> int:
 def use(engine: Engine | None = None, *, memory_budget: int | None = None) -> Iterator[None]:
     """Choose the engine and the memory budget for the calls inside, Captum classes included.
 
-    ``engine``: ``"auto"`` (trace once that saves time, then measure whether kernels or autograd are faster, the
-    default), ``"kernel"`` (trace at once and take the kernels, whatever that costs), ``"reference"`` (plain torch per
-    step, no compiled code) or ``"autograd"`` (never trace).
+    ``engine``: ``"auto"`` (capture the model once that saves time, then measure whether kernels or autograd are faster,
+    the default), ``"kernel"`` (capture at once and take the kernels, whatever that costs), ``"reference"`` (plain torch
+    per step, no compiled code) or ``"autograd"`` (never capture).
     ``memory_budget``: bytes in addition to the result, by default 128 MiB, or a sixteenth of a GPU's memory.
     Both hold for this thread (and context) only; ``None`` keeps the setting outside.
     """

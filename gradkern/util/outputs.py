@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from .options import BadType, BadValue
 
 Output = int | str | Callable[[Any], Tensor] | None
-HINT = "Pass output= (an index, a name, or a function of what the model returns)"
+HINT = (
+    "Pass output= (an index, a name, or a function of what the model returns). Wrap the model in a module if no part "
+)
+HINT += "of it is the tensor to explain."
 
 
 def check_output_choice(output: Any) -> Output:
@@ -47,20 +50,13 @@ def described_result(result: Any) -> str:
     """What a model returned, in words that say what ``output=`` may be."""
     if isinstance(result, Tensor):
         return f"one tensor {list(result.shape)}: leave output= out, or pass a function"
-    if isinstance(result, dict):
-        return f"{_kind(result)} with the names {', '.join(map(repr, result))}"
-    if hasattr(result, "_fields"):
-        return f"a named tuple with the names {', '.join(map(repr, result._fields))}"
-    if isinstance(result, (tuple, list)):
-        return f"{_kind(result)} of {len(result)}"
-    if dataclasses.is_dataclass(result):
-        return f"{_kind(result)} with the names {', '.join(repr(f.name) for f in dataclasses.fields(result))}"
-    return _kind(result)
-
-
-def _kind(result: Any) -> str:
-    name = type(result).__name__
-    return f"a {name}" if type(result) in (tuple, list, dict) else name
+    kind = type(result).__name__
+    names = list(result) if isinstance(result, dict) else list(getattr(result, "_fields", ()))
+    if not names and dataclasses.is_dataclass(result):
+        names = [field.name for field in dataclasses.fields(result)]
+    if names:
+        return f"{kind} with the names {', '.join(map(repr, names))}"
+    return f"{kind} of {len(result)}" if isinstance(result, (tuple, list)) else kind
 
 
 def output_key(output: Output) -> Hashable:

@@ -14,7 +14,7 @@ class RandomState:
 
     @property
     def changed(self) -> bool:
-        """Have random numbers been drawn since?"""
+        """Whether random numbers have been drawn since."""
         now = RandomState()
         before = [self.cpu, *self.cuda]
         return not all(torch.equal(a, b) for a, b in zip(before, [now.cpu, *now.cuda], strict=False))

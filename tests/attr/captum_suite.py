@@ -27,8 +27,10 @@ FILES = (
     *("gradient_shap", "guided_backprop", "deconvolution", "guided_grad_cam", "deeplift_basic"),
     *("deeplift_classification", "lrp", "targets", "hook_removal", "jit", "data_parallel"),
     *("layer/test_grad_cam", "layer/test_internal_influence", "layer/test_layer_conductance"),
-    *("layer/test_layer_gradient_x_activation", "layer/test_layer_integrated_gradients"),
-    "neuron/test_neuron_gradient",
+    *("layer/test_layer_deeplift", "layer/test_layer_gradient_shap", "layer/test_layer_gradient_x_activation"),
+    *("layer/test_layer_integrated_gradients", "layer/test_layer_lrp"),
+    *("neuron/test_neuron_conductance", "neuron/test_neuron_deeplift", "neuron/test_neuron_gradient"),
+    *("neuron/test_neuron_gradient_shap", "neuron/test_neuron_integrated_gradients"),
 )
 
 

@@ -98,8 +98,13 @@ def options_of(name: str, x: torch.Tensor) -> dict[str, object]:
         "InternalInfluence": {"n_steps": 4},
         "LayerConductance": {"n_steps": 4},
         "LayerIntegratedGradients": {"n_steps": 4},
-        "NeuronGradient": {"neuron_selector": (1, 2, 3)},
-    }.get(name, {})
+        "LayerDeepLiftShap": {"baselines": x[:2]},
+        "LayerGradientShap": {"baselines": x[:2], "n_samples": 2, "stdevs": 0.1},
+        "NeuronConductance": {"n_steps": 4},
+        "NeuronDeepLiftShap": {"baselines": x[:2]},
+        "NeuronGradientShap": {"baselines": x[:2], "n_samples": 2, "stdevs": 0.1},
+        "NeuronIntegratedGradients": {"n_steps": 4},
+    }.get(name, {}) | ({"neuron_selector": (1, 2, 3)} if name.startswith("Neuron") else {})
 
 
 def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Tensor:
@@ -116,7 +121,7 @@ def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Te
     if accelerate:
         gradkern.accelerate(method, "kernel")
     np.random.seed(0)
-    target = {} if name == "NeuronGradient" else {"target": 1}
+    target = {} if name.startswith("Neuron") and name != "NeuronConductance" else {"target": 1}
     return method.attribute(x, **target, **options_of(name, x))
 
 

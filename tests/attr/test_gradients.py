@@ -11,6 +11,7 @@ from torch import nn
 import gradkern
 from gradkern import attr as ours
 from gradkern.attr import points
+from gradkern.attr.noise_tunnel import Noise
 from gradkern.util import chunks
 from tests.cases import CASES
 
@@ -144,6 +145,44 @@ def test_noise_of_several_inputs_and_their_deltas(small_blocks):
     (maps, delta), _ = drawn(lambda: ours.NoiseTunnel(ours.IntegratedGradients(model)).attribute_all(inputs, **options))
     same(tuple(m[:, 1] for m in maps), results[0][0][0])
     same(delta[:, 1].sort().values, results[0][0][1].sort().values)
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+@pytest.mark.parametrize("sizes", [(1003,), (48,), (7, 33), (2, 1), (1,)], ids=str)
+def test_copies_of_large_inputs_in_pieces(sizes, batch, monkeypatch):
+    """Noise, copies and maps fit in the memory budget, whatever the number of copies; the numbers stay Captum's."""
+    torch.manual_seed(0)
+    weights = [torch.randn(size, 3, dtype=torch.float64) for size in sizes]
+    model = Weighted(weights).eval()
+    inputs = tuple(torch.randn(3, size, dtype=torch.float64) for size in sizes)
+    options = {"nt_samples": 13, "nt_samples_batch_size": batch, "stdevs": 0.3}
+    theirs = stock.NoiseTunnel(stock.InputXGradient(model))
+    want = stacked([drawn(lambda: theirs.attribute(inputs, target=c, **options))[0] for c in range(3)])  # noqa: B023
+    targets = [2, 0, 1]
+    largest = []
+    true = Noise.piece
+    monkeypatch.setattr(Noise, "piece", lambda *a: largest.append(true(*a)) or largest[-1])
+    monkeypatch.setattr(points, "LEAST_BLOCK", 1)
+    row = 8 * sum(sizes)
+    with gradkern.use(memory_budget=50 * row):
+        tunnel = ours.NoiseTunnel(ours.InputXGradient(model, engine="kernel"))
+        every, _ = drawn(lambda: tunnel.attribute_all(inputs, **options))
+        one, _ = drawn(lambda: tunnel.attribute(inputs, target=targets, **options))
+    same(every, want)
+    same(one, tuple(w[torch.arange(3), targets] for w in want))
+    assert max(sum(x.nbytes for x in piece) for piece in largest) <= 25 * row
+    assert len(largest) > 6
+
+
+class Weighted(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, *xs):
+        return sum(
+            (x.tanh() @ w for x, w in zip(xs[1:], list(self.weights)[1:], strict=True)), xs[0].sin() @ self.weights[0]
+        )
 
 
 def test_targets_of_all_kinds():

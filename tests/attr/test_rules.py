@@ -262,7 +262,9 @@ def test_the_plain_rule_is_the_gradient(name):
     """The linear Program of the trivial rule gives the Jacobian, on kernels and without."""
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
-    program = gradkern.prepare(model, xs)
+    prepared = gradkern.prepare(model, xs)
+    assert prepared is not None
+    program = prepared.program
     params = capturing.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
     targets, wrt = torch.arange(program.outputs), tuple(range(len(xs)))

@@ -65,6 +65,9 @@ def options_of(name, dtype):
         "NoiseTunnel": {"nt_samples": 3, "stdevs": 0.1},
         "DeepLift": {"baselines": base[:1]},
         "DeepLiftShap": {"baselines": base},
+        "LayerDeepLift": {"baselines": base[:1]},
+        "LayerDeepLiftShap": {"baselines": base},
+        "LayerGradientShap": {"baselines": base, "n_samples": 3, "stdevs": 0.1},
         "LayerIntegratedGradients": {"n_steps": 5},
         "InternalInfluence": {"n_steps": 5},
         "LayerConductance": {"n_steps": 5},
@@ -110,7 +113,7 @@ def largest(name, dtype):
     return worst
 
 
-METHODS = [kind.__name__ for kind in ours.REPLACEMENTS if kind is not stock.NeuronGradient]
+METHODS = [kind.__name__ for kind in ours.REPLACEMENTS if not kind.__name__.startswith("Neuron")]
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

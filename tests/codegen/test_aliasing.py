@@ -23,17 +23,17 @@ def test_one_hot_seeds_need_no_first_cotangent():
     """They are rows of the last weight, and the convolution reads those through the ReLU's bits."""
     graph, made = cotangents(classifier())
     _, _, relu, last = graph.units
-    assert made.rows_unit is last
+    assert made.seed_rows_unit is last
     assert made.of(result_of(graph, 3)) is None
-    assert made.of(relu.out) == Cotangent(relu.out, rows=True)
-    assert made.of(result_of(graph, 0)) == Cotangent(relu.out, rows=True, pattern=relu)
+    assert made.of(relu.out) == Cotangent(relu.out, seed_rows=True)
+    assert made.of(result_of(graph, 0)) == Cotangent(relu.out, seed_rows=True, pattern=relu)
     assert made.of(graph.inputs[0]) == Cotangent(graph.inputs[0])
 
 
 def test_seeds_of_the_callers_do():
     graph, made = cotangents(classifier(), onehot=False)
     _, _, relu, last = graph.units
-    assert made.rows_unit is None
+    assert made.seed_rows_unit is None
     assert made.of(last.out) == Cotangent(last.out)
     assert made.of(relu.out) == Cotangent(relu.out)
     assert made.of(result_of(graph, 0)) == Cotangent(relu.out, pattern=relu)
@@ -86,7 +86,7 @@ def test_outputs_have_buffers_for_the_callers_seeds():
     graph, made = cotangents(classifier(), onehot=False, live_out=[2, 4])
     relu = result_of(graph, 1)
     assert made.of(relu) == Cotangent(relu)
-    assert cotangents(classifier(), live_out=[4, 2])[1].rows_unit is None  # rows are for a single output
+    assert cotangents(classifier(), live_out=[4, 2])[1].seed_rows_unit is None  # rows are for a single output
 
 
 def test_only_wanted_inputs_have_cotangents():

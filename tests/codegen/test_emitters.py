@@ -45,7 +45,7 @@ def test_a_classifier_with_one_hot_seeds():
     back = made.backward[1]
     assert (back.seed_rows, back.src.buffer, back.whole_block) == (True, None, False)
     assert (back.H, back.W, back.O, back.C, back.pattern.taps) == (1, 8, 4, 2, 1)
-    assert made.rows is not None
+    assert made.seed_rows is not None
 
 
 def test_a_classifier_with_cotangents_of_the_caller():
@@ -55,7 +55,7 @@ def test_a_classifier_with_cotangents_of_the_caller():
     assert (dense.whole_block, dense.assign, dense.seed_rows, dense.pattern) == (True, True, False, None)
     assert (back.whole_block, back.assign, back.pattern.taps) == (False, False, 1)
     assert back.src.buffer is dense.dst.buffer
-    assert made.rows is None
+    assert made.seed_rows is None
 
 
 @pytest.mark.parametrize(

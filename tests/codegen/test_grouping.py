@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gradkern.codegen.grouping import GraphBuilder
-from gradkern.codegen.units import POINT, UnitGraph
+from gradkern.codegen.units import POINT, Pattern, Unit, UnitGraph
 from gradkern.ir.program import Index, LowRank, Part, Program, Select, Step, Sum, View, Windows
 from tests.support.programs import GUIDED, RELU, TANH, conv, linear, norm, pool, program, transpose
 
@@ -14,8 +14,12 @@ def grouped(p: Program, live_out: list[int] | None = None) -> UnitGraph:
     return GraphBuilder(p, list(range(len(p.steps))), live_out or [p.output]).build()
 
 
+def kind(unit: Unit) -> str:
+    return type(unit).__name__.lower()
+
+
 def units(p: Program, live_out: list[int] | None = None) -> list[tuple[str, list[int]]]:
-    return [(unit.kind, unit.steps) for unit in grouped(p, live_out).units]
+    return [(kind(unit), list(unit.steps)) for unit in grouped(p, live_out).units]
 
 
 def test_a_classifier():
@@ -32,8 +36,8 @@ def test_a_classifier():
     assert units(p) == [("load", []), ("window", [0, 1]), ("pattern", [2, 3]), ("window", [5])]
     _, first, pattern, last = grouped(p).units
     assert [fold.form for fold in first.folds] == [norm()]
-    assert (pattern.relu, pattern.windows) == (True, Windows((2,), (2,), ((0, 0),), (1,)))
-    assert last.reads == [pattern.out] and last.dense and not first.dense
+    assert (pattern.relu, pattern.pool) == (True, Windows((2,), (2,), ((0, 0),), (1,)))
+    assert last.reads == (pattern.out,) and last.dense and not first.dense
 
 
 def test_a_pool_takes_the_relu_behind_it_too():
@@ -56,8 +60,8 @@ def test_what_somebody_else_reads_is_a_unit_of_its_own():
 )
 def test_a_guided_relu_rectifies_before_windows_are_added_up(select: Select, positions: int, patterns: list[list[int]]):
     p = program(Step(conv(), (0,), (4, 8)), Step(GUIDED, (1,), (4, 8)), Step(select, (2,), (4, positions)))
-    made = [unit for unit in grouped(p).units if unit.kind == "pattern"]
-    assert [unit.steps for unit in made] == patterns
+    made = [unit for unit in grouped(p).units if isinstance(unit, Pattern)]
+    assert [list(unit.steps) for unit in made] == patterns
     assert [unit.rectify for unit in made] == [True, False][: len(made)]
 
 
@@ -110,7 +114,7 @@ def test_tokens_lie_with_their_features_as_channels():
     assert units(p) == [("load", []), ("window", [0]), ("lines", [1])]
     graph = grouped(p)
     _, window, softmax = graph.units
-    assert window.contraction.map == POINT
+    assert window.form.map == POINT
     assert (window.out.C, window.out.W, softmax.along) == (5, 6, "C")
     assert graph.channels_last == {0, 2}
 
@@ -158,8 +162,8 @@ def test_padding_is_a_border_of_what_is_read(convolutions, halo):
 def test_a_relu_writes_over_what_nobody_else_reads():
     p = program(Step(conv(), (0,), (4, 8)), Step(RELU, (1,), (4, 8)))
     first, relu = (unit.out for unit in grouped(p).units[1:])
-    assert relu.store == first.store
+    assert relu.memory == first.memory
     first, relu = (unit.out for unit in grouped(p, [1, 2]).units[1:])
-    assert relu.store != first.store  # the caller wants both
+    assert relu.memory != first.memory  # the caller wants both
     loaded, relu = (unit.out for unit in grouped(program(Step(RELU, (0,), (4, 8)))).units)
-    assert relu.store != loaded.store  # the input's storage is loaded again
+    assert relu.memory != loaded.memory  # the input's storage is loaded again

@@ -43,9 +43,9 @@ def test_buffers_that_live_together_lie_apart(seed):
 def test_tiles_of_seeds_keep_them_apart():
     grads = [Buffer(30, first=0, last=2), Buffer(50, first=2, last=3), Buffer(20, first=3, last=4, per_sample=True)]
     values = [Buffer(10), Buffer(10, per_sample=True)]
-    sizes = scratch.stacked(grads)
+    sizes = scratch.stack_cotangents(grads)
     assert sizes == (32 + 64, 32)
-    shared, sample = scratch.place(values, grads, sizes, 5)
+    shared, sample = scratch.assign_places(values, grads, sizes, 5)
     assert shared == 5 * 96 + 16
     assert sample >= 5 * 32 + 16
     assert apart(grads[0], grads[1], 5)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from torch import nn
 
 import gradkern
 from gradkern.codegen.chain import Chain
-from gradkern.codegen.cuda import lowering, slices
-from gradkern.codegen.cuda.lowering import DeviceLowering
+from gradkern.codegen.cuda import emitters, slices
 from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
-from gradkern.codegen.records import PooledWindow, ScatterAlgorithm, ScatterT, Window
+from gradkern.codegen.records import PooledWindow, Record, ScatterAlgorithm, ScatterT, Window
+from gradkern.codegen.spec import ChainSpec
 from gradkern.ir.program import Program
 from gradkern.planner import plan
 from gradkern.runtime import executor
@@ -61,24 +61,21 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def prefer(monkeypatch: pytest.MonkeyPatch, algorithm: ScatterAlgorithm) -> None:
     """Transposed convolutions use that algorithm wherever it fits."""
-    before = DeviceLowering.scatter_clocks
+    before = emitters.scatter_clocks
 
-    def clocks(self: DeviceLowering, layout: DeviceScatter, taps: int, pattern: bool) -> float:
-        return before(self, layout, taps, pattern) * (1e-6 if layout.algorithm == algorithm else 1.0)
+    def clocks(spec: ChainSpec, layout: DeviceScatter, taps: int, pattern: bool) -> float:
+        return before(spec, layout, taps, pattern) * (1e-6 if layout.algorithm == algorithm else 1.0)
 
-    monkeypatch.setattr(DeviceLowering, "scatter_clocks", clocks)
+    monkeypatch.setattr(emitters, "scatter_clocks", clocks)
 
 
 def slice_by(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """That many slices; 1: the wide layer whole."""
-    if count == 1:
-        monkeypatch.setattr(DeviceLowering, "variants", lambda self: [self.backward])
-        return
-    before = slices.sliced
-    monkeypatch.setattr(lowering, "SLICES", (count,))
-    monkeypatch.setattr(
-        DeviceLowering, "variants", lambda self: [before(self.backward, self.tables, count) or self.backward]
-    )
+
+    def variants(backward: list[Record], tables: Sequence[int]) -> list[list[Record]]:
+        return [backward if count == 1 else slices.sliced(backward, tables, count) or backward]
+
+    monkeypatch.setattr(slices, "variants", variants)
 
 
 def solve(name: str, dtype: torch.dtype = torch.float64, n: int = 3, **options):

@@ -87,10 +87,11 @@ def test_auto_traces_in_the_midst_of_a_large_call(monkeypatch):
 
 def test_prepare_traces_now_and_only_once(monkeypatch):
     model, (x,) = net()
-    program = gradkern.prepare(model, x)
-    assert program is not None
+    prepared = gradkern.prepare(model, x)
+    assert prepared is not None
+    program = prepared.program
     assert program.output_shape == (3,)
-    assert gradkern.prepare(model.forward, x) is program
+    assert gradkern.prepare(model.forward, x).program is program
     monkeypatch.setattr(Capture, "capture", None)  # any further capture would fail
     gradkern.jacobian(model, x, engine="kernel")
     gradkern.jacobian(model, x[:1])

@@ -72,7 +72,7 @@ def plain_cost(program, seeds, value):
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.integers(1, 60))
 def test_choice_is_minimal(program, seeds):
-    found = bottleneck.choose(program, seeds)
+    found = bottleneck.cheapest(program, seeds)
     base = len(program.inputs)
     places = [v for v in range(base, program.output) if crosses_all(program, v)]
     best = min(plain_cost(program, seeds, v) for v in [None, *places])
@@ -122,5 +122,5 @@ def test_no_cut_where_the_backward_is_not_linear(function):
         steps = [Step(form, (k,), shape) for k, (form, shape) in enumerate(zip(forms, shapes, strict=True))]
         return Program(((300,),), tuple(steps), 4)
 
-    assert bottleneck.choose(network("relu"), 200) is not None
-    assert bottleneck.choose(network(function), 200) is None
+    assert bottleneck.cheapest(network("relu"), 200) is not None
+    assert bottleneck.cheapest(network(function), 200) is None

@@ -77,7 +77,9 @@ def test_last_position_of_convolutions(layers, shape):
 def test_weights_that_are_not_finite_spread_as_in_torch():
     model = last_step(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3, dilation=5))
     x = torch.randn(3, 2, 40, dtype=torch.float64)
-    program = gradkern.prepare(model, x)
+    prepared = gradkern.prepare(model, x)
+    assert prepared is not None
+    program = prepared.program
     assert pruned(program) is not program
     with torch.no_grad():
         model.body[0].weight[0, 0, 0] = torch.inf

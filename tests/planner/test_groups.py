@@ -113,6 +113,6 @@ def test_chains_are_lowered_once_whether_they_fit_or_not():
             chains.get(large, 3, (0,), False)
     assert chains.lowered == [(0,), (0, 1)]
     chains.get(small, 4, (0,), False)  # for other seeds it is another chain
-    chains.keep([large])
+    chains.retain([large])
     chains.get(small, 3, (0,), False)
     assert chains.lowered == [(0,), (0, 1), (0,), (0,)]

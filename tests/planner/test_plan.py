@@ -78,7 +78,7 @@ def test_the_plan_splits_around_what_torch_does():
 
 
 def test_measured_costs_of_opaque_steps_replace_the_guess():
-    p = executor.plan_for(split(), 3).counting({1: 10_000})
+    p = executor.plan_for(split(), 3).explained({1: 10_000}, None)
     assert p.steps[1].macs == 40_000
     assert p.fused_share < 0.06
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
+from ...dispatch.targets import Seeds
 from ...util.options import Engine, InputError
 from ...util.outputs import Output
 from .. import captum_compat as compat
@@ -38,6 +39,8 @@ from ..plug import GradientFunc, captum_seeds, plug_into
 from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
+LayerMaps = tuple[Tensors, Tensor | None]  # the attributions, and their convergence delta
+
 
 class LayerMethod(PublicMethod, stock.GradientAttribution):
     """A method of a layer: ``_layer`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
@@ -51,6 +54,25 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
 
+    def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> LayerMaps | None:
+        """The attributions, and with ``delta`` the convergence delta ``[…, S]``; None if Captum takes the call."""
+        maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
+        if maps is None:
+            return None
+        return (maps,), self._delta(view, (maps,), seeds, options) if delta else None
+
+    def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
+        _, start = compat.format_input_baseline(view.points.inputs, options["baselines"])
+        return completeness(view.points, parts, start, seeds)
+
+    def _as_tuple(self, options: Options) -> bool:
+        """Are the attributions a tuple?  Those of a layer are not."""
+        return False
+
+    def _once(self, target: Any, options: Options) -> Any:
+        """``attribute`` for one of the outputs of ``attribute_all``."""
+        return self.attribute(target=target, **options)
+
     def _view(self, inputs: Tensors, extra: Any, options: Options, *, now: bool) -> LayerView | None:
         """The model seen from the layer; None if Captum takes this call."""
         if not isinstance(self.gradient_func, GradientFunc) or not all(isinstance(x, Tensor) for x in inputs):
@@ -63,17 +85,21 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         to_input = options.get("attribute_to_layer_input") or options.get("attribute_to_neuron_input")
         return view_of(points, self.layer, bool(to_input), now=now)
 
-    def _one(self, rows: Tensors, options: Options) -> Any:
-        """``attribute`` on the engine, if the model is traced; None if Captum takes the call."""
+    def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
+        """``attribute`` on the engine, if the model is traced; with ``delta`` a pair; None if Captum takes the call."""
         try:
             view = self._view(rows, options["additional_forward_args"], options, now=False)
             if view is None:
                 return None
             seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
-            maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
+            found = self._maps(view, seeds, options, delta)
         except InputError:
             return None
-        return None if maps is None else maps[:, 0]
+        if found is None:
+            return None
+        parts = tuple(p[:, 0] for p in found[0])
+        maps = parts if self._as_tuple(options) else parts[0]
+        return maps if found[1] is None else (maps, found[1][:, 0])
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
         """``attribute_all`` on the engine; None if Captum takes the call."""
@@ -81,14 +107,8 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         if view is None:
             return None
         seeds, _ = view.points.choose(jacobian_choice(targets))
-        maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
-        if maps is None:
-            return None
-        delta = None
-        if options.get("return_convergence_delta"):
-            _, start = compat.format_input_baseline(rows, options["baselines"])
-            delta = completeness(view.points, (maps,), start, seeds)
-        return answer((maps,), False, seeds, delta)
+        found = self._maps(view, seeds, options, bool(options.get("return_convergence_delta")))
+        return None if found is None else answer(found[0], self._as_tuple(options), seeds, found[1])
 
     def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
         """Count Captum's time in the decision to trace."""
@@ -108,23 +128,15 @@ def one_output(kind: Any) -> Any:
     @compat.log_usage(part_of_slo=True)
     @functools.wraps(captums)
     def attribute(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
-        options = _arguments(signature, self, args, kwargs)
+        options = _arguments(signature, self, args, kwargs)  # Captum's own names
         rows, extra = compat.format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
-        wants_delta = options.pop("return_convergence_delta", False)
-        maps = self._one(rows, options)
-        if maps is None:
+        found = self._one(rows, options, bool(options.get("return_convergence_delta")))
+        if found is None:
             keep_buffers(self.forward_func)
             begin = time.perf_counter()
-            maps = captums(self, **options)
+            found = captums(self, **options)
             self._spent(rows, extra, time.perf_counter() - begin)
-        if not wants_delta:
-            return maps
-        layers = maps if isinstance(maps, list) else [maps]
-        parts = [t for layer in layers for t in compat.format_tensor_into_tuples(layer)]
-        rows, start = compat.format_input_baseline(options["inputs"], options["baselines"])
-        return maps, self.compute_convergence_delta(
-            tuple(parts), start, rows, additional_forward_args=extra, target=options["target"]
-        )
+        return found
 
     return attribute
 
@@ -145,7 +157,7 @@ def all_outputs(kind: Any) -> AttributeAll:
         if maps is not None:
             return maps
         extra = options["additional_forward_args"]
-        return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self.attribute(target=t, **options))
+        return one_by_one(self.forward_func, inputs, extra, targets, lambda target: self._once(target, options))
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
     return typed(attribute_all)
@@ -156,7 +168,7 @@ def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwa
     bound = signature.bind(method, *args, **kwargs)
     bound.apply_defaults()
     options = dict(list(bound.arguments.items())[1:])
-    if "n_steps" in options:
+    if "n_steps" in options and "baselines" in options:
         path = compat.format_input_baseline(options["inputs"], options["baselines"])
         compat.validate_input(*path, options["n_steps"], options["method"])
     return options

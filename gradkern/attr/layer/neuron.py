@@ -1,42 +1,87 @@
-"""Captum's neuron methods, on a Program that ends at the layer."""
+"""Captum's neuron methods: the methods of inputs, on a Program that ends at the layer.
+
+A neuron method is a line that names the method of inputs, and Captum's signature.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...dispatch.targets import Seeds
 from ...ir import graph
-from ..attribute_all import Options, Tensors
+from ...ir.program import Program
+from .. import captum_compat as compat
+from ..attribute_all import Options, RowMethod, Tensors
+from ..call import seen_as
 from ..captum_compat import format_output, is_tuple, stock
-from .layer_methods import LayerMethod, one_output
-from .split import jacobians
+from ..noise_tunnel import AllOutputs, NoiseTunnel
+from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
+from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
+from ..rules.rule_methods import Deconvolution, GuidedBackprop
+from .layer_methods import LayerMethod, all_outputs, one_output
+from .split import LayerView, jacobians
 
 
-class NeuronGradient(LayerMethod, stock.NeuronGradient):
-    """The gradient of one unit of a layer with respect to the input.
+class NeuronPoints(Points):
+    """A model whose outputs are the units of a layer."""
 
-    A drop-in for `captum.attr.NeuronGradient`.  It explains the unit, so logits and probabilities do not matter.
-    """
+    def __init__(self, view: LayerView, inputs: Sequence[Tensor] | None = None, more: Sequence[Tensor] = ()) -> None:
+        points = view.points
+        given = (points.inputs, points.more) if inputs is None else (inputs, more)
+        super().__init__(points.fn, *given, points.engine)
+        self.view, self.head = view, graph.up_to(view.program, view.value)
+
+    def at(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> NeuronPoints:
+        return NeuronPoints(self.view, inputs, more)
+
+    def program(self) -> Program:
+        return self.head
+
+    def traced(self) -> Program:
+        return self.head
+
+    def gradients(
+        self,
+        points: Sequence[Tensor],
+        more: Sequence[Tensor],
+        index: Tensor | None,
+        seeds: int,
+        *,
+        program: Program | None = None,
+    ) -> Tensors:
+        return super().gradients(points, more, index, seeds, program=program or self.head)
+
+
+class NeuronMethod(LayerMethod):
+    """A method of inputs that explains one unit of a layer, and no output."""
 
     _takes_integers = False  # their gradient is computed
+    _on_inputs: type[RowMethod]
 
-    attribute = one_output(stock.NeuronGradient)
+    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+        """Attributions ``[N, 1, *in]`` of the unit ``[1]``."""
+        return seen_as(self._on_inputs, self)._rows(points, unit, 1, options)
 
-    def _one(self, rows: Tensors, options: Options) -> Any:
+    def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
-        if view is None:
+        found = None if view is None else unit_of(view, options["neuron_selector"])
+        if view is None or found is None:
             return None
-        unit = unit_number(options["neuron_selector"], view.shape)
-        head, points = graph.up_to(view.program, view.value), view.points
-        if unit is None or not head.steps or any(not head.consumers[w] for w in points.wrt):
-            return None
-        inputs = tuple(x.detach().contiguous() for x in (*rows, *points.more))
-        with torch.inference_mode(False), torch.no_grad():
-            gradients = jacobians(
-                head, view.params, inputs, torch.tensor([unit]), points.wrt, by_reference=view.by_reference
-            )
-        return format_output(is_tuple(options["inputs"]), tuple(g[:, 0] for g in gradients))
+        parts = self._neuron(found[0], found[1], options)
+        return None if parts is None else format_output(is_tuple(options["inputs"]), tuple(p[:, 0] for p in parts))
+
+
+def unit_of(view: LayerView, selector: Any) -> tuple[NeuronPoints, Tensor] | None:
+    """The model up to the layer, and the unit's number ``[1]``; None if Captum takes the call."""
+    unit, points = unit_number(selector, view.shape), NeuronPoints(view)
+    if unit is None or not points.head.steps or any(not points.head.consumers[w] for w in points.wrt):
+        return None
+    return points, torch.tensor([unit])
 
 
 def unit_number(selector: Any, shape: tuple[int, ...]) -> int | None:
@@ -50,3 +95,130 @@ def unit_number(selector: Any, shape: tuple[int, ...]) -> int | None:
             return None
         flat = flat * n + a % n
     return flat
+
+
+class NeuronGradient(NeuronMethod, stock.NeuronGradient):
+    """The gradient of one unit of a layer with respect to the input.
+
+    A drop-in for `captum.attr.NeuronGradient`.  It explains the unit, so logits and probabilities do not matter.
+    """
+
+    attribute = one_output(stock.NeuronGradient)
+
+    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors:
+        return points.gradients(points.inputs, points.more, unit, 1)
+
+
+class NeuronIntegratedGradients(NeuronMethod, stock.NeuronIntegratedGradients):
+    """Integrated gradients of one unit of a layer (arXiv:1703.01365).
+
+    A drop-in for `captum.attr.NeuronIntegratedGradients`.
+    """
+
+    _on_inputs = IntegratedGradients
+    attribute = one_output(stock.NeuronIntegratedGradients)
+
+
+class NeuronDeepLift(NeuronMethod, stock.NeuronDeepLift):
+    """DeepLift of one unit of a layer (arXiv:1704.02685), by the rules of `DeepLift`.
+
+    A drop-in for `captum.attr.NeuronDeepLift`.
+    """
+
+    _on_inputs = DeepLift
+    attribute = one_output(stock.NeuronDeepLift)
+
+    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+        compat.validate_input(points.inputs, compat.format_baseline(options["baselines"], points.inputs))
+        return super()._neuron(points, unit, options)
+
+
+class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
+    """The mean of DeepLift of one unit of a layer over a distribution of references (arXiv:1705.07874).
+
+    A drop-in for `captum.attr.NeuronDeepLiftShap`.
+    """
+
+    attribute = one_output(stock.NeuronDeepLiftShap)
+
+    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+        start = check_references(options["baselines"], options["inputs"])
+        custom = options["custom_attribution_func"]
+        return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), start, False, custom)[0]
+
+
+class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
+    """Expected gradients of one unit of a layer over random baselines (SHAP's GradientExplainer).
+
+    A drop-in for `captum.attr.NeuronGradientShap`, with equal numbers for equal seeds of torch and numpy.
+    """
+
+    attribute = one_output(stock.NeuronGradientShap)
+
+    def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
+        start = check_tensors(compat.format_callable_baseline(options["baselines"], options["inputs"]))
+        tunnel = NoiseTunnel(seen_as(RandomPoint, self))
+        run = AllOutputs(tunnel, points.inputs, points, Seeds(1, (1,), unit), {"baselines": start}, True, False)
+        average = run.average(options["n_samples"], None, options["stdevs"])
+        return None if average is None else average.smoothed(tunnel, "smoothgrad", options["n_samples"])
+
+
+class NeuronGuidedBackprop(NeuronMethod, stock.NeuronGuidedBackprop):
+    """Guided backpropagation from one unit of a layer (arXiv:1412.6806).
+
+    A drop-in for `captum.attr.NeuronGuidedBackprop`.
+    """
+
+    _on_inputs = GuidedBackprop
+    attribute = one_output(stock.NeuronGuidedBackprop)
+
+
+class NeuronDeconvolution(NeuronMethod, stock.NeuronDeconvolution):
+    """Deconvolution from one unit of a layer (arXiv:1311.2901).
+
+    A drop-in for `captum.attr.NeuronDeconvolution`.
+    """
+
+    _on_inputs = Deconvolution
+    attribute = one_output(stock.NeuronDeconvolution)
+
+
+class NeuronConductance(NeuronMethod, stock.NeuronConductance):
+    """How much of integrated gradients flows from each input through one unit of a layer (arXiv:1805.12233).
+
+    A drop-in for `captum.attr.NeuronConductance`.  Logits and probabilities are both complete over all units of a
+    layer; prefer logits.
+    """
+
+    attribute = one_output(stock.NeuronConductance)
+    attribute_all = all_outputs(stock.NeuronConductance)
+    _one = LayerMethod._one
+
+    def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
+        found = unit_of(view, options["neuron_selector"])
+        return None if found is None else (self._through(view, *found, seeds, options), None)
+
+    def _through(self, view: LayerView, points: NeuronPoints, unit: Tensor, seeds: Seeds, options: Options) -> Tensors:
+        """``∂y_s/∂unit · ∂unit/∂x`` along the path, ``[N, S, *in]`` per input."""
+        inputs, start = compat.format_input_baseline(points.inputs, options["baselines"])
+        weights, alphas = path_steps(options["method"], options["n_steps"])
+        index, wrt = seeds.rows(0, points.samples), points.wrt
+        totals = tuple(x.new_zeros(x.shape[0], seeds.count, *x.shape[1:]) for x in inputs)
+        layer = torch.empty((), dtype=inputs[0].dtype).expand(1, *view.shape)
+        size, device = gradient_bytes([layer, *inputs], seeds.count), inputs[0].device
+        for a, b, first, last in blocks(points.samples, len(alphas), size, device, options["internal_batch_size"]):
+            steps = last - first
+            at, more = between(inputs, start, a, b, alphas[first:last]), repeated(points.more, a, b, steps)
+            outer = view.gradients(view.forward(at, more), repeated_index(index, a, b, steps), seeds.count)
+            outer = outer.flatten(2)[..., int(unit)]  # [K (b - a), S]
+            with torch.inference_mode(False), torch.no_grad():
+                inner = jacobians(points.head, view.params, (*at, *more), unit, wrt, by_reference=view.by_reference)
+                for total, g in zip(totals, inner, strict=True):
+                    flow = g * outer.view(*outer.shape, *(1,) * (g.dim() - 2))
+                    total[a:b] += weighted_sum(flow, weights[first:last].float())
+        if self.multiplies_by_inputs:
+            times_difference(totals, inputs, start)
+        return totals
+
+    def _as_tuple(self, options: Options) -> bool:
+        return is_tuple(options["inputs"])

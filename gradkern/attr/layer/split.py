@@ -162,6 +162,10 @@ class LayerView:
             batching.not_native(x) for x in (*points.inputs, *points.more)
         )
 
+    def at(self, points: Points) -> LayerView:
+        """The same layer at other samples."""
+        return LayerView(points, self.program, self.value, self.exclusive)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.program.shape(self.value)

@@ -145,6 +145,8 @@ class DeepLift(RuleMethod, stock.DeepLift):
     softmax each class's contributions are relative to the mean of all classes.
     """
 
+    eps = 1e-10  # Captum's default, for objects that another constructor has made
+
     def __init__(
         self,
         model: nn.Module,
@@ -253,6 +255,30 @@ def _start(chunk: Chunk) -> Tensors:
     return (*start, *more)
 
 
+def check_references(baselines: Any, inputs: Any) -> Tensors:
+    """A distribution of references; raises Captum's error if there are not several."""
+    start: Tensors = compat.format_callable_baseline(baselines, inputs)
+    if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
+        raise AssertionError(
+            "Baselines distribution has to be provided in form of a torch.Tensor with more than one example but "
+            f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
+            "`DeepLift` approach can be used instead."
+        )
+    return start
+
+
+def pairs_of(
+    points: Points, start: Tensors, index: Tensor | None, a: int, b: int
+) -> tuple[Points, Tensors, Tensor | None]:
+    """The samples ``a:b`` with every reference: the points, their references, and their seeds."""
+    count = start[0].shape[0]
+    pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in points.inputs)
+    more = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
+    base = tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)
+    chosen = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
+    return points.at(pairs, more), base, chosen
+
+
 class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     """The mean of DeepLift over a distribution of references (SHAP's DeepExplainer, arXiv:1705.07874).
 
@@ -286,13 +312,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         ``[N · references, C]``.
         """
         check_distribution(self, baselines)
-        start = compat.format_callable_baseline(baselines, inputs)
-        if not isinstance(start[0], Tensor) or start[0].shape[0] < 2:
-            raise AssertionError(
-                "Baselines distribution has to be provided in form of a torch.Tensor with more than one example but "
-                f"found: {start[0]}. If baselines are provided in shape of scalars or with a single baseline example, "
-                "`DeepLift` approach can be used instead."
-            )
+        start = check_references(baselines, inputs)
         as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
@@ -317,12 +337,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         deltas = []
         pairs_at_a_time = block_rows(gradient_bytes(rows, seeds.count), rows[0].device)
         for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
-            pairs = tuple(x[a:b].detach().repeat_interleave(count, 0) for x in rows)
-            extra = tuple(x[a:b].repeat_interleave(count, 0) for x in points.more)
-            options: Options = {"baselines": tuple(s.detach().repeat(b - a, *(1,) * (s.dim() - 1)) for s in start)}
-            options |= {"custom_attribution_func": custom}
-            chunk_index = index if index is None or index.dim() == 1 else index[a:b].repeat_interleave(count, 0)
-            paired = points.at(pairs, extra)
+            paired, base, chunk_index = pairs_of(points, start, index, a, b)
+            options: Options = {"baselines": base, "custom_attribution_func": custom}
             maps = self._rows(paired, chunk_index, seeds.count, options)
             assert maps is not None
             for mean, m in zip(means, maps, strict=True):

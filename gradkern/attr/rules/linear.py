@@ -221,7 +221,7 @@ def run_transposed(
     if cotangent is not None and outer is not None:
         cotangent = cotangent * outer.unsqueeze(1)
     if not executor.plan_for(lp, seeds, inputs[0].dtype, inputs[0].device).native:
-        raise executor.KernelsUnavailable
+        raise executor.KernelsUnavailable("no step of the rule has a kernel")
     rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]

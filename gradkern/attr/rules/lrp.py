@@ -154,10 +154,7 @@ class LRP(RuleMethod, stock.LRP):
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return compat.unlogged(stock.LRP)(self, inputs, *fixed)
-        if verbose:
-            self._print(rules)
-        for path in rules:
-            del self._network.get_submodule(path).rule
+        self._used(rules, verbose)
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
@@ -189,11 +186,8 @@ class LRP(RuleMethod, stock.LRP):
             return maps
 
         def attribute(target: Any) -> Any:
-            try:
+            with self._rules_put_back():
                 return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
-            finally:  # Captum removes them
-                for path, rule in rules.items():
-                    self._network.get_submodule(path).rule = rule
 
         return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
 
@@ -205,6 +199,24 @@ class LRP(RuleMethod, stock.LRP):
     def _print(self, rules: Rules) -> None:
         for path, rule in rules.items():
             print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
+
+    def _used(self, rules: Rules, verbose: bool) -> None:
+        """As Captum does after a call: the rules are removed."""
+        if verbose:
+            self._print(rules)
+        for path in rules:
+            del self._network.get_submodule(path).rule
+
+    @contextmanager
+    def _rules_put_back(self) -> Iterator[None]:
+        """The rules set on modules, which Captum removes, are set again afterwards."""
+        with self._rules() as rules:
+            pass
+        try:
+            yield
+        finally:
+            for path, rule in rules.items():
+                self._network.get_submodule(path).rule = rule
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
@@ -220,6 +232,9 @@ class LRP(RuleMethod, stock.LRP):
     def _indivisible(self) -> bool:
         return any("rule" in m.__dict__ for m in self.model.modules())
 
+    def _knows(self, rules: Rules) -> bool:
+        return all(type(rule) in KNOWN or rule is None for rule in rules.values())
+
     def _supports(self, program: Program) -> bool:
         named = [s.module for s in program.steps if isinstance(s.form, Contract) and s.form.weight and s.module]
         if len(set(named)) < len(named):
@@ -230,7 +245,7 @@ class LRP(RuleMethod, stock.LRP):
         if "rules" not in options:
             with self._rules() as rules:
                 return self._rows(points, index, seeds, options | {"rules": rules})
-        if not all(type(r) in KNOWN or r is None for r in options["rules"].values()):
+        if not self._knows(options["rules"]):
             return None
         return super()._rows(points, index, seeds, options)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from .. import limits, records
 
@@ -130,27 +131,15 @@ class Work:
 
     def transposed(self, op: records.ScatterT) -> tuple[float, int, records.Bands]:
         """A transposed convolution: its clocks, and the lanes of a worker and the bands that make it cheapest."""
-        pattern_taps, elements = op.pattern.taps if op.pattern else 0, op.window_elements
-        planes, taps, pattern = pattern_taps if op.merged else 1, max(pattern_taps, 1), op.pattern is not None
-        candidates: list[tuple[float, int, int]] = []  # clocks of a position with all warps at work, visits, lanes
-        if op.algorithm == records.ScatterAlgorithm.Walk:
-            most = limits.WALK_SEEDS.of(self.itemsize)
-            visits, together = math.ceil(self.tile / most), even(self.tile, most)
-            one = walk_clocks(elements, op.O, op.merged, together, taps, pattern)
-            candidates.append((visits * one, visits, worker_lanes(elements)))
-        elif op.algorithm == records.ScatterAlgorithm.Quads:
-            for lanes in QUAD_LANES:
-                one, visits = quad_clocks(elements // 4, op.O, self.tile, planes, pattern, lanes, self.itemsize)
-                candidates.append((taps / max(planes, 1) * one, visits, lanes))
-        else:
-            one, visits = narrow_clocks(elements, op.O, self.tile, planes, self.itemsize)
-            candidates.append((taps / max(planes, 1) * one, visits, limits.NARROW_LANES))
-        priced = (
-            (op.H * op.W * clocks / self.share(op, bands, visits, lanes), lanes, bands)
-            for clocks, visits, lanes in candidates
+        shape = ScatterShape(
+            op.algorithm, elements=op.window_elements, channels=op.O, taps=op.pattern.taps if op.pattern else 1,
+            merged=op.merged, pattern=op.pattern is not None,
+        )  # fmt: skip
+        return min(
+            (op.H * op.W * way.clocks / self.share(op, bands, way.visits, way.lanes), way.lanes, bands)
+            for way in scatter_ways(shape, self.tile, self.itemsize)
             for bands in self.band_options[op.weights]
         )
-        return min(priced)
 
     def share(self, op: records.ScatterT, bands: records.Bands, visits: int, lanes: int) -> float:
         """The share of workers that have positions to visit, over the turns of all colours."""
@@ -222,6 +211,45 @@ def worker_lanes(elements: int) -> int:
 def live_share(planes: int, pattern: bool) -> float:
     """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
+
+
+@dataclass(frozen=True)
+class ScatterShape:
+    """What the price of a transposed convolution depends on, apart from its positions."""
+
+    algorithm: records.ScatterAlgorithm
+    elements: int  # of the window
+    channels: int
+    taps: int  # of the pool through whose bits the cotangent is read
+    merged: bool  # the taps share one window
+    pattern: bool  # there are bits
+
+
+class ScatterWay(NamedTuple):
+    """A size of workers for a transposed convolution."""
+
+    clocks: float  # per pool output, for all seeds, if all warps are busy
+    visits: int  # of every position, each for some of the seeds
+    lanes: int  # of a worker
+
+
+def scatter_ways(shape: ScatterShape, seeds: int, itemsize: int) -> list[ScatterWay]:
+    """The sizes of workers that a transposed convolution can have."""
+    elements, channels, pattern = shape.elements, shape.channels, shape.pattern
+    planes, windows = (shape.taps, 1.0) if shape.merged else (1, shape.taps)
+    if shape.algorithm == records.ScatterAlgorithm.Walk:
+        most = limits.WALK_SEEDS.of(itemsize)
+        visits, together = math.ceil(seeds / most), even(seeds, most)
+        one = walk_clocks(elements, channels, shape.merged, together, shape.taps, pattern)
+        return [ScatterWay(visits * one, visits, worker_lanes(elements))]
+    if shape.algorithm == records.ScatterAlgorithm.Quads:
+        ways = []
+        for lanes in QUAD_LANES:
+            one, visits = quad_clocks(elements // 4, channels, seeds, planes, pattern, lanes, itemsize)
+            ways.append(ScatterWay(windows * one, visits, lanes))
+        return ways
+    one, visits = narrow_clocks(elements, channels, seeds, planes, itemsize)
+    return [ScatterWay(windows * one, visits, limits.NARROW_LANES)]
 
 
 def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:

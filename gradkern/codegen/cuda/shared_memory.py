@@ -1,16 +1,17 @@
 """The places of a chain's buffers in the shared memory of a thread block, as plain values.
 
 `Passes` are the records of both passes and the facts that follow from them alone; `Arrangement` is a place for every
-buffer, for a number of seeds at a time.  Nothing here changes a buffer: `DeviceLowering` enters the chosen places.
+buffer, for a number of seeds at a time.  Nothing here changes a buffer: :mod:`.lowering` enters the places that are
+best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..records import DenseT, Record
-from ..scratch import Buffer, first_fit
+from ..scratch import Buffer, first_fit, round_up
 from . import clock_model
 
 
@@ -69,6 +70,11 @@ class Passes:
     def records(self) -> tuple[Record, ...]:
         return self.forward + self.backward
 
+    def numbered(self) -> Iterator[tuple[Record, int, bool]]:
+        """Every record with its run, and whether it is of the forward pass."""
+        for i, (op, run) in enumerate(zip(self.records, self.runs, strict=True)):
+            yield op, run, i < len(self.forward)
+
     def temporary(self, block: int, tile: int) -> int:
         """Elements of the region that whole-block records want."""
         wanted = 0
@@ -76,7 +82,7 @@ class Passes:
             if op.whole_block:
                 wanted = max(wanted, clock_model.PARTIAL_SUMS)
             if isinstance(op, DenseT):
-                wanted = max(wanted, (block * tile + 3) // 4 * 4 * min(op.O, 64) + clock_model.WARP)
+                wanted = max(wanted, round_up(block * tile, 4) * min(op.O, 64) + clock_model.WARP)
         return wanted
 
 
@@ -98,7 +104,7 @@ class Arrangement:
         for buffer, size in sorted(sized, key=lambda x: -x[1]):
             life = passes.lives[buffer]
             bases[buffer] = first_fit(size, ((bases[b], ends[b]) for b in ends if life.meets(passes.lives[b])))
-            ends[buffer] = bases[buffer] + (size + 3) // 4 * 4
+            ends[buffer] = bases[buffer] + round_up(size, 4)
             if life.run is None:
                 sample = max(sample, ends[buffer])
             else:

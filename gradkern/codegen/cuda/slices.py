@@ -1,10 +1,10 @@
 """Slices: a wide linear layer's backward pass, computed and consumed a few positions at a time.
 
-The cotangent before a wide linear layer is the largest buffer that a sample keeps on the chip: 1792 numbers per seed in
-`cnn1d`, and the convolutions before it produce twice as many.  All of them are linear, so a slice of positions can be
-computed and passed on to the input's cotangent before the next one; windows that reach over a slice's edge are simply
-added up.  Memory per sample falls to a slice and its halo, and more samples share each weight that is read from L2.
-Only the halo is computed twice.
+The cotangent before a wide linear layer is the largest buffer that a sample keeps on the chip: 1792 elements per seed
+in `cnn1d`, and the convolutions before it produce twice as many.  All of them are linear, so a slice of positions can
+be computed and passed on to the input's cotangent before the next one; windows that reach over a slice's edge are
+simply added up.  Memory per sample falls to a slice and its halo, and more samples share each weight that is read from
+L2.  Only the halo is computed twice.
 
 This rewrites records and needs no new kinds: every slice has its own records, with shifted offsets.
 """
@@ -25,7 +25,7 @@ COUNTS = (2, 3, 4, 5, 6, 7, 8)  # slices that are tried
 class Stage:
     """A transposed convolution as a map along one axis: from positions of its source to elements of its target."""
 
-    place: int  # of its record
+    index: int  # of its record
     axis: Literal["H", "W"]
     positions: int
     source: int  # elements of the source per position, and where position 0 lies
@@ -36,7 +36,7 @@ class Stage:
     bits: int  # bytes of the pattern per position
 
     @classmethod
-    def of(cls, place: int, op: Record, tables: Sequence[int]) -> Stage | None:
+    def of(cls, index: int, op: Record, tables: Sequence[int]) -> Stage | None:
         """None if a position's part cannot be computed from its index, which happens for pools that leave the input."""
         if not isinstance(op, ScatterT) or op.seed_rows:
             return None
@@ -56,7 +56,7 @@ class Stage:
         reach += max(window) - min(window) + 1
         reach += (op.groups - 1) * op.C  # the window is the first group's
         positions, source = (op.H, op.src.row) if axis == "H" else (op.W, op.src.position)
-        return cls(place, axis, positions, source, op.src.offset, step[axis], op.dst.offset + min(window), reach, bits)
+        return cls(index, axis, positions, source, op.src.offset, step[axis], op.dst.offset + min(window), reach, bits)
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """Elements of the target that positions begin … end - 1 add to, from a multiple of four on."""
@@ -69,17 +69,25 @@ class Stage:
         return max(0, begin), min(self.positions, end)
 
 
+def variants(backward: list[Record], tables: Sequence[int]) -> list[list[Record]]:
+    """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
+    cut = (sliced(backward, tables, count) for count in COUNTS)
+    return [backward, *(ops for ops in cut if ops is not None)]
+
+
 def sliced(backward: list[Record], tables: Sequence[int], count: int) -> list[Record] | None:
     """The records with the last wide linear layer in ``count`` slices; None if that is impossible.
 
     The cotangent of the linear layer must have a transposed convolution as its only reader.  All such convolutions that
     follow each other run slice by slice; the target of the last one is whole.
     """
-    chosen = path(backward, tables)
-    if chosen is None or chosen[1][0].positions < 2 * count:
+    wide_and_stages = path(backward, tables)
+    if wide_and_stages is None:
         return None
-    wide, stages = chosen
-    first, done = stages[0], {s.place for s in stages}
+    wide, stages = wide_and_stages
+    if stages[0].positions < 2 * count:
+        return None
+    first, done = stages[0], {s.index for s in stages}
     skipped = {wide, *done} | set(zeros_of(backward, stages))
     start, rest = min(skipped), max(done) + 1
     if any(i not in skipped for i in range(start, rest)):
@@ -103,7 +111,7 @@ def path(backward: list[Record], tables: Sequence[int]) -> tuple[int, list[Stage
     buffer = target_of(op)
     while (reader := only_reader(backward, buffer)) is not None:
         stage = Stage.of(reader, backward[reader], tables)
-        if stage is None or (stages and (stage.place < stages[-1].place or stage.axis != stages[0].axis)):
+        if stage is None or (stages and (stage.index < stages[-1].index or stage.axis != stages[0].axis)):
             break
         stages.append(stage)
         buffer = target_of(backward[reader])
@@ -127,7 +135,7 @@ def only_reader(ops: list[Record], buffer: Buffer) -> int | None:
 
 def zeros_of(ops: list[Record], stages: Sequence[Stage]) -> list[int]:
     """The records that zero the targets of these stages."""
-    targets = [target_of(ops[s.place]) for s in stages]
+    targets = [target_of(ops[s.index]) for s in stages]
     return [i for i, op in enumerate(ops) if isinstance(op, Zero) and any(op.writes(b) for b in targets)]
 
 
@@ -140,7 +148,7 @@ def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int,
     dst = replace(op.dst, buffer=source, offset=0)
     out: list[Record] = [replace(op, dst=dst, window_elements=high - low, weights=op.weights + low)]
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
-        record = backward[stage.place]
+        record = backward[stage.index]
         assert isinstance(record, ScatterT)
         target, shift = target_of(record), 0
         if following is not None:

@@ -110,7 +110,7 @@ class QuadScatter(DeviceScatter):
             variant[:, rows : high - rows, start : start + inner.shape[2]] = inner
 
     def fits(self, node: Node, upstream: Node) -> bool:
-        """Whether everything that quads read and write is aligned to four numbers."""
+        """Whether everything that quads read and write is aligned to four elements."""
         origin = node.interior + self.origin
         steps = (origin, *self.step, *self.runs, self.L, self.O, upstream.interior, upstream.row)
         return self.groups == 1 and len(self.taps) <= limits.QUAD_PLANES and all(n % 4 == 0 for n in steps)

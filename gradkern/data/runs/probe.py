@@ -103,7 +103,8 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     engine = pinned or options.engine(settings.engine)
     program = None
     if engine != "autograd":
-        program = api.prepare(model, inputs)
+        prepared = api.prepare(model, inputs)
+        program = None if prepared is None else prepared.program
         engine = "autograd" if program is None else "kernel" if engine == "auto" else engine
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)

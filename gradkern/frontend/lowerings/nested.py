@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...ir.program import Batch, Call, Opaque, Param, Value
-from ...ir.recurrent import GATES, recognise
+from ...ir.recurrent import GATES, recognize
 from .builder import ProgramBuilder, as_shape
 from .index import along, emit
 
@@ -35,7 +35,7 @@ def last_state(b: ProgramBuilder, call: Call) -> Value | None:
     if inner.op not in GATES or inner.index != 1 or dim != 0:
         return None
     net = replace(inner, index=0)
-    r = recognise(net)
+    r = recognize(net)
     if r is None:
         return None
     states = len(r.weights)

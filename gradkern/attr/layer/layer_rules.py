@@ -1,0 +1,157 @@
+"""Layer methods that are a rule per form: DeepLift and LRP, pulled back from the outputs to the layer's value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...dispatch.targets import Seeds
+from ...runtime import reference
+from ...util.chunks import spans
+from ...util.options import Engine
+from ...util.outputs import Output
+from .. import captum_compat as compat
+from ..attribute_all import Options, Tensors, completeness, picked
+from ..call import seen_as
+from ..captum_compat import stock
+from ..plug import GradientFunc, plug_into
+from ..points import block_rows, gradient_bytes
+from ..rules.deeplift import DeepLift, check_references, customised, pairs_of
+from ..rules.lrp import LRP
+from ..rules.rule import Rule, pull
+from ..rules.rule_methods import Chunk, RuleMethod, samples_at_a_time
+from .layer_methods import LayerMethod, all_outputs, one_output
+from .split import LayerView
+
+Finish = Callable[[Any, Tensor, Tensor], Tensor]  # (rule, multipliers [n, S, *layer], targets) to attributions
+
+
+def pulled(
+    view: LayerView, method: RuleMethod, index: Tensor | None, seeds: int, options: Options, finish: Finish
+) -> Tensor | None:
+    """The rule of ``method`` from the outputs to the layer, ``[N, S, *layer]``; None if it does not cover the model."""
+    points, program = view.points, view.program
+    if not method._supports(program):
+        return None
+    inputs = tuple(x.detach().contiguous() for x in points.base_request.inputs)
+    like, n = inputs[points.wrt[0]] if points.wrt else inputs[0], points.samples
+    targets = torch.arange(program.outputs, device=like.device) if index is None else index.to(like.device)
+    pieces = []
+    with torch.inference_mode(False), torch.no_grad():
+        for a, b in spans(0, n, samples_at_a_time(program, seeds, like.dtype, like.device)):
+            chunk = Chunk(program, view.params, tuple(x[a:b] for x in inputs), a, b, options, view.by_reference)
+            chosen = targets[a:b] if targets.dim() == 2 else targets
+            rule: Rule = method._rule(chunk)
+            seeded = reference.one_hot(program, rule.values[program.output], chosen)
+            back = pull(rule, seeded, [view.value]).get(view.value)
+            back = seeded.new_zeros(b - a, seeds, *view.shape) if back is None else back
+            pieces.append(finish(rule, back, chosen))
+    return torch.cat(pieces)
+
+
+class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
+    """DeepLift at a layer: its change from the reference, times the multipliers there (arXiv:1704.02685).
+
+    A drop-in for `captum.attr.LayerDeepLift`, complete even where Captum is not.  Attribute logits, as for DeepLift.
+    """
+
+    attribute = one_output(stock.LayerDeepLift)
+    attribute_all = all_outputs(stock.LayerDeepLift)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+        start = compat.format_baseline(options["baselines"], view.points.inputs)
+        compat.validate_input(view.points.inputs, start)
+        custom = options.get("custom_attribution_func")
+
+        def finish(rule: Any, multipliers: Tensor, targets: Tensor) -> Tensor:
+            value = rule.values[view.value]
+            base = rule.reference[view.value].expand(value.shape)
+            if custom is not None:
+                return customised(custom, (multipliers,), (value,), (base,))[0]
+            return multipliers * (value - base).unsqueeze(1) if self.multiplies_by_inputs else multipliers
+
+        return pulled(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
+
+
+class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
+    """The mean of DeepLift at a layer over a distribution of references (arXiv:1705.07874).
+
+    A drop-in for `captum.attr.LayerDeepLiftShap`, complete even where Captum is not.  Attribute logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        multiply_by_inputs: bool = True,
+        engine: Engine | None = None,
+        output: Output = None,
+    ) -> None:
+        # Captum's own calls `LayerDeepLift` by a name that a user may have replaced by ours.
+        stock.LayerDeepLift.__init__(self, model, layer, multiply_by_inputs)
+        plug_into(self, GradientFunc(engine), output)
+
+    attribute = one_output(stock.LayerDeepLiftShap)
+    attribute_all = all_outputs(stock.LayerDeepLiftShap)
+
+    def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
+        points, index = view.points, seeds.rows(0, view.points.samples)
+        start = check_references(options["baselines"], points.inputs)
+        means, deltas = [], []
+        layer = torch.empty((), dtype=points.inputs[0].dtype).expand(1, *view.shape)
+        room = block_rows(gradient_bytes([layer], seeds.count), points.inputs[0].device)
+        for a, b in spans(0, points.samples, max(1, room // len(start[0]))):
+            paired, base, chosen = pairs_of(points, start, index, a, b)
+            found = self._layer(view.at(paired), chosen, seeds.count, options | {"baselines": base})
+            if found is None:
+                return None
+            means.append(found.view(b - a, len(start[0]), *found.shape[1:]).mean(1))
+            if delta:
+                deltas.append(completeness(paired, (found,), base, Seeds(seeds.count, seeds.axes, chosen)))
+        return (torch.cat(means),), torch.cat(deltas) if delta else None
+
+
+class LayerLRP(LayerMethod, stock.LayerLRP):
+    """The relevance of a layer's units (layer-wise relevance propagation, doi:10.1371/journal.pone.0130140).
+
+    A drop-in for `captum.attr.LayerLRP`, for one layer; lists of layers stay with Captum.  It also serves layers for
+    which Captum keeps no relevance, such as activations.  Attribute logits: a softmax has no rule.
+    """
+
+    attribute = one_output(stock.LayerLRP)
+    attribute_all = all_outputs(stock.LayerLRP)
+
+    def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
+        method = seen_as(LRP, self)
+        with method._rules() as rules:
+            found = super()._one(rows, options | {"rules": rules}, delta)
+        if found is not None:
+            method._used(rules, options["verbose"])
+        return found
+
+    def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
+        method = seen_as(LRP, self)
+        with method._rules() as rules:
+            found = super()._all(rows, targets, options | {"rules": rules})
+        if found is not None and options["verbose"]:
+            method._print(rules)
+        return found
+
+    def _once(self, target: Any, options: Options) -> Any:
+        with seen_as(LRP, self)._rules_put_back():
+            return super()._once(target, options)
+
+    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+        method = seen_as(LRP, self)
+
+        def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
+            score = picked(rule.values[view.program.output].flatten(1), targets)  # [n, S]
+            return relevance * score.view(*score.shape, *(1,) * len(view.shape))
+
+        return pulled(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
+
+    def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
+        return seen_as(LRP, self)._row_delta(parts, view.points, seeds, options)

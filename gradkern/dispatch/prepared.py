@@ -1,0 +1,121 @@
+"""A network that is captured, verified and packed: calls of it look at nothing but their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.program import Program
+from ..runtime import frozen, ops
+from ..util.chunks import samples_per_chunk, spans
+from ..util.options import BadType, BadValue
+from . import batching
+from .request import Request
+from .route import TRACE_SAMPLES, decide
+from .targets import Seeds, TopSeeds
+
+
+class Prepared:
+    """What `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` of one network for one choice of targets.
+
+    The weights are packed as they are at the first call, and no later change of the model (weights, mode, code) is
+    noticed: prepare it again after one.  ``program``: what was captured; ``str()`` of this object is its listing.
+    """
+
+    def __init__(self, request: Request, program: Program, as_tuple: bool) -> None:
+        self.program = program
+        self._request, self._as_tuple = request, as_tuple
+        self._seeds = shared_seeds(request, program)
+        self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
+        self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
+
+    def __str__(self) -> str:
+        return str(self.program)
+
+    def __call__(self, inputs: Tensor | Sequence[Tensor]) -> Any:
+        """``[N, *axes, *in]`` for samples like those it was prepared with (a tuple of them for a tuple of inputs).
+
+        Raises `ValueError` or `TypeError` for inputs of another shape, dtype or device.
+        """
+        given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        self._check(given)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._called(given)
+        return self._called(given)
+
+    def _called(self, given: tuple[Tensor, ...]) -> Any:
+        if self._run is None:
+            self._run = self._frozen(given)
+        results = self._run(tuple([x.detach() for x in given]))
+        return results if self._as_tuple else results[0]
+
+    def _check(self, given: tuple[Tensor, ...]) -> None:
+        if len(given) != len(self._like):
+            raise BadValue(f"inputs: got {len(given)} tensors, expected {len(self._like)}, as prepared.")
+        for i, (x, (shape, dtype, device)) in enumerate(zip(given, self._like, strict=True)):
+            if not isinstance(x, Tensor):
+                raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].")
+            if x.dim() == 0 or x.shape[1:] != shape or x.shape[0] != given[0].shape[0]:
+                expected = ", ".join(map(str, ("N", *shape)))
+                raise BadValue(
+                    f"inputs: number {i} has shape {list(x.shape)}, expected [{expected}], as prepared, with one N for "
+                    "all inputs. Call gradkern.prepare for the new shape."
+                )
+            if x.dtype != dtype or x.device != device:
+                raise BadType(
+                    f"inputs: number {i} is {x.dtype} on {x.device}, expected {dtype} on {device}, as prepared. "
+                    "Convert it, or call gradkern.prepare for inputs like it."
+                )
+
+    def _frozen(self, given: tuple[Tensor, ...]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """The rest of a call, with the network as it is now."""
+        fn, wrt, choose = self._request.fn, self._request.wrt, self._request.choose
+        request = Request(fn, given, wrt, choose)
+        route = decide(request, "kernel")
+        if route.eager_reason is None:
+            route.trace(lambda: self._request.pick(TRACE_SAMPLES))
+        if route.program is None:
+            raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
+        route.check_reached(request)
+        program = self.program = route.program
+        seeds = self._seeds = shared_seeds(request, program)
+        with torch.no_grad():
+            chain = frozen.frozen_chain(program, route.params(), given, seeds.indices, wrt)
+            tensors = {} if chain is not None else {name: x.detach().clone() for name, x in route.tensors.items()}
+        if chain is None:
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "kernel").shaped
+        x = given[wrt[0]]
+        most = samples_per_chunk(x.device, program.outputs * x.element_size())
+        return lambda inputs: _by_chain(chain, seeds, wrt, inputs, most)
+
+
+def _by_chain(
+    chain: frozen.FrozenChain, seeds: Seeds, wrt: tuple[int, ...], inputs: tuple[Tensor, ...], most: int
+) -> tuple[Tensor, ...]:
+    n = inputs[0].shape[0]
+    out = [inputs[w].new_empty((n, seeds.count, *inputs[w].shape[1:])) for w in wrt]
+    for fresh in out:
+        ops.on_huge_pages(fresh)
+    if 0 < n <= most:
+        chain(inputs, out)
+    else:
+        for a, b in spans(0, n, most):
+            chain([x[a:b] for x in inputs], [o[a:b] for o in out])
+    if len(seeds.axes) == 1:
+        return tuple(out)
+    return tuple([o.view(n, *seeds.axes, *o.shape[2:]) for o in out])
+
+
+def shared_seeds(request: Request, program: Program) -> Seeds:
+    """The seeds of a request, which must be the same for all samples."""
+    seeds = request.choose(request.samples, program.output_shape)
+    if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
+        raise BadValue(
+            "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples: an int, "
+            "a list, a 1-D tensor or a tuple. Call gradkern.jacobian for targets of each sample."
+        )
+    return seeds

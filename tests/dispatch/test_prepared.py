@@ -1,0 +1,86 @@
+"""`gradkern.prepare`: a callable that gives `jacobian`'s numbers and looks at nothing but its inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gradkern
+from gradkern.frontend import capture
+from gradkern.runtime import frozen
+from tests.cases import CASES
+
+#: One chain; several groups; two inputs; an output of several axes; a bottleneck is in the last.
+NETWORKS = ("mlp", "resnet1d_cumsum", "two_inputs", "per_step")
+
+
+@pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_its_results_are_those_of_jacobian(name: str) -> None:
+    case = CASES[name]
+    model, inputs = case.build(), case.inputs(5)
+    given = inputs if len(inputs) > 1 else inputs[0]
+    jac = gradkern.prepare(model, given)
+    assert jac is not None
+    for n in (5, 1, 0):
+        rows = tuple(x[:n] for x in inputs)
+        rows = rows if len(inputs) > 1 else rows[0]
+        want = gradkern.jacobian(model, rows, engine="kernel")
+        for got, expected in zip(jac(rows), want, strict=True):
+            assert torch.equal(got, expected)
+    if name != "per_step":
+        some = gradkern.prepare(model, given, [1, 0])
+        assert all(map(torch.equal, some(given), gradkern.jacobian(model, given, [1, 0], engine="kernel")))
+
+
+def test_it_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    jac = gradkern.prepare(model, x)
+    assert str(jac) == str(jac.program)
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # before the first call it still counts
+    want = gradkern.jacobian(model, x)
+    assert torch.equal(jac(x), want)
+    monkeypatch.setattr(capture.Capture, "capture", None)
+    monkeypatch.setattr(frozen, "frozen_chain", None)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model.train()
+    assert torch.equal(jac(x), want)
+    with torch.inference_mode():
+        inside = jac(x)
+    assert torch.equal(inside, want)
+    assert not inside.is_inference()
+    assert not jac(x.clone().requires_grad_()).requires_grad
+
+
+def test_large_batches_are_cut() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(301, 4)
+    jac = gradkern.prepare(model, x, 1)
+    with gradkern.use(memory_budget=1000):
+        assert torch.equal(jac(x), gradkern.jacobian(model, x, 1, engine="kernel"))
+
+
+def test_weights_that_are_not_finite() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4)
+    jac = gradkern.prepare(model, x)
+    with torch.no_grad():
+        model[0].weight[1, 1] = torch.inf
+    torch.testing.assert_close(jac(x), gradkern.jacobian(model, x, engine="autograd"), equal_nan=True)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    for targets in (gradkern.TopK(2), torch.zeros(6, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="the same outputs for all samples"):
+            gradkern.prepare(model, x, targets)
+    jac = gradkern.prepare(model, x)
+    with pytest.raises(ValueError, match=r"shape \[6, 3\], expected \[N, 4\]"):
+        jac(x[:, :3])
+    with pytest.raises(TypeError, match="float64 on cpu, expected"):
+        jac(x.double())
+    with pytest.raises(TypeError, match="is list, expected a tensor"):
+        jac([x.tolist()])
+    with pytest.raises(ValueError, match="got 2 tensors, expected 1"):
+        jac((x, x))
