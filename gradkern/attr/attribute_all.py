@@ -104,9 +104,11 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
     return jacobian_choice(targets)(inputs[0].shape[0], out).chosen_by(y), out
 
 
-def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any]) -> Any:
+def one_by_one(
+    fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any], delta: bool = False
+) -> Any:
     """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers and
-    buffers."""
+    buffers.  ``delta``: what ``attribute`` returns ends with the convergence delta."""
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolved(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
@@ -119,7 +121,9 @@ def one_by_one(fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, at
         with buffers_kept(nn.ModuleList(modules_behind(fn))):
             results.append(attribute(captum_target(column, out)))
     tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
-    return (tree, seeds.indices_per_sample()) if isinstance(seeds, TopSeeds) else tree
+    if not isinstance(seeds, TopSeeds):
+        return tree
+    return (*(tree if delta else (tree,)), seeds.indices_per_sample())
 
 
 def captum_target(flat: Tensor, out: Shape) -> Any:
@@ -223,4 +227,4 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
         def attribute(target: Any) -> Any:
             return self.attribute(inputs, target=target, additional_forward_args=extra, **more)
 
-        return one_by_one(self.forward_func, inputs, extra, targets, attribute)
+        return one_by_one(self.forward_func, inputs, extra, targets, attribute, delta)

@@ -132,7 +132,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
             arguments = {"target": target, "additional_forward_args": additional_forward_args}
             return self.attribute(inputs, *fixed, **arguments, **options)
 
-        return one_by_one(method.forward_func, inputs, additional_forward_args, targets, attribute)
+        return one_by_one(method.forward_func, inputs, additional_forward_args, targets, attribute, wants_delta)
 
 
 class _Average:

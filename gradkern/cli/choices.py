@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..util.options import BadValue
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from ..data import Source
 
 Command = Callable[..., None]
+CASTS = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,21 @@ class SourceArguments:
         from ..data import open_source
 
         columns = tuple(self.columns.split(",")) if self.columns else None
+        if self.cast not in (None, *CASTS):
+            raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
         return open_source(self.spec, columns, getattr(torch, self.cast) if self.cast else None)
+
+
+def recorded(made_by: Mapping[str, object], name: str) -> str | None:
+    """What a store says its run was given, which is only ever shown: it may be anybody's words."""
+    value = made_by.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]) -> str:
+    """The options that are not ``given`` and that the run had, as one would type them."""
+    missing = {name: recorded(made_by, name) for name, value in given.items() if value is None}
+    return " ".join(f"--{name} {shlex.quote(spec)}" for name, spec in missing.items() if spec)
 
 
 allow_pickle = click.option(
@@ -69,7 +87,11 @@ def model_and_source(command: Command) -> Command:
         )
 
     for option in (
-        click.option("--cast", type=click.Choice(["float32", "float64"]), help="Cast floating inputs and bytes to it."),
+        click.option(
+            "--cast",
+            type=click.Choice(CASTS),
+            help="Cast the inputs to it: other floating numbers, bytes, whole numbers, booleans.",
+        ),
         click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
         allow_pickle,
         click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),

@@ -10,6 +10,7 @@ import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
+from .terminal import say
 
 
 @click.command()
@@ -49,9 +50,9 @@ def run(
         made_by=made_by, **options,
     )  # fmt: skip
     state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
-    click.echo(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
+    say(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
     for note in results.about.get("notes", []):
-        click.echo(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
+        say(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
 
 
 @click.command()
@@ -75,14 +76,14 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
     if as_json:
         curve_data = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
         shown = {"top": best, "agreement": ranking.agreement.tolist(), "samples": ranking.counts.tolist()}
-        click.echo(json.dumps(shown | {"curve": curve_data}))
+        say(json.dumps(shown | {"curve": curve_data}))
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
         places = " ".join(position_text(f, shape) for f in features)
-        click.echo(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
+        say(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
     if curve is not None:
-        click.echo("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
+        say("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
 
 
 @click.command()
@@ -98,7 +99,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
     from gradkern.data import merge
 
     results = merge(out, parts)
-    click.echo(f"{out}: complete, {results.samples:,} samples")
+    say(f"{out}: complete, {results.samples:,} samples")
 
 
 @click.command()
@@ -119,4 +120,4 @@ def bench(model: ModelArguments, samples: SourceArguments, most: int, repeats: i
 
     net = model.load()
     for line in bench(net if output is None else OneOutput(net, output), samples.open(), most, repeats):
-        click.echo(line)
+        say(line)

@@ -20,7 +20,7 @@ except ImportError:
         "pip install --no-build-isolation '.[data]'"
     ) from None
 
-from . import computing, reading, verifying
+from . import computing, reading, terminal, verifying
 
 FAILED, MISMATCH, FULL, DAMAGED, BUSY, INTERRUPTED = 1, 3, 4, verifying.DAMAGED, 6, 130
 
@@ -36,12 +36,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("gradkern: interrupted; what is finished is kept", err=True)
             context.exit(INTERRUPTED)
+        except BrokenPipeError:  # `| head` has seen enough: click ends quietly
+            raise
         except Exception as error:
             if context.params.get("debug"):
                 raise
-            line = " ".join(str(error).split()) or type(error).__name__
+            text = terminal.line(error) or type(error).__name__
             name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            click.echo(f"gradkern: {name}{line}", err=True)
+            click.echo(f"gradkern: {name}{text}", err=True)
             context.exit(_code(error))
 
 
@@ -72,10 +74,12 @@ def main(debug: bool, log: str, threads: int | None) -> None:
     gradkern run --help                                         more examples
     """
     if log == "info":
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(terminal.Formatter("%(asctime)s %(name)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not debug:
-        warnings.showwarning = lambda message, *rest, **more: click.echo(f"gradkern: note: {message}", err=True)
+        warnings.showwarning = lambda message, *rest, **more: terminal.note(message)
     if threads:
         import torch
 

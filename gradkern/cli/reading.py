@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from ..util.options import BadValue
 from . import choices
 from .choices import ModelArguments, SourceArguments
+from .terminal import line, note, say
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..data import Results, Source
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -32,7 +33,10 @@ def explain(model: ModelArguments, samples: SourceArguments, output: int | str |
     import gradkern
 
     inputs = samples.open().read(0, 1)
-    gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs, output=output)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        gradkern.explain(model.load(), inputs[0] if len(inputs) == 1 else inputs, output=output)
+    say(text.getvalue().rstrip("\n"))
 
 
 @click.command()
@@ -40,9 +44,9 @@ def explain(model: ModelArguments, samples: SourceArguments, output: int | str |
 @click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
 @click.option("--names", help="Names of the outputs, with commas between.")
 @click.option("--title", help="Title of the page.")
-@click.option("--model", help="The run's model, where its file is elsewhere now.")
+@click.option("--model", help="The run's model: adds the deletion and insertion curves.")
 @click.option("--weights", help="Its weights.")
-@click.option("--source", help="The run's source, where its file is elsewhere now.")
+@click.option("--source", help="The run's source: adds the samples under the maps.")
 @choices.allow_pickle
 def report(
     store: str, out: str | None, names: str | None, title: str | None, model: str | None, weights: str | None,
@@ -50,77 +54,63 @@ def report(
 ) -> None:  # fmt: skip
     """Write one HTML file about STORE, finished or not.
 
-    Uses the model and the source of `gradkern run`, if they still exist, for the samples under the maps and the
-    deletion curves.
+    With the model and the source of its run, the page has the samples under the maps and the deletion curves. They are
+    never loaded because the store names them, only if you do.
 
     \b
     gradkern report maps.zarr --names cat,dog,horse
+    gradkern report maps.zarr --model net.pt2 --source x.npy
     """
     from gradkern.data import open_store
     from gradkern.report.dataset import report
 
+    if weights and not model:
+        raise click.UsageError("--weights belong to a --model, which is not given")
     results = open_store(store)
     made_by = results.about.get("made_by", {})
-    samples = SourceArguments(source or made_by.get("source"), made_by.get("columns"), made_by.get("cast"))
-    chosen = ModelArguments(model or made_by.get("model"), weights or made_by.get("weights"), allow_pickle)
-    rows = _again(samples.open, "source", samples.spec, required=source is not None)
-    net = _again(chosen.load, "model", chosen.spec, required=model is not None)
-    net, rows = _only_of_the_run(results, net, rows, {"model": bool(model or weights), "source": bool(source)})
+    rows = (
+        SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open()
+        if source
+        else None
+    )
+    net = ModelArguments(model, weights, allow_pickle).load() if model else None
+    _check_same(results, net, rows)
     path = report(
         results, out or _beside(store), model=net, source=rows, title=title,
         names=names.split(",") if names else None,
     )  # fmt: skip
-    click.echo(path)
+    say(path)
+    missing = choices.as_in_the_run({"model": model, "source": source}, made_by)
+    if missing:
+        note(f"for samples and curves add {missing}, as in the run, if you trust these files")
 
 
-def _again(load: Callable[[], T], what: str, spec: str | None, *, required: bool) -> T | None:
-    """The run's model or source; if it is only recorded and no longer exists, that is not an error."""
-    if spec is None:
-        return None
-    try:
-        return load()
-    except Exception as error:
-        if required:
-            raise
-        click.echo(f"gradkern: note: the report does without the run's {what}: {error}", err=True)
-        return None
+def _beside(store: str) -> Path:
+    """The page beside a store, in the current folder if the store is not on this machine; never through a link that
+    came with the store."""
+    from gradkern.data.store.durable import local_path
+
+    place = local_path(store.rstrip("/"))
+    path = Path(store.rstrip("/").rpartition("/")[2] if place is None else place).with_suffix(".html")
+    if path.is_symlink():
+        raise BadValue(f"{path} is a symbolic link, which might lead anywhere. Say where the page shall go with --out.")
+    return path
 
 
-def _only_of_the_run(
-    results: Results, net: nn.Module | None, rows: Source | None, given: dict[str, bool]
-) -> tuple[nn.Module | None, Source | None]:
-    """Model and source, if they are the run's: a report must not combine its curves or samples with these maps.
-
-    Refuses one that was ``given`` on the command line; does without one that is only recorded and has changed.
-    """
+def _check_same(results: Results, net: nn.Module | None, rows: Source | None) -> None:
+    """Refuse another model or source: a report must not combine its curves or samples with these maps."""
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
     from gradkern.data.runs.reading import Alone
 
     stored = results.about["fingerprint"]
-
-    def changed(what: str, same: bool) -> bool:
-        if not same and given[what]:
+    same = {
+        "model": net is None or fingerprint.of_model(net, None)["weights"] == stored["model"]["weights"],
+        "source": rows is None or fingerprint.of_source(rows.samples, Alone.of(rows).rows) == stored["source"],
+    }
+    for what, ok in same.items():
+        if not ok:
             raise Mismatch(f"--{what}: it is not the {what} of the run, whose content was another.")
-        if not same:
-            click.echo(f"gradkern: note: the report does without the run's {what}, which has changed since", err=True)
-        return not same
-
-    weights = stored["model"]["weights"]
-    if net is not None and changed("model", fingerprint.of_model(net, None)["weights"] == weights):
-        net = None
-    content = stored["source"]
-    if rows is not None and changed("source", fingerprint.of_source(rows.samples, Alone.of(rows).rows) == content):
-        rows = None
-    return net, rows
-
-
-def _beside(store: str) -> Path:
-    """The page beside a store; in the current folder if the store is not on this machine."""
-    from gradkern.data.store.durable import local_path
-
-    path = local_path(store.rstrip("/"))
-    return Path(store.rstrip("/").rpartition("/")[2] if path is None else path).with_suffix(".html")
 
 
 @click.command()
@@ -137,18 +127,18 @@ def info(store: str, as_json: bool) -> None:
     results = open_store(store)
     about = results.about
     if as_json:
-        click.echo(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        say(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
         return
-    click.echo(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
+    say(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
     for part in (*about["fingerprint"].values(), about["pinned"]):
         for key, value in part.items():
-            click.echo(f"  {key:<14} {value}")
+            say(f"  {line(key):<14} {line(value)}")
     for name, array in results.group.arrays():
-        click.echo(f"  {name:<14} {'×'.join(map(str, array.shape))} {array.dtype}")
+        say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {array.dtype}")
     if about["finished"]:
-        exact = "bit-equal to an uninterrupted run" if about["exact"] else "; ".join(about["notes"])
+        exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
         short = len(results.short_files())
-        click.echo(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
-        click.echo(f"  (gradkern verify {store} compares everything with its checksums)")
+        say(f"  damaged: {short} files are missing or have another size" if short else f"  complete, {exact}")
+        say(f"  (gradkern verify {store} compares everything with its checksums)")
     for words in results.losses():
-        click.echo(f"  {words}")
+        say(f"  {words}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 
 import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
+from .terminal import line, say
 
 DAMAGED = 5
 
@@ -18,9 +18,9 @@ DAMAGED = 5
 @click.option(
     "--repair", "repairs", is_flag=True, help="Compute again what is damaged, from the run's model and source."
 )
-@click.option("--model", help="The run's model, where its file is elsewhere now.")
+@click.option("--model", help="The run's model, to repair: never loaded only because the store names it.")
 @click.option("--weights", help="Its weights.")
-@click.option("--source", help="The run's source, where its file is elsewhere now.")
+@click.option("--source", help="The run's source, to repair.")
 @choices.allow_pickle
 @click.pass_context
 def verify(
@@ -35,31 +35,28 @@ def verify(
     gradkern verify maps.zarr                                              what is damaged, which samples to do again
     gradkern verify maps.zarr --repair --model net.pt2 --source x.npy      does them again
     """
-    import torch
-
     from gradkern.data import open_store
     from gradkern.data import repair as redo
     from gradkern.data import verify as check
 
     verdict = check(store)
-    click.echo(verdict)
+    say(verdict)
     if verdict.ok:
         return
     if not repairs:
         context.exit(DAMAGED)
     made_by = _made_by(store)
     if not (model and source):
-        named = " ".join(f"--{n} {shlex.quote(made_by[n])}" for n in ("model", "weights", "source") if made_by.get(n))
+        named = choices.as_in_the_run({"model": model, "weights": weights, "source": source}, made_by)
         hint = f" The store says: {named}. Give them if you trust these files." if named else ""
-        raise click.UsageError(f"--repair needs the run's --model and --source.{hint}")
-    samples = SourceArguments(source, made_by.get("columns"), made_by.get("cast"))
-    net = ModelArguments(model, weights, allow_pickle)
-    dtype = getattr(torch, samples.cast) if samples.cast in ("float32", "float64") else None
-    redo(store, net.load(), samples.open(), input_dtype=dtype)
+        raise click.UsageError(line(f"--repair needs the run's --model and --source.{hint}"))
+    samples = SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast"))
+    rows = samples.open()
+    redo(store, ModelArguments(model, weights, allow_pickle).load(), rows, input_dtype=rows.cast)
     after = check(store)
-    click.echo(after)
+    say(after)
     for note in open_store(store).about.get("notes", []):
-        click.echo(f"{store}: not equal to the last bit: {note}")
+        say(f"{store}: not equal to the last bit: {note}")
     if not after.ok:
         context.exit(DAMAGED)
 

@@ -7,6 +7,7 @@ come from `gradkern.attr`: any class there with ``attribute_all`` can be named.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from .. import attr
 from ..attr.gradient import GradientMethod
 from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
+from ..dispatch.targets import TopK
 from ..util.options import BadType, BadValue, Engine, use
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some consecutive samples: ``inputs`` ``[n, *in]`` each, ``targets`` as `gradkern.jacobian` reads them."""
+    """Some consecutive samples: ``inputs`` [n, *in] each, ``targets`` as `gradkern.jacobian` reads them."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -39,8 +41,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``rows`` ``[n, S]`` (or None: the same
-    targets for all samples), ``deltas`` ``[n, S]`` if the method has them."""
+    """``maps`` [n, S, *in] per floating input, ``outputs`` [n, *out], ``rows`` [n, S] (or None: the same targets for
+    all samples), ``deltas`` [n, S] if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor
@@ -224,6 +226,14 @@ def _seeded(first: int) -> Iterator[None]:
             np.random.set_state(state)
 
 
+def flat_indices(indices: Tensor, out: tuple[int, ...]) -> Tensor:
+    """Indices of outputs of shape ``out``, ``[N, S]`` or (of several axes) ``[N, S, axes]``, row-major ``[N, S]``."""
+    if len(out) < 2:
+        return indices
+    strides = torch.tensor([math.prod(out[i + 1 :]) for i in range(len(out))], device=indices.device)
+    return (indices * strides).sum(-1)
+
+
 class FromCaptum:
     """A class with ``attribute_all(inputs, targets, ...)``; it has deltas if it takes ``return_convergence_delta``."""
 
@@ -237,13 +247,20 @@ class FromCaptum:
         options = {**batch.arguments, **({"return_convergence_delta": True} if self.deltas else {})}
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
         with use(batch.engine), _seeded(batch.first):
-            maps = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
-        maps, deltas = maps if self.deltas else (maps, None)
+            result = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)
+        top = isinstance(batch.targets, TopK)
+        maps, *more = result if self.deltas or top else (result,)
+        deltas = more[0] if self.deltas else None
         maps = maps if isinstance(maps, tuple) else (maps,)
         with torch.no_grad():
             outputs = batch.model(*batch.inputs)
+        out = tuple(outputs.shape[1:])
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
-        seeds = jacobian_choice(batch.targets)(n, tuple(outputs.shape[1:]))
+        seeds = jacobian_choice(batch.targets)(n, out)
         rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
+        if top:  # those that were explained: the outputs of another forward pass might have them in another order
+            rows = flat_indices(more[-1], out)
         maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)
-        return Outcome(maps, outputs.detach(), rows, None if deltas is None else deltas.reshape(n, -1))
+        if deltas is not None:  # Captum gives one per baseline or draw too
+            deltas = deltas.reshape(n, -1, seeds.count).mean(1)
+        return Outcome(maps, outputs.detach(), rows, deltas)

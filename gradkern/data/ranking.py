@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,13 @@ def importance(
     rows = open_source(source, columns, input_dtype)
     if rows.samples < 2:
         raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
+    floating = sum(x.is_floating_point() for x in rows.read(0, 1))
+    if floating != 1:
+        raise BadValue(
+            f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
+            "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
+            "become floating with input_dtype=torch.float32 (--cast float32)."
+        )
 
     def of(place: str | Path, targets: Any) -> Importance:
         results = run(
@@ -266,16 +274,26 @@ def _average_ranks(v: np.ndarray) -> np.ndarray:
 
 
 def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve:
-    """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature."""
+    """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature.
+
+    The features are those of the only floating input; other inputs stay as they are.
+    """
     samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
     parts = [source.read(int(i), int(i) + 1) for i in samples_read]
-    if len(parts[0]) != 1:
-        raise BadValue(f"curve: the model has {len(parts[0])} inputs, expected one.")
     device = device_of(model)
-    x = torch.cat([p[0] for p in parts]).to(device)  # [n, *in]
+    inputs = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    which = [i for i, t in enumerate(inputs) if t.is_floating_point()]
+    if len(which) != 1:
+        raise BadValue(f"curve: the model has {len(which)} floating inputs, expected one.")
+    x = inputs[which[0]]  # [n, *in]
     baseline = torch.as_tensor(mean).to(x)
-    with torch.no_grad():
-        y = model(x).flatten(1)  # [n, C]
+
+    def outputs(x: Tensor, rows: slice = slice(None)) -> Tensor:
+        with torch.no_grad():
+            y = model(*(x if i == which[0] else t[rows] for i, t in enumerate(inputs)))
+        return y.reshape(len(y), -1)  # [n, C], of one output also [N]
+
+    y = outputs(x)
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
     generator, features = torch.Generator().manual_seed(0), ranking.shape[1]
@@ -288,7 +306,8 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
         tracked = []
         for block in blocks:
             order = order_of(block).to(device)
-            tracked.append([_track(model, x[block], baseline, order, shares, insert) for insert in (False, True)])
+            of_block = partial(outputs, rows=block)
+            tracked.append([_track(of_block, x[block], baseline, order, shares, insert) for insert in (False, True)])
         joined = [torch.cat([t[k] for t in tracked], dim=1) for k in (0, 1)]  # [P, n, C] each
         return np.array([[_holds(y, now) for now in track] for track in joined])
 
@@ -309,8 +328,7 @@ def _track(
     for share in shares:
         chosen = order[:, : round(share * order.shape[1])]
         mask = torch.zeros(x.shape[0], order.shape[1], dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
-        with torch.no_grad():
-            outputs.append(model(torch.where(mask.view_as(x), end, start)).flatten(1))
+        outputs.append(model(torch.where(mask.view_as(x), end, start)))
     return torch.stack(outputs)
 
 

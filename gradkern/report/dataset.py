@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Curve, Importance, Results, Source, open_store
 from ..data.ranking import of_results, position_text
 from ..data.runs.task import finite_rows
 from ..util.outputs import OneOutput
+from ..util.untrusted import plain
 from . import datafigures, figures
 from .page import Report, Section
 
 TOP = 10
 SHOWN_CLASSES = 6
+LONGEST_NAME = 60
 MAP_BYTES_READ = 1 << 30  # bytes of maps that are read for the typical and atypical samples
 
 
@@ -78,7 +80,7 @@ class StoreSections:
         self.targets = np.asarray(results.array("targets")[...])
         shared = self.targets.ndim == 1 and len(self.targets) == count
         outputs = self.targets if shared else range(count)
-        self.names = list(names) if names is not None else [f"output {c}" for c in outputs]
+        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in names or [f"output {c}" for c in outputs]]
 
     def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
@@ -186,7 +188,7 @@ class StoreSections:
         inputs = None
         if self.source is not None:
             inputs = np.stack([
-                np.stack([self.source.read(n, n + 1)[0][0].float().numpy() for n in e.samples]) for e in extremes
+                np.stack([_explained(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
@@ -266,6 +268,11 @@ class StoreSections:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
 
-def _short(value: Any) -> str:
+def _explained(inputs: Sequence[Tensor]) -> np.ndarray:
+    """The sample ``[*in]`` of the first floating input, which the maps are of."""
+    return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
+
+
+def _short(value: Any, most: int = 90) -> str:
     text = str(value)
-    return text if len(text) <= 90 else text[:87] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -91,8 +91,14 @@ class Report:
 
 
 def data_uri(figure: Figure, kind: str) -> str:
-    """The figure as a data URI; ``kind`` is ``png`` or ``svg``."""
+    """The figure as a data URI; ``kind`` is ``png`` or ``svg``.  Text is shown as it is: a ``$`` begins no formula."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
     buffer = io.BytesIO()
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     dated, mime = (None, "image/png") if kind == "png" else ({"Date": None}, "image/svg+xml")
-    figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=dated)
+    with rc_context({"text.parse_math": False}):
+        figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=dated)
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -71,7 +71,8 @@ def test_from_an_exported_network_to_a_report(files, tmp_path):
     assert "4 of 4 chunks" in said
     assert "bit-equal to an uninterrupted run" in said
     assert json.loads(call("info", store, "--json").stdout)["finished_chunks"] == 4
-    page = Path(call("report", store, "--names", "a,b,c").stdout.strip())
+    made_by = ("--model", files / "net.pt2", "--source", files / "x.npy")
+    page = Path(call("report", store, "--names", "a,b,c", *made_by).stdout.strip())
     assert page == tmp_path / "maps.html"
     text = page.read_text(encoding="utf-8")
     for shown in ("Coverage", "100%", "Typical and atypical", "What the ranking is worth", "halves agree"):
@@ -145,7 +146,7 @@ def test_importance_explain_and_bench(files):
     assert "gradkern is" in said
 
 
-def test_verify_repairs_from_what_the_store_records(files, tmp_path):
+def test_verify_repairs_from_model_and_source(files, tmp_path):
     store = tmp_path / "a.zarr"
     call("run", files / "net.pt2", files / "x.npy", store, "--chunk", "8", "--reduce", "mean_abs")
     assert "everything that is finished is as it was written" in call("verify", store).stdout
@@ -166,7 +167,7 @@ def test_verify_repairs_from_what_the_store_records(files, tmp_path):
     assert "gradkern verify" in again.stderr
 
 
-def test_a_report_does_without_a_recorded_model_that_has_changed(files, tmp_path):
+def test_a_report_refuses_a_model_that_has_changed(files, tmp_path):
     from safetensors.torch import save_file
 
     weights, page = tmp_path / "w.safetensors", tmp_path / "a.html"
@@ -174,12 +175,11 @@ def test_a_report_does_without_a_recorded_model_that_has_changed(files, tmp_path
     words = ("tests.cli.test_cli:build", files / "x.npy", tmp_path / "a.zarr", "--weights", weights)
     call("run", *words, "--reduce", "importance", "--no-maps")
     save_file({k: v + 1 for k, v in build().state_dict().items()}, weights)
-    said = call("report", tmp_path / "a.zarr").stderr
-    assert "does without the run's model, which has changed since" in said
+    assert "for samples and curves add --model tests.cli.test_cli:build" in call("report", tmp_path / "a.zarr").stderr
     assert page.exists()
-    refused = call("report", tmp_path / "a.zarr", "--model", files / "net.pt2", "--source", weights, code=1)
-    assert "--model" not in refused.stderr
-    refused = call("report", tmp_path / "a.zarr", "--weights", weights, code=3)
+    assert "belong to a --model" in call("report", tmp_path / "a.zarr", "--weights", weights, code=2).stderr
+    model = ("--model", "tests.cli.test_cli:build", "--weights", weights)
+    refused = call("report", tmp_path / "a.zarr", *model, code=3)
     assert "--model: it is not the model of the run" in refused.stderr
 
 

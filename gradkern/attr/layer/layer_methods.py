@@ -157,7 +157,8 @@ def all_outputs(kind: Any) -> AttributeAll:
         if maps is not None:
             return maps
         extra = options["additional_forward_args"]
-        return one_by_one(self.forward_func, inputs, extra, targets, lambda target: self._once(target, options))
+        delta = bool(options.get("return_convergence_delta"))
+        return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self._once(t, options), delta)
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
     return typed(attribute_all)

@@ -326,7 +326,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             fixed = (additional_forward_args, return_convergence_delta, custom_attribution_func)
             return self.attribute(inputs, base, target, *fixed)
 
-        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+        wants_delta = return_convergence_delta
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute, wants_delta)
 
     def _mean(
         self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool, custom: Any = None

@@ -189,7 +189,8 @@ class LRP(RuleMethod, stock.LRP):
             with self._rules_put_back():
                 return self.attribute(inputs, target, additional_forward_args, return_convergence_delta)
 
-        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute)
+        delta = return_convergence_delta
+        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute, delta)
 
     @property
     def _network(self) -> Any:

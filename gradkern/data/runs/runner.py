@@ -73,7 +73,7 @@ def run(
         ``method``, ``targets`` and all of ``options`` as one value, `gradkern.data.Settings`, in place of keywords.
         A keyword that is None counts as not given.
     columns, input_dtype
-        The fields of a sample that are the model's inputs; the dtype that floating inputs and bytes are cast to.
+        The fields of a sample that are the model's inputs; the dtype that inputs are cast to.
     shard
         ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  The last shard to finish completes the
         store.

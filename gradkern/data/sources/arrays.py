@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
+from ...util.untrusted import check_links
+from ..store.trust import check_array
 from .columns import Rows, members, to_tensor
 from .registry import Source, member, register
 
@@ -109,11 +111,21 @@ class Zarr(Arrays):
     def accepts(cls, data: Any) -> bool:
         return package_of(data) == "zarr"
 
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        for i, array in enumerate(arrays):
+            check_array(array, f"source: number {i}")
+        super().__init__(arrays)
+
     @classmethod
     def load(cls, path: str) -> Any:
         import zarr
 
-        return zarr.open(path, mode="r")
+        if Path(path).is_dir():
+            check_links(path)
+        try:
+            return zarr.open(path, mode="r")
+        except (ValueError, TypeError, LookupError) as error:
+            raise BadValue(f"source: {path} is no zarr array or group that can be read ({error}).") from error
 
 
 @register

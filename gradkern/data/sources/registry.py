@@ -85,7 +85,11 @@ class Source(ABC):
         return self.prepared(self.rows(start, stop), start, stop)
 
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows ``[stop - start, *in]``, checked; floating inputs and bytes are cast if a dtype was requested."""
+        """Rows ``[stop - start, *in]``, checked, and cast if a dtype was requested.
+
+        With one input it is cast whatever it is; of several, whole numbers beside a floating input stay, as they are
+        indices more often than not (bytes are cast all the same).
+        """
         for x in given:
             shape = [len(x), "..."] if isinstance(x, list) else list(x.shape)
             if shape[:1] != [stop - start]:
@@ -96,7 +100,8 @@ class Source(ABC):
         rows = tuple(stacked(x, start) for x in given)
         if self.cast is None:
             return rows
-        return tuple(x.to(self.cast) if x.is_floating_point() or x.dtype == torch.uint8 else x for x in rows)
+        whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
+        return tuple(x.to(self.cast) if whole or x.is_floating_point() or x.dtype == torch.uint8 else x for x in rows)
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
         """`read` of one span after the other."""
@@ -133,8 +138,8 @@ def _suffixes() -> list[str]:
 def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
     """A `Source` for anything that a registered class accepts.
 
-    ``columns``: which fields of a sample are the model's inputs (names or numbers).  ``dtype``: cast floating
-    inputs and bytes to it, for data that is stored in another precision than the model's.
+    ``columns``: which fields of a sample are the model's inputs (names or numbers).  ``dtype``: cast the inputs to it,
+    for data that is stored in another precision than the model's (`Source.prepared` says which).
     """
     if isinstance(source, Source):
         return source.cast_to(dtype)

@@ -165,6 +165,14 @@ def get(store: Store, key: str) -> bytes | None:
     return None if buffer is None else buffer.to_bytes()
 
 
+def size(store: Store, key: str) -> int:
+    """Bytes of a key; -1 if it is not there."""
+    try:
+        return sync(store.getsize(key))
+    except FileNotFoundError:
+        return -1
+
+
 def delete(store: Store, key: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         sync(store.delete(key))

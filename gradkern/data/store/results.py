@@ -22,7 +22,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from torch import Tensor
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
+from ...util.untrusted import check_links
 from .. import statistics
-from . import checks, durable, layout, locks
+from . import checks, durable, layout, locks, trust
 from .layout import Array
 from .ledger import FOLDER, NAMED, ChunkRecord, Damaged, Ledger
 
@@ -78,11 +79,14 @@ class Results:
         text = str(place)
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
+        if (path := durable.local_path(text)) is not None:
+            check_links(path)
         store = durable.store_at(text, read_only=read_only)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                group = zarr.open_group(store, mode="r" if read_only else "r+", use_consolidated=False)
+                mode: Literal["r", "r+"] = "r" if read_only else "r+"
+                group = zarr.open_group(store, mode=mode, use_consolidated=False, zarr_format=3)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(
                 f"{text}: zarr.json is damaged ({type(error).__name__}). `gradkern verify {text} --repair` restores it "
@@ -91,6 +95,8 @@ class Results:
         about = group.attrs.get("gradkern")
         if not isinstance(about, Mapping) or about.get("format") != FORMAT:
             raise BadValue(f"{text} is not a store of gradkern.run (format {FORMAT}). Nothing was changed.")
+        trust.check_attributes(text, about)
+        trust.check_chunks(text, store, about)
         return cls(text, store, group)
 
     @classmethod
@@ -227,7 +233,11 @@ class Results:
         """An array of the store, as a zarr array."""
         if name not in self._arrays:
             with zarr.config.set({"array.write_empty_chunks": True}):
-                self._arrays[name] = self.group[name]
+                array = self.group[name]
+            if not isinstance(array, zarr.Array):
+                raise BadValue(f"{self.place} is damaged: {name!r} is no array.")
+            trust.check_own_array(self.place, name, array, self.samples)
+            self._arrays[name] = array
         return self._arrays[name]
 
     def arrays(self) -> list[str]:
