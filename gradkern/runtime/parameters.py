@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
-from ..ir.calls import LITERAL, Params, evaluate, operator_of
+from ..ir.calls import LITERAL, Params, evaluate, operator_of, params_in
 from ..ir.program import Call, Derived, Opaque, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
@@ -47,6 +48,8 @@ class _Binder:
 
     def __init__(self, program: Program) -> None:
         self.derived = tuple(map(_Computed, program.derived))
+        self.constant = _constants(program)  # they are computed once
+        self.constants: dict[str, Tensor] = {}
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
@@ -55,8 +58,22 @@ class _Binder:
         if self.derived:
             with torch.no_grad():
                 for derived in self.derived:
+                    if derived.name in self.constants:
+                        params[derived.name] = self.constants[derived.name]
+                        continue
                     params[derived.name] = derived(params)
+                    if derived.name in self.constant:
+                        self.constants[derived.name] = params[derived.name]
         return params
+
+
+def _constants(program: Program) -> frozenset[str]:
+    """The names of the derived tensors that depend on no live tensor."""
+    found: set[str] = set()
+    for derived in program.derived:
+        if all(p.name in found for p in params_in(derived.call)):
+            found.add(derived.name)
+    return frozenset(found)
 
 
 _binders: Memo[_Binder] = Memo(256)
@@ -70,6 +87,13 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
 def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
+
+
+@lru_cache(maxsize=64)
+def every(outputs: int, device: torch.device) -> Tensor:
+    """The indices of all outputs; never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(outputs, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -102,15 +126,27 @@ class Packed:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
         self.finite = bool(torch.isfinite(self.weights).all())
+        self._all_seed_rows: Tensor | None = None  # gathered at the first call for every output
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights))
+        tensors = (self.tables, self.forward, self.backward, self.weights, self._all_seed_rows)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
         """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
         if self.chain.seed_rows is None:
             return None
+        if not self.weights.is_cuda and targets is every(
+            outputs, targets.device
+        ):  # on a GPU streams would have to wait
+            if self._all_seed_rows is None:
+                self._all_seed_rows = self._rows(targets, outputs)
+            return self._all_seed_rows
+        return self._rows(targets, outputs)
+
+    def _rows(self, targets: Tensor, outputs: int) -> Tensor:
+        assert self.chain.seed_rows is not None
         start, row = self.chain.seed_rows
         rows = self.weights[start : start + outputs * row].view(outputs, row)
         rows = rows[targets].contiguous()
