@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
-from ...util.untrusted import check_links
-from ..store.trust import check_array
+from ...util.untrusted import check_array, check_links
 from .columns import Rows, members, to_tensor
 from .registry import Source, member, register
 
