@@ -60,7 +60,7 @@ enum class LineFunction : int64_t {
 // How a GPU's workers compute a transposed convolution.
 enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
-  Quads = 1,   // all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
+  Quads = 1,   // all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
   Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
 };
 
@@ -105,17 +105,17 @@ struct StencilTable {
   int64_t weights;      // offset in the packed weights: rows of one weight per channel
   int64_t row_length;   // of the weights
   int64_t blocks;       // how many
-  int64_t block_table;  // their offset in the tables, 7 numbers each
-  int64_t entry_table;  // offset of the entries in the tables, 2 numbers each
+  int64_t block_table;  // their offset in the tables, 7 integers each
+  int64_t entry_table;  // offset of the entries in the tables, 2 integers each
 };
 
-// Softmax or normalization along one axis of the storage, and the numbers kept for the backward pass.
+// Softmax or normalization along one axis of the storage, and the values saved for the backward pass.
 struct LineSet {
   Extent extent;
   Along along;
   LineFunction function;
   double epsilon;      // added to the variance
-  Place saved;         // the probabilities, or the normalized numbers
+  Place saved;         // the probabilities, or the normalized values
   int64_t deviations;  // elements from `saved` to the lines' inverse standard deviations
 };
 
@@ -269,7 +269,7 @@ struct MoveRecord {
   Place src;
   Place dst;
   int64_t runs;
-  int64_t run_table;  // offset in the tables; 5 numbers each: source, destination, count, source step, destination step
+  int64_t run_table;  // offset in the tables; 5 integers each: source, destination, count, and the steps of both
 };
 
 // The product of two values; a stride of 0 broadcasts a side along that axis.
@@ -460,7 +460,7 @@ struct MoveTRecord {
   Place dst;
   int64_t runs;
   int64_t run_table;  // that of the move, with destinations and sources exchanged
-  int64_t distinct;   // no number is read twice, so runs can be processed in parallel
+  int64_t distinct;   // no element is read twice, so runs can be processed in parallel
 };
 
 // Adds a cotangent times the product's other side, summed where `dst` was broadcast.
@@ -523,7 +523,7 @@ constexpr int kQuadSeeds = 6;                   // per visit
 template <class T>
 constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds of a lane
 constexpr int kQuadPlanes = 4;                      // taps of a pool that share a window
-constexpr int kNarrow = 8;                          // numbers of a narrow window at most
+constexpr int kNarrow = 8;                          // elements of a narrow window at most
 constexpr int kNarrowLanes = 4;                     // of a worker
 template <class T>
 constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit

@@ -214,8 +214,10 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
 }
 
 // ---- softmax, log-softmax and normalization along one axis of the storage ------------------------------------
-// Bundles of at most 64 parallel lines whose k-th elements are neighbours; f gets the bundle's offset for a given
-// row step, the number of lines, and its first line.
+constexpr int64_t kBundle = 64;  // parallel lines that are computed together
+
+// Bundles of lines whose k-th elements are neighbours; f gets the bundle's row, column and channel, the number of its
+// lines, and its first line.
 template <class F>
 GK_INLINE void for_bundles(const LineSet& op, const F& f) {
   if (op.along == Along::Channels) {
@@ -225,9 +227,9 @@ GK_INLINE void for_bundles(const LineSet& op, const F& f) {
   }
   const int64_t outer = op.along == Along::Columns ? op.extent.H : op.extent.W;
   for (int64_t o = 0; o < outer; ++o)
-    for (int64_t c = 0; c < op.extent.C; c += 64)
+    for (int64_t c = 0; c < op.extent.C; c += kBundle)
       f(op.along == Along::Columns ? o : 0, op.along == Along::Columns ? 0 : o, c,
-        op.extent.C - c < 64 ? op.extent.C - c : int64_t(64), o * op.extent.C + c);
+        op.extent.C - c < kBundle ? op.extent.C - c : kBundle, o * op.extent.C + c);
 }
 // Elements of a line and the step between them.
 GK_INLINE int64_t line_length(const LineSet& op) {
@@ -282,7 +284,7 @@ void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
       return;
     }
     if (op.lines.function == LineFunction::Normalize) {
-      T mean[64] = {}, inverse[64] = {};  // sums of squares, then the inverse deviations
+      T mean[kBundle] = {}, inverse[kBundle] = {};  // sums of squares, then the inverse deviations
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) mean[i] += x[k * dx + i];
       for (int64_t i = 0; i < lines; ++i) mean[i] /= static_cast<T>(len);
@@ -295,7 +297,7 @@ void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
         for (int64_t i = 0; i < lines; ++i) y[k * dy + i] = p[k * dp + i] = (x[k * dx + i] - mean[i]) * inverse[i];
       return;
     }
-    T most[64] = {}, total[64] = {};
+    T most[kBundle] = {}, total[kBundle] = {};
     for (int64_t i = 0; i < lines; ++i) most[i] = x[i];
     for (int64_t k = 1; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
@@ -351,7 +353,7 @@ void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
         return line_backward<T>(
             op.lines, len, g, y, p,
             op.lines.function == LineFunction::Normalize ? stored[op.lines.deviations + line] : T(0));
-      T sum[64] = {}, dot[64] = {};
+      T sum[kBundle] = {}, dot[kBundle] = {};
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) {
           sum[i] += g[k * dg + i];

@@ -1,6 +1,6 @@
 // Transposed convolutions with narrow windows, such as a first layer with few inputs and small kernels.
 //
-// With a window of six numbers, a worker of scatter.cuh or quads.cuh has little work per channel.  Here four lanes
+// With a window of six elements, a worker of scatter.cuh or quads.cuh has little work per channel.  Here four lanes
 // share the channels of a position: each takes four neighbouring channels, and all of the window.  Their sums are then
 // added up, and each lane writes a quarter of them.
 #pragma once

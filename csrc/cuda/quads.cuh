@@ -1,4 +1,4 @@
-// Transposed convolutions in quads, for windows that consist of aligned groups of four numbers.
+// Transposed convolutions in quads, for windows that consist of aligned groups of four elements.
 //
 // The workers of a warp go through all channels in step, four at a time.  A weight is then read once for all of them,
 // sixteen bytes at a time, where scatter.cuh's walk over the live channels reads every worker's own.  A dead channel

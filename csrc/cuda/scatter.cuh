@@ -12,16 +12,6 @@
 
 namespace gradkern::cuda {
 
-// Lanes of a worker: as few as leave no lane idle, since a walk costs the same for one element as for five.
-GK_DEVICE int worker_lanes(int elements) {
-  int best = kWarp;
-  if (elements > kWarp * kWalkElements) return best;
-  const auto work = [&](int lanes) { return lanes * ((elements + lanes - 1) / lanes); };
-  for (int lanes = kWarp / 2; lanes >= 4; lanes /= 2)
-    if ((elements + lanes - 1) / lanes <= kWalkElements && work(lanes) <= work(best)) best = lanes;
-  return best;
-}
-
 // Channels c0 … c0 + 31 of a plane that are alive and lie in [low, high).
 GK_DEVICE uint32_t live_word(const uint8_t* plane, int plane_bytes, int c0, int low, int high) {
   uint32_t word = 0xffffffffu;
@@ -195,7 +185,7 @@ template <class T>
 GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {
   if (op.algorithm == ScatterAlgorithm::Quads) return run_quads(op, t);
   if (op.algorithm == ScatterAlgorithm::Narrow) return run_narrow(op, t);
-  const int elements = op.window_elements, lanes = worker_lanes(elements);
+  const int elements = op.window_elements, lanes = op.lanes;
   with_count<kWalkElements>((elements + lanes - 1) / lanes, [&]<int NV>() {
     if (op.seed_rows) return scatter<true, T, NV, kWalkSeeds<T>>(op, t, lanes);
     with_count<kWalkSeeds<T>>(seeds_together(t.seeds, kWalkSeeds<T>),
@@ -304,7 +294,7 @@ GK_DEVICE void product_rows(const DenseTRecord& op, const Tile<T>& t, int rows, 
 template <class T>
 GK_RECORD void run_dense_t(const DenseTRecord& op, const Tile<T> t) {
   const int rows = t.count * t.seeds, O = op.O;
-  // As [channel][row] with 32 numbers of slack, since a lane past the last row reads on.
+  // As [channel][row] with 32 elements of slack, since a lane past the last row reads on.
   const int stride = (rows + 3) / 4 * 4, most = (t.args.region - 32) / stride, chunk = most < O ? most : O;
   for (int c0 = 0; c0 < O; c0 += chunk) {
     const int channels = O - c0 < chunk ? O - c0 : chunk;

@@ -56,7 +56,7 @@ struct Steps {
   GK_DEVICE int operator()(int h, int w) const { return h * row + w * position; }
 };
 
-// Whether everything that is read or written there can be moved four numbers at a time.
+// Whether everything that is read or written there can be moved four elements at a time.
 GK_DEVICE bool by_fours(const Place& p) { return ((p.offset | p.sample | p.seed | p.row | p.position) & 3) == 0; }
 
 // Pointers are generic on purpose: with __builtin_assume(__isShared(p)) nvcc 13.0 made code for quads.cuh and

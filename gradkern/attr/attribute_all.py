@@ -196,7 +196,7 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
         raise NotImplementedError
 
     def _indivisible(self) -> bool:
-        """Does ``attribute`` have side effects, so that one call cannot be split into several?"""
+        """Whether ``attribute`` has side effects, so that one call cannot be split into several."""
         return False
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:

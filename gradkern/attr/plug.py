@@ -79,7 +79,7 @@ class HooklessGradientFunc(GradientFunc):
 def takes_over(
     fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, *, integers: bool = False
 ) -> bool:
-    """May gradkern take over a call with these arguments?  If not, a warning gives the reason, if there is one.
+    """Whether gradkern may take over a call with these arguments.  If not, a warning gives the reason, if there is one.
 
     ``integers``: inputs need not be floating, because their own gradients are not requested.
     """
@@ -106,7 +106,7 @@ def _suits(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | No
 
 
 def stays_ours(route: Route) -> bool:
-    """Does gradkern take this route?  If autograd has to, Captum's own gradients run, and a warning says why."""
+    """Whether gradkern takes this route.  If autograd has to, Captum's own gradients run, and a warning says why."""
     if route.eager_reason is not None:
         keep_buffers(route.fn)
         _say(route.fn, route.eager_reason.text)

@@ -29,7 +29,7 @@ QUADS = ByType(6, 3)  # of the window, per lane: 2, 3, 5 or 6
 QUAD_SEEDS = 6  # per visit
 QUAD_SUMS = ByType(18, 4)  # quads times seeds of a lane
 QUAD_PLANES = 4  # taps of a pool that share a window
-NARROW = 8  # numbers of a narrow window at most
+NARROW = 8  # elements of a narrow window at most
 NARROW_LANES = 4  # of a worker
 NARROW_SEEDS = ByType(5, 3)  # per visit
 # The other contractions.

@@ -79,8 +79,8 @@ class StencilTable(RecordPart):
     weights: int  # offset in the packed weights: rows of one weight per channel
     row_length: int  # of the weights
     blocks: int  # how many
-    block_table: int  # their offset in the tables, 7 numbers each
-    entry_table: int  # offset of the entries in the tables, 2 numbers each
+    block_table: int  # their offset in the tables, 7 integers each
+    entry_table: int  # offset of the entries in the tables, 2 integers each
 
 
 class Along(IntEnum):
@@ -100,13 +100,13 @@ class LineFunction(IntEnum):
 
 
 class LineSet(RecordPart):
-    """Softmax or normalization along one axis of the storage, and the numbers kept for the backward pass."""
+    """Softmax or normalization along one axis of the storage, and the values saved for the backward pass."""
 
     extent: Extent
     along: Along
     function: LineFunction
     epsilon: float  # added to the variance
-    saved: Place  # the probabilities, or the normalized numbers
+    saved: Place  # the probabilities, or the normalized values
     deviations: int  # elements from `saved` to the lines' inverse standard deviations
 
 
@@ -123,7 +123,7 @@ class ScatterAlgorithm(IntEnum):
     """How a GPU's workers compute a transposed convolution."""
 
     Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
-    Quads = 1  # all channels, four numbers of the window at a time (csrc/cuda/quads.cuh)
+    Quads = 1  # all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
     Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
 
 
@@ -254,7 +254,7 @@ class Move(Record):
     src: Place
     dst: Place
     runs: int
-    run_table: int  # offset in the tables; 5 numbers each: source, destination, count, source step, destination step
+    run_table: int  # offset in the tables; 5 integers each: source, destination, count, and the steps of both
 
 
 class Multiply(Record):
@@ -421,7 +421,7 @@ class MoveT(Record):
     dst: Place
     runs: int
     run_table: int  # that of the move, with destinations and sources exchanged
-    distinct: bool = False  # no number is read twice, so runs can be processed in parallel
+    distinct: bool = False  # no element is read twice, so runs can be processed in parallel
 
 
 class MultiplyT(Record):

@@ -1,8 +1,8 @@
 """The dtypes, functions and limits of the compiled kernels, and the reason why a step has no kernel.
 
-A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on larger values run on ATen, and
-`conv3d`, which has no form, on autograd.  `gradkern.explain` shows both.  Kernels for them would start at `geometry`
-and `Windows2d` in :mod:`gradkern.codegen.units`, after a lowering in ``frontend/lowerings/conv.py``.
+A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on larger values run on ATen, all
+seeds at once.  `gradkern.explain` shows them.  Kernels for them would start at `geometry` and `Windows2d` in
+:mod:`gradkern.codegen.units`.
 """
 
 from __future__ import annotations

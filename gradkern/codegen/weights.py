@@ -18,6 +18,7 @@ from torch import Tensor
 from ..ir.calls import Params
 from ..ir.program import Channels, Contract, Dense, Param, Positions, Windows
 from . import units
+from .scratch import round_up
 from .support import MAX_CHANNELS
 from .units import Fold, Node, Windows2d
 
@@ -26,7 +27,7 @@ MAX_VECTORS = 4  # vectors of output channels per forward tile; csrc/cpu/tiles.h
 
 
 def aligned(n: int) -> int:
-    return (n + ALIGN - 1) // ALIGN * ALIGN
+    return round_up(n, ALIGN)
 
 
 @dataclass

@@ -53,7 +53,7 @@ def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReas
 
 
 def autocast(inputs: Sequence[Tensor]) -> bool:
-    """Is autocast active for the device of the inputs?"""
+    """Whether autocast is active for the device of the inputs."""
     device = inputs[0].device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

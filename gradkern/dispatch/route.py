@@ -104,7 +104,7 @@ class Route:
             check_reached(request, self.decision.verdict.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
-        """Is this the route of that request, too?"""
+        """Whether this is the route of that request, too."""
         return (
             is_same(self.fn, request.fn)
             and self.engine == engine

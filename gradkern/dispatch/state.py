@@ -52,7 +52,7 @@ class Verdict:
 
     @cached_property
     def opaque(self) -> bool:
-        """Does torch differentiate some of the steps?"""
+        """Whether torch differentiates some of the steps."""
         return self.program is not None and any(isinstance(step.form, Opaque) for step in self.program.steps)
 
 

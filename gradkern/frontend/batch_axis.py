@@ -20,8 +20,8 @@ from typing import Any
 
 from ..ir.program import Call, Value
 from .lowerings import NoForm
-from .lowerings.builder import ALONG, AXES
-from .lowerings.index import takes_all
+from .lowerings.builder import ALONG, AXES, ROWS, Complex
+from .lowerings.index import PADS, takes_all
 from .lowerings.shape import VIEWS
 
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
@@ -34,7 +34,7 @@ class NonLeadingBatch:
     ``inner_extent``: how many numbers of one sample are adjacent in the axis that holds the samples.
     """
 
-    value: Value
+    value: Value | Complex
     call: Call
     inner_extent: int = 1
 
@@ -50,6 +50,18 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
             raise NoForm("it attends to other samples")
         return
     if op in VIEWS:
+        return
+    if op in ROWS:
+        if any(axis != 0 for axis in batch):
+            raise NoForm(f"{op} has no form where the batch is not axis 0")
+        return
+    if op in PADS:
+        flat = getattr(named, "pad", None) or named.padding
+        if any(flat[2 * (rank - 1 - axis) :][:2] not in ((), (0, 0)) for axis in batch):
+            raise NoForm("it pads the batch axis")
+        return
+    if op == "aten.stack.default":
+        named.dim = named.dim % (rank + 1) + 1
         return
     if op not in AXES and op not in ALONG:
         raise NoForm(f"{op} has no form where the batch is not axis 0")

@@ -24,8 +24,10 @@ from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .capture import Captured, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
-from .lowerings.builder import as_shape
+from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, real_dtype
+from .lowerings.fourier import halved
 from .lowerings.nested import last_state, simplified
+from .lowerings.repeated import as_fill, is_fill, row_of
 from .refusal import Untraceable, location
 from .regions import reaching
 
@@ -155,17 +157,37 @@ class _GraphLowering:
         if call.op in GATES and not call.args[-1]:
             call = self._batch_first_net(call, node)
         self._refuse_random(node)
-        atoms = leaves(call)
-        if len(atoms) > _LARGEST_CALL:
-            raise self._refused(node, "keeps the batch away from axis 0 for too long")
-        if all(not isinstance(x, (Value, Batch)) for x in atoms):
+        if is_fill(call):
+            sizes = tuple(self._size(d) if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
+            call = as_fill(self.builder, call, sizes, meta)
+        if all(not isinstance(x, (Value, Batch)) for x in leaves(call)):
             return self.builder.derive_call(call, meta)
-        if not self._has_batch_first(node, meta, call):
-            try:
-                return self._per_sample(node, meta, call)
-            except (NoForm, MixesSamples):
-                return call
-        return self._value(node, call, meta)
+        if self._has_batch_first(node, meta, call):
+            return self._value(node, call, meta)
+        try:
+            return self._per_sample(node, meta, call)
+        except (NoForm, MixesSamples):
+            return self._inlined(node, meta, call)
+
+    def _inlined(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
+        """A tensor whose batch is not axis 0, as an expression.  A long one is cut by a step of torch's own that gives
+        it with the batch in front."""
+        size = len(leaves(call))
+        place = _batch_axis(meta.shape)
+        if size <= _LARGEST_CALL // 8 or not values_in(call):
+            return call
+        recurrent = any(inner.op in GATES for inner in calls_in(call))  # its last state has a form (`last_state`)
+        movable = meta.dtype.is_floating_point and place >= 0 and self._size(meta.shape[place]) == Batch(1)
+        if movable and not recurrent:
+            b, rest = self.builder, [int(d) for k, d in enumerate(meta.shape) if k != place]
+            front = Call("aten.movedim.int", (call, place, 0))
+            x = b.emit(Opaque(front, "inside it the batch is not axis 0"), values_in(call), tuple(rest))
+            lifted = as_shape(b, x, (*rest[:place], 1, *rest[place:]))
+            b.dtypes[x] = b.dtypes[lifted] = meta.dtype
+            return NonLeadingBatch(lifted, self._expressed(lifted, meta, call, 1))
+        if size > _LARGEST_CALL:
+            raise self._refused(node, "keeps the batch away from axis 0 for too long")
+        return call
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
         """True if the batch is axis 0; False if the result is to be inlined.  Refuses an op that mixes samples."""
@@ -197,8 +219,8 @@ class _GraphLowering:
             y = b.emit(Opaque(net, "a recurrent net goes step by step"), values_in(net), (steps, width))
             return NonLeadingBatch(as_shape(b, y, (steps, 1, width)), call)
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        if not tensors:
-            raise NoForm("it reads no tensor")
+        if not tensors or not values_in(call):
+            raise NoForm("it reads no value")
         kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
         lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
         named = _named(lifted, (), meta)
@@ -211,40 +233,89 @@ class _GraphLowering:
             for n, a in axes.items()
         ]
         inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
-        self._check(lifted, meta)
-        value = as_shape(b, LOWERINGS[lifted.op](b, named), named.result)  # a constant of more axes puts some in front
-        b.dtypes[value] = meta.dtype
+        if self._is_complex(node, meta):
+            found = self._complex_form(lifted, named)
+        else:
+            self._check(lifted, meta)
+            found = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
+        value = number_as_shape(b, found, named.result)  # a constant of more axes puts some in front
+        self._note_dtype(value, meta.dtype)
         return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
     def _lifted(self, x: Any) -> Any:
         """An argument per sample: a value gets an axis of length one in front."""
         b = self.builder
         argument = self.known[x] if isinstance(x, torch.fx.Node) else x
-        if isinstance(argument, Value):
-            lifted = as_shape(b, argument, (1, *b.shape(argument)))
-            b.dtypes[lifted] = x.meta["val"].dtype
+        if isinstance(argument, (Value, Complex)):
+            one = argument.real if isinstance(argument, Complex) else argument
+            lifted = number_as_shape(b, argument, (1, *b.shape(one)))
+            self._note_dtype(lifted, x.meta["val"].dtype)
             return lifted
         if isinstance(argument, NonLeadingBatch):
             return argument.value
+        row = row_of(b, argument) if isinstance(argument, Call) and not values_in(argument) else None
+        if row is not None:
+            return row
         if isinstance(argument, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
         return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else argument
 
-    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value:
+    def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value | Complex:
         b = self.builder
         shape = tuple(int(d) for d in meta.shape[1:])
         try:
             value = self._by_form(node, call, shape, meta)
         except NoForm as reason:
+            if len(leaves(call)) > _LARGEST_CALL:
+                raise self._refused(node, "keeps the batch away from axis 0 for too long") from None
             b.op = _ops_of(call)
-            value = b.emit(Opaque(call, str(reason)), values_in(call), shape)
+            value = self._opaque(call, str(reason), shape, meta)
         except MixesSamples as reason:
             raise self._mixing(node, str(reason)) from None
-        assert b.shape(value) == shape, f"{b.op}: lowered to {b.shape(value)}, torch says {shape}"
-        b.dtypes[value] = meta.dtype
+        for part in (value.real, value.imag) if isinstance(value, Complex) else (value,):
+            assert b.shape(part) == shape, f"{b.op}: lowered to {b.shape(part)}, torch says {shape}"
+        self._note_dtype(value, meta.dtype)
         return value
 
-    def _by_form(self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value:
+    def _opaque(self, call: Call, reason: str, shape: tuple[int, ...], meta: Tensor) -> Value | Complex:
+        """A step of torch's own; complex numbers leave it as pairs."""
+        b, values = self.builder, values_in(call)
+        if not meta.dtype.is_complex:
+            return b.emit(Opaque(call, reason), values, shape)
+        pair = b.emit(Opaque(Call("aten.view_as_real.default", (call,)), reason), values, (*shape, 2))
+        return halved(b, pair)
+
+    def _note_dtype(self, value: Value | Complex, dtype: torch.dtype) -> None:
+        if isinstance(value, Complex):
+            self.builder.dtypes[value.real] = self.builder.dtypes[value.imag] = real_dtype(dtype)
+        else:
+            self.builder.dtypes[value] = dtype
+
+    def _is_complex(self, node: torch.fx.Node, meta: Tensor) -> bool:
+        """Whether an op reads or makes complex numbers."""
+        read = (n.meta.get("val") for n in node.all_input_nodes)
+        return meta.dtype.is_complex or any(isinstance(v, Tensor) and v.dtype.is_complex for v in read)
+
+    def _complex_form(self, call: Call, named: SimpleNamespace) -> Value | Complex:
+        if call.op not in COMPLEX:
+            raise NoForm(f"{call.op} of complex numbers has no form")
+        found: Value | Complex = COMPLEX[call.op](self.builder, named)
+        return found
+
+    def _formal(self, x: Any) -> Any:
+        """An argument in which complex tensors stay pairs of values."""
+        if isinstance(x, torch.fx.Node) and isinstance(self.known[x], Complex):
+            return self.known[x]
+        return tuple(self._formal(item) for item in x) if isinstance(x, (list, tuple)) else self._argument(x)
+
+    def _by_form(self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value | Complex:
+        if self._is_complex(node, meta):
+            kwargs = tuple((k, self._formal(v)) for k, v in node.kwargs.items())
+            formal = Call(str(node.target), tuple(self._formal(x) for x in node.args), kwargs, call.index)
+            formal = simplified(self.builder, formal)
+            if len(calls_in(formal)) > 1:
+                raise NoForm("inside it the batch is not axis 0")
+            return self._complex_form(formal, _named(formal, shape, meta))
         call = simplified(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
@@ -253,7 +324,7 @@ class _GraphLowering:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):
-                return as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
+                return number_as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
         return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
@@ -269,20 +340,23 @@ class _GraphLowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value, meta: Tensor, call: Call, inner: int) -> Call:
+    def _expressed(self, value: Value | Complex, meta: Tensor, call: Call, inner: int) -> Call:
         """A tensor with a non-leading batch, for ops that have no form: the call that made it if that is short,
         otherwise a reshape of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
             return call
         place = _batch_axis(meta.shape)
         size, before, after = self._size(meta.shape[place]), meta.shape[:place], meta.shape[place + 1 :]
-        apart = Call("aten.reshape.default", (value, (Batch(1), *before, size.times // inner, inner, *after)))
+        apart = Call(
+            "aten.reshape.default",
+            (as_argument(value), (Batch(1), *before, size.times // inner, inner, *after)),
+        )
         return Call("aten.reshape.default", (Call("aten.movedim.int", (apart, 0, place + 1)), (*before, size, *after)))
 
     def _argument(self, x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
             argument = self.known[x]
-            return argument.call if isinstance(argument, NonLeadingBatch) else argument
+            return argument.call if isinstance(argument, NonLeadingBatch) else as_argument(argument)
         if isinstance(x, (list, tuple)):
             return tuple(self._argument(item) for item in x)
         if isinstance(x, _PLAIN):
@@ -314,6 +388,11 @@ class _GraphLowering:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Helpers
+
+
+def as_argument(x: Any) -> Any:
+    """A pair of values as the complex tensor that torch's ops read."""
+    return Call("aten.complex.default", (x.real, x.imag)) if isinstance(x, Complex) else x
 
 
 def _batch_axis(shape: Sequence[Any]) -> int:

@@ -184,7 +184,7 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def same_outputs(got: Tensor, live: Tensor) -> bool:
-    """Are a Program's outputs the live model's, up to rounding?"""
+    """Whether a Program's outputs are the live model's, up to rounding."""
     return rounding.close_samples(got, live, _tolerance(live.dtype, live.device))
 
 

@@ -61,6 +61,10 @@ def _hardswish_slope(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(x <= -3, 0.0, torch.where(x < 3, x / 3 + 0.5, 1.0))
 
 
+def _zero(x: Tensor, y: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
 def _mish_slope(x: Tensor, y: Tensor) -> Tensor:
     t = torch.tanh(F.softplus(x))
     return t + x * torch.sigmoid(x) * (1 - t * t)
@@ -103,4 +107,19 @@ FUNCTIONS: dict[str, Function] = {
     "erf": Function(torch.erf, lambda x, y: torch.exp(-x * x) * (2 / math.sqrt(math.pi))),
     "sin": Function(torch.sin, lambda x, y: torch.cos(x)),
     "cos": Function(torch.cos, lambda x, y: -torch.sin(x)),
+    "sinh": Function(torch.sinh, lambda x, y: torch.cosh(x)),
+    "cosh": Function(torch.cosh, lambda x, y: torch.sinh(x)),
+    "atan": Function(torch.atan, lambda x, y: 1 / (x * x + 1)),
+    "asin": Function(torch.asin, lambda x, y: (1 - x * x).rsqrt()),
+    "acos": Function(torch.acos, lambda x, y: -((1 - x * x).rsqrt())),
+    "asinh": Function(torch.asinh, lambda x, y: 1 / (x * x + 1).sqrt()),
+    "atanh": Function(torch.atanh, lambda x, y: 1 / (1 - x * x)),
+    "hardshrink": Function(F.hardshrink, lambda x, y, bound: ~((x >= -bound) & (x <= bound))),
+    "threshold": Function(F.threshold, lambda x, y, bound, value: ~(x <= bound)),
+    "sign": Function(torch.sign, _zero),
+    "floor": Function(torch.floor, _zero),
+    "ceil": Function(torch.ceil, _zero),
+    "round": Function(torch.round, _zero),
+    "trunc": Function(torch.trunc, _zero),
+    "remainder": Function(torch.remainder, lambda x, y, divisor: torch.ones_like(x)),
 }

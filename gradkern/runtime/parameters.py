@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.encoding import WIDTH
-from ..ir.calls import LITERAL, Params, evaluate, operator_of
+from ..ir.calls import LITERAL, Params, evaluate, operator_of, params_in
 from ..ir.program import Call, Derived, Opaque, Param, Program
 from ..planner.plan import Plan
 from ..util.memo import Memo, on_reset
@@ -47,6 +47,8 @@ class _Binder:
 
     def __init__(self, program: Program) -> None:
         self.derived = tuple(map(_Computed, program.derived))
+        self.constant = _constants(program)  # they are computed once
+        self.constants: dict[str, Tensor] = {}
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
@@ -55,8 +57,22 @@ class _Binder:
         if self.derived:
             with torch.no_grad():
                 for derived in self.derived:
+                    if derived.name in self.constants:
+                        params[derived.name] = self.constants[derived.name]
+                        continue
                     params[derived.name] = derived(params)
+                    if derived.name in self.constant:
+                        self.constants[derived.name] = params[derived.name]
         return params
+
+
+def _constants(program: Program) -> frozenset[str]:
+    """The names of the derived tensors that depend on no live tensor."""
+    found: set[str] = set()
+    for derived in program.derived:
+        if all(p.name in found for p in params_in(derived.call)):
+            found.add(derived.name)
+    return frozenset(found)
 
 
 _binders: Memo[_Binder] = Memo(256)

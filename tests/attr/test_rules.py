@@ -247,7 +247,7 @@ def test_functional_in_place_and_reused_activations(name):
     same(getattr(ours, name)(model).attribute_all(x), every(getattr(stock, name), twin, x))
 
 
-@pytest.mark.parametrize("name", ["lenet5", "residual", "maxpool1d_overlap_pad", "two_inputs", "resnet1d_cumsum"])
+@pytest.mark.parametrize("name", ["lenet5", "residual", "maxpool1d_overlap_pad", "two_inputs", "resnet1d_opaque"])
 @pytest.mark.parametrize("method", ["GuidedBackprop", "Deconvolution"])
 def test_kernels_rectify_as_the_reference(name, method):
     case = CASES[name]
@@ -257,7 +257,7 @@ def test_kernels_rectify_as_the_reference(name, method):
 
 
 @pytest.mark.parametrize("name", ["lenet5", "residual", "maxpool2d_mixed", "softmax", "skips_all", "two_inputs", "fcn",
-                                  "resnet1d_cumsum"])  # fmt: skip
+                                  "resnet1d_opaque"])  # fmt: skip
 def test_the_plain_rule_is_the_gradient(name):
     """The linear Program of the trivial rule gives the Jacobian, on kernels and without."""
     case = CASES[name]

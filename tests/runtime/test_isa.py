@@ -26,7 +26,7 @@ KNOWN = list(NEEDS) if platform.machine() in ("x86_64", "AMD64") else ["portable
 NAMES = (
     "cnn1d_strided", "lenet5", "maxpool1d_overlap_pad", "maxpool2d_mixed", "conv1d_groups", "residual",
     "elu", "tanh", "sigmoid", "leaky_relu", "bn_after_pool", "avgpool2d_ceil_exclude", "log_softmax", "two_inputs",
-    "conv1d_depthwise", "conv2d_uneven", "squeeze", "resnet1d_cumsum",
+    "conv1d_depthwise", "conv2d_uneven", "squeeze", "resnet1d_opaque",
 )  # fmt: skip
 
 

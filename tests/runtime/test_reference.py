@@ -79,7 +79,7 @@ def test_an_input_that_nothing_reads_has_zero_gradient() -> None:
     assert torch.equal(other, torch.zeros(2, 3, 5))
 
 
-@pytest.mark.parametrize("name", ["cnn1d", "lstm", "resnet1d_cumsum", "conv1d_same_even", "adaptive2d_uneven"])
+@pytest.mark.parametrize("name", ["cnn1d", "lstm", "resnet1d_opaque", "conv1d_same_even", "adaptive2d_uneven"])
 def test_empty_batch_and_no_seeds(name: str) -> None:
     case = CASES[name]
     model, program = lowered(name)
@@ -132,6 +132,9 @@ ARGUMENTS = {
     "hardtanh": (-1.0, 2.0),
     "clamp": (-1.0, 2.0),
     "power": (3.0,),
+    "hardshrink": (1.0,),
+    "threshold": (1.0, -2.0),
+    "remainder": (0.7,),
 }
 ORIGINALS = {
     "relu": torch.relu,
@@ -153,7 +156,11 @@ ORIGINALS = {
     "negative_part": lambda x: nn.functional.prelu(x, x.new_ones(1)) - torch.relu(x),  # what PReLU scales
     "power": torch.pow,
     **{name: getattr(torch, name) for name in ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal")},
-    **{name: getattr(torch, name) for name in ("abs", "erf", "sin", "cos")},
+    **{name: getattr(torch, name) for name in ("abs", "erf", "sin", "cos", "sinh", "cosh", "atan", "asin", "acos")},
+    **{name: getattr(torch, name) for name in ("asinh", "atanh", "sign", "floor", "ceil", "round", "trunc")},
+    "hardshrink": nn.functional.hardshrink,
+    "threshold": nn.functional.threshold,
+    "remainder": torch.remainder,
 }
 POINTS = (0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.3, -0.4, 1.5, 5.0, -20.0, 20.0, math.nan)
 

@@ -89,12 +89,12 @@ class Residual1d(nn.Module):
         return self.fc(self.relu(z).mean(dim=-1))
 
 
-class CumulativeMean(nn.Module):
-    """A traceable module of ops that no form describes: the running mean along the signal."""
+class RunningLogMean(nn.Module):
+    """A traceable module of ops that no form describes: the logarithm of a running mean of exponentials."""
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, L] -> [N, C, L]
         steps = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)  # [L]
-        return x.cumsum(-1) / steps
+        return x.logcumsumexp(-1) - steps.log()
 
 
 class ClippedGradient(torch.autograd.Function):

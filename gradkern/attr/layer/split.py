@@ -107,7 +107,7 @@ def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tupl
 
 
 def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
-    """Is the gradient from the outputs to the layer's value that of live autograd?"""
+    """Whether the gradient from the outputs to the layer's value is that of live autograd."""
     if not live.requires_grad:
         return False
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
@@ -253,7 +253,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
 
 
 def _only_there(program: Program, path: str, value: int, to_input: bool) -> bool:
-    """Does replacing the layer's tensor change this value for every reader?"""
+    """Whether replacing the layer's tensor changes this value for every reader."""
     base, readers = len(program.inputs), program.consumers[value]
     if to_input:
         return all(_inside(program, path, i) for i in readers)

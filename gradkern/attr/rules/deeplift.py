@@ -52,7 +52,7 @@ class Rescale(Rule):
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
     def pooled_relu(self, i: int) -> bool:
-        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        """Whether this is a ReLU that a pool alone reads.  The pool's shares then hold its secant."""
         form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
         alone = len(readers) == 1 and self.base + i != self.program.output
         is_relu = isinstance(form, Scale) and form.function == "relu"

@@ -134,7 +134,7 @@ Rule.table = {Contract: own_map, View: own_map, Sum: own_map, Index: own_map, Sc
 
 
 def is_linear(form: Form) -> bool:
-    """Does the step's own transposed map ignore the values?"""
+    """Whether the step's own transposed map ignores the values."""
     return isinstance(form, (Contract, View, Sum, Index))
 
 

@@ -75,7 +75,7 @@ class RuleMethod(ProgramMethod):
         raise NotImplementedError
 
     def _supports(self, program: Program) -> bool:
-        """Does the rule cover every step?"""
+        """Whether the rule covers every step."""
         return True
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:

@@ -20,7 +20,7 @@ from .. import limits, records
 WARP = 32
 QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
 QUAD_LANES = (4, 8, 16, 32)  # of a worker
-DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # instructions to find the tap, of so many, that a channel came from
+DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # by the number of taps: instructions to find the one that a channel came from
 PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
 PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
 BARRIER = 150  # clocks from one record to the next
@@ -203,7 +203,7 @@ def priced_fields(cls: type) -> tuple[str, ...]:
 
 
 def worker_lanes(elements: int) -> int:
-    """Lanes of a worker for a window of so many elements; csrc/cuda/scatter.cuh decides the same way."""
+    """Lanes of a worker that walks over live channels, for a window of ``elements``: as few as leave no lane idle."""
     fitting = [lanes for lanes in (4, 8, 16) if elements <= lanes * limits.WALK_ELEMENTS] + [WARP]
     return min(fitting, key=lambda lanes: lanes * math.ceil(elements / lanes))
 

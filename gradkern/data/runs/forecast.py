@@ -66,7 +66,7 @@ def _power(n: int) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Is this error a failed allocation?"""
+    """Whether this error is a failed allocation."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()

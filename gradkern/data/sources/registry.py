@@ -54,7 +54,7 @@ class Source(ABC):
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
-        """Does this class read such an object?"""
+        """Whether this class reads such an object."""
         return False
 
     @classmethod
@@ -64,7 +64,7 @@ class Source(ABC):
 
     @classmethod
     def accepts_path(cls, path: str) -> bool:
-        """Does this class read such a file or folder?"""
+        """Whether this class reads such a file or folder."""
         return Path(path).suffix.lower() in cls.suffixes
 
     @classmethod
@@ -185,7 +185,7 @@ def member(container: Any, name: str | None) -> Any:
 
 
 def can_be_pickled(source: Source) -> bool:
-    """Can the source be sent to another process?"""
+    """Whether the source can be sent to another process."""
     try:
         pickle.dumps(source)
     except Exception:

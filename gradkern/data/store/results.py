@@ -62,7 +62,7 @@ class Results:
 
     @classmethod
     def exists(cls, place: str | Path) -> bool:
-        """Is there a run at this place?  Raises `BadValue` if there is something else."""
+        """Whether there is a run at this place.  Raises `BadValue` if there is something else."""
         text = str(place)
         path = durable.local_path(text)
         if path is None:
@@ -176,7 +176,7 @@ class Results:
         self.store.remove_partial(FOLDER, lambda file: not wanted_chunks.isdisjoint(self.ledger.span_of(file)))
 
     def _stored_as_is(self, array: Any, rows: np.ndarray) -> bool:
-        """Are the rows in memory equal to a chunk's file?  (The last chunk is padded, and others may be compressed.)"""
+        """Whether rows in memory equal a chunk's file.  (The last chunk is padded, and others may be compressed.)"""
         return (
             rows.shape == array.chunks
             and rows.dtype == array.dtype

@@ -21,6 +21,9 @@ def elementwise(b: ProgramBuilder, x: object, function: str, *params: float) -> 
 @lowers("aten.softplus.default", axes=(), function="softplus", params=("beta", "threshold"))
 @lowers("aten.hardtanh.default", axes=(), function="hardtanh", params=("min_val", "max_val"))
 @lowers("aten.relu6.default", axes=(), function="hardtanh", params=(0.0, 6.0))
+@lowers("aten.threshold.default", axes=(), function="threshold", params=("threshold", "value"))
+@lowers("aten.hardshrink.default", axes=(), function="hardshrink", params=("lambd",))
+@lowers("aten.remainder.Scalar", axes=(), function="remainder", params=("other",))
 @lowers("aten.clamp_min.default", axes=(), function="clamp", params=("min", math.inf))
 @lowers("aten.clamp_max.default", axes=(), function="clamp", params=(-math.inf, "max"))
 def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
@@ -30,7 +33,8 @@ def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tup
 
 for _name in (
     *("relu", "tanh", "sigmoid", "silu", "exp", "log", "sqrt", "abs", "square", "hardswish", "hardsigmoid"),
-    *("rsqrt", "reciprocal", "erf", "sin", "cos", "log1p", "expm1", "mish"),
+    *("rsqrt", "reciprocal", "erf", "sin", "cos", "log1p", "expm1", "mish", "sinh", "cosh", "atan", "asin", "acos"),
+    *("asinh", "atanh", "sign", "floor", "ceil", "round", "trunc"),
 ):
     lowers(f"aten.{_name}.default", axes=(), function=_name)(parametric)
 

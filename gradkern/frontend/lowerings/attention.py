@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+from ...ir.indexing import along
 from ...ir.program import LowRank, Param, Value
-from .arithmetic import affine, shifted
+from .arithmetic import added, affine, shifted
 from .builder import NoForm, ProgramBuilder, lowers, need_value
-from .index import permuted
+from .index import emit, permuted
 from .linear import multiplied
 from .masks import additive, causal
 
@@ -17,14 +18,29 @@ from .masks import additive, causal
 def attention(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``softmax(q kᵀ scale + mask) v`` over the last two axes."""
     q, k, v = (need_value(x) for x in (a.query, a.key, a.value))
-    if a.enable_gqa or not (a.attn_mask is None or isinstance(a.attn_mask, Param)):
-        raise NoForm("attention with shared heads or a mask per sample has no form yet")
+    mask = a.attn_mask
+    if not (mask is None or isinstance(mask, (Param, Value))):
+        raise NoForm("its mask depends on more than the samples")
+    if isinstance(mask, Value) and not b.dtypes.get(mask, a.result_dtype).is_floating_point:
+        raise NoForm("a mask of booleans that depends on the samples has no form")
+    if a.enable_gqa:
+        k, v = (shared(b, x, b.shape(q)[-3]) for x in (k, v))
     rank, width = len(b.shape(q)), b.shape(q)[-1]
     transposed = permuted(b, k, [*range(rank - 2), rank - 1, rank - 2])
     scores = affine(b, multiplied(b, q, transposed), 1 / math.sqrt(width) if a.scale is None else a.scale, 0.0)
-    if a.attn_mask is not None:
-        scores = shifted(b, scores, additive(b, a.attn_mask, a.result_dtype))
+    if isinstance(mask, Param):
+        scores = shifted(b, scores, additive(b, mask, a.result_dtype))
+    elif mask is not None:
+        scores = added(b, scores, mask, 1.0)
     if a.is_causal:
         scores = shifted(b, scores, causal(b, b.shape(scores)[-2:], a.result_dtype, a.result_device))
     weights = b.emit(LowRank("softmax", rank - 1), (scores,), b.shape(scores))
     return multiplied(b, weights, v)
+
+
+def shared(b: ProgramBuilder, x: Value, heads: int) -> Value:
+    """Keys or values ``[*, heads', T, E]`` whose heads are shared by several heads of queries, repeated."""
+    shape = b.shape(x)
+    axis = len(shape) - 3
+    times = heads // shape[axis]
+    return emit(b, x, along(shape, axis, [h for h in range(shape[axis]) for _ in range(times)]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,23 @@ from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Valu
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
 SEVERAL: set[str] = set()  # ops of several results whose lowering can give any of them: ``a.piece`` says which
+ROWS: dict[str, LoweringFunction] = {}  # of ops whose tensors have several rows of a sample in axis 0
+COMPLEX: dict[str, Callable[..., Any]] = {}  # lowerings of ops that read or make complex numbers
 AXES: dict[str, tuple[str, ...]] = {}  # the arguments that name axes, of the ops that may have the batch anywhere
 ALONG: dict[str, str] = {}  # the argument that names the axes that an op works along, so that none is the batch
+
+
+@dataclass(frozen=True)
+class Complex:
+    """A complex tensor as two values of its shape."""
+
+    real: Value
+    imag: Value
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of complex numbers."""
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 class NoForm(Exception):
@@ -47,8 +62,30 @@ def lowers(
     if along is not None:
         ALONG.update(dict.fromkeys(ops, along))
 
-    def register(lowering: LoweringFunction) -> LoweringFunction:
-        LOWERINGS.update(dict.fromkeys(ops, partial(lowering, **fixed) if fixed else lowering))
+    return _registered(LOWERINGS, ops, fixed)
+
+
+def lowers_complex(
+    *ops: str, axes: tuple[str, ...] | None = None, along: str | None = None, **fixed: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """As `lowers`, where an argument or the result is complex; such a lowering may give and take a `Complex`."""
+    if axes is not None:
+        AXES.update(dict.fromkeys(ops, axes))
+    if along is not None:
+        ALONG.update(dict.fromkeys(ops, along))
+    return _registered(COMPLEX, ops, fixed)
+
+
+def lowers_rows(*ops: str, **fixed: Any) -> Callable[[LoweringFunction], LoweringFunction]:
+    """As `lowers`, for ops that treat the rows of axis 0 alike: a value has these rows as its first axis."""
+    return _registered(ROWS, ops, fixed)
+
+
+def _registered(
+    table: dict[str, Callable[..., Any]], ops: tuple[str, ...], fixed: dict[str, Any]
+) -> Callable[..., Any]:
+    def register(lowering: Callable[..., Any]) -> Callable[..., Any]:
+        table.update(dict.fromkeys(ops, partial(lowering, **fixed) if fixed else lowering))
         return lowering
 
     return register
@@ -62,6 +99,7 @@ class ProgramBuilder:
         self.steps: list[Step] = []
         self.derived_by_call: dict[Call, Param] = {}
         self.param_meta: dict[Param, torch.Tensor] = {}  # fake tensors: shape, dtype and device of parameters
+        self.repeated: dict[Call, Param | None] = {}  # expressions with the size of the batch: the row that they repeat
         self.dtypes: dict[Value, torch.dtype] = {}  # of values that stand for a node of the graph
         self.op = ""  # the op and the module of the node being lowered
         self.module = ""
@@ -153,6 +191,13 @@ def sample_axis(dim: int, rank: int) -> int:
 
 class MixesSamples(Exception):
     """The op works across samples."""
+
+
+def number_as_shape(b: ProgramBuilder, x: Value | Complex, shape: Shape) -> Value | Complex:
+    """`as_shape`, of both parts of a complex value."""
+    if isinstance(x, Complex):
+        return Complex(as_shape(b, x.real, shape), as_shape(b, x.imag, shape))
+    return as_shape(b, x, shape)
 
 
 def as_shape(b: ProgramBuilder, value: Value, shape: Shape) -> Value:

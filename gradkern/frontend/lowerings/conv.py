@@ -1,4 +1,4 @@
-"""Convolutions of one and two dimensions: `Contract` through `Windows`."""
+"""Convolutions of one to three dimensions: `Contract` through `Windows`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from ...ir.indexing import along
 from ...ir.program import Contract, Index, Param, Shape, Value, Windows
-from .builder import NoForm, ProgramBuilder, lowers, need_value, tuple_of
+from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, tuple_of
 from .index import emit
 
 Padding = tuple[tuple[int, int], ...]
@@ -17,13 +17,14 @@ def general(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not isinstance(a.weight, Param):
         raise NoForm("its weight depends on the samples")
     dims = len(b.param_shape(a.weight)) - 2
-    if dims not in (1, 2):
+    if dims not in (1, 2, 3):
         raise NoForm(f"a convolution over {dims} axes has no form yet")
     return transposed(b, a, dims) if a.transposed else convolution(b, a, dims)
 
 
 @lowers("aten.conv_transpose1d.default", dims=1)
 @lowers("aten.conv_transpose2d.input", dims=2)
+@lowers("aten.conv_transpose3d.input", dims=3)
 def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """A convolution with the flipped weight, over the input with zeros inserted between its elements."""
     x = convolved(b, a, dims)
@@ -50,6 +51,7 @@ def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 @lowers("aten.conv1d.default", "aten.conv1d.padding", dims=1)
 @lowers("aten.conv2d.default", "aten.conv2d.padding", dims=2)
+@lowers("aten.conv3d.default", "aten.conv3d.padding", dims=3)
 def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """``[C, *spatial] -> [O, *spatial']`` with weight ``[O, C/groups, *kernel]``."""
     x = convolved(b, a, dims)
@@ -58,8 +60,33 @@ def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     padding = padding_of(a.padding, tuple(kernel), dilation)
     x, padding = absorbed(b, x, padding)
     windows = Windows(tuple(kernel), stride, padding, dilation, a.groups)
+    result = (outputs, *window_counts(windows, b.shape(x)[1:]))
+    x, windows, weight = planar(b, x, windows, a.weight)
     spatial = window_counts(windows, b.shape(x)[1:])
-    return b.emit(Contract(windows, a.weight, a.bias), (x,), (outputs, *spatial))
+    return as_shape(b, b.emit(Contract(windows, weight, a.bias), (x,), (outputs, *spatial)), result)
+
+
+def planar(b: ProgramBuilder, x: Value, w: Windows, weight: Param) -> tuple[Value, Windows, Param]:
+    """A convolution over three axes as one over two, which has kernels, if the first is as long as its window (it
+    joins the channels) or another has a window of one position over a single element (it goes)."""
+    if len(w.kernel) != 3:
+        return x, w, weight
+    channels, *spatial = b.shape(x)
+    outputs, per_group, *kernel = b.param_shape(weight)
+    if kernel[0] == spatial[0] and w.padding[0] == (0, 0) and (kernel[0] == 1 or w.dilation[0] == 1):
+        gone, channels, per_group = 0, channels * spatial[0], per_group * spatial[0]
+    else:
+        trivial = [k for k in (1, 2) if spatial[k] == kernel[k] == 1 and w.padding[k] == (0, 0)]
+        if not trivial:
+            return x, w, weight
+        gone = trivial[0]
+    rest = [k for k in range(3) if k != gone]
+    one, two = rest
+    padding = (w.padding[one], w.padding[two])
+    kept, stride, dilation = ((axis[one], axis[two]) for axis in (w.kernel, w.stride, w.dilation))
+    flat = b.derive("aten.reshape.default", weight, (outputs, per_group, *(kernel[k] for k in rest)))
+    x = as_shape(b, x, (channels, *(spatial[k] for k in rest)))
+    return x, Windows(kept, stride, padding, dilation, w.groups), flat
 
 
 def convolved(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:

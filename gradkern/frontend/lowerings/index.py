@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...ir.indexing import along, identity, identity_runs, is_permutation, then
-from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Shape, Value, Windows
+from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Scale, Shape, Sum, Value, Windows
 from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 
 
@@ -35,6 +35,11 @@ def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
     return b.emit(Index((part,)), (x,), result)
 
 
+def blank(shape: Shape) -> Part:
+    """Zeros in the shape of a value."""
+    return Part(tuple(range(len(shape))), tuple(((-1, n, 0),) if n else () for n in shape))
+
+
 def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
     """Per-sample axes in another order."""
     return emit(b, x, identity(b.shape(x), order))
@@ -54,10 +59,13 @@ def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
 
 @lowers("aten.permute.default", axes=("dims",))
 @lowers("aten.transpose.int", axes=("dim0", "dim1"))
-@lowers("aten.movedim.int", "aten.swapaxes.default")
+@lowers("aten.swapaxes.default", axes=("axis0", "axis1"))
+@lowers("aten.movedim.int")
 def permute(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     rank = len(b.shape(x)) + 1
+    if hasattr(a, "axis0"):
+        a.dim0, a.dim1 = a.axis0, a.axis1
     if hasattr(a, "dims"):
         order = [d % rank for d in a.dims]
     elif hasattr(a, "dim0"):
@@ -96,7 +104,7 @@ def flip(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return x
 
 
-@lowers("aten.roll.default")
+@lowers("aten.roll.default", along="dims")
 def roll(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if not a.dims:
@@ -164,10 +172,24 @@ def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return emit(b, x, along(b.shape(x), axis, range(start, start + a.length)))
 
 
-SEVERAL.update(("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int"))
+SEVERAL.update(("aten.tensor_split.sections",))
 
 
-@lowers(*SEVERAL, along="dim")
+@lowers("aten.tensor_split.sections", along="dim")
+def tensor_split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    """The first ``n % sections`` pieces are one longer."""
+    x = need_value(a.self)
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    size, longer = divmod(b.shape(x)[axis], a.sections)
+    start = a.piece * size + min(a.piece, longer)
+    return emit(b, x, along(b.shape(x), axis, range(start, start + size + (a.piece < longer))))
+
+
+PIECES = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
+SEVERAL.update(PIECES)
+
+
+@lowers(*PIECES, along="dim")
 def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """One of several pieces: ``a.piece`` says which."""
     x = need_value(a.self)
@@ -189,54 +211,68 @@ def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
     tensors = [x for x in a.tensors if isinstance(x, Param) or len(b.shape(need_value(x))) == len(a.result)]
-    sizes = [b.param_shape(x)[axis + 1] if isinstance(x, Param) else b.shape(x)[axis] for x in tensors]
     if not any(isinstance(x, Param) for x in tensors):
         return joined(b, tensors, axis, a.result)
-    if len([x for x in tensors if isinstance(x, Value)]) != 1:
-        raise NoForm("it joins constants and several values")
-    return beside_constants(b, tensors, sizes, axis)
+    if not any(isinstance(x, Value) for x in tensors):
+        raise NoForm("it does not depend on the samples")
+    return beside_constants(b, tensors, axis, a)
 
 
-def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], sizes: list[int], axis: int) -> Value:
-    """One value with constants before and after it (a class token): zeros there, and the constants added."""
-    at = next(k for k, x in enumerate(tensors) if isinstance(x, Value))
-    before, after = sum(sizes[:at]), sum(sizes[at + 1 :])
-    x: Value = tensors[at]  # type: ignore[assignment]
-    wide = emit(b, x, along(b.shape(x), axis, [-1] * before + list(range(sizes[at])) + [-1] * after))
-    like = b.param_meta[next(p for p in tensors if isinstance(p, Param))]
-    blank = b.derive("aten.zeros.default", (1, *b.shape(x)), dtype=like.dtype, device=like.device)
-    full = b.derive("aten.cat.default", tuple(blank if k == at else p for k, p in enumerate(tensors)), axis + 1)
-    flat = as_shape(b, wide, (math.prod(b.shape(wide)),))
+def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], axis: int, a: SimpleNamespace) -> Value:
+    """Values with constants between them (a class token): zeros there, and the constants added."""
+    like = {"dtype": a.result_dtype, "device": a.result_device}
+    parts, pieces, values, first = [], [], [], 0
+    for x in tensors:
+        shape = b.shape(x) if isinstance(x, Value) else b.param_shape(x)
+        if isinstance(x, Param) and len(shape) == len(a.result) + 1:
+            shape = shape[1:]
+        if len(shape) != len(a.result):
+            raise NoForm("one of its constants has other axes than the samples")
+        n = shape[axis]
+        if isinstance(x, Value):
+            pieces.append(b.derive("aten.zeros.default", (1, *shape), **like))
+            parts.append(along(shape, axis, [-1] * first + list(range(n)) + [-1] * (a.result[axis] - first - n)))
+            values.append(x)
+        else:
+            pieces.append(b.derive("aten.reshape.default", x, (1, *shape)))
+        first += n
+    y = emit(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
+    full = b.derive("aten.cat.default", tuple(pieces), axis + 1)
     shift = b.derive("aten.reshape.default", full, (-1,))
-    return as_shape(b, b.emit(Contract(Channels(), None, shift), (flat,), b.shape(flat)), b.shape(wide))
+    flat = as_shape(b, y, (math.prod(a.result),))
+    return as_shape(b, b.emit(Contract(Channels(), None, shift), (flat,), b.shape(flat)), a.result)
 
 
 @lowers("aten.stack.default")
 def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
-    values = []
+    one = (*a.result[:axis], 1, *a.result[axis + 1 :])
+    tensors: list[Value | Param] = []
     for x in a.tensors:
-        shape = b.shape(need_value(x, "one of its inputs"))
-        values.append(as_shape(b, x, (*shape[:axis], 1, *shape[axis:])))
-    return joined(b, values, axis, a.result)
+        if isinstance(x, Param):
+            row = b.derive("aten.reshape.default", x, (1, *one))
+            b.param_meta[row] = b.param_meta[x].new_empty((1, *one), device="meta")
+            tensors.append(row)
+        else:
+            tensors.append(as_shape(b, need_value(x, "one of its inputs"), one))
+    if any(isinstance(x, Param) for x in tensors):
+        return beside_constants(b, tensors, axis, a)
+    return joined(b, tensors, axis, a.result)  # type: ignore[arg-type]
 
 
-@lowers("aten.slice_scatter.default", "aten.select_scatter.default")
-def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """A value in which other values replace some positions (``y[:, 0] = x``)."""
-    x, source = need_value(a.self), need_value(a.src, "what is assigned")
-    shape = b.shape(x)
-    if not hasattr(a, "index") and a.dim % (len(shape) + 1) == 0 and takes_all(a):
-        return source
-    axis = sample_axis(a.dim, len(shape))
-    places = range(shape[axis])
-    taken = [places[a.index]] if hasattr(a, "index") else list(places[a.start : a.end : a.step])
-    source = as_shape(b, source, (*shape[:axis], len(taken), *shape[axis + 1 :]))
-    if len(taken) == len(places):
-        return source
-    kept = along(shape, axis, [-1 if i in taken else i for i in places])
-    new = along(b.shape(source), axis, [taken.index(i) if i in taken else -1 for i in places])
-    return b.emit(Index((kept, new)), (x, source), shape)
+@lowers("aten.diff.default", along="dim")
+def diff(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    """Each element less the one before it."""
+    x = need_value(a.self)
+    if a.prepend is not None or a.append is not None:
+        raise NoForm("it joins other tensors")
+    axis = sample_axis(a.dim, len(b.shape(x)))
+    for _ in range(a.n):
+        n = b.shape(x)[axis]
+        later, earlier = (emit(b, x, along(b.shape(x), axis, range(k, k + n - 1))) for k in (1, 0))
+        minus = b.emit(Scale("affine", (-1.0, 0.0)), (earlier,), b.shape(earlier))
+        x = b.emit(Sum(), (later, minus), b.shape(later))
+    return x
 
 
 def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
@@ -279,12 +315,23 @@ def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value
     return x
 
 
+PADS = ("aten.constant_pad_nd.default", "aten.pad.default", *(
+    f"aten.{kind}_pad{d}d.default" for kind in ("reflection", "replication") for d in (1, 2, 3)
+))  # fmt: skip
+
+
 @lowers("aten.constant_pad_nd.default", "aten.pad.default")
 def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    mode = getattr(a, "mode", "constant")
-    if mode == "constant" and a.value:
-        raise NoForm(f"it pads with {a.value}, not with zeros")
-    return padded(b, need_value(a.self), a.pad, mode)
+    x, mode = need_value(a.self), getattr(a, "mode", "constant")
+    y = padded(b, x, a.pad, mode)
+    if mode != "constant" or not a.value:
+        return y
+    like = {"dtype": a.result_dtype, "device": a.result_device}
+    inside = b.derive("aten.zeros.default", (1, *b.shape(x)), **like)
+    shift = b.derive("aten.constant_pad_nd.default", inside, tuple(a.pad[: 2 * len(b.shape(x))]), a.value)
+    flat = as_shape(b, y, (math.prod(b.shape(y)),))
+    shift = b.derive("aten.reshape.default", shift, (-1,))
+    return as_shape(b, b.emit(Contract(Channels(), None, shift), (flat,), b.shape(flat)), b.shape(y))
 
 
 @lowers(*(f"aten.reflection_pad{d}d.default" for d in (1, 2, 3)), mode="reflect")
@@ -293,7 +340,7 @@ def pad_as(b: ProgramBuilder, a: SimpleNamespace, mode: str) -> Value:
     return padded(b, need_value(a.self), a.padding, mode)
 
 
-@lowers("aten.expand.default", "aten.expand_as.default")
+@lowers("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default", axes=())
 def expand(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if len(b.shape(x)) != len(a.result):
@@ -301,12 +348,14 @@ def expand(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return stretched(b, x, a.result)
 
 
-@lowers("aten.repeat.default")
+@lowers("aten.repeat.default", "aten.tile.default")
 def repeat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
-    if len(a.repeats) != len(a.result) + 1 or a.repeats[0] != 1:
+    rank = len(b.shape(x)) + 1
+    repeats = a.repeats if hasattr(a, "repeats") else (1,) * (rank - len(a.dims)) + tuple(a.dims)
+    if len(repeats) != rank or repeats[0] != 1:
         raise NoForm("it repeats the samples")
-    for axis, times in enumerate(a.repeats[1:]):
+    for axis, times in enumerate(repeats[1:]):
         n = b.shape(x)[axis]
         x = emit(b, x, along(b.shape(x), axis, list(range(n)) * times))
     return x

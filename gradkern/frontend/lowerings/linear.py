@@ -1,12 +1,13 @@
-"""Linear layers (`Contract` through `Dense`) and matrix products of two values (`Product`)."""
+"""Linear layers (`Contract` through `Dense`) and matrix products (`Product` of two values, or `einsum`)."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 from ...ir.program import Contract, Dense, Param, Product, Value
-from .arithmetic import affine, shifted
+from .arithmetic import added, affine
 from .builder import NoForm, ProgramBuilder, lowers, need_value
+from .einsum import product
 
 
 @lowers("aten.linear.default", axes=())
@@ -21,43 +22,51 @@ def linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return b.emit(Contract(Dense(), a.weight, bias), (x,), (*shape[:-1], b.param_shape(a.weight)[0]))
 
 
-@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default", axes=())
+@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.mv.default", axes=())
 def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or a product of two values (`Product`)."""
-    x, right = (a.self, a.other) if hasattr(a, "other") else (a.self, a.mat2)
+    """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or any other product (`einsum`)."""
+    x, right = a.self, next(getattr(a, name) for name in ("other", "mat2", "vec") if hasattr(a, name))
     if isinstance(x, Value) and isinstance(right, Value):
         return multiplied(b, x, right)
-    if not (isinstance(x, Value) and isinstance(right, Param) and len(b.param_shape(right)) == 2 and b.shape(x)):
-        raise NoForm("not a product with a constant matrix on the right")
-    weight = b.derive("aten.t.default", right)  # [O, I]
-    return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
+    if isinstance(x, Value) and isinstance(right, Param) and len(b.param_shape(right)) == 2 and b.shape(x):
+        weight = b.derive("aten.t.default", right)  # [O, I]
+        return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
+    if not (isinstance(x, (Value, Param)) and isinstance(right, (Value, Param))):
+        raise NoForm("what it multiplies depends on more than the samples")
+    return product(b, x, right, a.result)
 
 
 def multiplied(b: ProgramBuilder, x: Value, y: Value) -> Value:
-    """``[*B, M, K] @ [*B, K, P]`` per sample."""
+    """``[*B, M, K] @ [*B, K, P]`` per sample, with leading axes of length one repeated."""
     one, two = b.shape(x), b.shape(y)
-    if len(one) != len(two) or len(one) < 2 or one[:-2] != two[:-2]:
+    if min(len(one), len(two)) < 2:
         raise NoForm(f"a product of values of shapes {one} and {two} has no form yet")
-    return b.emit(Product("matmul"), (x, y), (*one[:-1], two[-1]))
+    if one[:-2] == two[:-2]:
+        return b.emit(Product("matmul"), (x, y), (*one[:-1], two[-1]))
+    if len(one) != len(two):
+        raise NoForm(f"a product of values of shapes {one} and {two} has no form yet")
+    lead = tuple(m if n == 1 else n for n, m in zip(one[:-2], two[:-2], strict=True))
+    return product(b, x, y, (*lead, one[-2], two[-1]))
 
 
-@lowers("aten.addmm.default")
+@lowers("aten.addmm.default", axes=())
 def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``bias + x @ [I, O]``."""
     unscaled = a.alpha == 1 and a.beta == 1
     if not (unscaled and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
         raise NoForm("not a product with a constant matrix on the right")
     width = b.param_shape(a.mat2)[1]
-    if b.param_shape(a.self) != (width,):
+    bias = a.self
+    if b.param_shape(bias) == (1, width):
+        bias = b.derive("aten.reshape.default", bias, (width,))
+    elif b.param_shape(bias) != (width,):
         raise NoForm(f"its added tensor is not of shape ({width},)")
     weight = b.derive("aten.t.default", a.mat2)  # [O, I]
-    return b.emit(Contract(Dense(), weight, a.self), (a.mat1,), (*b.shape(a.mat1)[:-1], width))
+    return b.emit(Contract(Dense(), weight, bias), (a.mat1,), (*b.shape(a.mat1)[:-1], width))
 
 
 @lowers("aten.baddbmm.default", axes=())
 def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``beta mask + alpha x @ y`` per sample, with a constant mask: from attention that also returns its weights."""
-    if not isinstance(a.self, Param):
-        raise NoForm("its added tensor depends on the samples")
-    product = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
-    return shifted(b, product, a.self, a.beta) if a.beta else product
+    """``beta mask + alpha x @ y`` per sample; attention that also returns its weights has a constant mask."""
+    found = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
+    return added(b, found, a.self, float(a.beta)) if a.beta else found

@@ -9,17 +9,12 @@ import torch
 from ...ir.program import Channels, Contract, Param, Shape, Value, View
 from .arithmetic import per_channel
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of
+from .gather import described, filled
 
 
 def lowest(dtype: torch.dtype) -> float:
     """A stand-in for -inf, which no kernel multiplies: next to any other score, its exponential is exactly zero."""
     return max(-1e30, torch.finfo(dtype).min)
-
-
-def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
-    """The derived tensor, after noting its shape and dtype in the builder."""
-    b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
-    return param
 
 
 def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
@@ -59,15 +54,15 @@ def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
 def masked_fill(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``x (1 - mask) + value mask``, for scores that a softmax leaves out; for finite scores this is the same.
 
-    Other fills may replace numbers that are not finite (padding, a logarithm's result), and 0 · NaN is NaN.
+    Other fills may replace numbers that are not finite (padding, a logarithm's result), and 0 · NaN is NaN; there the
+    mask has to be a constant of the code.
     """
     x, value = need_value(a.self), number_of(a.value)
     if value > -1e4:
-        raise NoForm(f"a product with 0 is no fill with {value} where its input is not finite")
+        return filled(b, x, a.mask, value, a)
     if not isinstance(a.mask, Param):
         raise NoForm("its mask depends on the samples")
-    filled = as_numbers(b, a.mask, a.result_dtype)
-    at, axis, ones, full = per_channel(b, x, filled)
+    at, axis, ones, full = per_channel(b, x, as_numbers(b, a.mask, a.result_dtype))
     keep = b.derive("aten.sub.Tensor", b.derive("aten.ones_like.default", ones), ones)
     zeros = b.derive("aten.zeros_like.default", ones)
     fill = b.derive("aten.masked_fill.Scalar", zeros, b.derive("aten.eq.Scalar", ones, 1), value)

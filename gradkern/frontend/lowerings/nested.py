@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...ir.program import Batch, Call, Opaque, Param, Value
+from ...ir.calls import values_in
+from ...ir.program import Call, Opaque, Value
 from ...ir.recurrent import GATES, recognize
 from .builder import ProgramBuilder, as_shape
 from .index import along, emit
+from .repeated import row_of
 
 
 def simplified(b: ProgramBuilder, call: Call) -> Call:
@@ -16,15 +18,12 @@ def simplified(b: ProgramBuilder, call: Call) -> Call:
     def plain(x: object) -> object:
         if isinstance(x, tuple):
             return tuple(plain(item) for item in x)
-        if isinstance(x, Call) and x.op == "aten.expand.default" and isinstance(x.args[0], Param):
-            size, param_shape = x.args[1], b.param_shape(x.args[0])
-            if size[0] == Batch(1) and len(size) == len(param_shape) and param_shape[0] == 1:
-                shape = (1, *(n if s == -1 else s for s, n in zip(size[1:], param_shape[1:], strict=True)))
-                if shape == param_shape:
-                    return x.args[0]
-        return x
+        row = row_of(b, x) if isinstance(x, Call) and not values_in(x) else None
+        return x if row is None else row
 
-    return replace(call, args=tuple(plain(x) for x in call.args))
+    if call.op in GATES:
+        return call  # its state is part of it
+    return replace(call, args=tuple(plain(x) for x in call.args), kwargs=tuple((k, plain(v)) for k, v in call.kwargs))
 
 
 def last_state(b: ProgramBuilder, call: Call) -> Value | None:

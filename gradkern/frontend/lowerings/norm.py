@@ -28,6 +28,12 @@ def folded(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     value = need_value(a.input)
     if not b.shape(value):
         raise NoForm("its input has no channel axis")
+    scale, shift = factors(b, a)
+    return b.emit(Contract(Channels(), scale, shift), (value,), b.shape(value))
+
+
+def factors(b: ProgramBuilder, a: SimpleNamespace) -> tuple[Param, Param]:
+    """``[C]`` each: the factor and the shift of a norm that uses stored statistics."""
     if not all(isinstance(p, Param) for p in (a.running_mean, a.running_var)):
         raise NoForm("its statistics depend on the samples")
     scale = b.derive("aten.rsqrt.default", b.derive("aten.add.Tensor", a.running_var, a.eps))  # [C]
@@ -35,7 +41,7 @@ def folded(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         scale = b.derive("aten.mul.Tensor", scale, a.weight)
     shift = b.derive("aten.mul.Tensor", a.running_mean, scale)  # [C]
     shift = b.derive("aten.neg.default", shift) if a.bias is None else b.derive("aten.sub.Tensor", a.bias, shift)
-    return b.emit(Contract(Channels(), scale, shift), (value,), b.shape(value))
+    return scale, shift
 
 
 @lowers("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default", along="dim")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+from ...ir.indexing import along
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis, tuple_of
-from .index import as_list, permuted
+from .index import as_list, emit, permuted
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
@@ -36,6 +37,7 @@ def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
 
 @lowers("aten.max_pool1d.default", "aten.max_pool1d_with_indices.default", dims=1)
 @lowers("aten.max_pool2d.default", "aten.max_pool2d_with_indices.default", dims=2)
+@lowers("aten.max_pool3d.default", "aten.max_pool3d_with_indices.default", dims=3)
 def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -58,6 +60,7 @@ def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 @lowers("aten.avg_pool1d.default", dims=1)
 @lowers("aten.avg_pool2d.default", dims=2)
+@lowers("aten.avg_pool3d.default", dims=3)
 def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """The divisor of a window is the product over axes of the positions that count, so the map is separable."""
     x = need_value(a.self)
@@ -92,6 +95,7 @@ def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool
 
 @lowers("aten.adaptive_avg_pool1d.default", dims=1)
 @lowers("aten.adaptive_avg_pool2d.default", "aten._adaptive_avg_pool2d.default", dims=2)
+@lowers("aten.adaptive_avg_pool3d.default", "aten._adaptive_avg_pool3d.default", dims=3)
 def adaptive(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     x = need_value(a.self)
     source = with_channels(b, x, dims)
@@ -102,10 +106,34 @@ def adaptive(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     return y if source == x else as_shape(b, y, counts)
 
 
+def adaptive_bounds(n: int, m: int) -> list[tuple[int, int]]:
+    """Output ``i`` of ``m`` reads inputs ``floor(i n / m)`` up to ``ceil((i + 1) n / m)``."""
+    return [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+
+
 def adaptive_rows(n: int, m: int) -> Rows:
-    """Output ``i`` of ``m`` averages inputs ``floor(i n / m)`` up to ``ceil((i + 1) n / m)``."""
-    bounds = [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
-    return tuple((first, (1.0 / (last - first),) * (last - first)) for first, last in bounds)
+    return tuple((first, (1.0 / (last - first),) * (last - first)) for first, last in adaptive_bounds(n, m))
+
+
+@lowers("aten.adaptive_max_pool1d.default", dims=1)
+@lowers("aten.adaptive_max_pool2d.default", dims=2)
+@lowers("aten.adaptive_max_pool3d.default", dims=3)
+def adaptive_max(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
+    """Windows of unequal lengths are filled up with copies of their last element, of which the first counts."""
+    x = need_value(a.self)
+    source = with_channels(b, x, dims)
+    y, kernel = source, []
+    counts = tuple_of(a.output_size, dims)
+    for axis, m in enumerate(counts, start=1):
+        n = b.shape(y)[axis]
+        bounds = adaptive_bounds(n, m)
+        longest = max(last - first for first, last in bounds)
+        wanted = [min(first + k, last - 1) for first, last in bounds for k in range(longest)]
+        y = emit(b, y, along(b.shape(y), axis, wanted))
+        kernel.append(longest)
+    windows = Windows(tuple(kernel), tuple(kernel), ((0, 0),) * dims, (1,) * dims)
+    y = b.emit(Select(windows), (y,), (b.shape(source)[0], *counts))
+    return y if source == x else as_shape(b, y, counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,8 +180,8 @@ def without(b: ProgramBuilder, y: Value, shape: Shape, dims: set[int], keepdim: 
     return as_shape(b, y, kept if keepdim else tuple(n for i, n in enumerate(shape) if i not in dims))
 
 
-@lowers("aten.amax.default", ties="split")  # equal maxima share the cotangent
-@lowers("aten.max.dim", ties="first")  # the values of ``x.max(dim)``: the first of equal maxima gets it
+@lowers("aten.amax.default", along="dim", ties="split")  # equal maxima share the cotangent
+@lowers("aten.max.dim", along="dim", ties="first")  # the values of ``x.max(dim)``: the first of equal maxima gets it
 def maximum(b: ProgramBuilder, a: SimpleNamespace, ties: str) -> Value:
     """The maximum over whole axes."""
     x = need_value(a.self)

@@ -1,0 +1,62 @@
+"""Interpolation to another size, in every mode that is separable: one small matrix per axis (`Positions`)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+
+from ...ir.calls import operator_of
+from ...ir.indexing import along
+from ...ir.program import Contract, Positions, Value
+from .builder import NoForm, ProgramBuilder, lowers, need_value
+from .index import emit
+from .pool import Rows, identity_rows
+
+OPS = {
+    "aten._upsample_nearest_exact1d.vec": 1, "aten._upsample_nearest_exact2d.vec": 2,
+    "aten._upsample_nearest_exact3d.vec": 3, "aten.upsample_nearest3d.vec": 3, "aten.upsample_bicubic2d.vec": 2,
+    "aten._upsample_bilinear2d_aa.vec": 2, "aten._upsample_bicubic2d_aa.vec": 2, "aten.upsample_trilinear3d.vec": 3,
+}  # fmt: skip
+
+
+@lowers(*OPS)
+def resample(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input)
+    dims = OPS[b.op]
+    if len(b.shape(x)) != dims + 1:
+        raise NoForm("it has no channel axis")
+    factors = tuple(a.scale_factors) if a.scale_factors else (None,) * dims
+    axes = []
+    for k, (n, m) in enumerate(zip(b.shape(x)[1:], a.result[1:], strict=True)):
+        corners = getattr(a, "align_corners", None)
+        axes.append(identity_rows(n) if n == m else matrix(b.op, dims, k, n, m, factors[k], corners))
+    if "nearest" not in b.op:
+        return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)
+    for axis, rows in enumerate(axes, start=1):
+        x = emit(b, x, along(b.shape(x), axis, [first for first, _ in rows]))
+    return x
+
+
+@lru_cache(maxsize=64)
+def matrix(op: str, dims: int, axis: int, n: int, m: int, factor: float | None, corners: bool | None) -> Rows:
+    """The rows of one axis: torch's own op on unit vectors along it."""
+    size = [2] * dims  # not 1, for which torch may take another memory format
+    size[axis] = n
+    along = [n if k == axis else 1 for k in range(dims)]
+    units = torch.eye(n, dtype=torch.float64).reshape(n, 1, *along).expand(n, 1, *size).contiguous()
+    to = list(size)
+    to[axis] = m
+    factors = [1.0] * dims
+    factors[axis] = factor if factor is not None else 1.0
+    sizes = (None, factors) if factor is not None else (to, None)
+    with torch.inference_mode(False), torch.no_grad():
+        arguments = (sizes[0], sizes[1]) if corners is None else (sizes[0], corners, sizes[1])
+        columns = operator_of(op)(units, *arguments)
+        columns = columns.movedim(axis + 2, 1).flatten(2)[:, :, 0]  # [n, m]
+    rows = []
+    for i in range(m):
+        used = columns[:, i].nonzero().flatten().tolist() or [0]
+        rows.append((used[0], tuple(columns[used[0] : used[-1] + 1, i].tolist())))
+    return tuple(rows)
