@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from benchmarks.zoo.networks import Apply, build, randomised
+from benchmarks.zoo.networks import Apply, build, randomized
 
 BATCHES = (8, 32)
 OUTPUTS = 4
@@ -33,7 +33,7 @@ def measured(name: str, threads: int, seconds: float) -> dict[str, Any]:
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     net, shape = build(name)
-    model = Apply(randomised(net), after=flat_output)
+    model = Apply(randomized(net), after=flat_output)
     x = torch.randn(max(BATCHES), *shape)
     with torch.no_grad():
         width = model(x[:2]).shape[1]

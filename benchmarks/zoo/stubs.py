@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 NAMES = (
-    "bib_lookup", "biosppy", "boto3", "botocore", "deprecate_kwargs", "edfio", "h5io", "imblearn", "mne_bids",
+    "bib_lookup", "biosppy", "boto3", "botocore", "colt5_attention",
+    "deprecate_kwargs", "edfio", "h5io", "imblearn", "mne_bids",
     "pytorch_lightning", "pyts", "spacy", "tangermeme", "tensorboardX", "tfmodisco", "torchaudio", "wfdb", "xmltodict",
 )  # fmt: skip
 TORCHVISION = ("nms", "qnms")  # compiled operators that torchvision describes when it is imported

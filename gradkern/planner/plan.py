@@ -22,11 +22,12 @@ from ..ir import graph
 from ..ir.calls import form_params
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
+from ..ir.recurrent import recognize
 from ..passes import bottleneck
 from ..passes.bottleneck import Bottleneck
 from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
-from .implementations import ATEN, FOLDED, KERNEL, RECURRENT, Choice, Implementation, choose_implementation
+from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
 from .timing import Timing
 
 
@@ -131,8 +132,10 @@ class Plan:
                 implementation, refusals = ATEN, (self.fallback, *refusals)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
-            if implementation is RECURRENT:
-                macs = macs * (2 + seeds) // (1 + seeds)  # its backward repeats the forward
+            recurrent = recognize(step.form.call) if isinstance(step.form, Opaque) else None
+            if recurrent is not None:
+                length, inputs = program.shape(step.inputs[0])
+                macs = recurrent.macs(length, inputs, step.shape[-1], seeds)
             form, path = describe(step.form), implementation.path(self.machine)
             rows.append(
                 PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, k)

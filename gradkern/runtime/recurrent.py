@@ -1,129 +1,137 @@
-"""LSTM, GRU and plain RNN layers for all seeds at once.
+"""The backward pass of LSTM, GRU and plain RNN layers for all seeds at once.
 
 torch differentiates a recurrent op as one node, whose backward takes one cotangent.  `vmap` cannot batch it, so every
-seed would walk through time again.  Here the gates are computed once per sample, and one walk back through time
-carries all seeds as rows of the same matrix products.
+seed would walk through time again.  Here one walk back through time carries all seeds as rows of the same matrix
+products.  The layer's output is known, and it holds the state before every step.  So the gates of all steps come from
+one matrix product each, and their slopes from a few elementwise operations; only what passes from step to step is
+computed step by step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..ir.program import Param
 from ..ir.recurrent import Recurrent
 
-State = tuple[Tensor, ...]  # h [N, H], and whatever else passes from step to step; in the walk back, their cotangents
 
-
-def vjp(r: Recurrent, x: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
-    """``x [N, T, I]`` and ``g [N, S, T, directions · H]`` -> ``[N, S, T, I]``."""
-    layers = []  # per layer: the weights and the walks of its directions
-    for first in range(0, len(r.weights), r.directions):
-        walks, outputs = [], []
-        for d in range(r.directions):
-            w = [tensor(p).detach() for p in r.weights[first + d]]
-            walk = WALKS[r.kind](x.flip(1) if d else x, w, r.kind)
-            walks.append(walk)
-            outputs.append(walk.y.flip(1) if d else walk.y)
-        layers.append(walks)
-        x = torch.cat(outputs, dim=2)
-    for walks in reversed(layers):
-        parts = []
-        for d, part in enumerate(g.chunk(len(walks), dim=3)):
-            back = walks[d].back(part.flip(2) if d else part)  # [N, S, T, I]
-            parts.append(back.flip(2) if d else back)
-        g = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+def vjp(r: Recurrent, x: Tensor, y: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
+    """``x [N, T, I]``, the output ``y [N, T, directions · H]``, ``g [N, S, T, directions · H]`` -> ``[N, S, T, I]``."""
+    weights = [[tensor(p).detach() for p in group] for group in r.weights]  # per layer and direction
+    layers = [weights[k : k + r.directions] for k in range(0, len(weights), r.directions)]
+    values = [x]
+    for layer in layers[:-1]:
+        values.append(_layer(r, values[-1], [w for group in layer for w in group]))
+    values.append(y)
+    for layer, before, after in reversed(list(zip(layers, values, values[1:], strict=False))):
+        parts = zip(layer, after.chunk(r.directions, dim=2), g.chunk(r.directions, dim=3), strict=True)
+        backs = []
+        for d, (group, out, cotangent) in enumerate(parts):
+            if d:
+                backs.append(_walk(r.kind, before.flip(1), out.flip(1), cotangent.flip(2), group).flip(2))
+            else:
+                backs.append(_walk(r.kind, before, out, cotangent, group))
+        g = backs[0] if len(backs) == 1 else backs[0] + backs[1]
     return g
 
 
-class Walk:
-    """One layer in one direction: the forward walk keeps everything that the backward walk needs.  ``y [N, T, H]``."""
-
-    def __init__(self, x: Tensor, w: Sequence[Tensor], kind: str) -> None:
-        self.w_ih, self.w_hh = w[0], w[1]
-        bias = w[2] if len(w) > 2 else None
-        self.bias_hh = w[3] if len(w) > 2 else None
-        self.kind, self.hidden = kind, self.w_hh.shape[1]
-        n, t, _ = x.shape
-        inputs = torch.nn.functional.linear(x, self.w_ih, bias)  # [N, T, gates·H]
-        self.kept: list[State] = []
-        state = self.start(x.new_zeros(n, self.hidden))
-        outputs = []
-        for k in range(t):
-            state = self.step(inputs[:, k], state)
-            outputs.append(state[0])
-        self.y = torch.stack(outputs, dim=1)
-
-    def recurrent(self, h: Tensor) -> Tensor:
-        return torch.nn.functional.linear(h, self.w_hh, self.bias_hh)
-
-    def start(self, zeros: Tensor) -> State:
-        return (zeros,)
-
-    def step(self, inputs: Tensor, state: State) -> State:
-        z = inputs + self.recurrent(state[0])
-        h = torch.tanh(z) if self.kind == "rnn_tanh" else torch.relu(z)
-        self.kept.append(((1 - h * h) if self.kind == "rnn_tanh" else (h > 0).to(h.dtype),))
-        return (h,)
-
-    def back(self, g: Tensor) -> Tensor:
-        """``g [N, S, T, H] -> [N, S, T, I]``."""
-        n, s, t, _ = g.shape
-        state: State = self.start(g.new_zeros(n, s, self.hidden))
-        gates = g.new_empty(n, s, t, self.w_ih.shape[0])
-        for k in reversed(range(t)):
-            kept = tuple(part.unsqueeze(1) for part in self.kept[k])  # [N, 1, H]
-            gates[:, :, k], state = self.step_back(state[0] + g[:, :, k], state, kept)
-        return gates @ self.w_ih
-
-    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
-        """The cotangent of the step's result -> that of its gates, and of the state before it."""
-        dz = dh * kept[0]
-        return dz, (dz @ self.w_hh,)
+def _layer(r: Recurrent, x: Tensor, weights: list[Tensor]) -> Tensor:
+    """One layer's output ``[N, T, directions · H]``, by torch."""
+    hidden, biases = weights[1].shape[1], len(weights) == 4 * r.directions
+    zeros = x.new_zeros(r.directions, x.shape[0], hidden)
+    state = (zeros, zeros) if r.kind == "lstm" else zeros
+    y: Tensor = getattr(torch, r.kind)(x, state, weights, biases, 1, 0.0, False, r.directions == 2, True)[0]
+    return y
 
 
-class Lstm(Walk):
-    def start(self, zeros: Tensor) -> State:
-        return zeros, zeros
-
-    def step(self, inputs: Tensor, state: State) -> State:
-        h, c = state
-        z = inputs + self.recurrent(h)
-        i, f, g, o = z.chunk(4, dim=1)
-        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-        new = f * c + i * g
-        t = torch.tanh(new)
-        # The slopes of the gates: with respect to dc for the first three, to dh for the last; then dc from dh and dc.
-        self.kept.append((g * i * (1 - i), c * f * (1 - f), i * (1 - g * g), t * o * (1 - o), o * (1 - t * t), f))
-        return o * t, new
-
-    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
-        di, df, dg, do, through, forget = kept
-        dc = state[1] + dh * through
-        gates = torch.cat([dc * di, dc * df, dc * dg, dh * do], dim=2)
-        return gates, (gates @ self.w_hh, dc * forget)
+def _walk(kind: str, x: Tensor, y: Tensor, g: Tensor, w: Sequence[Tensor]) -> Tensor:
+    """One layer in one direction: ``g [N, S, T, H] -> [N, S, T, I]``.  ``w``: W_ih, W_hh and, if any, the biases."""
+    n, s, t, _ = g.shape
+    # [T, N, S, H], a copy: the walk turns it into the cotangent of every state.
+    times = g.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
+    gates = BACKWARDS[kind](x.transpose(0, 1), _before(y.transpose(0, 1)), y.transpose(0, 1), times, w)
+    return (gates.view(t, n * s, -1) @ w[0]).view(t, n, s, -1).permute(1, 2, 0, 3)
 
 
-class Gru(Walk):
-    def step(self, inputs: Tensor, state: State) -> State:
-        h = state[0]
-        recurrent = self.recurrent(h)
-        (xr, xz, xn), (hr, hz, hn) = inputs.chunk(3, dim=1), recurrent.chunk(3, dim=1)
-        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
-        n = torch.tanh(xn + r * hn)
-        slope = (1 - z) * (1 - n * n)
-        self.kept.append((slope * hn * r * (1 - r), (h - n) * z * (1 - z), slope, r, z))
-        return ((1 - z) * n + z * h,)
-
-    def step_back(self, dh: Tensor, state: State, kept: State) -> tuple[Tensor, State]:
-        dr, dz, dn, r, z = kept
-        reset, update, new = dh * dr, dh * dz, dh * dn
-        before = torch.cat([reset, update, new * r], dim=2) @ self.w_hh + dh * z
-        return torch.cat([reset, update, new], dim=2), (before,)
+def _before(states: Tensor) -> Tensor:
+    """The states ``[T, N, H]`` one step earlier; the first is zero."""
+    return torch.cat([torch.zeros_like(states[:1]), states[:-1]])
 
 
-WALKS: dict[str, Any] = {"lstm": Lstm, "gru": Gru, "rnn_tanh": Walk, "rnn_relu": Walk}
+def _per_gate(parts: list[Tensor]) -> Tensor:
+    """Slopes ``[T, N, H]`` of some gates as ``[T, N, 1, gates, H]``: factors of a cotangent ``[N, S, 1, H]``."""
+    return torch.stack(parts, dim=2).unsqueeze(2)
+
+
+# Each returns the cotangents of all gates before their activation, [T, N, S, gates · H].  The views of all steps are
+# made at once, since making a view takes about as long as a small product.
+
+
+def _plain(slope: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+    states, slopes, rows = times.unbind(), slope.unsqueeze(2).unbind(), times.flatten(1, 2).unbind()
+    for k in reversed(range(len(states))):
+        states[k].mul_(slopes[k])
+        if k:
+            torch.addmm(rows[k - 1], rows[k], w[1], out=rows[k - 1])
+    return times
+
+
+def _rnn_tanh(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+    return _plain(1 - y * y, times, w)
+
+
+def _rnn_relu(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+    return _plain((y > 0).to(y.dtype), times, w)
+
+
+def _lstm(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+    biases: Sequence[Tensor | None] = w[2:] or (None, None)
+    z = linear(x, w[0], biases[0]) + linear(before, w[1], biases[1])  # [T, N, 4 H]
+    i, f, g, o = z.chunk(4, dim=2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = i * g  # [T, N, H]
+    for cell, previous, kept in zip(cells[1:].unbind(), cells.unbind(), f[1:].unbind(), strict=False):
+        cell.addcmul_(kept, previous)
+    tanh = cells.tanh()
+    # The slopes of the first three gates are with respect to the cell's cotangent, that of the last to the state's.
+    slopes = _per_gate([g * i * (1 - i), _before(cells) * f * (1 - f), i * (1 - g * g)]).unbind()
+    last, through, forget = (a.unsqueeze(2).unbind() for a in (tanh * o * (1 - o), o * (1 - tanh * tanh), f))
+    gates = times.new_empty(*times.shape[:3], 4, times.shape[3])
+    of_cell, of_state = gates[:, :, :, :3].unbind(), gates[:, :, :, 3].unbind()
+    states, rows, sent = times.unbind(), times.flatten(1, 2).unbind(), gates.flatten(3).flatten(1, 2).unbind()
+    cotangent = torch.zeros_like(states[0])  # of the cell, [N, S, H]
+    wide = cotangent.unsqueeze(2)
+    for k in reversed(range(len(states))):
+        cotangent.addcmul_(states[k], through[k])
+        torch.mul(wide, slopes[k], out=of_cell[k])
+        torch.mul(states[k], last[k], out=of_state[k])
+        if k:
+            torch.addmm(rows[k - 1], sent[k], w[1], out=rows[k - 1])
+            cotangent.mul_(forget[k])
+    return gates.flatten(3)
+
+
+def _gru(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+    biases: Sequence[Tensor | None] = w[2:] or (None, None)
+    (xr, xz, xn), (hr, hz, hn) = (
+        linear(a, weight, bias).chunk(3, dim=2) for a, weight, bias in zip((x, before), w[:2], biases, strict=True)
+    )
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * hn).tanh()
+    slope = (1 - z) * (1 - n * n)
+    reset, update = slope * hn * r * (1 - r), (before - n) * z * (1 - z)
+    slopes, keep = _per_gate([reset, update, slope * r]).unbind(), z.unsqueeze(2).unbind()
+    states, wide, rows = times.unbind(), times.unsqueeze(3).unbind(), times.flatten(1, 2).unbind()
+    for k in reversed(range(1, len(states))):
+        states[k - 1].addcmul_(states[k], keep[k])
+        torch.addmm(rows[k - 1], (wide[k] * slopes[k]).view(len(rows[k]), -1), w[1], out=rows[k - 1])
+    return (times.unsqueeze(3) * _per_gate([reset, update, slope])).flatten(3)
+
+
+BACKWARDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]] = {
+    "lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu,
+}  # fmt: skip

@@ -277,7 +277,7 @@ def _opaque_back(
 ) -> tuple[Tensor, ...]:
     recurrent = recognize(call)
     if recurrent is not None:
-        return (vjp_recurrent(recurrent, args[0], g, lambda p: params[p.name]),)
+        return (vjp_recurrent(recurrent, args[0], out, g, lambda p: params[p.name]),)
     return _by_autograd(call, ids, args, out, g, params)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.zoo import table
 from benchmarks.zoo.network import batched, class_loop, flat_output, interval, kind
-from benchmarks.zoo.networks import Apply, build, names, randomised
+from benchmarks.zoo.networks import Apply, build, names, randomized
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME = {"seconds": {}, "peer": "batched", "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 5}
@@ -68,7 +68,7 @@ def test_outputs_are_flattened_and_kinds_are_told_apart() -> None:
         "torch/gru": "recurrent",
     }
     for net, shape in built.values():
-        assert flat_output(Apply(randomised(net))(torch.randn(2, *shape))).shape == (2, 4)
+        assert flat_output(Apply(randomized(net))(torch.randn(2, *shape))).shape == (2, 4)
 
 
 @pytest.mark.slow

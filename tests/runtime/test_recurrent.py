@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.runtime import executor
+from gradkern.ir.program import Param
+from gradkern.ir.recurrent import Recurrent
+from gradkern.runtime import executor, recurrent
 from tests.support import capturing, oracle
 from tests.support.capturing import bind
 
@@ -54,3 +56,20 @@ def test_relu_rnn():
     program = capturing.to_program(model, (x,))
     (got,) = executor.jacobian(program, bind(program, model), (x,))[1]
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize(("n", "s", "t"), [(1, 1, 1), (1, 1, 4), (3, 1, 1), (2, 3, 1)])
+def test_the_cotangent_is_not_written_to(kind, n, s, t):
+    """Also where its steps are already in the order of the walk."""
+    torch.manual_seed(0)
+    layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN}[kind](3, 4, batch_first=True).double()
+    names = tuple(Param(name) for name, _ in layer.named_parameters())
+    tensors = dict(layer.named_parameters())
+    x, g = torch.randn(n, t, 3, dtype=torch.float64, requires_grad=True), torch.randn(n, s, t, 4, dtype=torch.float64)
+    y, kept = layer(x)[0], g.clone()
+    want = torch.stack([torch.autograd.grad(y, x, g[:, k], retain_graph=True)[0] for k in range(s)], 1)
+    with torch.no_grad():
+        got = recurrent.vjp(Recurrent(kind, (names,), 1), x.detach(), y.detach(), g, lambda p: tensors[p.name])
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+    assert torch.equal(g, kept)
