@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_sam
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
 from . import ops, reference
-from .parameters import KernelsUnavailable, Packed, PlanWeights
+from .parameters import KernelsUnavailable, Packed, PlanWeights, every
 
 CPU = torch.device("cpu")
 
@@ -216,13 +215,6 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
     return next((t for t in inputs if t.is_floating_point()), inputs[0])
 
 
-@lru_cache(maxsize=64)
-def every(outputs: int, device: torch.device) -> Tensor:
-    """The indices of all outputs; never written to."""
-    with torch.inference_mode(False):
-        return torch.arange(outputs, device=device)
-
-
 _warned: Memo[bool] = Memo(256)
 
 
@@ -288,12 +280,12 @@ def _through_bottleneck(
     width, like = before.outputs, leading(inputs)
     features = [o[0, 0].numel() for o in out]
     each = out[0].element_size() * (width * sum(features) + targets.shape[-1] * max(features))  # dv/dx and a product
-    every = torch.arange(width, device=targets.device)
+    middle = every(width, targets.device)
     outputs = []
     for a, b in spans(0, inputs[0].shape[0], samples_per_chunk(like.device, each, each)):
         rows = [t[a:b] for t in inputs]
         inner = [rows[w].new_empty(b - a, width, *rows[w].shape[1:]) for w in before.wrt]  # [n, K, *in]
-        v = _fill(before, weights, rows, every, inner)  # [n, *v]
+        v = _fill(before, weights, rows, middle, inner)  # [n, *v]
         chunk_targets = targets[a:b] if targets.dim() == 2 else targets
         outer = like.new_empty(b - a, targets.shape[-1], width)  # [n, S, K]
         outputs.append(_fill(after, weights, [v], chunk_targets, [outer.view(*outer.shape[:2], *v.shape[1:])]))

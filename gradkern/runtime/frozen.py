@@ -11,7 +11,7 @@ from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program
 from . import executor
-from .parameters import KernelsUnavailable, Packed, PlanWeights
+from .parameters import KernelsUnavailable, Packed, PlanWeights, every
 
 
 class FrozenChain:
@@ -37,7 +37,7 @@ def frozen_chain(
     """
     like = executor.leading(inputs)
     if targets is None:
-        targets = executor.every(program.outputs, like.device)
+        targets = every(program.outputs, like.device)
     targets = targets.to(like.device)
     call_plan = executor.call_plan_for(program, targets.shape[-1], like, wrt)
     whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1

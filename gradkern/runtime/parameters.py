@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,6 +89,13 @@ def all_finite(params: Params) -> bool:
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
 
 
+@lru_cache(maxsize=64)
+def every(outputs: int, device: torch.device) -> Tensor:
+    """The indices of all outputs; never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(outputs, device=device)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
@@ -118,15 +126,27 @@ class Packed:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
         self.finite = bool(torch.isfinite(self.weights).all())
+        self._all_seed_rows: Tensor | None = None  # gathered at the first call for every output
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights))
+        tensors = (self.tables, self.forward, self.backward, self.weights, self._all_seed_rows)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
         """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
         if self.chain.seed_rows is None:
             return None
+        if not self.weights.is_cuda and targets is every(
+            outputs, targets.device
+        ):  # on a GPU streams would have to wait
+            if self._all_seed_rows is None:
+                self._all_seed_rows = self._rows(targets, outputs)
+            return self._all_seed_rows
+        return self._rows(targets, outputs)
+
+    def _rows(self, targets: Tensor, outputs: int) -> Tensor:
+        assert self.chain.seed_rows is not None
         start, row = self.chain.seed_rows
         rows = self.weights[start : start + outputs * row].view(outputs, row)
         rows = rows[targets].contiguous()
