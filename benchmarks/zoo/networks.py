@@ -327,7 +327,7 @@ def _vit_pytorch() -> Family:
 
 @family("segmentation")
 def _segmentation() -> Family:
-    kinds = ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "MAnet")
+    kinds = ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "MAnet")
 
     def make(name: str) -> Built:
         package = importlib.import_module("segmentation_models_pytorch")

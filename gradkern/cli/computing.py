@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from typing import Any
 
 import click
@@ -27,9 +28,13 @@ from .terminal import say
 @click.option("--dtype", type=click.Choice(["float32", "float64", "float16", "bfloat16"]), help="Default: float32.")
 @click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
+@click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
-    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, **options: Any
-) -> None:
+    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, dry_run: bool,
+    quiet: bool, **options: Any,
+) -> None:  # fmt: skip
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
 
     To continue a run that was killed, repeat the same command.
@@ -39,16 +44,27 @@ def run(
     gradkern run net.pt2 x.npy maps.zarr --reduce mean_abs,importance --dtype float16 --compression zstd
     gradkern run nets:build --weights net.safetensors data.h5:test/x stats.zarr --reduce importance --no-maps
     gradkern run net.pt2 x.npy maps.zarr --shard $SLURM_ARRAY_TASK_ID/16
+    gradkern run net.pt2 x.npy maps.zarr --dry-run
     """
     import gradkern
+    from gradkern.data import plan
 
     begin = time.perf_counter()
+    options |= {"maps": not no_maps, "reductions": reductions.split(",") if reductions else ()}
+    if dry_run:
+        wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source", "output")}
+        say(plan(model.load(), samples.open(), out, **wanted))
+        return
+    if quiet:
+        warnings.simplefilter("ignore")
+        options["progress"] = False
     made_by = {"model": model.spec, "weights": model.weights}
     made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast}
     results = gradkern.run(
-        model.load(), samples.open(), out, maps=not no_maps, reductions=reductions.split(",") if reductions else (),
-        made_by=made_by, **options,
+        model.load(), samples.open(), out, made_by=made_by, **options,
     )  # fmt: skip
+    if quiet:
+        return
     state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
     say(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
     for note in results.about.get("notes", []):

@@ -13,6 +13,7 @@ from torch import nn
 from ..util.options import BadType, BadValue
 from . import archives
 
+CONTAINERS = ("state_dict", "model_state_dict", "model", "weights")  # of checkpoints, for their state_dict
 PICKLED = (".pt", ".pth", ".pkl", ".bin")
 
 
@@ -36,7 +37,12 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
         )
     model = _made(spec)
     if weights is not None:
-        model.load_state_dict(state_dict(weights))
+        load_weights(model, weights)
+    elif _is_random(spec, model):
+        raise BadValue(
+            f"model: {spec} has other weights each time it is called, so these are random. Give --weights, or a "
+            "factory that loads or seeds its own."
+        )
     return model.eval()
 
 
@@ -93,6 +99,29 @@ def _made(spec: str) -> nn.Module:
     return model
 
 
+def _is_random(spec: str, model: nn.Module) -> bool:
+    """Does the factory make other weights when it is called again?"""
+    first, again = model.state_dict(), _made(spec).state_dict()
+    return any(not torch.equal(value, again[name]) for name, value in first.items() if name in again)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load weights whose names are the model's, or the model's behind one prefix (``module.``, ``model.``)."""
+    weights, wanted = state_dict(path), model.state_dict().keys()
+    first = next(iter(wanted), "")
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith("." + first)]
+    for prefix in ["", *prefixes]:
+        named = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if named.keys() == wanted:
+            model.load_state_dict(named)
+            return
+    missing, more = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+    raise BadValue(
+        f"--weights: {path} does not fit the model: it lacks {missing[:3] or 'nothing'}, and has "
+        f"{more[:3] or 'nothing'} beside."
+    )
+
+
 def state_dict(path: str) -> dict[str, torch.Tensor]:
     """Weights from ``.safetensors``, or from a file that `torch.load` reads with weights_only."""
     _check_exists("--weights", path)
@@ -100,5 +129,16 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    content = torch.load(path, weights_only=True, map_location="cpu")
-    return content.get("state_dict", content)
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise BadValue(
+            f"--weights: {path} cannot be read as plain tensors ({type(error).__name__}). Where it comes from, save "
+            "its state_dict alone: torch.save(model.state_dict(), path), or as .safetensors."
+        ) from error
+    if isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
+        inner = [v for k, v in content.items() if k in CONTAINERS and isinstance(v, dict)]
+        content = inner[0] if inner else content
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise BadValue(f"--weights: {path} holds {type(content).__name__}, expected a state_dict of tensors.")
+    return content

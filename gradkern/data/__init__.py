@@ -15,6 +15,7 @@ from typing import Any
 from .methods import METHODS, Batch, Outcome, method
 from .ranking import Curve, Importance, importance
 from .runs.fingerprint import Mismatch
+from .runs.planning import plan
 from .runs.runner import DiskFull, run
 from .runs.settings import Settings
 from .runs.shards import merge
@@ -59,6 +60,7 @@ __all__ = [
     "method",
     "open_source",
     "open_store",
+    "plan",
     "register",
     "repair",
     "run",

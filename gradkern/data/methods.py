@@ -140,6 +140,14 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
                 )
 
 
+def check_common(method: Method, arguments: Mapping[str, Any]) -> None:
+    """Raise `BadValue`, by name, for an argument with several rows, where batches do not say which samples they are."""
+    for name, value in arguments.items():
+        for v in value if isinstance(value, tuple) else (value,):
+            if name not in distributions(method) and _has_rows(v) and len(v) > 1:
+                raise BadValue(f"arguments: {name!r} has {len(v)} rows, expected one, for all samples.")
+
+
 def arguments_of(
     method: Method, arguments: Mapping[str, Any], which: slice | Sequence[int], samples: int, device: torch.device
 ) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Attribute:
         self.arguments = dict(arguments or {})
         self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
         self.method = methods.find(method, self.arguments)
+        methods.check_common(self.method, self.arguments)
         self.device = device_of(model)
         self.threads = threads
 

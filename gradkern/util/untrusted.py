@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 from .options import BadValue
+
+#: zarr's and numcodecs' codecs that decompress or convert numbers.  Others may unpickle.
+CODECS = {
+    "BytesCodec", "TransposeCodec", "GzipCodec", "ZstdCodec", "BloscCodec", "Crc32cCodec", "ShardingCodec",
+    "Adler32", "BZ2", "BitRound", "Blosc", "CRC32", "CRC32C", "Delta", "FixedScaleOffset", "Fletcher32", "GZip",
+    "JenkinsLookup3", "LZ4", "LZMA", "PackBits", "PCodec", "Quantize", "Shuffle", "ZFPY", "Zlib", "Zstd",
+}  # fmt: skip
+NUMBERS = "biufcV"
 
 
 def physical_memory() -> int:
@@ -50,3 +60,18 @@ def plain(text: str, *, lines: bool = True) -> str:
         c if c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else ascii(c)[1:-1]
         for c in text
     )
+
+
+def check_array(array: Any, what: str) -> None:
+    """Raise `BadValue` if a zarr array holds anything but numbers, or a chunk of it is larger than the memory."""
+    codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
+    for codec in codecs:
+        inner = [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]
+        for c in (codec, *inner):
+            if c is not None and type(c).__name__ not in CODECS:
+                raise BadValue(
+                    f"{what} is stored with the codec {type(c).__name__}, which is not known to be harmless."
+                )
+    if array.dtype.kind not in NUMBERS:
+        raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
+    check_memory(array.dtype.itemsize * math.prod(array.chunks), f"{what}: a chunk")

@@ -45,6 +45,8 @@ def test_map_batches_callable():
     expected = gradkern.jacobian(model, x, [3, 1], engine="kernel").abs()
     assert torch.equal(torch.from_numpy(found["attributions"]), expected)
     np.testing.assert_allclose(found["predictions"], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="'baselines' has 5 rows, expected one"):
+        Attribute(model, "IntegratedGradients", arguments={"baselines": x})
     with pytest.raises(ValueError, match=r"got \['image'\], but the batch has \['label'\]"):
         attribute({"label": np.arange(5)})
 

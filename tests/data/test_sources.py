@@ -74,7 +74,8 @@ class Stream(IterableDataset):
         (X[:0], "expected at least one"),
         ((X, X[:5]), "has 5 samples and number 0 has 23"),
         ("nothing.npy", "there is no 'nothing.npy'"),
-        ("data.csv", "expected one that ends in"),
+        ("data.xyz", "expected one that ends in"),
+        ("data.csv", "there is no 'data.csv'"),
         (np.array(["a", "b"]), "expected numbers"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gradkern.data import Damaged, Mismatch, Results, Settings, repair, run, verify
+from gradkern.data.store import durable
 from tests.support.stores import assert_same
 from tests.support.tiny import net, samples
 
@@ -171,3 +172,19 @@ def test_the_copy_and_a_description_are_restored_from_the_root(whole, store):
     assert not verify(store).ok
     with pytest.raises(Damaged, match=r"has no copy. Make the store again elsewhere"):
         repair(store, net(), samples())
+
+
+def test_a_store_is_completed_in_one_write(tmp_path, monkeypatch):
+    """A kill between two would leave a complete store whose root lacks the descriptions of its arrays."""
+    run(net(), samples(), tmp_path / "a.zarr", **OPTIONS, shard=(0, 2))
+    written, put = [], durable.put
+
+    def recorded(store, key, content):
+        put(store, key, content)
+        written.append(key)
+        if key == "zarr.json":
+            assert verify(tmp_path / "a.zarr").ok
+
+    monkeypatch.setattr(durable, "put", recorded)
+    run(net(), samples(), tmp_path / "a.zarr", **OPTIONS)
+    assert written.count("zarr.json") == 1

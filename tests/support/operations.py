@@ -373,6 +373,10 @@ FORMS: dict[str, dict[str, Operation]] = {
         "joined_bn": (S, lambda h: F.batch_norm(h.reshape(-1, 8), R(8), R(8).abs(), R(8), R(8)).view(-1, 6, 8)),
         "joined_bn3": (I, lambda h: F.batch_norm(h.flatten(0, 1), R(6), R(6).abs(), R(6), R(6)).view(-1, 4, 6, 8)),
         "joined_pool": (I, lambda h: F.max_pool1d(h.flatten(0, 1), 2).view(-1, 4, 6, 4)),
+        "joined_bn_reshape_as": (
+            I,
+            lambda h: F.batch_norm(h.flatten(0, 1), R(6), R(6).abs(), R(6), R(6)).reshape_as(h),
+        ),
         "joined_mean": (I, lambda h: h.flatten(0, 1).mean(1).view(-1, 4, 8)),
         "joined_sum": (S, lambda h: (h.reshape(-1, 8) * R(8)).sum(-1).view(-1, 6)),
         "joined_gelu_linear": (I, lambda h: F.gelu(F.linear(h.flatten(0, 2), R(5, 8))).view(h.shape[0], 4, 6, 5)),

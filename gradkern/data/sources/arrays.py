@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
-from ...util.untrusted import check_links
-from ..store.trust import check_array
+from ...util.untrusted import check_array, check_links
 from .columns import Rows, members, to_tensor
 from .registry import Source, member, register
 
@@ -27,6 +26,10 @@ class Arrays(Source):
 
     def __init__(self, arrays: Sequence[Any]) -> None:
         for i, array in enumerate(arrays):
+            if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+                raise BadValue(f"source: number {i} is masked, and masks would be lost. Fill it: array.filled(value).")
+            if isinstance(array, Tensor) and array.layout is not torch.strided:
+                raise BadType(f"source: number {i} is a sparse tensor. Make it dense: x.to_dense().")
             if not getattr(array, "shape", ()):
                 raise BadType(f"source: number {i} is {type(array).__name__} without axes, expected [N, ...].")
             if array.shape[0] != arrays[0].shape[0]:
@@ -40,11 +43,26 @@ class Arrays(Source):
     @classmethod
     def accepts(cls, data: Any) -> bool:
         if isinstance(data, (tuple, list)):
-            return bool(data) and all(hasattr(a, "shape") for a in data)
-        return isinstance(data, (Tensor, np.ndarray, dict))
+            return bool(data) and (all(hasattr(a, "shape") for a in data) or _is_nested_numbers(data))
+        if isinstance(data, (Tensor, np.ndarray, dict)):
+            return True
+        return hasattr(data, "shape") and (
+            hasattr(data, "__array__") or hasattr(data, "__dlpack__") or _is_sparse(data)
+        )
 
     @classmethod
     def of(cls, data: Any, columns: Any) -> Source:
+        if isinstance(data, (tuple, list)) and _is_nested_numbers(data):
+            return cls([np.asarray(data)])
+        if isinstance(data, list) and len(data) > 1:
+            raise BadValue(
+                f"source: got a list of {len(data)} arrays, which may be samples, or the inputs of a model with "
+                "several. For samples pass np.stack(arrays), for inputs tuple(arrays)."
+            )
+        if _is_sparse(data):
+            raise BadType(f"source: got {type(data).__name__}, which is sparse. Make it dense: x.toarray().")
+        if not hasattr(data, "__array__") and hasattr(data, "__dlpack__"):
+            data = torch.from_dlpack(data)
         if isinstance(data, (tuple, list)):
             return cls(data)
         return cls([data] if hasattr(data, "shape") else members(data, columns))
@@ -93,6 +111,18 @@ def _start_of_map(array: np.memmap) -> int:
     while isinstance(base.base, np.memmap):
         base = base.base
     return base.__array_interface__["data"][0]
+
+
+def _is_sparse(data: Any) -> bool:
+    return package_of(data) == "scipy" and hasattr(data, "toarray")
+
+
+def _is_nested_numbers(data: Any) -> bool:
+    """Lists of lists of numbers, which are samples; a list of tuples may be a Dataset, of samples and labels."""
+    first = data[0] if data else None
+    while isinstance(first, list) and first:
+        first = first[0]
+    return isinstance(data[0], list) and isinstance(first, (bool, int, float))
 
 
 def package_of(data: Any) -> str:

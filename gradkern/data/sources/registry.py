@@ -19,6 +19,7 @@ A kind of source is one class:
 
 from __future__ import annotations
 
+import os
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,7 @@ def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = No
     if isinstance(source, Source):
         return source.cast_to(dtype)
     if isinstance(source, (str, Path)):
-        return _open_path(str(source), columns).cast_to(dtype)
+        return _open_path(os.path.expanduser(source), columns).cast_to(dtype)
     for kind in SOURCE_KINDS:
         if kind.accepts(source):
             return kind.of(source, columns).cast_to(dtype)

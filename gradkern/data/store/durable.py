@@ -143,7 +143,7 @@ def local_path(place: str) -> Path | None:
     """The folder that an address names on this machine; None for object stores and the like."""
     if "://" in place and not place.startswith("file://"):
         return None
-    return Path(place.removeprefix("file://"))
+    return Path(place.removeprefix("file://")).expanduser()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
-from ...util.untrusted import check_memory
+from ...util.untrusted import check_array, check_memory
 from .. import statistics
 from . import durable, layout
 
@@ -34,13 +34,6 @@ FINISHED: Mapping[str, Any] = {"exact": bool, "notes": [str]}
 FACTS: Mapping[str, Any] = {"samples": int, "seconds": (int, float), "batches": [int], "notes": [str]}
 MOST_THREADS = 4096
 MOST_CHUNKS = 1 << 20  # that are believed without the list of them
-#: zarr's and numcodecs' codecs that decompress or convert numbers.  Others may unpickle.
-CODECS = {
-    "BytesCodec", "TransposeCodec", "GzipCodec", "ZstdCodec", "BloscCodec", "Crc32cCodec", "ShardingCodec",
-    "Adler32", "BZ2", "BitRound", "Blosc", "CRC32", "CRC32C", "Delta", "FixedScaleOffset", "Fletcher32", "GZip",
-    "JenkinsLookup3", "LZ4", "LZMA", "PackBits", "PCodec", "Quantize", "Shuffle", "ZFPY", "Zlib", "Zstd",
-}  # fmt: skip
-NUMBERS = "biufcV"
 
 
 def check_attributes(place: str, about: Mapping[str, Any]) -> None:
@@ -87,21 +80,6 @@ def check_own_array(place: str, name: str, array: Any, samples: int) -> None:
         raise BadValue(f"{place} is damaged: {name!r} has {array.shape[0]} rows, expected {samples}.")
     if not name.startswith(("attributions", "top_features")):  # the others are read as a whole
         check_memory(array.dtype.itemsize * array.size, f"{place}: the array {name!r}")
-
-
-def check_array(array: Any, what: str) -> None:
-    """Raise `BadValue` if a zarr array holds anything but numbers, or a chunk of it is larger than the memory."""
-    codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
-    for codec in codecs:
-        inner = [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]
-        for c in (codec, *inner):
-            if c is not None and type(c).__name__ not in CODECS:
-                raise BadValue(
-                    f"{what} is stored with the codec {type(c).__name__}, which is not known to be harmless."
-                )
-    if array.dtype.kind not in NUMBERS:
-        raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
-    check_memory(array.dtype.itemsize * int(np.prod([int(c) for c in array.chunks], dtype=object)), f"{what}: a chunk")
 
 
 def read_record(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -11,7 +11,15 @@ from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
 #: Ops for which the shape of the result says everything.
 VIEWS = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
-    *("aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default", "aten.unsqueeze.default"),
+    *(
+        "aten.view_as.default",
+        "aten.reshape_as.default",
+        "aten.unflatten.int",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+        "aten.squeeze.default",
+        "aten.unsqueeze.default",
+    ),
 )
 
 

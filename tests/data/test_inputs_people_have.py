@@ -1,0 +1,188 @@
+"""Inputs that people have: each is read, or refused in one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from gradkern.cli.main import main
+from gradkern.cli.models import load_model
+from gradkern.data import open_source
+
+X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+
+
+def frame():
+    import pandas
+
+    return pandas.DataFrame(X, columns=list("abcd"))
+
+
+class Exporter:
+    """An array of another library, by DLPack alone."""
+
+    def __init__(self) -> None:
+        self.tensor, self.shape = torch.from_numpy(X), X.shape
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+class Arrayed:
+    """An array of another library, by ``__array__`` alone."""
+
+    def __init__(self, x: np.ndarray = X) -> None:
+        self.x, self.shape = x, x.shape
+
+    def __getitem__(self, rows):
+        return Arrayed(self.x[rows])
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
+def csv(folder: Path, header: bool, name: str = "x.csv") -> str:
+    frame().to_csv(folder / name, index=False, header=header, sep="\t" if name.endswith("tsv") else ",")
+    return str(folder / name)
+
+
+def parts(folder: Path) -> str:
+    for i, part in enumerate(np.split(X, [2, 3, 7])):
+        np.save(folder / f"part{i}.npy", part)
+    return f"{folder}/part*.npy"
+
+
+def arrow(folder: Path):
+    import pyarrow
+
+    return pyarrow.Table.from_pandas(frame())
+
+
+READ = {
+    "frame": lambda folder: frame(),
+    "arrow": arrow,
+    "csv": lambda folder: csv(folder, True),
+    "csv without header": lambda folder: csv(folder, False),
+    "tsv": lambda folder: csv(folder, True, "x.tsv"),
+    "parts": parts,
+    "lists": lambda folder: X.tolist(),
+    "dlpack": lambda folder: Exporter(),
+    "array": lambda folder: Arrayed(),
+    "masked, nothing hidden": lambda folder: np.ma.array(X),
+    "one array in a list": lambda folder: [X],
+}
+
+
+@pytest.mark.parametrize("make", READ.values(), ids=READ)
+def test_it_is_read(make, tmp_path) -> None:
+    source = open_source(make(tmp_path), dtype=torch.float32)
+    assert source.samples == 9
+    for start, stop in ((0, 9), (1, 8), (2, 3), (6, 9)):
+        (rows,) = source.read(start, stop)
+        np.testing.assert_allclose(rows.numpy(), X[start:stop], rtol=1e-6)
+
+
+def sparse(folder: Path):
+    import scipy.sparse
+
+    return scipy.sparse.csr_array(X)
+
+
+def text(folder: Path):
+    return frame().assign(name="sample")
+
+
+REFUSED = {
+    "samples in a list": (lambda folder: list(X), r"np\.stack\(arrays\), for inputs tuple\(arrays\)"),
+    "masked": (lambda folder: np.ma.array(X, mask=X > 0), r"array\.filled\(value\)"),
+    "sparse": (sparse, r"x\.toarray\(\)"),
+    "sparse tensor": (lambda folder: torch.from_numpy(X).to_sparse(), r"x\.to_dense\(\)"),
+    "text": (text, r"the column 'name' holds .*columns="),
+    "no parts": (lambda folder: f"{folder}/no*.npy", "there are no files at"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
+def test_it_is_refused_with_advice(make, words: str, tmp_path) -> None:
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
+        open_source(make(tmp_path)).read(0, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_of_a_table(tmp_path) -> None:
+    (rows,) = open_source(f"{csv(tmp_path, True)}:d,a").read(0, 9)
+    np.testing.assert_allclose(rows.numpy(), X[:, [3, 0]], rtol=1e-6)
+
+
+def test_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "x.npy", X)
+    assert open_source("~/x.npy").samples == 9
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights, and a plan
+
+
+def build() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def random() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+HERE = "tests.data.test_inputs_people_have"
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "net.module."])
+def test_checkpoints(prefix: str, wrap: str | None, tmp_path) -> None:
+    wanted = {name: value + 1 for name, value in build().state_dict().items()}
+    content = {prefix + name: value for name, value in wanted.items()}
+    torch.save({wrap: content, "epoch": 3} if wrap else content, tmp_path / "w.pt")
+    loaded = load_model(f"{HERE}:build", str(tmp_path / "w.pt")).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("content", [{"a": torch.ones(1)}, {"state_dict": 3}, [1], {"x": Path("a")}])
+def test_what_is_no_checkpoint(content, tmp_path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="--weights: ") as caught:
+        load_model(f"{HERE}:build", str(tmp_path / "w.pt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_random_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"so these are random\. Give --weights"):
+        load_model(f"{HERE}:random")
+    load_model(f"{HERE}:build")
+
+
+def test_a_plan_writes_nothing(tmp_path) -> None:
+    np.save(tmp_path / "x.npy", X)
+    words = [
+        "run",
+        f"{HERE}:build",
+        str(tmp_path / "x.npy"),
+        str(tmp_path / "a.zarr"),
+        "--chunk",
+        "4",
+        "--threads",
+        "1",
+    ]
+    planned = CliRunner().invoke(main, [*words, "--dry-run"])
+    assert "9 samples in 3 chunks of 4" in planned.stdout, planned.output
+    assert not (tmp_path / "a.zarr").exists()
+    done = CliRunner().invoke(main, [*words, "--quiet"])
+    assert (done.exit_code, done.output) == (0, "")
+    assert "0 samples in 0 chunks" in CliRunner().invoke(main, [*words, "--dry-run"]).stdout
