@@ -12,10 +12,9 @@ from torch import nn
 
 import gradkern
 from gradkern import attr as ours
-from gradkern.attr.rules import eager, tape
-from gradkern.dispatch.targets import Seeds
+from gradkern.attr.rules import tape
 from gradkern.util.options import BadType, BadValue, GradkernWarning
-from tests.support.deeplift_operations import OPERATIONS, UNRULED, Mixed, ends
+from tests.support.deeplift_operations import OPERATIONS, UNRULED, Mixed, by_tape, ends, incomplete
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXACT = 1e-10
@@ -32,21 +31,6 @@ def one_thread():
 def build(make, *args):
     torch.manual_seed(0)
     return make(*args).double().eval()
-
-
-def by_tape(model, x, r):
-    """Multipliers of every output, ``[N, C, *in]``."""
-    every = lambda n, out: Seeds(out[0], out, None)  # noqa: E731
-    return eager.multipliers(model, (x,), (r,), (), every, EXACT)[0][0]
-
-
-def incomplete(model, multipliers, x, r):
-    """The largest error of the sum, relative to the sum of the contributions' sizes."""
-    contributions = multipliers * (x - r).unsqueeze(1)
-    with torch.no_grad():
-        change = model(x) - model(r)
-    size = contributions.abs().flatten(2).sum(2).clamp(min=1.0)
-    return float(((contributions.flatten(2).sum(2) - change).abs() / size).max())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

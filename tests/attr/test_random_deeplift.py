@@ -17,8 +17,7 @@ from gradkern.attr.rules import linear
 from gradkern.attr.rules.rescale import Rescale
 from gradkern.attr.rules.rule_methods import values_of
 from gradkern.runtime import reference
-from tests.attr.test_deeplift_rules import by_tape, incomplete
-from tests.support.deeplift_operations import OPERATIONS, Mixed, ends
+from tests.support.deeplift_operations import OPERATIONS, Mixed, by_tape, ends, incomplete
 from tests.support.properties import FAST, FUZZ
 from tests.support.random_programs import programs
 

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradkern.attr.rules import eager
+from gradkern.dispatch.targets import Seeds
+
 SHAPE = (4, 6)
 
 
@@ -176,3 +179,18 @@ def ends(seed: int, n: int = 3) -> tuple[Tensor, Tensor]:
     x, r = torch.randn(2, n, *SHAPE, generator=generator, dtype=torch.float64)
     r[0, 0] = x[0, 0]
     return x, r
+
+
+def by_tape(model, x, r):
+    """Multipliers of every output, ``[N, C, *in]``."""
+    every = lambda n, out: Seeds(out[0], out, None)  # noqa: E731
+    return eager.multipliers(model, (x,), (r,), (), every, 1e-10)[0][0]
+
+
+def incomplete(model, multipliers, x, r):
+    """The largest error of the sum, relative to the sum of the contributions' sizes."""
+    contributions = multipliers * (x - r).unsqueeze(1)
+    with torch.no_grad():
+        change = model(x) - model(r)
+    size = contributions.abs().flatten(2).sum(2).clamp(min=1.0)
+    return float(((contributions.flatten(2).sum(2) - change).abs() / size).max())
