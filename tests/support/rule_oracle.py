@@ -89,14 +89,16 @@ def deep_lift(modules: Sequence[nn.Module], x: Tensor, r: Tensor, target: int) -
 
 
 def through_softmax(x: Tensor, r: Tensor, y: Tensor, y_ref: Tensor, g: Tensor) -> Tensor:
-    """``exp(z - log Σ exp(z))``: secants of the exponentials and of the logarithm between."""
+    """``exp(z - log Σ exp(z))`` of logits less their mean: secants of the exponentials and of the logarithm between."""
+    x, r = x - x.mean(), r - r.mean()
     shift = max(x.max().item(), r.max().item())
     e, f = (x - shift).exp(), (r - shift).exp()
     shares = torch.where((x - r).abs() < 1e-10, e, (e - f) / (x - r))
     shares = shares * (e.sum().log() - f.sum().log()) / (e.sum() - f.sum())
     moved = (x - x.logsumexp(1)) - (r - r.logsumexp(1))
     g = g * torch.where(moved.abs() < 1e-10, y, (y - y_ref) / moved)
-    return g - shares * g.sum()
+    g = g - shares * g.sum()
+    return g - g.mean()
 
 
 RECTIFIERS = (nn.ReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softmax, nn.MaxPool1d, nn.MaxPool2d)

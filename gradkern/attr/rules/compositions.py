@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,19 +79,30 @@ def log_softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 def log_softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
-    wide = in_double(p)
+    wide, without_mean = without_means(p, dim)
     m = log_sum(wide, [dim], tape.eps)[3]
 
     def change(t: Tensor) -> Tensor:
-        z = t.double()
+        z = without_mean(t.double())
         return (z - (m * z).sum(dim, keepdim=True)).to(t.dtype)
 
     return tape.record(change, [p], torch.log_softmax(p.x, dim), torch.log_softmax(p.r, dim))
 
 
-def in_double(p: Pair) -> Pair:
-    """A value for maps whose terms nearly cancel where logits are large."""
-    return Pair(p.x.double(), p.r.double(), p.slot)
+def without_means(p: Pair, dim: int) -> tuple[Pair, Callable[[Tensor], Tensor]]:
+    """Logits in float64 less their mean, and the map that takes the mean off a change (DeepLIFT, section 3.6).
+
+    A softmax does not change if all its logits move together.  Where they are large, such a movement would otherwise
+    become large contributions that cancel.  Logits of a row that are not finite (masks) keep their mean.
+    """
+    means = [z.double().mean(dim, keepdim=True) for z in (p.x, p.r)]
+    finite = (means[0] + means[1]).isfinite()
+
+    def taken(z: Tensor, mean: Tensor) -> Tensor:
+        return z - torch.where(finite, mean, 0.0)
+
+    ends = Pair(taken(p.x.double(), means[0]), taken(p.r.double(), means[1]), p.slot)
+    return ends, lambda t: taken(t, t.mean(dim, keepdim=True))
 
 
 @handles("softmax", "_softmax", "_safe_softmax")
@@ -101,7 +113,7 @@ def softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
-    wide = in_double(p)
+    wide, without_mean = without_means(p, dim)
     y, y_ref = torch.softmax(wide.x, dim), torch.softmax(wide.r, dim)
     _, _, grown, m = log_sum(wide, [dim], tape.eps)
     moved = movement(wide) - grown
@@ -109,7 +121,7 @@ def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
     secant = torch.where(moved.abs() < tape.eps, y, secant)
 
     def change(t: Tensor) -> Tensor:
-        z = t.double()
+        z = without_mean(t.double())
         return (secant * (z - (m * z).sum(dim, keepdim=True))).to(t.dtype)
 
     return tape.record(change, [p], y.to(p.x.dtype), y_ref.to(p.r.dtype))
