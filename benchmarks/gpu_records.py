@@ -50,15 +50,15 @@ def shape_of(record: Record) -> str:
 
 
 def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """What `executor.call` is called with for the network's Jacobian: packed chain, inputs, and the rest."""
+    """What `executor.run_chain` is called with for the network's Jacobian: packed chain, inputs, and the rest."""
     calls: list[tuple[Any, ...]] = []
 
     def keep(*args: Any) -> list[Tensor]:
         calls.append(args)
         return real(*args)
 
-    real = executor.call
-    with mock.patch.object(executor, "call", keep):
+    real = executor.run_chain
+    with mock.patch.object(executor, "run_chain", keep):
         gradkern.jacobian(model, x, engine="kernel")
     if len(calls) != 1:
         raise SystemExit(f"benchmarks.gpu_records: expected one chain and one chunk, got {len(calls)} launches")

@@ -191,7 +191,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
 def prepare(
     model: Model, inputs: Tensor | Several, targets: Targets = None, *, output: Output = None
 ) -> Prepared | None:
-    """Trace and verify the model now, with some of these samples, so that no later call has to.
+    """Capture and verify the model now, with some of these samples, so that no later call has to.
 
     Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets)`` for inputs of the same shapes, dtypes and devices
     (all floating ones are differentiated), without the checks that take most of the time of a call of few samples.  It

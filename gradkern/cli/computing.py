@@ -52,7 +52,7 @@ def run(
     begin = time.perf_counter()
     options |= {"maps": not no_maps, "reductions": reductions.split(",") if reductions else ()}
     if dry_run:
-        wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source", "output")}
+        wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source")}
         say(plan(model.load(), samples.open(), out, **wanted))
         return
     if quiet:

@@ -115,7 +115,7 @@ def shared_seeds(request: Request, program: Program) -> Seeds:
     seeds = request.choose(request.samples, program.output_shape)
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(
-            "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples: an int, "
-            "a list, a 1-D tensor or a tuple. Call gradkern.jacobian for targets of each sample."
+            "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples, as an "
+            "int, a list or a tuple. Call gradkern.jacobian for targets of each sample."
         )
     return seeds

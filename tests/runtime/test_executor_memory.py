@@ -143,7 +143,7 @@ def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_
     run(program, params, inputs)
     (entry,) = parameters.weight_cache.entries.values()
     gone = weakref.ref(entry.plan)
-    for table in (executor._plans, executor._executables):
+    for table in (executor._plans, executor._call_plans):
         monkeypatch.setattr(table, "most", 1)
     run(program, params, inputs, torch.zeros(3, dtype=torch.int64))  # another plan takes its place there
     del entry
@@ -155,7 +155,7 @@ def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_
 
 
 def test_plans_are_forgotten(monkeypatch, fresh_plans):
-    for table in (executor._plans, executor._executables):
+    for table in (executor._plans, executor._call_plans):
         monkeypatch.setattr(table, "most", 4)
     _, inputs, program, params = parts("bn_linear", 2)
     for s in range(1, 9):
@@ -165,7 +165,7 @@ def test_plans_are_forgotten(monkeypatch, fresh_plans):
             <= EXACT
         )
     assert len(executor._plans) <= 4
-    assert len(executor._executables) <= 4
+    assert len(executor._call_plans) <= 4
 
 
 def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):

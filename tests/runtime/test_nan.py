@@ -14,6 +14,7 @@ from gradkern.ir.program import Program, Scale, Step
 from gradkern.runtime import executor, reference
 from tests.cases import CASES
 from tests.support import oracle
+from tests.support.capturing import bind, to_program
 from tests.support.case import lazily, seq1d, seq2d
 from tests.support.case_runs import EXACT
 from tests.support.functions import ARGUMENTS, ORIGINALS
@@ -119,6 +120,40 @@ def test_saturated_and_tiny_activations_keep_their_digits():
         slope = gradkern.jacobian(act, x.reshape(-1, 1), engine="kernel").flatten().double()
         want = oracle.jacobian(act, x.reshape(-1, 1))[1][0].flatten()
         assert ((slope - want).abs() <= 2e-6 * want.abs() + 1e-7).all(), act
+
+
+SMOOTH = [
+    nn.LogSigmoid(), nn.Softplus(), nn.Softplus(0.5, 30.0), nn.Mish(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ELU(),
+    nn.CELU(2.0), nn.SELU(), nn.Tanh(), nn.Sigmoid(), nn.Softsign(), nn.Tanhshrink(), nn.Hardswish(), nn.Hardsigmoid(),
+    nn.Hardtanh(), nn.ReLU6(), nn.Softshrink(), nn.Hardshrink(), nn.LeakyReLU(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_of_large_arguments_are_torchs(dtype):
+    """Outputs and derivatives of all activations at arguments where ``exp`` overflows."""
+    sizes = [30.0, 60.0, 88.0, 89.0, 100.0, 700.0, 709.0, 710.0, 1e4]
+    x = torch.tensor([s * v for v in sizes for s in (1, -1)], dtype=dtype).unsqueeze(1)
+    model = Each(SMOOTH)
+    program = to_program(model, (x,))
+    y, (jacobian,) = executor.jacobian(program, bind(program, model), (x,))
+    want_y, (want,) = oracle.jacobian(model, x)
+    for k, act in enumerate(SMOOTH):
+        torch.testing.assert_close(y[:, k].double(), want_y[:, k], rtol=2e-6, atol=1e-12, msg=f"{act} {dtype}")
+        torch.testing.assert_close(
+            jacobian[:, k].double(), want[:, k], rtol=1e-4, atol=1e-6, msg=f"slope, {act} {dtype}"
+        )
+
+
+class Each(nn.Module):
+    """All activations of one number, side by side."""
+
+    def __init__(self, activations):
+        super().__init__()
+        self.activations = nn.ModuleList(activations)
+
+    def forward(self, x):
+        return torch.cat([act(x) for act in self.activations], 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -175,6 +175,20 @@ class Hdf5(Arrays):
 
         return h5py.File(path, "r")
 
+    @classmethod
+    def at(cls, path: str, name: str | None, columns: Any) -> Source:
+        """Refuses datasets that are links into other files: the file may come from anyone, and its reader may read more
+        than its sender."""
+        source = super().at(path, name, columns)
+        assert isinstance(source, Hdf5)
+        for array in source.arrays:
+            if array.is_virtual or array.external or not Path(array.file.filename).samefile(path):
+                raise BadValue(
+                    f"source: {array.name} of {path} is kept in another file. If you trust where it leads, open it with "
+                    "h5py and pass the dataset."
+                )
+        return source
+
     def opener(self, array: Any) -> partial[Any]:
         return partial(_open_hdf5, str(array.file.filename), array.name)
 
