@@ -184,8 +184,8 @@ class Hdf5(Arrays):
         for array in source.arrays:
             if array.is_virtual or array.external or not Path(array.file.filename).samefile(path):
                 raise BadValue(
-                    f"source: {array.name} of {path} is kept in another file. If you trust where it leads, open it with "
-                    "h5py and pass the dataset."
+                    f"source: {array.name} of {path} is kept in another file. If you trust where it leads, open it "
+                    "with h5py and pass the dataset."
                 )
         return source
 
