@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 from ..util.callables import by_name, placed
 from ..util.outputs import chosen
-from ..util.torch_compat import cache_entries, disable_current_modes, dynamo, shapes_config, tracing_context
+from ..util.torch_compat import (
+    cache_entries,
+    disable_current_modes,
+    dynamo,
+    recurrent_shapes_only,
+    shapes_config,
+    tracing_context,
+)
 from . import regions
 from .refusal import Untraceable, reason_of
 
@@ -264,6 +271,7 @@ def _settings() -> Iterator[None]:
         enter(dynamo.config.patch({k: v for k, v in _CONFIG.items() if hasattr(dynamo.config, k)}))
         enter(shapes_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         enter(_without_onednn())
+        enter(recurrent_shapes_only())
         enter(disable_current_modes())  # a profiler's, under which Dynamo does nothing
         yield
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ..ir.calls import Params
+from ..util.torch_compat import recurrent_shapes_only
 from .capture import LOCK, CapturedGraph, quiet
 from .refusal import Untraceable, location, location_in
 
@@ -95,7 +96,7 @@ class Exported:
 
 def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
     """The functional ATen graph of a captured one.  ``inputs``: only shapes, dtypes and devices matter."""
-    with LOCK, quiet(), torch.inference_mode(False), torch.no_grad():
+    with LOCK, quiet(), recurrent_shapes_only(), torch.inference_mode(False), torch.no_grad():
         try:
             names = [read for read in graph.reads if isinstance(read, str)]
             examples = [torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs]

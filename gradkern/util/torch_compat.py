@@ -7,10 +7,13 @@ running anything, apply settings to one capture only, or tell which code was rea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Versions of torch that capturing has been tested with.  With 2.11, Dynamo does not guard mutable default arguments.
 TRIED = ("2.11.0", "2.13.0")
@@ -38,6 +41,55 @@ def without_fallback_warning() -> Iterator[None]:
         yield
     finally:
         switch(True)
+
+
+class _Recurrent(threading.local):
+    shapes_only = False
+
+
+_recurrent = _Recurrent()
+
+
+@contextmanager
+def recurrent_shapes_only() -> Iterator[None]:
+    """For shapes alone, torch walks through every time step of a recurrent layer: 0.1 s each, twice per capture.
+
+    Inside, in this thread, one step of fake tensors stands for all of them.
+    """
+    _patch_recurrent()
+    before, _recurrent.shapes_only = _recurrent.shapes_only, True
+    try:
+        yield
+    finally:
+        _recurrent.shapes_only = before
+
+
+def _patch_recurrent() -> None:
+    """Once per process, and without effect in other threads and outside `recurrent_shapes_only`."""
+    try:
+        from torch._decomp import decompositions
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        walk: Any = decompositions._rnn_helper
+    except (ImportError, AttributeError):
+        return  # it takes longer
+    if getattr(walk, "of_gradkern", False):
+        return
+
+    def helper(
+        x: Tensor, hidden: Any, params: Any, has_biases: bool, num_layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool, layer_fn: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        rest = has_biases, num_layers, dropout, train, bidirectional
+        if not (_recurrent.shapes_only and isinstance(x, FakeTensor) and x.dim() == 3):
+            return walk(x, hidden, params, *rest, batch_first, layer_fn)
+        x = x.transpose(0, 1) if batch_first else x  # [T, N, F]
+        one, final = walk(x[:1], hidden, params, *rest, False, layer_fn)
+        all_steps = one.expand(x.shape[0], *one.shape[1:]).contiguous()
+        return all_steps.transpose(0, 1) if batch_first else all_steps, final
+
+    helper.of_gradkern = True  # type: ignore[attr-defined]
+    decompositions._rnn_helper = helper
 
 
 def keeper_of(node_name: str) -> tuple[str, str] | None:

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from gradkern.data import Mismatch, Outcome, merge, open_source, run, verify
 from gradkern.data import methods as data_methods
 from gradkern.data.sources import registry
-from tests.support.sources import MAKERS, Items, X
+from tests.support.sources import MAKERS, TABLES, Items, X
 
-KINDS = [*MAKERS, lambda folder: DataLoader(Items(), batch_size=5, num_workers=2, collate_fn=list_of_pairs)]
+KINDS = [*MAKERS, *TABLES, lambda folder: DataLoader(Items(), batch_size=5, num_workers=2, collate_fn=list_of_pairs)]
 
 
 def list_of_pairs(items):
@@ -59,6 +59,7 @@ def test_every_row_belongs_to_the_sample_of_its_number(mirror, tmp_path, number)
     rng = random.Random(f"rows {number}")
     model = nn.Sequential(nn.Flatten(), nn.Linear(10, 2)).eval()
     given = {"method": "mirror", "engine": "autograd", "chunk": rng.randint(1, 9), "reductions": ["mean"]}
+    given["input_dtype"] = torch.float32  # numbers in a csv have no dtype
     shards = rng.choice([1, 1, 2, 3])
     order = rng.sample(range(shards), shards)
     apart = shards > 1 and rng.random() < 0.5  # each shard to a store of its own
@@ -72,9 +73,9 @@ def test_every_row_belongs_to_the_sample_of_its_number(mirror, tmp_path, number)
             mirror["dies"] = None
             run(model, source, outs[shard], shard=(shard, shards), **given)
     results = merge(outs[0], outs[1:] if apart else [])
-    np.testing.assert_array_equal(results.array("attributions")[...][:, 0], X)
+    np.testing.assert_array_equal(results.array("attributions")[...].reshape(X.shape), X)
     np.testing.assert_allclose(results.array("predictions")[...], model(torch.tensor(X)).detach(), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(results.reduction("mean")[0], X.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(results.reduction("mean").reshape(X.shape[1:]), X.mean(0), rtol=1e-5, atol=1e-6)
     assert results.about["exact"]
     assert verify(outs[0]).ok
 

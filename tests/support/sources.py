@@ -93,6 +93,24 @@ def parquet(folder):
     return str(folder)
 
 
+def frame(folder):
+    """A table has one row of features per sample."""
+    import pandas
+
+    return pandas.DataFrame(X.reshape(len(X), -1), columns=[f"feature {i}" for i in range(10)])
+
+
+def csv(folder):
+    frame(folder).to_csv(folder / "x.csv", index=False)
+    return str(folder / "x.csv")
+
+
+def parts(folder):
+    for i, part in enumerate(np.array_split(X, 3)):
+        np.save(folder / f"{i}.npy", part)
+    return str(folder / "*.npy")
+
+
 MAKERS = [
     lambda folder: torch.tensor(X),
     lambda folder: X,
@@ -102,5 +120,6 @@ MAKERS = [
     lambda folder: DataLoader(Items(), batch_size=4, num_workers=1),
     lambda folder: TensorDataset(torch.tensor(X)),
     *(npy, npz, memmap, tensors, safetensors, zarr_array, zarr_path, hdf5, huggingface, parquet),
-    huggingface_unformatted,
+    *(huggingface_unformatted, parts),
 ]
+TABLES = [frame, csv]  # samples [10] of the same numbers
