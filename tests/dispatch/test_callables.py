@@ -87,7 +87,7 @@ def test_every_callable_is_captured(name: str) -> None:
 
 def test_a_method_and_a_partial_share_what_is_known_of_their_module() -> None:
     model, x = coder()
-    programs = [gradkern.prepare(functools.partial(model, scale=3.0), x) for _ in range(2)]
+    programs = [gradkern.prepare(functools.partial(model, scale=3.0), x).program for _ in range(2)]
     assert programs[0] is programs[1]
     assert gradkern.prepare(model.encode, x) is gradkern.prepare(model.encode, x)
     assert gradkern.prepare(model.forward, x) is gradkern.prepare(model, x)
