@@ -89,10 +89,10 @@ def test_a_method_and_a_partial_share_what_is_known_of_their_module() -> None:
     model, x = coder()
     programs = [gradkern.prepare(functools.partial(model, scale=3.0), x).program for _ in range(2)]
     assert programs[0] is programs[1]
-    assert gradkern.prepare(model.encode, x) is gradkern.prepare(model.encode, x)
-    assert gradkern.prepare(model.forward, x) is gradkern.prepare(model, x)
-    assert gradkern.prepare(nn.DataParallel(model), x) is gradkern.prepare(model, x)
-    assert gradkern.prepare(model.encode, x) is not gradkern.prepare(model, x)
+    assert gradkern.prepare(model.encode, x).program is gradkern.prepare(model.encode, x).program
+    assert gradkern.prepare(model.forward, x).program is gradkern.prepare(model, x).program
+    assert gradkern.prepare(nn.DataParallel(model), x).program is gradkern.prepare(model, x).program
+    assert gradkern.prepare(model.encode, x).program is not gradkern.prepare(model, x).program
     assert "first" in str(gradkern.prepare(model.encode, x))
     assert "__self__" not in str(gradkern.prepare(functools.partial(model.encode, scale=2.0), x))
 
