@@ -3,8 +3,8 @@
 // Convolutions: a worker (a warp, or an even part of one) processes one position after another.  It reads the live
 // channels from the bits, and adds each channel's weights, times the seeds' cotangents, to the window.  Zeros of the
 // pattern cost nothing, and one walk serves all seeds.  Windows overlap, so workers own bands of positions: bands of
-// one colour touch disjoint memory (gradkern/codegen/cuda/clock_model.py chooses their size), and a barrier separates the
-// colours.
+// one colour touch disjoint memory (gradkern/codegen/cuda/clock_model.py chooses their size), and a barrier separates
+// the colours.
 //
 // Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
 #pragma once
