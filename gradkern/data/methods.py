@@ -28,7 +28,7 @@ from ..util.options import BadType, BadValue, Engine, use
 
 @dataclass(frozen=True)
 class Batch:
-    """Some consecutive samples: ``inputs`` [n, *in] each, ``targets`` as `gradkern.jacobian` reads them."""
+    """Some consecutive samples: ``inputs`` ``[n, *in]`` each, ``targets`` as `gradkern.jacobian` reads them."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -41,8 +41,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``maps`` [n, S, *in] per floating input, ``outputs`` [n, *out], ``rows`` [n, S] (or None: the same targets for
-    all samples), ``deltas`` [n, S] if the method has them."""
+    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``rows`` ``[n, S]`` (or None: the same
+    targets for all samples), ``deltas`` ``[n, S]`` if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor

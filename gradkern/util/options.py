@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -73,6 +74,8 @@ def memory_budget(device: torch.device | None = None) -> int:
     """
     chosen = _budget.get()
     if chosen is None and device is not None and device.type == "cuda":
+        import torch
+
         return max(DEFAULT_MEMORY_BUDGET, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
     return chosen or DEFAULT_MEMORY_BUDGET
 
