@@ -120,7 +120,7 @@ def test_nothing_to_narrow_leaves_the_program_as_it_is():
     for name in ("inceptiontime", "resnet18", "eegnet", "mlstm_fcn"):
         small = NETWORKS[name].small
         program = capturing.to_program(small.build(), small.inputs(2))
-        assert pruned(program) is program
+        assert pruned(program) == program
 
 
 def test_lines():
