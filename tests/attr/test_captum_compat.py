@@ -128,6 +128,7 @@ def attributed(name: str, x: torch.Tensor, accelerate: bool = False) -> torch.Te
 NAMES = [kind.__name__ for kind in ours.REPLACEMENTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", ["captum.attr", "everywhere"])
 def test_captums_classes_swapped_for_ours(modules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``captum.attr.X = gradkern.attr.X`` for all X, in the modules that define them too: no method recurses."""

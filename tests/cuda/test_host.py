@@ -17,7 +17,7 @@ from tests.support import capturing, oracle
 from tests.support.case import Case
 from tests.support.host_device import HostDevice, installed, library, run
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 COVERED = [case for case in CASES.values() if case.traceable and not case.opaque and case.name != "identity"]
 HEAVY = ("cnn1d", "cnn1d_strided", "lenet5", "mlp", "fcn")  # their own test, in float32
 

@@ -16,6 +16,7 @@ from tests.support import capturing, op_arguments, oracle
 from tests.support.host_device import Launchers, installed, run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="the launchers are the extension's own here"),
 ]

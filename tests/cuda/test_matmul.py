@@ -29,7 +29,7 @@ from tests.support.products import BOUND, PRODUCT, SHAPES, product
 from tests.support.properties import FAST, FUZZ, agrees, questions
 from tests.support.random_programs import Grower, Network, programs
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 N, SEEDS = 5, 7
 
 

@@ -21,7 +21,7 @@ from tests.support.pieces import NETS, settle, vgg, wide_mlp
 from tests.support.properties import FAST, FUZZ, agrees, questions
 from tests.support.random_programs import programs
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 SMALL = 1024  # bytes of shared memory: some chains, and some contractions by ATen
 
 

@@ -33,6 +33,7 @@ from tests.support.random_programs import programs
 from tests.support.rule_networks import DEEP, build
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
     pytest.mark.filterwarnings("ignore"),
 ]

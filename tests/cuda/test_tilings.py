@@ -25,7 +25,7 @@ from gradkern.runtime import executor
 from tests.support import capturing, oracle
 from tests.support.host_device import HostDevice, installed, library
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 
 
 def pooled(inputs: int, kernel: int, pool: int, seeds: int, stride: int = 1) -> nn.Module:

@@ -148,6 +148,7 @@ def test_what_pins_the_bits_holds_on_resume(tmp_path, monkeypatch):
     assert second.chunk == 8
 
 
+@pytest.mark.slow
 def test_another_instruction_set_is_equal_within_a_tolerance_and_says_so(tmp_path):
     program = (
         "import sys; from tests.data.test_resume import small; from gradkern.data import run; import torch\n"

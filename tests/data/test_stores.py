@@ -68,6 +68,7 @@ print(json.dumps(results.about))
 """
 
 
+@pytest.mark.slow
 def test_an_unfinished_store_is_completed(tmp_path):
     shutil.copytree(STORES / "unfinished.zarr", tmp_path / "a.zarr")
     environment = {name: value for name, value in os.environ.items() if name != "GRADKERN_ISA"}

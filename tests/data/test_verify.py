@@ -56,6 +56,7 @@ def test_a_store_as_it_was_written(store):
     assert "everything that is finished is as it was written" in str(verdict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_any_damage_is_found_and_repaired_to_the_same_bits(whole, store, damage):
     for file in FILES:

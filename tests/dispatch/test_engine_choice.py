@@ -97,6 +97,7 @@ def test_prepare_traces_now_and_only_once(monkeypatch):
     gradkern.jacobian(model, x[:1])
 
 
+@pytest.mark.slow
 def test_forgets_a_model_with_the_model():
     import gc
 

@@ -140,6 +140,7 @@ def test_parts_of_one_call_share_a_route_where_it_fits() -> None:
     assert shared_route(request, "kernel").eager_reason is not None
 
 
+@pytest.mark.slow
 def test_pieces_see_a_model_that_changes_between_them() -> None:
     model, (x,) = net(n=4)
     gradkern.prepare(model, x)

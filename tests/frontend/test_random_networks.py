@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*closed(body, shape, outputs), *tail).double().eval(), shape
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(net=networks(), n=st.integers(1, 9), data=st.data())
 def test_random_convolutional_networks(net: tuple[nn.Module, tuple[int, ...]], n: int, data: st.DataObject) -> None:

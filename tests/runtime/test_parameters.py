@@ -124,6 +124,7 @@ def test_missing_names_are_told() -> None:
         bind(program_of("residual"), model)
 
 
+@pytest.mark.slow
 def test_binders_do_not_keep_programs() -> None:
     case = CASES["mlp"]
     program = to_program(case.build(), case.inputs(2))
