@@ -18,7 +18,7 @@ torch.manual_seed(0)
 problem = arrow_heads()
 train(problem, epochs=20)
 net, x = problem.network, problem.x
-gradkern.prepare(net, x)
+prepared = gradkern.prepare(net, x)
 
 # %%
 # The same call, the same numbers
