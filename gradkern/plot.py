@@ -224,11 +224,8 @@ def _reduced(values: np.ndarray, axis: int) -> np.ndarray:
     if count <= MOST_CELLS:
         return values
     edges = np.linspace(0, count, MOST_CELLS + 1).astype(int)[:-1]
-    return np.where(
-        np.maximum.reduceat(values, edges, axis) >= -np.minimum.reduceat(values, edges, axis),
-        np.maximum.reduceat(values, edges, axis),
-        np.minimum.reduceat(values, edges, axis),
-    )
+    highest, lowest = np.maximum.reduceat(values, edges, axis), np.minimum.reduceat(values, edges, axis)
+    return np.where(highest >= -lowest, highest, lowest)
 
 
 def _grey(data: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,14 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 EXACT = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(make, *args):
     torch.manual_seed(0)
     return make(*args).double().eval()

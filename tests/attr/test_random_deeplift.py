@@ -25,14 +25,6 @@ EXACT = 1e-8  # secants of numbers that hardly move cost digits
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @settings(FAST, max_examples=FUZZ or 12, derandomize=not FUZZ)
 @given(st.lists(st.sampled_from(OPERATIONS), min_size=2, max_size=4), st.integers(0, 1 << 20))
 def test_random_networks_of_operations_complete(names, seed):

@@ -224,21 +224,23 @@ def rearranged(b: ProgramBuilder, x: Value, split: Shape, order: Sequence[int], 
     return as_shape(b, permuted(b, as_shape(b, x, split), order), shape)
 
 
-@lowers("aten.pixel_shuffle.default")
-def pixel_shuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    x = need_value(a.self)
+def image(b: ProgramBuilder, given: Any) -> tuple[Value, Shape]:
+    """A value of channels, rows and columns, and its shape."""
+    x = need_value(given)
     if len(b.shape(x)) != 3:
         raise NoForm("it works along the batch axis")
-    (c, h, w), r = b.shape(x), a.upscale_factor
+    return x, b.shape(x)
+
+
+@lowers("aten.pixel_shuffle.default")
+def pixel_shuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    (x, (c, h, w)), r = image(b, a.self), a.upscale_factor
     return rearranged(b, x, (c // r**2, r, r, h, w), (0, 3, 1, 4, 2), a.result)
 
 
 @lowers("aten.pixel_unshuffle.default")
 def pixel_unshuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    x = need_value(a.self)
-    if len(b.shape(x)) != 3:
-        raise NoForm("it works along the batch axis")
-    (c, h, w), r = b.shape(x), a.downscale_factor
+    (x, (c, h, w)), r = image(b, a.self), a.downscale_factor
     return rearranged(b, x, (c, h // r, r, w // r, r), (0, 2, 4, 1, 3), a.result)
 
 
