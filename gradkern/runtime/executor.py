@@ -25,8 +25,8 @@ from ..planner.plan import Plan, plan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
-from . import ops, reference
-from .parameters import KernelsUnavailable, Packed, PlanWeights, every
+from . import forward_mode, ops, reference
+from .parameters import KernelsUnavailable, Packed, PlanWeights, bind, every
 
 CPU = torch.device("cpu")
 
@@ -45,11 +45,13 @@ def plan_for(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     wanted: tuple[int, ...] | None = None,
+    wrt: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan for this machine, remembered."""
+    """The plan for this machine, remembered.  ``wrt``: the inputs to differentiate, by default all."""
     machine = ops.machine(device)
-    key = (program.key, seeds, dtype, machine, wanted)
-    return _plans.get_or_make(key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted))
+    wrt = None if wrt == tuple(range(len(program.inputs))) else wrt
+    key = (program.key, seeds, dtype, machine, wanted, wrt)
+    return _plans.get_or_make(key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted, wrt=wrt))
 
 
 def call_plan_for(
@@ -58,7 +60,7 @@ def call_plan_for(
     """The plan for the dtype and device of ``like``, specialized for the inputs ``wrt``, remembered."""
     key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
     return _call_plans.get_or_make(
-        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted), wrt)
+        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted, wrt or None), wrt)
     )
 
 
@@ -92,6 +94,7 @@ class CallPlan:
         self.parts: tuple[CallPlan, CallPlan] | None = None
         if plan.parts is not None:
             self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
+        self.transposed = None if plan.forward is None else CallPlan(plan.forward.plan, (0,))
         self._chains: dict[tuple[int, bool, bool], Chain] = {}
 
     def _group(self, k: int) -> CallGroup:
@@ -110,11 +113,7 @@ class CallPlan:
         return chain
 
     def backward_chains(self) -> Iterator[Chain]:
-        """The chains that a Jacobian takes."""
-        if self.parts is not None:
-            for part in self.parts:
-                yield from part.backward_chains()
-            return
+        """The chains that a backward pass through all groups takes."""
         for group in self.groups:
             if group.native and group.wrt and self.plan.seeds:
                 yield self.chain(group, backward=True, onehot=self.targets_enter and group is self.groups[-1])
@@ -201,13 +200,26 @@ def fallback_reason(
     call_plan, like = call_plan_for(program, seeds, leading(inputs), tuple(wrt)), leading(inputs)
     if call_plan.plan.cast_dtype is not None:
         params, like = {name: _as_float32(p) for name, p in params.items()}, _as_float32(like)
-    weights = PlanWeights(call_plan.plan, params, like)
     try:
-        for chain in call_plan.backward_chains():
-            weights.packed(chain)
+        _pack(call_plan, PlanWeights(call_plan.plan, params, like))
     except (KernelsUnavailable, TooLarge) as error:
         return str(error)
     return None
+
+
+def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
+    """Pack the weights of all chains that a Jacobian takes."""
+    for part in call_plan.parts or ():
+        _pack(part, weights)
+    if call_plan.transposed is not None:
+        _pack(call_plan.transposed, _transposed_weights(call_plan.transposed, weights))
+    elif call_plan.parts is None:
+        for chain in call_plan.backward_chains():
+            weights.packed(chain)
+
+
+def _transposed_weights(call_plan: CallPlan, weights: PlanWeights) -> PlanWeights:
+    return PlanWeights(call_plan.plan, bind(call_plan.program, weights.params), weights.like)
 
 
 def leading(inputs: Sequence[Tensor]) -> Tensor:
@@ -242,6 +254,12 @@ def _fill(
     n = inputs[0].shape[0]
     if call_plan.parts is not None and n:
         return _through_bottleneck(call_plan.parts, weights, inputs, targets, out)
+    if call_plan.transposed is not None and n:
+        try:
+            return _forward_mode(call_plan, call_plan.transposed, weights, inputs, targets, out)
+        except (KernelsUnavailable, TooLarge) as error:
+            _warn_once(call_plan.program, error)
+            return _by_reference(call_plan, weights.params, inputs, targets, out)
     if n and call_plan.plan.seeds and call_plan.native:
         try:
             return Execution(call_plan, weights, inputs, targets, out).run()
@@ -292,6 +310,52 @@ def _through_bottleneck(
         for o, j in zip(out, inner, strict=True):
             o[a:b].copy_((outer @ j.reshape(b - a, width, -1)).view(o[a:b].shape))
     return torch.cat(outputs)
+
+
+def _forward_mode(
+    call_plan: CallPlan,
+    transposed: CallPlan,
+    weights: PlanWeights,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    out: Sequence[Tensor],
+) -> Tensor:
+    """All tangents through the network: a forward pass, the slopes at its values, and the chains of the transpose."""
+    forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
+    assert forward is not None
+    wanted = [*forward_mode.values_read(program, forward.transposed.slopes), program.output]
+    values = dict(enumerate(inputs)) | forward_values(program, weights.params, inputs, wanted)
+    if not values.keys() >= set(wanted):
+        values = dict(enumerate(reference.forward(program, weights.params, inputs)))
+    slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
+    seed = like.new_zeros(n, *program.output_shape)  # its value is of no account
+    rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
+    tangents = every(forward.transposed.tangents, like.device)
+    execution = Execution(transposed, _transposed_weights(transposed, weights), [seed, *slopes], tangents, [rows])
+    execution.run()
+    columns = rows.flatten(2).transpose(1, 2)  # [N, C, D]
+    if targets.dim() == 2:
+        columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
+    elif targets is not every(program.outputs, targets.device):
+        columns = columns[:, targets]
+    for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
+        o.copy_(part.reshape(o.shape))
+    # Where a derivative is not finite, 0 · Inf is NaN in other places than in reverse mode, which torch takes.
+    finite = rows.flatten(1).sum(1).isfinite()
+    if not bool(finite.all()):
+        _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
+    return values[program.output]
+
+
+def _refill(
+    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor], rows: Tensor
+) -> None:
+    """The samples ``rows`` of a Jacobian once more, by the plain reference."""
+    again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
+    chosen = targets[rows] if targets.dim() == 2 else targets
+    _by_reference(call_plan, params, [x[rows] for x in inputs], chosen, again)
+    for o, a in zip(out, again, strict=True):
+        o[rows] = a
 
 
 def _by_reference(

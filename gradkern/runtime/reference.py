@@ -232,19 +232,23 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
 
 def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
-    maxima = (x == out).to(g.dtype)  # [N, C, *spatial]
-    share = maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
-    return share.unsqueeze(1) * g
+    return shares(x, out).to(g.dtype).unsqueeze(1) * g
+
+
+def shares(x: Tensor, out: Tensor) -> Tensor:
+    """The share of each position of ``x [N, C, *spatial]`` in the cotangent of its maximum ``out [N, C, 1…]``."""
+    maxima = (x == out).to(x.dtype)
+    return maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
 
 
 def _low_rank(form: ir.LowRank, x: Tensor) -> Tensor:
     dim = form.axis + 1
     if form.function == "normalize":
-        return (x - x.mean(dim, keepdim=True)) * _inverse_deviation(form, x)
+        return (x - x.mean(dim, keepdim=True)) * inverse_deviation(form, x)
     return getattr(torch, form.function)(x, dim=dim)
 
 
-def _inverse_deviation(form: ir.LowRank, x: Tensor) -> Tensor:
+def inverse_deviation(form: ir.LowRank, x: Tensor) -> Tensor:
     return (x.var(form.axis + 1, unbiased=False, keepdim=True) + form.params[0]).rsqrt()
 
 
@@ -255,7 +259,7 @@ def _low_rank_back(form: ir.LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tenso
     if form.function == "log_softmax":
         return g - y.exp() * g.sum(dim, keepdim=True)
     centred = g - g.mean(dim, keepdim=True) - y * (g * y).mean(dim, keepdim=True)
-    return centred * _inverse_deviation(form, x).unsqueeze(1)
+    return centred * inverse_deviation(form, x).unsqueeze(1)
 
 
 def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:
