@@ -1,9 +1,9 @@
 """The direction of differentiation: from the outputs back, from the inputs forward, or both from a narrow value.
 
-Reverse mode sends one cotangent per seed back through every step.  Forward mode (:mod:`.forward_mode`) sends one tangent
-per number of the inputs ahead.  With a value ``v`` of K elements that every path from the inputs crosses, the Jacobian is
-``dy/dv [S, K] · dv/dx [K, in]``, and either factor has a direction of its own.  The choice is pure: shapes and counts of
-operations, no data.
+Reverse mode sends one cotangent per seed back through every step.  Forward mode (:mod:`.forward_mode`) sends one
+tangent per number of the inputs ahead.  With a value ``v`` of K elements that every path from the inputs crosses, the
+Jacobian is ``dy/dv [S, K] · dv/dx [K, in]``, and either factor has a direction of its own.  The choice is pure: shapes
+and counts of operations, no data.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """Forward mode: the vector-Jacobian product of a network at given values, as a Program of its own.
 
-At a sample, the derivative of a network is a linear map.  Its transpose takes a cotangent of the output to cotangents of
-the inputs, and is written here as a Program: contractions have the transposed weight, and every derivative is a slope
-that the caller gives (:mod:`gradkern.runtime.forward_mode` computes them from a forward pass).  The reverse mode of *that*
-Program takes one-hot seeds at the inputs to the outputs, which is the forward mode of the network.  So planner, kernels and
-executor run it as they run any other Program.
+At a sample, the derivative of a network is a linear map.  Its transpose takes a cotangent of the output to cotangents
+of the inputs, and is written here as a Program: contractions have the transposed weight, and every derivative is a
+slope that the caller gives (:mod:`gradkern.runtime.forward_mode` computes them from a forward pass).  The reverse mode
+of *that* Program takes one-hot seeds at the inputs to the outputs, which is the forward mode of the network.  So
+planner, kernels and executor run it as they run any other Program.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,6 +63,12 @@ class Slope:
     place: int = 0  # of a ``tap``: its number in the window
 
 
+def values_read(program: Program, slopes: Sequence[Slope]) -> tuple[int, ...]:
+    """The values of a forward pass that the slopes are computed from."""
+    of_values = ("value", "swapped")
+    return tuple(sorted({s.of if s.kind in of_values else program.steps[s.of].inputs[0] for s in slopes}))
+
+
 @dataclass(frozen=True)
 class Transposed:
     """The VJP of a network as a Program, whose inputs are the cotangent of the output, and the slopes.
@@ -104,9 +110,12 @@ def overlaps(w: Windows) -> bool:
     return any(s < d * (k - 1) + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
 
 
-def transposed(program: Program, wrt: Sequence[int]) -> Transposed:
-    """The VJP of a network all of whose steps have a rule."""
-    writer = _Writer(program, wrt)
+def transposed(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
+    """The VJP of a network all of whose steps have a rule.
+
+    ``computed``: a `Given` step computes the derivative of a function; otherwise the caller gives it.
+    """
+    writer = _Writer(program, wrt, computed)
     for i in reversed(range(len(program.steps))):
         writer.transpose(i)
     return writer.finish()
@@ -118,7 +127,7 @@ COTANGENT = -1  # the number of the first input while steps are written; slopes 
 class _Writer:
     """Writes the steps of the transposed Program; their numbers begin at 0 until all inputs are known."""
 
-    def __init__(self, program: Program, wrt: Sequence[int]) -> None:
+    def __init__(self, program: Program, wrt: Sequence[int], computed: bool) -> None:
         self.program, self.wrt, self.base = program, tuple(wrt), len(program.inputs)
         self.reached = graph.descendants(program, wrt)  # only these values have tangents
         self.sums: dict[int, list[int]] = {program.output: [COTANGENT]}  # cotangents of each value, still to be added
@@ -128,6 +137,7 @@ class _Writer:
         # With a matrix product, the Program needs its values, and so the slopes are factors like any other.
         linear = not any(s.form == Product("matmul") for s in program.steps)
         self.factor: Form = Given() if linear else Product()
+        self.computed = computed and linear
         self.at = 0  # the step that is being transposed
 
     # ---- writing
@@ -161,7 +171,7 @@ class _Writer:
     def reshaped(self, g: int, have: Shape, shape: Shape) -> int:
         return g if have == shape else self.emit(View(), (g,), shape)
 
-    def indexed(self, g: int, have: Shape, axes: dict[int, Sequence[int]]) -> int:
+    def indexed(self, g: int, have: Shape, axes: Mapping[int, Sequence[int]]) -> int:
         """Other positions along some axes (-1: zeros)."""
         if all(list(wanted) == list(range(have[a])) for a, wanted in axes.items()):
             return g
@@ -194,6 +204,8 @@ class _Writer:
         match step.form:
             case Contract() as form:
                 self.send(0, self.contract(form, g, shape, sources[0]))
+            case Scale() as form if self.computed:
+                self.send(0, self.emit(Given(form), (g, self.slope("value", step.inputs[0], shape)), shape))
             case Scale():
                 self.send(0, self.times(g, "derivative", shape))
             case Select() as form:
@@ -264,7 +276,8 @@ class _Writer:
             return self.times(self.indexed(g, shape, reads), "winner", source)
         parts = []
         for t in range(w.taps):
-            chosen, axes, rest = self.times(g, "tap", shape, place=t), {}, t
+            chosen, rest = self.times(g, "tap", shape, place=t), t
+            axes: dict[int, list[int]] = {}
             for a in reversed(range(len(spatial))):
                 rest, at = divmod(rest, w.kernel[a])
                 axes[a + 1] = [tap_of(w, a, p, at, shape[a + 1]) for p in range(spatial[a])]
@@ -382,7 +395,8 @@ def tap_of(w: Windows, axis: int, position: int, place: int, count: int) -> int:
 
 def without_copies(program: Program) -> Program:
     """``program`` without the `Index` steps that copy a whole value, which pruning leaves behind."""
-    base, number, steps = len(program.inputs), {v: v for v in range(len(program.inputs))}, []
+    base, number = len(program.inputs), {v: v for v in range(len(program.inputs))}
+    steps: list[Step] = []
     for i, step in enumerate(program.steps):
         shape = program.shape(step.inputs[0])
         if step.form == Index((indexing.identity(shape),)) and step.shape == shape:

@@ -1,9 +1,9 @@
 """Plan: how each step of a Program runs, as a pure function of the program, the machine and the seeds.
 
-A plan prunes the program, chooses the direction of differentiation, and cuts the DAG into groups.  A native group is one chain:
-forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run through
-the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains that are
-lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
+A plan prunes the program, chooses the direction of differentiation, and cuts the DAG into groups.  A native group is
+one chain: forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run
+through the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains
+that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
 from ..passes import direction
 from ..passes.direction import Cut, Direction
-from ..passes.forward_mode import Transposed, transposed
+from ..passes.forward_mode import Transposed, transposed, values_read
+from ..passes.phases import without_zeros
 from ..passes.prune_positions import pruned
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
@@ -60,6 +61,8 @@ class ForwardMode:
 
     transposed: Transposed
     plan: Plan
+    values: Program  # the network as its forward pass runs
+    read: tuple[int, ...]  # the values of it that are needed, with the numbers that they have in the network
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,14 +109,13 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors that are packed for kernels."""
+        """The tensors that are packed for kernels, or that packed ones are derived from."""
         if self.parts is not None:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
-        if self.forward is not None:  # whose plan has weights of its own
-            return ()
         needed = set(graph.steps_to(self.program, self.wanted))
-        native = (i for g in self.groups if g.native for i in g.steps if i in needed)
-        forms = (self.program.steps[i].form for i in native)
+        if self.forward is None:
+            needed &= {i for g in self.groups if g.native for i in g.steps}
+        forms = (self.program.steps[i].form for i in sorted(needed))
         return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
 
     @cached_property
@@ -265,9 +267,12 @@ def plan(
     chains = Chains(program, machine, dtype.itemsize)
     made = Plan(original, program, machine, dtype, seeds, wanted, (), (), chains, chosen, cast_dtype=cast_dtype)
     if chosen is not None and chosen.forward:
-        backwards = transposed(program, range(len(program.inputs)) if wrt is None else wrt)
+        backwards = transposed(
+            program, range(len(program.inputs)) if wrt is None else wrt, computed=not isinstance(machine, Device)
+        )
         inner = plan(backwards.program, backwards.tangents, dtype, machine=machine, reverse=True)
-        return replace(made, forward=ForwardMode(backwards, inner))
+        read = tuple(dict.fromkeys((*values_read(program, backwards.slopes), program.output)))
+        return replace(made, forward=ForwardMode(backwards, inner, without_zeros(program, read), read))
     partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
     groups = partition.groups()
     for i, reason in partition.too_large.items():

@@ -21,7 +21,7 @@ from ..codegen.machine import TooLarge
 from ..ir import graph
 from ..ir.calls import Params
 from ..ir.program import Program
-from ..planner.plan import Plan, plan
+from ..planner.plan import ForwardMode, Plan, plan
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
@@ -212,14 +212,15 @@ def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
     for part in call_plan.parts or ():
         _pack(part, weights)
     if call_plan.transposed is not None:
-        _pack(call_plan.transposed, _transposed_weights(call_plan.transposed, weights))
+        assert call_plan.plan.forward is not None
+        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward, weights))
     elif call_plan.parts is None:
         for chain in call_plan.backward_chains():
             weights.packed(chain)
 
 
-def _transposed_weights(call_plan: CallPlan, weights: PlanWeights) -> PlanWeights:
-    return PlanWeights(call_plan.plan, bind(call_plan.program, weights.params), weights.like)
+def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
+    return weights.of_plan(forward.plan, bind(forward.transposed.program, weights.params))
 
 
 def leading(inputs: Sequence[Tensor]) -> Tensor:
@@ -323,15 +324,12 @@ def _forward_mode(
     """All tangents through the network: a forward pass, the slopes at its values, and the chains of the transpose."""
     forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
     assert forward is not None
-    wanted = [*forward_mode.values_read(program, forward.transposed.slopes), program.output]
-    values = dict(enumerate(inputs)) | forward_values(program, weights.params, inputs, wanted)
-    if not values.keys() >= set(wanted):
-        values = dict(enumerate(reference.forward(program, weights.params, inputs)))
+    values = _values(forward, weights, inputs)
     slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
     seed = like.new_zeros(n, *program.output_shape)  # its value is of no account
     rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
     tangents = every(forward.transposed.tangents, like.device)
-    execution = Execution(transposed, _transposed_weights(transposed, weights), [seed, *slopes], tangents, [rows])
+    execution = Execution(transposed, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
     columns = rows.flatten(2).transpose(1, 2)  # [N, C, D]
     if targets.dim() == 2:
@@ -345,6 +343,15 @@ def _forward_mode(
     if not bool(finite.all()):
         _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
     return values[program.output]
+
+
+def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The values that forward mode reads, ``[N, *shape]`` each."""
+    program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
+    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), bind(program, weights.params)
+    execution = Execution(call_plan, weights.of_plan(call_plan.plan, params), inputs, None, ())
+    execution.forward(call_plan.groups)
+    return execution.values
 
 
 def _refill(

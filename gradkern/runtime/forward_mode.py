@@ -14,16 +14,9 @@ from ..ir.program import LowRank, Program, Scale, Select
 from ..passes.forward_mode import Slope
 from . import reference
 
-VALUES = ("value", "swapped")  # kinds of slopes that are of values, and not of steps
-
-
-def values_read(program: Program, slopes: Sequence[Slope]) -> list[int]:
-    """The values that the slopes are computed from."""
-    return sorted({s.of if s.kind in VALUES else program.steps[s.of].inputs[0] for s in slopes})
-
 
 def slope_tensors(program: Program, params: Params, values: dict[int, Tensor], slopes: Sequence[Slope]) -> list[Tensor]:
-    """One contiguous ``[N, *shape]`` per slope, from `values_read`."""
+    """One contiguous ``[N, *shape]`` per slope, from the `values_read`."""
     made: dict[int, Any] = {}  # by step: what its slopes have in common
 
     def once(i: int) -> Any:
@@ -32,7 +25,8 @@ def slope_tensors(program: Program, params: Params, values: dict[int, Tensor], s
             if isinstance(form, Select) and form.ties == "first":
                 made[i] = reference.max_pool(form.windows, x)[1]
             else:
-                made[i] = reference.forward_step(program, i, [x], params)
+                y = values.get(len(program.inputs) + i)
+                made[i] = reference.forward_step(program, i, [x], params) if y is None else y
         return made[i]
 
     return [_slope(s, program, values, once).contiguous() for s in slopes]

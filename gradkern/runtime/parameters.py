@@ -7,6 +7,7 @@ weights are kept by a hash of the bytes that they were made from.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from functools import lru_cache
@@ -223,8 +224,14 @@ class PlanWeights:
         self.params, self.like = params, like
         self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
         on_device = [t for t in tensors if t.device == like.device]
-        content = ops.content_hash(on_device) if self.mixed is None else 0
-        self.entry = weight_cache.entry(plan, content, like)
+        self.content = ops.content_hash(on_device) if self.mixed is None else 0
+        self.entry = weight_cache.entry(plan, self.content, like)
+
+    def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
+        """The packed weights of another plan, whose ``params`` are the same or derived from them."""
+        other = copy.copy(self)
+        other.params, other.entry = params, weight_cache.entry(plan, self.content, self.like)
+        return other
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed is not None:

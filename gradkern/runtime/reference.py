@@ -47,7 +47,7 @@ def forward_step(program: ir.Program, i: int, args: Sequence[Tensor], params: Pa
     if isinstance(form, ir.Index):
         return indexing.apply(form, args, step.shape)
     if isinstance(form, ir.Given):
-        return x * args[1]
+        return x * _given(form, args[1])
     if isinstance(form, ir.View):
         return x.reshape(x.shape[0], *step.shape)
     if isinstance(form, ir.Sum):
@@ -165,10 +165,7 @@ def vjp_step(
     if isinstance(form, ir.Scale):
         if form.function in RECTIFYING:
             g = g.clamp(min=0)
-        slope = FUNCTIONS[form.function].df(x, out, *form.params).unsqueeze(1)  # [N, 1, *in]
-        if slope.dtype == torch.bool:
-            return (torch.where(slope, g, torch.zeros((), dtype=g.dtype, device=g.device)),)
-        return (g * slope.to(g.dtype),)
+        return (_times_slope(g, FUNCTIONS[form.function].df(x, out, *form.params)),)
     if isinstance(form, ir.Select):
         return (_amax_back(x, out, g) if form.ties == "split" else _max_pool_back(form.windows, x, out, g),)
     if isinstance(form, ir.LowRank):
@@ -178,7 +175,7 @@ def vjp_step(
     if isinstance(form, ir.Index):
         return indexing.transpose(form, [tuple(a.shape[1:]) for a in args], g)
     if isinstance(form, ir.Given):
-        return g * args[1].unsqueeze(1), g.new_zeros(()).expand_as(g)
+        return _times_slope(g, _given(form, args[1])), g.new_zeros(()).expand_as(g)
     if isinstance(form, ir.View):
         return (g.reshape(*g.shape[:2], *x.shape[1:]),)
     if isinstance(form, ir.Sum):
@@ -186,6 +183,22 @@ def vjp_step(
     if isinstance(form, ir.Opaque):
         return _opaque_back(form.call, program.steps[i].inputs, args, out, g, params)
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
+
+
+def _given(form: ir.Given, x: Tensor) -> Tensor:
+    """The slopes, from the second input."""
+    if form.of is None:
+        return x
+    function, params = FUNCTIONS[form.of.function], form.of.params
+    return function.df(x, function.f(x, *params), *params)
+
+
+def _times_slope(g: Tensor, slope: Tensor) -> Tensor:
+    """``g [N, S, *shape]`` times ``slope [N, *shape]``, which may be a mask."""
+    slope = slope.unsqueeze(1)
+    if slope.dtype == torch.bool:
+        return torch.where(slope, g, torch.zeros((), dtype=g.dtype, device=g.device))
+    return g * slope.to(g.dtype)
 
 
 def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
