@@ -26,7 +26,7 @@ from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_sam
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
 from . import forward_mode, ops, reference
-from .parameters import KernelsUnavailable, Packed, PlanWeights, bind, every
+from .parameters import Derivable, KernelsUnavailable, Packed, PlanWeights, every
 
 CPU = torch.device("cpu")
 
@@ -46,21 +46,29 @@ def plan_for(
     device: torch.device = CPU,
     wanted: tuple[int, ...] | None = None,
     wrt: tuple[int, ...] | None = None,
+    reverse: bool = False,
 ) -> Plan:
     """The plan for this machine, remembered.  ``wrt``: the inputs to differentiate, by default all."""
     machine = ops.machine(device)
     wrt = None if wrt == tuple(range(len(program.inputs))) else wrt
-    key = (program.key, seeds, dtype, machine, wanted, wrt)
-    return _plans.get_or_make(key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted, wrt=wrt))
+    key = (program.key, seeds, dtype, machine, wanted, wrt, reverse)
+    return _plans.get_or_make(
+        key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted, wrt=wrt, reverse=reverse)
+    )
 
 
 def call_plan_for(
-    program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
+    program: Program,
+    seeds: int,
+    like: Tensor,
+    wrt: tuple[int, ...],
+    wanted: tuple[int, ...] | None = None,
+    reverse: bool = False,
 ) -> CallPlan:
     """The plan for the dtype and device of ``like``, specialized for the inputs ``wrt``, remembered."""
-    key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
+    key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted, reverse)
     return _call_plans.get_or_make(
-        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted, wrt or None), wrt)
+        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted, wrt or None, reverse), wrt)
     )
 
 
@@ -165,7 +173,7 @@ def transpose(
     Seeds are one-hot at ``targets``, or dense if ``cotangent [N, S, *out]`` is given.  Fills ``out`` as `jacobian`
     does; raises `KernelsUnavailable` if the weights are not finite or of another dtype.
     """
-    call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt)
+    call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt, reverse=True)
     weights = PlanWeights(call_plan.plan, params, values[0])
     try:
         Execution(call_plan, weights, values, targets.contiguous(), out).run(cotangent)
@@ -220,7 +228,7 @@ def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
 
 
 def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
-    return weights.of_plan(forward.plan, bind(forward.transposed.program, weights.params))
+    return weights.of_plan(forward.plan, Derivable(forward.transposed.program, weights.params))
 
 
 def leading(inputs: Sequence[Tensor]) -> Tensor:
@@ -348,7 +356,7 @@ def _forward_mode(
 def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that forward mode reads, ``[N, *shape]`` each."""
     program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
-    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), bind(program, weights.params)
+    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), Derivable(program, weights.params)
     execution = Execution(call_plan, weights.of_plan(call_plan.plan, params), inputs, None, ())
     execution.forward(call_plan.groups)
     return execution.values

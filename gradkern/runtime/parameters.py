@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import torch
@@ -83,6 +84,29 @@ _binders: Memo[_Binder] = Memo(256)
 def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     """The live tensors that ``program`` names, and its derived tensors, computed now."""
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
+
+
+class Derivable(Mapping[str, Tensor]):
+    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
+    are."""
+
+    def __init__(self, program: Program, params: Params) -> None:
+        self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        call = self.derived.get(name)
+        if call is None:
+            return self.params[name]
+        if name not in self.made:
+            with torch.no_grad():
+                self.made[name] = evaluate(call, lambda leaf: self[leaf.name])
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.params, *self.derived))
+
+    def __len__(self) -> int:
+        return len(self.params) + len(self.derived)
 
 
 def all_finite(params: Params) -> bool:
