@@ -26,6 +26,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext as plain_build_ext
 
 MODULE = "gradkern._C"
+# Of torch, the sources include the headers of its stable ABI alone (csrc/torch_abi.h), as of this version, so the
+# library runs under this torch and every later one, whichever it was built with.  It is no Python module either.
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
 # The kernels are C++20, and include nothing of torch, which before 2.13 would append -std=c++17 here.
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 HOW_TO = "pip install --no-build-isolation ."
@@ -80,11 +83,9 @@ def cuda_toolkit(guess: str | None) -> str | None:
 
 def compile_flags() -> list[str]:
     if sys.platform == "win32":
-        return ["/O2", "/openmp"]
-    # -fopenmp: torch adds none, and without it at::parallel_for in an extension is silently serial.
+        return ["/O2"]
     # No -std: torch appends the one that its headers need.  No -march, no -ffast-math: see the module docstring.
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    return flags if sys.platform == "darwin" else [*flags, "-fopenmp"]
+    return ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def extensions() -> tuple[list, type[plain_build_ext]]:
@@ -113,17 +114,17 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         say(f"building the CPU part alone ({platform.machine()}): {why_not}.")
 
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    openmp = [] if sys.platform in ("darwin", "win32") else ["-fopenmp"]
     module = make(
         MODULE,
         sources + cuda,
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("GRADKERN_WITH_CUDA", "1")] if cuda else [],
+        define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH), *([("GRADKERN_WITH_CUDA", "1")] if cuda else [])],
         extra_compile_args={"cxx": compile_flags(), "nvcc": NVCC_FLAGS},
-        extra_link_args=openmp,
+        extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        py_limited_api=True,
     )
     hint = " With USE_CUDA=0 the CPU part alone is built." if cuda else ""
-    return [module], forgiving(cpp_extension.BuildExtension, hint)
+    return [module], forgiving(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True), hint)
 
 
 def forgiving(base: type, hint: str) -> type:
@@ -154,4 +155,9 @@ def forgiving(base: type, hint: str) -> type:
 
 
 ext_modules, build_command = extensions()
-setup(license="BSD-3-Clause", ext_modules=ext_modules, cmdclass={"build_ext": build_command})
+setup(
+    license="BSD-3-Clause",
+    ext_modules=ext_modules,
+    cmdclass={"build_ext": build_command},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},
+)
