@@ -1,4 +1,4 @@
-"""Builds ``gradkern._C``: the CPU part always, the CUDA part where torch has CUDA and a toolkit is found.
+"""Builds ``gradkern/_C.so``: the CPU part always, the CUDA part where torch has CUDA and a toolkit is found.
 
 Metadata lives in ``pyproject.toml``; this file is only about the extension.  Environment:
 
@@ -42,6 +42,7 @@ def env_is(name: str, value: str) -> bool:
     return os.environ.get(name, "").strip().lower() in {value, {"1": "true", "0": "false"}[value]}
 
 
+VERSION: list[str] = []  # what an installation adds to its version
 STRICT = env_is("GRADKERN_REQUIRE_EXT", "1")
 
 
@@ -50,6 +51,15 @@ def without_extension(why: str) -> None:
     if STRICT:
         raise SystemExit(f"gradkern: {why}\ngradkern: GRADKERN_REQUIRE_EXT is set, so this is an error.")
     say(f"{why} Installing without compiled kernels: results are the same, the speed is not. To build: {HOW_TO}")
+    VERSION.append("no.kernels")
+
+
+def version() -> str:
+    """Of the package; an installation without kernels says so, because pip shows its version and nothing else."""
+    source = Path("gradkern/__init__.py").read_text()
+    own = next(line.split('"')[1] for line in source.splitlines() if line.startswith("__version__"))
+    installing = {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv)
+    return "+".join([own, *VERSION]) if installing else own
 
 
 def cuda_sources(torch, cpp_extension) -> tuple[list[str], str]:
@@ -99,6 +109,9 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         without_extension(f"torch cannot be imported where the build runs ({error}).")
         return [], plain_build_ext
 
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl")):
+        without_extension("no C++ compiler found.")
+        return [], plain_build_ext
     # A ninja installed beside this Python is found even where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
@@ -148,6 +161,11 @@ def forgiving(base: type, hint: str) -> type:
                 for stale in glob("gradkern/_C*.so") if inplace else ():
                     os.remove(stale)
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+                if not inplace and not self.editable_mode:  # its version is told already, and promises kernels
+                    raise SystemExit(
+                        f"gradkern: the extension could not be built: {reason}.{hint}\n"
+                        "gradkern: to install without compiled kernels: GRADKERN_BUILD_EXT=0 pip install ."
+                    ) from error
                 without_extension(f"the extension could not be built: {reason}.{hint}")
                 self.inplace, self.extensions = inplace, []
 
@@ -157,6 +175,7 @@ def forgiving(base: type, hint: str) -> type:
 ext_modules, build_command = extensions()
 setup(
     license="BSD-3-Clause",
+    version=version(),
     ext_modules=ext_modules,
     cmdclass={"build_ext": build_command},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},

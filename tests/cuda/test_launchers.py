@@ -221,7 +221,7 @@ def test_the_allocator_knows_the_stream_that_reads_cached_tensors(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.ops.gradkern, "chain_vjp", lambda *arguments: None, raising=False)
-    ops.chain_vjp([torch.zeros(1)], *tensors, CudaSizes(*range(5)), [3], None, None, [], 1, [])
+    ops.chain_vjp([torch.zeros(1)], *tensors, CudaSizes(*range(6)), [3], None, None, [], 1, [])
     assert told == ([] if capturing else 4 * ["stream of cuda:1"])
 
 
