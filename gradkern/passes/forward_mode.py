@@ -95,8 +95,8 @@ def no_rule_reason(program: Program, i: int) -> str | None:
         case Scale(function=f) if f in RECTIFYING:
             return "its rule looks at the sign of the cotangent"
         case Contract(map=Windows() as w):
-            sides = zip(w.kernel, w.stride, w.padding, w.dilation, shapes[1][1:], step.shape[1:], strict=True)
-            if any(p >= n or (m - 1) * s - p + d * (k - 1) < 0 for k, s, (p, _), d, n, m in sides):
+            sides = zip(w.kernel, w.stride, w.padding, w.dilation, step.shape[1:], strict=True)
+            if any((m - 1) * s - p + d * (k - 1) < 0 for k, s, (p, _), d, m in sides):
                 return "it reads only padding"
         case Select(windows=w, ties="first") if overlaps(w) and w.taps > MOST_TAPS:
             return f"it is a maximum of overlapping windows of {w.taps} places"
