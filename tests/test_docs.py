@@ -10,7 +10,7 @@ import pytest
 from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md"]
+PAGES = ["README.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md", "docs/sequences.md"]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRINTS = re.compile(r"^print\(.*\) +# (.*)$", re.MULTILINE)
