@@ -32,6 +32,7 @@ from .linear import rule_values, values_needed
 from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
+LEAST_PAIRS = 32  # per call of the engine, if they fit in the budget: with fewer the hash of the weights is noticeable
 MakeRule = Callable[[Chunk, Values, Values], Rule]
 #: Multipliers ``[P, S, *in]`` of P pairs, the samples and the references ``[P, *in]``, to contributions.
 Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
@@ -166,7 +167,8 @@ class Averaging:
 
     def pairs_at_a_time(self) -> int:
         """So many that their values, slopes, maps and contributions fit in the memory budget."""
-        return samples_at_a_time(self.program, self.seeds.count, self.inputs[0].dtype, self.inputs[0].device)
+        x = self.inputs[0]
+        return samples_at_a_time(self.program, self.seeds.count, x.dtype, x.device, least=LEAST_PAIRS)
 
 
 class OverReferences(RuleMethod):
