@@ -22,6 +22,7 @@ from ...ir.program import Program
 from ...util.callables import name_of
 from ...util.chunks import row_blocks
 from ...util.options import InputError, engine
+from ...util.progress import followed
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
 from ..plug import GradientFunc, captum_seeds
@@ -143,7 +144,9 @@ class Averaging:
         totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
         deltas = self.inputs[0].new_empty(n, count, seeds.count) if wants_delta else None
         rule: Rule | None = None
-        for a, b, first, last in row_blocks(n, count, self.pairs_at_a_time()):
+        blocks = row_blocks(n, count, self.pairs_at_a_time())
+        pairs = followed(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
+        for a, b, first, last in pairs:
             k = last - first
             rows, at, start, before = self.pairs(a, b, first, last)
             chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
