@@ -20,14 +20,17 @@ from .terminal import say
     "--target", type=click.IntRange(0), default=0, show_default=True, help="The place among the run's targets."
 )
 @click.option(
-    "--names", type=click.Path(exists=True, dir_okay=False), help="A file with the name of a sample per line."
+    "--names",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A file with the name of a sample per line; by default the store's --ids.",
 )
 def export(store: str, source: str, folder: str, columns: str | None, target: int, names: str | None) -> None:
     """Write STORE's hypothetical contributions and SOURCE's one-hot sequences for TF-MoDISco to FOLDER.
 
     \b
-    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --references dinucleotide-shuffle --hypothetical
-    gradkern export maps.zarr onehot.npy modisco --names regions.txt
+    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --references dinucleotide-shuffle \\
+        --hypothetical --ids regions.txt
+    gradkern export maps.zarr onehot.npy modisco
     modisco motifs -s modisco/sequences.npz -a modisco/contributions.npz -n 20000 -o motifs.h5
     """
     from gradkern.data.export import to_modisco

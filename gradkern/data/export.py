@@ -29,7 +29,7 @@ def to_modisco(
     """Write ``sequences.npz`` (int8) and ``contributions.npz`` (float32) to ``folder``; returns their paths.
 
     ``source``: that of the run, whose first input is the one-hot sequences ``[N, letters, length]``.  ``output``: the
-    place of the target among the run's.  ``names``: of the samples (regions such as ``chr1:1000-3114``).  A place that
+    place of the target among the run's.  ``names``: of the samples (regions such as ``chr1:1000-3114``), by default the store's ``ids``.  A place that
     is no letter (N: all zeros, or 0.25 everywhere) becomes zeros in both.  Memory does not grow with N.
 
     Raises `BadValue` for a run without hypothetical contributions, one that is not finished, or another source.
@@ -44,6 +44,7 @@ def to_modisco(
     if results.done < results.chunks:
         raise BadValue(f"{place} is not finished: {results.done} of {results.chunks} chunks. Continue its run first.")
     rows = open_source(source, columns)
+    names = results.ids if names is None else names
     if rows.samples != results.samples:
         raise BadValue(f"source: got {rows.samples} samples, expected the {results.samples} of {place}.")
     if names is not None and len(names) != results.samples:
