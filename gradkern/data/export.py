@@ -29,8 +29,9 @@ def to_modisco(
     """Write ``sequences.npz`` (int8) and ``contributions.npz`` (float32) to ``folder``; returns their paths.
 
     ``source``: that of the run, whose first input is the one-hot sequences ``[N, letters, length]``.  ``output``: the
-    place of the target among the run's.  ``names``: of the samples (regions such as ``chr1:1000-3114``), by default the store's ``ids``.  A place that
-    is no letter (N: all zeros, or 0.25 everywhere) becomes zeros in both.  Memory does not grow with N.
+    place of the target among the run's.  ``names``: of the samples (regions such as ``chr1:1000-3114``), by default the
+    store's ``ids``.  A place that is no letter (N: all zeros, or 0.25 everywhere) becomes zeros in both.  Memory does
+    not grow with N.
 
     Raises `BadValue` for a run without hypothetical contributions, one that is not finished, or another source.
     """
