@@ -29,8 +29,10 @@ void advise_huge(uintptr_t address, size_t bytes) {
 }  // namespace
 
 #ifdef GRADKERN_WITH_CUDA
+#define GK_TEXT_OF(x) #x
+#define GK_TEXT(x) GK_TEXT_OF(x)
 namespace gradkern::cuda {
-int shared_bytes(int device);  // csrc/cuda/chain_launch.cpp
+std::vector<int64_t> describe_device(int device);  // csrc/cuda/launch.cpp
 }
 #endif
 
@@ -58,7 +60,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge", advise_huge, "Ask the system for huge pages for a fresh allocation");
 #ifdef GRADKERN_WITH_CUDA
   m.attr("cuda") = true;
-  m.def("cuda_shared_bytes", gradkern::cuda::shared_bytes, "Shared memory that one block of a GPU may have");
+  m.attr("cuda_fingerprint") = GK_TEXT(GRADKERN_CUDA_FINGERPRINT);  // of the sources, setup.py
+  m.def("describe_device", gradkern::cuda::describe_device, "What the planner has to know of a GPU");
 #else
   m.attr("cuda") = false;
 #endif

@@ -3,9 +3,7 @@
 // torch's CUDA dispatch key, under which tests/support/host_device.py calls them.
 #include "../checks.cpp"
 #include "../content_hash.cpp"
-#include "../cuda/chain_launch.cpp"
-#include "../cuda/hash_launch.cpp"
-#include "../cuda/rescale_launch.cpp"
+#include "../cuda/launch.cpp"
 
 namespace {
 
@@ -16,4 +14,8 @@ void record_stream(at::Tensor&, at::Stream) { ++gk_gpu()->kept; }
 
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("record_stream", record_stream); }
 
-extern "C" int gk_shared_bytes(int device) { return gradkern::cuda::shared_bytes(device); }
+// The four facts about a device.
+extern "C" void gk_describe_device(int device, int64_t* facts) {
+  const auto found = gradkern::cuda::describe_device(device);
+  std::copy(found.begin(), found.end(), facts);
+}

@@ -34,7 +34,7 @@ THREADS = 64
 
 
 class Args(ctypes.Structure):
-    """csrc/cuda/chain.h"""
+    """csrc/cuda/kernels.h"""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("forward", "backward", "packed", "tables")),
@@ -72,7 +72,7 @@ class Gpu(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             *("processors", "shared_bytes", "capturing"),
-            *("launches", "blocks", "allowed", "kept", "guards"),
+            *("launches", "blocks", "allowed", "kept", "guards", "loaded"),
         )
     )
 
