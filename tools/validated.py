@@ -58,7 +58,7 @@ def main() -> None:
     from gradkern.runtime import ops, validation
 
     if args.fits:
-        compiled = getattr(ops.extension(), "cuda_fingerprint", None)
+        compiled = ops.extension().cuda_fingerprint() if ops.extension() else None
         raise SystemExit(0 if compiled == sources_fingerprint() else f"the extension is of other sources: {compiled}")
     if args.fingerprint:
         print(ops.cuda_fingerprint())

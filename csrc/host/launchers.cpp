@@ -5,17 +5,15 @@
 #include "../content_hash.cpp"
 #include "../cuda/launch.cpp"
 
-namespace {
-
-// The CPU has no streams, so there is nothing to record.
-void record_stream(at::Tensor&, at::Stream) { ++gk_gpu()->kept; }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("record_stream", record_stream); }
+extern "C" {
+// A CPU build of torch has none of these.
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque**) { return ++gk_gpu()->guards, 0; }
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque*) { return --gk_gpu()->guards, 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 
 // The four facts about a device.
-extern "C" void gk_describe_device(int device, int64_t* facts) {
+void gk_describe_device(int device, int64_t* facts) {
   const auto found = gradkern::cuda::describe_device(device);
   std::copy(found.begin(), found.end(), facts);
+}
 }

@@ -78,7 +78,8 @@ def test_calls_on_a_gpu_that_is_not_validated(monkeypatch) -> None:
     monkeypatch.delenv("GRADKERN_CUDA", raising=False)
     program = program_of("maxpool1d")
     gpu = torch.device("cuda", 0)
-    with mock.patch.object(ops, "_machine", lambda _: BLACKWELL), mock.patch.object(validation, "table", lambda: {}):
+    there = mock.patch.object(ops, "_machine", lambda _: BLACKWELL)
+    with there, mock.patch.object(validation, "table", lambda: {}), mock.patch.object(ops, "cuda_fingerprint", str):
         with pytest.warns(gradkern.GradkernWarning, match="folded into the batch"):
             folded = executor.plan_for(program, 3, device=gpu)
         with gradkern.use("kernel"):
@@ -92,7 +93,7 @@ def test_a_gpu_without_machine_code() -> None:
     def describe(number: int) -> list[int]:
         raise RuntimeError("gradkern: the kernels cannot be loaded on GPU 0: no kernel image is available\nmore")
 
-    there = SimpleNamespace(cuda=True, describe_device=describe)
+    there = SimpleNamespace(has_cuda=lambda: True, describe_device=describe)
     with mock.patch.object(ops, "extension", lambda: there):
         found = ops._machine.__wrapped__(torch.device("cuda", 0))
     assert found == NoKernels("gradkern: the kernels cannot be loaded on GPU 0: no kernel image is available")
