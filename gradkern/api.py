@@ -247,7 +247,7 @@ def explain(
         return _explained(_inspection_request(model, inputs, wrt, output), targets, show)
 
 
-def _explained(request: Request, targets: Targets, show: bool) -> Explanation:
+def _explained(request: Request, targets: Targets | TopK, show: bool) -> Explanation:
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:

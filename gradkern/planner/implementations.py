@@ -50,7 +50,7 @@ def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine
     step = program.steps[i]
     if isinstance(step.form, Opaque):
         return f"{step.op or step.form.call.op}: {step.form.reason}"
-    if not machine:
+    if isinstance(machine, NoKernels):
         return machine.reason
     if dtype not in NATIVE_DTYPES:
         return f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
