@@ -27,13 +27,24 @@ from .terminal import say
 @click.option("--top-features", type=click.IntRange(1), help="Per sample, the k largest features.")
 @click.option("--dtype", type=click.Choice(["float32", "float64", "float16", "bfloat16"]), help="Default: float32.")
 @click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
+@click.option(
+    "--references", help="Per sample: dinucleotide-shuffle, shuffle, or module:function (inputs, n, random_state)."
+)
+@click.option("--n-references", type=click.IntRange(1), help="References per sample; 20 by default.")
+@click.option(
+    "--random-state", type=click.IntRange(0), help="Seed of the references, which are drawn sample by sample."
+)
+@click.option("--hypothetical", is_flag=True, help="Contributions of every letter that could stand in a sequence.")
+@click.option("--windows", type=choices.WindowsType(), help="Sums over these positions of the output as targets.")
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
+@click.option("--ids", help="Names of the samples: a .txt file with one a line, .npy, or table.csv:column.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
-    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, dry_run: bool,
-    quiet: bool, **options: Any,
+    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, ids: str | None,
+    dry_run: bool, quiet: bool, references: str | None, n_references: int | None, random_state: int | None,
+    hypothetical: bool, windows: list[tuple[int, int]] | None, **options: Any,
 ) -> None:  # fmt: skip
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
 
@@ -45,12 +56,22 @@ def run(
     gradkern run nets:build --weights net.safetensors data.h5:test/x stats.zarr --reduce importance --no-maps
     gradkern run net.pt2 x.npy maps.zarr --shard $SLURM_ARRAY_TASK_ID/16
     gradkern run net.pt2 x.npy maps.zarr --dry-run
+    gradkern run net.pt2 onehot.npy maps.zarr --method deep_lift_shap --references dinucleotide-shuffle --hypothetical
     """
     import gradkern
     from gradkern.data import plan
 
     begin = time.perf_counter()
-    options |= {"maps": not no_maps, "reductions": reductions.split(",") if reductions else ()}
+    given = {"baselines": references, "n_references": n_references, "random_state": random_state}
+    given["hypothetical"] = hypothetical or None
+    options["arguments"] = {name: value for name, value in given.items() if value is not None}
+    if windows:
+        options["output"] = gradkern.Sums(windows, options["output"])
+    options |= {
+        "ids": choices.read_ids(ids),
+        "maps": not no_maps,
+        "reductions": reductions.split(",") if reductions else (),
+    }
     if dry_run:
         wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source")}
         say(plan(model.load(), samples.open(), out, **wanted))
@@ -59,7 +80,7 @@ def run(
         warnings.simplefilter("ignore")
         options["progress"] = False
     made_by = {"model": model.spec, "weights": model.weights}
-    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast}
+    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast, "pad": samples.pad}
     results = gradkern.run(
         model.load(), samples.open(), out, made_by=made_by, **options,
     )  # fmt: skip
@@ -82,6 +103,7 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
 
     \b
     gradkern importance net.pt2 x.npy
+    gradkern importance net.pt2 x.npy --names cat,dog,horse
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
     """
     import gradkern
@@ -91,13 +113,18 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
     curve, best = ranking.curve, ranking.top(top)
     if as_json:
         curve_data = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
-        shown = {"top": best, "agreement": ranking.agreement.tolist(), "samples": ranking.counts.tolist()}
+        shown = {
+            "names": ranking.names,
+            "top": best,
+            "agreement": ranking.agreement.tolist(),
+            "samples": ranking.counts.tolist(),
+        }
         say(json.dumps(shown | {"curve": curve_data}))
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
         places = " ".join(position_text(f, shape) for f in features)
-        say(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
+        say(f"{ranking.names[c]}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
     if curve is not None:
         say("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
 

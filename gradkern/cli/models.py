@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     which ``weights`` adds a ``.safetensors`` file or a state_dict that `torch.load` reads with weights_only.  A
     pickled module (``.pt``) can run any code while it is loaded and is refused without ``allow_pickle``.
     """
+    spec, weights = os.path.expanduser(spec), weights and os.path.expanduser(weights)
     suffix = Path(spec).suffix.lower()
     if suffix == ".pt2":
         if weights is not None:
@@ -74,7 +76,11 @@ def _pickled(path: str, allowed: bool) -> nn.Module:
     _check_exists("model", path)
     model = torch.load(path, weights_only=False, map_location="cpu")
     if not isinstance(model, nn.Module):
-        raise BadType(f"model: {path} holds {type(model).__name__}, expected a pickled torch.nn.Module.")
+        way_out = (
+            f" For a state_dict name what makes the network: package.module:factory --weights {path}"
+            if isinstance(model, dict) else ""
+        )  # fmt: skip
+        raise BadType(f"model: {path} holds {type(model).__name__}, expected a torch.nn.Module.{way_out}")
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -86,27 +86,7 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
-class Derivable(Mapping[str, Tensor]):
-    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
-    are."""
-
-    def __init__(self, program: Program, params: Params) -> None:
-        self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()
-
-    def __getitem__(self, name: str) -> Tensor:
-        call = self.derived.get(name)
-        if call is None:
-            return self.params[name]
-        if name not in self.made:
-            with torch.no_grad():
-                self.made[name] = evaluate(call, lambda leaf: self[leaf.name])
-        return self.made[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self.params, *self.derived))
-
-    def __len__(self) -> int:
-        return len(self.params) + len(self.derived)
+from collections.abc import Iterator, Mapping, Sequence
 
 
 def all_finite(params: Params) -> bool:
@@ -240,6 +220,14 @@ weight_cache = WeightCache()
 on_reset(weight_cache.clear)
 
 
+def content_of(tensors: Sequence[Tensor]) -> int:
+    """A hash of the tensors' bytes; those of each device are hashed where they are, such as a scalar on the CPU beside
+    weights on a GPU."""
+    devices = dict.fromkeys(t.device for t in tensors)
+    hashes = [ops.content_hash([t for t in tensors if t.device == device]) for device in devices]
+    return hashes[0] if len(hashes) == 1 else hash(tuple(hashes))
+
+
 class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
@@ -247,8 +235,7 @@ class PlanWeights:
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
         self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
-        on_device = [t for t in tensors if t.device == like.device]
-        self.content = ops.content_hash(on_device) if self.mixed is None else 0
+        self.content = content_of(tensors) if self.mixed is None else 0
         self.entry = weight_cache.entry(plan, self.content, like)
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
