@@ -86,9 +86,6 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
-from collections.abc import Iterator, Mapping, Sequence
-
-
 def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
