@@ -86,6 +86,34 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
+def leading(inputs: Sequence[Tensor]) -> Tensor:
+    """The first floating input: a call computes in its dtype and on its device."""
+    return next((t for t in inputs if t.is_floating_point()), inputs[0])
+
+
+class Derivable(Mapping[str, Tensor]):
+    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
+    are."""
+
+    def __init__(self, program: Program, params: Params) -> None:
+        self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        call = self.derived.get(name)
+        if call is None:
+            return self.params[name]
+        if name not in self.made:
+            with torch.no_grad():
+                self.made[name] = evaluate(call, lambda leaf: self[leaf.name])
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.params, *self.derived))
+
+    def __len__(self) -> int:
+        return len(self.params) + len(self.derived)
+
+
 def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
