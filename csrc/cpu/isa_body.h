@@ -10,8 +10,8 @@ namespace GK_NAME {
 extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
                       supported,
-                      {run_chain<float>, run_rescale<float>, run_secant<float>},
-                      {run_chain<double>, run_rescale<double>, run_secant<double>}};
+                      {run_chain<float>, run_rescale<float>, run_secant<float>, kMaxSeeds},
+                      {run_chain<double>, run_rescale<double>, run_secant<double>, kMaxSeeds}};
 #undef GK_STRING
 #undef GK_TEXT
 }  // namespace GK_NAME

@@ -20,9 +20,10 @@ from .emitters import Emitter
 from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
 from .layouts import Layouts
+from .local import WORTHWHILE, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
-from .scratch import assign_places, block_size, mark_lives, round_up, seed_tile, stack_cotangents
+from .scratch import assign_places, block_size, even_tile, mark_lives, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
 
@@ -138,6 +139,10 @@ def lay_out(e: Emitter) -> LaidOut:
     cotangents = list(buffers.cotangents.values())
     per_seed = stack_cotangents(cotangents)
     tile = seed_tile(spec.seeds, sum(per_seed) * spec.itemsize)
+    local, share = reaches(e) if spec.seeds else None, 1.0
+    if local is not None:
+        most, share = best_tile(local, tile)
+        local, tile = (None, tile) if share > WORTHWHILE else (local, even_tile(spec.seeds, most))
     values = [*buffers.values.values(), *buffers.saved.values()]
     shared, sample = assign_places(values, cotangents, per_seed, tile)
     entries, segments = live_lists(e.backward)
@@ -148,9 +153,12 @@ def lay_out(e: Emitter) -> LaidOut:
         sample=sample * spec.itemsize + bit_bytes,
         lists=2 * entries + 32 * segments,
     )
+    if local is not None:
+        block = 1  # seeds of another sample may reach other positions
     sizes = CpuSizes(
-        shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block
-    )
+        shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block,
+        local=0 if local is None else e.tables.add(local.table(len(e.tables.integers))) + 1,
+    )  # fmt: skip
     scratch = (shared + sample * block) * spec.itemsize + bit_bytes * block + sizes.entries * 4 + sizes.segments * 32
     return LaidOut(
         forward=tuple(e.forward),
@@ -162,6 +170,7 @@ def lay_out(e: Emitter) -> LaidOut:
         seed_tile=tile,
         scratch=scratch,
         clocks=(),
+        local_share=1.0 if local is None else share,
     )
 
 

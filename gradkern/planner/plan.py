@@ -102,6 +102,18 @@ class Plan:
         """The chain of a native group, lowered once; see `Chains.get`."""
         return self.chains.get(self.groups[group], seeds, wrt, onehot)
 
+    @cached_property
+    def local_seeds(self) -> Chain | None:
+        """The chain in which seeds start, if they are local: cotangents are only where they reach."""
+        last = self.groups[-1] if self.groups else None
+        if self.parts is not None or not self.seeds or last is None or not last.native or self.fallback is not None:
+            return None
+        if last.live_out != (self.program.output,) or isinstance(self.machine, Device):
+            return None
+        wrt = tuple(v for v in last.live_in if v not in self.program.slopes)
+        chain = self.chain(len(self.groups) - 1, self.seeds, wrt, True)
+        return chain if chain.local_share < 1 else None
+
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The same plan with what only live tensors tell.
 
@@ -178,6 +190,11 @@ class Plan:
         lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
         if self.bottleneck is not None:
             lines.append(str(self.bottleneck))
+        if self.local_seeds is not None:
+            lines.append(
+                f"local seeds: {100 * self.local_seeds.local_share:.0f} % of the multiply-adds backward are left where "
+                f"{self.local_seeds.seed_tile} neighbouring seeds reach from the middle of the output"
+            )
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
