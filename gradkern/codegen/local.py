@@ -101,7 +101,7 @@ class Reaches:
         return [*header, *rows, *payload]
 
     def share(self, seeds: int) -> float:
-        """The share of the multiply-adds that is left if so many neighbours in the middle of the output share a tile."""
+        """The share of the multiply-adds that is left for a tile of so many neighbours in the middle of the output."""
         first = self.slots[self.start]
         masks = [(torch.zeros(s.H, dtype=torch.bool), torch.zeros(s.W, dtype=torch.bool)) for s in self.slots]
         rows = 1 if first.H == 1 else min(first.H, math.isqrt(seeds))

@@ -20,12 +20,14 @@ from .emitters import Emitter
 from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
 from .layouts import Layouts
-from .local import WORTHWHILE, best_tile, reaches
+from .local import WORTHWHILE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, even_tile, mark_lives, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
+
+FEW_SEEDS = 16  # for which samples go through linear layers together, rather than local seeds one by one
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,11 @@ def lay_out(e: Emitter) -> LaidOut:
     cotangents = list(buffers.cotangents.values())
     per_seed = stack_cotangents(cotangents)
     tile = seed_tile(spec.seeds, sum(per_seed) * spec.itemsize)
-    local, share = reaches(e) if spec.seeds else None, 1.0
-    if local is not None:
-        most, share = best_tile(local, tile)
-        local, tile = (None, tile) if share > WORTHWHILE else (local, even_tile(spec.seeds, most))
+    whole_block = any(r.whole_block for r in (e.backward if spec.linear else e.forward))
+    local, tile, share = local_seeds(e, tile, whole_block)
     values = [*buffers.values.values(), *buffers.saved.values()]
     shared, sample = assign_places(values, cotangents, per_seed, tile)
     entries, segments = live_lists(e.backward)
-    whole_block = any(r.whole_block for r in (e.backward if spec.linear else e.forward))
     block = block_size(
         whole_block,
         shared=shared * spec.itemsize,
@@ -154,7 +153,7 @@ def lay_out(e: Emitter) -> LaidOut:
         lists=2 * entries + 32 * segments,
     )
     if local is not None:
-        block = 1  # seeds of another sample may reach other positions
+        block = 1
     sizes = CpuSizes(
         shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block,
         local=0 if local is None else e.tables.add(local.table(len(e.tables.integers))) + 1,
@@ -170,8 +169,22 @@ def lay_out(e: Emitter) -> LaidOut:
         seed_tile=tile,
         scratch=scratch,
         clocks=(),
-        local_share=1.0 if local is None else share,
+        local_share=share,
     )
+
+
+def local_seeds(e: Emitter, tile: int, whole_block: bool) -> tuple[Reaches | None, int, float]:
+    """What local seeds reach, how many should share a tile, and the share of the multiply-adds that is then left.
+
+    None if that is not worthwhile.  Samples go one by one, because each may have other targets.  So the weights of
+    linear layers (``whole_block``) are read again for each, which few seeds do not make up for.
+    """
+    seeds = e.spec.seeds
+    rules = reaches(e) if seeds >= (FEW_SEEDS if whole_block else 1) else None
+    if rules is None:
+        return None, tile, 1.0
+    most, share = best_tile(rules, tile)
+    return (None, tile, 1.0) if share > WORTHWHILE else (rules, even_tile(seeds, most), share)
 
 
 def live_lists(backward: list[Record]) -> tuple[int, int]:
