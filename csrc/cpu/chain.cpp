@@ -270,6 +270,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
 }
 
 void run(const ChainCall& call, const CpuSizes& sizes) {
+  TORCH_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
+              ", behind the ", call.tables.numel(), " integers of the tables");
   const Isa& isa = current_isa();
   call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }

@@ -249,7 +249,8 @@ class RuleMaker:
         node = self.nodes[record.dst.buffer]
         top, left = node.halo[0], node.halo[2]
         table = self.integers[record.window_table : record.window_table + 2 * record.window_vectors]
-        down, along = set(), set()
+        down: set[int] = set()
+        along: set[int] = set()
         for offset, lanes in zip(table[::2], table[1::2], strict=True):
             h, rest = divmod(record.dst.offset + offset, node.row)  # from the start of the border
             down.add(h - top)

@@ -132,7 +132,7 @@ def test_networks_equal_the_oracle(name, always_local):
         picked = want if targets is None else oracle.pick(want, targets)
         assert oracle.relative_error(out[0], picked) <= EXACT
     chain = executor.plan_for(program, program.outputs, torch.float64).local_seeds
-    assert (chain is None) == (name in ("everywhere", "linear"))
+    assert (chain is None) == (name == "linear")
 
 
 def test_a_small_field_is_local_and_explained():
@@ -142,7 +142,7 @@ def test_a_small_field_is_local_and_explained():
     assert plan.local_seeds is not None
     assert plan.local_seeds.local_share < 0.6
     assert "local seeds: " in str(plan)
-    whole = parts("everywhere", 1)[2]
+    whole = parts("linear", 1)[2]
     assert "local seeds" not in str(executor.plan_for(whole, whole.outputs, torch.float64))
 
 
