@@ -1,7 +1,4 @@
 // CPU launch of a chain: torch's own threads process blocks of samples, each with its own scratch memory.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -33,12 +30,12 @@ const Isa& current_isa() {
     for (const Isa* const* isa = isa_table(); *isa; ++isa) {
       if (!named && (*isa)->supported()) return *isa;
       if (named && std::strcmp((*isa)->name, wanted) == 0) {
-        TORCH_CHECK((*isa)->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
+        GRADKERN_CHECK((*isa)->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
         return *isa;
       }
       known += (known.empty() ? "" : ", ") + std::string((*isa)->name);
     }
-    TORCH_CHECK(false, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use one of ", known);
+    GRADKERN_CHECK(false, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use one of ", known);
   }();
   return *chosen;
 }
@@ -52,7 +49,7 @@ class Scratch {
     if (bytes > size_) {
       size_ = 0;  // also if the next line throws
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      TORCH_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
+      GRADKERN_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
     }
     return memory_.get();
@@ -81,8 +78,8 @@ class Ports {
         cotangents_(call.cotangents.size()),
         outputs_(call.outputs.size()),
         results_(call.results.size()) {
-    for (const at::Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
-    for (const at::Tensor& y : call.outputs) output_n_.push_back(y.size(1));
+    for (const Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
+    for (const Tensor& y : call.outputs) output_n_.push_back(y.size(1));
     context.inputs = inputs_.data(), context.input_n = input_n_.data();
     context.outputs = stores ? outputs_.data() : nullptr, context.output_n = output_n_.data();
     context.results = results_.data(), context.cotangents = cotangents_.data();
@@ -92,9 +89,8 @@ class Ports {
   }
   void go_to_block(int64_t first, int64_t samples) {
     context_.samples = samples;
-    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = call_.inputs[i].const_data_ptr<T>() + first * input_n_[i];
-    for (size_t i = 0; i < outputs_.size(); ++i)
-      outputs_[i] = call_.outputs[i].mutable_data_ptr<T>() + first * output_n_[i];
+    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = data<T>(call_.inputs[i]) + first * input_n_[i];
+    for (size_t i = 0; i < outputs_.size(); ++i) outputs_[i] = mutable_data<T>(call_.outputs[i]) + first * output_n_[i];
   }
   // Seeds in a row; or, if there is an order, those that it names.
   const int64_t* targets(int64_t sample) const { return targets_ + sample * context_.target_n; }
@@ -106,9 +102,9 @@ class Ports {
     if (seed_rows_) context_.seed_rows = seed_rows_ + first * context_.seed_rows_n + seed * context_.seed_rows_s;
     const int64_t all = call_.samples() * context_.seeds_total, row = first * context_.seeds_total + seed;
     for (size_t i = 0; i < results_.size(); ++i)
-      results_[i] = call_.results[i].mutable_data_ptr<T>() + row * (call_.results[i].numel() / all);
+      results_[i] = mutable_data<T>(call_.results[i]) + row * (call_.results[i].numel() / all);
     for (size_t i = 0; i < cotangents_.size(); ++i)
-      cotangents_[i] = call_.cotangents[i].const_data_ptr<T>() + row * (call_.cotangents[i].numel() / all);
+      cotangents_[i] = data<T>(call_.cotangents[i]) + row * (call_.cotangents[i].numel() / all);
   }
 
  private:
@@ -131,10 +127,10 @@ constexpr int64_t kWorthSharing = 1 << 20;  // multiply-adds; a thread takes mic
 
 // Multiply-adds of the backward pass of one seed, as if nothing were zero.
 int64_t backward_macs(const ChainCall& call) {
-  const auto* records = static_cast<const Record*>(call.backward.const_data_ptr());
-  const int64_t lanes = current_isa().vector_bytes / call.packed.element_size();
+  const auto* records = data<Record>(*call.backward);
+  const int64_t lanes = current_isa().vector_bytes / (call.single() ? sizeof(float) : sizeof(double));
   int64_t macs = 0;
-  for (int64_t i = 0; i < call.backward.size(0); ++i) {
+  for (int64_t i = 0; i < call.backward->size(0); ++i) {
     if (records[i].kind == Kind::WindowT) {
       const auto& op = reinterpret_cast<const WindowTRecord&>(records[i]);
       macs += op.H * op.W * op.O * op.window_vectors * lanes;
@@ -148,8 +144,7 @@ int64_t backward_macs(const ChainCall& call) {
 
 // By count: a block costs one forward pass and one backward pass per seed, and every share repeats the forward pass.
 Division divide(const ChainCall& call, int64_t most, int64_t seed_block) {
-  const int64_t samples = call.samples(), seeds = call.seeds();
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t samples = call.samples(), seeds = call.seeds(), threads = torch::stable::get_num_threads();
   const int64_t block = std::max<int64_t>(1, std::min(most, (samples + threads - 1) / threads));
   const int64_t shares = std::min(threads, (seeds + seed_block - 1) / seed_block);
   if (shares < 2) return {block, 1};
@@ -186,7 +181,7 @@ void for_tiles(const ChainCall& call, int64_t most, int64_t share, int64_t share
 // Whether all slopes and factors that cotangents are multiplied with are finite: 0 · Inf is NaN, as in torch.
 template <class T>
 bool finite_slopes(const ChainCall& call, const Context<T>& ctx) {
-  const auto* records = static_cast<const Record*>(call.backward.const_data_ptr());
+  const auto* records = data<Record>(*call.backward);
   bool finite = true;
   const auto check = [&](const Place& place, int64_t H, int64_t W, int64_t count) {
     for (int64_t n = 0; n < ctx.samples; ++n)
@@ -198,7 +193,7 @@ bool finite_slopes(const ChainCall& call, const Context<T>& ctx) {
           finite &= sum == 0;
         }
   };
-  for (int64_t k = 0; k < call.backward.size(0); ++k) {
+  for (int64_t k = 0; k < call.backward->size(0); ++k) {
     if (records[k].kind == Kind::ElementwiseT) {
       const auto& op = reinterpret_cast<const ElementwiseTRecord&>(records[k]);
       check(op.slope, op.extent.H, 1, op.extent.W * op.extent.C);
@@ -224,8 +219,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
   const int64_t entries = round(sizes.entries + 64), segments = sizes.segments + 8;
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T)) + bits + entries * 4 +
                         segments * static_cast<int64_t>(sizeof(Segment));
-  const auto* forward = static_cast<const Record*>(call.forward.const_data_ptr());
-  const auto* backward = static_cast<const Record*>(call.backward.const_data_ptr());
+  const auto* forward = data<Record>(call.forward);
+  const auto* backward = call.backward ? data<Record>(*call.backward) : nullptr;
 
   const auto work = [&](int64_t begin, int64_t end, int64_t share) {  // blocks of samples
     thread_local Scratch scratch;
@@ -237,8 +232,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
     ctx.segments = reinterpret_cast<Segment*>(ctx.bits + bits);
     ctx.channels = reinterpret_cast<uint16_t*>(ctx.segments + segments);
     ctx.weight_rows = ctx.channels + entries;
-    ctx.packed = call.packed.const_data_ptr<T>();
-    ctx.tables = call.tables.const_data_ptr<int32_t>();
+    ctx.packed = data<T>(call.packed);
+    ctx.tables = data<int32_t>(call.tables);
     // Halos and slack must be zero.  They stay zero, because records write only interiors.
     std::memset(memory, 0, static_cast<size_t>(elements * sizeof(T) + bits));
     Ports<T> ports(call, ctx, share == 0);
@@ -256,22 +251,22 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
         ctx.tile_seeds = tile.seeds, ctx.tile_first = tile.start(from);
         ports.go_to_seeds(b * block, s + ctx.tile_first, tile.start(to) - ctx.tile_first, order);
         ctx.areas = everywhere ? nullptr : local->areas(targets, order + s, tile.seeds);
-        kernels.run(backward, call.backward.size(0), ctx);
+        kernels.run(backward, call.backward->size(0), ctx);
         ctx.areas = nullptr;
       });
     }
     scratch.trim();
   };
-  if (shares == 1) at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { work(begin, end, 0); });
+  if (shares == 1) parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { work(begin, end, 0); });
   else
-    at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(shares, 1, [&](int64_t begin, int64_t end) {
       for (int64_t share = begin; share < end; ++share) work(0, blocks, share);
     });
 }
 
 void run(const ChainCall& call, const CpuSizes& sizes) {
-  TORCH_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
-              ", behind the ", call.tables.numel(), " integers of the tables");
+  GRADKERN_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
+                 ", behind the ", call.tables.numel(), " integers of the tables");
   const Isa& isa = current_isa();
   call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }
@@ -279,7 +274,7 @@ void run(const ChainCall& call, const CpuSizes& sizes) {
 template <class T>
 void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64_t rows, bool pooled) {
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
-  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
     RescaleArgs<T> local = args;
     local.scratch = memory.data();
@@ -287,12 +282,12 @@ void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64
   });
 }
 
-at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps) {
-  at::Tensor out = rescale_result(z, reference, pool, relu);
+Tensor rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu, double eps) {
+  Tensor out = rescale_result(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   const Isa& isa = current_isa();
   const int64_t rows = z.size(0) * z.size(1);
-  if (z.scalar_type() == at::kFloat)
+  if (z.scalar_type() == ScalarType::Float)
     launch_rescale<float>(isa.f32, rescale_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   else launch_rescale<double>(isa.f64, rescale_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   return out;
@@ -300,10 +295,10 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
-  m.impl("rescale", rescale);
-  m.impl("chain_forward", chain_forward<CpuSizes, run>);
-  m.impl("chain_vjp", chain_vjp<CpuSizes, run>);
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
+  m.impl("rescale", TORCH_BOX(&rescale));
+  m.impl("chain_forward", TORCH_BOX((&chain_forward<CpuSizes, run>)));
+  m.impl("chain_vjp", TORCH_BOX((&chain_vjp<CpuSizes, run>)));
 }
 
 }  // namespace gradkern
