@@ -243,8 +243,12 @@ def explain(
     calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = _inspection_request(model, inputs, wrt, output)
-    route = decide(request, engine)
+    with options.use(options.engine(engine)):
+        return _explained(_inspection_request(model, inputs, wrt, output), targets, show)
+
+
+def _explained(request: Request, targets: Targets | TopK, show: bool) -> Explanation:
+    route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
         eager_reason = route.eager_reason.text

@@ -87,7 +87,7 @@ class Prepared:
             chain = frozen.frozen_chain(program, route.params(), given, seeds.indices, wrt)
             tensors = {} if chain is not None else {name: x.detach().clone() for name, x in route.tensors.items()}
         if chain is None:
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "kernel").shaped
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
         x = given[wrt[0]]
         most = samples_per_chunk(x.device, program.outputs * x.element_size())
         return lambda inputs: _by_chain(chain, seeds, wrt, inputs, most)

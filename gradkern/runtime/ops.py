@@ -8,6 +8,7 @@ Without it the package works through the reference path, with one warning.
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codegen import cuda
 from ..codegen.encoding import Sizes, layout_fingerprint
-from ..codegen.machine import Device, Machine
+from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import NATIVE_FUNCTIONS
+from . import validation
 
 PACKAGE = Path(__file__).parents[1]
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
@@ -56,9 +59,21 @@ def _way_out() -> str:
     return HOW_TO_BUILD
 
 
-def machine(device: torch.device | None = None) -> Machine | None:
-    """The machine that kernels on ``device`` (default: the CPU) are laid out for; None if there are no kernels."""
-    return _machine(None if device is None or device.type == "cpu" else device)
+def machine(device: torch.device | None = None) -> Machine | NoKernels:
+    """The machine that kernels on ``device`` (default: the CPU) are laid out for.
+
+    On a GPU there are no kernels unless they have been validated on its architecture, or are asked for.
+    """
+    found = _machine(None if device is None or device.type == "cpu" else device)
+    return validation.permitted(found, cuda_fingerprint()) if isinstance(found, Device) else found
+
+
+@functools.cache
+def cuda_fingerprint() -> str:
+    """A hash of the CUDA kernels in use, and of the code that lays out their work."""
+    here = Path(cuda.__file__).parent
+    layout = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    return f"{extension().cuda_fingerprint()}-{layout}"
 
 
 def precision() -> str:
@@ -69,17 +84,27 @@ def precision() -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
+def convolutions_in_tf32() -> bool:
+    """Whether torch computes float32 convolutions of a GPU in TF32, as it does by default."""
+    convolutions: Any = torch.backends.cudnn
+    return convolutions.conv.fp32_precision == "tf32"
+
+
 @functools.cache
-def _machine(device: torch.device | None) -> Machine | None:
+def _machine(device: torch.device | None) -> Machine | NoKernels:
     c = extension()
     if c is None:
-        return None
+        return NoKernels()
     if device is None:
         return Machine(c.isa(), c.vector_bytes())
     if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
-        return Device("cuda", 16, c.cuda_shared_bytes(number))
-    return None
+        try:
+            shared_bytes, processors, kilohertz, capability = c.describe_device(number)
+        except RuntimeError as error:  # the extension has no machine code for this GPU
+            return NoKernels(str(error).splitlines()[0])
+        return Device("cuda", 16, shared_bytes, processors=processors, kilohertz=kilohertz, capability=capability)
+    return NoKernels()
 
 
 def isa_is_chosen() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -82,6 +83,11 @@ _binders: Memo[_Binder] = Memo(256)
 def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     """The live tensors that ``program`` names, and its derived tensors, computed now."""
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
+
+
+def leading(inputs: Sequence[Tensor]) -> Tensor:
+    """The first floating input: a call computes in its dtype and on its device."""
+    return next((t for t in inputs if t.is_floating_point()), inputs[0])
 
 
 def all_finite(params: Params) -> bool:
@@ -215,6 +221,14 @@ weight_cache = WeightCache()
 on_reset(weight_cache.clear)
 
 
+def content_of(tensors: Sequence[Tensor]) -> int:
+    """A hash of the tensors' bytes; those of each device are hashed where they are, such as a scalar on the CPU beside
+    weights on a GPU."""
+    devices = dict.fromkeys(t.device for t in tensors)
+    hashes = [ops.content_hash([t for t in tensors if t.device == device]) for device in devices]
+    return hashes[0] if len(hashes) == 1 else hash(tuple(hashes))
+
+
 class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
@@ -222,8 +236,7 @@ class PlanWeights:
         tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
         self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
-        on_device = [t for t in tensors if t.device == like.device]
-        content = ops.content_hash(on_device) if self.mixed is None else 0
+        content = content_of(tensors) if self.mixed is None else 0
         self.entry = weight_cache.entry(plan, content, like)
 
     def packed(self, chain: Chain) -> Packed:
