@@ -156,6 +156,42 @@ def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: 
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
+def recurrent_walk(
+    g: Tensor,
+    slopes: Tensor,
+    keep: Tensor | None,
+    through: Tensor | None,
+    weight: Tensor,
+    inputs: int,
+    *,
+    reverse: bool,
+) -> Tensor | None:
+    """A recurrent layer's walk back through time for all seeds, ``g [N, S, T, H] -> [N, S, T, inputs]``; the other
+    arguments are those of the op (csrc/cpu/recurrent.cpp).  None if there is no kernel for these tensors."""
+    if not _walks(g, slopes, weight):
+        return None
+    g = g if g.stride(3) == 1 else g.contiguous()
+    result = g.new_empty(*g.shape[:3], inputs)
+    factors = [None if t is None else t.contiguous() for t in (slopes, keep, through)]
+    torch.ops.gradkern.recurrent_walk(g, *factors, weight, reverse, result)
+    return result
+
+
+def recurrent_cells(cells: Tensor, keep: Tensor, *, reverse: bool) -> bool:
+    """``cells[:, t] += keep[:, t] * cells[:, t - 1]`` for every step in turn.  False if there is no kernel."""
+    native = _walks(cells, keep)
+    if native:
+        torch.ops.gradkern.recurrent_cells(cells, keep, reverse)
+    return native
+
+
+def _walks(first: Tensor, *others: Tensor) -> bool:
+    """A build that is older than these ops has the same layout of records."""
+    native = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64) and extension() is not None
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in others)
+    return native and alike and hasattr(torch.ops.gradkern, "recurrent_walk")
+
+
 def content_hash(tensors: Sequence[Tensor]) -> int:
     """An order-sensitive 64-bit hash of the tensors' bytes."""
     return torch.ops.gradkern.content_hash(list(tensors)) if tensors else 0
@@ -204,10 +240,9 @@ def register_fakes() -> None:
             return z.new_empty(1, *z.shape)
         return z.new_empty(pool[0] * pool[1], *z.shape[:2], pool[8], pool[9])
 
-    @torch.library.register_fake("gradkern::chain_vjp")
-    def _(*arguments: Any) -> None:
-        return None
+    for writes_alone in ("chain_vjp", "accumulate", "recurrent_walk", "recurrent_cells"):
+        if hasattr(torch.ops.gradkern, writes_alone):
 
-    @torch.library.register_fake("gradkern::accumulate")
-    def _(*arguments: Any) -> None:
-        return None
+            @torch.library.register_fake(f"gradkern::{writes_alone}")
+            def _(*arguments: Any) -> None:
+                return None
