@@ -41,9 +41,12 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     good = [r for r in results if "failed" not in r]
     busy = " The machine had other work at the same time." if about["busy"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    tried = len({r["name"] for r in results})
+    listed = about["networks"]
+    share = f" Of {listed} networks, {tried} were tried, drawn at random." if tried < listed else ""
     parts = [
         INTRODUCTION,
-        f"Measured on {machine.one_line(about)} at commit {about['commit']}.{busy} Packages: {versions}.\n",
+        f"Measured on {machine.one_line(about)} at commit {about['commit']}.{busy}{share} Packages: {versions}.\n",
     ]
     for threads in sorted({r["threads"] for r in results}):
         chosen = [r for r in good if r["threads"] == threads]
