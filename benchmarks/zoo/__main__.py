@@ -46,7 +46,7 @@ def main() -> None:
         for threads in options.threads:
             file = options.out / f"{name.replace('/', '--')}--{threads}.json"
             if options.again or not file.exists():
-                found = run(name, threads, options)
+                found = run(name, threads, options) | {"commit": machine.commit()}
                 file.write_text(json.dumps(found, indent=1) + "\n")
             print(table.line(json.loads(file.read_text())), flush=True)
     results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
