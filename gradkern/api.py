@@ -237,7 +237,7 @@ def explain(
     calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = _inspection_request(model, inputs, wrt, output)
+    request = replace(_inspection_request(model, inputs, wrt, output), choose=jacobian_choice(targets))
     route = decide(request, engine)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -248,9 +248,9 @@ def explain(
         reason = eager_reason or (verdict.reason if verdict else "")
         explanation = WholeModel(name_of(request.fn), reason)
     else:
-        seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
+        seeds = request.choose(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
-        explanation = explanation.timed(compared(request, route, seeds))
+        explanation = explanation.timed(compared(request, route))
     if show:
         print(explanation)
     return explanation

@@ -45,7 +45,7 @@ class Points:
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
-        self.ahead = 0  # points still to come, for the decision to trace
+        self.ahead = 0  # points still to come, for the decision to capture
         self.most: int | None = None  # points at a time, if the caller limits them
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
@@ -71,8 +71,8 @@ class Points:
         """The model's Program, if it is known already."""
         return self.route.program
 
-    def traced(self) -> Program | None:
-        """The model's Program, traced now if it is not known; None if the model has none (a warning says why)."""
+    def captured(self) -> Program | None:
+        """The model's Program, captured now if it is not known; None if the model has none (a warning says why)."""
         if self.route.engine != "autograd":
             verdict_now(self.base_request, self.route)
         return self.route.program

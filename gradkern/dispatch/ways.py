@@ -20,7 +20,7 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request, allocate
-from .state import Traced
+from .state import CapturedProgram
 from .targets import Seeds
 
 SIZES = (2, 8, 32)  # calls with fewer than so many samples are measured apart: the cost per call weighs more
@@ -49,7 +49,7 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measured(request: Request, found: Traced, seeds: Seeds, profile: ModelProfile) -> Timing:
+def measured(request: Request, found: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     few = _fewer(seeds)
     saved = profile.per_sample if found.verdict.opaque else 0

@@ -75,17 +75,22 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 class CapturedGraph:
     """One captured graph.
 
-    ``reads``: the meaning of each placeholder.  ``code``: Dynamo's code for the graph, which identifies its cache entry
-    in Dynamo.  ``tensors``: finds the live tensors that it reads, given the arguments of the captured function.
-    ``methods``: the methods that ran during capture; Dynamo does not guard against their replacement in a class.
+    ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
+    it reads, given the arguments of the captured function.  ``methods``: the methods that ran during capture; Dynamo
+    does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
     names: tuple[str, ...]  # of the tensors, in order
-    code: types.CodeType | None = None
+    guards: Any = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
     methods: tuple[Method, ...] = ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether Dynamo still has it: `torch._dynamo.reset` and the end of an object that is guarded end it."""
+        return self.guards is not None and self.guards.cache_entry is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,8 @@ class Capture:
         # the process would be too low.  Separate globals: Dynamo stores in them the modules that it has seen.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
-        self.graphs: dict[int, CapturedGraph] = {}  # by the id of Dynamo's code
+        self.graphs: tuple[CapturedGraph, ...] = ()
+        self.latest: CapturedGraph | None = None  # the one whose guards held last
         entry = types.FunctionType(self.code, self.shared)
         options: Any = {"guard_filter_fn": _note_methods}
         self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
@@ -167,15 +173,16 @@ class Capture:
             raise Untraceable("its output is not one tensor")
         (graph, arguments), _ran.graph = _ran.graph, None
         tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
-        if graph.code is None:
+        if graph.guards is None:
             self._find(graph, local, tensors)
         return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
     def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Learn Dynamo's code for a new graph, and where its tensors are read."""
-        entries = cache_entries(self.code)
-        code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
-        self.graphs[id(code)] = graph
+        """Learn Dynamo's code and guards for a new graph, and where its tensors are read."""
+        graphs = tuple(known for known in self.graphs if known.alive)
+        entry = next(e for e in cache_entries(self.code) if all(e.guard_manager is not g.guards for g in graphs))
+        graph.guards, code = entry.guard_manager, entry.code
+        self.graphs = (*graphs, graph)
 
         def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
             types.FunctionType(code, shared)(**local)

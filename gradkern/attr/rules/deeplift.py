@@ -319,7 +319,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
         with one_call():
             points = points_for(self, rows, additional_forward_args)
-            if points is not None and points.traced() is not None:
+            if points is not None and points.captured() is not None:
                 seeds, _ = points.choose(jacobian_choice(targets))
                 maps, delta = self._mean(points, seeds, start, return_convergence_delta, custom_attribution_func)
                 return answer(maps, as_tuple, seeds, delta)

@@ -1,4 +1,4 @@
-"""Probing model and source before a run: whether it can be traced, and the method on a few samples."""
+"""Probing model and source before a run: whether it can be captured, and the method on a few samples."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
-    """Trace, and run the method on a few of the samples that were read, which are spread over all ``samples``.
+    """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
     ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
     chunks, in all processes, go the same way.
@@ -126,7 +126,7 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
-    found = compared(request, decide(request, "auto"), chosen)
+    found = compared(request, decide(request, "auto"))
     return None if found is None else found.way
 
 
