@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import eager
 from .dispatch.prepared import Prepared
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import compared, couples_batch, decide, output_shape, solve, verdict_now
+from .dispatch.route import decide, output_shape, solve, timing, verdict_now, whole_batch_reason
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
@@ -173,7 +173,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
-    whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
+    whole = solve(request, route) if chunk < request.samples and whole_batch_reason(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
@@ -250,7 +250,7 @@ def explain(
     else:
         seeds = request.choose(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
-        explanation = explanation.timed(compared(request, route))
+        explanation = explanation.timed(timing(request, route))
     if show:
         print(explanation)
     return explanation

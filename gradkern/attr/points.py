@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import batching
 from ..dispatch.request import Request
-from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
+from ..dispatch.route import Route, output_shape, shared_route, solve, verdict_now, whole_batch_reason
 from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
 from ..util.callables import with_given
@@ -65,7 +65,7 @@ class Points:
     @property
     def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return bool(couples_batch(self.base_request, self.route))
+        return bool(whole_batch_reason(self.base_request, self.route))
 
     def program(self) -> Program | None:
         """The model's Program, if it is known already."""

@@ -44,13 +44,13 @@ BATCHED_NODES = frozenset(
 class ModelProfile:
     """Measurements of one model on a few samples: whether the batch may be cut, and how much memory a sample takes.
 
-    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
+    ``whole_batch_reason``: why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
     known, so one forward gets the whole batch.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
     are the bytes that autograd saves for the backward pass, ``largest`` those of the largest tensor among them, per
     sample.
     """
 
-    couples_batch: str = ""
+    whole_batch_reason: str = ""
     mutates: bool = False
     fixed: int = 0
     per_sample: int = 0
@@ -59,7 +59,7 @@ class ModelProfile:
 
     def chunk(self, samples: int, per_input: int, device: torch.device, seeds: int = 1) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs.  ``seeds``: that go back together."""
-        if self.couples_batch or self.one_piece:
+        if self.whole_batch_reason or self.one_piece:
             return samples
         # The saved activations, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1

@@ -222,10 +222,10 @@ def output_shape(request: Request, route: Route) -> Shape:
     return eager.measured_output_shape(request)
 
 
-def couples_batch(request: Request, route: Route) -> str:
+def whole_batch_reason(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
     changes its buffers.  Empty if the batch may be cut."""
-    return "" if route.program is not None else _profile(request, route).couples_batch
+    return "" if route.program is not None else _profile(request, route).whole_batch_reason
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
@@ -237,7 +237,7 @@ def _profile(request: Request, route: Route) -> ModelProfile:
     with route.state.live:
         profile = route.entry.profile = eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
     if verdict is not None and verdict.couples_batch:
-        return replace(profile, couples_batch=verdict.reason)
+        return replace(profile, whole_batch_reason=verdict.reason)
     return profile
 
 
@@ -254,19 +254,36 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if request.samples == 0:
         with eager.outside_modes():
             return allocate(request, output_shape(request, route))
-    if route.engine == "autograd":
-        return _on_autograd(request, route)
-    if isinstance(route.decision, EagerReason):
-        _say_why_eager(route, route.decision)
-        return _on_autograd(request, route)
     start, results = 0, None
     if route.decision is None and route.engine == "auto":
         start, results = _on_autograd_until_capture_pays(request, route)
-        if results is not None and start == request.samples:
-            return results
-    found = route.capture(lambda: request.pick(VERIFY_SAMPLES))
-    if isinstance(found, Verdict):
+    if start < request.samples:
+        found = _program_of(request, route)
+        if found is not None:
+            try:
+                return _by_program(request, route, found, start, results)
+            except OutputsChanged:
+                route.refuse(CHANGED)
         return _on_autograd(request, route, start, results)
+    assert results is not None
+    return results
+
+
+def _program_of(request: Request, route: Route) -> CapturedProgram | None:
+    """The Program that the engine takes, captured now if need be; None if it is autograd."""
+    if route.engine == "autograd":
+        return None
+    if isinstance(route.decision, EagerReason):
+        _say_why_eager(route, route.decision)
+        return None
+    found = route.capture(lambda: request.pick(VERIFY_SAMPLES))
+    return None if isinstance(found, Verdict) else found
+
+
+def _by_program(
+    request: Request, route: Route, found: CapturedProgram, start: int, results: JacobianResult | None
+) -> JacobianResult:
+    """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
     known = _known(request, route, found)
     way = _way(request, route, found, known)
     if way != "kernels":
@@ -274,18 +291,15 @@ def solve(request: Request, route: Route) -> JacobianResult:
             results = allocate(request, found.program.output_shape, results)
         profile = _profile_of_program(request, route)
         return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
-    if results is None and route.engine != "reference":
-        results = _by_whole_chain(request, route, found, known)
-        if results is not None:
-            return results
+    whole = (
+        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, found, known)
+    )
+    if whole is not None:
+        return whole
     saved = _profile_of_program(request, route).per_sample if found.verdict.opaque else 0
-    try:
-        return batching.run(
-            request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
-        )
-    except OutputsChanged:
-        route.refuse(CHANGED)
-    return _on_autograd(request, route, start, results)
+    return batching.run(
+        request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
+    )
 
 
 def _known(request: Request, route: Route, found: CapturedProgram) -> KnownCall:
@@ -326,7 +340,7 @@ def _way(request: Request, route: Route, found: CapturedProgram, known: KnownCal
 def _timing(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
     return ways.timings.get_or_make(
-        known.timing, lambda: ways.measured(request, found, known.seeds, _profile_of_program(request, route))
+        known.timing, lambda: ways.measure(request, found, known.seeds, _profile_of_program(request, route))
     )
 
 
@@ -348,7 +362,7 @@ def _by_whole_chain(request: Request, route: Route, found: CapturedProgram, know
     return JacobianResult(seeds, seeds.indices, found.program.output_shape, tuple(jacobians), shaped)
 
 
-def compared(request: Request, route: Route) -> Timing | None:
+def timing(request: Request, route: Route) -> Timing | None:
     """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
     found = route.decision
     if route.engine != "auto" or not isinstance(found, CapturedProgram) or not request.samples:
@@ -362,7 +376,7 @@ def compared(request: Request, route: Route) -> Timing | None:
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
     """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
-    return replace(profile, couples_batch="", mutates=False)
+    return replace(profile, whole_batch_reason="", mutates=False)
 
 
 def _on_autograd(
@@ -386,7 +400,7 @@ def _on_autograd_until_capture_pays(request: Request, route: Route) -> tuple[int
             begin = clock()
             results = eager.fill(request, results, start, stop)
             seconds = clock() - begin
-            if profile.couples_batch:
+            if profile.whole_batch_reason:
                 continue  # it cannot be captured
             with route.state.lock:
                 work.add((stop - start) * results.seeds.count, seconds)
@@ -395,7 +409,7 @@ def _on_autograd_until_capture_pays(request: Request, route: Route) -> tuple[int
                 return stop, results
     with route.state.lock:
         work.calls += 1
-        work.output_shape = None if results is None or profile.couples_batch else results.output_shape
+        work.output_shape = None if results is None or profile.whole_batch_reason else results.output_shape
     return request.samples, results
 
 
@@ -410,7 +424,7 @@ def _profile_of_run(request: Request, route: Route) -> ModelProfile:
 
 
 def _fit(request: Request, profile: ModelProfile) -> bool:
-    loose = replace(profile, couples_batch="")
+    loose = replace(profile, whole_batch_reason="")
     return loose.chunk(request.samples, request.sample_bytes, request.inputs[0].device) >= request.samples
 
 

@@ -26,7 +26,7 @@ from ..runtime.parameters import bind
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
-from ..util.options import GradkernWarning, InputError
+from ..util.options import GradkernWarning, InputError, debugging
 from .eager import ModelProfile, check_runs
 from .first_use import AutogradWork, clock, note_capture
 from .guards import condition, stand_ins
@@ -158,10 +158,14 @@ class ModelState:
                         del entry.verdicts[given_up]
             return CapturedProgram(verdict, program, captured.tensors)
         except Untraceable as error:
+            if debugging():
+                raise
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
         except InputError:
             raise
         except Exception as error:  # whatever a capture may raise, autograd still gives the right result
+            if debugging():
+                raise
             return Verdict(None, f"capturing failed with {type(error).__name__}: {_one_line(str(error))}")
         finally:
             note_capture(clock() - begin)

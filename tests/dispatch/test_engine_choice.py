@@ -122,6 +122,13 @@ def test_untraceable_models_run_on_autograd_with_one_warning(name):
         assert oracle.relative_error(g.reshape(w.shape), w) < 1e-10
 
 
+def test_in_debug_mode_a_refusal_is_raised(monkeypatch):
+    monkeypatch.setenv(options.DEBUG, "1")
+    model, inputs = net("resnet1d_custom")
+    with pytest.raises(RuntimeError, match="custom autograd.Function"):
+        gradkern.jacobian(model, inputs, engine="kernel")
+
+
 def test_opaque_steps_are_named_in_one_warning():
     case = CASES["resnet1d_opaque"]
     model, inputs = case.build(dtype=torch.float64), case.inputs(dtype=torch.float64)

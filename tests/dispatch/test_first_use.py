@@ -93,7 +93,7 @@ class Clock:
         monkeypatch.setattr(frozen.WholeChain, "__call__", kernels)
         for module in (route, state):
             monkeypatch.setattr(module, "clock", lambda: self.now)
-        monkeypatch.setattr(route.ways, "measured", lambda *args: route.Timing(1, {"kernels": 1.0, "loop": 2.0}))
+        monkeypatch.setattr(route.ways, "measure", lambda *args: route.Timing(1, {"kernels": 1.0, "loop": 2.0}))
 
 
 def network() -> nn.Module:

@@ -14,7 +14,7 @@ import gradkern
 from gradkern import attr
 from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import couples_batch, decide, one_call, output_shape, shared_route, solve
+from gradkern.dispatch.route import decide, one_call, output_shape, shared_route, solve, whole_batch_reason
 from tests.cases import net
 
 PACKAGE = Path(gradkern.__file__).parent
@@ -120,7 +120,7 @@ def test_a_route_sees_a_program_that_is_traced_after_it_was_made() -> None:
     torch.testing.assert_close(solve(request, route).shaped, want)
     assert route.program is not None
     assert route.program.output_shape == shape
-    assert couples_batch(request, route) == ""
+    assert whole_batch_reason(request, route) == ""
 
 
 def test_parts_of_one_call_share_a_route_where_it_fits() -> None:

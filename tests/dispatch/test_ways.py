@@ -14,7 +14,7 @@ from gradkern.planner.timing import TIE, Timing
 from gradkern.runtime import executor
 from tests.cases import net
 
-MEASURED = ways.measured  # before any fixture replaces it
+MEASURE = ways.measure  # before any fixture replaces it
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def decided(monkeypatch):
     ways.timings.clear()
 
     def decide(fastest, slower=2.0):
-        def measured(request, found, seeds, profile):
+        def measure(request, found, seeds, profile):
             sizes.append(request.samples)
             return Timing(
                 request.samples, {way: 1.0 if way == fastest else slower for way in ("kernels", "loop", "batched")}
             )
 
-        monkeypatch.setattr(ways, "measured", measured)
+        monkeypatch.setattr(ways, "measure", measure)
         return sizes
 
     yield decide
@@ -118,7 +118,7 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
         work()
         return 1e-4 * next(clock)
 
-    monkeypatch.setattr(ways, "measured", MEASURED)
+    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(ways, "seconds_of", seconds_of)
     ways.timings.clear()
     model, (x,) = net(n=n)
@@ -142,7 +142,7 @@ def test_a_way_that_torch_cannot_run_is_not_taken(monkeypatch):
         return real(request, partial, start, stop, together)
 
     real = eager.fill
-    monkeypatch.setattr(ways, "measured", MEASURED)
+    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(eager, "fill", fill)
     ways.timings.clear()
     model, (x,) = net(n=2)

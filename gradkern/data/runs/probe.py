@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ... import api
 from ...dispatch import ways
 from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import compared, couples_batch, decide
+from ...dispatch.route import decide, timing, whole_batch_reason
 from ...dispatch.targets import Seeds
 from ...ir.program import Program
 from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
 from ...util.buffers import buffers_kept
-from ...util.options import BadValue, Engine
+from ...util.options import BadValue, Engine, debugging
 from ...util.random_state import RandomState
 from .. import methods, statistics
 from .reading import Alone
@@ -126,7 +126,7 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
-    found = compared(request, decide(request, "auto"))
+    found = timing(request, decide(request, "auto"))
     return None if found is None else found.way
 
 
@@ -169,6 +169,8 @@ def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
             wanted = [x for x, f in zip(leaves, floating, strict=True) if f]
             gradients = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
     except Exception:  # the model's own errors come up when the method runs
+        if debugging():
+            raise
         return [True] * samples
     finally:
         state.restore()
@@ -182,7 +184,7 @@ def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     request = Request(model, inputs, floating, jacobian_choice(None))
-    reason = couples_batch(request, decide(request))
+    reason = whole_batch_reason(request, decide(request))
     if reason:
         raise BadValue(
             f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "
