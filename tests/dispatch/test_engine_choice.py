@@ -125,7 +125,7 @@ def test_untraceable_models_run_on_autograd_with_one_warning(name):
 def test_in_debug_mode_a_refusal_is_raised(monkeypatch):
     monkeypatch.setenv(options.DEBUG, "1")
     model, inputs = net("resnet1d_custom")
-    with pytest.raises(RuntimeError, match="custom autograd.Function"):
+    with pytest.raises(RuntimeError, match="custom autograd"):
         gradkern.jacobian(model, inputs, engine="kernel")
 
 
