@@ -28,6 +28,7 @@ from .request import JacobianResult, Request, allocate, check_devices, check_out
 
 LARGEST_CHUNK = 2048  # samples
 LEAST_BATCHED = 8  # samples whose seeds go back together
+SMALL_COTANGENTS = 1 << 16  # elements; so many are made at once for all seeds
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
 BATCHED_NODES = frozenset(
@@ -255,17 +256,21 @@ def fill(
         index = seeds.rows(start, stop)
         rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
         group = together or _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
+        batched, small = group > 1, seeds.count * y.numel() <= SMALL_COTANGENTS
+        every = _cotangents(y, index, 0, seeds.count) if small else None  # [S, n, *out]
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
-            cotangents = _cotangents(y, index, first, last)  # [s, n, *out]
-            batched = group > 1
-            sent = cotangents if batched else cotangents[0]
+            sent = _cotangents(y, index, first, last) if every is None else every[first:last]  # [s, n, *out]
             gradients = torch.autograd.grad(
-                y, leaves, sent, retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched
-            )
+                y, leaves, sent if batched else sent[0],
+                retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched,
+            )  # fmt: skip
             check_reached(request, _none_of(request, gradients))
             for row, gradient in zip(rows, gradients, strict=True):
-                row[:, first:last] = gradient.movedim(0, 1) if batched else gradient[:, None]
+                if batched:
+                    row[:, first:last] = gradient.movedim(0, 1)
+                else:
+                    row.select(1, first).copy_(gradient)
     return results
 
 

@@ -356,7 +356,7 @@ def _by_whole_chain(request: Request, route: Route, found: CapturedProgram, know
     if packed is None:
         return None
     begin = clock()
-    jacobians = whole(packed, whole.rows(packed), [x.detach() for x in request.inputs])
+    jacobians = whole(packed, whole.rows(packed), [x.detach() if x.requires_grad else x for x in request.inputs])
     watch.seconds += clock() - begin
     seeds, shaped = known.seeds, whole.shaped(jacobians)
     return JacobianResult(seeds, seeds.indices, found.program.output_shape, tuple(jacobians), shaped)
@@ -376,7 +376,8 @@ def timing(request: Request, route: Route) -> Timing | None:
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
     """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
-    return replace(profile, whole_batch_reason="", mutates=False)
+    known = not profile.whole_batch_reason and not profile.mutates
+    return profile if known else replace(profile, whole_batch_reason="", mutates=False)
 
 
 def _on_autograd(

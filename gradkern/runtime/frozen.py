@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class WholeChain:
         axes: Shape,
     ) -> None:  # fmt: skip
         self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
+        self._latest: tuple[Hashable, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
         self.axes = axes  # of the results, in place of S
         self.like, self.outputs = like.new_empty(0), call_plan.outputs
         self.order = [chain.wrt.index(v) for v in wrt]
@@ -39,11 +41,14 @@ class WholeChain:
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
-        entry = weight_cache.entry(self.plan, content(self.plan, tensors), self.like)
-        packed = entry.packs.get(id(self.chain))
+        found = content(self.plan, tensors)
+        before, latest = self._latest
+        packed = latest() if latest is not None and before == found else None
         if packed is None:
+            entry = weight_cache.entry(self.plan, found, self.like)
             with torch.inference_mode(False), torch.no_grad():
                 packed = weight_cache.packed(entry, self.chain, bind(self.program, tensors), self.like)
+            self._latest = found, weakref.ref(packed)
         return packed if packed.finite else None
 
     def rows(self, packed: Packed) -> Tensor | None:
