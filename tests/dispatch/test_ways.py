@@ -11,7 +11,7 @@ import torch
 import gradkern
 from gradkern.dispatch import eager, ways
 from gradkern.planner.timing import TIE, Timing
-from gradkern.runtime import executor
+from gradkern.runtime import executor, frozen
 from tests.cases import net
 
 MEASURE = ways.measure  # before any fixture replaces it
@@ -21,17 +21,22 @@ MEASURE = ways.measure  # before any fixture replaces it
 def taken(monkeypatch):
     """What ran, in order: "kernels" or (samples, seeds together), after the model has been measured."""
     runs: list = []
-    real_kernels, real_autograd = executor.jacobian, eager.fill
+    real_kernels, real_chain, real_autograd = executor.jacobian, frozen.WholeChain.__call__, eager.fill
 
     def kernels(*args, **kwargs):
         runs.append("kernels")
         return real_kernels(*args, **kwargs)
+
+    def chain(*args):
+        runs.append("kernels")
+        return real_chain(*args)
 
     def autograd(request, partial, start, stop, together=None):
         runs.append((stop - start, together))
         return real_autograd(request, partial, start, stop, together)
 
     monkeypatch.setattr(executor, "jacobian", kernels)
+    monkeypatch.setattr(frozen.WholeChain, "__call__", chain)
     monkeypatch.setattr(eager, "fill", autograd)
     return runs
 
