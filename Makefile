@@ -15,7 +15,8 @@ ARGS ?=
 
 # `make demo` alone installs what the demo needs; whatever else is asked for installs the rest beside it.
 GOALS := $(or $(MAKECMDGOALS),help)
-EXTRAS := $(if $(filter-out demo,$(GOALS)),$(if $(filter docs,$(GOALS)),--extras demo data ray bench plot dev docs),--extras demo)
+ADDED := $(filter docs,$(GOALS)) $(if $(filter wheel,$(GOALS)),release)
+EXTRAS := $(if $(filter-out demo,$(GOALS)),$(if $(strip $(ADDED)),--extras demo data ray bench plot dev $(ADDED)),--extras demo)
 BIN := $(VENV)/bin
 # A process per core, up to four; the tests of a file stay together, as they share what they compute once.
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -23,8 +24,9 @@ EXT := build/extension.txt
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
+SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all docs fuzz soak bench gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz soak bench zoo gpu cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -42,6 +44,12 @@ test-all: $(EXT) ## all tests
 
 docs: $(EXT) ## the documentation site with its executed gallery, in build/docs/index.html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
+
+test-matrix: $(EXT) ## tests with the oldest and newest Python, torch and Captum (ARGS="--all PYTHON/TORCH/CAPTUM ..."; GBs)
+	$(BIN)/python tools/test_matrix.py $(ARGS)
+
+wheel: $(EXT) ## a manylinux wheel in dist/, proven in fresh environments (ARGS="PYTHON/TORCH/CAPTUM ..."; GBs)
+	$(BIN)/python tools/wheel.py $(ARGS)
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
@@ -93,7 +101,8 @@ build/env.txt: FORCE
 
 $(EXT): build/env.txt $(SOURCES)
 	@echo "building the extension (a minute or two the first time)"
-	@GRADKERN_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace > build/extension.log 2>&1 \
+	@set -o pipefail; GRADKERN_REQUIRE_EXT=1 $(BIN)/python setup.py build_ext --inplace 2>&1 | tee build/extension.log \
+		| sed -nu 's/^\(\[[0-9]*\/[0-9]*\]\).*\/\([a-z_0-9]*\)\.o\.d .*/  \1 \2/p' \
 		|| { tail -n 60 build/extension.log; echo "The extension did not build; the whole log: build/extension.log"; exit 1; }
 	@grep -h '^gradkern: ' build/extension.log || true
 	@touch $@

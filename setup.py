@@ -1,4 +1,4 @@
-"""Builds ``gradkern._C``: the CPU part always, the CUDA part where torch has CUDA and a toolkit is found.
+"""Builds ``gradkern/_C.so``: the CPU part always, the CUDA part where torch has CUDA and a toolkit is found.
 
 Metadata lives in ``pyproject.toml``; this file is only about the extension.  Environment:
 
@@ -26,6 +26,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext as plain_build_ext
 
 MODULE = "gradkern._C"
+# Of torch, the sources include the headers of its stable ABI alone (csrc/torch_abi.h), as of this version, so the
+# library runs under this torch and every later one, whichever it was built with.  It is no Python module either.
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
 # The kernels are C++20, and include nothing of torch, which before 2.13 would append -std=c++17 here.
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 HOW_TO = "pip install --no-build-isolation ."
@@ -39,6 +42,7 @@ def env_is(name: str, value: str) -> bool:
     return os.environ.get(name, "").strip().lower() in {value, {"1": "true", "0": "false"}[value]}
 
 
+VERSION: list[str] = []  # what an installation adds to its version
 STRICT = env_is("GRADKERN_REQUIRE_EXT", "1")
 
 
@@ -47,6 +51,15 @@ def without_extension(why: str) -> None:
     if STRICT:
         raise SystemExit(f"gradkern: {why}\ngradkern: GRADKERN_REQUIRE_EXT is set, so this is an error.")
     say(f"{why} Installing without compiled kernels: results are the same, the speed is not. To build: {HOW_TO}")
+    VERSION.append("no.kernels")
+
+
+def version() -> str:
+    """Of the package; an installation without kernels says so, because pip shows its version and nothing else."""
+    source = Path("gradkern/__init__.py").read_text()
+    own = next(line.split('"')[1] for line in source.splitlines() if line.startswith("__version__"))
+    installing = {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv)
+    return "+".join([own, *VERSION]) if installing else own
 
 
 def cuda_sources(torch, cpp_extension) -> tuple[list[str], str]:
@@ -80,11 +93,9 @@ def cuda_toolkit(guess: str | None) -> str | None:
 
 def compile_flags() -> list[str]:
     if sys.platform == "win32":
-        return ["/O2", "/openmp"]
-    # -fopenmp: torch adds none, and without it at::parallel_for in an extension is silently serial.
+        return ["/O2"]
     # No -std: torch appends the one that its headers need.  No -march, no -ffast-math: see the module docstring.
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
-    return flags if sys.platform == "darwin" else [*flags, "-fopenmp"]
+    return ["-O3", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 
 def extensions() -> tuple[list, type[plain_build_ext]]:
@@ -98,6 +109,9 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         without_extension(f"torch cannot be imported where the build runs ({error}).")
         return [], plain_build_ext
 
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl")):
+        without_extension("no C++ compiler found.")
+        return [], plain_build_ext
     # A ninja installed beside this Python is found even where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
@@ -113,17 +127,17 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         say(f"building the CPU part alone ({platform.machine()}): {why_not}.")
 
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    openmp = [] if sys.platform in ("darwin", "win32") else ["-fopenmp"]
     module = make(
         MODULE,
         sources + cuda,
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("GRADKERN_WITH_CUDA", "1")] if cuda else [],
+        define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH), *([("GRADKERN_WITH_CUDA", "1")] if cuda else [])],
         extra_compile_args={"cxx": compile_flags(), "nvcc": NVCC_FLAGS},
-        extra_link_args=openmp,
+        extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        py_limited_api=True,
     )
     hint = " With USE_CUDA=0 the CPU part alone is built." if cuda else ""
-    return [module], forgiving(cpp_extension.BuildExtension, hint)
+    return [module], forgiving(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True), hint)
 
 
 def forgiving(base: type, hint: str) -> type:
@@ -147,6 +161,11 @@ def forgiving(base: type, hint: str) -> type:
                 for stale in glob("gradkern/_C*.so") if inplace else ():
                     os.remove(stale)
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1].rstrip(".")
+                if not inplace and not self.editable_mode:  # its version is told already, and promises kernels
+                    raise SystemExit(
+                        f"gradkern: the extension could not be built: {reason}.{hint}\n"
+                        "gradkern: to install without compiled kernels: GRADKERN_BUILD_EXT=0 pip install ."
+                    ) from error
                 without_extension(f"the extension could not be built: {reason}.{hint}")
                 self.inplace, self.extensions = inplace, []
 
@@ -154,4 +173,10 @@ def forgiving(base: type, hint: str) -> type:
 
 
 ext_modules, build_command = extensions()
-setup(license="BSD-3-Clause", ext_modules=ext_modules, cmdclass={"build_ext": build_command})
+setup(
+    license="BSD-3-Clause",
+    version=version(),
+    ext_modules=ext_modules,
+    cmdclass={"build_ext": build_command},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},
+)

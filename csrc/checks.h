@@ -1,6 +1,5 @@
 // Checks on what reaches a kernel, shared by every device; each failure says what was got and what was expected.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <cstring>
 
@@ -13,17 +12,17 @@ void check(const ChainCall& call, bool backward);
 
 // A backend's sizes of scratch memory: CpuSizes, CudaSizes.
 template <class Sizes>
-Sizes sizes_of(at::IntArrayRef numbers) {
+Sizes sizes_of(const Ints& numbers) {
   constexpr size_t kCount = sizeof(Sizes) / sizeof(int64_t);
-  TORCH_CHECK(numbers.size() == kCount, "gradkern: expected ", kCount, " sizes of scratch memory, got ",
-              numbers.size());
-  for (const int64_t s : numbers) TORCH_CHECK(s >= 0, "gradkern: negative size of scratch memory: ", s);
+  GRADKERN_CHECK(numbers.size() == kCount, "gradkern: expected ", kCount, " sizes of scratch memory, got ",
+                 numbers.size());
+  for (const int64_t s : numbers) GRADKERN_CHECK(s >= 0, "gradkern: negative size of scratch memory: ", s);
   Sizes sizes;
   std::memcpy(&sizes, numbers.data(), sizeof sizes);
   return sizes;
 }
 
 // What DeepLift's multipliers are made of: `pool` is empty for a ReLU alone.
-void check_rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu);
+void check_rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu);
 
 }  // namespace gradkern

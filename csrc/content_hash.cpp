@@ -1,19 +1,17 @@
 // The content hash on the CPU; a GPU's is in cuda/hash.cuh.
 #include "content_hash.h"
 
-#include <ATen/ATen.h>
-
 #include <cstring>
 
 namespace gradkern {
 
 // An order-sensitive hash of the bytes of all tensors, which notices every kind of edit of packed weights.
-int64_t content_hash(at::TensorList tensors) {
+int64_t content_hash(const Tensors& tensors) {
   uint64_t total = 0x9e3779b97f4a7c15ull;
-  for (const at::Tensor& tensor : tensors) {
-    const at::Tensor t = tensor.contiguous();
-    const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
-    const int64_t size = static_cast<int64_t>(t.nbytes());
+  for (const Tensor& tensor : tensors) {
+    const Tensor t = torch::stable::contiguous(tensor);
+    const auto* bytes = data<uint8_t>(t);
+    const int64_t size = t.numel() * static_cast<int64_t>(t.element_size());
     // Eight independent lanes of multiply-rotate keep the multiplier busy; each step is a bijection of its lane
     // for a fixed word, so one changed word always changes the hash of its lane.
     uint64_t lane[8];

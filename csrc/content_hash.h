@@ -1,10 +1,10 @@
 // A hash of tensors' contents, computed on the CPU.
 #pragma once
-#include <ATen/ATen.h>
+#include "torch_abi.h"
 
 namespace gradkern {
 
 // An order-sensitive hash of the bytes of CPU tensors.
-int64_t content_hash(at::TensorList tensors);
+int64_t content_hash(const Tensors& tensors);
 
 }  // namespace gradkern

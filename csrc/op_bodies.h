@@ -1,9 +1,7 @@
 // The bodies of the ops that every device shares: checks and allocations around a backend's kernels.
 #pragma once
-#include <ATen/ATen.h>
 
 #include <optional>
-#include <vector>
 
 #include "chain_call.h"
 #include "checks.h"
@@ -14,13 +12,14 @@ namespace gradkern {
 
 // The op `chain_forward` of a backend, whose `Run` launches a checked, non-empty call.
 template <class Sizes, void (*Run)(const ChainCall&, const Sizes&)>
-std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables,
-                                      const at::Tensor& forward, at::IntArrayRef sizes, at::IntArrayRef output_sizes) {
-  ChainCall call{inputs, packed, tables, forward, forward.slice(0, 0, 0), sizes, {}, {}, {}, {}, 1, {}};
+Tensors chain_forward(const Tensors& inputs, const Tensor& packed, const Tensor& tables, const Tensor& forward,
+                      const Ints& sizes, const Ints& output_sizes) {
+  Tensors outputs;
+  const Tensors none;
+  const ChainCall call{inputs, packed, tables, forward, nullptr, outputs, nullptr, nullptr, none, 1, none};
   check(call, false);
-  std::vector<at::Tensor> outputs;
-  for (const int64_t size : output_sizes) outputs.push_back(at::empty({call.samples(), size}, inputs[0].options()));
-  call.outputs = outputs;
+  for (const int64_t size : output_sizes)
+    outputs.push_back(torch::stable::new_empty(inputs[0], {call.samples(), size}));
   const Sizes checked = sizes_of<Sizes>(sizes);
   if (call.samples()) Run(call, checked);
   return outputs;
@@ -28,20 +27,18 @@ std::vector<at::Tensor> chain_forward(at::TensorList inputs, const at::Tensor& p
 
 // The op `chain_vjp`, likewise.
 template <class Sizes, void (*Run)(const ChainCall&, const Sizes&)>
-void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor& tables, const at::Tensor& forward,
-               const at::Tensor& backward, at::IntArrayRef sizes, at::TensorList outputs,
-               const std::optional<at::Tensor>& targets, const std::optional<at::Tensor>& seed_rows,
-               at::TensorList cotangents, int64_t seed_tile, at::TensorList results) {
-  const at::Tensor none;
+void chain_vjp(const Tensors& inputs, const Tensor& packed, const Tensor& tables, const Tensor& forward,
+               const Tensor& backward, const Ints& sizes, const Tensors& outputs, const std::optional<Tensor>& targets,
+               const std::optional<Tensor>& seed_rows, const Tensors& cotangents, int64_t seed_tile,
+               const Tensors& results) {
   const ChainCall call{inputs,
                        packed,
                        tables,
                        forward,
-                       backward,
-                       sizes,
+                       &backward,
                        outputs,
-                       targets.value_or(none),
-                       seed_rows.value_or(none),
+                       targets ? &*targets : nullptr,
+                       seed_rows ? &*seed_rows : nullptr,
                        cotangents,
                        seed_tile,
                        results};
@@ -51,21 +48,22 @@ void chain_vjp(at::TensorList inputs, const at::Tensor& packed, const at::Tensor
 }
 
 // The result of DeepLift's multipliers, [taps, N, C, oh, ow], not yet written.  `pool` is empty for a ReLU alone.
-inline at::Tensor rescale_result(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu) {
+inline Tensor rescale_result(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu) {
   check_rescale(z, reference, pool, relu);
-  return pool.empty() ? at::empty({1, z.size(0), z.size(1), z.size(2), z.size(3)}, z.options())
-                      : at::empty({pool[0] * pool[1], z.size(0), z.size(1), pool[8], pool[9]}, z.options());
+  const bool alone = pool.empty();
+  return torch::stable::new_empty(z, {alone ? 1 : pool[0] * pool[1], z.size(0), z.size(1), alone ? z.size(2) : pool[8],
+                                      alone ? z.size(3) : pool[9]});
 }
 
 // The operands of DeepLift's multipliers as a kernel reads them.
 template <class T>
-RescaleArgs<T> rescale_args(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu,
-                            double eps, at::Tensor& out) {
+RescaleArgs<T> rescale_args(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu, double eps,
+                            Tensor& out) {
   const int64_t H = z.size(2), W = z.size(3);
   RescaleArgs<T> a{};
-  a.z = z.const_data_ptr<T>();
-  a.ref = reference.const_data_ptr<T>();
-  a.out = out.mutable_data_ptr<T>();
+  a.z = data<T>(z);
+  a.ref = data<T>(reference);
+  a.out = mutable_data<T>(out);
   a.ref_rows = reference.size(0);
   a.channels = z.size(1);
   a.out_tap = out.numel() / out.size(0);

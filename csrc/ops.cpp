@@ -1,11 +1,10 @@
 // Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp).
-#include <torch/library.h>
 
 #include "content_hash.h"
 
 namespace gradkern {
 
-TORCH_LIBRARY(gradkern, m) {
+STABLE_TORCH_LIBRARY(gradkern, m) {
   // Forward of a chain: one result per external output, each [N, size].
   m.def(
       "chain_forward(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, int[] sizes, "
@@ -25,6 +24,6 @@ TORCH_LIBRARY(gradkern, m) {
   m.def("content_hash(Tensor[] tensors) -> int");
 }
 
-TORCH_LIBRARY_IMPL(gradkern, CPU, m) { m.impl("content_hash", content_hash); }
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) { m.impl("content_hash", TORCH_BOX(&content_hash)); }
 
 }  // namespace gradkern

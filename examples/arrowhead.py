@@ -2,7 +2,7 @@
 
 python examples/arrowhead.py            # writes arrowhead.pt2 and arrowhead.npy
 gradkern run arrowhead.pt2 arrowhead.npy arrowhead.zarr --method jacobian --reduce importance
-gradkern report arrowhead.zarr --model arrowhead.pt2 --source arrowhead.npy --names Avonlea,Clovis,Mix
+gradkern report arrowhead.zarr --model arrowhead.pt2 --source arrowhead.npy --names "class 0,class 1,class 2"
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import gradkern
-from gradkern.report import Report, Section, figures
+from gradkern.data import Importance
+from gradkern.report import Report, Section, datafigures, figures, findings
 
 FLIP = 1e-4  # a difference above this share of the largest gradient is a changed ReLU pattern, not rounding
 TOP = 10
@@ -292,7 +293,9 @@ def one_per_class(problem: Problem, count: int) -> list[int]:
     return [first + int((problem.test_y == c).nonzero()[0]) for c in range(min(count, len(problem.classes)))]
 
 
-def fill(section: Section, problem: Problem, accuracy: float, result: Comparison, top: list[list[str]]) -> None:
+def fill(
+    section: Section, problem: Problem, accuracy: float, result: Comparison, top: list[list[str]], found: Importance
+) -> None:
     """Writes one network's part of the report."""
     x, y = problem.x, problem.y
     scores = importance(result.gradients, x)
@@ -303,6 +306,8 @@ def fill(section: Section, problem: Problem, accuracy: float, result: Comparison
         (f"{result.ratios[-1]:.1f}×", f"as fast as the loop over samples, timed on {FEW} of them"),
         (f"{result.ratios[0]:.1f}×", "as fast as the loop over classes at its best batch size"),
     ])  # fmt: skip
+    for sentence in findings.all_of(found, problem.classes):
+        section.text(sentence)
     rates = figures.bars(list(result.rates), list(result.rates.values()), "samples per second, all classes")
     agreement = f"The gradients agree to {result.difference:.1e} of the largest one"
     if result.flipped:
@@ -327,6 +332,18 @@ def fill(section: Section, problem: Problem, accuracy: float, result: Comparison
         samples_of(flat[chosen], maps, y[chosen].numpy(), predicted, problem.classes),
         "Single test samples, and the gradient of every class. Red raises the score, blue lowers it; each row has one "
         "scale; the heavy frame marks the predicted class.",
+    )
+    section.picture(
+        datafigures.scores(found.scores, problem.classes, found.low, found.high),
+        f"Importance of each feature, summed over channels{'' if problem.is_image else ', with its'}"
+        f"{'' if problem.is_image else f' {found.level:.0%} bootstrap interval over groups of samples'}.",
+    )
+    assert found.curve is not None
+    section.picture(
+        datafigures.curves(found.curve),
+        "Deletion: the most important features of each sample's predicted class are replaced by their mean; the faster "
+        "the fall, the better. Insertion: they are put into a sample of means.",
+        vector=True,
     )
     head = ["class", *(f"{i}." for i in range(1, TOP + 1))]
     caption = f"The {TOP} most important features per class, " + (
@@ -358,6 +375,7 @@ def explain_both(out: Path, quick: bool) -> Path:
         "What two small networks look at",
         "The gradient of every class score with respect to every input feature, for every sample of two data sets, "
         "computed by gradkern.",
+        sources=["Data: ArrowHead from sktime, handwritten digits from scikit-learn. Code: examples/demo.py."],
     )
     for load in (arrow_heads, digits):
         problem = load()
@@ -369,8 +387,10 @@ def explain_both(out: Path, quick: bool) -> Path:
         result = compare(problem, repeats=1 if quick else 3)
         top = top_features(importance(result.gradients, problem.x), problem.is_image)
         print(*describe(problem, accuracy, result, top), sep="\n", end="\n\n", flush=True)
+        announce(problem, "importance: bootstrap, deletion and insertion")
+        found = gradkern.importance(problem.network, problem.x, progress=False)
         announce(problem, "drawing its part of the report")
-        fill(report.section(problem.name), problem, accuracy, result, top)
+        fill(report.section(problem.name), problem, accuracy, result, top, found)
     path = report.write(out)
     print(f"All of it took {time.perf_counter() - start:.0f} s. The report: {path}")
     return path

@@ -24,6 +24,7 @@ from .util.callables import name_of, with_output
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 from .util.outputs import Output
+from .util.progress import wanted
 
 Model: TypeAlias = Callable[..., Any]
 Several: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -33,38 +34,39 @@ Wrt: TypeAlias = int | Sequence[int] | None
 @overload
 def jacobian(
     model: Model, inputs: Tensor, targets: TopK, *, out: Tensor | None = None, wrt: int | None = None,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Several, targets: TopK, *, out: Several | None = None, wrt: Sequence[int] | None = None,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor, targets: Targets = None, *, out: Tensor | None = None, wrt: int | None = None,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets = None, *, out: Tensor | None = None, wrt: int,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Several, targets: Targets = None, *, out: Several | None = None,
-    wrt: Sequence[int] | None = None, engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    wrt: Sequence[int] | None = None, engine: Engine | None = None, create_graph: bool = False,
+    output: Output = None, progress: bool | None = None,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 @overload
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> Any: ...  # fmt: skip
 
 
 def jacobian(
     model: Model, inputs: Tensor | Several, targets: Targets | TopK = None, *, out: OutArgument = None, wrt: Wrt = None,
-    engine: Engine | None = None, create_graph: bool = False, output: Output = None,
+    engine: Engine | None = None, create_graph: bool = False, output: Output = None, progress: bool | None = None,
 ) -> Any:  # fmt: skip
     """The gradient of every output (or of ``targets``) with respect to every input feature, per sample.
 
@@ -96,6 +98,9 @@ def jacobian(
     output
         The tensor to differentiate, of a model that returns several: an index (of a tuple or list), a name (of a
         dict, dataclass or named tuple), or a function of what the model returns.
+    progress
+        True draws a progress bar, with the rate and the time left, once a call has taken seconds; ``None``: in a
+        terminal only.
 
     Returns
     -------
@@ -114,7 +119,8 @@ def jacobian(
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
-    results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
+    with wanted(progress):
+        results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the caller's own objects
         shaped = out if isinstance(out, (tuple, list)) else [out]  # type: ignore[list-item]

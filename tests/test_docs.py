@@ -10,7 +10,10 @@ import pytest
 from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md"]
+PAGES = ["README.md", "docs/index.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md"]
+#: Pages whose Python is instructions for changing gradkern; tests/test_recipes.py follows them.
+INSTRUCTIONS = {"docs/recipes.md"}
+GIVEN = {"docs/index.md": "import torch; net = torch.nn.Linear(4, 2).eval(); x = torch.randn(8, 4)"}
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRINTS = re.compile(r"^print\(.*\) +# (.*)$", re.MULTILINE)
@@ -23,6 +26,7 @@ def test_snippets_run_and_print_what_is_written(page, capsys, monkeypatch, tmp_p
     blocks = list(BLOCK.finditer(text))
     assert blocks, f"{page} has no Python on it"
     namespace: dict[str, object] = {"__name__": "__main__"}
+    exec(GIVEN.get(page, ""), namespace)
     for block in blocks:
         line = text[: block.start(1)].count("\n")  # so that a traceback names the page's own line
         exec(compile("\n" * line + block[1], str(ROOT / page), "exec"), namespace)
@@ -33,3 +37,26 @@ def test_snippets_run_and_print_what_is_written(page, capsys, monkeypatch, tmp_p
 
 def test_measured_tables_are_what_the_results_say():
     assert tables.main(["--check"]) == 0
+
+
+def test_every_page_with_python_is_run():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    with_python = {p.relative_to(ROOT).as_posix() for p in pages if BLOCK.search(p.read_text(encoding="utf-8"))}
+    assert with_python - INSTRUCTIONS == set(PAGES)
+
+
+@pytest.mark.parametrize(
+    "page", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = target.partition("#")
+        if "://" in place or place.startswith("mailto:"):
+            continue
+        file = (ROOT / page).parent / place if place else ROOT / page
+        assert file.exists(), f"{page} links to {target}, which does not exist"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{page} links to {target}, which has no such heading"

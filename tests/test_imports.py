@@ -14,7 +14,6 @@ PACKAGE = Path(__file__).parents[1] / "gradkern"
 MOST_AT_THE_TOP = 5  # files in gradkern/ itself
 #: What the ways in import from packages further down the list: `gradkern/__init__.py` at the first use of a name.
 REEXPORTED = {("__init__.py", "attr"), ("__init__.py", "data"), ("__main__.py", "cli")}
-COMPILED = ["gradkern", "_C"]  # the extension, which is no package
 
 
 def package_of(path: Path) -> str:
@@ -35,7 +34,7 @@ def imported(path: Path, source: str) -> Iterator[tuple[int, str]]:
         else:
             continue
         for target in targets:
-            if target[0] == "gradkern" and target != COMPILED:
+            if target[0] == "gradkern":
                 inside = (PACKAGE / Path(*target[1:2])).is_dir() if len(target) > 1 else False
                 yield node.lineno, target[1] if inside else TOP
 

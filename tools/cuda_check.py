@@ -22,7 +22,7 @@ LOOK = """
 import torch
 from gradkern.runtime import ops
 c = ops.extension()
-assert c is not None and c.cuda, "the extension has no CUDA part"
+assert c is not None and c.has_cuda(), "the extension has no CUDA part"
 for op in ("chain_forward", "chain_vjp", "content_hash", "rescale"):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gradkern::{op}", key), (op, key)

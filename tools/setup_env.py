@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
-EXTRAS = ("demo", "data", "ray", "bench", "plot", "dev", "docs")
-BY_DEFAULT = [name for name in EXTRAS if name != "docs"]
+EXTRAS = ("demo", "data", "ray", "bench", "plot", "dev", "docs", "release")
+BY_DEFAULT = [name for name in EXTRAS if name not in ("docs", "release")]
 PIP_ENV = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_NO_INPUT": "1"}
 
 
@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--torch", required=True, help="what to hand to pip for torch")
     parser.add_argument("--torch-asked", action="store_true", help="the user chose --torch: do not question its size")
     parser.add_argument("--reuse-torch", action="store_true", help="use the torch of the Python that runs this")
-    parser.add_argument("--extras", nargs="+", choices=EXTRAS, default=BY_DEFAULT, help="default: all but docs")
+    parser.add_argument(
+        "--extras", nargs="+", choices=EXTRAS, default=BY_DEFAULT, help="default: all but docs and release"
+    )
     args = parser.parse_args()
 
     venv = args.venv.absolute()

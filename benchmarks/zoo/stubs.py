@@ -25,7 +25,16 @@ TORCHVISION = ("nms", "qnms")  # compiled operators that torchvision describes w
 _libraries: list[Any] = []  # an operator lives as long as its library
 
 
-class _Anything:
+class _Named(type):
+    """Its classes have every attribute, as a package's functions may be named through what stands for a submodule."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything
+
+
+class _Anything(metaclass=_Named):
     """A class or function that may be named, called and subclassed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +56,7 @@ class _Stub(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = type(name, (_Anything,), {})
+        made = _Named(name, (_Anything,), {})
         setattr(self, name, made)
         return made
 

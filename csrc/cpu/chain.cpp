@@ -1,7 +1,4 @@
 // CPU launch of a chain: torch's own threads process blocks of samples, each with its own scratch memory.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -31,12 +28,12 @@ const Isa& current_isa() {
     for (const Isa* const* isa = isa_table(); *isa; ++isa) {
       if (!named && (*isa)->supported()) return *isa;
       if (named && std::strcmp((*isa)->name, wanted) == 0) {
-        TORCH_CHECK((*isa)->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
+        GRADKERN_CHECK((*isa)->supported(), "gradkern: GRADKERN_ISA=", wanted, " is not supported by this processor");
         return *isa;
       }
       known += (known.empty() ? "" : ", ") + std::string((*isa)->name);
     }
-    TORCH_CHECK(false, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use one of ", known);
+    GRADKERN_CHECK(false, "gradkern: GRADKERN_ISA=", wanted, " is unknown; use one of ", known);
   }();
   return *chosen;
 }
@@ -50,7 +47,7 @@ class Scratch {
     if (bytes > size_) {
       size_ = 0;  // also if the next line throws
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      TORCH_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
+      GRADKERN_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
     }
     return memory_.get();
@@ -79,8 +76,8 @@ class Ports {
         cotangents_(call.cotangents.size()),
         outputs_(call.outputs.size()),
         results_(call.results.size()) {
-    for (const at::Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
-    for (const at::Tensor& y : call.outputs) output_n_.push_back(y.size(1));
+    for (const Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
+    for (const Tensor& y : call.outputs) output_n_.push_back(y.size(1));
     context.inputs = inputs_.data(), context.input_n = input_n_.data();
     context.outputs = outputs_.data(), context.output_n = output_n_.data();
     context.results = results_.data(), context.cotangents = cotangents_.data();
@@ -90,9 +87,8 @@ class Ports {
   }
   void go_to_block(int64_t first, int64_t samples) {
     context_.samples = samples;
-    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = call_.inputs[i].const_data_ptr<T>() + first * input_n_[i];
-    for (size_t i = 0; i < outputs_.size(); ++i)
-      outputs_[i] = call_.outputs[i].mutable_data_ptr<T>() + first * output_n_[i];
+    for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = data<T>(call_.inputs[i]) + first * input_n_[i];
+    for (size_t i = 0; i < outputs_.size(); ++i) outputs_[i] = mutable_data<T>(call_.outputs[i]) + first * output_n_[i];
   }
   void go_to_seeds(int64_t first, int64_t seed, int64_t seeds) {
     context_.seeds = seeds;
@@ -100,9 +96,9 @@ class Ports {
     if (seed_rows_) context_.seed_rows = seed_rows_ + first * context_.seed_rows_n + seed * context_.seed_rows_s;
     const int64_t all = call_.samples() * context_.seeds_total, row = first * context_.seeds_total + seed;
     for (size_t i = 0; i < results_.size(); ++i)
-      results_[i] = call_.results[i].mutable_data_ptr<T>() + row * (call_.results[i].numel() / all);
+      results_[i] = mutable_data<T>(call_.results[i]) + row * (call_.results[i].numel() / all);
     for (size_t i = 0; i < cotangents_.size(); ++i)
-      cotangents_[i] = call_.cotangents[i].const_data_ptr<T>() + row * (call_.cotangents[i].numel() / all);
+      cotangents_[i] = data<T>(call_.cotangents[i]) + row * (call_.cotangents[i].numel() / all);
   }
 
  private:
@@ -117,7 +113,7 @@ class Ports {
 
 template <class T>
 void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& sizes) {
-  const int64_t samples = call.samples(), seeds = call.seeds(), threads = at::get_num_threads();
+  const int64_t samples = call.samples(), seeds = call.seeds(), threads = torch::stable::get_num_threads();
   const int64_t block = std::max<int64_t>(1, std::min(sizes.block, (samples + threads - 1) / threads));
   const int64_t blocks = (samples + block - 1) / block;
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
@@ -126,10 +122,10 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
   const int64_t entries = round(sizes.entries + 64), segments = sizes.segments + 8;
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T)) + bits + entries * 4 +
                         segments * static_cast<int64_t>(sizeof(Segment));
-  const auto* forward = static_cast<const Record*>(call.forward.const_data_ptr());
-  const auto* backward = static_cast<const Record*>(call.backward.const_data_ptr());
+  const auto* forward = data<Record>(call.forward);
+  const auto* backward = call.backward ? data<Record>(*call.backward) : nullptr;
 
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     char* memory = scratch.take(static_cast<size_t>(bytes));
     Context<T> ctx{};
@@ -139,8 +135,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
     ctx.segments = reinterpret_cast<Segment*>(ctx.bits + bits);
     ctx.channels = reinterpret_cast<uint16_t*>(ctx.segments + segments);
     ctx.weight_rows = ctx.channels + entries;
-    ctx.packed = call.packed.const_data_ptr<T>();
-    ctx.tables = call.tables.const_data_ptr<int32_t>();
+    ctx.packed = data<T>(call.packed);
+    ctx.tables = data<int32_t>(call.tables);
     // Halos and slack must be zero.  They stay zero, because records write only interiors.
     std::memset(memory, 0, static_cast<size_t>(elements * sizeof(T) + bits));
     Ports<T> ports(call, ctx);
@@ -149,7 +145,7 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
       kernels.run(forward, call.forward.size(0), ctx);
       for (int64_t s = 0; s < seeds; s += call.seed_tile) {
         ports.go_to_seeds(b * block, s, std::min(call.seed_tile, seeds - s));
-        kernels.run(backward, call.backward.size(0), ctx);
+        kernels.run(backward, call.backward->size(0), ctx);
       }
     }
     scratch.trim();
@@ -164,7 +160,7 @@ void run(const ChainCall& call, const CpuSizes& sizes) {
 template <class T>
 void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64_t rows, bool pooled) {
   const int64_t scratch = (4 + 2 * args.pool.kh * args.pool.kw) * args.pool.ow;
-  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<T> memory(static_cast<size_t>(scratch));
     RescaleArgs<T> local = args;
     local.scratch = memory.data();
@@ -172,12 +168,12 @@ void launch_rescale(const Kernels<T>& kernels, const RescaleArgs<T>& args, int64
   });
 }
 
-at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArrayRef pool, bool relu, double eps) {
-  at::Tensor out = rescale_result(z, reference, pool, relu);
+Tensor rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu, double eps) {
+  Tensor out = rescale_result(z, reference, pool, relu);
   if (out.numel() == 0) return out;
   const Isa& isa = current_isa();
   const int64_t rows = z.size(0) * z.size(1);
-  if (z.scalar_type() == at::kFloat)
+  if (z.scalar_type() == ScalarType::Float)
     launch_rescale<float>(isa.f32, rescale_args<float>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   else launch_rescale<double>(isa.f64, rescale_args<double>(z, reference, pool, relu, eps, out), rows, !pool.empty());
   return out;
@@ -185,10 +181,10 @@ at::Tensor rescale(const at::Tensor& z, const at::Tensor& reference, at::IntArra
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
-  m.impl("rescale", rescale);
-  m.impl("chain_forward", chain_forward<CpuSizes, run>);
-  m.impl("chain_vjp", chain_vjp<CpuSizes, run>);
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
+  m.impl("rescale", TORCH_BOX(&rescale));
+  m.impl("chain_forward", TORCH_BOX((&chain_forward<CpuSizes, run>)));
+  m.impl("chain_vjp", TORCH_BOX((&chain_vjp<CpuSizes, run>)));
 }
 
 }  // namespace gradkern

@@ -1,10 +1,10 @@
 // Statistics of attributions over samples, in one pass over the maps of a batch.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
+
+#include "../torch_abi.h"
 
 namespace gradkern {
 namespace {
@@ -22,7 +22,7 @@ struct Rows {
 
 template <class T>
 void add_rows(const T* maps, int64_t samples, int64_t size, const int64_t* groups, const Rows& to) {
-  at::parallel_for(0, size, std::max<int64_t>(64, kGrain / samples), [&](int64_t begin, int64_t end) {
+  parallel_for(size, std::max<int64_t>(64, kGrain / samples), [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < samples; ++n) {
       const T* row = maps + n * size;
       if (to.sum)
@@ -44,18 +44,18 @@ void add_rows(const T* maps, int64_t samples, int64_t size, const int64_t* group
   });
 }
 
-double* rows_of(const std::optional<at::Tensor>& t, int64_t size, const char* name) {
+double* rows_of(const std::optional<Tensor>& t, int64_t size, const char* name) {
   if (!t.has_value()) return nullptr;
-  TORCH_CHECK(t->scalar_type() == at::kDouble && t->is_contiguous() && t->numel() == size, "gradkern: ", name,
-              " must be contiguous float64 with ", size, " elements, got ", t->scalar_type(), " ", t->sizes());
-  return t->mutable_data_ptr<double>();
+  GRADKERN_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous() && t->numel() == size, "gradkern: ", name,
+                 " must be contiguous float64 with ", size, " elements, got ", t->scalar_type(), " ", t->sizes());
+  return mutable_data<double>(*t);
 }
 
-void accumulate(const at::Tensor& maps, const at::Tensor& groups, const std::optional<at::Tensor>& sum,
-                const std::optional<at::Tensor>& square, const std::optional<at::Tensor>& abs,
-                const std::optional<at::Tensor>& max, const std::optional<at::Tensor>& group) {
-  TORCH_CHECK(maps.dim() >= 1 && maps.is_contiguous(), "gradkern: maps must be contiguous [n, ...], got ",
-              maps.sizes());
+void accumulate(const Tensor& maps, const Tensor& groups, const std::optional<Tensor>& sum,
+                const std::optional<Tensor>& square, const std::optional<Tensor>& abs, const std::optional<Tensor>& max,
+                const std::optional<Tensor>& group) {
+  GRADKERN_CHECK(maps.dim() >= 1 && maps.is_contiguous(), "gradkern: maps must be contiguous [n, ...], got ",
+                 maps.sizes());
   const int64_t samples = maps.size(0), size = samples ? maps.numel() / samples : 0;
   if (size == 0) return;
   Rows to{};
@@ -63,39 +63,39 @@ void accumulate(const at::Tensor& maps, const at::Tensor& groups, const std::opt
   to.square = rows_of(square, size, "square");
   to.abs = rows_of(abs, size, "abs");
   if (max.has_value()) {
-    TORCH_CHECK(max->scalar_type() == at::kFloat && max->is_contiguous() && max->numel() == size,
-                "gradkern: max must be contiguous float32 with ", size, " elements, got ", max->scalar_type(), " ",
-                max->sizes());
-    to.max = max->mutable_data_ptr<float>();
+    GRADKERN_CHECK(max->scalar_type() == ScalarType::Float && max->is_contiguous() && max->numel() == size,
+                   "gradkern: max must be contiguous float32 with ", size, " elements, got ", max->scalar_type(), " ",
+                   max->sizes());
+    to.max = mutable_data<float>(*max);
   }
   if (group.has_value()) {
-    TORCH_CHECK(group->scalar_type() == at::kDouble && group->dim() >= 1 && group->size(0) > 0 &&
-                    group->select(0, 0).is_contiguous() && group->select(0, 0).numel() == size,
-                "gradkern: group must be float64 [G, ...] with ", size, " contiguous elements each, got ",
-                group->scalar_type(), " ", group->sizes());
-    TORCH_CHECK(groups.scalar_type() == at::kLong && groups.is_contiguous() && groups.numel() == samples,
-                "gradkern: groups must be contiguous int64 [", samples, "], got ", groups.sizes());
-    const int64_t* of = groups.const_data_ptr<int64_t>();
+    GRADKERN_CHECK(group->scalar_type() == ScalarType::Double && group->dim() >= 1 && group->size(0) > 0 &&
+                       torch::stable::select(*group, 0, 0).is_contiguous() && group->numel() == size * group->size(0),
+                   "gradkern: group must be float64 [G, ...] with ", size, " contiguous elements each, got ",
+                   group->scalar_type(), " ", group->sizes());
+    GRADKERN_CHECK(groups.scalar_type() == ScalarType::Long && groups.is_contiguous() && groups.numel() == samples,
+                   "gradkern: groups must be contiguous int64 [", samples, "], got ", groups.sizes());
+    const int64_t* of = data<int64_t>(groups);
     for (int64_t n = 0; n < samples; ++n)
-      TORCH_CHECK(of[n] >= 0 && of[n] < group->size(0), "gradkern: group ", of[n], " of ", group->size(0));
-    to.group = group->mutable_data_ptr<double>();
+      GRADKERN_CHECK(of[n] >= 0 && of[n] < group->size(0), "gradkern: group ", of[n], " of ", group->size(0));
+    to.group = mutable_data<double>(*group);
     to.group_stride = group->stride(0);
   }
-  const int64_t* of = group.has_value() ? groups.const_data_ptr<int64_t>() : nullptr;
-  if (maps.scalar_type() == at::kFloat) add_rows(maps.const_data_ptr<float>(), samples, size, of, to);
-  else if (maps.scalar_type() == at::kDouble) add_rows(maps.const_data_ptr<double>(), samples, size, of, to);
-  else TORCH_CHECK(false, "gradkern: statistics take float32 or float64, got ", maps.scalar_type());
+  const int64_t* of = group.has_value() ? data<int64_t>(groups) : nullptr;
+  if (maps.scalar_type() == ScalarType::Float) add_rows(data<float>(maps), samples, size, of, to);
+  else if (maps.scalar_type() == ScalarType::Double) add_rows(data<double>(maps), samples, size, of, to);
+  else GRADKERN_CHECK(false, "gradkern: statistics take float32 or float64, got ", maps.scalar_type());
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gradkern, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
   // Adds maps [n, ...] to statistics [...] in place, and sample i also to row groups[i] of `group` [G, ...].
   m.def(
       "accumulate(Tensor maps, Tensor groups, Tensor(a!)? sum, Tensor(b!)? square, Tensor(c!)? abs, Tensor(d!)? max, "
       "Tensor(e!)? group) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(gradkern, CPU, m) { m.impl("accumulate", accumulate); }
+STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) { m.impl("accumulate", TORCH_BOX(&accumulate)); }
 
 }  // namespace gradkern

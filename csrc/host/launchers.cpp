@@ -7,13 +7,11 @@
 #include "../cuda/hash_launch.cpp"
 #include "../cuda/rescale_launch.cpp"
 
-namespace {
+extern "C" {
+// A CPU build of torch has none of these.
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque**) { return ++gk_gpu()->guards, 0; }
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque*) { return --gk_gpu()->guards, 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 
-// The CPU has no streams, so there is nothing to record.
-void record_stream(at::Tensor&, at::Stream) { ++gk_gpu()->kept; }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("record_stream", record_stream); }
-
-extern "C" int gk_shared_bytes(int device) { return gradkern::cuda::shared_bytes(device); }
+int gk_shared_bytes(int device) { return static_cast<int>(gradkern::cuda::shared_bytes(device)); }
+}

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kAlways = 48 << 10;  // bytes of shared memory that a kernel may have without asking
 
-host::Gpu gpu{132, 232448, 0, 0, 0, 0, 0, 0};
+host::Gpu gpu{132, 232448, 0, 0, 0, 0};
 thread_local cudaError_t last_error = cudaSuccess;
 std::mutex limits_lock;
 std::map<const void*, int> limits;  // shared memory that a kernel was allowed

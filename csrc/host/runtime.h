@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -14,12 +15,10 @@ namespace gradkern::host {
 // Plain integers, mirrored by tests/support/host_device.py.
 struct Gpu {
   int processors, shared_bytes;
-  int capturing;  // 1: a CUDA graph is being captured
   // The requests.
   int launches;
   int blocks;   // of the last launch
   int allowed;  // bytes of shared memory that a kernel was last allowed
-  int kept;     // tensors for which a stream was recorded
   int guards;   // that are alive
 };
 
@@ -36,6 +35,13 @@ using dim3 = gradkern::host::Dim;
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace gradkern::host {
 

@@ -5,7 +5,8 @@
 * results carry no autograd graph (except where ``grad_kwargs`` asks for one with ``create_graph``);
 * the buffers of the model and the object's own ``gradient_func`` are left as they were;
 * a batch without samples gives results without samples;
-* ``attribute_all`` takes ``out=``, ``wrt=`` and ``engine=``, and everything after the inputs and the baselines by name.
+* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None: a bar in a terminal
+  for what takes seconds), and everything after the inputs and the baselines by name.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
 from ..util.options import BadType, BadValue
+from ..util.progress import wanted
 from ..util.random_state import RandomState
 
 STAND_INS = 2  # samples in place of none, from which the shapes of results are learned
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
-SHARED = ("out", "wrt", "engine")
+SHARED = ("out", "wrt", "engine")  # and ``progress``
 Function = Callable[..., Any]
 
 
@@ -69,12 +71,12 @@ def _attribute_all(function: Function) -> Function:
     native = [name for name in SHARED if name in signature.parameters]
 
     @functools.wraps(function)
-    def attribute_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def attribute_all(self: Any, *args: Any, progress: bool | None = None, **kwargs: Any) -> Any:
         _check_arguments(self, places, args, kwargs)
         none = _is_empty(args[0] if args else kwargs.get("inputs"))
         shared = {name: kwargs.pop(name, None) for name in SHARED if (none and name == "out") or name not in native}
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
-        with public_call(method):
+        with public_call(method), wanted(progress):
             result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
             result = mapped(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
@@ -83,7 +85,7 @@ def _attribute_all(function: Function) -> Function:
         return (maps, *rest) if extras else maps
 
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    more = [name for name in SHARED if name not in native]
+    more = [*(name for name in SHARED if name not in native), "progress"]
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     attribute_all.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

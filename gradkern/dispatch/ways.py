@@ -25,7 +25,7 @@ from .targets import Seeds
 
 SIZES = (2, 8, 32)  # calls with fewer than so many samples are measured apart: the cost per call weighs more
 MOST_SAMPLES = SIZES[-1]
-FEW_SAMPLES = SIZES[-2]  # the slice of a slow network
+FEW_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
 MOST_SEEDS = 32  # of a measurement on autograd, whose time is proportional to them
 ROUNDS = 7
@@ -69,10 +69,11 @@ def measure(request: Request, found: CapturedProgram, seeds: Seeds, profile: Mod
         return took if way == "kernels" else took * seeds.count / few.count
 
     warm = min(WARM_UP, request.samples)
-    best = {way: float("inf") for way in _ways(seeds) if _runs(run, way, warm)}
+    possible = [way for way in _ways(seeds) if _runs(run, way, warm)]
+    best = dict.fromkeys(possible, float("inf"))
     samples = min(request.samples, MOST_SAMPLES)
-    if run("kernels", warm) / warm * samples > PATIENCE[-1]:
-        samples = min(samples, FEW_SAMPLES)
+    if samples > FEW_SAMPLES and sum(run(way, warm) for way in possible) / warm * samples > PATIENCE[0]:
+        samples = FEW_SAMPLES
     spent = 0.0
     for number in range(ROUNDS):
         shortest = min(best.values())

@@ -8,6 +8,7 @@ lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +30,16 @@ from ..passes.prune_positions import pruned
 from .groups import Chains, Group, Partition
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
 from .timing import Timing
+
+WIDEST = 36  # characters of a layer or a form in the table
+PARAMETER = re.compile(r", %[\w.]+")  # the names of weights, which are those of the layer
+LEGEND = {
+    "kernel": "gradkern's own kernel",
+    "folded": "done by the kernel of the step before",
+    "view": "no work",
+    "aten": "torch's operation, once for all outputs",
+    "autograd": "torch differentiates this operation",
+}
 
 
 @dataclass(frozen=True)
@@ -180,13 +191,15 @@ class Plan:
         return f"<Plan: {self._summary}>"
 
     def __str__(self) -> str:
-        rows = [("value", "form", "shape", "path", "MMAC", "from")]
+        rows = [("value", "layer", "form", "shape", "path", "MMAC")]
         for s in self.steps:
             shape = "×".join(map(str, s.shape)) or "()"
-            rows.append((f"v{s.value}", s.form, shape, s.path, f"{s.macs / 1e6:.3g}", s.module or s.op))
+            layer, form = _shortened(s.module or s.op, end=True), _shortened(PARAMETER.sub("", s.form))
+            rows.append((f"v{s.value}", layer, form, shape, s.path, f"{s.macs / 1e6:.3g}"))
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append(_legend({s.path for s in self.steps}))
         refusals = ((s, reason) for s in self.steps for reason in s.refusals if reason != self.fallback)
         lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
         if self.bottleneck is not None:
@@ -200,6 +213,21 @@ class Plan:
         if self.timing is not None:
             lines.append(str(self.timing))
         return "\n".join(lines)
+
+
+def _shortened(text: str, *, end: bool = False) -> str:
+    """At most `WIDEST` characters; of a layer's place in the model, the ``end``."""
+    if len(text) <= WIDEST:
+        return text
+    return "…" + text[1 - WIDEST :] if end else text[: WIDEST - 1] + "…"
+
+
+def _legend(paths: set[str]) -> str:
+    """What the table's last two columns say."""
+    words = [f"{name}: {LEGEND[name]}" for name in LEGEND if any(p.split(",")[0].split()[0] == name for p in paths)]
+    return "MMAC: million multiply-adds per sample, all outputs. " + (
+        "Paths: " + "; ".join(words) + "." if words else ""
+    )
 
 
 def plan(

@@ -9,7 +9,7 @@ Needs the ``demo`` extra (matplotlib and jinja2): ``pip install 'gradkern[demo]'
     report.write("report.html")
 """
 
-from . import figures
+from . import datafigures, figures, findings
 from .page import Report, Section
 
-__all__ = ["Report", "Section", "figures"]
+__all__ = ["Report", "Section", "datafigures", "figures", "findings"]

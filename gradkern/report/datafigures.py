@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from ..data import Curve
 from .figures import ACCENT, INK, MAGNITUDE, SIGNED, image_grid, outline
@@ -65,31 +66,33 @@ def extremes(
     for row in range(len(maps)):
         for column in range(2):
             axes, values = panels[row, column], flat(maps[row, column])
-            _one_map(axes, values, None if inputs is None else flat(inputs[row, column]))
+            shade = _one_map(axes, values, None if inputs is None else flat(inputs[row, column]))
+            figure.colorbar(shade, ax=axes, label="attribution", fraction=0.03, pad=0.01)
             axes.set_title(titles[row][column], fontsize=9, loc="left")
         panels[row, 0].set_ylabel(names[row], fontsize=9)
     return figure
 
 
-def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> None:
+def _one_map(axes: Axes, values: np.ndarray, sample: np.ndarray | None) -> AxesImage:
     top = float(np.abs(values).max()) or 1.0
     signed = bool((values < 0).any())
     style: dict[str, Any] = {"cmap": SIGNED if signed else MAGNITUDE, "vmin": -top if signed else 0.0, "vmax": top}
     if values.ndim == 2:
-        axes.imshow(values, **style)
+        shade = axes.imshow(values, **style)
         axes.set(xticks=[], yticks=[])
         if sample is not None:
             outline(axes, sample)
-        return
+        return shade
     low, high = (0.0, 1.0) if sample is None else (float(sample.min()), float(sample.max()) or 1.0)
     margin = 0.05 * (high - low) or 1.0
     extent = (-0.5, len(values) - 0.5, low - margin, high + margin)
-    axes.imshow(values[None], aspect="auto", extent=extent, interpolation="nearest", zorder=0, **style)
+    shade = axes.imshow(values[None], aspect="auto", extent=extent, interpolation="nearest", zorder=0, **style)
     if sample is None:
         axes.set_yticks([])
     else:
         axes.plot(sample, color=INK, linewidth=1.0)
     axes.spines[["top", "right"]].set_visible(False)
+    return shade
 
 
 def curves(curve: Curve) -> Figure:

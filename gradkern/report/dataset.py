@@ -15,7 +15,7 @@ from ..data.ranking import of_results, position_text
 from ..data.runs.task import finite_rows
 from ..util.outputs import OneOutput
 from ..util.untrusted import plain
-from . import datafigures, figures
+from . import datafigures, figures, findings
 from .page import Report, Section
 
 TOP = 10
@@ -39,7 +39,7 @@ def report(
     if model is not None and output is not None and not isinstance(model, OneOutput):
         model = OneOutput(model, output)
     view = StoreSections(store, model, source, names)
-    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary())
+    page = Report(title or f"Attributions: {Path(store.place).name}", view.summary(), sources=view.sources())
     view.coverage(page.section("Coverage"))
     view.importance(page.section("What the outputs depend on"))
     if "attributions" in store:
@@ -114,6 +114,12 @@ class StoreSections:
 
     # ---- sections
 
+    def sources(self) -> list[str]:
+        """What the store says it was made of, which may be anybody's words."""
+        made_by = self.about.get("made_by") or {}
+        said = [f"{k} {_short(plain(str(made_by[k]), lines=False))}" for k in ("model", "source") if made_by.get(k)]
+        return [f"According to the store: {', '.join(said)}."] if said else []
+
     def summary(self) -> str:
         method = self.about["fingerprint"]["method"]["method"]
         state = "complete" if self.about["finished"] else f"{self.results.done} of {self.results.chunks} chunks done"
@@ -125,7 +131,8 @@ class StoreSections:
         section.facts([
             (f"{self.samples_done / self.results.samples:.0%}", "of the samples are finished"),
             (f"{self.samples_done:,}", f"samples of {shape}"),
-            (f"{self.samples_done / self.seconds:,.0f}" if self.seconds else "–", "samples per second while computing"),
+            (f"{self.samples_done / self.seconds:,.0f}" if self.seconds else "–",
+             "samples per second while computing (gradkern bench: the Jacobian alone)"),
             ("yes" if self.about.get("exact") else "no" if self.about["finished"] else "–",
              "bit-equal to an uninterrupted run"),
         ])  # fmt: skip
@@ -170,6 +177,8 @@ class StoreSections:
             low, high = stability.low[shown], stability.high[shown]
             words += f" The band is the {stability.level:.0%} bootstrap interval over groups of samples."
             caption += " “Halves agree” is the rank correlation between two halves of the data: 1 is perfect."
+            for sentence in findings.all_of(stability, names):
+                section.text(sentence)
         section.picture(datafigures.scores(self.scores[shown], names, low, high), words)
         rows = []
         for c, name in zip(shown, names, strict=True):
@@ -201,8 +210,17 @@ class StoreSections:
             figure,
             "Per output, of the samples predicted as it: the map nearest to the mean |map| (by cosine) and the one "
             "farthest from it, which is where to look for odd data or shortcuts. Red raises the output, blue lowers it "
-            "(a magnitude has no sign)." + ("" if inputs is None else " The line is the sample itself."),
+            "(a magnitude has no sign)."
+            + ("" if inputs is None else " The line is the sample itself.")
+            + self._searched(),
         )
+
+    def _searched(self) -> str:
+        """A word on the samples that were not looked at, if there are any."""
+        spans = self._spans()
+        if len(spans) == len(self.finished):
+            return ""
+        return f" Of {len(self.finished):,} finished chunks, {len(spans):,} at equal distances were searched."
 
     def _extremes(self) -> list[Extremes]:
         """Two passes over the maps: the mean |map| of each predicted output, then every sample's cosine with it."""

@@ -113,13 +113,14 @@ def signal_samples(
         top = float(np.abs(gradients[row]).max()) or 1.0
         for c, name in enumerate(names):
             axes = panels[row, c]
-            strip(axes, gradients[row, c], steps, low, high, {"cmap": SIGNED, "vmin": -top, "vmax": top})
+            shade = strip(axes, gradients[row, c], steps, low, high, {"cmap": SIGNED, "vmin": -top, "vmax": top})
             axes.plot(signal, color=INK, linewidth=1.1)
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 axes.set_title(f"gradient of “{name}”", fontsize=10)
             _frame(axes, c == predicted[row])
         panels[row, 0].set_ylabel(f"sample {row + 1}\ntrue: {names[labels[row]]}", fontsize=9)
+        figure.colorbar(shade, ax=list(panels[row]), label="gradient", fraction=0.02, pad=0.01)
     for axes in panels[-1]:
         axes.set_xlabel("time step")
     return figure
@@ -144,10 +145,11 @@ def image_samples(
         panels[row, 0].set_ylabel(f"true: {names[labels[row]]}", fontsize=9)
         for c, name in enumerate(names):
             axes = panels[row, c + 1]
-            axes.imshow(gradients[row, c], cmap=SIGNED, vmin=-top, vmax=top)
+            shade = axes.imshow(gradients[row, c], cmap=SIGNED, vmin=-top, vmax=top)
             _frame(axes, c == predicted[row])
             if row == 0:
                 axes.set_title(name, fontsize=10)
+        figure.colorbar(shade, ax=list(panels[row]), label="gradient", fraction=0.02, pad=0.01)
     panels[0, 0].set_title("image", fontsize=10)
     return figure
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .. import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +27,7 @@ class Block:
     kind: str
     content: object
     caption: str = ""
+    alt: str = ""  # what a picture shows, for those who cannot see it
 
 
 @dataclass
@@ -50,9 +56,13 @@ class Section:
         self.blocks.append(Block("table", {"head": list(head), "body": body}, caption))
         return self
 
-    def picture(self, figure: Figure, caption: str, *, vector: bool = False) -> Section:
-        """A matplotlib figure, embedded: as PNG, or as SVG with ``vector`` (for lines and bars)."""
-        self.blocks.append(Block("picture", data_uri(figure, "svg" if vector else "png"), caption))
+    def picture(self, figure: Figure, caption: str, *, vector: bool = False, alt: str | None = None) -> Section:
+        """A matplotlib figure, embedded: as PNG, or as SVG with ``vector`` (for lines and bars).
+
+        ``alt``: what it shows, for those who cannot see it; by default its panels and axes by their titles.
+        """
+        shown = panels_of(figure) if alt is None else alt
+        self.blocks.append(Block("picture", data_uri(figure, "svg" if vector else "png"), caption, shown))
         return self
 
     def printed(self, text: str, caption: str = "", *, folded: bool = True) -> Section:
@@ -68,6 +78,7 @@ class Report:
     title: str
     summary: str = ""
     sections: list[Section] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # where the data and the model are from, for the last line
 
     def section(self, title: str) -> Section:
         """Appends a new section and returns it to be filled."""
@@ -79,7 +90,14 @@ class Report:
         from jinja2 import Environment
 
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report=self)
+        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+        return template.render(report=self, colophon=self._colophon())
+
+    def _colophon(self) -> str:
+        """When, from what and with which versions the page was made."""
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "captum", "numpy"))
+        made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with gradkern {__version__}, {versions}, "
+        return made + f"Python {platform.python_version()}." + "".join(f" {source}" for source in self.sources)
 
     def write(self, path: str | Path) -> Path:
         """Writes the page, making folders as needed, into a folder as ``index.html``; returns its absolute path."""
@@ -88,6 +106,18 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.html(), encoding="utf-8")
         return path
+
+
+def panels_of(figure: Figure) -> str:
+    """A figure in words: its panels by their titles, and what their axes are."""
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    titles = [t for axes in panels for t in (axes.get_title(loc="left") or axes.get_title(),) if t]
+    across = sorted({axes.get_xlabel() for axes in panels} - {""})
+    up = sorted({axes.get_ylabel().replace("\n", ", ") for axes in figure.axes} - {""})
+    parts = [f"{len(panels)} panel{'s' * (len(panels) != 1)}" + (": " + "; ".join(titles[:12]) if titles else "")]
+    parts += [f"across: {', '.join(across)}"] if across else []
+    parts += [f"up or in colour: {', '.join(up[:12])}"] if up else []
+    return ". ".join(parts) + "."
 
 
 def data_uri(figure: Figure, kind: str) -> str:

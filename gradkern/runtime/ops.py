@@ -1,7 +1,8 @@
 """The compiled extension (loading, layout checks, fakes).  No other file names it.
 
-Tensor work is an op in ``torch.ops.gradkern``; everything else (build facts, capabilities) comes from the extension
-module itself.  Without the extension the package works through the reference path, with one warning.
+The extension is a library that registers ops in ``torch.ops.gradkern``: for tensor work, and for what was built and
+what the machine can do.  It knows torch by its stable ABI alone, and no Python, so one build serves every later torch.
+Without it the package works through the reference path, with one warning.
 """
 
 from __future__ import annotations
@@ -20,34 +21,37 @@ from ..codegen.encoding import Sizes, layout_fingerprint
 from ..codegen.machine import Device, Machine
 from ..codegen.support import NATIVE_FUNCTIONS
 
+PACKAGE = Path(__file__).parents[1]
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
+
+
+LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
 
 @functools.cache
 def extension() -> Any:
-    """The compiled module, or None (with one warning) if it is missing or of another version."""
+    """The compiled ops, or None (with one warning) if they are missing or of another version."""
+    compiled: Any = torch.ops.gradkern
     try:
-        from .. import _C as compiled
-    except ImportError as error:
+        torch.ops.load_library(str(PACKAGE / LIBRARY))
+    except OSError as error:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    module: Any = compiled
-    same_layout = getattr(module, "record_layout", None) == layout_fingerprint()
-    if not same_layout or list(module.functions()) != list(NATIVE_FUNCTIONS):
+    if compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
         return None
     register_fakes()
-    return module
+    return compiled
 
 
 def _way_out() -> str:
     """What to do without an extension: an installed package that has one may be hidden by the checkout's folder."""
-    here = Path(__file__).resolve().parents[1]
+    here = PACKAGE.resolve()
     for folder in map(Path, sys.path):
         installed = (folder / "gradkern").resolve()
-        if installed != here and any(installed.glob("_C.*")):
+        if installed != here and (installed / LIBRARY).exists():
             return f"The one in {installed} is hidden by {here}: start Python in another folder."
     return HOW_TO_BUILD
 
@@ -72,7 +76,7 @@ def _machine(device: torch.device | None) -> Machine | None:
         return None
     if device is None:
         return Machine(c.isa(), c.vector_bytes())
-    if device.type == "cuda" and c.cuda:
+    if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
         return Device("cuda", 16, c.cuda_shared_bytes(number))
     return None
@@ -83,10 +87,19 @@ def isa_is_chosen() -> bool:
     return _machine.cache_info().currsize > 0
 
 
+def _keep_for_stream(*cached: Tensor) -> None:
+    """Cached tensors may be freed by another thread while this stream still reads them: torch's allocator must know."""
+    if cached[0].is_cuda and not torch.cuda.is_current_stream_capturing():  # a CUDA graph may not be told
+        stream = torch.cuda.current_stream(cached[0].device)
+        for tensor in cached:
+            tensor.record_stream(stream)
+
+
 def chain_forward(
     inputs: Sequence[Tensor], packed: Tensor, tables: Tensor, forward: Tensor, sizes: Sizes, outputs: Sequence[int]
 ) -> list[Tensor]:
     """Forward of a chain; one ``[N, size]`` per output."""
+    _keep_for_stream(packed, tables, forward)
     return torch.ops.gradkern.chain_forward(list(inputs), packed, tables, forward, sizes.integers, list(outputs))
 
 
@@ -105,6 +118,7 @@ def chain_vjp(
     results: Sequence[Tensor],
 ) -> list[Tensor]:
     """Forward and backward of a chain for all seeds; fills ``results`` ``[N, S, size]``, returns the outputs."""
+    _keep_for_stream(packed, tables, forward, backward)
     values = [inputs[0].new_empty(inputs[0].shape[0], size) for size in outputs]
     chain = (list(inputs), packed, tables, forward, backward, sizes.integers, values)
     torch.ops.gradkern.chain_vjp(*chain, targets, seed_rows, list(cotangents), seed_tile, list(results))

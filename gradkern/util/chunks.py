@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
 from .options import memory_budget
+from .progress import followed
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
@@ -64,8 +66,8 @@ def element_counts(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Even pieces of at most ``chunk``: there is no small remainder at the end."""
+    """Even pieces of at most ``chunk``: there is no small remainder at the end.  A progress bar follows them."""
     count = stop - start
     pieces = -(-count // chunk) if count else 0
-    for i in range(pieces):
-        yield start + count * i // pieces, start + count * (i + 1) // pieces
+    ends = [start + count * i // max(pieces, 1) for i in range(pieces + 1)]
+    return followed(pairwise(ends), stop, "samples", lambda span: span[1] - span[0], initial=start)

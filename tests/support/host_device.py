@@ -71,8 +71,8 @@ class Gpu(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int)
         for name in (
-            *("processors", "shared_bytes", "capturing"),
-            *("launches", "blocks", "allowed", "kept", "guards"),
+            *("processors", "shared_bytes"),
+            *("launches", "blocks", "allowed", "guards"),
         )
     )
 
@@ -112,9 +112,9 @@ def library() -> ctypes.CDLL:
 def launchers() -> ctypes.CDLL:
     """The launchers of csrc/cuda, compiled around the stand-in GPU and loaded.  They register themselves as CUDA's."""
     c = ops.extension()
-    assert c is not None and not c.cuda, "they would replace the extension's own"
+    assert c is not None and not c.has_cuda(), "they would replace the extension's own"
     include = [f"-I{CSRC}/host", f"-I{CSRC}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
-    link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+    link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch_cpu"]
     shim = built("host", "run.cpp", "-g", *FLAGS)
     path = built("launchers", "launchers.cpp", *FLAGS[:4], "-Wno-unused-parameter", *include, str(shim), *link)
     library()
@@ -248,7 +248,7 @@ class Launchers(HostDevice):
         self.ops = {n: getattr(torch.ops.gradkern, n).default for n in self.NAMES}
         self.gpu: Gpu = self.library.gk_gpu().contents
         self.gpu.processors = processors
-        self.gpu.capturing = self.gpu.launches = self.gpu.kept = self.gpu.guards = 0
+        self.gpu.launches = self.gpu.guards = 0
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def patches(self) -> list[contextlib.AbstractContextManager[Any]]:

@@ -1,0 +1,50 @@
+"""What an importance ranking says, in words: which features, how sure, and what deletion shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data import Curve, Importance
+from ..data.ranking import position_text
+
+NAMED = 3  # features that a sentence names
+SURE, WEAK = 0.9, 0.5  # rank correlation of two halves of the data
+
+
+def of_output(found: Importance, output: int, name: str) -> str:
+    """One sentence on one output."""
+    scores, low = found.scores[output].ravel(), found.low[output].ravel()
+    total = float(np.nansum(scores))
+    if not total > 0:
+        return f"{name} depends on no feature."
+    order, shape = found.ranking[output], found.scores.shape[1:]
+    named = ", ".join(position_text(np.unravel_index(f, shape), shape) for f in order[:NAMED])
+    half = int(np.searchsorted(np.cumsum(np.nan_to_num(scores[order])), 0.5 * total)) + 1
+    agreement = float(found.agreement[output])
+    sure = "firm" if agreement >= SURE else "rough" if agreement >= WEAK else "not reliable"
+    above = int((low > np.nanmean(scores)).sum())
+    return (
+        f"{name} depends most on the features {named}; {half:,} of {len(order):,} carry half of its importance, and "
+        f"{above:,} are above the average with {found.level:.0%} confidence. "
+        f"The order is {sure}: two halves of the data agree to {agreement:.2f}."
+    )
+
+
+def of_curve(curve: Curve) -> str:
+    """What replacing the features in order of their importance does, against a random order."""
+    at = int(np.argmax(curve.random_deletion - curve.deletion))
+    deletion, insertion = curve.gain
+    verdict = "better than a random order" if min(deletion, insertion) > 0 else "not better than a random order"
+    return (
+        f"With the {curve.shares[at]:.0%} most important features replaced by their mean, {curve.measure} is "
+        f"{curve.deletion[at]:.2f}; with as many random ones {curve.random_deletion[at]:.2f}. By both curves the "
+        f"ranking is {verdict} ({deletion:+.3f} and {insertion:+.3f} in area)."
+    )
+
+
+def all_of(found: Importance, names: Sequence[str]) -> list[str]:
+    """A sentence for each named output, and one for the curves."""
+    sentences = [of_output(found, c, name) for c, name in enumerate(names)]
+    return sentences if found.curve is None else [*sentences, of_curve(found.curve)]

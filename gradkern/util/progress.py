@@ -1,0 +1,75 @@
+"""A progress bar for long calls.
+
+The public call says whether one is wanted (`wanted`).  The outermost loop over pieces of the work inside it draws it
+(`followed`); loops inside that loop draw nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar, Token
+from typing import TypeVar
+
+T = TypeVar("T")
+DELAY = 2.0  # seconds that a call takes before anything is drawn
+PARTS = 200  # of a call whose bar is drawn, so that it moves
+
+
+class _Call:
+    """A public call: is a bar wanted (None: in a terminal), and does a loop draw it already?"""
+
+    def __init__(self, choice: bool | None) -> None:
+        self.choice, self.drawn = choice, False
+
+    @property
+    def open(self) -> bool:
+        """Whether a loop that starts now draws the bar."""
+        if self.choice is None:
+            self.choice = sys.stderr is not None and sys.stderr.isatty()
+        return self.choice and not self.drawn
+
+
+_call: ContextVar[_Call | None] = ContextVar("gradkern_progress", default=None)
+
+
+class wanted:
+    """Inside, a bar is drawn if ``progress`` is True, and in a terminal if it is None.  The outermost choice holds."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.token: Token[_Call | None] | None = None if _call.get() else _call.set(_Call(self.progress))
+
+    def __exit__(self, *error: object) -> None:
+        if self.token is not None:
+            _call.reset(self.token)
+
+
+def is_drawn() -> bool:
+    """Whether a loop over pieces that starts now draws a bar, and should therefore have pieces."""
+    call = _call.get()
+    return call is not None and call.open
+
+
+def followed(pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0) -> Iterator[T]:
+    """The pieces of ``total`` units; ``amount``: the units of a piece, done when the next one is asked for."""
+    call = _call.get()
+    if call is None or not call.open:
+        yield from pieces
+        return
+    from tqdm import tqdm  # comes with Captum
+
+    call.drawn = True
+    bar = tqdm(
+        total=total, initial=initial, unit=f" {unit}", unit_scale=True, delay=DELAY, leave=False, smoothing=0.1,
+        file=sys.stderr, desc="gradkern",
+    )  # fmt: skip
+    try:
+        with bar:
+            for piece in pieces:
+                yield piece
+                bar.update(amount(piece))
+    finally:
+        call.drawn = False

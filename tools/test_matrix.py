@@ -1,0 +1,45 @@
+"""Runs a part of the tests with the oldest and the newest Python, torch and Captum that the metadata allow.
+
+    python tools/test_matrix.py [--in build/matrix] [PYTHON/TORCH/CAPTUM | path of an interpreter] ...
+
+One built extension serves all of them: it is no Python module, and knows torch by its stable ABI alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+from fresh_env import NEWEST, OLDEST, ROOT, environment, say
+
+PACKAGES = ("pytest", "hypothesis", "tqdm", "matplotlib", "zarr>=3.1", "fsspec", "click>=8.1", "safetensors", "jinja2")
+#: What depends most on the versions: capture, the ops, Captum's internals, the command line.
+TESTS = (
+    "tests/runtime/test_ops.py", "tests/frontend/test_capture.py", "tests/frontend/test_to_program.py",
+    "tests/attr/test_captum_compat.py", "tests/attr/test_captum.py", "tests/attr/test_layers.py",
+    "tests/dispatch/test_stale.py", "tests/test_api.py", "tests/test_package.py", "tests/cli/test_archives.py",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--in", dest="folder", type=Path, default=ROOT / "build" / "matrix")
+    parser.add_argument("--all", action="store_true", help="all tests but the slow ones")
+    parser.add_argument("environments", nargs="*", default=[OLDEST, NEWEST])
+    args = parser.parse_args()
+    failed = []
+    for name in args.environments:
+        fresh = environment(name, args.folder, PACKAGES)
+        say(f"== {fresh.versions}")
+        command = [fresh.python, "-m", "pytest", "-q", "-m", "not slow", *(() if args.all else TESTS)]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
+        if subprocess.run(list(map(str, command)), cwd=ROOT, env=env).returncode:
+            failed.append(fresh.versions)
+    if failed:
+        raise SystemExit("failed with " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Builds a wheel for Linux and proves it in fresh environments.
+
+    python tools/wheel.py [--out dist] [--in build/wheel] [PYTHON/TORCH/CAPTUM | path of an interpreter] ...
+
+The wheel holds one library that runs under every Python from 3.11 and every torch from 2.11 on.  auditwheel gives it
+the tag of the oldest glibc that it runs on, and leaves torch's own libraries out: a second libtorch or OpenMP in one
+process does not work.  The proof: in each environment, without a compiler on the PATH and outside the checkout, the
+extension is loaded and right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fresh_env import NEWEST, OLDEST, ROOT, environment, run, say, without_compilers
+
+FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libgomp.so.1", "libcudart.so.*")
+ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols that change with torch or Python
+
+
+def build(out: Path, work: Path) -> Path:
+    """The repaired wheel in ``out``."""
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.whl"):
+            old.unlink()
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", work, ROOT)
+    run(*pip, GRADKERN_REQUIRE_EXT="1")
+    (plain,) = work.glob("*.whl")
+    excluded = [part for name in FROM_TORCH for part in ("--exclude", name)]
+    run(sys.executable, "-m", "auditwheel", "repair", "-w", out, *excluded, plain)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def check_symbols(library: Path) -> None:
+    """The library may need nothing of torch but its stable C functions, and nothing of Python."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    foreign = [name for name in names if name.startswith(ABI)]
+    if foreign:
+        raise SystemExit(f"{library} is bound to one version of torch or Python by {', '.join(foreign[:5])}")
+
+
+def prove(wheel: Path, name: str, work: Path) -> None:
+    fresh = environment(name, work)
+    inside = work / f"site-{fresh.versions.replace(', ', '-').replace(' ', '')}"
+    run(fresh.python, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", inside, wheel)
+    check_symbols(inside / "gradkern" / "_C.so")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GRADKERN_")}
+    env |= {"PATH": without_compilers(work), "PYTHONPATH": str(inside)}
+    smoke = (fresh.python, "-W", "error::RuntimeWarning", ROOT / "tools" / "smoke.py", inside)
+    if subprocess.run(list(map(str, smoke)), env=env, cwd="/").returncode:
+        raise SystemExit(f"{wheel.name} does not work with {fresh.versions}")
+    say(f"{wheel.name} works with {fresh.versions}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--in", dest="folder", type=Path, default=ROOT / "build" / "wheel")
+    parser.add_argument("environments", nargs="*", default=[OLDEST, NEWEST])
+    args = parser.parse_args()
+    wheel = build(args.out, args.folder)
+    say(f"built {wheel}")
+    for name in args.environments:
+        prove(wheel, name, args.folder)
+
+
+if __name__ == "__main__":
+    main()
