@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
@@ -82,6 +81,8 @@ def loop_classes(model: nn.Module, outputs: int) -> Chunk:
 
 def captum_saliency(model: nn.Module, outputs: int) -> Chunk:
     """Stock `captum.attr.Saliency`, once per class."""
+    from captum.attr import Saliency  # not every machine that measures kernels has Captum
+
     saliency = Saliency(model)
 
     def chunk(x: Tensor, out: Tensor | None) -> Tensor:

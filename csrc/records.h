@@ -61,7 +61,7 @@ enum class LineFunction : int64_t {
 enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
   Quads = 1,   // all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
-  Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+  Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/quads.cuh)
 };
 
 // Where the channels-last interior of a value or cotangent begins in scratch memory.

@@ -243,8 +243,13 @@ def explain(
     calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = replace(_inspection_request(model, inputs, wrt, output), choose=jacobian_choice(targets))
-    route = decide(request, engine)
+    with options.use(options.engine(engine)):
+        request = replace(_inspection_request(model, inputs, wrt, output), choose=jacobian_choice(targets))
+        return _explained(request, show)
+
+
+def _explained(request: Request, show: bool) -> Explanation:
+    route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
         eager_reason = route.eager_reason.text

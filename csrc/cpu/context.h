@@ -37,12 +37,31 @@ struct Context {
   int64_t samples;      // samples of this block
 };
 
+enum class Cell { Plain, Gru, Lstm };
+
+// The walk of one recurrent layer back through time, for all seeds.
+template <class T>
+struct RecurrentArgs {
+  Cell cell;
+  bool reverse;  // the layer reads from the last step to the first
+  const T* g;    // cotangents of its output, [n][S][T][H] with these strides
+  int64_t g_n, g_s, g_t;
+  const T* slopes;   // of the gates, [n][T][gates][H]
+  const T* keep;     // what a cell (LSTM) or state (GRU) keeps of the one before it, [n][T][H]
+  const T* through;  // slopes from an LSTM's cells to its states, likewise
+  const T* weight;   // [gates · H][row]: from gates to the state one step earlier, and from H on to the input
+  T* result;         // [n][S][T][inputs]
+  T* scratch;        // per sample and seed: gates · H + row + H
+  int64_t seeds, steps, hidden, inputs, gates, row;
+};
+
 // The functions of one ISA's translation unit.
 template <class T>
 struct Kernels {
   void (*run)(const Record* records, int64_t count, Context<T>& context);
   void (*rescale)(const RescaleArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
   void (*secant)(const RescaleArgs<T>& args, int64_t begin, int64_t end);
+  void (*recurrent)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);  // samples
 };
 
 struct Isa {

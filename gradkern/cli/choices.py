@@ -6,6 +6,7 @@ import functools
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,6 +45,7 @@ class SourceArguments:
     spec: str
     columns: str | None = None
     cast: str | None = None
+    pad: str | None = None
 
     def open(self) -> Source:
         import torch
@@ -53,7 +55,51 @@ class SourceArguments:
         columns = tuple(self.columns.split(",")) if self.columns else None
         if self.cast not in (None, *CASTS):
             raise BadValue(f"cast: got {self.cast!r}, expected {' or '.join(CASTS)}.")
-        return open_source(self.spec, columns, getattr(torch, self.cast) if self.cast else None)
+        dtype = getattr(torch, self.cast) if self.cast else None
+        return open_source(self.spec, columns, dtype, read_pad(self.pad))
+
+
+def read_pad(text: str | None) -> float | tuple[float, int] | None:
+    """``0`` or ``0:500``, a number and a length."""
+    if text is None:
+        return None
+    number, _, length = text.partition(":")
+    try:
+        return (float(number), int(length)) if length else float(number)
+    except ValueError:
+        raise BadValue(f"--pad: got {text!r}, expected a number, or a number and a length, such as 0:500.") from None
+
+
+def read_names(text: str | None) -> list[str] | None:
+    """Names with commas between, or those in a ``.txt`` file, one a line."""
+    if text is None:
+        return None
+    if text.endswith(".txt"):
+        return _lines("--names", text)
+    return text.split(",")
+
+
+def read_ids(spec: str | None) -> Any:
+    """Names of samples from a ``.txt`` file with one a line, an ``.npy``, or a column, ``table.csv:name``."""
+    if spec is None:
+        return None
+    path = Path(spec).expanduser()
+    if path.suffix == ".txt":
+        return _lines("--ids", spec)
+    if path.suffix == ".npy" and path.exists():
+        import numpy as np
+
+        return np.load(path, allow_pickle=False)
+    from ..data.sources.tables import column
+
+    return column(spec)
+
+
+def _lines(option: str, path: str) -> list[str]:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadValue(f"{option}: {path} cannot be read ({type(error).__name__}).") from error
 
 
 def recorded(made_by: Mapping[str, object], name: str) -> str | None:
@@ -80,10 +126,12 @@ def model_and_source(command: Command) -> Command:
     @functools.wraps(command)
     def gathered(
         model: str, weights: str | None, allow_pickle: bool, source: str, columns: str | None, cast: str | None,
-        **rest: Any,
+        pad: str | None, **rest: Any,
     ) -> None:  # fmt: skip
         command(
-            model=ModelArguments(model, weights, allow_pickle), samples=SourceArguments(source, columns, cast), **rest
+            model=ModelArguments(model, weights, allow_pickle),
+            samples=SourceArguments(source, columns, cast, pad),
+            **rest,
         )
 
     for option in (
@@ -92,6 +140,7 @@ def model_and_source(command: Command) -> Command:
             type=click.Choice(CASTS),
             help="Cast the inputs to it: other floating numbers, bytes, whole numbers, booleans.",
         ),
+        click.option("--pad", help="Pad samples of different lengths with this number; 0:500 to the length 500."),
         click.option("--columns", help="Names of the model's inputs in the source, with commas between."),
         allow_pickle,
         click.option("--weights", help="Weights for a factory: .safetensors, or a state_dict."),
@@ -159,6 +208,11 @@ def run_options(command: Command) -> Command:
         ),
         click.option("--engine", type=click.Choice(["auto", "kernel", "reference", "autograd"])),
         output,
+        click.option(
+            "--names",
+            callback=lambda *given: read_names(given[-1]),
+            help="Names of the model's outputs: with commas between, or a .txt file with one a line.",
+        ),
         click.option("--progress/--no-progress", default=None, help="A bar; by default in a terminal only."),
     ):
         command = option(command)

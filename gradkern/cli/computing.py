@@ -29,11 +29,12 @@ from .terminal import say
 @click.option("--compression", help="none (the default), zstd, blosc; a level: zstd:3.")
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
+@click.option("--ids", help="Names of the samples: a .txt file with one a line, .npy, or table.csv:column.")
 @click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
-    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, dry_run: bool,
-    quiet: bool, **options: Any,
+    model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, ids: str | None,
+    dry_run: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Attribute every sample of SOURCE; results go to the zarr store OUT.
 
@@ -50,7 +51,11 @@ def run(
     from gradkern.data import plan
 
     begin = time.perf_counter()
-    options |= {"maps": not no_maps, "reductions": reductions.split(",") if reductions else ()}
+    options |= {
+        "ids": choices.read_ids(ids),
+        "maps": not no_maps,
+        "reductions": reductions.split(",") if reductions else (),
+    }
     if dry_run:
         wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source")}
         say(plan(model.load(), samples.open(), out, **wanted))
@@ -59,7 +64,7 @@ def run(
         warnings.simplefilter("ignore")
         options["progress"] = False
     made_by = {"model": model.spec, "weights": model.weights}
-    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast}
+    made_by |= {"source": samples.spec, "columns": samples.columns, "cast": samples.cast, "pad": samples.pad}
     results = gradkern.run(
         model.load(), samples.open(), out, made_by=made_by, **options,
     )  # fmt: skip
@@ -82,6 +87,7 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
 
     \b
     gradkern importance net.pt2 x.npy
+    gradkern importance net.pt2 x.npy --names cat,dog,horse
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
     """
     import gradkern
@@ -91,13 +97,18 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
     curve, best = ranking.curve, ranking.top(top)
     if as_json:
         curve_data = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
-        shown = {"top": best, "agreement": ranking.agreement.tolist(), "samples": ranking.counts.tolist()}
+        shown = {
+            "names": ranking.names,
+            "top": best,
+            "agreement": ranking.agreement.tolist(),
+            "samples": ranking.counts.tolist(),
+        }
         say(json.dumps(shown | {"curve": curve_data}))
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
         places = " ".join(position_text(f, shape) for f in features)
-        say(f"output {c}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
+        say(f"{ranking.names[c]}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
     if curve is not None:
         say("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
 

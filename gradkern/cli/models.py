@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     which ``weights`` adds a ``.safetensors`` file or a state_dict that `torch.load` reads with weights_only.  A
     pickled module (``.pt``) can run any code while it is loaded and is refused without ``allow_pickle``.
     """
+    spec, weights = os.path.expanduser(spec), weights and os.path.expanduser(weights)
     suffix = Path(spec).suffix.lower()
     if suffix == ".pt2":
         if weights is not None:

@@ -42,7 +42,7 @@ def explain(model: ModelArguments, samples: SourceArguments, output: int | str |
 @click.command()
 @click.argument("store")
 @click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; by default beside the store.")
-@click.option("--names", help="Names of the outputs, with commas between.")
+@click.option("--names", help="Names of the outputs: with commas between, or a .txt file. Default: the store's.")
 @click.option("--title", help="Title of the page.")
 @click.option("--model", help="The run's model: adds the deletion and insertion curves.")
 @click.option("--weights", help="Its weights.")
@@ -62,6 +62,7 @@ def report(
     gradkern report maps.zarr --model net.pt2 --source x.npy
     """
     from gradkern.data import open_store
+    from gradkern.data.runs.verify import as_padded
     from gradkern.report.dataset import report
 
     if weights and not model:
@@ -69,15 +70,18 @@ def report(
     results = open_store(store)
     made_by = results.about.get("made_by", {})
     rows = (
-        SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open()
+        as_padded(
+            SourceArguments(source, choices.recorded(made_by, "columns"), choices.recorded(made_by, "cast")).open(),
+            None, None, results,
+        )
         if source
         else None
-    )
+    )  # fmt: skip
     net = ModelArguments(model, weights, allow_pickle).load() if model else None
     _check_same(results, net, rows)
     path = report(
         results, out or _beside(store), model=net, source=rows, title=title,
-        names=names.split(",") if names else None,
+        names=choices.read_names(names),
     )  # fmt: skip
     say(path)
     missing = choices.as_in_the_run({"model": model, "source": source}, made_by)
@@ -134,7 +138,10 @@ def info(store: str, as_json: bool) -> None:
         for key, value in part.items():
             say(f"  {line(key):<14} {line(value)}")
     for name, array in results.group.arrays():
-        say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {array.dtype}")
+        kind = "text" if array.dtype.kind in "OT" else array.dtype
+        say(f"  {line(name):<14} {'×'.join(map(str, array.shape))} {kind}")
+    if results.names is not None:
+        say(f"  {'outputs':<14} {line(', '.join(results.names))}")
     if about["finished"]:
         exact = "bit-equal to an uninterrupted run" if about["exact"] else line("; ".join(about["notes"]))
         short = len(results.short_files())

@@ -124,7 +124,7 @@ class ScatterAlgorithm(IntEnum):
 
     Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
     Quads = 1  # all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
-    Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+    Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/quads.cuh)
 
 
 # ---- records

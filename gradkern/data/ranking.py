@@ -26,7 +26,9 @@ from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
 from .sources import Source, open_source
+from .sources.padding import Pad
 from .statistics import GROUPS
+from .store.labels import of_rows
 from .store.results import Results
 
 PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
@@ -70,7 +72,7 @@ class Importance:
     ``scores``, ``low``, ``high`` ``[C, *in]`` with the bootstrap interval of ``level``; ``ranking`` ``[C, F]``, most
     important first; ``agreement`` ``[C]``, Spearman's rank correlation between the two halves of the data;
     ``counts`` ``[C]``, the samples behind each row; ``means`` ``[*in]`` of the features.  ``nonfinite``: samples with
-    NaN or Inf, which were left out or counted in as the run's ``nonfinite`` says.
+    NaN or Inf, which were left out or counted in as the run's ``nonfinite`` says.  ``names`` of the rows.
     """
 
     scores: np.ndarray
@@ -83,6 +85,7 @@ class Importance:
     means: np.ndarray
     curve: Curve | None = None
     nonfinite: int = 0
+    names: tuple[str, ...] = ()
 
     @property
     def overall(self) -> np.ndarray:
@@ -109,7 +112,8 @@ class Importance:
         lines = []
         for c, features in enumerate(self.top(5)):
             names = ", ".join(position_text(f, self.scores.shape[1:]) for f in features)
-            lines.append(f"output {c}: features {names}   (halves agree to {self.agreement[c]:.2f})")
+            name = self.names[c] if self.names else f"output {c}"
+            lines.append(f"{name}: features {names}   (halves agree to {self.agreement[c]:.2f})")
         if self.nonfinite:
             lines.append(f"{self.nonfinite} samples are not finite")
         if self.curve is not None:
@@ -126,18 +130,20 @@ def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
 def importance(
     model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
-    progress: bool | None = None, output: Output = None, **options: Any,
+    progress: bool | None = None, output: Output = None, pad: Pad | None = None,
+    names: Sequence[str] | None = None, **options: Any,
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
     ``out`` keeps the run (it then resumes, as `gradkern.run` does); without it, nothing is kept.  ``level`` and
     ``draws`` belong to the bootstrap; ``curve_samples`` is the number of samples for the deletion and insertion curves
-    (0: no curves).  ``output`` (of a model that returns several) and ``options`` go to `gradkern.run`.
+    (0: no curves).  ``names`` are those of the model's outputs, or of the targets.  ``pad``, ``output`` (of a model
+    that returns several) and ``options`` go to `gradkern.run`.
 
     Memory is bounded: where the statistics of all outputs would take more than 64 MiB, the outputs are done in parts,
     each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
     """
-    rows = open_source(source, columns, input_dtype)
+    rows = open_source(source, columns, input_dtype, pad).for_model(model)
     if rows.samples < 2:
         raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
     floating = sum(x.is_floating_point() for x in rows.read(0, 1))
@@ -148,27 +154,30 @@ def importance(
             "become floating with input_dtype=torch.float32 (--cast float32)."
         )
 
-    def of(place: str | Path, targets: Any) -> Importance:
+    def of(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
-            progress=progress, output=output, **options,
+            progress=progress, output=output, names=names, **options,
         )  # fmt: skip
         return of_results(results, level=level, draws=draws)
 
     one = model if output is None else OneOutput(model, output)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
-        parts = [targets] if out is not None else _parts(one, rows, targets)
-        found = [of(Path(folder, f"{i}.zarr") if out is None else out, part) for i, part in enumerate(parts)]
+        parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
+        found = [of(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
     whole = found[0] if len(found) == 1 else _joined(found)
     if not curve_samples:
         return whole
     return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
 
 
-def _parts(model: nn.Module, source: Source, targets: Any) -> list[Any]:
-    """The outputs in parts whose statistics take at most `PART_BYTES` each: every part is a pass over the data."""
+def _parts(
+    model: nn.Module, source: Source, targets: Any, names: Sequence[str] | None
+) -> list[tuple[Any, Sequence[str] | None]]:
+    """The outputs, with their names, in parts whose statistics take at most `PART_BYTES` each: every part is a pass
+    over the data."""
     if not (targets is None or (isinstance(targets, (list, range)) and all(isinstance(t, int) for t in targets))):
-        return [targets]
+        return [(targets, names)]
     inputs = tuple(x.to(device_of(model)) for x in source.read(0, 1))
     with torch.no_grad(), buffers_kept(model):
         outputs = model(*inputs)
@@ -176,15 +185,19 @@ def _parts(model: nn.Module, source: Source, targets: Any) -> list[Any]:
     features = sum(x.numel() for x in inputs if x.is_floating_point())
     size = max(1, PART_BYTES // max(1, 8 * (GROUPS + 1) * features))
     if size >= len(wanted):
-        return [targets]
-    return [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        return [(targets, names)]
+    if names is not None:
+        names = of_rows(names, np.array(wanted), outputs.shape[1:])
+    parts = range(0, len(wanted), size)
+    return [(wanted[i : i + size], None if names is None else names[i : i + size]) for i in parts]
 
 
 def _joined(parts: Sequence[Importance]) -> Importance:
     """The importance for the outputs of all parts."""
     fields = ("scores", "low", "high", "ranking", "agreement", "counts")
     joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in fields}
-    return replace(parts[0], **joined, nonfinite=max(p.nonfinite for p in parts))
+    names = tuple(name for p in parts for name in p.names)
+    return replace(parts[0], **joined, nonfinite=max(p.nonfinite for p in parts), names=names)
 
 
 def of_results(
@@ -200,6 +213,8 @@ def of_results(
     if total is None:
         raise BadValue(f"{results.place}: {results.done} of {results.chunks} chunks are finished, expected all.")
     name = results.about["inputs"][0]
+    if not total.sums[f"{name}/count_group_inputs"].any():
+        raise BadValue(f"importance: none of the {results.samples} samples is finite, so there is nothing to rank.")
     sums = {k.removeprefix(name + "/"): v for k, v in total.sums.items()}
     scores = statistics.scores(sums, np.ones(GROUPS))
     low, high = _bootstrap(sums, level, draws)
@@ -213,7 +228,8 @@ def of_results(
     if model is not None and source is not None and curve_samples:
         curves = curve(model, source, ranking, means, curve_samples)
     counts, nonfinite = sums["count_group"].sum(0), int(total.facts.get("nonfinite", 0))
-    return Importance(scores, low, high, ranking, agreement, counts, level, means, curves, nonfinite)
+    named = tuple(results.row_names())
+    return Importance(scores, low, high, ranking, agreement, counts, level, means, curves, nonfinite, named)
 
 
 def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tuple[np.ndarray, np.ndarray]:

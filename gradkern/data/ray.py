@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..util import options
 from ..util.options import BadType, BadValue, Engine
 from . import methods
 from .runs.probe import device_of
@@ -24,6 +25,7 @@ from .runs.settings import RunOptions, Settings, settings_of
 from .runs.shards import owned
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
+from .sources.padding import Pad
 from .store.durable import local_path
 from .store.layout import map_names
 from .store.results import Results
@@ -36,14 +38,16 @@ class Attribute:
                             batch_size=1024, concurrency=4)
 
     ``columns`` names the model's inputs; the batch comes back with ``attributions`` [n, S, *in] (``attributions_0``,
-    … if there are several inputs) and ``predictions`` [n, *out].
+    … if there are several inputs) and ``predictions`` [n, *out].  ``engine`` as in `gradkern.jacobian`; with "auto",
+    the default, each actor measures what is faster, so that the last bits may depend on the actor ("kernel" measures
+    nothing).
     """
 
     def __init__(
         self, model: nn.Module, method: str = "saliency", targets: Any = None, *, columns: str | Sequence[str] = "data",
-        arguments: Mapping[str, Any] | None = None, engine: Engine = "kernel", threads: int | None = None,
+        arguments: Mapping[str, Any] | None = None, engine: Engine | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.targets, self.engine = model, targets, engine
+        self.model, self.targets, self.engine = model, targets, options.engine(engine)
         self.arguments = dict(arguments or {})
         self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
         self.method = methods.find(method, self.arguments)
@@ -82,7 +86,8 @@ class FillChunks:
 def run_on_ray(
     model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
     workers: int | None = None, cpus: float = 1, gpus: float = 0, pieces: int | None = None, columns: Any = None,
-    input_dtype: torch.dtype | None = None, settings: Settings | None = None, **options: Unpack[RunOptions],
+    input_dtype: torch.dtype | None = None, pad: Pad | None = None, settings: Settings | None = None,
+    **options: Unpack[RunOptions],
 ) -> Results:  # fmt: skip
     """`gradkern.run` over a Ray cluster; the same store, bit-equal to one made without Ray.
 
@@ -95,7 +100,7 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     settings = settings_of("run_on_ray", settings, {"method": method, "targets": targets, **options})
-    rows = open_source(source, columns, input_dtype)
+    rows = open_source(source, columns, input_dtype, pad)
     if not can_be_pickled(rows):
         raise BadType(
             f"source: {type(source).__name__} cannot be sent to other processes. Pass a path, a memory map, a zarr "

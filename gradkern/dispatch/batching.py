@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,14 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
-from ..util.options import Engine
+from ..util.options import Engine, use
 from ..util.progress import PARTS, is_drawn
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
 from .watch import Watch
 
+_AS_SET = nullcontext()
 LEAST_PART = 1024  # samples of a chain at a time, if a progress bar is to move
 
 
@@ -32,7 +34,8 @@ def run(
     ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, if torch
     differentiates some of the steps.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    chosen = use(engine) if engine == "kernel" else _AS_SET  # the runtime asks whether a GPU's kernels are wanted
+    with chosen, torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
         params, by_reference, chunk = _settle(request, program, tensors, engine, results, saved)
@@ -86,7 +89,7 @@ def _settle(
 
 def not_native(x: Tensor) -> bool:
     """Whether no kernel takes a tensor of this device and dtype."""
-    return ops.machine(x.device) is None or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
+    return not ops.machine(x.device) or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
 
 
 @dataclass(frozen=True)

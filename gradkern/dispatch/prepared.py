@@ -87,7 +87,7 @@ class Prepared:
             packed = whole.packed(route.tensors)
         if whole is None or packed is None:
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "kernel").shaped
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 

@@ -318,7 +318,8 @@ def _looked_at(request: Request, route: Route, found: CapturedProgram, kind: tup
     x, program = request.inputs[request.wrt[0]], found.program
     seeds = request.choose(request.samples, program.output_shape)
     whole = None
-    if request.seeds_key is not None and seeds.count and not batching.not_native(x):
+    # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
+    if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and not batching.not_native(x):
         whole = whole_chain(program, route.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
     timing = program.key, type(seeds).__name__, seeds.count, x.dtype, x.device, *kind
     return KnownCall(seeds, timing, whole)

@@ -17,7 +17,7 @@ import torch
 
 from ..codegen.chain import Chain
 from ..codegen.grouping import GraphBuilder
-from ..codegen.machine import Device, Machine
+from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
 from ..ir.calls import form_params, params_in
@@ -73,7 +73,7 @@ class Plan:
 
     original: Program  # as the caller gave it; runs if weights are not finite
     program: Program  # the one that runs, without the positions that the output does not need
-    machine: Machine | None
+    machine: Machine | NoKernels
     dtype: torch.dtype  # of the computation
     seeds: int
     wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
@@ -235,10 +235,10 @@ def plan(
     seeds: int,
     dtype: torch.dtype = torch.float32,
     *,
-    machine: Machine | None,
+    machine: Machine | NoKernels,
     wanted: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan of ``program`` for ``seeds`` seeds per sample on ``machine`` (None: there are no kernels).
+    """The plan of ``program`` for ``seeds`` seeds per sample on ``machine``.
 
     ``wanted``: the values that a forward pass computes (then ``seeds`` is 0); by default a Jacobian is planned.
     """

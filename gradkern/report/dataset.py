@@ -74,13 +74,10 @@ class StoreSections:
         self.seconds = sum(n.facts["seconds"] for n in self.nodes)
         self.stability = self._stability()
         self.scores, self.scored_by = self._scores()
-        count = 0 if self.scores is None else len(self.scores)
-        if names is not None and count and len(names) != count:
-            raise ValueError(f"names: got {len(names)}, expected one for each of {count} outputs.")
         self.targets = np.asarray(results.array("targets")[...])
-        shared = self.targets.ndim == 1 and len(self.targets) == count
-        outputs = self.targets if shared else range(count)
-        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in names or [f"output {c}" for c in outputs]]
+        self.names = [_short(plain(n, lines=False), LONGEST_NAME) for n in results.row_names(names)]
+        rows = self.targets if self.targets.ndim == 1 else range(len(self.names))
+        self.named = {int(output): name for output, name in zip(rows, self.names, strict=True)}
 
     def _stability(self) -> Importance | None:
         if not self.about["finished"] or "importance" not in self.about["reductions"] or len(self.about["inputs"]) > 1:
@@ -159,10 +156,10 @@ class StoreSections:
             section.picture(figure, "How many samples are predicted as what.", vector=True)
 
     def _name(self, output: int) -> str:
-        targets = self.targets
-        if targets.ndim == 1 and len(targets) == len(self.names) and output in targets:
-            return self.names[int(np.flatnonzero(targets == output)[0])]
-        return self.names[output] if output < len(self.names) and targets.ndim > 1 else f"output {output}"
+        return self.named.get(int(output), f"output {output}")
+
+    def _sample(self, sample: int) -> str:
+        return _short(plain(self.results.sample_name(sample), lines=False), LONGEST_NAME)
 
     def importance(self, section: Section) -> None:
         if self.scores is None:
@@ -201,7 +198,8 @@ class StoreSections:
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
-            [f"{kinds[i]}: sample {e.samples[i]:,} (cosine {e.cosines[i]:.2f})" for i in (0, 1)] for e in extremes
+            [f"{kinds[i]}: sample {self._sample(e.samples[i])} (cosine {e.cosines[i]:.2f})" for i in (0, 1)]
+            for e in extremes
         ]
         figure = datafigures.extremes(
             np.stack([e.maps for e in extremes]), inputs, titles, [self._name(e.output) for e in extremes]
@@ -214,6 +212,9 @@ class StoreSections:
             + ("" if inputs is None else " The line is the sample itself.")
             + self._searched(),
         )
+        if self.results.ids is not None:
+            rows = [[self._name(e.output), *map(self._sample, e.samples)] for e in extremes]
+            section.table(["output", "typical sample", "atypical sample"], rows, "Their names.")
 
     def _searched(self) -> str:
         """A word on the samples that were not looked at, if there are any."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import memory_budget
 from . import ops
-from .executor import CallPlan, call_plan_for, leading, run_chain
-from .parameters import Packed, bind, content, every, weight_cache
+from .executor import CallPlan, call_plan_for, jacobian, run_chain
+from .parameters import Packed, bind, content_of, every, leading, weight_cache
+
+FEW = 1024  # samples whose first results are compared with torch's on a GPU
+
+FEW = 1024  # samples whose first results are compared with torch's on a GPU
 
 
 class WholeChain:
@@ -31,7 +35,7 @@ class WholeChain:
         axes: Shape,
     ) -> None:  # fmt: skip
         self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
-        self._latest: tuple[Hashable, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
+        self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
         self.axes = axes  # of the results, in place of S
         self.like, self.outputs = like.new_empty(0), call_plan.outputs
         self.order = [chain.wrt.index(v) for v in wrt]
@@ -41,7 +45,7 @@ class WholeChain:
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
-        found = content(self.plan, tensors)
+        found = content_of([tensors[name] for name in self.plan.live_names])
         before, latest = self._latest
         packed = latest() if latest is not None and before == found else None
         if packed is None:
@@ -101,6 +105,9 @@ def whole_chain(
         return None
     if call_plan.groups[0].alone != set(wrt):
         return None
+    if not call_plan.confirmed:
+        with torch.inference_mode(False), torch.no_grad():
+            jacobian(program, params, [x.detach()[:FEW] for x in inputs], targets, wrt)  # which compares
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:

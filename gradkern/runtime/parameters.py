@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -85,6 +85,11 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
+def leading(inputs: Sequence[Tensor]) -> Tensor:
+    """The first floating input: a call computes in its dtype and on its device."""
+    return next((t for t in inputs if t.is_floating_point()), inputs[0])
+
+
 def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
@@ -100,22 +105,13 @@ def every(outputs: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
-Key = tuple[int, Hashable, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
+Key = tuple[int, int | None, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
 MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
 MOST_ENTRIES = 256
 MOST_TARGETS = 4  # per pack: choices of outputs whose rows of the last weight are kept
 MOST_BYTES = {"cpu": 64 << 20}
 MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
-
-
-def content(plan: Plan, params: Params) -> Hashable:
-    """A hash of the bytes of the live tensors that determine a plan's packed weights, one per device."""
-    tensors = [params[name] for name in plan.live_names]
-    devices = dict.fromkeys([t.device for t in tensors])
-    if len(devices) < 2:
-        return ops.content_hash(tensors)
-    return tuple([ops.content_hash([t for t in tensors if t.device == device]) for device in devices])
 
 
 class KernelsUnavailable(Exception):
@@ -192,7 +188,7 @@ class WeightCache:
         self.lock = threading.RLock()
         self.entries: OrderedDict[Key, PackedPlan] = OrderedDict()
 
-    def entry(self, plan: Plan, content: Hashable, like: Tensor) -> PackedPlan:
+    def entry(self, plan: Plan, content: int | None, like: Tensor) -> PackedPlan:
         key = (id(plan), content, like.dtype, like.device)
         with self.lock:
             entry = self.entries.get(key)
@@ -231,6 +227,14 @@ weight_cache = WeightCache()
 on_reset(weight_cache.clear)
 
 
+def content_of(tensors: Sequence[Tensor]) -> int:
+    """A hash of the tensors' bytes; those of each device are hashed where they are, such as a scalar on the CPU beside
+    weights on a GPU."""
+    devices = dict.fromkeys(t.device for t in tensors)
+    hashes = [ops.content_hash([t for t in tensors if t.device == device]) for device in devices]
+    return hashes[0] if len(hashes) == 1 else hash(tuple(hashes))
+
+
 class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
@@ -238,7 +242,9 @@ class PlanWeights:
         self.params, self.like = params, like
         dtypes = [params[name].dtype for name in plan.packed_names]
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
-        self.entry = weight_cache.entry(plan, content(plan, params) if self.mixed is None else None, like)
+        self.entry = weight_cache.entry(
+            plan, content_of([params[name] for name in plan.live_names]) if self.mixed is None else None, like
+        )
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed is not None:

@@ -62,16 +62,17 @@ def plain(text: str, *, lines: bool = True) -> str:
     )
 
 
-def check_array(array: Any, what: str) -> None:
-    """Raise `BadValue` if a zarr array holds anything but numbers, or a chunk of it is larger than the memory."""
+def check_array(array: Any, what: str, *, text: bool = False) -> None:
+    """Raise `BadValue` if a zarr array holds anything but numbers (or ``text``), or a chunk of it is larger than the
+    memory."""
     codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
     for codec in codecs:
         inner = [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]
         for c in (codec, *inner):
-            if c is not None and type(c).__name__ not in CODECS:
+            if c is not None and type(c).__name__ not in (CODECS | {"VLenUTF8Codec"} if text else CODECS):
                 raise BadValue(
                     f"{what} is stored with the codec {type(c).__name__}, which is not known to be harmless."
                 )
-    if array.dtype.kind not in NUMBERS:
+    if array.dtype.kind not in ("OT" if text else NUMBERS):
         raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
     check_memory(array.dtype.itemsize * math.prod(array.chunks), f"{what}: a chunk")

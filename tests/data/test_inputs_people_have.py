@@ -12,7 +12,7 @@ from torch import nn
 
 from gradkern.cli.main import main
 from gradkern.cli.models import load_model
-from gradkern.data import open_source
+from gradkern.data import open_source, run
 
 X = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
 
@@ -66,6 +66,34 @@ def arrow(folder: Path):
     return pyarrow.Table.from_pandas(frame())
 
 
+def listed():
+    import pandas
+
+    return pandas.DataFrame({"x": list(X), "label": 1})
+
+
+def arrow_lists():
+    import pyarrow
+
+    return pyarrow.table({"x": X.tolist(), "name": ["a"] * len(X)}).select(["x"])
+
+
+def numbered():
+    import pandas
+
+    return pandas.DataFrame(X)
+
+
+def wide(folder: Path) -> str:
+    frame().to_parquet(folder / "x.parquet")
+    return f"{folder}/x.parquet"
+
+
+def written(folder: Path, table, **options) -> str:
+    table.to_csv(folder / "x.csv", **{"index": False, **options})
+    return str(folder / "x.csv")
+
+
 READ = {
     "frame": lambda folder: frame(),
     "arrow": arrow,
@@ -78,6 +106,13 @@ READ = {
     "array": lambda folder: Arrayed(),
     "masked, nothing hidden": lambda folder: np.ma.array(X),
     "one array in a list": lambda folder: [X],
+    "a column of lists": lambda folder: listed(),
+    "an Arrow column of lists": lambda folder: arrow_lists(),
+    "wide parquet": lambda folder: wide(folder),
+    "wide parquet, named": lambda folder: wide(folder) + ":a,b,c,d",
+    "lists by name": lambda folder: {"x": X.tolist()},
+    "csv with pandas's own names": lambda folder: written(folder, numbered()),
+    "one glob for one letter": lambda folder: parts(folder).replace("*", "?"),
 }
 
 
@@ -100,12 +135,40 @@ def text(folder: Path):
     return frame().assign(name="sample")
 
 
+def lines(folder: Path, content: str) -> str:
+    (folder / "x.csv").write_text(content)
+    return str(folder / "x.csv")
+
+
+def objects(folder: Path) -> str:
+    np.save(folder / "x.npy", np.array([np.ones(2), np.ones(3)], dtype=object), allow_pickle=True)
+    return str(folder / "x.npy")
+
+
+def two_tables(folder: Path, names: list[str]) -> str:
+    frame()[:5].to_csv(folder / "a1.csv", index=False)
+    frame()[5:].set_axis(names, axis=1).to_csv(folder / "a2.csv", index=False)
+    return f"{folder}/a*.csv"
+
+
 REFUSED = {
     "samples in a list": (lambda folder: list(X), r"np\.stack\(arrays\), for inputs tuple\(arrays\)"),
     "masked": (lambda folder: np.ma.array(X, mask=X > 0), r"array\.filled\(value\)"),
     "sparse": (sparse, r"x\.toarray\(\)"),
     "sparse tensor": (lambda folder: torch.from_numpy(X).to_sparse(), r"x\.to_dense\(\)"),
     "text": (text, r"the column 'name' holds .*columns="),
+    "two columns of one name": (lambda folder: frame().set_axis(list("abca"), axis=1), "several columns named 'a'"),
+    "a saved index": (lambda folder: written(folder, frame(), index=True), "index=False"),
+    "years": (lambda folder: lines(folder, "2019,2020,2021\n1,5,2\n"), "may hold names .* or a sample"),
+    "two numbers": (lambda folder: lines(folder, "0,1\n5,2\n"), "may hold names .* or a sample"),
+    "semicolons": (lambda folder: written(folder, frame(), sep=";"), "separated by ';'"),
+    "a longer line": (lambda folder: lines(folder, "a,b\n1,2\n1,2,3\n"), "cannot be read as a table"),
+    "nothing": (lambda folder: lines(folder, ""), "cannot be read as a table"),
+    "objects": (lambda folder: objects(folder), "no array of numbers that can be read"),
+    "no such column": (lambda folder: wide(folder) + ":z", r"got the column 'z', but .* has \['a', 'b', 'c', 'd'\]"),
+    "other columns": (lambda folder: two_tables(folder, list("abce")), "other columns"),
+    "a folder": (lambda folder: str(folder), r"is a folder.*\*\.npy"),
+    "ragged lists": (lambda folder: [[1.0, 2.0], [1.0]], "different shapes: sample 0 has"),
     "no parts": (lambda folder: f"{folder}/no*.npy", "there are no files at"),
 }
 
@@ -115,6 +178,37 @@ def test_it_is_refused_with_advice(make, words: str, tmp_path) -> None:
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         open_source(make(tmp_path)).read(0, 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["0.5,0.5,1.0", "0.5,,1.0", "0,0,1", "1,2,4", "3,2,1", "1e3,nan,2"])
+def test_the_first_sample_of_a_csv_without_names_is_not_taken_for_names(first, tmp_path) -> None:
+    source = open_source(lines(tmp_path, f"{first}\n1,2,3\n7,1,2\n"), dtype=torch.float64)
+    expected = [float(cell or "nan") for cell in first.split(",")]
+    assert source.samples == 3
+    np.testing.assert_array_equal(source.read(0, 3)[0], [expected, [1, 2, 3], [7, 1, 2]])
+
+
+def test_tables_of_columns_in_another_order_and_files_with_numbers(tmp_path) -> None:
+    frame()[:5].to_csv(tmp_path / "a1.csv", index=False)
+    frame()[5:][list("dbca")].to_csv(tmp_path / "a2.csv", index=False)
+    np.testing.assert_allclose(open_source(f"{tmp_path}/a*.csv").read(0, 9)[0], X, rtol=1e-6)
+    for i in range(9):
+        np.save(tmp_path / f"{i + 5}.npy", X[i : i + 1])
+    np.testing.assert_array_equal(open_source(f"{tmp_path}/*.npy").read(0, 9)[0], X)  # 5, …, 9, 10, …
+
+
+def test_a_tuple_of_lists_is_a_tuple_of_inputs() -> None:
+    first, second = open_source(([[1.0, 2.0], [3.0, 4.0]], [[5.0], [6.0]])).read(0, 2)
+    assert (first.tolist(), second.tolist()) == ([[1, 2], [3, 4]], [[5], [6]])
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize(
+    ("dtype", "words"), [(np.int16, "only floating numbers have gradients"), (np.float64, "the model is float32")]
+)
+def test_a_dtype_that_the_model_cannot_take_names_the_way_out(dtype, words, engine, tmp_path) -> None:
+    with pytest.raises(TypeError, match=rf"{words}.*input_dtype=torch\.float32 \(--cast float32\)"):
+        run(nn.Linear(4, 2).eval(), X.astype(dtype), tmp_path / "a.zarr", engine=engine)
 
 
 def test_columns_of_a_table(tmp_path) -> None:

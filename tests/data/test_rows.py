@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gradkern.data import Mismatch, Outcome, merge, open_source, run, verify
 from gradkern.data import methods as data_methods
-from gradkern.data.sources import registry
+from gradkern.data.sources import datasets, registry
 from tests.support.sources import MAKERS, TABLES, Items, X
 
 KINDS = [*MAKERS, *TABLES, lambda folder: DataLoader(Items(), batch_size=5, num_workers=2, collate_fn=list_of_pairs)]
@@ -110,6 +111,36 @@ def test_a_collate_function_that_drops_or_doubles_records(collate, words, worker
     source = open_source(DataLoader(Items(), batch_size=4, num_workers=workers, collate_fn=collate))
     with pytest.raises(ValueError, match=words):
         list(source.stream([(0, 12), (12, 23)]))
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, i):
+        if i == 14:
+            raise OSError("no such file")
+        return None if i == 20 else X[i]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("span", "words"), [((12, 17), "sample 14 could not be read .OSError: no such"), ((17, 23), "sample 20")]
+)
+def test_a_sample_that_cannot_be_read_is_named(span, words, workers):
+    source = open_source(DataLoader(Broken(), num_workers=workers))
+    with pytest.raises(ValueError, match=words):
+        list(source.stream([(0, 12), span]))
+
+
+def test_workers_end_well_whatever_thread_starts_them():
+    """A worker that ended with an error made torch print "exited unexpectedly" now and then."""
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(datasets._started, DataLoader(Items(), num_workers=1)).result()
+        next(batches)
+        workers = batches._workers
+        batches._shutdown_workers()
+    assert [worker.exitcode for worker in workers] == [0]
 
 
 class Batched(Dataset):

@@ -316,3 +316,21 @@ def test_a_link_to_an_empty_folder(tmp_path):
     assert run(net(), samples(), tmp_path / "link").about["finished"]
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "zarr.json").exists()
+
+
+class Unknowing(nn.Linear):
+    """Predicts NaN where a sample has one, though its gradient stays finite."""
+
+
+def test_a_prediction_that_is_nan_counts_as_not_finite(tmp_path):
+    x = torch.ones(6, 4)
+    x[2, 1] = float("nan")
+    model = Unknowing(4, 2).eval()
+    with pytest.raises(ValueError, match="sample 2 are not finite"):
+        run(model, x, tmp_path / "a.zarr", reductions="mean_abs", engine="autograd")
+    kept = run(model, x, tmp_path / "b.zarr", engine="autograd")
+    assert kept.about["counts"] == {"nonfinite": 1, "nonfinite_first": [2]} | {
+        k: v for k, v in kept.about["counts"].items() if not k.startswith("nonfinite")
+    }
+    with pytest.raises(ValueError, match="none of the 6 samples is finite"):
+        gradkern.importance(model, x * float("nan"), nonfinite="skip", engine="autograd")

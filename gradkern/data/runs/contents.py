@@ -15,6 +15,7 @@ from ...util import options
 from ...util.options import BadValue
 from .. import statistics
 from ..sources import Source
+from ..store.labels import of_rows
 from ..store.layout import Array, dtype_name, map_names, reduction_key
 from ..store.results import FORMAT
 from . import fingerprint, forecast
@@ -54,6 +55,7 @@ def attributes(
         "output": list(probe.outcome.outputs.shape[1:]),
         "program": str(probe.program) if probe.program else None,
         "finished": False,
+        **_padding(source),
     }
     return about | ({"made_by": dict(made_by)} if made_by else {})
 
@@ -79,18 +81,50 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
     out = tuple(about["output"])
     axes = tuple(f"output_axis{k}" for k in range(len(out)))
     listed.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
+    known = np.zeros((n, seeds))
     if outcome.rows is not None:
         listed.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
     else:
         indices = jacobian_choice(settings.targets)(1, out).indices
-        indices = torch.arange(seeds) if indices is None else indices
-        listed.append(Array("targets", (seeds,), "int64", ("target",), content=indices.numpy()))
+        known = (torch.arange(seeds) if indices is None else indices).numpy()
+        listed.append(Array("targets", (seeds,), "int64", ("target",), content=known))
+    if settings.names is not None:
+        of_rows(settings.names, known, out)
     if outcome.deltas is not None:
         listed.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
+    listed += _labels(source, settings, out)
     starts = np.arange(0, n, chunk)
     spans = np.stack([starts, np.minimum(starts + chunk, n)], axis=1)  # [K, 2]
     listed.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
     return listed
+
+
+def _labels(source: Source, settings: Settings, out: tuple[int, ...]) -> list[Array]:
+    """Names of samples and outputs, and the lengths of samples that are padded."""
+    listed = []
+    if settings.ids is not None:
+        if len(settings.ids) != source.samples:
+            raise BadValue(f"ids: got {len(settings.ids)}, expected one for each of {source.samples} samples.")
+        ids = np.array(settings.ids, dtype=object)
+        listed.append(Array("ids", ids.shape, "string", ("sample",), content=ids))
+    if settings.names is not None:
+        names = np.array(settings.names, dtype=object)
+        listed.append(Array("names", names.shape, "string", ("name",), content=names))
+    if source.padding is not None:
+        lengths = source.padding.lengths.numpy()
+        listed.append(Array("lengths", lengths.shape, "int64", ("sample", "ragged_axis"), content=lengths))
+    return listed
+
+
+def _padding(source: Source) -> dict[str, Any]:
+    """How the samples were padded, as in `sources.padding.Padding`."""
+    padding = source.padding
+    if padding is None:
+        return {}
+    axes = [list(axis) for axis in padding.axes]
+    lengths = [padding.shapes[k][a] for k, a in padding.axes]
+    length = lengths[0] if lengths and len(set(lengths)) == 1 else None
+    return {"padding": {"value": padding.value, "length": length, "axes": axes, "gives": list(padding.gives)}}
 
 
 def _reduction(reduction: str, key: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:

@@ -23,7 +23,7 @@ from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
 from ...util.buffers import buffers_kept
-from ...util.options import BadValue, Engine, debugging
+from ...util.options import BadType, BadValue, Engine, debugging
 from ...util.random_state import RandomState
 from .. import methods, statistics
 from .reading import Alone
@@ -98,6 +98,7 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     device = device_of(model)
     chosen = choose(model, alone, device)
     inputs = _joined(alone, chosen, device)
+    check_dtypes(model, inputs)
     method = methods.find(settings.method, settings.arguments)
     methods.check_arguments(method, settings.arguments, inputs, samples)
     engine = pinned or options.engine(settings.engine)
@@ -118,6 +119,30 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     with ways.pinned(way):
         method(batch)
     return Probe(program, engine, outcome, inputs, len(chosen) / (time.perf_counter() - begin), alone, way)
+
+
+def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Raise `BadType`, with the way out, for inputs without derivatives, and for those that the model cannot take."""
+    kinds = ", ".join(str(x.dtype).removeprefix("torch.") for x in inputs)
+    if not any(x.is_floating_point() for x in inputs):
+        raise BadType(
+            f"source: its samples are {kinds}, and only floating numbers have gradients: input_dtype=torch.float32 "
+            "(--cast float32)."
+        )
+    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if wanted is None or all(x.dtype == wanted for x in inputs if x.is_floating_point()):
+        return
+    try:
+        with torch.no_grad(), buffers_kept(model):
+            model(*(x[:1] for x in inputs))
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "scalar type" not in str(error) and "Input type" not in str(error):
+            return  # whatever it is, it is not the dtype; the run will say
+        name = str(wanted).removeprefix("torch.")
+        raise BadType(
+            f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--cast {name}), or the "
+            "model in the dtype of the samples."
+        ) from error
 
 
 def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:

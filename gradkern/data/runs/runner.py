@@ -25,6 +25,7 @@ from torch import nn
 from ...util import options as choices
 from ...util.options import GradkernWarning
 from ...util.progress import wanted
+from ..sources.padding import Pad
 from ..store import locks
 from ..store.results import Results
 from .progress import progress_bar
@@ -46,8 +47,8 @@ class DiskFull(OSError):
 def run(
     model: nn.Module, source: Any, out: str | Path, method: str | None = None, targets: Any = None, *,
     settings: Settings | None = None, columns: Any = None, input_dtype: torch.dtype | None = None,
-    shard: Shard = (0, 1), progress: bool | None = None, made_by: Mapping[str, Any] | None = None,
-    **options: Unpack[RunOptions],
+    pad: Pad | None = None, shard: Shard = (0, 1), progress: bool | None = None,
+    made_by: Mapping[str, Any] | None = None, **options: Unpack[RunOptions],
 ) -> Results:  # fmt: skip
     """Attribute every sample of ``source`` and stream the results to a zarr store at ``out``.
 
@@ -75,6 +76,11 @@ def run(
         A keyword that is None counts as not given.
     columns, input_dtype
         The fields of a sample that are the model's inputs; the dtype that inputs are cast to.
+    pad
+        A number with which samples of different shapes are padded at their ends, up to the longest; ``(number,
+        length)`` up to that length.  All samples are read once before the run to find out.  The maps are 0 where a
+        sample was padded, ``.mask(start, stop)`` of the store says where, and a model whose ``forward`` takes
+        ``lengths``, ``mask`` (True for data) or ``padding_mask`` (True for padding) after its inputs gets them.
     shard
         ``(i, n)``: only the i-th of n ranges of chunks, for job arrays.  The last shard to finish completes the
         store.
@@ -94,6 +100,8 @@ def run(
         ``nonfinite``: what becomes of samples with NaN or Inf among their attributions.  ``"error"`` stops, and names
         them (the default if there are statistics); ``"skip"`` leaves them out of the statistics; ``"keep"`` counts
         them in (the default for maps alone).  The store says how many there were.
+        ``ids``, ``names``: of the samples, and of the model's outputs (or of the targets).  The store keeps them, and
+        shows them in errors, reports and rankings.
         ``trust_source=False``: do not check, while reading, that the samples are those of the finished chunks.
 
     Returns
@@ -105,7 +113,9 @@ def run(
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
         settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
     with disk_full(out):
-        task = Task.prepare(model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by)
+        task = Task.prepare(
+            model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by, pad=pad
+        )
         task.results.check_files()
         work(task, owned(task.results.chunks, shard), progress)
         task.results.complete()

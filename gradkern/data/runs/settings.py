@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, get_args
 from ...util.options import BadValue, Engine
 from ...util.outputs import Output, check_output_choice
 from .. import statistics
+from ..store.labels import read_text
 from ..store.layout import STORED_AS, codecs
 
 Nonfinite = Literal["error", "skip", "keep"]
@@ -36,6 +37,8 @@ class Settings:
     output: Output = None
     nonfinite: Nonfinite | None = None
     trust_source: bool = False
+    ids: Sequence[str] | None = field(default=None, repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED_AS:
@@ -48,6 +51,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise BadValue(f"{name}: got {value!r}, expected a positive number, or None.")
+        for name in ("ids", "names"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, read_text(name, getattr(self, name)))
+        if isinstance(self.targets, range):
+            object.__setattr__(self, "targets", list(self.targets))
         if self.nonfinite is not None and self.nonfinite not in get_args(Nonfinite):
             raise BadValue(f"nonfinite: got {self.nonfinite!r}, expected one of {', '.join(get_args(Nonfinite))}.")
         if not self.maps and not self.reductions and not self.top_features:
@@ -70,6 +78,8 @@ class RunOptions(TypedDict, total=False):
     output: Output
     nonfinite: Nonfinite | None
     trust_source: bool
+    ids: Any
+    names: Any
 
 
 def settings_of(caller: str, settings: Settings | None, keywords: Mapping[str, Any]) -> Settings:

@@ -38,6 +38,8 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
             raise fingerprint.Mismatch(
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )
+        if (other.ids, other.names) != (results.ids, results.names):
+            raise fingerprint.Mismatch(f"{other.place} has other ids or names than {results.place}.")
     if others:
         with locks.hold(results.store, range(results.chunks)):
             for other in others:

@@ -21,6 +21,7 @@ from ...util.options import BadType, BadValue
 from ...util.outputs import OneOutput
 from .. import methods, statistics
 from ..sources import Source, open_source
+from ..sources.padding import Pad
 from ..store.checks import checksum
 from ..store.layout import dtype_name, map_names
 from ..store.ledger import NAMED, ChunkRecord
@@ -60,7 +61,7 @@ class Task:
     @classmethod
     def prepare(
         cls, model: Any, source: Any, out: str | Path, settings: Settings, *, columns: Any = None,
-        input_dtype: torch.dtype | None = None, made_by: Mapping[str, Any] | None = None,
+        input_dtype: torch.dtype | None = None, made_by: Mapping[str, Any] | None = None, pad: Pad | None = None,
     ) -> Task:  # fmt: skip
         """Probe model and source, and create the store, or open an existing one and check that it belongs to this run.
 
@@ -68,8 +69,8 @@ class Task:
         """
         if not isinstance(model, nn.Module):
             raise BadType(f"model: got {type(model).__name__}, expected a torch.nn.Module.")
+        rows = open_source(source, columns, input_dtype, pad).for_model(model)
         model = model if settings.output is None else OneOutput(model, settings.output)
-        rows = open_source(source, columns, input_dtype)
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
@@ -84,6 +85,7 @@ class Task:
         same_keys = fingerprint.keys_version(results.about) == fingerprint.keys_version()
         fingerprint.check_same(str(out), results.about["fingerprint"], asked, graph=same_keys)
         check_pinned(results, settings)
+        check_labels(results, settings)
         task = cls(model, rows, settings, results, probe, differences(results.about["pinned"], probe, plan=same_keys))
         if not same_keys:
             task.check_earlier(asked)
@@ -217,6 +219,7 @@ class Task:
         targets = targets_of(self.settings.targets, which, samples)
         arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, self.device)
         outcome = self.method(methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out))
+        outcome = self._without_padding(outcome, which)
         keep = self._finite(inputs, first, outcome, bad)
         rows = {"predictions": outcome.outputs}
         if outcome.rows is not None:
@@ -235,6 +238,15 @@ class Task:
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where, keep)
         return rows
 
+    def _without_padding(self, outcome: methods.Outcome, which: slice) -> methods.Outcome:
+        """The maps with 0 where a sample was padded: what is not data has no attribution."""
+        padding = self.source.padding
+        if padding is None:
+            return outcome
+        masks = [padding.mask(which.start, which.stop, i).to(self.device) for i in self.probe.floating]
+        maps = tuple(m.masked_fill(~mask[:, None], 0) for m, mask in zip(outcome.maps, masks, strict=True))
+        return replace(outcome, maps=maps)
+
     def _finite(
         self, inputs: tuple[Tensor, ...], first: int, outcome: methods.Outcome, bad: list[int]
     ) -> Tensor | None:
@@ -243,13 +255,15 @@ class Task:
         values = outcome.maps
         if "importance" in self.settings.reductions:
             values += tuple(inputs[i] for i in self.probe.floating)
-        finite = torch.stack([finite_rows(v).cpu() for v in values]).all(0)
+        known = ~outcome.outputs.flatten(1).isnan().any(1).cpu()  # a NaN that came in need not be in the maps
+        finite = torch.stack([known, *(finite_rows(v).cpu() for v in values)]).all(0)
         if bool(finite.all()):
             return None
         new = [first + int(i) for i in (~finite).nonzero()[:, 0]]
         if self.nonfinite == "error":
             raise BadValue(
-                f"the attributions of sample {new[0]} are not finite (NaN or Inf); so are {len(new) - 1} others of the "
+                f"the attributions of sample {self.results.sample_name(new[0])} are not finite (NaN or Inf), or its "
+                f"prediction is NaN; so are {len(new) - 1} others of the "
                 f"samples {first} … {first + len(finite) - 1}{_named(new[1:])}. Mend the data or the model; or "
                 "nonfinite='skip' leaves such samples out of the statistics, and 'keep' counts them in. What is "
                 "finished is kept."
@@ -332,6 +346,17 @@ def check_pinned(results: Results, settings: Settings) -> None:
             "begun with, so that its result is the same to the last bit: leave these arguments out, or choose another "
             "place."
         )
+
+
+def check_labels(results: Results, settings: Settings) -> None:
+    """Raise `fingerprint.Mismatch` if the caller gives other names than the store's."""
+    for what, given, stored in (("ids", settings.ids, results.ids), ("names", settings.names, results.names)):
+        if given is not None and given != stored:
+            has = "none" if stored is None else "others"
+            raise fingerprint.Mismatch(
+                f"{what}: {results.place} was begun with {has}; nothing was changed. Leave {what} out, or "
+                "choose another place."
+            )
 
 
 @dataclass(frozen=True)

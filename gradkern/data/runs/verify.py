@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import nn
 from ...dispatch.targets import TopK
 from ...util.options import BadValue
 from .. import statistics
-from ..sources import Span, open_source
-from ..store import checks, durable, layout, locks
+from ..sources import Source, Span, open_source
+from ..store import checks, durable, labels, layout, locks
 from ..store.ledger import ChunkRecord, Damaged, TreeNode
 from ..store.results import Results
 from .fingerprint import Mismatch
@@ -257,10 +257,22 @@ def repair(
         results = Results.open(text, read_only=False)
         with locks.hold(results.store, range(results.chunks)):
             if not verdict.ok:
-                _redo(results, verdict, model, open_source(source, columns, input_dtype), settings, progress)
+                _redo(results, verdict, model, as_padded(source, columns, input_dtype, results), settings, progress)
         results = Results.open(text, read_only=False)
         results.complete()
     return Results.open(text)
+
+
+def as_padded(source: Any, columns: Any, input_dtype: torch.dtype | None, results: Results) -> Source:
+    """The source, padded as it was in a run."""
+    padding = results.about.get("padding")
+    rows = open_source(source, columns, input_dtype)
+    if padding is None or rows.padding is not None:
+        return rows
+    rows = rows.pad_with(padding["value"] if padding["length"] is None else (padding["value"], padding["length"]))
+    if rows.padding is not None:
+        rows.padding = replace(rows.padding, gives=tuple(padding["gives"]))
+    return rows
 
 
 def _restore_files(place: str) -> None:
@@ -274,7 +286,9 @@ def _restore_files(place: str) -> None:
         listed = _listed(durable.get(store, ROOT))
         for key in set(damaged) - {checks.BACKUP}:
             durable.put(store, key, json.dumps(listed[key], indent=2).encode())
-        constant = {"targets/c.0"} if Results.open(place).array("targets").ndim == 1 else set()
+        opened = Results.open(place)
+        constant = {"targets/c.0"} if opened.array("targets").ndim == 1 else set()
+        constant |= {layout.chunk_key(name, 0, opened.array(name).ndim) for name in labels.LABELS if name in opened}
         checks.write_backup(store, {ROOT, *listed, "chunks/c.0.0", *constant})
     elif backup is not None:
         for key in damaged:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
-from .columns import Rows, members, to_tensor
+from .columns import Rows, array_of, members, to_tensor
 from .registry import Source, member, register
 
 
@@ -43,7 +43,8 @@ class Arrays(Source):
     @classmethod
     def accepts(cls, data: Any) -> bool:
         if isinstance(data, (tuple, list)):
-            return bool(data) and (all(hasattr(a, "shape") for a in data) or _is_nested_numbers(data))
+            one_input = isinstance(data, list) and _is_nested_numbers(data)
+            return bool(data) and (one_input or all(hasattr(a, "shape") or _is_nested_numbers(a) for a in data))
         if isinstance(data, (Tensor, np.ndarray, dict)):
             return True
         return hasattr(data, "shape") and (
@@ -52,8 +53,8 @@ class Arrays(Source):
 
     @classmethod
     def of(cls, data: Any, columns: Any) -> Source:
-        if isinstance(data, (tuple, list)) and _is_nested_numbers(data):
-            return cls([np.asarray(data)])
+        if isinstance(data, list) and _is_nested_numbers(data):
+            return cls([array_of(data)])
         if isinstance(data, list) and len(data) > 1:
             raise BadValue(
                 f"source: got a list of {len(data)} arrays, which may be samples, or the inputs of a model with "
@@ -64,7 +65,7 @@ class Arrays(Source):
         if not hasattr(data, "__array__") and hasattr(data, "__dlpack__"):
             data = torch.from_dlpack(data)
         if isinstance(data, (tuple, list)):
-            return cls(data)
+            return cls([array_of(a) if isinstance(a, list) else a for a in data])
         return cls([data] if hasattr(data, "shape") else members(data, columns))
 
     @classmethod
@@ -76,7 +77,7 @@ class Arrays(Source):
         """The content of a file: an array, or several by name.  It is read as lazily as its kind allows."""
         suffix = Path(path).suffix.lower()
         if suffix == ".npy":
-            return np.load(path, mmap_mode="r")
+            return _load_npy(path)
         if suffix == ".npz":
             return np.load(path)  # reads an array when it is asked for
         if suffix == ".pt":
@@ -105,6 +106,16 @@ class Arrays(Source):
         self.arrays = [a() if isinstance(a, partial) else a for a in self.arrays]
 
 
+def _load_npy(path: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise BadValue(
+            f"source: {path} is no array of numbers that can be read ({error}). If it holds samples of different "
+            "shapes, save them as lists in a parquet file, or padded to one shape."
+        ) from error
+
+
 def _start_of_map(array: np.memmap) -> int:
     """The address at which the map that ``array`` is a view of begins (its ``offset`` belongs to that)."""
     base: Any = array
@@ -118,11 +129,11 @@ def _is_sparse(data: Any) -> bool:
 
 
 def _is_nested_numbers(data: Any) -> bool:
-    """Lists of lists of numbers, which are samples; a list of tuples may be a Dataset, of samples and labels."""
-    first = data[0] if data else None
+    """A list of (lists of) numbers; a list of tuples may be a Dataset, of samples and labels."""
+    first = data
     while isinstance(first, list) and first:
         first = first[0]
-    return isinstance(data[0], list) and isinstance(first, (bool, int, float))
+    return isinstance(data, list) and isinstance(first, (bool, int, float))
 
 
 def package_of(data: Any) -> str:

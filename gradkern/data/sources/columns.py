@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,10 @@ Rows = Tensor | list[Tensor]  # [n, *in]; a list of n tensors [*in] where these 
 
 
 def pick(fields: Any, columns: Any) -> tuple[Rows, ...]:
-    """The fields that are the model's inputs: by name or index, else the first of a tuple, the only one of a dict."""
+    """The fields that are the model's inputs: by name or index, else the first of a tuple, the only one of a dict.
+
+    Columns with one number per sample, floating ones among them, are the features of one input ``[n, columns]``.
+    """
     if isinstance(fields, dict):
         if columns is None:
             floating = [k for k, v in fields.items() if _is_floating(v)]
@@ -31,22 +36,57 @@ def pick(fields: Any, columns: Any) -> tuple[Rows, ...]:
             columns = floating
         if any(c not in fields for c in as_tuple(columns)):
             raise BadValue(f"source: got columns={columns!r}, but the samples have {list(fields)}.")
-        return tuple(to_tensor(fields[c]) for c in as_tuple(columns))
+        picked = [to_tensor(fields[c]) for c in as_tuple(columns)]
+        numbers = [x for x in picked if isinstance(x, Tensor) and x.dim() == 1]
+        if len(numbers) == len(picked) and any(x.is_floating_point() for x in numbers):
+            return (torch.stack([x.to(_common(numbers)) for x in numbers], dim=1),)
+        return tuple(picked)
     if isinstance(fields, (tuple, list)):
         return tuple(to_tensor(fields[c]) for c in as_tuple(0 if columns is None else columns))
     return (to_tensor(fields),)
 
 
+def _common(columns: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds the numbers of all columns, as numpy finds it (whole numbers may not fit into a float32)."""
+    kinds = [x.dtype for x in columns]
+    if torch.bfloat16 in kinds:
+        return reduce(torch.promote_types, kinds)
+    return torch.from_numpy(np.zeros(0, np.result_type(*(torch.zeros(0, dtype=k).numpy() for k in kinds)))).dtype
+
+
+class Ragged:
+    """Samples of different shapes, which are an error where some are read together without padding."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows, self.shape = rows, (len(rows),)
+
+    def __getitem__(self, which: slice) -> Any:
+        return self.rows[which]
+
+
+def array_of(data: Any) -> Any:
+    """Nested lists of numbers as an array, or as `Ragged`."""
+    try:
+        return np.asarray(data)
+    except ValueError:
+        return Ragged(data)
+
+
 def members(group: Any, columns: Any) -> list[Any]:
     """Arrays of a group or dict by name; without names, its only array.  Others are not read."""
     if columns is None:
-        names = list(group) if len(group) == 1 else [k for k in group if hasattr(group[k], "shape")]
+        names = (
+            list(group)
+            if len(group) == 1
+            else [k for k in group if hasattr(group[k], "shape") or isinstance(group[k], list)]
+        )
         if len(names) != 1:
             raise BadValue(f"source: the group holds {names or 'no arrays'}. Say which: columns=('name', ...).")
         columns = names
     if any(c not in group for c in as_tuple(columns)):
         raise BadValue(f"source: got columns={columns!r}, but the group holds {list(group)}.")
-    return [group[c] for c in as_tuple(columns)]
+    found = [group[c] for c in as_tuple(columns)]
+    return [array_of(x) if isinstance(x, list) else x for x in found]
 
 
 def _is_floating(value: Any) -> bool:
@@ -72,10 +112,19 @@ def to_tensor(x: Any) -> Rows:
     try:
         array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
     except ValueError:  # rows of different shapes
-        return [_tensor(np.asarray(row)) for row in x]
+        return [_row(row, i) for i, row in enumerate(x)]
     if array.dtype == object and array.ndim == 1 and all(hasattr(row, "__len__") for row in array):
         return one_or_list([_tensor(np.array(row)) for row in array])
     return _tensor(array)
+
+
+def _row(row: Any, i: int) -> Tensor:
+    try:
+        return _tensor(np.asarray(row))
+    except ValueError:
+        raise BadValue(
+            f"source: row {i} of what was read holds lists of different lengths, expected one shape."
+        ) from None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -84,7 +133,9 @@ def _tensor(array: np.ndarray) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise BadType(f"source: got an array of {array.dtype}, expected numbers that torch has.") from error
+        raise BadType(
+            f"source: got an array of {array.dtype}, expected numbers that torch has: x.astype('float64')?"
+        ) from error
 
 
 def one_or_list(rows: list[Tensor]) -> Rows:

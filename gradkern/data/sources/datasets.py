@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Collate:
         if self.function is default_collate and self.batched:
             try:
                 return pick(default_collate(list(items)), self.columns), None
-            except (RuntimeError, ValueError):  # items of different shapes, for one
+            except (RuntimeError, ValueError, TypeError):  # items of different shapes, or one that is None
                 pass
         kept: list[tuple[Tensor, ...]] = []
         for k, item in enumerate(items):
@@ -97,9 +98,25 @@ class TorchDataset(Source):
         return cls(loader.dataset, columns, Collate(loader.collate_fn, columns, batched), options)
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(list(range(start, stop))) if fetch else [self.dataset[i] for i in range(start, stop)]
+        try:
+            items = self._items(list(range(start, stop)))
+        except Exception as error:
+            self._blame(start, stop, error)
         return self._sound(self.collate(items), start)
+
+    def _items(self, indices: list[int]) -> list[Any]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return list(fetch(indices)) if fetch else [self.dataset[i] for i in indices]
+
+    def _blame(self, start: int, stop: int, error: Exception) -> NoReturn:
+        """Raise `BadValue` that names the sample which cannot be read, else the error."""
+        for i in range(start, stop):
+            try:
+                self._items([i])
+            except Exception as found:
+                said = f"{type(found).__name__}: {' '.join(str(found).split())}"
+                raise BadValue(f"source: sample {i} could not be read ({said}).") from found
+        raise error
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
         if not self.options:
@@ -107,8 +124,13 @@ class TorchDataset(Source):
             return
         batches = [list(range(a, b)) for a, b in spans]
         loader = DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate, **self.options)
-        for (start, stop), collated in zip(spans, loader, strict=True):
-            yield self.prepared(self._sound(collated, start), start, stop)
+        collated = _started(loader)
+        for start, stop in spans:
+            try:
+                found = next(collated)
+            except Exception as error:
+                self._blame(start, stop, error)
+            yield self.prepared(self._sound(found, start), start, stop)
 
     def _sound(self, collated: tuple[tuple[Rows, ...], tuple[int, str] | None], start: int) -> tuple[Rows, ...]:
         rows, bad = collated
@@ -119,6 +141,29 @@ class TorchDataset(Source):
                 "an index of their own."
             )
         return rows
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, whose workers are forked from a thread of their own.
+
+    A worker that is forked from a thread of a ThreadPoolExecutor fails at its end, where it waits for that thread,
+    which is itself; torch then reports that it exited unexpectedly.
+    """
+    started: list[Iterator[Any]] = []
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            started.append(iter(loader))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start, name="gradkern-workers")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return started[0]
 
 
 SOURCE_KINDS.append(TorchDataset)  # asked last, since most objects have a length and can be indexed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...util.options import BadValue
 from .columns import Rows, as_tuple, pick
-from .registry import Source, register
+from .registry import Source, in_order, register
 
 
 @register
@@ -29,7 +29,11 @@ class Parquet(Source):
         self.groups: list[tuple[int, int, int, str]] = []  # first row, rows, group, path
         first = 0
         for path in self.paths:
-            meta = parquet.ParquetFile(path).metadata
+            file = parquet.ParquetFile(path)
+            meta, names = file.metadata, file.schema_arrow.names
+            lacking = [c for c in as_tuple(columns) if c not in names] if columns is not None else []
+            if lacking:
+                raise BadValue(f"source: got the column {lacking[0]!r}, but {path} has {names}.")
             for g in range(meta.num_row_groups):
                 self.groups.append((first, meta.row_group(g).num_rows, g, path))
                 first += meta.row_group(g).num_rows
@@ -43,10 +47,10 @@ class Parquet(Source):
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        paths = sorted(glob.glob(f"{path}/*.parquet" if Path(path).is_dir() else path))
+        paths = in_order(glob.glob(f"{glob.escape(path)}/*.parquet") if Path(path).is_dir() else glob.glob(path))
         if not paths:
             raise BadValue(f"source: there are no parquet files at {path!r}.")
-        return cls(paths, name or columns)
+        return cls(paths, tuple(name.split(",")) if name and name not in _names(paths[0]) else name or columns)
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         import pyarrow as arrow
@@ -57,7 +61,9 @@ class Parquet(Source):
             if low < high:
                 parts.append(self._group(i).slice(low - first, high - low))
         table = arrow.concat_tables(parts)
-        return pick({name: _nested(table.column(name), name, start) for name in table.column_names}, self.columns)
+        fields = {name: _nested(table.column(name), name, start) for name in table.column_names}
+        wide = all(isinstance(v, np.ndarray) and v.ndim == 1 and v.dtype.kind == "f" for v in fields.values())
+        return pick(fields, list(fields) if self.columns is None and wide else self.columns)
 
     def _group(self, i: int) -> Any:
         """One row group; the last one is kept, because chunks are read in order."""
@@ -71,6 +77,12 @@ class Parquet(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
+
+
+def _names(path: str) -> list[str]:
+    import pyarrow.parquet as parquet
+
+    return parquet.ParquetFile(path).schema_arrow.names
 
 
 def _nested(column: Any, name: str, first: int) -> np.ndarray | list[Tensor]:

@@ -19,10 +19,13 @@ A kind of source is one class:
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -31,6 +34,7 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from .columns import Rows, stacked
+from .padding import Pad, Padding, taken_by
 
 Span = tuple[int, int]
 
@@ -49,6 +53,7 @@ class Source(ABC):
             raise BadValue("source: got no samples, expected at least one.")
         self.samples = samples
         self.cast: torch.dtype | None = None
+        self.padding: Padding | None = None
 
     # ---- opening
 
@@ -85,20 +90,20 @@ class Source(ABC):
         """`rows`, checked, and cast if a dtype was requested."""
         return self.prepared(self.rows(start, stop), start, stop)
 
+    def checked(self, start: int, stop: int) -> tuple[Rows, ...]:
+        """`rows`, whose number was checked."""
+        given = self.rows(start, stop)
+        check_rows(given, start, stop)
+        return given
+
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
-        """Rows ``[stop - start, *in]``, checked, and cast if a dtype was requested.
+        """Rows ``[stop - start, *in]``, checked, and padded or cast if that was requested.
 
         With one input it is cast whatever it is; of several, whole numbers beside a floating input stay, as they are
         indices more often than not (bytes are cast all the same).
         """
-        for x in given:
-            shape = [len(x), "..."] if isinstance(x, list) else list(x.shape)
-            if shape[:1] != [stop - start]:
-                raise BadValue(
-                    f"source: reading samples {start} … {stop - 1} gave shape {shape}, expected "
-                    f"[{stop - start}, ...]: one row per sample."
-                )
-        rows = tuple(stacked(x, start) for x in given)
+        check_rows(given, start, stop)
+        rows = tuple(stacked(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
         if self.cast is None:
             return rows
         whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
@@ -113,6 +118,38 @@ class Source(ABC):
         if dtype is not None:
             self.cast = dtype
         return self
+
+    def pad_with(self, pad: Pad | None) -> Self:
+        """Pad samples of different shapes; all samples are read once to find out about their shapes."""
+        if pad is not None:
+            self.padding = Padding.of(self, pad)
+        return self
+
+    def for_model(self, model: Any) -> Self:
+        """Beside padded inputs, give the model the lengths or the mask that its ``forward`` takes."""
+        if self.padding is not None:
+            self.padding = replace(self.padding, gives=taken_by(model, len(self.padding.shapes)))
+        return self
+
+
+def check_rows(given: Sequence[Rows], start: int, stop: int) -> None:
+    """Raise `BadValue` unless there is one row per sample of ``start:stop``."""
+    for x in given:
+        shape = [len(x), "..."] if isinstance(x, list) else list(x.shape)
+        if shape[:1] != [stop - start]:
+            raise BadValue(
+                f"source: reading samples {start} … {stop - 1} gave shape {shape}, expected [{stop - start}, ...]: one "
+                "row per sample."
+            )
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Paths in the order of their names, with numbers in them as numbers: ``part2`` comes before ``part10``."""
+    return sorted(paths, key=lambda path: ([_of_digits(p) for p in re.split(r"([0-9]+)", path)], path))
+
+
+def _of_digits(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdigit() else (0, text)
 
 
 Kind = TypeVar("Kind", bound=type[Source])
@@ -136,28 +173,35 @@ def _suffixes() -> list[str]:
     return [suffix for kind in SOURCE_KINDS for suffix in kind.suffixes]
 
 
-def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None) -> Source:
+def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = None, pad: Pad | None = None) -> Source:
     """A `Source` for anything that a registered class accepts.
 
     ``columns``: which fields of a sample are the model's inputs (names or numbers).  ``dtype``: cast the inputs to it,
-    for data that is stored in another precision than the model's (`Source.prepared` says which).
+    for data that is stored in another precision than the model's (`Source.prepared` says which).  ``pad``: a number,
+    with which samples of different shapes are padded to the longest, or a number and a length.
     """
+    return _opened(source, columns).cast_to(dtype).pad_with(pad)
+
+
+def _opened(source: Any, columns: Any) -> Source:
     if isinstance(source, Source):
-        return source.cast_to(dtype)
+        return source
     if isinstance(source, (str, Path)):
-        return _open_path(os.path.expanduser(source), columns).cast_to(dtype)
+        return _open_path(os.path.expanduser(source), columns)
     for kind in SOURCE_KINDS:
         if kind.accepts(source):
-            return kind.of(source, columns).cast_to(dtype)
+            return kind.of(source, columns)
     raise BadType(f"source: got {type(source).__name__}, expected {accepted_kinds()}.")
 
 
 def _open_path(text: str, columns: Any) -> Source:
     path, name = _split(text)
     kind = next((k for k in SOURCE_KINDS if k.accepts_path(path)), None)
+    if kind is None and Path(path).is_dir():
+        raise BadValue(f"source: {path!r} is a folder. Say which files in it: {path.rstrip('/')}/*.npy, for one.")
     if kind is None:
         raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(sorted(_suffixes()))}.")
-    if "://" not in path and "*" not in path and not Path(path).exists():
+    if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
         raise BadValue(f"source: there is no {path!r}.")
     return kind.at(path, name, columns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -14,31 +15,41 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadValue
+from . import csv
 from .arrays import package_of
-from .columns import Rows, as_tuple
-from .registry import Source, open_source, register
+from .columns import Rows, as_tuple, pick
+from .registry import Source, in_order, open_source, register
 
 
 @register
 class Table(Source):
-    """A table whose columns of numbers are the features of one input ``[N, columns]``, in the order of ``columns``."""
+    """A table whose columns of numbers are the features of one input ``[N, columns]``, in the order of ``columns``.
+
+    A column of lists or arrays is an input of its own.
+    """
 
     about = "a pandas or polars DataFrame, an Arrow table"
     suffixes = (".csv", ".tsv")
 
     def __init__(self, frame: Any, columns: Any) -> None:
-        names = list(frame.columns if columns is None else as_tuple(columns))
-        unknown = [name for name in names if name not in frame.columns]
+        present = list(frame.columns)
+        twice = next((name for i, name in enumerate(present) if name in present[:i]), None)
+        if twice is not None:
+            raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
+        names = present if columns is None else list(as_tuple(columns))
+        unknown = [name for name in names if name not in present]
         if unknown:
-            raise BadValue(f"source: got the column {unknown[0]!r}, but the table has {list(frame.columns)}.")
+            raise BadValue(f"source: got the column {unknown[0]!r}, but the table has {present}.")
+        lists = [name for name in names if _holds_lists(frame[name])]
         for name in names:
-            if getattr(frame[name].dtype, "kind", "O") not in "biuf":
+            if name not in lists and getattr(frame[name].dtype, "kind", "O") not in "biuf":
                 raise BadValue(
                     f"source: the column {name!r} holds {frame[name].dtype}, expected numbers. Say which columns are "
                     "features: columns=('name', ...)."
                 )
         super().__init__(len(frame))
-        self.frame = frame[names]
+        self.frame, self.names = frame[names], tuple(names)
+        self.inputs = columns if lists else None  # else all columns are one input
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
@@ -50,27 +61,43 @@ class Table(Source):
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        try:
-            import pandas
-        except ImportError:
-            raise BadValue("source: .csv takes pandas: pip install pandas. Or save the numbers as .npy.") from None
-        separator = "\t" if Path(path).suffix.lower() == ".tsv" else ","
-        frame = pandas.read_csv(path, sep=separator)
-        if all(_is_number(column) for column in frame.columns):  # there is no header
-            frame = pandas.read_csv(path, sep=separator, header=None)
-        return cls(frame, columns if name is None else tuple(name.split(",")))
+        return cls(csv.read(path), columns if name is None else tuple(name.split(",")))
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
+    def ordered_as(self, names: Sequence[Any], path: str, first: str) -> Table:
+        """This table with its columns in the order of another file's.  Raises `BadValue` if it has others."""
+        if set(names) != set(self.names):
+            other = min({*names} ^ {*self.names}, key=str)
+            raise BadValue(f"source: {first} and {path} have other columns ({other!r} is in one of them only).")
+        return Table(self.frame[list(names)], self.inputs)
+
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         part = self.frame.iloc[start:stop]
-        return (torch.from_numpy(np.stack([part[name].to_numpy() for name in part.columns], axis=1)),)
+        fields = {name: part[name].to_numpy() for name in self.names}
+        if any(values.dtype == object for values in fields.values()):
+            return pick(fields, self.inputs)
+        return (torch.from_numpy(np.stack(list(fields.values()), axis=1)),)
 
 
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def column(spec: str) -> Any:
+    """A column of names of any kind, from ``table.csv:name`` or ``table.parquet:name``."""
+    path, _, name = os.path.expanduser(spec).rpartition(":")
+    suffix = Path(path).suffix.lower()
+    if suffix not in (*Table.suffixes, ".parquet") or not Path(path).exists():
+        raise BadValue(f"ids: got {spec!r}, expected a .txt file, an .npy, or table.csv:column of a file that exists.")
+    frame = csv.read(path) if suffix in Table.suffixes else _parquet(path)
+    if name not in frame.columns:
+        raise BadValue(f"ids: {path} has no column {name!r}, it has {list(frame.columns)}.")
+    return frame[name].to_numpy()
+
+
+def _parquet(path: str) -> Any:
+    import pandas
+
+    return pandas.read_parquet(path)
+
+
+def _holds_lists(column: Any) -> bool:
+    return column.dtype == object and len(column) > 0 and isinstance(column.iloc[0], (list, np.ndarray))
 
 
 @register
@@ -83,14 +110,20 @@ class Parts(Source):
 
     @classmethod
     def accepts_path(cls, path: str) -> bool:
-        return "*" in path and "://" not in path and not path.endswith((".parquet", "*"))
+        return glob.has_magic(path) and "://" not in path and not path.endswith((".parquet", "*"))
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        paths = sorted(glob.glob(path))
+        paths = in_order(glob.glob(path))
         if not paths:
             raise BadValue(f"source: there are no files at {path!r}.")
-        return cls([open_source(p if name is None else f"{p}:{name}", columns) for p in paths])
+        parts: list[Source] = []
+        for p in paths:
+            part = open_source(p if name is None else f"{p}:{name}", columns)
+            if parts and isinstance(part, Table) and isinstance(parts[0], Table):
+                part = part.ordered_as(parts[0].names, p, paths[0])
+            parts.append(part)
+        return cls(parts)
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         pieces = []
@@ -98,8 +131,16 @@ class Parts(Source):
             first = self.ends[i] - self.parts[i].samples
             if first >= stop:
                 break
-            pieces.append(self.parts[i].read(max(start - first, 0), min(stop - first, self.parts[i].samples)))
-        shapes = [[list(x.shape[1:]) for x in piece] for piece in pieces]
-        if any(shape != shapes[0] for shape in shapes):
-            raise BadValue(f"source: files hold samples of different shapes, {shapes[0]} and others.")
-        return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
+            low, high = max(start - first, 0), min(stop - first, self.parts[i].samples)
+            pieces.append(self.parts[i].checked(low, high))
+        if len({len(piece) for piece in pieces}) > 1:
+            raise BadValue("source: the files hold different numbers of inputs.")
+        return tuple(_together(column) for column in zip(*pieces, strict=True))
+
+
+def _together(pieces: Sequence[Rows]) -> Rows:
+    """The rows of several files; a list of them where their shapes differ."""
+    tensors = [x for x in pieces if isinstance(x, Tensor)]
+    if len(tensors) == len(pieces) and all(x.shape[1:] == tensors[0].shape[1:] for x in tensors):
+        return torch.cat(tensors)
+    return [row for piece in pieces for row in piece]

@@ -21,7 +21,11 @@ from ...util.options import BadValue
 from . import checks
 
 STORED_AS = {"float32": "float32", "float64": "float64", "float16": "float16", "bfloat16": "uint16"}
-FILL_VALUES = {"bfloat16": 0x7FC0, "int64": -1}  # the bits of a NaN; no index.  Others: NaN, or 0 if there is none
+FILL_VALUES = {
+    "bfloat16": 0x7FC0,
+    "int64": -1,
+    "string": "",
+}  # the bits of a NaN; no index.  Others: NaN, or 0 if there is none
 ENCODING: Any = {"name": "default", "separator": "."}  # all chunks in one folder: one folder to force to disk
 
 

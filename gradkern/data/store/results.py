@@ -5,6 +5,8 @@ predictions   [N, *out]     the model's outputs
 targets       [S] or [N, S] the flat indices of the target outputs
 deltas        [N, S]        if the method has them
 top_features  [N, S, k]     if requested: flat indices of the features with the largest |attribution|
+ids           [N]           if given: the names of the samples; ``names`` of the outputs
+lengths       [N, A]        if samples were padded: their own lengths in the A axes in which they differ
 chunks        [K, 2]        first and last + 1 sample of each chunk; its folder also holds the ledger
 reductions/   [C, *in]      once the run is complete
 """
@@ -21,6 +23,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +36,8 @@ from zarr.abc.store import Store
 from ...util.options import BadValue
 from ...util.untrusted import check_links
 from .. import statistics
-from . import checks, durable, layout, locks, trust
+from ..sources.padding import mask_of
+from . import checks, durable, labels, layout, locks, trust
 from .layout import Array
 from .ledger import FOLDER, NAMED, ChunkRecord, Damaged, Ledger
 
@@ -237,16 +241,56 @@ class Results:
             if not isinstance(array, zarr.Array):
                 raise BadValue(f"{self.place} is damaged: {name!r} is no array.")
             trust.check_own_array(self.place, name, array, self.samples)
+            if name in labels.TEXT:
+                labels.check_text(self.place, self.store, name, array.shape[0])
             self._arrays[name] = array
         return self._arrays[name]
 
     def arrays(self) -> list[str]:
         """Names of the arrays that are written chunk by chunk."""
         axes = {name: getattr(array.metadata, "dimension_names", None) or ("",) for name, array in self.group.arrays()}
-        return [name for name, dimensions in axes.items() if dimensions[0] == "sample"]
+        return [name for name, of in axes.items() if of[0] == "sample" and name not in labels.LABELS]
 
     def __contains__(self, name: str) -> bool:
         return name in self.group
+
+    @cached_property
+    def ids(self) -> tuple[str, ...] | None:
+        """The names of the samples, if the run was given some."""
+        return self._text("ids")
+
+    @cached_property
+    def names(self) -> tuple[str, ...] | None:
+        """The names of the outputs, if the run was given some: one per output of the model, or per target."""
+        return self._text("names")
+
+    def _text(self, name: str) -> tuple[str, ...] | None:
+        try:
+            return tuple(map(str, self.array(name)[...])) if name in self else None
+        except (UnicodeDecodeError, ValueError) as error:
+            raise Damaged(
+                f"{self.place}: {name!r} is damaged. `gradkern verify {self.place} --repair` mends it."
+            ) from error
+
+    def row_names(self, names: Sequence[str] | None = None) -> list[str]:
+        """The names of the rows of a statistic ``[C, *in]``: those given, the store's own, or ``output 3``."""
+        names, targets = names or self.names, np.asarray(self.array("targets")[...])
+        if names is not None:
+            return labels.of_rows(names, targets, self.about["output"])
+        return [f"output {c}" for c in (targets if targets.ndim == 1 else range(math.prod(self.about["output"])))]
+
+    def sample_name(self, sample: int) -> str:
+        """``12``, or with the sample's name ``12 (patient 7)``."""
+        return str(sample) if self.ids is None else f"{sample} ({self.ids[sample]})"
+
+    def mask(self, start: int, stop: int, of: int = 0) -> Tensor:
+        """Which numbers of the samples ``start:stop`` are data and not padding, bool ``[n, *in]``, for the input with
+        index ``of``."""
+        shape = self.about["fingerprint"]["source"]["shapes"][of]
+        if "lengths" not in self:
+            return torch.ones(stop - start, *shape, dtype=torch.bool)
+        lengths = torch.from_numpy(np.asarray(self.array("lengths")[start:stop]))
+        return mask_of(lengths, self.about["padding"]["axes"], shape, of)
 
     def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
         """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
@@ -267,7 +311,7 @@ class Results:
         """What the numbers do not show: samples that are not finite, and values that the stored dtype cannot hold."""
         counts, words = self.about.get("counts", {}), []
         if count := counts.get("nonfinite"):
-            first = ", ".join(map(str, counts["nonfinite_first"])) + (", …" if count > NAMED else "")
+            first = ", ".join(map(self.sample_name, counts["nonfinite_first"])) + (", …" if count > NAMED else "")
             left_out = self.about["reductions"] and self.about.get("nonfinite") == "skip"
             verdict = "they are left out of the statistics" if left_out else "they are kept as they are"
             words.append(f"{count:,} of {self.samples:,} samples are not finite (samples {first}); {verdict}")

@@ -18,7 +18,8 @@ from zarr.abc.store import Store
 from ...util.options import BadValue
 from ...util.untrusted import check_array, check_memory
 from .. import statistics
-from . import durable, layout
+from ..sources.padding import TAKEN
+from . import durable, labels, layout
 
 #: The attributes that the code relies on, and their types.
 ATTRIBUTES: Mapping[str, Any] = {
@@ -52,9 +53,22 @@ def check_attributes(place: str, about: Mapping[str, Any]) -> None:
             and min((s for shape in (*source["shapes"], about["output"]) for s in shape), default=0) >= 0
             and isinstance(about.get("program"), (str, type(None)))
             and _fits(about.get("made_by", {}), {})
+            and _padding_fits(about)
         )
     if not ok:
         raise BadValue(f"{place} is damaged: its attributes are not those of a run. Make it again.")
+
+
+def _padding_fits(about: Mapping[str, Any]) -> bool:
+    padding, shapes = about.get("padding"), about["fingerprint"]["source"]["shapes"]
+    if padding is None:
+        return True
+    wanted = {"value": (int, float), "length": (int, type(None)), "axes": [[int]], "gives": [str]}
+    return (
+        _fits(padding, wanted)
+        and set(padding["gives"]) <= set(TAKEN.values())
+        and all(len(a) == 2 and 0 <= a[0] < len(shapes) and 0 <= a[1] < len(shapes[a[0]]) for a in padding["axes"])
+    )
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -74,7 +88,7 @@ def check_chunks(place: str, store: Store, about: Mapping[str, Any]) -> None:
 
 def check_own_array(place: str, name: str, array: Any, samples: int) -> None:
     """`check_array`, and the size of an array of a store of ``samples``."""
-    check_array(array, f"{place}: the array {name!r}")
+    check_array(array, f"{place}: the array {name!r}", text=name in labels.TEXT)
     dimensions = getattr(array.metadata, "dimension_names", None) or ("",)
     if dimensions[0] == "sample" and array.shape[0] != samples:
         raise BadValue(f"{place} is damaged: {name!r} has {array.shape[0]} rows, expected {samples}.")
