@@ -229,7 +229,11 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
         if isinstance(x, np.ndarray):
             raise BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
         if not isinstance(x, Tensor):
-            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].")
+            way_out = (
+                " Pass a function of the tensors as the model: jacobian(lambda *xs: model(dict(zip(names, xs))), "
+                "tuple(inputs.values()))" if isinstance(x, dict) else ""
+            )  # fmt: skip
+            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].{way_out}")
         if x.layout != torch.strided:
             raise BadType(f"inputs: number {i} has layout {x.layout}, expected a dense tensor. Use x.to_dense().")
         if x.dim() == 0:
@@ -243,11 +247,9 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
     for w in indices:
         x = tensors[w]
         if not x.is_floating_point():
-            hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
-            other = ", or leave it out of wrt=" if len(tensors) > 1 else ""
             raise BadType(
                 f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
-                f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
+                f"it. {_floating_hint(x, len(tensors))}"
             )
     return tensors, indices
 
@@ -268,6 +270,17 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     return counted
 
 
+def _floating_hint(x: Tensor, inputs: int) -> str:
+    """What to do with an input that has no gradient."""
+    if x.is_complex():
+        return "Pass real and imaginary parts."
+    other = ", or leave it out of wrt=" if inputs > 1 else ""
+    return (
+        "For token ids, or other indices into an embedding, differentiate the embedded tensor: pass a function of it "
+        f"as the model (docs/jacobians.md){other}. For measured whole numbers use x.float()."
+    )
+
+
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
@@ -277,7 +290,7 @@ def check_output(y: Any, samples: int) -> Tensor:
     if y.dim() == 0 or y.shape[0] != samples:
         raise BadValue(
             f"the model returned shape {list(y.shape)} for {samples} samples, expected [N, ...] with N = {samples} "
-            "first: one row of outputs per sample."
+            "first: one row of outputs per sample. A single sample needs its batch axis: x.unsqueeze(0)."
         )
     return y
 

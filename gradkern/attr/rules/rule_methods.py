@@ -109,13 +109,15 @@ class RuleMethod(ProgramMethod):
         return results
 
 
-def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
+def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device, *, least: int = 1) -> int:
     """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
 
     The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
+    ``least``: that many, though they do not fit in the caches of a CPU, where a call costs more than that.
     """
     shapes, size = 4 * program.shapes, dtype.itemsize
-    return samples_per_chunk(device, 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size))
+    peak, cached = 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size)
+    return samples_per_chunk(device, peak, cached, least=least)
 
 
 def values_of(

@@ -110,7 +110,7 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
     chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
-    arguments = methods.arguments_of(method, settings.arguments, chosen, samples, device)
+    arguments = methods.arguments_of(method, settings.arguments, chosen, samples, inputs)
     targets = targets_of(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
