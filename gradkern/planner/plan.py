@@ -20,7 +20,7 @@ from ..codegen.grouping import GraphBuilder
 from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
-from ..ir.calls import form_params
+from ..ir.calls import form_params, params_in
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
@@ -108,6 +108,19 @@ class Plan:
         native = (i for g in self.groups if g.native for i in g.steps if i in needed)
         forms = (self.program.steps[i].form for i in native)
         return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
+
+    @cached_property
+    def live_names(self) -> tuple[str, ...]:
+        """The live tensors that determine the packed ones."""
+        calls = {derived.name: derived.call for derived in self.original.derived}
+        names = list(self.packed_names)
+        live: dict[str, None] = {}
+        for name in names:  # it grows
+            if name in calls:
+                names += [p.name for p in params_in(calls[name]) if p.name not in names]
+            else:
+                live[name] = None
+        return tuple(live)
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""

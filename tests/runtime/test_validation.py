@@ -127,6 +127,7 @@ def _all(program) -> torch.Tensor:
 
 def test_parameters_on_another_device_are_hashed_too() -> None:
     """A scalar on the CPU beside weights on a GPU: a change of it packs them anew."""
+    ops.extension()  # registers the hash
     real, names = ops.content_hash, SimpleNamespace(packed_names=("weight", "scale"))
     like = torch.empty(1, device="meta")
 
