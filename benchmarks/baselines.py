@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
+Transform = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
 Chunk = Callable[[Tensor, Tensor | None], Tensor]
 """``chunk(x, out)``: the Jacobian ``[B, C, *in]`` of ``x`` ``[B, *in]``, written into ``out`` where it is given."""
 
@@ -109,9 +110,9 @@ def grads_batched(model: nn.Module, outputs: int) -> Chunk:
     return chunk
 
 
-def vmap_jacrev(model: nn.Module, outputs: int) -> Chunk:
-    """`torch.func.vmap` of `torch.func.jacrev`."""
-    jacobian = vmap(jacrev(lambda x: model(x[None])[0]))
+def vmap_jacrev(model: nn.Module, outputs: int, transform: Transform = jacrev) -> Chunk:
+    """`torch.func.vmap` of `torch.func.jacrev` (or of `torch.func.jacfwd`)."""
+    jacobian = vmap(transform(lambda x: model(x[None])[0]))
 
     def chunk(x: Tensor, out: Tensor | None) -> Tensor:
         return deliver(jacobian(x), out)

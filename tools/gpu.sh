@@ -27,7 +27,7 @@ case "$PART" in
   *) echo "usage: tools/gpu.sh 1|2" >&2; exit 2 ;;
 esac
 wanted() { [[ "$STEPS" == *" $1 "* ]]; }
-export PYTHONUNBUFFERED=1 GRADKERN_REQUIRE_EXT=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+export PYTHONUNBUFFERED=1 GRADKERN_REQUIRE_EXT=1 GRADKERN_CUDA=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 mkdir -p "$OUT"
 SUMMARY="$OUT/summary$PART.txt"
 : > "$SUMMARY"

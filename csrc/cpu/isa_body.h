@@ -11,8 +11,8 @@ namespace GK_NAME {
 extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
                       supported,
-                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>},
-                      {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>}};
+                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, kMaxSeeds},
+                      {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>, kMaxSeeds}};
 #undef GK_STRING
 #undef GK_TEXT
 }  // namespace GK_NAME

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..dispatch.targets import Seeds, TopK
-from ..util.options import Engine, InputError, Unused
+from ..util.options import Engine, InputError, Unused, debugging
 from ..util.outputs import Output
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
@@ -66,6 +66,8 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         except InputError:
             return super()._attribute(*arguments)
         except Exception:
+            if debugging():
+                raise
             super()._attribute(*arguments)  # Captum's own error, if it has one
             raise
         mean = tuple(t[:, 0] for t in totals)

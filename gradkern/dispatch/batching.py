@@ -38,7 +38,7 @@ def run(
     with chosen, torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
+        params, by_reference, chunk = _settle(request, program, tensors, engine, results, saved)
         # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
         if start == 0 and request.out is None:
             for fresh in results.jacobians:
@@ -63,7 +63,7 @@ def run(
     return results
 
 
-def _prepare(
+def _settle(
     request: Request, program: Program, tensors: Params, engine: Engine, results: JacobianResult, saved: int
 ) -> tuple[Params, bool, int]:
     """The parameters, whether plain torch takes the steps, and how many samples go together."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, described_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
+MOST_IN_KEY = 64  # targets of a list by which a call is recognized
+
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
 
@@ -30,7 +32,7 @@ class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
     ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
-    which count in the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
+    which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one.
     """
 
@@ -58,7 +60,7 @@ class Request:
     @property
     def whole(self) -> int:
         """Samples of the whole call."""
-        return max(self.part_of, self.samples)
+        return self.part_of or self.samples
 
     @property
     def sample_bytes(self) -> int:
@@ -69,6 +71,11 @@ class Request:
     def gradient_bytes(self) -> int:
         """Bytes of one sample's gradients for one seed."""
         return sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in (self.inputs[w] for w in self.wrt))
+
+    @property
+    def seeds_key(self) -> Hashable:
+        """Equal for requests whose seeds are the same, given the same model; None if that is not known."""
+        return self.choose.key if isinstance(self.choose, TargetChoice) else None
 
     def part(self, start: int, stop: int, seeds: Seeds) -> Request:
         """The same call for the samples ``start:stop``."""
@@ -158,7 +165,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
     shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
     if request.out is None:
-        _forecast(request.gradient_bytes * request.samples * seeds.count)
+        forecast(request.gradient_bytes * request.samples * seeds.count)
         rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
     else:
         outs = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
@@ -197,7 +204,7 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         ) from error
 
 
-def _forecast(size: int) -> None:
+def forecast(size: int) -> None:
     """Refuse a result that cannot fit in memory, so that the process is not killed."""
     if size < 1 << 30 or not hasattr(os, "sysconf"):
         return
@@ -345,8 +352,27 @@ def _times(shape: Shape) -> str:
     return ", ".join(map(str, shape))
 
 
+class TargetChoice:
+    """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known.
+
+    ``key``: equal for choices that give the same seeds whatever the samples are; None if they depend on the samples,
+    or if that is not known.
+    """
+
+    def __init__(self, targets: Any) -> None:
+        self.targets = targets
+        self.key: Hashable = None
+        if targets is None or type(targets) is int:
+            self.key = ("all" if targets is None else targets,)
+        elif isinstance(targets, list) and len(targets) <= MOST_IN_KEY and all(type(t) is int for t in targets):
+            self.key = ("list", *targets)
+
+    def __call__(self, samples: int, output_shape: Shape) -> Seeds:
+        if self.targets is None:
+            return Seeds(math.prod(output_shape), output_shape, None)
+        return resolve(self.targets, samples, output_shape)
+
+
 def jacobian_choice(targets: Any) -> SeedChoice:
     """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known."""
-    if targets is None:
-        return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)
-    return lambda samples, output_shape: resolve(targets, samples, output_shape)
+    return TargetChoice(targets)

@@ -78,6 +78,7 @@ def deep_lift_shap(
         shape = (X.shape[0], -1, X.shape[1], X.shape[2])
         validate_input(references, "references", shape=shape, ohe=True, allow_N=True, ohe_dim=-2, only_warn=only_warn)
         n_shuffles = references.shape[1]
+    _check_count(n_shuffles)
     found, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "deep_lift_shap")
@@ -128,6 +129,7 @@ def pisa(
         validate_input(references, "references", shape=shape, ohe=True, allow_N=True, ohe_dim=-2)
         n_shuffles = references.shape[1]
     dtype = _dtype(model, None) if isinstance(X, PackedSequence) else X.dtype
+    _check_count(n_shuffles)
     found, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "pisa")
@@ -253,6 +255,11 @@ def _dtype(model: nn.Module, dtype: str | torch.dtype | None) -> torch.dtype:
         named: torch.dtype = getattr(torch, dtype)
         return named
     return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def _check_count(n_shuffles: int) -> None:
+    if n_shuffles < 1:
+        raise RuntimeError(f"n_shuffles: got {n_shuffles}, expected at least one reference per sequence.")
 
 
 def _is_given(references: Any) -> bool:

@@ -20,7 +20,7 @@ from ..codegen.grouping import GraphBuilder
 from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
-from ..ir.calls import form_params
+from ..ir.calls import form_params, params_in
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
@@ -147,9 +147,34 @@ class Plan:
             return size * factors + max(map(inside, self.parts))
         return stepwise_bytes(self.original.shapes, self.seeds, size)
 
+    @cached_property
+    def live_names(self) -> tuple[str, ...]:
+        """The live tensors that determine the packed ones."""
+        calls = {derived.name: derived.call for derived in self.original.derived}
+        names = list(self.packed_names)
+        live: dict[str, None] = {}
+        for name in names:  # it grows
+            if name in calls:
+                names += [p.name for p in params_in(calls[name]) if p.name not in names]
+            else:
+                live[name] = None
+        return tuple(live)
+
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
         return self.chains.get(self.groups[group], seeds, wrt, onehot)
+
+    @cached_property
+    def local_seeds(self) -> Chain | None:
+        """The chain in which seeds start, if they are local: cotangents are only where they reach."""
+        last = self.groups[-1] if self.groups else None
+        if self.parts is not None or not self.seeds or last is None or not last.native or self.fallback is not None:
+            return None
+        if last.live_out != (self.program.output,) or isinstance(self.machine, Device):
+            return None
+        wrt = tuple(v for v in last.live_in if v not in self.program.slopes)
+        chain = self.chain(len(self.groups) - 1, self.seeds, wrt, True)
+        return chain if chain.local_share < 1 else None
 
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The same plan with what only live tensors tell.
@@ -239,6 +264,11 @@ class Plan:
             lines.append(str(self.direction))
             parts = zip(("up to", "from"), self.parts or (), strict=False)
             lines += [f"  {where} there: {part.direction}" for where, part in parts if part.forward or part.parts]
+        if self.local_seeds is not None:
+            lines.append(
+                f"local seeds: {100 * self.local_seeds.local_share:.0f} % of the multiply-adds backward are left where "
+                f"{self.local_seeds.seed_tile} neighbouring seeds reach from the middle of the output"
+            )
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")

@@ -129,10 +129,11 @@ def every(outputs: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
-Key = tuple[int, int, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
+Key = tuple[int, int | None, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
 MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
 MOST_ENTRIES = 256
+MOST_TARGETS = 4  # per pack: choices of outputs whose rows of the last weight are kept
 MOST_BYTES = {"cpu": 64 << 20}
 MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
 
@@ -156,24 +157,29 @@ class Packed:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
         self.finite = bool(torch.isfinite(self.weights).all())
-        self._all_seed_rows: Tensor | None = None  # gathered at the first call for every output
+        self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.tables, self.forward, self.backward, self.weights, self._all_seed_rows)
-        return sum(t.nbytes for t in tensors if t is not None)
+        gathered = [rows for _, rows in list(self._seed_rows.values())]
+        return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights, *gathered))
 
-    def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
-        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
+    def seed_rows(self, targets: Tensor, outputs: int, *, constant: bool = False) -> Tensor | None:
+        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere.
+
+        ``constant``: nobody writes to ``targets``.
+        """
         if self.chain.seed_rows is None:
             return None
-        if not self.weights.is_cuda and targets is every(
-            outputs, targets.device
-        ):  # on a GPU streams would have to wait
-            if self._all_seed_rows is None:
-                self._all_seed_rows = self._rows(targets, outputs)
-            return self._all_seed_rows
-        return self._rows(targets, outputs)
+        constant = constant or targets is every(outputs, targets.device)
+        if not constant or self.weights.is_cuda:  # on a GPU, streams would have to wait
+            return self._rows(targets, outputs)
+        known = self._seed_rows.get(id(targets))
+        if known is None or known[0] is not targets:
+            known = self._seed_rows[id(targets)] = targets, self._rows(targets, outputs)
+            if len(self._seed_rows) > MOST_TARGETS:
+                self._seed_rows.popitem(last=False)
+        return known[1]
 
     def _rows(self, targets: Tensor, outputs: int) -> Tensor:
         assert self.chain.seed_rows is not None
@@ -206,7 +212,7 @@ class WeightCache:
         self.lock = threading.RLock()
         self.entries: OrderedDict[Key, PackedPlan] = OrderedDict()
 
-    def entry(self, plan: Plan, content: int, like: Tensor) -> PackedPlan:
+    def entry(self, plan: Plan, content: int | None, like: Tensor) -> PackedPlan:
         key = (id(plan), content, like.dtype, like.device)
         with self.lock:
             entry = self.entries.get(key)
@@ -257,10 +263,10 @@ class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
     def __init__(self, plan: Plan, params: Params, like: Tensor):
-        tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
-        self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
-        self.content = content_of(tensors) if self.mixed is None else 0
+        dtypes = [params[name].dtype for name in plan.packed_names]
+        self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
+        self.content = None if self.mixed else content_of([params[name] for name in plan.live_names])
         self.entry = weight_cache.entry(plan, self.content, like)
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:

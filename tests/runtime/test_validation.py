@@ -11,9 +11,11 @@ import torch
 
 import gradkern
 from gradkern.codegen.machine import Device, NoKernels
+from gradkern.ir.program import Windows
 from gradkern.planner.plan import plan
-from gradkern.runtime import executor, ops, reference, validation
+from gradkern.runtime import call_plan, executor, ops, reference, validation
 from gradkern.runtime.parameters import PlanWeights
+from gradkern.util import rounding
 from gradkern.util.memo import reset
 from tests.cases import CASES
 from tests.support import capturing
@@ -110,7 +112,7 @@ def test_a_plan_without_kernels_gives_the_references_numbers(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(), case.inputs(3)
     program = program_of(name)
-    folded = executor.CallPlan(plan(program, program.outputs, machine=NoKernels("tested")), (0,))
+    folded = call_plan.CallPlan(plan(program, program.outputs, machine=NoKernels("tested")), (0,))
     with torch.no_grad():
         params = capturing.bind(program, model)
         want_y, want = reference.jacobian(program, params, inputs, wrt=(0,))
@@ -125,6 +127,7 @@ def _all(program) -> torch.Tensor:
 
 def test_parameters_on_another_device_are_hashed_too() -> None:
     """A scalar on the CPU beside weights on a GPU: a change of it packs them anew."""
+    ops.extension()  # registers the hash
     real, names = ops.content_hash, SimpleNamespace(packed_names=("weight", "scale"))
     like = torch.empty(1, device="meta")
 
@@ -140,3 +143,35 @@ def test_parameters_on_another_device_are_hashed_too() -> None:
         first = entry(2.0)
         assert entry(2.0) is first
         assert entry(3.0) is not first
+
+
+@pytest.mark.parametrize("name", ["lenet5", "conv2d_uneven", "maxpool2d", "residual"])
+def test_convolutions_channels_last(name: str) -> None:
+    """As on a GPU's tensor cores: the layout changes no result."""
+    case = CASES[name]
+    model, inputs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
+    program = program_of(name)
+    with torch.no_grad():
+        params = capturing.bind(program, model)
+        want_y, want = reference.jacobian(program, params, inputs)
+        seen = []
+
+        def channels_last(w, x) -> bool:
+            seen.append(len(w.kernel) == 2 and w.groups == 1)
+            return seen[-1]
+
+        with mock.patch.object(reference, "channels_last", channels_last):
+            y, got = reference.jacobian(program, params, inputs)
+    assert any(seen) or name == "residual"
+    assert rounding.close_samples(y, want_y, 1e-12)
+    for g, w in zip(got, want, strict=True):
+        assert rounding.close_samples(g, w, 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, True), (torch.float32, False), (torch.float16, False)])
+def test_channels_last_follows_torchs_setting(dtype: torch.dtype, tf32: bool) -> None:
+    windows = next(s.form.map for s in program_of("lenet5").steps if isinstance(getattr(s.form, "map", None), Windows))
+    there = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+    with mock.patch.object(ops, "convolutions_in_tf32", lambda: tf32):
+        assert reference.channels_last(windows, there) == (tf32 or dtype == torch.float16)
+    assert not reference.channels_last(windows, SimpleNamespace(device=torch.device("cpu"), dtype=dtype))

@@ -44,7 +44,7 @@ class NeuronPoints(Points):
     def program(self) -> Program:
         return self.head
 
-    def traced(self) -> Program:
+    def captured(self) -> Program:
         return self.head
 
     def gradients(

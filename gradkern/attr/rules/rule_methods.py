@@ -53,7 +53,7 @@ class ProgramMethod(RowMethod):
         if points is None:
             return None
         try:
-            program = points.traced()
+            program = points.captured()
             if program is None or not program.steps:
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
@@ -86,7 +86,7 @@ class RuleMethod(ProgramMethod):
         """After a call: what there is to say about its rule."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        program = points.traced()
+        program = points.captured()
         if program is None or not self._supports(program):
             return None
         points.route.check_reached(points.base_request)
@@ -154,7 +154,7 @@ class _Rectifying(ProgramMethod):
         return self._all(inputs, targets, additional_forward_args, {})
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        program = points.traced()
+        program = points.captured()
         if program is None:
             return None
         return points.gradients(points.inputs, points.more, index, seeds, program=with_relu(program, self._relu))

@@ -107,6 +107,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
         packed_size=e.layouts.size + slack,
         seed_tile=tiling.seed_tile,
         scratch=tiling.bytes,
+        local_share=1.0,
         clocks=tuple(clocks),
     )
 
