@@ -135,10 +135,11 @@ def test_no_cut_where_the_backward_is_not_linear(function):
     """A guided ReLU keeps the positive part of a cotangent, so Jacobians of the two halves must not be multiplied."""
 
     def network(f):
-        forms = [Contract(Dense(), Param("a")), Scale(f), Contract(Dense(), Param("b")), Contract(Dense(), Param("c"))]
-        shapes = ((400,), (400,), (6,), (200,))
+        first, *others = (Contract(Dense(), Param(name)) for name in "abcd")
+        forms = [first, Scale(f), *others]
+        shapes = ((400,), (400,), (400,), (6,), (200,))
         steps = [Step(form, (k,), shape) for k, (form, shape) in enumerate(zip(forms, shapes, strict=True))]
-        return Program(((300,),), tuple(steps), 4)
+        return Program(((300,),), tuple(steps), 5)
 
     assert direction.choose(network("relu"), 200, (0,)).cut is not None
     assert direction.choose(network(function), 200, (0,)).cut is None
