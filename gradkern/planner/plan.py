@@ -9,7 +9,7 @@ that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -120,14 +120,15 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors that are packed for kernels, or that packed ones are derived from."""
+        """The tensors of the Program that are packed for kernels, or that a Program made from it derives them from."""
         if self.parts is not None:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
-        needed = set(graph.steps_to(self.program, self.wanted))
-        if self.forward is None:
-            needed &= {i for g in self.groups if g.native for i in g.steps}
-        forms = (self.program.steps[i].form for i in sorted(needed))
-        return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
+        if self.forward is not None:
+            values = self.forward.values
+            of_values = underived(values, contracted(values, range(len(values.steps))))
+            return tuple(dict.fromkeys((*self.forward.plan.live_names, *of_values)))
+        native = {i for g in self.groups if g.native for i in g.steps}
+        return contracted(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
 
     @cached_property
     def bytes_per_sample(self) -> int:
@@ -149,16 +150,8 @@ class Plan:
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:
-        """The live tensors that determine the packed ones."""
-        calls = {derived.name: derived.call for derived in self.original.derived}
-        names = list(self.packed_names)
-        live: dict[str, None] = {}
-        for name in names:  # it grows
-            if name in calls:
-                names += [p.name for p in params_in(calls[name]) if p.name not in names]
-            else:
-                live[name] = None
-        return tuple(live)
+        """The tensors that the packed ones are derived from, or are: the live ones, of a network as it was given."""
+        return underived(self.original, self.packed_names)
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
@@ -278,6 +271,25 @@ class Plan:
         if self.timing is not None:
             lines.append(str(self.timing))
         return "\n".join(lines)
+
+
+def contracted(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
+    """The weights and biases of the contractions among ``steps``."""
+    forms = (program.steps[i].form for i in steps)
+    return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
+
+
+def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
+    """The tensors that ``program`` does not derive itself, and that determine the tensors ``names``."""
+    calls = {derived.name: derived.call for derived in program.derived}
+    pending = list(names)
+    found: dict[str, None] = {}
+    for name in pending:  # it grows
+        if name in calls:
+            pending += [p.name for p in params_in(calls[name]) if p.name not in pending]
+        else:
+            found[name] = None
+    return tuple(found)
 
 
 def _shortened(text: str, *, end: bool = False) -> str:

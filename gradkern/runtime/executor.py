@@ -231,7 +231,7 @@ def _forward_mode(
     tangents = every(forward.transposed.tangents, like.device)
     execution = Execution(transposed, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
-    columns = rows.flatten(2).transpose(1, 2)  # [N, C, D]
+    columns = rows.view(*rows.shape[:2], program.outputs).transpose(1, 2)  # [N, C, D]
     if targets.dim() == 2:
         columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
     elif targets is not every(program.outputs, targets.device):

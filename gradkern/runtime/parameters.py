@@ -266,13 +266,18 @@ class PlanWeights:
         self.params, self.like = params, like
         dtypes = [params[name].dtype for name in plan.packed_names]
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
-        self.content = None if self.mixed else content_of([params[name] for name in plan.live_names])
+        # Derived tensors too: nothing says that those given are what the live ones would give now.  With them, a key
+        # is never that of the live tensors alone, by which `WholeChain` looks for packs that it derives itself.
+        self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
+        self.content = None if self.mixed else content_of([params[name] for name in self.names])
         self.entry = weight_cache.entry(plan, self.content, like)
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
         """The packed weights of another plan, whose ``params`` are the same or derived from them."""
         other = copy.copy(self)
-        other.params, other.entry = params, weight_cache.entry(plan, self.content, self.like)
+        # Another plan's weights may come to the same plan, such as a forward pass, and have these bytes by other names.
+        other.content = None if self.content is None else hash((self.names, self.content))
+        other.params, other.entry = params, weight_cache.entry(plan, other.content, self.like)
         return other
 
     def packed(self, chain: Chain) -> Packed:

@@ -91,7 +91,8 @@ def test_a_sample_does_not_depend_on_its_neighbours():
 
 def test_a_derivative_that_is_not_finite_is_as_in_torch():
     """0 · Inf is NaN, and forward mode has zeros in other places."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), Root(), nn.Linear(3, 50)).double().eval()
+    wide = nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 50)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), Root(), *wide).double().eval()
     x = torch.randn(4, 2, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
     assert executor.plan_for(program, 50, torch.float64).forward is not None

@@ -128,7 +128,8 @@ def _all(program) -> torch.Tensor:
 def test_parameters_on_another_device_are_hashed_too() -> None:
     """A scalar on the CPU beside weights on a GPU: a change of it packs them anew."""
     ops.extension()  # registers the hash
-    real, names = ops.content_hash, SimpleNamespace(packed_names=("weight", "scale"))
+    real, names = ops.content_hash, ("weight", "scale")
+    fake = SimpleNamespace(packed_names=names, live_names=names)
     like = torch.empty(1, device="meta")
 
     def hashed(tensors):
@@ -137,7 +138,7 @@ def test_parameters_on_another_device_are_hashed_too() -> None:
 
     def entry(scale: float):
         given = {"weight": torch.empty(3, device="meta"), "scale": torch.tensor(scale)}
-        return PlanWeights(names, given, like).entry
+        return PlanWeights(fake, given, like).entry
 
     with mock.patch.object(ops, "content_hash", hashed):
         first = entry(2.0)
