@@ -26,7 +26,7 @@ REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-matrix docs wheel fuzz soak load bench zoo gpu cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -70,8 +70,14 @@ zoo: $(EXT) ## networks of other people's packages against plain torch; writes d
 	$(BIN)/python -m benchmarks.zoo.environment build/zoo
 	build/zoo/bin/python -W ignore -m benchmarks.zoo $(ARGS)
 
-gpu: ## everything that needs a GPU: build, tests, compute-sanitizer, benchmark; logs in OUT (build/gpu)
-	@PYTHON='$(PYTHON)' tools/gpu.sh
+gpu: ## everything that needs a GPU, in two parts of at most eight minutes (make gpu-1, make gpu-2); logs in OUT (build/gpu)
+	@PYTHON='$(PYTHON)' tools/gpu.sh 1 && PYTHON='$(PYTHON)' tools/gpu.sh 2
+
+gpu-1 gpu-2:
+	@PYTHON='$(PYTHON)' tools/gpu.sh $(@:gpu-%=%)
+
+prebuilt: ## the extension with CUDA for another machine's PYTHON (ARGS="--torch torch==2.11.0"), in build/prebuilt
+	@$(PYTHON) tools/cuda_check.py --keep build/prebuilt $(ARGS)
 
 cuda-check: ## build, link and import the whole extension with CUDA, without a GPU (an environment of 5 GB)
 	@$(PYTHON) tools/cuda_check.py $(ARGS)

@@ -14,6 +14,7 @@ inside the sources and chosen at run time, so one build serves every x86-64, and
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -31,6 +32,8 @@ MODULE = "gradkern._C"
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
 # The kernels are C++20, and include nothing of torch, which before 2.13 would append -std=c++17 here.
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+# Compute capabilities that get machine code where no GPU says otherwise; later ones run the PTX of the last.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 HOW_TO = "pip install --no-build-isolation ."
 
 
@@ -91,6 +94,16 @@ def cuda_toolkit(guess: str | None) -> str | None:
     return None
 
 
+def fingerprint() -> str:
+    """A hash of everything that is compiled for a GPU: what has been validated on one is valid for these sources."""
+    paths = sorted([*Path("csrc").glob("*.h"), *Path("csrc/cuda").iterdir()])
+    return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in paths)).hexdigest()[:16]
+
+
+def cuda_macros() -> list[tuple[str, str]]:
+    return [("GRADKERN_WITH_CUDA", "1"), ("GRADKERN_CUDA_FINGERPRINT", fingerprint())]
+
+
 def compile_flags() -> list[str]:
     if sys.platform == "win32":
         return ["/O2"]
@@ -122,7 +135,7 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
     if cuda:
         say(f"building the CPU and the CUDA part (torch {torch.__version__}, toolkit {cpp_extension.CUDA_HOME}).")
         if torch.cuda.device_count() == 0:  # torch asks the visible GPUs for their architectures, and there are none
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHITECTURES) + "+PTX")
     else:
         say(f"building the CPU part alone ({platform.machine()}): {why_not}.")
 
@@ -131,7 +144,7 @@ def extensions() -> tuple[list, type[plain_build_ext]]:
         MODULE,
         sources + cuda,
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH), *([("GRADKERN_WITH_CUDA", "1")] if cuda else [])],
+        define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH), *(cuda_macros() if cuda else [])],
         extra_compile_args={"cxx": compile_flags(), "nvcc": NVCC_FLAGS},
         extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
         py_limited_api=True,

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from captum.attr import Saliency
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
+Transform = Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
 Chunk = Callable[[Tensor, Tensor | None], Tensor]
 """``chunk(x, out)``: the Jacobian ``[B, C, *in]`` of ``x`` ``[B, *in]``, written into ``out`` where it is given."""
 
@@ -81,6 +81,8 @@ def loop_classes(model: nn.Module, outputs: int) -> Chunk:
 
 def captum_saliency(model: nn.Module, outputs: int) -> Chunk:
     """Stock `captum.attr.Saliency`, once per class."""
+    from captum.attr import Saliency  # not every machine that measures kernels has Captum
+
     saliency = Saliency(model)
 
     def chunk(x: Tensor, out: Tensor | None) -> Tensor:
@@ -108,9 +110,9 @@ def grads_batched(model: nn.Module, outputs: int) -> Chunk:
     return chunk
 
 
-def vmap_jacrev(model: nn.Module, outputs: int) -> Chunk:
-    """`torch.func.vmap` of `torch.func.jacrev`."""
-    jacobian = vmap(jacrev(lambda x: model(x[None])[0]))
+def vmap_jacrev(model: nn.Module, outputs: int, transform: Transform = jacrev) -> Chunk:
+    """`torch.func.vmap` of `torch.func.jacrev` (or of `torch.func.jacfwd`)."""
+    jacobian = vmap(transform(lambda x: model(x[None])[0]))
 
     def chunk(x: Tensor, out: Tensor | None) -> Tensor:
         return deliver(jacobian(x), out)

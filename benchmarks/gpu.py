@@ -128,8 +128,19 @@ def ours(model: nn.Module, outputs: int) -> Chunk:
     return chunk
 
 
+def ours_folded(model: nn.Module, outputs: int) -> Chunk:
+    """The public call without gradkern's own kernels: torch's, with all seeds folded into the batch."""
+
+    def chunk(x: Tensor, out: Tensor | None) -> Tensor:
+        got = gradkern.jacobian(model, x, engine="reference", out=out)
+        return got if out is None else out
+
+    return chunk
+
+
 CONTENDERS: dict[str, Callable[[nn.Module, int], Chunk]] = {
     "gradkern": ours,
+    "gradkern, folded": ours_folded,
     "class loop": loop_classes,
     "seeds folded": replicated,
     "folded, CUDA graph": compiled_folded,
@@ -203,7 +214,7 @@ def contend(
     """A contender at its best chunk size."""
     n, best = sets[0].shape[0], Row(net, precision, name, 0, None)
     per_sample = sets[0][0].numel() * outputs * 4
-    own = name == "gradkern"
+    own = name.startswith("gradkern")
     for size in [n] if own else sorted({min(c, n) for c in CHUNKS}):
         if time.perf_counter() > until:
             best.note += " (out of time)"
@@ -255,7 +266,7 @@ def ceilings(where: torch.device) -> dict[str, float]:
 
 def peers_of(row: Row, rows: list[Row]) -> list[Row]:
     same = [r for r in rows if (r.net, r.precision) == (row.net, row.precision) and r.ms]
-    return [r for r in same if r.name != "gradkern"]
+    return [r for r in same if not r.name.startswith("gradkern")]
 
 
 def floor_of(
@@ -353,6 +364,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--nets", nargs="+", choices=list(SAMPLES), default=list(SAMPLES))
     parser.add_argument("--precisions", nargs="+", choices=("highest", "high", "medium"), default=["highest", "high"])
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="these contenders"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="share of the full sets, for a quick look")
     parser.add_argument("--device", default="cuda", help="cpu: to see whether the program itself works")
     args = parser.parse_args()
@@ -361,8 +375,9 @@ def main() -> int:
         raise SystemExit("benchmarks.gpu: no GPU is visible to torch.")
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stopped)
-    peers = [n for n in CONTENDERS if n != "gradkern"]
-    work = [(names, n, p) for names in (["gradkern"], peers) for p in args.precisions for n in args.nets]
+    own = [n for n in args.only if n.startswith("gradkern")]
+    peers = [n for n in args.only if n not in own]
+    work = [(names, n, p) for names in (own, peers) if names for p in args.precisions for n in args.nets]
     run = Run(args.seconds, args.out, where, args.share)
     try:
         for done, (names, net, precision) in enumerate(work):

@@ -1,4 +1,4 @@
-"""The same networks in JAX, where it is installed: ``jit(vmap(jacrev))`` on arrays shared with torch."""
+"""The same networks in JAX, where it is installed: ``jit`` of ``vmap(jacrev)`` or ``vmap(jacfwd)``, sharing memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import dlpack
 
 
-def chunk(model: nn.Module, outputs: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+def chunk(model: nn.Module, outputs: int, transform: str = "jacrev") -> Callable[[Tensor, Tensor | None], Tensor]:
     """The Jacobian of one chunk.  Raises ImportError without JAX, TypeError for a network that is not a sequence of
     convolutions, linear layers, ReLU, max pools and flattens."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of the GPU from the others
@@ -27,7 +27,7 @@ def chunk(model: nn.Module, outputs: int) -> Callable[[Tensor, Tensor | None], T
             x = layer(x)
         return x
 
-    jacobian = jax.jit(jax.vmap(jax.jacrev(network)))
+    jacobian = jax.jit(jax.vmap(getattr(jax, transform)(network)))
 
     def run(x: Tensor, out: Tensor | None) -> Tensor:
         got = jacobian(jax.dlpack.from_dlpack(x.contiguous()))

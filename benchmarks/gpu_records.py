@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import gradkern
 from benchmarks.gpu import SAMPLES, timed
+from gradkern.codegen.machine import Device
 from gradkern.codegen.records import Extent, PatternRef, Record
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
 
 SHOWN = ("H", "W", "C", "O", "run_length", "window_elements", "elements", "rows", "columns", "terms", "algorithm")
-CLOCK = 1.755e9  # per second, of an H200; the planner counts clocks
 
 
 @dataclass
@@ -65,7 +65,7 @@ def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
     return calls[0]
 
 
-def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) -> list[Timed]:
+def records(model: nn.Module, x: Tensor, machine: Device, seconds: float = 0.3) -> list[Timed]:
     """Every record of the network's only chain, for all samples of ``x``."""
     packed, inputs, targets, rows, cotangents, results = captured(model, x)
     chain, weights, tables = packed.chain, packed.weights, packed.tables
@@ -79,7 +79,7 @@ def records(model: nn.Module, x: Tensor, processors: int, seconds: float = 0.3) 
                 first = (inputs, weights, tables, packed.forward, packed.backward[:k], chain.sizes, chain.output_sizes)
                 cut = (*first, targets, rows, cotangents, chain.seed_tile, results)
                 now = timed(lambda _, cut=cut: ops.chain_vjp(*cut), [x], seconds)
-            expected = chain.clocks[place] * len(x) / processors / CLOCK * 1e3
+            expected = machine.milliseconds(chain.clocks[place], len(x))
             timed_records.append(Timed(part, type(record).__name__, shape_of(record), expected, now - before))
             before, place = now, place + 1
     return timed_records
@@ -99,12 +99,15 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu_records: no GPU is visible to torch.")
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    with gradkern.use("kernel"):
+        machine = ops.machine(torch.device("cuda", 0))
+    if not isinstance(machine, Device):
+        raise SystemExit(f"benchmarks.gpu_records: no kernels: {machine}")
     kept = {}
     for net in args.nets:
         model = CASES[net].build().cuda().requires_grad_(False)
         x = torch.randn(SAMPLES[net], *CASES[net].shapes[0], device="cuda")
-        rows = records(model, x, processors)
+        rows = records(model, x, machine)
         kept[net] = [asdict(r) for r in rows]
         print("\n".join(table(net, len(x), rows)), flush=True)
         (args.out / "gpu_records.json").write_text(json.dumps(kept, indent=1))

@@ -52,6 +52,10 @@ def git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def commit() -> str:
+    return git("rev-parse", "--short=12", "HEAD") or "unknown"
+
+
 def version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -77,7 +81,7 @@ def describe(threads: int) -> dict[str, Any]:
         "captum": version("captum"),
         "gradkern": version("gradkern"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": commit(),
         "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

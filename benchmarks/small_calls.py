@@ -1,35 +1,47 @@
-"""What a call costs beside its kernel: one sample of a known network, and the first call of an unknown one.
+"""What a call of few samples takes, what it costs beside its kernel, and what the first call of a network costs.
 
-``above the kernel``: the median over calls of one sample, less the time spent in the compiled op in the same call.
-``handle``: the same for the callable that `gradkern.prepare` returns.
-``capture``: what `gradkern.prepare` takes for a fresh network in a process that has captured one before; ``cold``: the
-same in a new process, imports aside.
+The first table has µs per call for 1, 8 and 64 samples: of the callable that `gradkern.prepare` returns, of
+`gradkern.jacobian`, and of what torch and JAX (if it is installed) offer; all of them take turns.
+
+The second is about one sample.  ``above``: the median over calls, less the time spent in the compiled op in the same
+call.  ``handle``: the same for the callable that `gradkern.prepare` returns.  ``capture``: what `gradkern.prepare`
+takes for a fresh network in a process that has captured one before; ``cold``: the same in a new process, imports aside.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.func import jacfwd, jacrev
 
 import gradkern
-from benchmarks import machine, report
+from benchmarks import baselines, gpu_jax, machine, measure, report
+from benchmarks.baselines import Chunk
 from benchmarks.measure import Say
-from benchmarks.problems import PROBLEMS
+from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.run import RESULTS, positive, progress
 from gradkern.runtime import ops
+from tests.cases import CASES
 
+SAMPLES = (1, 8, 64)
+OTHERS = ("decoder", "emulator")  # few inputs and many outputs; among the cases of the tests
 ABOVE_GOAL, HANDLE_GOAL, CAPTURE_GOAL = 80e-6, 40e-6, 0.5  # seconds
+WARM_UP = 3  # rounds
+JAX = importlib.util.find_spec("jax") is not None
 COLD = """
 import time, torch, gradkern
 from benchmarks.problems import PROBLEMS
@@ -39,6 +51,62 @@ begin = time.perf_counter()
 assert gradkern.prepare(model, x) is not None
 print(time.perf_counter() - begin)
 """
+
+
+def problems() -> list[Problem]:
+    few = [Problem(name, 64, 8, 8, 1.0, "few inputs, many outputs") for name in OTHERS if name in CASES]
+    return [*PROBLEMS.values(), *few]
+
+
+def ways(problem: Problem, n: int, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Everything that gives the Jacobian of ``n`` samples, by name."""
+    model = problem.model()
+    x = problem.fresh(n, torch.Generator().manual_seed(22))
+    with torch.no_grad():
+        outputs = model(x)[0].numel()
+    made: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def add(name: str, make: Callable[[nn.Module, int], Chunk]) -> None:
+        with contextlib.suppress(Exception), measure.quiet():  # a peer that cannot do this network has no column
+            chunk = make(model, outputs)
+            chunk(x, None)
+            made[name] = lambda x: chunk(x, None)
+
+    add("class loop", baselines.loop_classes)
+    add("is_grads_batched", baselines.grads_batched)
+    for name, transform in (("jacrev", jacrev), ("jacfwd", jacfwd)):
+        plain = partial(baselines.vmap_jacrev, transform=transform)
+        add(f"vmap({name})", plain)
+        if compiled:
+            add(f"compiled {name}", lambda model, outputs, plain=plain: torch.compile(plain(model, outputs)))  # type: ignore[misc]
+        if JAX:
+            add(f"JAX {name}", partial(gpu_jax.chunk, transform=name))
+    jac = gradkern.prepare(model, x)
+    assert jac is not None
+    return {"handle": jac, "jacobian": partial(gradkern.jacobian, model), **made}
+
+
+def microseconds(problem: Problem, n: int, rounds: int, compiled: bool) -> dict[str, float]:
+    """Median µs of a call of each way, which take turns."""
+    calls, generator = ways(problem, n, compiled), torch.Generator().manual_seed(23)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    with measure.quiet():
+        for number in range(rounds + WARM_UP):
+            x = problem.fresh(n, generator)
+            for name, call in calls.items():
+                seconds, _ = measure.timed(call, x)
+                if number >= WARM_UP:
+                    taken[name].append(seconds)
+    return {name: 1e6 * statistics.median(times) for name, times in taken.items()}
+
+
+def table_of_calls(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    cells: list[tuple[str, ...]] = [("net", "samples", *names)]
+    for row in rows:
+        times = (f"{row['us'][name]:.0f}" if name in row["us"] else "-" for name in names)
+        cells.append((row["net"], str(row["samples"]), *times))
+    return "\n".join(report.align(cells))
 
 
 @dataclass(frozen=True)
@@ -117,9 +185,9 @@ def table(rows: Sequence[SmallCall]) -> str:
     return "\n".join(report.align(cells))
 
 
-def measured(quick: bool, say: Say) -> list[SmallCall]:
+def measured(names: Sequence[str], quick: bool, say: Say) -> list[SmallCall]:
     rows = []
-    for name in PROBLEMS:
+    for name in names:
         say(f"small calls: {name}")
         rows.append(small_call(name, 20 if quick else 1000, 1 if quick else 5))
     return rows
@@ -132,18 +200,37 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--threads", type=positive, default=1, help="threads (default: 1)")
+    parser.add_argument("--nets", nargs="+", metavar="NET", help="networks (default: all)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile's forms too, about a minute for each size"
+    )
     parser.add_argument("--quick", action="store_true", help="few calls: shows that it works")
     parser.add_argument("--out", type=Path, help="the JSON file (default: benchmarks/results/small_calls.json)")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
+    if options.compiled:  # one code object for all networks and sizes
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     facts = machine.describe(options.threads)
     print(report.one_line(facts), flush=True)
-    rows = measured(options.quick, progress())
+    say, nets = progress(), problems()
+    if options.nets:
+        nets = [net for net in nets if net.name in options.nets]
+    calls: list[dict[str, Any]] = []
+    for problem in nets:
+        for n in SAMPLES:
+            say(f"calls: {problem.name}, {n}")
+            us = microseconds(problem, n, 2 if options.quick else 100, options.compiled)
+            calls.append({"net": problem.name, "samples": n, "us": us})
     print("", file=sys.stderr)
-    print(f"\n{table(rows)}\n")
+    print(f"\nµs per call\n{table_of_calls(calls)}\n")
+    if not JAX:
+        print("JAX is not installed, so it is left out.\n")
+    rows = measured([p.name for p in nets if p.name in PROBLEMS], options.quick, say)
+    print("", file=sys.stderr)
+    print(f"\none sample\n{table(rows)}\n")
     path = options.out or RESULTS / ("quick-small_calls.json" if options.quick else "small_calls.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": facts, "small_calls": [asdict(row) for row in rows]}
+    content = {"machine": facts, "calls": calls, "small_calls": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(path)
     return 0

@@ -9,8 +9,10 @@
 #include "torch_abi.h"
 
 #ifdef GRADKERN_WITH_CUDA
+#define GK_TEXT_OF(x) #x
+#define GK_TEXT(x) GK_TEXT_OF(x)
 namespace gradkern::cuda {
-int64_t shared_bytes(int64_t device);  // csrc/cuda/chain_launch.cpp
+std::vector<int64_t> describe_device(int64_t device);  // csrc/cuda/launch.cpp
 }
 #endif
 
@@ -59,9 +61,17 @@ bool has_cuda() {
 #endif
 }
 
-int64_t cuda_shared_bytes(int64_t device) {
+std::string cuda_fingerprint() {
 #ifdef GRADKERN_WITH_CUDA
-  return cuda::shared_bytes(device);
+  return GK_TEXT(GRADKERN_CUDA_FINGERPRINT);
+#else
+  return "none";
+#endif
+}
+
+std::vector<int64_t> describe_device(int64_t device) {
+#ifdef GRADKERN_WITH_CUDA
+  return cuda::describe_device(device);
 #else
   throw std::runtime_error(text("gradkern: asked about GPU ", device, ", but this build has no CUDA part"));
 #endif
@@ -77,7 +87,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
   m.def("vector_bytes() -> int");                      // of a vector register of the set in use
   m.def("advise_huge(int address, int bytes) -> ()");  // asks the system for huge pages for a fresh allocation
   m.def("has_cuda() -> bool");
-  m.def("cuda_shared_bytes(int device) -> int");  // shared memory that one block of a GPU may have
+  m.def("cuda_fingerprint() -> str");             // of the CUDA sources, by setup.py
+  m.def("describe_device(int device) -> int[]");  // what the planner has to know of a GPU, csrc/cuda/launch.cpp
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CompositeExplicitAutograd, m) {
@@ -88,7 +99,8 @@ STABLE_TORCH_LIBRARY_IMPL(gradkern, CompositeExplicitAutograd, m) {
   m.impl("vector_bytes", TORCH_BOX(&vector_bytes));
   m.impl("advise_huge", TORCH_BOX(&advise_huge));
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
-  m.impl("cuda_shared_bytes", TORCH_BOX(&cuda_shared_bytes));
+  m.impl("cuda_fingerprint", TORCH_BOX(&cuda_fingerprint));
+  m.impl("describe_device", TORCH_BOX(&describe_device));
 }
 
 }  // namespace gradkern

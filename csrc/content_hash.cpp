@@ -1,4 +1,4 @@
-// The content hash on the CPU; a GPU's is in cuda/hash.cuh.
+// The content hash on the CPU; a GPU's is in cuda/kernels.cu.
 #include "content_hash.h"
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp).
+// Schemas of the tensor ops, except `accumulate` (cpu/statistics.cpp) and the recurrent ones (cpu/recurrent.cpp).
 
 #include "content_hash.h"
 

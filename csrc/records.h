@@ -8,7 +8,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "d28dd8ade153b95a";
+constexpr char kRecordLayout[] = "c95545ba55b38755";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -61,7 +61,17 @@ enum class LineFunction : int64_t {
 enum class ScatterAlgorithm : int64_t {
   Walk = 0,    // live channel by live channel (csrc/cuda/scatter.cuh)
   Quads = 1,   // all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
-  Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+  Narrow = 2,  // narrow windows, four lanes for the channels (csrc/cuda/quads.cuh)
+};
+
+// Which positions of its destination a record of the backward pass reaches from those of its source.
+enum class Reach : int64_t {
+  Nothing = 0,  // it has one cotangent
+  All = 1,      // all of them
+  Same = 2,
+  Taps = 3,    // those of windows, by rows and by columns: a step, the number of offsets, the offsets
+  Ranges = 4,  // a range (first, end) for each row and each column of the source
+  Moves = 5,   // where the move's runs go
 };
 
 // Where the channels-last interior of a value or cotangent begins in scratch memory.
@@ -135,6 +145,7 @@ struct CpuSizes {
   int64_t entries;   // of the lists of live channels
   int64_t segments;  // of those lists
   int64_t block;     // samples that are processed together
+  int64_t local;     // offset in the tables of the table of local seeds, plus one; 0: seeds are not local
 };
 
 // Shared memory of one thread block.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .runtime.versions import show_versions
     from .util.memo import reset
     from .util.options import GradkernWarning, use
+    from .util.outputs import Sums
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "GradkernWarning": "util.options",
     "Plan": "planner.plan",
     "Program": "ir.program",
+    "Sums": "util.outputs",
     "TopK": "dispatch.targets",
     "accelerate": "attr.plug",
     "check": "checking",
@@ -49,6 +51,7 @@ __all__ = [
     "GradkernWarning",
     "Plan",
     "Program",
+    "Sums",
     "TopK",
     "accelerate",
     "check",

@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import eager
 from .dispatch.prepared import Prepared
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import compared, couples_batch, decide, output_shape, solve, verdict_now
+from .dispatch.route import decide, output_shape, solve, timing, verdict_now, whole_batch_reason
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
@@ -179,7 +179,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     seeds = request.choose(request.samples, output_shape(request, route))
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
-    whole = solve(request, route) if chunk < request.samples and couples_batch(request, route) else None
+    whole = solve(request, route) if chunk < request.samples and whole_batch_reason(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
             part = request.part(start, stop, seeds)
@@ -243,8 +243,13 @@ def explain(
     calls take the faster way.  Captures the model if that has not been done.  ``wrt`` (by default all floating
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
-    request = _inspection_request(model, inputs, wrt, output)
-    route = decide(request, engine)
+    with options.use(options.engine(engine)):
+        request = replace(_inspection_request(model, inputs, wrt, output), choose=jacobian_choice(targets))
+        return _explained(request, show)
+
+
+def _explained(request: Request, show: bool) -> Explanation:
+    route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
         eager_reason = route.eager_reason.text
@@ -254,9 +259,9 @@ def explain(
         reason = eager_reason or (verdict.reason if verdict else "")
         explanation = WholeModel(name_of(request.fn), reason)
     else:
-        seeds = jacobian_choice(targets)(request.samples, verdict.program.output_shape)
+        seeds = request.choose(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
-        explanation = explanation.timed(compared(request, route, seeds))
+        explanation = explanation.timed(timing(request, route))
     if show:
         print(explanation)
     return explanation

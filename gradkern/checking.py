@@ -58,7 +58,7 @@ def check(
 ) -> Check:  # fmt: skip
     """Compare the results of ``engine`` with autograd on a float64 copy.
 
-    ``"kernel"`` gives the results of ``"auto"`` for a traced model.  ``targets``, ``wrt`` and ``output`` as in
+    ``"kernel"`` gives the results of ``"auto"`` for a captured model.  ``targets``, ``wrt`` and ``output`` as in
     `jacobian`.
     Works on all the samples it is given; a few hundred are plenty.  Returns a `Check`, which prints as a table.
     A model that cannot be copied or run in float64 is compared with autograd in its own dtype, and the table says so.

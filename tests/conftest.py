@@ -56,7 +56,7 @@ def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pyt
 def kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, so no test depends on what is faster on this machine: kernels run where there are any."""
     always = Timing(1, {"kernels": 1e-3, "loop": 2e-3})
-    monkeypatch.setattr(ways, "measured", lambda *args: always)
+    monkeypatch.setattr(ways, "measure", lambda *args: always)
 
 
 @pytest.fixture

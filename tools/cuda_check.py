@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-cuda")
     parser.add_argument("--torch", default="torch==2.13.0")
+    parser.add_argument("--keep", type=Path, help="a folder for the compiled extension, for tools/gpu.sh")
     args = parser.parse_args()
     home, python = toolkit(), args.venv / "bin" / "python"
     if not python.exists():
@@ -103,6 +104,10 @@ def main() -> None:
     done = subprocess.run([str(python), "-c", LOOK], cwd="/", env=os.environ | {"PYTHONPATH": str(library)})
     if done.returncode:
         raise SystemExit("cuda-check: the extension was built but cannot be used.")
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        for extension in (library / "gradkern").glob("_C*.so"):
+            print(f"cuda-check: kept {shutil.copy(extension, args.keep)}")
 
 
 if __name__ == "__main__":

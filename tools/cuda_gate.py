@@ -2,15 +2,15 @@
 
     python tools/cuda_gate.py [--nvcc PATH] [--jobs 2]
 
-Fails where a kernel does not compile for the architectures that setup.py builds for (files named ``*_sm90a.cu``: for
-sm_90a alone), where the compiler warns, where a function spills registers (a kernel may keep a few
-numbers of its own while it calls others), where a kernel file reaches a header of torch,
-and where setup.py compiles by another standard.
+Fails where a kernel does not compile for the architectures that setup.py builds for, where the compiler warns, where a
+function spills registers (a kernel may keep a few numbers of its own while it calls others), where a kernel file
+reaches a header of torch, and where setup.py compiles by another standard.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = re.compile(r"#\s*include\s*[<\"](torch/|ATen/|c10/|pybind11/|Python\.h)")
-# What is compiled together: most of the time goes into PTX, which is the same for all that lies between 80 and 90.
+# What is compiled together: most of the time goes into PTX, which is the same for architectures of one generation.
 Targets = tuple[str, ...]
-PLAIN: tuple[Targets, ...] = (("80", "86", "89"), ("90",))
-HOPPER: tuple[Targets, ...] = (("90a",),)
 STANDARD = "-std=c++20"
 #: Bytes that a kernel which only calls functions may keep of its own while they run: once per call, not in a loop.
 CALLS = 96
@@ -52,6 +51,15 @@ def reached(source: Path) -> list[Path]:
                     todo.append((base / name).resolve())
                     break
     return files
+
+
+def targets(setup: str) -> list[Targets]:
+    """The architectures that setup.py builds for, ``("80", "86", "89"), ("90",), …``."""
+    found = re.search(r"^ARCHITECTURES = (\(.*\))$", setup, re.M)
+    if found is None:
+        raise SystemExit("tools/cuda_gate.py: setup.py has no line ARCHITECTURES = (...)")
+    names = [name.replace(".", "") for name in ast.literal_eval(found.group(1))]
+    return [tuple(group) for _, group in groupby(names, key=lambda name: name[:-1])]
 
 
 def spilled(text: str) -> dict[str, int]:
@@ -95,13 +103,14 @@ def main() -> int:
         for path in sorted({p for source in sources for p in reached(source)})
         if TORCH.search(path.read_text())
     ]
-    nvcc_flags = re.search(r"^NVCC_FLAGS = .*$", (ROOT / "setup.py").read_text(), re.M)
+    setup = (ROOT / "setup.py").read_text()
+    nvcc_flags = re.search(r"^NVCC_FLAGS = .*$", setup, re.M)
     if nvcc_flags is None or f'"{STANDARD}"' not in nvcc_flags.group():
         wrong.append(f"setup.py gives nvcc no {STANDARD} in NVCC_FLAGS: torch would choose another standard")
     if args.nvcc is None:
         print(f"nvcc not found: {len(sources)} CUDA kernel files NOT compiled")
     else:
-        work = [(s, t) for s in sources for t in (HOPPER if s.stem.endswith("_sm90a") else PLAIN)]
+        work = [(s, t) for s in sources for t in targets(setup)]
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
             for line, problems in pool.map(lambda w: check(args.nvcc, *w, Path(folder)), work):
                 print(line, flush=True)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.zoo import stubs, table
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("torch/mlp", "torch/cnn1d")
+ORDER = 5
 
 
 def main() -> None:
@@ -30,23 +32,26 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
     parser.add_argument("--quick", action="store_true", help="two networks of torch alone, in a few seconds")
     parser.add_argument("--again", action="store_true", help="measure also what has a result")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the page from what has a result")
     parser.add_argument("--busy", action="store_true", help="note that the machine had other work")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     stubs.install()
     if options.one:
         return one(options.one, options.threads[0], options.seconds)
-    listed = QUICK if options.quick else names()
+    listed = list(QUICK) if options.quick else names()
+    random.Random(ORDER).shuffle(listed)  # so a run that is stopped has measured a sample of them
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in (n for n in listed if options.only in n):
+    for name in (n for n in listed if options.only in n and not options.report):
         for threads in options.threads:
             file = options.out / f"{name.replace('/', '--')}--{threads}.json"
             if options.again or not file.exists():
-                found = run(name, threads, options)
+                found = run(name, threads, options) | {"commit": machine.commit()}
                 file.write_text(json.dumps(found, indent=1) + "\n")
             print(table.line(json.loads(file.read_text())), flush=True)
     results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
     about = machine.describe(max(options.threads)) | {"busy": options.busy, "packages": versions()}
+    about["networks"] = len(listed)
     options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
     options.page.write_text(table.page(about, results))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,9 +42,12 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     good = [r for r in results if "failed" not in r]
     busy = " The machine had other work at the same time." if about["busy"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    tried = len({r["name"] for r in results})
+    listed = about["networks"]
+    share = f" Of {listed} networks, {tried} were tried, drawn at random." if tried < listed else ""
     parts = [
         INTRODUCTION,
-        f"Measured on {machine.one_line(about)} at commit {about['commit']}.{busy} Packages: {versions}.\n",
+        f"Measured on {machine.one_line(about)} at {commits(about, results)}.{busy}{share} Packages: {versions}.\n",
     ]
     for threads in sorted({r["threads"] for r in results}):
         chosen = [r for r in good if r["threads"] == threads]
@@ -53,6 +57,14 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
         parts.append("## Not measured\n")
         parts.append("\n".join(f"- {r['name']}, {r['threads']} threads: {r['failed']}" for r in failed) + "\n")
     return "\n".join(parts)
+
+
+def commits(about: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The commit, or how many of the results are from which one."""
+    found = Counter(r.get("commit", about["commit"]) for r in results)
+    if len(found) < 2:
+        return f"commit {next(iter(found), about['commit'])}"
+    return "commits " + ", ".join(f"{commit} ({count} results)" for commit, count in found.most_common())
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -11,6 +11,33 @@ GK_INLINE T* at(const Context<T>& ctx, const Place& place, int64_t n) {
   return ctx.buf + place.offset + n * place.sample;
 }
 
+// Spans of elements that a record works on: f(row, first element in the row, count).  Without an area, all rows.
+template <class T, class F>
+GK_INLINE void for_spans(const Context<T>& ctx, int64_t rows, int64_t count, const F& f) {
+  if (!ctx.area) {
+    for (int64_t h = 0; h < rows; ++h) f(h, int64_t(0), count);
+    return;
+  }
+  const int32_t* span = ctx.area->items;
+  for (int64_t k = 0; k < ctx.area->count; ++k, span += 3) f(int64_t(span[0]), int64_t(span[1]), int64_t(span[2]));
+}
+
+// Whether the cotangent that the current record reads may be anything but zero in a row, in a column.
+template <class T>
+GK_INLINE bool row_lives(const Context<T>& ctx, int64_t h) {
+  return !ctx.area || ctx.area->rows[h];
+}
+template <class T>
+GK_INLINE bool column_lives(const Context<T>& ctx, int64_t w) {
+  return !ctx.area || ctx.area->columns[w];
+}
+
+// The number in the call of a tile's seed, less that of the first seed that pointers lead to.
+template <class T>
+GK_INLINE int64_t seed_number(const Context<T>& ctx, int64_t s) {
+  return ctx.order ? ctx.order[s] : s;
+}
+
 #include "body_ports.h"
 #include "body_pattern.h"
 #include "body_window.h"
@@ -59,19 +86,42 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
   }
 }
 
+// Zeroes what a record would have assigned.
+template <class T>
+void clear(const Place& dst, Context<T>& ctx, int64_t n, int64_t samples) {
+  for (int64_t m = n; m < n + samples; ++m)
+    for (int64_t s = 0; s < ctx.seeds; ++s)
+      for_spans(ctx, 0, 0, [&](int64_t, int64_t first, int64_t count) {
+        __builtin_memset(at(ctx, dst, m) + s * dst.seed + first, 0, count * sizeof(T));
+      });
+}
+
+// Record `k` of the pass where the seeds reach it.
+template <class T>
+void run_local(const Record* records, int64_t k, Context<T>& ctx, int64_t n) {
+  const Record& record = records[k];
+  ctx.area = ctx.areas && !ctx.areas[k].all ? ctx.areas + k : nullptr;
+  if (!ctx.area || !ctx.area->skip) return run_record(record, ctx, n);
+  const int64_t samples = record.whole_block ? ctx.samples : 1;
+  if (record.kind == Kind::WindowT && as<WindowTRecord>(record).assign)
+    clear(as<WindowTRecord>(record).dst, ctx, n, samples);
+  if (record.kind == Kind::MatMulT && as<MatMulTRecord>(record).assign)
+    clear(as<MatMulTRecord>(record).dst, ctx, n, samples);
+}
+
 // Runs of per-sample records are executed sample by sample, so that a sample's chain stays in L1.  Records of the whole
 // block take all samples at once, so that a weight is read once per block.
 template <class T>
 void run_chain(const Record* records, int64_t count, Context<T>& ctx) {
   for (int64_t i = 0; i < count;) {
     if (records[i].whole_block) {
-      run_record(records[i++], ctx, 0);
+      run_local(records, i++, ctx, 0);
       continue;
     }
     int64_t end = i;
     while (end < count && !records[end].whole_block) ++end;
     for (int64_t n = 0; n < ctx.samples; ++n)
-      for (int64_t k = i; k < end; ++k) run_record(records[k], ctx, n);
+      for (int64_t k = i; k < end; ++k) run_local(records, k, ctx, n);
     i = end;
   }
 }

@@ -33,17 +33,16 @@ void run_elementwise(const ElementwiseRecord& op, Context<T>& ctx, int64_t n) {
 // dst (+)= src · slope.  In place if the value has one reader.
 template <class T>
 void run_elementwise_t(const ElementwiseTRecord& op, Context<T>& ctx, int64_t n) {
-  const T* d = at(ctx, op.slope, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for (int64_t h = 0; h < op.extent.H; ++h) {
-      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row;
-      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row;
-      const T* dr = d + h * op.slope.row;
+    for_spans(ctx, op.extent.H, op.extent.W * op.extent.C, [&](int64_t h, int64_t first, int64_t count) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + first;
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + first;
+      const T* d = at(ctx, op.slope, n) + h * op.slope.row + first;
       if (op.assign)
-        for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] = g[i] * dr[i];
+        for (int64_t i = 0; i < count; ++i) y[i] = g[i] * d[i];
       else
-        for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] += g[i] * dr[i];
-    }
+        for (int64_t i = 0; i < count; ++i) y[i] += g[i] * d[i];
+    });
 }
 
 template <class T>
@@ -58,11 +57,11 @@ void run_add(const AddRecord& op, Context<T>& ctx, int64_t n) {
 template <class T>
 void run_accumulate(const AccumulateRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    for (int64_t h = 0; h < op.extent.H; ++h) {
-      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row;
-      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row;
-      for (int64_t i = 0; i < op.extent.W * op.extent.C; ++i) y[i] += g[i];
-    }
+    for_spans(ctx, op.extent.H, op.extent.W * op.extent.C, [&](int64_t h, int64_t first, int64_t count) {
+      const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + first;
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + first;
+      for (int64_t i = 0; i < count; ++i) y[i] += g[i];
+    });
 }
 
 // ---- cotangents in place -------------------------------------------------------------------------------------
@@ -70,16 +69,19 @@ void run_accumulate(const AccumulateRecord& op, Context<T>& ctx, int64_t n) {
 template <class T>
 void run_zero(const ZeroRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
-    __builtin_memset(at(ctx, op.dst, n) + s * op.dst.seed, 0, op.elements * sizeof(T));
+    for_spans(ctx, 1, op.elements, [&](int64_t, int64_t first, int64_t count) {
+      __builtin_memset(at(ctx, op.dst, n) + s * op.dst.seed + first, 0, count * sizeof(T));
+    });
 }
 
 // A cotangent without its negative part.
 template <class T>
 void run_rectify(const RectifyRecord& op, Context<T>& ctx, int64_t n) {
-  for (int64_t s = 0; s < ctx.seeds; ++s) {
-    T* y = at(ctx, op.dst, n) + s * op.dst.seed;
-    for (int64_t i = 0; i < op.elements; ++i) y[i] = y[i] < T(0) ? T(0) : y[i];
-  }
+  for (int64_t s = 0; s < ctx.seeds; ++s)
+    for_spans(ctx, 1, op.elements, [&](int64_t, int64_t first, int64_t count) {
+      T* y = at(ctx, op.dst, n) + s * op.dst.seed + first;
+      for (int64_t i = 0; i < count; ++i) y[i] = y[i] < T(0) ? T(0) : y[i];
+    });
 }
 
 // ---- copies: runs (source offset, destination offset, count, source step, destination step) --------------------
@@ -100,8 +102,9 @@ void run_move(const MoveRecord& op, Context<T>& ctx, int64_t n) {
 template <class T>
 void run_move_t(const MoveTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s) {
-    const int32_t* run = ctx.tables + op.run_table;
-    for (int64_t k = 0; k < op.runs; ++k, run += 5) {
+    const int32_t* run = ctx.area ? ctx.area->items : ctx.tables + op.run_table;
+    const int64_t runs = ctx.area ? ctx.area->count : op.runs;
+    for (int64_t k = 0; k < runs; ++k, run += 5) {
       const T* g = at(ctx, op.src, n) + s * op.src.seed + run[1];
       T* y = at(ctx, op.dst, n) + s * op.dst.seed + run[0];
       const int64_t count = run[2], dy = run[3], dg = run[4];
@@ -140,10 +143,11 @@ GK_INLINE void stencil_tile(const T* x, int64_t dx, T* y, int64_t dy, const int3
 template <class T>
 void stencil(const StencilTable& op, int64_t C, const Context<T>& ctx, const T* src, T* dst, const T* bias) {
   constexpr int VL = Simd<T>::VL;
-  const int32_t* block = ctx.tables + op.block_table;
+  const int32_t* block = ctx.area ? ctx.area->items : ctx.tables + op.block_table;
+  const int64_t blocks = ctx.area ? ctx.area->count : op.blocks;
   const int32_t* table = ctx.tables + op.entry_table;
   const T* w = ctx.packed + op.weights;
-  for (int64_t k = 0; k < op.blocks; ++k, block += 7) {
+  for (int64_t k = 0; k < blocks; ++k, block += 7) {
     const int64_t count = block[2], dx = block[3], dy = block[4];
     const int32_t* entry = table + 2 * block[5];
     for (int64_t c = 0; c < C; c += VL) {
@@ -194,6 +198,7 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for (int64_t h = 0; h < op.extent.H; ++h)
       for (int64_t w = 0; w < op.extent.W; ++w) {
+        if (!row_lives(ctx, h) || !column_lives(ctx, w)) continue;
         const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.src.position;
         const T* b = other + h * op.other.row + w * op.other.position;
         T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.dst.position;
@@ -346,6 +351,7 @@ void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
   const T* const stored = at(ctx, op.lines.saved, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for_bundles(op.lines, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
+      if (!row_lives(ctx, h) || !column_lives(ctx, w)) return;  // an area's lines run along the channels
       const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.lines.extent.C + c;
       T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.lines.extent.C + c;
       const T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;

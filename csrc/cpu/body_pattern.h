@@ -126,9 +126,11 @@ GK_INLINE bool tap_position(const PatternRef& p, int64_t h, int64_t w, int64_t j
 // A pattern applied to a dense destination: routed cotangents are added, and the rest stays unchanged.
 template <class T>
 void run_pattern_t(const PatternTRecord& op, Context<T>& ctx, int64_t n) {
-  const uint8_t* planes = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
+  const uint8_t* bits = ctx.bits + op.pattern.bits + n * ctx.bits_sample;
   for (int64_t h = 0; h < op.extent.H; ++h)
-    for (int64_t w = 0; w < op.extent.W; ++w)
+    for (int64_t w = 0; w < op.extent.W; ++w) {
+      if (!row_lives(ctx, h) || !column_lives(ctx, w)) continue;
+      const uint8_t* planes = bits + (h * op.extent.W + w) * op.pattern.taps * op.pattern.plane_bytes;
       for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
         for (int64_t jw = 0; jw < op.pattern.kw; ++jw, planes += op.pattern.plane_bytes) {
           int64_t hi, wi;
@@ -144,4 +146,5 @@ void run_pattern_t(const PatternTRecord& op, Context<T>& ctx, int64_t n) {
               for (int64_t i = 0; i < count; ++i) y[s * op.dst.seed + out[i]] += g[s * op.src.seed + out[i]];
           }
         }
+    }
 }

@@ -41,50 +41,59 @@ struct Lists {
     ctx.segments[segment_count++] = Segment{src, dst, start, used - start};
   }
 
-  // src, dst: offsets of this sample's cotangent and destination.
-  void from_bits(const WindowTRecord& op, const uint8_t* planes, int64_t src, int64_t dst) {
+  template <class F>
+  GK_INLINE void for_positions(const WindowTRecord& op, const F& f) {
     for (int64_t h = 0; h < op.H; ++h)
-      for (int64_t w = 0; w < op.W; ++w)
-        for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
-          for (int64_t jw = 0; jw < op.pattern.kw; ++jw, planes += op.pattern.plane_bytes) {
-            int64_t hi, wi;
-            if (!tap_position(op.pattern, h, w, jh, jw, hi, wi)) continue;
-            const int64_t start = used;
-            for (int64_t c = 0; c < op.O; c += 16) {
-              uint16_t word;
-              __builtin_memcpy(&word, planes + c / 8, 2);
-              used += append(ctx.channels + used, word, c);
-            }
-            if (used > start)
-              close(start, src + h * op.src.row + w * op.src.position, dst + hi * op.dst.row + wi * op.dst.position);
-          }
+      if (row_lives(ctx, h))
+        for (int64_t w = 0; w < op.W; ++w)
+          if (column_lives(ctx, w)) f(h, w);
   }
 
-  // The same with one segment per pool output: the taps' weight rows are shifted copies within one window.
-  void merged(const WindowTRecord& op, const uint8_t* planes, int64_t src, int64_t dst) {
-    for (int64_t h = 0; h < op.H; ++h)
-      for (int64_t w = 0; w < op.W; ++w) {
-        const int64_t start = used;
-        for (int64_t j = 0; j < op.pattern.taps; ++j, planes += op.pattern.plane_bytes)
+  // src, dst: offsets of this sample's cotangent and destination.
+  void from_bits(const WindowTRecord& op, const uint8_t* bits, int64_t src, int64_t dst) {
+    for_positions(op, [&](int64_t h, int64_t w) {
+      const uint8_t* planes = bits + (h * op.W + w) * op.pattern.taps * op.pattern.plane_bytes;
+      for (int64_t jh = 0; jh < op.pattern.kh; ++jh)
+        for (int64_t jw = 0; jw < op.pattern.kw; ++jw, planes += op.pattern.plane_bytes) {
+          int64_t hi, wi;
+          if (!tap_position(op.pattern, h, w, jh, jw, hi, wi)) continue;
+          const int64_t start = used;
           for (int64_t c = 0; c < op.O; c += 16) {
             uint16_t word;
             __builtin_memcpy(&word, planes + c / 8, 2);
-            append(ctx.weight_rows + used, word, j * op.O + c);
             used += append(ctx.channels + used, word, c);
           }
-        if (used > start)
-          close(start, src + h * op.src.row + w * op.src.position, dst + h * op.dst.row + w * op.dst.position);
-      }
+          if (used > start)
+            close(start, src + h * op.src.row + w * op.src.position, dst + hi * op.dst.row + wi * op.dst.position);
+        }
+    });
+  }
+
+  // The same with one segment per pool output: the taps' weight rows are shifted copies within one window.
+  void merged(const WindowTRecord& op, const uint8_t* bits, int64_t src, int64_t dst) {
+    for_positions(op, [&](int64_t h, int64_t w) {
+      const uint8_t* planes = bits + (h * op.W + w) * op.pattern.taps * op.pattern.plane_bytes;
+      const int64_t start = used;
+      for (int64_t j = 0; j < op.pattern.taps; ++j, planes += op.pattern.plane_bytes)
+        for (int64_t c = 0; c < op.O; c += 16) {
+          uint16_t word;
+          __builtin_memcpy(&word, planes + c / 8, 2);
+          append(ctx.weight_rows + used, word, j * op.O + c);
+          used += append(ctx.channels + used, word, c);
+        }
+      if (used > start)
+        close(start, src + h * op.src.row + w * op.src.position, dst + h * op.dst.row + w * op.dst.position);
+    });
   }
 
   // No pattern: every channel of every position, one shared list.
   void dense(const WindowTRecord& op, int64_t src, int64_t dst) {
     if (segment_count == 0)
       for (int64_t c = 0; c < op.O; ++c) ctx.channels[used++] = static_cast<uint16_t>(c);
-    for (int64_t h = 0; h < op.H; ++h)
-      for (int64_t w = 0; w < op.W; ++w)
-        ctx.segments[segment_count++] =
-            Segment{src + h * op.src.row + w * op.src.position, dst + h * op.dst.row + w * op.dst.position, 0, op.O};
+    for_positions(op, [&](int64_t h, int64_t w) {
+      ctx.segments[segment_count++] =
+          Segment{src + h * op.src.row + w * op.src.position, dst + h * op.dst.row + w * op.dst.position, 0, op.O};
+    });
   }
 };
 
@@ -128,7 +137,7 @@ void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
         segment.dst = ctx.segments[k].dst + g * op.C;
         a.segments = &segment;
         a.segment_count = 1;
-        scatter<T>(a, ctx.seeds, op.window_vectors);
+        scatter<T>(a, ctx, op.window_vectors);
       }
     }
     return;
@@ -136,6 +145,6 @@ void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
   for (int64_t k = 0; k < lists.segment_count; k += op.sweep) {
     a.segments = ctx.segments + k;
     a.segment_count = lists.segment_count - k < op.sweep ? lists.segment_count - k : op.sweep;
-    scatter<T>(a, ctx.seeds, op.window_vectors);
+    scatter<T>(a, ctx, op.window_vectors);
   }
 }

@@ -4,11 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "../op_bodies.h"
 #include "isa.h"
+#include "local.h"
 
 namespace gradkern {
 
@@ -69,7 +71,7 @@ class Scratch {
 template <class T>
 class Ports {
  public:
-  Ports(const ChainCall& call, Context<T>& context)
+  Ports(const ChainCall& call, Context<T>& context, bool stores)
       : call_(call),
         context_(context),
         inputs_(call.inputs.size()),
@@ -79,7 +81,7 @@ class Ports {
     for (const Tensor& x : call.inputs) input_n_.push_back(x.numel() / call.samples());
     for (const Tensor& y : call.outputs) output_n_.push_back(y.size(1));
     context.inputs = inputs_.data(), context.input_n = input_n_.data();
-    context.outputs = outputs_.data(), context.output_n = output_n_.data();
+    context.outputs = stores ? outputs_.data() : nullptr, context.output_n = output_n_.data();
     context.results = results_.data(), context.cotangents = cotangents_.data();
     context.seeds_total = call.seeds();
     call.describe_seeds<T>(context);
@@ -90,8 +92,12 @@ class Ports {
     for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = data<T>(call_.inputs[i]) + first * input_n_[i];
     for (size_t i = 0; i < outputs_.size(); ++i) outputs_[i] = mutable_data<T>(call_.outputs[i]) + first * output_n_[i];
   }
-  void go_to_seeds(int64_t first, int64_t seed, int64_t seeds) {
+  // Seeds in a row; or, if there is an order, those that it names.
+  const int64_t* targets(int64_t sample) const { return targets_ + sample * context_.target_n; }
+  void go_to_seeds(int64_t first, int64_t seed, int64_t seeds, const int64_t* order) {
     context_.seeds = seeds;
+    context_.order = order ? order + seed : nullptr;
+    if (order) seed = 0;
     if (targets_) context_.targets = targets_ + first * context_.target_n + seed;
     if (seed_rows_) context_.seed_rows = seed_rows_ + first * context_.seed_rows_n + seed * context_.seed_rows_s;
     const int64_t all = call_.samples() * context_.seeds_total, row = first * context_.seeds_total + seed;
@@ -111,10 +117,101 @@ class Ports {
   const T* seed_rows_;
 };
 
+// Who does what: threads take blocks of samples; or, if these are few, every block with a share of its seeds.
+struct Division {
+  int64_t block;   // samples
+  int64_t shares;  // of the seeds
+};
+
+constexpr int64_t kWorthSharing = 1 << 20;  // multiply-adds; a thread takes microseconds to start
+
+// Multiply-adds of the backward pass of one seed, as if nothing were zero.
+int64_t backward_macs(const ChainCall& call) {
+  const auto* records = data<Record>(*call.backward);
+  const int64_t lanes = current_isa().vector_bytes / (call.single() ? sizeof(float) : sizeof(double));
+  int64_t macs = 0;
+  for (int64_t i = 0; i < call.backward->size(0); ++i) {
+    if (records[i].kind == Kind::WindowT) {
+      const auto& op = reinterpret_cast<const WindowTRecord&>(records[i]);
+      macs += op.H * op.W * op.O * op.window_vectors * lanes;
+    } else if (records[i].kind == Kind::MatMulT) {
+      const auto& op = reinterpret_cast<const MatMulTRecord&>(records[i]);
+      macs += op.matrices * op.rows * op.columns * op.terms;
+    }
+  }
+  return macs;
+}
+
+// By count: a block costs one forward pass and one backward pass per seed, and every share repeats the forward pass.
+Division divide(const ChainCall& call, int64_t most, int64_t seed_block) {
+  const int64_t samples = call.samples(), seeds = call.seeds(), threads = torch::stable::get_num_threads();
+  const int64_t block = std::max<int64_t>(1, std::min(most, (samples + threads - 1) / threads));
+  const int64_t shares = std::min(threads, (seeds + seed_block - 1) / seed_block);
+  if (shares < 2) return {block, 1};
+  const int64_t blocks = (samples + block - 1) / block, on_one = (blocks + threads - 1) / threads * block;
+  const double by_samples = static_cast<double>(std::min(samples, on_one) * (1 + seeds));
+  const double by_seeds = static_cast<double>(samples) * (1 + static_cast<double>(seeds) / shares);
+  if (1.1 * by_seeds > by_samples || samples * seeds * backward_macs(call) < kWorthSharing) return {block, 1};
+  return {std::min(most, samples), shares};
+}
+
+// A tile of seeds, cut evenly into blocks of at most `most` as the kernels cut it (tiles.h).
+struct Tile {
+  int64_t seeds, blocks;
+  Tile(int64_t seeds, int64_t most) : seeds(seeds), blocks((seeds + most - 1) / most) {}
+  int64_t start(int64_t b) const { return b * (seeds / blocks) + std::min(b, seeds % blocks); }
+};
+
+// Calls f(first seed of a tile, tile, its blocks from, to) for everything in one of `shares` equal shares of the seeds.
+template <class F>
+void for_tiles(const ChainCall& call, int64_t most, int64_t share, int64_t shares, const F& f) {
+  const int64_t seeds = call.seeds();
+  const auto tile_at = [&](int64_t s) { return Tile(std::min(call.seed_tile, seeds - s), most); };
+  int64_t blocks = 0, before = 0;
+  for (int64_t s = 0; s < seeds; s += call.seed_tile) blocks += tile_at(s).blocks;
+  const int64_t first = blocks * share / shares, last = blocks * (share + 1) / shares;
+  for (int64_t s = 0; s < seeds; s += call.seed_tile) {
+    const Tile tile = tile_at(s);
+    const int64_t from = std::max<int64_t>(first - before, 0), to = std::min(last - before, tile.blocks);
+    if (from < to) f(s, tile, from, to);
+    before += tile.blocks;
+  }
+}
+
+// Whether all slopes and factors that cotangents are multiplied with are finite: 0 · Inf is NaN, as in torch.
+template <class T>
+bool finite_slopes(const ChainCall& call, const Context<T>& ctx) {
+  const auto* records = data<Record>(*call.backward);
+  bool finite = true;
+  const auto check = [&](const Place& place, int64_t H, int64_t W, int64_t count) {
+    for (int64_t n = 0; n < ctx.samples; ++n)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t w = 0; w < W; ++w) {
+          const T* x = ctx.buf + place.offset + n * place.sample + h * place.row + w * place.position;
+          T sum = 0;
+          for (int64_t i = 0; i < count; ++i) sum += x[i] - x[i];
+          finite &= sum == 0;
+        }
+  };
+  for (int64_t k = 0; k < call.backward->size(0); ++k) {
+    if (records[k].kind == Kind::ElementwiseT) {
+      const auto& op = reinterpret_cast<const ElementwiseTRecord&>(records[k]);
+      check(op.slope, op.extent.H, 1, op.extent.W * op.extent.C);
+    } else if (records[k].kind == Kind::MultiplyT) {
+      const auto& op = reinterpret_cast<const MultiplyTRecord&>(records[k]);
+      check(op.other, op.extent.H, op.extent.W, op.other_channel ? op.extent.C : 1);
+    } else if (records[k].kind == Kind::LinesT) {
+      const auto& op = reinterpret_cast<const LinesTRecord&>(records[k]);
+      check(op.lines.saved, op.lines.extent.H, 1, op.lines.extent.W * op.lines.extent.C);
+    }
+  }
+  return finite;
+}
+
 template <class T>
 void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& sizes) {
-  const int64_t samples = call.samples(), seeds = call.seeds(), threads = torch::stable::get_num_threads();
-  const int64_t block = std::max<int64_t>(1, std::min(sizes.block, (samples + threads - 1) / threads));
+  const int64_t samples = call.samples();
+  const auto [block, shares] = divide(call, sizes.block, kernels.seed_block);
   const int64_t blocks = (samples + block - 1) / block;
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
   const int64_t elements = round(sizes.shared + block * sizes.sample + 64);
@@ -125,7 +222,7 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
   const auto* forward = data<Record>(call.forward);
   const auto* backward = call.backward ? data<Record>(*call.backward) : nullptr;
 
-  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+  const auto work = [&](int64_t begin, int64_t end, int64_t share) {  // blocks of samples
     thread_local Scratch scratch;
     char* memory = scratch.take(static_cast<size_t>(bytes));
     Context<T> ctx{};
@@ -139,20 +236,37 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
     ctx.tables = data<int32_t>(call.tables);
     // Halos and slack must be zero.  They stay zero, because records write only interiors.
     std::memset(memory, 0, static_cast<size_t>(elements * sizeof(T) + bits));
-    Ports<T> ports(call, ctx);
+    Ports<T> ports(call, ctx, share == 0);
+    std::optional<LocalSeeds> local;
+    if (sizes.local && call.seeds()) local.emplace(ctx.tables, sizes.local, backward);
+    std::vector<int64_t> seed_order;
     for (int64_t b = begin; b < end; ++b) {
       ports.go_to_block(b * block, std::min(block, samples - b * block));
       kernels.run(forward, call.forward.size(0), ctx);
-      for (int64_t s = 0; s < seeds; s += call.seed_tile) {
-        ports.go_to_seeds(b * block, s, std::min(call.seed_tile, seeds - s));
+      const int64_t* targets = local ? ports.targets(b * block) : nullptr;
+      if (local && (b == begin || ctx.target_n)) seed_order = local->order(targets, call.seeds());
+      const int64_t* order = local ? seed_order.data() : nullptr;
+      const bool everywhere = !local || !finite_slopes(call, ctx);
+      for_tiles(call, kernels.seed_block, share, shares, [&](int64_t s, const Tile& tile, int64_t from, int64_t to) {
+        ctx.tile_seeds = tile.seeds, ctx.tile_first = tile.start(from);
+        ports.go_to_seeds(b * block, s + ctx.tile_first, tile.start(to) - ctx.tile_first, order);
+        ctx.areas = everywhere ? nullptr : local->areas(targets, order + s, tile.seeds);
         kernels.run(backward, call.backward->size(0), ctx);
-      }
+        ctx.areas = nullptr;
+      });
     }
     scratch.trim();
-  });
+  };
+  if (shares == 1) parallel_for(blocks, 1, [&](int64_t begin, int64_t end) { work(begin, end, 0); });
+  else
+    parallel_for(shares, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t share = begin; share < end; ++share) work(0, blocks, share);
+    });
 }
 
 void run(const ChainCall& call, const CpuSizes& sizes) {
+  GRADKERN_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
+                 ", behind the ", call.tables.numel(), " integers of the tables");
   const Isa& isa = current_isa();
   call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }

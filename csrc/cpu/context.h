@@ -11,6 +11,15 @@ struct Segment {
   int64_t start, count;  // into the lists of live channels
 };
 
+// What a record of the backward pass does if the seeds are local (local.h): nearly everywhere, cotangents are zero.
+struct Area {
+  bool all;   // everything, as if the seeds were not local
+  bool skip;  // nothing, as no cotangent arrives; a destination that would have been assigned is zeroed instead
+  const uint8_t *rows, *columns;  // where the cotangent that is read can be anything but zero
+  const int32_t* items;           // spans of elements (row, first of the row, count), or what is left of a table
+  int64_t count;
+};
+
 // Everything a kernel needs for one block of samples on one thread.
 template <class T>
 struct Context {
@@ -24,7 +33,7 @@ struct Context {
   const int32_t* tables;
   const T* const* inputs;  // per external input: first sample of the block
   const int64_t* input_n;  // elements per sample
-  T* const* outputs;       // forward results, likewise
+  T* const* outputs;       // forward results, likewise; null if another thread stores them
   const int64_t* output_n;
   const T* const* cotangents;  // dense seeds [n][S][size], likewise, at the first seed of the tile
   T* const* results;           // Jacobians [n][S][size], likewise
@@ -32,9 +41,32 @@ struct Context {
   int64_t target_n;            // 0 if all samples share them
   const T* seed_rows;          // rows of the last weight, [S][row] or [n][S][row]
   int64_t seed_rows_n, seed_rows_s;
-  int64_t seeds_total;  // S of the whole call: stride of cotangents and results
-  int64_t seeds;        // seeds of this tile
-  int64_t samples;      // samples of this block
+  int64_t seeds_total;   // S of the whole call: stride of cotangents and results
+  int64_t seeds;         // seeds of this tile that this thread processes
+  int64_t tile_seeds;    // seeds of the whole tile
+  int64_t tile_first;    // and which of them comes first here
+  int64_t samples;       // samples of this block
+  const int64_t* order;  // the seeds of this tile by number in the call, if they are local: others are in a row
+  const Area* areas;     // of all records of the pass, likewise
+  const Area* area;      // of the current record; null: everything
+};
+
+enum class Cell { Plain, Gru, Lstm };
+
+// The walk of one recurrent layer back through time, for all seeds.
+template <class T>
+struct RecurrentArgs {
+  Cell cell;
+  bool reverse;  // the layer reads from the last step to the first
+  const T* g;    // cotangents of its output, [n][S][T][H] with these strides
+  int64_t g_n, g_s, g_t;
+  const T* slopes;   // of the gates, [n][T][gates][H]
+  const T* keep;     // what a cell (LSTM) or state (GRU) keeps of the one before it, [n][T][H]
+  const T* through;  // slopes from an LSTM's cells to its states, likewise
+  const T* weight;   // [gates · H][row]: from gates to the state one step earlier, and from H on to the input
+  T* result;         // [n][S][T][inputs]
+  T* scratch;        // per sample and seed: gates · H + row + H
+  int64_t seeds, steps, hidden, inputs, gates, row;
 };
 
 // The functions of one ISA's translation unit.
@@ -43,6 +75,8 @@ struct Kernels {
   void (*run)(const Record* records, int64_t count, Context<T>& context);
   void (*rescale)(const RescaleArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
   void (*secant)(const RescaleArgs<T>& args, int64_t begin, int64_t end);
+  void (*recurrent)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);  // samples
+  int seed_block;  // the most seeds in registers at a time; a tile is cut evenly into blocks of at most that many
 };
 
 struct Isa {

@@ -3,6 +3,7 @@
 namespace gradkern {
 namespace GK_NAME {
 #include "body.h"
+#include "recurrent_rows.h"
 #include "rescale_rows.h"
 
 #define GK_TEXT(x) GK_STRING(x)
@@ -10,8 +11,8 @@ namespace GK_NAME {
 extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
                       supported,
-                      {run_chain<float>, run_rescale<float>, run_secant<float>},
-                      {run_chain<double>, run_rescale<double>, run_secant<double>}};
+                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, kMaxSeeds},
+                      {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>, kMaxSeeds}};
 #undef GK_STRING
 #undef GK_TEXT
 }  // namespace GK_NAME

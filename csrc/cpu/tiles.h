@@ -177,17 +177,22 @@ GK_INLINE void scatter_seeds(const ScatterArgs<T>& a, int seeds, int nv) {
   }
 }
 
-// All seeds and all vectors of the window, tile by tile.
+// All seeds and all vectors of the window, block by block.  Threads may share a tile of seeds at the borders of its
+// blocks: these are those of the whole tile, since the order of a seed's sums depends on the block that it is in.
 template <class T>
-void scatter(ScatterArgs<T> a, int64_t seeds, int64_t vectors) {
+void scatter(ScatterArgs<T> a, const Context<T>& ctx, int64_t vectors) {
   constexpr int VL = Simd<T>::VL;
   const T* g = a.g;
   T* out = a.out;
-  const int64_t blocks = (seeds + kMaxSeeds - 1) / kMaxSeeds;
+  const int64_t blocks = (ctx.tile_seeds + kMaxSeeds - 1) / kMaxSeeds;
   const T* w = a.w;
   const int32_t* table = a.window;
-  for (int64_t b = 0, s0 = 0; b < blocks; ++b) {
-    const int64_t block_seeds = (seeds - s0 + (blocks - b) - 1) / (blocks - b);
+  for (int64_t b = 0, s0 = -ctx.tile_first; b < blocks && s0 < ctx.seeds; ++b) {
+    const int64_t block_seeds = (ctx.tile_seeds - ctx.tile_first - s0 + (blocks - b) - 1) / (blocks - b);
+    if (s0 < 0) {
+      s0 += block_seeds;
+      continue;
+    }
     const int64_t most = max_vectors(static_cast<int>(block_seeds));
     const int64_t tiles = (vectors + most - 1) / most;
     for (int64_t t = 0, v0 = 0; t < tiles; ++t) {

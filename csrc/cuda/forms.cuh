@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "../elementwise.h"
-#include "tile.cuh"
+#include "device.cuh"
 
 namespace gradkern::cuda {
 

@@ -4,7 +4,7 @@
 // owner, which adds its terms in an order that depends only on the result's column, and not on its neighbours or on the
 // number of samples and seeds.
 #pragma once
-#include "tile.cuh"
+#include "device.cuh"
 
 namespace gradkern::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "tile.cuh"
+#include "device.cuh"
 
 namespace gradkern::cuda {
 

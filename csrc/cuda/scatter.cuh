@@ -8,7 +8,7 @@
 //
 // Linear layers take all samples and seeds of the tile at once: a dense matrix product, each weight read once.
 #pragma once
-#include "tile.cuh"
+#include "device.cuh"
 
 namespace gradkern::cuda {
 

@@ -16,13 +16,14 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream)
 
 namespace gradkern::cuda {
 
-// The device of a tensor is the current one while this lives.
+// A device, or that of a tensor, is the current one while this lives.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Tensor& tensor) {
-    const AOTITorchError error = aoti_torch_create_cuda_guard(tensor.get_device_index(), &guard_);
-    GRADKERN_CHECK(error == 0, "gradkern: cannot make ", tensor.device(), " the current device");
+  explicit DeviceGuard(int device) {
+    const AOTITorchError error = aoti_torch_create_cuda_guard(device, &guard_);
+    GRADKERN_CHECK(error == 0, "gradkern: cannot make GPU ", device, " the current device");
   }
+  explicit DeviceGuard(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
   ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -3,9 +3,7 @@
 // torch's CUDA dispatch key, under which tests/support/host_device.py calls them.
 #include "../checks.cpp"
 #include "../content_hash.cpp"
-#include "../cuda/chain_launch.cpp"
-#include "../cuda/hash_launch.cpp"
-#include "../cuda/rescale_launch.cpp"
+#include "../cuda/launch.cpp"
 
 extern "C" {
 // A CPU build of torch has none of these.
@@ -13,5 +11,9 @@ AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque**) { return
 AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque*) { return --gk_gpu()->guards, 0; }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
 
-int gk_shared_bytes(int device) { return static_cast<int>(gradkern::cuda::shared_bytes(device)); }
+// The four facts about a device.
+void gk_describe_device(int device, int64_t* facts) {
+  const auto found = gradkern::cuda::describe_device(device);
+  std::copy(found.begin(), found.end(), facts);
+}
 }

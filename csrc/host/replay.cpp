@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "../cuda/chain.h"
+#include "../cuda/kernels.h"
 #include "../rescale_rule.h"
 
 using gradkern::RescaleArgs;

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
-#include "../cuda/chain.cu"
-#include "../cuda/hash.cu"
-#include "../cuda/rescale.cu"
+#include "../cuda/kernels.cu"
 
 using namespace gradkern;
 
@@ -15,10 +14,11 @@ namespace {
 
 constexpr int kAlways = 48 << 10;  // bytes of shared memory that a kernel may have without asking
 
-host::Gpu gpu{132, 232448, 0, 0, 0, 0};
+host::Gpu gpu{132, 232448, 0, 0, 0, 0, 0, 0};
 thread_local cudaError_t last_error = cudaSuccess;
 std::mutex limits_lock;
 std::map<const void*, int> limits;  // shared memory that a kernel was allowed
+std::set<const void*> loaded;
 
 }  // namespace
 
@@ -27,18 +27,35 @@ host::Gpu* gk_gpu() { return &gpu; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid argument";
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? gpu.processors : gpu.shared_bytes;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = gpu.processors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = gpu.shared_bytes; break;
+    case cudaDevAttrClockRate: *value = 1755000; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+  }
   return cudaSuccess;
 }
 
 namespace gradkern::host {
 
+cudaError_t load(const void* kernel) {
+  const std::lock_guard<std::mutex> lock(limits_lock);
+  if (loaded.contains(kernel)) return cudaSuccess;
+  if (gpu.capturing) return last_error = cudaErrorStreamCaptureUnsupported;
+  loaded.insert(kernel);
+  gpu.loaded = static_cast<int>(loaded.size());
+  return cudaSuccess;
+}
+
 cudaError_t allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || bytes > gpu.shared_bytes) return last_error = cudaErrorInvalidValue;
+  if (const cudaError_t error = load(kernel)) return error;
   const std::lock_guard<std::mutex> lock(limits_lock);
   limits[kernel] = gpu.allowed = bytes;
   return cudaSuccess;
@@ -52,6 +69,7 @@ bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared) {
     last_error = cudaErrorInvalidConfiguration;
     return false;
   }
+  if (load(kernel)) return false;
   const std::lock_guard<std::mutex> lock(limits_lock);
   const auto allowed = limits.find(kernel);
   if (shared > static_cast<size_t>(allowed == limits.end() ? kAlways : std::max(allowed->second, kAlways)))
@@ -86,6 +104,8 @@ extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
 int gk_rescale_args_size() { return sizeof(RescaleArgs<double>); }
 int gk_gpu_size() { return sizeof(host::Gpu); }
+// As in a new process.
+void gk_unload() { loaded.clear(), gpu.loaded = 0; }
 // The error text, or null.
 const char* gk_run_f32(const cuda::Args<float>* args, int blocks, int threads, int64_t bytes) {
   return chain(*args, blocks, threads, bytes);

@@ -15,11 +15,13 @@ namespace gradkern::host {
 // Plain integers, mirrored by tests/support/host_device.py.
 struct Gpu {
   int processors, shared_bytes;
+  int capturing;  // 1: a CUDA graph is being captured
   // The requests.
   int launches;
   int blocks;   // of the last launch
   int allowed;  // bytes of shared memory that a kernel was last allowed
   int guards;   // that are alive
+  int loaded;   // kernels that have been loaded; lazily, at their first use, as on a GPU
 };
 
 }  // namespace gradkern::host
@@ -27,9 +29,21 @@ struct Gpu {
 extern "C" gradkern::host::Gpu* gk_gpu();
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorStreamCaptureUnsupported = 900,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrClockRate,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+struct cudaFuncAttributes {};
 using dim3 = gradkern::host::Dim;
 
 cudaError_t cudaGetLastError();
@@ -45,6 +59,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 namespace gradkern::host {
 
+cudaError_t load(const void* kernel);
 cudaError_t allow_shared(const void* kernel, int bytes);
 // Whether a GPU would launch this; otherwise the error that `cudaGetLastError` then returns.
 bool may_launch(const void* kernel, Dim grid, unsigned threads, size_t shared);
@@ -83,6 +98,11 @@ void launch(Dim grid, unsigned threads, size_t bytes, const Kernel& kernel) {
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return gradkern::host::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel* kernel) {
+  return gradkern::host::load(reinterpret_cast<const void*>(kernel));
 }
 
 #define GK_LAUNCH(kernel, grid, threads, shared, stream, ...)                                    \

@@ -21,7 +21,7 @@ from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from ..ir.program import Shape
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
-from ..util.options import BadType
+from ..util.options import BadType, debugging
 from ..util.progress import followed
 from ..util.random_state import RandomState
 from .call import PublicMethod, keep_buffers
@@ -91,6 +91,8 @@ def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, inte
     try:
         return points if stays_ours(points.route) and not points.couples_batch else None
     except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
+        if debugging():
+            raise
         return None
 
 

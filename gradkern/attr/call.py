@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,12 @@ from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
-from ..util.options import BadType, BadValue
+from ..util.options import BadType, BadValue, use
 from ..util.progress import wanted
 from ..util.random_state import RandomState
+
+if TYPE_CHECKING:
+    from .plug import GradientFunc
 
 STAND_INS = 2  # samples in place of none, from which the shapes of results are learned
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
@@ -137,10 +140,11 @@ def public_call(method: Any) -> Iterator[None]:
         if _current.get() is not None:
             yield
             return
-        with one_call(), _Call() as call:
+        ours = _our_gradients(method)
+        with use(ours.engine if ours else None), one_call(), _Call() as call:
             token = _current.set(call)
             try:
-                if not _on_our_gradients(method):
+                if ours is None:
                     keep_buffers(getattr(method, "forward_func", None))
                 yield
             finally:
@@ -150,13 +154,14 @@ def public_call(method: Any) -> Iterator[None]:
             part.gradient_func = gradient
 
 
-def _on_our_gradients(method: Any) -> bool:
-    """Does gradkern decide what runs?  Not with a gradient, or a method inside, that is not its own."""
+def _our_gradients(method: Any) -> GradientFunc | None:
+    """What decides what runs; None with a gradient, or a method inside, that is not gradkern's."""
     from .plug import GradientFunc
 
     while hasattr(method, "attribution_method"):
         method = method.attribution_method
-    return isinstance(getattr(method, "gradient_func", None), GradientFunc)
+    gradients = getattr(method, "gradient_func", None)
+    return gradients if isinstance(gradients, GradientFunc) else None
 
 
 def keep_buffers(fn: Any) -> None:

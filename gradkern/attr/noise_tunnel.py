@@ -7,7 +7,7 @@ are drawn piece by piece, so that neither noise nor maps grow with ``nt_samples`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
+from ..util.chunks import row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
@@ -78,7 +79,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         average = _Average(rows, [x.shape for x in rows])
         for count in _draws(samples, batch):
             noise = Noise(rows, count, stdevs)
-            for a, b, first, last in _row_blocks(n, count, room):
+            for a, b, first, last in row_blocks(n, count, room):
                 options = {k: _rows_of_option(v, a, b, n) for k, v in kwargs.items()}
                 self._expand_partial(last - first, options, tuple(x[a:b] for x in rows), False)
                 noisy = noise.piece(a, b, first, last)
@@ -204,7 +205,7 @@ class AllOutputs:
     def _one_draw(self, count: int, stdevs: Any, options: Options) -> bool:
         noise = Noise(self.rows, count, stdevs)
         room = block_rows(self.point_bytes, self.rows[0].device)
-        for a, b, first, last in _row_blocks(self.rows[0].shape[0], count, room):
+        for a, b, first, last in row_blocks(self.rows[0].shape[0], count, room):
             if not self._piece(noise.piece(a, b, first, last), a, b, first, last, count, options):
                 return False
         noise.finish()
@@ -327,18 +328,6 @@ class _Stream:
 def _room(rows: Sequence[Tensor]) -> int:
     """Noisy copies that fit in a block."""
     return block_rows(gradient_bytes(rows, 1), rows[0].device)
-
-
-def _row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(first sample, last, first copy, last)``: whole samples together, or some copies of one sample."""
-    if copies <= rows:
-        step = max(1, rows // max(copies, 1))
-        for a in range(0, samples, step):
-            yield a, min(a + step, samples), 0, copies
-        return
-    for a in range(samples):
-        for first in range(0, copies, rows):
-            yield a, a + 1, first, min(first + rows, copies)
 
 
 def _draws(samples: int, batch: int | None) -> list[int]:

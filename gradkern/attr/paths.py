@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ..dispatch.targets import Seeds
-from ..util.options import Engine, InputError, Unused
+from ..dispatch.targets import Seeds, TopK
+from ..util.options import Engine, InputError, Unused, debugging
 from ..util.outputs import Output
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
-from .call import PublicMethod
+from .call import PublicMethod, seen_as
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
 from .plug import GradientFunc, captum_seeds, plug_into
 from .points import Points, path_sum
+from .references import check_letters, hypothetical, of_letters, per_sample
 
 
 class IntegratedGradients(RowMethod, stock.IntegratedGradients):
@@ -64,6 +66,8 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         except InputError:
             return super()._attribute(*arguments)
         except Exception:
+            if debugging():
+                raise
             super()._attribute(*arguments)  # Captum's own error, if it has one
             raise
         mean = tuple(t[:, 0] for t in totals)
@@ -135,15 +139,54 @@ def check_tensors(baselines: Any) -> Any:
 
 
 class RandomPoint(RowMethod, compat.InputBaselineXGradient):
-    """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap."""
+    """The gradient at a random point between baseline and input, times their difference: one draw of GradientShap.
+
+    ``letters``: the contributions of every letter instead (`gradkern.attr.references.hypothetical`).
+    """
+
+    letters = False
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         with torch.no_grad():
             gradients = points.gradients(random_points(rows, baselines), points.more, index, seeds)
+            if self.letters:
+                return tuple(of_letters(g, b.unsqueeze(1), 2) for g, b in zip(gradients, baselines, strict=True))
         if self.multiplies_by_inputs:
             times_difference(gradients, rows, baselines)
         return gradients
+
+    def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
+        if self.letters:  # those of the letters that are there
+            parts = tuple(p * x.unsqueeze(1) for p, x in zip(parts, points.inputs, strict=True))
+        return super()._row_delta(parts, points, seeds, options)
+
+    def attribute(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+    ) -> Any:
+        """One draw by Captum's own code."""
+        captums = compat.unlogged(compat.InputBaselineXGradient)
+        fixed = (target, additional_forward_args)
+        if not self.letters:
+            return captums(self, inputs, baselines, *fixed, return_convergence_delta)
+        plain = seen_as(RandomPoint, self)
+        plain.letters, plain._multiply_by_inputs = False, False
+        gradients = compat.format_tensor_into_tuples(captums(plain, inputs, baselines, *fixed))
+        rows, start = compat.format_input_baseline(inputs, baselines)
+        start = compat.tensorize_baseline(rows, start)
+        parts = hypothetical(gradients, rows, start)
+        result = compat.format_output(compat.is_tuple(inputs), parts)
+        if not return_convergence_delta:
+            return result
+        there = tuple(p * x for p, x in zip(parts, rows, strict=True))
+        return result, self.compute_convergence_delta(
+            there, start, rows, additional_forward_args=additional_forward_args, target=target
+        )
 
 
 class GradientShap(PublicMethod, stock.GradientShap):
@@ -163,6 +206,31 @@ class GradientShap(PublicMethod, stock.GradientShap):
         super().__init__(forward_func, multiply_by_inputs)
         plug_into(self, GradientFunc(engine), output)
 
+    def attribute(
+        self,
+        inputs: Any,
+        baselines: Any,
+        n_samples: int = 5,
+        stdevs: float | tuple[float, ...] = 0.0,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        n_references: int = 20,
+        random_state: int | None = None,
+    ) -> Any:
+        """As Captum's.  ``baselines`` may also be references per sample, as in `DeepLift.attribute`: a draw then takes
+        one of the sample's own."""
+        own = self._own_baselines(baselines, inputs, n_samples, n_references, random_state)
+        if own is None:
+            fixed = (n_samples, stdevs, target, additional_forward_args, return_convergence_delta)
+            return compat.unlogged(stock.GradientShap)(self, inputs, baselines, *fixed)
+        given = {"target": target, "additional_forward_args": additional_forward_args}
+        given |= {"stdevs": stdevs, "return_convergence_delta": return_convergence_delta}
+        tunnel, single = NoiseTunnel(self._inner()), not compat.is_tuple(inputs)
+        results = [tunnel.attribute(inputs, nt_samples=1, baselines=b[0] if single else b, **given) for b in own]
+        return _mean_of_draws(results, return_convergence_delta)
+
     @typed
     def attribute_all(
         self,
@@ -174,23 +242,58 @@ class GradientShap(PublicMethod, stock.GradientShap):
         stdevs: float | tuple[float, ...] = 0.0,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
+        hypothetical: bool = False,
+        n_references: int = 20,
+        random_state: int | None = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        ``baselines`` has to be given.  All outputs share the random draws.  The delta is per draw, as Captum's:
-        ``[N · n_samples, C]``.
+        ``baselines`` has to be given; references per sample as in ``attribute``.  All outputs share the random draws.
+        The delta is per draw, as Captum's: ``[N · n_samples, C]``.  ``hypothetical`` as in `DeepLift.attribute`.
         """
         check_distribution(self, baselines)
+        inner = self._inner()
+        if hypothetical:
+            check_letters(compat.format_tensor_into_tuples(inputs), None)
+            inner.letters = True
+        tunnel = NoiseTunnel(inner)
+        given = {"targets": targets, "additional_forward_args": additional_forward_args}
+        given |= {"stdevs": stdevs, "return_convergence_delta": return_convergence_delta}
+        own = self._own_baselines(baselines, inputs, n_samples, n_references, random_state)
+        if own is not None:
+            results = [tunnel.attribute_all(inputs, nt_samples=1, baselines=b, **given) for b in own]
+            return _mean_of_draws(results, return_convergence_delta, isinstance(targets, TopK))
         start = check_tensors(compat.format_callable_baseline(baselines, inputs))
+        return tunnel.attribute_all(
+            inputs, nt_samples=n_samples, draw_baseline_from_distrib=True, baselines=start, **given
+        )
+
+    def _inner(self) -> RandomPoint:
         inner = RandomPoint(self.forward_func, self.multiplies_by_inputs)
         inner.gradient_func = self.gradient_func
-        return NoiseTunnel(inner).attribute_all(
-            inputs,
-            targets=targets,
-            nt_samples=n_samples,
-            stdevs=stdevs,
-            draw_baseline_from_distrib=True,
-            baselines=start,
-            additional_forward_args=additional_forward_args,
-            return_convergence_delta=return_convergence_delta,
-        )
+        return inner
+
+    def _own_baselines(
+        self, baselines: Any, inputs: Any, n_samples: int, n: int, random_state: int | None
+    ) -> list[Tensors] | None:
+        """The baselines of each draw, one row per sample from its references; None if ``baselines`` are Captum's."""
+        rows = compat.format_tensor_into_tuples(inputs)
+        if not all(isinstance(x, Tensor) and x.dim() for x in rows):
+            return None  # Captum's own error
+        references = per_sample(baselines, rows, n, random_state)
+        if references is None:
+            return None
+        samples, every = rows[0].shape[0], references.of(0, rows[0].shape[0])
+        each = torch.arange(samples)
+        which = torch.from_numpy(np.random.choice(references.count, (n_samples, samples)))
+        return [tuple(r[each, w] for r in every) for w in which]
+
+
+def _mean_of_draws(results: Sequence[Any], delta: bool, top: bool = False) -> Any:
+    """The mean of the maps of one draw each, the deltas of all draws ``[N · draws, …]``, and the indices of `TopK`."""
+    extras = delta or top
+    maps = [r[0] if extras else r for r in results]
+    mean = pytree.tree_map(lambda *xs: torch.stack(xs).mean(0), *maps)
+    deltas = (torch.stack([r[1] for r in results], 1).flatten(0, 1),) if delta else ()
+    indices = (results[0][-1],) if top else ()
+    return (mean, *deltas, *indices) if extras else mean

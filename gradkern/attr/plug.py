@@ -24,7 +24,7 @@ from ..ir.program import Shape
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind, name_of, unwrapped, with_output
-from ..util.options import BadType, BadValue, Engine, InputError, Unused
+from ..util.options import BadType, BadValue, Engine, InputError, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
 from .call import keep_buffers
 from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
@@ -61,6 +61,8 @@ class GradientFunc:
             except InputError:
                 pass  # Captum has its own error for it, or knows better
             except Exception:
+                if debugging():
+                    raise
                 compute_gradients(forward_fn, inputs, target_ind, additional_forward_args)  # Captum's own error
                 raise
         with buffers_kept(nn.ModuleList(modules_behind(forward_fn))):

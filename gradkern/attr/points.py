@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import batching
 from ..dispatch.request import Request
-from ..dispatch.route import Route, couples_batch, output_shape, shared_route, solve, verdict_now
+from ..dispatch.route import Route, output_shape, shared_route, solve, verdict_now, whole_batch_reason
 from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
 from ..util.callables import with_given
@@ -46,7 +46,7 @@ class Points:
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
-        self.ahead = 0  # points still to come, for the decision to trace
+        self.ahead = 0  # points still to come, for the decision to capture
         self.most: int | None = None  # points at a time, if the caller limits them
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
@@ -66,14 +66,14 @@ class Points:
     @property
     def couples_batch(self) -> bool:
         """Must one forward see all points of a call (batch statistics, random draws)?"""
-        return bool(couples_batch(self.base_request, self.route))
+        return bool(whole_batch_reason(self.base_request, self.route))
 
     def program(self) -> Program | None:
         """The model's Program, if it is known already."""
         return self.route.program
 
-    def traced(self) -> Program | None:
-        """The model's Program, traced now if it is not known; None if the model has none (a warning says why)."""
+    def captured(self) -> Program | None:
+        """The model's Program, captured now if it is not known; None if the model has none (a warning says why)."""
         if self.route.engine != "autograd":
             verdict_now(self.base_request, self.route)
         return self.route.program

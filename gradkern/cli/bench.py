@@ -23,7 +23,7 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     begin = time.perf_counter()
     prepared = api.prepare(model, given)
     our_call = partial(api.jacobian, model, given, engine="kernel" if prepared else "autograd", progress=False)
-    yield f"traced and verified in {time.perf_counter() - begin:.2f} s" + ("" if prepared else ": stays on autograd")
+    yield f"captured and verified in {time.perf_counter() - begin:.2f} s" + ("" if prepared else ": stays on autograd")
     our_call()
     ours = min(repeat(our_call, number=1, repeat=repeats))
     n = inputs[0].shape[0]

@@ -165,6 +165,18 @@ class TargetsType(click.ParamType):
             self.fail(f"got {value!r}, expected numbers with commas between, or top3", param, ctx)
 
 
+class WindowsType(click.ParamType):
+    """``0:500,500:1000``."""
+
+    name = "a:b,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[tuple[int, int]]:
+        try:
+            return [(int(a), int(b)) for a, b in (part.split(":") for part in value.split(","))]
+        except ValueError:
+            self.fail(f"got {value!r}, expected windows such as 0:500,500:1000", param, ctx)
+
+
 class ShardType(click.ParamType):
     """``i/n``."""
 

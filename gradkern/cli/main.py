@@ -20,7 +20,7 @@ except ImportError:
         "pip install --no-build-isolation '.[data]'"
     ) from None
 
-from . import computing, reading, terminal, verifying
+from . import computing, exporting, reading, terminal, verifying
 
 FAILED, MISMATCH, FULL, DAMAGED, BUSY, INTERRUPTED = 1, 3, 4, verifying.DAMAGED, 6, 130
 
@@ -88,6 +88,6 @@ def main(debug: bool, log: str, threads: int | None) -> None:
 
 for command in (
     computing.run, computing.importance, reading.explain, reading.report, computing.bench, computing.merge,
-    verifying.verify, reading.info,
+    verifying.verify, reading.info, exporting.export,
 ):  # fmt: skip
     main.add_command(command)

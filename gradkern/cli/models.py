@@ -76,7 +76,11 @@ def _pickled(path: str, allowed: bool) -> nn.Module:
     _check_exists("model", path)
     model = torch.load(path, weights_only=False, map_location="cpu")
     if not isinstance(model, nn.Module):
-        raise BadType(f"model: {path} holds {type(model).__name__}, expected a pickled torch.nn.Module.")
+        way_out = (
+            f" For a state_dict name what makes the network: package.module:factory --weights {path}"
+            if isinstance(model, dict) else ""
+        )  # fmt: skip
+        raise BadType(f"model: {path} holds {type(model).__name__}, expected a torch.nn.Module.{way_out}")
     return model.eval()
 
 

@@ -26,6 +26,7 @@ class LaidOut:
     packed_size: int  # elements of the packed weights
     seed_tile: int  # seeds that are processed at a time
     scratch: int  # bytes per thread, or per block of a GPU
+    local_share: float  # of the multiply-adds, if seeds are local: they leave out what they do not reach; otherwise 1
     clocks: tuple[float, ...]  # on a GPU: estimated clocks of a multiprocessor for each record, per sample
 
 

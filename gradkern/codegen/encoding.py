@@ -42,6 +42,7 @@ class CpuSizes(Sizes):
     entries: int  # of the lists of live channels
     segments: int  # of those lists
     block: int  # samples that are processed together
+    local: int = 0  # offset in the tables of the table of local seeds, plus one; 0: seeds are not local
 
 
 @dataclass(frozen=True)

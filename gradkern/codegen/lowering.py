@@ -20,11 +20,14 @@ from .emitters import Emitter
 from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
 from .layouts import Layouts
+from .local import WORTHWHILE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
-from .scratch import assign_places, block_size, mark_lives, round_up, seed_tile, stack_cotangents
+from .scratch import assign_places, block_size, even_tile, mark_lives, round_up, seed_tile, stack_cotangents
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
+
+FEW_SEEDS = 16  # for which samples go through linear layers together, rather than local seeds one by one
 
 
 @dataclass(frozen=True)
@@ -138,19 +141,23 @@ def lay_out(e: Emitter) -> LaidOut:
     cotangents = list(buffers.cotangents.values())
     per_seed = stack_cotangents(cotangents)
     tile = seed_tile(spec.seeds, sum(per_seed) * spec.itemsize)
+    whole_block = any(r.whole_block for r in (e.backward if spec.linear else e.forward))
+    local, tile, share = local_seeds(e, tile, whole_block)
     values = [*buffers.values.values(), *buffers.saved.values()]
     shared, sample = assign_places(values, cotangents, per_seed, tile)
     entries, segments = live_lists(e.backward)
-    whole_block = any(r.whole_block for r in (e.backward if spec.linear else e.forward))
     block = block_size(
         whole_block,
         shared=shared * spec.itemsize,
         sample=sample * spec.itemsize + bit_bytes,
         lists=2 * entries + 32 * segments,
     )
+    if local is not None:
+        block = 1
     sizes = CpuSizes(
-        shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block
-    )
+        shared=shared, sample=sample, bits=bit_bytes, entries=entries * block, segments=segments * block, block=block,
+        local=0 if local is None else e.tables.add(local.table(len(e.tables.integers))) + 1,
+    )  # fmt: skip
     scratch = (shared + sample * block) * spec.itemsize + bit_bytes * block + sizes.entries * 4 + sizes.segments * 32
     return LaidOut(
         forward=tuple(e.forward),
@@ -162,7 +169,22 @@ def lay_out(e: Emitter) -> LaidOut:
         seed_tile=tile,
         scratch=scratch,
         clocks=(),
+        local_share=share,
     )
+
+
+def local_seeds(e: Emitter, tile: int, whole_block: bool) -> tuple[Reaches | None, int, float]:
+    """What local seeds reach, how many should share a tile, and the share of the multiply-adds that is then left.
+
+    None if that is not worthwhile.  Samples go one by one, because each may have other targets.  So the weights of
+    linear layers (``whole_block``) are read again for each, which few seeds do not make up for.
+    """
+    seeds = e.spec.seeds
+    rules = reaches(e) if seeds >= (FEW_SEEDS if whole_block else 1) else None
+    if rules is None:
+        return None, tile, 1.0
+    most, share = best_tile(rules, tile)
+    return (None, tile, 1.0) if share > WORTHWHILE else (rules, even_tile(seeds, most), share)
 
 
 def live_lists(backward: list[Record]) -> tuple[int, int]:

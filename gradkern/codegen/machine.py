@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,37 @@ class Machine:
 
 @dataclass(frozen=True)
 class Device(Machine):
-    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read four elements at a time."""
+    """A GPU as the planner sees it: `isa` is ``"cuda"``; weights are read four elements at a time.
+
+    The facts are an H200's, unless the device is asked for its own.
+    """
 
     shared_bytes: int = 232448  # that one block may have
     threads: int = 256
+    processors: int = 132
+    kilohertz: int = 1_755_000  # clocks of a multiprocessor per millisecond
+    capability: int = 90  # compute capability, times ten
+
+    @property
+    def architecture(self) -> str:
+        return f"sm_{self.capability}"
+
+    def milliseconds(self, clocks: float, samples: int) -> float:
+        """The time of so many samples that take ``clocks`` of one multiprocessor each."""
+        return clocks * samples / self.processors / self.kilohertz
+
+
+@dataclass(frozen=True)
+class NoKernels:
+    """In place of a machine: torch's own kernels run every step, with all seeds folded into the batch.  It is false.
+
+    ``reason``: why gradkern's own do not.
+    """
+
+    reason: str = "the compiled extension is missing or has no kernels for this device"
+
+    def __bool__(self) -> Literal[False]:
+        return False
 
 
 class TooLarge(Exception):

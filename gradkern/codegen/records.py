@@ -124,7 +124,18 @@ class ScatterAlgorithm(IntEnum):
 
     Walk = 0  # live channel by live channel (csrc/cuda/scatter.cuh)
     Quads = 1  # all channels, four elements of the window at a time (csrc/cuda/quads.cuh)
-    Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/narrow.cuh)
+    Narrow = 2  # narrow windows, four lanes for the channels (csrc/cuda/quads.cuh)
+
+
+class Reach(IntEnum):
+    """Which positions of its destination a record of the backward pass reaches from those of its source."""
+
+    Nothing = 0  # it has one cotangent
+    All = 1  # all of them
+    Same = 2
+    Taps = 3  # those of windows, by rows and by columns: a step, the number of offsets, the offsets
+    Ranges = 4  # a range (first, end) for each row and each column of the source
+    Moves = 5  # where the move's runs go
 
 
 # ---- records
@@ -468,4 +479,4 @@ KINDS: tuple[type[Record], ...] = (
 )  # fmt: skip
 
 PARTS = (Extent, PatternRef, StencilTable, LineSet, Bands)
-ENUMS = (Along, LineFunction, ScatterAlgorithm)
+ENUMS = (Along, LineFunction, ScatterAlgorithm, Reach)

@@ -64,6 +64,11 @@ def seed_tile(seeds: int, per_seed: int) -> int:
     if seeds == 0:
         return 1
     most = max(1, min(seeds, max(6, SEED_BYTES // max(per_seed, 1)), SCRATCH_BYTES // 2 // max(per_seed, 1)))
+    return even_tile(seeds, most)
+
+
+def even_tile(seeds: int, most: int) -> int:
+    """The size of even tiles of at most ``most`` seeds."""
     return math.ceil(seeds / math.ceil(seeds / most))
 
 

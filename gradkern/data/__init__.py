@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from .export import to_modisco
 from .methods import METHODS, Batch, Outcome, method
 from .ranking import Curve, Importance, importance
 from .runs.fingerprint import Mismatch
@@ -64,5 +65,6 @@ __all__ = [
     "register",
     "repair",
     "run",
+    "to_modisco",
     "verify",
 ]

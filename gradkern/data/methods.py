@@ -24,6 +24,7 @@ from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
 from ..dispatch.targets import TopK
 from ..util.options import BadType, BadValue, Engine, use
+from .references import draws, with_references
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
     unknown = [a for a in arguments if a in OF_THE_RUN or (a not in parameters and not open_ended)]
     if unknown:
         raise BadValue(f"arguments: got {unknown[0]!r}, but {kind.__name__}.attribute_all takes {taken} here.")
+    if draws(arguments) is not None and "n_references" not in parameters:
+        raise BadValue(f"arguments: got a function as baselines, but {kind.__name__} takes no references per sample.")
     return FromCaptum(kind)
 
 
@@ -119,7 +122,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
             "arguments as further inputs, with source=(x, more), and what is the same for all samples with the model."
         )
     for name, value in arguments.items():
-        if name in distributions(method):
+        if name in distributions(method, arguments, inputs):
             continue
         values = value if isinstance(value, tuple) else (value,)
         if isinstance(value, list) and len(value) == samples > 1 and len(value) != len(inputs):
@@ -133,7 +136,8 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
                     f"arguments: {at} has {len(v)} rows for {samples} samples, expected one for each, or one for all. "
                     "(What is the same for all samples and has other axes belongs into the model, as a buffer.)"
                 )
-            if name == "baselines" and k < len(inputs) and tuple(v.shape[1:]) != tuple(inputs[k].shape[1:]):
+            own = 1 if _per_sample(v, k, inputs) else 0
+            if name == "baselines" and k < len(inputs) and v.shape[1 + own :] != inputs[k].shape[1:]:
                 raise BadValue(
                     f"arguments: {at} has rows of shape {list(v.shape[1:])}, expected {list(inputs[k].shape[1:])} as "
                     "the samples have."
@@ -144,14 +148,19 @@ def check_common(method: Method, arguments: Mapping[str, Any]) -> None:
     """Raise `BadValue`, by name, for an argument with several rows, where batches do not say which samples they are."""
     for name, value in arguments.items():
         for v in value if isinstance(value, tuple) else (value,):
-            if name not in distributions(method) and _has_rows(v) and len(v) > 1:
+            if name not in distributions(method, arguments, ()) and _has_rows(v) and len(v) > 1:
                 raise BadValue(f"arguments: {name!r} has {len(v)} rows, expected one, for all samples.")
 
 
 def arguments_of(
-    method: Method, arguments: Mapping[str, Any], which: slice | Sequence[int], samples: int, device: torch.device
+    method: Method,
+    arguments: Mapping[str, Any],
+    which: slice | Sequence[int],
+    samples: int,
+    inputs: Sequence[Tensor],
 ) -> dict[str, Any]:
-    """The arguments for some of the samples: their rows, where an argument has a row per sample."""
+    """The arguments for some of the samples, ``inputs``: their rows, where an argument has a row per sample."""
+    device = inputs[0].device
 
     def rows(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -161,14 +170,23 @@ def arguments_of(
         value = torch.as_tensor(value)
         return (value[which] if len(value) == samples else value).to(device)
 
-    given = distributions(method)
+    given = distributions(method, arguments, inputs)
     return {name: value if name in given else rows(value) for name, value in arguments.items()}
 
 
-def distributions(method: Method) -> tuple[str, ...]:
-    """The arguments whose rows are drawn from, for every sample."""
+def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[str, ...]:
+    """The arguments whose rows are drawn from, for every sample: not references that each sample has of its own."""
     kinds = (attr.GradientShap, attr.DeepLiftShap)
-    return ("baselines",) if isinstance(method, FromCaptum) and issubclass(method.kind, kinds) else ()
+    if not isinstance(method, FromCaptum) or not issubclass(method.kind, kinds):
+        return ()
+    value = arguments.get("baselines")
+    first = value[0] if isinstance(value, tuple) and value else value
+    return () if _per_sample(first, 0, inputs) else ("baselines",)
+
+
+def _per_sample(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
+    """Are these references ``[N, R, *in]`` of input ``k``?"""
+    return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 
 
 def _has_rows(value: Any) -> bool:
@@ -244,7 +262,8 @@ class FromCaptum:
     def __call__(self, batch: Batch) -> Outcome:
         if not all(x.is_floating_point() for x in batch.inputs):
             raise BadType(f"source: {self.kind.__name__} needs floating inputs, got {[x.dtype for x in batch.inputs]}.")
-        options = {**batch.arguments, **({"return_convergence_delta": True} if self.deltas else {})}
+        options = with_references(batch.arguments, batch.inputs, batch.first)
+        options |= {"return_convergence_delta": True} if self.deltas else {}
         inputs = batch.inputs[0] if len(batch.inputs) == 1 else batch.inputs
         with use(batch.engine), _seeded(batch.first):
             result = self.kind(batch.model).attribute_all(inputs, targets=batch.targets, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.memory import out_of_memory
-from ..util.options import Engine, memory_budget
+from ..util.options import Engine, memory_budget, use
 from ..util.progress import PARTS, is_drawn
 from .eager import forward
 from .request import JacobianResult, Request, allocate, too_large
 from .targets import TopSeeds
 from .watch import Watch
 
+_AS_SET = nullcontext()
 LEAST_PART = 1024  # samples of a chain at a time, if a progress bar is to move
 
 
@@ -33,10 +35,11 @@ def run(
     ``tensors``: those that ``program`` names.  ``saved``: bytes per sample that live autograd saves, if torch
     differentiates some of the steps.  ``watch`` looks at the outputs, and may raise `OutputsChanged`.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    chosen = use(engine) if engine == "kernel" else _AS_SET  # the runtime asks whether a GPU's kernels are wanted
+    with chosen, torch.inference_mode(False), torch.no_grad():
         results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
-        params, by_reference, chunk = _prepare(request, program, tensors, engine, results, saved)
+        params, by_reference, chunk = _settle(request, program, tensors, engine, results, saved)
         # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
         if start == 0 and request.out is None:
             for fresh in results.jacobians:
@@ -69,7 +72,7 @@ def run(
     return results
 
 
-def _prepare(
+def _settle(
     request: Request, program: Program, tensors: Params, engine: Engine, results: JacobianResult, saved: int
 ) -> tuple[Params, bool, int]:
     """The parameters, whether plain torch takes the steps, and how many samples go together."""
@@ -95,7 +98,7 @@ def _prepare(
 
 def not_native(x: Tensor) -> bool:
     """Whether no kernel takes a tensor of this device and dtype."""
-    return ops.machine(x.device) is None or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
+    return not ops.machine(x.device) or (x.is_floating_point() and x.dtype not in NATIVE_DTYPES)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from .request import JacobianResult, Request, allocate, check_devices, check_out
 
 LARGEST_CHUNK = 2048  # samples
 LEAST_BATCHED = 8  # samples whose seeds go back together
+SMALL_COTANGENTS = 1 << 16  # elements; so many are made at once for all seeds
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
 BATCHED_NODES = frozenset(
@@ -44,13 +45,13 @@ BATCHED_NODES = frozenset(
 class ModelProfile:
     """Measurements of one model on a few samples: whether the batch may be cut, and how much memory a sample takes.
 
-    ``couples_batch`` says why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
+    ``whole_batch_reason``: why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
     known, so one forward gets the whole batch.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
     are the bytes that autograd saves for the backward pass, ``largest`` those of the largest tensor among them, per
     sample.
     """
 
-    couples_batch: str = ""
+    whole_batch_reason: str = ""
     mutates: bool = False
     fixed: int = 0
     per_sample: int = 0
@@ -59,7 +60,7 @@ class ModelProfile:
 
     def chunk(self, samples: int, per_input: int, device: torch.device, seeds: int = 1) -> int:
         """Samples per forward.  ``per_input``: bytes of one sample's inputs.  ``seeds``: that go back together."""
-        if self.couples_batch or self.one_piece:
+        if self.whole_batch_reason or self.one_piece:
             return samples
         # The saved activations, and about as much again for the live activations and cotangents of a sweep.
         peak, cached = 2 * self.per_sample + 4 * per_input + 1, self.per_sample + per_input + 1
@@ -255,17 +256,21 @@ def fill(
         index = seeds.rows(start, stop)
         rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
         group = together or _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
+        batched, small = group > 1, seeds.count * y.numel() <= SMALL_COTANGENTS
+        every = _cotangents(y, index, 0, seeds.count) if small else None  # [S, n, *out]
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
-            cotangents = _cotangents(y, index, first, last)  # [s, n, *out]
-            batched = group > 1
-            sent = cotangents if batched else cotangents[0]
+            sent = _cotangents(y, index, first, last) if every is None else every[first:last]  # [s, n, *out]
             gradients = torch.autograd.grad(
-                y, leaves, sent, retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched
-            )
+                y, leaves, sent if batched else sent[0],
+                retain_graph=last < seeds.count, allow_unused=True, is_grads_batched=batched,
+            )  # fmt: skip
             check_reached(request, _none_of(request, gradients))
             for row, gradient in zip(rows, gradients, strict=True):
-                row[:, first:last] = gradient.movedim(0, 1) if batched else gradient[:, None]
+                if batched:
+                    row[:, first:last] = gradient.movedim(0, 1)
+                else:
+                    row.select(1, first).copy_(gradient)
     return results
 
 

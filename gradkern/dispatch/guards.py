@@ -6,7 +6,6 @@ torch.compile's front end guards everything that a captured graph depends on (`f
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
-from ..util.torch_compat import cache_entries, disable_current_modes
+from ..util.torch_compat import disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -47,7 +46,7 @@ def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReas
     for x in inputs:
         if type(x) not in PLAIN_TENSORS:
             return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
-    if any(getattr(torch_module, name, None) for name in GLOBAL_HOOKS):
+    if any([getattr(torch_module, name, None) for name in GLOBAL_HOOKS]):  # noqa: C419  (a list is faster)
         return EagerReason("a global module hook is registered")
     return None
 
@@ -55,7 +54,7 @@ def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReas
 def autocast(inputs: Sequence[Tensor]) -> bool:
     """Whether autocast is active for the device of the inputs."""
     device = inputs[0].device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def model_reason(module: nn.Module) -> EagerReason | None:
@@ -112,22 +111,25 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
-    graded, inferring = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    counting = torch._C._len_torch_dispatch_stack() > 0  # a profiler's mode, which guards would treat as a change
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        # A profiler's mode on the stack, too, would be a change to the guards.
+        with torch.inference_mode(False), disable_current_modes():
+            return _holding(capture, fn, inputs)
+    return _holding(capture, fn, inputs)
+
+
+def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+    graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
     try:
-        with (
-            torch.inference_mode(False) if inferring else nullcontext(),
-            disable_current_modes() if counting else nullcontext(),
-        ):
-            local = by_name(fn, stand_ins(inputs))
-            for entry in cache_entries(capture.code):  # the last one used comes first
-                if entry.guard_manager.check(local):
-                    graph = capture.graphs.get(id(entry.code))
-                    if graph is None or not _same_methods(graph):
-                        return None
-                    tensors = graph.tensors(local, capture.shared)
-                    return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
+        local = by_name(fn, stand_ins(inputs))
+        for graph in capture.graphs if latest is None else (latest, *capture.graphs):
+            if graph.guards.cache_entry is not None and graph.guards.root.check(local):
+                if not _same_methods(graph):
+                    return None
+                capture.latest = graph
+                tensors = graph.tensors(local, capture.shared)
+                return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
     finally:
         torch._C._set_grad_enabled(graded)
     return None

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..ir.program import Program
-from ..runtime import frozen, ops
-from ..util.chunks import samples_per_chunk, spans
+from ..runtime.frozen import whole_chain
 from ..util.options import BadType, BadValue
 from . import batching
 from .request import Request
-from .route import TRACE_SAMPLES, decide
+from .route import VERIFY_SAMPLES, decide
 from .targets import Seeds, TopSeeds
 
 
@@ -28,7 +27,7 @@ class Prepared:
     def __init__(self, request: Request, program: Program, as_tuple: bool) -> None:
         self.program = program
         self._request, self._as_tuple = request, as_tuple
-        self._seeds = shared_seeds(request, program)
+        shared_seeds(request, program)  # refuses others
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
         self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
@@ -77,37 +76,20 @@ class Prepared:
         request = Request(fn, given, wrt, choose)
         route = decide(request, "kernel")
         if route.eager_reason is None:
-            route.trace(lambda: self._request.pick(TRACE_SAMPLES))
+            route.capture(lambda: self._request.pick(VERIFY_SAMPLES))
         if route.program is None:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
         route.check_reached(request)
         program = self.program = route.program
-        seeds = self._seeds = shared_seeds(request, program)
-        with torch.no_grad():
-            chain = frozen.frozen_chain(program, route.params(), given, seeds.indices, wrt)
-            tensors = {} if chain is not None else {name: x.detach().clone() for name, x in route.tensors.items()}
-        if chain is None:
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "kernel").shaped
-        x = given[wrt[0]]
-        most = samples_per_chunk(x.device, program.outputs * x.element_size())
-        return lambda inputs: _by_chain(chain, seeds, wrt, inputs, most)
-
-
-def _by_chain(
-    chain: frozen.FrozenChain, seeds: Seeds, wrt: tuple[int, ...], inputs: tuple[Tensor, ...], most: int
-) -> tuple[Tensor, ...]:
-    n = inputs[0].shape[0]
-    out = [inputs[w].new_empty((n, seeds.count, *inputs[w].shape[1:])) for w in wrt]
-    for fresh in out:
-        ops.on_huge_pages(fresh)
-    if 0 < n <= most:
-        chain(inputs, out)
-    else:
-        for a, b in spans(0, n, most):
-            chain([x[a:b] for x in inputs], [o[a:b] for o in out])
-    if len(seeds.axes) == 1:
-        return tuple(out)
-    return tuple([o.view(n, *seeds.axes, *o.shape[2:]) for o in out])
+        seeds = shared_seeds(request, program)
+        whole, packed = whole_chain(program, route.params(), given, seeds.indices, seeds.axes, wrt), None
+        if whole is not None:
+            packed = whole.packed(route.tensors)
+        if whole is None or packed is None:
+            tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
+        rows = whole.rows(packed)
+        return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
 
 def shared_seeds(request: Request, program: Program) -> Seeds:

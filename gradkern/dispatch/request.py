@@ -6,7 +6,7 @@ Checks the inputs and the model's output.  If the model itself fails because of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, described_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
+MOST_IN_KEY = 64  # targets of a list by which a call is recognized
+
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
 
@@ -30,7 +32,7 @@ class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
     ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
-    which count in the decision to trace.  ``keep_outputs``: the model's own outputs are part of the result.
+    which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one.
     """
 
@@ -58,7 +60,7 @@ class Request:
     @property
     def whole(self) -> int:
         """Samples of the whole call."""
-        return max(self.part_of, self.samples)
+        return self.part_of or self.samples
 
     @property
     def sample_bytes(self) -> int:
@@ -69,6 +71,11 @@ class Request:
     def gradient_bytes(self) -> int:
         """Bytes of one sample's gradients for one seed."""
         return sum(x.dtype.itemsize * math.prod(x.shape[1:]) for x in (self.inputs[w] for w in self.wrt))
+
+    @property
+    def seeds_key(self) -> Hashable:
+        """Equal for requests whose seeds are the same, given the same model; None if that is not known."""
+        return self.choose.key if isinstance(self.choose, TargetChoice) else None
 
     def part(self, start: int, stop: int, seeds: Seeds) -> Request:
         """The same call for the samples ``start:stop``."""
@@ -159,8 +166,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
     if request.out is None:
         size = request.gradient_bytes * request.samples * seeds.count
-        if size >= 1 << 30 and size > memory.allowed():
-            raise too_large(size)  # before the system kills the process
+        forecast(size)
         try:
             rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
         except RuntimeError as error:
@@ -204,6 +210,12 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         ) from error
 
 
+def forecast(size: int) -> None:
+    """Refuse a result that cannot fit in memory, so that the process is not killed."""
+    if size >= 1 << 30 and size > memory.allowed():
+        raise too_large(size)
+
+
 def too_large(size: int, work: str = "") -> MemoryError:
     """The error for a result of so many bytes; ``work`` says what else was asked for."""
     return MemoryError(
@@ -225,7 +237,11 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
         if isinstance(x, np.ndarray):
             raise BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
         if not isinstance(x, Tensor):
-            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].")
+            way_out = (
+                " Pass a function of the tensors as the model: jacobian(lambda *xs: model(dict(zip(names, xs))), "
+                "tuple(inputs.values()))" if isinstance(x, dict) else ""
+            )  # fmt: skip
+            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].{way_out}")
         if x.layout != torch.strided:
             raise BadType(f"inputs: number {i} has layout {x.layout}, expected a dense tensor. Use x.to_dense().")
         if x.dim() == 0:
@@ -239,11 +255,9 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
     for w in indices:
         x = tensors[w]
         if not x.is_floating_point():
-            hint = "Use x.float()" if not x.is_complex() else "Pass real and imaginary parts"
-            other = ", or leave it out of wrt=" if len(tensors) > 1 else ""
             raise BadType(
                 f"inputs: number {w} has {x.dtype}, expected a floating dtype: there is no gradient with respect to "
-                f"it. {hint}{other}; for indices into an embedding, differentiate the embedded tensor."
+                f"it. {_floating_hint(x, len(tensors))}"
             )
     return tensors, indices
 
@@ -264,6 +278,17 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     return counted
 
 
+def _floating_hint(x: Tensor, inputs: int) -> str:
+    """What to do with an input that has no gradient."""
+    if x.is_complex():
+        return "Pass real and imaginary parts."
+    other = ", or leave it out of wrt=" if inputs > 1 else ""
+    return (
+        "For token ids, or other indices into an embedding, differentiate the embedded tensor: pass a function of it "
+        f"as the model (docs/jacobians.md){other}. For measured whole numbers use x.float()."
+    )
+
+
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
@@ -273,7 +298,7 @@ def check_output(y: Any, samples: int) -> Tensor:
     if y.dim() == 0 or y.shape[0] != samples:
         raise BadValue(
             f"the model returned shape {list(y.shape)} for {samples} samples, expected [N, ...] with N = {samples} "
-            "first: one row of outputs per sample."
+            "first: one row of outputs per sample. A single sample needs its batch axis: x.unsqueeze(0)."
         )
     return y
 
@@ -335,8 +360,27 @@ def _times(shape: Shape) -> str:
     return ", ".join(map(str, shape))
 
 
+class TargetChoice:
+    """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known.
+
+    ``key``: equal for choices that give the same seeds whatever the samples are; None if they depend on the samples,
+    or if that is not known.
+    """
+
+    def __init__(self, targets: Any) -> None:
+        self.targets = targets
+        self.key: Hashable = None
+        if targets is None or type(targets) is int:
+            self.key = ("all" if targets is None else targets,)
+        elif isinstance(targets, list) and len(targets) <= MOST_IN_KEY and all(type(t) is int for t in targets):
+            self.key = ("list", *targets)
+
+    def __call__(self, samples: int, output_shape: Shape) -> Seeds:
+        if self.targets is None:
+            return Seeds(math.prod(output_shape), output_shape, None)
+        return resolve(self.targets, samples, output_shape)
+
+
 def jacobian_choice(targets: Any) -> SeedChoice:
     """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known."""
-    if targets is None:
-        return lambda samples, output_shape: Seeds(math.prod(output_shape), output_shape, None)
-    return lambda samples, output_shape: resolve(targets, samples, output_shape)
+    return TargetChoice(targets)

@@ -5,7 +5,6 @@ A route holds for one public call only, because a model may change between two c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Program, Shape
 from ..planner.timing import Timing, Way
+from ..runtime.frozen import whole_chain
 from ..runtime.parameters import bind
 from ..util import options
 from ..util.buffers import buffers_kept
@@ -24,13 +24,13 @@ from ..util.callables import anchor, is_same, name_of
 from ..util.options import Engine
 from . import batching, eager, guards, state, ways
 from .eager import ModelProfile
+from .first_use import AutogradWork, clock
 from .guards import EagerReason
-from .request import JacobianResult, Request, allocate, check_devices, check_reached
-from .state import CacheEntry, ModelState, Traced, Verdict
-from .targets import Seeds
+from .request import JacobianResult, Request, allocate, check_devices, check_reached, forecast
+from .state import CacheEntry, CapturedProgram, KnownCall, ModelState, Verdict
 from .watch import OutputsChanged
 
-TRACE_SAMPLES = 4
+VERIFY_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
@@ -38,15 +38,15 @@ FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a 
 
 
 #: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
-#: `Traced`: a Program whose guards hold.  `Verdict`: the reason why there is no Program.  None: nothing is known yet.
-Decision = EagerReason | Traced | Verdict | None
+#: `CapturedProgram`: its guards hold.  `Verdict`: the reason why there is no Program.  None: nothing is known yet.
+Decision = EagerReason | CapturedProgram | Verdict | None
 
 
 @dataclass(eq=False)
 class Route:
     """How the calls of one model at inputs like these are run: the decision, and the state kept for the model.
 
-    `decide` sets ``decision``.  Only two methods change it later: `trace` replaces an unknown decision, and `refuse`
+    `decide` sets ``decision``.  Only two methods change it later: `capture` replaces an unknown decision, and `refuse`
     withdraws a Program.
     """
 
@@ -67,31 +67,32 @@ class Route:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The result of tracing, if it is known and counts."""
-        decision = self.decision
-        return decision.verdict if isinstance(decision, Traced) else decision if isinstance(decision, Verdict) else None
+        """The result of the capture, if it is known and counts."""
+        if isinstance(self.decision, CapturedProgram):
+            return self.decision.verdict
+        return self.decision if isinstance(self.decision, Verdict) else None
 
     @property
     def program(self) -> Program | None:
         """The model's Program, if it is known and the engine uses one."""
-        return self.decision.program if isinstance(self.decision, Traced) else None
+        return self.decision.program if isinstance(self.decision, CapturedProgram) else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that the Program names."""
-        assert isinstance(self.decision, Traced)
+        assert isinstance(self.decision, CapturedProgram)
         return self.decision.tensors
 
     def params(self) -> dict[str, Tensor]:
         """The parameters of the Program, as they are in this call."""
-        assert isinstance(self.decision, Traced)
+        assert isinstance(self.decision, CapturedProgram)
         return bind(self.decision.program, self.decision.tensors)
 
-    def trace(self, samples: Callable[[], tuple[Tensor, ...]]) -> Traced | Verdict:
-        """The result of tracing; the model is traced now if that has not been done."""
+    def capture(self, samples: Callable[[], tuple[Tensor, ...]]) -> CapturedProgram | Verdict:
+        """The result of the capture, which is done now if it has not been."""
         assert not isinstance(self.decision, EagerReason)
         if self.decision is None:
-            self.decision = self.state.trace(self.entry, self.fn, self.inputs, samples)
+            self.decision = self.state.capture(self.entry, self.fn, self.inputs, samples)
         return self.decision
 
     def refuse(self, reason: str) -> None:
@@ -100,7 +101,7 @@ class Route:
 
     def check_reached(self, request: Request) -> None:
         """Raise `Unused` for an input that the output is known not to depend on."""
-        if isinstance(self.decision, Traced):
+        if isinstance(self.decision, CapturedProgram):
             check_reached(request, self.decision.verdict.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
@@ -112,15 +113,10 @@ class Route:
             and all(type(x) in guards.PLAIN_TENSORS for x in request.inputs)
         )
 
-    def spend(self, seconds: float) -> None:
-        """Note time spent on autograd that a Program might have saved."""
-        with self.state.lock:
-            self.entry.seconds += seconds
-
     @property
-    def tracing_pays(self) -> bool:
-        """Would tracing have paid by now?"""
-        return state.worth_tracing(self.entry, 0.0)
+    def work(self) -> AutogradWork:
+        """What autograd has done that a Program might have done."""
+        return self.entry.work
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
@@ -151,9 +147,9 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     """
     of_call = guards.call_reason(request.module, request.inputs)
     if of_call is None and engine != "autograd":
-        traced = _holding(request, entry)
-        if traced is not None:
-            return traced
+        captured = _holding(request, entry)
+        if captured is not None:
+            return captured
     check_devices(request.module, request.inputs)
     scripted = isinstance(request.module, torch.jit.ScriptModule)
     of_model = None if request.module is None or scripted else guards.model_reason(request.module)
@@ -162,7 +158,7 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     return of_call or of_model or entry.refusal(request.fn)
 
 
-def _holding(request: Request, entry: CacheEntry) -> Traced | None:
+def _holding(request: Request, entry: CacheEntry) -> CapturedProgram | None:
     """The Program whose guards hold now, if there is one."""
     if not entry.verdicts:
         return None
@@ -171,7 +167,7 @@ def _holding(request: Request, entry: CacheEntry) -> Traced | None:
     if captured is None or verdict is None or verdict.program is None:
         return None
     entry.misses = 0
-    return Traced(verdict, verdict.program, captured.tensors)
+    return CapturedProgram(verdict, verdict.program, captured.tensors)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -211,11 +207,11 @@ def shared_route(request: Request, engine: Engine | None = None) -> Route:
 
 
 def verdict_now(request: Request, route: Route) -> Verdict | None:
-    """Trace if that has not been done; None if autograd takes the call at once (and a warning says why)."""
+    """Capture if that has not been done; None if autograd takes the call at once (and a warning says why)."""
     if route.eager_reason is not None:
         _say_why_eager(route, route.eager_reason)
         return None
-    route.trace(lambda: request.pick(TRACE_SAMPLES))
+    route.capture(lambda: request.pick(VERIFY_SAMPLES))
     return route.verdict
 
 
@@ -226,10 +222,10 @@ def output_shape(request: Request, route: Route) -> Shape:
     return eager.measured_output_shape(request)
 
 
-def couples_batch(request: Request, route: Route) -> str:
+def whole_batch_reason(request: Request, route: Route) -> str:
     """Why one forward must see the whole batch: its samples depend on each other, or the model draws random numbers or
     changes its buffers.  Empty if the batch may be cut."""
-    return "" if route.program is not None else _profile(request, route).couples_batch
+    return "" if route.program is not None else _profile(request, route).whole_batch_reason
 
 
 def _profile(request: Request, route: Route) -> ModelProfile:
@@ -241,7 +237,7 @@ def _profile(request: Request, route: Route) -> ModelProfile:
     with route.state.live:
         profile = route.entry.profile = eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
     if verdict is not None and verdict.couples_batch:
-        return replace(profile, couples_batch=verdict.reason)
+        return replace(profile, whole_batch_reason=verdict.reason)
     return profile
 
 
@@ -258,71 +254,131 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if request.samples == 0:
         with eager.outside_modes():
             return allocate(request, output_shape(request, route))
-    if route.engine == "autograd":
-        return _on_autograd(request, route)
-    if isinstance(route.decision, EagerReason):
-        _say_why_eager(route, route.decision)
-        return _on_autograd(request, route)
     start, results = 0, None
     if route.decision is None and route.engine == "auto":
-        start, results = _on_autograd_until_tracing_pays(request, route)
-        if results is not None and start == request.samples:
-            return results
-    found = route.trace(lambda: request.pick(TRACE_SAMPLES))
-    if isinstance(found, Verdict):
+        start, results = _on_autograd_until_capture_pays(request, route)
+    if start < request.samples:
+        found = _program_of(request, route)
+        if found is not None:
+            try:
+                return _by_program(request, route, found, start, results)
+            except OutputsChanged:
+                route.refuse(CHANGED)
         return _on_autograd(request, route, start, results)
-    route.check_reached(request)
-    with torch.inference_mode(False):
-        results = allocate(request, found.program.output_shape, results)
-    way = _way(request, route, found, results.seeds)
+    assert results is not None
+    return results
+
+
+def _program_of(request: Request, route: Route) -> CapturedProgram | None:
+    """The Program that the engine takes, captured now if need be; None if it is autograd."""
+    if route.engine == "autograd":
+        return None
+    if isinstance(route.decision, EagerReason):
+        _say_why_eager(route, route.decision)
+        return None
+    found = route.capture(lambda: request.pick(VERIFY_SAMPLES))
+    return None if isinstance(found, Verdict) else found
+
+
+def _by_program(
+    request: Request, route: Route, found: CapturedProgram, start: int, results: JacobianResult | None
+) -> JacobianResult:
+    """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
+    known = _known(request, route, found)
+    way = _way(request, route, found, known)
     if way != "kernels":
+        with torch.inference_mode(False):
+            results = allocate(request, found.program.output_shape, results)
         profile = _profile_of_program(request, route)
         return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
+    whole = (
+        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, found, known)
+    )
+    if whole is not None:
+        return whole
     saved = _profile_of_program(request, route).per_sample if found.verdict.opaque else 0
-    try:
-        return batching.run(
-            request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
-        )
-    except OutputsChanged:
-        route.refuse(CHANGED)
-    return _on_autograd(request, route, start, results)
-
-
-def _way(request: Request, route: Route, found: Traced, seeds: Seeds) -> Way:
-    """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
-    pinned = ways.pinned_way.get()
-    if pinned is not None and route.engine != "reference":
-        return pinned
-    if route.engine != "auto" or not seeds.count:
-        return "kernels"
-    way = route.ways.get(seeds.count)
-    if way is None:
-        way = route.ways[seeds.count] = timing(request, route, found, seeds).way
-    return way
-
-
-def timing(request: Request, route: Route, found: Traced, seeds: Seeds) -> Timing:
-    """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
-    x, program, threads = request.inputs[request.wrt[0]], found.program, torch.get_num_threads()
-    size = sum(request.whole >= least for least in ways.SIZES)  # parts of a call have the size of the whole
-    key = program.key, type(seeds), seeds.count, request.wrt, x.dtype, x.device, threads, size
-    return ways.timings.get_or_make(
-        key, lambda: ways.measured(request, found, seeds, _profile_of_program(request, route))
+    return batching.run(
+        request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
     )
 
 
-def compared(request: Request, route: Route, seeds: Seeds) -> Timing | None:
-    """`timing` for a route whose calls are decided by it; None for other routes."""
-    found = route.decision
-    if route.engine != "auto" or not isinstance(found, Traced) or not (request.samples and seeds.count):
+def _known(request: Request, route: Route, found: CapturedProgram) -> KnownCall:
+    """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
+    whole = request.whole  # parts of a call have the size of the whole
+    size = sum([whole >= least for least in ways.SIZES])
+    kind = request.wrt, torch.get_num_threads(), size
+    seeds_key = request.seeds_key
+    if seeds_key is None:
+        return _looked_at(request, route, found, kind)
+    return found.verdict.calls.get_or_make((seeds_key, *kind), lambda: _looked_at(request, route, found, kind))
+
+
+def _looked_at(request: Request, route: Route, found: CapturedProgram, kind: tuple[Hashable, ...]) -> KnownCall:
+    route.check_reached(request)
+    x, program = request.inputs[request.wrt[0]], found.program
+    seeds = request.choose(request.samples, program.output_shape)
+    whole = None
+    # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
+    if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and not batching.not_native(x):
+        whole = whole_chain(program, route.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
+    timing = program.key, type(seeds).__name__, seeds.count, x.dtype, x.device, *kind
+    return KnownCall(seeds, timing, whole)
+
+
+def _way(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> Way:
+    """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
+    pinned, count = ways.pinned_way.get(), known.seeds.count
+    if pinned is not None and route.engine != "reference":
+        return pinned
+    if route.engine != "auto" or not count:
+        return "kernels"
+    way = route.ways.get(count)
+    if way is None:
+        way = route.ways[count] = _timing(request, route, found, known).way
+    return way
+
+
+def _timing(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> Timing:
+    """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
+    return ways.timings.get_or_make(
+        known.timing, lambda: ways.measure(request, found, known.seeds, _profile_of_program(request, route))
+    )
+
+
+def _by_whole_chain(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> JacobianResult | None:
+    """The results by one call of a kernel that looks at no step; None if that is not all there is to do."""
+    whole, watch = known.whole, route.entry.watch
+    if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
-    return None if found.verdict.unused.intersection(request.wrt) else timing(request, route, found, seeds)
+    if watch.seconds * watch.share > watch.cost:  # a comparison is due
+        return None
+    forecast(request.samples * whole.gradient_bytes)
+    packed = whole.packed(found.tensors)
+    if packed is None:
+        return None
+    begin = clock()
+    jacobians = whole(packed, whole.rows(packed), [x.detach() if x.requires_grad else x for x in request.inputs])
+    watch.seconds += clock() - begin
+    seeds, shaped = known.seeds, whole.shaped(jacobians)
+    return JacobianResult(seeds, seeds.indices, found.program.output_shape, tuple(jacobians), shaped)
+
+
+def timing(request: Request, route: Route) -> Timing | None:
+    """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
+    found = route.decision
+    if route.engine != "auto" or not isinstance(found, CapturedProgram) or not request.samples:
+        return None
+    if found.verdict.unused.intersection(request.wrt):
+        return None
+    known = _known(request, route, found)
+    return _timing(request, route, found, known) if known.seeds.count else None
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
     """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
-    return replace(profile, couples_batch="", mutates=False)
+    known = not profile.whole_batch_reason and not profile.mutates
+    return profile if known else replace(profile, whole_batch_reason="", mutates=False)
 
 
 def _on_autograd(
@@ -333,27 +389,29 @@ def _on_autograd(
         return eager.run(request, profile, start, results)
 
 
-def _on_autograd_until_tracing_pays(request: Request, route: Route) -> tuple[int, JacobianResult | None]:
-    """Run on autograd, chunk by chunk, as long as tracing would cost more than it saves; return the samples done.
-
-    This is the ski-rental rule: when tracing starts, at most its own cost has been spent without it.
-    """
-    if route.tracing_pays:
+def _on_autograd_until_capture_pays(request: Request, route: Route) -> tuple[int, JacobianResult | None]:
+    """Run on autograd, piece by piece, until a capture pays; return the number of samples done."""
+    work, seeds, results = route.work, 0, None
+    if work.output_shape is not None:
+        seeds = request.choose(request.samples, work.output_shape).count
+    if work.capture_pays((request.samples + request.ahead) * seeds):
         return 0, None
     profile = _profile_of_run(request, route)
-    results = None
     with _restored(route, profile):
         for start, stop in eager.pieces(request, profile):
-            begin = time.perf_counter()
+            begin = clock()
             results = eager.fill(request, results, start, stop)
-            seconds = time.perf_counter() - begin
-            if profile.couples_batch:
-                continue  # it cannot be traced
-            route.spend(seconds)
+            seconds = clock() - begin
+            if profile.whole_batch_reason:
+                continue  # it cannot be captured
+            with route.state.lock:
+                work.add((stop - start) * results.seeds.count, seconds)
             left = request.samples - stop
-            predicted = seconds / (stop - start) * (left + request.ahead)
-            if left and state.worth_tracing(route.entry, predicted):
+            if left and work.capture_pays((left + request.ahead) * results.seeds.count):
                 return stop, results
+    with route.state.lock:
+        work.calls += 1
+        work.output_shape = None if results is None or profile.whole_batch_reason else results.output_shape
     return request.samples, results
 
 
@@ -368,7 +426,7 @@ def _profile_of_run(request: Request, route: Route) -> ModelProfile:
 
 
 def _fit(request: Request, profile: ModelProfile) -> bool:
-    loose = replace(profile, couples_batch="")
+    loose = replace(profile, whole_batch_reason="")
     return loose.chunk(request.samples, request.sample_bytes, request.inputs[0].device) >= request.samples
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,33 +21,46 @@ from ..frontend.refusal import Untraceable
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
+from ..runtime.frozen import WholeChain
 from ..runtime.parameters import bind
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset
-from ..util.options import GradkernWarning, InputError
+from ..util.options import GradkernWarning, InputError, debugging
 from .eager import ModelProfile, check_runs
+from .first_use import AutogradWork, clock, note_capture
 from .guards import condition, stand_ins
+from .targets import Seeds
 from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
+CALLS_PER_PROGRAM = 32
 REFUSALS = 16
 MOST_MISSES = 8
-FIRST_TRACE = 1.0  # seconds, the first in a process (measured: 0.7 … 1.2)
-LATER_TRACE = 0.3  # seconds (measured: 0.2 … 0.5)
-SAVED_SHARE = 0.7  # of autograd's time, as predicted before anything is known (measured: 0.1 … 0.9)
 
-_trace_seconds: list[float] = []
+
+@dataclass(frozen=True, eq=False)
+class KnownCall:
+    """What the calls of a Program for the same seeds and inputs have in common.
+
+    It depends on no tensor's values.  ``timing``: under which the fastest way of such calls is remembered.  ``whole``:
+    the chain that computes such calls, if it is one.
+    """
+
+    seeds: Seeds
+    timing: Hashable
+    whole: WholeChain | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of tracing: a Program, or the reason why there is none."""
+    """The result of a capture: a Program, or the reason why there is none."""
 
     program: Program | None
     reason: str = ""
     couples_batch: bool = False  # samples of one batch depend on each other
     unused: frozenset[int] = frozenset()  # the inputs that autograd does not reach from the output
+    calls: Memo[KnownCall] = field(default_factory=lambda: Memo(CALLS_PER_PROGRAM), compare=False)
 
     @cached_property
     def opaque(self) -> bool:
@@ -57,7 +69,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class CapturedProgram:
     """A Program, and the live tensors that it names in this call."""
 
     verdict: Verdict
@@ -73,7 +85,7 @@ class CacheEntry:
     verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
-    seconds: float = 0.0  # spent on autograd when a Program might have saved some
+    work: AutogradWork = field(default_factory=AutogradWork)  # that a Program might have done
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
@@ -91,15 +103,15 @@ class ModelState:
         self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the path to the callable, `guards.signature`
         self._warned: set[str] = set()
 
-    def trace(
+    def capture(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
-    ) -> Traced | Verdict:
+    ) -> CapturedProgram | Verdict:
         """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
             refusal = entry.refusal(fn)
             if refusal is not None:
                 return refusal
-            result = self._traced(entry, fn, inputs, samples())
+            result = self._captured(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
                 entry.refused.put(condition(fn), verdict)
@@ -124,13 +136,13 @@ class ModelState:
         warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
         return verdict
 
-    def _traced(
+    def _captured(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
-    ) -> Traced | Verdict:
+    ) -> CapturedProgram | Verdict:
         entry.misses += 1
         if entry.misses > MOST_MISSES:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
-        begin = time.perf_counter()
+        begin = clock()
         try:
             with buffers_kept(nn.ModuleList(modules_behind(fn))):
                 check_runs(fn, samples)
@@ -142,18 +154,21 @@ class ModelState:
                     unused = verify(program, fn, bind(program, captured.tensors), samples)
                     captured.graph.module = None
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
-                    for given_up in entry.verdicts.keys() - set(entry.capture.graphs.values()):
+                    for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
-            return Traced(verdict, program, captured.tensors)
+            return CapturedProgram(verdict, program, captured.tensors)
         except Untraceable as error:
+            if debugging():
+                raise
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)
         except InputError:
             raise
         except Exception as error:  # whatever a capture may raise, autograd still gives the right result
-            return Verdict(None, f"tracing failed with {type(error).__name__}: {_one_line(str(error))}")
+            if debugging():
+                raise
+            return Verdict(None, f"capturing failed with {type(error).__name__}: {_one_line(str(error))}")
         finally:
-            _trace_seconds.append(time.perf_counter() - begin)
-            del _trace_seconds[1:-8]  # the first stands apart
+            note_capture(clock() - begin)
 
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
@@ -177,22 +192,9 @@ def warn(fn: Any, message: str) -> None:
 on_reset(_callables._warned.clear)
 
 
-def worth_tracing(entry: CacheEntry, predicted: float) -> bool:
-    """Would tracing have paid by now?  ``predicted``: seconds of autograd that this call still needs."""
-    return SAVED_SHARE * (entry.seconds + predicted) >= trace_cost()
-
-
 def _one_line(text: str) -> str:
     line = next((part.strip() for part in text.splitlines() if part.strip()), "no reason given")
     return line.rstrip(".")[:300]
-
-
-def trace_cost() -> float:
-    """Seconds that the next trace should take: the median so far, not counting the first in the process."""
-    if not _trace_seconds:
-        return FIRST_TRACE
-    later = sorted(_trace_seconds[1:]) or [LATER_TRACE]
-    return later[len(later) // 2]
 
 
 def _stack_level() -> int:

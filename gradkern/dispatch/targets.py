@@ -203,7 +203,10 @@ def _from_array(targets: np.ndarray) -> Tensor:
 
 def _from_tensor(targets: Tensor, samples: int, out: Shape) -> Tensor:
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise BadType(f"targets: got a tensor of {targets.dtype}, expected integers. Use targets.long().")
+        raise BadType(
+            f"targets: got a tensor of {targets.dtype}, expected integers. Use targets.long(), or, if it is a second "
+            "input of the model, pass the inputs as a tuple: jacobian(model, (x, y))."
+        )
     targets = targets.detach().cpu().long()
     if targets.numel() == 0 and not (targets.dim() >= 2 and samples == 0):
         raise BadValue("targets: got an empty tensor, expected at least one output. Pass None for all outputs.")

@@ -20,7 +20,7 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request, allocate
-from .state import Traced
+from .state import CapturedProgram
 from .targets import Seeds
 
 SIZES = (2, 8, 32)  # calls with fewer than so many samples are measured apart: the cost per call weighs more
@@ -32,7 +32,7 @@ ROUNDS = 7
 PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, any later round is the last
 HOPELESS = 2.0  # a way that takes so many times the shortest is not measured again
 
-#: By everything that a measurement depends on, see `route.timing`.
+#: By everything that a measurement depends on, see `state.KnownCall`.
 timings: Memo[Timing] = Memo(256)
 
 #: The way of all calls in this context, which a data set's store has recorded.
@@ -49,7 +49,7 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measured(request: Request, found: Traced, seeds: Seeds, profile: ModelProfile) -> Timing:
+def measure(request: Request, found: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     few = _fewer(seeds)
     saved = profile.per_sample if found.verdict.opaque else 0

@@ -75,17 +75,22 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 class CapturedGraph:
     """One captured graph.
 
-    ``reads``: the meaning of each placeholder.  ``code``: Dynamo's code for the graph, which identifies its cache entry
-    in Dynamo.  ``tensors``: finds the live tensors that it reads, given the arguments of the captured function.
-    ``methods``: the methods that ran during capture; Dynamo does not guard against their replacement in a class.
+    ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
+    it reads, given the arguments of the captured function.  ``methods``: the methods that ran during capture; Dynamo
+    does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
     names: tuple[str, ...]  # of the tensors, in order
-    code: types.CodeType | None = None
+    guards: Any = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
     methods: tuple[Method, ...] = ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether Dynamo still has it: `torch._dynamo.reset` and the end of an object that is guarded end it."""
+        return self.guards is not None and self.guards.cache_entry is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +103,6 @@ class Captured:
 
 class _Missed(Exception):
     """The guards of no graph hold: Dynamo has left the function as it is."""
-
-
-class _Ran(threading.local):
-    graph: Any = None  # the graph of this thread's last call, and its arguments
-    captured: Any = None  # the graph of this thread's last capture, and the code objects that were traced
-
-
-_ran = _Ran()
 
 
 def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...], output: Any) -> Tensor | None:
@@ -131,10 +128,12 @@ class Capture:
         # the process would be too low.  Separate globals: Dynamo stores in them the modules that it has seen.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
-        self.graphs: dict[int, CapturedGraph] = {}  # by the id of Dynamo's code
+        self.graphs: tuple[CapturedGraph, ...] = ()
+        self.latest: CapturedGraph | None = None  # the one whose guards held last
         entry = types.FunctionType(self.code, self.shared)
-        options: Any = {"guard_filter_fn": _note_methods}
-        self._compiled = torch.compile(entry, backend=_backend, fullgraph=True, dynamic=False, options=options)
+        backend = _Backend()
+        options: Any = {"guard_filter_fn": backend.note_methods}
+        self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
         """The graph whose guards hold now, captured if there is none.  Raises `Untraceable`.
@@ -162,24 +161,24 @@ class Capture:
 
     def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
         local = by_name(fn, stand_ins)
-        self._compiled(**local)
-        if _ran.graph is None:
+        ran = self._compiled(**local)
+        if ran is None:
             raise Untraceable("its output is not one tensor")
-        (graph, arguments), _ran.graph = _ran.graph, None
+        graph, arguments = ran
         tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
-        if graph.code is None:
+        if graph.guards is None:
             self._find(graph, local, tensors)
         return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
 
     def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Learn Dynamo's code for a new graph, and where its tensors are read."""
-        entries = cache_entries(self.code)
-        code = graph.code = next(e.code for e in entries if id(e.code) not in self.graphs)
-        self.graphs[id(code)] = graph
+        """Learn Dynamo's code and guards for a new graph, and where its tensors are read."""
+        graphs = tuple(known for known in self.graphs if known.alive)
+        entry = next(e for e in cache_entries(self.code) if all(e.guard_manager is not g.guards for g in graphs))
+        graph.guards, code = entry.guard_manager, entry.code
+        self.graphs = (*graphs, graph)
 
         def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
-            types.FunctionType(code, shared)(**local)
-            arguments, _ran.graph = _ran.graph[1], None
+            _, arguments = types.FunctionType(code, shared)(**local)
             return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
 
         assert graph.module is not None
@@ -193,29 +192,33 @@ class Capture:
         graph.tensors = read if same else run
 
 
-def _backend(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
-    kept = regions.prepare(module, [node for node, read in reads.items() if not isinstance(read, str)])
-    graph = CapturedGraph(
-        module, tuple(reads.values()), tuple(read for read in reads.values() if isinstance(read, str))
-    )
-    _ran.captured = graph, set(tracing_context.get_traced_code() or ())
+class _Backend:
+    """The backend of one `Capture`.  It computes no output: in place of it, the compiled function returns the graph
+    that a call takes, and the arguments of the graph."""
 
-    def run(*arguments: Any) -> tuple[Any, ...]:
-        _ran.graph = (graph, arguments)
-        return (None, *kept(*arguments)) if kept is not None else (None,)
+    def __init__(self) -> None:
+        self.latest: tuple[CapturedGraph, set[types.CodeType]] | None = None  # captured, and the code that was read
 
-    return run
+    def __call__(self, module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
+        kept = regions.make_explicit(module, [node for node, read in reads.items() if not isinstance(read, str)])
+        names = tuple(read for read in reads.values() if isinstance(read, str))
+        graph = CapturedGraph(module, tuple(reads.values()), names)
+        self.latest = graph, set(tracing_context.get_traced_code() or ())
 
+        def run(*arguments: Any) -> tuple[Any, ...]:
+            return ((graph, arguments), *(() if kept is None else kept(*arguments)))
 
-def _note_methods(guards: Sequence[Any]) -> list[bool]:
-    """Note the methods of the guarded objects when Dynamo asks which guards to keep (all of them)."""
-    if _ran.captured is not None:
-        (graph, traced), _ran.captured = _ran.captured, None
-        values = [guard.value for guard in guards if guard.has_value]
-        owners = {value if isinstance(value, type) else type(value) for value in values}
-        graph.methods = tuple(m for owner in owners for m in _methods(owner, traced))
-    return [True] * len(guards)
+        return run
+
+    def note_methods(self, guards: Sequence[Any]) -> list[bool]:
+        """Note the methods of the guarded objects when Dynamo asks which guards to keep (all of them)."""
+        if self.latest is not None:
+            (graph, read), self.latest = self.latest, None
+            values = [guard.value for guard in guards if guard.has_value]
+            owners = {value if isinstance(value, type) else type(value) for value in values}
+            graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
+        return [True] * len(guards)
 
 
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:

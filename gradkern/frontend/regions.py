@@ -28,7 +28,7 @@ _CUSTOM = {
 }
 
 
-def prepare(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
+def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
     """Make gradient-free regions explicit, in place.  Raises `Untraceable` for other changes of gradients, and if the
     forward keeps a value that depends on ``inputs`` from call to call.
 

@@ -177,8 +177,7 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """The tolerance of a dtype on a device.  On a GPU one sample and several may take different kernels, and torch
     computes convolutions in TF32 by default."""
     gpu = device.type == "cuda" and dtype == torch.float32
-    convolutions: Any = torch.backends.cudnn
-    if gpu and (ops.precision() != "highest" or convolutions.conv.fp32_precision == "tf32"):
+    if gpu and (ops.precision() != "highest" or ops.convolutions_in_tf32()):
         return rounding.TF32
     return rounding.for_program(dtype)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..codegen.chain import Chain
 from ..codegen.cuda.lowering import lower_for
-from ..codegen.machine import Device, Machine, TooLarge
+from ..codegen.machine import Device, Machine, NoKernels, TooLarge
 from ..ir.program import Program, View
 
 
@@ -24,7 +24,7 @@ class Group:
 class Chains:
     """The chains of one Program on one machine.  Each is lowered once, which also shows whether it fits."""
 
-    def __init__(self, program: Program, machine: Machine | None, itemsize: int) -> None:
+    def __init__(self, program: Program, machine: Machine | NoKernels, itemsize: int) -> None:
         self.program, self.machine, self.itemsize = program, machine, itemsize
         self.chains: dict[tuple[object, ...], Chain | TooLarge] = {}
 
@@ -43,7 +43,7 @@ class Chains:
         return chain
 
     def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
-        assert self.machine is not None
+        assert self.machine
         lower, linear = lower_for(self.machine), bool(self.program.slopes)
         args = (self.program, list(group.steps), list(group.live_out), self.machine, self.itemsize, seeds, wrt)
         try:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ..codegen.cuda.lowering import too_heavy_reason
-from ..codegen.machine import Device, Machine
+from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
 from ..ir.recurrent import GATES, recognize
 
-Reason = Callable[[Program, int, torch.dtype, Machine | None], str | None]
+Reason = Callable[[Program, int, torch.dtype, Machine | NoKernels], str | None]
 SILENT = ""  # a refusal that `explain` does not show, because nobody expects this implementation
 COMPUTING = (Contract, Scale, Select, LowRank, Product, Index, Given, Sum)  # forms that do more than View
 
@@ -32,9 +32,9 @@ class Implementation:
     fused: bool = True  # all seeds at once
     chained: bool = False  # as part of a chain
 
-    def path(self, machine: Machine | None) -> str:
+    def path(self, machine: Machine | NoKernels) -> str:
         """The name as `explain` shows it."""
-        return f"{self.name} {machine.isa}" if self is KERNEL and machine is not None else self.name
+        return f"{self.name} {machine.isa}" if self is KERNEL and machine else self.name
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Choice:
     refusals: tuple[str, ...]
 
 
-def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
+def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
     """Why step ``i`` has no kernel; None if it has one."""
     step = program.steps[i]
     if isinstance(step.form, Opaque):
         return f"{step.op or step.form.call.op}: {step.form.reason}"
-    if machine is None:
-        return "the compiled extension is missing or has no kernels for this device"
+    if isinstance(machine, NoKernels):
+        return machine.reason
     if dtype not in NATIVE_DTYPES:
         return f"the kernels take float32 and float64, not {str(dtype).removeprefix('torch.')}"
     reason = unsupported_reason(program, step)
     return too_heavy_reason(program, i) if reason is None and isinstance(machine, Device) else reason
 
 
-def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
+def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
     form = program.steps[i].form
     assert isinstance(form, Opaque)
     if recognize(form.call) is not None:
@@ -66,7 +66,7 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
     return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
 
 
-def _view_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | None) -> str | None:
+def _view_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
     return None if kernel_reason(program, i, dtype, machine) is None else SILENT  # torch's views are free, too
 
 
@@ -82,7 +82,7 @@ FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chain
 
 
 def choose_implementation(
-    program: Program, i: int, dtype: torch.dtype, machine: Machine | None, too_large: str | None = None
+    program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels, too_large: str | None = None
 ) -> Choice:
     """The first implementation that takes step ``i``.
 

@@ -17,10 +17,10 @@ import torch
 
 from ..codegen.chain import Chain
 from ..codegen.grouping import GraphBuilder
-from ..codegen.machine import Device, Machine
+from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import CAST_DTYPES
 from ..ir import graph
-from ..ir.calls import form_params
+from ..ir.calls import form_params, params_in
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
@@ -73,7 +73,7 @@ class Plan:
 
     original: Program  # as the caller gave it; runs if weights are not finite
     program: Program  # the one that runs, without the positions that the output does not need
-    machine: Machine | None
+    machine: Machine | NoKernels
     dtype: torch.dtype  # of the computation
     seeds: int
     wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
@@ -109,9 +109,34 @@ class Plan:
         forms = (self.program.steps[i].form for i in native)
         return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
 
+    @cached_property
+    def live_names(self) -> tuple[str, ...]:
+        """The live tensors that determine the packed ones."""
+        calls = {derived.name: derived.call for derived in self.original.derived}
+        names = list(self.packed_names)
+        live: dict[str, None] = {}
+        for name in names:  # it grows
+            if name in calls:
+                names += [p.name for p in params_in(calls[name]) if p.name not in names]
+            else:
+                live[name] = None
+        return tuple(live)
+
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
         return self.chains.get(self.groups[group], seeds, wrt, onehot)
+
+    @cached_property
+    def local_seeds(self) -> Chain | None:
+        """The chain in which seeds start, if they are local: cotangents are only where they reach."""
+        last = self.groups[-1] if self.groups else None
+        if self.parts is not None or not self.seeds or last is None or not last.native or self.fallback is not None:
+            return None
+        if last.live_out != (self.program.output,) or isinstance(self.machine, Device):
+            return None
+        wrt = tuple(v for v in last.live_in if v not in self.program.slopes)
+        chain = self.chain(len(self.groups) - 1, self.seeds, wrt, True)
+        return chain if chain.local_share < 1 else None
 
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The same plan with what only live tensors tell.
@@ -191,6 +216,11 @@ class Plan:
         lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
         if self.bottleneck is not None:
             lines.append(str(self.bottleneck))
+        if self.local_seeds is not None:
+            lines.append(
+                f"local seeds: {100 * self.local_seeds.local_share:.0f} % of the multiply-adds backward are left where "
+                f"{self.local_seeds.seed_tile} neighbouring seeds reach from the middle of the output"
+            )
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
@@ -222,10 +252,10 @@ def plan(
     seeds: int,
     dtype: torch.dtype = torch.float32,
     *,
-    machine: Machine | None,
+    machine: Machine | NoKernels,
     wanted: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan of ``program`` for ``seeds`` seeds per sample on ``machine`` (None: there are no kernels).
+    """The plan of ``program`` for ``seeds`` seeds per sample on ``machine``.
 
     ``wanted``: the values that a forward pass computes (then ``seeds`` is 0); by default a Jacobian is planned.
     """

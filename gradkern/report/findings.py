@@ -38,9 +38,9 @@ def of_curve(curve: Curve) -> str:
     deletion, insertion = curve.gain
     verdict = "better than a random order" if min(deletion, insertion) > 0 else "not better than a random order"
     return (
-        f"With the {curve.shares[at]:.0%} most important features replaced by their mean, {curve.measure} is "
-        f"{curve.deletion[at]:.2f}; with as many random ones {curve.random_deletion[at]:.2f}. By both curves the "
-        f"ranking is {verdict} ({deletion:+.3f} and {insertion:+.3f} in area)."
+        f"With the {curve.shares[at]:.0%} most important features replaced by their mean, “{curve.measure}” "
+        f"falls to {curve.deletion[at]:.2f}; with as many random ones to {curve.random_deletion[at]:.2f}. By both "
+        f"curves the ranking is {verdict} ({deletion:+.3f} and {insertion:+.3f} in area)."
     )
 
 

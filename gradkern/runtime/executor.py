@@ -12,12 +12,13 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.machine import TooLarge
+from ..codegen.machine import Device, NoKernels, TooLarge
 from ..ir import graph
 from ..ir.calls import Params
 from ..ir.program import Program
@@ -26,7 +27,8 @@ from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_sam
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
 from . import ops, reference
-from .parameters import KernelsUnavailable, Packed, PlanWeights, every
+from .confirmation import confirm
+from .parameters import KernelsUnavailable, Packed, PlanWeights, every, leading
 
 CPU = torch.device("cpu")
 
@@ -93,12 +95,21 @@ class CallPlan:
         if plan.parts is not None:
             self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
         self._chains: dict[tuple[int, bool, bool], Chain] = {}
+        #: Whether results of these kernels have been compared with torch's own, which a GPU's have to be once.
+        self.confirmed = not isinstance(plan.machine, Device)
 
     def _group(self, k: int) -> CallGroup:
         group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
         wrt = tuple(v for v in group.live_in if v in self.needed)
         alone = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
         return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
+
+    @cached_property
+    def folded(self) -> CallPlan:
+        """The same without kernels of gradkern's own."""
+        own = self.plan
+        wanted = None if own.seeds else own.wanted
+        return CallPlan(plan(own.original, own.seeds, own.dtype, machine=NoKernels(), wanted=wanted), self.wrt)
 
     def chain(self, group: CallGroup, *, backward: bool, onehot: bool = False) -> Chain:
         """The group's chain, for the forward pass alone or with the backward pass.  Raises `TooLarge`."""
@@ -185,13 +196,21 @@ def forward_values(
     call_plan = call_plan_for(program, 0, like, (), wanted)
     if not call_plan.native or call_plan.plan.cast_dtype is not None or not like.shape[0]:
         return {}
-    execution = Execution(call_plan, PlanWeights(call_plan.plan, params, like), inputs, None, ())
-    try:
+
+    def run(call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
+        execution = Execution(call_plan, weights, inputs, None, ())
         execution.forward(call_plan.groups)
+        return [execution.values[v] for v in wanted]
+
+    weights = PlanWeights(call_plan.plan, params, like)
+    try:
+        values = run(call_plan, weights, inputs)
     except (KernelsUnavailable, TooLarge) as error:
         _warn_once(program, error)
         return {}
-    return {v: execution.values[v] for v in wanted}
+    if not call_plan.confirmed:
+        confirm(call_plan, weights, inputs, values, run)
+    return dict(zip(wanted, values, strict=True))
 
 
 def fallback_reason(
@@ -208,11 +227,6 @@ def fallback_reason(
     except (KernelsUnavailable, TooLarge) as error:
         return str(error)
     return None
-
-
-def leading(inputs: Sequence[Tensor]) -> Tensor:
-    """The first floating input: a call computes in its dtype and on its device."""
-    return next((t for t in inputs if t.is_floating_point()), inputs[0])
 
 
 _warned: Memo[bool] = Memo(256)
@@ -349,6 +363,28 @@ class Execution:
 
     def run(self, cotangent: Tensor | None = None) -> Tensor:
         """Fill ``out`` and return the output.  ``cotangent [N, S, *out]``: seeds that replace the one-hot targets."""
+        output = self._run(cotangent)
+        if not self.call_plan.confirmed:
+            self._confirm(output, cotangent)
+        return output
+
+    def _confirm(self, output: Tensor, cotangent: Tensor | None) -> None:
+        """Compare what has been filled with torch's own results; targets and cotangents are rows like the inputs."""
+        inputs, targets = [self.values[v] for v in range(self.base)], self.targets
+        rows = [] if targets is None else [targets.expand(self.n, -1)]
+        rows += [] if cotangent is None else [cotangent]
+
+        def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> list[Tensor]:
+            targets = None if self.targets is None else given[self.base].contiguous()
+            out = [weights.like.new_empty(len(given[0]), *o.shape[1:]) for o in self.out]
+            execution = Execution(call_plan, weights, given[: self.base], targets, out)
+            y = execution.run(None if cotangent is None else given[-1])
+            return out if call_plan.linear else [y, *out]
+
+        got = self.out if self.call_plan.linear else (output, *self.out)
+        confirm(self.call_plan, self.weights, [*inputs, *rows], got, run)
+
+    def _run(self, cotangent: Tensor | None) -> Tensor:
         call_plan, output = self.call_plan, self.program.output
         targets_enter = call_plan.targets_enter and cotangent is None
         if not call_plan.linear:

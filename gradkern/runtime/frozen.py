@@ -1,55 +1,118 @@
-"""A network in one chain whose weights are packed once, for calls that look at nothing but their inputs."""
+"""A network in one chain: calls of it need its packed weights, and no look at its steps."""
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.machine import TooLarge
 from ..ir.calls import Params
-from ..ir.program import Program
-from . import executor
-from .parameters import KernelsUnavailable, Packed, PlanWeights, every
+from ..ir.program import Program, Shape
+from ..util.chunks import samples_per_chunk, spans
+from ..util.options import memory_budget
+from . import ops
+from .executor import CallPlan, call_plan_for, jacobian, run_chain
+from .parameters import Packed, bind, content_of, every, leading, weight_cache
+
+FEW = 1024  # samples whose first results are compared with torch's on a GPU
+
+FEW = 1024  # samples whose first results are compared with torch's on a GPU
 
 
-class FrozenChain:
-    """``chain`` with its packed weights, and the seeds ``targets [S]`` of all samples."""
+class WholeChain:
+    """The chain that is a whole network, for the seeds ``targets [S]`` of all samples.  It holds no weights.
 
-    def __init__(self, chain: Chain, packed: Packed, wrt: tuple[int, ...], targets: Tensor, outputs: int) -> None:
-        self.chain, self.packed, self.targets = chain, packed, targets
-        self.rows = packed.seed_rows(targets, outputs)
-        self.order = [wrt.index(v) for v in chain.wrt]
-
-    def __call__(self, inputs: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Fill ``out``: contiguous tensors ``[N, S, *in]``, one for each input that is differentiated."""
-        reads = [inputs[v].contiguous() for v in self.chain.inputs]
-        executor.run_chain(self.packed, reads, self.targets, self.rows, [], [out[k] for k in self.order])
-
-
-def frozen_chain(
-    program: Program, params: Params, inputs: Sequence[Tensor], targets: Tensor | None, wrt: tuple[int, ...]
-) -> FrozenChain | None:
-    """The chain for inputs like these, with ``params`` as they are now; None if one chain is not the whole network.
-
-    ``targets [S]``: flat output indices; None is every output.
+    It serves inputs and parameters of the dtypes and devices that it was made with.
     """
-    like = executor.leading(inputs)
-    if targets is None:
-        targets = every(program.outputs, like.device)
-    targets = targets.to(like.device)
-    call_plan = executor.call_plan_for(program, targets.shape[-1], like, wrt)
+
+    def __init__(
+        self, program: Program, call_plan: CallPlan, chain: Chain, like: Tensor, wrt: tuple[int, ...], targets: Tensor,
+        axes: Shape,
+    ) -> None:  # fmt: skip
+        self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
+        self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
+        self.axes = axes  # of the results, in place of S
+        self.like, self.outputs = like.new_empty(0), call_plan.outputs
+        self.order = [chain.wrt.index(v) for v in wrt]
+        numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
+        self.gradient_bytes = numbers * like.element_size()  # of a sample
+        self.output_bytes, self.device = program.outputs * like.element_size(), like.device
+
+    def packed(self, tensors: Params) -> Packed | None:
+        """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
+        found = content_of([tensors[name] for name in self.plan.live_names])
+        before, latest = self._latest
+        packed = latest() if latest is not None and before == found else None
+        if packed is None:
+            entry = weight_cache.entry(self.plan, found, self.like)
+            with torch.inference_mode(False), torch.no_grad():
+                packed = weight_cache.packed(entry, self.chain, bind(self.program, tensors), self.like)
+            self._latest = found, weakref.ref(packed)
+        return packed if packed.finite else None
+
+    def rows(self, packed: Packed) -> Tensor | None:
+        """The rows of the last weight that the seeds start with, if they do."""
+        return packed.seed_rows(self.targets, self.outputs, constant=True)
+
+    def __call__(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients ``[N, S, *in]`` of each input that is differentiated."""
+        n, seeds = inputs[0].shape[0], self.targets.shape[0]
+        results = [inputs[v].new_empty((n, seeds, *inputs[v].shape[1:])) for v in self.chain.wrt]
+        if n * self.gradient_bytes >= ops.HUGE:
+            for fresh in results:
+                ops.on_huge_pages(fresh)
+        if 0 < n * self.output_bytes <= memory_budget(self.device):
+            self._fill(packed, rows, inputs, results)
+        else:
+            for a, b in spans(0, n, samples_per_chunk(self.device, self.output_bytes)):
+                self._fill(packed, rows, [x[a:b] for x in inputs], [r[a:b] for r in results])
+        return [results[k] for k in self.order]
+
+    def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The same as ``[N, *axes, *in]``."""
+        if len(self.axes) == 1:
+            return tuple(jacobians)
+        return tuple([j.view(j.shape[0], *self.axes, *j.shape[2:]) for j in jacobians])
+
+    def _fill(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor], results: list[Tensor]) -> None:
+        reads = [inputs[v].contiguous() for v in self.chain.inputs]
+        run_chain(packed, reads, self.targets, rows, [], results)
+
+
+def whole_chain(
+    program: Program,
+    params: Params,
+    inputs: Sequence[Tensor],
+    targets: Tensor | None,
+    axes: Shape,
+    wrt: tuple[int, ...],
+) -> WholeChain | None:
+    """The chain for inputs and bound parameters like these; None if one chain is not the whole network.
+
+    ``targets [S]``: flat output indices, never written to; None is every output.  ``axes``: the shape that the results
+    have in place of S.
+    """
+    like = leading(inputs)
+    targets = every(program.outputs, like.device) if targets is None else targets.to(like.device)
+    call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
     whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
     if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
         return None
     if call_plan.groups[0].alone != set(wrt):
         return None
+    if not call_plan.confirmed:
+        with torch.inference_mode(False), torch.no_grad():
+            jacobian(program, params, [x.detach()[:FEW] for x in inputs], targets, wrt)  # which compares
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
-        packed = PlanWeights(call_plan.plan, params, like).packed(chain)
-    except (KernelsUnavailable, TooLarge):
+    except TooLarge:
         return None
-    if set(chain.wrt) != set(wrt) or any(inputs[v].dtype != like.dtype for v in chain.inputs):
+    reads = [*(inputs[v] for v in chain.inputs), *(params[name] for name in call_plan.plan.packed_names)]
+    if set(chain.wrt) != set(wrt) or any(x.dtype != like.dtype or x.device != like.device for x in reads):
         return None
-    return FrozenChain(chain, packed, wrt, targets, call_plan.outputs)
+    return WholeChain(program, call_plan, chain, like, wrt, targets, axes)

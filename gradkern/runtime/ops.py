@@ -8,6 +8,7 @@ Without it the package works through the reference path, with one warning.
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codegen import cuda
 from ..codegen.encoding import Sizes, layout_fingerprint
-from ..codegen.machine import Device, Machine
+from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import NATIVE_FUNCTIONS
+from . import validation
 
 PACKAGE = Path(__file__).parents[1]
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
@@ -56,9 +59,21 @@ def _way_out() -> str:
     return HOW_TO_BUILD
 
 
-def machine(device: torch.device | None = None) -> Machine | None:
-    """The machine that kernels on ``device`` (default: the CPU) are laid out for; None if there are no kernels."""
-    return _machine(None if device is None or device.type == "cpu" else device)
+def machine(device: torch.device | None = None) -> Machine | NoKernels:
+    """The machine that kernels on ``device`` (default: the CPU) are laid out for.
+
+    On a GPU there are no kernels unless they have been validated on its architecture, or are asked for.
+    """
+    found = _machine(None if device is None or device.type == "cpu" else device)
+    return validation.permitted(found, cuda_fingerprint()) if isinstance(found, Device) else found
+
+
+@functools.cache
+def cuda_fingerprint() -> str:
+    """A hash of the CUDA kernels in use, and of the code that lays out their work."""
+    here = Path(cuda.__file__).parent
+    layout = hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    return f"{extension().cuda_fingerprint()}-{layout}"
 
 
 def precision() -> str:
@@ -69,17 +84,27 @@ def precision() -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
+def convolutions_in_tf32() -> bool:
+    """Whether torch computes float32 convolutions of a GPU in TF32, as it does by default."""
+    convolutions: Any = torch.backends.cudnn
+    return convolutions.conv.fp32_precision == "tf32"
+
+
 @functools.cache
-def _machine(device: torch.device | None) -> Machine | None:
+def _machine(device: torch.device | None) -> Machine | NoKernels:
     c = extension()
     if c is None:
-        return None
+        return NoKernels()
     if device is None:
         return Machine(c.isa(), c.vector_bytes())
     if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
-        return Device("cuda", 16, c.cuda_shared_bytes(number))
-    return None
+        try:
+            shared_bytes, processors, kilohertz, capability = c.describe_device(number)
+        except RuntimeError as error:  # the extension has no machine code for this GPU
+            return NoKernels(str(error).splitlines()[0])
+        return Device("cuda", 16, shared_bytes, processors=processors, kilohertz=kilohertz, capability=capability)
+    return NoKernels()
 
 
 def isa_is_chosen() -> bool:
@@ -131,6 +156,42 @@ def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: 
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
+def recurrent_walk(
+    g: Tensor,
+    slopes: Tensor,
+    keep: Tensor | None,
+    through: Tensor | None,
+    weight: Tensor,
+    inputs: int,
+    *,
+    reverse: bool,
+) -> Tensor | None:
+    """A recurrent layer's walk back through time for all seeds, ``g [N, S, T, H] -> [N, S, T, inputs]``; the other
+    arguments are those of the op (csrc/cpu/recurrent.cpp).  None if there is no kernel for these tensors."""
+    if not _walks(g, slopes, weight):
+        return None
+    g = g if g.stride(3) == 1 else g.contiguous()
+    result = g.new_empty(*g.shape[:3], inputs)
+    factors = [None if t is None else t.contiguous() for t in (slopes, keep, through)]
+    torch.ops.gradkern.recurrent_walk(g, *factors, weight, reverse, result)
+    return result
+
+
+def recurrent_cells(cells: Tensor, keep: Tensor, *, reverse: bool) -> bool:
+    """``cells[:, t] += keep[:, t] * cells[:, t - 1]`` for every step in turn.  False if there is no kernel."""
+    native = _walks(cells, keep)
+    if native:
+        torch.ops.gradkern.recurrent_cells(cells, keep, reverse)
+    return native
+
+
+def _walks(first: Tensor, *others: Tensor) -> bool:
+    """A build that is older than these ops has the same layout of records."""
+    native = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64) and extension() is not None
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in others)
+    return native and alike and hasattr(torch.ops.gradkern, "recurrent_walk")
+
+
 def content_hash(tensors: Sequence[Tensor]) -> int:
     """An order-sensitive 64-bit hash of the tensors' bytes."""
     return torch.ops.gradkern.content_hash(list(tensors)) if tensors else 0
@@ -179,10 +240,9 @@ def register_fakes() -> None:
             return z.new_empty(1, *z.shape)
         return z.new_empty(pool[0] * pool[1], *z.shape[:2], pool[8], pool[9])
 
-    @torch.library.register_fake("gradkern::chain_vjp")
-    def _(*arguments: Any) -> None:
-        return None
+    for writes_alone in ("chain_vjp", "accumulate", "recurrent_walk", "recurrent_cells"):
+        if hasattr(torch.ops.gradkern, writes_alone):
 
-    @torch.library.register_fake("gradkern::accumulate")
-    def _(*arguments: Any) -> None:
-        return None
+            @torch.library.register_fake(f"gradkern::{writes_alone}")
+            def _(*arguments: Any) -> None:
+                return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -84,6 +85,11 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
 
+def leading(inputs: Sequence[Tensor]) -> Tensor:
+    """The first floating input: a call computes in its dtype and on its device."""
+    return next((t for t in inputs if t.is_floating_point()), inputs[0])
+
+
 def all_finite(params: Params) -> bool:
     """No NaN or Inf (a sum that overflows counts as one)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
@@ -99,10 +105,11 @@ def every(outputs: int, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Packing
 
-Key = tuple[int, int, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
+Key = tuple[int, int | None, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
 MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
 MOST_ENTRIES = 256
+MOST_TARGETS = 4  # per pack: choices of outputs whose rows of the last weight are kept
 MOST_BYTES = {"cpu": 64 << 20}
 MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
 
@@ -126,24 +133,29 @@ class Packed:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
         self.finite = bool(torch.isfinite(self.weights).all())
-        self._all_seed_rows: Tensor | None = None  # gathered at the first call for every output
+        self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.tables, self.forward, self.backward, self.weights, self._all_seed_rows)
-        return sum(t.nbytes for t in tensors if t is not None)
+        gathered = [rows for _, rows in list(self._seed_rows.values())]
+        return sum(t.nbytes for t in (self.tables, self.forward, self.backward, self.weights, *gathered))
 
-    def seed_rows(self, targets: Tensor, outputs: int) -> Tensor | None:
-        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere."""
+    def seed_rows(self, targets: Tensor, outputs: int, *, constant: bool = False) -> Tensor | None:
+        """The last weight's rows of the targets, ``[S, row]`` or ``[N, S, row]``; None if seeds start elsewhere.
+
+        ``constant``: nobody writes to ``targets``.
+        """
         if self.chain.seed_rows is None:
             return None
-        if not self.weights.is_cuda and targets is every(
-            outputs, targets.device
-        ):  # on a GPU streams would have to wait
-            if self._all_seed_rows is None:
-                self._all_seed_rows = self._rows(targets, outputs)
-            return self._all_seed_rows
-        return self._rows(targets, outputs)
+        constant = constant or targets is every(outputs, targets.device)
+        if not constant or self.weights.is_cuda:  # on a GPU, streams would have to wait
+            return self._rows(targets, outputs)
+        known = self._seed_rows.get(id(targets))
+        if known is None or known[0] is not targets:
+            known = self._seed_rows[id(targets)] = targets, self._rows(targets, outputs)
+            if len(self._seed_rows) > MOST_TARGETS:
+                self._seed_rows.popitem(last=False)
+        return known[1]
 
     def _rows(self, targets: Tensor, outputs: int) -> Tensor:
         assert self.chain.seed_rows is not None
@@ -176,7 +188,7 @@ class WeightCache:
         self.lock = threading.RLock()
         self.entries: OrderedDict[Key, PackedPlan] = OrderedDict()
 
-    def entry(self, plan: Plan, content: int, like: Tensor) -> PackedPlan:
+    def entry(self, plan: Plan, content: int | None, like: Tensor) -> PackedPlan:
         key = (id(plan), content, like.dtype, like.device)
         with self.lock:
             entry = self.entries.get(key)
@@ -215,16 +227,24 @@ weight_cache = WeightCache()
 on_reset(weight_cache.clear)
 
 
+def content_of(tensors: Sequence[Tensor]) -> int:
+    """A hash of the tensors' bytes; those of each device are hashed where they are, such as a scalar on the CPU beside
+    weights on a GPU."""
+    devices = dict.fromkeys(t.device for t in tensors)
+    hashes = [ops.content_hash([t for t in tensors if t.device == device]) for device in devices]
+    return hashes[0] if len(hashes) == 1 else hash(tuple(hashes))
+
+
 class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
 
     def __init__(self, plan: Plan, params: Params, like: Tensor):
-        tensors = [params[name] for name in plan.packed_names]
         self.params, self.like = params, like
-        self.mixed = next((t.dtype for t in tensors if t.dtype != like.dtype), None)
-        on_device = [t for t in tensors if t.device == like.device]
-        content = ops.content_hash(on_device) if self.mixed is None else 0
-        self.entry = weight_cache.entry(plan, content, like)
+        dtypes = [params[name].dtype for name in plan.packed_names]
+        self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
+        self.entry = weight_cache.entry(
+            plan, content_of([params[name] for name in plan.live_names]) if self.mixed is None else None, like
+        )
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed is not None:

@@ -4,19 +4,21 @@ torch differentiates a recurrent op as one node, whose backward takes one cotang
 seed would walk through time again.  Here one walk back through time carries all seeds as rows of the same matrix
 products.  The layer's output is known, and it holds the state before every step.  So the gates of all steps come from
 one matrix product each, and their slopes from a few elementwise operations; only what passes from step to step is
-computed step by step.
+computed step by step: by compiled code (csrc/cpu/recurrent.cpp), or by torch where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ..ir.program import Param
 from ..ir.recurrent import Recurrent
+from . import ops
 
 
 def vjp(r: Recurrent, x: Tensor, y: Tensor, g: Tensor, tensor: Callable[[Param], Tensor]) -> Tensor:
@@ -29,12 +31,7 @@ def vjp(r: Recurrent, x: Tensor, y: Tensor, g: Tensor, tensor: Callable[[Param],
     values.append(y)
     for layer, before, after in reversed(list(zip(layers, values, values[1:], strict=False))):
         parts = zip(layer, after.chunk(r.directions, dim=2), g.chunk(r.directions, dim=3), strict=True)
-        backs = []
-        for d, (group, out, cotangent) in enumerate(parts):
-            if d:
-                backs.append(_walk(r.kind, before.flip(1), out.flip(1), cotangent.flip(2), group).flip(2))
-            else:
-                backs.append(_walk(r.kind, before, out, cotangent, group))
+        backs = [_walk(r.kind, *part, before, reverse=bool(d)) for d, part in enumerate(parts)]
         g = backs[0] if len(backs) == 1 else backs[0] + backs[1]
     return g
 
@@ -48,90 +45,105 @@ def _layer(r: Recurrent, x: Tensor, weights: list[Tensor]) -> Tensor:
     return y
 
 
-def _walk(kind: str, x: Tensor, y: Tensor, g: Tensor, w: Sequence[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Slopes:
+    """What a walk needs, ``[N, T, …, H]``: the slopes of its gates, what a cell (LSTM) or state (GRU) keeps of the one
+    before it, and the slope from an LSTM's cell to its state."""
+
+    gates: Tensor  # [N, T, G, H]; a GRU's last gate counts twice, on the side of the state and on that of the input
+    keep: Tensor | None = None
+    through: Tensor | None = None
+
+
+BLOCK = 1 << 17  # numbers: the slopes of so many samples stay in the caches
+
+
+def _walk(kind: str, w: Sequence[Tensor], y: Tensor, g: Tensor, x: Tensor, *, reverse: bool) -> Tensor:
     """One layer in one direction: ``g [N, S, T, H] -> [N, S, T, I]``.  ``w``: W_ih, W_hh and, if any, the biases."""
-    n, s, t, _ = g.shape
-    # [T, N, S, H], a copy: the walk turns it into the cotangent of every state.
-    times = g.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
-    gates = BACKWARDS[kind](x.transpose(0, 1), _before(y.transpose(0, 1)), y.transpose(0, 1), times, w)
-    return (gates.view(t, n * s, -1) @ w[0]).view(t, n, s, -1).permute(1, 2, 0, 3)
+    weight, inputs = _weight(kind, w), x.shape[2]
+    each = max(1, BLOCK // max(1, x.shape[1] * len(weight)))
+    backs = []
+    for values, states, cotangents in zip(x.split(each), y.split(each), g.split(each), strict=True):
+        s = SLOPES[kind](values, states, w, reverse)
+        back = ops.recurrent_walk(cotangents, s.gates, s.keep, s.through, weight, inputs, reverse=reverse)
+        backs.append(_by_torch(s, cotangents, weight, inputs, reverse) if back is None else back)
+    return backs[0] if len(backs) == 1 else torch.cat(backs)
 
 
-def _before(states: Tensor) -> Tensor:
-    """The states ``[T, N, H]`` one step earlier; the first is zero."""
-    return torch.cat([torch.zeros_like(states[:1]), states[:-1]])
+def _weight(kind: str, w: Sequence[Tensor]) -> Tensor:
+    """``[G · H, R]``: from the gates to the state one step earlier, and from column H on to the input."""
+    into, along = w[:2]
+    if kind == "gru":
+        last, none = into[-into.shape[0] // 3 :], torch.zeros_like(along[: along.shape[1]])
+        into = torch.cat([into[: -len(last)], torch.zeros_like(last), last])
+        along = torch.cat([along, none])
+    both = torch.cat([along, into], dim=1)
+    return pad(both, (0, -both.shape[1] % 16))
 
 
-def _per_gate(parts: list[Tensor]) -> Tensor:
-    """Slopes ``[T, N, H]`` of some gates as ``[T, N, 1, gates, H]``: factors of a cotangent ``[N, S, 1, H]``."""
-    return torch.stack(parts, dim=2).unsqueeze(2)
+def _before(y: Tensor, reverse: bool) -> Tensor:
+    """The states ``[N, T, H]`` one step earlier; the first is zero."""
+    return pad(y[:, 1:], (0, 0, 0, 1)) if reverse else pad(y[:, :-1], (0, 0, 1, 0))
 
 
-# Each returns the cotangents of all gates before their activation, [T, N, S, gates · H].  The views of all steps are
-# made at once, since making a view takes about as long as a small product.
+def _rnn_tanh(x: Tensor, y: Tensor, w: Sequence[Tensor], reverse: bool) -> Slopes:
+    return Slopes((1 - y * y).unsqueeze(2))
 
 
-def _plain(slope: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
-    states, slopes, rows = times.unbind(), slope.unsqueeze(2).unbind(), times.flatten(1, 2).unbind()
-    for k in reversed(range(len(states))):
-        states[k].mul_(slopes[k])
-        if k:
-            torch.addmm(rows[k - 1], rows[k], w[1], out=rows[k - 1])
-    return times
+def _rnn_relu(x: Tensor, y: Tensor, w: Sequence[Tensor], reverse: bool) -> Slopes:
+    return Slopes((y > 0).to(y.dtype).unsqueeze(2))
 
 
-def _rnn_tanh(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
-    return _plain(1 - y * y, times, w)
-
-
-def _rnn_relu(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
-    return _plain((y > 0).to(y.dtype), times, w)
-
-
-def _lstm(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+def _lstm(x: Tensor, y: Tensor, w: Sequence[Tensor], reverse: bool) -> Slopes:
     biases: Sequence[Tensor | None] = w[2:] or (None, None)
-    z = linear(x, w[0], biases[0]) + linear(before, w[1], biases[1])  # [T, N, 4 H]
+    z = linear(x, w[0], biases[0]) + linear(_before(y, reverse), w[1], biases[1])  # [N, T, 4 H]
     i, f, g, o = z.chunk(4, dim=2)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    cells = i * g  # [T, N, H]
-    for cell, previous, kept in zip(cells[1:].unbind(), cells.unbind(), f[1:].unbind(), strict=False):
-        cell.addcmul_(kept, previous)
+    i, f, g, o = i.sigmoid(), f.sigmoid().contiguous(), g.tanh(), o.sigmoid()
+    cells = (i * g).contiguous()
+    if not ops.recurrent_cells(cells, f, reverse=reverse):
+        order = range(cells.shape[1])[::-1] if reverse else range(cells.shape[1])
+        for t, previous in zip(order[1:], order[:-1], strict=True):
+            cells[:, t].addcmul_(f[:, t], cells[:, previous])
     tanh = cells.tanh()
     # The slopes of the first three gates are with respect to the cell's cotangent, that of the last to the state's.
-    slopes = _per_gate([g * i * (1 - i), _before(cells) * f * (1 - f), i * (1 - g * g)]).unbind()
-    last, through, forget = (a.unsqueeze(2).unbind() for a in (tanh * o * (1 - o), o * (1 - tanh * tanh), f))
-    gates = times.new_empty(*times.shape[:3], 4, times.shape[3])
-    of_cell, of_state = gates[:, :, :, :3].unbind(), gates[:, :, :, 3].unbind()
-    states, rows, sent = times.unbind(), times.flatten(1, 2).unbind(), gates.flatten(3).flatten(1, 2).unbind()
-    cotangent = torch.zeros_like(states[0])  # of the cell, [N, S, H]
-    wide = cotangent.unsqueeze(2)
-    for k in reversed(range(len(states))):
-        cotangent.addcmul_(states[k], through[k])
-        torch.mul(wide, slopes[k], out=of_cell[k])
-        torch.mul(states[k], last[k], out=of_state[k])
-        if k:
-            torch.addmm(rows[k - 1], sent[k], w[1], out=rows[k - 1])
-            cotangent.mul_(forget[k])
-    return gates.flatten(3)
+    slopes = [g * i * (1 - i), _before(cells, reverse) * f * (1 - f), i * (1 - g * g), tanh * o * (1 - o)]
+    return Slopes(torch.stack(slopes, dim=2), f, o * (1 - tanh * tanh))
 
 
-def _gru(x: Tensor, before: Tensor, y: Tensor, times: Tensor, w: Sequence[Tensor]) -> Tensor:
+def _gru(x: Tensor, y: Tensor, w: Sequence[Tensor], reverse: bool) -> Slopes:
     biases: Sequence[Tensor | None] = w[2:] or (None, None)
+    before = _before(y, reverse)
     (xr, xz, xn), (hr, hz, hn) = (
         linear(a, weight, bias).chunk(3, dim=2) for a, weight, bias in zip((x, before), w[:2], biases, strict=True)
     )
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
     n = (xn + r * hn).tanh()
     slope = (1 - z) * (1 - n * n)
-    reset, update = slope * hn * r * (1 - r), (before - n) * z * (1 - z)
-    slopes, keep = _per_gate([reset, update, slope * r]).unbind(), z.unsqueeze(2).unbind()
-    states, wide, rows = times.unbind(), times.unsqueeze(3).unbind(), times.flatten(1, 2).unbind()
-    for k in reversed(range(1, len(states))):
-        states[k - 1].addcmul_(states[k], keep[k])
-        torch.addmm(rows[k - 1], (wide[k] * slopes[k]).view(len(rows[k]), -1), w[1], out=rows[k - 1])
-    return (times.unsqueeze(3) * _per_gate([reset, update, slope])).flatten(3)
+    slopes = [slope * hn * r * (1 - r), (before - n) * z * (1 - z), slope * r, slope]
+    return Slopes(torch.stack(slopes, dim=2), z)
 
 
-BACKWARDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]] = {
+def _by_torch(slopes: Slopes, g: Tensor, weight: Tensor, inputs: int, reverse: bool) -> Tensor:
+    """The walk of `ops.recurrent_walk`."""
+    n, s, steps, hidden = g.shape
+    result = g.new_empty(n, s, steps, inputs)
+    later, carry = g.new_zeros(n, s, hidden), g.new_zeros(n, s, hidden)
+    for t in range(steps) if reverse else reversed(range(steps)):
+        state, factors = g[:, :, t] + later, slopes.gates[:, t, None]  # [N, S, H], [N, 1, G, H]
+        if slopes.keep is None:
+            gates = state[:, :, None] * factors
+        elif slopes.through is None:  # a GRU
+            state = state + carry
+            gates, carry = state[:, :, None] * factors, state * slopes.keep[:, t, None]
+        else:
+            cell = torch.addcmul(carry, state, slopes.through[:, t, None])
+            gates = torch.cat([cell[:, :, None] * factors[:, :, :3], state[:, :, None] * factors[:, :, 3:]], dim=2)
+            carry = cell * slopes.keep[:, t, None]
+        sent = gates.flatten(2) @ weight
+        later, result[:, :, t] = sent[..., :hidden], sent[..., hidden : hidden + inputs]
+    return result
+
+
+SLOPES: dict[str, Callable[[Tensor, Tensor, Sequence[Tensor], bool], Slopes]] = {
     "lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu,
 }  # fmt: skip

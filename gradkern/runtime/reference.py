@@ -21,6 +21,7 @@ from ..ir import program as ir
 from ..ir.calls import Params, evaluate, params_in
 from ..ir.functions import FUNCTIONS, RECTIFYING
 from ..ir.recurrent import recognize
+from . import ops
 from .recurrent import vjp as vjp_recurrent
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -83,12 +84,21 @@ def _contract(form: ir.Contract, x: Tensor, params: Params) -> Tensor:
         w = form.map
         padding, padded = _padded(w, x)
         zeros = (0,) * len(padding)
+        if channels_last(w, x):
+            padded, weight = (t.contiguous(memory_format=torch.channels_last) for t in (padded, weight))
         return torch.convolution(padded, weight, bias, w.stride, padding, w.dilation, False, zeros, w.groups)
     if isinstance(form.map, ir.Positions):
         return _positions(form.map, x, x.shape[2:])
     shape = _per_channel(form.map, x)
     y = x if weight is None else x * weight.reshape(shape).to(x.dtype)
     return y if bias is None else y + bias.reshape(shape).to(x.dtype)
+
+
+def channels_last(w: ir.Windows, x: Tensor) -> bool:
+    """Whether convolutions should get their operands channels last: on tensor cores, which otherwise transpose them."""
+    if len(w.kernel) != 2 or w.groups != 1 or x.device.type != "cuda":
+        return False
+    return x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and ops.convolutions_in_tf32())
 
 
 def _per_channel(channels: ir.Channels, x: Tensor) -> ir.Shape:
@@ -165,9 +175,11 @@ def vjp_step(
     if isinstance(form, ir.Scale):
         if form.function in RECTIFYING:
             g = g.clamp(min=0)
+        if form.function == "relu":  # one call in place of three; like torch, it passes the cotangent of a NaN
+            return (torch.ops.aten.threshold_backward(g, out.unsqueeze(1), 0),)
         slope = FUNCTIONS[form.function].df(x, out, *form.params).unsqueeze(1)  # [N, 1, *in]
         if slope.dtype == torch.bool:
-            return (torch.where(slope, g, torch.zeros((), dtype=g.dtype, device=g.device)),)
+            return (torch.where(slope, g, 0.0),)
         return (g * slope.to(g.dtype),)
     if isinstance(form, ir.Select):
         return (_amax_back(x, out, g) if form.ties == "split" else _max_pool_back(form.windows, x, out, g),)
@@ -211,8 +223,11 @@ def _convolution_back(w: ir.Windows, weight: Tensor, x: Tensor, g: Tensor) -> Te
     sizes = [d if symmetric else d + sum(p) for d, p in zip(x.shape[2:], w.padding, strict=True)]
     shape_only = g.new_empty(1).expand(n * s, x.shape[1], *sizes)
     zeros = (0,) * len(padding)
+    g = g.reshape(n * s, *g.shape[2:])
+    if channels_last(w, x):
+        g, weight = (t.contiguous(memory_format=torch.channels_last) for t in (g, weight))
     back = torch.ops.aten.convolution_backward(
-        g.reshape(n * s, *g.shape[2:]), shape_only, weight, None, w.stride, padding, w.dilation, False, zeros, w.groups,
+        g, shape_only, weight, None, w.stride, padding, w.dilation, False, zeros, w.groups,
         (True, False, False),
     )[0]  # [N·S, C, *sizes]  # fmt: skip
     if not symmetric:
@@ -225,6 +240,10 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Each window's cotangent goes to its maximum: ``g [N, S, C, *out] -> [N, S, C, *spatial]``."""
     n, s, c = g.shape[:3]
     _, indices = max_pool(w, x)  # [N, C, *out]
+    if len(w.kernel) == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        places = indices.flatten(2).mT.unsqueeze(1).expand(n, s, -1, c)  # [N, S, *out, C]
+        back = g.new_zeros(n, s, math.prod(x.shape[2:]), c)
+        return back.scatter_add_(2, places, g.flatten(3).mT).mT.unflatten(3, x.shape[2:])
     places = indices.flatten(2).unsqueeze(1).expand(n, s, c, -1)
     back = g.new_zeros(n, s, c, math.prod(x.shape[2:]))
     return back.scatter_add_(3, places, g.flatten(3)).reshape(n, s, *x.shape[1:])

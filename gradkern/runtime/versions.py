@@ -38,6 +38,6 @@ def _kernels() -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         machine = ops.machine()
-    if machine is not None:
+    if machine:
         return f"compiled, {machine.isa} on this processor"
     return str(caught[-1].message) if caught else "no compiled extension"

@@ -71,3 +71,15 @@ def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
     pieces = -(-count // chunk) if count else 0
     ends = [start + count * i // max(pieces, 1) for i in range(pieces + 1)]
     return followed(pairwise(ends), stop, "samples", lambda span: span[1] - span[0], initial=start)
+
+
+def row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(first sample, last, first copy, last)``: whole samples together, or some copies of one sample."""
+    if copies <= rows:
+        step = max(1, rows // max(copies, 1))
+        for a in range(0, samples, step):
+            yield a, min(a + step, samples), 0, copies
+        return
+    for a in range(samples):
+        for first in range(0, copies, rows):
+            yield a, a + 1, first, min(first + rows, copies)

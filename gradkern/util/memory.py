@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
+
+from .untrusted import physical_memory
 
 WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory")
 
@@ -17,15 +17,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def allowed() -> int:
-    """Bytes that this process may have: the machine's memory, or less under a limit of its address space.  A large
-    number where the system does not say."""
-    try:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 40
+    """Bytes that this process may have: the machine's memory, or less under a limit of its address space."""
     try:
         import resource
     except ImportError:  # Windows
-        return machine
+        return physical_memory()
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return machine if limit == resource.RLIM_INFINITY else min(machine, limit)
+    return physical_memory() if limit == resource.RLIM_INFINITY else min(physical_memory(), limit)

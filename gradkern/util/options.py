@@ -2,6 +2,9 @@
 
 The engine comes from the first of these that is set: the ``engine=`` argument, :func:`use` in this thread, the
 environment variable ``GRADKERN_ENGINE`` (read at every call).  Otherwise it is ``"auto"``.
+
+With the environment variable ``GRADKERN_DEBUG=1``, errors that would send a model to autograd, or a call to Captum's
+own code, are raised instead, with their traceback.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
+DEBUG = "GRADKERN_DEBUG"
 DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
 GPU_SHARE = 16  # the budget on a GPU is its memory divided by this: a GPU needs large pieces
 
@@ -65,6 +69,11 @@ def engine(argument: str | None = None) -> Engine:
     if chosen is not None:
         return chosen
     return _valid_engine(os.environ.get(ENVIRONMENT) or "auto", f"environment variable {ENVIRONMENT}")
+
+
+def debugging() -> bool:
+    """Whether an error is to be raised where there would be a way around it."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
 
 
 def memory_budget(device: torch.device | None = None) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .options import BadType, BadValue
@@ -15,6 +16,39 @@ HINT = (
     "Pass output= (an index, a name, or a function of what the model returns). Wrap the model in a module if no part "
 )
 HINT += "of it is the tensor to explain."
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A value for ``output=``: sums over ``windows`` of the last axis, so that groups of positions are the targets.
+
+    The windows are pairs ``(first, stop)``; a model of outputs ``[N, *out]`` then has ``[N, *out[:-1], windows]``.
+    ``of``: which tensor, of a model that returns several, as ``output=`` itself.
+    """
+
+    windows: Sequence[tuple[int, int]]
+    of: Output = None
+
+    def __post_init__(self) -> None:
+        try:
+            windows = tuple((int(a), int(b)) for a, b in self.windows)
+        except (TypeError, ValueError):
+            windows = ()
+        if not windows or any(a < 0 or b <= a for a, b in windows):
+            raise BadValue(f"Sums: got {self.windows!r}, expected pairs (first, stop) with 0 <= first < stop.")
+        object.__setattr__(self, "windows", windows)
+        check_output_choice(self.of)
+
+    def __call__(self, result: Any) -> Tensor:
+        y = chosen(result, self.of)
+        last = max(stop for _, stop in self.windows)
+        if not isinstance(y, Tensor) or y.dim() < 2 or last > y.shape[-1]:
+            got = f"a tensor {list(y.shape)}" if isinstance(y, Tensor) else described_result(y)
+            raise BadValue(f"Sums: the model returned {got}, expected [N, …, length] with at least {last} positions.")
+        return torch.stack([y[..., a:b].sum(-1) for a, b in self.windows], -1)
+
+    def __str__(self) -> str:
+        return f"sums over {', '.join(f'{a}:{b}' for a, b in self.windows)} of {output_name(self.of)}"
 
 
 def check_output_choice(output: Any) -> Output:
@@ -68,6 +102,8 @@ def output_name(output: Output) -> int | str | None:
     """A choice as plain data."""
     if output is None or isinstance(output, (int, str)):
         return output
+    if isinstance(output, Sums):
+        return str(output)
     return f"{getattr(output, '__module__', '')}:{getattr(output, '__qualname__', type(output).__qualname__)}"
 
 

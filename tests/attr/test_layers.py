@@ -216,7 +216,7 @@ def test_a_layer_that_could_not_be_told_apart_is_looked_for_again():
 
     def value() -> int | None:
         points = Points(model, (x,))
-        program = points.traced()
+        program = points.captured()
         assert program is not None
         return layer_value(points, program, model.seen, "seen", False)
 

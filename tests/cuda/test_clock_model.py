@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -16,8 +18,10 @@ from gradkern.codegen.cuda.lowering import Device, lower_device
 from gradkern.codegen.records import Bands, Place, ScatterAlgorithm, ScatterT
 from gradkern.codegen.scratch import Buffer
 from gradkern.ir.program import Step, View
+from tests.support.case_runs import program_of
 from tests.support.programs import RELU, conv, linear, pool, program
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BANDS = [Bands(1, 8, 1, 2), Bands(1, 1, 1, 5)]
 WORK = Work(warps=8, resident=4, block=16, tile=5, itemsize=4, band_options={0: BANDS})
 HERE = Place(Buffer(4096, base=0), 0, 64, 4)
@@ -71,9 +75,9 @@ def test_every_kind_has_a_price_or_is_listed(kind):
 
 
 def test_a_loop_waits_for_its_instructions_or_for_its_loads():
-    """Four instructions and one wavefront per clock, at three quarters of that."""
-    assert clock_model.loop(12, 1) == 4
-    assert clock_model.loop(4, 6) == 8
+    """Four instructions and one wavefront per clock, at the share of that which loops reach."""
+    assert clock_model.loop(12, 1) * clock_model.PACE == pytest.approx(3)
+    assert clock_model.loop(4, 6) * clock_model.PACE == pytest.approx(6)
 
 
 def test_workers_without_work():
@@ -168,12 +172,41 @@ def test_the_cheaper_bands_are_taken():
 def test_a_run_takes_the_number_of_samples_that_is_cheapest():
     run = RunPrice(False, WORK, {})
     run.add(SCATTER, forward=False, times=2)
-    best = [run.best(most) for most in range(1, 13)]
-    prices = [run.price(resident, 0) for resident in range(1, 13)]
-    for most, (price, resident) in enumerate(best, 1):
-        assert resident <= most
-        assert price == prices[resident - 1] == min(prices[:most])
-    assert prices[0] == 2 * replace(WORK, resident=1, block=0).clocks(SCATTER, forward=False)
+    for block in (1, 5, 12, 16):
+        best = [run.best(block, most) for most in range(1, 13)]
+        prices = {n: clock_model.in_steps(lambda m: run.price(m, 0), block, n) for n in clock_model.even_steps(block)}
+        for most, (price, resident) in enumerate(best, 1):
+            assert resident <= most
+            assert price == prices[resident] == min(prices[n] for n in prices if n <= most)
+    assert run.price(1, 0) == 2 * replace(WORK, resident=1, block=0).clocks(SCATTER, forward=False)
+
+
+def test_a_ragged_last_step_has_its_own_price():
+    """Seven samples, three at a time: two steps of three, and one of a single sample, at twice the price each."""
+    assert clock_model.even_steps(7) == (1, 2, 3, 4, 7)
+    assert clock_model.in_steps({3: 10.0, 1: 24.0}.__getitem__, 7, 3) == (2 * 3 * 10 + 24) / 7
+    assert clock_model.in_steps({3: 10.0}.__getitem__, 6, 3) == 10
+
+
+def test_numbers_on_their_way_in_and_out_cost_time():
+    work = replace(WORK, resident=16)
+    load = filled(records.Load)
+    wider = replace(load, extent=replace(load.extent, W=101))
+    assert work.clocks(wider, True) - work.clocks(load, True) == pytest.approx(100 * clock_model.LOADED)
+    store = filled(records.StoreT)
+    wider = replace(store, extent=replace(store.extent, W=101))
+    assert work.clocks(wider, False) - work.clocks(store, False) == pytest.approx(5 * 100 * clock_model.STORED)
+
+
+@pytest.mark.parametrize("net", ["cnn1d", "lenet5", "mlp"])
+def test_the_price_is_near_what_an_h200_took(net):
+    """Within a third, for the whole network; the measured times are those of the committed run, launch included."""
+    measured = json.loads((RESULTS / "gpu-h200-records.json").read_text())[net]
+    samples = {"cnn1d": 194109, "lenet5": 60000, "mlp": 194109}[net]
+    program, machine = program_of(net), Device("cuda", 16)
+    chain = lower_device(program, list(range(len(program.steps))), [program.output], machine, 4, program.outputs, (0,))
+    predicted = machine.milliseconds(sum(chain.clocks), samples)
+    assert predicted == pytest.approx(sum(row["measured"] for row in measured), rel=0.33)
 
 
 def test_where_a_record_lies_does_not_change_its_price():

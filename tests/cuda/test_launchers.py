@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from gradkern.codegen.encoding import CudaSizes
 from gradkern.runtime import executor, ops
 from tests.cases import CASES
 from tests.support import capturing, op_arguments, oracle
-from tests.support.host_device import Launchers, installed, run
+from tests.support.host_device import Launchers, installed, launchers, library, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -223,6 +224,24 @@ def test_the_allocator_knows_the_stream_that_reads_cached_tensors(
     monkeypatch.setattr(torch.ops.gradkern, "chain_vjp", lambda *arguments: None, raising=False)
     ops.chain_vjp([torch.zeros(1)], *tensors, CudaSizes(*range(6)), [3], None, None, [], 1, [])
     assert told == ([] if capturing else 4 * ["stream of cuda:1"])
+
+
+def test_a_first_launch_may_be_captured() -> None:
+    """A kernel is loaded at its first use, which is not allowed while a graph is being captured: asking for the device
+    loads them all."""
+    given, device = arguments(), Launchers()
+    library().gk_unload()
+    device.gpu.capturing = 1
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        device.redispatched("chain_vjp", *given.values())
+    device.gpu.capturing = 0
+    facts = (ctypes.c_int64 * 4)()
+    launchers().gk_describe_device(0, facts)
+    assert list(facts) == [device.gpu.shared_bytes, device.gpu.processors, 1755000, 90]
+    assert device.gpu.loaded == 9
+    device.gpu.capturing = 1
+    device.redispatched("chain_vjp", *given.values())
+    device.gpu.capturing = 0
 
 
 # ---- the hash

@@ -109,7 +109,7 @@ def test_wrong_kinds_of_inputs(engine):
     for wrong, words in (
         (x.numpy(), r"numpy array.*torch.from_numpy"),
         (None, "NoneType"),
-        ({"x": x}, "dict"),
+        ({"x": x}, "dict.*Pass a function"),
         ((x, None), "number 1 is NoneType"),
         (x.to_sparse(), "to_dense"),
     ):
@@ -145,7 +145,7 @@ Pair = collections.namedtuple("Pair", "logits features")
         (lambda x: 1.0, TypeError, "returned float"),
         (lambda x: x.flatten(1).argmax(1), TypeError, "torch.int64"),
         (lambda x: x.sum(), ValueError, r"shape \[\] for \d samples"),
-        (lambda x: x.flatten(), ValueError, r"expected \[N, ...\] with N"),
+        (lambda x: x.flatten(), ValueError, r"expected \[N, ...\] with N.*unsqueeze"),
         (lambda x: x.flatten(1).t(), ValueError, "one row of outputs per sample"),
         (lambda x: x.detach().flatten(1) * 2, ValueError, "cut off"),
     ],

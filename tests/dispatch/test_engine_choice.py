@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import state
+from gradkern.dispatch import first_use, state
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import decide
 from gradkern.frontend import verify
@@ -52,7 +52,7 @@ def known(model, x):
 
 
 def test_each_engine_traces_as_it_says(monkeypatch):
-    monkeypatch.setattr(state, "trace_cost", lambda: 1e9)
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 1e9)
     model, (x,) = net()
     for engine in ("autograd", "auto"):
         gradkern.jacobian(model, x, engine=engine)
@@ -66,11 +66,11 @@ def test_each_engine_traces_as_it_says(monkeypatch):
 def test_auto_traces_once_it_pays(monkeypatch):
     model, (x,) = net(n=6)
     gradkern.jacobian(model, x, engine="autograd")  # warm
-    monkeypatch.setattr(state, "trace_cost", lambda: 1e9)
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 1e9)
     for _ in range(3):
         gradkern.jacobian(model, x)
     assert known(model, x) is None
-    monkeypatch.setattr(state, "trace_cost", lambda: 1e-9)
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 1e-9)
     gradkern.jacobian(model, x)  # by now it would have paid
     assert known(model, x).program is not None
 
@@ -78,7 +78,7 @@ def test_auto_traces_once_it_pays(monkeypatch):
 def test_auto_traces_in_the_midst_of_a_large_call(monkeypatch):
     model, (x,) = net(n=64)
     want = gradkern.jacobian(model, x, engine="autograd")
-    monkeypatch.setattr(state, "trace_cost", lambda: 1e-9)
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 1e-9)
     with gradkern.use(memory_budget=100_000):
         got = gradkern.jacobian(model, x)
     assert known(model, x).program is not None
@@ -120,6 +120,13 @@ def test_untraceable_models_run_on_autograd_with_one_warning(name):
     _, want = oracle.jacobian(model, inputs)
     for g, w in zip(got, want, strict=True):
         assert oracle.relative_error(g.reshape(w.shape), w) < 1e-10
+
+
+def test_in_debug_mode_a_refusal_is_raised(monkeypatch):
+    monkeypatch.setenv(options.DEBUG, "1")
+    model, inputs = net("resnet1d_custom")
+    with pytest.raises(RuntimeError, match="custom autograd"):
+        gradkern.jacobian(model, inputs, engine="kernel")
 
 
 def test_opaque_steps_are_named_in_one_warning():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern.dispatch import prepared
 from gradkern.frontend import capture
-from gradkern.runtime import frozen
 from tests.cases import CASES
 
 #: One chain; several groups; two inputs; an output of several axes; a bottleneck is in the last.
@@ -43,7 +43,7 @@ def test_it_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) ->
     want = gradkern.jacobian(model, x)
     assert torch.equal(jac(x), want)
     monkeypatch.setattr(capture.Capture, "capture", None)
-    monkeypatch.setattr(frozen, "frozen_chain", None)
+    monkeypatch.setattr(prepared, "whole_chain", None)
     with torch.no_grad():
         model[0].weight.mul_(2)
     model.train()

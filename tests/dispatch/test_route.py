@@ -14,7 +14,7 @@ import gradkern
 from gradkern import attr
 from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
-from gradkern.dispatch.route import couples_batch, decide, one_call, output_shape, shared_route, solve
+from gradkern.dispatch.route import decide, one_call, output_shape, shared_route, solve, whole_batch_reason
 from tests.cases import net
 
 PACKAGE = Path(gradkern.__file__).parent
@@ -120,7 +120,7 @@ def test_a_route_sees_a_program_that_is_traced_after_it_was_made() -> None:
     torch.testing.assert_close(solve(request, route).shaped, want)
     assert route.program is not None
     assert route.program.output_shape == shape
-    assert couples_batch(request, route) == ""
+    assert whole_batch_reason(request, route) == ""
 
 
 def test_parts_of_one_call_share_a_route_where_it_fits() -> None:
@@ -151,3 +151,35 @@ def test_pieces_see_a_model_that_changes_between_them() -> None:
         handle = model[0].register_forward_hook(lambda module, inputs, output: output * 2)
         if k == 1:
             handle.remove()
+
+
+def test_a_call_is_not_mistaken_for_another_that_is_remembered() -> None:
+    model, (x,) = net(n=4)
+    gradkern.prepare(model, x)
+    whole = gradkern.jacobian(model, x, engine="autograd")
+    for _ in range(2):
+        for targets in (None, 1, [1], [1, 0], [0, 1], -1, gradkern.TopK(3), torch.tensor([[1]] * 4)):
+            got = gradkern.jacobian(model, x, targets)
+            if isinstance(targets, gradkern.TopK):
+                got, order = got
+                index = order
+            else:
+                index = torch.arange(3) if targets is None else torch.as_tensor(targets).reshape(-1)[: got.shape[1]] % 3
+                index = index.expand(4, -1)
+            torch.testing.assert_close(got, whole[torch.arange(4)[:, None], index])
+        for wrong in (True, 1.0, [1, True], [1.0]):
+            with pytest.raises((TypeError, ValueError)):
+                gradkern.jacobian(model, x, wrong)
+        with torch.no_grad():  # what is remembered holds no weights
+            next(model.parameters()).mul_(1.5)
+        whole = gradkern.jacobian(model, x, engine="autograd")
+
+
+def test_a_graph_that_dynamo_has_given_up_is_not_used() -> None:
+    model, (x,) = net(n=4)
+    gradkern.prepare(model, x)
+    torch._dynamo.reset()
+    assert decide(request_of(model, x)).program is None
+    want = gradkern.jacobian(model, x, engine="autograd")
+    torch.testing.assert_close(gradkern.jacobian(model, x, engine="kernel"), want)
+    assert decide(request_of(model, x)).program is not None

@@ -11,27 +11,32 @@ import torch
 import gradkern
 from gradkern.dispatch import eager, ways
 from gradkern.planner.timing import TIE, Timing
-from gradkern.runtime import executor
+from gradkern.runtime import executor, frozen
 from tests.cases import net
 
-MEASURED = ways.measured  # before any fixture replaces it
+MEASURE = ways.measure  # before any fixture replaces it
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """What ran, in order: "kernels" or (samples, seeds together), after the model has been measured."""
     runs: list = []
-    real_kernels, real_autograd = executor.jacobian, eager.fill
+    real_kernels, real_chain, real_autograd = executor.jacobian, frozen.WholeChain.__call__, eager.fill
 
     def kernels(*args, **kwargs):
         runs.append("kernels")
         return real_kernels(*args, **kwargs)
+
+    def chain(*args):
+        runs.append("kernels")
+        return real_chain(*args)
 
     def autograd(request, partial, start, stop, together=None):
         runs.append((stop - start, together))
         return real_autograd(request, partial, start, stop, together)
 
     monkeypatch.setattr(executor, "jacobian", kernels)
+    monkeypatch.setattr(frozen.WholeChain, "__call__", chain)
     monkeypatch.setattr(eager, "fill", autograd)
     return runs
 
@@ -43,13 +48,13 @@ def decided(monkeypatch):
     ways.timings.clear()
 
     def decide(fastest, slower=2.0):
-        def measured(request, found, seeds, profile):
+        def measure(request, found, seeds, profile):
             sizes.append(request.samples)
             return Timing(
                 request.samples, {way: 1.0 if way == fastest else slower for way in ("kernels", "loop", "batched")}
             )
 
-        monkeypatch.setattr(ways, "measured", measured)
+        monkeypatch.setattr(ways, "measure", measure)
         return sizes
 
     yield decide
@@ -118,7 +123,7 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
         work()
         return 1e-4 * next(clock)
 
-    monkeypatch.setattr(ways, "measured", MEASURED)
+    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(ways, "seconds_of", seconds_of)
     ways.timings.clear()
     model, (x,) = net(n=n)
@@ -142,7 +147,7 @@ def test_a_way_that_torch_cannot_run_is_not_taken(monkeypatch):
         return real(request, partial, start, stop, together)
 
     real = eager.fill
-    monkeypatch.setattr(ways, "measured", MEASURED)
+    monkeypatch.setattr(ways, "measure", MEASURE)
     monkeypatch.setattr(eager, "fill", fill)
     ways.timings.clear()
     model, (x,) = net(n=2)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern import attr
-from gradkern.dispatch import state
+from gradkern.dispatch import first_use, state
 from gradkern.runtime.mac_counter import MacCounter
 from tests.support.modules import Net, Through
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ign
 
 @pytest.fixture(params=["kernel", "auto"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(state, "trace_cost", lambda: 0.0)  # "auto" has switched
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 0.0)  # "auto" has switched
     return request.param
 
 

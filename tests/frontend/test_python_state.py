@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import state
+from gradkern.dispatch import first_use
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 
@@ -264,7 +264,7 @@ def test_numbers_out_of_tensors_are_left_to_autograd(name: str, monkeypatch: pyt
 @pytest.mark.parametrize("engine", ["kernel", "auto"])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_networks_see_every_change(seed: int, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "trace_cost", lambda: 0.0)  # "auto" has switched
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 0.0)  # "auto" has switched
     draw = random.Random(seed)
     names = draw.sample(list(KINDS), 3)
     world = World([KINDS[name] for name in names], draw.sample(PLACES, 3), draw, monkeypatch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from gradkern.dispatch import state
+from gradkern.dispatch import first_use
 from tests.support.modules import Through
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
@@ -176,7 +176,7 @@ def test_a_region_that_one_sample_reaches(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_random_regions_once_auto_has_switched(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "trace_cost", lambda: 0.0)
+    monkeypatch.setattr(first_use, "capture_cost", lambda: 0.0)
     check(random.Random(seed).choice(list(REGIONS)), seed, "auto")
 
 

@@ -10,6 +10,12 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def chosen(monkeypatch):
+    """The kernels under test run, validated or not."""
+    monkeypatch.setenv("GRADKERN_CUDA", "1")
+
+
+@pytest.fixture(autouse=True)
 def finished():
     """Errors of a kernel are told by a later call: wait for them here.  They last as long as the process, so it ends;
     beside others (pytest-xdist), another takes its place."""

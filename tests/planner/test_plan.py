@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradkern.codegen.cuda.lowering import lower_device
-from gradkern.codegen.machine import Device
+from gradkern.codegen.machine import Device, NoKernels
 from gradkern.ir.program import (
     Call,
     Contract,
@@ -130,7 +130,7 @@ def test_dtypes_without_kernels():
 
 
 def test_without_the_extension():
-    p = plan.plan(split(), 3, machine=None)
+    p = plan.plan(split(), 3, machine=NoKernels())
     assert not any(g.native for g in p.groups)
     assert p.steps[0].why.startswith("the compiled extension is missing")
 

@@ -57,6 +57,12 @@ def test_rescale_refuses(change, message):
         ops.rescale(**given, eps=1e-10)
 
 
+def test_opcheck_recurrent():
+    g, slopes, weight, result = (torch.randn(s) for s in ((2, 1, 5, 4), (2, 5, 1, 4), (4, 16), (2, 1, 5, 3)))
+    torch.library.opcheck(G.recurrent_walk.default, (g, slopes, None, None, weight, True, result))
+    torch.library.opcheck(G.recurrent_cells.default, (torch.randn(2, 5, 4), torch.randn(2, 5, 4), False))
+
+
 def test_opcheck_hash():
     # The result is a number that depends on the values: there is no fake of it, so nothing to check under one.
     checks = ("test_schema", "test_autograd_registration")

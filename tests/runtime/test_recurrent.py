@@ -6,7 +6,7 @@ from torch import nn
 
 from gradkern.ir.program import Param
 from gradkern.ir.recurrent import Recurrent
-from gradkern.runtime import executor, recurrent
+from gradkern.runtime import executor, ops, recurrent
 from tests.support import capturing, oracle
 from tests.support.capturing import bind
 
@@ -73,3 +73,48 @@ def test_the_cotangent_is_not_written_to(kind, n, s, t):
         got = recurrent.vjp(Recurrent(kind, (names,), 1), x.detach(), y.detach(), g, lambda p: tensors[p.name])
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
     assert torch.equal(g, kept)
+
+
+@pytest.mark.parametrize("walk", ["compiled", "torch"])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("kind", recurrent.SLOPES)
+def test_both_walks(kind, biases, walk, monkeypatch):
+    """Both directions, more samples than a block has, cotangents and inputs of any strides."""
+    if walk == "torch":
+        monkeypatch.setattr(ops, "_walks", lambda *_: False)
+    else:
+        monkeypatch.delattr(recurrent, "_by_torch")
+    torch.manual_seed(0)
+    n, s, t, i, h = 50, 3, 6, 5, 7
+    make = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)
+    options = {"nonlinearity": kind.removeprefix("rnn_")} if kind.startswith("rnn") else {}
+    layer = make(i, h, bias=biases, bidirectional=True, batch_first=True, **options).double()
+    tensors = dict(layer.named_parameters())
+    names, per = [Param(name) for name in tensors], 4 if biases else 2
+    x = torch.randn(t, n, i, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    g = torch.randn(n, s, 2 * h, t, dtype=torch.float64).transpose(2, 3)
+    y = layer(x)[0]
+    want = torch.stack([torch.autograd.grad(y, x, g[:, k], retain_graph=True)[0] for k in range(s)], 1)
+    r = Recurrent(kind, (tuple(names[:per]), tuple(names[per:])), 2)
+    with torch.no_grad():
+        got = recurrent.vjp(r, x.detach(), y.detach(), g, lambda p: tensors[p.name])
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"g": torch.zeros(2, 5, 4)}, r"g must be float32 or float64 \[N, S, T, H\]"),
+        ({"slopes": torch.zeros(2, 5, 3, 4)}, "slopes must be"),
+        ({"keep": torch.zeros(2, 4, 4)}, "keep must be"),
+        ({"keep": None}, "through needs keep"),
+        ({"weight": torch.zeros(16, 8)}, "a multiple of 16 numbers, at least 7"),
+        ({"weight": torch.zeros(16, 16).t()}, "must be contiguous"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    ops.extension()
+    given = {"g": torch.zeros(2, 1, 5, 4), "slopes": torch.zeros(2, 5, 4, 4), "keep": torch.zeros(2, 5, 4)}
+    given |= {"through": torch.zeros(2, 5, 4), "weight": torch.zeros(16, 16), "reverse": False}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.gradkern.recurrent_walk(**given | change, result=torch.zeros(2, 1, 5, 3))

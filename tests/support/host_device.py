@@ -34,7 +34,7 @@ THREADS = 64
 
 
 class Args(ctypes.Structure):
-    """csrc/cuda/chain.h"""
+    """csrc/cuda/kernels.h"""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("forward", "backward", "packed", "tables")),
@@ -71,8 +71,8 @@ class Gpu(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int)
         for name in (
-            *("processors", "shared_bytes"),
-            *("launches", "blocks", "allowed", "guards"),
+            *("processors", "shared_bytes", "capturing"),
+            *("launches", "blocks", "allowed", "guards", "loaded"),
         )
     )
 

@@ -17,6 +17,7 @@ PACKAGES = (
     "dispatch",
     TOP,
     "attr",
+    "integrations",
     "data",
     "report",
     "cli",

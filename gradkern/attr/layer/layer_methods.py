@@ -86,7 +86,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         return view_of(points, self.layer, bool(to_input), now=now)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
-        """``attribute`` on the engine, if the model is traced; with ``delta`` a pair; None if Captum takes the call."""
+        """``attribute`` on the engine, if there is a Program; with ``delta`` a pair; None if Captum takes the call."""
         try:
             view = self._view(rows, options["additional_forward_args"], options, now=False)
             if view is None:
@@ -111,13 +111,13 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         return None if found is None else answer(found[0], self._as_tuple(options), seeds, found[1])
 
     def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
-        """Count Captum's time in the decision to trace."""
+        """Count Captum's time in the decision to capture."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors = all(isinstance(x, Tensor) for x in rows)
             points = points_for(self, rows, extra, integers=self._takes_integers) if tensors else None
         if points is not None:
-            points.route.spend(seconds)
+            points.route.work.other += seconds
 
 
 def one_output(kind: Any) -> Any:

@@ -19,7 +19,8 @@ from ..call import seen_as
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import block_rows, gradient_bytes
-from ..rules.deeplift import DeepLift, check_references, customised, pairs_of
+from ..rules.averaging import customised
+from ..rules.deeplift import DeepLift, check_references, pairs_of
 from ..rules.lrp import LRP
 from ..rules.rule import Rule, pull
 from ..rules.rule_methods import Chunk, RuleMethod, samples_at_a_time

@@ -21,6 +21,8 @@ from ..captum_compat import format_output, is_tuple, stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
 from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from ..references import References
+from ..rules.averaging import Wanted
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
 from ..rules.rule_methods import Deconvolution, GuidedBackprop
 from .layer_methods import LayerMethod, all_outputs, one_output
@@ -42,7 +44,7 @@ class NeuronPoints(Points):
     def program(self) -> Program:
         return self.head
 
-    def traced(self) -> Program:
+    def captured(self) -> Program:
         return self.head
 
     def gradients(
@@ -143,8 +145,8 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_references(options["baselines"], options["inputs"])
-        custom = options["custom_attribution_func"]
-        return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), start, False, custom)[0]
+        references, wanted = References.of_all(points.inputs, start), Wanted(custom=options["custom_attribution_func"])
+        return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
 
 
 class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):

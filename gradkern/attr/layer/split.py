@@ -233,9 +233,8 @@ def jacobians(
 def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerView | None:
     """The model seen from ``layer``; None if it has no Program (or none yet, without ``now``) or no such value."""
     name = options.engine(points.engine)
-    program = (
-        points.traced() if now or name in ("kernel", "reference") or points.route.tracing_pays else points.program()
-    )
+    now = now or name in ("kernel", "reference") or points.route.work.capture_pays()
+    program = points.captured() if now else points.program()
     if program is None:
         return None
     modules = points.module.named_modules() if points.module is not None else ()
@@ -244,7 +243,7 @@ def view_of(points: Points, layer: Any, to_input: bool, *, now: bool) -> LayerVi
     if path is None or value is None:
         if points.module is not None:
             points.route.warn(
-                f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the traced "
+                f"{type(points.module).__name__}: the layer {type(layer).__name__} is not one value of the captured "
                 "network, so Captum's own hooks run it."
             )
         return None

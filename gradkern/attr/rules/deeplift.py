@@ -7,37 +7,35 @@ Here the rule is applied to the Program, so it also works for functional, in-pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...dispatch import state
-from ...dispatch.request import jacobian_choice
-from ...dispatch.route import one_call
 from ...dispatch.targets import Seeds
 from ...util.callables import model_of, name_of
-from ...util.chunks import spans
 from ...util.options import BadValue, Engine, InputError
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, answer, check_distribution, one_by_one, points_for, typed
+from ..attribute_all import Inputs, Options, Tensors, check_distribution, typed
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
-from ..points import Points, block_rows, gradient_bytes, rows_of
+from ..points import Points, rows_of
+from ..references import References
+from .averaging import OverReferences, Wanted, customised, say_if_large, sizes_of, with_delta
 from .eager import multipliers
 from .registry import regions
 from .rescale import Rescale, detached
 from .rule import Rule, Values
-from .rule_methods import Chunk, RuleMethod
+from .rule_methods import Chunk
 from .tape import NoRule
 
 Rules = Literal["complete", "captum"]
 
 
-class DeepLift(RuleMethod, stock.DeepLift):
+class DeepLift(OverReferences, stock.DeepLift):
     """Differences from a reference instead of gradients (Shrikumar et al., arXiv:1704.02685), the rescale rule.
 
     A drop-in for `captum.attr.DeepLift`, complete even in cases where Captum is not.  ``rules="captum"`` gives Captum's
@@ -70,9 +68,24 @@ class DeepLift(RuleMethod, stock.DeepLift):
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
         custom_attribution_func: Any = None,
+        *,
+        hypothetical: bool = False,
+        n_references: int = 20,
+        random_state: int | None = None,
     ) -> Any:
-        """As Captum's, by the rule above."""
+        """As Captum's, by the rule above.
+
+        ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
+        ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
+        of each sample, by a seed of its own if there is a ``random_state``.  The delta is then per pair, ``[N · R]``.
+        ``hypothetical``: the contributions of every letter that could stand in a one-hot sequence
+        ``[N, letters, length]`` (see `gradkern.attr.references`).
+        """
         rows = compat.format_tensor_into_tuples(inputs)
+        references = self._references(baselines, rows, n_references, random_state, hypothetical)
+        if references is not None:
+            options = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+            return self._one_averaged(references, inputs, target, additional_forward_args, options)
         start = compat.format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
             compat.validate_input(rows, start)
@@ -93,7 +106,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
             self, return_convergence_delta, maps, start, rows, additional_forward_args, target, compat.is_tuple(inputs)
         )
         if return_convergence_delta and custom_attribution_func is None and self.multiplies_by_inputs:
-            say_if_large(self.forward_func, maps, result[1])
+            say_if_large(self.forward_func, sizes_of(maps, 1), result[1])
         return result
 
     @typed
@@ -106,13 +119,21 @@ class DeepLift(RuleMethod, stock.DeepLift):
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
         custom_attribution_func: Any = None,
+        hypothetical: bool = False,
+        n_references: int = 20,
+        random_state: int | None = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
-        ``custom_attribution_func`` as in ``attribute``; it is called once per output.
+        ``custom_attribution_func`` as in ``attribute``; it is called once per output.  References per sample, and
+        ``hypothetical``, as in ``attribute``; the delta is then per pair, ``[N · R, C]``.
         """
         rows = compat.format_tensor_into_tuples(inputs)
+        references = self._references(baselines, rows, n_references, random_state, hypothetical)
+        if references is not None:
+            wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+            return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
         options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
@@ -126,16 +147,21 @@ class DeepLift(RuleMethod, stock.DeepLift):
         return parts if custom is None or parts is None else customised(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
-        values, rows, constant = chunk.values(chunk.rows), _start(chunk), detached(chunk.program)
-        if constant:  # the same at the reference as at the input
-            rows = tuple(s.expand(x.shape) for s, x in zip(rows, chunk.rows, strict=True))
-            known = dict(enumerate(rows)) | {v: values[v] for v in sorted(constant)}
-            start = Values(chunk.program, chunk.params, known)
-        else:
-            start = chunk.values(rows)
+        start = _start(chunk)
+        if detached(chunk.program):
+            start = tuple(s.expand(x.shape) for s, x in zip(start, chunk.rows, strict=True))
+            return self._rescale(chunk, chunk.values(chunk.rows), Values(chunk.program, chunk.params, {}), start)
+        return self._rescale(chunk, chunk.values(chunk.rows), chunk.values(start), start)
+
+    def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rescale:
+        """The rule between the values at the samples and those ``before`` at ``start``, row by row."""
+        constant = detached(chunk.program)
+        if constant:  # the same at the reference as at the input, and so is what follows from them alone
+            known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
+            before = Values(chunk.program, chunk.params, known)
         inputs, own = len(chunk.options["baselines"]), regions(chunk.program, model_of(self.forward_func))
         native = not chunk.by_reference
-        return Rescale(chunk.program, chunk.params, values, start, self.eps, native, inputs, own)
+        return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)
 
     def _done(self, points: Points, rule: Rule) -> None:
         """Say, once per model, where attributions need not add up to the change of the output."""
@@ -152,6 +178,9 @@ class DeepLift(RuleMethod, stock.DeepLift):
         constant = [s for s in constant if not rule.moving.isdisjoint(s.inputs)]
         if constant:
             say_constant(points.fn, ", ".join(dict.fromkeys(s.module or name for s in constant)))
+
+    def _one_reference(self, inputs: Tensors, baselines: Tensors, *fixed: Any) -> Any:
+        return DeepLift.attribute(self, inputs, baselines, *fixed)
 
     def _by_tape(self, rows: Tensors, start: Tensors, target: Any, extra: Any) -> Tensors | None:
         """Multipliers of a model that has no Program, by the same rules; None if Captum takes the call."""
@@ -193,7 +222,7 @@ class DeepLift(RuleMethod, stock.DeepLift):
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
         delta = super()._row_delta(parts, points, seeds, options)
         if self.multiplies_by_inputs and options.get("custom_attribution_func") is None:
-            say_if_large(points.fn, tuple(p.flatten(0, 1) for p in parts), delta.flatten())
+            say_if_large(points.fn, sizes_of(parts, 2).flatten(), delta.flatten())
         return delta
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
@@ -212,37 +241,11 @@ def say_constant(fn: Any, where: str) -> None:
     )
 
 
-LARGE = 0.01  # of the sum of the attributions' sizes
-
-
-def say_if_large(fn: Any, maps: Tensors, delta: Tensor) -> None:
-    """Warn, once per model, if attributions ``[N, *in]`` do not add up: ``delta [N]`` is what they miss."""
-    sizes = [m.detach().abs().reshape(m.shape[0], -1).sum(1) for m in maps]
-    size = sum(sizes[1:], start=sizes[0])
-    large = delta.detach().abs() > LARGE * size
-    if delta.shape == size.shape and bool(large.any()):
-        state.warn(
-            fn,
-            f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the delta of some "
-            f"samples is more than {LARGE:.0%} of the sum of their sizes.",
-        )
-
-
 def _engine_of(rules: Rules, engine: Engine | None) -> Engine | None:
     """Captum's rules are those of Captum's own code."""
     if rules not in ("complete", "captum"):
         raise BadValue(f"rules: got {rules!r}, expected 'complete' or 'captum'.")
     return "autograd" if rules == "captum" else engine
-
-
-def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
-    """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
-    start = compat.tensorize_baseline(inputs, tuple(baselines))
-    by_seed = [
-        compat.call_custom_attribution_func(custom, tuple(m[:, s] for m in multipliers), inputs, start)
-        for s in range(multipliers[0].shape[1])
-    ]
-    return tuple(torch.stack(parts, 1) for parts in zip(*by_seed, strict=True))
 
 
 def _start(chunk: Chunk) -> Tensors:
@@ -298,6 +301,32 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
         plug_into(self, GradientFunc(_engine_of(rules, engine)), output)
 
+    def attribute(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        custom_attribution_func: Any = None,
+        *,
+        hypothetical: bool = False,
+        n_references: int = 20,
+        random_state: int | None = None,
+    ) -> Any:
+        """As Captum's; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
+        rows = compat.format_tensor_into_tuples(inputs)
+        references = self._references(baselines, rows, n_references, random_state, hypothetical)
+        wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+        if references is not None:
+            return self._one_averaged(references, inputs, target, additional_forward_args, wanted)
+        start, as_tuple = check_references(baselines, inputs), compat.is_tuple(inputs)
+        found = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
+        if found is not None:
+            return with_delta(found, as_tuple)
+        fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
+        return compat.unlogged(stock.DeepLiftShap)(self, inputs, start if as_tuple else start[0], *fixed)
+
     @typed
     def attribute_all(
         self,
@@ -308,45 +337,26 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
         custom_attribution_func: Any = None,
+        hypothetical: bool = False,
+        n_references: int = 20,
+        random_state: int | None = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
         ``baselines`` has to be given.  The delta is per pair of sample and reference, as Captum's:
-        ``[N · references, C]``.
+        ``[N · references, C]``.  References per sample, and ``hypothetical``, as in `DeepLift.attribute`.
         """
         check_distribution(self, baselines)
-        start = check_references(baselines, inputs)
-        as_tuple, rows = compat.is_tuple(inputs), compat.format_tensor_into_tuples(inputs)
-        with one_call():
-            points = points_for(self, rows, additional_forward_args)
-            if points is not None and points.traced() is not None:
-                seeds, _ = points.choose(jacobian_choice(targets))
-                maps, delta = self._mean(points, seeds, start, return_convergence_delta, custom_attribution_func)
-                return answer(maps, as_tuple, seeds, delta)
+        rows = compat.format_tensor_into_tuples(inputs)
+        references = self._references(baselines, rows, n_references, random_state, hypothetical)
+        if references is None:
+            references = References.of_all(rows, check_references(baselines, inputs))
+        wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+        return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
 
-        def attribute(target: Any) -> Any:
-            base = start if as_tuple else start[0]
-            fixed = (additional_forward_args, return_convergence_delta, custom_attribution_func)
-            return self.attribute(inputs, base, target, *fixed)
-
-        wants_delta = return_convergence_delta
-        return one_by_one(self.forward_func, inputs, additional_forward_args, targets, attribute, wants_delta)
-
-    def _mean(
-        self, points: Points, seeds: Seeds, start: Tensors, wants_delta: bool, custom: Any = None
-    ) -> tuple[Tensors, Tensor | None]:
-        """Some samples at a time against all references."""
-        rows, n, count, index = points.inputs, points.samples, start[0].shape[0], seeds.rows(0, points.samples)
-        means = tuple(x.new_empty(n, seeds.count, *x.shape[1:]) for x in rows)
-        deltas = []
-        pairs_at_a_time = block_rows(gradient_bytes(rows, seeds.count), rows[0].device)
-        for a, b in spans(0, n, max(1, pairs_at_a_time // count)):
-            paired, base, chunk_index = pairs_of(points, start, index, a, b)
-            options: Options = {"baselines": base, "custom_attribution_func": custom}
-            maps = self._rows(paired, chunk_index, seeds.count, options)
-            assert maps is not None
-            for mean, m in zip(means, maps, strict=True):
-                mean[a:b] = m.view(b - a, count, *m.shape[1:]).mean(1)
-            if wants_delta:
-                deltas.append(self._row_delta(maps, paired, Seeds(seeds.count, seeds.axes, chunk_index), options))
-        return means, torch.cat(deltas) if wants_delta else None
+    def _references(
+        self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
+    ) -> References | None:
+        """As `DeepLift`'s, where shared references are several."""
+        found = super()._references(baselines, rows, n, random_state, False)
+        return References.of_all(rows, check_references(baselines, rows)) if found is None and hypothetical else found

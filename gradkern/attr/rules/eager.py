@@ -20,6 +20,7 @@ from ...frontend.verify import custom_backward
 from ...ir.program import Shape
 from ...util.buffers import buffers_kept
 from ...util.callables import model_of
+from ...util.options import debugging
 from ...util.random_state import RandomState
 from .tape import NoRule, Pair, Tape, interpreted
 
@@ -99,6 +100,8 @@ def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -
     except NoRule:
         raise
     except Exception as error:  # whatever tracing may raise, Captum's own method still runs
+        if debugging():
+            raise
         line = next(iter(str(error).splitlines()), "")[:200]
         raise NoRule(f"a forward pass that torch cannot trace ({type(error).__name__}: {line})") from error
 

@@ -42,7 +42,7 @@ class Rescale(Rule):
         """``inputs``: so many of the first inputs are attributed.  ``regions``: what users' own rules cover."""
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
-        self.native = native and ops.machine(values[0].device) is not None  # which loads the kernels
+        self.native = native and bool(ops.machine(values[0].device))  # which loads the kernels
         self.detached = detached(program)
         first = range(len(program.inputs) if inputs is None else inputs)
         self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed

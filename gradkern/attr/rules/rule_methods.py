@@ -53,7 +53,7 @@ class ProgramMethod(RowMethod):
         if points is None:
             return None
         try:
-            program = points.traced()
+            program = points.captured()
             if program is None or not program.steps:
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
@@ -86,7 +86,7 @@ class RuleMethod(ProgramMethod):
         """After a call: what there is to say about its rule."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        program = points.traced()
+        program = points.captured()
         if program is None or not self._supports(program):
             return None
         points.route.check_reached(points.base_request)
@@ -109,13 +109,15 @@ class RuleMethod(ProgramMethod):
         return results
 
 
-def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device) -> int:
+def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device, *, least: int = 1) -> int:
     """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
 
     The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
+    ``least``: that many, though they do not fit in the caches of a CPU, where a call costs more than that.
     """
     shapes, size = 4 * program.shapes, dtype.itemsize
-    return samples_per_chunk(device, 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size))
+    peak, cached = 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size)
+    return samples_per_chunk(device, peak, cached, least=least)
 
 
 def values_of(
@@ -152,7 +154,7 @@ class _Rectifying(ProgramMethod):
         return self._all(inputs, targets, additional_forward_args, {})
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        program = points.traced()
+        program = points.captured()
         if program is None:
             return None
         return points.gradients(points.inputs, points.more, index, seeds, program=with_relu(program, self._relu))

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ...ir.calls import operator_of
+from ...util.options import debugging
 
 Map = Callable[..., Any]  # changes of the arguments that change -> the change of the result
 
@@ -336,6 +337,8 @@ def _traced(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
     try:
         return make_fx(torch.func.functionalize(function), decomposition_table=table)(*values)
     except Exception:  # whatever torch raises where it cannot trace
+        if debugging():
+            raise
         return None
 
 

@@ -2,14 +2,15 @@
 
 The unit is a clock of one multiprocessor.  A loop takes the longer of two times: that of issuing its instructions, and
 that of its loads.  The rates are four instructions, and 128 bytes of shared memory or L1, per clock, times the share of
-them that good loops reach (`PACE`, an estimate).  Instructions per turn of a loop are counted in sm_90 machine code
-(nvcc 13.0).  An H200 takes 2.4 to 3 times as long (benchmarks/notes-cuda.md).
+them that loops reach (`PACE`).  Instructions per turn of a loop are counted in sm_90 machine code (nvcc 13.0).  `PACE`,
+`BARRIER` and what a number costs on its way in or out are fitted to an H200's times, record by record
+(benchmarks/results/gpu-h200-records.json).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
@@ -22,18 +23,18 @@ QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
 QUAD_LANES = (4, 8, 16, 32)  # of a worker
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # by the number of taps: instructions to find the one that a channel came from
 PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
-PACE = 0.75  # the share of the issue rate, and of the load unit's, that loops are expected to reach
-BARRIER = 150  # clocks from one record to the next
+PACE = 0.33  # the share of the issue rate, and of the load unit's, that loops reach: 0.2 to 0.5
+BARRIER = 1500  # clocks from one record to the next: 1200 to 2500
+LOADED, STORED = 2.8, 0.65  # clocks for each number of an input, and of a result
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
 #: Fields that no price depends on: the places of weights, bits and tables, and fields that are set after the price.
 UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
 #: Records that are priced as the step from one to the next: they touch each number once, or a few times.
 BARRIERS = frozenset({
-    records.Load, records.Store, records.Stencil, records.Elementwise, records.Add, records.Move, records.Multiply,
+    records.Stencil, records.Elementwise, records.Add, records.Move, records.Multiply,
     records.Lines, records.Rectify, records.SeedRows, records.SeedOneHot, records.SeedDense, records.StencilT,
     records.PatternT, records.ElementwiseT, records.Accumulate, records.MoveT, records.MultiplyT, records.LinesT,
-    records.StoreT,
 })  # fmt: skip
 #: The bands that a transposed convolution can have, by the offset of its weights.
 BandOptions = Mapping[int, list[records.Bands]]
@@ -75,6 +76,10 @@ class Work:
         match op:
             case _ if type(op) in BARRIERS:
                 pass
+            case records.Load(extent=e):
+                clocks += e.C * e.H * e.W * LOADED
+            case records.Store(extent=e) | records.StoreT(extent=e):
+                clocks += copies * e.C * e.H * e.W * STORED
             case records.Window():
                 clocks += self.window(op)
             case records.Pattern(extent=e, pattern=p):
@@ -162,7 +167,7 @@ class RunPrice:
     work: Work
     known: dict[tuple, float]  # prices of records: slices repeat theirs
     ops: list[tuple[records.Record, tuple, bool, int]] = field(default_factory=list)
-    cheapest: list[tuple[float, int]] = field(default_factory=list)  # with at most 1, 2, … resident samples
+    steps: dict[int, float] = field(default_factory=dict)  # prices of a step, by its number of samples
 
     def add(self, op: records.Record, forward: bool, times: int) -> None:
         self.ops.append((op, (type(op), *priced_numbers(op)), forward, times))
@@ -176,13 +181,30 @@ class RunPrice:
             total += times * self.known[key]
         return total
 
-    def best(self, most: int) -> tuple[float, int]:
-        """The lowest price with at most that many resident samples, and their number."""
-        while len(self.cheapest) < most:
-            resident = len(self.cheapest) + 1
-            option = (self.price(resident, 0), resident)
-            self.cheapest.append(min(option, self.cheapest[-1]) if self.cheapest else option)
-        return self.cheapest[most - 1]
+    def step(self, samples: int) -> float:
+        """The price if so many samples pass together."""
+        if samples not in self.steps:
+            self.steps[samples] = self.price(samples, 0)
+        return self.steps[samples]
+
+    def best(self, block: int, most: int) -> tuple[float, int]:
+        """The lowest price of a block's samples, at most so many of them resident, and the number that are."""
+        return min((in_steps(self.step, block, n), n) for n in even_steps(block) if n <= most)
+
+
+@cache
+def even_steps(block: int) -> tuple[int, ...]:
+    """The sizes of steps that divide a block as evenly as their number allows."""
+    return tuple(sorted({math.ceil(block / steps) for steps in range(1, block + 1)}))
+
+
+def in_steps(price: Callable[[int], float], block: int, resident: int) -> float:
+    """The price per sample of a block that takes ``resident`` samples at a time, and in the last step those left.
+
+    ``price``: per sample, of a step of so many samples.
+    """
+    full, left = divmod(block, resident)
+    return (full * resident * price(resident) + (left * price(left) if left else 0.0)) / block
 
 
 def priced_numbers(part: records.Record | records.RecordPart) -> Iterator[int]:
@@ -285,7 +307,7 @@ def quad_clocks(
 
 
 def narrow_clocks(width: int, channels: int, seeds: int, planes: int, itemsize: int) -> tuple[float, int]:
-    """Per pool output, all visits together, and how many of those there are; csrc/cuda/narrow.cuh."""
+    """Per pool output, all visits together, and how many of those there are; csrc/cuda/quads.cuh."""
     most, rounds = limits.NARROW_SEEDS.of(itemsize), math.ceil(channels / 16)
     visits, together = math.ceil(seeds / most), even(seeds, most)
     width = next(w for w in (4, 6, 8) if width <= w)

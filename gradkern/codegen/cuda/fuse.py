@@ -1,6 +1,6 @@
 """Joins convolutions with the ReLU or pool after them, so that the convolution's result never leaves registers.
 
-This rewrites a chain's forward records for the GPU (csrc/cuda/pooled.cuh), where one thread holds whole pools.
+This rewrites a chain's forward records for the GPU (csrc/cuda/window.cuh), where one thread holds whole pools.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
         ops.append(op)
         # A negative stride between samples means scratch; it is negative even if one sample is resident.
         encoded.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
-        clocks.append(work.clocks(op, forward) * (1 if forward else tiler.rounds(tiling.seed_tile)))
+        clocks.append(tiler.clocks(op, forward, resident, tiling) * (1 if forward else tiler.rounds(tiling.seed_tile)))
     # Idle lanes and prefetched weights may read up to that far past the last row.
     row_length = max((x.row_length for x in e.layouts.made.values()), default=0)
     slack = 8 * row_length + clock_model.WARP * 4 * max(limits.QUADS)
@@ -107,6 +107,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
         packed_size=e.layouts.size + slack,
         seed_tile=tiling.seed_tile,
         scratch=tiling.bytes,
+        local_share=1.0,
         clocks=tuple(clocks),
     )
 

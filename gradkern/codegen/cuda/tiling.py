@@ -65,6 +65,14 @@ class Tiler:
         warps = self.machine.threads // clock_model.WARP
         return clock_model.Work(warps, resident, block, tile, self.itemsize, self.band_options)
 
+    def clocks(self, op: Record, forward: bool, resident: int, tiling: Tiling) -> float:
+        """Clocks per sample of a record, once for every sample, or for each tile of seeds."""
+
+        def step(samples: int) -> float:
+            return self.work(samples, tiling.block, tiling.seed_tile).clocks(op, forward)
+
+        return step(tiling.block) if op.whole_block else clock_model.in_steps(step, tiling.block, resident)
+
     def best(self, passes: Passes, arrangement: Arrangement, tile: int) -> Tiling | None:
         """The cheapest numbers of block and resident samples for a seed tile; None if nothing fits."""
         strides, sample, best = arrangement.strides, arrangement.sample, None
@@ -78,7 +86,7 @@ class Tiler:
             region = min(room // 4 * 4, round_up(wanted, 4))
             most_resident = [min(block, MAX_RESIDENT, region // each if each else block) for each in strides]
             each_run = zip(runs, most_resident, strict=True)
-            options = [(run.price(0, block), 1) if run.whole_block else run.best(most) for run, most in each_run]
+            options = [(run.price(0, block), 1) if run.whole_block else run.best(block, most) for run, most in each_run]
             cost = sum(clocks for clocks, _ in options)
             if best is None or cost < best.cost:
                 resident = tuple(n for _, n in options)

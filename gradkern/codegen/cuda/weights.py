@@ -117,7 +117,7 @@ class QuadScatter(DeviceScatter):
 
 
 class NarrowScatter(DeviceScatter):
-    """Backward weights for narrow windows (csrc/cuda/narrow.cuh): ``[taps][O][window to a multiple of 4]``.
+    """Backward weights for narrow windows (csrc/cuda/quads.cuh): ``[taps][O][window to a multiple of 4]``.
 
     Channels are in the order 0, 4, 8 …, 1, 5, 9 …, 2 …, so that those of neighbouring lanes are adjacent.
     """

@@ -17,7 +17,7 @@ from ...dispatch.targets import TopK
 from ...ir.program import Program
 from ...runtime import ops
 from ...util.options import BadValue
-from ...util.outputs import OneOutput, output_name
+from ...util.outputs import OneOutput, Sums, output_name
 from .. import methods
 from ..store.layout import dtype_name
 from .code import code_text
@@ -86,7 +86,12 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
-    raise BadValue(f"arguments: got {type(value).__name__}, expected numbers, text, tensors, or lists of such.")
+    if callable(value):
+        name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+        return {"function": name, "code": hashlib.sha256(code_text(value).encode()).hexdigest()[:16]}
+    raise BadValue(
+        f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of such."
+    )
 
 
 def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None) -> dict[str, Any]:
@@ -109,8 +114,9 @@ def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, prog
 def of_code(method: str, output: Any) -> dict[str, str]:
     """Hashes of the code of a method, and of a function that chooses the output, that are the caller's own."""
     given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
+    sums = {"output_code": str(output)} if isinstance(output, Sums) else {}  # which is no name of an output either
     own = {k: f for k, f in given.items() if f is not None and f.__module__.partition(".")[0] != "gradkern"}
-    return {k: hashlib.sha256(code_text(f).encode()).hexdigest()[:16] for k, f in own.items()}
+    return sums | {k: hashlib.sha256(code_text(f).encode()).hexdigest()[:16] for k, f in own.items()}
 
 
 def of_machine() -> dict[str, Any]:

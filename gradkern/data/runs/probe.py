@@ -1,4 +1,4 @@
-"""Probing model and source before a run: whether it can be traced, and the method on a few samples."""
+"""Probing model and source before a run: whether it can be captured, and the method on a few samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ... import api
 from ...dispatch import ways
 from ...dispatch.request import Request, jacobian_choice
-from ...dispatch.route import compared, couples_batch, decide
+from ...dispatch.route import decide, timing, whole_batch_reason
 from ...dispatch.targets import Seeds
 from ...ir.program import Program
 from ...planner.timing import Way
 from ...runtime import executor
 from ...util import options
 from ...util.buffers import buffers_kept
-from ...util.options import BadType, BadValue, Engine
+from ...util.options import BadType, BadValue, Engine, debugging
 from ...util.random_state import RandomState
 from .. import methods, statistics
 from .reading import Alone
@@ -90,7 +90,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
-    """Trace, and run the method on a few of the samples that were read, which are spread over all ``samples``.
+    """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
     ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
     chunks, in all processes, go the same way.
@@ -110,7 +110,7 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     if program is None and len(chosen) > 1:
         refuse_mixed(model, inputs)
     chooses = program is not None and pinned is None and options.engine(settings.engine) == "auto"
-    arguments = methods.arguments_of(method, settings.arguments, chosen, samples, device)
+    arguments = methods.arguments_of(method, settings.arguments, chosen, samples, inputs)
     targets = targets_of(settings.targets, chosen, samples)
     batch = methods.Batch(model, inputs, targets, engine, arguments)
     outcome = method(batch)  # warms up
@@ -151,7 +151,7 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
-    found = compared(request, decide(request, "auto"), chosen)
+    found = timing(request, decide(request, "auto"))
     return None if found is None else found.way
 
 
@@ -194,6 +194,8 @@ def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
             wanted = [x for x, f in zip(leaves, floating, strict=True) if f]
             gradients = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True)
     except Exception:  # the model's own errors come up when the method runs
+        if debugging():
+            raise
         return [True] * samples
     finally:
         state.restore()
@@ -207,7 +209,7 @@ def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
 def refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     request = Request(model, inputs, floating, jacobian_choice(None))
-    reason = couples_batch(request, decide(request))
+    reason = whole_batch_reason(request, decide(request))
     if reason:
         raise BadValue(
             f"model: {reason}, so a sample's result would depend on the chunk that it is in. Use model.eval(), or "

@@ -217,7 +217,7 @@ class Task:
         """
         which, samples = slice(first, first + inputs[0].shape[0]), self.results.samples
         targets = targets_of(self.settings.targets, which, samples)
-        arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, self.device)
+        arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, inputs)
         outcome = self.method(methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out))
         outcome = self._without_padding(outcome, which)
         keep = self._finite(inputs, first, outcome, bad)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ir.calls import evaluate, rewritten, values_in
 from ...ir.program import Batch, Call, Param
+from ...util.options import debugging
 from .builder import NoForm, ProgramBuilder
 from .gather import constant
 
@@ -72,6 +73,8 @@ def _row(b: ProgramBuilder, call: Call) -> Param | None:
             tensors: dict[Param, Tensor] = {}
             alone, together = (_computed(b, call, n, tensors) for n in (1, _SAMPLES))
     except Exception:  # whatever torch raises for numbers that mean something else here
+        if debugging():
+            raise
         return None
     if not _is_repeated(alone, together):
         return None

@@ -1,9 +1,10 @@
-// A chain's launch: the interface between the launcher, which knows torch, and the kernels, which do not.
+// The launches: the interface between the launchers, which know torch, and the kernels, which do not.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "../records.h"
+#include "../rescale_rule.h"
 
 namespace gradkern::cuda {
 
@@ -36,6 +37,9 @@ struct Args {
   int planned;  // samples that the block has room for
 };
 
+// Loads every kernel on the current device.  Returns the error text, or null.
+const char* load_kernels();
+
 // Lets the kernel use as much shared memory as the current device gives a block.  Returns the error text, or null.
 template <class T>
 const char* prepare_chain(int bytes);
@@ -43,5 +47,13 @@ const char* prepare_chain(int bytes);
 // The error text, or null.
 template <class T>
 const char* launch_chain(const Args<T>& args, int blocks, int threads, size_t shared, void* stream);
+
+// `windows`: results per place of a window, below 2^31.  `pooled`: a max pool's multipliers, else a ReLU's secants. The
+// error text, or null.
+template <class T>
+const char* launch_rescale(const RescaleArgs<T>& args, int64_t windows, bool pooled, void* stream);
+
+// Adds the words' hashes, each mixed with its place from `first` on, to `*total`.  Returns the error text, or null.
+const char* launch_hash(const uint32_t* words, int64_t count, uint64_t first, unsigned long long* total, void* stream);
 
 }  // namespace gradkern::cuda

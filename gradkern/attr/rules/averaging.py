@@ -1,0 +1,304 @@
+"""DeepLift averaged over references: pairs of a sample and a reference, some at a time, summed as they come.
+
+A sample's own forward pass serves all its references, and references that all samples share are run once.  A pair's
+multipliers do not depend on other pairs and the sum has one order, so results do not depend on the memory budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import batching, state
+from ...dispatch.request import jacobian_choice
+from ...dispatch.route import one_call
+from ...dispatch.targets import Seeds
+from ...ir.calls import Params
+from ...ir.program import Program
+from ...util.callables import name_of
+from ...util.chunks import row_blocks
+from ...util.options import InputError, engine
+from ...util.progress import followed
+from .. import captum_compat as compat
+from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
+from ..plug import GradientFunc, captum_seeds
+from ..points import Points
+from ..references import References, check_letters, hypothetical, of_letters, per_sample
+from .linear import attribute as rule_attribute
+from .linear import rule_values, values_needed
+from .rule import Rule, Values
+from .rule_methods import Chunk, RuleMethod, samples_at_a_time
+
+LEAST_PAIRS = 32  # per call of the engine, if they fit in the budget: with fewer the hash of the weights is noticeable
+MakeRule = Callable[[Chunk, Values, Values], Rule]
+#: Multipliers ``[P, S, *in]`` of P pairs, the samples and the references ``[P, *in]``, to contributions.
+Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
+
+
+def times_change(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
+    """``m · (x - reference)``."""
+    return tuple(m * (x - base).unsqueeze(1) for m, x, base in zip(multipliers, rows, start, strict=True))
+
+
+def as_they_are(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
+    return multipliers
+
+
+def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
+    """`gradkern.attr.references.hypothetical` of all seeds."""
+    return tuple(of_letters(m, base.unsqueeze(1), 2) for m, base in zip(multipliers, start, strict=True))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call asks for: contributions of letters, deltas, contributions by the caller's own function."""
+
+    hypothetical: bool = False
+    delta: bool = False
+    custom: Any = None
+
+
+Averages = tuple[Tensors, Tensor | None]  # maps, and the deltas of all pairs
+
+
+def with_delta(found: Averages, as_tuple: bool) -> Any:
+    """The result of ``attribute``: maps, and the delta if there is one."""
+    maps, delta = found
+    result = compat.format_output(as_tuple, maps)
+    return result if delta is None else (result, delta)
+
+
+def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
+    """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
+    start = compat.tensorize_baseline(inputs, tuple(baselines))
+    by_seed = [
+        compat.call_custom_attribution_func(custom, tuple(m[:, s] for m in multipliers), inputs, start)
+        for s in range(multipliers[0].shape[1])
+    ]
+    return tuple(torch.stack(parts, 1) for parts in zip(*by_seed, strict=True))
+
+
+@dataclass
+class Averaging:
+    """One call: the points, the seeds, and the references of each sample."""
+
+    points: Points
+    seeds: Seeds
+    references: References
+    program: Program
+    params: Params
+
+    def __post_init__(self) -> None:
+        self.inputs = tuple(x.detach().contiguous() for x in self.points.base_request.inputs)
+        self.own = len(self.points.inputs)  # the others are more arguments of the model, the same at the reference
+        self.by_reference = engine(self.points.engine) == "reference" or any(map(batching.not_native, self.inputs))
+        self._known: dict[str, tuple[Any, dict[int, Tensor]]] = {}
+
+    def values(self, kind: str, place: Any, rows: Tensors) -> dict[int, Tensor]:
+        """The values of a forward pass at ``rows``, kept until ``kind`` is asked for another ``place``."""
+        if kind not in self._known or self._known[kind][0] != place:
+            self._known.pop(kind, None)
+            if self.by_reference:
+                stored = dict(enumerate(rows))
+            else:
+                # Not the output: torch's sums round less than a kernel's, which shows in the deltas of large ones.
+                stored = rule_values(self.program, self.params, rows, values_needed(self.program, False)).stored
+            self._known[kind] = (place, stored)
+        return self._known[kind][1]
+
+    def pairs(self, a: int, b: int, first: int, last: int) -> tuple[Tensors, Values, Tensors, Values]:
+        """The samples ``a:b`` with their references ``first:last``, and the values at both."""
+        k, own = last - first, self.own
+        alone = tuple(x[a:b] for x in self.inputs)
+        rows = tuple(x.repeat_interleave(k, 0) for x in alone)
+        at = {v: x.repeat_interleave(k, 0) for v, x in self.values("samples", (a, b), alone).items()}
+        chosen = tuple(r[:, first:last] for r in self.drawn(a, b))
+        start = (*(r.reshape(-1, *r.shape[2:]) for r in chosen), *rows[own:])
+        if self.references.shared and len(self.inputs) == own:
+            once = self.values("references", (first, last), tuple(g[first:last] for g in self.references.given))
+            before = {v: x.repeat(b - a, *(1,) * (x.dim() - 1)) for v, x in once.items()}
+        else:
+            before = dict(self.values("references", (a, b, first, last), start))
+        at |= dict(enumerate(rows))
+        before |= dict(enumerate(start))
+        return rows, Values(self.program, self.params, at), start, Values(self.program, self.params, before)
+
+    def drawn(self, a: int, b: int) -> Tensors:
+        """All references of the samples ``a:b``, drawn once."""
+        if self._known.get("drawn", (None,))[0] != (a, b):
+            self._known["drawn"] = ((a, b), dict(enumerate(self.references.of(a, b))))
+        return tuple(self._known["drawn"][1].values())
+
+    def run(
+        self, make: MakeRule, contributions: Contributions, options: Options, wants_delta: bool
+    ) -> tuple[Tensors, Tensor | None, Rule]:
+        """The means ``[N, S, *in]``, the deltas of all pairs ``[N · R, S]`` if requested, and the last rule."""
+        points, seeds, count = self.points, self.seeds, self.references.count
+        n, index, outputs = points.samples, seeds.rows(0, points.samples), self.program.outputs
+        targets = torch.arange(outputs) if index is None else index
+        targets = targets.to(self.inputs[0].device)
+        totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
+        deltas = self.inputs[0].new_empty(n, count, seeds.count) if wants_delta else None
+        rule: Rule | None = None
+        blocks = row_blocks(n, count, self.pairs_at_a_time())
+        pairs = followed(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
+        for a, b, first, last in pairs:
+            k = last - first
+            rows, at, start, before = self.pairs(a, b, first, last)
+            chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
+            chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
+            rule = make(chunk, at, before)
+            found = rule_attribute(rule, rows, chosen, points.wrt, native=not self.by_reference)
+            parts = contributions(found, rows[: self.own], start[: self.own])
+            for total, part in zip(totals, parts, strict=True):
+                by_pair = part.view(b - a, k, *part.shape[1:])
+                for r in range(k):  # one after the other, so that the sum has one order
+                    total[a:b] += by_pair[:, r]
+            if deltas is not None:
+                difference = (at[self.program.output] - before[self.program.output]).flatten(1)
+                parts = times_change(found, rows[: self.own], start[: self.own]) if contributions is letters else parts
+                missed = sum(p.flatten(2).sum(2) for p in parts) - picked(difference, chosen)
+                deltas[a:b, first:last] = missed.view(b - a, k, -1)
+        for total in totals:
+            total /= count
+        assert rule is not None
+        return totals, None if deltas is None else deltas.flatten(0, 1), rule
+
+    def pairs_at_a_time(self) -> int:
+        """So many that their values, slopes, maps and contributions fit in the memory budget."""
+        x = self.inputs[0]
+        return samples_at_a_time(self.program, self.seeds.count, x.dtype, x.device, least=LEAST_PAIRS)
+
+
+class OverReferences(RuleMethod):
+    """DeepLift's calls that average over references."""
+
+    multiplies_by_inputs: bool
+
+    def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rule:
+        raise NotImplementedError
+
+    def _one_reference(self, inputs: Tensors, baselines: Tensors, *fixed: Any) -> Any:
+        """``attribute`` against one reference per sample."""
+        raise NotImplementedError
+
+    def _references(
+        self, baselines: Any, rows: Tensors, n: int, random_state: int | None, letters: bool
+    ) -> References | None:
+        """The references over which this call averages; None if it is a call of Captum's."""
+        if not all(isinstance(x, Tensor) and x.dim() for x in rows):
+            return None  # Captum's own error
+        references = per_sample(baselines, rows, n, random_state)
+        if references is None and letters:
+            start = compat.format_baseline(baselines, rows)
+            compat.validate_input(rows, start)
+            start = compat.tensorize_baseline(rows, start)
+            given = tuple(s.expand_as(x).unsqueeze(1) for s, x in zip(start, rows, strict=True))
+            references = References(rows, 1, given)
+        return references
+
+    def _one_averaged(self, references: References, inputs: Any, target: Any, extra: Any, wanted: Wanted) -> Any:
+        """``attribute`` by references per sample."""
+        if wanted.hypothetical:
+            check_letters(references.inputs, wanted.custom)
+        found = self._one_on_engine(references, target, extra, wanted)
+        found = self._one_by_one(references, target, extra, wanted) if found is None else found
+        return with_delta(found, compat.is_tuple(inputs))
+
+    def _one_on_engine(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages | None:
+        """Averages for Captum's ``target``; None if Captum takes the call, errors included."""
+        if not isinstance(self.gradient_func, GradientFunc):
+            return None
+        points = points_for(self, references.inputs, extra)
+        if points is None or points.captured() is None:
+            return None
+        try:
+            seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
+        except InputError:
+            return None
+        maps, delta = self._mean(points, seeds, references, wanted)
+        rows = references.inputs
+        compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
+        return tuple(m[:, 0] for m in maps), None if delta is None else delta[:, 0]
+
+    def _all_averaged(self, references: References, inputs: Any, targets: Any, extra: Any, wanted: Wanted) -> Any:
+        """``attribute_all`` by references per sample."""
+        if wanted.hypothetical:
+            check_letters(references.inputs, wanted.custom)
+        as_tuple = compat.is_tuple(inputs)
+        with one_call():
+            points = points_for(self, references.inputs, extra)
+            if points is not None and points.captured() is not None:
+                seeds, _ = points.choose(jacobian_choice(targets))
+                maps, delta = self._mean(points, seeds, references, wanted)
+                return answer(maps, as_tuple, seeds, delta)
+
+        def attribute(target: Any) -> Any:
+            return with_delta(self._one_by_one(references, target, extra, wanted), as_tuple)
+
+        return one_by_one(self.forward_func, inputs, extra, targets, attribute, wanted.delta)
+
+    def _mean(self, points: Points, seeds: Seeds, references: References, wanted: Wanted) -> Averages:
+        """The mean over the references on the engine, ``[N, S, *in]``, and the deltas of all pairs, ``[N · R, S]``."""
+        program = points.captured()
+        assert program is not None
+        points.route.check_reached(points.base_request)
+
+        def make(chunk: Chunk, at: Values, before: Values) -> Rule:
+            start = tuple(before[v] for v in range(len(chunk.rows)))
+            return self._rescale(chunk, at, before, start)
+
+        def by_user(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
+            return customised(wanted.custom, multipliers, rows, start)
+
+        contributions = times_change if self.multiplies_by_inputs else as_they_are
+        contributions = by_user if wanted.custom is not None else contributions
+        contributions = letters if wanted.hypothetical else contributions
+        with torch.inference_mode(False), torch.no_grad():
+            averaging = Averaging(points, seeds, references, program, points.route.params())
+            options: Options = {"baselines": points.inputs}
+            maps, delta, rule = averaging.run(make, contributions, options, wanted.delta)
+        self._done(points, rule)
+        if delta is not None and wanted.custom is None and self.multiplies_by_inputs:
+            sizes = sizes_of(maps, 2)  # [N, S]
+            say_if_large(points.fn, sizes.repeat_interleave(references.count, 0).flatten(), delta.flatten())
+        return maps, delta
+
+    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages:
+        """The mean of ``attribute`` over the references, for a model without a Program."""
+        totals, deltas, rows = None, [], references.inputs
+        every = references.of(0, rows[0].shape[0])
+        custom = hypothetical if wanted.hypothetical else wanted.custom
+        for r in range(references.count):
+            start = tuple(g[:, r].contiguous() for g in every)
+            result = self._one_reference(rows, start, target, extra, wanted.delta, custom)
+            maps = result[0] if wanted.delta else result
+            if wanted.delta:
+                deltas.append(result[1])
+            totals = maps if totals is None else tuple(t + m for t, m in zip(totals, maps, strict=True))
+        assert totals is not None
+        mean = tuple(t / references.count for t in totals)
+        return mean, torch.stack(deltas, 1).flatten() if wanted.delta else None
+
+
+LARGE = 0.01  # of the sum of the attributions' sizes
+
+
+def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
+    """Warn, once per model, if attributions do not add up: ``deltas`` are what they miss, ``sizes`` the sums of their
+    absolute values, both one per attribution."""
+    if deltas.shape == sizes.shape and bool((deltas.detach().abs() > LARGE * sizes).any()):
+        state.warn(
+            fn,
+            f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the delta of some "
+            f"samples is more than {LARGE:.0%} of the sum of their sizes.",
+        )
+
+
+def sizes_of(maps: Tensors, axes: int) -> Tensor:
+    """The sums of the absolute values over all but the first ``axes`` axes, and over the inputs."""
+    return torch.stack([m.detach().abs().flatten(axes).sum(axes) for m in maps]).sum(0)

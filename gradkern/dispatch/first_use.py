@@ -1,0 +1,63 @@
+"""When a model is captured: what a capture costs, against what autograd takes for the calls without one.
+
+Nobody knows how many calls will follow.  A first call is expected to be the only one, so the capture has to pay within
+it.  A model that is called again is expected to be called ten times in all, with as many samples and seeds each time.
+After that, what autograd has taken altogether is compared (the ski-rental rule), so that never more than about twice
+the cost of the better way is spent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from ..ir.program import Shape
+
+CALLS = 10  # expected of a model that is called a second time
+FIRST_CAPTURE = 1.0  # seconds, the first in a process (measured: 0.7 … 1.2)
+LATER_CAPTURE = 0.3  # seconds (measured: 0.2 … 0.5)
+OVERHEAD = 5e-3  # seconds; what a shorter pass takes says little about one of more samples
+
+clock = time.perf_counter
+
+_seconds: list[float] = []  # of captures so far
+
+
+@dataclass
+class AutogradWork:
+    """What autograd has done for one model so far, in samples × seeds, and how fast.
+
+    ``rate``: seconds per sample and seed, as seen in the last pass, of ``last`` samples × seeds.  ``other``: seconds
+    that are not counted in samples.  ``output_shape``: of the model, per sample.
+    """
+
+    calls: int = 0
+    done: int = 0
+    rate: float = 0.0
+    last: int = 0
+    other: float = 0.0
+    output_shape: Shape | None = None
+
+    def add(self, work: int, seconds: float) -> None:
+        """Note one pass."""
+        self.done, self.last, self.rate = self.done + work, work, seconds / max(work, 1)
+
+    def capture_pays(self, left: int = 0) -> bool:
+        """Whether a capture costs less than it saves, with ``left`` samples × seeds of this call still to do."""
+        if left > 2 * self.last and self.rate * self.last < OVERHEAD:
+            left = 0
+        calls = max(1, CALLS - self.calls) if self.calls else 1
+        return self.other + self.rate * (self.done + calls * left) >= capture_cost()
+
+
+def capture_cost() -> float:
+    """Seconds that the next capture should take: the median so far, not counting the first in the process."""
+    if not _seconds:
+        return FIRST_CAPTURE
+    later = sorted(_seconds[1:]) or [LATER_CAPTURE]
+    return later[len(later) // 2]
+
+
+def note_capture(seconds: float) -> None:
+    _seconds.append(seconds)
+    del _seconds[1:-8]  # the first stands apart
