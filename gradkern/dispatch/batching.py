@@ -14,11 +14,10 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
-from ..util.memory import out_of_memory
-from ..util.options import Engine, memory_budget, use
+from ..util.options import Engine, use
 from ..util.progress import PARTS, is_drawn
 from .eager import forward
-from .request import JacobianResult, Request, allocate, too_large
+from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
 from .watch import Watch
 
@@ -54,15 +53,7 @@ def run(
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
-            try:
-                y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
-            except (RuntimeError, MemoryError) as error:
-                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
-                    raise
-                asked = (
-                    f", {b - a} samples at a time are within memory_budget={memory_budget()} bytes of work beside it"
-                )
-                raise too_large(sum(j.nbytes for j in results.jacobians), asked) from error
+            y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
             watch.seconds += time.perf_counter() - begin
             if due and a == start:
                 watch.compare(request.fn, request.module, chunk_inputs, y)

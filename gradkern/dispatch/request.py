@@ -165,14 +165,8 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
     shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
     if request.out is None:
-        size = request.gradient_bytes * request.samples * seeds.count
-        forecast(size)
-        try:
-            rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or not memory.out_of_memory(error):
-                raise
-            raise too_large(size) from error
+        forecast(request.gradient_bytes * request.samples * seeds.count)
+        rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
     else:
         outs = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
         if len(outs) != len(shapes):

@@ -6,7 +6,7 @@ import torch
 
 from .untrusted import physical_memory
 
-WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory")
+WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory", "bad_alloc")
 
 
 def out_of_memory(error: BaseException) -> bool:
