@@ -126,6 +126,10 @@ def test_the_engine_that_holds_is_explained() -> None:
 
 def test_the_inputs_that_are_asked_for_are_explained() -> None:
     model, inputs = net("two_inputs")
-    assert str(gradkern.explain(model, inputs, wrt=1, show=False)) == str(gradkern.explain(model, inputs, show=False))
+    sizes = [x[0].numel() for x in inputs]
+    for wrt, tangents in ((0, sizes[0]), (1, sizes[1]), (None, sum(sizes))):  # the direction depends on them
+        plan = gradkern.explain(model, inputs, show=False, **({} if wrt is None else {"wrt": wrt}))
+        assert plan.direction.tangents == tangents
+        assert f" from {tangents} inputs: " in str(plan)
     with pytest.raises(ValueError, match="wrt"):
         gradkern.explain(model, inputs, wrt=2, show=False)
