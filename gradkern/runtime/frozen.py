@@ -21,8 +21,6 @@ from .parameters import Packed, bind, content_of, every, leading, weight_cache
 
 FEW = 1024  # samples whose first results are compared with torch's on a GPU
 
-FEW = 1024  # samples whose first results are compared with torch's on a GPU
-
 
 class WholeChain:
     """The chain that is a whole network, for the seeds ``targets [S]`` of all samples.  It holds no weights.
