@@ -26,7 +26,7 @@ REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-matrix docs wheel fuzz soak bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -57,9 +57,13 @@ fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each t
 soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes 30 --seed 1"
 	$(BIN)/python -m tests.support.soak $(ARGS)
 
+load: $(EXT) ## threads, many calls and models, interrupts, forks, little memory; ARGS="--minutes 5"
+	$(BIN)/python -m tests.support.load $(ARGS)
+
 bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
+	$(BIN)/python -m benchmarks.few_inputs $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 

@@ -6,7 +6,6 @@ Checks the inputs and the model's output.  If the model itself fails because of 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.program import Shape
+from ..util import memory
 from ..util.callables import model_of, unwrapped
 from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, described_result
@@ -206,14 +206,16 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
 
 def forecast(size: int) -> None:
     """Refuse a result that cannot fit in memory, so that the process is not killed."""
-    if size < 1 << 30 or not hasattr(os, "sysconf"):
-        return
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > total:
-        raise MemoryError(
-            f"the result needs {size / 2**30:.1f} GiB, this machine has {total / 2**30:.1f} GiB. Pass out= (a "
-            "np.memmap), take chunks from gradkern.iter_jacobian, or ask for fewer outputs (targets=TopK(k))."
-        )
+    if size >= 1 << 30 and size > memory.allowed():
+        raise too_large(size)
+
+
+def too_large(size: int, work: str = "") -> MemoryError:
+    """The error for a result of so many bytes; ``work`` says what else was asked for."""
+    return MemoryError(
+        f"the result needs {size / 2**30:.2f} GiB{work}, and this process may have {memory.allowed() / 2**30:.2f} GiB. "
+        "Pass out= (a np.memmap), take chunks from gradkern.iter_jacobian, or ask for fewer outputs (targets=TopK(k))."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

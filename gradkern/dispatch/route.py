@@ -21,12 +21,13 @@ from ..runtime.parameters import bind
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import anchor, is_same, name_of
+from ..util.memory import out_of_memory
 from ..util.options import Engine
 from . import batching, eager, guards, state, ways
 from .eager import ModelProfile
 from .first_use import AutogradWork, clock
 from .guards import EagerReason
-from .request import JacobianResult, Request, allocate, check_devices, check_reached, forecast
+from .request import JacobianResult, Request, allocate, check_devices, check_reached, forecast, too_large
 from .state import CacheEntry, CapturedProgram, KnownCall, ModelState, Verdict
 from .watch import OutputsChanged
 
@@ -264,6 +265,12 @@ def solve(request: Request, route: Route) -> JacobianResult:
                 return _by_program(request, route, found, start, results)
             except OutputsChanged:
                 route.refuse(CHANGED)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's says more itself
+                    raise
+                count = request.choose(request.samples, found.program.output_shape).count
+                work = f" beside memory_budget={options.memory_budget()} bytes of work"
+                raise too_large(request.gradient_bytes * request.samples * count, work) from error
         return _on_autograd(request, route, start, results)
     assert results is not None
     return results

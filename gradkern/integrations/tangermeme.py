@@ -39,6 +39,8 @@ __all__ = ["deep_lift_shap", "pisa"]
 EPS = 1e-6  # tangermeme's: where inputs differ by less, the derivative takes the place of the secant
 GROUP = 512  # pairs of a sequence and a reference per call of the engine, which has blocks of its own
 RELATIVE = 0.01  # of the change of the output: a delta above it is warned of
+ROUNDING = 64  # units in the last place of the outputs: a larger delta is none of their rounding
+AGAIN = 4  # pairs per call whose deltas are computed again
 
 
 def deep_lift_shap(
@@ -78,7 +80,7 @@ def deep_lift_shap(
         shape = (X.shape[0], -1, X.shape[1], X.shape[2])
         validate_input(references, "references", shape=shape, ohe=True, allow_N=True, ohe_dim=-2, only_warn=only_warn)
         n_shuffles = references.shape[1]
-    _check_count(n_shuffles)
+    _check_counts(n_shuffles, args, X.shape[0])
     found, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "deep_lift_shap")
@@ -129,7 +131,7 @@ def pisa(
         validate_input(references, "references", shape=shape, ohe=True, allow_N=True, ohe_dim=-2)
         n_shuffles = references.shape[1]
     dtype = _dtype(model, None) if isinstance(X, PackedSequence) else X.dtype
-    _check_count(n_shuffles)
+    _check_counts(n_shuffles, args, X.shape[0])
     found, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "pisa")
@@ -177,33 +179,52 @@ class _Call:
         else:
             maps, delta = method.attribute(self.x, self.refs, target, **options)
             change = (maps * self.x).sum((1, 2))
+        if bool((delta.abs() > self.most).any()):
+            delta = self.checked(delta, target)
         self.say(delta, change, target)
         return maps.detach()
 
     def raw(self, target: int | None) -> Tensor:
         """The multipliers of every pair, ``[N, R, …]`` or (None) ``[N, outputs, R, …]``."""
         n, count = self.refs.shape[:2]
-        pairs, start = self.x.repeat_interleave(count, 0), self.refs.flatten(0, 1)
-        more = None if self.more is None else tuple(m.repeat_interleave(count, 0) for m in self.more)
-        method = DeepLift(self.model, multiply_by_inputs=False, eps=EPS, output=outputs)
-        if target is None:
-            found = method.attribute_all(pairs, start, additional_forward_args=more)
-            change = (found * (pairs - start)[:, None]).sum((2, 3))
-        else:
-            found = method.attribute(pairs, start, target, additional_forward_args=more)
-            change = (found * (pairs - start)).sum((1, 2))
-        self.say(change - self.differences(target), change, target)
+        found, change = self.multipliers(torch.arange(n * count, device=self.x.device), target)
+        y, before = self.ends(target)
+        self.say(change - (y - before), change, target)
         found = found.detach().unflatten(0, (n, count))
         return found if target is not None else found.transpose(1, 2)
 
-    def differences(self, target: int | None) -> Tensor:
-        """The model's own output less that at the reference, for every pair: ``[N · R]``, or ``[N · R, outputs]``."""
+    def multipliers(self, pairs: Tensor, target: int | None) -> tuple[Tensor, Tensor]:
+        """Those of some pairs, numbered from 0 to N · R, and the sums of the contributions they make."""
+        samples = pairs // self.refs.shape[1]
+        x, start = self.x[samples], self.refs.flatten(0, 1)[pairs]
+        more = None if self.more is None else tuple(m[samples] for m in self.more)
+        method = DeepLift(self.model, multiply_by_inputs=False, eps=EPS, output=outputs)
+        if target is None:
+            found = method.attribute_all(x, start, additional_forward_args=more)
+            return found, (found * (x - start)[:, None]).sum((2, 3))
+        found = method.attribute(x, start, target, additional_forward_args=more)
+        return found, (found * (x - start)).sum((1, 2))
+
+    def ends(self, target: int | None) -> tuple[Tensor, Tensor]:
+        """The model's own outputs at the sequence and at the reference of every pair: ``[N · R]``, or (None)
+        ``[N · R, outputs]``."""
         count, more = self.refs.shape[1], self.more or ()
         with torch.no_grad():
-            y = outputs(self.model(self.x, *more))
-            y_ref = outputs(self.model(self.refs.flatten(0, 1), *(m.repeat_interleave(count, 0) for m in more)))
-        difference = y.repeat_interleave(count, 0) - y_ref
-        return difference if target is None else difference[:, target]
+            y = outputs(self.model(self.x, *more)).repeat_interleave(count, 0)
+            before = outputs(self.model(self.refs.flatten(0, 1), *(m.repeat_interleave(count, 0) for m in more)))
+        return (y, before) if target is None else (y[:, target], before[:, target])
+
+    def checked(self, delta: Tensor, target: int | None) -> Tensor:
+        """The deltas, those which may be the rounding of large outputs computed again as tangermeme does, from what
+        the model itself returns: kernels sum in another order, which is no reason for a warning of its own."""
+        y, before = self.ends(target)
+        rounding = ROUNDING * torch.finfo(y.dtype).eps * (y.abs() + before.abs())
+        near = (delta.abs() > self.most) & (delta.abs() <= rounding)
+        delta = delta.clone()
+        for pairs in near.view(near.shape[0], -1).any(1).nonzero()[:, 0].split(AGAIN):
+            _, change = self.multipliers(pairs, target)
+            delta[pairs] = change - (y - before)[pairs]
+        return delta
 
     def say(self, delta: Tensor, change: Tensor, target: int | None) -> None:
         """tangermeme's warnings about convergence deltas; ``change``: the sums of attributions."""
@@ -211,7 +232,7 @@ class _Call:
         if bool((deltas > self.most).any()):
             warnings.warn(f"Convergence deltas too high: {deltas}", RuntimeWarning, stacklevel=4)
         if target is not None and float(deltas.mean()) > RELATIVE / 10 * float(change.abs().mean()):
-            relative = float(deltas.mean() / self.differences(target).abs().mean().clamp_min(1e-12))
+            relative = float(deltas.mean() / torch.sub(*self.ends(target)).abs().mean().clamp_min(1e-12))
             if relative > RELATIVE:
                 warnings.warn(
                     f"Convergence deltas are {relative:.1%} of the output differences: an operation in the model has "
@@ -257,9 +278,12 @@ def _dtype(model: nn.Module, dtype: str | torch.dtype | None) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
-def _check_count(n_shuffles: int) -> None:
+def _check_counts(n_shuffles: int, args: tuple[Tensor, ...] | None, samples: int) -> None:
     if n_shuffles < 1:
         raise RuntimeError(f"n_shuffles: got {n_shuffles}, expected at least one reference per sequence.")
+    for i, arg in enumerate(args or ()):
+        if arg.shape[0] < samples:
+            raise IndexError(f"args[{i}]: got {arg.shape[0]} rows, expected one for each of the {samples} sequences.")
 
 
 def _is_given(references: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -79,3 +80,32 @@ def test_own_rules_run_in_tangermeme_by_name(ours: Any, theirs: Any, x: Tensor) 
         assert torch.equal(ours(net, x, additional_nonlinear_ops={Cube: own}, **options), want)
     torch.testing.assert_close(ours(net, x, additional_nonlinear_ops={Cube: shap._nonlinear}, **options), want)
     torch.testing.assert_close(ours(net, x, **options), want)  # gradkern's rules hold for any operation
+
+
+class Total(nn.Module):
+    def forward(self, x: Tensor, _: Any = None) -> Tensor:
+        return x.sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_argument_of_too_few_rows_is_an_index_error(ours: Any, theirs: Any, rows: int, x: Tensor) -> None:
+    for call in (ours, theirs):
+        with pytest.raises(IndexError):
+            call(Total(), x, args=(torch.zeros(rows, 1),), n_shuffles=2)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_deltas_of_large_sums_are_the_models_own(ours: Any, theirs: Any) -> None:
+    torch.manual_seed(3)  # the engine's own deltas are 1.6 times these
+    model = nn.Sequential(nn.Conv1d(4, 8, 5), nn.ReLU(), Total())
+    x, refs = (nn.functional.one_hot(torch.randint(4, (*s, 100)), 4).mT.float() for s in ((16,), (16, 20)))
+    want = theirs(model, x, references=refs, raw_outputs=True).view_as(refs)
+    with torch.no_grad():
+        change = model(x) - model(refs.flatten(0, 1)).view(16, 20)
+    limit = 1.25 * float(((want * (x[:, None] - refs)).sum((2, 3)) - change).abs().max())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        ours(model, x, references=refs, warning_threshold=limit)
+    with pytest.warns(RuntimeWarning, match="Convergence deltas too high"):
+        ours(model, x[:2], references=refs[:2], warning_threshold=limit * 1e-5)

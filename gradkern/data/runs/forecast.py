@@ -1,4 +1,4 @@
-"""Estimates before the run (chunk, batch, bytes, seconds), and the recognition of out-of-memory errors."""
+"""Estimates before the run (chunk, batch, bytes, seconds)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+from ...util.memory import out_of_memory as out_of_memory
 
 CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
 LARGEST_CHUNK = 16384
@@ -63,16 +65,6 @@ def batch_size(chunk: int, maps: int, keeps: bool, budget: int) -> int:
 
 def _power(n: int) -> int:
     return 1 << (max(n, 1).bit_length() - 1)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this error is a failed allocation."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "failed to allocate", "not enough memory")
-    )
 
 
 def size(count: float) -> str:

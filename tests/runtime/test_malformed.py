@@ -1,0 +1,115 @@
+"""Arguments of any shape, dtype, stride and value reach the compiled ops: an error, or the right result."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gradkern.data import statistics
+from gradkern.runtime import ops
+from tests.support.op_arguments import arguments
+
+ops.extension()  # registers them
+G = torch.ops.gradkern
+ERRORS = (RuntimeError, IndexError, TypeError, NotImplementedError)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.bool]
+SIZES = st.integers(0, 4)
+ANY = st.builds(
+    lambda shape, dtype, turned: _tensor(shape, dtype, turned),
+    st.lists(SIZES, max_size=4), st.sampled_from(DTYPES), st.booleans(),
+)  # fmt: skip
+examples = settings(max_examples=100, deadline=None)
+INTEGERS = st.one_of(st.integers(-3, 8), st.sampled_from([-(2**63), 2**63 - 1, 2**31, -(2**31)]))
+
+
+def _tensor(shape: list[int], dtype: torch.dtype, turned: bool) -> Tensor:
+    x = torch.arange(4**4 if not shape else max(1, torch.Size(shape).numel())).remainder(7).to(dtype)
+    x = x[: torch.Size(shape).numel()].reshape(shape)
+    return x.transpose(0, -1) if turned and len(shape) > 1 else x
+
+
+@functools.cache
+def _once() -> dict[str, Any]:
+    found = arguments()
+    G.chain_vjp(*found.values())
+    return found
+
+
+def fresh() -> dict[str, Any]:
+    """Right arguments, of which every list may be changed."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in _once().items()}
+
+
+@examples
+@given(st.lists(INTEGERS, max_size=4), st.sampled_from([None, 1, 2]))
+def test_targets_out_of_range(values: list[int], rows: int | None) -> None:
+    found = fresh()
+    n, outputs = found["inputs"][0].shape[0], found["outputs"][0].shape[1]
+    targets = torch.tensor(values, dtype=torch.int64)
+    if rows is not None:  # of every sample its own, or of one sample too many
+        targets = targets.expand(n if rows == 1 else n + 1, len(values)).contiguous()
+    wanted, found["targets"] = found["results"], targets
+    found["seed_rows"] = found["seed_rows"][targets.clamp(0, outputs - 1)]
+    found["results"] = [r.new_zeros(n, len(values), *r.shape[2:]) for r in wanted]
+    if rows == 2 or not all(0 <= v < outputs for v in values):
+        with pytest.raises(ERRORS):
+            G.chain_vjp(*found.values())
+        return
+    G.chain_vjp(*found.values())
+    for got, all_of_them in zip(found["results"], wanted, strict=True):
+        torch.testing.assert_close(got, all_of_them[:, values])
+
+
+@examples
+@given(st.sampled_from(["inputs", "targets", "seed_rows", "outputs", "forward", "backward"]), ANY, INTEGERS)
+def test_tensors_of_any_kind(name: str, value: Tensor, tile: int) -> None:
+    found = fresh()
+    found[name] = [value] if isinstance(found[name], list) else value
+    found["seed_tile"] = min(tile, 0)  # an error in any case
+    with pytest.raises(ERRORS):
+        G.chain_vjp(*found.values())
+
+
+@examples
+@given(st.integers(1, 3), st.integers(1, 3), st.lists(INTEGERS, min_size=1, max_size=3), st.integers(1, 4))
+def test_groups_of_statistics(n: int, size: int, groups: list[int], count: int) -> None:
+    maps, into = torch.ones(n, size), torch.zeros(count, size, dtype=torch.float64)
+    of = torch.tensor(groups, dtype=torch.int64)
+    fits = len(groups) == n and all(0 <= g < count for g in groups)
+    if not fits:
+        with pytest.raises(ERRORS):
+            G.accumulate(maps, of, None, None, None, None, into)
+        assert not into.any()
+        return
+    G.accumulate(maps, of, None, None, None, None, into)
+    wanted = torch.zeros_like(into)
+    statistics._accumulate_in_torch(maps, of, None, None, None, None, wanted)
+    assert torch.equal(into, wanted)
+
+
+@examples
+@given(ANY, ANY, ANY, ANY)
+def test_statistics_of_any_tensors(maps: Tensor, total: Tensor, largest: Tensor, group: Tensor) -> None:
+    groups = torch.zeros(maps.shape[0] if maps.dim() else 0, dtype=torch.int64)
+    for given_ in ((total, None, None), (None, largest, None), (None, None, group)):
+        try:
+            G.accumulate(maps, groups, given_[0], None, None, given_[1], given_[2])
+        except ERRORS:
+            continue
+
+
+@examples
+@given(st.lists(st.integers(-1, 5), min_size=9, max_size=11), st.tuples(*[st.integers(1, 5)] * 4), st.booleans())
+def test_pools_of_any_geometry(pool: list[int], shape: tuple[int, int, int, int], relu: bool) -> None:
+    z = torch.randn(shape)
+    try:
+        result = ops.rescale(z, torch.randn(1, *shape[1:]), pool, relu, 1e-10)
+    except ERRORS:
+        return
+    assert result.shape == (pool[0] * pool[1], *shape[:2], pool[8], pool[9])
