@@ -30,7 +30,7 @@ class Ragged(Protocol):
 
     samples: int
 
-    def checked(self, start: int, stop: int) -> Rows: ...
+    def checked(self, start: int, stop: int) -> tuple[Rows, ...]: ...
 
 
 @dataclass(frozen=True)
