@@ -63,6 +63,7 @@ load: $(EXT) ## threads, many calls and models, interrupts, forks, little memory
 bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
+	$(BIN)/python -m benchmarks.few_inputs $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 

@@ -269,7 +269,7 @@ def _explained(request: Request, show: bool) -> Explanation:
 
 def _plan(request: Request, program: Program, params: Params, seeds: Seeds) -> Plan:
     x = request.inputs[request.wrt[0]]
-    plan = executor.plan_for(program, seeds.count, x.dtype, x.device)
+    plan = executor.plan_for(program, seeds.count, x.dtype, x.device, wrt=request.wrt)
     with torch.inference_mode(False), torch.no_grad():
         params = parameters.bind(plan.program, params)
         macs = mac_counter.opaque_macs(plan.program, params, request.pick(2))

@@ -40,6 +40,8 @@ from tests.support.modules import (
     ValueBranch,
     cnn1d,
     cnn1d_strided,
+    decoder,
+    emulator,
     fcn,
     mlp,
     weight_normed,
@@ -209,6 +211,8 @@ def _whole() -> list[Case]:
     return [
         Case("linear_only", lambda: nn.Linear(7, 3), ((7,),)),
         Case("linear_nobias", lambda: chain(nn.Linear(7, 5, bias=False), relu(), nn.Linear(5, 1)), ((7,),)),
+        Case("decoder", decoder, ((4,),)),
+        Case("emulator", emulator, ((3,),)),
         Case("linear_axes", lambda: chain(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), ((3, 4),)),
         Case("bn_linear", lambda: chain(nn.Linear(7, 6), nn.BatchNorm1d(6), relu(), nn.Linear(6, 3)), ((7,),)),
         Case("bn_first", lambda: chain(nn.BatchNorm1d(7), nn.Linear(7, 6), nn.ELU(), nn.Linear(6, 3)), ((7,),)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import singledispatchmethod
 
-from ..ir.program import Channels
+from ..ir.program import Channels, Scale
 from . import records, units
 from .aliasing import Cotangent
 from .buffers import Buffers, extent, interior
@@ -159,6 +159,15 @@ class Emitter:
 
     # ---- ReLU and max pool
 
+    def emit_derivative(self, unit: Unit) -> None:
+        """The bits or slopes of a linear group, at what the function read: it is in the place of the unit's value."""
+        value, size = self.value(unit.out), extent(unit.out)
+        if isinstance(unit, units.Derivative):
+            self.forward.append(self.elementwise(value, value, unit, unit.form))
+        elif isinstance(unit, units.GivenPattern):
+            bits = self.buffers.pattern(unit)
+            self.forward.append(records.Pattern(src=value, dst=value, extent=size, pattern=bits, relu=True))
+
     @emit_forward.register
     def pattern(self, unit: units.Pattern) -> None:
         src, dst, bits = self.value(unit.reads[0]), self.value(unit.out), self.buffers.pattern(unit)
@@ -262,14 +271,16 @@ class Emitter:
         """The place of the derivative."""
         return interior(unit.out, self.buffers.saved_for(unit, unit.out.size))
 
-    @emit_forward.register
-    def function(self, unit: units.Function) -> None:
-        form = unit.form
+    def elementwise(self, src: Place, dst: Place, unit: units.Elementwise, form: Scale) -> records.Elementwise:
         p0, p1, p2 = (*form.params, 0.0, 0.0, 0.0)[:3]
-        record = records.Elementwise(
-            src=self.value(unit.reads[0]), dst=self.value(unit.out), slope=self.slope(unit), extent=extent(unit.out),
+        return records.Elementwise(
+            src=src, dst=dst, slope=self.slope(unit), extent=extent(unit.out),
             function=list(NATIVE_FUNCTIONS).index(form.function), p0=p0, p1=p1, p2=p2,
         )  # fmt: skip
+
+    @emit_forward.register
+    def function(self, unit: units.Function) -> None:
+        record = self.elementwise(self.value(unit.reads[0]), self.value(unit.out), unit, unit.form)
         self.forward.append(record)
 
     @emit_backward.register

@@ -139,8 +139,7 @@ class GraphBuilder:
                 last = isinstance(form.map, ir.Channels) and form.map.axis > 0
                 self.stencil(i, self.in_order(source, last), form, last)
             case ir.Given():
-                out = self.alike_result(i, source)
-                self.add(units.Slope((self.nodes[source],), out, (i,), step.inputs[1], source in self.channels_last))
+                self.given(i, step, form.of)
             case ir.Select() | ir.Scale(function="relu" | "guided_relu" | "open_relu"):
                 self.pattern(i, step)
             case ir.Scale():
@@ -160,6 +159,16 @@ class GraphBuilder:
                 channels_last = any(v in self.channels_last for v in step.inputs)
                 reads = tuple(self.in_order(v, channels_last) for v in step.inputs)
                 self.add(units.Multiply(reads, self.result(i, channels_last), (i,)))
+
+    def given(self, i: int, step: ir.Step, of: ir.Scale | None) -> None:
+        source, slope = step.inputs
+        reads, out, order = (self.nodes[source],), self.alike_result(i, source), source in self.channels_last
+        if of is None:
+            self.add(units.Slope(reads, out, (i,), slope, order))
+        elif of.function == "relu":
+            self.add(units.GivenPattern(reads, out, (i,), pool=None, relu=True, slope=slope, storage_order=order))
+        else:
+            self.add(units.Derivative(reads, out, (i,), slope, order, of))
 
     def stays_channels_last(self, i: int) -> bool:
         """Whether a later step wants this one's result channels-last."""

@@ -129,7 +129,7 @@ class Reaches:
                     mask |= of
             case Reach.Taps:
                 for mask, of, (step, _, *offsets) in zip(dst, src, rule.axes, strict=True):
-                    reached = (of.nonzero() * step + torch.tensor(offsets)).reshape(-1)
+                    reached = (of.nonzero() * step + integer_tensor(offsets)).reshape(-1)
                     mask[reached[(reached >= 0) & (reached < len(mask))]] = True
             case Reach.Ranges:
                 for mask, of, ranges in zip(dst, src, rule.axes, strict=True):
@@ -144,9 +144,14 @@ class Reaches:
                     mask[at] = True
 
 
+def integer_tensor(numbers: list[int]) -> Tensor:
+    """Integers, also if there are none: a tensor of an empty list has torch's default dtype."""
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
 def expanded(runs: list[int]) -> tuple[Tensor, Tensor]:
     """The offsets of all elements that runs move: destinations, sources of the transposed action."""
-    table = torch.tensor(runs).reshape(-1, 5)
+    table = integer_tensor(runs).reshape(-1, 5)
     count = table[:, 2]
     k = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
     first = torch.repeat_interleave(table, count, dim=0)
@@ -266,9 +271,9 @@ class RuleMaker:
         assert record.src.buffer is not None and record.dst.buffer is not None
         src, dst = self.nodes[record.src.buffer], self.nodes[record.dst.buffer]
         s = record.stencil
-        blocks = torch.tensor(self.integers[s.block_table : s.block_table + 7 * s.blocks]).reshape(-1, 7)
-        entries = torch.tensor(self.integers[s.entry_table :: 2])  # offsets, of this and of later tables
-        reads, places = [], []
+        blocks = integer_tensor(self.integers[s.block_table : s.block_table + 7 * s.blocks]).reshape(-1, 7)
+        entries = integer_tensor(self.integers[s.entry_table :: 2])  # offsets, of this and of later tables
+        reads, places = [integer_tensor([])], [integer_tensor([])]
         for first, place, count, read_step, place_step, entry, number in blocks.tolist():
             k = torch.arange(count)
             reads.append((first + k[:, None] * read_step + entries[entry : entry + number]).reshape(-1))

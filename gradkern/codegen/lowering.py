@@ -42,14 +42,16 @@ class Backend:
 
 
 def emit_slopes(e: Emitter) -> None:
-    """Load the given slopes, which are all that a linear group's backward pass needs, where a forward would."""
+    """Load or compute the given slopes, which are all that a linear group's backward pass needs."""
     inputs = list(e.spec.graph.inputs)
     for unit in e.spec.graph.units:
-        if isinstance(unit, units.Slope):
-            dst, shape, out = e.slope(unit), extent(unit.out), unit.out
+        if isinstance(unit, units.Slope | units.GivenPattern):
+            dst = e.slope(unit) if type(unit) is units.Slope else e.value(unit.out)
+            shape, out = extent(unit.out), unit.out
             if unit.storage_order:  # storage order is the tensor's own
                 dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
             e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=shape))
+            e.emit_derivative(unit)
 
 
 def emit_forward(e: Emitter) -> None:

@@ -40,7 +40,7 @@ def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
         return "empty values have no kernel"
     if any(extent and extent[0] > MAX_CHANNELS for extent in extents):
         return f"more than {MAX_CHANNELS} channels"
-    match step.form:
+    match step.form.of if isinstance(step.form, ir.Given) and step.form.of else step.form:
         case ir.Contract(map=ir.Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:
             return "convolution over other than the trailing axes"
         case ir.Contract(map=ir.Positions(axes)) if len(axes) != len(shapes[0]) - 1:

@@ -164,10 +164,25 @@ class Function(Elementwise):
 
 @dataclass(frozen=True, eq=False)
 class Slope(Elementwise):
-    """A derivative that an attribution rule gives."""
+    """A derivative that is given."""
 
     slope: int  # the external value that holds it
     storage_order: bool  # its input is flat in storage order
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative(Slope):
+    """The same, where the external value is what the function ``form`` read."""
+
+    form: Scale
+
+
+@dataclass(frozen=True, eq=False)
+class GivenPattern(Pattern):
+    """The bits of a ReLU that read the external value ``slope``."""
+
+    slope: int = -1
+    storage_order: bool = False  # its input is flat in storage order
 
 
 @dataclass(frozen=True, eq=False)

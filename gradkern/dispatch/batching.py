@@ -75,10 +75,13 @@ def _settle(
     if engine == "reference" or not all(ops.machine(i.device) for i in inputs):
         return params, True, chunk
     floating = {i.dtype for i in inputs if i.is_floating_point()}
-    plan = executor.plan_for(program, results.seeds.count, x.dtype, x.device)
+    plan = executor.plan_for(program, results.seeds.count, x.dtype, x.device, wrt=request.wrt)
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
         return params, True, chunk
+    if plan.forward is not None or plan.parts is not None:
+        each_by_torch = saved * (1 + results.seeds.count)
+        return params, False, stepwise_samples(device, plan.bytes_per_sample + each_by_torch)
     # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)

@@ -44,6 +44,22 @@ def sides(program: ir.Program, i: int) -> int:
     return 2 if program.steps[i].form == ir.Product("matmul") else 1
 
 
+def tangent_macs(program: ir.Program, i: int) -> int:
+    """Multiply-adds of one tangent through step ``i`` in forward mode (:mod:`gradkern.passes.forward_mode`).
+
+    A convolution there visits every position that it reads, whatever its stride, but none of the zeros that an `Index`
+    puts between the elements in front of it (a transposed convolution).
+    """
+    step = program.steps[i]
+    if not (isinstance(step.form, ir.Contract) and isinstance(step.form.map, ir.Windows)):
+        return forward_macs(program, i) * sides(program, i)
+    w, source = step.form.map, step.inputs[0]
+    elements, before = math.prod(program.shape(source)), source - len(program.inputs)
+    if before >= 0 and isinstance(program.steps[before].form, ir.Index) and len(program.consumers[source]) == 1:
+        elements = min(elements, sum(math.prod(program.shape(v)) for v in program.steps[before].inputs))
+    return elements * w.taps * step.shape[0] // w.groups
+
+
 def total_macs(program: ir.Program, i: int, seeds: int, forward: int | None = None) -> int:
     """The forward, and the backward of ``seeds`` seeds, which costs as much as the forward for each seed."""
     return (forward_macs(program, i) if forward is None else forward) * (1 + sides(program, i) * seeds)

@@ -19,7 +19,7 @@ form           what it is                                             layers tha
 `LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
 `Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
 `Index`        the same elements in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
-`Given`        slopes that an attribution rule gives, elementwise     none: attribution rules put it for `Scale`
+`Given`        slopes that are given, elementwise                     none: attribution rules put it for `Scale`
 `View`         the same elements under another shape                   flatten, view, squeeze
 `Sum`          fan-in                                                 residual add
 `Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
@@ -258,8 +258,11 @@ class Index:
 class Given:
     """``y = slope ⊙ x``: the second input holds the slopes and is not differentiated.
 
-    Attribution rules put it in place of `Scale`; no network is lowered to it.
+    With ``of``, it holds what that function read, and the slopes are the function's derivative there.  Attribution
+    rules and forward mode put it in place of `Scale`; no network is lowered to it.
     """
+
+    of: Scale | None = None
 
 
 @dataclass(frozen=True)

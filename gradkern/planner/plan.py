@@ -1,15 +1,15 @@
 """Plan: how each step of a Program runs, as a pure function of the program, the machine and the seeds.
 
-A plan prunes the program, may start seeds at a bottleneck, and cuts the DAG into groups.  A native group is one chain:
-forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run through
-the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains that are
-lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
+A plan prunes the program, chooses the direction of differentiation, and cuts the DAG into groups.  A native group is
+one chain: forward pattern and all-seed backward of a block of samples without leaving the cache.  The other steps run
+through the plain reference, the seeds folded into the batch, or are differentiated by torch.  A plan owns the chains
+that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` prints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -24,9 +24,12 @@ from ..ir.calls import form_params, params_in
 from ..ir.macs import total_macs
 from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
-from ..passes import bottleneck
-from ..passes.bottleneck import Bottleneck
+from ..passes import direction
+from ..passes.direction import Cut, Direction
+from ..passes.forward_mode import Transposed, transposed, values_read
+from ..passes.phases import without_zeros
 from ..passes.prune_positions import pruned
+from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
 from .timing import Timing
@@ -63,6 +66,16 @@ class PlanStep:
         return self.refusals[0] if self.refusals else ""
 
 
+@dataclass(frozen=True)
+class ForwardMode:
+    """The Program whose reverse mode is the forward mode of a network, and the plan of it for all tangents as seeds."""
+
+    transposed: Transposed
+    plan: Plan
+    values: Program  # the network as its forward pass runs
+    read: tuple[int, ...]  # the values of it that are needed, with the numbers that they have in the network
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """How a Program runs for a number of seeds on a machine: groups in execution order, and a row per step.
@@ -80,19 +93,25 @@ class Plan:
     groups: tuple[Group, ...]
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
-    bottleneck: Bottleneck | None = None  # the start of the seeds, if not the outputs
+    direction: Direction | None = None  # None: of a forward pass
     #: Up to the bottleneck, and from there on.  If there are parts, they run, and the groups are only what the table
     #: shows: the steps of the whole network, with their own numbers and modules.
     parts: tuple[Plan, Plan] | None = None
+    forward: ForwardMode | None = None  # runs, and there are no groups
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
     fallback: str | None = None  # why plain torch runs every step with the present tensors
     timing: Timing | None = None  # of the plan and of autograd, if they were compared
 
+    @property
+    def bottleneck(self) -> Cut | None:
+        """Where the seeds start, if not at the outputs."""
+        return None if self.direction is None else self.direction.cut
+
     @cached_property
     def native(self) -> bool:
         """Whether any kernel runs."""
-        return any(g.native for g in self.groups)
+        return any(g.native for g in self.groups) if self.forward is None else self.forward.plan.native
 
     @cached_property
     def single_chain(self) -> bool:
@@ -101,26 +120,38 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors that are packed for kernels."""
+        """The tensors of the Program that are packed for kernels, or that a Program made from it derives them from."""
         if self.parts is not None:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
-        needed = set(graph.steps_to(self.program, self.wanted))
-        native = (i for g in self.groups if g.native for i in g.steps if i in needed)
-        forms = (self.program.steps[i].form for i in native)
-        return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
+        if self.forward is not None:
+            values = self.forward.values
+            of_values = underived(values, contracted(values, range(len(values.steps))))
+            return tuple(dict.fromkeys((*self.forward.plan.live_names, *of_values)))
+        native = {i for g in self.groups if g.native for i in g.steps}
+        return contracted(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
+
+    @cached_property
+    def bytes_per_sample(self) -> int:
+        """The bytes that a call allocates for a sample in addition to the result, if it is not a single chain."""
+        size, outputs = self.dtype.itemsize, self.program.outputs
+
+        def inside(plan: Plan) -> int:
+            return size * plan.program.outputs if plan.single_chain else plan.bytes_per_sample
+
+        if self.forward is not None:
+            inner = self.forward.plan.program  # its inputs are the slopes; the result is stored transposed, too
+            numbers = sum(element_counts(shapes)[0] for shapes in (self.program.shapes, inner.inputs))
+            return size * (numbers + 2 * inner.outputs * outputs) + inside(self.forward.plan)
+        if self.parts is not None and self.bottleneck is not None:
+            features = element_counts(self.program.inputs)[0]
+            factors = self.bottleneck.width * (features + self.seeds) + self.seeds * features
+            return size * factors + max(map(inside, self.parts))
+        return stepwise_bytes(self.original.shapes, self.seeds, size)
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:
-        """The live tensors that determine the packed ones."""
-        calls = {derived.name: derived.call for derived in self.original.derived}
-        names = list(self.packed_names)
-        live: dict[str, None] = {}
-        for name in names:  # it grows
-            if name in calls:
-                names += [p.name for p in params_in(calls[name]) if p.name not in names]
-            else:
-                live[name] = None
-        return tuple(live)
+        """The tensors that the packed ones are derived from, or are: the live ones, of a network as it was given."""
+        return underived(self.original, self.packed_names)
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
         """The chain of a native group, lowered once; see `Chains.get`."""
@@ -153,7 +184,12 @@ class Plan:
 
     @cached_property
     def steps(self) -> tuple[PlanStep, ...]:
-        """The rows, in the order of ``program.steps``."""
+        """The rows, in the order of ``program.steps``; of the Programs that run, if some of it is in forward mode."""
+        running = [self.forward.plan] if self.forward is not None else []
+        if self.parts is not None and any(part.forward or part.parts for part in self.parts):
+            running += self.parts
+        if running:
+            return tuple(row for plan in running for row in replace(plan, fallback=self.fallback).steps)
         program, base = self.program, len(self.program.inputs)
         builders = (GraphBuilder(program, list(g.steps), list(g.live_out)) for g in self.groups if g.native)
         folded = {i for builder in builders for unit in builder.build().units for i in unit.steps[1:]}
@@ -194,8 +230,11 @@ class Plan:
 
     @property
     def _summary(self) -> str:
+        tangents, groups = "", self.groups
+        if self.forward is not None:
+            tangents, groups = f" from {self.forward.transposed.tangents} tangents", self.forward.plan.groups
         return (
-            f"{self.seeds} seeds, {len(self.groups)} group{'s' * (len(self.groups) != 1)}, "
+            f"{self.seeds} seeds{tangents}, {len(groups)} group{'s' * (len(groups) != 1)}, "
             f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
         )
 
@@ -214,8 +253,10 @@ class Plan:
         lines.append(_legend({s.path for s in self.steps}))
         refusals = ((s, reason) for s in self.steps for reason in s.refusals if reason != self.fallback)
         lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
-        if self.bottleneck is not None:
-            lines.append(str(self.bottleneck))
+        if self.direction is not None:
+            lines.append(str(self.direction))
+            parts = zip(("up to", "from"), self.parts or (), strict=False)
+            lines += [f"  {where} there: {part.direction}" for where, part in parts if part.forward or part.parts]
         if self.local_seeds is not None:
             lines.append(
                 f"local seeds: {100 * self.local_seeds.local_share:.0f} % of the multiply-adds backward are left where "
@@ -230,6 +271,25 @@ class Plan:
         if self.timing is not None:
             lines.append(str(self.timing))
         return "\n".join(lines)
+
+
+def contracted(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
+    """The weights and biases of the contractions among ``steps``."""
+    forms = (program.steps[i].form for i in steps)
+    return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
+
+
+def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
+    """The tensors that ``program`` does not derive itself, and that determine the tensors ``names``."""
+    calls = {derived.name: derived.call for derived in program.derived}
+    pending = list(names)
+    found: dict[str, None] = {}
+    for name in pending:  # it grows
+        if name in calls:
+            pending += [p.name for p in params_in(calls[name]) if p.name not in pending]
+        else:
+            found[name] = None
+    return tuple(found)
 
 
 def _shortened(text: str, *, end: bool = False) -> str:
@@ -254,10 +314,13 @@ def plan(
     *,
     machine: Machine | NoKernels,
     wanted: tuple[int, ...] | None = None,
+    wrt: tuple[int, ...] | None = None,
+    reverse: bool = False,
 ) -> Plan:
     """The plan of ``program`` for ``seeds`` seeds per sample on ``machine``.
 
-    ``wanted``: the values that a forward pass computes (then ``seeds`` is 0); by default a Jacobian is planned.
+    ``wanted``: the values that a forward pass computes (then ``seeds`` is 0); by default a Jacobian with respect to the
+    inputs ``wrt`` (by default all) is planned.  ``reverse``: in reverse mode, with the seeds at the outputs.
     """
     original, cast_dtype = program, None
     opaque = any(isinstance(s.form, Opaque) for s in program.steps)  # a call that torch runs may name a dtype
@@ -265,18 +328,28 @@ def plan(
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
         program = pruned(program)
+    chosen = None
+    if wanted is None and not reverse:
+        chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
     choices = [choose_implementation(program, i, dtype, machine) for i in range(len(program.steps))]
     steps = list(range(len(choices))) if wanted is None else graph.steps_to(program, wanted)
     wanted = (program.output,) if wanted is None else wanted
     chains = Chains(program, machine, dtype.itemsize)
+    made = Plan(original, program, machine, dtype, seeds, wanted, (), (), chains, chosen, cast_dtype=cast_dtype)
+    if chosen is not None and chosen.forward:
+        backwards = transposed(
+            program, range(len(program.inputs)) if wrt is None else wrt, computed=not isinstance(machine, Device)
+        )
+        inner = plan(backwards.program, backwards.tangents, dtype, machine=machine, reverse=True)
+        read = tuple(dict.fromkeys((*values_read(program, backwards.slopes), program.output)))
+        return replace(made, forward=ForwardMode(backwards, inner, without_zeros(program, read), read))
     partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
     groups = partition.groups()
     for i, reason in partition.too_large.items():
         choices[i] = choose_implementation(program, i, dtype, machine, reason)
-    narrow, parts = bottleneck.cheapest(program, seeds), None
-    if narrow is not None:
-        before, after = bottleneck.split_at(program, narrow.value)
-        parts = plan(before, narrow.width, dtype, machine=machine), plan(after, seeds, dtype, machine=machine)
-    return Plan(
-        original, program, machine, dtype, seeds, wanted, groups, tuple(choices), chains, narrow, parts, cast_dtype
-    )
+    made = replace(made, groups=groups, choices=tuple(choices))
+    if chosen is None or chosen.cut is None:
+        return made
+    before, after = direction.split_at(program, chosen.cut.value)
+    first = plan(before, chosen.cut.width, dtype, machine=machine, wrt=wrt)
+    return replace(made, parts=(first, plan(after, seeds, dtype, machine=machine)))

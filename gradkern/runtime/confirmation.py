@@ -17,7 +17,7 @@ from ..util import rounding
 from .parameters import PlanWeights, leading
 
 if TYPE_CHECKING:
-    from .executor import CallPlan
+    from .call_plan import CallPlan
 
 SAMPLES = 8  # that are compared, spread over the batch
 MOVED = 2048  # samples of the second comparison

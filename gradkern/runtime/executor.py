@@ -8,127 +8,23 @@ which the seeds start, runs once for both passes, so a network that is one chain
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..codegen.chain import Chain
-from ..codegen.machine import Device, NoKernels, TooLarge
-from ..ir import graph
+from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program
-from ..planner.plan import Plan, plan
+from ..planner.plan import ForwardMode
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
-from ..util.memo import Memo
-from ..util.options import GradkernWarning
-from . import ops, reference
+from . import forward_mode, reference
+from .call_plan import CallPlan, call_plan_for, plan_for
 from .confirmation import confirm
-from .parameters import KernelsUnavailable, Packed, PlanWeights, every, leading
+from .execution import Execution, warn_once
+from .parameters import Derivable, KernelsUnavailable, PlanWeights, every, leading
 
-CPU = torch.device("cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Plans, specialized for the inputs that a call differentiates
-
-
-_plans: Memo[Plan] = Memo(256)
-_call_plans: Memo[CallPlan] = Memo(256)
-
-
-def plan_for(
-    program: Program,
-    seeds: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    wanted: tuple[int, ...] | None = None,
-) -> Plan:
-    """The plan for this machine, remembered."""
-    machine = ops.machine(device)
-    key = (program.key, seeds, dtype, machine, wanted)
-    return _plans.get_or_make(key, lambda: plan(program, seeds, dtype, machine=machine, wanted=wanted))
-
-
-def call_plan_for(
-    program: Program, seeds: int, like: Tensor, wrt: tuple[int, ...], wanted: tuple[int, ...] | None = None
-) -> CallPlan:
-    """The plan for the dtype and device of ``like``, specialized for the inputs ``wrt``, remembered."""
-    key = (program.key, seeds, like.dtype, ops.machine(like.device), wrt, wanted)
-    return _call_plans.get_or_make(
-        key, lambda: CallPlan(plan_for(program, seeds, like.dtype, like.device, wanted), wrt)
-    )
-
-
-@dataclass(frozen=True)
-class CallGroup:
-    """A group, and the facts about it that calls need."""
-
-    number: int
-    native: bool
-    steps: tuple[int, ...]
-    live_out: tuple[int, ...]
-    wrt: tuple[int, ...]  # the values that it sends cotangents to
-    alone: frozenset[int]  # inputs of the network that no other group reads
-
-
-class CallPlan:
-    """A plan specialized for the inputs ``wrt``: everything that does not depend on tensors is computed once."""
-
-    def __init__(self, plan: Plan, wrt: tuple[int, ...]) -> None:
-        program = plan.program
-        self.plan, self.program, self.wrt = plan, program, wrt
-        self.native, self.linear = plan.native, bool(program.slopes)
-        self.outputs, self.shapes = program.outputs, program.shapes
-        self.needed = graph.descendants(program, wrt)  # the values whose cotangents are needed
-        self.groups = tuple(self._group(k) for k in range(len(plan.groups)))
-        last = self.groups[-1] if self.groups else None
-        #: Whether seeds enter the last group as targets, so that no one-hot tensor is made.
-        self.targets_enter = bool(
-            last and last.native and last.wrt and last.live_out == (program.output,) and plan.seeds
-        )
-        self.parts: tuple[CallPlan, CallPlan] | None = None
-        if plan.parts is not None:
-            self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
-        self._chains: dict[tuple[int, bool, bool], Chain] = {}
-        #: Whether results of these kernels have been compared with torch's own, which a GPU's have to be once.
-        self.confirmed = not isinstance(plan.machine, Device)
-
-    def _group(self, k: int) -> CallGroup:
-        group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
-        wrt = tuple(v for v in group.live_in if v in self.needed)
-        alone = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
-        return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
-
-    @cached_property
-    def folded(self) -> CallPlan:
-        """The same without kernels of gradkern's own."""
-        own = self.plan
-        wanted = None if own.seeds else own.wanted
-        return CallPlan(plan(own.original, own.seeds, own.dtype, machine=NoKernels(), wanted=wanted), self.wrt)
-
-    def chain(self, group: CallGroup, *, backward: bool, onehot: bool = False) -> Chain:
-        """The group's chain, for the forward pass alone or with the backward pass.  Raises `TooLarge`."""
-        key = (group.number, backward, onehot)
-        chain = self._chains.get(key)
-        if chain is None:
-            seeds, wrt = (self.plan.seeds, group.wrt) if backward else (0, ())
-            chain = self._chains.setdefault(key, self.plan.chain(group.number, seeds, wrt, onehot))
-        return chain
-
-    def backward_chains(self) -> Iterator[Chain]:
-        """The chains that a Jacobian takes."""
-        if self.parts is not None:
-            for part in self.parts:
-                yield from part.backward_chains()
-            return
-        for group in self.groups:
-            if group.native and group.wrt and self.plan.seeds:
-                yield self.chain(group, backward=True, onehot=self.targets_enter and group is self.groups[-1])
+__all__ = ["fallback_reason", "forward_values", "jacobian", "plan_for", "transpose"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,12 +73,12 @@ def transpose(
     Seeds are one-hot at ``targets``, or dense if ``cotangent [N, S, *out]`` is given.  Fills ``out`` as `jacobian`
     does; raises `KernelsUnavailable` if the weights are not finite or of another dtype.
     """
-    call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt)
+    call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt, reverse=True)
     weights = PlanWeights(call_plan.plan, params, values[0])
     try:
         Execution(call_plan, weights, values, targets.contiguous(), out).run(cotangent)
     except (KernelsUnavailable, TooLarge) as error:
-        _warn_once(program, error)
+        warn_once(program, error)
         raise KernelsUnavailable(str(error)) from error
 
 
@@ -197,17 +93,23 @@ def forward_values(
     if not call_plan.native or call_plan.plan.cast_dtype is not None or not like.shape[0]:
         return {}
 
+    try:
+        return _wanted_values(call_plan, PlanWeights(call_plan.plan, params, like), inputs)
+    except (KernelsUnavailable, TooLarge) as error:
+        warn_once(program, error)
+        return {}
+
+
+def _wanted_values(call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The values that a plan of a forward pass computes."""
+    wanted = call_plan.plan.wanted
+
     def run(call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
         execution = Execution(call_plan, weights, inputs, None, ())
         execution.forward(call_plan.groups)
         return [execution.values[v] for v in wanted]
 
-    weights = PlanWeights(call_plan.plan, params, like)
-    try:
-        values = run(call_plan, weights, inputs)
-    except (KernelsUnavailable, TooLarge) as error:
-        _warn_once(program, error)
-        return {}
+    values = run(call_plan, weights, inputs)
     if not call_plan.confirmed:
         confirm(call_plan, weights, inputs, values, run)
     return dict(zip(wanted, values, strict=True))
@@ -220,30 +122,27 @@ def fallback_reason(
     call_plan, like = call_plan_for(program, seeds, leading(inputs), tuple(wrt)), leading(inputs)
     if call_plan.plan.cast_dtype is not None:
         params, like = {name: _as_float32(p) for name, p in params.items()}, _as_float32(like)
-    weights = PlanWeights(call_plan.plan, params, like)
     try:
-        for chain in call_plan.backward_chains():
-            weights.packed(chain)
+        _pack(call_plan, PlanWeights(call_plan.plan, params, like))
     except (KernelsUnavailable, TooLarge) as error:
         return str(error)
     return None
 
 
-_warned: Memo[bool] = Memo(256)
+def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
+    """Pack the weights of all chains that a Jacobian takes."""
+    for part in call_plan.parts or ():
+        _pack(part, weights)
+    if call_plan.transposed is not None:
+        assert call_plan.plan.forward is not None
+        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward, weights))
+    elif call_plan.parts is None:
+        for chain in call_plan.backward_chains():
+            weights.packed(chain)
 
 
-def _warn_once(program: Program, error: Exception) -> None:
-    """Say that plain torch takes the place of the planned kernels, once per network and reason."""
-    key = (program.key, str(error))
-    if _warned.get(key) is None:
-        _warned.put(key, True)
-        warnings.warn(
-            f"gradkern's kernels cannot run a network of {len(program.steps)} steps with outputs of shape "
-            f"{list(program.output_shape)}: {error}. Plain torch runs it step by step instead: the results are the "
-            "same, but it takes longer.",
-            GradkernWarning,
-            stacklevel=2,
-        )
+def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
+    return weights.of_plan(forward.plan, Derivable(forward.transposed.program, weights.params))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,11 +155,17 @@ def _fill(
     n = inputs[0].shape[0]
     if call_plan.parts is not None and n:
         return _through_bottleneck(call_plan.parts, weights, inputs, targets, out)
+    if call_plan.transposed is not None and n:
+        try:
+            return _forward_mode(call_plan, call_plan.transposed, weights, inputs, targets, out)
+        except (KernelsUnavailable, TooLarge) as error:
+            warn_once(call_plan.program, error)
+            return _by_reference(call_plan, weights.params, inputs, targets, out)
     if n and call_plan.plan.seeds and call_plan.native:
         try:
             return Execution(call_plan, weights, inputs, targets, out).run()
         except (KernelsUnavailable, TooLarge) as error:
-            _warn_once(call_plan.program, error)
+            warn_once(call_plan.program, error)
     # With weights that are not finite, positions that are not needed send NaN back, as in torch, so all are kept.
     return _by_reference(call_plan, weights.params, inputs, targets, out)
 
@@ -308,6 +213,56 @@ def _through_bottleneck(
     return torch.cat(outputs)
 
 
+def _forward_mode(
+    call_plan: CallPlan,
+    transposed: CallPlan,
+    weights: PlanWeights,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    out: Sequence[Tensor],
+) -> Tensor:
+    """All tangents through the network: a forward pass, the slopes at its values, and the chains of the transpose."""
+    forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
+    assert forward is not None
+    values = _values(forward, weights, inputs)
+    slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
+    seed = like.new_zeros(n, *program.output_shape)  # its value is of no account
+    rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
+    tangents = every(forward.transposed.tangents, like.device)
+    execution = Execution(transposed, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
+    execution.run()
+    columns = rows.view(*rows.shape[:2], program.outputs).transpose(1, 2)  # [N, C, D]
+    if targets.dim() == 2:
+        columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
+    elif targets is not every(program.outputs, targets.device):
+        columns = columns[:, targets]
+    for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
+        o.copy_(part.reshape(o.shape))
+    # Where a derivative is not finite, 0 · Inf is NaN in other places than in reverse mode, which torch takes.
+    finite = rows.flatten(1).sum(1).isfinite()
+    if not bool(finite.all()):
+        _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
+    return values[program.output]
+
+
+def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The values that forward mode reads, ``[N, *shape]`` each."""
+    program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
+    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), Derivable(program, weights.params)
+    return dict(enumerate(inputs)) | _wanted_values(call_plan, weights.of_plan(call_plan.plan, params), inputs)
+
+
+def _refill(
+    call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor], rows: Tensor
+) -> None:
+    """The samples ``rows`` of a Jacobian once more, by the plain reference."""
+    again = [o.new_empty(len(rows), *o.shape[1:]) for o in out]
+    chosen = targets[rows] if targets.dim() == 2 else targets
+    _by_reference(call_plan, params, [x[rows] for x in inputs], chosen, again)
+    for o, a in zip(out, again, strict=True):
+        o[rows] = a
+
+
 def _by_reference(
     call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
@@ -320,182 +275,3 @@ def _by_reference(
         chunk_inputs, rows = [t[a:b] for t in inputs], [o[a:b] for o in out]
         outputs.append(reference.jacobian(program, params, chunk_inputs, chunk_targets, call_plan.wrt, out=rows)[0])
     return torch.cat(outputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Group by group
-
-
-def run_chain(
-    packed: Packed,
-    inputs: list[Tensor],
-    targets: Tensor | None,
-    rows: Tensor | None,
-    cotangents: list[Tensor],
-    results: list[Tensor],
-) -> list[Tensor]:
-    """One chain, forward and backward: fills ``results``, returns the outputs."""
-    c, records = packed.chain, (packed.weights, packed.tables, packed.forward, packed.backward)
-    return ops.chain_vjp(inputs, *records, c.sizes, c.output_sizes, targets, rows, cotangents, c.seed_tile, results)
-
-
-class Execution:
-    """Forward and backward over the groups of a plan, for one chunk of samples."""
-
-    def __init__(
-        self,
-        call_plan: CallPlan,
-        weights: PlanWeights,
-        inputs: Sequence[Tensor],
-        targets: Tensor | None,
-        out: Sequence[Tensor],
-    ) -> None:
-        self.call_plan, self.program, self.weights, self.targets, self.out = (
-            call_plan,
-            call_plan.program,
-            weights,
-            targets,
-            out,
-        )
-        self.base, self.n, self.seeds, self.like = len(inputs), inputs[0].shape[0], call_plan.plan.seeds, weights.like
-        self.values: dict[int, Tensor] = dict(enumerate(inputs))
-        self.cotangents: dict[int, Tensor] = {}
-
-    def run(self, cotangent: Tensor | None = None) -> Tensor:
-        """Fill ``out`` and return the output.  ``cotangent [N, S, *out]``: seeds that replace the one-hot targets."""
-        output = self._run(cotangent)
-        if not self.call_plan.confirmed:
-            self._confirm(output, cotangent)
-        return output
-
-    def _confirm(self, output: Tensor, cotangent: Tensor | None) -> None:
-        """Compare what has been filled with torch's own results; targets and cotangents are rows like the inputs."""
-        inputs, targets = [self.values[v] for v in range(self.base)], self.targets
-        rows = [] if targets is None else [targets.expand(self.n, -1)]
-        rows += [] if cotangent is None else [cotangent]
-
-        def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> list[Tensor]:
-            targets = None if self.targets is None else given[self.base].contiguous()
-            out = [weights.like.new_empty(len(given[0]), *o.shape[1:]) for o in self.out]
-            execution = Execution(call_plan, weights, given[: self.base], targets, out)
-            y = execution.run(None if cotangent is None else given[-1])
-            return out if call_plan.linear else [y, *out]
-
-        got = self.out if self.call_plan.linear else (output, *self.out)
-        confirm(self.call_plan, self.weights, [*inputs, *rows], got, run)
-
-    def _run(self, cotangent: Tensor | None) -> Tensor:
-        call_plan, output = self.call_plan, self.program.output
-        targets_enter = call_plan.targets_enter and cotangent is None
-        if not call_plan.linear:
-            self.forward(call_plan.groups[:-1] if targets_enter else call_plan.groups)
-        if cotangent is not None:
-            self.cotangents[output] = cotangent.view(self.n, self.seeds, *call_plan.shapes[output])
-        elif not targets_enter:
-            self.cotangents[output] = reference.one_hot(self.program, self.values.get(output, self.like), self.targets)
-        for group in reversed(call_plan.groups):
-            if not group.native:
-                self.backward_reference(group)
-            elif group.wrt:
-                self.backward_native(group, targets_enter and group is call_plan.groups[-1])
-        for w, o in zip(call_plan.wrt, self.out, strict=True):
-            arrived = self.cotangents.get(w)
-            if arrived is None:
-                o.zero_()  # the output does not depend on this input
-            elif arrived is not o:
-                o.copy_(arrived)
-        return self.values.get(output, self.like)
-
-    def forward(self, groups: Sequence[CallGroup]) -> None:
-        for group in groups:
-            self.forward_native(group) if group.native else self.forward_reference(group)
-
-    def add(self, value: int, cotangent: Tensor) -> None:
-        """``cotangent``: [N, S, *shape]."""
-        sum_so_far = self.cotangents.get(value)
-        self.cotangents[value] = cotangent if sum_so_far is None else sum_so_far + cotangent
-
-    # ---- native groups
-
-    def forward_native(self, group: CallGroup) -> None:
-        chain = self.call_plan.chain(group, backward=False)
-        packed = self.weights.packed(chain)
-        records = packed.weights, packed.tables, packed.forward
-        self.store_outputs(group, ops.chain_forward(self.reads(chain), *records, chain.sizes, chain.output_sizes))
-
-    def store_outputs(self, group: CallGroup, results: list[Tensor]) -> None:
-        for v, y in zip(group.live_out, results, strict=True):
-            self.values[v] = y.view(self.n, *self.call_plan.shapes[v])
-
-    def backward_native(self, group: CallGroup, targets_enter: bool) -> None:
-        if not targets_enter and not any(v in self.cotangents for v in group.live_out):
-            return
-        try:
-            chain = self.call_plan.chain(group, backward=True, onehot=targets_enter)
-        except TooLarge as error:  # the plan was made for one-hot seeds, and dense ones may need more room
-            if not self.call_plan.linear or targets_enter:
-                raise
-            _warn_once(self.program, error)
-            return self.backward_reference(group)
-        packed, ins = self.weights.packed(chain), self.reads(chain)
-        results = [self.result(group, v) for v in chain.wrt]
-        if targets_enter:
-            assert self.targets is not None
-            outputs = run_chain(
-                packed, ins, self.targets, packed.seed_rows(self.targets, self.call_plan.outputs), [], results
-            )
-            if not self.call_plan.linear:
-                self.store_outputs(group, outputs)
-        else:
-            run_chain(packed, ins, None, None, [self.dense(v) for v in group.live_out], results)
-        for v, r in zip(chain.wrt, results, strict=True):
-            self.add(v, r)
-
-    def reads(self, chain: Chain) -> list[Tensor]:
-        """The contiguous tensors that a chain reads."""
-        if self.call_plan.linear:  # only the slopes are read
-            return [self.values.get(v, self.like).contiguous() for v in chain.inputs] or [self.like.contiguous()]
-        for v in chain.inputs:
-            if (dtype := self.values[v].dtype) != self.like.dtype:
-                raise KernelsUnavailable(f"value v{v} is {dtype}, and the inputs are {self.like.dtype}")
-        return [self.values[v].contiguous() for v in chain.inputs]
-
-    def result(self, group: CallGroup, value: int) -> Tensor:
-        """Where a kernel writes a cotangent: into the caller's tensor if possible, else into a temporary."""
-        if value in group.alone and value not in self.cotangents:
-            o = self.out[self.call_plan.wrt.index(value)]
-            if o.is_contiguous() and o.dtype == self.like.dtype and o.device == self.like.device:
-                return o
-        return self.like.new_empty(self.n, self.seeds, *self.call_plan.shapes[value])
-
-    def dense(self, value: int) -> Tensor:
-        """The cotangent of a value that leaves a group, ``[N, S, size]``; zeros if nothing reads it."""
-        arrived, shape = self.cotangents.pop(value, None), (self.n, self.seeds, math.prod(self.call_plan.shapes[value]))
-        return self.like.new_zeros(shape) if arrived is None else arrived.reshape(shape).contiguous()
-
-    # ---- the other groups
-
-    def forward_reference(self, group: CallGroup) -> None:
-        for i in group.steps:
-            args = [self.values[v] for v in self.program.steps[i].inputs]
-            self.values[self.base + i] = reference.forward_step(self.program, i, args, self.weights.params)
-
-    def backward_reference(self, group: CallGroup) -> None:
-        for i in reversed(group.steps):
-            inputs = self.program.steps[i].inputs
-            g = self.cotangents.pop(self.base + i, None)
-            if g is None or not any(v in self.call_plan.needed for v in inputs):
-                continue
-            args, out = [self.value(v) for v in inputs], self.value(self.base + i)
-            parts = reference.vjp_step(self.program, i, args, out, g, self.weights.params)
-            for v, part in zip(inputs, parts, strict=True):
-                if v in self.call_plan.needed:
-                    self.add(v, part)
-
-    def value(self, v: int) -> Tensor:
-        """A value that a step's VJP may read; of a linear Program's values, only slopes need more than the shape."""
-        value = self.values.get(v)
-        if value is None:
-            assert self.call_plan.linear
-            value = self.like.new_empty(1).expand(self.n, *self.call_plan.shapes[v])
-        return value

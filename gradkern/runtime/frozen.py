@@ -16,10 +16,10 @@ from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
 from ..util.options import memory_budget
 from . import ops
-from .executor import CallPlan, call_plan_for, jacobian, run_chain
+from .call_plan import CallPlan, call_plan_for
+from .execution import run_chain
+from .executor import jacobian
 from .parameters import Packed, bind, content_of, every, leading, weight_cache
-
-FEW = 1024  # samples whose first results are compared with torch's on a GPU
 
 FEW = 1024  # samples whose first results are compared with torch's on a GPU
 

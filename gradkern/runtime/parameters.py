@@ -7,9 +7,10 @@ weights are kept by a hash of the bytes that they were made from.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -88,6 +89,29 @@ def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
 def leading(inputs: Sequence[Tensor]) -> Tensor:
     """The first floating input: a call computes in its dtype and on its device."""
     return next((t for t in inputs if t.is_floating_point()), inputs[0])
+
+
+class Derivable(Mapping[str, Tensor]):
+    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
+    are."""
+
+    def __init__(self, program: Program, params: Params) -> None:
+        self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        call = self.derived.get(name)
+        if call is None:
+            return self.params[name]
+        if name not in self.made:
+            with torch.no_grad():
+                self.made[name] = evaluate(call, lambda leaf: self[leaf.name])
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.params, *self.derived))
+
+    def __len__(self) -> int:
+        return len(self.params) + len(self.derived)
 
 
 def all_finite(params: Params) -> bool:
@@ -242,9 +266,19 @@ class PlanWeights:
         self.params, self.like = params, like
         dtypes = [params[name].dtype for name in plan.packed_names]
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
-        self.entry = weight_cache.entry(
-            plan, content_of([params[name] for name in plan.live_names]) if self.mixed is None else None, like
-        )
+        # Derived tensors too: nothing says that those given are what the live ones would give now.  With them, a key
+        # is never that of the live tensors alone, by which `WholeChain` looks for packs that it derives itself.
+        self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
+        self.content = None if self.mixed else content_of([params[name] for name in self.names])
+        self.entry = weight_cache.entry(plan, self.content, like)
+
+    def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
+        """The packed weights of another plan, whose ``params`` are the same or derived from them."""
+        other = copy.copy(self)
+        # Another plan's weights may come to the same plan, such as a forward pass, and have these bytes by other names.
+        other.content = None if self.content is None else hash((self.names, self.content))
+        other.params, other.entry = params, weight_cache.entry(plan, other.content, self.like)
+        return other
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed is not None:

@@ -48,7 +48,7 @@ def forward_step(program: ir.Program, i: int, args: Sequence[Tensor], params: Pa
     if isinstance(form, ir.Index):
         return indexing.apply(form, args, step.shape)
     if isinstance(form, ir.Given):
-        return x * args[1]
+        return x * _given(form, args[1])
     if isinstance(form, ir.View):
         return x.reshape(x.shape[0], *step.shape)
     if isinstance(form, ir.Sum):
@@ -177,10 +177,7 @@ def vjp_step(
             g = g.clamp(min=0)
         if form.function == "relu":  # one call in place of three; like torch, it passes the cotangent of a NaN
             return (torch.ops.aten.threshold_backward(g, out.unsqueeze(1), 0),)
-        slope = FUNCTIONS[form.function].df(x, out, *form.params).unsqueeze(1)  # [N, 1, *in]
-        if slope.dtype == torch.bool:
-            return (torch.where(slope, g, 0.0),)
-        return (g * slope.to(g.dtype),)
+        return (_times_slope(g, FUNCTIONS[form.function].df(x, out, *form.params)),)
     if isinstance(form, ir.Select):
         return (_amax_back(x, out, g) if form.ties == "split" else _max_pool_back(form.windows, x, out, g),)
     if isinstance(form, ir.LowRank):
@@ -190,7 +187,7 @@ def vjp_step(
     if isinstance(form, ir.Index):
         return indexing.transpose(form, [tuple(a.shape[1:]) for a in args], g)
     if isinstance(form, ir.Given):
-        return g * args[1].unsqueeze(1), g.new_zeros(()).expand_as(g)
+        return _times_slope(g, _given(form, args[1])), g.new_zeros(()).expand_as(g)
     if isinstance(form, ir.View):
         return (g.reshape(*g.shape[:2], *x.shape[1:]),)
     if isinstance(form, ir.Sum):
@@ -198,6 +195,22 @@ def vjp_step(
     if isinstance(form, ir.Opaque):
         return _opaque_back(form.call, program.steps[i].inputs, args, out, g, params)
     raise TypeError(f"step {i} has the form {type(form).__name__}, which the reference does not know")
+
+
+def _given(form: ir.Given, x: Tensor) -> Tensor:
+    """The slopes, from the second input."""
+    if form.of is None:
+        return x
+    function, params = FUNCTIONS[form.of.function], form.of.params
+    return function.df(x, function.f(x, *params), *params)
+
+
+def _times_slope(g: Tensor, slope: Tensor) -> Tensor:
+    """``g [N, S, *shape]`` times ``slope [N, *shape]``, which may be a mask."""
+    slope = slope.unsqueeze(1)
+    if slope.dtype == torch.bool:
+        return torch.where(slope, g, 0.0)
+    return g * slope.to(g.dtype)
 
 
 def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> Tensor:
@@ -251,19 +264,23 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
 
 def _amax_back(x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Equal maxima share the cotangent: ``g [N, S, C, 1…] -> [N, S, C, *spatial]``."""
-    maxima = (x == out).to(g.dtype)  # [N, C, *spatial]
-    share = maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
-    return share.unsqueeze(1) * g
+    return shares(x, out).to(g.dtype).unsqueeze(1) * g
+
+
+def shares(x: Tensor, out: Tensor) -> Tensor:
+    """The share of each position of ``x [N, C, *spatial]`` in the cotangent of its maximum ``out [N, C, 1…]``."""
+    maxima = (x == out).to(x.dtype)
+    return maxima / maxima.sum(tuple(range(2, x.dim())), keepdim=True)
 
 
 def _low_rank(form: ir.LowRank, x: Tensor) -> Tensor:
     dim = form.axis + 1
     if form.function == "normalize":
-        return (x - x.mean(dim, keepdim=True)) * _inverse_deviation(form, x)
+        return (x - x.mean(dim, keepdim=True)) * inverse_deviation(form, x)
     return getattr(torch, form.function)(x, dim=dim)
 
 
-def _inverse_deviation(form: ir.LowRank, x: Tensor) -> Tensor:
+def inverse_deviation(form: ir.LowRank, x: Tensor) -> Tensor:
     return (x.var(form.axis + 1, unbiased=False, keepdim=True) + form.params[0]).rsqrt()
 
 
@@ -274,7 +291,7 @@ def _low_rank_back(form: ir.LowRank, x: Tensor, out: Tensor, g: Tensor) -> Tenso
     if form.function == "log_softmax":
         return g - y.exp() * g.sum(dim, keepdim=True)
     centred = g - g.mean(dim, keepdim=True) - y * (g * y).mean(dim, keepdim=True)
-    return centred * _inverse_deviation(form, x).unsqueeze(1)
+    return centred * inverse_deviation(form, x).unsqueeze(1)
 
 
 def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 
 def leaves(plan: Plan) -> Iterator[Plan]:
-    """The plans that run: those on either side of a bottleneck in place of the whole."""
-    if plan.parts is None:
+    """The plans that run: those on either side of a bottleneck, or of forward mode, in place of the whole."""
+    if plan.forward is not None:
+        yield plan.forward.plan
+    elif plan.parts is None:
         yield plan
     for part in plan.parts or ():
         yield from leaves(part)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +17,7 @@ from gradkern.ir.program import (
     Call,
     Contract,
     Dense,
+    Derived,
     Opaque,
     Param,
     Positions,
@@ -25,7 +28,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from gradkern.runtime import executor, frozen, parameters, reference
+from gradkern.runtime import call_plan, executor, frozen, parameters, reference
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
@@ -34,21 +37,54 @@ from tests.support.case_runs import EXACT, exact, parts, run, worst
 from tests.support.programs import dense
 
 
-def test_packed_weights_follow_every_edit():
-    _, inputs, program, params = parts("bn_after_conv", 3)
-    params = {k: v.clone() for k, v in params.items()}
+@pytest.mark.parametrize("name", ["bn_after_conv", "decoder"])  # in reverse mode, and in forward mode
+def test_packed_weights_follow_every_edit(name):
+    _, inputs, program, params = parts(name, 3)
+    assert (executor.plan_for(program, program.outputs, torch.float64).forward is not None) == (name == "decoder")
+    params = {k: v.clone(memory_format=torch.contiguous_format) for k, v in params.items()}
     for name in list(params):
         with torch.no_grad():
             params[name].view(-1)[-1] += 0.5  # in place: no identity, no version tells
         _, jacobians = run(program, params, inputs)
         want = reference.jacobian(program, params, inputs)[1]
         assert worst(jacobians, want) <= EXACT
+
+
+def test_packed_weights_of_a_content_are_for_its_names():
     a, b = torch.randn(2, 4, 4, dtype=torch.float64)
     swapped = Program(((4,),), (dense(4, 4, 0, "a"), Step(Scale("relu"), (1,), (4,)), dense(4, 4, 2, "b")), 3)
     x = (torch.randn(3, 4, dtype=torch.float64),)
     for first, second in ((a, b), (b, a), (a, a)):
         both = {"a4x4": first, "b4x4": second}
         assert worst(run(swapped, both, x)[1], reference.jacobian(swapped, both, x)[1]) <= EXACT
+
+
+def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh_plans):
+    """`WholeChain` knows the live tensors only: here those of one model are what another derives from its own."""
+    minus = Derived("-w", Call("aten.neg.default", (Param("w"),)))
+    steps = (dense(4, 4, 0, "v"), Step(Scale("tanh"), (1,), (4,)), Step(Contract(Dense(), Param("-w")), (2,), (2,)))
+    program = Program(((4,),), steps, 3, (minus,))
+    first = {"v4x4": torch.randn(4, 4, dtype=torch.float64)}
+    x, w = (torch.randn(3, 4, dtype=torch.float64),), torch.randn(2, 4, dtype=torch.float64)
+    for live in (w, -w):
+        chain = frozen.whole_chain(program, parameters.bind(program, {"w": live, **first}), x, None, (2,), (0,))
+        packed = chain.packed({"w": live, **first})
+        for other in (live, -live):
+            params = parameters.bind(program, {"w": other, **first})
+            want = reference.jacobian(program, params, x)[1]
+            assert worst(run(program, params, x)[1], want) <= EXACT
+            if other is live:
+                assert worst(chain(packed, chain.rows(packed), x), want) <= EXACT
+
+
+def test_plans_that_share_a_plan_keep_their_weights_apart(fresh_plans):
+    """The bytes of one plan's weights, in order, may be those of another's by other names."""
+    first, second = (SimpleNamespace(packed_names=names, live_names=names) for names in (("a", "b"), ("b", "a")))
+    x, y, shared = torch.ones(2), torch.zeros(2), SimpleNamespace()
+    one, other = {"a": x, "b": y}, {"a": y, "b": x}
+    weights, others = parameters.PlanWeights(first, one, x), parameters.PlanWeights(second, other, x)
+    assert weights.content == others.content
+    assert weights.of_plan(shared, one).entry is not others.of_plan(shared, other).entry
 
 
 class Count:
@@ -143,7 +179,7 @@ def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_
     run(program, params, inputs)
     (entry,) = parameters.weight_cache.entries.values()
     gone = weakref.ref(entry.plan)
-    for table in (executor._plans, executor._call_plans):
+    for table in (call_plan._plans, call_plan._call_plans):
         monkeypatch.setattr(table, "most", 1)
     run(program, params, inputs, torch.zeros(3, dtype=torch.int64))  # another plan takes its place there
     del entry
@@ -155,7 +191,7 @@ def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_
 
 
 def test_plans_are_forgotten(monkeypatch, fresh_plans):
-    for table in (executor._plans, executor._call_plans):
+    for table in (call_plan._plans, call_plan._call_plans):
         monkeypatch.setattr(table, "most", 4)
     _, inputs, program, params = parts("bn_linear", 2)
     for s in range(1, 9):
@@ -164,8 +200,8 @@ def test_plans_are_forgotten(monkeypatch, fresh_plans):
             worst(run(program, params, inputs, targets)[1], [oracle.pick(exact("bn_linear", 2)[1][0], targets)])
             <= EXACT
         )
-    assert len(executor._plans) <= 4
-    assert len(executor._call_plans) <= 4
+    assert len(call_plan._plans) <= 4
+    assert len(call_plan._call_plans) <= 4
 
 
 def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):

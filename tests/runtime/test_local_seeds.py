@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradkern
-from gradkern.codegen import lowering
+from gradkern.codegen import local, lowering
 from gradkern.runtime import executor, reference
 from tests.support import capturing, oracle
 from tests.support.capturing import bind
@@ -40,6 +40,10 @@ def test_random_programs(question, tile):
         gradkern.reset()
         agrees(*question)
     gradkern.reset()
+
+
+def test_an_index_of_nothing_moves_nothing():
+    assert [offsets.tolist() for offsets in local.expanded([])] == [[], []]
 
 
 class Net(nn.Module):
@@ -84,6 +88,9 @@ NETWORKS = {
     "dilated": (lambda: Net(nn.Conv1d(2, 5, 5, dilation=3), nn.ReLU(), nn.Conv1d(5, 3, 3, dilation=5, padding=5)), 60),
     "strided": (lambda: Net(nn.Conv1d(2, 5, 4, stride=3, padding=2), nn.ReLU(), nn.Conv1d(5, 3, 3, stride=2)), 60),
     "transposed": (
+        lambda: Net(nn.Conv1d(2, 4, 5, stride=4), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
+    ),
+    "few_inputs": (
         lambda: Net(nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose1d(4, 3, 5, stride=3, padding=1)), 30
     ),
     "pools": (
@@ -131,7 +138,9 @@ def test_networks_equal_the_oracle(name, always_local):
         executor.jacobian(program, params, (x,), targets, out=out)
         picked = want if targets is None else oracle.pick(want, targets)
         assert oracle.relative_error(out[0], picked) <= EXACT
-    chain = executor.plan_for(program, program.outputs, torch.float64).local_seeds
+    plan = executor.plan_for(program, program.outputs, torch.float64)
+    assert (plan.forward is not None) == (name == "few_inputs")
+    chain = plan.local_seeds if plan.forward is None else plan.forward.plan.local_seeds  # the seeds are at the inputs
     assert (chain is None) == (name == "linear")
 
 

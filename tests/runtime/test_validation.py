@@ -13,7 +13,7 @@ import gradkern
 from gradkern.codegen.machine import Device, NoKernels
 from gradkern.ir.program import Windows
 from gradkern.planner.plan import plan
-from gradkern.runtime import executor, ops, reference, validation
+from gradkern.runtime import call_plan, executor, ops, reference, validation
 from gradkern.runtime.parameters import PlanWeights
 from gradkern.util import rounding
 from gradkern.util.memo import reset
@@ -112,7 +112,7 @@ def test_a_plan_without_kernels_gives_the_references_numbers(name: str) -> None:
     case = CASES[name]
     model, inputs = case.build(), case.inputs(3)
     program = program_of(name)
-    folded = executor.CallPlan(plan(program, program.outputs, machine=NoKernels("tested")), (0,))
+    folded = call_plan.CallPlan(plan(program, program.outputs, machine=NoKernels("tested")), (0,))
     with torch.no_grad():
         params = capturing.bind(program, model)
         want_y, want = reference.jacobian(program, params, inputs, wrt=(0,))
@@ -128,7 +128,8 @@ def _all(program) -> torch.Tensor:
 def test_parameters_on_another_device_are_hashed_too() -> None:
     """A scalar on the CPU beside weights on a GPU: a change of it packs them anew."""
     ops.extension()  # registers the hash
-    real, names = ops.content_hash, SimpleNamespace(packed_names=("weight", "scale"))
+    real, names = ops.content_hash, ("weight", "scale")
+    fake = SimpleNamespace(packed_names=names, live_names=names)
     like = torch.empty(1, device="meta")
 
     def hashed(tensors):
@@ -137,7 +138,7 @@ def test_parameters_on_another_device_are_hashed_too() -> None:
 
     def entry(scale: float):
         given = {"weight": torch.empty(3, device="meta"), "scale": torch.tensor(scale)}
-        return PlanWeights(names, given, like).entry
+        return PlanWeights(fake, given, like).entry
 
     with mock.patch.object(ops, "content_hash", hashed):
         first = entry(2.0)

@@ -47,6 +47,22 @@ class LeNet5(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
+def decoder(features: int = 4, hidden: int = 24, channels: int = 8, side: int = 3) -> nn.Module:
+    """The decoder of a variational autoencoder: ``[N, features] -> [N, 1, 4 * side, 4 * side]``."""
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, channels * side * side), nn.ReLU(),
+        nn.Unflatten(1, (channels, side, side)),
+        nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1), nn.ReLU(),
+        nn.ConvTranspose2d(channels // 2, 1, 4, stride=2, padding=1), nn.Sigmoid(),
+    )  # fmt: skip
+
+
+def emulator(features: int = 3, hidden: int = 16, outputs: int = 60) -> nn.Module:
+    """What stands in for a simulation: a few parameters in, many numbers out."""
+    layers = [nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outputs)]
+    return nn.Sequential(*layers)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(224, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 

@@ -220,8 +220,11 @@ def jacobians(
     like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
     out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
     chunk = max(1, count)  # one kernel call writes nothing but the result
-    if by_reference or not executor.plan_for(program, seeds, like.dtype, like.device).single_chain:
+    plan = executor.plan_for(program, seeds, like.dtype, like.device, wrt=wrt)
+    if by_reference:
         chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))
+    elif not plan.single_chain:
+        chunk = stepwise_samples(like.device, plan.bytes_per_sample)
     run = reference.jacobian if by_reference else executor.jacobian
     for a, b in spans(0, count, chunk):
         chosen = index[a:b] if index.dim() == 2 else index

@@ -80,7 +80,7 @@ class Probe:
         """A hash of the plan: how each step runs."""
         if self.program is None or self.engine != "kernel":
             return None
-        text = str(executor.plan_for(self.program, self.seeds, self.inputs[0].dtype))
+        text = str(executor.plan_for(self.program, self.seeds, self.inputs[0].dtype, wrt=tuple(self.floating)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
-"""Seeds at a bottleneck: the choice is minimal under the cost model, and the result is the same."""
+"""The direction: the choice is minimal under the cost model, and the result is the same."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import gradkern
 from gradkern.ir.macs import forward_macs
 from gradkern.ir.program import Contract, Dense, Param, Program, Scale, Step, Sum
-from gradkern.passes import bottleneck
+from gradkern.passes import direction
 from gradkern.runtime import executor
 from tests.support import capturing, oracle
 from tests.support.capturing import bind
@@ -53,34 +54,50 @@ def crosses_all(program, value):
 
 
 def plain_cost(program, seeds, value):
-    """Multiply-adds by the definition: how many cotangents cross each step that leads to the output."""
+    """Multiply-adds by the definition: how many cotangents or tangents cross each step between two values.
+
+    One-hot seeds and tangents are rows and columns of a linear layer, which costs nothing.
+    """
     base = len(program.inputs)
 
     def leads(v, to):
         return v == to or any(leads(base + i, to) for i, s in enumerate(program.steps) if v in s.inputs)
 
-    total = 0
-    for i in range(len(program.steps)):
-        if leads(base + i, program.output):
-            narrow = value is not None and leads(base + i, value)
-            total += forward_macs(program, i) * (math.prod(program.shape(value)) if narrow else seeds)
-    if value is not None:
-        total += seeds * math.prod(program.shape(value)) * sum(math.prod(s) for s in program.inputs)
-    return total
+    def layer(i):
+        return isinstance(program.steps[i].form, Contract)
+
+    def part(start, end, seeds):
+        steps = [
+            i for i in range(len(program.steps)) if leads(base + i, end) and (not start or not leads(base + i, start))
+        ]
+        macs = sum(forward_macs(program, i) for i in steps)
+        rows = forward_macs(program, end - base) if layer(end - base) else 0
+        readers = [i for i, s in enumerate(program.steps) for v in s.inputs if v == start]
+        columns = forward_macs(program, readers[0]) if len(readers) == 1 and layer(readers[0]) else 0
+        back, ahead = seeds * (macs - rows), math.prod(program.shape(start)) * (macs - columns)
+        return ahead if 0 < back >= direction.FORWARD_WORTHWHILE * ahead else back
+
+    if value is None:
+        return part(0, program.output, seeds)
+    width = math.prod(program.shape(value))
+    product = seeds * width * math.prod(program.inputs[0])
+    return part(0, value, width) + part(value, program.output, seeds) + product
 
 
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.integers(1, 60))
 def test_choice_is_minimal(program, seeds):
-    found = bottleneck.cheapest(program, seeds)
+    found = direction.choose(program, seeds, (0,))
     base = len(program.inputs)
     places = [v for v in range(base, program.output) if crosses_all(program, v)]
     best = min(plain_cost(program, seeds, v) for v in [None, *places])
     plain = plain_cost(program, seeds, None)
-    assert (found is None) == (plain < bottleneck.WORTHWHILE * best or best == plain)
-    if found is not None:
-        assert found.value in places
-        assert found.cost == plain_cost(program, seeds, found.value) == best < found.unsplit == plain
+    assert found.whole.cost == plain
+    if not (found.cut is None and best < plain):  # a value as wide as both ends is no cut
+        assert (found.cut is None) == (plain < direction.CUT_WORTHWHILE * best or best == plain)
+    if found.cut is not None:
+        assert found.cut.value in places
+        assert found.cut.cost == plain_cost(program, seeds, found.cut.value) == best < plain
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -99,9 +116,10 @@ def test_result_is_the_same(per_sample):
 
 def test_explain_shows_the_cut():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 8), nn.ReLU(), nn.Linear(8, 60)).eval()
-    found = gradkern.explain(model, torch.randn(2, 20), show=False)
-    assert found.bottleneck.width == 8
+    sizes = (300, 200, 8, 200, 60)
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    found = gradkern.explain(nn.Sequential(*layers).eval(), torch.randn(2, 300), show=False)
+    assert found.direction.cut.width == 8
     assert "seeds start at" in str(found)
     assert "times fewer" in str(found)
 
@@ -117,10 +135,11 @@ def test_no_cut_where_the_backward_is_not_linear(function):
     """A guided ReLU keeps the positive part of a cotangent, so Jacobians of the two halves must not be multiplied."""
 
     def network(f):
-        forms = [Contract(Dense(), Param("a")), Scale(f), Contract(Dense(), Param("b")), Contract(Dense(), Param("c"))]
-        shapes = ((400,), (400,), (6,), (200,))
+        first, *others = (Contract(Dense(), Param(name)) for name in "abcd")
+        forms = [first, Scale(f), *others]
+        shapes = ((400,), (400,), (400,), (6,), (200,))
         steps = [Step(form, (k,), shape) for k, (form, shape) in enumerate(zip(forms, shapes, strict=True))]
-        return Program(((300,),), tuple(steps), 4)
+        return Program(((300,),), tuple(steps), 5)
 
-    assert bottleneck.cheapest(network("relu"), 200) is not None
-    assert bottleneck.cheapest(network(function), 200) is None
+    assert direction.choose(network("relu"), 200, (0,)).cut is not None
+    assert direction.choose(network(function), 200, (0,)).cut is None
