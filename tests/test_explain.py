@@ -59,7 +59,8 @@ def test_shares_agree_with_a_profile_of_the_call(name, monkeypatch):
 
 
 def is_product(step):
-    return step.form.startswith(("Contract(Dense", "Contract(k")) or any(n in step.op for n in ("matmul", "lstm"))
+    """Of a recurrent layer, the counter sees no walk back through time: kernels of our own take it."""
+    return step.form.startswith(("Contract(Dense", "Contract(k")) or "matmul" in step.op
 
 
 def test_opaque_steps_are_never_free():

@@ -15,14 +15,13 @@ from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine, use
-from ..util.progress import PARTS, is_drawn
+from ..util.progress import moving
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
 from .watch import Watch
 
 _AS_SET = nullcontext()
-LEAST_PART = 1024  # samples of a chain at a time, if a progress bar is to move
 
 
 def run(
@@ -85,8 +84,7 @@ def _settle(
     # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
-        if is_drawn():  # the results of a chain do not depend on where the batch is cut
-            chunk = min(chunk, max(LEAST_PART, samples // PARTS))
+        chunk = moving(chunk, samples)  # the results of a chain do not depend on where the batch is cut
     return params, False, chunk
 
 

@@ -14,7 +14,7 @@ from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
-from ..util.options import memory_budget
+from ..util.progress import moving
 from . import ops
 from .call_plan import CallPlan, call_plan_for
 from .execution import run_chain
@@ -66,10 +66,11 @@ class WholeChain:
         if n * self.gradient_bytes >= ops.HUGE:
             for fresh in results:
                 ops.on_huge_pages(fresh)
-        if 0 < n * self.output_bytes <= memory_budget(self.device):
+        chunk = moving(samples_per_chunk(self.device, self.output_bytes), n)
+        if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:
-            for a, b in spans(0, n, samples_per_chunk(self.device, self.output_bytes)):
+            for a, b in spans(0, n, chunk):
                 self._fill(packed, rows, [x[a:b] for x in inputs], [r[a:b] for r in results])
         return [results[k] for k in self.order]
 

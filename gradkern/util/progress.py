@@ -14,6 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 DELAY = 2.0  # seconds that a call takes before anything is drawn
 PARTS = 200  # of a call whose bar is drawn, so that it moves
+LEAST_PART = 1024  # samples of a chain in such a part
 
 
 class _Call:
@@ -51,6 +52,11 @@ def is_drawn() -> bool:
     """Whether a loop over pieces that starts now draws a bar, and should therefore have pieces."""
     call = _call.get()
     return call is not None and call.open
+
+
+def moving(chunk: int, samples: int) -> int:
+    """At most so many samples at a time that a bar moves, if one is drawn.  The results must not depend on it."""
+    return min(chunk, max(LEAST_PART, samples // PARTS)) if is_drawn() else chunk
 
 
 def followed(pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0) -> Iterator[T]:

@@ -191,7 +191,7 @@ def test_signatures_are_captums(name):
     assert inspect.signature(mine.attribute) == inspect.signature(captums.attribute)
     every = inspect.signature(mine.attribute_all).parameters
     kept = ["targets" if n == "target" else n for n in inspect.signature(captums.attribute).parameters]
-    assert sorted(every) == sorted([*kept, "out", "wrt", "engine"])
+    assert sorted(every) == sorted([*kept, "out", "wrt", "engine", "progress"])
     by_place = [n for n, p in every.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_place == [n for n in kept if n in ("self", "inputs", "baselines")]
     with pytest.raises(TypeError, match="nonsense"):

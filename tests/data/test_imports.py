@@ -11,7 +11,8 @@ import pytest
 import gradkern
 
 ROOT = Path(gradkern.__file__).parent / "data"
-FLOORS = ("statistics", "methods", "sources", "store", "runs", "ranking", "ray", "")  # "" is data/__init__.py
+# "" is data/__init__.py
+FLOORS = ("statistics", "references", "methods", "sources", "store", "runs", "ranking", "export", "ray", "")
 
 
 def imports(path: Path) -> set[Path]:

@@ -39,7 +39,7 @@ def test_map_batches_callable():
 
     case = CASES["lenet5"]
     model, x = case.build(), case.inputs(5)[0]
-    attribute = Attribute(model, targets=[3, 1], columns="image")
+    attribute = Attribute(model, targets=[3, 1], columns="image", engine="kernel")
     found = attribute({"image": x.numpy(), "label": np.arange(5)})
     assert set(found) == {"image", "label", "attributions", "predictions"}
     expected = gradkern.jacobian(model, x, [3, 1], engine="kernel").abs()

@@ -277,6 +277,15 @@ def test_ragged_samples_of_any_source_are_named(tmp_path, make):
         list(source.stream([(2, 6)]))
 
 
+@pytest.mark.parametrize("rows", [[[]] + [[1.0] * 6] * 7, [[1.0] * 6] * 7 + [[]], [[1.0] * 3, [1.0] * 9] * 4])
+def test_a_run_names_samples_of_other_lengths_before_the_model_sees_them(tmp_path, rows):
+    import pyarrow as arrow
+
+    source = parquet_of(tmp_path, arrow.array(rows, arrow.list_(arrow.float32())))
+    with pytest.raises(ValueError, match=r"different shapes: sample 0 has \[\d\], sample \d has \[\d\].*pad="):
+        run(nn.Linear(6, 2), source, tmp_path / "a.zarr")
+
+
 def test_one_array_of_an_npz_is_read_without_the_others(tmp_path, monkeypatch):
     np.savez(tmp_path / "x.npz", x=X, y=np.zeros(3), z=np.array([{}], dtype=object))
     read = []

@@ -56,6 +56,15 @@ def test_a_store_as_it_was_written(store):
     assert "everything that is finished is as it was written" in str(verdict)
 
 
+def test_an_empty_folder_in_the_place_of_a_chunk(whole, store):
+    place = store / "attributions/c.1.0.0"
+    place.unlink()
+    place.mkdir()
+    assert verify(store).spans == ((8, 16),)
+    repair(store, net(), samples())
+    assert_same(store, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_any_damage_is_found_and_repaired_to_the_same_bits(whole, store, damage):

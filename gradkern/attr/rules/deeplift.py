@@ -24,7 +24,7 @@ from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
 from ..points import Points, rows_of
 from ..references import References
-from .averaging import OverReferences, Wanted, customised, say_if_large, sizes_of, with_delta
+from .averaging import Averages, OverReferences, Wanted, customised, say_if_large, sizes_of, with_delta
 from .eager import multipliers
 from .registry import regions
 from .rescale import Rescale, detached
@@ -300,6 +300,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     ) -> None:
         stock.DeepLiftShap.__init__(self, model, multiply_by_inputs)
         plug_into(self, GradientFunc(_engine_of(rules, engine)), output)
+        self._is_captums = rules == "captum"
 
     def attribute(
         self,
@@ -353,6 +354,14 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             references = References.of_all(rows, check_references(baselines, inputs))
         wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
         return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
+
+    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages:
+        if not self._is_captums or not references.shared or wanted.hypothetical:
+            return super()._one_by_one(references, target, extra, wanted)
+        # Captum's softmax rule sees all pairs of samples and references at once, so its numbers depend on them.
+        fixed = (target, extra, wanted.delta, wanted.custom)
+        found = compat.unlogged(stock.DeepLiftShap)(self, references.inputs, references.given, *fixed)
+        return found if wanted.delta else (found, None)
 
     def _references(
         self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool

@@ -161,6 +161,8 @@ def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
     A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
     """
     indices = list(alone.rows)
+    for i in indices[1:]:
+        _check_shapes(alone, indices[0], i)
     order = [i for step in range(-(-len(indices) // PROBED)) for i in indices[step :: -(-len(indices) // PROBED)]]
     order.sort(key=lambda i: not any(_varies(x) for x in alone.rows[i]))  # stable: those that vary come first
     found: list[int] = []
@@ -173,12 +175,21 @@ def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
     return sorted([*found, *rest][:PROBED])
 
 
+def _check_shapes(alone: Alone, first: int, other: int) -> None:
+    for x, y in zip(alone.rows[first], alone.rows[other], strict=True):
+        if x.shape[1:] != y.shape[1:]:
+            raise BadValue(
+                f"source: the samples have different shapes: sample {first} has {list(x.shape[1:])}, sample {other} "
+                f"has {list(y.shape[1:])}. Give all of them one length, or pad=0.0 (--pad 0) to fill the shorter ones."
+            )
+
+
 def _joined(alone: Alone, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
 
 
 def _varies(x: Tensor) -> bool:
-    return x.numel() == 1 or bool((x != x.flatten()[0]).any())
+    return x.numel() == 1 or bool((x != x.flatten()[:1]).any())
 
 
 def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:

@@ -255,7 +255,7 @@ class Task:
         values = outcome.maps
         if "importance" in self.settings.reductions:
             values += tuple(inputs[i] for i in self.probe.floating)
-        known = ~outcome.outputs.flatten(1).isnan().any(1).cpu()  # a NaN that came in need not be in the maps
+        known = ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
         finite = torch.stack([known, *(finite_rows(v).cpu() for v in values)]).all(0)
         if bool(finite.all()):
             return None

@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ...util.options import BadValue
 from .columns import Rows
-
-if TYPE_CHECKING:
-    from .registry import Source
 
 SCANNED = 256  # samples whose shapes are looked at in one read
 
@@ -26,6 +23,14 @@ TAKEN = {
     **dict.fromkeys(("mask", "attention_mask"), "mask"),
     **dict.fromkeys(("padding_mask", "key_padding_mask", "src_key_padding_mask"), "padding_mask"),
 }
+
+
+class Ragged(Protocol):
+    """What padding needs of a source."""
+
+    samples: int
+
+    def checked(self, start: int, stop: int) -> tuple[Rows, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Padding:
     gives: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, source: Source, pad: Pad) -> Padding:
+    def of(cls, source: Ragged, pad: Pad) -> Padding:
         """Look at the shapes of all samples."""
         value, length = read_pad(pad)
         shapes = _shapes(source)  # [N, dims] per input
@@ -120,7 +125,7 @@ def read_pad(pad: Any) -> tuple[float, int | None]:
     return float(value), length
 
 
-def _shapes(source: Source) -> list[Tensor]:
+def _shapes(source: Ragged) -> list[Tensor]:
     """The shapes of all samples, int64 ``[N, dims]`` per input."""
     found: list[list[list[int]]] = []
     for start in range(0, source.samples, SCANNED):

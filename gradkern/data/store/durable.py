@@ -43,6 +43,8 @@ def write_file(path: Path, content: Any) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+        if path.is_dir():
+            path.rmdir()  # damage, if it is empty; and else an error that names it
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
