@@ -290,6 +290,8 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
+    _is_captums = False  # of an accelerated object of Captum's class, too
+
     def __init__(
         self,
         model: nn.Module,
