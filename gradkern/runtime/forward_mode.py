@@ -57,8 +57,10 @@ def _chosen(s: Slope, form: Select, x: Tensor, places: Tensor) -> Tensor:
     """Ones where a pool's window chose a position, or chose its place ``s.place``; ``places [N, C, *out]`` are the
     flat positions that it chose."""
     if s.kind == "winner":
-        chosen = torch.zeros_like(x).flatten(2)
-        return chosen.scatter_(2, places.flatten(2), 1.0).reshape(x.shape)
+        chosen, flat = torch.zeros_like(x).flatten(2), places.flatten(2)
+        inside = (flat >= 0) & (flat < chosen.shape[2])  # a window that lies wholly in the padding chose nothing
+        flat = flat.clamp(0, chosen.shape[2] - 1)
+        return chosen.scatter_reduce_(2, flat, inside.to(x.dtype), "amax").reshape(x.shape)
     w, rest, stride = form.windows, s.place, 1
     position = torch.zeros(places.shape[2:], dtype=torch.int64, device=x.device)
     for a in reversed(range(len(w.kernel))):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gradkern
 from gradkern.codegen.chain import Chain
 from gradkern.codegen.cuda.lowering import lower_device
 from gradkern.codegen.encoding import CudaSizes
@@ -17,6 +20,7 @@ from gradkern.codegen.machine import Device, TooLarge
 from gradkern.codegen.records import MatMul, MatMulT, Move, MoveT
 from gradkern.ir.indexing import along
 from gradkern.ir.program import Index, Program, Step
+from gradkern.passes import direction
 from gradkern.planner import plan
 from gradkern.planner.plan import Plan
 from gradkern.runtime import executor, reference
@@ -31,6 +35,15 @@ from tests.support.random_programs import Grower, Network, programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 N, SEEDS = 5, 7
+
+
+@pytest.fixture(autouse=True)
+def reverse_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These networks have few inputs, and the kernels of the way back are what is tested."""
+    gradkern.reset()
+    monkeypatch.setattr(direction, "FORWARD_WORTHWHILE", math.inf)
+    yield
+    gradkern.reset()
 
 
 def inputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -295,8 +295,9 @@ def test_the_time_of_every_record(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pooled(1, 5, 2, 3)
     model(torch.zeros(1, 1, 52))
     x = torch.randn(3, 1, 52)
-    with installed(HostDevice(threads=32)):
-        rows = gpu_records.records(model.eval().requires_grad_(False), x, processors=1, seconds=0.0)
+    device = HostDevice(threads=32)
+    with installed(device):
+        rows = gpu_records.records(model.eval().requires_grad_(False), x, device.machine, seconds=0.0)
     assert {r.part for r in rows} == {"forward", "backward"}
     assert [r.kind for r in rows][-1] == "StoreT"
     assert all(r.expected > 0 for r in rows)
