@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
 from .terminal import say
+
+if TYPE_CHECKING:
+    from ..data import Results
 
 
 @click.command()
@@ -88,6 +91,10 @@ def run(
         return
     state = "complete" if results.about["finished"] else f"{results.done} of {results.chunks} chunks finished"
     say(f"{out}: {state}, {results.samples:,} samples, {time.perf_counter() - begin:.1f} s")
+    _say_notes(out, results)
+
+
+def _say_notes(out: str, results: Results) -> None:
     for note in results.about.get("notes", []):
         say(f"{out}: equal within {results.about['tolerance']:.0e}, not to the last bit: {note}")
 
@@ -143,6 +150,7 @@ def merge(out: str, parts: tuple[str, ...]) -> None:
 
     results = merge(out, parts)
     say(f"{out}: complete, {results.samples:,} samples")
+    _say_notes(out, results)
 
 
 @click.command()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..util.options import BadType, BadValue
 from . import archives
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "weights")  # of checkpoints, for their state_dict
+NOT_TWICE = ("gradkern", "__main__")  # modules that are not imported again
 PICKLED = (".pt", ".pth", ".pkl", ".bin")
 
 
@@ -38,12 +41,13 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
             f"model: got {spec!r}, expected a .pt2 file of torch.export.save, or package.module:factory with --weights."
         )
     model = _made(spec)
-    if weights is not None:
-        load_weights(model, weights)
-    elif _is_random(spec, model):
+    loaded = set() if weights is None else load_weights(model, weights)
+    if random := _random_tensors(spec, model, loaded):
+        named = f"{', '.join(sorted(random)[:3])}{', …' if len(random) > 3 else ''}"
+        way_out = "Give --weights, or a" if weights is None else f"{weights} does not have them: give a"
         raise BadValue(
-            f"model: {spec} has other weights each time it is called, so these are random. Give --weights, or a "
-            "factory that loads or seeds its own."
+            f"model: {spec} has other numbers each time it is made, so these are random ({named}). {way_out} factory "
+            "that loads or seeds its own."
         )
     return model.eval()
 
@@ -105,23 +109,76 @@ def _made(spec: str) -> nn.Module:
     return model
 
 
-def _is_random(spec: str, model: nn.Module) -> bool:
-    """Does the factory make other weights when it is called again?"""
-    first, again = model.state_dict(), _made(spec).state_dict()
-    return any(not torch.equal(value, again[name]) for name, value in first.items() if name in again)
+def _random_tensors(spec: str, model: nn.Module, loaded: Collection[str]) -> set[str]:
+    """The names of what is other when the model is made again, but for what was loaded; also of tensors that no
+    state_dict has."""
+    first = {name: value for name, value in _tensors(model).items() if name not in loaded}
+    if not first:
+        return set()
+    again = _tensors(_made(spec))
+    if any(value is again.get(name) for name, value in first.items()):  # it was made when its module was imported
+        again = _tensors(_made_anew(spec))
+    return {n for n, value in first.items() if n in again and not _equal(value, again[n])}
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load weights whose names are the model's, or the model's behind one prefix (``module.``, ``model.``)."""
-    weights, wanted = state_dict(path), model.state_dict().keys()
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and attributes of a model that are tensors with numbers."""
+    found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for place, module in model.named_modules():
+        found |= {f"{place}.{k}".strip("."): v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
+    return {n: v for n, v in found.items() if not (is_lazy(v) or v.is_meta) and v.layout is torch.strided}
+
+
+def _made_anew(spec: str) -> nn.Module:
+    """The model of a fresh import of the module, and of those that it imports from its own package or folder."""
+    first = importlib.import_module(spec.partition(":")[0])
+    home = Path(str(getattr(first, "__file__", None) or "")).parent
+    files = {name: str(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
+    kept = {
+        name: sys.modules[name]
+        for name, file in files.items()
+        if home in Path(file).parents and "site-packages" not in file and name.partition(".")[0] not in NOT_TWICE
+    }
+    for name in kept:
+        del sys.modules[name]
+    try:
+        return _made(spec)
+    finally:
+        sys.modules.update(kept)
+
+
+def load_weights(model: nn.Module, path: str) -> set[str]:
+    """Load weights whose names are the model's, or the model's behind one prefix (``module.``, ``model.``).
+
+    Tied weights may be there under one of their names, as .safetensors has them.  Gives the names of the model's.
+    """
+    weights, wanted = state_dict(path), model.state_dict()
     first = next(iter(wanted), "")
     prefixes = [name.removesuffix(first) for name in weights if name.endswith("." + first)]
-    for prefix in ["", *prefixes]:
+    fitting = {}
+    for prefix in dict.fromkeys(["", *prefixes]):
         named = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        if named.keys() == wanted:
-            model.load_state_dict(named)
-            return
-    missing, more = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
+        there = {wanted[name].data_ptr() for name in named.keys() & wanted.keys()} - {0}
+        tied = {name for name in wanted.keys() - named.keys() if wanted[name].data_ptr() in there}
+        if named.keys() | tied == wanted.keys():
+            fitting[prefix] = named
+    if len(fitting) > 1:
+        raise BadValue(
+            f"--weights: {path} has several sets of weights that fit, behind {', '.join(map(repr, fitting))}. Save the "
+            "one that is meant alone."
+        )
+    for named in fitting.values():
+        shapes = {k: (list(v.shape), list(wanted[k].shape)) for k, v in named.items() if v.shape != wanted[k].shape}
+        if shapes:
+            name, (got, expected) = next(iter(shapes.items()))
+            raise BadValue(f"--weights: {path} does not fit the model: {name} is {got} there, expected {expected}.")
+        model.load_state_dict(named, strict=False)
+        return set(wanted)
+    missing, more = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     raise BadValue(
         f"--weights: {path} does not fit the model: it lacks {missing[:3] or 'nothing'}, and has "
         f"{more[:3] or 'nothing'} beside."
@@ -144,6 +201,9 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
         ) from error
     if isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
         inner = [v for k, v in content.items() if k in CONTAINERS and isinstance(v, dict)]
+        if len(inner) > 1:
+            names = [k for k in CONTAINERS if isinstance(content.get(k), dict)]
+            raise BadValue(f"--weights: {path} has several sets of weights, {names}. Save the one that is meant alone.")
         content = inner[0] if inner else content
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise BadValue(f"--weights: {path} holds {type(content).__name__}, expected a state_dict of tensors.")

@@ -83,7 +83,7 @@ def find(name: str, arguments: Mapping[str, Any]) -> Method:
     unknown = [a for a in arguments if a in OF_THE_RUN or (a not in parameters and not open_ended)]
     if unknown:
         raise BadValue(f"arguments: got {unknown[0]!r}, but {kind.__name__}.attribute_all takes {taken} here.")
-    if draws(arguments) is not None and "n_references" not in parameters:
+    if "n_references" not in parameters and (draws(arguments) is not None or callable(arguments.get("baselines"))):
         raise BadValue(f"arguments: got a function as baselines, but {kind.__name__} takes no references per sample.")
     return FromCaptum(kind)
 
@@ -159,19 +159,22 @@ def arguments_of(
     samples: int,
     inputs: Sequence[Tensor],
 ) -> dict[str, Any]:
-    """The arguments for some of the samples, ``inputs``: their rows, where an argument has a row per sample."""
+    """The arguments for some of the samples, ``inputs``: their rows, where an argument has a row per sample; floating
+    numbers in the dtype of the inputs."""
     device = inputs[0].device
 
-    def rows(value: Any) -> Any:
+    def rows(value: Any, cut: bool, k: int = 0) -> Any:
         if isinstance(value, tuple):
-            return tuple(rows(v) for v in value)
+            return tuple(rows(v, cut, k) for k, v in enumerate(value))
         if not _has_rows(value):
             return value
         value = torch.as_tensor(value)
-        return (value[which] if len(value) == samples else value).to(device)
+        floating = value.is_floating_point() and k < len(inputs) and inputs[k].is_floating_point()
+        value = value[which] if cut and len(value) == samples else value
+        return value.to(device, inputs[k].dtype if floating else None)
 
     given = distributions(method, arguments, inputs)
-    return {name: value if name in given else rows(value) for name, value in arguments.items()}
+    return {name: rows(value, name not in given) for name, value in arguments.items()}
 
 
 def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from .store.results import Results
 PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
 TRACK_BYTES = 16 << 20  # of the order of features of the samples that are tracked at a time
 BLOCK = 4096  # features whose bootstrap is drawn at a time
-SPREAD = ("sum_group_inputs", "sum_group_inputs_square", "sum_group_abs")
+SPREAD = ("sum_group_inputs", "deviations_group_inputs", "sum_group_inputs_square", "sum_group_abs")
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
 RANDOM_ORDERS = 3
 
@@ -241,7 +241,8 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
     weights = np.zeros((draws, GROUPS))
     weights[:, used] = drawn
     shape, classes = sums["sum_group_inputs"].shape[1:], sums["sum_group_abs"].shape[1]
-    by_group = {name: sums[name].reshape(*sums[name].shape[: -len(shape) or None], -1) for name in SPREAD}
+    given = {name: sums[name] for name in SPREAD if name in sums}
+    by_group = {name: value.reshape(*value.shape[: -len(shape) or None], -1) for name, value in given.items()}
     counted = weights @ sums["count_group"]  # [D, C]
     ends = np.full((2, classes, math.prod(shape)), np.nan)
     for at in range(0, ends.shape[2], BLOCK):  # some features at a time: [D, BLOCK] for every draw

@@ -6,7 +6,8 @@ a killed actor and tries its chunks again; a chunk that was finished before the 
 
 from __future__ import annotations
 
-import tempfile
+import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .runs.shards import owned
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
 from .sources.padding import Pad
-from .store.durable import local_path
+from .store.durable import delete, get, local_path, put, store_at
 from .store.layout import map_names
 from .store.results import Results
 
@@ -73,6 +74,8 @@ class FillChunks:
     def __init__(self, model_and_source: Any, out: str, settings: Settings) -> None:
         import ray
 
+        if not Results.exists(out):  # a machine that has joined the cluster since its machines were asked
+            raise BadValue(f"out: {socket.gethostname()} does not see {out}. Choose a place that all machines share.")
         model, source = ray.get(model_and_source)
         self.task = Task.prepare(model, source, out, settings)
 
@@ -140,44 +143,48 @@ def check_shared(place: str) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     path = local_path(place)
-    if path is None:
-        return  # an address is the same everywhere
-    folder = existing(path)
-    with tempfile.NamedTemporaryFile(prefix=".gradkern-", dir=folder) as mine:
-        answer = f"{mine.name}.seen"
-        look = ray.remote(num_cpus=0)(sees)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    shared = place if path is None else str(existing(path))
+    store, mine = store_at(shared), f".gradkern-{uuid.uuid4().hex}"
+    look = ray.remote(num_cpus=0)(sees)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    put(store, mine, b"seen?")
+    try:
         asked = [
-            look.options(scheduling_strategy=strategy).remote(mine.name, f"{answer}{i}")
-            for i, strategy in enumerate(strategies)
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                shared, mine, f"{mine}.{i}"
+            )
+            for i, node in enumerate(nodes)
         ]
         said = ray.get(asked)
-        blind = [node["NodeManagerHostname"] for i, node in enumerate(nodes) if not _has_seen(said[i], f"{answer}{i}")]
+        blind = [
+            node["NodeManagerHostname"]
+            for i, node in enumerate(nodes)
+            if not (said[i] and get(store, f"{mine}.{i}") is not None)
+        ]
+    finally:
+        for key in (mine, *(f"{mine}.{i}" for i in range(len(nodes)))):
+            delete(store, key)
     if blind:
         raise BadValue(
-            f"out: {', '.join(sorted(set(blind)))} cannot see or write {folder}, so what is computed there would be "
+            f"out: {', '.join(sorted(set(blind)))} cannot see or write {shared}, so what is computed there would be "
             "lost. Choose a folder that all machines of the cluster share, or an address such as s3://…; nothing was "
             "computed."
         )
 
 
-def sees(file: str, answer: str) -> bool:
-    """On a worker: does the file of the driver exist here, and can one be written beside it?"""
+def sees(place: str, mine: str, answer: str) -> bool:
+    """On a worker: is the driver's key at this place (of which there may be another here), and can one be written?"""
     try:
-        if not Path(file).exists():
+        path = local_path(place)
+        if path is not None and not path.is_dir():
             return False
-        Path(answer).touch()
-    except OSError:
+        store = store_at(place)
+        if get(store, mine) is None:
+            return False
+        put(store, answer, b"seen")
+    except Exception:  # whatever a file system or an object store says to that
         return False
     return True
-
-
-def _has_seen(said: bool, answer: str) -> bool:
-    """On the driver: has the worker's file come here?"""
-    there = Path(answer).exists()
-    Path(answer).unlink(missing_ok=True)
-    return said and there
 
 
 def existing(path: Path) -> Path:

@@ -1,8 +1,9 @@
 """Statistics of attributions over samples, taken chunk by chunk and merged exactly, and the reductions based on them.
 
-The *statistics* of two parts of the data merge into one: ``sum``s and ``count``s add (in float64 or int64), and
-``max``ima take the larger.  The first word of the name says which.  A *reduction* is reported to the user, such as the
-mean absolute attribution or the variance.  It names the statistics that it needs and computes its result from them.
+The *statistics* of two parts of the data merge into one: ``sum``s and ``count``s add (in float64 or int64), ``max``ima
+take the larger, and ``deviations`` (squared, from the mean) add together with what lies between the two means.  The
+first word of the name says which.  A *reduction* is reported to the user, such as the mean absolute attribution or the
+variance.  It names the statistics that it needs and computes its result from them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from ..util.options import BadValue
 GROUPS = 32  # samples are divided into groups by their index: the bootstrap draws groups
 RANK_BINS = 10
 
+#: Squared deviations: the sum and the count of their mean, and the sum of squares that stores of earlier versions have
+#: in their place.  Their digits are lost where the mean is large, but a run is continued as it was begun.
+DEVIATIONS = {
+    "deviations": ("sum", "count", "sum_square"),
+    "deviations_group_inputs": ("sum_group_inputs", "count_group_inputs", "sum_group_inputs_square"),
+}
+
 Sums = Mapping[str, np.ndarray]
 
 
@@ -30,9 +38,29 @@ def merge(a: Sums, b: Sums) -> dict[str, np.ndarray]:
         raise ValueError(f"parts with different statistics: {sorted(a)} and {sorted(b)}")
     joined = {}
     for name, left in a.items():
-        kind = name.rsplit("/", 1)[-1].split("_")[0]
-        joined[name] = np.maximum(left, b[name]) if kind == "max" else left + b[name]
+        prefix, own = name[: name.rfind("/") + 1], name.rsplit("/", 1)[-1]
+        joined[name] = np.maximum(left, b[name]) if own.startswith("max") else left + b[name]
+        if own in DEVIATIONS:
+            total, count, _ = (prefix + n for n in DEVIATIONS[own])
+            joined[name] += between((a[count], a[total]), (b[count], b[total]))
     return joined
+
+
+def between(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """What the distance of two means adds to the squared deviations; each part a count ``[G]`` and a sum ``[G, ...]``.
+
+    As of Chan, Golub and LeVeque (1979); a difference of sums of squares would lose the digits of a large mean.
+    """
+    n, m = (_column(count, total) for count, total in (a, b))
+    weight = n * m / np.maximum(n + m, 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = a[1] / np.maximum(n, 1) - b[1] / np.maximum(m, 1)
+        return np.where(weight > 0, distance * distance * weight, 0.0)
+
+
+def _column(count: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """A count ``[G]`` along the first axis of ``of`` ``[G, ...]``."""
+    return count.reshape(-1, *[1] * (of.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -45,11 +73,13 @@ class Reduction:
 
 
 def _per_sample(sums: Sums, name: str) -> np.ndarray:
-    count = sums["count"].reshape(-1, *[1] * (sums[name].ndim - 1))  # [C, 1, …]
+    count = _column(sums["count"], sums[name])
     return sums[name] / np.where(count > 0, count, np.nan)
 
 
 def _variance(sums: Sums) -> np.ndarray:
+    if "sum_square" not in sums:
+        return _per_sample(sums, "deviations")
     mean = _per_sample(sums, "sum")
     return np.maximum(_per_sample(sums, "sum_square") - mean * mean, 0.0)
 
@@ -59,11 +89,17 @@ def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
 
     With weights [D, G]: that of every draw, ``[D, *in]``.
     """
-    n = weights @ sums["count_group_inputs"]
-    n = n.reshape(*n.shape, *[1] * (sums["sum_group_inputs"].ndim - 1))
-    mean = np.tensordot(weights, sums["sum_group_inputs"], 1) / n
-    square = np.tensordot(weights, sums["sum_group_inputs_square"], 1) / n
-    return np.sqrt(np.maximum(square - mean * mean, 0.0))
+    total, count = sums["sum_group_inputs"], sums["count_group_inputs"]
+    n = weights @ count
+    n = n.reshape(*n.shape, *[1] * (total.ndim - 1))
+    if "sum_group_inputs_square" in sums:
+        square = sums["sum_group_inputs_square"]
+    else:
+        center = total.sum(0) / max(1, count.sum())
+        total = np.where(_column(count, total) > 0, total - _column(count, total) * center, 0.0)
+        square = sums["deviations_group_inputs"] + total * total / np.maximum(_column(count, total), 1)
+    mean = np.tensordot(weights, total, 1) / n
+    return np.sqrt(np.maximum(np.tensordot(weights, square, 1) / n - mean * mean, 0.0))
 
 
 def scores(sums: Sums, weights: np.ndarray) -> np.ndarray:
@@ -79,7 +115,7 @@ def scores(sums: Sums, weights: np.ndarray) -> np.ndarray:
 REDUCTIONS: dict[str, Reduction] = {
     "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _per_sample(s, "sum_abs")),
     "mean": Reduction("mean attribution", ("sum",), lambda s: _per_sample(s, "sum")),
-    "variance": Reduction("variance of the attribution", ("sum", "sum_square"), _variance),
+    "variance": Reduction("variance of the attribution", ("sum", "deviations"), _variance),
     "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
     "ranks": Reduction(
         f"how often a feature's |attribution| is in each of {RANK_BINS} equal classes of rank, highest first",
@@ -116,14 +152,16 @@ class Accumulator:
     """The statistics of one chunk of one input.
 
     ``classes`` is C if the targets are outputs common to all samples (the rows are those targets).  If every sample has
-    its own targets, it is the number of the model's outputs, and a row goes to the class of its output.
+    its own targets, it is the number of the model's outputs, and a row goes to the class of its output.  ``squares``:
+    those of an earlier version, in place of deviations.
     """
 
-    def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...]) -> None:
-        self.needs = {n for r in wanted for n in REDUCTIONS[r].needs}
+    def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...], squares: bool = False) -> None:
+        needs = {n for r in wanted for n in REDUCTIONS[r].needs}
+        self.needs = needs if not squares else {DEVIATIONS[n][2] if n in DEVIATIONS else n for n in needs}
         full = (classes, *shape)
         self.sums: dict[str, Tensor] = {"count": torch.zeros(classes, dtype=torch.int64)}
-        for name in sorted(self.needs & {"sum_abs", "sum", "sum_square"}):
+        for name in sorted(self.needs & {"sum_abs", "sum", "deviations", "sum_square"}):
             self.sums[name] = torch.zeros(full, dtype=torch.float64)
         if "max_abs" in self.needs:
             self.sums["max_abs"] = torch.zeros(full)
@@ -134,7 +172,8 @@ class Accumulator:
             self.sums["count_group"] = torch.zeros(GROUPS, classes, dtype=torch.int64)
         if "sum_group_inputs" in self.needs:
             self.sums["sum_group_inputs"] = torch.zeros(GROUPS, *shape, dtype=torch.float64)
-            self.sums["sum_group_inputs_square"] = torch.zeros_like(self.sums["sum_group_inputs"])
+            second = "sum_group_inputs_square" if squares else "deviations_group_inputs"
+            self.sums[second] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None, keep: Tensor | None = None) -> None:
@@ -148,10 +187,7 @@ class Accumulator:
         if len(x) == 0:
             return
         if "sum_group_inputs" in self.needs:
-            group, wide = (number + first) % GROUPS, x.double()
-            self.sums["sum_group_inputs"].index_add_(0, group, wide)
-            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
-            self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
+            self._add_inputs((number + first) % GROUPS, x.double())
         if rows is None:
             self._add(slice(None), first, maps, number)
             return
@@ -161,10 +197,38 @@ class Accumulator:
                 if len(chosen):
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], number[chosen])
 
+    def _add_inputs(self, group: Tensor, wide: Tensor) -> None:
+        """Add the inputs ``wide`` [n, *in], each to its group."""
+        count, total = torch.bincount(group, minlength=GROUPS), torch.zeros_like(self.sums["sum_group_inputs"])
+        total.index_add_(0, group, wide)
+        mean = total / count.clamp(min=1).view(-1, *[1] * (wide.dim() - 1))
+        if (squares := self.sums.get("sum_group_inputs_square")) is not None:
+            squares.index_add_(0, group, wide.square())
+            self.sums["sum_group_inputs"].index_add_(0, group, wide)
+            self.sums["count_group_inputs"] += count
+            return
+        deviations = torch.zeros_like(total).index_add_(0, group, (wide - mean[group]).square_())
+        self._add_deviations("deviations_group_inputs", slice(None), count, total, deviations)
+        self.sums["sum_group_inputs"] += total
+        self.sums["count_group_inputs"] += count
+
+    def _add_deviations(self, name: str, at: slice, count: Tensor, total: Tensor, deviations: Tensor) -> None:
+        """Add those of further samples from their own mean, before their ``count`` and ``total`` are added."""
+        known = [self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1]]
+        self.sums[name][at] += deviations
+        self.sums[name][at] += torch.from_numpy(between((known[0], known[1]), (count.numpy(), total.numpy())))
+
     def _add(self, at: slice, first: int, maps: Tensor, number: Tensor) -> None:
         """``maps`` [n, C or 1, *in] of the classes ``at``; ``number`` [n] of the samples within the batch."""
         n = maps.shape[0]
         group = (number + first) % GROUPS  # [n]
+        if "deviations" in self.sums:
+            center = maps.mean(0)  # nearly the mean, so that no digits are lost below
+            near, square = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
+            add(maps - center, group, near, square)
+            count = torch.full((len(center),), n)
+            deviations = (square - near.square() / n).clamp_(min=0)
+            self._add_deviations("deviations", at, count, near + n * center.double(), deviations)
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
         self.sums["count"][at] += n
@@ -172,19 +236,19 @@ class Accumulator:
             self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
         if "count_ranks" in self.sums:
             self.sums["count_ranks"][at] += ranks(maps.abs())
-        total, square, size, largest = rows
-        if not ops.accumulate(maps, group, total, square, size, largest, groups):
-            _accumulate_in_torch(maps, group, total, square, size, largest, groups)
+        add(maps, group, *rows, groups)
 
     def result(self, prefix: str) -> dict[str, np.ndarray]:
         return {f"{prefix}/{name}": value.numpy() for name, value in self.sums.items()}
 
 
-def _accumulate_in_torch(
-    maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None, size: Tensor | None,
-    largest: Tensor | None, groups: Tensor | None,
+def add(
+    maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None = None, size: Tensor | None = None,
+    largest: Tensor | None = None, groups: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`ops.accumulate` in plain torch."""
+    """Add maps to these sums, as `ops.accumulate` does, or in plain torch."""
+    if ops.accumulate(maps, group, total, square, size, largest, groups):
+        return
     wide = maps.double()
     if total is not None:
         total += wide.sum(0)

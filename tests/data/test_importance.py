@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.data import run
+from gradkern.data import merge, run
 from gradkern.data.ranking import _average_ranks, _quantiles, _spearman, of_results
 from gradkern.data.ranking import curve as curve_of
 from tests.cases import CASES
@@ -119,6 +119,37 @@ def test_float64_samples_and_maps_are_left_as_they_are(tmp_path, monkeypatch, ke
     results = run(model, x, tmp_path / "a.zarr", "jacobian", reductions=["mean_abs", "importance"], dtype="float64")
     assert torch.equal(x, before)
     np.testing.assert_allclose(results.array("attributions")[...], jacobian.numpy(), rtol=1e-12, atol=1e-12)
+
+
+class Bent(nn.Module):
+    """Attributions and inputs with offsets of a billion times their spread."""
+
+    def forward(self, x):
+        z = x - 1e9
+        return torch.stack([1e9 * z.sum(1) + z.sin().sum(1), z.square().sum(1)], dim=1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_large_offsets_cost_no_digits_in_shards_and_resumes(tmp_path, own):
+    """Not those of features (the time in seconds, say), nor of attributions; also with targets of each sample's own."""
+    x = 1e9 + torch.randn(90, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:4], x[50] = 0.0, 7.0  # neither the first samples nor outliers decide what is near
+    targets = (torch.arange(90) % 2)[:, None] if own else None
+    given = {"targets": targets, "reductions": ["variance", "importance", "mean"], "dtype": "float64", "chunk": 7}
+    whole = run(Bent().eval(), x, tmp_path / "whole.zarr", "jacobian", engine="kernel", **given)
+    maps = whole.maps(0, 90)
+    of_class = [maps[targets[:, 0] == c, 0] if own else maps[:, c] for c in range(2)]
+    expected = np.stack([m.numpy().astype(np.longdouble).var(0) for m in of_class]).astype(float)
+    np.testing.assert_allclose(whole.reduction("variance"), expected, rtol=1e-6)
+    means = np.stack([m.abs().mean(0).numpy() for m in of_class])
+    spread = x.numpy().astype(np.longdouble).std(0).astype(float)
+    np.testing.assert_allclose(whole.reduction("importance"), means * spread, rtol=1e-6)
+    parts = [tmp_path / f"{i}.zarr" for i in range(3)]
+    for i, part in enumerate(parts):
+        run(Bent().eval(), x, part, "jacobian", shard=(i, 4), **given)
+    run(Bent().eval(), x, parts[1], "jacobian", shard=(3, 4), **given)
+    merge(parts[1], [parts[2], parts[0]])
+    assert_same(parts[1], whole.place)
 
 
 @pytest.mark.parametrize("targets", [None, [2, 0, 1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,7 @@ READ = {
     "masked, nothing hidden": lambda folder: np.ma.array(X),
     "one array in a list": lambda folder: [X],
     "a column of lists": lambda folder: listed(),
+    "a column of lists of Python's": lambda folder: listed().assign(x=[row.tolist() for row in X], id=range(len(X))),
     "an Arrow column of lists": lambda folder: arrow_lists(),
     "wide parquet": lambda folder: wide(folder),
     "wide parquet, named": lambda folder: wide(folder) + ":a,b,c,d",
@@ -256,10 +258,88 @@ def test_what_is_no_checkpoint(content, tmp_path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_random_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"so these are random\. Give --weights"):
-        load_model(f"{HERE}:random")
+NETS = """
+import functools
+import torch
+from torch import nn
+from parts_of_nets import inner
+
+net = nn.Linear(4, 3)
+imported = inner
+
+@functools.cache
+def cached(): return nn.Linear(4, 3)
+
+def hidden():
+    model = seeded()
+    model.register_buffer("frequencies", torch.randn(2), persistent=False)
+    model.shift = torch.randn(3)
+    return model
+
+def seeded():
+    torch.manual_seed(1)
+    return nn.Linear(4, 3)
+
+def loads():
+    model = nn.Linear(4, 3)
+    model.load_state_dict({"weight": torch.ones(3, 4), "bias": torch.ones(3)})
+    return model
+
+def head_is_random(): return nn.Sequential(loads(), nn.Linear(3, 2))
+
+constant = seeded()
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_test.py").write_text(NETS)
+    (tmp_path / "parts_of_nets.py").write_text("from torch import nn\ninner = nn.Linear(4, 3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in ("nets_of_test", "parts_of_nets"):
+        sys.modules.pop(name, None)
+
+
+def test_random_weights_are_refused(nets) -> None:
+    """Also those that were made when a module was imported, that are kept, that are a part, that no state_dict has."""
+    random = {
+        "net": "bias, weight", "imported": "bias, weight", "cached": "bias, weight",
+        "hidden": "frequencies, shift", "head_is_random": "1.bias, 1.weight", "tied": "0.bias, 0.weight, 1.bias, …",
+    }  # fmt: skip
+    for name, named in random.items():
+        with pytest.raises(ValueError, match=rf"so these are random \({named}\)\. Give --weights"):
+            load_model(f"nets_of_test:{name}")
+    for name in ("seeded", "loads", "constant"):
+        load_model(f"nets_of_test:{name}")
     load_model(f"{HERE}:build")
+
+
+def test_weights_that_fit_twice_in_part_or_not(nets, tmp_path) -> None:
+    def load(name: str, content: dict) -> nn.Module:
+        torch.save(content, tmp_path / "w.pt")
+        return load_model(f"nets_of_test:{name}", str(tmp_path / "w.pt"))
+
+    fits = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
+    assert not load("net", fits).weight.any()
+    with pytest.raises(ValueError, match=r"are random \(frequencies, shift\)\. w?.*w.pt does not have them: give a"):
+        load("hidden", fits)
+    student, teacher = ({f"{who}.{k}": v + i for k, v in fits.items()} for i, who in enumerate(("student", "teacher")))
+    with pytest.raises(ValueError, match=r"several sets of weights that fit, behind 'student\.', 'teacher\.'"):
+        load("net", student | teacher)
+    with pytest.raises(ValueError, match=r"several sets of weights, \['state_dict', 'model'\]"):
+        load("net", {"model": fits, "state_dict": fits})
+    with pytest.raises(ValueError, match=r"it lacks \['bias'\], and has nothing beside"):
+        load("net", {"weight": fits["weight"]})
+    with pytest.raises(ValueError, match=r"weight is \[4, 3\] there, expected \[3, 4\]"):
+        load("net", fits | {"weight": torch.zeros(4, 3)})
+    tied = {"0.weight": torch.ones(3, 3), "0.bias": torch.ones(3), "1.bias": torch.ones(3)}
+    assert load("tied", tied)[1].weight.sum() == 9
 
 
 def test_a_plan_writes_nothing(tmp_path) -> None:

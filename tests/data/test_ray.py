@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,27 +71,56 @@ class Cluster:
         self.strategies.append(scheduling_strategy)
         return self
 
-    def remote(self, file, answer):
-        return self.worker(file, answer, int(self.strategies[-1]))
+    def remote(self, *given):
+        return self.worker(int(self.strategies[-1]), *given)
 
 
 def test_machines_that_do_not_share_the_disk_are_refused_by_name(tmp_path, monkeypatch):
     from gradkern.data.ray import check_shared, sees
 
-    place = str(tmp_path / "deep" / "a.zarr")
-    Cluster(monkeypatch, lambda file, answer, node: sees(file, answer))
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir(), other.mkdir()
+    place = str(mine / "deep" / "a.zarr")
+    Cluster(monkeypatch, lambda node, *given: sees(*given))
     check_shared(place)
 
-    def elsewhere(file, answer, node):
+    def elsewhere(node, folder, *keys):
         """The second machine has a folder of the same name, which is not this one."""
-        return True if node else sees(file, answer)
+        return sees(str(other if node else folder), *keys)
 
-    def blind(file, answer, node):
-        return sees(file, answer) if node else sees(f"/nowhere{file}", answer)
+    def absent(node, folder, *keys):
+        return sees(folder if node else f"/nowhere{folder}", *keys)
 
-    for worker, host in ((elsewhere, "host1"), (blind, "host0")):
+    def read_only(node, folder, *keys):
+        with monkeypatch.context() as patch:
+            if node:
+                patch.setattr("gradkern.data.store.durable.write_file", full)
+            return sees(folder, *keys)
+
+    def copied(node, folder, *keys):
+        """The second machine works on a copy, whose writes do not come back."""
+        if node:
+            shutil.copytree(folder, other, dirs_exist_ok=True)
+        return sees(str(other if node else folder), *keys)
+
+    def full(*given):
+        raise OSError(30, "Read-only file system")
+
+    for worker, host in ((elsewhere, "host1"), (absent, "host0"), (read_only, "host1"), (copied, "host1")):
         Cluster(monkeypatch, worker)
         with pytest.raises(ValueError, match=f"out: {host} cannot see or write"):
             check_shared(place)
-    assert not list(tmp_path.iterdir()), "nothing is left behind"
-    check_shared("s3://bucket/a.zarr")
+    assert not list(mine.iterdir()), "nothing is left behind"
+
+
+def test_an_address_that_every_process_has_for_itself_is_refused(monkeypatch):
+    """``memory://`` names another place in every process: all work would be lost."""
+    from gradkern.data.ray import FillChunks, check_shared, sees
+
+    Cluster(monkeypatch, lambda node, *given: sees(*given))
+    check_shared("memory://here/a.zarr")
+    Cluster(monkeypatch, lambda node, place, *keys: sees(f"{place}{node}", *keys))
+    with pytest.raises(ValueError, match=r"out: host0, host1 cannot see or write memory://here/a\.zarr"):
+        check_shared("memory://here/a.zarr")
+    with pytest.raises(ValueError, match="does not see memory://late"):
+        FillChunks(None, "memory://late/a.zarr", None)

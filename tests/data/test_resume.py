@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import subprocess
 import sys
@@ -11,28 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import gradkern
+from gradkern.cli.main import main
 from gradkern.data import DiskFull, Mismatch, Results, merge, run
 from gradkern.data import methods as data_methods
+from gradkern.data.runs import probe
 from tests.cases import CASES
-from tests.support import kill_runs
+from tests.support import forks, kill_runs
 from tests.support.stores import assert_same
 
 ROOT = Path(__file__).parents[2]
 
 
+build = functools.cache(CASES["cnn1d_strided"].build)  # a network that is the same object is captured once
+
+
 def small(seed: int = 0, samples: int = 40) -> tuple[torch.nn.Module, torch.Tensor]:
-    case = CASES["cnn1d_strided"]
-    return case.build(seed), case.inputs(samples)[0]
+    return build(seed), CASES["cnn1d_strided"].inputs(samples)[0]
 
 
 @pytest.mark.parametrize(("kills", "at_work"), [(5, 2), pytest.param(22, 5, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_ends_bit_equal(kills, at_work, tmp_path):
-    command = [sys.executable, "-m", "tests.support.kill_runs", str(tmp_path / "killed.zarr"), str(kills), "7"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = kill_runs.kill_runs(str(tmp_path / "killed.zarr"), kills, 7)
     assert said["killed"] == kills
     assert said["status"] == 0
     finished = said["finished"]
@@ -98,7 +100,7 @@ def test_full_disk_keeps_what_is_finished(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model": CASES["cnn1d_strided"].build(5)}, "the model has other weights"),
+        ({"model": build(3)}, "the model has other weights"),
         ({"model": CASES["cnn1d"].build()}, "computes something else"),
         ({"method": "jacobian"}, "method differs: the store has saliency, this call jacobian"),
         ({"targets": [0]}, "targets differs"),
@@ -207,20 +209,13 @@ def test_out_of_memory_backs_off_and_says_so(tmp_path, monkeypatch):
         run(model, x, tmp_path / "c.zarr", method="jacobian")
 
 
-@pytest.mark.slow
 def test_four_shards_in_four_processes_make_one_run(tmp_path):
-    program = (
-        "import sys; from tests.data.test_resume import small; from gradkern.data import run; import torch\n"
-        "torch.set_num_threads(1); model, x = small(samples=100)\n"
-        "run(model, x, sys.argv[1], chunk=7, shard=(int(sys.argv[2]), 4), "
-        "reductions=['mean_abs', 'mean', 'variance', 'max_abs', 'ranks', 'importance'])\n"
-    )
-    out = tmp_path / "shards.zarr"
-    shards = [subprocess.Popen([sys.executable, "-c", program, str(out), str(i)], cwd=ROOT) for i in range(4)]
-    assert [s.wait() for s in shards] == [0, 0, 0, 0]
     model, x = small(samples=100)
-    names = ["mean_abs", "mean", "variance", "max_abs", "ranks", "importance"]
-    run(model, x, tmp_path / "whole.zarr", chunk=7, reductions=names)
+    given = {"chunk": 7, "reductions": ["mean_abs", "mean", "variance", "max_abs", "ranks", "importance"]}
+    run(model, x, tmp_path / "whole.zarr", **given)
+    out = tmp_path / "shards.zarr"
+    shards = [forks.start(lambda i=i: run(model, x, out, shard=(i, 4), **given)) for i in range(4)]
+    assert [forks.end(s) for s in shards] == [0, 0, 0, 0]
     merge(out)
     assert_same(out, tmp_path / "whole.zarr")
 
@@ -241,6 +236,26 @@ def test_shards_in_stores_of_their_own_merge_to_one_run(tmp_path):
     run(small(3)[0], x, other, **options)
     with pytest.raises(Mismatch, match="other weights"):
         merge(parts[0], [other])
+
+
+def test_stores_that_measured_another_way_say_so(tmp_path, monkeypatch):
+    """Kernels and autograd round differently: a store records which it took, and merging compares that."""
+    model, x = small(samples=100)
+    options = {"chunk": 20, "engine": "auto", "threads": 1}
+    for way in ("kernels", "loop"):
+        monkeypatch.setattr(probe, "faster_way", lambda *given, way=way: way)
+        run(model, x, tmp_path / f"{way}.zarr", **options)
+    monkeypatch.undo()
+    assert "way            loop" in CliRunner().invoke(main, ["info", str(tmp_path / "loop.zarr")]).output
+    stores = [Results.open(tmp_path / f"{way}.zarr") for way in ("kernels", "loop")]
+    assert stores[0].array("predictions")[...].tobytes() != stores[1].array("predictions")[...].tobytes()
+    run(model, x, tmp_path / "a.zarr", shard=(0, 2), chunk=20)
+    run(model, x, tmp_path / "b.zarr", shard=(1, 2), chunk=20, threads=2)
+    part = run(model, x, tmp_path / "c.zarr", shard=(0, 6), chunk=20).place  # a shard without a chunk
+    merged = merge(tmp_path / "a.zarr", [tmp_path / "b.zarr"])
+    assert (merged.about["exact"], merged.about["notes"]) == (False, ["threads 2 instead of 1"])
+    said = CliRunner().invoke(main, ["merge", str(part), str(tmp_path / "loop.zarr")]).output
+    assert "equal within 1e-04, not to the last bit: way loop instead of kernels" in said
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,22 @@ def test_a_collate_function_that_drops_or_doubles_records(collate, words, worker
         list(source.stream([(0, 12), (12, 23)]))
 
 
+def scaled_by_the_batch(items):
+    x, label = default_collate(items)
+    return x / x.abs().amax(), label
+
+
+def scaled_by_a_number(items):
+    x, label = default_collate(items)
+    return x / 3.0, label
+
+
+def test_a_collate_function_whose_rows_depend_on_the_batch_is_refused():
+    with pytest.raises(ValueError, match="other rows for the samples 0 and 1 together than for each alone"):
+        open_source(DataLoader(Items(), batch_size=4, collate_fn=scaled_by_the_batch))
+    open_source(DataLoader(Items(), batch_size=4, collate_fn=scaled_by_a_number))
+
+
 class Broken(Dataset):
     def __len__(self):
         return 23

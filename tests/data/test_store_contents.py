@@ -80,15 +80,17 @@ def test_reductions_are_those_of_the_maps(problem, tmp_path):
     np.testing.assert_array_equal(results.reduction("ranks").reshape(10, 784, 10), counts)
 
 
-def test_kernel_and_plain_statistics_agree():
+def test_kernel_and_plain_statistics_agree(monkeypatch):
     maps = torch.randn(50, 3, 40, dtype=torch.float64)
     maps[7, 1, 5] = float("nan")
     group = torch.arange(50) % 32
     both = []
-    for function in (gradkern.runtime.ops.accumulate, statistics._accumulate_in_torch):
+    for kernel in (True, False):
+        if not kernel:
+            monkeypatch.setattr(gradkern.runtime.ops, "accumulate", lambda *given: False)
         sums = [torch.zeros(3, 40, dtype=torch.float64) for _ in range(3)]
         largest, groups = torch.zeros(3, 40), torch.zeros(32, 3, 40, dtype=torch.float64)
-        function(maps, group, *sums, largest, groups)
+        statistics.add(maps, group, *sums, largest, groups)
         both.append([*sums, largest, groups])
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
@@ -295,6 +297,8 @@ def test_an_address_that_fsspec_knows(problem, tmp_path):
 def record(i: int) -> ChunkRecord:
     rng = np.random.default_rng(i)
     sums = {"a/sum_abs": rng.standard_normal(5) * 10.0 ** rng.integers(-8, 8), "a/max_abs": rng.random(3, np.float32)}
+    sums |= {"a/count": np.array([i % 3]), "a/sum": rng.standard_normal((1, 4)) * (i % 3)}
+    sums |= {"a/deviations": rng.random((1, 4)) * (i % 3)}
     return ChunkRecord(sums, {"samples": 1, "seconds": 0.0, "batches": [1], "notes": []})
 
 

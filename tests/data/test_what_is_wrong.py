@@ -3,10 +3,10 @@ runs at once, a method that was edited, numbers too large or too small for the s
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import signal
 import threading
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -17,15 +17,13 @@ import gradkern
 from gradkern.data import Busy, DiskFull, Mismatch, Outcome, Results, run
 from gradkern.data import methods as data_methods
 from gradkern.data.runs import probe
-from gradkern.data.runs.code import code_text
 from gradkern.data.runs.reading import Alone
 from gradkern.data.sources import open_source
+from gradkern.data.store import locks
 from gradkern.util.options import GradkernWarning
+from tests.support import forks
 from tests.support.stores import assert_same
 from tests.support.tiny import net, samples
-
-ROOT = Path(__file__).parents[2]
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Not finite
@@ -132,7 +130,7 @@ def test_what_a_narrow_dtype_loses_is_counted_and_said(tmp_path, scale, words):
 def test_baselines_of_each_sample_go_with_their_samples(tmp_path, method, chunk):
     x, baselines = samples(), samples(seed=5)
     kind = getattr(gradkern.attr, method)
-    for name, given in (("tensor", baselines), ("tuple", (baselines,)), ("array", baselines.numpy())):
+    for name, given in (("tensor", baselines), ("tuple", (baselines,)), ("array", baselines.double().numpy())):
         results = run(
             net(), x, tmp_path / f"{name}.zarr", method, chunk=chunk, arguments={"baselines": given}, dtype="float64"
         )
@@ -148,6 +146,7 @@ def test_baselines_of_each_sample_go_with_their_samples(tmp_path, method, chunk)
         ({"baselines": torch.zeros(40, 5)}, r"rows of shape \[5\], expected \[6\]"),
         ({"additional_forward_args": torch.zeros(40)}, r"further inputs, with source=\(x, more\)"),
         ({"baselines": [0.0] * 40}, "is a list with a value per sample"),
+        ({"baselines": lambda x: x}, "got a function as baselines, but IntegratedGradients takes no references"),
     ],
 )
 def test_what_is_neither_one_row_nor_one_per_sample_is_refused_by_name(tmp_path, arguments, words):
@@ -200,29 +199,6 @@ def test_mixed_samples_are_seen_behind_dead_ones(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # The code of a method
 
-FACTOR = 1.0
-
-
-def helper(x):
-    return x * FACTOR
-
-
-def outer(factor):
-    def inner(batch):
-        return helper(batch) * factor
-
-    return inner
-
-
-def test_the_text_of_a_function_has_what_it_uses(monkeypatch):
-    texts = {code_text(outer(2)), code_text(outer(3))}
-    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
-    texts.add(code_text(outer(2)))
-    monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: x + FACTOR)
-    texts.add(code_text(outer(2)))
-    assert len(texts) == 4
-    assert code_text(outer(2)) == code_text(outer(2))
-
 
 def test_an_edited_method_is_another_run(tmp_path, monkeypatch):
     def of(factor):
@@ -244,31 +220,29 @@ def test_an_edited_method_is_another_run(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 # Two runs on one store, full disks, links
 
-HOLD = """
-import sys, time
-from gradkern.data import Results
-from gradkern.data.store import locks
-with locks.hold(Results.open(sys.argv[1], read_only=False).store, range(int(sys.argv[2]), int(sys.argv[3]))):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
 
 def test_a_second_run_is_refused_and_told_who_is_at_work_and_the_dead_hold_nothing(tmp_path):
     out, given = tmp_path / "a.zarr", {"chunk": 4, "method": "jacobian", "reductions": ["mean_abs"]}
     run(net(), samples(), out, shard=(4, 5), **given)  # chunks 8, 9
     partial = out / "attributions/c.1.0.0.0123.partial"
     partial.write_bytes(b"of a live run")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out), "0", "3"], cwd=ROOT, stdout=subprocess.PIPE)
+    reader, writer = os.pipe()
+
+    def hold():
+        with locks.hold(Results.open(out, read_only=False).store, range(3)):
+            os.write(writer, b"held")
+            time.sleep(600)
+
+    holder = forks.start(hold)
     try:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(Busy, match=rf"process {holder.pid} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is at work"):
+        assert os.read(reader, 4) == b"held"
+        with pytest.raises(Busy, match=rf"process {holder} on \S+ \(since \d{{4}}-.*, chunks 0 … 2\) is at work"):
             run(net(), samples(), out, **given)
         assert partial.exists()
         run(net(), samples(), out, shard=(1, 2), **given)  # the chunks 5 … 9 are free
     finally:
-        holder.kill()
-        holder.wait()
+        os.kill(holder, signal.SIGKILL)
+        forks.end(holder)
     assert run(net(), samples(), out, **given).about["exact"]
     assert not list(out.rglob("*.partial"))
     run(net(), samples(), tmp_path / "b.zarr", **given)

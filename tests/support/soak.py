@@ -10,6 +10,7 @@ figures as JSON; the exit code is 1 after the first difference.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -41,11 +42,17 @@ from tests.support.stores import assert_same
 
 FULL, BUSY, FAILED = 4, 6, 1
 CONSTANT = ("targets/c.0", "chunks/c.0.0", "ids/c.0", "names/c.0")  # files of arrays that never change
-PATIENCE = 180  # seconds for a run, which takes less than one on an idle machine
+PATIENCE = 180  # seconds: of computing, for a run that takes less than one; or without any, of one that hangs
 
 
 class Difference(Exception):
     """A round that did not end as it must."""
+
+
+def seconds_of(pid: int) -> float:
+    """The processor time that a process of ours has taken."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Soak:
@@ -79,13 +86,17 @@ class Soak:
 
     def end(self, pid: int, *allowed: int) -> int:
         """The exit code; negative for a signal."""
-        limit = time.monotonic() + PATIENCE
+        used, since = 0.0, time.monotonic()
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() > limit:
+            if (now := seconds_of(pid)) > used + 0.02:  # a busy machine may be slow; a run that waits for ever is not
+                used, since = now, time.monotonic()
+            if used > PATIENCE or time.monotonic() > since + PATIENCE:
+                os.kill(pid, signal.SIGUSR1)  # prints where it is
+                time.sleep(2)
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                raise Difference(f"a run was still at work after {PATIENCE} s")
-            time.sleep(0.002)
+                raise Difference(f"a run was still at work after {used:.0f} s, or waits")
+            time.sleep(0.01)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code not in (0, *allowed):
             raise Difference(f"a run ended with {code}, expected 0 or {allowed}")
@@ -274,6 +285,7 @@ class Soak:
 
 def main(minutes: float, seed: int) -> int:
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays taken where its holder was killed
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)  # no thread of OpenMP's may be alive when the process forks
     torch.manual_seed(0)
     begin, wrong = time.monotonic(), None

@@ -20,24 +20,29 @@ from ...util.options import BadValue
 from ...util.outputs import OneOutput, Sums, output_name
 from .. import methods
 from ..store.layout import dtype_name
-from .code import code_text
+from .code import class_lines, code_lines, code_text, package_of
 from .settings import Settings
 
-KEYS = 2  # version of the keys of graph and plan; a store without it has version 1
+KEYS = 3  # version of the keys of graph and plan; a store without it has version 1
 
 
 class Mismatch(BadValue):
     """The store belongs to another run: another model, method or source."""
 
 
-def of_model(model: nn.Module, program: Program | None) -> dict[str, Any]:
-    """Hashes of everything that determines the model's results: its weights and buffers, and its graph."""
+def of_model(model: nn.Module, program: Program | None, unchanged: frozenset[str] | None = None) -> dict[str, Any]:
+    """Hashes of everything that determines the model's results: its weights and buffers, and its graph (of a model that
+    was not captured: its modules and the code of their classes).  ``unchanged`` as in `code.code_text`."""
     digest = hashlib.sha256()
     model = model.model if isinstance(model, OneOutput) else model
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         _add_tensor(digest, name, tensor)
-    graph = program.key if program is not None else hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+    if program is not None:
+        graph = program.key
+    else:
+        code = [line for line in class_lines(model) if unchanged is None or line in unchanged]
+        graph = _hash("\n".join([repr(model), *code]))
     return {"weights": digest.hexdigest()[:32], "graph": graph, "tensors": len(tensors)}
 
 
@@ -78,45 +83,60 @@ def of_targets(targets: Any) -> Any:
     return json.loads(json.dumps(targets, default=int))
 
 
-def _plain(value: Any) -> Any:
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any, unchanged: frozenset[str] | None = None) -> Any:
     """A method's argument as plain data; tensors by their content."""
     if isinstance(value, (Tensor, np.ndarray)):
         return of_targets(value)
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [_plain(v, unchanged) for v in value]
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
     if callable(value):
         name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
-        return {"function": name, "code": hashlib.sha256(code_text(value).encode()).hexdigest()[:16]}
+        return {"function": name, "code": _hash(code_text(value, unchanged))}
     raise BadValue(
         f"arguments: got {type(value).__name__}, expected numbers, text, tensors, functions, or lists of such."
     )
 
 
-def of_run(model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None) -> dict[str, Any]:
-    """Everything that must agree for one run to continue another; ``source`` as of `of_source`."""
+def code_before(model: nn.Module, settings: Settings) -> frozenset[str]:
+    """The lines of all code of the caller's, before any of it has run."""
+    functions = [methods.METHODS.get(settings.method), settings.output, *settings.arguments.values()]
+    own = [f for f in functions if callable(f) and package_of(f) != "gradkern"]
+    return frozenset([*class_lines(model), *(line for f in own for line in code_lines(f))])
+
+
+def of_run(
+    model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None,
+    unchanged: frozenset[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that must agree for one run to continue another; ``source`` as of `of_source`, ``unchanged`` as of
+    `code_before`."""
     stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
-        "model": of_model(model, program),
+        "model": of_model(model, program, unchanged),
         "method": {
             "method": settings.method,
             "targets": of_targets(settings.targets),
             **({} if settings.output is None else {"output": output_name(settings.output)}),
-            "arguments": {name: _plain(value) for name, value in sorted(settings.arguments.items())},
-            **of_code(settings.method, settings.output),
+            "arguments": {name: _plain(value, unchanged) for name, value in sorted(settings.arguments.items())},
+            **of_code(settings.method, settings.output, unchanged),
         },
         "source": source,
         "stored": {name: getattr(settings, name) for name in stored},
     }
 
 
-def of_code(method: str, output: Any) -> dict[str, str]:
+def of_code(method: str, output: Any, unchanged: frozenset[str] | None = None) -> dict[str, str]:
     """Hashes of the code of a method, and of a function that chooses the output, that are the caller's own."""
     given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
     sums = {"output_code": str(output)} if isinstance(output, Sums) else {}  # which is no name of an output either
-    own = {k: f for k, f in given.items() if f is not None and f.__module__.partition(".")[0] != "gradkern"}
-    return sums | {k: hashlib.sha256(code_text(f).encode()).hexdigest()[:16] for k, f in own.items()}
+    own = {k: f for k, f in given.items() if f is not None and package_of(f) != "gradkern"}
+    return sums | {k: _hash(code_text(f, unchanged)) for k, f in own.items()}
 
 
 def of_machine() -> dict[str, Any]:
@@ -154,6 +174,11 @@ def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
     """The version of a store's keys of graph and plan (None: the present one).  Keys of two versions are not
     comparable."""
     return (KEYS, _version("gradkern")) if about is None else (about.get("keys", 1), about["pinned"]["gradkern"])
+
+
+def sums_squares(about: Mapping[str, Any]) -> bool:
+    """Whether a store's statistics hold sums of squares, as an earlier version had them, in place of deviations."""
+    return int(about.get("keys", 1)) < 3
 
 
 def check_same(place: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, graph: bool = True) -> None:

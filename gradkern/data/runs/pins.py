@@ -32,6 +32,21 @@ def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
         yield
 
 
+def unlike(pinned: Mapping[str, Any], other: Mapping[str, Any], *, plan: bool = True) -> list[str]:
+    """What another store pins otherwise, in words; the results of the two are then equal only within rounding.
+
+    ``plan`` as in `differences`.
+    """
+
+    def of(p: Mapping[str, Any], name: str) -> Any:
+        unmeasured = name == "way" and p.get("way") is None and p["engine"] == "kernel"
+        return "kernels" if unmeasured else p.get(name)
+
+    compared = [k for k in pinned if k not in ("chunk", "batch", "python", "plan")]
+    compared += ["plan"] * (plan and pinned["isa"] == other["isa"])
+    return [f"{k} {of(other, k)} instead of {of(pinned, k)}" for k in compared if of(other, k) != of(pinned, k)]
+
+
 def pin_isa(wanted: str | None) -> None:
     """Request the store's instruction set if none has been chosen yet: the choice is made once per process."""
     if wanted in (None, "none") or os.environ.get("GRADKERN_ISA"):

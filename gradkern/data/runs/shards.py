@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...util.options import BadValue
 from ..store import durable, locks
 from ..store.layout import chunk_key
 from ..store.results import Results
-from . import fingerprint
+from . import fingerprint, pins
 
 Shard = tuple[int, int]
 
@@ -27,10 +28,11 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     """Complete a store, after copying the finished chunks of ``parts`` to it.
 
     ``parts`` are stores of the same run made elsewhere (each shard on its own disk).  Raises `Mismatch` if one belongs
-    to another run, and `BadValue` if chunks are missing.
+    to another run, and `BadValue` if chunks are missing.  Parts that were computed with other threads, versions or
+    instructions, or another way, are equal within rounding: the store then says so, as after a resume.
     """
     results = Results.open(out, read_only=False)
-    others = [Results.open(p) for p in parts]
+    others, notes = [Results.open(p) for p in parts], {}
     for other in others:
         same_keys = fingerprint.keys_version(other.about) == fingerprint.keys_version(results.about)
         fingerprint.check_same(other.place, results.about["fingerprint"], other.about["fingerprint"], graph=same_keys)
@@ -38,12 +40,18 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
             raise fingerprint.Mismatch(
                 f"{other.place} has another chunk grid than {results.place}. Give all shards one chunk= and batch=."
             )
+        both = [r.about for r in (results, other)]
+        if results.about["reductions"] and len(set(map(fingerprint.sums_squares, both))) > 1:
+            raise fingerprint.Mismatch(
+                f"{other.place} and {results.place} are of versions with other statistics. Run that shard again."
+            )
         if (other.ids, other.names) != (results.ids, results.names):
             raise fingerprint.Mismatch(f"{other.place} has other ids or names than {results.place}.")
+        notes[other.place] = pins.unlike(results.about["pinned"], other.about["pinned"], plan=same_keys)
     if others:
         with locks.hold(results.store, range(results.chunks)):
             for other in others:
-                _take(results, other)
+                _take(results, other, notes[other.place])
     if not results.complete():
         missing = sorted(set(range(results.chunks)) - results.ledger.finished())
         raise BadValue(
@@ -53,8 +61,8 @@ def merge(out: str | Path, parts: Sequence[str | Path] = ()) -> Results:
     return Results.open(out)
 
 
-def _take(results: Results, other: Results) -> None:
-    """Copy finished chunks that are missing here: data first, then the records that make them finished."""
+def _take(results: Results, other: Results, notes: Sequence[str]) -> None:
+    """Copy finished chunks that are missing here: data first, then the records that make them finished, with notes."""
     finished = results.ledger.finished()
     for node in sorted(other.ledger.nodes()):
         chunks = set(results.ledger.span(node))
@@ -73,5 +81,7 @@ def _take(results: Results, other: Results) -> None:
                 if content is None:
                     raise BadValue(f"{other.place} has lost {key}. Run that shard again.")
                 durable.put(results.store, key, content)
-        durable.put(results.store, results.ledger.key(node), other.ledger.read(node).to_bytes())
+        record = other.ledger.read(node)
+        facts = {**record.facts, "notes": sorted({*record.facts["notes"], *notes})}
+        durable.put(results.store, results.ledger.key(node), replace(record, facts=facts).to_bytes())
         finished |= chunks

@@ -74,10 +74,12 @@ class Task:
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
-        alone = Alone.of(rows)
+        alone, code = Alone.of(rows), fingerprint.code_before(model, settings)
         with pinning(pinned, settings):
             probe = probe_run(model, alone, rows.samples, settings, pinned.get("engine"))
-        asked = fingerprint.of_run(model, fingerprint.of_source(rows.samples, alone.rows), settings, probe.program)
+        asked = fingerprint.of_run(
+            model, fingerprint.of_source(rows.samples, alone.rows), settings, probe.program, code
+        )
         if results is None:
             about = contents.attributes(asked, rows, settings, probe, made_by)
             arrays = contents.arrays(rows, settings, probe, about)
@@ -204,7 +206,8 @@ class Task:
             return {}
         shapes = [tuple(self.probe.inputs[i].shape[1:]) for i in self.probe.floating]
         wanted, classes = self.settings.reductions, self.probe.classes
-        accumulators = [statistics.Accumulator(wanted, classes, shape) for shape in shapes]
+        squares = fingerprint.sums_squares(self.results.about)
+        accumulators = [statistics.Accumulator(wanted, classes, shape, squares) for shape in shapes]
         return dict(zip(map_names(len(accumulators)), accumulators, strict=True))
 
     def _batch(

@@ -92,6 +92,8 @@ def members(group: Any, columns: Any) -> list[Any]:
 def _is_floating(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point()
+    if isinstance(value, float):
+        return True
     if isinstance(value, list):
         return any(_is_floating(v) for v in value)
     return isinstance(value, np.ndarray) and (value.dtype.kind == "f" or any(map(_is_floating, _objects(value))))

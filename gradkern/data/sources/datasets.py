@@ -50,6 +50,22 @@ class Collate:
             kept.append(tuple(r[0] for r in rows))
         return tuple(one_or_list(list(column)) for column in zip(*kept, strict=True)), None
 
+    def mixes(self, two: Callable[[], Sequence[Any]]) -> bool:
+        """Does a function of the caller's make other numbers of two items together than of each alone?  Not where it
+        pads them, leaves one out, or fails: that is found when they are read."""
+        if self.function is default_collate:
+            return False
+        try:
+            items = list(two())
+            (alone, _), together = self(items), pick(self.function(list(items)), self.columns)
+            pairs = [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone, together, strict=True)]
+        except Exception:
+            return False
+        return any(
+            a.shape == b.shape and not torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
+            for a, b in pairs
+        )
+
     def _single(self, item: Any) -> tuple[Tensor, ...]:
         return tuple(torch.as_tensor(x)[None] for x in pick(self.function(item), self.columns))
 
@@ -95,7 +111,14 @@ class TorchDataset(Source):
             )
         names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
         options = {name: getattr(loader, name) for name in names} if loader.num_workers else {}
-        return cls(loader.dataset, columns, Collate(loader.collate_fn, columns, batched), options)
+        source = cls(loader.dataset, columns, Collate(loader.collate_fn, columns, batched), options)
+        if batched and source.samples > 1 and source.collate.mixes(lambda: source._items([0, 1])):
+            raise BadValue(
+                "source: the DataLoader's collate function gives other rows for the samples 0 and 1 together than for "
+                "each alone, so a sample's row would depend on its batch. Do in the Dataset what concerns one sample "
+                "(scale by fixed numbers, augment), or write the batches to a file first."
+            )
+        return source
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         try:

@@ -1,0 +1,33 @@
+"""Work in forks of this process, which need not import and capture everything again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+def start(work: Callable[[], object]) -> int:
+    """Do some work in a fork, which ends with 0, or with 1 after an error; gives the process number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which works for us
+        pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays taken where its holder was killed
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def end(pid: int) -> int:
+    """The exit code; negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
