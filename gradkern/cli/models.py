@@ -149,6 +149,10 @@ def _made_anew(spec: str) -> nn.Module:
         return _made(spec)
     finally:
         sys.modules.update(kept)
+        for name, module in kept.items():
+            package, _, short = name.rpartition(".")
+            if package in sys.modules:
+                setattr(sys.modules[package], short, module)
 
 
 def load_weights(model: nn.Module, path: str) -> set[str]:

@@ -225,7 +225,7 @@ class Accumulator:
         if "deviations" in self.sums:
             center = maps.mean(0)  # nearly the mean, so that no digits are lost below
             near, square = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
-            add(maps - center, group, near, square)
+            add(maps - center.double(), group, near, square)
             count = torch.full((len(center),), n)
             deviations = (square - near.square() / n).clamp_(min=0)
             self._add_deviations("deviations", at, count, near + n * center.double(), deviations)

@@ -224,6 +224,11 @@ def test_the_home_folder(tmp_path, monkeypatch) -> None:
     assert open_source("~/x.npy").samples == 9
 
 
+def test_a_cast_keeps_imaginary_parts() -> None:
+    with pytest.raises(TypeError, match="complex, and a cast would drop the imaginary parts"):
+        open_source(X.astype(np.complex64), dtype=torch.float32).read(0, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Weights, and a plan
 
@@ -271,9 +276,10 @@ imported = inner
 def cached(): return nn.Linear(4, 3)
 
 def hidden():
+    frequencies, shift = torch.randn(2), torch.randn(3)
     model = seeded()
-    model.register_buffer("frequencies", torch.randn(2), persistent=False)
-    model.shift = torch.randn(3)
+    model.register_buffer("frequencies", frequencies, persistent=False)
+    model.shift = shift
     return model
 
 def seeded():

@@ -32,16 +32,18 @@ def small(seed: int = 0, samples: int = 40) -> tuple[torch.nn.Module, torch.Tens
     return build(seed), CASES["cnn1d_strided"].inputs(samples)[0]
 
 
-@pytest.mark.parametrize(("kills", "at_work"), [(5, 2), pytest.param(22, 5, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_ends_bit_equal(kills, at_work, tmp_path):
-    said = kill_runs.kill_runs(str(tmp_path / "killed.zarr"), kills, 7)
+@pytest.mark.parametrize(
+    ("kills", "at_work", "samples"), [(5, 2, 800), pytest.param(22, 5, kill_runs.SAMPLES, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_ends_bit_equal(kills, at_work, samples, tmp_path):
+    said = kill_runs.kill_runs(str(tmp_path / "killed.zarr"), samples, kills, 7)
     assert said["killed"] == kills
     assert said["status"] == 0
     finished = said["finished"]
     assert finished == sorted(finished), "a kill has undone finished chunks"
-    assert 0 < finished[-1] < kill_runs.SAMPLES // kill_runs.CHUNK
+    assert 0 < finished[-1] < samples // kill_runs.CHUNK
     assert len(set(finished)) >= at_work, "the kills did not hit runs at work"
-    model, x = kill_runs.problem()
+    model, x = kill_runs.problem(samples)
     whole = run(model, x, tmp_path / "whole.zarr", **kill_runs.OPTIONS)
     assert_same(tmp_path / "killed.zarr", tmp_path / "whole.zarr")
     assert whole.about["exact"]

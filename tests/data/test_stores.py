@@ -85,7 +85,7 @@ def test_an_unfinished_store_is_completed(tmp_path):
         for name in names:
             a, b = (np.asarray(r.array(name)[...]) for r in (completed, uninterrupted))
             if version and name == "reductions/variance":  # it sums other numbers, which round in another way
-                np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=name)
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * float(np.abs(b).max()), err_msg=name)
             elif about["exact"]:  # the versions and the instruction set that the store pins can be had here
                 assert a.tobytes() == b.tobytes(), name
             elif name != "top_features":  # ties may fall the other way

@@ -10,12 +10,15 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import gradkern
-from gradkern.data import Results, run
+from gradkern.data import run
+from gradkern.data.store.durable import DurableStore
+from gradkern.data.store.ledger import Ledger
 from tests.cases import CASES
 from tests.support import forks
 
@@ -23,25 +26,26 @@ SAMPLES, CHUNK = 1920, 4
 OPTIONS = {"reductions": ["mean_abs", "variance", "max_abs", "importance"], "top_features": 2, "chunk": CHUNK}
 
 
-def problem() -> tuple[torch.nn.Module, torch.Tensor]:
+def problem(samples: int = SAMPLES) -> tuple[torch.nn.Module, torch.Tensor]:
     case = CASES["cnn1d_strided"]
-    return case.build(), case.inputs(SAMPLES)[0]
+    return case.build(), case.inputs(samples)[0]
 
 
 def count(out: str) -> int:
     """How many chunks are finished."""
-    return len(Results.open(out).ledger.finished()) if os.path.exists(out) else 0
+    path = Path(out) / "chunks/c.0.0"  # [K, 2]
+    return len(Ledger(DurableStore(Path(out)), path.stat().st_size // 16).finished()) if path.exists() else 0
 
 
 def wait_for(out: str, chunks: int) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end and count(out) < chunks:
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
-def kill_runs(out: str, kills: int, seed: int) -> dict[str, Any]:
+def kill_runs(out: str, samples: int, kills: int, seed: int) -> dict[str, Any]:
     """Gives the number of runs that were killed, the finished chunks after each, and the exit code of the last run."""
-    model, x = problem()
+    model, x = problem(samples)
     gradkern.prepare(model, x)
     gradkern.jacobian(model, x[:CHUNK], engine="kernel")
     rng = random.Random(seed)

@@ -1,8 +1,8 @@
 """A run on a local Ray cluster of two workers, one of which is killed in the middle; for tests/data/test_ray.py.
 
-    python -m tests.support.ray_run OUT
+    python -m tests.support.ray_run OUT ALONE
 
-Prints as JSON how many chunks were finished when the worker was killed.
+ALONE becomes the store of a run without Ray.  Prints as JSON how many chunks were finished when the worker was killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import ray
 import torch
 
-from gradkern.data import Results
+from gradkern.data import Results, run
 from gradkern.data.ray import run_on_ray
 from tests.support.kill_runs import OPTIONS, problem
 
@@ -65,14 +65,15 @@ def kill_one(out: str) -> None:
             return
 
 
-def main(out: str) -> None:
+def main(out: str, alone: str) -> None:
     torch.set_num_threads(1)
     model, x = problem()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     threading.Thread(target=kill_one, args=(out,), daemon=True).start()
     results = run_on_ray(model, x, out, workers=2, **OPTIONS)
+    run(model, x, alone, threads=1, **OPTIONS)  # here, with the same instructions
     print(json.dumps({**killed, "done": results.done, "chunks": results.chunks}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

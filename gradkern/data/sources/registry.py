@@ -107,6 +107,11 @@ class Source(ABC):
         if self.cast is None:
             return rows
         whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
+        if whole and any(x.is_complex() for x in rows):
+            raise BadType(
+                "source: its samples are complex, and a cast would drop the imaginary parts. Give "
+                "torch.view_as_real(x), with one axis more, to a model that takes that."
+            )
         return tuple(x.to(self.cast) if whole or x.is_floating_point() or x.dtype == torch.uint8 else x for x in rows)
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
