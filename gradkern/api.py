@@ -106,7 +106,7 @@ def jacobian(
     -------
     ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
     for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With
-    ``TopK``: the pair of that and the indices.
+    `TopK`, the pair of that and the indices.
 
     Raises
     ------

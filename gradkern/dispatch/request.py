@@ -309,7 +309,14 @@ def check_reached(request: Request, unused: Collection[int]) -> None:
 
 
 def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence[Tensor]) -> Exception:
-    """The error to raise for a model that failed: it names the dtypes or devices if these are the cause."""
+    """The error to raise for a model that failed: it names the dtypes or devices if these are the cause.  Otherwise it
+    is the model's own, with a note on what the model was given."""
+    if not hasattr(error, "__notes__"):
+        given = ", ".join(str(list(x.shape)) for x in inputs)
+        error.add_note(
+            f"gradkern called the model with {given}, some of your samples. Samples are axis 0 of every input: one "
+            "alone needs x.unsqueeze(0). Several inputs are one tuple: jacobian(model, (a, b))."
+        )
     if module is None:
         return error
     tensors = [*module.parameters(), *module.buffers()]
