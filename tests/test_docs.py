@@ -68,7 +68,9 @@ def test_commands_exist_with_the_options_that_they_are_given(page):
         if program == "make":
             assert {w for w in words if "=" not in w} <= targets, line
         elif program == "gradkern":
-            options = {o for p in [*main.params, *main.commands[words[0]].params] for o in (*p.opts, *p.secondary_opts)}
+            assert words[0].startswith("-") or words[0] in main.commands, line
+            command = main.commands.get(words[0], main)
+            options = {"--help", *(o for p in [*main.params, *command.params] for o in (*p.opts, *p.secondary_opts))}
             assert {w for w in words if w.startswith("--")} <= options, line
         elif program == "python":
             assert find_spec(words[1]) if words[0] == "-m" else (ROOT / words[0]).exists(), line
