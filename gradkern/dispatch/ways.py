@@ -49,20 +49,20 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, found: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     few = _fewer(seeds)
-    saved = profile.per_sample if found.verdict.opaque else 0
+    saved = profile.per_sample if captured.verdict.opaque else 0
 
     def run(way: Way, samples: int) -> float:
         part = request.part(0, samples, seeds if way == "kernels" else few)
 
         def work() -> None:
             if way == "kernels":
-                batching.run(part, found.program, found.tensors, "auto", saved=saved)
+                batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
             else:
                 with eager.outside_modes():
-                    results = allocate(part, found.program.output_shape)
+                    results = allocate(part, captured.program.output_shape)
                 eager.run_as_measured(part, profile, 0, results, batched=way == "batched")
 
         took = seconds_of(work, request.inputs[0].device)

@@ -234,11 +234,11 @@ class _GraphLowering:
         ]
         inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         if self._is_complex(node, meta):
-            found = self._complex_form(lifted, named)
+            lowered = self._complex_form(lifted, named)
         else:
             self._check(lifted, meta)
-            found = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
-        value = number_as_shape(b, found, named.result)  # a constant of more axes puts some in front
+            lowered = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
+        value = number_as_shape(b, lowered, named.result)  # a constant of more axes puts some in front
         self._note_dtype(value, meta.dtype)
         return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
@@ -299,8 +299,8 @@ class _GraphLowering:
     def _complex_form(self, call: Call, named: SimpleNamespace) -> Value | Complex:
         if call.op not in COMPLEX:
             raise NoForm(f"{call.op} of complex numbers has no form")
-        found: Value | Complex = COMPLEX[call.op](self.builder, named)
-        return found
+        lowered: Value | Complex = COMPLEX[call.op](self.builder, named)
+        return lowered
 
     def _formal(self, x: Any) -> Any:
         """An argument in which complex tensors stay pairs of values."""

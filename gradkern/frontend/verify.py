@@ -43,15 +43,15 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
     model = model_of(fn)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if model else ())
     with torch.inference_mode(False), torch.random.fork_rng(devices=devices), buffers_kept(model):
-        found = _compared(program, fn, params, samples, cotangent)
+        outcome = _compared(program, fn, params, samples, cotangent)
         for _ in range(_TRIES - 1):
-            if not isinstance(found, Untraceable) or found.final:
+            if not isinstance(outcome, Untraceable) or outcome.final:
                 break
             moved = tuple(_noisy(x, _MOVE, generator) for x in samples)
-            found = _compared(program, fn, params, moved, cotangent)
-    if isinstance(found, Untraceable):
-        raise found
-    return found
+            outcome = _compared(program, fn, params, moved, cotangent)
+    if isinstance(outcome, Untraceable):
+        raise outcome
+    return outcome
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -45,14 +45,14 @@ class WholeChain:
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
-        found = content_of([tensors[name] for name in self.plan.live_names])
+        content = content_of([tensors[name] for name in self.plan.live_names])
         before, latest = self._latest
-        packed = latest() if latest is not None and before == found else None
+        packed = latest() if latest is not None and before == content else None
         if packed is None:
-            entry = weight_cache.entry(self.plan, found, self.like)
+            entry = weight_cache.entry(self.plan, content, self.like)
             with torch.inference_mode(False), torch.no_grad():
                 packed = weight_cache.packed(entry, self.chain, bind(self.program, tensors), self.like)
-            self._latest = found, weakref.ref(packed)
+            self._latest = content, weakref.ref(packed)
         return packed if packed.finite else None
 
     def rows(self, packed: Packed) -> Tensor | None:

@@ -71,11 +71,11 @@ class _Binder:
 
 def _constants(program: Program) -> frozenset[str]:
     """The names of the derived tensors that depend on no live tensor."""
-    found: set[str] = set()
+    names: set[str] = set()
     for derived in program.derived:
-        if all(p.name in found for p in params_in(derived.call)):
-            found.add(derived.name)
-    return frozenset(found)
+        if all(p.name in names for p in params_in(derived.call)):
+            names.add(derived.name)
+    return frozenset(names)
 
 
 _binders: Memo[_Binder] = Memo(256)

@@ -71,10 +71,10 @@ class NeuronMethod(LayerMethod):
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
-        found = None if view is None else unit_of(view, options["neuron_selector"])
-        if view is None or found is None:
+        unit = None if view is None else unit_of(view, options["neuron_selector"])
+        if view is None or unit is None:
             return None
-        parts = self._neuron(found[0], found[1], options)
+        parts = self._neuron(unit[0], unit[1], options)
         return None if parts is None else format_output(is_tuple(options["inputs"]), tuple(p[:, 0] for p in parts))
 
 
@@ -197,8 +197,8 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
     _one = LayerMethod._one
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
-        found = unit_of(view, options["neuron_selector"])
-        return None if found is None else (self._through(view, *found, seeds, options), None)
+        unit = unit_of(view, options["neuron_selector"])
+        return None if unit is None else (self._through(view, *unit, seeds, options), None)
 
     def _through(self, view: LayerView, points: NeuronPoints, unit: Tensor, seeds: Seeds, options: Options) -> Tensors:
         """``∂y_s/∂unit · ∂unit/∂x`` along the path, ``[N, S, *in]`` per input."""

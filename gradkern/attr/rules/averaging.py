@@ -65,9 +65,9 @@ class Wanted:
 Averages = tuple[Tensors, Tensor | None]  # maps, and the deltas of all pairs
 
 
-def with_delta(found: Averages, as_tuple: bool) -> Any:
+def with_delta(averages: Averages, as_tuple: bool) -> Any:
     """The result of ``attribute``: maps, and the delta if there is one."""
-    maps, delta = found
+    maps, delta = averages
     result = compat.format_output(as_tuple, maps)
     return result if delta is None else (result, delta)
 
@@ -152,15 +152,19 @@ class Averaging:
             chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
             chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
             rule = make(chunk, at, before)
-            found = rule_attribute(rule, rows, chosen, points.wrt, native=not self.by_reference)
-            parts = contributions(found, rows[: self.own], start[: self.own])
+            multipliers = rule_attribute(rule, rows, chosen, points.wrt, native=not self.by_reference)
+            parts = contributions(multipliers, rows[: self.own], start[: self.own])
             for total, part in zip(totals, parts, strict=True):
                 by_pair = part.view(b - a, k, *part.shape[1:])
                 for r in range(k):  # one after the other, so that the sum has one order
                     total[a:b] += by_pair[:, r]
             if deltas is not None:
                 difference = (at[self.program.output] - before[self.program.output]).flatten(1)
-                parts = times_change(found, rows[: self.own], start[: self.own]) if contributions is letters else parts
+                parts = (
+                    times_change(multipliers, rows[: self.own], start[: self.own])
+                    if contributions is letters
+                    else parts
+                )
                 missed = sum(p.flatten(2).sum(2) for p in parts) - picked(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
@@ -205,9 +209,9 @@ class OverReferences(RuleMethod):
         """``attribute`` by references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
-        found = self._one_on_engine(references, target, extra, wanted)
-        found = self._one_by_one(references, target, extra, wanted) if found is None else found
-        return with_delta(found, compat.is_tuple(inputs))
+        averages = self._one_on_engine(references, target, extra, wanted)
+        averages = self._one_by_one(references, target, extra, wanted) if averages is None else averages
+        return with_delta(averages, compat.is_tuple(inputs))
 
     def _one_on_engine(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages | None:
         """Averages for Captum's ``target``; None if Captum takes the call, errors included."""

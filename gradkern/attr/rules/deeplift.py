@@ -324,9 +324,9 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         if references is not None:
             return self._one_averaged(references, inputs, target, additional_forward_args, wanted)
         start, as_tuple = check_references(baselines, inputs), compat.is_tuple(inputs)
-        found = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
-        if found is not None:
-            return with_delta(found, as_tuple)
+        averages = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
+        if averages is not None:
+            return with_delta(averages, as_tuple)
         fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
         return compat.unlogged(stock.DeepLiftShap)(self, inputs, start if as_tuple else start[0], *fixed)
 
@@ -362,12 +362,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
             return super()._one_by_one(references, target, extra, wanted)
         # Captum's softmax rule sees all pairs of samples and references at once, so its numbers depend on them.
         fixed = (target, extra, wanted.delta, wanted.custom)
-        found = compat.unlogged(stock.DeepLiftShap)(self, references.inputs, references.given, *fixed)
-        return found if wanted.delta else (found, None)
+        result = compat.unlogged(stock.DeepLiftShap)(self, references.inputs, references.given, *fixed)
+        return result if wanted.delta else (result, None)
 
     def _references(
         self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
     ) -> References | None:
         """As `DeepLift`'s, where shared references are several."""
-        found = super()._references(baselines, rows, n, random_state, False)
-        return References.of_all(rows, check_references(baselines, rows)) if found is None and hypothetical else found
+        drawn = super()._references(baselines, rows, n, random_state, False)
+        return References.of_all(rows, check_references(baselines, rows)) if drawn is None and hypothetical else drawn
