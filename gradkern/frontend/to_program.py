@@ -28,7 +28,7 @@ from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape
 from .lowerings.fourier import halved
 from .lowerings.nested import last_state, simplified
 from .lowerings.repeated import as_fill, is_fill, row_of
-from .refusal import Untraceable, location
+from .refusal import NoProgram, location
 from .regions import reaching
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -38,7 +38,7 @@ _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing c
 def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
-    It is only a proposal: `verify` compares it with live autograd.  Raises `Untraceable` if torch.export refuses the
+    It is only a proposal: `verify` compares it with live autograd.  Raises `NoProgram` if torch.export refuses the
     graph, if samples mix, or if the batch is not axis 0 of the result.
     """
     return _GraphLowering(export(captured.graph, captured.tensors, inputs), name).program()
@@ -67,7 +67,7 @@ class _GraphLowering:
 
     def program(self) -> Program:
         for changed in self.exported.changed:
-            raise Untraceable(f"its forward pass changes the buffer {changed}")
+            raise NoProgram(f"its forward pass changes the buffer {changed}")
         self._placeholders()
         output = self._output_node()
         wanted = reaching(output)
@@ -76,10 +76,10 @@ class _GraphLowering:
                 self._place(node)
                 self.known[node] = self._lower(node)
             elif node.op == "get_attr" and node in wanted:
-                raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
+                raise NoProgram("it contains a sub-graph of its own (control flow or a saved context)")
         result = self._argument(output)
         if not isinstance(result, Value):
-            raise Untraceable("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
+            raise NoProgram("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
         return self.builder.program(result)
 
     # -- the boundary of the graph
@@ -87,9 +87,9 @@ class _GraphLowering:
     def _output_node(self) -> torch.fx.Node:
         node = self.exported.output
         if not isinstance(node, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
-            raise Untraceable("its output is not a tensor")
+            raise NoProgram("its output is not a tensor")
         if not node.meta["val"].dtype.is_floating_point:
-            raise Untraceable(f"its output is of dtype {node.meta['val'].dtype}, which has no gradient")
+            raise NoProgram(f"its output is of dtype {node.meta['val'].dtype}, which has no gradient")
         return node
 
     def _placeholders(self) -> None:
@@ -99,7 +99,7 @@ class _GraphLowering:
         if not isinstance(self.symbol, torch.SymInt) or (
             bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31)
         ):
-            raise Untraceable("its code depends on the number of samples")
+            raise NoProgram("its code depends on the number of samples")
         self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in exported.inputs))
         for i, node in enumerate(exported.inputs):
             self.known[node] = Value(i)
@@ -144,7 +144,7 @@ class _GraphLowering:
         expression, symbol = size.node.expr, self.symbol.node.expr
         times = expression / symbol
         if not (times.is_Integer and times > 0):
-            raise Untraceable(f"it computes with the number of samples ({expression})")
+            raise NoProgram(f"it computes with the number of samples ({expression})")
         return Batch(int(times))
 
     def _lower_call(self, node: torch.fx.Node, index: int | None, meta: Tensor) -> Any:
@@ -361,7 +361,7 @@ class _GraphLowering:
             return tuple(self._argument(item) for item in x)
         if isinstance(x, _PLAIN):
             return x
-        raise Untraceable(f"{self.builder.op} takes an argument of type {type(x).__name__}")
+        raise NoProgram(f"{self.builder.op} takes an argument of type {type(x).__name__}")
 
     # -- refusals
 
@@ -374,13 +374,13 @@ class _GraphLowering:
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
             raise self._refused(node, "draws random numbers")
 
-    def _refused(self, node: torch.fx.Node, what: str) -> Untraceable:
+    def _refused(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} {what}{location(node)}"
-        return Untraceable(reason, op=self.builder.op, module=self.builder.module)
+        return NoProgram(reason, op=self.builder.op, module=self.builder.module)
 
-    def _mixing(self, node: torch.fx.Node, what: str) -> Untraceable:
+    def _mixing(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} mixes samples: it {what}{location(node)}"
-        return Untraceable(reason, op=self.builder.op, module=self.builder.module, mixes=True)
+        return NoProgram(reason, op=self.builder.op, module=self.builder.module, mixes=True)
 
     def _where(self, node: torch.fx.Node) -> str:
         return f"{node.target} in {self.builder.module or self.name}"
