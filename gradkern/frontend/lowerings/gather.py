@@ -162,8 +162,8 @@ def masked(b: ProgramBuilder, mask: Any, shape: Shape) -> list[bool]:
         raise NoForm("its mask has more axes than the samples")
     if content.dim() == len(shape) + 1:
         content = content[0]
-    mask: list[bool] = content.expand(shape).flatten().tolist()
-    return mask
+    kept: list[bool] = content.expand(shape).flatten().tolist()
+    return kept
 
 
 def kept(b: ProgramBuilder, x: Value, mask: list[bool], shape: Shape, keep: bool) -> Value:
