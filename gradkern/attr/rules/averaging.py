@@ -91,6 +91,7 @@ class Averaging:
     references: References
     program: Program
     params: Params
+    wants_delta: bool
 
     def __post_init__(self) -> None:
         self.inputs = tuple(x.detach().contiguous() for x in self.points.base_request.inputs)
@@ -102,11 +103,12 @@ class Averaging:
         """The values of a forward pass at ``rows``, kept until ``kind`` is asked for another ``place``."""
         if kind not in self._known or self._known[kind][0] != place:
             self._known.pop(kind, None)
-            if self.by_reference:
-                stored = dict(enumerate(rows))
-            else:
-                # Not the output: torch's sums round less than a kernel's, which shows in the deltas of large ones.
-                stored = rule_values(self.program, self.params, rows, values_needed(self.program, False)).stored
+            stored, delta = dict(enumerate(rows)), self.wants_delta
+            if not self.by_reference:
+                stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
+            if delta:
+                # By torch, whose sums round less than a kernel's; that shows in the deltas of large outputs.
+                stored[self.program.output] = Values(self.program, self.params, dict(stored))[self.program.output]
             self._known[kind] = (place, stored)
         return self._known[kind][1]
 
@@ -134,7 +136,7 @@ class Averaging:
         return tuple(self._known["drawn"][1].values())
 
     def run(
-        self, make: MakeRule, contributions: Contributions, options: Options, wants_delta: bool
+        self, make: MakeRule, contributions: Contributions, options: Options
     ) -> tuple[Tensors, Tensor | None, Rule]:
         """The means ``[N, S, *in]``, the deltas of all pairs ``[N · R, S]`` if requested, and the last rule."""
         points, seeds, count = self.points, self.seeds, self.references.count
@@ -142,7 +144,7 @@ class Averaging:
         targets = torch.arange(outputs) if index is None else index
         targets = targets.to(self.inputs[0].device)
         totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
-        deltas = self.inputs[0].new_empty(n, count, seeds.count) if wants_delta else None
+        deltas = self.inputs[0].new_empty(n, count, seeds.count) if self.wants_delta else None
         rule: Rule | None = None
         blocks = row_blocks(n, count, self.pairs_at_a_time())
         pairs = followed(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
@@ -263,9 +265,9 @@ class OverReferences(RuleMethod):
         contributions = by_user if wanted.custom is not None else contributions
         contributions = letters if wanted.hypothetical else contributions
         with torch.inference_mode(False), torch.no_grad():
-            averaging = Averaging(points, seeds, references, program, points.route.params())
+            averaging = Averaging(points, seeds, references, program, points.route.params(), wanted.delta)
             options: Options = {"baselines": points.inputs}
-            maps, delta, rule = averaging.run(make, contributions, options, wanted.delta)
+            maps, delta, rule = averaging.run(make, contributions, options)
         self._done(points, rule)
         if delta is not None and wanted.custom is None and self.multiplies_by_inputs:
             sizes = sizes_of(maps, 2)  # [N, S]

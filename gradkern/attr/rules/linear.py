@@ -225,7 +225,7 @@ def run_transposed(
     rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
     values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
-    executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
+    executor.transpose(lp, {**params, **rule_weights} if rule_weights else params, values, targets, tuple(wrt), results, cotangent)
     if cotangent is None and outer is not None:
         scale = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
@@ -239,13 +239,19 @@ def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], want
     return Values(program, params, values)
 
 
-def values_needed(program: Program, outputs_too: bool) -> list[int]:
+def values_needed(program: Program, outputs_too: bool, output: bool = False) -> list[int]:
     """The values that a rule needs and that are not cheap to compute from others.
 
     ``outputs_too``: include the results of linear steps (LRP); otherwise only the inputs of the other steps.
+    ``output``: include what the network's output is computed from by linear steps alone.
     """
     base = len(program.inputs)
     wanted = set()
+    if output:
+        v = program.output
+        while v >= base and is_linear(program.steps[v - base].form) and len(program.steps[v - base].inputs) == 1:
+            v = program.steps[v - base].inputs[0]
+        wanted.add(v)
     for i, step in enumerate(program.steps):
         if is_linear(step.form) and not isinstance(step.form, View):
             if outputs_too:
