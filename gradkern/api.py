@@ -24,7 +24,7 @@ from .util.callables import name_of, with_output
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 from .util.outputs import Output
-from .util.progress import wanted
+from .util.progress import showing_progress
 
 Model: TypeAlias = Callable[..., Any]
 Several: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -119,7 +119,7 @@ def jacobian(
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
-    with wanted(progress):
+    with showing_progress(progress):
         results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the caller's own objects

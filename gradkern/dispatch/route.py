@@ -35,7 +35,7 @@ VERIFY_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
-FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a good part of the time of a call
+FEW_SAMPLES = 48  # up to so many samples, profiling the model would take a good part of the time of the call
 
 
 #: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
@@ -355,7 +355,7 @@ def _timing(request: Request, route: Route, captured: CapturedProgram, known: Kn
 def _by_whole_chain(
     request: Request, route: Route, captured: CapturedProgram, known: KnownCall
 ) -> JacobianResult | None:
-    """The results by one call of a kernel that looks at no step; None if that is not all there is to do."""
+    """The results by a single call of the kernel; None if the call needs anything more."""
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None

@@ -14,7 +14,7 @@ from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
-from ..util.progress import moving
+from ..util.progress import limit_for_progress
 from . import ops
 from .call_plan import CallPlan, call_plan_for
 from .execution import run_chain
@@ -66,7 +66,7 @@ class WholeChain:
         if n * self.gradient_bytes >= ops.HUGE:
             for fresh in results:
                 ops.on_huge_pages(fresh)
-        chunk = moving(samples_per_chunk(self.device, self.output_bytes), n)
+        chunk = limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n)
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:

@@ -106,8 +106,8 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
 
 
 class Derivable(Mapping[str, Tensor]):
-    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
-    are."""
+    """``params``, and the derived tensors of ``program``, each computed on first access, which is rare while packed
+    weights are cached."""
 
     def __init__(self, program: Program, params: Params) -> None:
         self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()

@@ -22,7 +22,7 @@ from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
 from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
 from ..references import References
-from ..rules.averaging import Wanted
+from ..rules.averaging import ContributionOptions
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
 from ..rules.rule_methods import Deconvolution, GuidedBackprop
 from .layer_methods import LayerMethod, all_outputs, one_output
@@ -145,7 +145,10 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_references(options["baselines"], options["inputs"])
-        references, wanted = References.of_all(points.inputs, start), Wanted(custom=options["custom_attribution_func"])
+        references, wanted = (
+            References.of_all(points.inputs, start),
+            ContributionOptions(custom=options["custom_attribution_func"]),
+        )
         return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
 
 

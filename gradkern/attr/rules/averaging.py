@@ -22,14 +22,13 @@ from ...ir.program import Program
 from ...util.callables import name_of
 from ...util.chunks import row_blocks
 from ...util.options import InputError, engine
-from ...util.progress import followed
+from ...util.progress import with_progress
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
 from ..plug import GradientFunc, captum_seeds
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
-from .linear import attribute as rule_attribute
-from .linear import rule_values, values_needed
+from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
@@ -54,7 +53,7 @@ def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ContributionOptions:
     """What a call asks for: contributions of letters, deltas, contributions by the caller's own function."""
 
     hypothetical: bool = False
@@ -147,14 +146,14 @@ class Averaging:
         deltas = self.inputs[0].new_empty(n, count, seeds.count) if self.wants_delta else None
         rule: Rule | None = None
         blocks = row_blocks(n, count, self.pairs_at_a_time())
-        pairs = followed(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
+        pairs = with_progress(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
         for a, b, first, last in pairs:
             k = last - first
             rows, at, start, before = self.pairs(a, b, first, last)
             chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
             chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
             rule = make(chunk, at, before)
-            multipliers = rule_attribute(rule, rows, chosen, points.wrt, native=not self.by_reference)
+            multipliers = rule_multipliers(rule, rows, chosen, points.wrt, native=not self.by_reference)
             parts = contributions(multipliers, rows[: self.own], start[: self.own])
             for total, part in zip(totals, parts, strict=True):
                 by_pair = part.view(b - a, k, *part.shape[1:])
@@ -207,7 +206,9 @@ class OverReferences(RuleMethod):
             references = References(rows, 1, given)
         return references
 
-    def _one_averaged(self, references: References, inputs: Any, target: Any, extra: Any, wanted: Wanted) -> Any:
+    def _one_averaged(
+        self, references: References, inputs: Any, target: Any, extra: Any, wanted: ContributionOptions
+    ) -> Any:
         """``attribute`` by references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
@@ -215,7 +216,9 @@ class OverReferences(RuleMethod):
         averages = self._one_by_one(references, target, extra, wanted) if averages is None else averages
         return with_delta(averages, compat.is_tuple(inputs))
 
-    def _one_on_engine(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages | None:
+    def _one_on_engine(
+        self, references: References, target: Any, extra: Any, wanted: ContributionOptions
+    ) -> Averages | None:
         """Averages for Captum's ``target``; None if Captum takes the call, errors included."""
         if not isinstance(self.gradient_func, GradientFunc):
             return None
@@ -231,7 +234,9 @@ class OverReferences(RuleMethod):
         compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
         return tuple(m[:, 0] for m in maps), None if delta is None else delta[:, 0]
 
-    def _all_averaged(self, references: References, inputs: Any, targets: Any, extra: Any, wanted: Wanted) -> Any:
+    def _all_averaged(
+        self, references: References, inputs: Any, targets: Any, extra: Any, wanted: ContributionOptions
+    ) -> Any:
         """``attribute_all`` by references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
@@ -248,7 +253,7 @@ class OverReferences(RuleMethod):
 
         return one_by_one(self.forward_func, inputs, extra, targets, attribute, wanted.delta)
 
-    def _mean(self, points: Points, seeds: Seeds, references: References, wanted: Wanted) -> Averages:
+    def _mean(self, points: Points, seeds: Seeds, references: References, wanted: ContributionOptions) -> Averages:
         """The mean over the references on the engine, ``[N, S, *in]``, and the deltas of all pairs, ``[N · R, S]``."""
         program = points.captured()
         assert program is not None
@@ -274,7 +279,7 @@ class OverReferences(RuleMethod):
             say_if_large(points.fn, sizes.repeat_interleave(references.count, 0).flatten(), delta.flatten())
         return maps, delta
 
-    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages:
+    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: ContributionOptions) -> Averages:
         """The mean of ``attribute`` over the references, for a model without a Program."""
         totals, deltas, rows = None, [], references.inputs
         every = references.of(0, rows[0].shape[0])
