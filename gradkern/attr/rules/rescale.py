@@ -24,8 +24,8 @@ class Rescale(Rule):
     Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
     to the places of the input's and of the reference's maximum, each in proportion to its own change.  Products: the
     mean of both points.  Softmax, norms, and everything that torch decomposes (attention): compositions of such steps
-    (`tape.py`).  All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the input;
-    ``unruled`` names them.
+    (`tape.py`).  All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the
+    input; ``unruled`` names them.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class StepMap:
     First, ``output_factor [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place
     of its own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each
     window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last,
-    ``input_factors`` multiply, with one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents ``custom``
-    gives, if they are not the step's inputs (a rule for several steps).
+    ``input_factors`` multiply, with one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents
+    ``custom`` gives, if they are not the step's inputs (a rule for several steps).
     """
 
     output_factor: Tensor | None = None
