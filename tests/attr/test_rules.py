@@ -263,7 +263,7 @@ def test_the_plain_rule_is_the_gradient(name):
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     prepared = gradkern.prepare(model, xs)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     params = capturing.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
