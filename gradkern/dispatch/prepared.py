@@ -77,7 +77,7 @@ class Prepared:
         """The rest of a call, with the network as it is now."""
         fn, wrt, choose = self._request.fn, self._request.wrt, self._request.choose
         request = Request(fn, given, wrt, choose)
-        if self.program is None or not self._kernels_win(request):
+        if self.program is None or engine() == "autograd":
             return self._live
         route = decide(request, "kernel")
         if route.eager_reason is None:
@@ -91,15 +91,15 @@ class Prepared:
         if whole is not None:
             packed = whole.packed(route.tensors)
         if whole is None or packed is None:
+            if not self._kernels_win(request):
+                return self._live
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
             return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
     def _kernels_win(self, request: Request) -> bool:
-        """Whether kernels are faster for calls like this one, unless the caller has chosen an engine."""
-        if engine() != "auto":
-            return engine() != "autograd"
+        """Whether kernels are faster for calls like this one.  Those of one chain are, without what a call costs."""
         measured = timing(request, decide(request))
         return measured is None or measured.way == "kernels"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import prepared, ways
+from gradkern.dispatch import batching, prepared, ways
 from gradkern.frontend import capture
 from gradkern.planner.timing import Timing
 from tests.cases import CASES
@@ -106,10 +106,10 @@ def test_a_model_that_stays_on_autograd_is_called_as_well() -> None:
         gradkern.prepare(model, x, gradkern.TopK(2))
 
 
+@pytest.mark.usefixtures("fresh_plans")
 def test_where_autograd_is_faster_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))  # no other test has measured it
-    x = torch.randn(6, 4)
-    monkeypatch.setattr(ways, "measure", lambda *args: Timing(6, {"kernels": 2.0, "loop": 1.0}))
-    monkeypatch.setattr(prepared, "whole_chain", None)
-    jac = gradkern.prepare(model, x)
-    torch.testing.assert_close(jac(x), gradkern.jacobian(model, x, engine="autograd"))
+    case = CASES["resnet1d_opaque"]
+    model, (x,) = case.build(), case.inputs(3)
+    monkeypatch.setattr(ways, "measure", lambda *args: Timing(3, {"kernels": 2.0, "loop": 1.0}))
+    monkeypatch.setattr(batching, "run", None)
+    torch.testing.assert_close(gradkern.prepare(model, x)(x), gradkern.jacobian(model, x, engine="autograd"))
