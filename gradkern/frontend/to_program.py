@@ -223,7 +223,7 @@ class _GraphLowering:
             raise NoForm("it reads no value")
         kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
         lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
-        named = _named(lifted, (), meta)
+        named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
         per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
@@ -315,7 +315,7 @@ class _GraphLowering:
             formal = simplified(self.builder, formal)
             if len(calls_in(formal)) > 1:
                 raise NoForm("inside it the batch is not axis 0")
-            return self._complex_form(formal, _named(formal, shape, meta))
+            return self._complex_form(formal, named_arguments(formal, shape, meta))
         call = simplified(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
@@ -327,7 +327,7 @@ class _GraphLowering:
                 return number_as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
-        return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
+        return LOWERINGS[call.op](self.builder, named_arguments(call, shape, meta))
 
     def _check(self, call: Call, meta: Tensor) -> None:
         """Raise `NoForm` if no lowering takes the call."""
@@ -409,7 +409,8 @@ def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
+def named_arguments(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
+    """A call's arguments as lowerings take them; ``shape`` of a sample's result, ``meta`` with its dtype and device."""
     named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
     result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
     return SimpleNamespace(**named, **result)
