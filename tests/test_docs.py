@@ -14,7 +14,15 @@ from benchmarks import tables
 from gradkern.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/index.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md", "docs/sequences.md"]
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    "docs/captum.md",
+    "docs/jacobians.md",
+    "docs/datasets.md",
+    "docs/sequences.md",
+    "docs/kernels.md",
+]
 #: Pages whose Python is instructions for changing gradkern; tests/test_recipes.py follows them.
 INSTRUCTIONS = {"docs/recipes.md"}
 GIVEN = {"docs/index.md": "import torch; net = torch.nn.Linear(4, 2).eval(); x = torch.randn(8, 4)"}

@@ -307,13 +307,13 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
     """The tensors that ``program`` does not derive itself, and that determine the tensors ``names``."""
     calls = {derived.name: derived.call for derived in program.derived}
     pending = list(names)
-    found: dict[str, None] = {}
+    reached: dict[str, None] = {}
     for name in pending:  # it grows
         if name in calls:
             pending += [p.name for p in params_in(calls[name]) if p.name not in pending]
         else:
-            found[name] = None
-    return tuple(found)
+            reached[name] = None
+    return tuple(reached)
 
 
 def _shortened(text: str, *, end: bool = False) -> str:
