@@ -224,10 +224,10 @@ class Accumulator:
         group = (number + first) % GROUPS  # [n]
         if "deviations" in self.sums:
             center = maps.mean(0)  # nearly the mean, so that no digits are lost below
-            near, square = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
-            add(maps - center.double(), group, near, square)
+            near, squares = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
+            add(maps - center.double(), group, near, squares)
             count = torch.full((len(center),), n)
-            deviations = (square - near.square() / n).clamp_(min=0)
+            deviations = (squares - near.square() / n).clamp_(min=0)
             self._add_deviations("deviations", at, count, near + n * center.double(), deviations)
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
@@ -236,7 +236,8 @@ class Accumulator:
             self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
         if "count_ranks" in self.sums:
             self.sums["count_ranks"][at] += ranks(maps.abs())
-        add(maps, group, *rows, groups)
+        total, square, size, largest = rows
+        add(maps, group, total, square, size, largest, groups)
 
     def result(self, prefix: str) -> dict[str, np.ndarray]:
         return {f"{prefix}/{name}": value.numpy() for name, value in self.sums.items()}
