@@ -26,11 +26,12 @@ import gradkern
 from benchmarks import machine, measure, networks, operations, report
 from benchmarks.measure import Contender
 from benchmarks.problems import PROBLEMS
-from benchmarks.run import RESULTS, positive
+from benchmarks.run import RESULTS, positive, progress
 from gradkern.runtime import ops
 from tests.support.networks import NETWORKS
 
 SIZE = 1024  # of the matrices
+SAMPLES = 512  # of a call at most: more change nothing but the time that the peers take
 PEERS = ("loop_classes", "grads_batched", "vmap_jacrev")
 CAPS = {  # of torch's own kernels, oneDNN and MKL
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -92,12 +93,12 @@ def subject(name: str, generator: torch.Generator) -> tuple[Subject, nn.Module]:
 def measure_net(name: str, isa: str, options: argparse.Namespace, say: measure.Say) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(20)
     what, picked = subject(name, generator)
-    samples = min(8, what.samples) if options.quick else what.samples
+    samples = min(8 if options.quick else SAMPLES, what.samples)
     say(f"{name}: operations")
     with measure.quiet():
         needs = operations.count(picked.double(), what.fresh(min(8, samples), generator, torch.float64))
         picked.float()
-    seconds = 0.01 if options.quick else 0.12
+    seconds = 0.01 if options.quick else 0.05
     screening = measure.screen(what, picked, samples, needs.outputs, generator, seconds, PEERS, say)  # type: ignore[arg-type]
     rivals = [measure.contender(row, picked, needs.outputs) for row in measure.finalists(screening)]
 
@@ -167,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     options.rounds = 1 if options.quick else options.rounds
     if options.child:
-        print(json.dumps([measure_net(name, best, options, lambda text: None) for name in options.nets]))
+        print(json.dumps([measure_net(name, best, options, progress()) for name in options.nets]))
         return 0
     facts = machine.describe(options.threads)
     print(report.one_line(facts), flush=True)
