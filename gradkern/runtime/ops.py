@@ -64,8 +64,8 @@ def machine(device: torch.device | None = None) -> Machine | NoKernels:
 
     On a GPU there are no kernels unless they have been validated on its architecture, or are asked for.
     """
-    found = _machine(None if device is None or device.type == "cpu" else device)
-    return validation.permitted(found, cuda_fingerprint()) if isinstance(found, Device) else found
+    described = _machine(None if device is None or device.type == "cpu" else device)
+    return validation.permitted(described, cuda_fingerprint()) if isinstance(described, Device) else described
 
 
 @functools.cache
