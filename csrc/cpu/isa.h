@@ -7,6 +7,8 @@
 // are; block sizes follow from these numbers.
 #if defined(__x86_64__) || defined(_M_X64)
 #define GRADKERN_ISAS(X) X(avx512) X(avx2) X(avx) X(portable)
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define GRADKERN_ISAS(X) X(neon) X(portable)
 #else
 #define GRADKERN_ISAS(X) X(portable)
 #endif
@@ -15,6 +17,7 @@
 #define GK_NO_INTRINSICS 0
 #define GK_AVX_INTRINSICS 1  // 256-bit, without integer vectors: AVX and AVX2
 #define GK_AVX512_INTRINSICS 2
+#define GK_NEON_INTRINSICS 3
 
 namespace gradkern {
 
