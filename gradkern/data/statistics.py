@@ -139,9 +139,9 @@ class Accumulator:
 
     def running(self, first: int, finite: Tensor, skip: bool) -> ops.Statistics:
         """The sums as kernels add to them; `add_counts` must follow.  ``finite`` [n] and ``skip``: as there."""
-        groups = (torch.arange(len(finite)) + first) % GROUPS
-        named = {"sum": "sum", "square": "sum_square", "abs": "sum_abs", "max": "max_abs", "group": "sum_group_abs"}
-        return ops.Statistics(finite, groups, **{k: self.sums.get(name) for k, name in named.items()}, skip=skip)
+        groups, of = (torch.arange(len(finite)) + first) % GROUPS, self.sums.get
+        sums = of("sum"), of("sum_square"), of("sum_abs"), of("max_abs"), of("sum_group_abs")
+        return ops.Statistics(finite, groups, *sums, skip=skip)
 
     def add_counts(self, first: int, x: Tensor, keep: Tensor | None) -> None:
         """What `add` adds besides the maps, for targets common to all samples."""
