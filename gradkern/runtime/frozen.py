@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
+from ..codegen.encoding import CpuSizes
 from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
@@ -83,6 +84,7 @@ class WholeChain:
         """
         chain, threads, (wrt,) = self.chain, torch.get_num_threads(), self.chain.wrt
         n, x = inputs[0].shape[0], inputs[wrt]
+        assert isinstance(chain.sizes, CpuSizes)
         block = max(1, min(chain.sizes.block, SPILLED_BYTES // self.gradient_bytes))
         most = threads * block * max(1, HOT_BYTES // (block * self.gradient_bytes))
         room = x.new_empty(min(most, n), self.targets.shape[0], *x.shape[1:])
