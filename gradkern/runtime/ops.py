@@ -96,14 +96,15 @@ def _machine(device: torch.device | None) -> Machine | NoKernels:
     if c is None:
         return NoKernels()
     if device is None:
-        return Machine(c.isa(), c.vector_bytes())
+        return Machine(c.isa(), c.vector_bytes(), c.tile_vectors())
     if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
         try:
             shared_bytes, processors, kilohertz, capability = c.describe_device(number)
         except RuntimeError as error:  # the extension has no machine code for this GPU
             return NoKernels(str(error).splitlines()[0])
-        return Device("cuda", 16, shared_bytes, processors=processors, kilohertz=kilohertz, capability=capability)
+        facts = {"processors": processors, "kilohertz": kilohertz, "capability": capability}
+        return Device("cuda", 16, shared_bytes=shared_bytes, **facts)
     return NoKernels()
 
 
