@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
-from tests.support import oracle
+from tests.support import oracle, scale
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import closed, randomise_norm
 
@@ -117,3 +119,17 @@ def test_random_convolutional_networks(net: tuple[nn.Module, tuple[int, ...]], n
         y, (got,) = executor.jacobian(program, params, (x,), targets)
         assert oracle.relative_error(y, want_y) < 1e-10, executor.__name__
         assert oracle.relative_error(got, right) < 1e-10, executor.__name__
+
+
+SEED = random.SystemRandom().randrange(1 << 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 100, 10))
+def test_others_in_each_run(first: int) -> None:
+    """All kinds of layers, dtypes, targets, chunks, threads and directions, through the public calls."""
+    for seed in range(SEED + first, SEED + first + 10):
+        try:
+            scale.one("captured", seed)
+        except Exception as error:
+            raise AssertionError(f"python -m tests.support.scale captured {seed} 1") from error
