@@ -28,9 +28,10 @@ class Checker : public RecordChecker {
       : RecordChecker(call, sizes, lanes), block_(std::max<int64_t>(1, sizes.block)) {}
 
   void all() {
-    for (const int64_t size : {sizes.shared, sizes.sample, sizes.bits, sizes.entries, sizes.segments})
-      GRADKERN_CHECK(size < kLargest, "gradkern: ", size, " is no size of scratch memory");
-    GRADKERN_CHECK(sizes.block < kLargest, "gradkern: blocks of ", sizes.block, " samples");
+    constexpr int64_t kMost = int64_t(1) << 56;  // so that sums of bytes do not overflow; memory ends before
+    for (const Wide size : {Wide(sizes.shared), block_ * Wide(sizes.sample), block_ * Wide(sizes.bits),
+                            Wide(sizes.entries), Wide(sizes.segments), Wide(sizes.block)})
+      GRADKERN_CHECK(size < kMost, "gradkern: ", shown(size), " is no size of scratch memory");
     pass(call.forward, Kind::Load, Kind::MatMul);
     if (!call.seeds()) return;
     pass(*call.backward, Kind::Zero, Kind::StoreT);

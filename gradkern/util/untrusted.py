@@ -51,7 +51,9 @@ def check_links(folder: str | Path) -> None:
                     )
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(entry.path)
-                elif not any(of(entry.path) for of in (os.path.isfile, os.path.isdir)):
+                elif not (
+                    entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or os.path.isdir(entry.path)
+                ):
                     raise BadValue(f"{entry.path} is neither a file nor a folder, expected the files of a store.")
 
 

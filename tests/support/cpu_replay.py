@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkern
-from gradkern.runtime import executor, ops
+from gradkern.runtime import ops
 from tests.support import scale
-from tests.support.case_runs import parts
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = ("cpu/chain.cpp", "cpu/check_records.cpp", "cpu/check_local.cpp", "cpu/local.cpp", "cpu/recurrent.cpp",
@@ -77,7 +76,7 @@ def encoded(value: Any, kind: Any) -> bytes:
         span = (
             1 + sum((s - 1) * abs(t) for s, t in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
         )
-        flat = value.as_strided((span,), (1,))  # with the gaps
+        flat = value.detach().as_strided((span,), (1,))  # with the gaps
         content = flat.contiguous().view(torch.uint8).numpy().tobytes() if span else b""
         shape = integers(value.dim(), *value.shape, value.dim(), *value.stride())
         return integers(TYPES[value.dtype]) + shape + integers(len(content)) + content
@@ -94,13 +93,21 @@ def recorded(networks: int, first: int) -> Recording:
     ops.extension()
     torch.set_num_threads(1)
     recording = Recording()
-    with recording, torch.no_grad():
-        for seed in range(first, first + networks):
-            for kind in ("programs", "rules"):
+    for seed in range(first, first + networks):
+        for kind in ("programs", "rules"):
+            with recording:
                 scale.one(kind, seed)
-        for name in ("lstm", "gru", "rnn"):
-            _, inputs, program, params = parts(name, 3)
-            executor.jacobian(program, params, inputs)
+    with recording, torch.no_grad():
+        for gates, cell in ((1, None), (4, "gru"), (4, "lstm")):  # a plain layer, a GRU, an LSTM
+            n, seeds, steps, hidden, inputs = 3, 5, 7, 6, 4
+            numbers = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
+            keep = numbers(n, steps, hidden) if cell else None
+            through = numbers(n, steps, hidden) if cell == "lstm" else None
+            result, weight = torch.zeros(n, seeds, steps, inputs).double(), numbers(gates * hidden, 16)
+            g, slopes = numbers(n, seeds, steps, hidden), numbers(n, steps, gates, hidden)
+            for reverse in (False, True):
+                torch.ops.gradkern.recurrent_walk(g, slopes, keep, through, weight, reverse, result)
+                torch.ops.gradkern.recurrent_cells(numbers(n, steps, hidden), numbers(n, steps, hidden), reverse)
         for dtype in (torch.float32, torch.float64):
             maps, groups = torch.randn(4, 3, 5, dtype=dtype), torch.tensor([1, 0, 1, 2])
             sums = [torch.zeros(3, 5, dtype=torch.float64) for _ in range(3)]
