@@ -84,8 +84,9 @@ class Network:
 class Grower(Forms):
     """Grows a network; ``pick(low, high)`` makes every choice."""
 
-    def __init__(self, pick: Callable[[int, int], int], foreign: bool) -> None:
+    def __init__(self, pick: Callable[[int, int], int], foreign: bool, outside: bool = False) -> None:
         self.pick, self.foreign = pick, foreign
+        self.outside = outside  # pools may have windows wholly in the padding, whose results are infinite
         self.inputs: list[Shape] = []
         self.steps: list[Step] = []
         self.params: list[tuple[str, Shape]] = []
@@ -246,7 +247,7 @@ class Grower(Forms):
     def pool(self, v: int) -> None:
         if v in self.ties:
             return
-        ceil, outside = self.pick(0, 2) == 0, self.pick(0, 19) == 0
+        ceil, outside = self.pick(0, 2) == 0, self.outside and self.pick(0, 19) == 0
         axes, out = [], []
         for n in self.shape(v)[1:]:
             if outside and not axes:  # the only window along this axis has a tap before the input, and one behind it

@@ -91,7 +91,7 @@ def targets_of(pick: Callable[[int, int], int], n: int, outputs: int) -> Tensor 
 
 
 def network(pick: Callable[[int, int], int]) -> Network:
-    return Grower(pick, pick(0, 3) == 0).grow(pick(1, 9))
+    return Grower(pick, pick(0, 3) == 0, outside=True).grow(pick(1, 9))
 
 
 def programs(pick: Callable[[int, int], int]) -> str:
@@ -99,6 +99,10 @@ def programs(pick: Callable[[int, int], int]) -> str:
     net, n = network(pick), (1, 2, 3, 5, 9)[pick(0, 4)]
     wrt = ((0,), (1,), (1, 0), (0, 1))[pick(0, 3)] if len(net.program.inputs) == 2 else None
     targets, seed = targets_of(pick, n, net.program.outputs), pick(0, 1 << 20)
+    if any_outside(net):
+        y, (j, *_) = reference.jacobian(net.program, net.params(seed), net.inputs(n, seed + 1))
+        if not bool(y.isfinite().all() and j.isfinite().all()):
+            return "not finite"
     torch.set_num_threads((1, 1, 1, 2, 3)[pick(0, 4)])
     name = ("plain", "forward", "local", "little")[pick(0, 3)]
     with way(name, pick):
