@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -63,6 +64,11 @@ def version() -> str:
     own = next(line.split('"')[1] for line in source.splitlines() if line.startswith("__version__"))
     installing = {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv)
     return "+".join([own, *VERSION]) if installing else own
+
+
+def description() -> str:
+    """README for a registry's page: relative links and the picture, which exist in a checkout alone, as plain text."""
+    return re.sub(r"!?\[([^\]]*)\]\((?!\w+://)[^)]*\)", r"\1", Path("README.md").read_text(encoding="utf-8"))
 
 
 def cuda_sources(torch, cpp_extension) -> tuple[list[str], str]:
@@ -189,6 +195,8 @@ ext_modules, build_command = extensions()
 setup(
     license="BSD-3-Clause",
     version=version(),
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=ext_modules,
     cmdclass={"build_ext": build_command},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},

@@ -75,7 +75,7 @@ def chosen(network: Network, model: nn.Module, generator: torch.Generator) -> Te
 def whole_macs(model: nn.Module, x: Tensor, seeds: int) -> int:
     """Multiply-adds per sample of a forward and every seed's backward through all positions, as autograd does it."""
     prepared = gradkern.prepare(model, x)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     return sum(total_macs(program, i, seeds) for i in range(len(program.steps)))
 

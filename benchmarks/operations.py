@@ -16,11 +16,12 @@ arrives at a contraction as exactly zero is zero for every class.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -78,14 +79,18 @@ class Counter(TorchDispatchMode):
             self.macs["needed"] += int(torch.count_nonzero(grad)) * per_entry
 
 
-def count(model: nn.Module, x: Tensor) -> Operations:
-    """Operations per sample of ``model`` (float64 outputs ``[N, C]``), averaged over the samples ``x`` ``[N, *in]``."""
+def count(model: Callable[[Tensor], Tensor], x: Tensor, *, onehot: bool = True) -> Operations:
+    """Operations per sample of ``model`` (float64 outputs ``[N, C]``), averaged over the samples ``x`` ``[N, *in]``.
+
+    ``onehot``: the seeds are, so that the first gradient is free.
+    """
     if x.dtype != torch.float64:
         raise TypeError(f"got {x.dtype} inputs, expected float64: use model.double() and x.double()")
     x = x.detach().requires_grad_()
     n, outputs = model(x).shape
     cotangent = torch.randn(n, outputs, dtype=x.dtype, generator=torch.Generator().manual_seed(7))
     counter = Counter(cotangent)
+    counter.first = onehot
     with counter:
         y = model(x)
         counter.backward = True

@@ -48,7 +48,7 @@ from benchmarks.problems import PROBLEMS
 problem = PROBLEMS[{name!r}]
 model, x = problem.model(), problem.fresh(4, torch.Generator().manual_seed(0))
 begin = time.perf_counter()
-assert gradkern.prepare(model, x) is not None
+assert gradkern.prepare(model, x).program is not None
 print(time.perf_counter() - begin)
 """
 

@@ -266,7 +266,7 @@ def top_features(scores: Tensor, is_image: bool) -> list[list[str]]:
 def describe(problem: Problem, accuracy: float, result: Comparison, top: list[list[str]]) -> Iterable[str]:
     shape = "×".join(map(str, problem.train_x.shape[1:]))
     yield f"{problem.name}: {len(problem.x)} samples of {shape}, {len(problem.classes)} classes"
-    yield f"  test accuracy {accuracy:.1%}   prepared (traced and verified, once) in {result.preparation:.2f} s"
+    yield f"  test accuracy {accuracy:.1%}   prepared (captured and verified, once) in {result.preparation:.2f} s"
     slower = [1.0, *result.ratios]
     for (name, rate), ratio in zip(result.rates.items(), slower, strict=True):
         note = "" if ratio == 1.0 else f"   gradkern is {ratio:.1f}× as fast"

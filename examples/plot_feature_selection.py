@@ -30,7 +30,7 @@ figure = plot.signal(J[0], x[-1], names=problem.classes)
 # The ranking over the data set
 # -----------------------------
 
-ranking = gradkern.importance(net, x)
+ranking = gradkern.importance(net, x, names=problem.classes)
 print(ranking)
 
 # %%

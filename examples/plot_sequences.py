@@ -72,7 +72,7 @@ print([file.name for file in files])
 
 letters, maps = (np.load(file)["arr_0"] for file in files)
 there = maps * letters  # [N, 4, length]
-both = int(((y == 0) & (np.abs(there).max((1, 2)) > 0.2)).nonzero()[0])
+both = int(((y.numpy() == 0) & (np.abs(there).max((1, 2)) > 0.2)).nonzero()[0][0])
 figure = plot.logo(there[both : both + 1], names=["contributions"])
 
 # %%

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attr as attr
+    from . import kernels as kernels
     from . import plot as plot
     from .api import explain, iter_jacobian, jacobian, prepare
     from .attr.plug import accelerate
@@ -44,7 +45,7 @@ _HOMES = {
     "show_versions": "runtime.versions",
     "use": "util.options",
 }
-_SUBMODULES = ("attr", "plot")
+_SUBMODULES = ("attr", "kernels", "plot")
 
 __all__ = [
     "Check",

@@ -24,7 +24,7 @@ from .util.callables import name_of, with_output
 from .util.chunks import samples_per_chunk, spans
 from .util.options import BadType, BadValue, Engine
 from .util.outputs import Output
-from .util.progress import wanted
+from .util.progress import showing_progress
 
 Model: TypeAlias = Callable[..., Any]
 Several: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -106,7 +106,7 @@ def jacobian(
     -------
     ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
     for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With
-    ``TopK``: the pair of that and the indices.
+    `TopK`, the pair of that and the indices.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def jacobian(
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
-    with wanted(progress):
+    with showing_progress(progress):
         results = _with_graph(request, engine) if create_graph else solve(request, decide(request, engine))
     shaped: Sequence[Tensor | np.ndarray] = results.shaped
     if out is not None:  # the caller's own objects
@@ -194,24 +194,24 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
         yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
-def prepare(
-    model: Model, inputs: Tensor | Several, targets: Targets = None, *, output: Output = None
-) -> Prepared | None:
+def prepare(model: Model, inputs: Tensor | Several, targets: Targets = None, *, output: Output = None) -> Prepared:
     """Capture and verify the model now, with some of these samples, so that no later call has to.
 
     Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets)`` for inputs of the same shapes, dtypes and devices
     (all floating ones are differentiated), without the checks that take most of the time of a call of few samples.  It
     packs the weights at its first call and does not notice any later change of the model: prepare it again after one.
-    ``jac.program`` is what was captured, and ``str(jac)`` lists it.  Returns None if the model stays on autograd; a
-    warning says why.
+    ``jac.program`` is what was captured, and ``str(jac)`` lists it.  If the model stays on autograd, a warning says
+    why, and ``jac.program`` is None.  Then, and where autograd turns out to be faster, ``jac(x)`` is a call of
+    `jacobian`.
 
     ``targets`` as in `jacobian`, the same for all samples; ``output`` as in `jacobian`.  `jacobian` itself uses the
     captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
     request = replace(_inspection_request(model, inputs, output=output), choose=jacobian_choice(targets))
-    verdict = verdict_now(request, decide(request))
+    route = decide(request)
+    verdict = verdict_now(request, route)
     program = None if verdict is None else verdict.program
-    return None if program is None else Prepared(request, program, isinstance(inputs, (tuple, list)))
+    return Prepared(request, program, output_shape(request, route), isinstance(inputs, (tuple, list)))
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import re
+import shlex
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tables
+from gradkern.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/index.md", "docs/captum.md", "docs/jacobians.md", "docs/datasets.md", "docs/sequences.md"]
+PAGES = [
+    "README.md",
+    "docs/index.md",
+    "docs/captum.md",
+    "docs/jacobians.md",
+    "docs/datasets.md",
+    "docs/sequences.md",
+    "docs/kernels.md",
+]
 #: Pages whose Python is instructions for changing gradkern; tests/test_recipes.py follows them.
 INSTRUCTIONS = {"docs/recipes.md"}
 GIVEN = {"docs/index.md": "import torch; net = torch.nn.Linear(4, 2).eval(); x = torch.randn(8, 4)"}
 
+ALL_PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LANGUAGES = {"python", "sh", "cpp", "", "{eval-rst}", "{toctree}"}  # of blocks; Python by any other name would not run
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"`((?:make|gradkern|python|pip) [^`\n]*)`")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRINTS = re.compile(r"^print\(.*\) +# (.*)$", re.MULTILINE)
 
@@ -43,11 +59,35 @@ def test_every_page_with_python_is_run():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     with_python = {p.relative_to(ROOT).as_posix() for p in pages if BLOCK.search(p.read_text(encoding="utf-8"))}
     assert with_python - INSTRUCTIONS == set(PAGES)
+    for page in ALL_PAGES:
+        fences = re.findall(r"^ *```(.*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(fences) <= LANGUAGES, page
 
 
-@pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-)
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_commands_exist_with_the_options_that_they_are_given(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = "\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
+    rules = re.findall(r"^([a-z][\w -]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for line in [*lines, *COMMAND.findall(text)]:
+        program, *words = shlex.split(line, comments=True) or [""]
+        if program == "make":
+            assert {w for w in words if "=" not in w} <= targets, line
+        elif program == "gradkern":
+            assert words[0].startswith("-") or words[0] in main.commands, line
+            command = main.commands.get(words[0], main)
+            options = {"--help", *(o for p in [*main.params, *command.params] for o in (*p.opts, *p.secondary_opts))}
+            assert {w for w in words if w.startswith("--")} <= options, line
+        elif program == "python":
+            assert find_spec(words[1]) if words[0] == "-m" else (ROOT / words[0]).exists(), line
+        elif program == "pip":
+            named = ",".join(re.findall(r"\[([\w,]+)\]", line))
+            assert set(filter(None, named.split(","))) <= set(extras), line
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

@@ -60,8 +60,8 @@ def test_attribute_all(net, monkeypatch) -> None:
 
 def test_one_bar_for_loops_inside_loops_and_after_errors(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.wanted(True):
-        with progress.wanted(False):  # a call inside a call: the outer choice holds
+    with progress.showing_progress(True):
+        with progress.showing_progress(False):  # a call inside a call: the outer choice holds
             assert progress.is_drawn()
             for _ in spans(0, 10, 5):
                 assert not progress.is_drawn()

@@ -1,7 +1,7 @@
 """Fresh environments with a chosen Python, torch and Captum, for `tools/wheel.py` and `tools/test_matrix.py`.
 
-An environment is named ``PYTHON/TORCH/CAPTUM``, such as ``python3.11/2.11.0/0.9.0``; or it is the path of an
-interpreter that has them already, which is used as it is.
+An environment is named ``PYTHON/TORCH/CAPTUM``, such as ``python3.11/2.11.0/0.9.0``, where PYTHON may be a path; or it
+is the path of an interpreter that has torch and Captum already, which is used as it is.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ def run(*command: object, **more: str) -> None:
 
 def environment(name: str, folder: Path, packages: Sequence[str] = ()) -> Fresh:
     """The environment of this name, made in ``folder`` unless it is there, with ``packages``."""
-    if name.count("/") != 2:
+    if Path(name).is_file():
         python = Path(name).absolute()
+    elif name.count("/") < 2:
+        raise SystemExit(f"{name} is neither an interpreter nor PYTHON/TORCH/CAPTUM, such as {OLDEST}")
     else:
-        interpreter, torch, captum = name.split("/")
+        interpreter, torch, captum = name.rsplit("/", 2)
         found = shutil.which(interpreter)
         if found is None:
             raise SystemExit(f"no {interpreter} on the PATH; name another: PYTHON/TORCH/CAPTUM, such as {OLDEST}")
-        place = folder / name.replace("/", "-")
+        place = folder / f"{Path(interpreter).name}-{torch}-{captum}"
         python = place / "bin" / "python"
         if not python.exists():
             run(found, "-m", "venv", place)

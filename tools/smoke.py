@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from importlib.metadata import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +24,18 @@ def expected(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.autograd.grad(y[:, c].sum(), x, retain_graph=True)[0] for c in range(y.shape[1])], 1)
 
 
+def first_commands() -> None:
+    """`gradkern --version` and the way to the command line work in a base installation, too."""
+    help_or_hint = "maps.zarr" if find_spec("click") else "pip install 'gradkern[data]'"
+    for option, expected in (("--version", gradkern.__version__), ("--help", help_or_hint)):
+        done = subprocess.run([sys.executable, "-m", "gradkern", option], capture_output=True, text=True)
+        assert expected in done.stdout + done.stderr, done
+    description = metadata("gradkern").get_payload()
+    assert "jacobian" in description and not re.search(r"\]\((?!\w+://)", description), "links that lead nowhere"
+
+
 def main() -> None:
+    first_commands()
     home = Path(gradkern.__file__).parent
     assert home == Path(sys.argv[1]).resolve() / "gradkern", f"gradkern comes from {home}"
     assert ops.extension() is not None, "the extension is not loaded"

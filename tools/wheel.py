@@ -1,17 +1,18 @@
-"""Builds a wheel for Linux and proves it in fresh environments.
+"""Builds an sdist, from it a wheel for Linux, and proves that in fresh environments.
 
     python tools/wheel.py [--out dist] [--in build/wheel] [PYTHON/TORCH/CAPTUM | path of an interpreter] ...
 
 The wheel holds one library that runs under every Python from 3.11 and every torch from 2.11 on.  auditwheel gives it
 the tag of the oldest glibc that it runs on, and leaves torch's own libraries out: a second libtorch or OpenMP in one
 process does not work.  The proof: in each environment, without a compiler on the PATH and outside the checkout, the
-extension is loaded and right.
+extension is loaded and right (tools/smoke.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,14 @@ ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols
 
 
 def build(out: Path, work: Path) -> Path:
-    """The repaired wheel in ``out``."""
+    """The repaired wheel in ``out``, beside the sdist that it was built from."""
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.whl"):
+        for old in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):
             old.unlink()
-    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", work, ROOT)
-    run(*pip, GRADKERN_REQUIRE_EXT="1")
-    (plain,) = work.glob("*.whl")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work, ROOT, GRADKERN_REQUIRE_EXT="1")
+    (plain,), (source,) = work.glob("*.whl"), work.glob("*.tar.gz")
+    shutil.copy(source, out)
     excluded = [part for name in FROM_TORCH for part in ("--exclude", name)]
     run(sys.executable, "-m", "auditwheel", "repair", "-w", out, *excluded, plain)
     (wheel,) = out.glob("*.whl")

@@ -165,10 +165,8 @@ class Checker : public RecordChecker {
     packed(op.bias, Wide(op.groups) * vectors(op.O) * lanes);
     const auto [low, high] = range(table(op.run_table, op.runs, "runs"), op.runs);
     extent({1, op.H, op.W});
-    if (!op.whole_block && op.H * op.W == 0) return;
-    const auto last = [&](const Place& p) {
-      return op.whole_block ? Wide(0) : Wide(op.H - 1) * p.row + Wide(op.W - 1) * p.position;
-    };
+    if (op.H * op.W == 0) return;
+    const auto last = [&](const Place& p) { return Wide(op.H - 1) * p.row + Wide(op.W - 1) * p.position; };
     if (K) place(op.src, last(op.src) + Wide(op.groups - 1) * op.C + high + op.run_length, low);
     place(op.dst, last(op.dst) + Wide(op.groups) * op.O);
   }

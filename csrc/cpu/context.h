@@ -82,6 +82,7 @@ struct Kernels {
 struct Isa {
   const char* name;
   int vector_bytes;
+  int tile_vectors;  // of output channels, at most: packed forward weights are cut into such tiles
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;

@@ -10,6 +10,7 @@ namespace GK_NAME {
 #define GK_STRING(x) #x
 extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
+                      kMaxNV,
                       supported,
                       {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, kMaxSeeds},
                       {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>, kMaxSeeds}};

@@ -151,8 +151,8 @@ struct Steps {
 // Whether everything that is read or written there can be moved four elements at a time.
 GK_DEVICE bool by_fours(const Place& p) { return ((p.offset | p.sample | p.seed | p.row | p.position) & 3) == 0; }
 
-// Pointers are generic on purpose: with __builtin_assume(__isShared(p)) nvcc 13.0 made code for quads.cuh and
-// narrow.cuh that gave wrong sums on an H200 (benchmarks/notes-cuda.md, first run).
+// Pointers are generic on purpose: with __builtin_assume(__isShared(p)) nvcc 13.0 made code for quads and
+// narrow windows that gave wrong sums on an H200 (benchmarks/notes-cuda.md, first run).
 GK_DEVICE uint32_t half_word(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 
 // An element in the caller's order [C][H][W].

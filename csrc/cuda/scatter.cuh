@@ -179,7 +179,7 @@ GK_DEVICE void scatter(const ScatterTRecord& op, const Tile<T>& t, int lanes) {
 template <class T>
 GK_RECORD void run_quads(const ScatterTRecord& op, const Tile<T> t);  // quads.cuh
 template <class T>
-GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t);  // narrow.cuh
+GK_RECORD void run_narrow(const ScatterTRecord& op, const Tile<T> t);  // quads.cuh
 
 template <class T>
 GK_RECORD void run_scatter(const ScatterTRecord& op, const Tile<T> t) {

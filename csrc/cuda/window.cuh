@@ -9,7 +9,7 @@
 
 namespace gradkern::cuda {
 
-constexpr int kPositions = 4;  // of a thread; pooled.cuh has its own number
+constexpr int kPositions = 4;  // of a thread; window_pooled has its own number
 
 struct WindowShape {
   int channel_lanes, position_lanes;  // lanes along the channels and along the positions

@@ -22,7 +22,7 @@ from ..ir.program import Shape
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
 from ..util.options import BadType, debugging
-from ..util.progress import followed
+from ..util.progress import with_progress
 from ..util.random_state import RandomState
 from .call import PublicMethod, keep_buffers
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
@@ -117,7 +117,7 @@ def one_by_one(
     index = seeds.rows(0, rows[0].shape[0])
     torch_state, numpy_state = RandomState(), np.random.get_state()
     results = []
-    for s in followed(range(seeds.count), seeds.count, "outputs", lambda s: 1):
+    for s in with_progress(range(seeds.count), seeds.count, "outputs", lambda s: 1):
         torch_state.restore()
         np.random.set_state(numpy_state)
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]

@@ -29,7 +29,7 @@ from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind
 from ..util.options import BadType, BadValue, use
-from ..util.progress import wanted
+from ..util.progress import showing_progress
 from ..util.random_state import RandomState
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _attribute_all(function: Function) -> Function:
         none = _is_empty(args[0] if args else kwargs.get("inputs"))
         shared = {name: kwargs.pop(name, None) for name in SHARED if (none and name == "out") or name not in native}
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
-        with public_call(method), wanted(progress):
+        with public_call(method), showing_progress(progress):
             result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
             result = mapped(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
@@ -265,7 +265,7 @@ def _is_empty(inputs: Any) -> bool:
 
 
 def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The results for no samples: those for a few zeros, of which nothing is kept."""
+    """Results for an empty batch: the method runs on a few zero samples, and zero rows of its results are kept."""
     state, numpy_state = RandomState(), np.random.get_state()
     kwargs = {name: _per_sample(value) for name, value in kwargs.items()}
     try:
@@ -277,7 +277,7 @@ def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str,
 
 
 def _per_sample(value: Any) -> Any:
-    """An argument with its rows for no samples as a tensor, or filled."""
+    """Replace an empty list by `STAND_INS` zeros, and a numeric array by a tensor."""
     if isinstance(value, list) and not value:
         return [0] * STAND_INS
     return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value

@@ -90,7 +90,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``.
 
-        ``internal_batch_size``: at most so many points at a time; by default as many as fit in the memory budget.
+        ``internal_batch_size``: the most points at a time; by default as many as fit in the memory budget.
         With ``return_convergence_delta`` also the delta per sample and output, ``[N, C]``.
         """
         compat.validate_input(*compat.format_input_baseline(inputs, baselines), n_steps, method)

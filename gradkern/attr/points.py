@@ -22,7 +22,7 @@ from ..ir.program import Program, Shape
 from ..util.callables import with_given
 from ..util.chunks import samples_per_chunk
 from ..util.options import Engine
-from ..util.progress import followed
+from ..util.progress import with_progress
 from .captum_compat import format_additional_forward_args
 
 Tensors = tuple[Tensor, ...]
@@ -116,7 +116,7 @@ class Points:
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
         """Pieces ``(first sample, last, first step, last)`` whose gradients fit in a block."""
         pieces = blocks(self.samples, steps, gradient_bytes(self.inputs, seeds), self.inputs[0].device, self.most)
-        return followed(pieces, self.samples * steps, "points", lambda p: (p[1] - p[0]) * (p[3] - p[2]))
+        return with_progress(pieces, self.samples * steps, "points", lambda p: (p[1] - p[0]) * (p[3] - p[2]))
 
 
 def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:

@@ -22,8 +22,10 @@ def bench(model: nn.Module, source: Source, samples: int, repeats: int) -> Itera
     given = inputs[0] if len(inputs) == 1 else inputs
     begin = time.perf_counter()
     prepared = api.prepare(model, given)
-    our_call = partial(api.jacobian, model, given, engine="kernel" if prepared else "autograd", progress=False)
-    yield f"captured and verified in {time.perf_counter() - begin:.2f} s" + ("" if prepared else ": stays on autograd")
+    our_call = partial(api.jacobian, model, given, engine="kernel" if prepared.program else "autograd", progress=False)
+    yield f"captured and verified in {time.perf_counter() - begin:.2f} s" + (
+        "" if prepared.program else ": stays on autograd"
+    )
     our_call()
     ours = min(repeat(our_call, number=1, repeat=repeats))
     n = inputs[0].shape[0]

@@ -164,8 +164,8 @@ def importance(
     one = model if output is None else OneOutput(model, output)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
-        found = [of(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
-    whole = found[0] if len(found) == 1 else _joined(found)
+        computed = [of(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
+    whole = computed[0] if len(computed) == 1 else _joined(computed)
     if not curve_samples:
         return whole
     return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
@@ -260,13 +260,13 @@ def _bootstrap(sums: Mapping[str, np.ndarray], level: float, draws: int) -> tupl
 def _quantiles(values: np.ndarray, shares: Sequence[float]) -> list[np.ndarray]:
     """`np.quantile` over the first axis of ``[D, F]``, which sorts faster along contiguous memory."""
     rows = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN comes last
-    nan, found = np.isnan(rows[:, -1]), []
+    nan, quantiles = np.isnan(rows[:, -1]), []
     for share in shares:
         place = share * (rows.shape[1] - 1)
         low = math.floor(place)
         high = min(low + 1, rows.shape[1] - 1)
-        found.append(np.where(nan, np.nan, rows[:, low] + (rows[:, high] - rows[:, low]) * (place - low)))
-    return found
+        quantiles.append(np.where(nan, np.nan, rows[:, low] + (rows[:, high] - rows[:, low]) * (place - low)))
+    return quantiles
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -330,9 +330,9 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
     def drawn(block: slice) -> Tensor:
         return torch.stack([torch.randperm(features, generator=generator) for _ in range(len(x[block]))])
 
-    found = both(lambda block: torch.as_tensor(ranking[rows[block]]))  # the ranking of the predicted class
+    curves = both(lambda block: torch.as_tensor(ranking[rows[block]]))  # the ranking of the predicted class
     random = np.mean([both(drawn) for _ in range(RANDOM_ORDERS)], axis=0)
-    return Curve(shares, found[0], found[1], random[0], random[1], len(x), kind)
+    return Curve(shares, curves[0], curves[1], random[0], random[1], len(x), kind)
 
 
 def _track(

@@ -46,12 +46,12 @@ def function_of(spec: str) -> Draw:
     if not module or not name:
         raise BadValue(f"references: got {spec!r}, expected {' or '.join(NAMED)}, or module:function.")
     try:
-        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        attribute: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise BadValue(f"references: got {spec!r}, which cannot be imported: {error}") from error
-    if not draws_per_sample(found):
+    if not draws_per_sample(attribute):
         raise BadValue(f"references: got {spec!r}, expected a function (inputs, n, random_state) -> [N, n, *in].")
-    function: Draw = found
+    function: Draw = attribute
     return function
 
 

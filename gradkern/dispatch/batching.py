@@ -15,7 +15,7 @@ from ..ir.program import Program
 from ..runtime import executor, ops, parameters, reference
 from ..util.chunks import element_counts, samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from ..util.options import Engine, use
-from ..util.progress import moving
+from ..util.progress import limit_for_progress
 from .eager import forward
 from .request import JacobianResult, Request, allocate
 from .targets import TopSeeds
@@ -38,7 +38,6 @@ def run(
         results = allocate(request, program.output_shape, partial)
         samples, inputs, indices = request.samples, [x.detach() for x in request.inputs], results.indices
         params, by_reference, chunk = _settle(request, program, tensors, engine, results, saved)
-        # The rest of the work belongs to the runtime; it calls dispatch only to choose outputs.
         if start == 0 and request.out is None:
             for fresh in results.jacobians:
                 ops.on_huge_pages(fresh)
@@ -69,7 +68,6 @@ def _settle(
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
     each, device = _bytes_per_sample(request, program, results, saved), inputs[0].device
     chunk = stepwise_samples(device, each.stepwise)
-    # The calls below go to the runtime.
     params = parameters.bind(program, tensors)
     if engine == "reference" or not all(ops.machine(i.device) for i in inputs):
         return params, True, chunk
@@ -84,7 +82,7 @@ def _settle(
     # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.
     if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
-        chunk = moving(chunk, samples)  # the results of a chain do not depend on where the batch is cut
+        chunk = limit_for_progress(chunk, samples)  # the results of a chain do not depend on where the batch is cut
     return params, False, chunk
 
 

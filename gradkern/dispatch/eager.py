@@ -28,7 +28,7 @@ from .request import JacobianResult, Request, allocate, check_devices, check_out
 
 LARGEST_CHUNK = 2048  # samples
 LEAST_BATCHED = 8  # samples whose seeds go back together
-SMALL_COTANGENTS = 1 << 16  # elements; so many are made at once for all seeds
+SMALL_COTANGENTS = 1 << 16  # elements; up to this many, the cotangents of all seeds are one tensor
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
 BATCHED_NODES = frozenset(

@@ -1,4 +1,4 @@
-"""A network that is captured, verified and packed: calls of it look at nothing but their inputs."""
+"""A network that is captured, verified and packed: calls of its kernels look at nothing but their inputs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.program import Program
+from ..ir.program import Program, Shape
 from ..runtime.frozen import whole_chain
-from ..util.options import BadType, BadValue
+from ..util.options import BadType, BadValue, engine
 from . import batching
 from .request import Request
-from .route import VERIFY_SAMPLES, decide
+from .route import VERIFY_SAMPLES, decide, solve, timing
 from .targets import Seeds, TopSeeds
 
 
@@ -21,18 +21,21 @@ class Prepared:
     """What `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` of one network for one choice of targets.
 
     The weights are packed as they are at the first call, and no later change of the model (weights, mode, code) is
-    noticed: prepare it again after one.  ``program``: what was captured; ``str()`` of this object is its listing.
+    noticed: prepare it again after one.  ``program``: what was captured; ``str()`` of this object is its listing.  It
+    is None for a model that stays on autograd.  Then, and where autograd turned out to be faster, calls are those of
+    `jacobian`.
     """
 
-    def __init__(self, request: Request, program: Program, as_tuple: bool) -> None:
+    def __init__(self, request: Request, program: Program | None, shape: Shape, as_tuple: bool) -> None:
+        """``shape``: of the output, per sample."""
         self.program = program
         self._request, self._as_tuple = request, as_tuple
-        shared_seeds(request, program)  # refuses others
+        shared_seeds(request, shape)  # refuses others
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
         self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
     def __str__(self) -> str:
-        return str(self.program)
+        return str(self.program) if self.program else "autograd, the whole model"
 
     def __call__(self, inputs: Tensor | Sequence[Tensor]) -> Any:
         """``[N, *axes, *in]`` for samples like those it was prepared with (a tuple of them for a tuple of inputs).
@@ -74,6 +77,8 @@ class Prepared:
         """The rest of a call, with the network as it is now."""
         fn, wrt, choose = self._request.fn, self._request.wrt, self._request.choose
         request = Request(fn, given, wrt, choose)
+        if self.program is None or engine() == "autograd":
+            return self._live
         route = decide(request, "kernel")
         if route.eager_reason is None:
             route.capture(lambda: self._request.pick(VERIFY_SAMPLES))
@@ -81,20 +86,32 @@ class Prepared:
             raise BadValue("model: it has changed since it was prepared, and now runs on autograd. Call jacobian.")
         route.check_reached(request)
         program = self.program = route.program
-        seeds = shared_seeds(request, program)
+        seeds = shared_seeds(request, program.output_shape)
         whole, packed = whole_chain(program, route.params(), given, seeds.indices, seeds.axes, wrt), None
         if whole is not None:
             packed = whole.packed(route.tensors)
         if whole is None or packed is None:
+            if not self._kernels_win(request):
+                return self._live
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
             return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
+    def _kernels_win(self, request: Request) -> bool:
+        """Whether kernels are faster for calls like this one.  Those of one chain are, without what a call costs."""
+        measured = timing(request, decide(request))
+        return measured is None or measured.way == "kernels"
 
-def shared_seeds(request: Request, program: Program) -> Seeds:
-    """The seeds of a request, which must be the same for all samples."""
-    seeds = request.choose(request.samples, program.output_shape)
+    def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A call of `jacobian`, which looks at the model again."""
+        request = Request(self._request.fn, inputs, self._request.wrt, self._request.choose)
+        return tuple(solve(request, decide(request)).shaped)
+
+
+def shared_seeds(request: Request, shape: Shape) -> Seeds:
+    """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
+    seeds = request.choose(request.samples, shape)
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(
             "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples, as an "

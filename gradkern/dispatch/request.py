@@ -211,7 +211,7 @@ def forecast(size: int) -> None:
 
 
 def too_large(size: int, work: str = "") -> MemoryError:
-    """The error for a result of so many bytes; ``work`` says what else was asked for."""
+    """The error for a result of ``size`` bytes; ``work`` says what else was asked for."""
     return MemoryError(
         f"the result needs {size / 2**30:.2f} GiB{work}, and this process may have {memory.allowed() / 2**30:.2f} GiB. "
         "Pass out= (a np.memmap), take chunks from gradkern.iter_jacobian, or ask for fewer outputs (targets=TopK(k))."
@@ -257,7 +257,7 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
 
 
 def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """The indices of the inputs to differentiate, of so many."""
+    """``wrt`` as the indices of the inputs to differentiate, out of ``count``."""
     if wrt is None:
         return tuple(range(count))
     indices = [wrt] if isinstance(wrt, int) else list(wrt)
@@ -309,7 +309,14 @@ def check_reached(request: Request, unused: Collection[int]) -> None:
 
 
 def explain_failure(error: Exception, module: nn.Module | None, inputs: Sequence[Tensor]) -> Exception:
-    """The error to raise for a model that failed: it names the dtypes or devices if these are the cause."""
+    """The error to raise for a model that failed: it names the dtypes or devices if these are the cause.  Otherwise it
+    is the model's own, with a note on what the model was given."""
+    if not hasattr(error, "__notes__"):
+        given = ", ".join(str(list(x.shape)) for x in inputs)
+        error.add_note(
+            f"gradkern called the model with {given}, some of your samples. Samples are axis 0 of every input: one "
+            "alone needs x.unsqueeze(0). Several inputs are one tuple: jacobian(model, (a, b))."
+        )
     if module is None:
         return error
     tensors = [*module.parameters(), *module.buffers()]

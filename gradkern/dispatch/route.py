@@ -35,7 +35,7 @@ VERIFY_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
-FEW_SAMPLES = 48  # for at most so many samples, measuring a model would take a good part of the time of a call
+FEW_SAMPLES = 48  # up to so many samples, profiling the model would take a good part of the time of the call
 
 
 #: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
@@ -259,16 +259,16 @@ def solve(request: Request, route: Route) -> JacobianResult:
     if route.decision is None and route.engine == "auto":
         start, results = _on_autograd_until_capture_pays(request, route)
     if start < request.samples:
-        found = _program_of(request, route)
-        if found is not None:
+        captured = _program_of(request, route)
+        if captured is not None:
             try:
-                return _by_program(request, route, found, start, results)
+                return _by_program(request, route, captured, start, results)
             except OutputsChanged:
                 route.refuse(CHANGED)
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's says more itself
                     raise
-                count = request.choose(request.samples, found.program.output_shape).count
+                count = request.choose(request.samples, captured.program.output_shape).count
                 work = f" beside memory_budget={options.memory_budget()} bytes of work"
                 raise too_large(request.gradient_bytes * request.samples * count, work) from error
         return _on_autograd(request, route, start, results)
@@ -283,46 +283,46 @@ def _program_of(request: Request, route: Route) -> CapturedProgram | None:
     if isinstance(route.decision, EagerReason):
         _say_why_eager(route, route.decision)
         return None
-    found = route.capture(lambda: request.pick(VERIFY_SAMPLES))
-    return None if isinstance(found, Verdict) else found
+    captured = route.capture(lambda: request.pick(VERIFY_SAMPLES))
+    return None if isinstance(captured, Verdict) else captured
 
 
 def _by_program(
-    request: Request, route: Route, found: CapturedProgram, start: int, results: JacobianResult | None
+    request: Request, route: Route, captured: CapturedProgram, start: int, results: JacobianResult | None
 ) -> JacobianResult:
     """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
-    known = _known(request, route, found)
-    way = _way(request, route, found, known)
+    known = _known(request, route, captured)
+    way = _way(request, route, captured, known)
     if way != "kernels":
         with torch.inference_mode(False):
-            results = allocate(request, found.program.output_shape, results)
+            results = allocate(request, captured.program.output_shape, results)
         profile = _profile_of_program(request, route)
         return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
     whole = (
-        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, found, known)
+        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, known)
     )
     if whole is not None:
         return whole
-    saved = _profile_of_program(request, route).per_sample if found.verdict.opaque else 0
+    saved = _profile_of_program(request, route).per_sample if captured.verdict.opaque else 0
     return batching.run(
-        request, found.program, found.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
+        request, captured.program, captured.tensors, route.engine, start, results, saved=saved, watch=route.entry.watch
     )
 
 
-def _known(request: Request, route: Route, found: CapturedProgram) -> KnownCall:
+def _known(request: Request, route: Route, captured: CapturedProgram) -> KnownCall:
     """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
     whole = request.whole  # parts of a call have the size of the whole
     size = sum([whole >= least for least in ways.SIZES])
     kind = request.wrt, torch.get_num_threads(), size
     seeds_key = request.seeds_key
     if seeds_key is None:
-        return _looked_at(request, route, found, kind)
-    return found.verdict.calls.get_or_make((seeds_key, *kind), lambda: _looked_at(request, route, found, kind))
+        return _looked_at(request, route, captured, kind)
+    return captured.verdict.calls.get_or_make((seeds_key, *kind), lambda: _looked_at(request, route, captured, kind))
 
 
-def _looked_at(request: Request, route: Route, found: CapturedProgram, kind: tuple[Hashable, ...]) -> KnownCall:
+def _looked_at(request: Request, route: Route, captured: CapturedProgram, kind: tuple[Hashable, ...]) -> KnownCall:
     route.check_reached(request)
-    x, program = request.inputs[request.wrt[0]], found.program
+    x, program = request.inputs[request.wrt[0]], captured.program
     seeds = request.choose(request.samples, program.output_shape)
     whole = None
     # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
@@ -332,7 +332,7 @@ def _looked_at(request: Request, route: Route, found: CapturedProgram, kind: tup
     return KnownCall(seeds, timing, whole)
 
 
-def _way(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> Way:
+def _way(request: Request, route: Route, captured: CapturedProgram, known: KnownCall) -> Way:
     """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
     pinned, count = ways.pinned_way.get(), known.seeds.count
     if pinned is not None and route.engine != "reference":
@@ -341,44 +341,46 @@ def _way(request: Request, route: Route, found: CapturedProgram, known: KnownCal
         return "kernels"
     way = route.ways.get(count)
     if way is None:
-        way = route.ways[count] = _timing(request, route, found, known).way
+        way = route.ways[count] = _timing(request, route, captured, known).way
     return way
 
 
-def _timing(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> Timing:
+def _timing(request: Request, route: Route, captured: CapturedProgram, known: KnownCall) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
     return ways.timings.get_or_make(
-        known.timing, lambda: ways.measure(request, found, known.seeds, _profile_of_program(request, route))
+        known.timing, lambda: ways.measure(request, captured, known.seeds, _profile_of_program(request, route))
     )
 
 
-def _by_whole_chain(request: Request, route: Route, found: CapturedProgram, known: KnownCall) -> JacobianResult | None:
-    """The results by one call of a kernel that looks at no step; None if that is not all there is to do."""
+def _by_whole_chain(
+    request: Request, route: Route, captured: CapturedProgram, known: KnownCall
+) -> JacobianResult | None:
+    """The results by a single call of the kernel; None if the call needs anything more."""
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
     if watch.seconds * watch.share > watch.cost:  # a comparison is due
         return None
     forecast(request.samples * whole.gradient_bytes)
-    packed = whole.packed(found.tensors)
+    packed = whole.packed(captured.tensors)
     if packed is None:
         return None
     begin = clock()
     jacobians = whole(packed, whole.rows(packed), [x.detach() if x.requires_grad else x for x in request.inputs])
     watch.seconds += clock() - begin
     seeds, shaped = known.seeds, whole.shaped(jacobians)
-    return JacobianResult(seeds, seeds.indices, found.program.output_shape, tuple(jacobians), shaped)
+    return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 
 
 def timing(request: Request, route: Route) -> Timing | None:
     """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
-    found = route.decision
-    if route.engine != "auto" or not isinstance(found, CapturedProgram) or not request.samples:
+    captured = route.decision
+    if route.engine != "auto" or not isinstance(captured, CapturedProgram) or not request.samples:
         return None
-    if found.verdict.unused.intersection(request.wrt):
+    if captured.verdict.unused.intersection(request.wrt):
         return None
-    known = _known(request, route, found)
-    return _timing(request, route, found, known) if known.seeds.count else None
+    known = _known(request, route, captured)
+    return _timing(request, route, captured, known) if known.seeds.count else None
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..frontend.capture import Capture, CapturedGraph
-from ..frontend.refusal import Untraceable
+from ..frontend.refusal import NoProgram
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
@@ -157,7 +157,7 @@ class ModelState:
                     for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
             return CapturedProgram(verdict, program, captured.tensors)
-        except Untraceable as error:
+        except NoProgram as error:
             if debugging():
                 raise
             return Verdict(None, _one_line(error.reason), couples_batch=error.mixes)

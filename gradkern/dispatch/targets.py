@@ -92,7 +92,7 @@ class TopSeeds(Seeds):
 
 
 SeedChoice = Callable[[int, Shape], Seeds]
-"""The seeds of so many samples, once the output's shape per sample is known."""
+"""From the number of samples and the output's shape per sample to the seeds."""
 
 
 def resolve(targets: Any, samples: int, out: Shape) -> Seeds:

@@ -23,14 +23,18 @@ from .request import Request, allocate
 from .state import CapturedProgram
 from .targets import Seeds
 
-SIZES = (2, 8, 32)  # calls with fewer than so many samples are measured apart: the cost per call weighs more
+SIZES = (
+    2,
+    8,
+    32,
+)  # of calls that are measured apart (1, 2–7, 8–31, 32 or more): in small ones the cost per call weighs more
 MOST_SAMPLES = SIZES[-1]
 FEW_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
 MOST_SEEDS = 32  # of a measurement on autograd, whose time is proportional to them
 ROUNDS = 7
 PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, any later round is the last
-HOPELESS = 2.0  # a way that takes so many times the shortest is not measured again
+HOPELESS = 2.0  # a way that takes this many times the shortest is not measured again
 
 #: By everything that a measurement depends on, see `state.KnownCall`.
 timings: Memo[Timing] = Memo(256)
@@ -49,20 +53,20 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, found: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     few = _fewer(seeds)
-    saved = profile.per_sample if found.verdict.opaque else 0
+    saved = profile.per_sample if captured.verdict.opaque else 0
 
     def run(way: Way, samples: int) -> float:
         part = request.part(0, samples, seeds if way == "kernels" else few)
 
         def work() -> None:
             if way == "kernels":
-                batching.run(part, found.program, found.tensors, "auto", saved=saved)
+                batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
             else:
                 with eager.outside_modes():
-                    results = allocate(part, found.program.output_shape)
+                    results = allocate(part, captured.program.output_shape)
                 eager.run_as_measured(part, profile, 0, results, batched=way == "batched")
 
         took = seconds_of(work, request.inputs[0].device)
@@ -111,8 +115,8 @@ def _fewer(seeds: Seeds) -> Seeds:
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of a piece of work on a device: of this thread's own time if no other works for it, which does not count
-    what else runs on the machine."""
+    """Seconds that a piece of work takes on a device.  With one thread it is the thread's CPU time, in which other work
+    on the machine does not count."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     if device.type == "cuda":

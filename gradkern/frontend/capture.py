@@ -39,7 +39,7 @@ from ..util.torch_compat import (
     tracing_context,
 )
 from . import regions
-from .refusal import Untraceable, reason_of
+from .refusal import NoProgram, reason_of
 
 LOCK = threading.RLock()  # capture and export are not thread-safe
 _NOISY = ("torch._dynamo", "torch._guards", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch.export")
@@ -136,7 +136,7 @@ class Capture:
         self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
-        """The graph whose guards hold now, captured if there is none.  Raises `Untraceable`.
+        """The graph whose guards hold now, captured if there is none.  Raises `NoProgram`.
 
         ``stand_ins``: like the inputs except for their values; the floating ones require grad.
         """
@@ -154,16 +154,16 @@ class Capture:
                     captured = self._called(fn, stand_ins)
                 return captured
             except _Missed:
-                raise Untraceable("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
+                raise NoProgram("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
             except Exception as error:
                 inner = getattr(error, "inner_exception", error)
-                raise inner if isinstance(inner, Untraceable) else Untraceable(reason_of(error)) from error
+                raise inner if isinstance(inner, NoProgram) else NoProgram(reason_of(error)) from error
 
     def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
         local = by_name(fn, stand_ins)
         ran = self._compiled(**local)
         if ran is None:
-            raise Untraceable("its output is not one tensor")
+            raise NoProgram("its output is not one tensor")
         graph, arguments = ran
         tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
         if graph.guards is None:
@@ -240,7 +240,7 @@ def _reads(node: torch.fx.Node) -> Reads:
     if _SIZE.fullmatch(name):
         return None
     if not isinstance(node.meta.get("example_value"), Tensor):
-        raise Untraceable(f"it reads {plain_name(name)}, which is no tensor and changes from call to call")
+        raise NoProgram(f"it reads {plain_name(name)}, which is no tensor and changes from call to call")
     return plain_name(name)
 
 

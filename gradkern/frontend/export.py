@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..ir.calls import Params
 from ..util.torch_compat import recurrent_shapes_only
 from .capture import LOCK, CapturedGraph, quiet
-from .refusal import Untraceable, location, location_in
+from .refusal import NoProgram, location, location_in
 
 _SIZES = (*range(2, 65), 1000, 4099, 2**20)  # batch sizes for which a guard is tried
 _SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
@@ -39,9 +39,9 @@ class _Guards:
         for guard, node in zip(self.all, self.nodes, strict=False):
             expression = guard.expr
             if expression.free_symbols != {self.symbol} or not all(expression.subs(self.symbol, n) for n in _SIZES):
-                raise Untraceable(f"its code depends on the number of samples{location(node)}")
+                raise NoProgram(f"its code depends on the number of samples{location(node)}")
         if not self.nodes or len(self.nodes) != len(self.all):
-            raise Untraceable("its code depends on the number of samples")
+            raise NoProgram("its code depends on the number of samples")
 
 
 class _Interpreter(fx.Interpreter):
@@ -105,10 +105,10 @@ def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> E
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
                 _spell_copies(exported.graph)
-        except Untraceable:
+        except NoProgram:
             raise
         except Exception as error:  # export raises whatever the model's code meets
-            raise Untraceable(f"torch.export refuses it ({_first_line(error)}){location_in(str(error))}") from error
+            raise NoProgram(f"torch.export refuses it ({_first_line(error)}){location_in(str(error))}") from error
     return _read(exported, names, literals)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class Untraceable(RuntimeError):
+class NoProgram(RuntimeError):
     """A network that has no Program.
 
     ``reason`` is one line for people, ``op`` and ``module`` name the cause if it is known, and ``mixes`` says that the

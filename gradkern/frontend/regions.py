@@ -16,7 +16,7 @@ from torch import fx
 from torch.autograd import grad_mode
 
 from ..util.torch_compat import keeper_of
-from .refusal import Untraceable, location
+from .refusal import NoProgram, location
 
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER = getattr(grad_mode, "_enter_inference_mode", None)
@@ -29,7 +29,7 @@ _CUSTOM = {
 
 
 def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.GraphModule | None:
-    """Make gradient-free regions explicit, in place.  Raises `Untraceable` for other changes of gradients, and if the
+    """Make gradient-free regions explicit, in place.  Raises `NoProgram` for other changes of gradients, and if the
     forward keeps a value that depends on ``inputs`` from call to call.
 
     Returns a graph, with the same placeholders, of the other values that the forward keeps, such as the weight that
@@ -37,10 +37,10 @@ def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.Gra
     """
     for node in module.graph.nodes:
         if reason := _refused(node):
-            raise Untraceable(f"{reason}{location(node)}")
+            raise NoProgram(f"{reason}{location(node)}")
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
     if not results or results[0].target != "clone":
-        raise Untraceable("its output is not one tensor")
+        raise NoProgram("its output is not one tensor")
     kept = _kept(module, results[1:], inputs) if len(results) > 1 else None
     _detach_regions(module)
     module.graph.lint()
@@ -51,7 +51,7 @@ def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.Gra
 def _kept(module: fx.GraphModule, results: Sequence[Any], inputs: Collection[fx.Node]) -> fx.GraphModule:
     for result in results:
         if isinstance(result, fx.Node) and not reaching(result).isdisjoint(inputs):
-            raise Untraceable(f"its forward keeps a tensor in {_keeper(result)}{location(result)}")
+            raise NoProgram(f"its forward keeps a tensor in {_keeper(result)}{location(result)}")
     kept = fx.GraphModule(module, copy.deepcopy(module.graph))
     output = next(n for n in kept.graph.nodes if n.op == "output")
     output.args = (output.args[0][1:],)
@@ -129,4 +129,4 @@ def _refuse_in_place(node: fx.Node) -> None:
     target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if target is operator.setitem or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
-        raise Untraceable(f"it changes a tensor in place where gradients are off{location(node)}")
+        raise NoProgram(f"it changes a tensor in place where gradients are off{location(node)}")

@@ -19,7 +19,7 @@ from ..ir.program import Program
 from ..runtime import reference
 
 _SHARE = 2.0**-30  # small enough to be linear in, large enough for float64
-_LESS = 16.0  # the share is also taken so many times smaller: a jump at a kink then stays as large
+_LESS = 16.0  # the share is also taken smaller by this factor: a jump at a kink then stays as large
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape
 from .lowerings.fourier import halved
 from .lowerings.nested import last_state, simplified
 from .lowerings.repeated import as_fill, is_fill, row_of
-from .refusal import Untraceable, location
+from .refusal import NoProgram, location
 from .regions import reaching
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -38,7 +38,7 @@ _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing c
 def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
-    It is only a proposal: `verify` compares it with live autograd.  Raises `Untraceable` if torch.export refuses the
+    It is only a proposal: `verify` compares it with live autograd.  Raises `NoProgram` if torch.export refuses the
     graph, if samples mix, or if the batch is not axis 0 of the result.
     """
     return _GraphLowering(export(captured.graph, captured.tensors, inputs), name).program()
@@ -67,7 +67,7 @@ class _GraphLowering:
 
     def program(self) -> Program:
         for changed in self.exported.changed:
-            raise Untraceable(f"its forward pass changes the buffer {changed}")
+            raise NoProgram(f"its forward pass changes the buffer {changed}")
         self._placeholders()
         output = self._output_node()
         wanted = reaching(output)
@@ -76,10 +76,10 @@ class _GraphLowering:
                 self._place(node)
                 self.known[node] = self._lower(node)
             elif node.op == "get_attr" and node in wanted:
-                raise Untraceable("it contains a sub-graph of its own (control flow or a saved context)")
+                raise NoProgram("it contains a sub-graph of its own (control flow or a saved context)")
         result = self._argument(output)
         if not isinstance(result, Value):
-            raise Untraceable("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
+            raise NoProgram("its output does not have the samples as axis 0", mixes=bool(values_in(result)))
         return self.builder.program(result)
 
     # -- the boundary of the graph
@@ -87,9 +87,9 @@ class _GraphLowering:
     def _output_node(self) -> torch.fx.Node:
         node = self.exported.output
         if not isinstance(node, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
-            raise Untraceable("its output is not a tensor")
+            raise NoProgram("its output is not a tensor")
         if not node.meta["val"].dtype.is_floating_point:
-            raise Untraceable(f"its output is of dtype {node.meta['val'].dtype}, which has no gradient")
+            raise NoProgram(f"its output is of dtype {node.meta['val'].dtype}, which has no gradient")
         return node
 
     def _placeholders(self) -> None:
@@ -99,7 +99,7 @@ class _GraphLowering:
         if not isinstance(self.symbol, torch.SymInt) or (
             bounds is not None and (bounds.lower > 2 or bounds.upper < 2**31)
         ):
-            raise Untraceable("its code depends on the number of samples")
+            raise NoProgram("its code depends on the number of samples")
         self.builder = ProgramBuilder(tuple(tuple(int(d) for d in n.meta["val"].shape[1:]) for n in exported.inputs))
         for i, node in enumerate(exported.inputs):
             self.known[node] = Value(i)
@@ -144,7 +144,7 @@ class _GraphLowering:
         expression, symbol = size.node.expr, self.symbol.node.expr
         times = expression / symbol
         if not (times.is_Integer and times > 0):
-            raise Untraceable(f"it computes with the number of samples ({expression})")
+            raise NoProgram(f"it computes with the number of samples ({expression})")
         return Batch(int(times))
 
     def _lower_call(self, node: torch.fx.Node, index: int | None, meta: Tensor) -> Any:
@@ -223,7 +223,7 @@ class _GraphLowering:
             raise NoForm("it reads no value")
         kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
         lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
-        named = _named(lifted, (), meta)
+        named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
         per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
@@ -234,11 +234,11 @@ class _GraphLowering:
         ]
         inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         if self._is_complex(node, meta):
-            found = self._complex_form(lifted, named)
+            lowered = self._complex_form(lifted, named)
         else:
             self._check(lifted, meta)
-            found = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
-        value = number_as_shape(b, found, named.result)  # a constant of more axes puts some in front
+            lowered = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
+        value = number_as_shape(b, lowered, named.result)  # a constant of more axes puts some in front
         self._note_dtype(value, meta.dtype)
         return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
@@ -299,8 +299,8 @@ class _GraphLowering:
     def _complex_form(self, call: Call, named: SimpleNamespace) -> Value | Complex:
         if call.op not in COMPLEX:
             raise NoForm(f"{call.op} of complex numbers has no form")
-        found: Value | Complex = COMPLEX[call.op](self.builder, named)
-        return found
+        lowered: Value | Complex = COMPLEX[call.op](self.builder, named)
+        return lowered
 
     def _formal(self, x: Any) -> Any:
         """An argument in which complex tensors stay pairs of values."""
@@ -315,7 +315,7 @@ class _GraphLowering:
             formal = simplified(self.builder, formal)
             if len(calls_in(formal)) > 1:
                 raise NoForm("inside it the batch is not axis 0")
-            return self._complex_form(formal, _named(formal, shape, meta))
+            return self._complex_form(formal, named_arguments(formal, shape, meta))
         call = simplified(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
@@ -327,7 +327,7 @@ class _GraphLowering:
                 return number_as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
-        return LOWERINGS[call.op](self.builder, _named(call, shape, meta))
+        return LOWERINGS[call.op](self.builder, named_arguments(call, shape, meta))
 
     def _check(self, call: Call, meta: Tensor) -> None:
         """Raise `NoForm` if no lowering takes the call."""
@@ -361,7 +361,7 @@ class _GraphLowering:
             return tuple(self._argument(item) for item in x)
         if isinstance(x, _PLAIN):
             return x
-        raise Untraceable(f"{self.builder.op} takes an argument of type {type(x).__name__}")
+        raise NoProgram(f"{self.builder.op} takes an argument of type {type(x).__name__}")
 
     # -- refusals
 
@@ -374,13 +374,13 @@ class _GraphLowering:
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
             raise self._refused(node, "draws random numbers")
 
-    def _refused(self, node: torch.fx.Node, what: str) -> Untraceable:
+    def _refused(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} {what}{location(node)}"
-        return Untraceable(reason, op=self.builder.op, module=self.builder.module)
+        return NoProgram(reason, op=self.builder.op, module=self.builder.module)
 
-    def _mixing(self, node: torch.fx.Node, what: str) -> Untraceable:
+    def _mixing(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} mixes samples: it {what}{location(node)}"
-        return Untraceable(reason, op=self.builder.op, module=self.builder.module, mixes=True)
+        return NoProgram(reason, op=self.builder.op, module=self.builder.module, mixes=True)
 
     def _where(self, node: torch.fx.Node) -> str:
         return f"{node.target} in {self.builder.module or self.name}"
@@ -409,7 +409,8 @@ def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _named(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
+def named_arguments(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
+    """A call's arguments as lowerings take them; ``shape`` of a sample's result, ``meta`` with its dtype and device."""
     named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
     result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
     return SimpleNamespace(**named, **result)

@@ -20,7 +20,7 @@ from ..runtime import ops
 from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
-from .refusal import Untraceable
+from .refusal import NoProgram
 from .terms import Terms, pulled, terms_of
 
 _TOGETHER = 3  # samples
@@ -30,7 +30,7 @@ _CLEAR = 0.05  # the change of an output, relative to it, if every intermediate 
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
-    """Raise `Untraceable` if ``program`` differs from live autograd on samples like ``inputs``.
+    """Raise `NoProgram` if ``program`` differs from live autograd on samples like ``inputs``.
 
     ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each, of which a few samples are used.  The
     model's buffers and the random state are restored, and no ``.grad`` is touched.  A float32 activation within
@@ -43,15 +43,15 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
     model = model_of(fn)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if model else ())
     with torch.inference_mode(False), torch.random.fork_rng(devices=devices), buffers_kept(model):
-        found = _compared(program, fn, params, samples, cotangent)
+        outcome = _compared(program, fn, params, samples, cotangent)
         for _ in range(_TRIES - 1):
-            if not isinstance(found, Untraceable) or found.final:
+            if not isinstance(outcome, NoProgram) or outcome.final:
                 break
             moved = tuple(_noisy(x, _MOVE, generator) for x in samples)
-            found = _compared(program, fn, params, moved, cotangent)
-    if isinstance(found, Untraceable):
-        raise found
-    return found
+            outcome = _compared(program, fn, params, moved, cotangent)
+    if isinstance(outcome, NoProgram):
+        raise outcome
+    return outcome
 
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -123,7 +123,7 @@ class _Rounding:
 
 def _compared(
     program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
-) -> Untraceable | frozenset[int]:
+) -> NoProgram | frozenset[int]:
     """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
     alone = [x[:1] for x in samples]
     together_live = _live(fn, samples, cotangent)
@@ -132,14 +132,14 @@ def _compared(
     together, values = pulled(program, params, samples, cotangent)
     allowed = _rounding(program, params, samples, cotangent, values)
     if allowed.far((y[:1], {i: g if g is None else g[:1] for i, g in grads.items()}), alone_live) is not None:
-        return Untraceable("its result for a sample depends on the other samples of the batch", mixes=True)
+        return NoProgram("its result for a sample depends on the other samples of the batch", mixes=True)
     ours_alone, _ = pulled(program, params, alone, cotangent[:1])
     for ours, live in ((together, together_live), (ours_alone, alone_live)):
         what = allowed.far(ours, live)
         if what is not None:
             custom = custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
-            error = Untraceable(f"its {what} is not what torch.export makes of it{cause}")
+            error = NoProgram(f"its {what} is not what torch.export makes of it{cause}")
             error.final = what == "output"
             return error
     return frozenset(i for i, g in grads.items() if g is None)
@@ -161,9 +161,9 @@ def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) 
         # The model gets copies: it may work in place, which is forbidden on a leaf.
         y = fn(*[x.clone() for x in xs])
         if not isinstance(y, Tensor):
-            raise Untraceable("its output is not one tensor")
+            raise NoProgram("its output is not one tensor")
         if tuple(y.shape) != tuple(cotangent.shape):
-            raise Untraceable("the shape of its output depends on the number of samples")
+            raise NoProgram("the shape of its output depends on the number of samples")
         leaves = [x for x in xs if x.requires_grad]
         grads: Sequence[Tensor | None] = [None] * len(leaves)
         if y.requires_grad and leaves:

@@ -81,7 +81,7 @@ def deep_lift_shap(
         validate_input(references, "references", shape=shape, ohe=True, allow_N=True, ohe_dim=-2, only_warn=only_warn)
         n_shuffles = references.shape[1]
     _check_counts(n_shuffles, args, X.shape[0])
-    found, used = [], []
+    batches, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "deep_lift_shap")
         draws = _references_of(X, references, n_shuffles, batch_size, random_state, dtype)
@@ -91,9 +91,9 @@ def deep_lift_shap(
             call = _Call(model, x, refs.to(place), more, warning_threshold, print_convergence_deltas)
             maps = call.raw(target) if raw_outputs else call.mean(target)
             maps = maps.cpu()
-            found.append(maps if raw_outputs or hypothetical else maps * _rows(X, a, b, dtype).cpu())
+            batches.append(maps if raw_outputs or hypothetical else maps * _rows(X, a, b, dtype).cpu())
             used.append(refs.cpu())
-    return _result(found, used, X, references, return_references)
+    return _result(batches, used, X, references, return_references)
 
 
 def pisa(
@@ -132,7 +132,7 @@ def pisa(
         n_shuffles = references.shape[1]
     dtype = _dtype(model, None) if isinstance(X, PackedSequence) else X.dtype
     _check_counts(n_shuffles, args, X.shape[0])
-    found, used = [], []
+    batches, used = [], []
     with _at(model, device) as place:
         check_outputs(model, X[:1], args, dtype, place, "pisa")
         for i, _, _ in _progress(((i, i + 1, None) for i in range(X.shape[0])), X.shape[0], verbose):
@@ -144,9 +144,9 @@ def pisa(
             more = None if args is None else tuple(arg[i : i + 1].to(place) for arg in args)
             call = _Call(model, x.to(place), refs.to(place), more, warning_threshold, print_convergence_deltas)
             maps = call.raw(None).transpose(1, 2) if raw_outputs else call.mean(None).cpu()
-            found.append(maps if raw_outputs or hypothetical else maps * x.cpu()[:, None])
+            batches.append(maps if raw_outputs or hypothetical else maps * x.cpu()[:, None])
             used.append(refs.to(place))
-    return _result(found, used, X, references, return_references)
+    return _result(batches, used, X, references, return_references)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -187,11 +187,11 @@ class _Call:
     def raw(self, target: int | None) -> Tensor:
         """The multipliers of every pair, ``[N, R, …]`` or (None) ``[N, outputs, R, …]``."""
         n, count = self.refs.shape[:2]
-        found, change = self.multipliers(torch.arange(n * count, device=self.x.device), target)
+        multipliers, change = self.multipliers(torch.arange(n * count, device=self.x.device), target)
         y, before = self.ends(target)
         self.say(change - (y - before), change, target)
-        found = found.detach().unflatten(0, (n, count))
-        return found if target is not None else found.transpose(1, 2)
+        multipliers = multipliers.detach().unflatten(0, (n, count))
+        return multipliers if target is not None else multipliers.transpose(1, 2)
 
     def multipliers(self, pairs: Tensor, target: int | None) -> tuple[Tensor, Tensor]:
         """Those of some pairs, numbered from 0 to N · R, and the sums of the contributions they make."""
@@ -200,10 +200,10 @@ class _Call:
         more = None if self.more is None else tuple(m[samples] for m in self.more)
         method = DeepLift(self.model, multiply_by_inputs=False, eps=EPS, output=outputs)
         if target is None:
-            found = method.attribute_all(x, start, additional_forward_args=more)
-            return found, (found * (x - start)[:, None]).sum((2, 3))
-        found = method.attribute(x, start, target, additional_forward_args=more)
-        return found, (found * (x - start)).sum((1, 2))
+            multipliers = method.attribute_all(x, start, additional_forward_args=more)
+            return multipliers, (multipliers * (x - start)[:, None]).sum((2, 3))
+        multipliers = method.attribute(x, start, target, additional_forward_args=more)
+        return multipliers, (multipliers * (x - start)).sum((1, 2))
 
     def ends(self, target: int | None) -> tuple[Tensor, Tensor]:
         """The model's own outputs at the sequence and at the reference of every pair: ``[N · R]``, or (None)
@@ -376,8 +376,8 @@ def _progress(rows: Any, total: int, verbose: bool) -> Iterator[Any]:
             bar.update(row[1] - row[0])
 
 
-def _result(found: list[Tensor], used: list[Tensor], X: Any, references: Any, wanted: bool) -> Any:
-    maps = torch.cat(found).detach()
+def _result(multipliers: list[Tensor], used: list[Tensor], X: Any, references: Any, wanted: bool) -> Any:
+    maps = torch.cat(multipliers).detach()
     if not wanted:
         return maps
     refs: Any = torch.cat(used)

@@ -19,16 +19,16 @@ Runs = tuple[tuple[int, int, int], ...]
 
 def runs(indices: Iterable[int]) -> Runs:
     """The shortest greedy list of runs for ``indices``; zeros (-1) make runs of their own."""
-    found: list[tuple[int, int, int]] = []
+    grouped: list[tuple[int, int, int]] = []
     for i in indices:
-        start, count, step = found[-1] if found else (0, 0, 0)
-        if found and start < 0 and i < 0:
-            found[-1] = (-1, count + 1, 0)
-        elif found and start >= 0 and i >= 0 and (count == 1 or i == start + count * step):
-            found[-1] = (start, count + 1, i - start if count == 1 else step)
+        start, count, step = grouped[-1] if grouped else (0, 0, 0)
+        if grouped and start < 0 and i < 0:
+            grouped[-1] = (-1, count + 1, 0)
+        elif grouped and start >= 0 and i >= 0 and (count == 1 or i == start + count * step):
+            grouped[-1] = (start, count + 1, i - start if count == 1 else step)
         else:
-            found.append((-1, 1, 0) if i < 0 else (i, 1, 1))
-    return tuple(found)
+            grouped.append((-1, 1, 0) if i < 0 else (i, 1, 1))
+    return tuple(grouped)
 
 
 def indices(axis: Runs) -> list[int]:

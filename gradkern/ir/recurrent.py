@@ -19,18 +19,19 @@ class Recurrent:
     weights: tuple[tuple[Param, ...], ...]  # per layer and direction: W_ih, W_hh and, if it has them, the biases
     directions: int
 
-    def macs(self, steps: int, inputs: int, outputs: int, seeds: int) -> int:
-        """Multiply-adds per sample of a forward and a backward pass (`runtime.recurrent`), from ``[T, inputs]`` to
-        ``[T, outputs]``."""
+    def macs(self, steps: int, inputs: int, outputs: int, seeds: int) -> tuple[int, int]:
+        """Multiply-adds per sample from ``[T, inputs]`` to ``[T, outputs]`` (`runtime.recurrent`): of the forward pass
+        with what the backward pass computes again, and of the walk back through time."""
         rows = GATES[f"aten.{self.kind}.input"] * outputs  # of the weights of all directions
         hidden, layers = outputs // self.directions, len(self.weights) // self.directions
-        total = 0
+        values = walk = 0
         for layer in range(layers):
             into, along = rows * (outputs if layer else inputs), rows * hidden  # per step
             # The backward pass computes the gates again, and the inputs of all layers but the first.
             forwards = 1 + (self.kind in ("lstm", "gru")) + (layer < layers - 1)
-            total += forwards * steps * (into + along) + seeds * (steps * into + (steps - 1) * along)
-        return total
+            values += forwards * steps * (into + along)
+            walk += seeds * (steps * into + (steps - 1) * along)
+        return values, walk
 
 
 def recognize(call: Call) -> Recurrent | None:

@@ -80,10 +80,16 @@ class Direction:
                 f"{_millions(whole.cost)} -> {_millions(cut.cost)} million multiply-adds, "
                 f"{whole.cost / cut.cost:.2g} times fewer"
             )
-        reverse = f"reverse mode from {self.seeds} outputs", f"{_millions(whole.reverse)} million multiply-adds"
-        if whole.forward is None:
-            return f"{': '.join(reverse)} (forward mode: {whole.refusal})"
-        forward = f"forward mode from {self.tangents} inputs", f"{_millions(whole.forward)} million multiply-adds"
+        reverse = (
+            f"reverse mode from {self.seeds} output{'s' * (self.seeds != 1)}",
+            f"{_millions(whole.reverse)} million multiply-adds",
+        )
+        if whole.forward is None:  # nothing to compare, and what torch runs has no count
+            return f"{reverse[0]} (forward mode: {whole.refusal})"
+        forward = (
+            f"forward mode from {self.tangents} input{'s' * (self.tangents != 1)}",
+            f"{_millions(whole.forward)} million multiply-adds",
+        )
         chosen, other = (forward, reverse) if self.forward else (reverse, forward)
         return f"{': '.join(chosen)} ({': '.join(other)})"
 

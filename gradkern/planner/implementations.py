@@ -34,7 +34,7 @@ class Implementation:
 
     def path(self, machine: Machine | NoKernels) -> str:
         """The name as `explain` shows it."""
-        return f"{self.name} {machine.isa}" if self is KERNEL and machine else self.name
+        return f"{self.name} {machine.isa}" if self in (KERNEL, WALK) and machine else self.name
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,21 @@ def kernel_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine
     return too_heavy_reason(program, i) if reason is None and isinstance(machine, Device) else reason
 
 
-def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
+def _walk_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
     form = program.steps[i].form
     assert isinstance(form, Opaque)
-    if recognize(form.call) is not None:
-        return None
-    return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
+    if recognize(form.call) is None:
+        return "a recurrent layer with a state or with dropout of its own" if form.call.op in GATES else SILENT
+    if isinstance(machine, NoKernels):
+        return machine.reason
+    if isinstance(machine, Device) or dtype not in NATIVE_DTYPES:
+        return "the kernel that walks back through time takes float32 and float64 on a CPU"
+    return None
+
+
+def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
+    form = program.steps[i].form
+    return None if isinstance(form, Opaque) and recognize(form.call) is not None else SILENT
 
 
 def _view_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
@@ -74,9 +83,10 @@ CHAIN_VIEW = Implementation("view", (View,), _view_reason, native=True, chained=
 TORCH_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
 KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True, chained=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
-RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # runtime/recurrent.py
+WALK = Implementation("walk", (Opaque,), _walk_reason, native=True)  # runtime/recurrent.py
+RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # the same by torch
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP
-IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, RECURRENT, PER_OP)
+IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, WALK, RECURRENT, PER_OP)
 #: The name for a step of `KERNEL` that the kernel of a neighbour does, which only the grouping knows.
 FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chained=True)
 

@@ -9,7 +9,7 @@ that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -35,11 +35,13 @@ from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choos
 from .timing import Timing
 
 WIDEST = 36  # characters of a layer or a form in the table
+NAMED = 3  # steps that are named with a reason that they share
 PARAMETER = re.compile(r", %[\w.]+")  # the names of weights, which are those of the layer
 LEGEND = {
     "kernel": "gradkern's own kernel",
     "folded": "done by the kernel of the step before",
     "view": "no work",
+    "walk": "torch's forward pass, and gradkern's own kernel back through time for all outputs",
     "aten": "torch's operation, once for all outputs",
     "autograd": "torch differentiates this operation",
 }
@@ -58,6 +60,7 @@ class PlanStep:
     op: str
     module: str
     macs: int  # dense multiply-adds per sample, forward and all seeds
+    native_macs: int  # those of them on gradkern's own kernels
     group: int
 
     @property
@@ -159,15 +162,31 @@ class Plan:
 
     @cached_property
     def local_seeds(self) -> Chain | None:
-        """The chain in which seeds start, if they are local: cotangents are only where they reach."""
-        last = self.groups[-1] if self.groups else None
-        if self.parts is not None or not self.seeds or last is None or not last.native or self.fallback is not None:
+        """The chain in which seeds (in forward mode: tangents) start, if they are local, with cotangents only where
+        they reach."""
+        run = self if self.forward is None else self.forward.plan
+        last = run.groups[-1] if run.groups else None
+        if self.parts is not None or not run.seeds or last is None or not last.native:
             return None
-        if last.live_out != (self.program.output,) or isinstance(self.machine, Device):
+        if last.live_out != (run.program.output,) or isinstance(self.machine, Device):
             return None
-        wrt = tuple(v for v in last.live_in if v not in self.program.slopes)
-        chain = self.chain(len(self.groups) - 1, self.seeds, wrt, True)
+        inputs = [v for v in range(len(run.program.inputs)) if v not in run.program.slopes]
+        passed = graph.descendants(run.program, inputs if self.forward is None else [0])
+        chain = run.chain(len(run.groups) - 1, run.seeds, tuple(v for v in last.live_in if v in passed), True)
         return chain if chain.local_share < 1 else None
+
+    def _said_of_local_seeds(self) -> Iterator[str]:
+        """Where seeds or tangents are local, in the plans that run."""
+        for where, part in zip(("up to", "from"), self.parts or (), strict=False):
+            yield from (f"  {where} there: {line}" for line in part._said_of_local_seeds())
+        chain, seed, end = self.local_seeds, "seed", "output"
+        if self.forward is not None:
+            seed, end = "tangent", "input"
+        if chain is not None:
+            yield (
+                f"local {seed}s: {100 * chain.local_share:.0f} % of their multiply-adds are left where "
+                f"{chain.seed_tile} neighbouring {seed}s reach from the middle of the {end}"
+            )
 
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The same plan with what only live tensors tell.
@@ -204,37 +223,39 @@ class Plan:
                 implementation, refusals = ATEN, (self.fallback, *refusals)
             seeds = self.bottleneck.width if self.bottleneck and base + i in before else self.seeds
             macs = total_macs(program, i, seeds, self.measured_macs.get(i))
+            own = macs
             recurrent = recognize(step.form.call) if isinstance(step.form, Opaque) else None
             if recurrent is not None:
                 length, inputs = program.shape(step.inputs[0])
-                macs = recurrent.macs(length, inputs, step.shape[-1], seeds)
-            form, path = describe(step.form), implementation.path(self.machine)
+                values, own = recurrent.macs(length, inputs, step.shape[-1], seeds)
+                macs = values + own
+            form, path, own = describe(step.form), implementation.path(self.machine), own * implementation.native
             rows.append(
-                PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, k)
+                PlanStep(base + i, form, step.shape, implementation, path, refusals, step.op, step.module, macs, own, k)
             )
         return tuple(rows)
 
     @cached_property
     def fused_share(self) -> float:
         """Share of the dense multiply-adds on kernels or on ATen calls with all seeds folded into the batch."""
-        return self._share(lambda implementation: implementation.fused)
+        return self._share(sum(s.macs for s in self.steps if s.implementation.fused))
 
     @cached_property
     def native_share(self) -> float:
         """Share of the dense multiply-adds on gradkern's own kernels."""
-        return self._share(lambda implementation: implementation.native)
+        return self._share(sum(s.native_macs for s in self.steps))
 
-    def _share(self, counted: Callable[[Implementation], bool]) -> float:
+    def _share(self, counted: int) -> float:
         total = sum(s.macs for s in self.steps)
-        return sum(s.macs for s in self.steps if counted(s.implementation)) / total if total else 1.0
+        return counted / total if total else 1.0
 
     @property
     def _summary(self) -> str:
-        tangents, groups = "", self.groups
+        work, groups = f"{self.seeds} seed{'s' * (self.seeds != 1)}", self.groups
         if self.forward is not None:
-            tangents, groups = f" from {self.forward.transposed.tangents} tangents", self.forward.plan.groups
+            work, groups = f"{self.forward.transposed.tangents} tangents", self.forward.plan.groups
         return (
-            f"{self.seeds} seeds{tangents}, {len(groups)} group{'s' * (len(groups) != 1)}, "
+            f"{work}, {len(groups)} group{'s' * (len(groups) != 1)}, "
             f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
         )
 
@@ -251,17 +272,20 @@ class Plan:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append(_legend({s.path for s in self.steps}))
-        refusals = ((s, reason) for s in self.steps for reason in s.refusals if reason != self.fallback)
-        lines += [f"v{s.value} ({s.module or s.op}): {reason}" for s, reason in refusals]
+        refused: dict[str, list[str]] = {}
+        for s in self.steps:
+            for reason in s.refusals:
+                refused.setdefault(reason, []).append(f"v{s.value} ({s.module or s.op})")
+        for reason, steps in refused.items():
+            if reason != self.fallback:
+                more = f" and {len(steps) - NAMED} more" if len(steps) > NAMED else ""
+                lines.append(f"{', '.join(steps[:NAMED])}{more}: {reason}")
         if self.direction is not None:
             lines.append(str(self.direction))
             parts = zip(("up to", "from"), self.parts or (), strict=False)
             lines += [f"  {where} there: {part.direction}" for where, part in parts if part.forward or part.parts]
-        if self.local_seeds is not None:
-            lines.append(
-                f"local seeds: {100 * self.local_seeds.local_share:.0f} % of the multiply-adds backward are left where "
-                f"{self.local_seeds.seed_tile} neighbouring seeds reach from the middle of the output"
-            )
+        if self.fallback is None:
+            lines += self._said_of_local_seeds()
         if self.cast_dtype is not None:
             name = str(self.cast_dtype).removeprefix("torch.")
             lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
@@ -269,7 +293,7 @@ class Plan:
             lines.append(f"with the present tensors, no kernel runs: {self.fallback}")
         lines.append(self._summary)
         if self.timing is not None:
-            lines.append(str(self.timing))
+            lines.append(self.timing.text(*() if self.native_share else ("planned ATen calls",)))
         return "\n".join(lines)
 
 
@@ -283,13 +307,13 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
     """The tensors that ``program`` does not derive itself, and that determine the tensors ``names``."""
     calls = {derived.name: derived.call for derived in program.derived}
     pending = list(names)
-    found: dict[str, None] = {}
+    reached: dict[str, None] = {}
     for name in pending:  # it grows
         if name in calls:
             pending += [p.name for p in params_in(calls[name]) if p.name not in pending]
         else:
-            found[name] = None
-    return tuple(found)
+            reached[name] = None
+    return tuple(reached)
 
 
 def _shortened(text: str, *, end: bool = False) -> str:

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 Way = Literal["kernels", "loop", "batched"]
 WAYS: tuple[Way, ...] = get_args(Way)
 TITLES: Mapping[Way, str] = {
-    "kernels": "kernels",
-    "loop": "autograd, one backward per seed",
-    "batched": "autograd, all seeds batched",
+    "kernels": "calls take the {kernels}",
+    "loop": "calls take autograd (one backward per seed) instead of this plan",
+    "batched": "calls take autograd (all seeds batched) instead of this plan",
 }
 TIE = 1.05  # kernels are chosen unless they take longer than autograd by this factor: a smaller difference may be noise
 
@@ -31,8 +31,10 @@ class Timing:
         best = min(self.seconds, key=self.seconds.__getitem__)
         return "kernels" if self.seconds["kernels"] <= TIE * self.seconds[best] else best
 
-    def __str__(self) -> str:
+    def text(self, kernels: str = "kernels") -> str:
+        """The result in words.  ``kernels``: what the plan runs on."""
         peers = {way: t for way, t in self.seconds.items() if way != "kernels"}
         best = f", autograd {1e3 * min(peers.values()):.3g} ms" if peers else ""
         samples = f"{self.samples} sample{'s' * (self.samples != 1)}"
-        return f"measured on {samples}: kernels {1e3 * self.seconds['kernels']:.3g} ms{best}: {TITLES[self.way]}"
+        result = TITLES[self.way].format(kernels=kernels)
+        return f"measured on {samples}: {kernels} {1e3 * self.seconds['kernels']:.3g} ms{best}: {result}"

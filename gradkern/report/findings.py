@@ -13,21 +13,21 @@ NAMED = 3  # features that a sentence names
 SURE, WEAK = 0.9, 0.5  # rank correlation of two halves of the data
 
 
-def of_output(found: Importance, output: int, name: str) -> str:
+def of_output(importance: Importance, output: int, name: str) -> str:
     """One sentence on one output."""
-    scores, low = found.scores[output].ravel(), found.low[output].ravel()
+    scores, low = importance.scores[output].ravel(), importance.low[output].ravel()
     total = float(np.nansum(scores))
     if not total > 0:
         return f"{name} depends on no feature."
-    order, shape = found.ranking[output], found.scores.shape[1:]
+    order, shape = importance.ranking[output], importance.scores.shape[1:]
     named = ", ".join(position_text(np.unravel_index(f, shape), shape) for f in order[:NAMED])
     half = int(np.searchsorted(np.cumsum(np.nan_to_num(scores[order])), 0.5 * total)) + 1
-    agreement = float(found.agreement[output])
+    agreement = float(importance.agreement[output])
     sure = "firm" if agreement >= SURE else "rough" if agreement >= WEAK else "not reliable"
     above = int((low > np.nanmean(scores)).sum())
     return (
         f"{name} depends most on the features {named}; {half:,} of {len(order):,} carry half of its importance, and "
-        f"{above:,} are above the average with {found.level:.0%} confidence. "
+        f"{above:,} are above the average with {importance.level:.0%} confidence. "
         f"The order is {sure}: two halves of the data agree to {agreement:.2f}."
     )
 
@@ -44,7 +44,7 @@ def of_curve(curve: Curve) -> str:
     )
 
 
-def all_of(found: Importance, names: Sequence[str]) -> list[str]:
+def all_of(importance: Importance, names: Sequence[str]) -> list[str]:
     """A sentence for each named output, and one for the curves."""
-    sentences = [of_output(found, c, name) for c, name in enumerate(names)]
-    return sentences if found.curve is None else [*sentences, of_curve(found.curve)]
+    sentences = [of_output(importance, c, name) for c, name in enumerate(names)]
+    return sentences if importance.curve is None else [*sentences, of_curve(importance.curve)]

@@ -14,7 +14,7 @@ from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
 from ..util.chunks import samples_per_chunk, spans
-from ..util.progress import moving
+from ..util.progress import limit_for_progress
 from . import ops
 from .call_plan import CallPlan, call_plan_for
 from .execution import run_chain
@@ -45,14 +45,14 @@ class WholeChain:
 
     def packed(self, tensors: Params) -> Packed | None:
         """The packed weights for the live ``tensors`` as they are now; None if no kernel may run with them."""
-        found = content_of([tensors[name] for name in self.plan.live_names])
+        content = content_of([tensors[name] for name in self.plan.live_names])
         before, latest = self._latest
-        packed = latest() if latest is not None and before == found else None
+        packed = latest() if latest is not None and before == content else None
         if packed is None:
-            entry = weight_cache.entry(self.plan, found, self.like)
+            entry = weight_cache.entry(self.plan, content, self.like)
             with torch.inference_mode(False), torch.no_grad():
                 packed = weight_cache.packed(entry, self.chain, bind(self.program, tensors), self.like)
-            self._latest = found, weakref.ref(packed)
+            self._latest = content, weakref.ref(packed)
         return packed if packed.finite else None
 
     def rows(self, packed: Packed) -> Tensor | None:
@@ -66,7 +66,7 @@ class WholeChain:
         if n * self.gradient_bytes >= ops.HUGE:
             for fresh in results:
                 ops.on_huge_pages(fresh)
-        chunk = moving(samples_per_chunk(self.device, self.output_bytes), n)
+        chunk = limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n)
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:

@@ -64,8 +64,8 @@ def machine(device: torch.device | None = None) -> Machine | NoKernels:
 
     On a GPU there are no kernels unless they have been validated on its architecture, or are asked for.
     """
-    found = _machine(None if device is None or device.type == "cpu" else device)
-    return validation.permitted(found, cuda_fingerprint()) if isinstance(found, Device) else found
+    described = _machine(None if device is None or device.type == "cpu" else device)
+    return validation.permitted(described, cuda_fingerprint()) if isinstance(described, Device) else described
 
 
 @functools.cache
@@ -96,14 +96,15 @@ def _machine(device: torch.device | None) -> Machine | NoKernels:
     if c is None:
         return NoKernels()
     if device is None:
-        return Machine(c.isa(), c.vector_bytes())
+        return Machine(c.isa(), c.vector_bytes(), c.tile_vectors())
     if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
         try:
             shared_bytes, processors, kilohertz, capability = c.describe_device(number)
         except RuntimeError as error:  # the extension has no machine code for this GPU
             return NoKernels(str(error).splitlines()[0])
-        return Device("cuda", 16, shared_bytes, processors=processors, kilohertz=kilohertz, capability=capability)
+        facts = {"processors": processors, "kilohertz": kilohertz, "capability": capability}
+        return Device("cuda", 16, shared_bytes=shared_bytes, **facts)
     return NoKernels()
 
 

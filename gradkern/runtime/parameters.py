@@ -28,6 +28,20 @@ from . import ops
 # Derived tensors
 
 
+class Bound(dict[str, Tensor]):
+    """The tensors of a Program in one call.  As they stay for its duration, they are hashed once for all its chunks."""
+
+    def __init__(self, tensors: Params) -> None:
+        super().__init__(tensors)
+        self._contents: dict[tuple[str, ...], int] = {}
+
+    def content(self, names: tuple[str, ...]) -> int:
+        """`content_of` the tensors of these names."""
+        if names not in self._contents:
+            self._contents[names] = content_of([self[name] for name in names])
+        return self._contents[names]
+
+
 class _Computed:
     """One derived tensor.  Its op and the kinds of its arguments are looked up once."""
 
@@ -55,8 +69,8 @@ class _Binder:
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
-    def __call__(self, tensors: Params) -> dict[str, Tensor]:
-        params = {name: x.detach() for name, x in tensors.items()} if self.detaches else dict(tensors)
+    def __call__(self, tensors: Params) -> Bound:
+        params = Bound({name: x.detach() for name, x in tensors.items()} if self.detaches else tensors)
         if self.derived:
             with torch.no_grad():
                 for derived in self.derived:
@@ -71,17 +85,17 @@ class _Binder:
 
 def _constants(program: Program) -> frozenset[str]:
     """The names of the derived tensors that depend on no live tensor."""
-    found: set[str] = set()
+    names: set[str] = set()
     for derived in program.derived:
-        if all(p.name in found for p in params_in(derived.call)):
-            found.add(derived.name)
-    return frozenset(found)
+        if all(p.name in names for p in params_in(derived.call)):
+            names.add(derived.name)
+    return frozenset(names)
 
 
 _binders: Memo[_Binder] = Memo(256)
 
 
-def bind(program: Program, tensors: Params) -> dict[str, Tensor]:
+def bind(program: Program, tensors: Params) -> Bound:
     """The live tensors that ``program`` names, and its derived tensors, computed now."""
     return _binders.get_or_make(program.key, lambda: _Binder(program))(tensors)
 
@@ -92,8 +106,8 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
 
 
 class Derivable(Mapping[str, Tensor]):
-    """``params``, and the derived tensors of ``program``, each computed when it is asked for: packed weights seldom
-    are."""
+    """``params``, and the derived tensors of ``program``, each computed on first access, which is rare while packed
+    weights are cached."""
 
     def __init__(self, program: Program, params: Params) -> None:
         self.params, self.derived, self.made = params, {d.name: d.call for d in program.derived}, dict[str, Tensor]()
@@ -260,7 +274,7 @@ def content_of(tensors: Sequence[Tensor]) -> int:
 
 
 class PlanWeights:
-    """The packed weights of a plan for one call.  Its parameters are hashed here, once for all chains."""
+    """The packed weights of a plan for one call.  Its parameters are hashed once for all chains."""
 
     def __init__(self, plan: Plan, params: Params, like: Tensor):
         self.params, self.like = params, like
@@ -269,7 +283,8 @@ class PlanWeights:
         # Derived tensors too: nothing says that those given are what the live ones would give now.  With them, a key
         # is never that of the live tensors alone, by which `WholeChain` looks for packs that it derives itself.
         self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
-        self.content = None if self.mixed else content_of([params[name] for name in self.names])
+        bound = params if isinstance(params, Bound) else Bound(params)
+        self.content = None if self.mixed else bound.content(self.names)
         self.entry = weight_cache.entry(plan, self.content, like)
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:

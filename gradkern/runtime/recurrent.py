@@ -55,7 +55,7 @@ class Slopes:
     through: Tensor | None = None
 
 
-BLOCK = 1 << 17  # numbers: the slopes of so many samples stay in the caches
+BLOCK = 1 << 17  # numbers of a block of samples, whose slopes then stay in the caches
 
 
 def _walk(kind: str, w: Sequence[Tensor], y: Tensor, g: Tensor, x: Tensor, *, reverse: bool) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from .options import memory_budget
-from .progress import followed
+from .progress import with_progress
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
@@ -70,7 +70,7 @@ def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
     count = stop - start
     pieces = -(-count // chunk) if count else 0
     ends = [start + count * i // max(pieces, 1) for i in range(pieces + 1)]
-    return followed(pairwise(ends), stop, "samples", lambda span: span[1] - span[0], initial=start)
+    return with_progress(pairwise(ends), stop, "samples", lambda span: span[1] - span[0], initial=start)
 
 
 def row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:

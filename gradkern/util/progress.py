@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 DELAY = 2.0  # seconds that a call takes before anything is drawn
-PARTS = 200  # of a call whose bar is drawn, so that it moves
+PARTS = 200  # a call that shows a bar is cut into about so many pieces, so that the bar advances
 LEAST_PART = 1024  # samples of a chain in such a part
 
 
@@ -34,7 +34,7 @@ class _Call:
 _call: ContextVar[_Call | None] = ContextVar("gradkern_progress", default=None)
 
 
-class wanted:
+class showing_progress:
     """Inside, a bar is drawn if ``progress`` is True, and in a terminal if it is None.  The outermost choice holds."""
 
     def __init__(self, progress: bool | None) -> None:
@@ -54,12 +54,14 @@ def is_drawn() -> bool:
     return call is not None and call.open
 
 
-def moving(chunk: int, samples: int) -> int:
-    """At most so many samples at a time that a bar moves, if one is drawn.  The results must not depend on it."""
+def limit_for_progress(chunk: int, samples: int) -> int:
+    """Shrink the chunk so that a visible bar advances smoothly.  The results must not depend on it."""
     return min(chunk, max(LEAST_PART, samples // PARTS)) if is_drawn() else chunk
 
 
-def followed(pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0) -> Iterator[T]:
+def with_progress(
+    pieces: Iterable[T], total: int, unit: str, amount: Callable[[T], int], initial: int = 0
+) -> Iterator[T]:
     """The pieces of ``total`` units; ``amount``: the units of a piece, done when the next one is asked for."""
     call = _call.get()
     if call is None or not call.open:

@@ -46,7 +46,7 @@ def test_random_programs_complete(net, seed, native, shared):
     with torch.no_grad():
         values, start = (values_of(program, params, z, not native) for z in (xs, base))
         rule = Rescale(program, params, values, start, 1e-10, native)
-        multipliers = linear.attribute(rule, xs, targets, tuple(range(len(xs))), native=native)
+        multipliers = linear.rule_multipliers(rule, xs, targets, tuple(range(len(xs))), native=native)
         ends = [reference.forward(program, params, z)[program.output].flatten(1)[:, targets] for z in (xs, base)]
     assume(all(bool(torch.isfinite(e).all()) for e in ends))
     parts = [m * (x - b).unsqueeze(1) for m, x, b in zip(multipliers, xs, base, strict=True)]

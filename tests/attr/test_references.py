@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import gradkern
 from gradkern.attr import DeepLift, DeepLiftShap, GradientShap, IntegratedGradients
 from gradkern.attr.references import hypothetical, seed_of
+from gradkern.ir.program import Contract, View
+from gradkern.runtime import ops, reference
 from gradkern.util.options import BadValue
 
 N, R, LENGTH = 4, 5, 12
@@ -209,3 +211,45 @@ def test_refusals(net: nn.Module) -> None:
         DeepLift(flat).attribute_all(torch.randn(3, 6), torch.randn(3, 2, 6), hypothetical=True)
     with pytest.raises(TypeError):
         IntegratedGradients(net).attribute_all(x, hypothetical=True)
+
+
+class Residual(nn.Module):
+    """A sum of branches, from which a linear head takes its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x).relu()
+        trunk: Tensor = stem + self.conv(stem).relu()
+        return self.head(trunk.mean(2))
+
+
+def test_chunks_share_the_hash_of_the_weights_and_deltas_repeat_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Residual().eval(), sequences().float()
+    refs = sequences(N * R, seed=1).float().view(N, R, 4, LENGTH)
+    hashes, steps = [], []
+    hashed, stepped = ops.content_hash, reference.forward_step
+    monkeypatch.setattr(ops, "content_hash", lambda tensors: (hashes.append(1), hashed(tensors))[1])
+    monkeypatch.setattr(
+        reference, "forward_step", lambda p, i, *rest: (steps.append(p.steps[i].form), stepped(p, i, *rest))[1]
+    )
+
+    def attributed() -> tuple[Tensor, Tensor, int]:
+        hashes.clear()
+        maps, delta = DeepLift(net, engine="kernel").attribute(x, refs, 1, return_convergence_delta=True)
+        return maps, delta, len(hashes)
+
+    attributed()  # captures
+    steps.clear()
+    maps, delta, once = attributed()
+    assert steps and all(isinstance(form, (Contract, View)) for form in steps)  # the mean and the head, by torch
+    assert float(delta.abs().max()) < 1e-5
+    with gradkern.use(memory_budget=40_000):
+        steps.clear()
+        in_chunks, _, times = attributed()
+    assert len(steps) > 4 * once
+    assert times == once
+    torch.testing.assert_close(in_chunks, maps)

@@ -263,7 +263,7 @@ def test_the_plain_rule_is_the_gradient(name):
     case = CASES[name]
     model, xs = case.build(dtype=torch.float64), case.inputs(3, dtype=torch.float64)
     prepared = gradkern.prepare(model, xs)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     params = capturing.bind(program, model)
     _, want = reference.jacobian(program, params, xs)
@@ -271,7 +271,7 @@ def test_the_plain_rule_is_the_gradient(name):
     for native in (True, False):
         values = linear.rule_values(program, params, xs, linear.values_needed(program, False))
         with torch.no_grad():
-            got = linear.attribute(rules.Rule(program, params, values), xs, targets, wrt, native=native)
+            got = linear.rule_multipliers(rules.Rule(program, params, values), xs, targets, wrt, native=native)
         same(got, want, 1e-12)
 
 

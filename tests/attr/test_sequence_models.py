@@ -29,7 +29,7 @@ def test_attributions_add_up_on_kernels(name: str) -> None:
         for shape in ((2,), (2, R))
     )
     control = (torch.rand(2, 2, LENGTH, dtype=torch.float64),) if isinstance(net, Controlled) else ()
-    assert gradkern.prepare(net, (x, *control)) is not None, "the model has no Program"
+    assert gradkern.prepare(net, (x, *control)).program is not None, "the model has no Program"
     maps = DeepLiftShap(net, engine="kernel").attribute_all(x, refs, additional_forward_args=control or None)
     with torch.no_grad():
         before = net(refs.flatten(0, 1), *(c.repeat_interleave(R, 0) for c in control))

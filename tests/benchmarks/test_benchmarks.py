@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, full_set, measure, operations, questions
+from benchmarks import accuracy, ceilings, full_set, measure, operations, questions
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
@@ -172,3 +173,11 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.arguments(["--rounds", "0"])
     assert "from 1 up" in capsys.readouterr().err
+
+
+def test_shares_of_a_matrix_product() -> None:
+    options = argparse.Namespace(quick=True, rounds=1)
+    found = ceilings.measure_net("mlp", "avx2", options, lambda text: None)
+    assert found["share"] == pytest.approx(found["mflop_needed"] / found["us"] * 1e3 / found["gemm_gflops"])
+    assert found["met"] == (found["share"] >= found["goal"] == 0.75)
+    assert len(ceilings.row(json.loads(json.dumps(found, allow_nan=False)))) == len(ceilings.HEAD)

@@ -394,8 +394,8 @@ def test_random_programs(question, shared, secants) -> None:
         return Rescale(program, params, values, values_of(program, params, base, plain), 1e-10, not plain)
 
     with torch.no_grad():
-        want = linear.attribute(rule(True), xs, targets, wrt, native=False)
+        want = linear.rule_multipliers(rule(True), xs, targets, wrt, native=False)
         with installed(HostDevice(shared_bytes=shared, threads=32)):
-            got = linear.attribute(rule(False), xs, targets, wrt, native=True)
+            got = linear.rule_multipliers(rule(False), xs, targets, wrt, native=True)
     for g, w in zip(got, want, strict=True):
         assert oracle.relative_error(g, w) < 1e-9 or float((g - w).abs().max()) < 1e-12

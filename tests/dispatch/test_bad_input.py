@@ -82,6 +82,8 @@ def test_a_failure_is_explained_by_devices_and_dtypes():
     assert isinstance(explain_failure(failure, model, (x.double(),)), TypeError)
     assert explain_failure(failure, model, (x,)) is failure
     assert explain_failure(failure, None, (x.double(),)) is failure
+    (note,) = failure.__notes__
+    assert f"called the model with {list(x.shape)}" in note and "x.unsqueeze(0)" in note and "(a, b)" in note
 
 
 def test_a_model_made_under_inference_mode(engine):

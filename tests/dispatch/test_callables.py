@@ -82,7 +82,7 @@ def test_every_callable_is_captured(name: str) -> None:
     fn = CALLABLES[name](model)
     want = gradkern.jacobian(fn, x, engine="autograd")
     torch.testing.assert_close(gradkern.jacobian(fn, x, engine="kernel"), want, rtol=1e-10, atol=1e-12)
-    assert gradkern.prepare(fn, x) is not None
+    assert gradkern.prepare(fn, x).program is not None
 
 
 def test_a_method_and_a_partial_share_what_is_known_of_their_module() -> None:
@@ -155,7 +155,7 @@ def test_a_hook_behind_a_function_is_seen() -> None:
         got = gradkern.jacobian(fn, x, engine="kernel")
     torch.testing.assert_close(got, gradkern.jacobian(fn, x, engine="autograd"))
     handle.remove()
-    assert gradkern.prepare(fn, x) is not None  # the refusal was of the model with its hook
+    assert gradkern.prepare(fn, x).program is not None  # the refusal was of the model with its hook
 
 
 def test_a_refusal_of_a_function_is_looked_at_again_when_its_model_changes_mode() -> None:
@@ -166,16 +166,16 @@ def test_a_refusal_of_a_function_is_looked_at_again_when_its_model_changes_mode(
         return model(t)
 
     with pytest.warns(GradkernWarning, match="random"):
-        assert gradkern.prepare(fn, x) is None
+        assert gradkern.prepare(fn, x).program is None
     model.eval()
-    assert gradkern.prepare(fn, x) is not None
+    assert gradkern.prepare(fn, x).program is not None
 
 
 def test_buffers_behind_a_function_are_left_as_they_were_by_a_refused_capture() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
     before = model[1].running_mean.clone()
     with pytest.warns(GradkernWarning, match="changes the buffer"):
-        assert gradkern.prepare(lambda x: model(x), torch.randn(5, 4, dtype=torch.float64)) is None
+        assert gradkern.prepare(lambda x: model(x), torch.randn(5, 4, dtype=torch.float64)).program is None
     assert torch.equal(model[1].running_mean, before)
     assert model[1].num_batches_tracked == 0
 

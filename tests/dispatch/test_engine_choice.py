@@ -88,7 +88,7 @@ def test_auto_traces_in_the_midst_of_a_large_call(monkeypatch):
 def test_prepare_traces_now_and_only_once(monkeypatch):
     model, (x,) = net()
     prepared = gradkern.prepare(model, x)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     assert program.output_shape == (3,)
     assert gradkern.prepare(model.forward, x).program is program

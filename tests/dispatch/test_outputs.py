@@ -104,7 +104,7 @@ def test_one_of_several(kind: str, engine: Any, x: Tensor) -> None:
         same(torch.cat(list(gradkern.iter_jacobian(model, x, chunk=3, **options))), want)
         assert gradkern.check(model, x, **options).worst < 1e-10
     if engine == "kernel":
-        assert gradkern.prepare(model, x, output=CHOICES[kind][0]) is not None
+        assert gradkern.prepare(model, x, output=CHOICES[kind][0]).program is not None
         assert gradkern.explain(model, x, output=CHOICES[kind][0], show=False).fused_share == 1.0
         assert gradkern.jacobian(model, x, output=lambda r: MAKE[kind](1, 2) and hidden_of(r)).shape == (N, 5, 6)
 

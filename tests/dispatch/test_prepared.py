@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.dispatch import prepared
+from gradkern.dispatch import batching, prepared, ways
 from gradkern.frontend import capture
+from gradkern.planner.timing import Timing
 from tests.cases import CASES
 
 #: One chain; several groups; two inputs; an output of several axes; a bottleneck is in the last.
@@ -22,7 +23,6 @@ def test_its_results_are_those_of_jacobian(name: str) -> None:
     model, inputs = case.build(), case.inputs(5)
     given = inputs if len(inputs) > 1 else inputs[0]
     jac = gradkern.prepare(model, given)
-    assert jac is not None
     for n in (5, 1, 0):
         rows = tuple(x[:n] for x in inputs)
         rows = rows if len(inputs) > 1 else rows[0]
@@ -84,3 +84,32 @@ def test_what_does_not_fit_is_refused() -> None:
         jac([x.tolist()])
     with pytest.raises(ValueError, match="got 2 tensors, expected 1"):
         jac((x, x))
+
+
+class Branching(nn.Module):
+    """No Program describes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square() if float(x.sum()) > 0 else -x
+
+
+def test_a_model_that_stays_on_autograd_is_called_as_well() -> None:
+    model, x = Branching(), torch.randn(6, 4)
+    with pytest.warns(gradkern.GradkernWarning, match="autograd"):
+        jac = gradkern.prepare(model, x, [2, 0])
+    assert jac.program is None
+    assert "autograd" in str(jac)
+    for sign in (1, -1):
+        rows = sign * x.abs()
+        assert torch.equal(jac(rows), gradkern.jacobian(model, rows, [2, 0], engine="autograd"))
+    with pytest.raises(ValueError, match="the same outputs for all samples"):
+        gradkern.prepare(model, x, gradkern.TopK(2))
+
+
+@pytest.mark.usefixtures("fresh_plans")
+def test_where_autograd_is_faster_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["resnet1d_opaque"]
+    model, (x,) = case.build(), case.inputs(3)
+    monkeypatch.setattr(ways, "measure", lambda *args: Timing(3, {"kernels": 2.0, "loop": 1.0}))
+    monkeypatch.setattr(batching, "run", None)
+    torch.testing.assert_close(gradkern.prepare(model, x)(x), gradkern.jacobian(model, x, engine="autograd"))

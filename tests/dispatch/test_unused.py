@@ -88,7 +88,7 @@ def test_every_call_says_so(call: str, engine: str, how: str, frozen: bool) -> N
 
 def test_a_prepared_model_that_is_cut_off_says_so_when_it_is_differentiated() -> None:
     model, (x,) = model_and_inputs("detach", frozen=False)
-    assert gradkern.prepare(model, x) is not None
+    assert gradkern.prepare(model, x).program is not None
     with pytest.raises(ValueError, match="not have been used"):
         gradkern.jacobian(model, x)
 

@@ -65,8 +65,8 @@ def test_ties_go_to_the_kernels():
     assert Timing(8, {"kernels": TIE, "loop": 1.0}).way == "kernels"
     assert Timing(8, {"kernels": 1.01 * TIE, "loop": 1.0}).way == "loop"
     assert Timing(8, {"kernels": 2.0, "loop": 1.5, "batched": 1.0}).way == "batched"
-    shown = str(Timing(8, {"kernels": 3.1e-3, "loop": 2.2e-3, "batched": 4e-3}))
-    assert shown == "measured on 8 samples: kernels 3.1 ms, autograd 2.2 ms: autograd, one backward per seed"
+    shown = Timing(8, {"kernels": 3.1e-3, "loop": 2.2e-3, "batched": 4e-3}).text()
+    assert shown.startswith("measured on 8 samples: kernels 3.1 ms, autograd 2.2 ms: calls take autograd (one backward")
 
 
 @pytest.mark.parametrize(("fastest", "ran"), [("kernels", "kernels"), ("loop", (5, 1)), ("batched", (5, 3))])

@@ -75,7 +75,7 @@ TORCHS = (constant, of_another_dtype, where_positive)
 def test_the_jacobian_is_autograds(assign: Callable[[Tensor, Tensor], None]) -> None:
     model, x = Net(assign).double().eval(), torch.randn(5, 4, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     if assign in FORMS:
         assert not any(isinstance(step.form, Opaque) for step in program.steps)
@@ -89,4 +89,4 @@ def test_an_assignment_to_a_sample_mixes_samples() -> None:
 
     model = Net(sample).eval()
     with pytest.warns(gradkern.GradkernWarning, match=r"mixes samples.*test_assignments\.py:\d+"):
-        assert gradkern.prepare(model, torch.randn(5, 4)) is None
+        assert gradkern.prepare(model, torch.randn(5, 4)).program is None

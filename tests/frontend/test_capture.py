@@ -236,7 +236,7 @@ def test_is_captured_for_all_sizes(name: str) -> None:
     model = network(SIZES[name], listed=[torch.full((4,), 3.0).double()])
     for n in (3, 1, 60):
         expect(model, torch.randn(n, 4).double(), "kernel")
-    assert gradkern.prepare(model, torch.randn(2, 4).double()) is not None
+    assert gradkern.prepare(model, torch.randn(2, 4).double()).program is not None
     (entry,) = state.models.of(model).entries.values()
     assert len(entry.verdicts) == 1
 
@@ -319,7 +319,7 @@ def test_weights_that_a_hook_computes(norm: Callable[..., nn.Module]) -> None:
             next(p for name, p in model[0].named_parameters() if name.startswith("weight")).mul_(1.5)
         expect(model, x, "kernel")
         assert model[0].weight.shape == (6, 4)
-    assert gradkern.prepare(model, x) is not None
+    assert gradkern.prepare(model, x).program is not None
 
 
 def test_results_that_a_forward_keeps_stay_real() -> None:
@@ -338,7 +338,7 @@ def test_a_slice_of_a_larger_tensor_is_captured() -> None:
     model, x = network(lambda net, x: net.fc(x).tanh()), torch.randn(10, 4).double()
     for k in range(3):
         expect(model, x[k : k + 2], "kernel")
-    assert gradkern.prepare(model, x[5:7]) is not None
+    assert gradkern.prepare(model, x[5:7]).program is not None
 
 
 @pytest.mark.parametrize("cut", [lambda x: x[:, :4], lambda x: x[:, :4].contiguous()])
@@ -346,7 +346,7 @@ def test_one_sample_cut_from_a_wider_tensor_is_captured(cut: Callable[[Tensor], 
     """It is contiguous, with a stride of its own along the samples."""
     model = network(lambda net, x: net.fc(x).tanh())
     expect(model, cut(torch.randn(1, 10).double()), "kernel")
-    assert gradkern.prepare(model, torch.randn(2, 4).double()) is not None
+    assert gradkern.prepare(model, torch.randn(2, 4).double()).program is not None
     (entry,) = state.models.of(model).entries.values()
     assert len(entry.verdicts) == 1
 
@@ -356,7 +356,7 @@ def test_under_a_profiler() -> None:
     model, x = network(lambda net, x: net.fc(x).tanh()), torch.randn(4, 4).double()
     with MacCounter():
         prepared = gradkern.prepare(model, x)
-        assert prepared is not None
+        assert prepared.program is not None
         assert gradkern.prepare(model, x).program is prepared.program
     expect(model, x, "kernel")
     assert gradkern.prepare(model, x).program is prepared.program
@@ -366,4 +366,4 @@ def test_many_models_of_one_class_are_all_captured() -> None:
     """Dynamo's limit of recompilations is one for all calls of a function."""
     x = torch.randn(2, 4).double()
     for k in range(10):
-        assert gradkern.prepare(network(lambda net, x: net.fc(x) * net.k, k=float(k)), x) is not None
+        assert gradkern.prepare(network(lambda net, x: net.fc(x) * net.k, k=float(k)), x).program is not None

@@ -60,7 +60,7 @@ def checked(operations: Mapping[str, Operation]) -> list[str]:
     model = Net(operations).double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
-    assert prepared is not None, gradkern.explain(model, x, show=False)
+    assert prepared.program is not None, gradkern.explain(model, x, show=False)
     with torch.no_grad():
         widths = [y.shape[1] for y in model.each(x)]
     starts = [sum(widths[:k]) for k in range(len(widths))]

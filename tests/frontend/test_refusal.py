@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkern.frontend import refusal
-from gradkern.frontend.refusal import Untraceable
+from gradkern.frontend.refusal import NoProgram
 from gradkern.ir.program import Contract
 from tests.support.capturing import to_program, verify
 
@@ -91,7 +91,7 @@ REASONS = {
 
 @pytest.mark.parametrize("fn", REASONS, ids=lambda fn: fn.__name__)
 def test_reasons_name_the_line(fn: Callable[[Any, Tensor], Tensor]) -> None:
-    with pytest.raises(Untraceable, match=REASONS[fn]) as caught:
+    with pytest.raises(NoProgram, match=REASONS[fn]) as caught:
         to_program(Net(fn).eval(), (torch.randn(3, 4),))
     where = re.search(r", (\S+):(\d+)$", caught.value.reason)
     assert where is not None, caught.value.reason

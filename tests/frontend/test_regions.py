@@ -183,14 +183,14 @@ def test_random_regions_once_auto_has_switched(seed: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", sorted(CAPTURED))
 def test_regions_without_gradients_are_captured(name: str) -> None:
     model, x = network(name, random.Random(name))
-    assert gradkern.prepare(model, x) is not None
+    assert gradkern.prepare(model, x).program is not None
 
 
 @pytest.mark.parametrize("name", ["straight through", "gradient reversal", "tensor hook"])
 def test_other_backwards_are_refused_with_their_place(name: str) -> None:
     model, x = network(name, random.Random(name))
     with pytest.warns(gradkern.GradkernWarning, match=r"autograd.*(Function|hook).*test_regions\.py:\d+"):
-        assert gradkern.prepare(model, x) is None
+        assert gradkern.prepare(model, x).program is None
 
 
 def test_two_regions_in_one_network() -> None:

@@ -53,7 +53,7 @@ def warning_muted(net: Net, x: Tensor) -> Tensor:
 def test_it_is_captured(forward: Callable[[Net, Tensor], Tensor]) -> None:
     model, x = Net(forward).double().eval(), torch.randn(3, 4, dtype=torch.float64)
     before = x.clone()
-    assert gradkern.prepare(model, x) is not None
+    assert gradkern.prepare(model, x).program is not None
     got = gradkern.jacobian(model, x, engine="kernel")
     assert torch.equal(x, before)
     torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"))

@@ -17,7 +17,7 @@ from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend.capture import Capture
 from gradkern.frontend.lowerings import conv
 from gradkern.frontend.lowerings.builder import NoForm, ProgramBuilder
-from gradkern.frontend.refusal import Untraceable
+from gradkern.frontend.refusal import NoProgram
 from gradkern.ir.program import (
     Channels,
     Contract,
@@ -61,7 +61,7 @@ def test_every_case_is_traced(case: Case) -> None:
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: c.name)
 def test_refused(case: Case) -> None:
     model, inputs = case.build(), case.inputs(3)
-    with pytest.raises(Untraceable) as caught:
+    with pytest.raises(NoProgram) as caught:
         verify(to_program(model, inputs), model, inputs)
     error = caught.value
     assert error.reason
@@ -71,7 +71,7 @@ def test_refused(case: Case) -> None:
 
 def test_custom_backward_is_named() -> None:
     model, inputs = CASES["resnet1d_custom"].build(), CASES["resnet1d_custom"].inputs(3)
-    with pytest.raises(Untraceable, match=r"custom autograd\.Function.*modules\.py:\d+"):
+    with pytest.raises(NoProgram, match=r"custom autograd\.Function.*modules\.py:\d+"):
         verify(to_program(model, inputs), model, inputs)
 
 
@@ -189,7 +189,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", MIXING)
 def test_mixed_samples_are_refused(name: str) -> None:
-    with pytest.raises(Untraceable) as caught:
+    with pytest.raises(NoProgram) as caught:
         proposed(Net(MIXING[name]), (4,))
     assert caught.value.mixes
 
@@ -199,7 +199,7 @@ def test_refusals_say_why(name: str) -> None:
     fn, reason = REFUSALS[name]
     model = Net(fn)
     model.register_buffer("count", torch.zeros(1, dtype=torch.float64))
-    with pytest.raises(Untraceable, match=reason):
+    with pytest.raises(NoProgram, match=reason):
         proposed(model, (4,))
 
 
@@ -286,7 +286,7 @@ def test_a_wrong_program_is_caught() -> None:
     for form in (Scale("relu"), Scale("sigmoid")):
         steps = list(program.steps)
         steps[1] = dataclasses.replace(steps[1], form=form)
-        with pytest.raises(Untraceable):
+        with pytest.raises(NoProgram):
             verify(dataclasses.replace(program, steps=tuple(steps)), model, inputs)
 
 
@@ -394,7 +394,7 @@ def test_tracing_while_other_threads_use_the_model() -> None:
 
 def test_refusals_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     case = CASES["value_branch"]
-    with pytest.raises(Untraceable):
+    with pytest.raises(NoProgram):
         to_program(case.build(), case.inputs(2))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")

@@ -78,7 +78,7 @@ def test_weights_that_are_not_finite_spread_as_in_torch():
     model = last_step(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3, dilation=5))
     x = torch.randn(3, 2, 40, dtype=torch.float64)
     prepared = gradkern.prepare(model, x)
-    assert prepared is not None
+    assert prepared.program is not None
     program = prepared.program
     assert pruned(program) is not program
     with torch.no_grad():

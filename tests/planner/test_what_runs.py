@@ -10,7 +10,7 @@ import pytest
 
 from gradkern.ir import graph
 from gradkern.ir.program import View
-from gradkern.planner.implementations import PER_OP, RECURRENT
+from gradkern.planner.implementations import PER_OP, WALK
 from gradkern.planner.plan import Plan
 from gradkern.runtime import executor, ops, reference
 from tests.cases import CASES, TRACEABLE
@@ -35,7 +35,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
     counted(ops, "chain_vjp", lambda *args: "kernel")
     counted(reference, "vjp_step", lambda program, i, *args: (program.key, i))
-    counted(reference, "vjp_recurrent", lambda *args: RECURRENT)
+    counted(reference, "vjp_recurrent", lambda *args: WALK)
     counted(reference, "_by_autograd", lambda *args: PER_OP)
     return counts
 
@@ -67,20 +67,19 @@ def test_what_a_plan_says_is_what_runs(case, ran):
             torchs = ran[run.key, row.value - base]
             if not isinstance(run.steps[row.value - base].form, View):
                 assert torchs == (not row.implementation.chained), (row, torchs)
-            opaque[row.implementation] += row.implementation in (RECURRENT, PER_OP)
+            opaque[row.implementation] += row.implementation in (WALK, PER_OP)
         used = [g for g in plan.groups if g.native and passed.intersection(base + i for i in g.steps)]
         kernels += len(used)
     assert ran["kernel"] == kernels
-    assert {way: ran[way] for way in (RECURRENT, PER_OP)} == {way: opaque[way] for way in (RECURRENT, PER_OP)}
+    assert {way: ran[way] for way in (WALK, PER_OP)} == {way: opaque[way] for way in (WALK, PER_OP)}
 
 
 def test_the_cases_hold_every_way():
     """So that the test above is about all of them."""
     rows = [row for name in CASES if CASES[name].traceable for row in rows_of(name)]
     assert {row.implementation.name for row in rows} == {
-        "view", "folded", "kernel", "aten, seeds folded", "autograd, per op",
+        "view", "folded", "kernel", "walk", "aten, seeds folded", "autograd, per op",
     }  # fmt: skip
-    assert any(row.implementation is RECURRENT for row in rows)
 
 
 def rows_of(name: str):

@@ -140,8 +140,8 @@ def test_networks_equal_the_oracle(name, always_local):
         assert oracle.relative_error(out[0], picked) <= EXACT
     plan = executor.plan_for(program, program.outputs, torch.float64)
     assert (plan.forward is not None) == (name == "few_inputs")
-    chain = plan.local_seeds if plan.forward is None else plan.forward.plan.local_seeds  # the seeds are at the inputs
-    assert (chain is None) == (name == "linear")
+    assert (plan.local_seeds is None) == (name == "linear")
+    assert (f"local {'seeds' if plan.forward is None else 'tangents'}: " in str(plan)) == (name != "linear")
 
 
 def test_a_small_field_is_local_and_explained():

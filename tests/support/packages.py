@@ -14,6 +14,7 @@ PACKAGES = (
     "planner",
     "runtime",
     "frontend",
+    "kernels",
     "dispatch",
     TOP,
     "attr",

@@ -92,14 +92,14 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
             if view is None:
                 return None
             seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
-            found = self._maps(view, seeds, options, delta)
+            result = self._maps(view, seeds, options, delta)
         except InputError:
             return None
-        if found is None:
+        if result is None:
             return None
-        parts = tuple(p[:, 0] for p in found[0])
+        parts = tuple(p[:, 0] for p in result[0])
         maps = parts if self._as_tuple(options) else parts[0]
-        return maps if found[1] is None else (maps, found[1][:, 0])
+        return maps if result[1] is None else (maps, result[1][:, 0])
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
         """``attribute_all`` on the engine; None if Captum takes the call."""
@@ -107,8 +107,8 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         if view is None:
             return None
         seeds, _ = view.points.choose(jacobian_choice(targets))
-        found = self._maps(view, seeds, options, bool(options.get("return_convergence_delta")))
-        return None if found is None else answer(found[0], self._as_tuple(options), seeds, found[1])
+        result = self._maps(view, seeds, options, bool(options.get("return_convergence_delta")))
+        return None if result is None else answer(result[0], self._as_tuple(options), seeds, result[1])
 
     def _spent(self, rows: Tensors, extra: Any, seconds: float) -> None:
         """Count Captum's time in the decision to capture."""
@@ -130,13 +130,13 @@ def one_output(kind: Any) -> Any:
     def attribute(self: LayerMethod, *args: Any, **kwargs: Any) -> Any:
         options = _arguments(signature, self, args, kwargs)  # Captum's own names
         rows, extra = compat.format_tensor_into_tuples(options["inputs"]), options["additional_forward_args"]
-        found = self._one(rows, options, bool(options.get("return_convergence_delta")))
-        if found is None:
+        result = self._one(rows, options, bool(options.get("return_convergence_delta")))
+        if result is None:
             keep_buffers(self.forward_func)
             begin = time.perf_counter()
-            found = captums(self, **options)
+            result = captums(self, **options)
             self._spent(rows, extra, time.perf_counter() - begin)
-        return found
+        return result
 
     return attribute
 

@@ -106,12 +106,12 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
         room = block_rows(gradient_bytes([layer], seeds.count), points.inputs[0].device)
         for a, b in spans(0, points.samples, max(1, room // len(start[0]))):
             paired, base, chosen = pairs_of(points, start, index, a, b)
-            found = self._layer(view.at(paired), chosen, seeds.count, options | {"baselines": base})
-            if found is None:
+            result = self._layer(view.at(paired), chosen, seeds.count, options | {"baselines": base})
+            if result is None:
                 return None
-            means.append(found.view(b - a, len(start[0]), *found.shape[1:]).mean(1))
+            means.append(result.view(b - a, len(start[0]), *result.shape[1:]).mean(1))
             if delta:
-                deltas.append(completeness(paired, (found,), base, Seeds(seeds.count, seeds.axes, chosen)))
+                deltas.append(completeness(paired, (result,), base, Seeds(seeds.count, seeds.axes, chosen)))
         return (torch.cat(means),), torch.cat(deltas) if delta else None
 
 
@@ -128,18 +128,18 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         method = seen_as(LRP, self)
         with method._rules() as rules:
-            found = super()._one(rows, options | {"rules": rules}, delta)
-        if found is not None:
+            result = super()._one(rows, options | {"rules": rules}, delta)
+        if result is not None:
             method._used(rules, options["verbose"])
-        return found
+        return result
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
         method = seen_as(LRP, self)
         with method._rules() as rules:
-            found = super()._all(rows, targets, options | {"rules": rules})
-        if found is not None and options["verbose"]:
+            result = super()._all(rows, targets, options | {"rules": rules})
+        if result is not None and options["verbose"]:
             method._print(rules)
-        return found
+        return result
 
     def _once(self, target: Any, options: Options) -> Any:
         with seen_as(LRP, self)._rules_put_back():

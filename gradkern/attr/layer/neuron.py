@@ -22,7 +22,7 @@ from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
 from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
 from ..references import References
-from ..rules.averaging import Wanted
+from ..rules.averaging import ContributionOptions
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
 from ..rules.rule_methods import Deconvolution, GuidedBackprop
 from .layer_methods import LayerMethod, all_outputs, one_output
@@ -71,10 +71,10 @@ class NeuronMethod(LayerMethod):
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
-        found = None if view is None else unit_of(view, options["neuron_selector"])
-        if view is None or found is None:
+        unit = None if view is None else unit_of(view, options["neuron_selector"])
+        if view is None or unit is None:
             return None
-        parts = self._neuron(found[0], found[1], options)
+        parts = self._neuron(unit[0], unit[1], options)
         return None if parts is None else format_output(is_tuple(options["inputs"]), tuple(p[:, 0] for p in parts))
 
 
@@ -145,7 +145,10 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_references(options["baselines"], options["inputs"])
-        references, wanted = References.of_all(points.inputs, start), Wanted(custom=options["custom_attribution_func"])
+        references, wanted = (
+            References.of_all(points.inputs, start),
+            ContributionOptions(custom=options["custom_attribution_func"]),
+        )
         return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
 
 
@@ -197,8 +200,8 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
     _one = LayerMethod._one
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
-        found = unit_of(view, options["neuron_selector"])
-        return None if found is None else (self._through(view, *found, seeds, options), None)
+        unit = unit_of(view, options["neuron_selector"])
+        return None if unit is None else (self._through(view, *unit, seeds, options), None)
 
     def _through(self, view: LayerView, points: NeuronPoints, unit: Tensor, seeds: Seeds, options: Options) -> Tensors:
         """``∂y_s/∂unit · ∂unit/∂x`` along the path, ``[N, S, *in]`` per input."""

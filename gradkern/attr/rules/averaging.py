@@ -22,14 +22,13 @@ from ...ir.program import Program
 from ...util.callables import name_of
 from ...util.chunks import row_blocks
 from ...util.options import InputError, engine
-from ...util.progress import followed
+from ...util.progress import with_progress
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
 from ..plug import GradientFunc, captum_seeds
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
-from .linear import attribute as rule_attribute
-from .linear import rule_values, values_needed
+from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
@@ -54,7 +53,7 @@ def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ContributionOptions:
     """What a call asks for: contributions of letters, deltas, contributions by the caller's own function."""
 
     hypothetical: bool = False
@@ -65,9 +64,9 @@ class Wanted:
 Averages = tuple[Tensors, Tensor | None]  # maps, and the deltas of all pairs
 
 
-def with_delta(found: Averages, as_tuple: bool) -> Any:
+def with_delta(averages: Averages, as_tuple: bool) -> Any:
     """The result of ``attribute``: maps, and the delta if there is one."""
-    maps, delta = found
+    maps, delta = averages
     result = compat.format_output(as_tuple, maps)
     return result if delta is None else (result, delta)
 
@@ -91,6 +90,7 @@ class Averaging:
     references: References
     program: Program
     params: Params
+    wants_delta: bool
 
     def __post_init__(self) -> None:
         self.inputs = tuple(x.detach().contiguous() for x in self.points.base_request.inputs)
@@ -102,11 +102,12 @@ class Averaging:
         """The values of a forward pass at ``rows``, kept until ``kind`` is asked for another ``place``."""
         if kind not in self._known or self._known[kind][0] != place:
             self._known.pop(kind, None)
-            if self.by_reference:
-                stored = dict(enumerate(rows))
-            else:
-                # Not the output: torch's sums round less than a kernel's, which shows in the deltas of large ones.
-                stored = rule_values(self.program, self.params, rows, values_needed(self.program, False)).stored
+            stored, delta = dict(enumerate(rows)), self.wants_delta
+            if not self.by_reference:
+                stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
+            if delta:
+                # By torch, whose sums round less than a kernel's; that shows in the deltas of large outputs.
+                stored[self.program.output] = Values(self.program, self.params, dict(stored))[self.program.output]
             self._known[kind] = (place, stored)
         return self._known[kind][1]
 
@@ -134,7 +135,7 @@ class Averaging:
         return tuple(self._known["drawn"][1].values())
 
     def run(
-        self, make: MakeRule, contributions: Contributions, options: Options, wants_delta: bool
+        self, make: MakeRule, contributions: Contributions, options: Options
     ) -> tuple[Tensors, Tensor | None, Rule]:
         """The means ``[N, S, *in]``, the deltas of all pairs ``[N · R, S]`` if requested, and the last rule."""
         points, seeds, count = self.points, self.seeds, self.references.count
@@ -142,25 +143,29 @@ class Averaging:
         targets = torch.arange(outputs) if index is None else index
         targets = targets.to(self.inputs[0].device)
         totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
-        deltas = self.inputs[0].new_empty(n, count, seeds.count) if wants_delta else None
+        deltas = self.inputs[0].new_empty(n, count, seeds.count) if self.wants_delta else None
         rule: Rule | None = None
         blocks = row_blocks(n, count, self.pairs_at_a_time())
-        pairs = followed(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
+        pairs = with_progress(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
         for a, b, first, last in pairs:
             k = last - first
             rows, at, start, before = self.pairs(a, b, first, last)
             chosen = targets if targets.dim() == 1 else targets[a:b].repeat_interleave(k, 0)
             chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
             rule = make(chunk, at, before)
-            found = rule_attribute(rule, rows, chosen, points.wrt, native=not self.by_reference)
-            parts = contributions(found, rows[: self.own], start[: self.own])
+            multipliers = rule_multipliers(rule, rows, chosen, points.wrt, native=not self.by_reference)
+            parts = contributions(multipliers, rows[: self.own], start[: self.own])
             for total, part in zip(totals, parts, strict=True):
                 by_pair = part.view(b - a, k, *part.shape[1:])
                 for r in range(k):  # one after the other, so that the sum has one order
                     total[a:b] += by_pair[:, r]
             if deltas is not None:
                 difference = (at[self.program.output] - before[self.program.output]).flatten(1)
-                parts = times_change(found, rows[: self.own], start[: self.own]) if contributions is letters else parts
+                parts = (
+                    times_change(multipliers, rows[: self.own], start[: self.own])
+                    if contributions is letters
+                    else parts
+                )
                 missed = sum(p.flatten(2).sum(2) for p in parts) - picked(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
@@ -201,15 +206,19 @@ class OverReferences(RuleMethod):
             references = References(rows, 1, given)
         return references
 
-    def _one_averaged(self, references: References, inputs: Any, target: Any, extra: Any, wanted: Wanted) -> Any:
+    def _one_averaged(
+        self, references: References, inputs: Any, target: Any, extra: Any, wanted: ContributionOptions
+    ) -> Any:
         """``attribute`` by references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
-        found = self._one_on_engine(references, target, extra, wanted)
-        found = self._one_by_one(references, target, extra, wanted) if found is None else found
-        return with_delta(found, compat.is_tuple(inputs))
+        averages = self._one_on_engine(references, target, extra, wanted)
+        averages = self._one_by_one(references, target, extra, wanted) if averages is None else averages
+        return with_delta(averages, compat.is_tuple(inputs))
 
-    def _one_on_engine(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages | None:
+    def _one_on_engine(
+        self, references: References, target: Any, extra: Any, wanted: ContributionOptions
+    ) -> Averages | None:
         """Averages for Captum's ``target``; None if Captum takes the call, errors included."""
         if not isinstance(self.gradient_func, GradientFunc):
             return None
@@ -225,7 +234,9 @@ class OverReferences(RuleMethod):
         compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
         return tuple(m[:, 0] for m in maps), None if delta is None else delta[:, 0]
 
-    def _all_averaged(self, references: References, inputs: Any, targets: Any, extra: Any, wanted: Wanted) -> Any:
+    def _all_averaged(
+        self, references: References, inputs: Any, targets: Any, extra: Any, wanted: ContributionOptions
+    ) -> Any:
         """``attribute_all`` by references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
@@ -242,7 +253,7 @@ class OverReferences(RuleMethod):
 
         return one_by_one(self.forward_func, inputs, extra, targets, attribute, wanted.delta)
 
-    def _mean(self, points: Points, seeds: Seeds, references: References, wanted: Wanted) -> Averages:
+    def _mean(self, points: Points, seeds: Seeds, references: References, wanted: ContributionOptions) -> Averages:
         """The mean over the references on the engine, ``[N, S, *in]``, and the deltas of all pairs, ``[N · R, S]``."""
         program = points.captured()
         assert program is not None
@@ -259,16 +270,16 @@ class OverReferences(RuleMethod):
         contributions = by_user if wanted.custom is not None else contributions
         contributions = letters if wanted.hypothetical else contributions
         with torch.inference_mode(False), torch.no_grad():
-            averaging = Averaging(points, seeds, references, program, points.route.params())
+            averaging = Averaging(points, seeds, references, program, points.route.params(), wanted.delta)
             options: Options = {"baselines": points.inputs}
-            maps, delta, rule = averaging.run(make, contributions, options, wanted.delta)
+            maps, delta, rule = averaging.run(make, contributions, options)
         self._done(points, rule)
         if delta is not None and wanted.custom is None and self.multiplies_by_inputs:
             sizes = sizes_of(maps, 2)  # [N, S]
             say_if_large(points.fn, sizes.repeat_interleave(references.count, 0).flatten(), delta.flatten())
         return maps, delta
 
-    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages:
+    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: ContributionOptions) -> Averages:
         """The mean of ``attribute`` over the references, for a model without a Program."""
         totals, deltas, rows = None, [], references.inputs
         every = references.of(0, rows[0].shape[0])

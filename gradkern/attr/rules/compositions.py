@@ -15,9 +15,9 @@ from .tape import NoRule, Pair, Tape, elementwise, handles, is_pair, packet, qua
 def named(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of an operation by the names in its schema, defaults filled in."""
     schema = op._schema.arguments
-    found = {a.name: a.default_value for a in schema if a.has_default_value()}
-    found.update({a.name: x for a, x in zip(schema, args, strict=False)})
-    return found | kwargs
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    bound.update({a.name: x for a, x in zip(schema, args, strict=False)})
+    return bound | kwargs
 
 
 def axes(dim: Any, rank: int) -> list[int]:

@@ -24,7 +24,7 @@ from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
 from ..points import Points, rows_of
 from ..references import References
-from .averaging import Averages, OverReferences, Wanted, customised, say_if_large, sizes_of, with_delta
+from .averaging import Averages, ContributionOptions, OverReferences, customised, say_if_large, sizes_of, with_delta
 from .eager import multipliers
 from .registry import regions
 from .rescale import Rescale, detached
@@ -84,7 +84,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
-            options = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+            options = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
             return self._one_averaged(references, inputs, target, additional_forward_args, options)
         start = compat.format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
@@ -132,7 +132,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
-            wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+            wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
             return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
@@ -320,13 +320,13 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         """As Captum's; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
-        wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+        wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
         if references is not None:
             return self._one_averaged(references, inputs, target, additional_forward_args, wanted)
         start, as_tuple = check_references(baselines, inputs), compat.is_tuple(inputs)
-        found = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
-        if found is not None:
-            return with_delta(found, as_tuple)
+        averages = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
+        if averages is not None:
+            return with_delta(averages, as_tuple)
         fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
         return compat.unlogged(stock.DeepLiftShap)(self, inputs, start if as_tuple else start[0], *fixed)
 
@@ -354,20 +354,20 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is None:
             references = References.of_all(rows, check_references(baselines, inputs))
-        wanted = Wanted(hypothetical, return_convergence_delta, custom_attribution_func)
+        wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
         return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
 
-    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: Wanted) -> Averages:
+    def _one_by_one(self, references: References, target: Any, extra: Any, wanted: ContributionOptions) -> Averages:
         if not self._is_captums or not references.shared or wanted.hypothetical:
             return super()._one_by_one(references, target, extra, wanted)
         # Captum's softmax rule sees all pairs of samples and references at once, so its numbers depend on them.
         fixed = (target, extra, wanted.delta, wanted.custom)
-        found = compat.unlogged(stock.DeepLiftShap)(self, references.inputs, references.given, *fixed)
-        return found if wanted.delta else (found, None)
+        result = compat.unlogged(stock.DeepLiftShap)(self, references.inputs, references.given, *fixed)
+        return result if wanted.delta else (result, None)
 
     def _references(
         self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
     ) -> References | None:
         """As `DeepLift`'s, where shared references are several."""
-        found = super()._references(baselines, rows, n, random_state, False)
-        return References.of_all(rows, check_references(baselines, rows)) if found is None and hypothetical else found
+        drawn = super()._references(baselines, rows, n, random_state, False)
+        return References.of_all(rows, check_references(baselines, rows)) if drawn is None and hypothetical else drawn

@@ -19,15 +19,15 @@ from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
 from ...runtime import executor, reference
 from ...util.memo import Memo
-from .rule import Local, Rule, Values, at_place, is_linear, padded, pull, tap_slices
+from .rule import Rule, StepMap, Values, at_place, is_linear, padded, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
-Ref = tuple[str, int, int]  # ("after" | "before", step, which input), or ("tap", step, place)
+Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
 
 
 @dataclass(frozen=True)
 class Slope:
-    """One external value of the linear Program: a product of factors, each a tensor of a `Local`."""
+    """One external value of the linear Program: a product of factors, each a tensor of a `StepMap`."""
 
     shape: Shape
     refs: tuple[Ref, ...]
@@ -47,16 +47,16 @@ class Linear:
 Structure = tuple[tuple[Any, ...], ...]
 
 
-def structure_of(locals_: Sequence[Local]) -> Structure | None:
+def structure_of(step_maps: Sequence[StepMap]) -> Structure | None:
     """The facts about a rule's maps that `build` needs; None if one is not made of slopes and contractions."""
-    if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in locals_):
+    if any(x.custom is not None or len(x.taps or ()) > MOST_TAPS for x in step_maps):
         return None
 
-    def shape(x: Local) -> tuple[Any, ...]:
-        before = tuple(b is not None for b in x.before)
-        return x.after is not None, x.through, len(x.taps or ()), x.weight is not None, before
+    def shape(x: StepMap) -> tuple[Any, ...]:
+        before = tuple(b is not None for b in x.input_factors)
+        return x.output_factor is not None, x.through, len(x.taps or ()), x.weight is not None, before
 
-    return tuple(map(shape, locals_))
+    return tuple(map(shape, step_maps))
 
 
 class _Writer:
@@ -93,7 +93,7 @@ class _Writer:
     def step(self, i: int, step: Step, shape: tuple[Any, ...]) -> None:
         after, through, places, weight, before = shape
         v = len(self.program.inputs) + i
-        rest: tuple[Ref, ...] = (("after", i, 0),) if after else ()
+        rest: tuple[Ref, ...] = (("output", i, 0),) if after else ()
         node, refs = self.at[step.inputs[0]]
         if places:
             assert isinstance(step.form, Select)
@@ -107,7 +107,7 @@ class _Writer:
             for k, u in enumerate(step.inputs):
                 node, refs = self.at[u]
                 if k < len(before) and before[k]:
-                    refs = (*refs, ("before", i, k))
+                    refs = (*refs, ("input", i, k))
                 reads.append(self.times(node, Slope(self.program.shape(u), refs), step) if refs else node)
             self.at[v] = (self.emit(self.weighted(i, step.form, weight), reads, step.shape, step), rest)
 
@@ -174,29 +174,29 @@ def linear_of(program: Program, structure: Structure) -> Linear | None:
 # Running
 
 
-def product(refs: Sequence[Ref], locals_: Sequence[Local], shape: Shape) -> Tensor | None:
+def product(refs: Sequence[Ref], step_maps: Sequence[StepMap], shape: Shape) -> Tensor | None:
     """The factors multiplied, ``[N, *shape]``."""
     total = None
     for kind, i, k in refs:
-        factor = locals_[i].after if kind == "after" else locals_[i].before[k]
+        factor = step_maps[i].output_factor if kind == "output" else step_maps[i].input_factors[k]
         assert factor is not None
         factor = factor.reshape(factor.shape[0], *shape)
         total = factor if total is None else total * factor
     return total
 
 
-def slope_tensor(slope: Slope, program: Program, locals_: Sequence[Local]) -> Tensor:
+def slope_tensor(slope: Slope, program: Program, step_maps: Sequence[StepMap]) -> Tensor:
     """The values of one slope, ``[N, *shape]``, as one contiguous tensor."""
     if slope.tap is None:
-        factor = product(slope.refs, locals_, slope.shape)
+        factor = product(slope.refs, step_maps, slope.shape)
         assert factor is not None
         return factor.contiguous()
     i, t = slope.tap
-    step, taps = program.steps[i], locals_[i].taps
+    step, taps = program.steps[i], step_maps[i].taps
     assert taps is not None
     assert isinstance(step.form, Select)
     share, windows = taps[t], step.form.windows
-    factor = product(slope.refs, locals_, program.shape(step.inputs[0]))
+    factor = product(slope.refs, step_maps, program.shape(step.inputs[0]))
     if factor is not None:
         share = share * at_place(windows, t, padded(windows, factor, 0.0), slope.shape[1:])
     return share.contiguous()
@@ -206,7 +206,7 @@ def run_transposed(
     linear: Linear,
     program: Program,
     params: Params,
-    locals_: Sequence[Local],
+    step_maps: Sequence[StepMap],
     inputs: Sequence[Tensor],
     wrt: Sequence[int],
     targets: Tensor,
@@ -217,15 +217,17 @@ def run_transposed(
     Seeds are one-hot at ``targets`` (int64 ``[S]`` or ``[N, S]``), or ``cotangent [N, S, C]`` if it is given.
     """
     lp, n, seeds = linear.program, inputs[0].shape[0], targets.shape[-1]
-    outer = product(linear.outer, locals_, (lp.outputs,)) if linear.outer else None  # [N, C]
+    outer = product(linear.outer, step_maps, (lp.outputs,)) if linear.outer else None  # [N, C]
     if cotangent is not None and outer is not None:
         cotangent = cotangent * outer.unsqueeze(1)
     if not executor.plan_for(lp, seeds, inputs[0].dtype, inputs[0].device).native:
         raise executor.KernelsUnavailable("no step of the rule has a kernel")
-    rule_weights = {name: w for name, i in linear.weights if (w := locals_[i].weight) is not None}
+    rule_weights = {name: w for name, i in linear.weights if (w := step_maps[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
-    values = [*inputs, *(slope_tensor(s, program, locals_) for s in linear.slopes)]
-    executor.transpose(lp, {**params, **rule_weights}, values, targets, tuple(wrt), results, cotangent)
+    values = [*inputs, *(slope_tensor(s, program, step_maps) for s in linear.slopes)]
+    executor.transpose(
+        lp, {**params, **rule_weights} if rule_weights else params, values, targets, tuple(wrt), results, cotangent
+    )
     if cotangent is None and outer is not None:
         scale = outer[:, targets] if targets.dim() == 1 else outer.gather(1, targets)
         for r in results:
@@ -239,13 +241,19 @@ def rule_values(program: Program, params: Params, inputs: Sequence[Tensor], want
     return Values(program, params, values)
 
 
-def values_needed(program: Program, outputs_too: bool) -> list[int]:
+def values_needed(program: Program, outputs_too: bool, output: bool = False) -> list[int]:
     """The values that a rule needs and that are not cheap to compute from others.
 
     ``outputs_too``: include the results of linear steps (LRP); otherwise only the inputs of the other steps.
+    ``output``: include what the network's output is computed from by linear steps alone.
     """
     base = len(program.inputs)
     wanted = set()
+    if output:
+        v = program.output
+        while v >= base and is_linear(program.steps[v - base].form) and len(program.steps[v - base].inputs) == 1:
+            v = program.steps[v - base].inputs[0]
+        wanted.add(v)
     for i, step in enumerate(program.steps):
         if is_linear(step.form) and not isinstance(step.form, View):
             if outputs_too:
@@ -262,7 +270,7 @@ def values_needed(program: Program, outputs_too: bool) -> list[int]:
     return sorted({source(v) for v in wanted} - set(range(base)))
 
 
-def attribute(
+def rule_multipliers(
     rule: Rule, inputs: Sequence[Tensor], targets: Tensor, wrt: Sequence[int], *, native: bool
 ) -> tuple[Tensor, ...]:
     """The rule's multipliers of the outputs ``targets`` for the inputs ``wrt``: one ``[N, S, *in]`` each.
@@ -270,45 +278,45 @@ def attribute(
     Kernels run it if every map is made of slopes and contractions, except in a tail of the network (a softmax).
     """
     program = rule.program
-    locals_: list[Local] = [rule.at(i) for i in range(len(program.steps))]
-    tail_rule = _TailRule(rule, locals_)
-    head, cotangent = _head(program, locals_) if native else None, None
+    step_maps: list[StepMap] = [rule.at(i) for i in range(len(program.steps))]
+    tail_rule = _PrecomputedRule(rule, step_maps)
+    head, cotangent = _head(program, step_maps) if native else None, None
     if head is not None:
         if head is not program:
             seeds = reference.one_hot(program, inputs[0], targets)
             cotangents = pull(tail_rule, seeds, [head.output])
             cotangent = cotangents.get(head.output, seeds.new_zeros(*seeds.shape[:2], head.outputs)).flatten(2)
-        structure = structure_of(locals_[: len(head.steps)])
+        structure = structure_of(step_maps[: len(head.steps)])
         linear = None if structure is None else linear_of(head, structure)
         if linear is not None:
             with suppress(executor.KernelsUnavailable):
-                return run_transposed(linear, head, rule.params, locals_, inputs, wrt, targets, cotangent)
+                return run_transposed(linear, head, rule.params, step_maps, inputs, wrt, targets, cotangent)
     cotangents = pull(tail_rule, reference.one_hot(program, inputs[0], targets), wrt)
     shapes = [(inputs[0].shape[0], targets.shape[-1], *program.inputs[w]) for w in wrt]
     return tuple(cotangents[w] if w in cotangents else inputs[w].new_zeros(s) for w, s in zip(wrt, shapes, strict=True))
 
 
-class _TailRule(Rule):
+class _PrecomputedRule(Rule):
     """A rule whose maps are known already."""
 
-    def __init__(self, rule: Rule, locals_: Sequence[Local]) -> None:
+    def __init__(self, rule: Rule, step_maps: Sequence[StepMap]) -> None:
         super().__init__(rule.program, rule.params, rule.values)
-        self.rule, self.locals_ = rule, locals_
+        self.rule, self.step_maps = rule, step_maps
 
     def leads(self, wrt: Sequence[int]) -> set[int]:
         return self.rule.leads(wrt)
 
-    def at(self, i: int) -> Local:
-        return self.locals_[i]
+    def at(self, i: int) -> StepMap:
+        return self.step_maps[i]
 
 
-def _head(program: Program, locals_: Sequence[Local]) -> Program | None:
+def _head(program: Program, step_maps: Sequence[StepMap]) -> Program | None:
     """The Program without a straight tail of steps that the kernels cannot run; None if too little remains."""
-    if any(x.reads is not None for x in locals_):
+    if any(x.reads is not None for x in step_maps):
         return None
     base = len(program.inputs)
     steps, output = list(program.steps), program.output
-    while steps and any(x.custom is not None for x in locals_[: len(steps)]):
+    while steps and any(x.custom is not None for x in step_maps[: len(steps)]):
         last = steps[-1]
         if output != base + len(steps) - 1 or len(last.inputs) != 1:
             return None

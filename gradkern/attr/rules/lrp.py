@@ -26,7 +26,7 @@ from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_o
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points
-from .rule import Local, Rule, Values, chosen, own_map, pass_through
+from .rule import Rule, StepMap, Values, chosen, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
 #: Activations that pass relevance on: increasing, with f(0) = 0.  Captum knows ReLU and Tanh.
@@ -48,7 +48,7 @@ class Relevance(Rule):
         super().__init__(program, params, values)
         self.rules, self.model = rules, model
 
-    def at(self, i: int) -> Local:
+    def at(self, i: int) -> StepMap:
         step = self.program.steps[i]
         if isinstance(self.rules.get(step.module), compat.IdentityRule) and not isinstance(step.form, (View, Index)):
             return pass_through(self, i)
@@ -92,34 +92,34 @@ def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
     return factor, bias - module.running_mean * factor
 
 
-def contraction(rule: Relevance, i: int) -> Local:
+def contraction(rule: Relevance, i: int) -> StepMap:
     a, form, changed = rule.pre(i), rule.form(i, Contract), rule.changed(i)
     if changed is None:
-        return Local(after=rule.normalized(i, rule.post(i)), before=(a,))
+        return StepMap(output_factor=rule.normalized(i, rule.post(i)), input_factors=(a,))
     weight, bias = changed
     params = {p.name: new for p, new in ((form.weight, weight), (form.bias, bias)) if p is not None and new is not None}
     z = reference.forward_step(rule.program, i, [a], {**rule.params, **params})
-    return Local(after=rule.normalized(i, z), weight=weight, before=(a,))
+    return StepMap(output_factor=rule.normalized(i, z), weight=weight, input_factors=(a,))
 
 
-def winner(rule: Relevance, i: int) -> Local:
+def winner(rule: Relevance, i: int) -> StepMap:
     """A pool passes relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
-    return Local(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+    return StepMap(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
 
 
-def in_proportion(rule: Relevance, i: int) -> Local:
+def in_proportion(rule: Relevance, i: int) -> StepMap:
     inputs = rule.program.steps[i].inputs
     if all(v < rule.base for v in inputs):
-        return Local()  # inputs that are added before anything else share one relevance, as in Captum
-    return Local(after=rule.normalized(i, rule.post(i)), before=tuple(rule.values[v] for v in inputs))
+        return StepMap()  # inputs that are added before anything else share one relevance, as in Captum
+    return StepMap(output_factor=rule.normalized(i, rule.post(i)), input_factors=tuple(rule.values[v] for v in inputs))
 
 
-def affine(rule: Relevance, i: int) -> Local:
+def affine(rule: Relevance, i: int) -> StepMap:
     """``y = a x + b``: the share of ``a x``."""
     factor = rule.form(i, Scale).params[0]
-    return Local(after=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
+    return StepMap(output_factor=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
 
 
 #: LRP's rules: a line for a function, or for all functions of a form.  LRP does not support other forms.

@@ -31,7 +31,7 @@ def register_rule(of: type[nn.Module] | Callable[..., Any] | str, rule: UserRule
         register_rule(nn.GELU, lambda x, x_ref, y, y_ref: (y - y_ref) / (x - x_ref + 1e-12))
 
     A module's rule comes before a function's.  Captum's own method (``rules="captum"``) does not know these rules.
-    Raises `BadType` for something else than these, and `BadValue` for a function that is no operation of ATen.
+    Raises `BadType` for anything else, and `BadValue` for a function that is no operation of ATen.
     """
     if rule is not None and not callable(rule):
         raise BadType(
@@ -80,23 +80,27 @@ class Region:
                 f"The rule for {self.name}: its input has the shape {tuple(x.shape)} and its result "
                 f"{tuple(y.shape)}; a rule for DeepLift needs one shape."
             )
-        found = self.rule(x, x_ref, y, y_ref)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        multipliers = self.rule(x, x_ref, y, y_ref)
+        if not isinstance(multipliers, Tensor) or multipliers.shape != x.shape:
+            got = (
+                f"a tensor {tuple(multipliers.shape)}"
+                if isinstance(multipliers, Tensor)
+                else type(multipliers).__name__
+            )
             raise BadValue(f"The rule for {self.name} returned {got}, expected a tensor {tuple(x.shape)}.")
-        return found.to(x.dtype)
+        return multipliers.to(x.dtype)
 
 
 def regions(program: Program, model: nn.Module | None) -> list[Region]:
     """The parts of a Program that have a user's rule."""
     if not _modules and not _functions:
         return []
-    found, taken = [], set[int]()
+    matched, taken = [], set[int]()
     for name, steps, rule in (*_of_modules(program, model), *_of_functions(program)):
         if taken.isdisjoint(steps):
             taken.update(steps)
-            found.append(_region(program, name, steps, rule))
-    return found
+            matched.append(_region(program, name, steps, rule))
+    return matched
 
 
 def _of_modules(program: Program, model: nn.Module | None) -> Iterator[tuple[str, list[int], UserRule]]:

@@ -14,7 +14,7 @@ from ...runtime import ops, reference
 from . import maxima, recurrent  # noqa: F401  (register their rules)
 from .compositions import log_softmax_along, normalized, softmax_along
 from .registry import Region
-from .rule import Local, Rule, Values, at_place, chosen, derivative, padded, pass_through, slope
+from .rule import Rule, StepMap, Values, at_place, chosen, derivative, padded, pass_through, slope
 from .tape import NoRule, Pair, Tape, secant_by_formula
 
 
@@ -22,10 +22,10 @@ class Rescale(Rule):
     """The rescale rule (arXiv:1704.02685, section 3.5.2): at a step that is not linear, Δout / Δin.
 
     Elementwise steps: the secant, or the derivative at the input where |Δin| < eps.  Max pools: a window's change goes
-    to the places of the input's and of the reference's maximum, each as much as it changed.  Products: the mean of both
-    points.  Softmax, norms, and everything that torch decomposes (attention): compositions of such steps (`tape.py`).
-    All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the input;
-    ``unruled`` names them.
+    to the places of the input's and of the reference's maximum, each in proportion to its own change.  Products: the
+    mean of both points.  Softmax, norms, and everything that torch decomposes (attention): compositions of such steps
+    (`tape.py`).  All of these complete.  What a network detaches is a constant.  Other steps: the derivative at the
+    input; ``unruled`` names them.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Rescale(Rule):
         inputs: int | None = None,
         regions: Sequence[Region] = (),
     ) -> None:
-        """``inputs``: so many of the first inputs are attributed.  ``regions``: what users' own rules cover."""
+        """``inputs``: how many of the first inputs are attributed, by default all.  ``regions``: of users' rules."""
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
         self.native = native and bool(ops.machine(values[0].device))  # which loads the kernels
@@ -49,9 +49,9 @@ class Rescale(Rule):
         self.regions = {region.steps[-1]: region for region in regions}
         self.unruled: dict[int, str] = {}  # steps that have no rule, and their operation
 
-    def at(self, i: int) -> Local:
+    def at(self, i: int) -> StepMap:
         if self.detached and self.base + i not in self.moving:
-            return Local(custom=lambda g: ())  # no cotangent comes here
+            return StepMap(custom=lambda g: ())  # no cotangent comes here
         if i in self.regions:
             return self.given(self.regions[i])
         return super().at(i)
@@ -59,14 +59,14 @@ class Rescale(Rule):
     def leads(self, wrt: Sequence[int]) -> set[int]:
         return graph.descendants(self.program, wrt, self.detached)
 
-    def given(self, region: Region) -> Local:
+    def given(self, region: Region) -> StepMap:
         """A user's rule."""
         u, v = region.entry, self.base + region.steps[-1]
         x, y = self.values[u], self.values[v]
         factor = region.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
         if self.program.steps[region.steps[-1]].inputs == (u,):
-            return Local(after=factor, through=True)
-        return Local(custom=lambda g: (g * factor.unsqueeze(1),), reads=(u,))
+            return StepMap(output_factor=factor, through=True)
+        return StepMap(custom=lambda g: (g * factor.unsqueeze(1),), reads=(u,))
 
     def differences(self, i: int) -> tuple[Tensor, Tensor]:
         """The differences of a step's input and of its value from those of the reference."""
@@ -98,31 +98,31 @@ def detached(program: Program) -> frozenset[int]:
     return frozenset(v for v, form in forms if isinstance(form, Opaque) and form.call.op == "aten.detach.default")
 
 
-def secant(rule: Rescale, i: int) -> Local:
+def secant(rule: Rescale, i: int) -> StepMap:
     din, dout = rule.differences(i)
     formula = secant_by_formula(rule.form(i, Scale).function, rule.post(i), rule.reference[rule.base + i])
     if formula is not None:
-        return Local(after=formula.expand_as(din), through=True)
+        return StepMap(output_factor=formula.expand_as(din), through=True)
     still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # equal infinities too
-    return Local(after=torch.where(still, rule.slope(i), dout / din), through=True)
+    return StepMap(output_factor=torch.where(still, rule.slope(i), dout / din), through=True)
 
 
-def relu_secant(rule: Rescale, i: int) -> Local:
+def relu_secant(rule: Rescale, i: int) -> StepMap:
     if not rule.native:
         return secant(rule, i)
     if rule.pooled_relu(i):
         return pass_through(rule, i)
     u = rule.source(i)
-    return Local(after=rule.multipliers(u, (), True)[0].reshape(rule.values[u].shape), through=True)
+    return StepMap(output_factor=rule.multipliers(u, (), True)[0].reshape(rule.values[u].shape), through=True)
 
 
-def shared_by_pool(rule: Rescale, i: int) -> Local:
+def shared_by_pool(rule: Rescale, i: int) -> StepMap:
     w, u, shape = rule.form(i, Select).windows, rule.source(i), rule.program.steps[i].shape
     if rule.native and len(w.kernel) <= 2:
         relu = u >= rule.base and rule.pooled_relu(u - rule.base)
         pool = [n for pair in zip(*_planar(w, shape[1:]), strict=True) for n in pair]
         shares = rule.multipliers(rule.source(u - rule.base) if relu else u, pool, relu)
-        return Local(taps=tuple(shares.view(shares.shape[0], -1, *shape)))
+        return StepMap(taps=tuple(shares.view(shares.shape[0], -1, *shape)))
     x, x_ref = rule.values[u], rule.reference[u]
     y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
     top = torch.maximum(y, y_ref)
@@ -133,7 +133,7 @@ def shared_by_pool(rule: Rescale, i: int) -> Local:
         din = at_place(w, t, wide, y.shape[2:])
         share = (wins * up + wins_ref * down) / din
         taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
-    return Local(taps=tuple(taps))
+    return StepMap(taps=tuple(taps))
 
 
 def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -143,13 +143,13 @@ def _planar(w: Windows, counts: Sequence[int]) -> tuple[tuple[int, ...], tuple[i
     return rows, columns
 
 
-def midpoint(rule: Rescale, i: int) -> Local:
+def midpoint(rule: Rescale, i: int) -> StepMap:
     middle = [(rule.values[v] + rule.reference[v]) / 2 for v in rule.program.steps[i].inputs]
     out = reference.forward_step(rule.program, i, middle, rule.params)
-    return Local(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
+    return StepMap(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
 
 
-def composed(rule: Rescale, i: int) -> Local:
+def composed(rule: Rescale, i: int) -> StepMap:
     """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
     step, dtype = rule.program.steps[i], rule.values[0].dtype
     tape = Tape(dtype, rule.eps)
@@ -174,7 +174,7 @@ def composed(rule: Rescale, i: int) -> Local:
         still = g.new_zeros(())
         return tuple(next(rest) if isinstance(p, Pair) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args)
 
-    return Local(custom=pulled)
+    return StepMap(custom=pulled)
 
 
 def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -> Pair | Tensor:

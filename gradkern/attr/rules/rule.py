@@ -1,7 +1,7 @@
 """Rules, which replace each step's derivative for an attribution method, and the plain executor that runs them.
 
 A gradient is the product of the steps' transposed linear maps.  A rule keeps this structure and changes the maps:
-DeepLift replaces slopes by secants; LRP changes weights and normalizes.  `Local` is one step's map.  `pull` runs a
+DeepLift replaces slopes by secants; LRP changes weights and normalizes.  `StepMap` is one step's map.  `pull` runs a
 Program backwards through such maps in plain torch, all seeds at once, and :mod:`gradkern.attr.rules.linear` on kernels.
 """
 
@@ -26,22 +26,22 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Local:
+class StepMap:
     """A step's transposed linear map under a rule: from the cotangent of its value to those of its inputs.
 
-    First, ``after [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place of its
-    own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each window's value
-    that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last, ``before`` multiplies, with
-    one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents ``custom`` gives, if they are not the
-    step's inputs (a rule for several steps).
+    First, ``output_factor [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place
+    of its own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each
+    window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last,
+    ``input_factors`` multiply, with one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents
+    ``custom`` gives, if they are not the step's inputs (a rule for several steps).
     """
 
-    after: Tensor | None = None
+    output_factor: Tensor | None = None
     through: bool = False
     taps: tuple[Tensor, ...] | None = None
     custom: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     weight: Tensor | None = None
-    before: tuple[Tensor | None, ...] = ()
+    input_factors: tuple[Tensor | None, ...] = ()
     reads: tuple[int, ...] | None = None
 
 
@@ -75,7 +75,7 @@ class Rule:
         named = isinstance(form, (Scale, LowRank, Product)) and cls.table.get(form.function)
         return named or cls.table.get(type(form))
 
-    def at(self, i: int) -> Local:
+    def at(self, i: int) -> StepMap:
         return (self.maker(self.program.steps[i].form) or derivative)(self, i)
 
     def leads(self, wrt: Sequence[int]) -> set[int]:
@@ -105,35 +105,35 @@ class Rule:
         return FUNCTIONS[form.function].df(x, self.post(i), *form.params).to(x.dtype)
 
 
-Maker = Callable[[Any, int], Local]  # (rule, step) to the step's map
+Maker = Callable[[Any, int], StepMap]  # (rule, step) to the step's map
 
 
-def own_map(rule: Rule, i: int) -> Local:
+def own_map(rule: Rule, i: int) -> StepMap:
     """The step's own transposed map."""
-    return Local()
+    return StepMap()
 
 
-def pass_through(rule: Rule, i: int) -> Local:
-    return Local(through=True)
+def pass_through(rule: Rule, i: int) -> StepMap:
+    return StepMap(through=True)
 
 
-def slope(rule: Rule, i: int) -> Local:
+def slope(rule: Rule, i: int) -> StepMap:
     """The derivative of an elementwise step."""
-    return Local(after=rule.slope(i), through=True)
+    return StepMap(output_factor=rule.slope(i), through=True)
 
 
-def routed(rule: Rule, i: int) -> Local:
+def routed(rule: Rule, i: int) -> StepMap:
     """A pool: everything goes to the place of the maximum."""
     form, x = rule.form(i, Select), rule.pre(i)
     if form.ties != "first":
         return derivative(rule, i)
-    return Local(taps=tuple(t.to(x.dtype) for t in chosen(form.windows, x, rule.post(i).shape)))
+    return StepMap(taps=tuple(t.to(x.dtype) for t in chosen(form.windows, x, rule.post(i).shape)))
 
 
-def derivative(rule: Rule, i: int) -> Local:
+def derivative(rule: Rule, i: int) -> StepMap:
     """A step without a rule: its own derivative at the input."""
     args = [rule.values[v] for v in rule.program.steps[i].inputs]
-    return Local(custom=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
+    return StepMap(custom=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
 
 
 Rule.table = {Contract: own_map, View: own_map, Sum: own_map, Index: own_map, Scale: slope, Select: routed}
@@ -210,37 +210,38 @@ def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]
         v = base + i
         if v not in leads or v in wrt or v not in cotangents:
             continue
-        local = rule.at(i)
-        back = transposed_step(rule, i, local, cotangents.pop(v))
-        for u, part in zip(local.reads or program.steps[i].inputs, back, strict=True):
+        step_map = rule.at(i)
+        back = transposed_step(rule, i, step_map, cotangents.pop(v))
+        for u, part in zip(step_map.reads or program.steps[i].inputs, back, strict=True):
             if u in leads:
                 cotangents[u] = cotangents[u] + part if u in cotangents else part
     return cotangents
 
 
-def transposed_step(rule: Rule, i: int, local: Local, g: Tensor) -> tuple[Tensor, ...]:
+def transposed_step(rule: Rule, i: int, step_map: StepMap, g: Tensor) -> tuple[Tensor, ...]:
     """One step: ``g [N, S, *shape]`` to one ``[N, S, *in]`` per input."""
     inputs = rule.program.steps[i].inputs
     back: Sequence[Tensor]
-    if local.after is not None:
-        g = g * local.after.unsqueeze(1)
-    if local.custom is not None:
-        back = local.custom(g)
-    elif local.through:
+    if step_map.output_factor is not None:
+        g = g * step_map.output_factor.unsqueeze(1)
+    if step_map.custom is not None:
+        back = step_map.custom(g)
+    elif step_map.through:
         back = (g,)
-    elif local.taps is not None:
-        back = (scatter_taps(rule.form(i, Select).windows, local.taps, g, rule.program.shape(inputs[0])[1:]),)
+    elif step_map.taps is not None:
+        back = (scatter_taps(rule.form(i, Select).windows, step_map.taps, g, rule.program.shape(inputs[0])[1:]),)
     else:
         params = rule.params
-        if local.weight is not None:
+        if step_map.weight is not None:
             weight = rule.form(i, Contract).weight
             assert weight is not None
-            params = {**params, weight.name: local.weight}
+            params = {**params, weight.name: step_map.weight}
         # a linear step's VJP needs only the shapes of its inputs
         shapes = [g.new_empty(1).expand(g.shape[0], *rule.program.shape(v)) for v in inputs]
         back = reference.vjp_step(rule.program, i, shapes, g, g, params)
-    if not any(b is not None for b in local.before):
+    if not any(b is not None for b in step_map.input_factors):
         return tuple(back)
     return tuple(
-        part if factor is None else part * factor.unsqueeze(1) for part, factor in zip(back, local.before, strict=True)
+        part if factor is None else part * factor.unsqueeze(1)
+        for part, factor in zip(back, step_map.input_factors, strict=True)
     )

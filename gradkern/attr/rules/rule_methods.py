@@ -21,8 +21,7 @@ from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typ
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
-from .linear import attribute as rule_attribute
-from .linear import rule_values, values_needed
+from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
 
 
@@ -83,7 +82,7 @@ class RuleMethod(ProgramMethod):
         return multipliers
 
     def _done(self, points: Points, rule: Rule) -> None:
-        """After a call: what there is to say about its rule."""
+        """A hook after a call, for example to warn about steps without a rule."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.captured()
@@ -101,7 +100,7 @@ class RuleMethod(ProgramMethod):
                 chunk = Chunk(program, params, tuple(x[a:b] for x in inputs), a, b, options, by_reference)
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
-                multipliers = rule_attribute(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
+                multipliers = rule_multipliers(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
                 for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
         if rule is not None:

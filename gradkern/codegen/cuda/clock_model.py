@@ -182,13 +182,13 @@ class RunPrice:
         return total
 
     def step(self, samples: int) -> float:
-        """The price if so many samples pass together."""
+        """The price per sample if ``samples`` of them pass together."""
         if samples not in self.steps:
             self.steps[samples] = self.price(samples, 0)
         return self.steps[samples]
 
     def best(self, block: int, most: int) -> tuple[float, int]:
-        """The lowest price of a block's samples, at most so many of them resident, and the number that are."""
+        """The lowest price per sample of a block with at most ``most`` resident samples, and how many are resident."""
         return min((in_steps(self.step, block, n), n) for n in even_steps(block) if n <= most)
 
 
@@ -201,7 +201,7 @@ def even_steps(block: int) -> tuple[int, ...]:
 def in_steps(price: Callable[[int], float], block: int, resident: int) -> float:
     """The price per sample of a block that takes ``resident`` samples at a time, and in the last step those left.
 
-    ``price``: per sample, of a step of so many samples.
+    ``price``: per sample, of a step of a number of samples.
     """
     full, left = divmod(block, resident)
     return (full * resident * price(resident) + (left * price(left) if left else 0.0)) / block

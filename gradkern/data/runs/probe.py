@@ -151,8 +151,8 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
-    found = timing(request, decide(request, "auto"))
-    return None if found is None else found.way
+    timed = timing(request, decide(request, "auto"))
+    return None if timed is None else timed.way
 
 
 def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
@@ -165,14 +165,14 @@ def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
         _check_shapes(alone, indices[0], i)
     order = [i for step in range(-(-len(indices) // PROBED)) for i in indices[step :: -(-len(indices) // PROBED)]]
     order.sort(key=lambda i: not any(_varies(x) for x in alone.rows[i]))  # stable: those that vary come first
-    found: list[int] = []
+    chosen: list[int] = []
     for at in range(0, len(order), PROBED):
         tried = order[at : at + PROBED]
-        found += [i for i, alive in zip(tried, _alive(model, _joined(alone, tried, device)), strict=True) if alive]
-        if len(found) >= PROBED:
+        chosen += [i for i, alive in zip(tried, _alive(model, _joined(alone, tried, device)), strict=True) if alive]
+        if len(chosen) >= PROBED:
             break
-    rest = [i for i in order if i not in found]
-    return sorted([*found, *rest][:PROBED])
+    rest = [i for i in order if i not in chosen]
+    return sorted([*chosen, *rest][:PROBED])
 
 
 def _check_shapes(alone: Alone, first: int, other: int) -> None:

@@ -93,8 +93,8 @@ class Reading:
         known = self._known()
         todo = [c for c in chunks if known.get(c, UNKNOWN) != UNKNOWN]
         changed: list[Span] = []
-        for chunk, (_, found) in zip(todo, self.stream(todo), strict=True):
-            if found != known[chunk]:
+        for chunk, (_, fingerprint) in zip(todo, self.stream(todo), strict=True):
+            if fingerprint != known[chunk]:
                 changed.append(self.results.span(chunk))
         if changed:
             spans = ", ".join(f"{a} … {b - 1}" for a, b in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")

@@ -24,7 +24,7 @@ from torch import nn
 
 from ...util import options as choices
 from ...util.options import GradkernWarning
-from ...util.progress import wanted
+from ...util.progress import showing_progress
 from ..sources.padding import Pad
 from ..store import locks
 from ..store.results import Results
@@ -177,7 +177,7 @@ def compute_missing(
     finished = sum(b - a for a, b in (results.span(c) for c in owned_chunks if c in done))
     total = finished + plan.samples
     begin = time.perf_counter()
-    with progress_bar(str(plan), total, finished, progress) as advance, task.ready(), wanted(False):
+    with progress_bar(str(plan), total, finished, progress) as advance, task.ready(), showing_progress(False):
         _fill(task, todo, advance)
     seconds = time.perf_counter() - begin
     log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)

@@ -328,9 +328,9 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
     computed = task.compute(chunk, task.transfer.upload(rows))
     stored, _ = task.stored(computed.rows())
     task.results.write(chunk, {name: stored[name] for name in names})
-    found = {name: checks.checksum([stored[name]]) for name in names}
+    checksums = {name: checks.checksum([stored[name]]) for name in names}
     computed.release()
-    others = {name: value for name, value in found.items() if value != known.get(name, checks.UNKNOWN)}
+    others = {name: value for name, value in checksums.items() if value != known.get(name, checks.UNKNOWN)}
     if others:
         told = [] if all(known.get(n, checks.UNKNOWN) == checks.UNKNOWN for n in others) else ["repaired, other bits"]
         ledger.amend(chunk, others, task.notes or told)

@@ -85,8 +85,8 @@ def members(group: Any, columns: Any) -> list[Any]:
         columns = names
     if any(c not in group for c in as_tuple(columns)):
         raise BadValue(f"source: got columns={columns!r}, but the group holds {list(group)}.")
-    found = [group[c] for c in as_tuple(columns)]
-    return [array_of(x) if isinstance(x, list) else x for x in found]
+    arrays = [group[c] for c in as_tuple(columns)]
+    return [array_of(x) if isinstance(x, list) else x for x in arrays]
 
 
 def _is_floating(value: Any) -> bool:

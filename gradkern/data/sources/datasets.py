@@ -113,9 +113,9 @@ class TorchDataset(Source):
         for i in range(start, stop):
             try:
                 self._items([i])
-            except Exception as found:
-                said = f"{type(found).__name__}: {' '.join(str(found).split())}"
-                raise BadValue(f"source: sample {i} could not be read ({said}).") from found
+            except Exception as cause:
+                said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+                raise BadValue(f"source: sample {i} could not be read ({said}).") from cause
         raise error
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
@@ -127,10 +127,10 @@ class TorchDataset(Source):
         collated = _started(loader)
         for start, stop in spans:
             try:
-                found = next(collated)
+                batch = next(collated)
             except Exception as error:
                 self._blame(start, stop, error)
-            yield self.prepared(self._sound(found, start), start, stop)
+            yield self.prepared(self._sound(batch, start), start, stop)
 
     def _sound(self, collated: tuple[tuple[Rows, ...], tuple[int, str] | None], start: int) -> tuple[Rows, ...]:
         rows, bad = collated

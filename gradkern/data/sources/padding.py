@@ -127,12 +127,12 @@ def read_pad(pad: Any) -> tuple[float, int | None]:
 
 def _shapes(source: Ragged) -> list[Tensor]:
     """The shapes of all samples, int64 ``[N, dims]`` per input."""
-    found: list[list[list[int]]] = []
+    per_input: list[list[list[int]]] = []
     for start in range(0, source.samples, SCANNED):
         stop = min(start + SCANNED, source.samples)
         given = source.checked(start, stop)
-        found = found or [[] for _ in given]
-        for shapes, rows in zip(found, given, strict=True):
+        per_input = per_input or [[] for _ in given]
+        for shapes, rows in zip(per_input, given, strict=True):
             shapes += [list(row.shape) for row in rows]
             other = next((i for i in range(start, stop) if len(shapes[i]) != len(shapes[0])), None)
             if other is not None:
@@ -140,7 +140,7 @@ def _shapes(source: Ragged) -> list[Tensor]:
                     f"pad: sample 0 has the shape {shapes[0]}, and sample {other} {shapes[other]}. Only lengths can be "
                     "padded, not axes."
                 )
-    return [torch.tensor(shapes, dtype=torch.int64).view(source.samples, -1) for shapes in found]
+    return [torch.tensor(shapes, dtype=torch.int64).view(source.samples, -1) for shapes in per_input]
 
 
 def taken_by(model: Any, inputs: int) -> tuple[str, ...]:

@@ -141,7 +141,7 @@ def _name_holder(path: Path, chunks: range) -> None:
 
 def _holders(root: Path, chunks: range) -> list[tuple[Path, dict[str, object]]]:
     """The holders of chunks in this range, by their own account."""
-    found = []
+    held = []
     for path in sorted((root / HOLDERS).glob("*-*.json")):
         try:
             first, last = map(int, path.stem.split("-"))
@@ -149,8 +149,8 @@ def _holders(root: Path, chunks: range) -> list[tuple[Path, dict[str, object]]]:
         except (OSError, ValueError):
             continue
         if first <= chunks[-1] and chunks[0] <= last and isinstance(about, dict):
-            found.append((path, about | {"chunks": f"{first} … {last}"}))
-    return found
+            held.append((path, about | {"chunks": f"{first} … {last}"}))
+    return held
 
 
 def _alive(about: dict[str, object]) -> bool:

@@ -33,11 +33,11 @@ def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         if isinstance(tensor, Param) and len(b.param_shape(tensor)) != rank:
             raise NoForm("one of its constants has other axes than the samples")
     places = range(shape[axis])
-    found = [places[a.index]] if hasattr(a, "index") else list(places[a.start : a.end : a.step])
-    part = (*shape[:axis], len(found), *shape[axis + 1 :])
-    if len(found) == len(places) and isinstance(source, Value):
+    chosen = [places[a.index]] if hasattr(a, "index") else list(places[a.start : a.end : a.step])
+    part = (*shape[:axis], len(chosen), *shape[axis + 1 :])
+    if len(chosen) == len(places) and isinstance(source, Value):
         return as_shape(b, source, part)
-    where = {place: k for k, place in enumerate(found)}
+    where = {place: k for k, place in enumerate(chosen)}
     parts, values = [], []
     if isinstance(x, Value):
         parts.append(along(shape, axis, [-1 if i in where else i for i in places]))
@@ -103,15 +103,15 @@ def merged(
         numbers[name] = (torch.arange(count, count + n) if live else torch.zeros(n)).double().reshape(1, *shape)
         count += n if live else 0
     with torch.inference_mode(False), torch.no_grad():
-        found = f(**numbers).flatten().long().tolist()
+        origin = f(**numbers).flatten().long().tolist()
     parts, values = [], []
     for name, x, shape in tensors:
         if isinstance(x, Value):
             n = math.prod(shape)
-            places = [i - first[name] if first[name] <= i < first[name] + n else -1 for i in found]
+            places = [i - first[name] if first[name] <= i < first[name] + n else -1 for i in origin]
             parts.append(along((n,), 0, places))
             values.append(as_shape(b, x, (n,)))
-    return as_shape(b, copies(b, parts, values, (len(found),)), a.result)
+    return as_shape(b, copies(b, parts, values, (len(origin),)), a.result)
 
 
 def shape_of(b: ProgramBuilder, x: Any) -> Shape:

@@ -145,14 +145,14 @@ def column(b: ProgramBuilder, p: Param, n: int) -> Param:
 def contracted(b: ProgramBuilder, tensors: Sequence[Named], result: str, shape: Shape) -> Value:
     """All tensors multiplied, one after the other."""
     tensors = sorted(tensors, key=lambda t: isinstance(t.x, Param))  # values first
-    found, rest = tensors[0], list(tensors[1:])
+    product, rest = tensors[0], list(tensors[1:])
     while rest:
         needed = result + "".join(t.letters for t in rest[1:])
-        found = pair(b, found, rest.pop(0), needed)
-    found = summed(b, found, only(found.letters, result))
-    if set(found.letters) != set(result):
+        product = pair(b, product, rest.pop(0), needed)
+    product = summed(b, product, only(product.letters, result))
+    if set(product.letters) != set(result):
         raise NoForm("its result repeats or lacks an axis")
-    y = arranged(b, found, *result) if result else found.x
+    y = arranged(b, product, *result) if result else product.x
     assert isinstance(y, Value)
     return as_shape(b, y, shape)
 
@@ -242,8 +242,8 @@ def bilinear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     tensors = [Named(x, c, b.shape(x)) for x, c in ((one, "i"), (two, "j"))]
     weight = Named(a.weight, "oij", b.param_shape(a.weight))
     partial = pair(b, tensors[0], weight, "oj")
-    found = pair(b, partial, tensors[1], "o")
-    y = as_shape(b, found.x, a.result)  # type: ignore[arg-type]
+    product = pair(b, partial, tensors[1], "o")
+    y = as_shape(b, product.x, a.result)  # type: ignore[arg-type]
     if a.bias is None:
         return y
     return b.emit(Contract(Channels(), None, a.bias), (y,), a.result)

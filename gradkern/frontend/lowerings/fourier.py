@@ -402,11 +402,11 @@ def stft(b: ProgramBuilder, a: SimpleNamespace) -> Number:
     else:
         source = as_shape(b, x, (1, rows, shape[-1]))
         y = b.emit(Contract(windows, weight), (source,), (2 * frequencies, rows, frames))
-    found = []
+    halves = []
     for k in (0, frequencies):
         half = permuted(b, emit(b, y, along(b.shape(y), 0, range(k, k + frequencies))), (1, 0, 2))
-        found.append(as_shape(b, half, (*shape[:-1], frequencies, frames)))
+        halves.append(as_shape(b, half, (*shape[:-1], frequencies, frames)))
     if a.return_complex:
-        return Complex(*found)
-    last = [as_shape(b, v, (*b.shape(v), 1)) for v in found]
-    return joined(b, last, len(b.shape(last[0])) - 1, (*b.shape(found[0]), 2))
+        return Complex(*halves)
+    last = [as_shape(b, v, (*b.shape(v), 1)) for v in halves]
+    return joined(b, last, len(b.shape(last[0])) - 1, (*b.shape(halves[0]), 2))

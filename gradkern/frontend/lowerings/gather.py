@@ -51,8 +51,8 @@ def numbered(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: 
         raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
     numbers = torch.arange(1, 2 * n + 1, dtype=torch.float64).reshape(2, *b.shape(x))
     with torch.inference_mode(False), torch.no_grad():
-        found = f(numbers).reshape(2, -1).long()
-    first, second = found.tolist()
+        origin = f(numbers).reshape(2, -1).long()
+    first, second = origin.tolist()
     if [i and i + n for i in first] != second:
         raise NoForm("it copies elements from one sample to another")
     return copied(b, x, shape, [i - 1 for i in first])
@@ -115,10 +115,10 @@ def taken(b: ProgramBuilder, index: Any, n: int) -> list[int]:
     content = constant(b, index)
     if content.dtype in (torch.bool, torch.uint8):
         content = content.nonzero().squeeze(1)
-    found = [i + n if i < 0 else i for i in content.flatten().tolist()]
-    if any(not 0 <= i < n for i in found):
+    indices = [i + n if i < 0 else i for i in content.flatten().tolist()]
+    if any(not 0 <= i < n for i in indices):
         raise NoForm("an index is out of range")
-    return found
+    return indices
 
 
 @lowers("aten.index.Tensor")
@@ -162,8 +162,8 @@ def masked(b: ProgramBuilder, mask: Any, shape: Shape) -> list[bool]:
         raise NoForm("its mask has more axes than the samples")
     if content.dim() == len(shape) + 1:
         content = content[0]
-    found: list[bool] = content.expand(shape).flatten().tolist()
-    return found
+    kept: list[bool] = content.expand(shape).flatten().tolist()
+    return kept
 
 
 def kept(b: ProgramBuilder, x: Value, mask: list[bool], shape: Shape, keep: bool) -> Value:

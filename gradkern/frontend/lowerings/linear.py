@@ -68,5 +68,5 @@ def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.baddbmm.default", axes=())
 def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``beta mask + alpha x @ y`` per sample; attention that also returns its weights has a constant mask."""
-    found = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
-    return added(b, found, a.self, float(a.beta)) if a.beta else found
+    result = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
+    return added(b, result, a.self, float(a.beta)) if a.beta else result
