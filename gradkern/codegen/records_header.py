@@ -9,6 +9,7 @@ import inspect
 import re
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from . import limits
 from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, layout_of
@@ -38,7 +39,7 @@ def limit_lines() -> list[str]:
     return lines
 
 
-def letters_of(t: type) -> str:
+def letters_of(t: Any) -> str:
     """A letter for every number that a field of this type takes in a row, as `kFields` has them."""
     if t is Place:
         return "n" * len(PLACE)
@@ -46,7 +47,7 @@ def letters_of(t: type) -> str:
         return "".join(letters_of(inner) for _, inner in layout_of(t))
     if issubclass(t, IntEnum):
         return str(len(t))
-    return {bool: "2", float: "d"}.get(t, "n")
+    return "2" if t is bool else "d" if t is float else "n"
 
 
 def field_lines() -> list[str]:
