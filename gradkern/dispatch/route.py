@@ -294,10 +294,8 @@ def _by_program(
     known = _known(request, route, captured)
     way = _way(request, route, captured, known)
     if way != "kernels":
-        with torch.inference_mode(False):
-            results = allocate(request, captured.program.output_shape, results)
         profile = _profile_of_program(request, route)
-        return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
+        return eager.run_as_measured(request, profile, start, results, known.seeds.count, batched=way == "batched")
     whole = (
         None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, known)
     )
