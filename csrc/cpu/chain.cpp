@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../op_bodies.h"
+#include "check_records.h"
 #include "isa.h"
 #include "local.h"
 #include "statistics.h"
@@ -266,9 +267,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
 }
 
 void run(const ChainCall& call, const CpuSizes& sizes) {
-  GRADKERN_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
-                 ", behind the ", call.tables.numel(), " integers of the tables");
   const Isa& isa = current_isa();
+  check_records(call, sizes, isa.vector_bytes / (call.single() ? sizeof(float) : sizeof(double)));
   call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }
 

@@ -5,7 +5,8 @@
 // Best first: the first one that the processor has is used, unless GRADKERN_ISA names another.  Each has its own file,
 // isa_<name>.cpp, which says which instructions the compiler may use, how long vectors are and how many registers there
 // are; block sizes follow from these numbers.
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef GRADKERN_ISAS  // some alone, for a sanitizer
+#elif defined(__x86_64__) || defined(_M_X64)
 #define GRADKERN_ISAS(X) X(avx512) X(avx2) X(avx) X(portable)
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define GRADKERN_ISAS(X) X(neon) X(portable)
