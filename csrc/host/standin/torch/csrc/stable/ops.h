@@ -32,6 +32,7 @@ inline Tensor contiguous(const Tensor& t) {
   if (!t.is_contiguous()) throw std::runtime_error("the stand-in has no copy of a tensor that is not contiguous");
   return t;
 }
+inline Tensor narrow(const Tensor& t, int64_t, int64_t start, int64_t length) { return t.rows(start, length); }
 inline Tensor select(const Tensor& t, int64_t, int64_t) { return t.first_row(); }
 
 }  // namespace torch::stable

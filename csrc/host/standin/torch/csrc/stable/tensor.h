@@ -81,6 +81,13 @@ class Tensor {
     t.sizes_.erase(t.sizes_.begin()), t.strides_.erase(t.strides_.begin());
     return t;
   }
+  Tensor rows(int64_t start, int64_t length) const {
+    if (start < 0 || length < 0 || start + length > size(0)) throw std::runtime_error("rows out of range");
+    Tensor t = *this;
+    t.sizes_[0] = length;
+    t.memory_ = {memory_, memory_.get() + static_cast<size_t>(start * stride(0)) * element_size()};
+    return t;
+  }
 
  private:
   std::vector<int64_t> sizes_, strides_;
