@@ -41,7 +41,8 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    if compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
+    known = hasattr(compiled, "tile_vectors")  # the youngest op
+    if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
         return None
