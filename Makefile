@@ -87,7 +87,7 @@ prebuilt: ## the extension with CUDA for another machine's PYTHON (ARGS="--torch
 cuda-check: ## build, link and import the whole extension with CUDA, without a GPU (an environment of 5 GB)
 	@$(PYTHON) tools/cuda_check.py $(ARGS)
 
-sanitize: $(EXT) ## kernels and ops under the address, undefined-behaviour and thread sanitizers (ARGS=--long: all of them)
+sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers (ARGS=--cpu: and the CPU's)
 	$(BIN)/python -m tests.support.sanitizers $(ARGS)
 
 lint: env ## ruff, mypy and clang-format, changing nothing

@@ -136,7 +136,7 @@ PARTS = ("forward", "backward", "tables", "sizes", "packed", "seed_rows", "input
 @settings(examples, max_examples=300)
 @given(st.sampled_from(CHAINS), st.sampled_from(PARTS), st.data())
 def test_numbers_of_records_at_random(name: str, part: str, data: st.DataObject) -> None:
-    """An error or an end; under the sanitizers (`make sanitize`) many more of them, without an access out of bounds."""
+    """An error or an end; `make sanitize ARGS=--cpu` tries many more of them under the sanitizers."""
     found = {key: list(v) if isinstance(v, list) else v for key, v in _chain(name).items()}
     value = found[part]
     if part == "sizes":

@@ -1,10 +1,10 @@
 """The kernels under the sanitizers, on the host and without torch::
 
-    python -m tests.support.sanitizers [address|thread] [--long]
+    python -m tests.support.sanitizers [address|thread] [--cpu|--long]
 
 The CUDA kernels: launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs
 them again: as many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be
-bit-equal.  The CPU's kernels and ops: `cpu_replay.py`, for one instruction set, or ``--long`` for all and longer.
+bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def recordings():
 
 
 def main(words: list[str]) -> int:
-    kinds, failed = [w for w in words if w != "--long"], 0
+    kinds, failed = [w for w in words if not w.startswith("--")], 0
     with tempfile.TemporaryDirectory() as folder:
         launches = list(recordings())
         for kind in kinds or list(KINDS):
@@ -81,7 +81,8 @@ def main(words: list[str]) -> int:
                 "clean" if not failed else "",
                 flush=True,
             )
-            failed += cpu_replay.main(kind, KINDS[kind], Path(folder), "--long" in words)
+            if {"--cpu", "--long"} & set(words):
+                failed += cpu_replay.main(kind, KINDS[kind], Path(folder), "--long" in words)
     return failed > 0
 
 

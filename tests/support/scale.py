@@ -137,7 +137,7 @@ def rules_of_deeplift(pick: Callable[[int, int], int]) -> str:
         rule = rules.Rule(program, params, values)
         if name == "rescale":
             rule = Rescale(program, params, values, values_of(program, params, base, plain), 1e-10, not plain)
-        return rule, linear.attribute(rule, xs, targets, tuple(range(len(xs))), native=not plain)
+        return rule, linear.rule_multipliers(rule, xs, targets, tuple(range(len(xs))), native=not plain)
 
     with torch.no_grad():
         (rule, want), (_, got) = attributions(True), attributions(False)
