@@ -26,7 +26,7 @@ REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-matrix docs wheel fuzz soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz scale soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -53,6 +53,9 @@ wheel: $(EXT) ## a manylinux wheel in dist/, proven in fresh environments (ARGS=
 
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
+
+scale: $(EXT) ## random networks, each of a seed (ARGS="programs 0 100000", "captured 0 2000" or "rules 0 100000")
+	$(BIN)/python -m tests.support.scale $(ARGS)
 
 soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes 30 --seed 1"
 	$(BIN)/python -m tests.support.soak $(ARGS)
@@ -84,7 +87,7 @@ prebuilt: ## the extension with CUDA for another machine's PYTHON (ARGS="--torch
 cuda-check: ## build, link and import the whole extension with CUDA, without a GPU (an environment of 5 GB)
 	@$(PYTHON) tools/cuda_check.py $(ARGS)
 
-sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers
+sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers (ARGS=--cpu: and the CPU's)
 	$(BIN)/python -m tests.support.sanitizers $(ARGS)
 
 lint: env ## ruff, mypy and clang-format, changing nothing

@@ -123,6 +123,9 @@ GK_INLINE uint32_t bits(Mask<T> mask) {
 #if GK_INTRINSICS == GK_AVX_INTRINSICS
   if constexpr (sizeof(T) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
   else return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif GK_INTRINSICS == GK_NEON_INTRINSICS
+  if constexpr (sizeof(T) == 4) return vaddvq_u32((uint32x4_t)mask & uint32x4_t{1, 2, 4, 8});
+  else return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)mask & uint64x2_t{1, 2}));
 #else
   uint32_t found = 0;
   for (int i = 0; i < Simd<T>::VL; ++i) found |= uint32_t(mask[i] & 1) << i;

@@ -137,6 +137,18 @@ class Accumulator:
             self.sums["sum_group_inputs_square"] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
+    def running(self, first: int, finite: Tensor, skip: bool) -> ops.Statistics:
+        """The sums as kernels add to them; `add_counts` must follow.  ``finite`` [n] and ``skip``: as there."""
+        groups, of = (torch.arange(len(finite)) + first) % GROUPS, self.sums.get
+        sums = of("sum"), of("sum_square"), of("sum_abs"), of("max_abs"), of("sum_group_abs")
+        return ops.Statistics(finite, groups, *sums, skip=skip)
+
+    def add_counts(self, first: int, x: Tensor, keep: Tensor | None) -> None:
+        """What `add` adds besides the maps, for targets common to all samples."""
+        number = torch.arange(len(x)) if keep is None else keep
+        self._add_inputs(first, x if keep is None else x[keep], number)
+        self._count(slice(None), (number + first) % GROUPS)
+
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None, keep: Tensor | None = None) -> None:
         """Add samples numbered from ``first`` on: ``maps`` [n, S, *in], ``x`` [n, *in], ``rows`` [n, S] or None.
 
@@ -147,11 +159,7 @@ class Accumulator:
             maps, x, rows = maps[keep], x[keep], None if rows is None else rows[keep]
         if len(x) == 0:
             return
-        if "sum_group_inputs" in self.needs:
-            group, wide = (number + first) % GROUPS, x.double()
-            self.sums["sum_group_inputs"].index_add_(0, group, wide)
-            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
-            self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
+        self._add_inputs(first, x, number)
         if rows is None:
             self._add(slice(None), first, maps, number)
             return
@@ -161,15 +169,24 @@ class Accumulator:
                 if len(chosen):
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], number[chosen])
 
+    def _add_inputs(self, first: int, x: Tensor, number: Tensor) -> None:
+        if "sum_group_inputs" in self.needs:
+            group, wide = (number + first) % GROUPS, x.double()
+            self.sums["sum_group_inputs"].index_add_(0, group, wide)
+            self.sums["sum_group_inputs_square"].index_add_(0, group, wide.square())
+            self.sums["count_group_inputs"] += torch.bincount(group, minlength=GROUPS)
+
+    def _count(self, at: slice, group: Tensor) -> None:
+        self.sums["count"][at] += len(group)
+        if "count_group" in self.sums:
+            self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
+
     def _add(self, at: slice, first: int, maps: Tensor, number: Tensor) -> None:
         """``maps`` [n, C or 1, *in] of the classes ``at``; ``number`` [n] of the samples within the batch."""
-        n = maps.shape[0]
         group = (number + first) % GROUPS  # [n]
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
-        self.sums["count"][at] += n
-        if groups is not None:
-            self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
+        self._count(at, group)
         if "count_ranks" in self.sums:
             self.sums["count_ranks"][at] += ranks(maps.abs())
         total, square, size, largest = rows

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ir.program import Program, Shape
 from ..planner.timing import Timing, Way
 from ..runtime.frozen import whole_chain
+from ..runtime.ops import Statistics
 from ..runtime.parameters import bind
 from ..util import options
 from ..util.buffers import buffers_kept
@@ -29,7 +30,7 @@ from .first_use import AutogradWork, clock
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_reached, forecast, too_large
 from .state import CacheEntry, CapturedProgram, KnownCall, ModelState, Verdict
-from .watch import OutputsChanged
+from .watch import SAMPLES, OutputsChanged
 
 VERIFY_SAMPLES = 4
 PROBE_SAMPLES = 3
@@ -368,6 +369,36 @@ def _by_whole_chain(
     watch.seconds += clock() - begin
     seeds, shaped = known.seeds, whole.shaped(jacobians)
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
+
+
+def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
+    """The outputs ``[N, *out]``, with the Jacobians of one input added to ``sums`` and none of them kept.
+
+    None, with nothing added, if that is not one chain of kernels on a CPU.
+    """
+    captured = _program_of(request, route)
+    if captured is None or len(request.wrt) != 1 or not request.samples or route.engine == "reference":
+        return None
+    known, watch = _known(request, route, captured), route.entry.watch
+    if known.whole is None or _way(request, route, captured, known) != "kernels":
+        return None
+    packed = known.whole.packed(captured.tensors)
+    if packed is None:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
+        if watch.seconds * watch.share > watch.cost:  # a comparison is due; afterwards it would be too late
+            few = [x[:SAMPLES] for x in inputs]
+            y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
+            try:
+                watch.compare(request.fn, request.module, few, y)
+            except OutputsChanged:
+                route.refuse(CHANGED)
+                return None
+        begin = clock()
+        y = known.whole.add_to(sums, packed, rows, inputs)
+        watch.seconds += clock() - begin
+    return y
 
 
 def timing(request: Request, route: Route) -> Timing | None:
