@@ -120,7 +120,7 @@ def test_pools_of_any_geometry(pool: list[int], shape: tuple[int, int, int, int]
 @functools.cache
 def _chain(name: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "WORTHWHILE", 2.0)  # local seeds wherever they are possible
+        patch.setattr(lowering, "MOST_LIVE_SHARE", 2.0)  # local seeds wherever they are possible
         patch.setattr(lowering, "FEW_SEEDS", 1)
         gradkern.reset()
         found = arguments(name)

@@ -51,7 +51,7 @@ def way(name: str, pick: Callable[[int, int], int]) -> Iterator[None]:
             stack.enter_context(mock.patch.object(direction, "CUT_WORTHWHILE", (0, 1, 1.25)[pick(0, 2)]))
         elif name == "local":
             tile = (1, 2, 3, 7)[pick(0, 3)]
-            stack.enter_context(mock.patch.object(lowering, "WORTHWHILE", 2.0))
+            stack.enter_context(mock.patch.object(lowering, "MOST_LIVE_SHARE", 2.0))
             stack.enter_context(mock.patch.object(lowering, "FEW_SEEDS", 1))
             stack.enter_context(mock.patch.object(lowering, "seed_tile", lambda seeds, _: min(seeds, tile)))
         elif name == "little":

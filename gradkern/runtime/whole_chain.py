@@ -24,7 +24,7 @@ from .parameters import Packed, bind, content_of, every, leading, weight_cache
 
 HOT_BYTES = 768 << 10  # of Jacobians per thread that stay in its cache beside the weights
 SPILLED_BYTES = 2 << 20  # at most, where the kernels take so many samples together
-FEW = 1024  # samples whose first results are compared with torch's on a GPU
+CONFIRMATION_SAMPLES = 1024  # samples whose first results are compared with torch's on a GPU
 
 
 class WholeChain:
@@ -128,7 +128,9 @@ def whole_chain(
         return None
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
-            jacobian(program, params, [x.detach()[:FEW] for x in inputs], targets, wrt)  # which compares
+            jacobian(
+                program, params, [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs], targets, wrt
+            )  # which compares
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:
