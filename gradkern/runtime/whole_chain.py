@@ -128,9 +128,8 @@ def whole_chain(
         return None
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
-            jacobian(
-                program, params, [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs], targets, wrt
-            )  # which compares
+            few = [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs]
+            jacobian(program, params, few, targets, wrt)  # which compares
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:

@@ -50,7 +50,7 @@ def same(a, b) -> None:
 def test_the_same_bits_as_by_way_of_maps(tmp_path, monkeypatch, method, dtype) -> None:
     net, x = problem()
     net, x = net.to(dtype), x.to(dtype)
-    monkeypatch.setattr(frozen, "HOT_BYTES", 16 * 4 * 111 * 4)  # pieces of 16 samples or 8, and a rest
+    monkeypatch.setattr(whole_chain, "HOT_BYTES", 16 * 4 * 111 * 4)  # pieces of 16 samples or 8, and a rest
     sums, results, calls = stored(tmp_path / "a.zarr", net, x, method=method)
     assert calls == 4  # the probe and three chunks
     by_maps, others, none = stored(tmp_path / "b.zarr", net, x, monkeypatch, method=method)
