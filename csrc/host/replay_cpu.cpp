@@ -112,7 +112,8 @@ int main(int count, char** words) {
       at += 8 + bytes;
       return at - bytes;
     };
-    const std::string name(next(), static_cast<size_t>(bytes));
+    const char* const letters = next();  // before the count is read
+    const std::string name(letters, static_cast<size_t>(bytes));
     const char* const from = next();
     const auto& op = standin::ops().at(name);
     standin::Arguments arguments(from, at);
