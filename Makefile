@@ -26,7 +26,7 @@ REUSE := $(if $(filter 1 true yes,$(REUSE_TORCH)),--reuse-torch)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-matrix docs wheel fuzz soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
+.PHONY: help demo test test-all test-matrix docs wheel fuzz scale soak load bench zoo gpu gpu-1 gpu-2 prebuilt cuda-check sanitize lint format build env clean FORCE
 
 help: ## this list
 	@echo "gradkern: make <target>"
@@ -54,16 +54,20 @@ wheel: $(EXT) ## a manylinux wheel in dist/, proven in fresh environments (ARGS=
 fuzz: $(EXT) ## 25,000 random networks against the plain executor, others each time
 	GRADKERN_FUZZ=20000 $(BIN)/python -m pytest -q tests/runtime/test_random_programs.py -k "kernels or splits" $(ARGS)
 
+scale: $(EXT) ## random networks, each of a seed (ARGS="programs 0 100000", "captured 0 2000" or "rules 0 100000")
+	$(BIN)/python -m tests.support.scale $(ARGS)
+
 soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes 30 --seed 1"
 	$(BIN)/python -m tests.support.soak $(ARGS)
 
 load: $(EXT) ## threads, many calls and models, interrupts, forks, little memory; ARGS="--minutes 5"
 	$(BIN)/python -m tests.support.load $(ARGS)
 
-bench: $(EXT) ## benchmarks against what torch and Captum offer, and the two first questions with their goals
+bench: $(EXT) ## benchmarks against what torch and Captum offer, the two first questions and shares of the peak with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.few_inputs $(filter --quick,$(ARGS))
+	$(BIN)/python -m benchmarks.ceilings $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)
 
@@ -83,7 +87,7 @@ prebuilt: ## the extension with CUDA for another machine's PYTHON (ARGS="--torch
 cuda-check: ## build, link and import the whole extension with CUDA, without a GPU (an environment of 5 GB)
 	@$(PYTHON) tools/cuda_check.py $(ARGS)
 
-sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers
+sanitize: $(EXT) ## the CUDA kernels on the host under the address, undefined-behaviour and thread sanitizers (ARGS=--cpu: and the CPU's)
 	$(BIN)/python -m tests.support.sanitizers $(ARGS)
 
 lint: env ## ruff, mypy and clang-format, changing nothing

@@ -22,7 +22,7 @@ import gradkern
 from benchmarks.gpu import SAMPLES, timed
 from gradkern.codegen.machine import Device
 from gradkern.codegen.records import Extent, PatternRef, Record
-from gradkern.runtime import execution, frozen, ops
+from gradkern.runtime import execution, ops, whole_chain
 from tests.cases import CASES
 
 SHOWN = ("H", "W", "C", "O", "run_length", "window_elements", "elements", "rows", "columns", "terms", "algorithm")
@@ -59,7 +59,7 @@ def captured(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
 
     gradkern.jacobian(model, x, engine="kernel")  # first results are compared with torch's, by more launches
     real = execution.run_chain
-    with mock.patch.object(execution, "run_chain", keep), mock.patch.object(frozen, "run_chain", keep):
+    with mock.patch.object(execution, "run_chain", keep), mock.patch.object(whole_chain, "run_chain", keep):
         gradkern.jacobian(model, x, engine="kernel")
     if len(calls) != 1:
         raise SystemExit(f"benchmarks.gpu_records: expected one chain and one chunk, got {len(calls)} launches")

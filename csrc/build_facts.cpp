@@ -45,6 +45,7 @@ std::vector<std::string> functions() {
 
 std::string isa() { return current_isa().name; }
 int64_t vector_bytes() { return current_isa().vector_bytes; }
+int64_t tile_vectors() { return current_isa().tile_vectors; }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
@@ -85,6 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
   m.def("isa() -> str");                               // the instruction set in use
   m.def("isas() -> str[]");                            // those that this processor can run, best first
   m.def("vector_bytes() -> int");                      // of a vector register of the set in use
+  m.def("tile_vectors() -> int");                      // vectors of output channels in a tile of forward weights
   m.def("advise_huge(int address, int bytes) -> ()");  // asks the system for huge pages for a fresh allocation
   m.def("has_cuda() -> bool");
   m.def("cuda_fingerprint() -> str");             // of the CUDA sources, by setup.py
@@ -97,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradkern, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("vector_bytes", TORCH_BOX(&vector_bytes));
+  m.impl("tile_vectors", TORCH_BOX(&tile_vectors));
   m.impl("advise_huge", TORCH_BOX(&advise_huge));
   m.impl("has_cuda", TORCH_BOX(&has_cuda));
   m.impl("cuda_fingerprint", TORCH_BOX(&cuda_fingerprint));

@@ -34,7 +34,7 @@ GK_HD T outside() {
 
 template <bool Relu, class T>
 GK_HD T rectified(T z) {
-  return Relu & (z < T(0)) ? T(0) : z;
+  return (Relu & (z < T(0))) ? T(0) : z;
 }
 
 // The secant of a ReLU from its reference, or the derivative if the two hardly differ.

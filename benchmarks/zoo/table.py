@@ -44,7 +44,7 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     tried = len({r["name"] for r in results})
     listed = about["networks"]
-    share = f" Of {listed} networks, {tried} were tried, drawn at random." if tried < listed else ""
+    share = f" Of {listed} networks, {tried} were tried, {about['chosen']}." if tried < listed else ""
     parts = [
         INTRODUCTION,
         f"Measured on {machine.one_line(about)} at {commits(about, results)}.{busy}{share} Packages: {versions}.\n",

@@ -93,7 +93,7 @@ void run_move(const MoveRecord& op, Context<T>& ctx, int64_t n) {
     const T* x = at(ctx, op.src, n) + run[0];
     T* y = at(ctx, op.dst, n) + run[1];
     const int64_t count = run[2], dx = run[3], dy = run[4];
-    if (dx == 1 && dy == 1) __builtin_memcpy(y, x, count * sizeof(T));
+    if (dx == 1 && dy == 1) __builtin_memmove(y, x, count * sizeof(T));
     else
       for (int64_t i = 0; i < count; ++i) y[i * dy] = x[i * dx];
   }

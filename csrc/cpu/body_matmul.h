@@ -57,7 +57,7 @@ template <class T, int NV>
 void matmul_rows(MatMulArgs<T> m, int64_t rows) {
   constexpr int PB = max_positions(NV);
   while (rows > 0) {
-    const int64_t step = rows >= 2 * PB ? PB : (rows > PB ? (rows + 1) / 2 : rows);  // two even parts at the end
+    const int64_t step = next_tile(rows, PB);
     matmul_tail<T, NV, PB>(m, step);
     m.a += step * m.a_row;
     m.y += step * m.y_row;
@@ -72,12 +72,7 @@ void matmul(MatMulArgs<T> m, int64_t rows, int64_t columns) {
   for (int64_t v = 0, tiles = (vectors + kMaxNV - 1) / kMaxNV; v < vectors; --tiles) {
     const int64_t nv = (vectors - v + tiles - 1) / tiles;
     m.tail = v + nv == vectors ? columns - (vectors - 1) * VL : VL;
-    switch (nv) {
-      case 1: matmul_rows<T, 1>(m, rows); break;
-      case 2: matmul_rows<T, 2>(m, rows); break;
-      case 3: matmul_rows<T, 3>(m, rows); break;
-      default: matmul_rows<T, 4>(m, rows); break;
-    }
+    with_vectors(nv, [&](auto count) { matmul_rows<T, decltype(count)::value>(m, rows); });
     m.b += nv * VL;
     m.y += nv * VL;
     v += nv;

@@ -63,7 +63,7 @@ void run_seed_dense(const SeedDenseRecord& op, Context<T>& ctx, int64_t n) {
 // The cotangent of an input → the caller's [C][H][W], from the spans of an area; zeros elsewhere.
 template <class T>
 void store_spans(const StoreTRecord& op, const Context<T>& ctx, const T* g, T* y) {
-  const auto [C, H, W] = op.extent;
+  const int64_t C = op.extent.C, H = op.extent.H, W = op.extent.W;  // older clangs capture no structured bindings
   __builtin_memset(y, 0, C * H * W * sizeof(T));
   for_spans(ctx, 0, 0, [&](int64_t h, int64_t first, int64_t count) {
     const T* gr = g + h * op.src.row + first;

@@ -1,14 +1,10 @@
 // Records of contractions, forward and for all seeds backward.  Included by body.h.
 
-// A convolution, or a linear layer over all samples of the block (then positions are samples).
+// A convolution or a linear layer, of one sample or of the whole block.
 template <class T>
 void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
   constexpr int VL = Simd<T>::VL;
-  const int64_t rows = op.whole_block ? 1 : op.H;
-  const int64_t count = op.whole_block ? ctx.samples : op.W;
   WindowArgs<T> a{};
-  a.x_position = op.whole_block ? op.src.sample : op.src.position;
-  a.y_position = op.whole_block ? op.dst.sample : op.dst.position;
   a.run_starts = ctx.tables + op.run_table;
   a.runs = op.runs;
   a.run_length = op.run_length;
@@ -21,11 +17,14 @@ void run_window(const WindowRecord& op, Context<T>& ctx, int64_t n) {
       a.w = w + v * VL * K;
       a.bias = bias + v * VL;
       a.tail = v + nv == vectors ? op.O - (vectors - 1) * VL : VL;
-      for (int64_t h = 0; h < rows; ++h) {
-        a.x = at(ctx, op.src, n) + h * op.src.row + g * op.C;
-        a.y = at(ctx, op.dst, n) + h * op.dst.row + g * op.O + v * VL;
-        window_dispatch<T>(a, static_cast<int>(nv), count);
-      }
+      const T* x = at(ctx, op.src, n) + g * op.C;
+      T* y = at(ctx, op.dst, n) + g * op.O + v * VL;
+      with_vectors(nv, [&](auto count) {
+        constexpr int NV = decltype(count)::value;
+        if (op.whole_block) return window_samples<T, NV>(a, op, x, y, ctx.samples);
+        for (int64_t h = 0; h < op.H; ++h)
+          window_positions<T, NV>(a, {x + h * op.src.row, op.src.position, y + h * op.dst.row, op.dst.position}, op.W);
+      });
       v += nv;
     }
   }

@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "../op_bodies.h"
+#include "check_records.h"
 #include "isa.h"
 #include "local.h"
+#include "statistics.h"
 
 namespace gradkern {
 
@@ -265,9 +267,8 @@ void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& si
 }
 
 void run(const ChainCall& call, const CpuSizes& sizes) {
-  GRADKERN_CHECK(sizes.local <= call.tables.numel(), "gradkern: the table of local seeds begins at ", sizes.local,
-                 ", behind the ", call.tables.numel(), " integers of the tables");
   const Isa& isa = current_isa();
+  check_records(call, sizes, isa.vector_bytes / (call.single() ? sizeof(float) : sizeof(double)));
   call.single() ? launch<float>(isa.f32, call, sizes) : launch<double>(isa.f64, call, sizes);
 }
 
@@ -293,9 +294,70 @@ Tensor rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool 
   return out;
 }
 
+constexpr int64_t kStatisticsGrain = int64_t(1) << 15;  // numbers per thread, which are in the cache
+
+// Clears finite[i] of samples with results or outputs that are not: NaN or Inf among `rows`, NaN among `outputs`.
+template <class T>
+void mark_finite(const Kernels<T>& kernels, const Tensor& rows, const Tensors& outputs, uint8_t* finite) {
+  const int64_t samples = rows.size(0), size = rows.numel() / samples;
+  parallel_for(samples, std::max<int64_t>(1, kStatisticsGrain / size), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      bool good = kernels.all_finite(data<T>(rows) + n * size, size);
+      for (const Tensor& y : outputs) {
+        const T* row = data<T>(y) + n * y.size(1);
+        for (int64_t i = 0; i < y.size(1); ++i) good &= row[i] == row[i];
+      }
+      finite[n] = finite[n] && good;
+    }
+  });
+}
+
+// A few samples at a time, whose results are added to the statistics while they are in the cache.
+void chain_statistics(const Tensors& inputs, const Tensor& packed, const Tensor& tables, const Tensor& forward,
+                      const Tensor& backward, const Ints& sizes, const Tensors& outputs, const Tensor& targets,
+                      const std::optional<Tensor>& seed_rows, int64_t seed_tile, const Tensor& room,
+                      const Tensor& finite, bool skip, bool magnitude, const Tensor& groups,
+                      const std::optional<Tensor>& sum, const std::optional<Tensor>& square,
+                      const std::optional<Tensor>& abs, const std::optional<Tensor>& max,
+                      const std::optional<Tensor>& group) {
+  GRADKERN_CHECK(!inputs.empty() && targets.dim() == 1 && room.dim() >= 2 && room.numel() > 0,
+                 "gradkern: statistics need an input, targets [S] and room for some samples, got ", inputs.size(),
+                 " inputs, targets ", targets.sizes(), " and room ", room.sizes());
+  const int64_t samples = inputs[0].size(0), most = room.size(0);
+  GRADKERN_CHECK(finite.scalar_type() == ScalarType::Bool && finite.is_contiguous() && finite.numel() == samples,
+                 "gradkern: finite must be contiguous bool [", samples, "], got ", finite.scalar_type(), " ",
+                 finite.sizes());
+  const Statistics to{sum, square, abs, max, group, groups};
+  to.check(samples, room.numel() / most);
+  uint8_t* const good = static_cast<uint8_t*>(finite.mutable_data_ptr());
+  for (int64_t first = 0; first < samples; first += most) {
+    const int64_t n = std::min(most, samples - first);
+    Tensors x, y;
+    for (const Tensor& t : inputs) x.push_back(torch::stable::narrow(const_cast<Tensor&>(t), 0, first, n));
+    for (const Tensor& t : outputs) y.push_back(torch::stable::narrow(const_cast<Tensor&>(t), 0, first, n));
+    const Tensor rows = torch::stable::narrow(const_cast<Tensor&>(room), 0, 0, n);
+    chain_vjp<CpuSizes, run>(x, packed, tables, forward, backward, sizes, y, targets, seed_rows, {}, seed_tile, {rows});
+    if (packed.scalar_type() == ScalarType::Float) mark_finite(current_isa().f32, rows, y, good + first);
+    else mark_finite(current_isa().f64, rows, y, good + first);
+    to.add(rows, first, skip ? good + first : nullptr, magnitude, kStatisticsGrain);
+  }
+}
+
 }  // namespace
 
+STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
+  // `chain_vjp` for targets [S], a few samples at a time: as many as `room` [n, S, size] has room for.  Their results
+  // are not kept, but added to statistics as by `accumulate`; of their absolute values if `magnitude`.  finite[i] of
+  // the samples [N] is cleared where a result is NaN or Inf, or an output NaN; with `skip` such samples do not count.
+  m.def(
+      "chain_statistics(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, Tensor backward, int[] sizes, "
+      "Tensor(a!)[] outputs, Tensor targets, Tensor? seed_rows, int seed_tile, Tensor(b!) room, Tensor(c!) finite, "
+      "bool skip, bool magnitude, Tensor groups, Tensor(d!)? sum, Tensor(e!)? square, Tensor(f!)? abs, "
+      "Tensor(g!)? max, Tensor(h!)? group) -> ()");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(gradkern, CPU, m) {
+  m.impl("chain_statistics", TORCH_BOX(&chain_statistics));
   m.impl("rescale", TORCH_BOX(&rescale));
   m.impl("chain_forward", TORCH_BOX((&chain_forward<CpuSizes, run>)));
   m.impl("chain_vjp", TORCH_BOX((&chain_vjp<CpuSizes, run>)));

@@ -69,6 +69,21 @@ struct RecurrentArgs {
   int64_t seeds, steps, hidden, inputs, gates, row;
 };
 
+// Rows of numbers, and the statistics over samples that they are added to: in double, and sample after sample, so that
+// the result depends neither on the threads nor on how samples were divided into calls.
+template <class T>
+struct StatisticsArgs {
+  const T* rows;  // [samples][size]
+  int64_t samples, size;
+  const uint8_t* keep;  // the samples that count; null: all
+  bool magnitude;       // it is the absolute values that are summed
+  double *sum, *square, *abs;
+  float* max;             // of absolute values
+  double* group;          // [groups][group_stride] sums of absolute values; each of the others may be null, too
+  const int64_t* groups;  // [samples]
+  int64_t group_stride;
+};
+
 // The functions of one ISA's translation unit.
 template <class T>
 struct Kernels {
@@ -76,12 +91,15 @@ struct Kernels {
   void (*rescale)(const RescaleArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
   void (*secant)(const RescaleArgs<T>& args, int64_t begin, int64_t end);
   void (*recurrent)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);  // samples
+  void (*add_rows)(const StatisticsArgs<T>& args, int64_t begin, int64_t end);  // elements
+  bool (*all_finite)(const T* numbers, int64_t count);
   int seed_block;  // the most seeds in registers at a time; a tile is cut evenly into blocks of at most that many
 };
 
 struct Isa {
   const char* name;
   int vector_bytes;
+  int tile_vectors;  // of output channels, at most: packed forward weights are cut into such tiles
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;

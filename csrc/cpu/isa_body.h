@@ -5,14 +5,18 @@ namespace GK_NAME {
 #include "body.h"
 #include "recurrent_rows.h"
 #include "rescale_rows.h"
+#include "statistics_rows.h"
 
 #define GK_TEXT(x) GK_STRING(x)
 #define GK_STRING(x) #x
 extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
+                      kMaxNV,
                       supported,
-                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, kMaxSeeds},
-                      {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>, kMaxSeeds}};
+                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, add_rows<float>,
+                       all_finite<float>, kMaxSeeds},
+                      {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>,
+                       add_rows<double>, all_finite<double>, kMaxSeeds}};
 #undef GK_STRING
 #undef GK_TEXT
 }  // namespace GK_NAME

@@ -48,63 +48,117 @@ GK_INLINE Vec<T> keep(Vec<T> v, IVec<T> mask) {
   return (Vec<T>)((IVec<T>)v & mask);
 }
 
-// Store only the first n lanes; the rest of memory is not touched.
+// Store only the first n lanes, fewer than all; the rest of memory is not touched.
 template <class T>
 GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
 #if GK_INTRINSICS == GK_AVX512_INTRINSICS
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
   else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif GK_INTRINSICS == GK_AVX_INTRINSICS
+  // In halves, quarters and single lanes: a masked store of AVX takes tens of cycles on some processors.
+  if constexpr (sizeof(T) == 4) {
+    __m128 part = _mm256_castps256_ps128((__m256)v);
+    if (n & 4) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps((__m256)v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, part);
+  } else {
+    __m128d part = _mm256_castpd256_pd128((__m256d)v);
+    if (n & 2) {
+      _mm_storeu_pd(p, part);
+      part = _mm256_extractf128_pd((__m256d)v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, part);
+  }
 #else
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 
-// Sixteen lanes at a time as bits, for any vector length.  `alive` is ReLU's own test, !(x <= 0), so a NaN is alive,
-// as in torch.
-template <class T>
-GK_INLINE uint32_t alive16(const T* x) {
-#if GK_INTRINSICS == GK_AVX512_INTRINSICS
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_setzero_ps(), _CMP_NLE_UQ);
-  } else {
-    return _mm512_cmp_pd_mask(_mm512_loadu_pd(x), _mm512_setzero_pd(), _CMP_NLE_UQ) |
-           (uint32_t(_mm512_cmp_pd_mask(_mm512_loadu_pd(x + 8), _mm512_setzero_pd(), _CMP_NLE_UQ)) << 8);
-  }
-#elif GK_INTRINSICS == GK_AVX_INTRINSICS
-  if constexpr (sizeof(T) == 4) {
-    const __m256 z = _mm256_setzero_ps();
-    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), z, _CMP_NLE_UQ))) |
-           (uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), z, _CMP_NLE_UQ))) << 8);
-  }
-#endif
-  uint32_t bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= uint32_t(!(x[i] <= T(0))) << i;
-  return bits;
-}
+// ---- comparisons: a mask of lanes, in the form that the instruction set compares into -------------------------
 
+#if GK_INTRINSICS == GK_AVX512_INTRINSICS
+template <class T>
+using Mask = uint32_t;  // a bit per lane
+
+template <class T>
+GK_INLINE uint32_t bits(Mask<T> mask) {
+  return mask;
+}
+template <class T>
+GK_INLINE Vec<T> choose(Mask<T> mask, Vec<T> yes, Vec<T> no) {
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_mask_mov_ps((__m512)no, (__mmask16)mask, (__m512)yes);
+  else return (Vec<T>)_mm512_mask_mov_pd((__m512d)no, (__mmask8)mask, (__m512d)yes);
+}
+// ReLU's own test, !(x <= 0), so a NaN is alive, as in torch.
+template <class T>
+GK_INLINE Mask<T> alive(Vec<T> x) {
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  else return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
+}
 // Where x replaces the running maximum m: greater, or NaN (the last NaN wins, as in torch's max pools).
 template <class T>
-GK_INLINE uint32_t better16(const T* x, const T* m) {
-#if GK_INTRINSICS == GK_AVX512_INTRINSICS
-  if constexpr (sizeof(T) == 4) {
-    const __m512 a = _mm512_loadu_ps(x);
-    return _mm512_cmp_ps_mask(a, _mm512_loadu_ps(m), _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  }
-#elif GK_INTRINSICS == GK_AVX_INTRINSICS
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits = 0;
-    for (int h = 0; h < 2; ++h) {
-      const __m256 a = _mm256_loadu_ps(x + 8 * h), b = _mm256_loadu_ps(m + 8 * h);
-      const __m256 k = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-      bits |= uint32_t(_mm256_movemask_ps(k)) << (8 * h);
-    }
-    return bits;
-  }
-#endif
-  uint32_t bits = 0;
-  for (int i = 0; i < 16; ++i) bits |= uint32_t(x[i] > m[i] || x[i] != x[i]) << i;
-  return bits;
+GK_INLINE Mask<T> better(Vec<T> x, Vec<T> m) {
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)m, _CMP_GT_OQ) |
+           _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  else
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)m, _CMP_GT_OQ) |
+           _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q);
 }
+#else
+template <class T>
+using Mask = IVec<T>;  // all ones or zeros in each lane
+
+template <class T>
+GK_INLINE uint32_t bits(Mask<T> mask) {
+#if GK_INTRINSICS == GK_AVX_INTRINSICS
+  if constexpr (sizeof(T) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  else return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif GK_INTRINSICS == GK_NEON_INTRINSICS
+  if constexpr (sizeof(T) == 4) return vaddvq_u32((uint32x4_t)mask & uint32x4_t{1, 2, 4, 8});
+  else return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)mask & uint64x2_t{1, 2}));
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < Simd<T>::VL; ++i) found |= uint32_t(mask[i] & 1) << i;
+  return found;
+#endif
+}
+template <class T>
+GK_INLINE Vec<T> choose(Mask<T> mask, Vec<T> yes, Vec<T> no) {
+  return (Vec<T>)(((IVec<T>)yes & mask) | ((IVec<T>)no & ~mask));
+}
+// ReLU's own test, !(x <= 0), so a NaN is alive, as in torch.
+template <class T>
+GK_INLINE Mask<T> alive(Vec<T> x) {
+  return ~(x <= Vec<T>{});
+}
+// Where x replaces the running maximum m: greater, or NaN (the last NaN wins, as in torch's max pools).
+template <class T>
+GK_INLINE Mask<T> better(Vec<T> x, Vec<T> m) {
+  return (x > m) | (x != x);
+}
+#endif
+
+// The places of the set bits in a byte, in order; how many there are.
+struct BitPlaces {
+  uint8_t at[256][8] = {};
+  uint8_t count[256] = {};
+  constexpr BitPlaces() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int i = 0; i < 8; ++i)
+        if (byte >> i & 1) at[byte][count[byte]++] = static_cast<uint8_t>(i);
+  }
+};
+constexpr BitPlaces kBitPlaces;
 
 // Append the channel indices of the set bits to the list; returns how many.  May write 16 entries past the end.
 GK_INLINE int64_t append(uint16_t* list, uint32_t bits, int64_t base) {
@@ -115,7 +169,13 @@ GK_INLINE int64_t append(uint16_t* list, uint32_t bits, int64_t base) {
   return __builtin_popcount(bits);
 #else
   int64_t n = 0;
-  for (; bits; bits &= bits - 1) list[n++] = static_cast<uint16_t>(base + __builtin_ctz(bits));
+  for (int half = 0; bits; ++half, bits >>= 8) {
+    const uint8_t* at = kBitPlaces.at[bits & 255];
+    uint16_t places[8];
+    for (int i = 0; i < 8; ++i) places[i] = static_cast<uint16_t>(base + 8 * half + at[i]);
+    __builtin_memcpy(list + n, places, sizeof places);
+    n += kBitPlaces.count[bits & 255];
+  }
   return n;
 #endif
 }

@@ -7,19 +7,34 @@ constexpr int kRegisters = GK_REGISTERS;
 //   y[p][o] = bias[o] + Σ_r Σ_j x[p·x_position + run_starts[r] + j] · w[r·run_length + j][o]
 template <class T>
 struct WindowArgs {
-  const T* x;
-  int64_t x_position;
   const int32_t* run_starts;
   int64_t runs, run_length;
   const T* w;     // [K][NV·VL] of this tile
   const T* bias;  // [NV·VL]
-  T* y;
-  int64_t y_position;
-  int64_t tail;  // live lanes of the last vector
+  int64_t tail;   // live lanes of the last vector
 };
 
-template <class T, int PB, int NV>
-void window_tile(const WindowArgs<T>& a) {
+// Where positions are read and written: in a row, or anywhere.
+template <class T>
+struct RowOfPositions {
+  const T* x0;
+  int64_t dx;
+  T* y0;
+  int64_t dy;
+  GK_INLINE const T* x(int p) const { return x0 + p * dx; }
+  GK_INLINE T* y(int p) const { return y0 + p * dy; }
+};
+constexpr int kListed = 8;  // addresses of these stay in general registers
+template <class T>
+struct ListOfPositions {
+  const T* xs[kListed];
+  T* ys[kListed];
+  GK_INLINE const T* x(int p) const { return xs[p]; }
+  GK_INLINE T* y(int p) const { return ys[p]; }
+};
+
+template <class T, int PB, int NV, class At>
+void window_tile(const WindowArgs<T>& a, const At& at) {
   constexpr int VL = Simd<T>::VL;
   Vec<T> acc[PB][NV];
 #pragma GCC unroll 16
@@ -30,14 +45,14 @@ void window_tile(const WindowArgs<T>& a) {
   }
   const T* w = a.w;
   for (int64_t r = 0; r < a.runs; ++r) {
-    const T* x = a.x + a.run_starts[r];
-    for (int64_t j = 0; j < a.run_length; ++j, ++x, w += NV * VL) {
+    const int64_t start = a.run_starts[r];
+    for (int64_t j = start; j < start + a.run_length; ++j, w += NV * VL) {
       Vec<T> wv[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) wv[v] = load<T>(w + v * VL);
 #pragma GCC unroll 16
       for (int p = 0; p < PB; ++p) {
-        const Vec<T> xb = bcast<T>(x[p * a.x_position]);
+        const Vec<T> xb = bcast<T>(at.x(p)[j]);
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[p][v] += xb * wv[v];
       }
@@ -46,9 +61,9 @@ void window_tile(const WindowArgs<T>& a) {
 #pragma GCC unroll 16
   for (int p = 0; p < PB; ++p) {
 #pragma GCC unroll 16
-    for (int v = 0; v + 1 < NV; ++v) store<T>(a.y + p * a.y_position + v * VL, acc[p][v]);
-    if (a.tail == VL) store<T>(a.y + p * a.y_position + (NV - 1) * VL, acc[p][NV - 1]);
-    else store_n<T>(a.y + p * a.y_position + (NV - 1) * VL, acc[p][NV - 1], a.tail);
+    for (int v = 0; v + 1 < NV; ++v) store<T>(at.y(p) + v * VL, acc[p][v]);
+    if (a.tail == VL) store<T>(at.y(p) + (NV - 1) * VL, acc[p][NV - 1]);
+    else store_n<T>(at.y(p) + (NV - 1) * VL, acc[p][NV - 1], a.tail);
   }
 }
 
@@ -57,37 +72,66 @@ constexpr int max_positions(int nv) {
   int p = (kRegisters - nv - 1) / nv;
   return p > 12 ? 12 : (p < 1 ? 1 : p);
 }
-constexpr int kMaxNV = 4;
+constexpr int kMaxNV = kRegisters >= 32 ? 4 : 2;  // more would leave accumulators for two positions alone
 
-template <class T, int NV, int PB>
-GK_INLINE void window_tail(const WindowArgs<T>& a, int64_t count) {
+template <class T, int NV, int PB, class At>
+GK_INLINE void window_tail(const WindowArgs<T>& a, const At& at, int64_t count) {
   if constexpr (PB > 0) {
-    if (count == PB) window_tile<T, PB, NV>(a);
-    else window_tail<T, NV, PB - 1>(a, count);
+    if (count == PB) window_tile<T, PB, NV>(a, at);
+    else window_tail<T, NV, PB - 1>(a, at, count);
   }
 }
 
+// How many of `count` positions come next.  Two even halves are faster than one full tile and a short rest.
+GK_INLINE int64_t next_tile(int64_t count, int64_t most) {
+  return count >= 2 * most ? most : (count > most ? (count + 1) / 2 : count);
+}
+
 template <class T, int NV>
-void window_positions(WindowArgs<T> a, int64_t count) {
+void window_positions(const WindowArgs<T>& a, RowOfPositions<T> at, int64_t count) {
   constexpr int PB = max_positions(NV);
   while (count > 0) {
-    // Two even halves are faster than one full block and a short rest.
-    const int64_t step = count >= 2 * PB ? PB : (count > PB ? (count + 1) / 2 : count);
-    window_tail<T, NV, PB>(a, step);
-    a.x += step * a.x_position;
-    a.y += step * a.y_position;
+    const int64_t step = next_tile(count, PB);
+    window_tail<T, NV, PB>(a, at, step);
+    at.x0 += step * at.dx;
+    at.y0 += step * at.dy;
     count -= step;
   }
 }
 
-template <class T>
-GK_INLINE void window_dispatch(const WindowArgs<T>& a, int nv, int64_t count) {
-  switch (nv) {
-    case 1: return window_positions<T, 1>(a, count);
-    case 2: return window_positions<T, 2>(a, count);
-    case 3: return window_positions<T, 3>(a, count);
-    default: return window_positions<T, 4>(a, count);
+// All positions of all samples of the block, so that weights are read once for each tile of them.
+template <class T, int NV>
+void window_samples(const WindowArgs<T>& a, const WindowRecord& op, const T* x, T* y, int64_t samples) {
+  constexpr int PB = max_positions(NV) < kListed ? max_positions(NV) : kListed;
+  int64_t n = 0, h = 0, w = 0;
+  for (int64_t count = samples * op.H * op.W; count > 0;) {
+    const int64_t step = next_tile(count, PB);
+    ListOfPositions<T> at;
+    for (int64_t p = 0; p < step; ++p) {
+      at.xs[p] = x + n * op.src.sample + h * op.src.row + w * op.src.position;
+      at.ys[p] = y + n * op.dst.sample + h * op.dst.row + w * op.dst.position;
+      if (++w < op.W) continue;
+      w = 0;
+      if (++h < op.H) continue;
+      h = 0;
+      ++n;
+    }
+    window_tail<T, NV, PB>(a, at, step);
+    count -= step;
   }
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f(Constant<nv>) for 1 ≤ nv ≤ kMaxNV.
+template <int NV = kMaxNV, class F>
+GK_INLINE void with_vectors(int64_t nv, const F& f) {
+  if constexpr (NV > 1)
+    if (nv < NV) return with_vectors<NV - 1>(nv, f);
+  f(Constant<NV>{});
 }
 
 // ---- backward: S seeds × NV vectors of the window, over the live channels of each segment --------------------
@@ -154,7 +198,7 @@ void scatter_tile(const ScatterArgs<T>& a) {
   }
 }
 
-constexpr int kMaxSeeds = GK_REGISTERS >= 32 ? 6 : 4;  // seeds per tile
+constexpr int kMaxSeeds = kRegisters >= 32 ? 6 : 4;  // seeds per tile
 // Vectors per tile for S seeds: accumulators, S broadcasts and one weight vector share the register file.
 constexpr int max_vectors(int s) {
   int v = (kRegisters - 1 - s) / s;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dispatch import batching
 from ..dispatch.request import Request
-from ..dispatch.route import Route, output_shape, shared_route, solve, verdict_now, whole_batch_reason
+from ..dispatch.route import Route, ensure_captured, output_shape, shared_route, solve, whole_batch_reason
 from ..dispatch.targets import Seeds, TopSeeds
 from ..ir.program import Program, Shape
 from ..util.callables import with_given
@@ -75,7 +75,7 @@ class Points:
     def captured(self) -> Program | None:
         """The model's Program, captured now if it is not known; None if the model has none (a warning says why)."""
         if self.route.engine != "autograd":
-            verdict_now(self.base_request, self.route)
+            ensure_captured(self.base_request, self.route)
         return self.route.program
 
     def choose(self, choice: Callable[[int, Shape], Seeds]) -> tuple[Seeds, Shape]:

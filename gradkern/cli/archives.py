@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from typing import Any
 
 import torch
@@ -91,6 +92,14 @@ class Refused(Exception):
     """What a file holds that might run code, in words."""
 
 
+def _size(reader: PT2ArchiveReader, names: list[str], path: str) -> int:
+    """The bytes of all records."""
+    if hasattr(reader.archive_file, "get_record_size"):
+        return sum(map(reader.archive_file.get_record_size, names))
+    with zipfile.ZipFile(path) as archive:  # torch 2.11's reader does not tell
+        return sum(record.file_size for record in archive.infolist())
+
+
 def check(reader: PT2ArchiveReader, path: str) -> None:
     """Raise `BadValue` if the archive holds anything that torch would run, import or unpickle."""
     try:
@@ -98,7 +107,7 @@ def check(reader: PT2ArchiveReader, path: str) -> None:
         for name in names:
             if not RECORDS.fullmatch(name):
                 raise Refused(f"the record {name!r}")
-        check_memory(sum(reader.archive_file.get_record_size(n) for n in names), f"model: {path}")
+        check_memory(_size(reader, names, path), f"model: {path}")
         for name in names:
             if UNPICKLED.fullmatch(name):
                 _check_unpickled(name, reader.read_bytes(name))

@@ -15,8 +15,10 @@ from .spec import ChainSpec
 from .support import NATIVE_FUNCTIONS
 from .tables import Runs, Tables, move_runs, positions, stencil, transposed
 from .units import Node, Unit
-from .weights import ScatterLayout, StencilLayout
+from .weights import ContractionLayout, ScatterLayout, StencilLayout
 
+L2_BYTES = 256 << 10  # weights above this are worth reading once for several samples,
+FEW_POSITIONS = 16  # if a sample has no more than these to use them at
 L1_BYTES = 24 << 10  # weights above this are walked tile by tile (half of a common 48 KiB L1)
 LINE_FUNCTIONS = {
     "softmax": LineFunction.Softmax,
@@ -115,7 +117,7 @@ class Emitter:
         record = records.Window(
             src=src, dst=self.value(out), H=out.H, W=out.W, C=layout.channels, O=layout.O, groups=layout.groups,
             runs=layout.R, run_length=layout.L, run_table=self.tables.add(layout.runs),
-            weights=layout.weights, bias=layout.bias, whole_block=unit.dense,
+            weights=layout.weights, bias=layout.bias, whole_block=self.takes_block(unit, layout),
         )  # fmt: skip
         self.forward.append(record)
 
@@ -136,7 +138,7 @@ class Emitter:
             dst=Place(self.cotangent_buffer(node), node.interior + layout.origin, row=row, position=position),
             O=layout.O, pattern=None if pattern is None else self.buffers.pattern(pattern),
             weights=layout.weights, row_length=layout.row_length, window_table=self.tables.add(layout.window),
-            whole_block=unit.dense,
+            whole_block=self.takes_block(unit, layout),
         )  # fmt: skip
         read = unit.out if pattern is None else pattern.out
         self.backward.append(self.contraction_t(unit, layout, read, common, assign))
@@ -152,10 +154,16 @@ class Emitter:
 
     def sweep(self, unit: units.Window, layout: ScatterLayout) -> int:
         """Segments per sweep over the weights: few if the weights stay in L1, more if they come from L2."""
-        if unit.dense:
+        if self.takes_block(unit, layout):
             return 1 << 30
-        weights = layout.row_length * layout.O * len(layout.taps) * self.spec.itemsize
-        return 8 if weights <= L1_BYTES else 64
+        return 8 if self.weight_bytes(layout) <= L1_BYTES else 64
+
+    def weight_bytes(self, layout: ContractionLayout) -> int:
+        return layout.size * self.spec.itemsize
+
+    def takes_block(self, unit: units.Window, layout: ContractionLayout) -> bool:
+        """Whether the samples of a block go together, so that weights that stay in no cache are read once for all."""
+        return unit.dense or (unit.out.P <= FEW_POSITIONS and self.weight_bytes(layout) > L2_BYTES)
 
     # ---- ReLU and max pool
 

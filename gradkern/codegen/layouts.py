@@ -46,7 +46,7 @@ class Layouts:
     # ---- what depends on the processor
 
     def new_window(self, unit: units.Window) -> WindowLayout:
-        return WindowLayout.of(unit, self.spec.lanes)
+        return WindowLayout.of(unit, self.spec.lanes, self.spec.machine.tile_vectors)
 
     def new_scatter(self, unit: units.Window, pattern: units.Pattern | None) -> ScatterLayout:
         """The cheaper of one window per position and one merged window per pool output.

@@ -38,7 +38,7 @@ from .records import (
 from .scratch import Buffer
 from .units import Node
 
-WORTHWHILE = 0.9  # at most this share of the multiply-adds may be left; otherwise looking for positions does not pay
+MOST_LIVE_SHARE = 0.9  # of the multiply-adds: if more is left, looking for positions does not pay
 TILES = (6, 12, 24, 48)  # seeds that share a tile, if no more of them fit
 PER_TILE = 0.4  # what a tile costs beside its seeds, in seeds: lists of live channels, and the search for positions
 
@@ -69,7 +69,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReachRule:
     """What a record reaches: in `slots` of `Reaches`, from ``src`` to ``dst``; ``axes`` as `Reach` says."""
 
     reach: Reach
@@ -84,7 +84,7 @@ class Reaches:
     """The rules of a chain's backward pass."""
 
     slots: list[Slot]
-    rules: list[Rule]
+    rules: list[ReachRule]
     records: list[Record]
     start: int  # the slot of the seeds
     integers: list[int]  # the chain's tables
@@ -118,7 +118,7 @@ class Reaches:
                 self.mark(rule, record, src, dst)
         return left / max(sum(rule.macs for rule in self.rules), 1.0)
 
-    def mark(self, rule: Rule, record: Record, src: tuple[Tensor, Tensor], dst: tuple[Tensor, Tensor]) -> None:
+    def mark(self, rule: ReachRule, record: Record, src: tuple[Tensor, Tensor], dst: tuple[Tensor, Tensor]) -> None:
         """Mark what the record reaches from ``src`` in ``dst``: masks of rows and of columns."""
         match rule.reach:
             case Reach.All:
@@ -176,7 +176,7 @@ def reaches(e: Emitter) -> Reaches | None:
     nodes = {buffer: node for node, buffer in e.buffers.cotangents.items()}
     numbers = {buffer: k for k, buffer in enumerate(nodes)}
     whole = {buffer for buffer, node in nodes.items() if e.layouts.interleaved_rows(node) > 1}
-    maker = RuleMaker(nodes, numbers, whole, e.tables.integers)
+    maker = ReachRules(nodes, numbers, whole, e.tables.integers)
     slots = [Slot.of(node) for node in nodes.values()]
     start = slots[numbers[starts[0]]]
     if start.H * start.W == 1:
@@ -185,7 +185,7 @@ def reaches(e: Emitter) -> Reaches | None:
 
 
 @dataclass
-class RuleMaker:
+class ReachRules:
     """Makes the rule of each record."""
 
     nodes: dict[Buffer, Node]
@@ -193,7 +193,7 @@ class RuleMaker:
     whole: set[Buffer]  # cotangents whose storage is not by positions
     integers: list[int]
 
-    def rule(self, record: Record) -> Rule:
+    def rule(self, record: Record) -> ReachRule:
         match record:
             case Zero(dst=Place(buffer=b)) | Rectify(dst=Place(buffer=b)) | SeedOneHot(dst=Place(buffer=b)):
                 return self.one(b)
@@ -227,9 +227,9 @@ class RuleMaker:
                 return self.between(record.src.buffer, record.dst.buffer, Reach.All)
         raise TypeError(f"{type(record).__name__} is no record of a backward pass with one-hot seeds")
 
-    def one(self, buffer: Buffer | None) -> Rule:
+    def one(self, buffer: Buffer | None) -> ReachRule:
         assert buffer is not None
-        return Rule(Reach.Nothing, self.numbers[buffer], self.numbers[buffer])
+        return ReachRule(Reach.Nothing, self.numbers[buffer], self.numbers[buffer])
 
     def between(
         self,
@@ -238,11 +238,11 @@ class RuleMaker:
         reach: Reach,
         axes: tuple[list[int], list[int]] = ([], []),
         macs: float = 0.0,
-    ) -> Rule:
+    ) -> ReachRule:
         assert src is not None and dst is not None
         if not self.whole.isdisjoint((src, dst)):
             reach, axes = Reach.All, ([], [])
-        return Rule(reach, self.numbers[src], self.numbers[dst], axes, macs)
+        return ReachRule(reach, self.numbers[src], self.numbers[dst], axes, macs)
 
     def by_positions(self, *buffers: Buffer | None) -> bool:
         """Whether these cotangents have more than one position each."""

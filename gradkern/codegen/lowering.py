@@ -20,7 +20,7 @@ from .emitters import Emitter
 from .encoding import CpuSizes, encode
 from .grouping import GraphBuilder
 from .layouts import Layouts
-from .local import WORTHWHILE, Reaches, best_tile, reaches
+from .local import MOST_LIVE_SHARE, Reaches, best_tile, reaches
 from .machine import Machine
 from .records import Extent, Place, Record, WindowT
 from .scratch import assign_places, block_size, even_tile, mark_lives, round_up, seed_tile, stack_cotangents
@@ -186,7 +186,7 @@ def local_seeds(e: Emitter, tile: int, whole_block: bool) -> tuple[Reaches | Non
     if rules is None:
         return None, tile, 1.0
     most, share = best_tile(rules, tile)
-    return (None, tile, 1.0) if share > WORTHWHILE else (rules, even_tile(seeds, most), share)
+    return (None, tile, 1.0) if share > MOST_LIVE_SHARE else (rules, even_tile(seeds, most), share)
 
 
 def live_lists(backward: list[Record]) -> tuple[int, int]:

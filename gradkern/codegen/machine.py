@@ -12,6 +12,7 @@ class Machine:
 
     isa: str
     vector_bytes: int
+    tile_vectors: int = 2  # of output channels, at most: forward weights are cut into such tiles
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from . import limits
 from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, layout_of
-from .records import ENUMS, KINDS, PARTS, Place, Record
+from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
 
@@ -35,6 +37,32 @@ def limit_lines() -> list[str]:
             value = f"sizeof(T) == 4 ? {value.float32} : {value.float64}"
         lines.append(f"constexpr int {constant} = {value};  // {text}")
     return lines
+
+
+def letters_of(t: Any) -> str:
+    """A letter for every number that a field of this type takes in a row, as `kFields` has them."""
+    if t is Place:
+        return "n" * len(PLACE)
+    if issubclass(t, RecordPart | Record):
+        return "".join(letters_of(inner) for _, inner in layout_of(t))
+    if issubclass(t, IntEnum):
+        return str(len(t))
+    return "2" if t is bool else "d" if t is float else "n"
+
+
+def field_lines() -> list[str]:
+    """What every number of a row may be, by kind."""
+    return [
+        "",
+        "// What the numbers of a row may be, by kind: a digit is the number of values of an enum or a flag, n is any",
+        "// integer that is not negative, d is a double.  The rest of a row is zero.",
+        "struct Fields {",
+        "  const char *kind, *letters;",
+        "};",
+        "constexpr Fields kFields[] = {",
+        *(f'    {{"{kind.__name__}", "n2n{letters_of(kind)}"}},' for kind in KINDS),
+        "};",
+    ]
 
 
 def header() -> str:
@@ -88,7 +116,7 @@ def header() -> str:
     for cls in KINDS:
         out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t whole_block, samples;"]
         out += [*members(cls), "};"]
-    out += ["", *limit_lines()]
+    out += [*field_lines(), "", *limit_lines()]
     return "\n".join([*out, "", "}  // namespace gradkern", ""])
 
 

@@ -23,7 +23,7 @@ from .support import MAX_CHANNELS
 from .units import Fold, Node, Windows2d
 
 ALIGN = 16  # elements
-MAX_VECTORS = 4  # vectors of output channels per forward tile; csrc/cpu/tiles.h: kMaxNV
+L1_ELEMENTS = 6 << 10  # float32 weights that stay in L1: half of a common 48 KiB
 
 
 def aligned(n: int) -> int:
@@ -112,6 +112,7 @@ class WindowLayout(ContractionLayout):
     origin: int  # offset of the first window's start from the interior
     stride: tuple[int, int]
     runs: list[int]  # R offsets
+    tile_vectors: int
 
     @property
     def K(self) -> int:
@@ -127,7 +128,7 @@ class WindowLayout(ContractionLayout):
         return self.vectors * self.lanes
 
     @classmethod
-    def of(cls, unit: units.Window, lanes: int) -> Self:
+    def of(cls, unit: units.Window, lanes: int, tile_vectors: int = 1) -> Self:
         form, node, out = unit.form, unit.reads[0], unit.out
         C, row = node.C, node.row
         if isinstance(form.map, Dense):
@@ -146,7 +147,7 @@ class WindowLayout(ContractionLayout):
         return cls(
             form=form, folds=unit.folds, lanes=lanes, geometry=(C, node.H, node.W), storage_order=unit.storage_order,
             channels=C // groups, O=out.C // groups, groups=groups, R=len(runs), L=length, origin=origin,
-            stride=stride, runs=runs,
+            stride=stride, runs=runs, tile_vectors=tile_vectors,
         )  # fmt: skip
 
     @property
@@ -164,7 +165,7 @@ class WindowLayout(ContractionLayout):
         wide[:, :o] = w.reshape(g, o, k)
         cursor = self.weights
         for group in wide:
-            for first, count in tiles(self.vectors, MAX_VECTORS):
+            for first, count in tiles(self.vectors, self.tile_vectors):
                 tile = group[first * n : (first + count) * n].T  # [K, vectors·lanes]
                 packed[cursor : cursor + tile.numel()] = tile.reshape(-1)
                 cursor += tile.numel()
@@ -201,7 +202,10 @@ class ScatterLayout(ContractionLayout):
 
     @property
     def row_length(self) -> int:
-        return len(self.window) // 2 * self.lanes
+        """Rows that do not all stay in L1 are an odd multiple of `ALIGN` long, so that the pieces of rows that a tile
+        of the window reads fall on all sets of the cache."""
+        length = len(self.window) // 2 * self.lanes
+        return length if length * self.O * len(self.taps) <= L1_ELEMENTS else aligned(length) | ALIGN
 
     @classmethod
     def of(cls, unit: units.Window, lanes: int) -> Self:
@@ -240,8 +244,8 @@ class ScatterLayout(ContractionLayout):
 
     def fill(self, packed: Tensor, params: Params) -> None:
         w = self.rows(params)
-        back = self.view(packed, w.shape[0], len(self.runs), self.row_length // len(self.runs))
-        back[:, :, : self.L] = w.reshape(w.shape[0], len(self.runs), self.L)
+        rows = self.view(packed, w.shape[0], self.row_length)[:, : len(self.window) // 2 * self.lanes]
+        rows.unflatten(1, (len(self.runs), -1))[:, :, : self.L] = w.reshape(w.shape[0], len(self.runs), self.L)
 
     def rows(self, params: Params) -> Tensor:
         """``[taps · O, window]``."""

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from .. import attr
 from ..attr.gradient import GradientMethod
+from ..dispatch import route
 from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
 from ..dispatch.targets import TopK
+from ..runtime.ops import Statistics
 from ..util.options import BadType, BadValue, Engine, use
 from .references import draws, with_references
 
@@ -221,6 +223,24 @@ def saliency(batch: Batch) -> Outcome:
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
     return _finished(batch, attr.InputXGradient)
+
+
+#: The methods whose maps are gradients, and whether they are absolute values.
+_OF_GRADIENTS: dict[Method, bool] = {gradients: False, saliency: True}
+
+
+def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
+    """The model's outputs, and the maps of ``method`` added to ``sums``, without any being kept.
+
+    None, with nothing added, if it is no method of gradients, or no kernel does that for this model.
+    """
+    floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
+    if method not in _OF_GRADIENTS or len(floating) != 1 or batch.engine != "kernel":
+        return None
+    tensors, indices = read_inputs(batch.inputs, floating)
+    sums = replace(sums, magnitude=_OF_GRADIENTS[method])
+    request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets))
+    return route.summed(request, decide(request, batch.engine), sums)
 
 
 def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:

@@ -176,6 +176,18 @@ class Accumulator:
             self.sums[second] = torch.zeros_like(self.sums["sum_group_inputs"])
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
+    def running(self, first: int, finite: Tensor, skip: bool) -> ops.Statistics:
+        """The sums as kernels add to them; `add_counts` must follow.  ``finite`` [n] and ``skip``: as there."""
+        groups, of = (torch.arange(len(finite)) + first) % GROUPS, self.sums.get
+        sums = of("sum"), of("sum_square"), of("sum_abs"), of("max_abs"), of("sum_group_abs")
+        return ops.Statistics(finite, groups, *sums, skip=skip)
+
+    def add_counts(self, first: int, x: Tensor, keep: Tensor | None) -> None:
+        """What `add` adds besides the maps, for targets common to all samples."""
+        number = torch.arange(len(x)) if keep is None else keep
+        self._add_inputs(first, x if keep is None else x[keep], number)
+        self._count(slice(None), (number + first) % GROUPS)
+
     def add(self, first: int, maps: Tensor, x: Tensor, rows: Tensor | None, keep: Tensor | None = None) -> None:
         """Add samples numbered from ``first`` on: ``maps`` [n, S, *in], ``x`` [n, *in], ``rows`` [n, S] or None.
 
@@ -186,8 +198,7 @@ class Accumulator:
             maps, x, rows = maps[keep], x[keep], None if rows is None else rows[keep]
         if len(x) == 0:
             return
-        if "sum_group_inputs" in self.needs:
-            self._add_inputs((number + first) % GROUPS, x.double())
+        self._add_inputs(first, x, number)
         if rows is None:
             self._add(slice(None), first, maps, number)
             return
@@ -197,18 +208,19 @@ class Accumulator:
                 if len(chosen):
                     self._add(slice(c, c + 1), first, maps[chosen, s : s + 1], number[chosen])
 
-    def _add_inputs(self, group: Tensor, wide: Tensor) -> None:
-        """Add the inputs ``wide`` [n, *in], each to its group."""
+    def _add_inputs(self, first: int, x: Tensor, number: Tensor) -> None:
+        """Add the inputs ``x`` [n, *in] of the samples ``number``, each to its group."""
+        if "sum_group_inputs" not in self.needs:
+            return
+        group, wide = (number + first) % GROUPS, x.double()
         count, total = torch.bincount(group, minlength=GROUPS), torch.zeros_like(self.sums["sum_group_inputs"])
         total.index_add_(0, group, wide)
         mean = total / count.clamp(min=1).view(-1, *[1] * (wide.dim() - 1))
         if (squares := self.sums.get("sum_group_inputs_square")) is not None:
             squares.index_add_(0, group, wide.square())
-            self.sums["sum_group_inputs"].index_add_(0, group, wide)
-            self.sums["count_group_inputs"] += count
-            return
-        deviations = torch.zeros_like(total).index_add_(0, group, (wide - mean[group]).square_())
-        self._add_deviations("deviations_group_inputs", slice(None), count, total, deviations)
+        else:
+            deviations = torch.zeros_like(total).index_add_(0, group, (wide - mean[group]).square_())
+            self._add_deviations("deviations_group_inputs", slice(None), count, total, deviations)
         self.sums["sum_group_inputs"] += total
         self.sums["count_group_inputs"] += count
 
@@ -218,22 +230,25 @@ class Accumulator:
         self.sums[name][at] += deviations
         self.sums[name][at] += torch.from_numpy(between((known[0], known[1]), (count.numpy(), total.numpy())))
 
+    def _count(self, at: slice, group: Tensor) -> None:
+        self.sums["count"][at] += len(group)
+        if "count_group" in self.sums:
+            self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
+
     def _add(self, at: slice, first: int, maps: Tensor, number: Tensor) -> None:
         """``maps`` [n, C or 1, *in] of the classes ``at``; ``number`` [n] of the samples within the batch."""
-        n = maps.shape[0]
         group = (number + first) % GROUPS  # [n]
         if "deviations" in self.sums:
             center = maps.mean(0)  # nearly the mean, so that no digits are lost below
             near, squares = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
             add(maps - center.double(), group, near, squares)
+            n = len(group)
             count = torch.full((len(center),), n)
             deviations = (squares - near.square() / n).clamp_(min=0)
             self._add_deviations("deviations", at, count, near + n * center.double(), deviations)
         rows = [self.sums[k][at] if k in self.sums else None for k in ("sum", "sum_square", "sum_abs", "max_abs")]
         groups = self.sums["sum_group_abs"][:, at] if "sum_group_abs" in self.sums else None  # [G, C or 1, *in]
-        self.sums["count"][at] += n
-        if groups is not None:
-            self.sums["count_group"][:, at] += torch.bincount(group, minlength=GROUPS)[:, None]
+        self._count(at, group)
         if "count_ranks" in self.sums:
             self.sums["count_ranks"][at] += ranks(maps.abs())
         total, square, size, largest = rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -221,17 +222,20 @@ def run(
 
 
 def run_as_measured(
-    request: Request, profile: ModelProfile, start: int, results: JacobianResult, *, batched: bool
+    request: Request, profile: ModelProfile, start: int, partial: JacobianResult | None, seeds: int, *, batched: bool
 ) -> JacobianResult:
-    """The same for a model whose samples do not mix: all seeds ``batched`` in one backward, or one after another."""
+    """The same for a model whose samples do not mix: all ``seeds`` in one backward (``batched``), or one by one."""
     device, together = request.inputs[0].device, 1
     if batched:
-        together = profile.seeds_together(results.seeds.count, request.samples, request.sample_bytes, device)
+        together = profile.seeds_together(seeds, request.samples, request.sample_bytes, device)
     chunk = profile.chunk(request.samples, request.sample_bytes, device, together)
     with without_fallback_warning():
+        if partial is None and chunk >= request.samples:  # one piece, of which no progress is shown
+            return fill(request, None, 0, request.samples, together)
         for a, b in spans(start, request.samples, chunk):
-            fill(request, results, a, b, together)
-    return results
+            partial = fill(request, partial, a, b, together)
+    assert partial is not None
+    return partial
 
 
 def fill(
@@ -242,7 +246,8 @@ def fill(
     ``together``: how many seeds to send back at a time; by default, as many as torch is known to batch well.
     """
     with outside_modes():
-        leaves, arguments = _leaves([x[start:stop] for x in request.inputs], request.wrt)
+        whole = stop - start == request.samples
+        leaves, arguments = _leaves(request.inputs if whole else [x[start:stop] for x in request.inputs], request.wrt)
         y = forward(request.fn, request.module, arguments)  # [n, *out]
         results = allocate(request, tuple(y.shape[1:]), partial)
         if start == 0 and request.out is None:
@@ -252,12 +257,16 @@ def fill(
         if request.keep_outputs:
             results.kept.append(y.detach())
         results.choose(start, stop, y)
-        seeds = results.chosen
-        index = seeds.rows(start, stop)
-        rows = [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
+        seeds = results.seeds
+        index = results.indices if whole or results.indices is None else results.chosen.rows(start, stop)
+        rows = results.jacobians if whole else [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
         group = together or _group_size(y, leaves, seeds.count, memory_budget(y.device) // 2)
         batched, small = group > 1, seeds.count * y.numel() <= SMALL_COTANGENTS
-        every = _cotangents(y, index, 0, seeds.count) if small else None  # [S, n, *out]
+        every = None
+        if small and (index is None or index.dim() == 1):
+            every = _known_cotangents(index, seeds.count, y.shape, y.dtype, y.device)  # [S, n, *out]
+        elif small:
+            every = _cotangents(y, index, 0, seeds.count)
         for first in range(0, seeds.count, group):
             last = min(first + group, seeds.count)
             sent = _cotangents(y, index, first, last) if every is None else every[first:last]  # [s, n, *out]
@@ -307,6 +316,14 @@ def _cotangents(y: Tensor, index: Tensor | None, first: int, last: int) -> Tenso
     seeds = seeds.to(y.device).expand(samples, last - first).t()[..., None]  # [s, n, 1]
     hot = torch.zeros(last - first, samples, width, dtype=y.dtype, device=y.device)
     return hot.scatter_(2, seeds, 1).view(last - first, *y.shape)
+
+
+@lru_cache(maxsize=16)
+def _known_cotangents(
+    index: Tensor | None, seeds: int, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`_cotangents` of all seeds for outputs of this shape, remembered: making them takes long in a small call."""
+    return _cotangents(torch.empty(shape, dtype=dtype, device=device), index, 0, seeds)
 
 
 def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.program import Program, Shape
-from ..runtime.frozen import whole_chain
+from ..runtime.whole_chain import whole_chain
 from ..util.options import BadType, BadValue, engine
 from . import batching
 from .request import Request

@@ -165,7 +165,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
     shapes = [(request.samples, *seeds.axes, *x.shape[1:]) for x in inputs]
     flat = [(request.samples, seeds.count, *x.shape[1:]) for x in inputs]
     if request.out is None:
-        forecast(request.gradient_bytes * request.samples * seeds.count)
+        check_fits_in_memory(request.gradient_bytes * request.samples * seeds.count)
         rows = [torch.empty(f, dtype=x.dtype, device=x.device) for f, x in zip(flat, inputs, strict=True)]
     else:
         outs = list(request.out) if isinstance(request.out, (tuple, list)) else [request.out]
@@ -204,7 +204,7 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         ) from error
 
 
-def forecast(size: int) -> None:
+def check_fits_in_memory(size: int) -> None:
     """Refuse a result that cannot fit in memory, so that the process is not killed."""
     if size >= 1 << 30 and size > memory.allowed():
         raise too_large(size)

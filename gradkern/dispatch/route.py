@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..ir.program import Program, Shape
 from ..planner.timing import Timing, Way
-from ..runtime.frozen import whole_chain
+from ..runtime.ops import Statistics
 from ..runtime.parameters import bind
+from ..runtime.whole_chain import whole_chain
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import anchor, is_same, name_of
@@ -27,15 +28,15 @@ from . import batching, eager, guards, state, ways
 from .eager import ModelProfile
 from .first_use import AutogradWork, clock
 from .guards import EagerReason
-from .request import JacobianResult, Request, allocate, check_devices, check_reached, forecast, too_large
+from .request import JacobianResult, Request, allocate, check_devices, check_fits_in_memory, check_reached, too_large
 from .state import CacheEntry, CapturedProgram, KnownCall, ModelState, Verdict
-from .watch import OutputsChanged
+from .watch import SAMPLES, OutputsChanged
 
 VERIFY_SAMPLES = 4
 PROBE_SAMPLES = 3
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
-FEW_SAMPLES = 48  # up to so many samples, profiling the model would take a good part of the time of the call
+MOST_UNPROFILED_SAMPLES = 48  # with so few samples, profiling the model would take much of the time of the call
 
 
 #: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
@@ -207,7 +208,7 @@ def shared_route(request: Request, engine: Engine | None = None) -> Route:
 # Facts about a model that are known, or have to be measured
 
 
-def verdict_now(request: Request, route: Route) -> Verdict | None:
+def ensure_captured(request: Request, route: Route) -> Verdict | None:
     """Capture if that has not been done; None if autograd takes the call at once (and a warning says why)."""
     if route.eager_reason is not None:
         _say_why_eager(route, route.eager_reason)
@@ -291,13 +292,11 @@ def _by_program(
     request: Request, route: Route, captured: CapturedProgram, start: int, results: JacobianResult | None
 ) -> JacobianResult:
     """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
-    known = _known(request, route, captured)
+    known = _known_call(request, route, captured)
     way = _way(request, route, captured, known)
     if way != "kernels":
-        with torch.inference_mode(False):
-            results = allocate(request, captured.program.output_shape, results)
         profile = _profile_of_program(request, route)
-        return eager.run_as_measured(request, profile, start, results, batched=way == "batched")
+        return eager.run_as_measured(request, profile, start, results, known.seeds.count, batched=way == "batched")
     whole = (
         None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, known)
     )
@@ -309,18 +308,22 @@ def _by_program(
     )
 
 
-def _known(request: Request, route: Route, captured: CapturedProgram) -> KnownCall:
+def _known_call(request: Request, route: Route, captured: CapturedProgram) -> KnownCall:
     """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
     whole = request.whole  # parts of a call have the size of the whole
     size = sum([whole >= least for least in ways.SIZES])
     kind = request.wrt, torch.get_num_threads(), size
     seeds_key = request.seeds_key
     if seeds_key is None:
-        return _looked_at(request, route, captured, kind)
-    return captured.verdict.calls.get_or_make((seeds_key, *kind), lambda: _looked_at(request, route, captured, kind))
+        return _make_known_call(request, route, captured, kind)
+    return captured.verdict.calls.get_or_make(
+        (seeds_key, *kind), lambda: _make_known_call(request, route, captured, kind)
+    )
 
 
-def _looked_at(request: Request, route: Route, captured: CapturedProgram, kind: tuple[Hashable, ...]) -> KnownCall:
+def _make_known_call(
+    request: Request, route: Route, captured: CapturedProgram, kind: tuple[Hashable, ...]
+) -> KnownCall:
     route.check_reached(request)
     x, program = request.inputs[request.wrt[0]], captured.program
     seeds = request.choose(request.samples, program.output_shape)
@@ -361,7 +364,7 @@ def _by_whole_chain(
         return None
     if watch.seconds * watch.share > watch.cost:  # a comparison is due
         return None
-    forecast(request.samples * whole.gradient_bytes)
+    check_fits_in_memory(request.samples * whole.gradient_bytes)
     packed = whole.packed(captured.tensors)
     if packed is None:
         return None
@@ -372,6 +375,36 @@ def _by_whole_chain(
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 
 
+def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
+    """The outputs ``[N, *out]``, with the Jacobians of one input added to ``sums`` and none of them kept.
+
+    None, with nothing added, if that is not one chain of kernels on a CPU.
+    """
+    captured = _program_of(request, route)
+    if captured is None or len(request.wrt) != 1 or not request.samples or route.engine == "reference":
+        return None
+    known, watch = _known_call(request, route, captured), route.entry.watch
+    if known.whole is None or _way(request, route, captured, known) != "kernels":
+        return None
+    packed = known.whole.packed(captured.tensors)
+    if packed is None:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
+        if watch.seconds * watch.share > watch.cost:  # a comparison is due; afterwards it would be too late
+            few = [x[:SAMPLES] for x in inputs]
+            y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
+            try:
+                watch.compare(request.fn, request.module, few, y)
+            except OutputsChanged:
+                route.refuse(CHANGED)
+                return None
+        begin = clock()
+        y = known.whole.add_to(sums, packed, rows, inputs)
+        watch.seconds += clock() - begin
+    return y
+
+
 def timing(request: Request, route: Route) -> Timing | None:
     """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
     captured = route.decision
@@ -379,7 +412,7 @@ def timing(request: Request, route: Route) -> Timing | None:
         return None
     if captured.verdict.unused.intersection(request.wrt):
         return None
-    known = _known(request, route, captured)
+    known = _known_call(request, route, captured)
     return _timing(request, route, captured, known) if known.seeds.count else None
 
 
@@ -428,7 +461,7 @@ def _profile_of_run(request: Request, route: Route) -> ModelProfile:
     """The profile for one call on autograd.  One sample is not measured, nor are a few that fit in one forward."""
     samples, profile, reason = request.samples, route.entry.profile, route.eager_reason
     if reason is None or not reason.couples_batch:
-        fits = profile is not None and samples <= FEW_SAMPLES and _fit(request, profile)
+        fits = profile is not None and samples <= MOST_UNPROFILED_SAMPLES and _fit(request, profile)
         if samples == 1 or fits:
             return ModelProfile(mutates=True, one_piece=True)
     return _profile(request, route)

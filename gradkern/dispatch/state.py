@@ -21,8 +21,8 @@ from ..frontend.refusal import NoProgram
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
 from ..ir.program import Opaque, Program
-from ..runtime.frozen import WholeChain
 from ..runtime.parameters import bind
+from ..runtime.whole_chain import WholeChain
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of, modules_behind, name_of
 from ..util.memo import Memo, WeakMemo, on_reset

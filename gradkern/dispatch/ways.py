@@ -19,7 +19,7 @@ from ..planner.timing import Timing, Way
 from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
-from .request import Request, allocate
+from .request import Request
 from .state import CapturedProgram
 from .targets import Seeds
 
@@ -29,7 +29,7 @@ SIZES = (
     32,
 )  # of calls that are measured apart (1, 2–7, 8–31, 32 or more): in small ones the cost per call weighs more
 MOST_SAMPLES = SIZES[-1]
-FEW_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
+SLOW_NETWORK_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
 MOST_SEEDS = 32  # of a measurement on autograd, whose time is proportional to them
 ROUNDS = 7
@@ -65,9 +65,7 @@ def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: 
             if way == "kernels":
                 batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
             else:
-                with eager.outside_modes():
-                    results = allocate(part, captured.program.output_shape)
-                eager.run_as_measured(part, profile, 0, results, batched=way == "batched")
+                eager.run_as_measured(part, profile, 0, None, few.count, batched=way == "batched")
 
         took = seconds_of(work, request.inputs[0].device)
         return took if way == "kernels" else took * seeds.count / few.count
@@ -76,8 +74,8 @@ def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: 
     possible = [way for way in _ways(seeds) if _runs(run, way, warm)]
     best = dict.fromkeys(possible, float("inf"))
     samples = min(request.samples, MOST_SAMPLES)
-    if samples > FEW_SAMPLES and sum(run(way, warm) for way in possible) / warm * samples > PATIENCE[0]:
-        samples = FEW_SAMPLES
+    if samples > SLOW_NETWORK_SAMPLES and sum(run(way, warm) for way in possible) / warm * samples > PATIENCE[0]:
+        samples = SLOW_NETWORK_SAMPLES
     spent = 0.0
     for number in range(ROUNDS):
         shortest = min(best.values())

@@ -24,7 +24,7 @@ from .batch_axis import NonLeadingBatch, inner_extent, per_sample
 from .capture import Captured, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
-from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, real_dtype
+from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
 from .lowerings.fourier import halved
 from .lowerings.nested import last_state, simplified
 from .lowerings.repeated import as_fill, is_fill, row_of
@@ -149,7 +149,7 @@ class _GraphLowering:
 
     def _lower_call(self, node: torch.fx.Node, index: int | None, meta: Tensor) -> Any:
         call = Call(
-            str(node.target),
+            op_name(node.target),
             tuple(self._argument(x) for x in node.args),
             tuple(sorted((k, self._argument(v)) for k, v in node.kwargs.items())),
             index,
@@ -222,7 +222,7 @@ class _GraphLowering:
         if not tensors or not values_in(call):
             raise NoForm("it reads no value")
         kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
-        lifted = Call(str(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
+        lifted = Call(op_name(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
         per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
@@ -311,7 +311,7 @@ class _GraphLowering:
     def _by_form(self, node: torch.fx.Node, call: Call, shape: tuple[int, ...], meta: Tensor) -> Value | Complex:
         if self._is_complex(node, meta):
             kwargs = tuple((k, self._formal(v)) for k, v in node.kwargs.items())
-            formal = Call(str(node.target), tuple(self._formal(x) for x in node.args), kwargs, call.index)
+            formal = Call(op_name(node.target), tuple(self._formal(x) for x in node.args), kwargs, call.index)
             formal = simplified(self.builder, formal)
             if len(calls_in(formal)) > 1:
                 raise NoForm("inside it the batch is not axis 0")

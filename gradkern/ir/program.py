@@ -126,6 +126,16 @@ class Windows:
     def taps(self) -> int:
         return math.prod(self.kernel)
 
+    def outside(self, spatial: Shape) -> list[tuple[int, list[int]]]:
+        """By axis, the windows over ``spatial`` that lie wholly in the padding."""
+        found = []
+        axes = zip(spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        for axis, (n, k, s, (before, after), d) in enumerate(axes):
+            starts = range(-before, n + after - d * (k - 1), s)
+            missing = [i for i, first in enumerate(starts) if not any(0 <= first + j * d < n for j in range(k))]
+            found += [(axis, missing)] if missing else []
+        return found
+
     def __repr__(self) -> str:
         text = "k" + "×".join(map(str, self.kernel))
         if any(s != 1 for s in self.stride):

@@ -58,9 +58,7 @@ def _chosen(s: Slope, form: Select, x: Tensor, places: Tensor) -> Tensor:
     flat positions that it chose."""
     if s.kind == "winner":
         chosen, flat = torch.zeros_like(x).flatten(2), places.flatten(2)
-        inside = (flat >= 0) & (flat < chosen.shape[2])  # a window that lies wholly in the padding chose nothing
-        flat = flat.clamp(0, chosen.shape[2] - 1)
-        return chosen.scatter_reduce_(2, flat, inside.to(x.dtype), "amax").reshape(x.shape)
+        return chosen.scatter_reduce_(2, flat.clamp(min=0), (flat >= 0).to(x.dtype), "amax").reshape(x.shape)
     w, rest, stride = form.windows, s.place, 1
     position = torch.zeros(places.shape[2:], dtype=torch.int64, device=x.device)
     for a in reversed(range(len(w.kernel))):
@@ -69,6 +67,6 @@ def _chosen(s: Slope, form: Select, x: Tensor, places: Tensor) -> Tensor:
         read = (starts + at * w.dilation[a]).reshape(-1, *(1,) * (len(w.kernel) - 1 - a))
         # A place in the padding is never chosen, but its flat position may be that of another place.
         inside = (read >= 0) & (read < x.shape[2 + a])
-        position = torch.where(inside & (position >= 0), position + read * stride, -1)
+        position = torch.where(inside & (position >= 0), position + read * stride, -2)
         stride *= x.shape[2 + a]
     return (places == position).to(x.dtype)

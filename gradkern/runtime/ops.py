@@ -12,6 +12,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,33 @@ PACKAGE = Path(__file__).parents[1]
 HOW_TO_BUILD = "To build it: install a C++ compiler, then `pip install --no-build-isolation .` in a checkout."
 
 
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Sums over samples that Jacobians ``[n, S, *in]`` are added to, sample after sample, instead of being kept.
+
+    ``sum``, ``square``, ``abs``: float64 ``[S, *in]``; ``max`` (of absolute values): float32; ``group``: sums of
+    absolute values, float64 ``[G, S, *in]``, of which sample i goes to row ``groups[i]``.  Those that are None are not
+    taken.  ``finite``, bool ``[n]``, is cleared where a Jacobian is not finite or an output is NaN; with ``skip``,
+    samples for which it is False do not count.  ``magnitude``: ``sum`` is of absolute values, too.
+    """
+
+    finite: Tensor
+    groups: Tensor
+    sum: Tensor | None = None
+    square: Tensor | None = None
+    abs: Tensor | None = None
+    max: Tensor | None = None
+    group: Tensor | None = None
+    skip: bool = False
+    magnitude: bool = False
+
+    @classmethod
+    def none(cls, samples: int) -> Statistics:
+        return cls(torch.ones(samples, dtype=torch.bool), torch.zeros(samples, dtype=torch.int64))
+
+
+#: The ops that return nothing.
+WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent_walk", "recurrent_cells")
 LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
 
@@ -41,7 +69,8 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    if compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
+    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the youngest
+    if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
         return None
@@ -96,14 +125,15 @@ def _machine(device: torch.device | None) -> Machine | NoKernels:
     if c is None:
         return NoKernels()
     if device is None:
-        return Machine(c.isa(), c.vector_bytes())
+        return Machine(c.isa(), c.vector_bytes(), c.tile_vectors())
     if device.type == "cuda" and c.has_cuda():
         number = torch.cuda.current_device() if device.index is None else device.index
         try:
             shared_bytes, processors, kilohertz, capability = c.describe_device(number)
         except RuntimeError as error:  # the extension has no machine code for this GPU
             return NoKernels(str(error).splitlines()[0])
-        return Device("cuda", 16, shared_bytes, processors=processors, kilohertz=kilohertz, capability=capability)
+        facts = {"processors": processors, "kilohertz": kilohertz, "capability": capability}
+        return Device("cuda", 16, shared_bytes=shared_bytes, **facts)
     return NoKernels()
 
 
@@ -214,6 +244,25 @@ def accumulate(
     return native
 
 
+def chain_statistics(
+    inputs: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    sizes: Sizes,
+    outputs: Sequence[Tensor],
+    targets: Tensor,
+    seed_rows: Tensor | None,
+    seed_tile: int,
+    room: Tensor,
+    sums: Statistics,
+) -> None:
+    """`chain_vjp` on a CPU, of as many samples at a time as ``room [n, S, size]`` has room for.  Fills ``outputs``; the
+    Jacobians are not kept, but added to ``sums``.  ``packed``: weights, tables, forward and backward records."""
+    torch.ops.gradkern.chain_statistics(
+        list(inputs), *packed, sizes.integers, list(outputs), targets, seed_rows, seed_tile, room, sums.finite,
+        sums.skip, sums.magnitude, sums.groups, sums.sum, sums.square, sums.abs, sums.max, sums.group,
+    )  # fmt: skip
+
+
 HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
 
 
@@ -238,7 +287,7 @@ def register_fakes() -> None:
             return z.new_empty(1, *z.shape)
         return z.new_empty(pool[0] * pool[1], *z.shape[:2], pool[8], pool[9])
 
-    for writes_alone in ("chain_vjp", "accumulate", "recurrent_walk", "recurrent_cells"):
+    for writes_alone in WRITE_ALONE:
 
         @torch.library.register_fake(f"gradkern::{writes_alone}")
         def _(*arguments: Any) -> None:

@@ -137,11 +137,20 @@ def _matrix(rows: tuple, n: int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def max_pool(w: ir.Windows, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and flat spatial indices of the maxima, both ``[N, C, *out]``."""
+    """Values and flat spatial indices of the maxima, both ``[N, C, *out]``; -1 where a window reads nothing."""
     padding = tuple(before for before, _ in w.padding)
     ceil = any(before != after for before, after in w.padding)
     pools = (F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)
-    return pools[len(w.kernel) - 1](x, w.kernel, w.stride, padding, w.dilation, ceil)
+    y, places = pools[len(w.kernel) - 1](x, w.kernel, w.stride, padding, w.dilation, ceil)
+    # torch names a place outside of the input there, to which its own backward pass on a CPU writes.
+    for axis, missing in outside(w, tuple(x.shape[2:])):
+        places = places.index_fill(2 + axis, torch.tensor(missing, device=x.device), -1)
+    return y, places
+
+
+@lru_cache(maxsize=128)
+def outside(w: ir.Windows, spatial: ir.Shape) -> list[tuple[int, list[int]]]:
+    return w.outside(spatial)
 
 
 def _opaque(call: ir.Call, ids: Sequence[int], args: Sequence[Tensor], params: Params) -> Tensor:
@@ -253,6 +262,8 @@ def _max_pool_back(w: ir.Windows, x: Tensor, out: Tensor, g: Tensor) -> Tensor:
     """Each window's cotangent goes to its maximum: ``g [N, S, C, *out] -> [N, S, C, *spatial]``."""
     n, s, c = g.shape[:3]
     _, indices = max_pool(w, x)  # [N, C, *out]
+    if outside(w, tuple(x.shape[2:])):
+        g, indices = g * (indices >= 0).unsqueeze(1), indices.clamp(min=0)
     if len(w.kernel) == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         places = indices.flatten(2).mT.unsqueeze(1).expand(n, s, -1, c)  # [N, S, *out, C]
         back = g.new_zeros(n, s, math.prod(x.shape[2:]), c)

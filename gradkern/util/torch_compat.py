@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 #: Versions of torch that capturing has been tested with.  With 2.11, Dynamo does not guard mutable default arguments.
-TRIED = ("2.11.0", "2.13.0")
+TRIED = ("2.11.0", "2.13.0", "2.15.0")
 
 try:
     import torch._dynamo as dynamo

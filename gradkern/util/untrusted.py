@@ -37,7 +37,8 @@ def check_memory(wanted: int, what: str) -> None:
 
 
 def check_links(folder: str | Path) -> None:
-    """Raise `BadValue` if a symbolic link inside ``folder`` leads out of it, to files that are not part of it."""
+    """Raise `BadValue` if a symbolic link inside ``folder`` leads out of it, to files that are not part of it, or if
+    something in it is no file: reading a pipe waits for ever."""
     root = os.path.realpath(folder)
     todo = [root]
     while todo:
@@ -50,6 +51,10 @@ def check_links(folder: str | Path) -> None:
                     )
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(entry.path)
+                elif not (
+                    entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or os.path.isdir(entry.path)
+                ):
+                    raise BadValue(f"{entry.path} is neither a file nor a folder, expected the files of a store.")
 
 
 def plain(text: str, *, lines: bool = True) -> str:
@@ -66,13 +71,13 @@ def check_array(array: Any, what: str, *, text: bool = False) -> None:
     """Raise `BadValue` if a zarr array holds anything but numbers (or ``text``), or a chunk of it is larger than the
     memory."""
     codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
-    for codec in codecs:
-        inner = [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]
-        for c in (codec, *inner):
-            if c is not None and type(c).__name__ not in (CODECS | {"VLenUTF8Codec"} if text else CODECS):
-                raise BadValue(
-                    f"{what} is stored with the codec {type(c).__name__}, which is not known to be harmless."
-                )
+    while codecs:
+        codec = codecs.pop()
+        if codec is not None and type(codec).__name__ not in (CODECS | {"VLenUTF8Codec"} if text else CODECS):
+            raise BadValue(
+                f"{what} is stored with the codec {type(codec).__name__}, which is not known to be harmless."
+            )
+        codecs += [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]  # of a shard, maybe of shards
     if array.dtype.kind not in ("OT" if text else NUMBERS):
         raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
     check_memory(array.dtype.itemsize * math.prod(array.chunks), f"{what}: a chunk")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import accuracy, full_set, measure, operations, questions
+from benchmarks import accuracy, ceilings, full_set, kernels, measure, operations, questions, scaling
 from benchmarks import run as benchmark
 from benchmarks.baselines import PEERS, run
 from benchmarks.problems import PROBLEMS, batch_sizes
@@ -172,3 +174,24 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.arguments(["--rounds", "0"])
     assert "from 1 up" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kernels_and_scaling_in_quick_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--steps", "relu", "chain", "--threads", "1"]
+    assert kernels.main(["--quick", *steps, "--out", str(tmp_path / "k.json")]) == 0
+    rows = json.loads((tmp_path / "k.json").read_text())["results"]
+    assert [r["step"] for r in rows] == ["relu", "chain"]
+    assert rows[0]["operations"] == 0 < rows[1]["operations"] < 11 * 2 * (16 * 256 * 27 + 16 * 64 * 144)
+    assert (tmp_path / "k.png").stat().st_size > 1000
+    assert scaling.main(["--quick", "--nets", "mlp", "--out", str(tmp_path / "s.json")]) == 0
+    parts = [r["part"] for r in json.loads((tmp_path / "s.json").read_text())["results"]]
+    assert list(dict.fromkeys(parts)) == list(scaling.PARTS)
+
+
+def test_shares_of_a_matrix_product() -> None:
+    options = argparse.Namespace(quick=True, rounds=1)
+    found = ceilings.measure_net("mlp", "avx2", options, lambda text: None)
+    assert found["share"] == pytest.approx(found["mflop_needed"] / found["us"] * 1e3 / found["gemm_gflops"])
+    assert found["met"] == (found["share"] >= found["goal"] == 0.75)
+    assert len(ceilings.row(json.loads(json.dumps(found, allow_nan=False)))) == len(ceilings.HEAD)

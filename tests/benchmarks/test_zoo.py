@@ -40,7 +40,7 @@ def test_the_page_sums_up_by_kind() -> None:
         "| all | 3 | 1.00× | 1.26× | 1 | 1 |",
     ]
     about = {"busy": True, "packages": {"a": "1.0"}, "commit": "c", "cpu": "x", "cores": 2, "threads": 1, "isa": "y"}
-    about["networks"] = 9
+    about |= {"networks": 9, "chosen": "drawn at random"}
     page = table.page(about | {"torch": "2"}, results)
     assert "other work" in page
     assert "Of 9 networks, 4 were tried, drawn at random." in page

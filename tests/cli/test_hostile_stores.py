@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from click.testing import CliRunner
 from gradkern.cli.main import main
 from gradkern.data import open_store
 from gradkern.util.options import BadValue
-from gradkern.util.untrusted import plain
+from gradkern.util.untrusted import check_array, plain
 
 STORES = Path(__file__).parents[1] / "data" / "stores"
 ROOT = Path(__file__).parents[2]
@@ -295,6 +296,28 @@ def test_links_out_of_the_store(what: str, store: Path) -> None:
     os.symlink(outside, store / what)
     with pytest.raises(BadValue, match="a symbolic link that leads out of"):
         open_store(store)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.symlink(path, path), lambda path: os.symlink("gone", path)]
+)
+def test_what_is_no_file_is_not_waited_for(make: Any, store: Path) -> None:
+    make(store / "attributions" / "c.9.9.9.9")
+    with pytest.raises(BadValue, match=r"c\.9\.9\.9\.9 is neither a file nor a folder"):
+        open_store(store)
+
+
+def test_codecs_inside_of_shards() -> None:
+    class ShardingCodec:
+        def __init__(self, *codecs: Any) -> None:
+            self.codecs = codecs
+
+    array = SimpleNamespace(
+        filters=(), compressors=(), serializer=ShardingCodec(ShardingCodec(Payload(Path()))), dtype=np.dtype("f4"),
+        metadata=SimpleNamespace(zarr_format=3), chunks=(4,),
+    )  # fmt: skip
+    with pytest.raises(BadValue, match="the codec Payload"):
+        check_array(array, "x")
 
 
 def test_the_store_itself_may_be_a_link(store: Path) -> None:

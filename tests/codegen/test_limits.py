@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gradkern.codegen import limits, weights
+from gradkern.codegen import limits
 from gradkern.codegen.cuda import clock_model
 from gradkern.codegen.records_header import HEADER_FILE
 
@@ -16,12 +16,6 @@ pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="no sources here")
 
 def found(file: str, pattern: str) -> list[int]:
     return [int(n) for n in re.findall(pattern, (CSRC / file).read_text())]
-
-
-def test_vectors_of_a_tile():
-    """Packed forward weights are cut into tiles as the kernel reads them, which has a case for each number."""
-    assert found("cpu/tiles.h", r"constexpr int kMaxNV = (\d+);") == [weights.MAX_VECTORS]
-    assert found("cpu/tiles.h", r"case (\d+): return window_positions") == list(range(1, weights.MAX_VECTORS))
 
 
 def test_quads_of_a_lane():

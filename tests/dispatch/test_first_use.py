@@ -9,7 +9,7 @@ from torch import nn
 import gradkern
 from gradkern.dispatch import eager, first_use, route, state
 from gradkern.dispatch.first_use import AutogradWork
-from gradkern.runtime import frozen
+from gradkern.runtime import whole_chain
 
 COST, KERNEL = 1.0, 0.1  # seconds of a capture; of a call on kernels, as a share of one on autograd
 
@@ -77,7 +77,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.passes = 0.0, []
-        real, chain = eager.fill, frozen.WholeChain.__call__
+        real, chain = eager.fill, whole_chain.WholeChain.__call__
 
         def fill(request, partial, start, stop, together=None):
             results = real(request, partial, start, stop, together)
@@ -90,7 +90,7 @@ class Clock:
             return chain(whole, packed, rows, inputs)
 
         monkeypatch.setattr(eager, "fill", fill)
-        monkeypatch.setattr(frozen.WholeChain, "__call__", kernels)
+        monkeypatch.setattr(whole_chain.WholeChain, "__call__", kernels)
         for module in (route, state):
             monkeypatch.setattr(module, "clock", lambda: self.now)
         monkeypatch.setattr(route.ways, "measure", lambda *args: route.Timing(1, {"kernels": 1.0, "loop": 2.0}))

@@ -11,7 +11,7 @@ import torch
 import gradkern
 from gradkern.dispatch import eager, ways
 from gradkern.planner.timing import TIE, Timing
-from gradkern.runtime import executor, frozen
+from gradkern.runtime import executor, whole_chain
 from tests.cases import net
 
 MEASURE = ways.measure  # before any fixture replaces it
@@ -21,7 +21,7 @@ MEASURE = ways.measure  # before any fixture replaces it
 def taken(monkeypatch):
     """What ran, in order: "kernels" or (samples, seeds together), after the model has been measured."""
     runs: list = []
-    real_kernels, real_chain, real_autograd = executor.jacobian, frozen.WholeChain.__call__, eager.fill
+    real_kernels, real_chain, real_autograd = executor.jacobian, whole_chain.WholeChain.__call__, eager.fill
 
     def kernels(*args, **kwargs):
         runs.append("kernels")
@@ -36,7 +36,7 @@ def taken(monkeypatch):
         return real_autograd(request, partial, start, stop, together)
 
     monkeypatch.setattr(executor, "jacobian", kernels)
-    monkeypatch.setattr(frozen.WholeChain, "__call__", chain)
+    monkeypatch.setattr(whole_chain.WholeChain, "__call__", chain)
     monkeypatch.setattr(eager, "fill", autograd)
     return runs
 

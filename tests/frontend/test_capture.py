@@ -204,6 +204,8 @@ STALE: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], Change]] = {
 
 @pytest.mark.parametrize("name", STALE)
 def test_changed_state_is_seen(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "mutable default" and torch.__version__ < "2.13":
+        pytest.xfail("Dynamo of torch 2.11 does not guard mutable default arguments (docs/installing.md)")
     fn, change = STALE[name]
     model, x = network(fn, part=Derived(), act=nn.Tanhshrink()), torch.randn(3, 4).double()
     before = expect(model, x, engine)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradkern.ir.program import Opaque
 from gradkern.runtime import executor as engine
 from gradkern.runtime import reference
-from tests.support import oracle
+from tests.support import oracle, scale
 from tests.support.capturing import bind, to_program, verify
 from tests.support.case import closed, randomise_norm
 
@@ -117,3 +117,15 @@ def test_random_convolutional_networks(net: tuple[nn.Module, tuple[int, ...]], n
         y, (got,) = executor.jacobian(program, params, (x,), targets)
         assert oracle.relative_error(y, want_y) < 1e-10, executor.__name__
         assert oracle.relative_error(got, right) < 1e-10, executor.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_others_in_each_run(part: int) -> None:
+    """All kinds of layers, dtypes, targets, chunks, threads and directions, through the public calls."""
+    first = torch.initial_seed() % (1 << 30)  # another in each part and run, unless GRADKERN_SEED is given
+    for seed in range(first, first + 10):
+        try:
+            scale.one("captured", seed)
+        except Exception as error:
+            raise AssertionError(f"python -m tests.support.scale captured {seed} 1") from error

@@ -177,7 +177,7 @@ def test_a_chain_is_lowered_once(kib, monkeypatch):
         return chain
 
     monkeypatch.setattr(groups, "lower_for", lambda machine: counted)
-    p = plan.plan(program_of("maxpool2d"), 3, machine=Device("cuda", 16, kib << 10))
+    p = plan.plan(program_of("maxpool2d"), 3, machine=Device("cuda", 16, shared_bytes=kib << 10))
     assert p.single_chain == (kib == 227)
     before = len(lowered)
     for k, group in enumerate(p.groups):

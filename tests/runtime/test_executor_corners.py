@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradkern.ir.program import Channels, Contract, Positions, Program, Scale, Step, Sum, View
+import gradkern
+from gradkern.ir.program import Channels, Contract, Positions, Program, Scale, Select, Step, Sum, View, Windows
+from gradkern.passes import direction
 from gradkern.runtime import executor, reference
 from tests.support import capturing, oracle
 from tests.support.case_runs import EXACT, run, worst
@@ -166,3 +168,28 @@ def test_an_integer_input_first_leaves_the_kernels_to_the_others():
     y = model(index, leaf)
     want = torch.stack([torch.autograd.grad(y[:, c].sum(), leaf, retain_graph=True)[0] for c in range(3)], 1)
     assert oracle.relative_error(jac, want) <= EXACT
+
+
+OUTSIDE = Windows((1, 2), (1, 1), ((0, 0), (1, 1)), (1, 6))  # the only window along a row of 5: taps at -1 and 5
+
+
+@pytest.mark.parametrize("forward_worthwhile", [0, float("inf")])
+def test_a_window_that_lies_wholly_in_the_padding_passes_nothing(forward_worthwhile, monkeypatch, fresh_plans):
+    """torch names the first place of the next row there, or one outside of the input."""
+    monkeypatch.setattr(direction, "FORWARD_WORTHWHILE", forward_worthwhile)
+    pooled = (Step(Select(OUTSIDE), (0,), (2, 3, 1)), Step(Scale("relu"), (1,), (2, 3, 1)))
+    steps = (*pooled, Step(View(), (2,), (6,)), Step(View(), (0,), (30,)), dense(6, 30, 4), Step(Sum(), (3, 5), (6,)))
+    program = Program(((2, 3, 5),), steps, 6)
+    params = {"w6x30": torch.randn(6, 30).double()}
+    x = torch.randn(2, 2, 3, 5).double()
+    want = params["w6x30"].view(6, 2, 3, 5).expand(2, -1, -1, -1, -1)
+    for jacobian in (executor.jacobian, reference.jacobian):
+        y, (got,) = jacobian(program, params, (x,))
+        assert torch.allclose(y, x.flatten(1) @ params["w6x30"].T)
+        assert torch.allclose(got, want)
+
+
+def test_a_pool_that_torch_cannot_go_back_through_is_refused():
+    model = nn.Sequential(nn.MaxPool1d(2, 1, 1, 6), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"has windows that read nothing of its input of \(5,\)"):
+        gradkern.jacobian(model, torch.randn(2, 2, 5), engine="kernel")

@@ -28,7 +28,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from gradkern.runtime import call_plan, executor, frozen, parameters, reference
+from gradkern.runtime import call_plan, executor, parameters, reference, whole_chain
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
@@ -67,7 +67,7 @@ def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh_plans):
     first = {"v4x4": torch.randn(4, 4, dtype=torch.float64)}
     x, w = (torch.randn(3, 4, dtype=torch.float64),), torch.randn(2, 4, dtype=torch.float64)
     for live in (w, -w):
-        chain = frozen.whole_chain(program, parameters.bind(program, {"w": live, **first}), x, None, (2,), (0,))
+        chain = whole_chain.whole_chain(program, parameters.bind(program, {"w": live, **first}), x, None, (2,), (0,))
         packed = chain.packed({"w": live, **first})
         for other in (live, -live):
             params = parameters.bind(program, {"w": other, **first})
@@ -253,7 +253,7 @@ def test_outputs_count_against_the_memory_budget(monkeypatch):
     """
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3000)).eval()
     x = torch.randn(20_000, 4)
-    kept, sizes, plain = [], [], frozen.run_chain
+    kept, sizes, plain = [], [], whole_chain.run_chain
 
     def watched(*args):
         assert all(y() is None for y in kept)
@@ -262,7 +262,7 @@ def test_outputs_count_against_the_memory_budget(monkeypatch):
         sizes.append(y.nbytes)
         return [y]
 
-    monkeypatch.setattr(frozen, "run_chain", watched)
+    monkeypatch.setattr(whole_chain, "run_chain", watched)
     with gradkern.use(memory_budget=32 << 20):
         out = gradkern.jacobian(model, x, 7, engine="kernel")
     assert sum(sizes) == 20_000 * 3000 * 4

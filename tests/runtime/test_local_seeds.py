@@ -27,7 +27,7 @@ def always_local(monkeypatch, fresh_plans):
 
 
 def make_local(monkeypatch, tile):
-    monkeypatch.setattr(lowering, "WORTHWHILE", 2.0)
+    monkeypatch.setattr(lowering, "MOST_LIVE_SHARE", 2.0)
     monkeypatch.setattr(lowering, "FEW_SEEDS", 1)
     monkeypatch.setattr(lowering, "seed_tile", lambda seeds, per_seed: min(seeds, tile))
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gradkern
+from gradkern.codegen import lowering
 from gradkern.data import statistics
 from gradkern.runtime import ops
 from tests.support.op_arguments import arguments
@@ -113,3 +115,61 @@ def test_pools_of_any_geometry(pool: list[int], shape: tuple[int, int, int, int]
     except ERRORS:
         return
     assert result.shape == (pool[0] * pool[1], *shape[:2], pool[8], pool[9])
+
+
+@functools.cache
+def _chain(name: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "MOST_LIVE_SHARE", 2.0)  # local seeds wherever they are possible
+        patch.setattr(lowering, "FEW_SEEDS", 1)
+        gradkern.reset()
+        found = arguments(name)
+    gradkern.reset()
+    G.chain_vjp(*found.values())
+    return found
+
+
+CHAINS = ("maxpool1d", "conv1d_groups", "view_channels", "matmul", "softmax", "avgpool2d", "residual")
+PARTS = ("forward", "backward", "tables", "sizes", "packed", "seed_rows", "inputs", "outputs", "results")
+
+
+@settings(examples, max_examples=300)
+@given(st.sampled_from(CHAINS), st.sampled_from(PARTS), st.data())
+def test_numbers_of_records_at_random(name: str, part: str, data: st.DataObject) -> None:
+    """An error or an end; `make sanitize ARGS=--cpu` tries many more of them under the sanitizers."""
+    found = {key: list(v) if isinstance(v, list) else v for key, v in _chain(name).items()}
+    value = found[part]
+    if part == "sizes":
+        found[part][data.draw(st.integers(0, len(value) - 1))] = data.draw(st.integers(-1, 1 << 16))
+    elif part in ("forward", "backward", "tables"):
+        found[part] = value.clone()
+        at = data.draw(st.integers(0, value.numel() - 1))
+        small = st.integers(-70, 70)
+        change = data.draw(st.one_of(small, small.map(lambda k: int(value.view(-1)[at]) + k), INTEGERS))
+        kept = max(min(change, 2**31 - 1), -(2**31)) if part == "tables" else change
+        found[part].view(-1)[at] = kept
+    elif isinstance(value, list):
+        found[part][0] = value[0][..., : data.draw(st.integers(0, value[0].shape[-1] - 1))].contiguous()
+    elif value is not None:
+        found[part] = value[..., : data.draw(st.integers(0, value.shape[-1] - 1))].contiguous()
+    try:
+        G.chain_vjp(*found.values())
+    except ERRORS:
+        return
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("seed_rows", lambda rows: None, "reads the rows of the last weight, and none are given"),
+        ("inputs", lambda xs: [x[..., :-1].contiguous() for x in xs], "numbers of each sample in input 0, got"),
+        ("tables", lambda t: t[:-1], "of the tables"),
+        ("packed", lambda w: w[:100], "reads weights up to"),
+        ("forward", lambda f: torch.cat([f, f[:1].fill_(99)]), "unknown kind 99"),
+    ],
+)  # fmt: skip
+def test_records_and_tensors_of_different_plans(part: str, change: Any, said: str) -> None:
+    found = fresh()
+    found[part] = change(found[part].clone() if isinstance(found[part], Tensor) else found[part])
+    with pytest.raises(RuntimeError, match=said):
+        G.chain_vjp(*found.values())

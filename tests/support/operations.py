@@ -75,7 +75,20 @@ FORMS: dict[str, dict[str, Operation]] = {
         "einsum_dot": (S, lambda h: torch.einsum("nij,nij->n", h, h.tanh()).unsqueeze(1)),
         "einsum_dots": (I, lambda h: torch.einsum("b...ij,b...kj->b...ik", h, h.tanh())),
         "einsum_mul": (S, lambda h: torch.einsum("nij,nj->nij", h, h[:, 0].tanh())),
+        "einsum_token": (
+            S,
+            lambda h: torch.einsum("bid,bjd->bij", (R(1, 6, 8).expand(h.shape[0], -1, -1) @ R(8, 8)), h),
+        ),
         "einsum_two_const": (S, lambda h: torch.einsum("nij,ik,jl->nkl", h, R(6, 3), R(8, 2))),
+    },
+    "names": {  # other names of ops, and conversions and caches that change nothing
+        "aliases": (S, lambda h: torch.multiply(h, 2).subtract(h.negative()).divide(3).absolute().clip(-1, 1).arctan()),
+        "aliases_special": (
+            S,
+            lambda h: torch.special.expit(torch.concat([h, torch.special.erf(h)], 1)).moveaxis(1, 2),
+        ),
+        "cat_empty": (I, lambda h: torch.cat([torch.tensor([], dtype=h.dtype), h, h.tanh()], dim=-2)),
+        "type_as": (S, lambda h: h.type_as(R(1).to(h)).to("cpu").to(h.tanh())),
     },
     "matmul": {
         "matmul_const_left": (S, lambda h: R(6, 8).T @ h),

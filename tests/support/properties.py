@@ -55,6 +55,22 @@ def agrees(net: Network, n: int, targets: Tensor | None, wrt, seed: int, poisone
         close(got[clean], right[clean])
 
 
+def agrees_in_float32(net: Network, n: int, targets: Tensor | None, wrt, seed: int) -> None:
+    """Against float64 at the same numbers; torch's own float32 says how badly conditioned a sample is."""
+    params, inputs = net.params(seed, torch.float32), net.inputs(n, seed + 1, torch.float32)
+    with torch.no_grad():
+        _, found = executor.jacobian(net.program, params, inputs, targets, wrt)
+    wide = {k: v.double() for k, v in params.items()}
+    xs = [x.double() for x in inputs]
+    _, want = reference.jacobian(net.program, wide, xs, targets, wrt)
+    _, plain = reference.jacobian(net.program, params, inputs, targets, wrt)
+    for got, right, torch_own in zip(found, want, plain, strict=True):
+        scale = max(float(right.abs().max()) if right.numel() else 0.0, 1e-2)
+        for m in range(n):
+            mine, theirs = ((j[m].double() - right[m]).abs().max() / scale for j in (got, torch_own))
+            assert mine <= max(1e-5, 20 * theirs), (m, float(mine), float(theirs))  # a pattern may flip in both
+
+
 def close(got: Tensor, want: Tensor) -> None:
     # Where a gradient cancels (a mean over a softmax) rounding is all that is left of it, hence the floor.
     scale = max(float(want.abs().max()) if want.numel() else 0.0, 1e-3)

@@ -84,8 +84,9 @@ class Network:
 class Grower(Forms):
     """Grows a network; ``pick(low, high)`` makes every choice."""
 
-    def __init__(self, pick: Callable[[int, int], int], foreign: bool) -> None:
+    def __init__(self, pick: Callable[[int, int], int], foreign: bool, outside: bool = False) -> None:
         self.pick, self.foreign = pick, foreign
+        self.outside = outside  # pools may have windows wholly in the padding, whose results are infinite
         self.inputs: list[Shape] = []
         self.steps: list[Step] = []
         self.params: list[tuple[str, Shape]] = []
@@ -246,9 +247,13 @@ class Grower(Forms):
     def pool(self, v: int) -> None:
         if v in self.ties:
             return
-        ceil = self.pick(0, 2) == 0
+        ceil, outside = self.pick(0, 2) == 0, self.outside and self.pick(0, 19) == 0
         axes, out = [], []
         for n in self.shape(v)[1:]:
+            if outside and not axes:  # the only window along this axis has a tap before the input, and one behind it
+                axes.append((2, 1, (1, 1), n + 1))
+                out.append(1)
+                continue
             k, d = self.pick(1, min(4, n)), self.choose([1, 1, 1, 2])
             d = d if d * (k - 1) + 1 <= n else 1
             s, p = self.choose([k, k, 1, 2, 3]), self.choose([0, 0, k // 2])
@@ -260,6 +265,8 @@ class Grower(Forms):
         overlap = any(s < d * (k - 1) + 1 for k, s, _, d in axes)
         kernel, stride, padding, dilation = zip(*axes, strict=True)
         self.emit(Select(Windows(kernel, stride, padding, dilation)), (v,), (self.shape(v)[0], *out), ties=overlap)
+        if outside:  # minus infinity
+            self.emit(Scale("relu"), (self.last,), self.shape(self.last), ties=True)
 
     def average(self, v: int) -> None:
         axes = []

@@ -1,7 +1,10 @@
-"""The CUDA kernels under the sanitizers, on the host: ``python -m tests.support.sanitizers [address|thread] ...``
+"""The kernels under the sanitizers, on the host and without torch::
 
-Launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs them again: as
-many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be bit-equal.
+    python -m tests.support.sanitizers [address|thread] [--cpu|--long]
+
+The CUDA kernels: launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs
+them again: as many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be
+bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from gradkern import attr
 from gradkern.attr.rules.rule_methods import with_relu
 from gradkern.runtime import executor
 from tests.cases import CASES
-from tests.support import capturing
+from tests.support import capturing, cpu_replay
 from tests.support.host_device import CSRC, FLAGS, HostDevice, installed
 
 KINDS = {"address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "thread": ("-fsanitize=thread",)}
@@ -56,8 +59,8 @@ def recordings():
             yield f"{name} {number}", recording
 
 
-def main(kinds: list[str]) -> int:
-    failed = 0
+def main(words: list[str]) -> int:
+    kinds, failed = [w for w in words if not w.startswith("--")], 0
     with tempfile.TemporaryDirectory() as folder:
         launches = list(recordings())
         for kind in kinds or list(KINDS):
@@ -78,6 +81,8 @@ def main(kinds: list[str]) -> int:
                 "clean" if not failed else "",
                 flush=True,
             )
+            if {"--cpu", "--long"} & set(words):
+                failed += cpu_replay.main(kind, KINDS[kind], Path(folder), "--long" in words)
     return failed > 0
 
 

@@ -9,7 +9,7 @@ from ..records import ContractionT, DenseT, Place, ScatterAlgorithm, ScatterT, Z
 from ..spec import ChainSpec
 from ..tables import Runs
 from ..units import Node, Unit
-from ..weights import ScatterLayout, mergeable
+from ..weights import ContractionLayout, ScatterLayout, mergeable
 from . import clock_model
 from .weights import DeviceScatter, DeviceWindow, NarrowScatter, QuadScatter
 
@@ -60,6 +60,9 @@ class DeviceEmitter(Emitter):
         shared = node.memory in self.buffers.values  # by a unit that works in place: its border is zero already
         if not shared and node.size != filled:
             self.forward.append(Zero(dst=Place(self.buffers.value(node), 0), elements=node.size))
+
+    def takes_block(self, unit: units.Window, layout: ContractionLayout) -> bool:
+        return unit.dense
 
     def contraction_t(
         self, unit: units.Window, layout: ScatterLayout, read: Node, common: ContractionT, assign: bool

@@ -31,7 +31,8 @@ def attributes(
     stored = probe.map_elements * forecast.itemsize(settings.dtype) if settings.maps else 0
     sums = probe.sums_bytes(settings.reductions)
     chunk = min(settings.chunk or forecast.chunk_size(source.samples, stored, probe.input_bytes, sums), source.samples)
-    batch = settings.batch or forecast.batch_size(chunk, probe.map_bytes, settings.maps, budget)
+    whole = settings.maps or sums_only(source, probe)
+    batch = settings.batch or forecast.batch_size(chunk, probe.map_bytes, whole, budget)
     about: dict[str, Any] = {
         "format": FORMAT,
         "keys": fingerprint.KEYS,
@@ -58,6 +59,11 @@ def attributes(
         **_padding(source),
     }
     return about | ({"made_by": dict(made_by)} if made_by else {})
+
+
+def sums_only(source: Source, probe: Probe) -> bool:
+    """Whether maps are added to statistics by the kernels that compute them, so that none are kept."""
+    return probe.sums_only and source.padding is None
 
 
 def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:

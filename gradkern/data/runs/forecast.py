@@ -57,7 +57,7 @@ def chunk_size(samples: int, stored: int, read: int, sums: int = 0) -> int:
 
 
 def batch_size(chunk: int, maps: int, keeps: bool, budget: int) -> int:
-    """Samples per call of the engine.  ``maps``: bytes of a sample's maps; ``keeps``: they are stored."""
+    """Samples per call of the engine.  ``maps``: bytes of a sample's maps; ``keeps``: stored, or never made."""
     fits = _power(budget // max(maps, 1))
     cached = fits if keeps else max(SMALLEST_CACHED, _power(CACHED_BYTES // max(maps, 1)))
     return max(1, min(chunk, cached, fits))

@@ -20,7 +20,7 @@ from ...dispatch.route import decide, timing, whole_batch_reason
 from ...dispatch.targets import Seeds
 from ...ir.program import Program
 from ...planner.timing import Way
-from ...runtime import executor
+from ...runtime import executor, ops
 from ...util import options
 from ...util.buffers import buffers_kept
 from ...util.options import BadType, BadValue, Engine, debugging
@@ -43,6 +43,7 @@ class Probe:
     rate: float
     alone: Alone  # the samples that were read
     way: Way | None = None  # of gradients, if kernels and autograd were compared
+    sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
     @property
     def seeds(self) -> int:
@@ -118,7 +119,14 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
     begin = time.perf_counter()
     with ways.pinned(way):
         method(batch)
-    return Probe(program, engine, outcome, inputs, len(chosen) / (time.perf_counter() - begin), alone, way)
+    rate = len(chosen) / (time.perf_counter() - begin)
+    with ways.pinned(way):
+        sums_only = settings.sums_alone and outcome.rows is None and adds_up(method, batch)
+    return Probe(program, engine, outcome, inputs, rate, alone, way, sums_only)
+
+
+def adds_up(method: methods.Method, batch: methods.Batch) -> bool:
+    return methods.summed(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
 
 
 def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:

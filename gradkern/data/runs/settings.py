@@ -61,6 +61,11 @@ class Settings:
         if not self.maps and not self.reductions and not self.top_features:
             raise BadValue("maps: got False without reductions or top_features, so nothing but predictions is left.")
 
+    @property
+    def sums_alone(self) -> bool:
+        """Whether all that is stored of the maps are sums over samples."""
+        return not self.maps and not self.top_features and {"ranks", "variance"}.isdisjoint(self.reductions)
+
 
 class RunOptions(TypedDict, total=False):
     """The fields of `Settings` that are keywords everywhere (method and target are positional too)."""

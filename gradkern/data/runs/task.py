@@ -50,6 +50,7 @@ class Task:
         self.pinned = results.about["pinned"]
         self.nonfinite = results.about.get("nonfinite", "keep")
         self.batch = int(self.pinned["batch"])
+        self.sums_only = contents.sums_only(source, probe)
         self.reading = Reading(source, results, probe.alone, settings.trust_source)
         self.pool: Pool | None = None
         maps = probe.outcome.maps
@@ -221,9 +222,14 @@ class Task:
         which, samples = slice(first, first + inputs[0].shape[0]), self.results.samples
         targets = targets_of(self.settings.targets, which, samples)
         arguments = methods.arguments_of(self.method, self.settings.arguments, which, samples, inputs)
-        outcome = self.method(methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out))
-        outcome = self._without_padding(outcome, which)
-        keep = self._finite(inputs, first, outcome, bad)
+        batch = methods.Batch(self.model, inputs, targets, self.pinned["engine"], arguments, first, out)
+        if self.sums_only and (outputs := self._summed(batch, reducers, bad)) is not None:
+            return {"predictions": outputs}
+        outcome = self._without_padding(self.method(batch), which)
+        finite = self._finite_inputs(inputs) & ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
+        for maps in outcome.maps:
+            finite &= finite_rows(maps).cpu()
+        keep = self._counted(finite, first, bad)
         rows = {"predictions": outcome.outputs}
         if outcome.rows is not None:
             rows["targets"] = outcome.rows
@@ -250,16 +256,30 @@ class Task:
         maps = tuple(m.masked_fill(~mask[:, None], 0) for m, mask in zip(outcome.maps, masks, strict=True))
         return replace(outcome, maps=maps)
 
-    def _finite(
-        self, inputs: tuple[Tensor, ...], first: int, outcome: methods.Outcome, bad: list[int]
+    def _summed(
+        self, batch: methods.Batch, reducers: Mapping[str, statistics.Accumulator], bad: list[int]
     ) -> Tensor | None:
-        """The samples of a batch that statistics count, by index; None for all.  The settings say what is to be done
-        about maps that are not finite, and about such inputs where their statistics are taken."""
-        values = outcome.maps
+        """The outputs of a batch, its maps added to the statistics by the kernels; None, with nothing added, if they
+        cannot do that."""
+        (reducer,), (i,) = reducers.values(), self.probe.floating
+        finite = self._finite_inputs(batch.inputs)
+        sums = reducer.running(batch.first, finite, self.nonfinite == "skip")
+        outputs = methods.summed(self.method, batch, sums)
+        if outputs is not None:
+            reducer.add_counts(batch.first, batch.inputs[i].detach(), self._counted(finite, batch.first, bad))
+        return outputs
+
+    def _finite_inputs(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Which samples have finite inputs, if statistics of these are taken; ``[n]``."""
+        finite = torch.ones(len(inputs[0]), dtype=torch.bool)
         if "importance" in self.settings.reductions:
-            values += tuple(inputs[i] for i in self.probe.floating)
-        known = ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
-        finite = torch.stack([known, *(finite_rows(v).cpu() for v in values)]).all(0)
+            for i in self.probe.floating:
+                finite &= finite_rows(inputs[i]).cpu()
+        return finite
+
+    def _counted(self, finite: Tensor, first: int, bad: list[int]) -> Tensor | None:
+        """The samples of a batch that statistics count, by index; None for all.  The settings say what is to be done
+        about those that are not finite."""
         if bool(finite.all()):
             return None
         new = [first + int(i) for i in (~finite).nonzero()[:, 0]]

@@ -47,6 +47,25 @@ class NoForm(Exception):
     """A lowering does not cover these arguments; the message says why, for people."""
 
 
+#: Other names of ops with the same arguments.
+ALIASES = {
+    "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs",
+    "concat": "cat", "concatenate": "cat", "clip": "clamp", "moveaxis": "movedim", "arctan": "atan", "arcsin": "asin",
+    "arccos": "acos", "arcsinh": "asinh", "arctanh": "atanh", "special_expit": "sigmoid", "special_expm1": "expm1",
+    "special_exp2": "exp2", "special_log1p": "log1p", "special_erf": "erf", "special_erfc": "erfc",
+    "special_logsumexp": "logsumexp", "linalg_matmul": "matmul",
+}  # fmt: skip
+
+
+def op_name(target: Any) -> str:
+    """The full name of an ATen overload, ``aten.mul.Tensor``; of several names for one op, the usual one."""
+    name = str(target)
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] == "aten" and parts[1] in ALIASES:
+        return f"aten.{ALIASES[parts[1]]}.{parts[2]}"
+    return name
+
+
 def lowers(
     *ops: str, axes: tuple[str, ...] | None = None, along: str | None = None, **fixed: Any
 ) -> Callable[[LoweringFunction], LoweringFunction]:

@@ -210,7 +210,12 @@ def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.cat.default", along="dim")
 def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(a.result))
-    tensors = [x for x in a.tensors if isinstance(x, Param) or len(b.shape(need_value(x))) == len(a.result)]
+    # torch leaves out tensors of shape [0], with which caches of keys and values begin.
+    tensors = [
+        x
+        for x in a.tensors
+        if (b.param_shape(x) != (0,) if isinstance(x, Param) else len(b.shape(need_value(x))) == len(a.result))
+    ]
     if not any(isinstance(x, Param) for x in tensors):
         return joined(b, tensors, axis, a.result)
     if not any(isinstance(x, Value) for x in tensors):

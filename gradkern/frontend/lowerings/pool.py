@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from ...ir.indexing import along
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
+from ...util.options import BadValue
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis, tuple_of
 from .index import as_list, emit, permuted
 
@@ -50,6 +51,12 @@ def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     # Under ``ceil`` the padding after grows until the last window fits.
     after = [max(p, (c - 1) * s + d * (k - 1) + 1 - n - p) for c, (n, k, s, p, d) in zip(counts, axes, strict=True)]
     windows = Windows(kernel, stride, tuple(zip(padding, after, strict=True)), dilation)
+    if windows.outside(tuple(spatial)):
+        raise BadValue(
+            f"A max pool with kernel {kernel}, padding {padding} and dilation {dilation} has windows that read nothing "
+            f"of its input of {tuple(spatial)}: its result there is -inf, and torch's own backward pass writes to "
+            "memory that is not its own. Use a smaller dilation or padding."
+        )
     y = b.emit(Select(windows), (source,), (channels, *counts))
     return y if source == x else as_shape(b, y, counts)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ir.calls import evaluate, rewritten, values_in
 from ...ir.program import Batch, Call, Param
+from ...util import rounding
 from ...util.options import debugging
 from .builder import NoForm, ProgramBuilder
 from .gather import constant
@@ -116,4 +117,5 @@ def _is_repeated(alone: Tensor, together: Tensor) -> bool:
     if together.shape[axis] != _SAMPLES * share:
         return False
     split = together.unflatten(axis, (_SAMPLES, share))
-    return bool(torch.equal(split, alone.unsqueeze(axis).expand_as(split)))
+    rows = alone.unsqueeze(axis).expand_as(split)  # a matrix product of fewer rows rounds otherwise
+    return rounding.close_elements(split, rows, rounding.for_layer(alone.dtype))

@@ -44,7 +44,7 @@ def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return need_value(a.input)
 
 
-@lowers("aten._to_copy.default", "aten.to.dtype")
+@lowers("aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.other", "aten.type_as.default")
 def unchanged(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """Ops that disappear if they do not change the dtype."""
     x = need_value(a.self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
+from ..codegen.encoding import CpuSizes
 from ..codegen.machine import TooLarge
 from ..ir.calls import Params
 from ..ir.program import Program, Shape
@@ -21,7 +22,9 @@ from .execution import run_chain
 from .executor import jacobian
 from .parameters import Packed, bind, content_of, every, leading, weight_cache
 
-FEW = 1024  # samples whose first results are compared with torch's on a GPU
+HOT_BYTES = 768 << 10  # of Jacobians per thread that stay in its cache beside the weights
+SPILLED_BYTES = 2 << 20  # at most, where the kernels take so many samples together
+CONFIRMATION_SAMPLES = 1024  # samples whose first results are compared with torch's on a GPU
 
 
 class WholeChain:
@@ -74,6 +77,23 @@ class WholeChain:
                 self._fill(packed, rows, [x[a:b] for x in inputs], [r[a:b] for r in results])
         return [results[k] for k in self.order]
 
+    def add_to(self, sums: ops.Statistics, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """The outputs ``[N, *out]``; the Jacobians of the one input that is differentiated are added to ``sums``.
+
+        On a CPU.  A few samples are computed at a time, so that their Jacobians stay in the cache.
+        """
+        chain, threads, (wrt,) = self.chain, torch.get_num_threads(), self.chain.wrt
+        n, x = inputs[0].shape[0], inputs[wrt]
+        assert isinstance(chain.sizes, CpuSizes)
+        block = max(1, min(chain.sizes.block, SPILLED_BYTES // self.gradient_bytes))
+        most = threads * block * max(1, HOT_BYTES // (block * self.gradient_bytes))
+        room = x.new_empty(min(most, n), self.targets.shape[0], *x.shape[1:])
+        outputs = [x.new_empty(n, size) for size in chain.output_sizes]
+        reads = [inputs[v].contiguous() for v in chain.inputs]
+        records = packed.weights, packed.tables, packed.forward, packed.backward
+        ops.chain_statistics(reads, records, chain.sizes, outputs, self.targets, rows, chain.seed_tile, room, sums)
+        return outputs[0].view(n, *self.program.output_shape)
+
     def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The same as ``[N, *axes, *in]``."""
         if len(self.axes) == 1:
@@ -108,7 +128,8 @@ def whole_chain(
         return None
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
-            jacobian(program, params, [x.detach()[:FEW] for x in inputs], targets, wrt)  # which compares
+            few = [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs]
+            jacobian(program, params, few, targets, wrt)  # which compares
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:
