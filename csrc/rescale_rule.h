@@ -37,11 +37,11 @@ GK_HD T rectified(T z) {
   return (Relu & (z < T(0))) ? T(0) : z;
 }
 
-// The secant of a ReLU from its reference, or the derivative if the two hardly differ.
+// The secant of a ReLU from its reference, or the derivative if the two hardly differ, or are the same infinity.
 template <class T>
 GK_HD T secant(T z1, T z0, T eps) {
   const T dz = z1 - z0, dx = rectified<true>(z1) - rectified<true>(z0);
-  const bool flat = std::abs(dz) < eps;
+  const bool flat = (std::abs(dz) < eps) | (z1 == z0);
   return flat ? (z1 > T(0) ? T(1) : T(0)) : dx / (flat ? T(1) : dz);
 }
 

@@ -57,6 +57,15 @@ def test_rescale_refuses(change, message):
         ops.rescale(**given, eps=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_relu_between_equal_infinities_has_its_derivative(dtype):
+    """A max pool whose window lies wholly in the padding gives minus infinity, at the input and at the reference."""
+    z = torch.tensor([-torch.inf, torch.inf, 0.0, -1.0, 2.0] * 5, dtype=dtype).view(1, 1, 1, -1)
+    slopes = ops.rescale(z, z.clone(), (), True, 1e-10).flatten()
+    assert torch.equal(slopes, torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0] * 5, dtype=dtype))
+
+
+
 def test_opcheck_recurrent():
     g, slopes, weight, result = (torch.randn(s) for s in ((2, 1, 5, 4), (2, 5, 1, 4), (4, 16), (2, 1, 5, 3)))
     torch.library.opcheck(G.recurrent_walk.default, (g, slopes, None, None, weight, True, result))
