@@ -208,10 +208,9 @@ def prepare(model: Model, inputs: Tensor | Several, targets: Targets = None, *, 
     captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
     request = replace(_inspection_request(model, inputs, output=output), choose=jacobian_choice(targets))
-    route = decide(request)
-    verdict = ensure_captured(request, route)
+    verdict = ensure_captured(request, decide(request))
     program = None if verdict is None else verdict.program
-    return Prepared(request, program, output_shape(request, route), isinstance(inputs, (tuple, list)))
+    return Prepared(request, program, isinstance(inputs, (tuple, list)))
 
 
 @dataclass(frozen=True)

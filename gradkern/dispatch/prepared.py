@@ -26,11 +26,11 @@ class Prepared:
     `jacobian`.
     """
 
-    def __init__(self, request: Request, program: Program | None, shape: Shape, as_tuple: bool) -> None:
-        """``shape``: of the output, per sample."""
+    def __init__(self, request: Request, program: Program | None, as_tuple: bool) -> None:
         self.program = program
         self._request, self._as_tuple = request, as_tuple
-        shared_seeds(request, shape)  # refuses others
+        if program is not None:
+            shared_seeds(request, program.output_shape)  # refuses others
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
         self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
@@ -106,12 +106,18 @@ class Prepared:
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""
         request = Request(self._request.fn, inputs, self._request.wrt, self._request.choose)
-        return tuple(solve(request, decide(request)).shaped)
+        results = solve(request, decide(request))
+        shared(results.seeds)
+        return tuple(results.shaped)
 
 
 def shared_seeds(request: Request, shape: Shape) -> Seeds:
     """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
-    seeds = request.choose(request.samples, shape)
+    return shared(request.choose(request.samples, shape))
+
+
+def shared(seeds: Seeds) -> Seeds:
+    """Refuse seeds that are not the same for all samples."""
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(
             "targets: got targets of each sample (or TopK), expected None or the same outputs for all samples, as an "

@@ -231,7 +231,7 @@ NET = program(
 
 
 def clocks(kib: int, seeds: int) -> float:
-    chain = lower_device(NET, list(range(8)), [8], Device("cuda", 16, kib << 10), 4, seeds, (0,))
+    chain = lower_device(NET, list(range(8)), [8], Device("cuda", 16, shared_bytes=kib << 10), 4, seeds, (0,))
     assert chain.scratch <= kib << 10
     return sum(chain.clocks)
 

@@ -103,7 +103,7 @@ def test_a_model_that_stays_on_autograd_is_called_as_well() -> None:
         rows = sign * x.abs()
         assert torch.equal(jac(rows), gradkern.jacobian(model, rows, [2, 0], engine="autograd"))
     with pytest.raises(ValueError, match="the same outputs for all samples"):
-        gradkern.prepare(model, x, gradkern.TopK(2))
+        gradkern.prepare(model, x, gradkern.TopK(2))(x)
 
 
 @pytest.mark.usefixtures("fresh_plans")

@@ -65,7 +65,6 @@ def test_a_relu_between_equal_infinities_has_its_derivative(dtype):
     assert torch.equal(slopes, torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0] * 5, dtype=dtype))
 
 
-
 def test_opcheck_recurrent():
     g, slopes, weight, result = (torch.randn(s) for s in ((2, 1, 5, 4), (2, 5, 1, 4), (4, 16), (2, 1, 5, 3)))
     torch.library.opcheck(G.recurrent_walk.default, (g, slopes, None, None, weight, True, result))

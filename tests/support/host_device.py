@@ -157,7 +157,7 @@ class HostDevice:
     def __init__(self, shared_bytes: int = 232448, blocks: int = 2, threads: int = THREADS):
         ops.extension()  # the other ops
         self.library = library()
-        self.machine = Device("cuda", 16, shared_bytes, threads)
+        self.machine = Device("cuda", 16, shared_bytes=shared_bytes, threads=threads)
         self.blocks = blocks
         self.launches = self.rescales = 0
         self.record: list[Recording] | None = None  # set to a list to keep what was launched
