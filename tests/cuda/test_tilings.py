@@ -19,11 +19,12 @@ from gradkern.codegen.cuda import emitters, slices
 from gradkern.codegen.cuda.weights import DeviceScatter, DeviceWindow
 from gradkern.codegen.records import PooledWindow, Record, ScatterAlgorithm, ScatterT, Window
 from gradkern.codegen.spec import ChainSpec
-from gradkern.ir.program import Program
+from gradkern.ir.program import Contract, Param, Program, Scale, Select, Step, View, Windows
 from gradkern.planner import plan
 from gradkern.runtime import executor
 from tests.support import capturing, oracle
 from tests.support.host_device import HostDevice, installed, library
+from tests.support.programs import windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")]
 
@@ -188,15 +189,14 @@ def test_slices_that_meet_only_a_border(count: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("channels", [3, 4])
 def test_a_pool_of_padding_alone(channels: int, relu: bool) -> None:
     """The taps of a dilated pool may all lie outside: the largest of no numbers."""
-    body = [nn.Conv1d(1, channels, 3, padding=1), nn.MaxPool1d(2, 4, 1, 2), nn.Flatten()]
-    model = nn.Sequential(*body[:2], *[nn.ReLU()][:relu], body[2]).double().eval()
-    x = torch.randn(2, 1, 1, dtype=torch.float64)
-    gradkern.reset()
-    with torch.no_grad():
-        program = capturing.to_program(model, (x,))
-        with installed(HostDevice()):
-            y, (got,) = executor.jacobian(program, capturing.bind(program, model), (x,))
-        assert torch.equal(y, model(x))
+    conv = Step(Contract(windows(3, padding=1), Param("w")), (0,), (channels, 1))
+    pool = Step(Select(Windows((2,), (4,), ((1, 1),), (2,))), (1,), (channels, 1))
+    last = Step(Scale("relu"), (2,), (channels, 1)) if relu else Step(View(), (2,), (channels,))
+    program = Program(((1, 1),), (conv, pool, last), 3)
+    params = {"w": torch.randn(channels, 1, 3, dtype=torch.float64)}
+    with torch.no_grad(), installed(HostDevice()):
+        y, (got,) = executor.jacobian(program, params, (torch.randn(2, 1, 1, dtype=torch.float64),))
+    assert torch.equal(y.flatten(1), torch.full((2, channels), 0.0 if relu else -torch.inf, dtype=torch.float64))
     assert not got.any()
 
 
