@@ -170,7 +170,8 @@ def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], 
 
 
 def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
-    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, C]``: ``[N, S]``."""
+    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, *out]``: ``[N, S]``."""
+    outputs = outputs.unsqueeze(-1).flatten(1)  # [N] is one number per sample
     if index is None:
         return outputs
     index = index.to(outputs.device)

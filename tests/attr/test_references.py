@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
+import gradkern.attr as ours
 from gradkern.attr import DeepLift, DeepLiftShap, GradientShap, IntegratedGradients
 from gradkern.attr.references import hypothetical, seed_of
 from gradkern.ir.program import Contract, View
@@ -253,3 +254,31 @@ def test_chunks_share_the_hash_of_the_weights_and_deltas_repeat_no_layer(monkeyp
     assert len(steps) > 4 * once
     assert times == once
     torch.testing.assert_close(in_chunks, maps)
+
+
+class Weighted(nn.Module):
+    """Two inputs of one number per sample."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * x.relu() + 2 * (y - 1.5).relu()
+
+
+@pytest.mark.parametrize("method", [DeepLift, DeepLiftShap])
+def test_samples_of_one_number_each_have_deltas(method: Any) -> None:
+    rows = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0])
+    start = tuple(torch.zeros(3 if method is DeepLiftShap else 1) for _ in rows)
+    maps, delta = method(Weighted()).attribute(rows, start, return_convergence_delta=True)
+    torch.testing.assert_close(maps, (torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])))
+    assert not delta.any()
+
+
+@pytest.mark.parametrize("engine", ["kernel", "reference"])
+def test_an_output_without_axes_has_deltas(engine: Any) -> None:
+    """``[N]``, as of a regression."""
+    head = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1), nn.Flatten(0)).eval()
+    x, start = torch.randn(3, 4), torch.randn(2, 4)
+    for method, options in ((ours.DeepLift, {}), (ours.DeepLiftShap, {"baselines": start}), (ours.LRP, {})):
+        for call in ("attribute", "attribute_all"):
+            maps, delta = getattr(method(head, engine=engine), call)(x, return_convergence_delta=True, **options)
+            assert maps.shape == x.shape
+            assert delta.shape == (3 * len(options.get("baselines", [0])),)

@@ -149,7 +149,7 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         method = seen_as(LRP, self)
 
         def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
-            score = picked(rule.values[view.program.output].flatten(1), targets)  # [n, S]
+            score = picked(rule.values[view.program.output], targets)  # [n, S]
             return relevance * score.view(*score.shape, *(1,) * len(view.shape))
 
         return pulled(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None

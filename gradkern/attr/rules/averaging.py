@@ -160,13 +160,13 @@ class Averaging:
                 for r in range(k):  # one after the other, so that the sum has one order
                     total[a:b] += by_pair[:, r]
             if deltas is not None:
-                difference = (at[self.program.output] - before[self.program.output]).flatten(1)
+                difference = at[self.program.output] - before[self.program.output]
                 parts = (
                     times_change(multipliers, rows[: self.own], start[: self.own])
                     if contributions is letters
                     else parts
                 )
-                missed = sum(p.flatten(2).sum(2) for p in parts) - picked(difference, chosen)
+                missed = sum(summed(p, 2) for p in parts) - picked(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
             total /= count
@@ -312,4 +312,9 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
 
 def sizes_of(maps: Tensors, axes: int) -> Tensor:
     """The sums of the absolute values over all but the first ``axes`` axes, and over the inputs."""
-    return torch.stack([m.detach().abs().flatten(axes).sum(axes) for m in maps]).sum(0)
+    return torch.stack([summed(m.detach().abs(), axes) for m in maps]).sum(0)
+
+
+def summed(x: Tensor, axes: int) -> Tensor:
+    """The sums over all but the first ``axes`` axes, which may be all that there are."""
+    return x.unsqueeze(-1).flatten(axes).sum(axes)

@@ -280,7 +280,7 @@ class LRP(RuleMethod, stock.LRP):
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
-        score = picked(rule.values[chunk.program.output].flatten(1), targets)  # [n, S]
+        score = picked(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Any, options: Options) -> Tensor:
