@@ -32,7 +32,7 @@ from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
-LEAST_PAIRS = 32  # per call of the engine, if they fit in the budget: with fewer the hash of the weights is noticeable
+LEAST_PAIRS = 32  # per call of the engine, if they fit in the budget: with fewer the cost of a call is noticeable
 MakeRule = Callable[[Chunk, Values, Values], Rule]
 #: Multipliers ``[P, S, *in]`` of P pairs, the samples and the references ``[P, *in]``, to contributions.
 Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
@@ -161,11 +161,8 @@ class Averaging:
                     total[a:b] += by_pair[:, r]
             if deltas is not None:
                 difference = at[self.program.output] - before[self.program.output]
-                parts = (
-                    times_change(multipliers, rows[: self.own], start[: self.own])
-                    if contributions is letters
-                    else parts
-                )
+                if contributions is letters:
+                    parts = times_change(multipliers, rows[: self.own], start[: self.own])
                 missed = sum(summed(p, 2) for p in parts) - picked(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
