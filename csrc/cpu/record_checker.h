@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "../record_fields.h"
 #include "check_records.h"
 
 namespace gradkern {

@@ -9,7 +9,7 @@
 #include <iterator>
 #include <random>
 
-#include "../records.h"
+#include "../record_fields.h"
 #include "../torch_abi.h"
 
 using namespace torch::stable;

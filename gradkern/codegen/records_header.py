@@ -1,6 +1,7 @@
-"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`, comments included.
+"""Writes csrc/records.h, the C++ mirror of :mod:`gradkern.codegen.records` and its `limits`, comments included, and
+csrc/record_fields.h, by which records are checked.
 
-``python -m gradkern.codegen.records_header`` rewrites the file; a test fails if it is out of date.
+``python -m gradkern.codegen.records_header`` rewrites the files; a test fails if one is out of date.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from .encoding import HEADER, PLACE, SIZES, WIDTH, c_type, layout_fingerprint, l
 from .records import ENUMS, KINDS, PARTS, Place, Record, RecordPart
 
 HEADER_FILE = Path(__file__).parents[2] / "csrc" / "records.h"
+FIELDS_FILE = HEADER_FILE.with_name("record_fields.h")
+WRITTEN = [
+    "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py",
+    "// and limits.py; not to be edited.",
+    "#pragma once",
+]
+END = ["", "}  // namespace gradkern", ""]
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -50,12 +58,17 @@ def letters_of(t: Any) -> str:
     return "2" if t is bool else "d" if t is float else "n"
 
 
-def field_lines() -> list[str]:
-    """What every number of a row may be, by kind."""
-    return [
-        "",
+def fields() -> str:
+    """The text of csrc/record_fields.h: what every number of a row may be, by kind."""
+    lines = [
         "// What the numbers of a row may be, by kind: a digit is the number of values of an enum or a flag, n is any",
         "// integer that is not negative, d is a double.  The rest of a row is zero.",
+        "//",
+        *WRITTEN,
+        '#include "records.h"',
+        "",
+        "namespace gradkern {",
+        "",
         "struct Fields {",
         "  const char *kind, *letters;",
         "};",
@@ -63,6 +76,7 @@ def field_lines() -> list[str]:
         *(f'    {{"{kind.__name__}", "n2n{letters_of(kind)}"}},' for kind in KINDS),
         "};",
     ]
+    return "\n".join([*lines, *END])
 
 
 def header() -> str:
@@ -81,9 +95,7 @@ def header() -> str:
     out = [
         "// Records of a chain as the kernels read them.  Plain data: no ATen, nothing of the standard library's.",
         "//",
-        "// Written by `python -m gradkern.codegen.records_header` from gradkern/codegen/records.py",
-        "// and limits.py; not to be edited.",
-        "#pragma once",
+        *WRITTEN,
         "#include <cstdint>",
         "",
         "namespace gradkern {",
@@ -116,9 +128,10 @@ def header() -> str:
     for cls in KINDS:
         out += ["", *doc(cls), f"struct {cls.__name__}Record {{", "  Kind kind;", "  int64_t whole_block, samples;"]
         out += [*members(cls), "};"]
-    out += [*field_lines(), "", *limit_lines()]
-    return "\n".join([*out, "", "}  // namespace gradkern", ""])
+    out += ["", *limit_lines()]
+    return "\n".join([*out, *END])
 
 
 if __name__ == "__main__":
     HEADER_FILE.write_text(header())
+    FIELDS_FILE.write_text(fields())

@@ -10,15 +10,16 @@ import pytest
 from gradkern.codegen import encoding, records
 from gradkern.codegen.encoding import HEADER, WIDTH, encode, layout_of
 from gradkern.codegen.records import KINDS, Extent, PatternRef, Place, RecordPart
-from gradkern.codegen.records_header import HEADER_FILE, header
+from gradkern.codegen.records_header import FIELDS_FILE, HEADER_FILE, fields, header
 from gradkern.codegen.scratch import Buffer
 
 
-def test_the_header_is_up_to_date():
+@pytest.mark.parametrize(("file", "text"), [(HEADER_FILE, header), (FIELDS_FILE, fields)], ids=["records", "fields"])
+def test_the_headers_are_up_to_date(file, text):
     """Otherwise: ``python -m gradkern.codegen.records_header``, and build again."""
-    if not HEADER_FILE.exists():
+    if not file.exists():
         pytest.skip("no sources here")
-    assert HEADER_FILE.read_text().split() == header().split()
+    assert file.read_text().split() == text().split()
 
 
 def test_every_field_is_explained_or_plain():
