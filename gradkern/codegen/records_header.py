@@ -58,7 +58,7 @@ def letters_of(t: Any) -> str:
     return "2" if t is bool else "d" if t is float else "n"
 
 
-def fields() -> str:
+def field_ranges() -> str:
     """The text of csrc/record_fields.h: what every number of a row may be, by kind."""
     lines = [
         "// What the numbers of a row may be, by kind: a digit is the number of values of an enum or a flag, n is any",
@@ -134,4 +134,4 @@ def header() -> str:
 
 if __name__ == "__main__":
     HEADER_FILE.write_text(header())
-    FIELDS_FILE.write_text(fields())
+    FIELDS_FILE.write_text(field_ranges())
