@@ -131,9 +131,10 @@ template <>
 struct Function<Fn::tanh> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
-    const T m1 = exponential(T(2) * x).m1;
-    const T y = m1 / (m1 + T(2));
-    return {y, T(1) - y * y};
+    const Exponential<T> power = exponential(T(2) * x);
+    const T y = power.m1 / (power.m1 + T(2)), q = T(2) / (power.m1 + T(2));
+    // In float 1 - y² would be rounding alone where y is near 1; 4 e^2x / (e^2x + 1)² is the same.
+    return {y, sizeof(T) == 8 ? T(1) - y * y : power.e * q * q};
   }
 };
 template <>
@@ -141,7 +142,7 @@ struct Function<Fn::sigmoid> {
   template <class T>
   GK_HD static Pair<T> at(T x, T, T, T) {
     const T y = logistic(x);
-    return {y, y * (T(1) - y)};
+    return {y, y * (sizeof(T) == 8 ? T(1) - y : exponential(-x).e * y)};  // in float 1 - y would be rounding alone
   }
 };
 template <>

@@ -244,6 +244,20 @@ GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
   return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
 }
 
+// Adds up f(k, i) along each line in blocks: rounding grows with a block's length and the number of blocks, where one
+// running sum would lose what is small beside it.
+template <class T, class F>
+GK_INLINE void sum_lines(int64_t len, int64_t lines, T* sum, const F& f) {
+  constexpr int64_t kBlock = 32;
+  for (int64_t begin = 0; begin < len; begin += kBlock) {
+    const int64_t end = begin + kBlock < len ? begin + kBlock : len;
+    T part[kBundle] = {};
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t i = 0; i < lines; ++i) part[i] += f(k, i);
+    for (int64_t i = 0; i < lines; ++i) sum[i] += part[i];
+  }
+}
+
 // One line of contiguous elements; returns its inverse deviation (normalize).
 template <class T>
 GK_INLINE T line_forward(const LineSet& op, int64_t len, const T* x, T* y, T* p) {
@@ -290,11 +304,12 @@ void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
     }
     if (op.lines.function == LineFunction::Normalize) {
       T mean[kBundle] = {}, inverse[kBundle] = {};  // sums of squares, then the inverse deviations
-      for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) mean[i] += x[k * dx + i];
+      sum_lines(len, lines, mean, [&](int64_t k, int64_t i) { return x[k * dx + i]; });
       for (int64_t i = 0; i < lines; ++i) mean[i] /= static_cast<T>(len);
-      for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) inverse[i] += (x[k * dx + i] - mean[i]) * (x[k * dx + i] - mean[i]);
+      sum_lines(len, lines, inverse, [&](int64_t k, int64_t i) {
+        const T centred = x[k * dx + i] - mean[i];
+        return centred * centred;
+      });
       const T eps = static_cast<T>(op.lines.epsilon);
       for (int64_t i = 0; i < lines; ++i)
         stored[op.lines.deviations + line + i] = inverse[i] = T(1) / std::sqrt(inverse[i] / static_cast<T>(len) + eps);
@@ -309,8 +324,8 @@ void run_lines(const LinesRecord& op, Context<T>& ctx, int64_t n) {
         const T v = x[k * dx + i];
         most[i] = v > most[i] || v != v ? v : most[i];
       }
-    for (int64_t k = 0; k < len; ++k)
-      for (int64_t i = 0; i < lines; ++i) total[i] += p[k * dp + i] = power_of_e(x[k * dx + i] - most[i]);
+    sum_lines(len, lines, total,
+              [&](int64_t k, int64_t i) { return p[k * dp + i] = power_of_e(x[k * dx + i] - most[i]); });
     for (int64_t k = 0; k < len; ++k)
       for (int64_t i = 0; i < lines; ++i) {
         p[k * dp + i] /= total[i];
@@ -360,11 +375,10 @@ void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
             op.lines, len, g, y, p,
             op.lines.function == LineFunction::Normalize ? stored[op.lines.deviations + line] : T(0));
       T sum[kBundle] = {}, dot[kBundle] = {};
-      for (int64_t k = 0; k < len; ++k)
-        for (int64_t i = 0; i < lines; ++i) {
-          sum[i] += g[k * dg + i];
-          dot[i] += g[k * dg + i] * p[k * dp + i];
-        }
+      if (op.lines.function != LineFunction::Softmax)
+        sum_lines(len, lines, sum, [&](int64_t k, int64_t i) { return g[k * dg + i]; });
+      if (op.lines.function != LineFunction::LogSoftmax)
+        sum_lines(len, lines, dot, [&](int64_t k, int64_t i) { return g[k * dg + i] * p[k * dp + i]; });
       for (int64_t k = 0; k < len; ++k)
         for (int64_t i = 0; i < lines; ++i) {
           const T gk = g[k * dg + i], pk = p[k * dp + i];

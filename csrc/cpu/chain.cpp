@@ -213,7 +213,7 @@ bool finite_slopes(const ChainCall& call, const Context<T>& ctx) {
 template <class T>
 void launch(const Kernels<T>& kernels, const ChainCall& call, const CpuSizes& sizes) {
   const int64_t samples = call.samples();
-  const auto [block, shares] = divide(call, sizes.block, kernels.seed_block);
+  const auto [block, shares] = divide(call, std::max<int64_t>(1, sizes.block), kernels.seed_block);
   const int64_t blocks = (samples + block - 1) / block;
   const auto round = [](int64_t x) { return (x + 63) / 64 * 64; };
   const int64_t elements = round(sizes.shared + block * sizes.sample + 64);

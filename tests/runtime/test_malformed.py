@@ -171,3 +171,14 @@ def test_records_and_tensors_of_different_plans(part: str, change: Any, said: st
     found[part] = change(found[part].clone() if isinstance(found[part], Tensor) else found[part])
     with pytest.raises(RuntimeError, match=said):
         G.chain_vjp(*found.values())
+
+
+def test_no_samples_at_a_time_on_two_threads() -> None:
+    """Which share the seeds of one sample; a division by zero ends the process."""
+    found = arguments("lenet5", 1)
+    found["sizes"] = [*found["sizes"][:5], 0, *found["sizes"][6:]]  # CpuSizes.block
+    torch.set_num_threads(2)
+    try:
+        G.chain_vjp(*found.values())
+    finally:
+        torch.set_num_threads(1)

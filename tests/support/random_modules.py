@@ -179,7 +179,7 @@ class Grower:
                     layer(x[:1])
             except (RuntimeError, ValueError):  # a window larger than what is left, a norm of one value per group
                 continue
-            if y.numel() and y[0].numel() <= MOST:
+            if y.numel() and y[0].numel() <= MOST and bool(y.isfinite().all()):  # a pool of padding alone gives -inf
                 body.append(layer)
                 x = y
         tail = self.choose([[], [], [nn.Softmax(1)], [nn.LogSoftmax(1)], [nn.ReLU(), nn.Linear(3, 2)]])
