@@ -50,9 +50,8 @@ class Recording(TorchDispatchMode):
         body = b"".join(encoded(a, t) for a, t in zip(args, schema, strict=True))
         result = func(*args, **(kwargs or {}))
         name = name.partition(".")[0]
-        if (
-            name != "content_hash" and next(tensors_in(args), None) is not None
-        ):  # what is asked of the build has no tensors
+        # What has no tensors asks how the extension was built.
+        if name != "content_hash" and next(tensors_in(args), None) is not None:
             self.calls.append(struct.pack("<q", len(name)) + name.encode() + struct.pack("<q", len(body)) + body)
             self.expected += [t.clone() for a in (*args, result) for t in tensors_in(a)]
         return result
