@@ -67,6 +67,7 @@ bench: $(EXT) ## benchmarks against what torch and Captum offer, the two first q
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.few_inputs $(filter --quick,$(ARGS))
+	$(BIN)/python -m benchmarks.sequences $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.ceilings $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.networks $(if $(filter --quick,$(ARGS)),--quick,--compiled)

@@ -273,7 +273,7 @@ def describe(problem: Problem, accuracy: float, result: Comparison, top: list[li
         yield f"  {name:<44} {rate:>10,.0f} samples/s{note}"
     yield f"  largest difference to the loop over classes: {result.difference:.1e} of the largest gradient"
     if result.flipped:
-        yield f"  ({result.flipped} samples set aside: {flips(result)})"
+        yield f"  (samples set aside: {result.flipped}; {flips(result)})"
     yield f"  the {TOP} most important features per class, mean |gradient| × the feature's standard deviation:"
     for name, features in zip(problem.classes, top, strict=True):
         yield f"    {name:<8} {' '.join(features)}"
@@ -311,9 +311,9 @@ def fill(
     rates = figures.bars(list(result.rates), list(result.rates.values()), "samples per second, all classes")
     agreement = f"The gradients agree to {result.difference:.1e} of the largest one"
     if result.flipped:
-        agreement += f", {result.flipped} samples set aside ({flips(result)})"
+        agreement += f", with {result.flipped} of the samples set aside ({flips(result)})"
     section.picture(
-        rates, f"Throughput on this machine, {torch.get_num_threads()} threads, float32. {agreement}.", vector=True
+        rates, f"Throughput on this machine, threads: {torch.get_num_threads()}, float32. {agreement}.", vector=True
     )
 
     chosen = one_per_class(problem, 4)

@@ -28,6 +28,11 @@ class Fresh:
     versions: str
 
 
+def folder(name: str) -> Path:
+    """An argument of a command line; absolute, since commands run in another folder."""
+    return Path(name).absolute()
+
+
 def run(*command: object, **more: str) -> None:
     """Run a command; stop with its output if it fails."""
     done = subprocess.run(list(map(str, command)), env=os.environ | more, capture_output=True, text=True, cwd="/")
@@ -35,8 +40,8 @@ def run(*command: object, **more: str) -> None:
         raise SystemExit(f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailed: {' '.join(map(str, command))}")
 
 
-def environment(name: str, folder: Path, packages: Sequence[str] = ()) -> Fresh:
-    """The environment of this name, made in ``folder`` unless it is there, with ``packages``."""
+def environment(name: str, work: Path, packages: Sequence[str] = ()) -> Fresh:
+    """The environment of this name, made in ``work`` unless it is there, with ``packages``."""
     if Path(name).is_file():
         python = Path(name).absolute()
     elif name.count("/") < 2:
@@ -46,7 +51,7 @@ def environment(name: str, folder: Path, packages: Sequence[str] = ()) -> Fresh:
         found = shutil.which(interpreter)
         if found is None:
             raise SystemExit(f"no {interpreter} on the PATH; name another: PYTHON/TORCH/CAPTUM, such as {OLDEST}")
-        place = folder / f"{Path(interpreter).name}-{torch}-{captum}"
+        place = work / f"{Path(interpreter).name}-{torch}-{captum}"
         python = place / "bin" / "python"
         if not python.exists():
             run(found, "-m", "venv", place)
@@ -58,9 +63,9 @@ def environment(name: str, folder: Path, packages: Sequence[str] = ()) -> Fresh:
     return Fresh(python, "Python {}, torch {}, Captum {}".format(*shown.stdout.split()))
 
 
-def without_compilers(folder: Path) -> str:
+def without_compilers(work: Path) -> str:
     """A PATH with everything but compilers."""
-    links = folder / "path"
+    links = work / "path"
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
     for place in os.environ["PATH"].split(os.pathsep):

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-from pathlib import Path
 
-from fresh_env import NEWEST, OLDEST, ROOT, environment, say
+from fresh_env import NEWEST, OLDEST, ROOT, environment, folder, say
 
 PACKAGES = ("pytest", "hypothesis", "tqdm", "matplotlib", "zarr>=3.1", "fsspec", "click>=8.1", "safetensors", "jinja2")
 #: What depends most on the versions, in a few minutes: capture, the ops, Captum's internals, the command line.
@@ -24,13 +23,13 @@ TESTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in", dest="folder", type=Path, default=ROOT / "build" / "matrix")
+    parser.add_argument("--in", dest="work", type=folder, default=ROOT / "build" / "matrix")
     parser.add_argument("--all", action="store_true", help="all tests but the slow ones")
     parser.add_argument("environments", nargs="*", default=[OLDEST, NEWEST])
     args = parser.parse_args()
     failed = []
     for name in args.environments:
-        fresh = environment(name, args.folder, PACKAGES)
+        fresh = environment(name, args.work, PACKAGES)
         say(f"== {fresh.versions}")
         command = [fresh.python, "-m", "pytest", "-q", "-m", "not slow", *(() if args.all else TESTS)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from fresh_env import NEWEST, OLDEST, ROOT, environment, run, say, without_compilers
+from fresh_env import NEWEST, OLDEST, ROOT, environment, folder, run, say, without_compilers
 
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libgomp.so.1", "libcudart.so.*")
 ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols that change with torch or Python
@@ -26,9 +26,9 @@ ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols
 
 def build(out: Path, work: Path) -> Path:
     """The repaired wheel in ``out``, beside the sdist that it was built from."""
-    for folder in (out, work):
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):
+    for place in (out, work):
+        place.mkdir(parents=True, exist_ok=True)
+        for old in (*place.glob("*.whl"), *place.glob("*.tar.gz")):
             old.unlink()
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work, ROOT, GRADKERN_REQUIRE_EXT="1")
     (plain,), (source,) = work.glob("*.whl"), work.glob("*.tar.gz")
@@ -69,14 +69,14 @@ def prove(wheel: Path, name: str, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    parser.add_argument("--in", dest="folder", type=Path, default=ROOT / "build" / "wheel")
+    parser.add_argument("--out", type=folder, default=ROOT / "dist")
+    parser.add_argument("--in", dest="work", type=folder, default=ROOT / "build" / "wheel")
     parser.add_argument("environments", nargs="*", default=[OLDEST, NEWEST])
     args = parser.parse_args()
-    wheel = build(args.out, args.folder)
+    wheel = build(args.out, args.work)
     say(f"built {wheel}")
     for name in args.environments:
-        prove(wheel, name, args.folder)
+        prove(wheel, name, args.work)
 
 
 if __name__ == "__main__":
