@@ -22,9 +22,9 @@ class LocalChecker {
     to_.need(t[0] > 0 && t[1] == count && t[2] >= 0 && t[2] < t[0], "has a table of ", t[0], " slots and ", t[1],
              " rules for ", count, " records");
     to_.need(to_.sizes.block <= 1, "needs blocks of one sample, got ", to_.sizes.block);
-    const int64_t seeds_at = t[2];
-    slots_.resize(static_cast<size_t>(t[0]));
-    t = to_.table(at + 3, Wide(5) * t[0] + Wide(4) * count, "rules");
+    const int64_t slots = t[0], seeds_at = t[2];
+    t = to_.table(at + 3, Wide(5) * slots + Wide(4) * count, "rules");  // before memory is taken for so many
+    slots_.resize(static_cast<size_t>(slots));
     for (Slot& s : slots_) {
       s = Slot{t[0], t[1], t[2], t[3], t[4]};
       to_.need(s.C > 0 && s.row > 0 && s.interior >= 0, "has an empty slot");

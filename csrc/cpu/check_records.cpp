@@ -319,6 +319,7 @@ class Checker : public RecordChecker {
     need(op.sweep > 0, "sweeps over ", op.sweep, " positions");
     const int64_t at_once = op.whole_block ? block_ : 1, taps = std::max<int64_t>(p.taps, 1);
     if (p.taps) known_bits(p, {op.O, op.H, op.W});
+    need(p.taps || !op.merged, "merges the taps of no pattern");  // no list of weight rows would be written
     need(op.O * (op.merged ? taps : 1) <= 1 << 16, "has ", op.O, " channels");
     const Wide cells = Wide(op.H) * op.W * taps;
     const Wide listed = p.taps ? at_once * cells * op.O : Wide(op.O);

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import gradkern
 from gradkern.codegen import lowering
+from gradkern.codegen.encoding import HEADER, layout_of, width_of
+from gradkern.codegen.records import KINDS, WindowT
 from gradkern.runtime import ops
 from tests.support.op_arguments import arguments
 
@@ -156,6 +158,15 @@ def test_numbers_of_records_at_random(name: str, part: str, data: st.DataObject)
         return
 
 
+def merged(backward: Tensor) -> Tensor:
+    """Windows whose rows of weights no list names."""
+    names = [*HEADER, *(name for name, t in layout_of(WindowT) for _ in range(width_of(t)))]
+    windows = backward[:, 0] == KINDS.index(WindowT)
+    assert windows.any()
+    backward[windows, names.index("merged")], backward[windows, names.index("pattern") + 1] = 1, 0
+    return backward
+
+
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
@@ -164,6 +175,7 @@ def test_numbers_of_records_at_random(name: str, part: str, data: st.DataObject)
         ("tables", lambda t: t[:-1], "of the tables"),
         ("packed", lambda w: w[:100], "reads weights up to"),
         ("forward", lambda f: torch.cat([f, f[:1].fill_(99)]), "unknown kind 99"),
+        ("backward", lambda b: merged(b), "merges the taps of no pattern"),
     ],
 )  # fmt: skip
 def test_records_and_tensors_of_different_plans(part: str, change: Any, said: str) -> None:
