@@ -67,7 +67,7 @@ void check_seeds(const ChainCall& call) {
   if (rows)
     GRADKERN_CHECK(
         targets && rows->is_contiguous() && rows->scalar_type() == dtype && rows->device() == packed.device() &&
-            rows->dim() == targets->dim() + 1 && rows->sizes().slice(0, targets->dim()) == targets->sizes(),
+            rows->dim() == targets->dim() + 1 && rows->sizes().slice(0, targets->dim()).equals(targets->sizes()),
         "gradkern: seed_rows must be contiguous ", dtype, " on ", packed.device(),
         ", [S, K] or [N, S, K] beside targets, got ", rows->scalar_type(), " ", rows->sizes(), " on ", rows->device());
   GRADKERN_CHECK(cotangents.empty() || cotangents.size() == outputs.size(), "gradkern: expected ", outputs.size(),
@@ -101,7 +101,7 @@ void check(const ChainCall& call, bool backward) {
 void check_rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu) {
   GRADKERN_CHECK(z.dim() == 4 && reference.dim() == 4 && z.is_contiguous() && reference.is_contiguous(),
                  "gradkern: rescale takes contiguous [N, C, H, W], got ", z.sizes(), " and ", reference.sizes());
-  GRADKERN_CHECK(z.scalar_type() == reference.scalar_type() && z.sizes().slice(1) == reference.sizes().slice(1) &&
+  GRADKERN_CHECK(z.scalar_type() == reference.scalar_type() && z.sizes().slice(1).equals(reference.sizes().slice(1)) &&
                      (reference.size(0) == 1 || reference.size(0) == z.size(0)),
                  "gradkern: rescale's reference must have one row or as many as z, and its shape and dtype, got ",
                  reference.scalar_type(), " ", reference.sizes(), " for ", z.scalar_type(), " ", z.sizes());

@@ -2,7 +2,8 @@
 
     python tools/test_matrix.py [--in build/matrix] [PYTHON/TORCH/CAPTUM | path of an interpreter] ...
 
-One built extension serves all of them: it is no Python module, and knows torch by its stable ABI alone.
+One built extension serves all of them: it is no Python module, and knows torch by its stable ABI alone.  Its sources
+have to compile with the headers of each torch, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+from pathlib import Path
 
 from fresh_env import NEWEST, OLDEST, ROOT, environment, folder, say
 
@@ -19,6 +21,16 @@ TESTS = (
     "tests/runtime/test_ops.py", "tests/frontend/test_capture.py", "tests/attr/test_captum_compat.py",
     "tests/attr/test_layers.py", "tests/test_package.py", "tests/cli/test_archives.py",
 )  # fmt: skip
+
+
+def check_sources(python: Path) -> bool:
+    """Whether the sources that include torch's headers compile with those of this torch (the CPU part)."""
+    code = "import torch.utils.cpp_extension as c; print(*c.include_paths(), sep='\\n')"
+    listed = subprocess.run([str(python), "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    folders = [f"-I{folder}" for folder in (ROOT / "csrc", *listed.stdout.split())]
+    sources = sorted((ROOT / "csrc").glob("*.cpp"))
+    options = ("-fsyntax-only", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-w")
+    return not subprocess.run(["c++", *options, *folders, *map(str, sources)]).returncode
 
 
 def main() -> None:
@@ -33,7 +45,7 @@ def main() -> None:
         say(f"== {fresh.versions}")
         command = [fresh.python, "-m", "pytest", "-q", "-m", "not slow", *(() if args.all else TESTS)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
-        if subprocess.run(list(map(str, command)), cwd=ROOT, env=env).returncode:
+        if not check_sources(fresh.python) or subprocess.run(list(map(str, command)), cwd=ROOT, env=env).returncode:
             failed.append(fresh.versions)
     if failed:
         raise SystemExit("failed with " + "; ".join(failed))
