@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-from ...ir.indexing import along, identity, identity_runs, is_permutation, then
+from ...ir.indexing import Runs, along, identity, identity_runs, indices, is_permutation, length, runs, then
 from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Scale, Shape, Sum, Value, Windows
 from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 
@@ -32,7 +33,55 @@ def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
         kept = sorted(a for a, _ in pairs)
         small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
         return as_shape(b, emit(b, as_shape(b, x, tuple(shape[a] for a in kept)), small), result)
+    fewer, merged = neighbours_merged(shape, part)
+    if 3 < len(shape) > len(merged):
+        return as_shape(b, emit(b, as_shape(b, x, merged), fewer), result)
     return b.emit(Index((part,)), (x,), result)
+
+
+def neighbours_merged(shape: Shape, part: Part) -> tuple[Part, Shape]:
+    """The part with neighbours that stay neighbours as one axis, and the shape of the value that it then reads.
+
+    As many are merged as it takes to have three axes, the smallest first, so that a permutation and its inverse are
+    treated alike; those whose map is one run before others.  An axis of which one index is read (a `select`) may stand
+    anywhere in the result.
+    """
+    sizes, axes = list(shape), list(zip(part.order, part.axes, strict=True))
+    while len(axes) > 3:
+        places = [next(d for d, (a, _) in enumerate(axes) if a == source) for source in range(len(sizes))]
+        pairs = [
+            (sizes[a] * sizes[a + 1], a, d, e)
+            for a, (d, e) in enumerate(pairwise(places))
+            if e == d + 1 or 1 in (length(axes[d][1]), length(axes[e][1]))
+        ]
+        if not pairs:
+            break
+        size, a, d, e = min(pairs, key=lambda p: (one_run(axes[p[2]][1], axes[p[3]][1], sizes[p[1] + 1]) is None, p))
+        outer, inner = axes[d][1], axes[e][1]
+        run = one_run(outer, inner, sizes[a + 1])
+        kept, gone = (e, d) if length(outer) == 1 else (d, e)
+        axes[kept] = (a, (run,) if run else product_runs(outer, inner, sizes[a + 1]))
+        del axes[gone]
+        axes = [(source - (source > a), m) for source, m in axes]
+        sizes[a : a + 2] = [size]
+    return Part(tuple(a for a, _ in axes), tuple(m for _, m in axes)), tuple(sizes)
+
+
+def one_run(outer: Runs, inner: Runs, n: int) -> tuple[int, int, int] | None:
+    """The map of two neighbouring axes as one, of which the inner one has ``n`` elements, if it is one run."""
+    if len(outer) != 1 or len(inner) != 1 or min(outer[0][0], inner[0][0]) < 0:
+        return None
+    (start, count, step), (first, many, over) = outer[0], inner[0]
+    if count == 1:
+        return start * n + first, many, over
+    if many == 1:
+        return start * n + first, count, step * n
+    return (start * n, count * n, 1) if step == 1 and inner == identity_runs(n) else None
+
+
+def product_runs(outer: Runs, inner: Runs, n: int) -> Runs:
+    """The map of two neighbouring axes as one."""
+    return runs(-1 if min(o, i) < 0 else o * n + i for o in indices(outer) for i in indices(inner))
 
 
 def blank(shape: Shape) -> Part:
