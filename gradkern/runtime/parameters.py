@@ -33,6 +33,7 @@ class Bound(dict[str, Tensor]):
 
     def __init__(self, tensors: Params) -> None:
         super().__init__(tensors)
+        self.derived_here = False  # whether `bind` computed the derived tensors from the live ones
         self._contents: dict[tuple[str, ...], int] = {}
 
     def content(self, names: tuple[str, ...]) -> int:
@@ -80,6 +81,7 @@ class _Binder:
                     params[derived.name] = derived(params)
                     if derived.name in self.constant:
                         self.constants[derived.name] = params[derived.name]
+        params.derived_here = True
         return params
 
 
@@ -170,7 +172,8 @@ class Packed:
         for layout in chain.layouts:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
-        self.finite = bool(torch.isfinite(self.weights).all())
+        low, high = torch.aminmax(self.weights)  # NaN if any is; one pass, and nothing of that size is made
+        self.finite = bool(torch.isfinite(low) & torch.isfinite(high))
         self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
 
     @property
@@ -280,18 +283,20 @@ class PlanWeights:
         self.params, self.like = params, like
         dtypes = [params[name].dtype for name in plan.packed_names]
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
-        # Derived tensors too: nothing says that those given are what the live ones would give now.  With them, a key
-        # is never that of the live tensors alone, by which `WholeChain` looks for packs that it derives itself.
+        self.bound = params if isinstance(params, Bound) else Bound(params)
         self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
-        bound = params if isinstance(params, Bound) else Bound(params)
-        self.content = None if self.mixed else bound.content(self.names)
+        # Where `bind` computed the derived tensors, the live ones are the key, as for `WholeChain`, which derives its
+        # own.  Of others nothing says that they are what the live ones would give now, so they count, too.
+        known = plan.live_names if self.bound.derived_here else self.names
+        self.content = None if self.mixed else self.bound.content(known)
         self.entry = weight_cache.entry(plan, self.content, like)
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
         """The packed weights of another plan, whose ``params`` are the same or derived from them."""
         other = copy.copy(self)
         # Another plan's weights may come to the same plan, such as a forward pass, and have these bytes by other names.
-        other.content = None if self.content is None else hash((self.names, self.content))
+        # Derived tensors count: they are what the other plan's are made of, and programs differ in them alone.
+        other.content = None if self.content is None else hash((self.names, self.bound.content(self.names)))
         other.params, other.entry = params, weight_cache.entry(plan, other.content, self.like)
         return other
 

@@ -79,6 +79,7 @@ def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh_plans):
 
 def test_plans_that_share_a_plan_keep_their_weights_apart(fresh_plans):
     """The bytes of one plan's weights, in order, may be those of another's by other names."""
+    ops.extension()  # where the hash is
     first, second = (SimpleNamespace(packed_names=names, live_names=names) for names in (("a", "b"), ("b", "a")))
     x, y, shared = torch.ones(2), torch.zeros(2), SimpleNamespace()
     one, other = {"a": x, "b": y}, {"a": y, "b": x}
@@ -151,6 +152,22 @@ def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
     executor.jacobian(program, params, (x,))
     assert len(count.packs) == 2 * 2 * 20
     assert len(parameters.weight_cache.entries) == 1
+
+
+def test_all_ways_to_call_a_network_share_its_packs(monkeypatch, fresh_plans):
+    """With weights that are derived from others (a batch norm's), and in chunks or into the caller's memory, too."""
+    model, inputs = parts("bn_linear", 5)[:2]
+    monkeypatch.setitem(parameters.MOST_BYTES, "cpu", 1)
+    with gradkern.use("kernel"):
+        want = gradkern.jacobian(model, *inputs)
+        count = Count(monkeypatch)
+        for _ in range(2):
+            out = torch.empty_like(want)
+            gradkern.jacobian(model, *inputs, out=out)
+            assert torch.equal(out, want)
+            assert torch.equal(gradkern.jacobian(model, *inputs), want)
+            assert torch.equal(torch.cat(list(gradkern.iter_jacobian(model, *inputs, chunk=2))), want)
+    assert count.since() == 0
 
 
 def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
