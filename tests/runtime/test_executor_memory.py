@@ -28,7 +28,7 @@ from gradkern.ir.program import (
     View,
     Windows,
 )
-from gradkern.runtime import call_plan, executor, parameters, reference, whole_chain
+from gradkern.runtime import call_plan, executor, ops, parameters, reference, whole_chain
 from gradkern.runtime.parameters import Packed
 from gradkern.util import options
 from gradkern.util.chunks import stepwise_bytes
