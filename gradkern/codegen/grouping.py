@@ -84,6 +84,13 @@ class GraphBuilder:
         readers = self.reads.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
+    def is_read_alone(self, value: int, reader: int) -> bool:
+        """Whether a step alone reads what is stored where the value is: another value may be a view of it."""
+        node = self.nodes[value]
+        others = {v for v, n in self.nodes.items() if n is node} - {value}
+        read = {self.base + j for v in others for j in self.reads.get(v, [])}  # a view, or the result of a folded norm
+        return self.only_reader(value) == reader and others.isdisjoint(self.live_out) and read <= {value, *others}
+
     def follow(self, i: int, wanted: Callable[[ir.Step], bool]) -> int | None:
         """The step after step ``i``, if it alone reads the result and ``wanted(step)`` holds."""
         j = self.only_reader(self.base + i)
@@ -255,7 +262,7 @@ class GraphBuilder:
 
     def pull_forward(self, i: int, step: ir.Step, nodes: list[Node]) -> tuple[list[Node], list[int]]:
         """Apply elementwise steps after a concatenation to its parts, so that a norm folds and a ReLU stays bits."""
-        steps, alone = [i], [self.only_reader(v) == i for v in step.inputs]
+        steps, alone = [i], [self.is_read_alone(v, i) for v in step.inputs]
         while (j := self.follow(steps[-1], is_elementwise)) is not None:
             form, first = self.program.steps[j].form, 0
             for k, node in enumerate(nodes):

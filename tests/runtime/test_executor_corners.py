@@ -13,6 +13,7 @@ from gradkern.ir.program import Channels, Contract, Positions, Program, Scale, S
 from gradkern.passes import direction
 from gradkern.runtime import executor, reference
 from tests.support import capturing, oracle
+from tests.support.case import randomise_norm
 from tests.support.case_runs import EXACT, run, worst
 from tests.support.programs import dense
 
@@ -193,3 +194,28 @@ def test_a_pool_that_torch_cannot_go_back_through_is_refused():
     model = nn.Sequential(nn.MaxPool1d(2, 1, 1, 6), nn.ReLU(), nn.Flatten(), nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"has windows that read nothing of its input of \(5,\)"):
         gradkern.jacobian(model, torch.randn(2, 2, 5), engine="kernel")
+
+
+class Joined(nn.Module):
+    """Tokens, transposed and joined with others before a norm; they themselves are read later, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(7)
+        self.first, self.second = nn.Linear(7 * 5, 3), nn.Linear(4 * 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 5, 6]
+        h = self.tokens(x)
+        z = self.norm(torch.cat([h.transpose(1, 2), x.transpose(1, 2)[:, :3]], 1))
+        return self.first(z.flatten(1)) + self.second(h.flatten(1))
+
+
+def test_no_norm_is_folded_into_what_is_read_under_another_shape():
+    model = Joined().double().eval()
+    randomise_norm(model)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    want_y, (want,) = oracle.jacobian(model, x)
+    program = capturing.to_program(model, (x,))
+    y, (got,) = run(program, capturing.bind(program, model), (x,))
+    assert oracle.relative_error(y, want_y) < EXACT
+    assert oracle.relative_error(got, want) < EXACT
