@@ -19,6 +19,7 @@ import gradkern
 from gradkern import attr
 from gradkern.dispatch import first_use, state
 from gradkern.runtime.mac_counter import MacCounter
+from tests.support import oracle
 from tests.support.modules import Net, Through
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning", "ignore::DeprecationWarning")
@@ -369,3 +370,25 @@ def test_many_models_of_one_class_are_all_captured() -> None:
     x = torch.randn(2, 4).double()
     for k in range(10):
         assert gradkern.prepare(network(lambda net, x: net.fc(x) * net.k, k=float(k)), x).program is not None
+
+
+class Patches(nn.Module):
+    """torch 2.13 gives one sample alone a wrong gradient: its batch norm misreads a transposed cotangent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(2, 8, 2, 2), nn.BatchNorm2d(8)
+        self.tokens, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 2, 8, 8]
+        return self.head(torch.tanh(self.tokens(self.norm(self.patches(x)).flatten(2).transpose(1, 2)))).mean(1)
+
+
+def test_torchs_own_fault_with_one_sample_is_no_refusal() -> None:
+    model, x = Patches().double().eval(), torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    with gradkern.use("kernel"):
+        assert gradkern.explain(model, x).native_share == 1
+        got, alone = gradkern.jacobian(model, x), gradkern.jacobian(model, x[:1])
+    want = oracle.jacobian(model, x)[1][0]
+    assert oracle.relative_error(got, want) < 1e-10
+    assert oracle.relative_error(alone, want[:1]) < 1e-10
