@@ -175,7 +175,7 @@ def merged(backward: Tensor) -> Tensor:
         ("tables", lambda t: t[:-1], "of the tables"),
         ("packed", lambda w: w[:100], "reads weights up to"),
         ("forward", lambda f: torch.cat([f, f[:1].fill_(99)]), "unknown kind 99"),
-        ("backward", lambda b: merged(b), "merges the taps of no pattern"),
+        ("backward", merged, "merges the taps of no pattern"),
     ],
 )  # fmt: skip
 def test_records_and_tensors_of_different_plans(part: str, change: Any, said: str) -> None:
@@ -194,3 +194,14 @@ def test_no_samples_at_a_time_on_two_threads() -> None:
         G.chain_vjp(*found.values())
     finally:
         torch.set_num_threads(1)
+
+
+def test_more_slots_than_the_table_holds() -> None:
+    """An error before memory is taken for them."""
+    found = dict(_chain("softmax"))
+    at = found["sizes"][6] - 1  # CpuSizes.local
+    assert at >= 0
+    found["tables"] = found["tables"].clone()
+    found["tables"][at] = 2**31 - 1
+    with pytest.raises(RuntimeError, match="has rules up to"):
+        G.chain_vjp(*found.values())
