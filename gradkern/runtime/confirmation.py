@@ -68,12 +68,12 @@ def confirm(
 
     call_plan.confirmed = True  # for the runs inside
     try:
-        error = _error(extent, given, got, folded)
+        error = _error(extent, weights.like.dtype, given, got, folded)
         dead = not any(bool(g.any()) for g in got[1:] or got)
         if dead or error is None or error > 1.0:
             generator = torch.Generator().manual_seed(0)
             moved = [_moved(x[: extent.moved], generator) for x in given]
-            error = _error(extent, moved, run(call_plan, weights, moved), folded)
+            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded)
         if error is not None and error > 1.0:
             raise _refusal(call_plan, weights.like.device, error)
     except BaseException:
@@ -110,12 +110,14 @@ def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + noise * (MOVE * (spread or 1.0))
 
 
-def _error(extent: _Extent, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded) -> float | None:
+def _error(
+    extent: _Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded
+) -> float | None:
     """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
     finite."""
     n = inputs[0].shape[0]
     rows = torch.linspace(0, n - 1, min(n, extent.samples)).round().long().to(inputs[0].device)
-    few, dtype = [x[rows] for x in inputs], got[0].dtype
+    few = [x[rows] for x in inputs]
     want = folded(few, torch.float64)
     pairs = list(zip([g[rows] for g in got], want, strict=True))
     pairs = [(g if g.shape == w.shape else few_seeds(g, w.shape[1]), w) for g, w in pairs]
