@@ -39,7 +39,7 @@ class KernelsDiffer(RuntimeError):
 
 
 #: Results, one ``[N, ...]`` each, of a call with tensors ``[N, ...]``; those with an axis of seeds have fewer of them.
-Folded = Callable[[Sequence[Tensor], torch.dtype], Sequence[Tensor]]
+Folded = Callable[[Sequence[Tensor], torch.dtype, float], Sequence[Tensor]]
 Run = Callable[["CallPlan", PlanWeights, Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -58,9 +58,12 @@ def confirm(
     extent = _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
     plain = call_plan.folded(min(call_plan.plan.seeds, extent.seeds))
 
-    def folded(few: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    def folded(few: Sequence[Tensor], dtype: torch.dtype, eps: float) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
         def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() and not opaque else t
+            t = t.to(dtype) if t.is_floating_point() and not opaque else t
+            return _noisy(t, eps * t.abs(), generator) if eps else t
 
         params = {name: cast(p) for name, p in weights.params.items()}
         few = [cast(t) for t in few]
@@ -72,7 +75,7 @@ def confirm(
         dead = not any(bool(g.any()) for g in got[1:] or got)
         if dead or error is None or error > 1.0:
             generator = torch.Generator().manual_seed(0)
-            moved = [_moved(x[: extent.moved], generator) for x in given]
+            moved = [_noisy(x, MOVE * _spread(x), generator) for x in (x[: extent.moved] for x in given)]
             error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded)
         if error is not None and error > 1.0:
             raise _refusal(call_plan, weights.like.device, error)
@@ -102,12 +105,14 @@ def few_seeds(t: Tensor, count: int) -> Tensor:
     return t.contiguous()
 
 
-def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
+def _noisy(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Tensor:
     if not x.is_floating_point():
         return x
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-    spread = float(x.double().std()) if x.numel() > 1 else 0.0
-    return x + noise * (MOVE * (spread or 1.0))
+    return x + size * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+
+
+def _spread(x: Tensor) -> float:
+    return (float(x.double().std()) if x.numel() > 1 else 0.0) or 1.0
 
 
 def _error(
@@ -118,7 +123,7 @@ def _error(
     n = inputs[0].shape[0]
     rows = torch.linspace(0, n - 1, min(n, extent.samples)).round().long().to(inputs[0].device)
     few = [x[rows] for x in inputs]
-    want = folded(few, torch.float64)
+    want = folded(few, torch.float64, 0.0)
     pairs = list(zip([g[rows] for g in got], want, strict=True))
     pairs = [(g if g.shape == w.shape else few_seeds(g, w.shape[1]), w) for g, w in pairs]
     errors = torch.stack([rounding.sample_errors(g, w) for g, w in pairs])  # [results, n]
@@ -126,8 +131,8 @@ def _error(
     if not len(errors):
         return None
     tolerance = rounding.for_program(dtype)
-    if errors.median() > tolerance and dtype != torch.float64:
-        plain = folded(few, dtype)
-        theirs = torch.stack([rounding.sample_errors(p, w) for p, w in zip(plain, want, strict=True)]).amax(0)
+    if errors.median() > tolerance:  # where terms cancel, rounding is all that is left of them
+        rounded = folded(few, dtype, torch.finfo(dtype).eps)
+        theirs = torch.stack([rounding.sample_errors(r, w) for r, w in zip(rounded, want, strict=True)]).amax(0)
         tolerance = max(tolerance, SLACK * float(theirs.nan_to_num(0.0).median()))
     return float(errors.median()) / tolerance
