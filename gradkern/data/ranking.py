@@ -108,12 +108,19 @@ class Importance:
         mask[np.argsort(-overall.ravel(), kind="stable")[:k]] = True
         return mask.reshape(overall.shape)
 
+    def unranked(self, c: int) -> str | None:
+        """Why the features have no order for a row; None if they have one."""
+        if not self.counts[c]:
+            return "no sample has it among its targets"
+        return None if np.nansum(self.scores[c]) > 0 else "depends on no feature"
+
     def __str__(self) -> str:
         lines = []
         for c, features in enumerate(self.top(5)):
             names = ", ".join(position_text(f, self.scores.shape[1:]) for f in features)
             name = self.names[c] if self.names else f"output {c}"
-            lines.append(f"{name}: features {names}   (halves agree to {self.agreement[c]:.2f})")
+            order = f"features {names}   (halves agree to {self.agreement[c]:.2f})"
+            lines.append(f"{name}: {self.unranked(c) or order}")
         if self.nonfinite:
             lines.append(f"{self.nonfinite} samples are not finite")
         if self.curve is not None:

@@ -86,6 +86,8 @@ def test_importance_tells(tmp_path):
     assert found.nonfinite == 1
     assert np.isfinite(found.scores).all()
     assert "1 samples are not finite" in str(found)
+    found = gradkern.importance(net(), samples(4), targets=torch.tensor([[0], [2], [0], [2]]), curve_samples=0)
+    assert str(found).splitlines()[1] == "output 1: no sample has it among its targets"
     with pytest.raises(ValueError, match="got one sample, expected several"):
         gradkern.importance(net(), samples(1))
 
