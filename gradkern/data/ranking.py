@@ -25,6 +25,7 @@ from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
+from .runs.task import finite_rows
 from .sources import Source, open_source
 from .sources.padding import Pad
 from .statistics import GROUPS
@@ -297,10 +298,11 @@ def _average_ranks(v: np.ndarray) -> np.ndarray:
 # Curves
 
 
-def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve:
+def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve | None:
     """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature.
 
-    The features are those of the only floating input; other inputs stay as they are.
+    The features are those of the only floating input; other inputs stay as they are.  Samples that are not finite, or
+    whose outputs are not, are left out; None if all are, or the mean is not.
     """
     samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
     parts = [source.read(int(i), int(i) + 1) for i in samples_read]
@@ -318,6 +320,10 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
         return y.reshape(len(y), -1)  # [n, C], of one output also [N]
 
     y = outputs(x)
+    finite = finite_rows(x) & finite_rows(y)
+    inputs, x, y = [t[finite] for t in inputs], x[finite], y[finite]
+    if not len(x) or not baseline.isfinite().all():
+        return None
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
     generator, features = torch.Generator().manual_seed(0), ranking.shape[1]
