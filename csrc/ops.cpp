@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(gradkern, m) {
   m.def(
       "chain_forward(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, int[] sizes, "
       "int[] output_sizes) -> Tensor[]");
-  // Forward and the backward of all seeds in one pass.  `targets` are flat output indices, [S] or [N, S]; `seed_rows`
+  // The forward and the backward of all seeds in one call.  `targets` are flat output indices, [S] or [N, S]; `seed_rows`
   // are the last weight's rows (empty if the net does not end in one); `cotangents` are dense seeds [N, S, size] per
   // external output.  `outputs` [N, size] and `results` [N, S, size] per wanted input are written in place, because
   // torch.compile functionalizes an op that writes and returns nothing, but not one that also returns a list.

@@ -18,7 +18,7 @@ LEAST_PART = 1024  # samples of a chain in such a part
 
 
 class _Call:
-    """A public call: is a bar wanted (None: in a terminal), and does a loop draw it already?"""
+    """A public call: whether a bar is wanted (None: only in a terminal), and whether a loop already draws it."""
 
     def __init__(self, choice: bool | None) -> None:
         self.choice, self.drawn = choice, False
