@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
-from ..util.callables import by_name, described, modules_behind
-from ..util.torch_compat import disable_current_modes
+from ..frontend.capture import Capture, Captured
+from ..util.callables import are_present, by_name, described, modules_behind
+from ..util.torch_compat import disable_current_modes, dispatch_keys
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
-GLOBAL_HOOKS = tuple("_global" + name for name in (*HOOKS, "_forward_hooks_always_called"))
+GLOBAL_HOOKS = [vars(torch_module).get("_global" + name, {}) for name in (*HOOKS, "_forward_hooks_always_called")]
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -46,7 +46,7 @@ def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReas
     for x in inputs:
         if type(x) not in PLAIN_TENSORS:
             return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
-    if any([getattr(torch_module, name, None) for name in GLOBAL_HOOKS]):  # noqa: C419  (a list is faster)
+    if any(GLOBAL_HOOKS):
         return EagerReason("a global module hook is registered")
     return None
 
@@ -93,20 +93,39 @@ def _training(part: nn.Module) -> str:
 # Guards of captured graphs
 
 
-def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values."""
-    shown = []
-    for x in inputs:
-        whole = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
-        x = x.detach() if whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
+def stand_ins(inputs: Sequence[Tensor], *, for_guards: bool = False) -> tuple[Tensor, ...]:
+    """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values.
+
+    ``for_guards``: they are made once and have no memory, which is enough to check guards.
+    """
+    shown, fresh = [], _remembered if for_guards else _fresh
+    for place, x in enumerate(inputs):
+        y = fresh(place, x.shape, x.dtype, x.device, dispatch_keys(x))
+        shown.append(_graded(x.detach()) if y is None else y)
     return tuple(shown)
 
 
-@lru_cache(maxsize=1024)
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a fresh tensor.  A contiguous one may have others along axes of one element: a sample of a wider tensor."""
-    return torch.empty(shape, device="meta").stride()
+def _fresh(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device, keys: int) -> Tensor | None:
+    """A stand-in for input number ``place``, if it is an ordinary tensor; ``keys`` are its `dispatch_keys`.
+
+    The input may have other strides along axes of one element, as a sample of a wider tensor has.
+    """
+    x = torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode():
+        inference = torch.empty(0, dtype=dtype, device=device)
+    return _graded(x) if keys in (dispatch_keys(x), dispatch_keys(inference)) else None
+
+
+@lru_cache(maxsize=256)
+def _remembered(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device, keys: int) -> Tensor | None:
+    x = _fresh(place, shape, dtype, device, keys)
+    if x is not None:
+        x.untyped_storage().resize_(0)
+    return x
+
+
+def _graded(x: Tensor) -> Tensor:
+    return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
@@ -122,10 +141,10 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
     graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
     try:
-        local = by_name(fn, stand_ins(inputs))
+        local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
             if graph.guards.cache_entry is not None and graph.guards.root.check(local):
-                if not _same_methods(graph):
+                if not are_present(graph.methods):
                     return None
                 capture.latest = graph
                 tensors = graph.tensors(local, capture.shared)
@@ -133,14 +152,6 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
     finally:
         torch._C._set_grad_enabled(graded)
     return None
-
-
-def _same_methods(graph: CapturedGraph) -> bool:
-    for owner, name, code in graph.methods:
-        method = getattr(owner(), name, None)
-        if getattr(method, "__code__", None) is not code and code_of(method) is not code:
-            return False
-    return True
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:

@@ -19,16 +19,15 @@ import sys
 import threading
 import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..util.callables import by_name, placed
+from ..util.callables import Methods, are_present, by_name, methods_read, placed
 from ..util.outputs import chosen
 from ..util.torch_compat import (
     cache_entries,
@@ -67,7 +66,6 @@ _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
-Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
 
@@ -76,8 +74,8 @@ class CapturedGraph:
     """One captured graph.
 
     ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
-    it reads, given the arguments of the captured function.  ``methods``: the methods that ran during capture; Dynamo
-    does not guard against their replacement in a class.
+    it reads, given the arguments of the captured function.  ``methods``: those that ran during capture, by class;
+    Dynamo does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
@@ -85,7 +83,7 @@ class CapturedGraph:
     names: tuple[str, ...]  # of the tensors, in order
     guards: Any = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
-    methods: tuple[Method, ...] = ()
+    methods: tuple[Methods, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -93,7 +91,7 @@ class CapturedGraph:
         return self.guards is not None and self.guards.cache_entry is not None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Captured:
     """The graph that one call would run, and the live tensors that it reads, by name."""
 
@@ -146,7 +144,7 @@ class Capture:
             try:
                 try:
                     captured = self._called(fn, stand_ins)
-                    outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
+                    outdated = not are_present(captured.graph.methods)
                 except dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
@@ -217,20 +215,8 @@ class _Backend:
             (graph, read), self.latest = self.latest, None
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
-            graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
+            graph.methods = tuple(found for owner in owners if (found := methods_read(owner, read)))
         return [True] * len(guards)
-
-
-def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:
-    called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
-    for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
-        code = code_of(getattr(owner, name, None))
-        if code is not None and (code in traced or name in called):
-            yield weakref.ref(owner), name, code
-
-
-def code_of(method: Any) -> types.CodeType | None:
-    return getattr(getattr(method, "fget", method), "__code__", None)
 
 
 def _reads(node: torch.fx.Node) -> Reads:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,7 @@ def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., A
 
 def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
     """``fn``, of whose result ``output`` is returned."""
-    check_output_choice(output)
-    return fn if output is None else FixedArguments(unwrapped(fn), {}, output)
+    return fn if output is None else FixedArguments(unwrapped(fn), {}, check_output_choice(output))
 
 
 def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
@@ -57,8 +58,9 @@ def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], O
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
     """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, ``inputs`` and ``output``."""
-    model, given, output = split(fn)
-    return {"fn": model, "given": given, "inputs": samples, "output": output}
+    if isinstance(fn, FixedArguments):
+        return {"fn": fn.fn, "given": fn.given, "inputs": samples, "output": fn.output}
+    return {"fn": fn, "given": {}, "inputs": samples, "output": None}
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
@@ -86,11 +88,14 @@ def _inner(fn: Any) -> Any:
         owner = fn.__self__
         unhooked = fn.__func__ is type(owner).forward and not _hooked(owner)
         return owner if unhooked or fn.__func__ is type(owner).__call__ else None
-    if not isinstance(fn, (eval_frame.OptimizedModule, DataParallel, DistributedDataParallel)) or _hooked(fn):
+    if _WRAPPERS.isdisjoint(type(fn).__mro__) or _hooked(fn):  # `isinstance` is slow: one has an abstract base
         return None
     if isinstance(fn, eval_frame.OptimizedModule):
         return fn._orig_mod
     return fn.module if len(fn.device_ids or ()) <= 1 else None
+
+
+_WRAPPERS = frozenset((eval_frame.OptimizedModule, DataParallel, DistributedDataParallel))
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -157,3 +162,33 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
     return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Methods that have been replaced
+
+Methods = tuple[weakref.ref[type], Callable[[Any], tuple[Any, ...]], tuple[types.CodeType, ...]]  # a class; their code
+
+
+def methods_read(owner: type, read: Collection[types.CodeType]) -> Methods | None:
+    """The methods and properties of a class, its own or inherited, that ``read`` has the code of, if there are any."""
+    called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
+    found = {}
+    for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
+        method = getattr(owner, name, None)
+        code = getattr(getattr(method, "fget", method), "__code__", None)
+        if code is not None and (code in read or name in called):
+            found[f"{name}.fget.__code__" if hasattr(method, "fget") else f"{name}.__code__"] = code
+    codes_of = operator.attrgetter(*found, "__mro__")  # of one attribute it would give no tuple
+    return (weakref.ref(owner), codes_of, tuple(found.values())) if found else None
+
+
+def are_present(methods: Sequence[Methods]) -> bool:
+    """Whether the classes still have these methods.  This runs in every call, so it is cheap."""
+    try:
+        for owner, codes_of, codes in methods:
+            if not all(map(operator.is_, codes_of(owner()), codes)):
+                return False
+    except AttributeError:
+        return False
+    return True

@@ -86,6 +86,9 @@ class WeakMemo(Generic[V]):
     def of(self, owner: object) -> V:
         """The owner's value, made at its first use."""
         number = id(owner)
+        entry = self._values.get(number)
+        if entry is not None and entry[0]() is owner:
+            return entry[1]
         with self._lock:
             entry = self._values.get(number)
             if entry is not None and entry[0]() is owner:
