@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured
-from ..util.callables import are_present, by_name, described, modules_behind
-from ..util.torch_compat import disable_current_modes, dispatch_keys
+from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
+from ..util.callables import by_name, described, modules_behind
+from ..util.torch_compat import disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
@@ -37,17 +37,22 @@ class EagerReason:
     couples_batch: bool = False
 
 
-def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason in the call itself, or None.  This runs in every call, so it is cheap."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return EagerReason("it is TorchScript, which torch.compile does not read")
-    if autocast(inputs):
-        return EagerReason("autocast is active: the kernels work in the dtype of the inputs")
+def call_reason(inputs: Sequence[Tensor]) -> EagerReason | None:
+    """The reason in the call itself that no guard of a graph sees, or None.  Every call asks, so it is cheap."""
     for x in inputs:
         if type(x) not in PLAIN_TENSORS:
             return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
     if any(GLOBAL_HOOKS):
         return EagerReason("a global module hook is registered")
+    return None
+
+
+def guarded_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
+    """The reason in the call that is not there as long as the guards of a graph hold, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return EagerReason("it is TorchScript, which torch.compile does not read")
+    if autocast(inputs):
+        return EagerReason("autocast is active: the kernels work in the dtype of the inputs")
     return None
 
 
@@ -100,27 +105,23 @@ def stand_ins(inputs: Sequence[Tensor], *, for_guards: bool = False) -> tuple[Te
     """
     shown, fresh = [], _remembered if for_guards else _fresh
     for place, x in enumerate(inputs):
-        y = fresh(place, x.shape, x.dtype, x.device, dispatch_keys(x))
-        shown.append(_graded(x.detach()) if y is None else y)
+        plain = not (x.is_neg() or x.is_conj())
+        shown.append(fresh(place, x.shape, x.dtype, x.device) if plain else _graded(x.detach()))
     return tuple(shown)
 
 
-def _fresh(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device, keys: int) -> Tensor | None:
-    """A stand-in for input number ``place``, if it is an ordinary tensor; ``keys`` are its `dispatch_keys`.
+def _fresh(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stand-in for input number ``place``, which is never the same tensor as another.
 
     The input may have other strides along axes of one element, as a sample of a wider tensor has.
     """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    with torch.inference_mode():
-        inference = torch.empty(0, dtype=dtype, device=device)
-    return _graded(x) if keys in (dispatch_keys(x), dispatch_keys(inference)) else None
+    return _graded(torch.empty(shape, dtype=dtype, device=device))
 
 
 @lru_cache(maxsize=256)
-def _remembered(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device, keys: int) -> Tensor | None:
-    x = _fresh(place, shape, dtype, device, keys)
-    if x is not None:
-        x.untyped_storage().resize_(0)
+def _remembered(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    x = _fresh(place, shape, dtype, device)
+    x.untyped_storage().resize_(0)
     return x
 
 
@@ -144,14 +145,21 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
         local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
             if graph.guards.cache_entry is not None and graph.guards.root.check(local):
-                if not are_present(graph.methods):
+                if not _same_methods(graph):
                     return None
                 capture.latest = graph
-                tensors = graph.tensors(local, capture.shared)
-                return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
+                return Captured(graph, graph.tensors(local, capture.shared))
     finally:
         torch._C._set_grad_enabled(graded)
     return None
+
+
+def _same_methods(graph: CapturedGraph) -> bool:
+    for owner, name, code in graph.methods:
+        method = getattr(owner(), name, None)
+        if getattr(method, "__code__", None) is not code and code_of(method) is not code:
+            return False
+    return True
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:

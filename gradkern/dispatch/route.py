@@ -147,11 +147,12 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
 
     The guards of a Program also cover the state of the model, which is checked separately only without a Program.
     """
-    of_call = guards.call_reason(request.module, request.inputs)
-    if of_call is None and engine != "autograd":
+    of_call = guards.call_reason(request.inputs)
+    if of_call is None and engine != "autograd" and entry.verdicts:
         captured = _holding(request, entry)
         if captured is not None:
             return captured
+    of_call = of_call or guards.guarded_reason(request.module, request.inputs)
     check_devices(request.module, request.inputs)
     scripted = isinstance(request.module, torch.jit.ScriptModule)
     of_model = None if request.module is None or scripted else guards.model_reason(request.module)
@@ -162,8 +163,6 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
 
 def _holding(request: Request, entry: CacheEntry) -> CapturedProgram | None:
     """The Program whose guards hold now, if there is one."""
-    if not entry.verdicts:
-        return None
     captured = guards.holding(entry.capture, request.fn, request.inputs)
     verdict = None if captured is None else entry.verdicts.get(captured.graph)
     if captured is None or verdict is None or verdict.program is None:

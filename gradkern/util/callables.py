@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import operator
 import types
-import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,33 +160,3 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
     return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Methods that have been replaced
-
-Methods = tuple[weakref.ref[type], Callable[[Any], tuple[Any, ...]], tuple[types.CodeType, ...]]  # a class; their code
-
-
-def methods_read(owner: type, read: Collection[types.CodeType]) -> Methods | None:
-    """The methods and properties of a class, its own or inherited, that ``read`` has the code of, if there are any."""
-    called = ("__call__", "_call_impl") if issubclass(owner, nn.Module) else ()  # Dynamo may pass over them
-    found = {}
-    for name in dict.fromkeys(name for base in owner.__mro__ for name in vars(base)):
-        method = getattr(owner, name, None)
-        code = getattr(getattr(method, "fget", method), "__code__", None)
-        if code is not None and (code in read or name in called):
-            found[f"{name}.fget.__code__" if hasattr(method, "fget") else f"{name}.__code__"] = code
-    codes_of = operator.attrgetter(*found, "__mro__")  # of one attribute it would give no tuple
-    return (weakref.ref(owner), codes_of, tuple(found.values())) if found else None
-
-
-def are_present(methods: Sequence[Methods]) -> bool:
-    """Whether the classes still have these methods.  This runs in every call, so it is cheap."""
-    try:
-        for owner, codes_of, codes in methods:
-            if not all(map(operator.is_, codes_of(owner()), codes)):
-                return False
-    except AttributeError:
-        return False
-    return True

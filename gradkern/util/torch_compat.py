@@ -32,11 +32,6 @@ except ImportError as missing:
     ) from missing
 
 
-def dispatch_keys(x: Tensor) -> int:
-    """What torch's operations on a tensor go through: its device, autograd, a negation or vmap that is to be done."""
-    return torch._C._dispatch_keys(x).raw_repr()
-
-
 @contextmanager
 def without_fallback_warning() -> Iterator[None]:
     """Mute torch's warning that vmap loops inside one op, which is intended here."""
