@@ -13,15 +13,16 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("device", "peak", "cached", "options", "samples"),
     [
-        (CPU, 2 * MIB, 0, {}, 64),  # the default budget of 128 MiB
-        (CPU, 2 * MIB, MIB, {}, 24),  # 24 MiB of caches
-        (CPU, 8 * MIB, MIB, {}, 16),  # the budget where that is less
+        (CPU, 2 * MIB, 0, {}, 256),  # the default budget of 512 MiB
+        (CPU, MIB, MIB // 2, {}, 48),  # 24 MiB of caches
+        (CPU, MIB, MIB, {}, 32),  # but not a few samples
+        (CPU, 32 * MIB, MIB, {}, 16),  # the budget where that is less
         (CPU, 2 * MIB, 12 * MIB, {"least": 7}, 7),
-        (CPU, 32 * MIB, 12 * MIB, {"least": 7}, 4),  # memory comes first
-        (CPU, 2 * MIB, 0, {"fixed": 100 * MIB}, 14),
-        (CPU, 2 * MIB, 0, {"fixed": 200 * MIB}, 1),
+        (CPU, 128 * MIB, 12 * MIB, {"least": 7}, 4),  # memory comes first
+        (CPU, 2 * MIB, 0, {"fixed": 484 * MIB}, 14),
+        (CPU, 2 * MIB, 0, {"fixed": 600 * MIB}, 1),
         (CPU, 999 * MIB, MIB, {}, 1),
-        (CPU, 0, 0, {}, 128 * MIB),  # nothing but the result
+        (CPU, 0, 0, {}, 512 * MIB),  # nothing but the result
         (GPU, 2 * MIB, MIB, {}, 5 << 10),  # 10 of 160 GiB, and no caches
         (GPU, 2 * MIB, 12 * MIB, {"least": 7}, 5 << 10),
     ],
@@ -41,8 +42,8 @@ def test_the_callers_budget_holds_on_every_device(device):
 
 def test_steps_one_by_one():
     assert stepwise_bytes([(2, 3), (10,)], 5, 4) == 4 * (6 + 10 + 3 * 5 * 10)
-    assert stepwise_samples(CPU, MIB) == 24
-    assert stepwise_samples(CPU, 48 * MIB) == 1
+    assert stepwise_samples(CPU, MIB // 2) == 48
+    assert stepwise_samples(CPU, 48 * MIB) == 3
 
 
 def test_pieces_are_even():

@@ -7,6 +7,7 @@ seconds.  On two threads they add up over the threads.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import statistics
 import time
@@ -25,6 +26,9 @@ OUTPUTS = 4
 SEED = 0
 MOST_ROUNDS, LEAST_ROUNDS = 25, 5
 RESAMPLES = 1000
+SHORTEST = 0.01  # seconds of one timing, for which short calls are repeated: the clock of CPU time may stand still
+LEAST_SECONDS = 1e-4
+HOPELESS = 1.5  # a peer that takes this many times the better one is not timed again
 NEURAL = {"recurrent": (nn.RNNBase,), "convolutional": (nn.modules.conv._ConvNd,)}
 
 
@@ -116,33 +120,41 @@ def compared(model: nn.Module, x: Tensor, targets: list[int], seconds: float) ->
         "class loop": lambda: class_loop(model, x, targets),
         "batched": lambda: batched(model, x, targets),
     }
+    once: dict[str, float] = {}
     for name in list(calls):
-        for _ in range(2):
-            try:
-                calls[name]()
-            except RuntimeError:
-                if name != "batched":
-                    raise
-                del calls[name]  # not every operation can be batched
-                break
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(SEED)
+        try:
+            calls[name]()
+            once[name] = max(cpu_seconds(calls[name]), LEAST_SECONDS)
+        except RuntimeError:
+            if name != "batched":
+                raise
+            del calls[name]  # not every operation can be batched
+    peers = [name for name in calls if name != "gradkern"]
+    peers = [name for name in peers if once[name] <= HOPELESS * min(once[p] for p in peers)]
+    repeats = {name: math.ceil(SHORTEST / once[name]) for name in ("gradkern", *peers)}
+    spent: dict[str, list[float]] = {name: [] for name in repeats}
+    order, shuffle = list(repeats), random.Random(SEED)
     begin = time.process_time()
     for number in range(MOST_ROUNDS):
         shuffle.shuffle(order)
         for name in order:
-            start = time.process_time()
-            calls[name]()
-            spent[name].append(time.process_time() - start)
+            spent[name].append(cpu_seconds(calls[name], repeats[name]))
         if number + 1 >= LEAST_ROUNDS and time.process_time() - begin > seconds:
             break
-    peers = [name for name in calls if name != "gradkern"]
     best = min(peers, key=lambda name: statistics.median(spent[name]))
     ratios = [theirs / ours for theirs, ours in zip(spent[best], spent["gradkern"], strict=True)]
     low, high = interval(ratios)
     medians = {name: statistics.median(values) for name, values in spent.items()}
     return {"seconds": medians, "peer": best, "ratio": statistics.median(ratios), "low": low, "high": high,
             "rounds": len(ratios)}  # fmt: skip
+
+
+def cpu_seconds(call: Callable[[], Tensor], times: int = 1) -> float:
+    """Of one call, on average."""
+    start = time.process_time()
+    for _ in range(times):
+        call()
+    return (time.process_time() - start) / times
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:

@@ -69,26 +69,29 @@ def strided(read: Tensor, write: Tensor) -> Runs:
     """Pairs of offsets as arithmetic progressions, in the order of the destination."""
     if read.numel() == 0:
         return []
-    order = torch.argsort(write)
-    read, write = read[order], write[order]
     if read.numel() == 1:
         return [int(read[0]), int(write[0]), 1, 1, 1]
+    if bool((write.diff() < 0).any()):
+        order = torch.argsort(write)
+        read, write = read[order], write[order]
     dr, dw = read.diff(), write.diff()
     # A run ends where a step differs from the one before it; the step to the start of a new run belongs to neither.
-    change = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).tolist()
-    r, w, a, b = read.tolist(), write.tolist(), dr.tolist(), dw.tolist()
-    runs: list[int] = []
-    start, n = 0, len(r)
-    while start < n:
-        end = start + 1
-        if end < n:
-            end += 1
-            while end < n and not change[end - 2]:
-                end += 1
-            if end - start == 2 and end < n and b[start] != 1:  # a lone leap: leave its end to the next run
-                end = start + 1
-        runs += [r[start], w[start], end - start, *((a[start], b[start]) if end - start > 1 else (1, 1))]
-        start = end
+    changes = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).nonzero().reshape(-1) + 1
+    ends = torch.cat([changes, torch.tensor([len(dr)])])  # of equal steps
+    starts, start = [], 0
+    for end, unit in zip(ends.tolist(), (dw[ends - 1] == 1).tolist(), strict=True):
+        if start < end:
+            starts.append(start)
+            lone = end - start == 1 and end < len(dr) and not unit  # a lone leap: leave its end to the next run
+            start = end if lone else end + 1
+    if start < len(read):
+        starts.append(start)
+    begin = torch.tensor(starts)
+    counts = torch.tensor([*starts[1:], len(read)]) - begin
+    step = begin.clamp_max(len(dr) - 1)
+    single = counts == 1
+    columns = (read[begin], write[begin], counts, dr[step].masked_fill(single, 1), dw[step].masked_fill(single, 1))
+    runs: Runs = torch.stack(columns, dim=1).reshape(-1).tolist()
     return runs
 
 

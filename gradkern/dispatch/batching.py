@@ -76,11 +76,11 @@ def _settle(
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
         return params, True, chunk
-    if plan.forward is not None or plan.parts is not None:
+    if plan.forward is not None or plan.parts is not None or not plan.single_chain:
         each_by_torch = saved * (1 + results.seeds.count)
         return params, False, stepwise_samples(device, plan.bytes_per_sample + each_by_torch)
     # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.
-    if plan.single_chain and (samples <= chunk or parameters.all_finite(params)):
+    if samples <= chunk or parameters.all_finite(params):
         chunk = samples_per_chunk(device, each.cast if casts else each.fused)
         chunk = limit_for_progress(chunk, samples)  # the results of a chain do not depend on where the batch is cut
     return params, False, chunk

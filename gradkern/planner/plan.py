@@ -149,7 +149,9 @@ class Plan:
             features = element_counts(self.program.inputs)[0]
             factors = self.bottleneck.width * (features + self.seeds) + self.seeds * features
             return size * factors + max(map(inside, self.parts))
-        return stepwise_bytes(self.original.shapes, self.seeds, size)
+        base = len(self.program.inputs)
+        stored = [v for g in self.groups for v in (g.live_out if g.native else (base + i for i in g.steps))]
+        return stepwise_bytes([*self.program.inputs, *map(self.program.shape, stored)], self.seeds, size)
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:

@@ -21,12 +21,16 @@ from .progress import with_progress
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
-# On a CPU a piece stays in its caches: larger pieces were no faster over five networks, step by step and on autograd.
-# On a GPU pieces should be as large as its memory allows.
+# On a CPU a piece stays in its caches, which makes small networks up to a tenth faster.  But large networks read their
+# weights again for each piece, and those of many operations pay for each of them, so that pieces of a few samples took
+# up to twice as long.  On a GPU pieces should be as large as its memory allows.
 CPU_CACHED_BYTES = 24 << 20
+CPU_LEAST_SAMPLES = 32
 
 
-def samples_per_chunk(device: torch.device, peak: int, cached: int = 0, *, fixed: int = 0, least: int = 1) -> int:
+def samples_per_chunk(
+    device: torch.device, peak: int, cached: int = 0, *, fixed: int = 0, least: int = CPU_LEAST_SAMPLES
+) -> int:
     """How many samples to process at a time, at least one.
 
     ``peak``: the most bytes that a sample takes in addition to the result; all samples, and ``fixed`` bytes, fit in the

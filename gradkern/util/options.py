@@ -22,7 +22,7 @@ Engine = Literal["auto", "kernel", "reference", "autograd"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ENVIRONMENT = "GRADKERN_ENGINE"
 DEBUG = "GRADKERN_DEBUG"
-DEFAULT_MEMORY_BUDGET = 128 << 20  # bytes
+DEFAULT_MEMORY_BUDGET = 512 << 20  # bytes
 GPU_SHARE = 16  # the budget on a GPU is its memory divided by this: a GPU needs large pieces
 
 _engine: ContextVar[Engine | None] = ContextVar("gradkern_engine", default=None)
@@ -79,7 +79,7 @@ def debugging() -> bool:
 def memory_budget(device: torch.device | None = None) -> int:
     """Bytes that a call may allocate in addition to its result (or the need of one sample, if that is more).
 
-    Default: 128 MiB, or a sixteenth of the memory of the GPU that the work is for.
+    Default: 512 MiB, or a sixteenth of the memory of the GPU that the work is for.
     """
     chosen = _budget.get()
     if chosen is None and device is not None and device.type == "cuda":
@@ -96,7 +96,7 @@ def use(engine: Engine | None = None, *, memory_budget: int | None = None) -> It
     ``engine``: ``"auto"`` (capture the model once that saves time, then measure whether kernels or autograd are faster,
     the default), ``"kernel"`` (capture at once and take the kernels, whatever that costs), ``"reference"`` (plain torch
     per step, no compiled code) or ``"autograd"`` (never capture).
-    ``memory_budget``: bytes in addition to the result, by default 128 MiB, or a sixteenth of a GPU's memory.
+    ``memory_budget``: bytes in addition to the result, by default 512 MiB, or a sixteenth of a GPU's memory.
     Both hold for this thread (and context) only; ``None`` keeps the setting outside.
     """
     undo: list[tuple[ContextVar[Any], Token[Any]]] = []

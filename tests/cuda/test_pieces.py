@@ -126,7 +126,7 @@ def test_a_gpus_budget(monkeypatch) -> None:
     """A sixteenth of its memory, unless the caller chose."""
     known = type("Properties", (), {"total_memory": 160 << 30})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
-    assert options.memory_budget() == options.memory_budget(torch.device("cpu")) == 128 << 20
+    assert options.memory_budget() == options.memory_budget(torch.device("cpu")) == 512 << 20
     assert options.memory_budget(torch.device("cuda", 0)) == 10 << 30
     with options.use(memory_budget=5):
         assert options.memory_budget(torch.device("cuda", 0)) == 5

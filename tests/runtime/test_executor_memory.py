@@ -241,6 +241,16 @@ def test_weights_that_are_not_finite_stay_within_the_budget(monkeypatch):
     torch.testing.assert_close(jac, want[1][0], equal_nan=True)
 
 
+def test_values_inside_of_groups_take_no_memory():
+    """Kernels keep them in their scratch, so a batch is cut only for the values between groups."""
+    relu, cumsum = Step(Scale("relu"), (1,), (900,)), Call("aten.cumsum.default", (Value(3), 1))
+    between = Step(Opaque(cumsum, "no form"), (3,), (5,))
+    program = Program(((6,),), (dense(900, 6, 0), relu, dense(5, 900, 2), between, dense(7, 5, 4)), 5)
+    plan = executor.plan_for(program, 2, torch.float64)
+    assert [g.native for g in plan.groups] == [True, False, True]
+    assert plan.bytes_per_sample == stepwise_bytes([(6,), (5,), (5,), (7,)], 2, 8)
+
+
 def test_scratch_of_large_layers_is_one_samples():
     """Blocks and tiles of seeds shrink before the scratch of a thread grows."""
 

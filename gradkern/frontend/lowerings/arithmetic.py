@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+from ...codegen.support import MAX_CHANNELS
 from ...ir.indexing import along
 from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
 from .activation import elementwise
@@ -25,8 +26,9 @@ def affine(b: ProgramBuilder, x: Value, a: float, shift: float) -> Value:
 def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Param, Shape]:
     """A constant that broadcasts against the live ``[N, *shape]``, as one number per channel.
 
-    Returns the value in a shape that allows this (flat, if each element has its own number), the axis of the
-    channels, the constant as ``[channels]``, and the shape of the result.
+    Returns the value in a shape that allows this, the axis of the channels, the constant as ``[channels]``, and the
+    shape of the result.  The value is flat if each element has its own number, or two axes, of which the first is the
+    one along which the numbers repeat, if it has more elements than a kernel has channels.
     """
     shape, p_shape = b.shape(x), b.param_shape(p)
     if len(p_shape) > len(shape) + 1 or (len(p_shape) == len(shape) + 1 and p_shape[0] != 1) or not shape:
@@ -42,8 +44,13 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     if math.prod(p_shape) == 1:
         one = b.derive("aten.reshape.default", p, (1,))
         return x, 0, b.derive("aten.expand.default", one, (full[0],)), full
-    spread = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, p_shape), full)
-    return as_shape(b, x, (math.prod(full),)), 0, b.derive("aten.reshape.default", spread, (-1,)), full
+    first = next(d for d, n in enumerate(p_shape) if n != 1)
+    if not first or math.prod(full) <= MAX_CHANNELS:  # a flat value is never copied for this
+        first = 0
+    own = b.derive("aten.expand.default", b.derive("aten.reshape.default", p, p_shape[first:]), full[first:])
+    flat = math.prod(full[:first]), math.prod(full[first:])
+    at = as_shape(b, x, flat if first else flat[1:])
+    return at, len(b.shape(at)) - 1, b.derive("aten.reshape.default", own, (-1,)), full
 
 
 def scaled(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Value:

@@ -19,7 +19,24 @@ import torch
 
 from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
-from ...ir.program import Call, Derived, Form, Param, Program, Shape, Step, Value, View
+from ...ir.program import (
+    Call,
+    Channels,
+    Contract,
+    Dense,
+    Derived,
+    Form,
+    LowRank,
+    Param,
+    Product,
+    Program,
+    Scale,
+    Shape,
+    Step,
+    Sum,
+    Value,
+    View,
+)
 
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
@@ -136,7 +153,13 @@ class ProgramBuilder:
         return self.steps[value.id - n] if value.id >= n else None
 
     def emit(self, form: Form, inputs: tuple[Value, ...], shape: Shape) -> Value:
-        """Append a step and return its value."""
+        """Append a step and return its value.  Kernels know three axes, so if there are more, some are merged."""
+        if any(len(s) > MOST_AXES for s in (shape, *map(self.shape, inputs))):
+            merged = few_axes(self, form, inputs, tuple(shape))
+            if merged is not None:
+                form, fold = merged
+                y = self.emit(form, tuple(as_shape(self, v, fold(self.shape(v))) for v in inputs), fold(tuple(shape)))
+                return as_shape(self, y, shape)
         ids = tuple(v.id for v in inputs)
         self.steps.append(Step(form, ids, tuple(int(s) for s in shape), self.op, self.module))
         return Value(len(self.inputs) + len(self.steps) - 1)
@@ -176,6 +199,53 @@ class ProgramBuilder:
                 wanted.add(param)
                 stack.extend(params_in(by_name[param]))
         return tuple(Derived(p.name, call) for call, p in self.derived_by_call.items() if p in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Values of more axes than kernels know
+
+MOST_AXES = 3
+
+
+def few_axes(
+    b: ProgramBuilder, form: Form, inputs: tuple[Value, ...], shape: Shape
+) -> tuple[Form, Callable[[Shape], Shape]] | None:
+    """The form for values with some axes merged, and how to merge them; None if it has to stay as it is.
+
+    Elementwise steps stay beside those without a kernel, such as three-dimensional convolutions.
+    """
+    last = len(shape) - 1
+    beside = any(has_few_axes(b, v) for v in inputs)
+    match form:
+        case Product(function="matmul") | Contract(map=Dense()):
+            return form, first_merged
+        case LowRank(axis=axis):
+            if axis >= last - 1:
+                return replace(form, axis=axis - last + 2), first_merged
+            return replace(form, axis=1), partial(merged_around, axis=axis)
+        case Scale() | Sum() | Product() if beside and all(b.shape(v) == shape for v in inputs):
+            return form, first_merged
+        case Contract(map=Channels(axis)) if beside and axis == last:
+            return replace(form, map=Channels(2)), first_merged
+        case Contract(map=Channels(0)) if beside:
+            return form, lambda s: (s[0], math.prod(s[1:-1]), s[-1])
+    return None
+
+
+def has_few_axes(b: ProgramBuilder, value: Value) -> bool:
+    """Whether a value of many axes is one of few axes under another shape."""
+    step = b.step(value)
+    return step is not None and isinstance(step.form, View) and len(b.shape(Value(step.inputs[0]))) <= MOST_AXES
+
+
+def first_merged(shape: Shape) -> Shape:
+    """All axes but the last two as one."""
+    return (math.prod(shape[:-2]), *shape[-2:])
+
+
+def merged_around(shape: Shape, axis: int) -> Shape:
+    """The axes before and after one as one each."""
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,19 @@ from typing import Any
 
 from ...ir.indexing import Runs, along, identity, identity_runs, indices, is_permutation, length, runs, then
 from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Scale, Shape, Sum, Value, Windows
-from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
+from .builder import (
+    MOST_AXES,
+    SEVERAL,
+    NoForm,
+    ProgramBuilder,
+    as_shape,
+    has_few_axes,
+    lowers,
+    merged_around,
+    need_value,
+    number_of,
+    sample_axis,
+)
 
 
 def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
@@ -26,17 +38,26 @@ def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
-    pairs = [
-        (a, axis) for a, axis in zip(part.order, part.axes, strict=True) if shape[a] != 1 or axis != identity_runs(1)
-    ]
-    if 3 < len(shape) > len(pairs):  # no kernel copies so many axes: leave out those that are and stay of length one
-        kept = sorted(a for a, _ in pairs)
-        small = Part(tuple(kept.index(a) for a, _ in pairs), tuple(axis for _, axis in pairs))
-        return as_shape(b, emit(b, as_shape(b, x, tuple(shape[a] for a in kept)), small), result)
     fewer, merged = neighbours_merged(shape, part)
     if 3 < len(shape) > len(merged):
         return as_shape(b, emit(b, as_shape(b, x, merged), fewer), result)
+    if len(merged) > MOST_AXES and is_permutation(fewer, merged) and has_few_axes(b, x):
+        return as_shape(b, brought_to_front(b, x, merged, fewer.order), result)
     return b.emit(Index((part,)), (x,), result)
+
+
+def brought_to_front(b: ProgramBuilder, x: Value, shape: Shape, order: Shape) -> Value:
+    """A permutation of many axes as several of three axes, each of which brings one axis to the front."""
+    kept = len(order) - 1
+    while order[kept - 1] < order[kept]:
+        kept -= 1  # the axes from here on stay in order
+    axes = list(range(len(order)))
+    for a in reversed(order[:kept]):
+        at = axes.index(a)
+        x = as_shape(b, x, merged_around(tuple(shape[i] for i in axes), at))
+        x = permuted(b, x, (1, 0, 2))
+        axes.insert(0, axes.pop(at))
+    return x
 
 
 def neighbours_merged(shape: Shape, part: Part) -> tuple[Part, Shape]:
@@ -332,6 +353,9 @@ def diff(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # empty values are not read
+    if len(shape) > MOST_AXES and any(has_few_axes(b, v) for v in values):
+        few = [as_shape(b, v, merged_around(b.shape(v), axis)) for v in values]
+        return as_shape(b, joined(b, few, 1, merged_around(shape, axis)), shape)
     for v in values:
         n = b.shape(v)[axis]
         wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
