@@ -1,6 +1,5 @@
-// The parts of torch that the ops use: tensors, errors, threads.  All of them belong to torch's stable ABI, so a library
-// built against one version of torch runs under every later one, and under any Python.  No other header of torch is
-// included.
+// The parts of torch that the ops use: tensors, errors, threads.  All of it is torch's stable ABI, so a library built
+// against one version of torch runs under every later one, and under any Python.  No other header of torch is included.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
