@@ -221,8 +221,8 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
 // ---- softmax, log-softmax and normalization along one axis of the storage ------------------------------------
 constexpr int64_t kBundle = 64;  // parallel lines that are computed together
 
-// Calls f for bundles of lines whose k-th elements are neighbours, with the bundle's row, column and channel, the number
-// of its lines, and its first line.
+// Calls f for bundles of lines whose k-th elements are neighbours, with the bundle's row, column and channel, the
+// number of its lines, and its first line.
 template <class F>
 GK_INLINE void for_bundles(const LineSet& op, const F& f) {
   if (op.along == Along::Channels) {
@@ -244,8 +244,8 @@ GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
   return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
 }
 
-// Adds up f(k, i) along each line in blocks.  The rounding error then grows with the length of a block and the number of
-// blocks; one running sum would lose terms that are small beside it.
+// Adds up f(k, i) along each line in blocks.  The rounding error then grows with the length of a block and the number
+// of blocks; one running sum would lose terms that are small beside it.
 template <class T, class F>
 GK_INLINE void sum_lines(int64_t len, int64_t lines, T* sum, const F& f) {
   constexpr int64_t kBlock = 32;

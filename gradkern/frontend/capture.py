@@ -91,7 +91,7 @@ class CapturedGraph:
 
     @property
     def alive(self) -> bool:
-        """Whether Dynamo still has it.  `torch._dynamo.reset` drops a graph, and so does the end of a guarded object."""
+        """Whether Dynamo still has it: `torch._dynamo.reset` drops a graph, and so does the end of a guarded object."""
         return self.guards is not None and self.guards.cache_entry is not None
 
 

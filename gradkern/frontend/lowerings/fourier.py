@@ -346,7 +346,7 @@ def one_axis(b: ProgramBuilder, a: SimpleNamespace, kind: str) -> Number:
 @lowers_complex("aten.fft_fft2.default", "aten.fft_fftn.default", along="dim", kind="fft")
 @lowers_complex("aten.fft_ifft2.default", "aten.fft_ifftn.default", along="dim", kind="ifft")
 def several_axes(b: ProgramBuilder, a: SimpleNamespace, kind: str) -> Number:
-    """A transform over several axes, one after the other; of real numbers, the last axis has half of the frequencies."""
+    """A transform over several axes, one after the other; of real numbers, the last has half of the frequencies."""
     x = a.self if isinstance(a.self, Complex) else need_value(a.self)
     rank = len(b.shape(x.real if isinstance(x, Complex) else x))
     if a.dim is None:

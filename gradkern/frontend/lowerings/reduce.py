@@ -18,7 +18,7 @@ from .pool import kept_first, without
 
 
 def reduced_axes(dim: object, rank: int) -> set[int]:
-    """The per-sample axes that a reduction names.  None and an empty list mean all, so samples mix, which is an error."""
+    """The per-sample axes that a reduction names.  None and an empty list mean all; then samples mix: an error."""
     return {sample_axis(d, rank) for d in as_list(dim if dim is not None else []) or range(rank + 1)}
 
 

@@ -98,7 +98,7 @@ def _computed(b: ProgramBuilder, call: Call, n: int, tensors: dict[Param, Tensor
 
 
 def _numbers(b: ProgramBuilder, param: Param, seed: int) -> Tensor:
-    """Random numbers of a parameter's shape and dtype; literals, and parameters derived from them, keep their values."""
+    """Random numbers of a parameter's shape and dtype; literals, and tensors derived from them, keep their values."""
     with suppress(NoForm):
         return constant(b, param)
     meta = b.param_meta[param]
