@@ -37,9 +37,8 @@ def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., A
 
 
 def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
-    """``fn``, of whose result ``output`` is returned."""
-    check_output_choice(output)
-    return fn if output is None else FixedArguments(unwrapped(fn), {}, output)
+    """``fn``, returning the part ``output`` of its result."""
+    return fn if output is None else FixedArguments(unwrapped(fn), {}, check_output_choice(output))
 
 
 def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
@@ -57,8 +56,9 @@ def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], O
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
     """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, ``inputs`` and ``output``."""
-    model, given, output = split(fn)
-    return {"fn": model, "given": given, "inputs": samples, "output": output}
+    if isinstance(fn, FixedArguments):
+        return {"fn": fn.fn, "given": fn.given, "inputs": samples, "output": fn.output}
+    return {"fn": fn, "given": {}, "inputs": samples, "output": None}
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
@@ -72,7 +72,7 @@ def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
 
 
 def unwrapped(fn: Any) -> Any:
-    """The callable inside wrappers that compute the same: `torch.compile`, data parallelism on one device."""
+    """The callable inside wrappers that do not change results: `torch.compile`, data parallelism on one device."""
     while (inner := _inner(fn)) is not None:
         fn = inner
     return fn
@@ -86,11 +86,14 @@ def _inner(fn: Any) -> Any:
         owner = fn.__self__
         unhooked = fn.__func__ is type(owner).forward and not _hooked(owner)
         return owner if unhooked or fn.__func__ is type(owner).__call__ else None
-    if not isinstance(fn, (eval_frame.OptimizedModule, DataParallel, DistributedDataParallel)) or _hooked(fn):
+    if _WRAPPERS.isdisjoint(type(fn).__mro__) or _hooked(fn):  # `isinstance` is slow: one has an abstract base
         return None
     if isinstance(fn, eval_frame.OptimizedModule):
         return fn._orig_mod
     return fn.module if len(fn.device_ids or ()) <= 1 else None
+
+
+_WRAPPERS = frozenset((eval_frame.OptimizedModule, DataParallel, DistributedDataParallel))
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -99,7 +102,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def anchor(fn: Any) -> tuple[Any, Hashable]:
-    """The object that the state kept for ``fn`` belongs to, and the path from that object to ``fn``."""
+    """The object whose lifetime bounds the state kept for ``fn``, and the path from that object to ``fn``."""
     if isinstance(fn, nn.Module):
         return fn, ()
     if isinstance(fn, FixedArguments):
@@ -115,7 +118,7 @@ def anchor(fn: Any) -> tuple[Any, Hashable]:
 
 
 def model_of(fn: Any) -> nn.Module | None:
-    """The module that ``fn`` is, is a method of, or is a `functools.partial` of; else None."""
+    """The module behind ``fn``: ``fn`` itself, or the one whose method or `functools.partial` it is; else None."""
     owner = anchor(fn)[0]
     return owner if isinstance(owner, nn.Module) else None
 
