@@ -85,7 +85,7 @@ def confirm(
     call_plan.confirmed = error is not None
 
 
-def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> RuntimeError:
+def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
     program = call_plan.program
     what = f"the median error of a sample is {error:.3g} times what rounding may cause"
     if not isinstance(call_plan.plan.machine, Device):
