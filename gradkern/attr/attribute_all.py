@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..codegen.support import NATIVE_DTYPES
 from ..dispatch.request import check_output, jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
@@ -26,10 +27,9 @@ from ..util.progress import with_progress
 from ..util.random_state import RandomState
 from .call import PublicMethod, keep_buffers
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
-from .plug import stays_ours, takes_over
+from .plug import can_handle_call, route_is_supported
 from .points import Points, Tensors, with_arguments
 
-NATIVE = (torch.float32, torch.float64)
 Options = dict[str, Any]  # a method's own options, by Captum's names
 Inputs = Tensor | Tensors
 Yes = Literal[True]
@@ -79,17 +79,17 @@ def check_distribution(method: Any, baselines: Any) -> None:
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, integers: bool = False) -> Points | None:
     """The engine for this method's model at these inputs; None if Captum takes the call (a warning says why).
 
-    ``integers`` as in `takes_over`.
+    ``integers`` as in `can_handle_call`.
     """
     engine = getattr(attribution.gradient_func, "engine", None)
-    if not takes_over(attribution.forward_func, inputs, engine, integers=integers):
+    if not can_handle_call(attribution.forward_func, inputs, engine, integers=integers):
         return None
-    if any(x.is_floating_point() and x.dtype not in NATIVE for x in inputs):
+    if any(x.is_floating_point() and x.dtype not in NATIVE_DTYPES for x in inputs):
         return None
     fn, more = with_arguments(attribution.forward_func, inputs, extra)
     points = Points(fn, inputs, more, engine)
     try:
-        return points if stays_ours(points.route) and not points.couples_batch else None
+        return points if route_is_supported(points.route) and not points.couples_batch else None
     except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
         if debugging():
             raise

@@ -267,21 +267,23 @@ def _is_empty(inputs: Any) -> bool:
 def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Results for an empty batch: the method runs on a few zero samples, and zero rows of its results are kept."""
     state, numpy_state = RandomState(), np.random.get_state()
-    kwargs = {name: _per_sample(value) for name, value in kwargs.items()}
+    kwargs = {name: _with_stand_ins(value) for name, value in kwargs.items()}
     try:
-        result = function(method, *mapped(_filled, tuple(map(_per_sample, args))), **mapped(_filled, kwargs))
+        result = function(
+            method, *mapped(_fill_if_empty, tuple(map(_with_stand_ins, args))), **mapped(_fill_if_empty, kwargs)
+        )
     finally:
         state.restore()
         np.random.set_state(numpy_state)
     return mapped(lambda x: x[:0].clone(), result)
 
 
-def _per_sample(value: Any) -> Any:
+def _with_stand_ins(value: Any) -> Any:
     """Replace an empty list by `STAND_INS` zeros, and a numeric array by a tensor."""
     if isinstance(value, list) and not value:
         return [0] * STAND_INS
     return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
 
 
-def _filled(x: Tensor) -> Tensor:
+def _fill_if_empty(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[0] else torch.zeros(STAND_INS, *x.shape[1:], dtype=x.dtype, device=x.device)

@@ -48,13 +48,13 @@ class GradientFunc:
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, in the shapes of the inputs."""
         tensors = format_tensor_into_tuples(inputs)
-        if takes_over(forward_fn, tensors, self.engine):
+        if can_handle_call(forward_fn, tensors, self.engine):
             fn, more = with_arguments(forward_fn, tensors, additional_forward_args)
             wrt = tuple(range(len(tensors)))
             request = Request(fn, (*tensors, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
                 route = self._route(request, self.engine)
-                if stays_ours(route):
+                if route_is_supported(route):
                     return tuple(j[:, 0] for j in solve(request, route).jacobians)
             except Unused:
                 raise
@@ -78,7 +78,7 @@ class HooklessGradientFunc(GradientFunc):
     _route = staticmethod(shared_route)
 
 
-def takes_over(
+def can_handle_call(
     fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, *, integers: bool = False
 ) -> bool:
     """Whether gradkern may take over a call with these arguments.  If not, a warning gives the reason, if there is one.
@@ -107,7 +107,7 @@ def _suits(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | No
     return not closed
 
 
-def stays_ours(route: Route) -> bool:
+def route_is_supported(route: Route) -> bool:
     """Whether gradkern takes this route.  If autograd has to, Captum's own gradients run, and a warning says why."""
     if route.eager_reason is not None:
         keep_buffers(route.fn)

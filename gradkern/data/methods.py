@@ -138,7 +138,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
                     f"arguments: {at} has {len(v)} rows for {samples} samples, expected one for each, or one for all. "
                     "(What is the same for all samples and has other axes belongs into the model, as a buffer.)"
                 )
-            own = 1 if _per_sample(v, k, inputs) else 0
+            own = 1 if _has_own_references(v, k, inputs) else 0
             if name == "baselines" and k < len(inputs) and v.shape[1 + own :] != inputs[k].shape[1:]:
                 raise BadValue(
                     f"arguments: {at} has rows of shape {list(v.shape[1:])}, expected {list(inputs[k].shape[1:])} as "
@@ -186,10 +186,10 @@ def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence
         return ()
     value = arguments.get("baselines")
     first = value[0] if isinstance(value, tuple) and value else value
-    return () if _per_sample(first, 0, inputs) else ("baselines",)
+    return () if _has_own_references(first, 0, inputs) else ("baselines",)
 
 
-def _per_sample(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
+def _has_own_references(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
     """Are these references ``[N, R, *in]`` of input ``k``?"""
     return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 

@@ -72,16 +72,16 @@ class Reduction:
     make: Callable[[Sums], np.ndarray]
 
 
-def _per_sample(sums: Sums, name: str) -> np.ndarray:
+def _divide_by_count(sums: Sums, name: str) -> np.ndarray:
     count = _column(sums["count"], sums[name])
     return sums[name] / np.where(count > 0, count, np.nan)
 
 
 def _variance(sums: Sums) -> np.ndarray:
     if "sum_square" not in sums:
-        return _per_sample(sums, "deviations")
-    mean = _per_sample(sums, "sum")
-    return np.maximum(_per_sample(sums, "sum_square") - mean * mean, 0.0)
+        return _divide_by_count(sums, "deviations")
+    mean = _divide_by_count(sums, "sum")
+    return np.maximum(_divide_by_count(sums, "sum_square") - mean * mean, 0.0)
 
 
 def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
@@ -113,8 +113,8 @@ def scores(sums: Sums, weights: np.ndarray) -> np.ndarray:
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _per_sample(s, "sum_abs")),
-    "mean": Reduction("mean attribution", ("sum",), lambda s: _per_sample(s, "sum")),
+    "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _divide_by_count(s, "sum_abs")),
+    "mean": Reduction("mean attribution", ("sum",), lambda s: _divide_by_count(s, "sum")),
     "variance": Reduction("variance of the attribution", ("sum", "deviations"), _variance),
     "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
     "ranks": Reduction(

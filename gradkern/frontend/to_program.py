@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
+from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognize
 from .batch_axis import NonLeadingBatch, inner_extent, per_sample
@@ -25,7 +25,7 @@ from .capture import Captured, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
-from .lowerings.fourier import halved
+from .lowerings.fourier import complex_from_last_axis
 from .lowerings.nested import last_state, simplified
 from .lowerings.repeated import as_fill, is_fill, row_of
 from .refusal import NoProgram, location
@@ -165,7 +165,7 @@ class _GraphLowering:
         if self._has_batch_first(node, meta, call):
             return self._value(node, call, meta)
         try:
-            return self._per_sample(node, meta, call)
+            return self._lower_per_sample(node, meta, call)
         except (NoForm, MixesSamples):
             return self._inlined(node, meta, call)
 
@@ -211,7 +211,7 @@ class _GraphLowering:
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
-    def _per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
+    def _lower_per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
         """A tensor whose batch is not axis 0, per sample; raises `NoForm` if its op has no form that way."""
         b, net = self.builder, net_within(call)
         if recognize(net) is not None:
@@ -283,7 +283,7 @@ class _GraphLowering:
         if not meta.dtype.is_complex:
             return b.emit(Opaque(call, reason), values, shape)
         pair = b.emit(Opaque(Call("aten.view_as_real.default", (call,)), reason), values, (*shape, 2))
-        return halved(b, pair)
+        return complex_from_last_axis(b, pair)
 
     def _note_dtype(self, value: Value | Complex, dtype: torch.dtype) -> None:
         if isinstance(value, Complex):
@@ -324,7 +324,7 @@ class _GraphLowering:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):
-                return number_as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
+                return number_as_shape(self.builder, self._lower_per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
         return LOWERINGS[call.op](self.builder, named_arguments(call, shape, meta))
@@ -368,7 +368,7 @@ class _GraphLowering:
     def _refuse_random(self, node: torch.fx.Node) -> None:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             return
-        named = _bound(node.target, node.args, dict(node.kwargs))
+        named = bind_arguments(node.target, node.args, dict(node.kwargs))
         drops = [named[k] for k in ("dropout", "p", "dropout_p") if k in named]
         mode = [named[k] for k in ("train", "training") if k in named]
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
@@ -400,18 +400,9 @@ def _batch_axis(shape: Sequence[Any]) -> int:
     return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
 
 
-def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their names in the op's schema, with defaults filled in."""
-    schema = op._schema.arguments
-    named = {a.name: a.default_value for a in schema if a.has_default_value()}
-    named.update({a.name: x for a, x in zip(schema, args, strict=False)})
-    named.update(kwargs)
-    return named
-
-
 def named_arguments(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
     """A call's arguments as lowerings take them; ``shape`` of a sample's result, ``meta`` with its dtype and device."""
-    named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
+    named = bind_arguments(operator_of(call.op), call.args, dict(call.kwargs))
     result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
     return SimpleNamespace(**named, **result)
 

@@ -98,16 +98,11 @@ def no_rule_reason(program: Program, i: int) -> str | None:
             sides = zip(w.kernel, w.stride, w.padding, w.dilation, step.shape[1:], strict=True)
             if any((m - 1) * s - p + d * (k - 1) < 0 for k, s, (p, _), d, m in sides):
                 return "it reads only padding"
-        case Select(windows=w, ties="first") if overlaps(w) and w.taps > MOST_TAPS:
+        case Select(windows=w, ties="first") if w.overlap and w.taps > MOST_TAPS:
             return f"it is a maximum of overlapping windows of {w.taps} places"
         case Given() | Opaque():
             return "it has no forward rule"
     return None
-
-
-def overlaps(w: Windows) -> bool:
-    """Whether windows share positions."""
-    return any(s < d * (k - 1) + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
 
 
 def transposed(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
@@ -271,7 +266,7 @@ class _Writer:
         if form.ties == "split":
             g = self.indexed(g, shape, {a + 1: [0] * n for a, n in enumerate(spatial)})
             return self.times(g, "share", source)
-        if not overlaps(w):
+        if not w.overlap:
             reads = {a + 1: [window_of(w, a, p, shape[a + 1]) for p in range(n)] for a, n in enumerate(spatial)}
             return self.times(self.indexed(g, shape, reads), "winner", source)
         parts = []

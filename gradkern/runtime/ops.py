@@ -22,7 +22,7 @@ from torch import Tensor
 from ..codegen import cuda
 from ..codegen.encoding import Sizes, layout_fingerprint
 from ..codegen.machine import Device, Machine, NoKernels
-from ..codegen.support import NATIVE_FUNCTIONS
+from ..codegen.support import NATIVE_DTYPES, NATIVE_FUNCTIONS
 from . import validation
 
 PACKAGE = Path(__file__).parents[1]
@@ -216,7 +216,7 @@ def recurrent_cells(cells: Tensor, keep: Tensor, *, reverse: bool) -> bool:
 
 
 def _walks(first: Tensor, *others: Tensor) -> bool:
-    native = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64) and extension() is not None
+    native = first.device.type == "cpu" and first.dtype in NATIVE_DTYPES and extension() is not None
     return native and all(t.dtype == first.dtype and t.device == first.device for t in others)
 
 
@@ -238,7 +238,7 @@ def accumulate(
 
     Does nothing and returns False if there is no kernel for these tensors.
     """
-    native = maps.device.type == "cpu" and maps.dtype in (torch.float32, torch.float64) and extension() is not None
+    native = maps.device.type == "cpu" and maps.dtype in NATIVE_DTYPES and extension() is not None
     if native:
         torch.ops.gradkern.accumulate(maps.contiguous(), groups, sum, square, abs, max, group)
     return native

@@ -1,7 +1,7 @@
 """Captum's layer methods, on a Program that is cut at the layer.
 
-A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `one_output` and `all_outputs`
-read Captum's signature and make ``attribute`` and ``attribute_all``.
+A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `make_attribute` and
+`make_attribute_all` read Captum's signature and make ``attribute`` and ``attribute_all``.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
             points.route.work.other += seconds
 
 
-def one_output(kind: Any) -> Any:
+def make_attribute(kind: Any) -> Any:
     """The ``attribute`` of Captum's class on the engine: its signature, its results, its errors."""
     captums = compat.unlogged(kind)
     signature = inspect.signature(captums)
@@ -141,7 +141,7 @@ def one_output(kind: Any) -> Any:
     return attribute
 
 
-def all_outputs(kind: Any) -> AttributeAll:
+def make_attribute_all(kind: Any) -> AttributeAll:
     """Its ``attribute_all``: Captum's arguments, with ``targets`` in place of ``target``; most of them by name."""
     parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
     targets = parameters.pop("target").replace(name="targets", annotation=Any, default=None)
@@ -182,8 +182,8 @@ class LayerGradientXActivation(LayerMethod, stock.LayerGradientXActivation):
     the model is sure.
     """
 
-    attribute = one_output(stock.LayerGradientXActivation)
-    attribute_all = all_outputs(stock.LayerGradientXActivation)
+    attribute = make_attribute(stock.LayerGradientXActivation)
+    attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)
@@ -196,8 +196,8 @@ class LayerGradCam(LayerMethod, stock.LayerGradCam):
     A drop-in for `captum.attr.LayerGradCam`.  Attribute logits, as the paper does.
     """
 
-    attribute = one_output(stock.LayerGradCam)
-    attribute_all = all_outputs(stock.LayerGradCam)
+    attribute = make_attribute(stock.LayerGradCam)
+    attribute_all = make_attribute_all(stock.LayerGradCam)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)  # [N, S, channels, *spatial]

@@ -12,7 +12,7 @@ from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
 from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
-from .layer_methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
 
@@ -24,8 +24,8 @@ class InternalInfluence(LayerMethod, stock.InternalInfluence):
 
     _takes_integers = False  # nothing is between them
 
-    attribute = one_output(stock.InternalInfluence)
-    attribute_all = all_outputs(stock.InternalInfluence)
+    attribute = make_attribute(stock.InternalInfluence)
+    attribute_all = make_attribute_all(stock.InternalInfluence)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         weights, alphas = path_steps(options["method"], options["n_steps"])
@@ -43,8 +43,8 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
 
     _takes_integers = False  # nothing is between them
 
-    attribute = one_output(stock.LayerConductance)
-    attribute_all = all_outputs(stock.LayerConductance)
+    attribute = make_attribute(stock.LayerConductance)
+    attribute_all = make_attribute_all(stock.LayerConductance)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         _, places = approximation_parameters(options["method"])
@@ -69,8 +69,8 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     A drop-in for `captum.attr.LayerIntegratedGradients`.  Logits and probabilities are both complete; prefer logits.
     """
 
-    attribute = one_output(stock.LayerIntegratedGradients)
-    attribute_all = all_outputs(stock.LayerIntegratedGradients)
+    attribute = make_attribute(stock.LayerIntegratedGradients)
+    attribute_all = make_attribute_all(stock.LayerIntegratedGradients)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         if not view.exclusive:  # Captum changes only the layer's input, not what other readers of that value see

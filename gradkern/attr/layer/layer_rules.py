@@ -24,7 +24,7 @@ from ..rules.deeplift import DeepLift, check_references, pairs_of
 from ..rules.lrp import LRP
 from ..rules.rule import Rule, pull
 from ..rules.rule_methods import Chunk, RuleMethod, samples_at_a_time
-from .layer_methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
 Finish = Callable[[Any, Tensor, Tensor], Tensor]  # (rule, multipliers [n, S, *layer], targets) to attributions
@@ -59,8 +59,8 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
     A drop-in for `captum.attr.LayerDeepLift`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    attribute = one_output(stock.LayerDeepLift)
-    attribute_all = all_outputs(stock.LayerDeepLift)
+    attribute = make_attribute(stock.LayerDeepLift)
+    attribute_all = make_attribute_all(stock.LayerDeepLift)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         start = compat.format_baseline(options["baselines"], view.points.inputs)
@@ -95,8 +95,8 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
         stock.LayerDeepLift.__init__(self, model, layer, multiply_by_inputs)
         plug_into(self, GradientFunc(engine), output)
 
-    attribute = one_output(stock.LayerDeepLiftShap)
-    attribute_all = all_outputs(stock.LayerDeepLiftShap)
+    attribute = make_attribute(stock.LayerDeepLiftShap)
+    attribute_all = make_attribute_all(stock.LayerDeepLiftShap)
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
         points, index = view.points, seeds.rows(0, view.points.samples)
@@ -122,8 +122,8 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
     which Captum keeps no relevance, such as activations.  Attribute logits: a softmax has no rule.
     """
 
-    attribute = one_output(stock.LayerLRP)
-    attribute_all = all_outputs(stock.LayerLRP)
+    attribute = make_attribute(stock.LayerLRP)
+    attribute_all = make_attribute_all(stock.LayerLRP)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         method = seen_as(LRP, self)

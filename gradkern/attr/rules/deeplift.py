@@ -21,7 +21,7 @@ from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, check_distribution, typed
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
+from ..plug import GradientFunc, can_handle_call, captum_seeds, plug_into
 from ..points import Points, rows_of
 from ..references import References
 from .averaging import Averages, ContributionOptions, OverReferences, customised, say_if_large, sizes_of, with_delta
@@ -185,7 +185,7 @@ class DeepLift(OverReferences, stock.DeepLift):
     def _by_tape(self, rows: Tensors, start: Tensors, target: Any, extra: Any) -> Tensors | None:
         """Multipliers of a model that has no Program, by the same rules; None if Captum takes the call."""
         gradients = self.gradient_func
-        if not isinstance(gradients, GradientFunc) or not takes_over(self.forward_func, rows, gradients.engine):
+        if not isinstance(gradients, GradientFunc) or not can_handle_call(self.forward_func, rows, gradients.engine):
             return None
 
         base = tuple(

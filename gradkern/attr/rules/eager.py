@@ -22,7 +22,7 @@ from ...util.buffers import buffers_kept
 from ...util.callables import model_of
 from ...util.options import debugging
 from ...util.random_state import RandomState
-from .tape import NoRule, Pair, Tape, interpreted
+from .tape import InputAndReference, NoRule, Tape, interpreted
 
 SAME = 1e-4  # relative; what torch traces has to be the model's own output, and that of a sample alone
 
@@ -50,12 +50,12 @@ def multipliers(
         pairs = [tape.pair(x, r.detach().to(x.dtype).expand_as(x)) for x, r in zip(xs, reference, strict=True)]
         with torch.no_grad():
             y = interpreted(tape, graph, pairs)
-            if not isinstance(y, Pair):
+            if not isinstance(y, InputAndReference):
                 raise NoRule("its output, which does not depend on the inputs")
             if not _close(y.x, live) or not _close(y.x[:1], alone):
                 raise NoRule("a model whose samples depend on each other, or that draws random numbers")
             g = one_hot(y.x, seeds(y.x.shape[0], tuple(y.x.shape[1:])))
-        return tuple(tape.transposed(pairs, y, g)), tape.held
+        return tuple(tape.transposed(pairs, y, g)), tape.took_detached_as_constant
 
 
 def one_hot(y: Tensor, seeds: Seeds) -> Tensor:

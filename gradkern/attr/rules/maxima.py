@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compositions import axes, named
-from .tape import Pair, Tape, handles, is_pair, packet
+from ...ir.calls import bind_arguments
+from .compositions import axes
+from .tape import InputAndReference, Tape, handles, is_pair, packet
 
 
 def routed(
     tape: Tape,
-    p: Pair,
+    p: InputAndReference,
     ends: tuple[Tensor, Tensor],
     places: tuple[Tensor, Tensor],
     take: Callable[[Tensor, Tensor], Tensor],
-) -> Pair:
+) -> InputAndReference:
     """Values ``ends`` of ``p`` at the maxima's ``places``, each at input and reference; ``take(x, places)`` reads them.
 
     The input's maximum gets the part of the change above the reference's, the reference's the part below (as pools do
@@ -70,7 +71,7 @@ def pool(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return best if name in ("max_pool1d", "max_pool2d", "max_pool3d") else (best, here)
 
 
-def along(tape: Tape, p: Pair, dim: int, keepdim: bool) -> tuple[Pair, Tensor]:
+def along(tape: Tape, p: InputAndReference, dim: int, keepdim: bool) -> tuple[InputAndReference, Tensor]:
     """The maximum along one axis, and its place at the input."""
     (y, here), (y_ref, there) = (z.max(dim, keepdim=True) for z in (p.x, p.r))
     best = routed(tape, p, (y, y_ref), (here, there), lambda x, places: x.gather(dim, places))
@@ -80,7 +81,7 @@ def along(tape: Tape, p: Pair, dim: int, keepdim: bool) -> tuple[Pair, Tensor]:
 @handles("max", "min", "amax", "amin")
 def extreme(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     """Over axes, or of two values."""
-    a, name = named(op, args, kwargs), packet(op)
+    a, name = bind_arguments(op, args, kwargs), packet(op)
     if "other" in a:
         return of_two(tape, a["self"], a["other"], name == "min")
     p, least = a["self"], name in ("min", "amin")
@@ -93,7 +94,7 @@ def extreme(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return (best, place) if place is not None and not name.startswith("a") else best
 
 
-def over(tape: Tape, p: Pair, dims: list[int], keepdim: bool) -> Pair:
+def over(tape: Tape, p: InputAndReference, dims: list[int], keepdim: bool) -> InputAndReference:
     """The maximum over several axes."""
     shape, kept = list(p.shape), [d for d in range(len(p.shape)) if d not in dims]
     rows = tape("permute.default", p, [*kept, *dims])
@@ -103,16 +104,16 @@ def over(tape: Tape, p: Pair, dims: list[int], keepdim: bool) -> Pair:
 
 
 @handles("maximum", "fmax")
-def maximum(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def maximum(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     return of_two(tape, args[0], args[1], False)
 
 
 @handles("minimum", "fmin")
-def minimum(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def minimum(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     return of_two(tape, args[0], args[1], True)
 
 
-def of_two(tape: Tape, one: Any, two: Any, least: bool) -> Pair:
+def of_two(tape: Tape, one: Any, two: Any, least: bool) -> InputAndReference:
     """A pool of two places."""
     shape = torch.broadcast_shapes(one.shape, two.shape)
     dtype = torch.promote_types(*((z.x if is_pair(z) else z).dtype for z in (one, two)))

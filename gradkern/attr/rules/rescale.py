@@ -15,7 +15,7 @@ from . import maxima, recurrent  # noqa: F401  (register their rules)
 from .compositions import log_softmax_along, normalized, softmax_along
 from .registry import Region
 from .rule import Rule, StepMap, Values, at_place, chosen, derivative, padded, pass_through, slope
-from .tape import NoRule, Pair, Tape, secant_by_formula
+from .tape import InputAndReference, NoRule, Tape, secant_by_formula
 
 
 class Rescale(Rule):
@@ -53,13 +53,13 @@ class Rescale(Rule):
         if self.detached and self.base + i not in self.moving:
             return StepMap(custom=lambda g: ())  # no cotangent comes here
         if i in self.regions:
-            return self.given(self.regions[i])
+            return self.user_rule_map(self.regions[i])
         return super().at(i)
 
     def leads(self, wrt: Sequence[int]) -> set[int]:
         return graph.descendants(self.program, wrt, self.detached)
 
-    def given(self, region: Region) -> StepMap:
+    def user_rule_map(self, region: Region) -> StepMap:
         """A user's rule."""
         u, v = region.entry, self.base + region.steps[-1]
         x, y = self.values[u], self.values[v]
@@ -153,11 +153,11 @@ def composed(rule: Rescale, i: int) -> StepMap:
     """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
     step, dtype = rule.program.steps[i], rule.values[0].dtype
     tape = Tape(dtype, rule.eps)
-    args: list[Pair | Tensor] = []
+    args: list[InputAndReference | Tensor] = []
     for v in step.inputs:
         x = rule.values[v]
         args.append(tape.pair(x, rule.reference[v].expand_as(x)) if v in rule.moving else x)
-    moving = [p for p in args if isinstance(p, Pair)]
+    moving = [p for p in args if isinstance(p, InputAndReference)]
     try:
         with torch.inference_mode(False):
             result = _on_tape(rule, i, tape, args)
@@ -166,22 +166,26 @@ def composed(rule: Rescale, i: int) -> StepMap:
         return derivative(rule, i)
 
     def pulled(g: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(result, Pair):  # a constant
+        if not isinstance(result, InputAndReference):  # a constant
             grads = [g.new_zeros(*g.shape[:2], *p.shape[1:]) for p in moving]
         else:
             grads = tape.transposed(moving, result, g)
         rest = iter(grads)
         still = g.new_zeros(())
-        return tuple(next(rest) if isinstance(p, Pair) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args)
+        return tuple(
+            next(rest) if isinstance(p, InputAndReference) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args
+        )
 
     return StepMap(custom=pulled)
 
 
-def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -> Pair | Tensor:
+def _on_tape(
+    rule: Rescale, i: int, tape: Tape, args: Sequence[InputAndReference | Tensor]
+) -> InputAndReference | Tensor:
     step = rule.program.steps[i]
     form, x = step.form, args[0]
     if isinstance(form, LowRank):
-        assert isinstance(x, Pair)
+        assert isinstance(x, InputAndReference)
         if form.function == "normalize":
             return normalized(tape, x, [form.axis + 1], form.params[0])[0]
         return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
@@ -189,7 +193,7 @@ def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -
     known = dict(zip(step.inputs, args, strict=True))
     samples = x.shape[0]
 
-    def leaf(item: Param | Value | Batch) -> Pair | Tensor | int:
+    def leaf(item: Param | Value | Batch) -> InputAndReference | Tensor | int:
         if isinstance(item, Param):
             return rule.params[item.name]
         return known[item.id] if isinstance(item, Value) else item.times * samples

@@ -1,7 +1,8 @@
 """DeepLift of any ATen call: its operations on a value and its reference, each with a rule that completes.
 
-`Pair` is a value at the input and at the reference.  A `Tape` runs operations on pairs, and remembers for each the map
-that carries small changes through it, as a function of tensors; torch transposes that map.  There are few kinds:
+A pair, `InputAndReference`, is a value at the input and at the reference.  A `Tape` runs operations on pairs, and
+remembers for each the map that carries small changes through it, as a function of tensors; torch transposes that map.
+There are few kinds:
 
 * at most quadratic (linear, or a product of two values): the derivative half way, which is exact;
 * elementwise: the secant; with several arguments that change, the mean over the orders in which they change (Shapley),
@@ -35,7 +36,7 @@ class NoRule(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class InputAndReference:
     """A tensor at the input and at the reference, of equal shapes, and its place on the tape."""
 
     x: Tensor
@@ -52,26 +53,26 @@ class Tape:
 
     def __init__(self, dtype: torch.dtype, eps: float) -> None:
         self.dtype, self.eps, self.slots = dtype, eps, 0
-        self.held = False  # is anything that is detached taken as constant?
+        self.took_detached_as_constant = False  # is anything that is detached taken as constant?
         self.maps: list[tuple[Map, tuple[int, ...], tuple[int, ...]]] = []
         self._inside: list[str] = []  # the operations that are being decomposed
 
-    def pair(self, x: Tensor, r: Tensor) -> Pair:
+    def pair(self, x: Tensor, r: Tensor) -> InputAndReference:
         self.slots += 1
-        return Pair(x, r, self.slots - 1)
+        return InputAndReference(x, r, self.slots - 1)
 
     def numbers(self, x: Tensor) -> Tensor:
         """A value as floating numbers."""
         return x if x.is_floating_point() or x.is_complex() else x.to(self.dtype)
 
-    def record(self, function: Map, moving: Sequence[Pair], x: Any, r: Any) -> Any:
+    def record(self, function: Map, moving: Sequence[InputAndReference], x: Any, r: Any) -> Any:
         """The pairs of an operation's results, with the map from the changes of ``moving`` to theirs."""
         results = pytree.tree_map(self.pair, x, r)
-        slots = tuple(p.slot for p in pytree.tree_leaves(results, is_leaf=lambda p: isinstance(p, Pair)))
+        slots = tuple(p.slot for p in pytree.tree_leaves(results, is_leaf=lambda p: isinstance(p, InputAndReference)))
         self.maps.append((function, tuple(p.slot for p in moving), slots))
         return results
 
-    def transposed(self, first: Sequence[Pair], last: Pair, g: Tensor) -> list[Tensor]:
+    def transposed(self, first: Sequence[InputAndReference], last: InputAndReference, g: Tensor) -> list[Tensor]:
         """``g [N, S, *out]`` of ``last`` back through the maps: one ``[N, S, *in]`` for each of ``first``."""
         with torch.inference_mode(False), torch.enable_grad():
             changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]
@@ -107,14 +108,14 @@ class Tape:
         return decomposed(self, op, args, kwargs)
 
 
-Rule = Callable[[Tape, Any, tuple[Any, ...], dict[str, Any]], Any]
-RULES: dict[str, Rule] = {}  # by the operation's name without overload
+OperationRule = Callable[[Tape, Any, tuple[Any, ...], dict[str, Any]], Any]
+RULES: dict[str, OperationRule] = {}  # by the operation's name without overload
 
 
-def handles(*names: str) -> Callable[[Rule], Rule]:
+def handles(*names: str) -> Callable[[OperationRule], OperationRule]:
     """Register a rule for operations by their names, ``"softmax"``."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: OperationRule) -> OperationRule:
         RULES.update(dict.fromkeys(names, rule))
         return rule
 
@@ -127,10 +128,10 @@ def packet(op: Any) -> str:
 
 
 def is_pair(x: Any) -> bool:
-    return isinstance(x, Pair)
+    return isinstance(x, InputAndReference)
 
 
-def pairs_in(tree: Any) -> list[Pair]:
+def pairs_in(tree: Any) -> list[InputAndReference]:
     return [x for x in pytree.tree_leaves(tree, is_leaf=is_pair) if is_pair(x)]
 
 
@@ -268,7 +269,9 @@ def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return tape.record(change, moving, x, r)
 
 
-def shapley_slope(tape: Tape, name: str, function: Callable[..., Tensor], moving: Sequence[Pair], k: int) -> Tensor:
+def shapley_slope(
+    tape: Tape, name: str, function: Callable[..., Tensor], moving: Sequence[InputAndReference], k: int
+) -> Tensor:
     """The k-th argument's share of the result's change over its own, each of the others at the input or reference."""
     others = [j for j in range(len(moving)) if j != k]
     total: Tensor | None = None
@@ -283,7 +286,7 @@ def shapley_slope(tape: Tape, name: str, function: Callable[..., Tensor], moving
 
 
 def context_slope(
-    tape: Tape, name: str, function: Callable[..., Tensor], p: Pair, context: list[Tensor], k: int
+    tape: Tape, name: str, function: Callable[..., Tensor], p: InputAndReference, context: list[Tensor], k: int
 ) -> Tensor:
     """The secant in one argument; the derivative at the input where that does not change."""
 
@@ -381,7 +384,7 @@ def interpreted(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any])
         elif isinstance(node.target, torch._ops.OpOverload):
             arguments = value((node.args, node.kwargs))
             if not gradients and pairs_in(arguments):  # constants, of their values at the input
-                tape.held = True
+                tape.took_detached_as_constant = True
                 arguments = filled(arguments, [p.x for p in pairs_in(arguments)])
             known[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])
             if node.target._schema.is_mutable:

@@ -54,7 +54,7 @@ def _common(columns: Sequence[Tensor]) -> torch.dtype:
     return torch.from_numpy(np.zeros(0, np.result_type(*(torch.zeros(0, dtype=k).numpy() for k in kinds)))).dtype
 
 
-class Ragged:
+class UnequalRows:
     """Samples of different shapes, which are an error where some are read together without padding."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
@@ -65,11 +65,11 @@ class Ragged:
 
 
 def array_of(data: Any) -> Any:
-    """Nested lists of numbers as an array, or as `Ragged`."""
+    """Nested lists of numbers as an array, or as `UnequalRows`."""
     try:
         return np.asarray(data)
     except ValueError:
-        return Ragged(data)
+        return UnequalRows(data)
 
 
 def members(group: Any, columns: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from ...ir.indexing import along
 from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
 from .activation import elementwise
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
-from .index import emit, stretched
+from .index import emit_index, stretched
 
 
 def is_number(x: Any) -> bool:
@@ -149,7 +149,7 @@ def glu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     half = b.shape(x)[axis] // 2
-    first, second = (emit(b, x, along(b.shape(x), axis, range(k, k + half))) for k in (0, half))
+    first, second = (emit_index(b, x, along(b.shape(x), axis, range(k, k + half))) for k in (0, half))
     return b.emit(Product("mul"), (first, elementwise(b, second, "sigmoid")), b.shape(first))
 
 

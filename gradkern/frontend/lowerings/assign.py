@@ -18,7 +18,7 @@ from ...ir.program import Call, Index, Param, Shape, Sum, Value
 from .arithmetic import affine, shifted
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 from .gather import _LARGEST, constant, described, taken
-from .index import emit, takes_all
+from .index import emit_index, takes_all
 
 
 @lowers("aten.slice_scatter.default", "aten.select_scatter.default", along="dim")
@@ -53,7 +53,7 @@ def copies(b: ProgramBuilder, parts: list[Any], values: list[Value], shape: Shap
     if not values:
         raise NoForm("it does not depend on the samples alone")
     if len(values) == 1:
-        return emit(b, values[0], parts[0])
+        return emit_index(b, values[0], parts[0])
     return b.emit(Index(tuple(parts)), tuple(values), shape)
 
 
@@ -182,5 +182,5 @@ def index_add(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if len(set(places)) != len(places):
         raise NoForm("it adds several elements to one place")
     where = {place: k for k, place in enumerate(places)}
-    wide = emit(b, source, along(b.shape(source), axis, [where.get(i, -1) for i in range(a.result[axis])]))
+    wide = emit_index(b, source, along(b.shape(source), axis, [where.get(i, -1) for i in range(a.result[axis])]))
     return b.emit(Sum(), (x, affine(b, wide, float(a.alpha), 0.0)), a.result)

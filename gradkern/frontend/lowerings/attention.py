@@ -9,7 +9,7 @@ from ...ir.indexing import along
 from ...ir.program import LowRank, Param, Value
 from .arithmetic import added, affine, shifted
 from .builder import NoForm, ProgramBuilder, lowers, need_value
-from .index import emit, permuted
+from .index import emit_index, permuted
 from .linear import multiplied
 from .masks import additive, causal
 
@@ -43,4 +43,4 @@ def shared(b: ProgramBuilder, x: Value, heads: int) -> Value:
     shape = b.shape(x)
     axis = len(shape) - 3
     times = heads // shape[axis]
-    return emit(b, x, along(shape, axis, [h for h in range(shape[axis]) for _ in range(times)]))
+    return emit_index(b, x, along(shape, axis, [h for h in range(shape[axis]) for _ in range(times)]))

@@ -10,7 +10,7 @@ from ...ir.program import Param, Product, Value
 from .activation import elementwise
 from .arithmetic import added, affine, multiplied, shifted, stretch_to
 from .builder import NoForm, ProgramBuilder, lowers, need_value, number_of
-from .index import blank, emit, stretched
+from .index import blank, emit_index, stretched
 from .reduce import of_two
 
 
@@ -63,7 +63,7 @@ def extremum(b: ProgramBuilder, a: SimpleNamespace, sign: float) -> Value:
 
 def spread(b: ProgramBuilder, x: Value, p: Param) -> Value:
     """A constant as a value that has no slope: zeros in the place of the value's numbers, and the constant added."""
-    return shifted(b, emit(b, x, blank(b.shape(x))), p)
+    return shifted(b, emit_index(b, x, blank(b.shape(x))), p)
 
 
 def signed(b: ProgramBuilder, x: Any, sign: float) -> Any:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from ...ir.indexing import along
 from ...ir.program import Contract, Index, Param, Shape, Value, Windows
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, tuple_of
-from .index import emit
+from .index import emit_index
 
 Padding = tuple[tuple[int, int], ...]
 
@@ -38,7 +38,7 @@ def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
         before = dilation[k] * (kernel[k] - 1) - padding[k]
         if before < 0:
             raise NoForm("a transposed convolution that cuts off whole inputs has no form yet")
-        x = emit(b, x, along(b.shape(x), k + 1, spread + [-1] * more[k]))
+        x = emit_index(b, x, along(b.shape(x), k + 1, spread + [-1] * more[k]))
         sides.append((before, before))
     flipped = b.derive("aten.flip.default", a.weight, tuple(range(2, dims + 2)))
     split = b.derive("aten.reshape.default", flipped, (a.groups, channels // a.groups, per_group, *kernel))

@@ -29,7 +29,7 @@ from .builder import (
     sample_axis,
 )
 from .gather import described
-from .index import emit, joined, permuted
+from .index import emit_index, joined, permuted
 from .reduce import root
 
 _LONGEST = 512  # a longer transform is torch's own
@@ -174,13 +174,13 @@ def polar(b: ProgramBuilder, a: SimpleNamespace) -> Complex:
 
 @lowers_complex("aten.view_as_complex.default")
 def view_as_complex(b: ProgramBuilder, a: SimpleNamespace) -> Complex:
-    return halved(b, need_value(a.self))
+    return complex_from_last_axis(b, need_value(a.self))
 
 
-def halved(b: ProgramBuilder, x: Value) -> Complex:
+def complex_from_last_axis(b: ProgramBuilder, x: Value) -> Complex:
     """A value ``[*, 2]`` as complex numbers."""
     shape = b.shape(x)
-    return Complex(*(as_shape(b, emit(b, x, along(shape, len(shape) - 1, [k])), shape[:-1]) for k in (0, 1)))
+    return Complex(*(as_shape(b, emit_index(b, x, along(shape, len(shape) - 1, [k])), shape[:-1]) for k in (0, 1)))
 
 
 @lowers_complex("aten.view_as_real.default")
@@ -235,14 +235,14 @@ def times(b: ProgramBuilder, p: Param, factor: float) -> Param:
 def resized(b: ProgramBuilder, x: Value, n: int) -> Value:
     """The last axis cut to, or filled with zeros up to, ``n`` elements."""
     shape = b.shape(x)
-    return emit(b, x, along(shape, len(shape) - 1, [k if k < shape[-1] else -1 for k in range(n)]))
+    return emit_index(b, x, along(shape, len(shape) - 1, [k if k < shape[-1] else -1 for k in range(n)]))
 
 
-def halves(b: ProgramBuilder, y: Value) -> Complex:
+def split_last_axis(b: ProgramBuilder, y: Value) -> Complex:
     """The first and the second half of the last axis."""
     shape = b.shape(y)
     n = shape[-1] // 2
-    return Complex(*(emit(b, y, along(shape, len(shape) - 1, range(k, k + n))) for k in (0, n)))
+    return Complex(*(emit_index(b, y, along(shape, len(shape) - 1, range(k, k + n))) for k in (0, n)))
 
 
 def both(b: ProgramBuilder, x: Complex) -> Value:
@@ -261,15 +261,15 @@ def scale_of(norm: str | None, n: int, inverse: bool) -> float:
     return 1 / n if (norm == "forward") != inverse else 1.0
 
 
-def forward(b: ProgramBuilder, x: Number, n: int, outputs: int, a: SimpleNamespace, inverse: bool) -> Complex:
+def dft(b: ProgramBuilder, x: Number, n: int, outputs: int, a: SimpleNamespace, inverse: bool) -> Complex:
     """The first ``outputs`` of ``n`` frequencies of the last axis; ``inverse``: with the opposite sign of ``i``."""
     dtype, sign = real_dtype(a.result_dtype), 1.0 if inverse else -1.0
     c, s = (times(b, w, scale_of(a.norm, n, inverse)) for w in waves(b, outputs, n, n, a))
     minus, plus = times(b, s, -sign), times(b, s, sign)
     if isinstance(x, Complex):
         x = Complex(resized(b, x.real, n), resized(b, x.imag, n))
-        return halves(b, dense(b, both(b, x), blocks(b, ((c, minus), (plus, c)), dtype), 2 * outputs))
-    return halves(b, dense(b, resized(b, x, n), blocks(b, ((c,), (plus,)), dtype), 2 * outputs))
+        return split_last_axis(b, dense(b, both(b, x), blocks(b, ((c, minus), (plus, c)), dtype), 2 * outputs))
+    return split_last_axis(b, dense(b, resized(b, x, n), blocks(b, ((c,), (plus,)), dtype), 2 * outputs))
 
 
 def backward_real(b: ProgramBuilder, x: Complex, n: int, a: SimpleNamespace) -> Value:
@@ -314,7 +314,7 @@ def own(b: ProgramBuilder, x: Number, op: str, n: int, axis: int, a: SimpleNames
     if op == "aten.fft_irfft.default":
         return b.emit(Opaque(call, _OWN), values, tuple(shape))
     pair = b.emit(Opaque(Call("aten.view_as_real.default", (call,)), _OWN), values, (*shape, 2))
-    return halved(b, pair)
+    return complex_from_last_axis(b, pair)
 
 
 def transform(b: ProgramBuilder, x: Number, n: int | None, axis: int, a: SimpleNamespace, kind: str) -> Number:
@@ -328,7 +328,7 @@ def transform(b: ProgramBuilder, x: Number, n: int | None, axis: int, a: SimpleN
         if not isinstance(x, Complex):
             raise NoForm("its input is real")
         return on_last(b, x, axis, lambda y: backward_real(b, y, size, a))  # type: ignore[arg-type]
-    return on_last(b, x, axis, lambda y: forward(b, y, size, outputs, a, kind == "ifft"))
+    return on_last(b, x, axis, lambda y: dft(b, y, size, outputs, a, kind == "ifft"))
 
 
 @lowers_complex("aten.fft_rfft.default", along="dim", kind="rfft")
@@ -404,7 +404,7 @@ def stft(b: ProgramBuilder, a: SimpleNamespace) -> Number:
         y = b.emit(Contract(windows, weight), (source,), (2 * frequencies, rows, frames))
     halves = []
     for k in (0, frequencies):
-        half = permuted(b, emit(b, y, along(b.shape(y), 0, range(k, k + frequencies))), (1, 0, 2))
+        half = permuted(b, emit_index(b, y, along(b.shape(y), 0, range(k, k + frequencies))), (1, 0, 2))
         halves.append(as_shape(b, half, (*shape[:-1], frequencies, frames)))
     if a.return_complex:
         return Complex(*halves)

@@ -15,7 +15,7 @@ from ...ir.indexing import along
 from ...ir.program import Call, Param, Shape, Sum, Value
 from .arithmetic import shifted
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
-from .index import emit, permuted, stretched
+from .index import emit_index, permuted, stretched
 
 _LARGEST = 2**16  # numbers in a value whose places are listed one by one
 
@@ -41,7 +41,7 @@ def copied(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[int]) -> 
     n = math.prod(b.shape(x))
     if max(n, len(places)) > _LARGEST:
         raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
-    return as_shape(b, emit(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
+    return as_shape(b, emit_index(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
 
 
 def numbered(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: Shape) -> Value:
@@ -107,7 +107,7 @@ def fold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def index_select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return emit(b, x, along(b.shape(x), axis, taken(b, a.index, b.shape(x)[axis])))
+    return emit_index(b, x, along(b.shape(x), axis, taken(b, a.index, b.shape(x)[axis])))
 
 
 def taken(b: ProgramBuilder, index: Any, n: int) -> list[int]:
@@ -133,7 +133,7 @@ def index(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         axis, i = given[0]
         content = constant(b, i)
         if content.dim() == 1:
-            return emit(b, x, along(shape, axis, taken(b, i, shape[axis])))
+            return emit_index(b, x, along(shape, axis, taken(b, i, shape[axis])))
     contents = [None if i is None else constant(b, i) for i in a.indices]
     return numbered(b, x, lambda t: torch.ops.aten.index.Tensor(t, contents), a.result)
 
@@ -258,7 +258,7 @@ def unfold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     shape = b.shape(x)
     axis = sample_axis(a.dimension, len(shape))
     count = (shape[axis] - a.size) // a.step + 1
-    y = emit(b, x, along(shape, axis, [k * a.step + j for k in range(count) for j in range(a.size)]))
+    y = emit_index(b, x, along(shape, axis, [k * a.step + j for k in range(count) for j in range(a.size)]))
     split = (*shape[:axis], count, a.size, *shape[axis + 1 :])
     order = [d for d in range(len(split)) if d != axis + 1] + [axis + 1]
     return rearranged(b, y, split, order, a.result)

@@ -26,21 +26,21 @@ from .builder import (
 )
 
 
-def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
+def emit_index(b: ProgramBuilder, x: Value, part: Part) -> Value:
     """The part of one value.  The identity emits nothing; a value that is itself an `Index` of one part is merged."""
     shape = b.shape(x)
     if part == identity(shape):
         return x
     step = b.step(x)
     if step is not None and isinstance(step.form, Index) and len(step.form.parts) == 1:
-        return emit(b, Value(step.inputs[0]), then(step.form.parts[0], part))
+        return emit_index(b, Value(step.inputs[0]), then(step.form.parts[0], part))
     result = tuple(sum(count for _, count, _ in axis) for axis in part.axes)
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
     fewer, merged = neighbours_merged(shape, part)
     if 3 < len(shape) > len(merged):
-        return as_shape(b, emit(b, as_shape(b, x, merged), fewer), result)
+        return as_shape(b, emit_index(b, as_shape(b, x, merged), fewer), result)
     if len(merged) > MOST_AXES and is_permutation(fewer, merged) and has_few_axes(b, x):
         return as_shape(b, brought_to_front(b, x, merged, fewer.order), result)
     return b.emit(Index((part,)), (x,), result)
@@ -112,7 +112,7 @@ def blank(shape: Shape) -> Part:
 
 def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
     """Per-sample axes in another order."""
-    return emit(b, x, identity(b.shape(x), order))
+    return emit_index(b, x, identity(b.shape(x), order))
 
 
 def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
@@ -120,7 +120,7 @@ def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
     before = b.shape(x)
     x = as_shape(b, x, (1,) * (len(shape) - len(before)) + before)
     axes = tuple(identity_runs(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
-    return emit(b, x, Part(tuple(range(len(shape))), axes))
+    return emit_index(b, x, Part(tuple(range(len(shape))), axes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def flip(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     for d in as_list(a.dims):
         axis = sample_axis(d, len(b.shape(x)))
-        x = emit(b, x, along(b.shape(x), axis, range(b.shape(x)[axis] - 1, -1, -1)))
+        x = emit_index(b, x, along(b.shape(x), axis, range(b.shape(x)[axis] - 1, -1, -1)))
     return x
 
 
@@ -182,7 +182,7 @@ def roll(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     for shift, d in zip(as_list(a.shifts), as_list(a.dims), strict=True):
         axis = sample_axis(d, len(b.shape(x)))
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, [(i - shift) % n for i in range(n)]))
+        x = emit_index(b, x, along(b.shape(x), axis, [(i - shift) % n for i in range(n)]))
     return x
 
 
@@ -202,7 +202,7 @@ def slice_(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     end = a.end if a.end is None or isinstance(a.end, int) else None
     wanted = range(shape[axis])[slice(a.start, end, a.step)]
     trimmed = trim_convolution(b, x, axis, wanted)
-    return emit(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
+    return emit_index(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
 
 
 def takes_all(a: SimpleNamespace) -> bool:
@@ -231,7 +231,7 @@ def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> V
 def select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
+    return as_shape(b, emit_index(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
 
 
 @lowers("aten.narrow.default")
@@ -239,7 +239,7 @@ def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     start = int(number_of(a.start)) % b.shape(x)[axis]
-    return emit(b, x, along(b.shape(x), axis, range(start, start + a.length)))
+    return emit_index(b, x, along(b.shape(x), axis, range(start, start + a.length)))
 
 
 SEVERAL.update(("aten.tensor_split.sections",))
@@ -252,7 +252,7 @@ def tensor_split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     size, longer = divmod(b.shape(x)[axis], a.sections)
     start = a.piece * size + min(a.piece, longer)
-    return emit(b, x, along(b.shape(x), axis, range(start, start + size + (a.piece < longer))))
+    return emit_index(b, x, along(b.shape(x), axis, range(start, start + size + (a.piece < longer))))
 
 
 PIECES = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
@@ -270,7 +270,7 @@ def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     else:
         size = a.split_size if hasattr(a, "split_size") else (-(-n // a.chunks) if hasattr(a, "chunks") else 1)
         start = a.piece * size
-    return as_shape(b, emit(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
+    return as_shape(b, emit_index(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], axis: int,
         else:
             pieces.append(b.derive("aten.reshape.default", x, (1, *shape)))
         first += n
-    y = emit(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
+    y = emit_index(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
     full = b.derive("aten.cat.default", tuple(pieces), axis + 1)
     shift = b.derive("aten.reshape.default", full, (-1,))
     flat = as_shape(b, y, (math.prod(a.result),))
@@ -344,7 +344,7 @@ def diff(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     for _ in range(a.n):
         n = b.shape(x)[axis]
-        later, earlier = (emit(b, x, along(b.shape(x), axis, range(k, k + n - 1))) for k in (1, 0))
+        later, earlier = (emit_index(b, x, along(b.shape(x), axis, range(k, k + n - 1))) for k in (1, 0))
         minus = b.emit(Scale("affine", (-1.0, 0.0)), (earlier,), b.shape(earlier))
         x = b.emit(Sum(), (later, minus), b.shape(later))
     return x
@@ -389,7 +389,7 @@ def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value
     for k in range(0, min(len(flat), 2 * rank), 2):
         axis = rank - 1 - k // 2
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
+        x = emit_index(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
     return x
 
 
@@ -435,7 +435,7 @@ def repeat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it repeats the samples")
     for axis, times in enumerate(repeats[1:]):
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, list(range(n)) * times))
+        x = emit_index(b, x, along(b.shape(x), axis, list(range(n)) * times))
     return x
 
 
@@ -445,7 +445,7 @@ def repeat_interleave(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.dim is None:
         raise NoForm("it runs over the samples")
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return emit(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
+    return emit_index(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
     for axis, (n, m, step) in enumerate(upsampled(b, a), start=1):
         wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
-        x = emit(b, x, along(b.shape(x), axis, wanted))
+        x = emit_index(b, x, along(b.shape(x), axis, wanted))
     return x
 
 

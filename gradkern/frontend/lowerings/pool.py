@@ -9,7 +9,7 @@ from ...ir.indexing import along
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
 from ...util.options import BadValue
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis, tuple_of
-from .index import as_list, emit, permuted
+from .index import as_list, emit_index, permuted
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
@@ -136,7 +136,7 @@ def adaptive_max(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
         bounds = adaptive_bounds(n, m)
         longest = max(last - first for first, last in bounds)
         wanted = [min(first + k, last - 1) for first, last in bounds for k in range(longest)]
-        y = emit(b, y, along(b.shape(y), axis, wanted))
+        y = emit_index(b, y, along(b.shape(y), axis, wanted))
         kernel.append(longest)
     windows = Windows(tuple(kernel), tuple(kernel), ((0, 0),) * dims, (1,) * dims)
     y = b.emit(Select(windows), (y,), (b.shape(source)[0], *counts))

@@ -13,7 +13,7 @@ from ...ir.program import Contract, Dense, Positions, Product, Select, Shape, Su
 from .activation import elementwise
 from .arithmetic import affine, multiplied, scaled
 from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
-from .index import as_list, emit, joined, permuted, stretched
+from .index import as_list, emit_index, joined, permuted, stretched
 from .pool import kept_first, without
 
 
@@ -194,9 +194,9 @@ def prod(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     dims = {sample_axis(a.dim, len(shape))}
     y, n = kept_first(b, x, dims)
     while n > 1:
-        first, second = (emit(b, y, along(b.shape(y), 1, range(k, k + n // 2))) for k in (0, n // 2))
+        first, second = (emit_index(b, y, along(b.shape(y), 1, range(k, k + n // 2))) for k in (0, n // 2))
         product = b.emit(Product("mul"), (first, second), b.shape(first))
-        rest = [emit(b, y, along(b.shape(y), 1, [n - 1]))] if n % 2 else []
+        rest = [emit_index(b, y, along(b.shape(y), 1, [n - 1]))] if n % 2 else []
         y = side_by_side(b, [product, *rest], 1)
         n = b.shape(y)[1]
     return without(b, y, shape, dims, a.keepdim)
