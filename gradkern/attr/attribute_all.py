@@ -62,7 +62,7 @@ class AttributeAll(Protocol):
     # fmt: on
 
 
-def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
+def as_attribute_all(attribute_all: Callable[..., Any]) -> AttributeAll:
     """The method unchanged, with the types of its results."""
     return cast(AttributeAll, attribute_all)
 
@@ -96,7 +96,7 @@ def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, inte
         return None
 
 
-def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
+def resolve_targets(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
     """``targets`` as `gradkern.jacobian` reads them, for the model's output at these inputs."""
     more = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
     keep_buffers(fn)
@@ -113,7 +113,7 @@ def one_by_one(
     """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers and
     buffers.  ``delta``: what ``attribute`` returns ends with the convergence delta."""
     rows = format_tensor_into_tuples(inputs)
-    seeds, out = resolved(fn, rows, extra, targets)
+    seeds, out = resolve_targets(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
     torch_state, numpy_state = RandomState(), np.random.get_state()
     results = []
@@ -123,7 +123,7 @@ def one_by_one(
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
         with buffers_kept(nn.ModuleList(modules_behind(fn))):
             results.append(attribute(captum_target(column, out)))
-    tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
+    tree = split_seed_axis(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
     if not isinstance(seeds, TopSeeds):
         return tree
     return (*(tree if delta else (tree,)), seeds.indices_per_sample())
@@ -139,16 +139,16 @@ def captum_target(flat: Tensor, out: Shape) -> Any:
     return tuple(axes) if flat.dim() == 0 else [tuple(a) for a in axes]
 
 
-def shaped(tree: Any, seeds: Seeds) -> Any:
+def split_seed_axis(tree: Any, seeds: Seeds) -> Any:
     """Reshape every ``[N, S, ...]`` to ``[N, *axes, ...]``."""
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
 def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """The result of ``attribute_all``: attributions, the convergence delta if requested, and the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
+    items: list[Any] = [split_seed_axis(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
-        items.append(shaped(delta, seeds))
+        items.append(split_seed_axis(delta, seeds))
     if isinstance(seeds, TopSeeds):
         items.append(seeds.indices_per_sample())
     return items[0] if len(items) == 1 else tuple(items)
@@ -166,10 +166,10 @@ def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], 
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
         difference = rows_out(points) - rows_out(points.at(before, points.more))  # [N, C]
-    return sum(sums[1:], sums[0]).detach() - picked(difference, seeds.rows(0, n))
+    return sum(sums[1:], sums[0]).detach() - pick_outputs(difference, seeds.rows(0, n))
 
 
-def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
+def pick_outputs(outputs: Tensor, index: Tensor | None) -> Tensor:
     """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, *out]``: ``[N, S]``."""
     outputs = outputs.unsqueeze(-1).flatten(1)  # [N] is one number per sample
     if index is None:

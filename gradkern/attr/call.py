@@ -62,9 +62,9 @@ def _attribute(function: Function) -> Function:
                 return _of_no_samples(function, self, args, kwargs)
             result = function(self, *args, **kwargs)
             graph = (kwargs.get("grad_kwargs") or {}).get("create_graph")
-            return result if graph else mapped(_plain, result)
+            return result if graph else map_tensors(_plain, result)
 
-    return _marked(attribute, function)
+    return _mark(attribute, function)
 
 
 def _attribute_all(function: Function) -> Function:
@@ -81,7 +81,7 @@ def _attribute_all(function: Function) -> Function:
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
         with public_call(method), showing_progress(progress):
             result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
-            result = mapped(_plain, result)
+            result = map_tensors(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
         maps, *rest = result if extras else (result,)
         maps = _written(_of_inputs(maps, shared.get("wrt")), shared.get("out"))
@@ -92,10 +92,10 @@ def _attribute_all(function: Function) -> Function:
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     attribute_all.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return _marked(attribute_all, function)
+    return _mark(attribute_all, function)
 
 
-def _marked(wrapper: Function, function: Function) -> Function:
+def _mark(wrapper: Function, function: Function) -> Function:
     wrapper._is_public = True  # type: ignore[attr-defined]
     wrapper.__wrapped__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]  # as Captum's own
     return wrapper
@@ -105,14 +105,14 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-def mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """The tree of tuples, lists and dicts with ``change`` made to every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if type(tree) in (tuple, list):
-        return type(tree)(mapped(change, part) for part in tree)
+        return type(tree)(map_tensors(change, part) for part in tree)
     if type(tree) is dict:
-        return {name: mapped(change, part) for name, part in tree.items()}
+        return {name: map_tensors(change, part) for name, part in tree.items()}
     return tree
 
 
@@ -270,12 +270,14 @@ def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str,
     kwargs = {name: _with_stand_ins(value) for name, value in kwargs.items()}
     try:
         result = function(
-            method, *mapped(_fill_if_empty, tuple(map(_with_stand_ins, args))), **mapped(_fill_if_empty, kwargs)
+            method,
+            *map_tensors(_fill_if_empty, tuple(map(_with_stand_ins, args))),
+            **map_tensors(_fill_if_empty, kwargs),
         )
     finally:
         state.restore()
         np.random.set_state(numpy_state)
-    return mapped(lambda x: x[:0].clone(), result)
+    return map_tensors(lambda x: x[:0].clone(), result)
 
 
 def _with_stand_ins(value: Any) -> Any:

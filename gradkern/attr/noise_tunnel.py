@@ -19,7 +19,7 @@ from ..dispatch.targets import Seeds
 from ..util.chunks import row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, as_attribute_all, one_by_one, points_for
 from .call import PublicMethod
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
@@ -90,7 +90,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         result = maps if compat.is_tuple(inputs) else maps[0]
         return (result, average.delta()) if wants_delta else result
 
-    @typed
+    @as_attribute_all
     @one_call()
     def attribute_all(
         self,

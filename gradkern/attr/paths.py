@@ -14,7 +14,7 @@ from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine, InputError, Unused, debugging
 from ..util.outputs import Output
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, check_distribution, points_for
 from .call import PublicMethod, seen_as
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
@@ -75,7 +75,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
             return mean
         return tuple(g * (x - base) for g, x, base in zip(mean, inputs, baselines, strict=True))
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -231,7 +231,7 @@ class GradientShap(PublicMethod, stock.GradientShap):
         results = [tunnel.attribute(inputs, nt_samples=1, baselines=b[0] if single else b, **given) for b in own]
         return _mean_of_draws(results, return_convergence_delta)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,

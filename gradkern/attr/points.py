@@ -168,12 +168,12 @@ def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, 
     return path
 
 
-def repeated(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
+def repeat_rows(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
     """The rows ``a:b`` that belong to the points of `between`: repeated for every step, ``[K (b - a), ...]``."""
     return [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in rows]
 
 
-def repeated_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
+def repeat_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
     """The same for the seeds of all samples: None, ``[S]`` or ``[N, S]``."""
     return index if index is None or index.dim() == 1 else index[a:b].repeat(steps, 1)
 
@@ -208,7 +208,7 @@ def path_sum(
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
-            more, chunk_index = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
+            more, chunk_index = repeat_rows(points.more, a, b, last - first), repeat_index(index, a, b, last - first)
             gradients = points.gradients(at, more, chunk_index, seeds.count)
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])

@@ -103,7 +103,7 @@ def positions(node: Node) -> list[int]:
     return [h * node.row + w * node.C for h in range(node.H) for w in range(node.W)]
 
 
-def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
+def transpose_entries(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
     """For each position of the source, the results that read it."""
     readers: dict[int, Entries] = {q: [] for q in positions(source)}
     for place, reads in zip(positions(out), entries, strict=True):

@@ -100,7 +100,7 @@ def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> E
         try:
             names = [read for read in graph.reads if isinstance(read, str)]
             examples = [torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs]
-            exported = _exported(graph, [tensors[name] for name in names], examples)
+            exported = _export(graph, [tensors[name] for name in names], examples)
             literals = _literals(exported)
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
@@ -112,7 +112,7 @@ def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> E
     return _read(exported, names, literals)
 
 
-def _exported(graph: CapturedGraph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
+def _export(graph: CapturedGraph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
     def attempt(batch: Any, guards: _Guards) -> torch.export.ExportedProgram:
         shapes = ([None] * len(tensors), [{0: batch} for _ in examples])
         return torch.export.export(_Entry(graph, guards), (tensors, examples), dynamic_shapes=shapes, strict=False)

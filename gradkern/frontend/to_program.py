@@ -20,13 +20,13 @@ from torch import Tensor
 from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognize
-from .batch_axis import NonLeadingBatch, inner_extent, per_sample
+from .batch_axis import NonLeadingBatch, inner_extent, make_per_sample
 from .capture import Captured, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
 from .lowerings.fourier import complex_from_last_axis
-from .lowerings.nested import last_state, simplified
+from .lowerings.nested import last_state, simplify
 from .lowerings.repeated import as_fill, is_fill, row_of
 from .refusal import NoProgram, location
 from .regions import reaching
@@ -225,7 +225,7 @@ class _GraphLowering:
         lifted = Call(op_name(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
-        per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
@@ -312,11 +312,11 @@ class _GraphLowering:
         if self._is_complex(node, meta):
             kwargs = tuple((k, self._formal(v)) for k, v in node.kwargs.items())
             formal = Call(op_name(node.target), tuple(self._formal(x) for x in node.args), kwargs, call.index)
-            formal = simplified(self.builder, formal)
+            formal = simplify(self.builder, formal)
             if len(calls_in(formal)) > 1:
                 raise NoForm("inside it the batch is not axis 0")
             return self._complex_form(formal, named_arguments(formal, shape, meta))
-        call = simplified(self.builder, call)
+        call = simplify(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
             return state

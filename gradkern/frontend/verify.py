@@ -21,7 +21,7 @@ from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from .refusal import NoProgram
-from .terms import Terms, pulled, terms_of
+from .terms import Terms, pull_back, terms_of
 
 _TOGETHER = 3  # samples
 _TRIES = 4  # the samples themselves, and slightly perturbed ones
@@ -126,7 +126,7 @@ def _compare(
 ) -> NoProgram | frozenset[int]:
     """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
     together_live = _live(fn, samples, cotangent)
-    together, values = pulled(program, params, samples, cotangent)
+    together, values = pull_back(program, params, samples, cotangent)
     allowed = _rounding(program, params, samples, cotangent, values)
     alone, weights = [x[:1] for x in samples], cotangent[:1]
     alone_live = _live(fn, alone, weights)
@@ -137,7 +137,7 @@ def _compare(
         apart = allowed.differing_part(_first_sample(together_live), alone_live)
     if apart is not None:
         return NoProgram("its result for a sample depends on the other samples of the batch", mixes=True)
-    ours_alone = _first_sample(pulled(program, params, alone, weights)[0])
+    ours_alone = _first_sample(pull_back(program, params, alone, weights)[0])
     for ours, live in ((together, together_live), (ours_alone, alone_live)):
         what = allowed.differing_part(ours, live)
         if what is not None:

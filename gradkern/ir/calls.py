@@ -56,13 +56,13 @@ def form_params(form: Form) -> tuple[Param, ...]:
     return params_in(form.call) if isinstance(form, Opaque) else ()
 
 
-def rewritten(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+def rewrite(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     """The tree with every leaf replaced."""
     if isinstance(tree, tuple):
-        return tuple(rewritten(item, leaf) for item in tree)
+        return tuple(rewrite(item, leaf) for item in tree)
     if isinstance(tree, Call):
-        kwargs = tuple((k, rewritten(v, leaf)) for k, v in tree.kwargs)
-        return Call(tree.op, rewritten(tree.args, leaf), kwargs, tree.index)
+        kwargs = tuple((k, rewrite(v, leaf)) for k, v in tree.kwargs)
+        return Call(tree.op, rewrite(tree.args, leaf), kwargs, tree.index)
     return leaf(tree)
 
 

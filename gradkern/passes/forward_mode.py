@@ -41,7 +41,7 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .prune_positions import pruned
+from .prune_positions import prune
 
 MOST_TAPS = 16  # places of a pool's overlapping windows, each of which is a separate step
 
@@ -105,7 +105,7 @@ def no_rule_reason(program: Program, i: int) -> str | None:
     return None
 
 
-def transposed(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
+def transpose(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
     """The VJP of a network all of whose steps have a rule.
 
     ``computed``: a `Given` step computes the derivative of a function; otherwise the caller gives it.
@@ -345,7 +345,7 @@ class _Writer:
 
         steps = tuple(replace(s, inputs=tuple(map(number, s.inputs))) for s in self.steps)
         inputs = (self.program.output_shape, *(slope.shape for slope in self.slopes))
-        program = without_copies(pruned(Program(inputs, steps, number(output), tuple(self.derived.values()))))
+        program = without_copies(prune(Program(inputs, steps, number(output), tuple(self.derived.values()))))
         return Transposed(program, tuple(self.slopes), self.wrt)
 
     def joined(self, cotangents: dict[int, int]) -> int:
@@ -398,5 +398,5 @@ def without_copies(program: Program) -> Program:
             number[base + i] = number[step.inputs[0]]
         else:
             number[base + i] = base + len(steps)
-            steps.append(graph.renumbered(step, number))
+            steps.append(graph.renumber(step, number))
     return replace(program, steps=tuple(steps), output=number[program.output])

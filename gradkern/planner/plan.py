@@ -26,9 +26,9 @@ from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
 from ..passes import direction
 from ..passes.direction import Cut, Direction
-from ..passes.forward_mode import Transposed, transposed, values_read
+from ..passes.forward_mode import Transposed, transpose, values_read
 from ..passes.phases import without_zeros
-from ..passes.prune_positions import pruned
+from ..passes.prune_positions import prune
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
@@ -353,7 +353,7 @@ def plan(
     if isinstance(machine, Device) and dtype in CAST_DTYPES and not opaque:
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
-        program = pruned(program)
+        program = prune(program)
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
@@ -363,7 +363,7 @@ def plan(
     chains = Chains(program, machine, dtype.itemsize)
     made = Plan(original, program, machine, dtype, seeds, wanted, (), (), chains, chosen, cast_dtype=cast_dtype)
     if chosen is not None and chosen.forward:
-        backwards = transposed(
+        backwards = transpose(
             program, range(len(program.inputs)) if wrt is None else wrt, computed=not isinstance(machine, Device)
         )
         inner = plan(backwards.program, backwards.tangents, dtype, machine=machine, reverse=True)

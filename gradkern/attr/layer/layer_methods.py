@@ -27,11 +27,11 @@ from ..attribute_all import (
     Options,
     Tensors,
     answer,
+    as_attribute_all,
     completeness,
     one_by_one,
     points_for,
-    resolved,
-    typed,
+    resolve_targets,
 )
 from ..call import POSITIONAL, PublicMethod, keep_buffers
 from ..captum_compat import stock
@@ -161,7 +161,7 @@ def make_attribute_all(kind: Any) -> AttributeAll:
         return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self._once(t, options), delta)
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
-    return typed(attribute_all)
+    return as_attribute_all(attribute_all)
 
 
 def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwargs: Options) -> Options:
@@ -228,7 +228,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
         self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine, output=output)
         self.guided_backprop = GuidedBackprop(model, engine, output)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -240,7 +240,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         rows = compat.format_tensor_into_tuples(inputs)
-        seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
+        seeds, out = resolve_targets(self.forward_func, rows, additional_forward_args, targets)
         chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
         shared = {"targets": chosen, "additional_forward_args": additional_forward_args}
         cam = self.grad_cam.attribute_all(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
-from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from ..points import between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
 from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
@@ -83,8 +83,8 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         size, most = gradient_bytes([value], seeds), options["internal_batch_size"]
         for a, b, first, last in blocks(len(value), len(alphas), size, value.device, most):
             steps = last - first
-            tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
-            gradients = view.gradients(tail_inputs, repeated_index(index, a, b, steps), seeds)
+            tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeat_rows(crossing, a, b, steps))
+            gradients = view.gradients(tail_inputs, repeat_index(index, a, b, steps), seeds)
             total[a:b] += weighted_sum(gradients, weights[first:last].float())
         if self.multiplies_by_inputs:
             times_difference([total], [value], [base])
@@ -113,5 +113,5 @@ def blocks_of_path(
     size, most = gradient_bytes([layer], seeds), options["internal_batch_size"]
     for a, b, first, last in blocks(points.samples, len(alphas), size, inputs[0].device, most):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
-        values = view.forward(at, repeated(points.more, a, b, steps))
-        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeated_index(index, a, b, steps), seeds))
+        values = view.forward(at, repeat_rows(points.more, a, b, steps))
+        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeat_index(index, a, b, steps), seeds))

@@ -14,12 +14,12 @@ from ...util.chunks import spans
 from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Options, Tensors, completeness, picked
+from ..attribute_all import Options, Tensors, completeness, pick_outputs
 from ..call import seen_as
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import block_rows, gradient_bytes
-from ..rules.averaging import customised
+from ..rules.averaging import apply_custom_function
 from ..rules.deeplift import DeepLift, check_references, pairs_of
 from ..rules.lrp import LRP
 from ..rules.rule import Rule, pull
@@ -30,7 +30,7 @@ from .split import LayerView
 Finish = Callable[[Any, Tensor, Tensor], Tensor]  # (rule, multipliers [n, S, *layer], targets) to attributions
 
 
-def pulled(
+def pull_to_layer(
     view: LayerView, method: RuleMethod, index: Tensor | None, seeds: int, options: Options, finish: Finish
 ) -> Tensor | None:
     """The rule of ``method`` from the outputs to the layer, ``[N, S, *layer]``; None if it does not cover the model."""
@@ -71,10 +71,10 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
             value = rule.values[view.value]
             base = rule.reference[view.value].expand(value.shape)
             if custom is not None:
-                return customised(custom, (multipliers,), (value,), (base,))[0]
+                return apply_custom_function(custom, (multipliers,), (value,), (base,))[0]
             return multipliers * (value - base).unsqueeze(1) if self.multiplies_by_inputs else multipliers
 
-        return pulled(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
+        return pull_to_layer(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
 
 
 class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
@@ -149,10 +149,10 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         method = seen_as(LRP, self)
 
         def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
-            score = picked(rule.values[view.program.output], targets)  # [n, S]
+            score = pick_outputs(rule.values[view.program.output], targets)  # [n, S]
             return relevance * score.view(*score.shape, *(1,) * len(view.shape))
 
-        return pulled(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
+        return pull_to_layer(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
 
     def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
         return seen_as(LRP, self)._row_delta(parts, view.points, seeds, options)

@@ -20,7 +20,7 @@ from ..call import seen_as
 from ..captum_compat import format_output, is_tuple, stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
-from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from ..points import Points, between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
 from ..references import References
 from ..rules.averaging import ContributionOptions
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
@@ -213,8 +213,8 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
         size, device = gradient_bytes([layer, *inputs], seeds.count), inputs[0].device
         for a, b, first, last in blocks(points.samples, len(alphas), size, device, options["internal_batch_size"]):
             steps = last - first
-            at, more = between(inputs, start, a, b, alphas[first:last]), repeated(points.more, a, b, steps)
-            outer = view.gradients(view.forward(at, more), repeated_index(index, a, b, steps), seeds.count)
+            at, more = between(inputs, start, a, b, alphas[first:last]), repeat_rows(points.more, a, b, steps)
+            outer = view.gradients(view.forward(at, more), repeat_index(index, a, b, steps), seeds.count)
             outer = outer.flatten(2)[..., int(unit)]  # [K (b - a), S]
             with torch.inference_mode(False), torch.no_grad():
                 inner = jacobians(points.head, view.params, (*at, *more), unit, wrt, by_reference=view.by_reference)

@@ -24,7 +24,7 @@ from ...util.chunks import row_blocks
 from ...util.options import InputError, engine
 from ...util.progress import with_progress
 from .. import captum_compat as compat
-from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
+from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, points_for
 from ..plug import GradientFunc, captum_seeds
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
@@ -71,7 +71,7 @@ def with_delta(averages: Averages, as_tuple: bool) -> Any:
     return result if delta is None else (result, delta)
 
 
-def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
+def apply_custom_function(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
     """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
     start = compat.tensorize_baseline(inputs, tuple(baselines))
     by_seed = [
@@ -163,7 +163,7 @@ class Averaging:
                 difference = at[self.program.output] - before[self.program.output]
                 if contributions is letters:
                     parts = times_change(multipliers, rows[: self.own], start[: self.own])
-                missed = sum(summed(p, 2) for p in parts) - picked(difference, chosen)
+                missed = sum(sum_trailing_axes(p, 2) for p in parts) - pick_outputs(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
             total /= count
@@ -261,7 +261,7 @@ class OverReferences(RuleMethod):
             return self._rescale(chunk, at, before, start)
 
         def by_user(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
-            return customised(wanted.custom, multipliers, rows, start)
+            return apply_custom_function(wanted.custom, multipliers, rows, start)
 
         contributions = times_change if self.multiplies_by_inputs else as_they_are
         contributions = by_user if wanted.custom is not None else contributions
@@ -309,9 +309,9 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
 
 def sizes_of(maps: Tensors, axes: int) -> Tensor:
     """The sums of the absolute values over all but the first ``axes`` axes, and over the inputs."""
-    return torch.stack([summed(m.detach().abs(), axes) for m in maps]).sum(0)
+    return torch.stack([sum_trailing_axes(m.detach().abs(), axes) for m in maps]).sum(0)
 
 
-def summed(x: Tensor, axes: int) -> Tensor:
+def sum_trailing_axes(x: Tensor, axes: int) -> Tensor:
     """The sums over all but the first ``axes`` axes, which may be all that there are."""
     return x.unsqueeze(-1).flatten(axes).sum(axes)

@@ -48,7 +48,7 @@ def log_sum(p: InputAndReference, dims: list[int], eps: float) -> tuple[Tensor, 
     return ends[0], ends[1], change, secants * outer
 
 
-def reduced(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+def drop_axes(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     return y if keepdim else y.squeeze(tuple(dims))
 
 
@@ -61,7 +61,7 @@ def logsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     def change(t: Tensor) -> Tensor:
         return (m * t).sum(dims, keepdim=a["keepdim"])
 
-    return tape.record(change, [p], reduced(y, dims, a["keepdim"]), reduced(y_ref, dims, a["keepdim"]))
+    return tape.record(change, [p], drop_axes(y, dims, a["keepdim"]), drop_axes(y_ref, dims, a["keepdim"]))
 
 
 @handles("log_softmax", "_log_softmax")
@@ -136,7 +136,7 @@ def logcumsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReferen
 # Means, variances, norms
 
 
-def centered(tape: Tape, p: InputAndReference, dims: list[int]) -> tuple[InputAndReference, InputAndReference]:
+def subtract_mean(tape: Tape, p: InputAndReference, dims: list[int]) -> tuple[InputAndReference, InputAndReference]:
     """The mean, with its axes kept, and the deviations from it."""
     mean = tape("mean.dim", p, dims, True)
     return mean, tape("sub.Tensor", p, mean)
@@ -154,7 +154,7 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     p = a["self"]
     dims, keep = axes(a.get("dim"), p.x.dim()), bool(a.get("keepdim", False))
     given = a.get("correction", 1.0 if a.get("unbiased", True) else 0.0)
-    mean, deviations = centered(tape, p, dims)
+    mean, deviations = subtract_mean(tape, p, dims)
     y = variance(tape, deviations, dims, 1.0 if given is None else given)
     if name.startswith("std"):
         y = tape("sqrt.default", y)
@@ -163,11 +163,11 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return (y, mean) if name.endswith("mean") else y
 
 
-def normalized(
+def normalize(
     tape: Tape, p: InputAndReference, dims: list[int], eps: float
 ) -> tuple[InputAndReference, InputAndReference, InputAndReference]:
     """Deviations over the root of their mean square, that mean, and the inverse root."""
-    mean, deviations = centered(tape, p, dims)
+    mean, deviations = subtract_mean(tape, p, dims)
     inverse = tape("rsqrt.default", tape("add.Scalar", variance(tape, deviations, dims, 0.0), eps))
     return tape("mul.Tensor", deviations, inverse), mean, inverse
 
@@ -177,7 +177,7 @@ def layer_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     a = bind_arguments(op, args, kwargs)
     p = a["input"]
     dims = list(range(p.x.dim() - len(a["normalized_shape"]), p.x.dim()))
-    y, mean, inverse = normalized(tape, p, dims, a["eps"])
+    y, mean, inverse = normalize(tape, p, dims, a["eps"])
     if a["weight"] is not None:
         y = tape("mul.Tensor", y, a["weight"])
     if a["bias"] is not None:
@@ -207,7 +207,7 @@ def group_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         raise NoRule(str(op))
     groups = shape[1] if name == "instance_norm" else a["num_groups"] if name == "group_norm" else a["group"]
     rows = tape("view.default", tape("clone.default", p), [shape[0], groups, -1])
-    y, mean, inverse = normalized(tape, rows, [2], a["eps"])
+    y, mean, inverse = normalize(tape, rows, [2], a["eps"])
     y = tape("view.default", y, shape)
     per_channel = [1, -1, *(1,) * (len(shape) - 2)]
     for key, join in (("weight", "mul.Tensor"), ("bias", "add.Tensor")):

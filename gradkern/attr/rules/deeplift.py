@@ -19,15 +19,23 @@ from ...util.options import BadValue, Engine, InputError
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, check_distribution, typed
+from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, check_distribution
 from ..captum_compat import stock
 from ..plug import GradientFunc, can_handle_call, captum_seeds, plug_into
 from ..points import Points, rows_of
 from ..references import References
-from .averaging import Averages, ContributionOptions, OverReferences, customised, say_if_large, sizes_of, with_delta
+from .averaging import (
+    Averages,
+    ContributionOptions,
+    OverReferences,
+    apply_custom_function,
+    say_if_large,
+    sizes_of,
+    with_delta,
+)
 from .eager import multipliers
 from .registry import regions
-from .rescale import Rescale, detached
+from .rescale import Rescale, detached_values
 from .rule import Rule, Values
 from .rule_methods import Chunk
 from .tape import NoRule
@@ -109,7 +117,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             say_if_large(self.forward_func, sizes_of(maps, 1), result[1])
         return result
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -144,18 +152,18 @@ class DeepLift(OverReferences, stock.DeepLift):
         custom = options.get("custom_attribution_func")
         options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
         parts = super()._rows(points, index, seeds, options)
-        return parts if custom is None or parts is None else customised(custom, parts, points.inputs, start)
+        return parts if custom is None or parts is None else apply_custom_function(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         start = _start(chunk)
-        if detached(chunk.program):
+        if detached_values(chunk.program):
             start = tuple(s.expand(x.shape) for s, x in zip(start, chunk.rows, strict=True))
             return self._rescale(chunk, chunk.values(chunk.rows), Values(chunk.program, chunk.params, {}), start)
         return self._rescale(chunk, chunk.values(chunk.rows), chunk.values(start), start)
 
     def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rescale:
         """The rule between the values at the samples and those ``before`` at ``start``, row by row."""
-        constant = detached(chunk.program)
+        constant = detached_values(chunk.program)
         if constant:  # the same at the reference as at the input, and so is what follows from them alone
             known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
             before = Values(chunk.program, chunk.params, known)
@@ -330,7 +338,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
         return compat.unlogged(stock.DeepLiftShap)(self, inputs, start if as_tuple else start[0], *fixed)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,

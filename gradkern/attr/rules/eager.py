@@ -22,7 +22,7 @@ from ...util.buffers import buffers_kept
 from ...util.callables import model_of
 from ...util.options import debugging
 from ...util.random_state import RandomState
-from .tape import InputAndReference, NoRule, Tape, interpreted
+from .tape import InputAndReference, NoRule, Tape, run_graph
 
 SAME = 1e-4  # relative; what torch traces has to be the model's own output, and that of a sample alone
 
@@ -44,12 +44,12 @@ def multipliers(
     xs = [x.detach() for x in inputs]
     with torch.inference_mode(False), buffers_kept(model_of(fn)):
         state = RandomState()
-        graph, live, alone = _traced(fn, xs, more)
+        graph, live, alone = _trace(fn, xs, more)
         state.restore()
         tape = Tape(xs[0].dtype, eps)
         pairs = [tape.pair(x, r.detach().to(x.dtype).expand_as(x)) for x, r in zip(xs, reference, strict=True)]
         with torch.no_grad():
-            y = interpreted(tape, graph, pairs)
+            y = run_graph(tape, graph, pairs)
             if not isinstance(y, InputAndReference):
                 raise NoRule("its output, which does not depend on the inputs")
             if not _close(y.x, live) or not _close(y.x[:1], alone):
@@ -79,7 +79,7 @@ class _NumbersAsTheyAre(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
+def _trace(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
     """The graph of the forward pass, its output, and that of the first sample alone."""
 
     def forward(*inputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
 from ...runtime import executor, reference
 from ...util.memo import Memo
-from .rule import Rule, StepMap, Values, at_place, is_linear, padded, pull, tap_slices
+from .rule import Rule, StepMap, Values, at_place, is_linear, pad_for_windows, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
 Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
@@ -198,7 +198,7 @@ def product_tensor(factors: FactorProduct, program: Program, step_maps: Sequence
     share, windows = taps[t], step.form.windows
     factor = product(factors.refs, step_maps, program.shape(step.inputs[0]))
     if factor is not None:
-        share = share * at_place(windows, t, padded(windows, factor, 0.0), factors.shape[1:])
+        share = share * at_place(windows, t, pad_for_windows(windows, factor, 0.0), factors.shape[1:])
     return share.contiguous()
 
 

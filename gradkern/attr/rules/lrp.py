@@ -22,11 +22,11 @@ from ...util.callables import model_of, name_of
 from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
+from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, one_by_one, pick_outputs, rows_out
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points
-from .rule import Rule, StepMap, Values, chosen, own_map, pass_through
+from .rule import Rule, StepMap, Values, mark_maxima, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
 #: Activations that pass relevance on: increasing, with f(0) = 0.  Captum knows ReLU and Tanh.
@@ -75,10 +75,10 @@ class Relevance(Rule):
         bias = None if form.bias is None else self.params[form.bias.name]
         if bias is not None and rule.set_bias_to_zero:
             bias = torch.zeros_like(bias)
-        return _modified(self.params[form.weight.name], rule), bias
+        return _modify_weight(self.params[form.weight.name], rule), bias
 
 
-def _modified(weight: Tensor, rule: Any) -> Tensor:
+def _modify_weight(weight: Tensor, rule: Any) -> Tensor:
     positive = weight.clamp(min=0)
     return weight + rule.gamma * positive if isinstance(rule, compat.GammaRule) else positive
 
@@ -86,7 +86,7 @@ def _modified(weight: Tensor, rule: Any) -> Tensor:
 def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a batch norm: a rule changes the learned factor, not the one that includes the variance."""
     inverse = torch.rsqrt(module.running_var + module.eps)
-    weight = torch.ones_like(inverse) if module.weight is None else _modified(module.weight.detach(), rule)
+    weight = torch.ones_like(inverse) if module.weight is None else _modify_weight(module.weight.detach(), rule)
     bias = torch.zeros_like(inverse) if module.bias is None or rule.set_bias_to_zero else module.bias.detach()
     factor = weight * inverse
     return factor, bias - module.running_mean * factor
@@ -106,7 +106,7 @@ def winner(rule: Relevance, i: int) -> StepMap:
     """A pool passes relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
-    return StepMap(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+    return StepMap(taps=tuple(won * share for won in mark_maxima(rule.form(i, Select).windows, rule.pre(i), y.shape)))
 
 
 def in_proportion(rule: Relevance, i: int) -> StepMap:
@@ -170,7 +170,7 @@ class LRP(RuleMethod, stock.LRP):
             outputs = compat.run_forward(self.model, rows, target, additional_forward_args)
         return result, self.compute_convergence_delta(maps, outputs)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -280,11 +280,11 @@ class LRP(RuleMethod, stock.LRP):
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
     def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
-        score = picked(rule.values[chunk.program.output], targets)  # [n, S]
+        score = pick_outputs(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Any, options: Options) -> Tensor:
         with torch.no_grad():
-            score = picked(rows_out(points), seeds.rows(0, points.samples))
+            score = pick_outputs(rows_out(points), seeds.rows(0, points.samples))
         sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
         return score - sum(sums[1:], sums[0])

@@ -14,7 +14,7 @@ from .compositions import axes
 from .tape import InputAndReference, Tape, handles, is_pair, packet
 
 
-def routed(
+def route_changes(
     tape: Tape,
     p: InputAndReference,
     ends: tuple[Tensor, Tensor],
@@ -44,7 +44,7 @@ def routed(
     return tape.record(change, [p], y, y_ref)
 
 
-def windowed(op: Any) -> Any:
+def pool_with_places(op: Any) -> Any:
     """The pool that also gives the places."""
     name = packet(op)
     return getattr(torch.ops.aten, f"{name}_with_indices" if name.startswith("max_pool") else name).default
@@ -59,7 +59,7 @@ def pool(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         y, here = torch.nn.functional.max_pool1d_with_indices(p.x, *args[1:], **kwargs)
         y_ref, there = torch.nn.functional.max_pool1d_with_indices(p.r, *args[1:], **kwargs)
     else:
-        whole = op if packet(op).endswith("indices") or name.startswith("adaptive") else windowed(op)
+        whole = op if packet(op).endswith("indices") or name.startswith("adaptive") else pool_with_places(op)
         y, here = whole(p.x, *args[1:], **kwargs)
         y_ref, there = whole(p.r, *args[1:], **kwargs)
 
@@ -67,14 +67,14 @@ def pool(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         lead = x.shape[: x.dim() - spatial]
         return x.reshape(*lead, -1).gather(-1, places.reshape(*lead, -1)).view(*lead, *places.shape[-spatial:])
 
-    best = routed(tape, p, (y, y_ref), (here, there), take)
+    best = route_changes(tape, p, (y, y_ref), (here, there), take)
     return best if name in ("max_pool1d", "max_pool2d", "max_pool3d") else (best, here)
 
 
 def along(tape: Tape, p: InputAndReference, dim: int, keepdim: bool) -> tuple[InputAndReference, Tensor]:
     """The maximum along one axis, and its place at the input."""
     (y, here), (y_ref, there) = (z.max(dim, keepdim=True) for z in (p.x, p.r))
-    best = routed(tape, p, (y, y_ref), (here, there), lambda x, places: x.gather(dim, places))
+    best = route_changes(tape, p, (y, y_ref), (here, there), lambda x, places: x.gather(dim, places))
     return (best, here) if keepdim else (tape("squeeze.dim", best, dim), here.squeeze(dim))
 
 

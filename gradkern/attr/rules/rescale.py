@@ -12,9 +12,19 @@ from ...ir.calls import Params, evaluate
 from ...ir.program import Batch, LowRank, Opaque, Param, Product, Program, Scale, Select, Value, Windows
 from ...runtime import ops, reference
 from . import maxima, recurrent  # noqa: F401  (register their rules)
-from .compositions import log_softmax_along, normalized, softmax_along
+from .compositions import log_softmax_along, normalize, softmax_along
 from .registry import Region
-from .rule import Rule, StepMap, Values, at_place, chosen, derivative, padded, pass_through, slope
+from .rule import (
+    Rule,
+    StepMap,
+    Values,
+    at_place,
+    mark_maxima,
+    pad_for_windows,
+    pass_through,
+    scale_by_derivative,
+    use_own_derivative,
+)
 from .tape import InputAndReference, NoRule, Tape, secant_by_formula
 
 
@@ -43,7 +53,7 @@ class Rescale(Rule):
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
         self.native = native and bool(ops.machine(values[0].device))  # which loads the kernels
-        self.detached = detached(program)
+        self.detached = detached_values(program)
         first = range(len(program.inputs) if inputs is None else inputs)
         self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed
         self.regions = {region.steps[-1]: region for region in regions}
@@ -91,7 +101,7 @@ class Rescale(Rule):
         return ops.rescale(z.contiguous(), ref.contiguous(), pool, relu, self.eps)
 
 
-def detached(program: Program) -> frozenset[int]:
+def detached_values(program: Program) -> frozenset[int]:
     """The values that the network detaches, of those that depend on its inputs."""
     base = len(program.inputs)
     forms = ((base + i, step.form) for i, step in enumerate(program.steps))
@@ -127,9 +137,11 @@ def shared_by_pool(rule: Rescale, i: int) -> StepMap:
     y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
     top = torch.maximum(y, y_ref)
     up, down = top - y_ref, y - top
-    wide = padded(w, x - x_ref, 0.0)
+    wide = pad_for_windows(w, x - x_ref, 0.0)
     taps = []
-    for t, (wins, wins_ref) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
+    for t, (wins, wins_ref) in enumerate(
+        zip(mark_maxima(w, x, y.shape), mark_maxima(w, x_ref, y_ref.shape), strict=True)
+    ):
         din = at_place(w, t, wide, y.shape[2:])
         share = (wins * up + wins_ref * down) / din
         taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
@@ -149,7 +161,7 @@ def midpoint(rule: Rescale, i: int) -> StepMap:
     return StepMap(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
 
 
-def composed(rule: Rescale, i: int) -> StepMap:
+def compose_on_tape(rule: Rescale, i: int) -> StepMap:
     """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
     step, dtype = rule.program.steps[i], rule.values[0].dtype
     tape = Tape(dtype, rule.eps)
@@ -163,7 +175,7 @@ def composed(rule: Rescale, i: int) -> StepMap:
             result = _on_tape(rule, i, tape, args)
     except NoRule as reason:
         rule.unruled[i] = str(reason)
-        return derivative(rule, i)
+        return use_own_derivative(rule, i)
 
     def pulled(g: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(result, InputAndReference):  # a constant
@@ -187,7 +199,7 @@ def _on_tape(
     if isinstance(form, LowRank):
         assert isinstance(x, InputAndReference)
         if form.function == "normalize":
-            return normalized(tape, x, [form.axis + 1], form.params[0])[0]
+            return normalize(tape, x, [form.axis + 1], form.params[0])[0]
         return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
     assert isinstance(form, Opaque)
     known = dict(zip(step.inputs, args, strict=True))
@@ -205,10 +217,10 @@ def _on_tape(
 Rescale.table = {
     **Rule.table,
     Scale: secant,
-    "affine": slope,
+    "affine": scale_by_derivative,
     "relu": relu_secant,
     Select: shared_by_pool,
-    LowRank: composed,
+    LowRank: compose_on_tape,
     Product: midpoint,
-    Opaque: composed,
+    Opaque: compose_on_tape,
 }

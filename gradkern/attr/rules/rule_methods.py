@@ -17,7 +17,7 @@ from ...util.memo import Memo
 from ...util.options import Engine, InputError, Unused, engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
+from ..attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, points_for
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
@@ -147,7 +147,7 @@ class _Rectifying(ProgramMethod):
         captums: Callable[..., Any] = super().attribute.__wrapped__
         return captums(self, inputs, target, additional_forward_args)
 
-    @typed
+    @as_attribute_all
     def attribute_all(self, inputs: Inputs, *, targets: Any = None, additional_forward_args: Any = None) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})

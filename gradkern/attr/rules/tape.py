@@ -105,7 +105,7 @@ class Tape:
             raise NoRule(f"{op}, which works in place")
         if torch.Tag.pointwise in op.tags:
             return elementwise(self, op, args, kwargs)
-        return decomposed(self, op, args, kwargs)
+        return run_decomposition(self, op, args, kwargs)
 
 
 OperationRule = Callable[[Tape, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -135,7 +135,7 @@ def pairs_in(tree: Any) -> list[InputAndReference]:
     return [x for x in pytree.tree_leaves(tree, is_leaf=is_pair) if is_pair(x)]
 
 
-def filled(tree: Any, values: Sequence[Any]) -> Any:
+def replace_pairs(tree: Any, values: Sequence[Any]) -> Any:
     """The arguments with ``values`` in the places of the pairs, in order."""
     rest = iter(values)
     return pytree.tree_map(lambda x: next(rest) if is_pair(x) else x, tree, is_leaf=is_pair)
@@ -145,7 +145,7 @@ def as_function(op: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
     """The operation as a function of its arguments that change."""
 
     def function(*values: Any) -> Any:
-        full_args, full_kwargs = filled((args, kwargs), values)
+        full_args, full_kwargs = replace_pairs((args, kwargs), values)
         return op(*full_args, **full_kwargs)
 
     return function
@@ -318,24 +318,24 @@ def derivative_of(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) ->
 # What torch decomposes
 
 
-def decomposed(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
+def run_decomposition(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     """The operations that torch makes of one, if it makes any."""
     name = str(op)
     if name in tape._inside or len(tape._inside) > 8:
         raise NoRule(tape._inside[0] if tape._inside else name)
     moving = pairs_in((args, kwargs))
     with torch.inference_mode(False), torch.no_grad():
-        graph = _traced(as_function(op, args, kwargs), [p.x for p in moving])
+        graph = _trace(as_function(op, args, kwargs), [p.x for p in moving])
     if graph is None:
         raise NoRule(name)
     tape._inside.append(name)
     try:
-        return interpreted(tape, graph, moving)
+        return run_graph(tape, graph, moving)
     finally:
         tape._inside.pop()
 
 
-def _traced(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
+def _trace(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
     table = {op: f for op, f in core_aten_decompositions().items() if packet(op) not in RULES}
     try:
         return make_fx(torch.func.functionalize(function), decomposition_table=table)(*values)
@@ -364,7 +364,7 @@ def _is_view(op: Any) -> bool:
     return schema is None or any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
 
 
-def interpreted(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+def run_graph(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """The operations of a traced graph, run on the tape."""
     known: dict[Any, Any] = {}
     rest, gradients = iter(inputs), True
@@ -385,7 +385,7 @@ def interpreted(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any])
             arguments = value((node.args, node.kwargs))
             if not gradients and pairs_in(arguments):  # constants, of their values at the input
                 tape.took_detached_as_constant = True
-                arguments = filled(arguments, [p.x for p in pairs_in(arguments)])
+                arguments = replace_pairs(arguments, [p.x for p in pairs_in(arguments)])
             known[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])
             if node.target._schema.is_mutable:
                 known[node.args[0]] = known[node]

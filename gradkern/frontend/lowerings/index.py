@@ -19,7 +19,7 @@ from .builder import (
     as_shape,
     has_few_axes,
     lowers,
-    merged_around,
+    merge_axes_around,
     need_value,
     number_of,
     sample_axis,
@@ -38,7 +38,7 @@ def emit_index(b: ProgramBuilder, x: Value, part: Part) -> Value:
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
-    fewer, merged = neighbours_merged(shape, part)
+    fewer, merged = merge_neighbours(shape, part)
     if 3 < len(shape) > len(merged):
         return as_shape(b, emit_index(b, as_shape(b, x, merged), fewer), result)
     if len(merged) > MOST_AXES and is_permutation(fewer, merged) and has_few_axes(b, x):
@@ -54,13 +54,13 @@ def brought_to_front(b: ProgramBuilder, x: Value, shape: Shape, order: Shape) ->
     axes = list(range(len(order)))
     for a in reversed(order[:kept]):
         at = axes.index(a)
-        x = as_shape(b, x, merged_around(tuple(shape[i] for i in axes), at))
-        x = permuted(b, x, (1, 0, 2))
+        x = as_shape(b, x, merge_axes_around(tuple(shape[i] for i in axes), at))
+        x = permute_axes(b, x, (1, 0, 2))
         axes.insert(0, axes.pop(at))
     return x
 
 
-def neighbours_merged(shape: Shape, part: Part) -> tuple[Part, Shape]:
+def merge_neighbours(shape: Shape, part: Part) -> tuple[Part, Shape]:
     """The part with neighbours that stay neighbours as one axis, and the shape of the value that it then reads.
 
     As many are merged as it takes to have three axes, the smallest first, so that a permutation and its inverse are
@@ -110,12 +110,12 @@ def blank(shape: Shape) -> Part:
     return Part(tuple(range(len(shape))), tuple(((-1, n, 0),) if n else () for n in shape))
 
 
-def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
+def permute_axes(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
     """Per-sample axes in another order."""
     return emit_index(b, x, identity(b.shape(x), order))
 
 
-def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
+def stretch(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
     """Axes of length one repeated up to ``shape``; missing leading axes are added."""
     before = b.shape(x)
     x = as_shape(b, x, (1,) * (len(shape) - len(before)) + before)
@@ -149,7 +149,7 @@ def permute(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             order.insert(target, source)
     if order[0] != 0:
         raise NoForm("it moves the batch axis")
-    return permuted(b, x, [d - 1 for d in order[1:]])
+    return permute_axes(b, x, [d - 1 for d in order[1:]])
 
 
 def as_list(x: Any) -> list[int]:
@@ -162,7 +162,7 @@ def matrix_transpose(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     rank = len(b.shape(x))
     if rank < 2:
         raise NoForm("it moves the batch axis")
-    return permuted(b, x, [*range(rank - 2), rank - 1, rank - 2])
+    return permute_axes(b, x, [*range(rank - 2), rank - 1, rank - 2])
 
 
 @lowers("aten.flip.default", along="dims")
@@ -287,7 +287,7 @@ def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         if (b.param_shape(x) != (0,) if isinstance(x, Param) else len(b.shape(need_value(x))) == len(a.result))
     ]
     if not any(isinstance(x, Param) for x in tensors):
-        return joined(b, tensors, axis, a.result)
+        return concatenate(b, tensors, axis, a.result)
     if not any(isinstance(x, Value) for x in tensors):
         raise NoForm("it does not depend on the samples")
     return beside_constants(b, tensors, axis, a)
@@ -332,7 +332,7 @@ def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             tensors.append(as_shape(b, need_value(x, "one of its inputs"), one))
     if any(isinstance(x, Param) for x in tensors):
         return beside_constants(b, tensors, axis, a)
-    return joined(b, tensors, axis, a.result)  # type: ignore[arg-type]
+    return concatenate(b, tensors, axis, a.result)  # type: ignore[arg-type]
 
 
 @lowers("aten.diff.default", along="dim")
@@ -350,12 +350,12 @@ def diff(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return x
 
 
-def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
+def concatenate(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # empty values are not read
     if len(shape) > MOST_AXES and any(has_few_axes(b, v) for v in values):
-        few = [as_shape(b, v, merged_around(b.shape(v), axis)) for v in values]
-        return as_shape(b, joined(b, few, 1, merged_around(shape, axis)), shape)
+        few = [as_shape(b, v, merge_axes_around(b.shape(v), axis)) for v in values]
+        return as_shape(b, concatenate(b, few, 1, merge_axes_around(shape, axis)), shape)
     for v in values:
         n = b.shape(v)[axis]
         wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
@@ -381,7 +381,7 @@ BORDERS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
+def pad_axes(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
     """``flat``: (before, after) of the last axis, of the one before it, …; negative numbers cut off."""
     rank = len(b.shape(x))
     if any(flat[2 * rank :]):
@@ -401,7 +401,7 @@ PADS = ("aten.constant_pad_nd.default", "aten.pad.default", *(
 @lowers("aten.constant_pad_nd.default", "aten.pad.default")
 def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x, mode = need_value(a.self), getattr(a, "mode", "constant")
-    y = padded(b, x, a.pad, mode)
+    y = pad_axes(b, x, a.pad, mode)
     if mode != "constant" or not a.value:
         return y
     like = {"dtype": a.result_dtype, "device": a.result_device}
@@ -415,7 +415,7 @@ def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers(*(f"aten.reflection_pad{d}d.default" for d in (1, 2, 3)), mode="reflect")
 @lowers(*(f"aten.replication_pad{d}d.default" for d in (1, 2, 3)), mode="replicate")
 def pad_as(b: ProgramBuilder, a: SimpleNamespace, mode: str) -> Value:
-    return padded(b, need_value(a.self), a.padding, mode)
+    return pad_axes(b, need_value(a.self), a.padding, mode)
 
 
 @lowers("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default", axes=())
@@ -423,7 +423,7 @@ def expand(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if len(b.shape(x)) != len(a.result):
         raise NoForm("it repeats the samples")
-    return stretched(b, x, a.result)
+    return stretch(b, x, a.result)
 
 
 @lowers("aten.repeat.default", "aten.tile.default")
@@ -458,7 +458,7 @@ def scales(a: SimpleNamespace) -> list[float | None]:
     return list(scales)
 
 
-def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
+def upsampled_axes(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
     """Per spatial axis: input length, output length, and input steps per output step."""
     shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
     factors = [s for s in scales(a) if s is not None]
@@ -472,7 +472,7 @@ def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, flo
         "aten.upsample_nearest2d.default")  # fmt: skip
 def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
-    for axis, (n, m, step) in enumerate(upsampled(b, a), start=1):
+    for axis, (n, m, step) in enumerate(upsampled_axes(b, a), start=1):
         wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
         x = emit_index(b, x, along(b.shape(x), axis, wanted))
     return x
@@ -483,7 +483,7 @@ def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def upsample_linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
     axes = []
-    for n, m, step in upsampled(b, a):
+    for n, m, step in upsampled_axes(b, a):
         rows = []
         for i in range(m):
             at = i * (n - 1) / max(m - 1, 1) if a.align_corners else max((i + 0.5) * step - 0.5, 0.0)

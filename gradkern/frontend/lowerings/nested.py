@@ -12,7 +12,7 @@ from .index import along, emit_index
 from .repeated import row_of
 
 
-def simplified(b: ProgramBuilder, call: Call) -> Call:
+def simplify(b: ProgramBuilder, call: Call) -> Call:
     """The call, in which constants repeated for every sample (a class token) are constants again."""
 
     def plain(x: object) -> object:
