@@ -89,7 +89,10 @@ def read_ids(spec: str | None) -> Any:
     if path.suffix == ".npy" and path.exists():
         import numpy as np
 
-        return np.load(path, allow_pickle=False)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadValue(f"--ids: {spec} cannot be read ({error}). Save text: names.astype(str).") from error
     from ..data.sources.tables import column
 
     return column(spec)
@@ -97,7 +100,8 @@ def read_ids(spec: str | None) -> Any:
 
 def _lines(option: str, path: str) -> list[str]:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return [line.rstrip("\r") for line in text.rstrip("\r\n").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise BadValue(f"{option}: {path} cannot be read ({type(error).__name__}).") from error
 

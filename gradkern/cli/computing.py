@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from . import choices
 from .choices import ModelArguments, SourceArguments
-from .terminal import say
+from .terminal import as_json_text, say
 
 if TYPE_CHECKING:
     from ..data import Results
@@ -122,16 +121,18 @@ def importance(model: ModelArguments, samples: SourceArguments, top: int, as_jso
         curve_data = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(curve).items()} if curve else None
         shown = {
             "names": ranking.names,
-            "top": best,
+            "top": [[] if ranking.unranked(c) else features for c, features in enumerate(best)],
             "agreement": ranking.agreement.tolist(),
             "samples": ranking.counts.tolist(),
+            "nonfinite": ranking.nonfinite,
         }
-        say(json.dumps(shown | {"curve": curve_data}))
+        say(as_json_text(shown | {"curve": curve_data}))
         return
     shape = ranking.scores.shape[1:]
     for c, features in enumerate(best):
         places = " ".join(position_text(f, shape) for f in features)
-        say(f"{ranking.names[c]}: {places}   (halves agree to {ranking.agreement[c]:.2f})")
+        order = f"{places}   (halves agree to {ranking.agreement[c]:.2f})"
+        say(f"{ranking.names[c]}: {ranking.unranked(c) or order}")
     if curve is not None:
         say("deletion {:+.3f}, insertion {:+.3f} against random order".format(*curve.gain))
 

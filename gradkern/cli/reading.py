@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import click
 from ..util.options import BadValue
 from . import choices
 from .choices import ModelArguments, SourceArguments
-from .terminal import line, note, say
+from .terminal import as_json_text, line, note, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +130,7 @@ def info(store: str, as_json: bool) -> None:
     results = open_store(store)
     about = results.about
     if as_json:
-        say(json.dumps({**about, "finished_chunks": results.done, "chunks": results.chunks}))
+        say(as_json_text({**about, "finished_chunks": results.done, "chunks": results.chunks}))
         return
     say(f"{store}: {results.done} of {results.chunks} chunks of {results.chunk:,} samples finished")
     for part in (*about["fingerprint"].values(), about["pinned"]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+from typing import Any
 
 import click
 
@@ -22,6 +25,19 @@ def note(text: object) -> None:
 def line(text: object) -> str:
     """The text in one line."""
     return plain(" ".join(str(text).split()), lines=False)
+
+
+def as_json_text(value: Any) -> str:
+    """JSON as its specification has it: what is not finite is null."""
+
+    def strict(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: strict(inner) for k, inner in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [strict(inner) for inner in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(strict(value), allow_nan=False)
 
 
 class Formatter(logging.Formatter):

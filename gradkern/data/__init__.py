@@ -23,7 +23,7 @@ from .runs.shards import merge
 from .runs.verify import Verdict, repair, verify
 from .sources import Source, open_source, register
 from .statistics import REDUCTIONS
-from .store.ledger import Damaged
+from .store.durable import Damaged
 from .store.locks import Busy
 from .store.results import Results
 

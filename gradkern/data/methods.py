@@ -124,9 +124,20 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
             "arguments as further inputs, with source=(x, more), and what is the same for all samples with the model."
         )
     for name, value in arguments.items():
-        if name in distributions(method, arguments, inputs):
-            continue
         values = value if isinstance(value, tuple) else (value,)
+        for v in values:
+            if hasattr(v, "__array__") and not isinstance(v, (Tensor, np.ndarray, np.generic)):
+                raise BadValue(
+                    f"arguments: {name!r} is {type(v).__name__}, expected a tensor: torch.tensor(x.to_numpy())?"
+                )
+        if name in distributions(method, arguments, inputs):
+            for x, v in zip(inputs, values, strict=False):
+                if isinstance(v, list) or (_has_rows(v) and v.shape[1:] != x.shape[1:]):
+                    raise BadValue(
+                        f"arguments: {name!r} is {'a list' if isinstance(v, list) else list(v.shape)}, expected a "
+                        f"tensor of references to draw from, each {list(x.shape[1:])} as the samples."
+                    )
+            continue
         if isinstance(value, list) and len(value) == samples > 1 and len(value) != len(inputs):
             raise BadValue(f"arguments: {name!r} is a list with a value per sample. Pass a tensor [{samples}, ...].")
         for k, v in enumerate(values):

@@ -25,6 +25,7 @@ from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
+from .runs.task import finite_rows
 from .sources import Source, open_source
 from .sources.padding import Pad
 from .statistics import GROUPS
@@ -108,12 +109,19 @@ class Importance:
         mask[np.argsort(-overall.ravel(), kind="stable")[:k]] = True
         return mask.reshape(overall.shape)
 
+    def unranked(self, c: int) -> str | None:
+        """Why the features have no order for a row; None if they have one."""
+        if not self.counts[c]:
+            return "no sample has it among its targets"
+        return None if np.nansum(self.scores[c]) > 0 else "depends on no feature"
+
     def __str__(self) -> str:
         lines = []
         for c, features in enumerate(self.top(5)):
             names = ", ".join(position_text(f, self.scores.shape[1:]) for f in features)
             name = self.names[c] if self.names else f"output {c}"
-            lines.append(f"{name}: features {names}   (halves agree to {self.agreement[c]:.2f})")
+            order = f"features {names}   (halves agree to {self.agreement[c]:.2f})"
+            lines.append(f"{name}: {self.unranked(c) or order}")
         if self.nonfinite:
             lines.append(f"{self.nonfinite} samples are not finite")
         if self.curve is not None:
@@ -290,10 +298,11 @@ def _average_ranks(v: np.ndarray) -> np.ndarray:
 # Curves
 
 
-def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve:
+def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarray, samples: int) -> Curve | None:
     """Deletion and insertion curves of ``ranking`` [C, F], with ``mean`` [*in] in place of a missing feature.
 
-    The features are those of the only floating input; other inputs stay as they are.
+    The features are those of the only floating input; other inputs stay as they are.  Samples that are not finite, or
+    whose outputs are not, are left out; None if all are, or the mean is not.
     """
     samples_read = np.unique(np.linspace(0, source.samples - 1, min(samples, source.samples)).astype(int))
     parts = [source.read(int(i), int(i) + 1) for i in samples_read]
@@ -311,6 +320,10 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
         return y.reshape(len(y), -1)  # [n, C], of one output also [N]
 
     y = outputs(x)
+    finite = finite_rows(x) & finite_rows(y)
+    inputs, x, y = [t[finite] for t in inputs], x[finite], y[finite]
+    if not len(x) or not baseline.isfinite().all():
+        return None
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
     generator, features = torch.Generator().manual_seed(0), ranking.shape[1]

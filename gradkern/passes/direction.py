@@ -75,10 +75,10 @@ class Direction:
             modes = ""
             if "forward" in (cut.before.mode, cut.after.mode):
                 modes = f", {cut.before.mode} mode up to it and {cut.after.mode} mode from it on"
+            fewer = f", {whole.cost / cut.cost:.2g} times fewer" if cut.cost else ""
             return (
                 f"seeds start at v{cut.value} ({cut.width} elements{modes}), then one multiplication: "
-                f"{_millions(whole.cost)} -> {_millions(cut.cost)} million multiply-adds, "
-                f"{whole.cost / cut.cost:.2g} times fewer"
+                f"{_millions(whole.cost)} -> {_millions(cut.cost)} million multiply-adds{fewer}"
             )
         reverse = (
             f"reverse mode from {self.seeds} output{'s' * (self.seeds != 1)}",

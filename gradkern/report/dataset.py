@@ -68,7 +68,7 @@ class StoreSections:
     ) -> None:
         self.results, self.model, self.source = results, model, source
         self.about = results.about
-        self.nodes = [results.ledger.read(n) for n in sorted(results.ledger.nodes())]
+        self.nodes = [record for _, record in sorted(results.ledger.records().items())]
         self.finished = results.ledger.finished()
         self.samples_done = sum(n.facts["samples"] for n in self.nodes)
         self.seconds = sum(n.facts["seconds"] for n in self.nodes)
@@ -180,7 +180,8 @@ class StoreSections:
         rows = []
         for c, name in zip(shown, names, strict=True):
             order = np.argsort(-np.nan_to_num(self.scores[c].ravel(), nan=-1.0), kind="stable")[:TOP]
-            cells = [position_text(np.unravel_index(i, shape), shape) for i in order]
+            ranked = np.nansum(self.scores[c]) > 0
+            cells = [position_text(np.unravel_index(i, shape), shape) for i in order if ranked]
             agreement = [] if stability is None else [f"{stability.agreement[c]:.2f}"]
             rows.append([name, *agreement, *cells, *[""] * (TOP - len(cells))])
         head = ["output", *([] if stability is None else ["halves agree"]), *(f"{i}." for i in range(1, TOP + 1))]

@@ -17,8 +17,8 @@ def of_output(importance: Importance, output: int, name: str) -> str:
     """One sentence on one output."""
     scores, low = importance.scores[output].ravel(), importance.low[output].ravel()
     total = float(np.nansum(scores))
-    if not total > 0:
-        return f"{name} depends on no feature."
+    if why := importance.unranked(output):
+        return f"{name}: {why}."
     order, shape = importance.ranking[output], importance.scores.shape[1:]
     named = ", ".join(position_text(np.unravel_index(f, shape), shape) for f in order[:NAMED])
     half = int(np.searchsorted(np.cumsum(np.nan_to_num(scores[order])), 0.5 * total)) + 1

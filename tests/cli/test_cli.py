@@ -18,6 +18,7 @@ from torch import nn
 import gradkern
 from gradkern.cli.main import main
 from gradkern.cli.models import load_model
+from gradkern.cli.terminal import as_json_text
 from gradkern.data import Results
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,8 @@ def test_importance_explain_and_bench(files):
     found = json.loads(call("importance", files / "net.pt2", files / "x.npy", "--json").stdout)
     assert len(found["top"]) == 3
     assert found["samples"] == [30, 30, 30]
+    assert found["nonfinite"] == 0
+    assert as_json_text({"a": [float("nan"), 1.5]}) == '{"a": [null, 1.5]}'
     assert "Contract" in call("explain", files / "net.pt2", files / "x.npy").stdout
     said = call("bench", files / "net.pt2", files / "x.npy", "--repeats", "1").stdout
     assert "gradkern is" in said

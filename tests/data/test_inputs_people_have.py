@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from gradkern.cli.main import main
 from gradkern.cli.models import load_model
@@ -79,6 +80,48 @@ def arrow_lists():
     return pyarrow.table({"x": X.tolist(), "name": ["a"] * len(X)}).select(["x"])
 
 
+def tensors():
+    import pyarrow
+
+    blocks = pyarrow.FixedShapeTensorArray.from_numpy_ndarray(X.reshape(9, 2, 2))
+    return pyarrow.table({"x": blocks})
+
+
+def nullable(dtype: str):
+    """A column whose samples 0 and 5 are missing, beside others."""
+    table = frame().assign(e=[True] * 9).astype({"e": dtype})
+    table.loc[[0, 5], "e"] = None
+    return table
+
+
+def files_of_other_types(folder: Path) -> str:
+    whole = frame().mul(10).round()
+    whole[:4].astype(int).to_csv(folder / "a0.csv", index=False)
+    whole[4:].to_csv(folder / "a1.csv", index=False)
+    return f"{folder}/a*.csv"
+
+
+def parquets(folder: Path, first, second) -> str:
+    for i, part in enumerate((first, second)):
+        part.to_parquet(folder / f"{i}.parquet")
+    return str(folder)
+
+
+def transformed():
+    import datasets
+
+    return datasets.Dataset.from_dict({"x": (X / 2).tolist()}).with_transform(
+        lambda batch: {"x": [2 * torch.tensor(row) for row in batch["x"]]}
+    )
+
+
+def in_folder(folder: Path, *names: str) -> str:
+    for name, part in zip(names, np.array_split(X, len(names)), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, part)
+    return str(folder)
+
+
 def numbered():
     import pandas
 
@@ -114,7 +157,17 @@ READ = {
     "wide parquet, named": lambda folder: wide(folder) + ":a,b,c,d",
     "lists by name": lambda folder: {"x": X.tolist()},
     "csv with pandas's own names": lambda folder: written(folder, numbered()),
+    "Arrow tensors": lambda folder: tensors(),
     "one glob for one letter": lambda folder: parts(folder).replace("*", "?"),
+    "a name with brackets": lambda folder: f"{in_folder(folder, 'x[1].npy')}/x[1].npy",
+    "a folder with brackets": lambda folder: f"{in_folder(folder, 'a [b]/0.npy', 'a [b]/1.npy')}/a [b]/*.npy",
+    "any depth": lambda folder: f"{in_folder(folder, 'a/0.npy', 'b/c/0.npy')}/**/*.npy",
+    "whatever is there": lambda folder: f"{in_folder(folder, 'a1²2.npy', 'a1²3.npy')}/*",
+    "nested tensor": lambda folder: torch.nested.nested_tensor(list(torch.tensor(X)), layout=torch.jagged),
+    "a transform": lambda folder: transformed(),
+    "an index of pandas's": lambda folder: parquets(folder, frame()[:4].set_axis(np.linspace(0, 1, 4)), frame()[4:]),
+    "files of other types": lambda folder: parquets(folder, frame()[:4], frame()[4:].astype(float)[list("dbca")]),
+    "csv of some columns": lambda folder: written(folder, frame(), index=True) + ":a,b,c,d",
 }
 
 
@@ -124,6 +177,9 @@ def test_it_is_read(make, tmp_path) -> None:
     assert source.samples == 9
     for start, stop in ((0, 9), (1, 8), (2, 3), (6, 9)):
         (rows,) = source.read(start, stop)
+        if make is READ["Arrow tensors"]:
+            assert rows.shape[1:] == (2, 2)
+            rows = rows.flatten(1)
         np.testing.assert_allclose(rows.numpy(), X[start:stop], rtol=1e-6)
 
 
@@ -153,7 +209,48 @@ def two_tables(folder: Path, names: list[str]) -> str:
     return f"{folder}/a*.csv"
 
 
+def items(*given):
+    """A Dataset."""
+    methods = {"__len__": lambda _: len(given), "__getitem__": lambda _, i: given[i]}
+    return type("Given", (Dataset,), methods)()
+
+
+def splits():
+    import datasets
+
+    return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"x": [1.0]})})
+
+
+def damaged(folder: Path) -> str:
+    (folder / "x.npz").write_bytes(b"PK")
+    return str(folder / "x.npz")
+
+
+def masked_items():
+    return items((X[0], 0), (np.ma.array(X[1], mask=X[1] > 0), 1))
+
+
 REFUSED = {
+    "a shorter line": (lambda folder: lines(folder, "a,b\n1,2\n1\n1,2\n1\n"), "sample 1 in line 3 has 1, sample 3"),
+    "a gap in a column": (lambda folder: lines(folder, "a\n1.5\n\n2.5\n"), "sample 1 in line 3 has 0"),
+    "separators at the ends": (lambda folder: lines(folder, "a,b,\n1,2,\n3,4,\n"), "no number in any row"),
+    "one text": (lambda folder: lines(folder, "a,b\n1,2\n1,x\n"), r"'b' holds .*'x' in sample 1"),
+    "names alone": (lambda folder: lines(folder, "a,b\n"), "got no samples"),
+    "damaged": (damaged, "x.npz cannot be read"),
+    "a missing list": (lambda folder: listed()[["x"]].assign(x=[X[0], None, *X[2:]]), "sample 1 could not be read"),
+    "a masked sample": (lambda folder: masked_items(), "sample 1 is a masked array"),
+    "a list of numbers": (lambda folder: items(*X.tolist()), r"sample 0 is a list of 4.*np\.array"),
+    "splits": (lambda folder: splits(), r"holds the datasets \['train'\]"),
+    "other columns in parquet": (
+        lambda folder: parquets(folder, frame(), frame().rename(columns={"d": "e"})),
+        "other columns",
+    ),
+    "other kinds in parquet": (lambda folder: parquets(folder, frame(), frame().astype({"d": str})), "other types"),
+    "no path": (lambda folder: "", "empty path"),
+    "no such field": (
+        lambda folder: open_source(items((X[0], 0), (X[1], 1)), 5),
+        "columns=5, but a sample is 2 fields",
+    ),
     "samples in a list": (lambda folder: list(X), r"np\.stack\(arrays\), for inputs tuple\(arrays\)"),
     "masked": (lambda folder: np.ma.array(X, mask=X > 0), r"array\.filled\(value\)"),
     "sparse": (sparse, r"x\.toarray\(\)"),
@@ -180,6 +277,24 @@ def test_it_is_refused_with_advice(make, words: str, tmp_path) -> None:
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         open_source(make(tmp_path)).read(0, 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "Float32"])
+def test_every_chunk_of_a_table_has_its_dtype(dtype, tmp_path) -> None:
+    for source in (open_source(nullable(dtype)), open_source(files_of_other_types(tmp_path))):
+        assert len({source.read(i, i + 1)[0].dtype for i in range(9)}) == 1
+    assert open_source(nullable(dtype)).read(4, 7)[0].isnan().any(1).tolist() == [False, True, False]
+
+
+class Reversed(SequentialSampler):
+    def __iter__(self):
+        return reversed(range(9))
+
+
+@pytest.mark.parametrize("sampler", [Reversed(X), SequentialSampler(range(4))])
+def test_a_loader_whose_rows_are_not_the_samples_of_its_dataset(sampler) -> None:
+    with pytest.raises(ValueError, match=r"in order|has 4 samples and its dataset 9, expected as many"):
+        open_source(DataLoader(items(*X), sampler=sampler))
 
 
 @pytest.mark.parametrize("first", ["0.5,0.5,1.0", "0.5,,1.0", "0,0,1", "1,2,4", "3,2,1", "1e3,nan,2"])

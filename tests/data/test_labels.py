@@ -10,6 +10,7 @@ from torch import nn
 
 import gradkern
 from gradkern import TopK
+from gradkern.cli import choices
 from gradkern.cli.main import main
 from gradkern.data import Damaged, Mismatch, merge, open_source, open_store, ranking, repair, run, verify
 from gradkern.report.dataset import report
@@ -135,6 +136,17 @@ def test_on_the_command_line(kind, tmp_path):
     if kind == "txt":
         words = ["importance", *words[1:3], "--engine", "autograd", "--names", "a,b,c", "--targets", "2,1"]
         assert CliRunner().invoke(main, words).stdout.startswith("c: ")
+
+
+def test_names_as_they_are_written(tmp_path):
+    """With a mark of the byte order, ends of lines of Windows, zeros in front, and words that pandas takes for NaN."""
+    (tmp_path / "a.txt").write_bytes("\ufeffca\u2028t\r\ndog\r\n\r\n".encode())
+    assert choices.read_names(f"{tmp_path}/a.txt") == ["ca\u2028t", "dog"]
+    (tmp_path / "a.csv").write_text(",who,age\n0,007,1\n1,NA,2\n")
+    assert list(choices.read_ids(f"{tmp_path}/a.csv:who")) == ["007", "NA"]
+    np.save(tmp_path / "a.npy", np.array(["a", None], dtype=object))
+    with pytest.raises(ValueError, match="Save text"):
+        choices.read_ids(f"{tmp_path}/a.npy")
 
 
 def test_home_folders_everywhere(tmp_path, monkeypatch):

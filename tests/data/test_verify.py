@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from gradkern.data import Damaged, Mismatch, Results, Settings, repair, run, verify
+from gradkern.data.runs import verify as runs_verify
 from gradkern.data.store import durable
+from gradkern.data.store.ledger import Ledger
 from tests.support.stores import assert_same
 from tests.support.tiny import net, samples
 
@@ -56,21 +58,58 @@ def test_a_store_as_it_was_written(store):
     assert "everything that is finished is as it was written" in str(verdict)
 
 
-def test_an_empty_folder_in_the_place_of_a_chunk(whole, store):
+@pytest.mark.parametrize("file", ["attributions/c.1.0.0", "chunks/finished/03.00000000.npz", "chunks/lock"])
+def test_an_empty_folder_in_the_place_of_a_file(whole, store, file):
+    (store / file).unlink()
+    (store / file).mkdir()
+    assert verify(store).ok == (file == "chunks/lock")
+    repair(store, net(), samples())
+    assert_same(store, whole)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(store):
     place = store / "attributions/c.1.0.0"
     place.unlink()
     place.mkdir()
+    (place / "notes.txt").write_text("mine")
     assert verify(store).spans == ((8, 16),)
+    with pytest.raises(Damaged, match="Move it away"):
+        repair(store, net(), samples())
+    with pytest.raises(Damaged, match="verify"):
+        run(net(), samples(), store, **OPTIONS, compression="zstd")
+    assert (place / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", ["attributions", "reductions/mean_abs", "chunks", "zarr.json", "reductions/mean_abs/c.0.0"]
+)
+def test_whole_arrays_that_are_gone(whole, store, gone):
+    shutil.rmtree(store / gone) if (store / gone).is_dir() else (store / gone).unlink()
+    assert not verify(store).ok
+    with pytest.raises(Damaged, match="verify"):
+        run(net(), samples(), store, **OPTIONS, compression="zstd")
     repair(store, net(), samples())
+    assert verify(store).ok
     assert_same(store, whole)
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/c.0").write_bytes(b"12345678")
+    (tmp_path / "a/c.1.partial").symlink_to("gone")
+    assert durable.DurableStore(tmp_path).sizes("a") == {"c.0": 8}
+
+
+def test_records_that_a_run_joins_while_they_are_read(store, monkeypatch):
+    listed, nodes = [{(0, 0), (0, 1)}], Ledger.nodes
+    monkeypatch.setattr(Ledger, "nodes", lambda self: listed.pop() if listed else nodes(self))
+    assert not runs_verify._records(Results.open(store))[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_any_damage_is_found_and_repaired_to_the_same_bits(whole, store, damage):
     for file in FILES:
-        if (damage, file) == ("deleted", "zarr.json"):
-            continue  # then there is no store
         DAMAGE[damage](store / file)
         verdict = verify(store)
         assert not verdict.ok, (damage, file)

@@ -16,6 +16,7 @@ from torch import nn
 import gradkern
 from gradkern.data import Busy, DiskFull, Mismatch, Outcome, Results, run
 from gradkern.data import methods as data_methods
+from gradkern.data.ranking import curve
 from gradkern.data.runs import probe
 from gradkern.data.runs.reading import Alone
 from gradkern.data.sources import open_source
@@ -86,6 +87,13 @@ def test_importance_tells(tmp_path):
     assert found.nonfinite == 1
     assert np.isfinite(found.scores).all()
     assert "1 samples are not finite" in str(found)
+    ranking, mean = found.ranking, found.means
+    finite = open_source(torch.cat([x[:7], x[8:]]))
+    with_and_without = [curve(net(), source, ranking, mean, 40) for source in (open_source(x), finite)]
+    assert len({c.gain for c in with_and_without}) == 1
+    assert curve(net(), finite, ranking, mean * float("nan"), 40) is None
+    found = gradkern.importance(net(), samples(4), targets=torch.tensor([[0], [2], [0], [2]]), curve_samples=0)
+    assert str(found).splitlines()[1] == "output 1: no sample has it among its targets"
     with pytest.raises(ValueError, match="got one sample, expected several"):
         gradkern.importance(net(), samples(1))
 
@@ -136,6 +144,19 @@ def test_baselines_of_each_sample_go_with_their_samples(tmp_path, method, chunk)
         )
         expected = kind(net()).attribute_all(x, baselines=baselines)
         torch.testing.assert_close(results.maps(0, 40).float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("baselines", "words"),
+    [
+        (torch.zeros(6), r"'baselines' is \[6\], expected a tensor of references"),
+        ([[0.0] * 6], "'baselines' is a list, expected a tensor of references"),
+        (type("Frame", (), {"__array__": None})(), "'baselines' is Frame, expected a tensor"),
+    ],
+)
+def test_what_is_no_distribution_is_refused_by_name(tmp_path, baselines, words):
+    with pytest.raises(ValueError, match=words):
+        run(net(), samples(), tmp_path / "a.zarr", "DeepLiftShap", arguments={"baselines": baselines})
 
 
 @pytest.mark.parametrize(

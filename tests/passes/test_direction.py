@@ -19,6 +19,11 @@ from tests.support.capturing import bind
 from tests.support.networks import NETWORKS
 
 
+def test_a_network_without_a_multiplication_to_save(capsys):
+    gradkern.explain(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)).eval(), torch.randn(3, 4))
+    assert "seeds start at" in capsys.readouterr().out
+
+
 @st.composite
 def programs(draw):
     """Linear layers, functions and sums over earlier values of equal width, wired at random."""

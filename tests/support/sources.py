@@ -93,6 +93,14 @@ def parquet(folder):
     return str(folder)
 
 
+def arrow(folder):
+    import pyarrow
+
+    return pyarrow.table(
+        {"x": X.tolist()}, schema=pyarrow.schema([("x", pyarrow.list_(pyarrow.list_(pyarrow.float32())))])
+    )
+
+
 def frame(folder):
     """A table has one row of features per sample."""
     import pandas
@@ -120,6 +128,6 @@ MAKERS = [
     lambda folder: DataLoader(Items(), batch_size=4, num_workers=1),
     lambda folder: TensorDataset(torch.tensor(X)),
     *(npy, npz, memmap, tensors, safetensors, zarr_array, zarr_path, hdf5, huggingface, parquet),
-    *(huggingface_unformatted, parts),
+    *(huggingface_unformatted, parts, arrow),
 ]
 TABLES = [frame, csv]  # samples [10] of the same numbers

@@ -16,7 +16,7 @@ from ...util.options import BadValue
 from .. import statistics
 from ..sources import Source
 from ..store.labels import of_rows
-from ..store.layout import Array, dtype_name, map_names, reduction_key
+from ..store.layout import Array, dtype_name, map_names, reduction_key, spans
 from ..store.results import FORMAT
 from . import fingerprint, forecast
 from .probe import Probe
@@ -99,9 +99,8 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
     if outcome.deltas is not None:
         listed.append(Array("deltas", (n, seeds), dtype_name(outcome.deltas.dtype), ("sample", "target"), chunk))
     listed += _labels(source, settings, out)
-    starts = np.arange(0, n, chunk)
-    spans = np.stack([starts, np.minimum(starts + chunk, n)], axis=1)  # [K, 2]
-    listed.append(Array("chunks", spans.shape, "int64", ("chunk", "edge"), content=spans))
+    edges = spans(n, chunk)
+    listed.append(Array("chunks", edges.shape, "int64", ("chunk", "edge"), content=edges))
     return listed
 
 

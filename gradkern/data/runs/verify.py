@@ -17,7 +17,8 @@ from ...util.options import BadValue
 from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
-from ..store.ledger import ChunkRecord, Damaged, TreeNode
+from ..store.durable import Damaged
+from ..store.ledger import ChunkRecord, Lost, TreeNode
 from ..store.results import Results
 from .fingerprint import Mismatch
 from .runner import compute_missing, disk_full
@@ -25,6 +26,7 @@ from .settings import Settings
 from .task import Task
 
 ROOT = "zarr.json"
+SPANS = "chunks/c.0.0"
 SHOWN = 8
 
 
@@ -169,14 +171,18 @@ def _without_consolidated(described: Any) -> Any:
 def _records(results: Results) -> tuple[dict[TreeNode, ChunkRecord], dict[TreeNode, range]]:
     """The records that can be read, without their statistics, and the chunks of those that cannot."""
     ledger = results.ledger
-    records, lost = {}, {}
-    for node in sorted(ledger.nodes()):
-        try:
-            record = ledger.read(node)
-            records[node] = ChunkRecord({}, record.facts, record.checks, record.chunks)
-        except Damaged:
-            lost[node] = ledger.span(node)
-    return records, lost
+    nodes, before = ledger.nodes(), None
+    while True:
+        records, lost, missing = {}, {}, False
+        for node in sorted(nodes):
+            try:
+                record = ledger.read(node)
+                records[node] = ChunkRecord({}, record.facts, record.checks, record.chunks)
+            except Damaged as error:
+                lost[node], missing = ledger.span(node), missing or isinstance(error, Lost)
+        if not missing or nodes == before:
+            return records, lost
+        before, nodes = nodes, ledger.nodes()  # a run at work may have joined them
 
 
 def _damaged_chunks(
@@ -286,10 +292,12 @@ def _restore_files(place: str) -> None:
         listed = _listed(durable.get(store, ROOT))
         for key in set(damaged) - {checks.BACKUP}:
             durable.put(store, key, json.dumps(listed[key], indent=2).encode())
-        opened = Results.open(place)
+        opened = Results.open(place, read_only=False)
         constant = {"targets/c.0"} if opened.array("targets").ndim == 1 else set()
         constant |= {layout.chunk_key(name, 0, opened.array(name).ndim) for name in labels.LABELS if name in opened}
-        checks.write_backup(store, {ROOT, *listed, "chunks/c.0.0", *constant})
+        if durable.size(store, SPANS) < 0:
+            opened.array("chunks")[...] = layout.spans(opened.samples, opened.chunk)
+        checks.write_backup(store, {ROOT, *listed, SPANS, *constant})
     elif backup is not None:
         for key in damaged:
             durable.put(store, key, backup[key])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
-from .columns import Rows, array_of, members, to_tensor
+from .columns import Ragged, Rows, array_of, members, to_tensor
 from .registry import Source, member, register
 
 
@@ -25,6 +25,7 @@ class Arrays(Source):
     suffixes: ClassVar[tuple[str, ...]] = (".npy", ".npz", ".pt", ".safetensors")
 
     def __init__(self, arrays: Sequence[Any]) -> None:
+        arrays = [Ragged(list(a.unbind())) if isinstance(a, Tensor) and a.is_nested else a for a in arrays]
         for i, array in enumerate(arrays):
             if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
                 raise BadValue(f"source: number {i} is masked, and masks would be lost. Fill it: array.filled(value).")
@@ -38,13 +39,13 @@ class Arrays(Source):
                     "as many."
                 )
         super().__init__(arrays[0].shape[0])
-        self.arrays = list(arrays)
+        self.arrays = arrays
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
         if isinstance(data, (tuple, list)):
-            one_input = isinstance(data, list) and _is_nested_numbers(data)
-            return bool(data) and (one_input or all(hasattr(a, "shape") or _is_nested_numbers(a) for a in data))
+            one_input = isinstance(data, list) and is_nested_numbers(data)
+            return bool(data) and (one_input or all(hasattr(a, "shape") or is_nested_numbers(a) for a in data))
         if isinstance(data, (Tensor, np.ndarray, dict)):
             return True
         return hasattr(data, "shape") and (
@@ -53,7 +54,7 @@ class Arrays(Source):
 
     @classmethod
     def of(cls, data: Any, columns: Any) -> Source:
-        if isinstance(data, list) and _is_nested_numbers(data):
+        if isinstance(data, list) and is_nested_numbers(data):
             return cls([array_of(data)])
         if isinstance(data, list) and len(data) > 1:
             raise BadValue(
@@ -66,7 +67,8 @@ class Arrays(Source):
             data = torch.from_dlpack(data)
         if isinstance(data, (tuple, list)):
             return cls([array_of(a) if isinstance(a, list) else a for a in data])
-        return cls([data] if hasattr(data, "shape") else members(data, columns))
+        nested = isinstance(data, Tensor) and data.is_nested  # which may have no shape
+        return cls([data] if nested or hasattr(data, "shape") else members(data, columns))
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
@@ -128,7 +130,7 @@ def _is_sparse(data: Any) -> bool:
     return package_of(data) == "scipy" and hasattr(data, "toarray")
 
 
-def _is_nested_numbers(data: Any) -> bool:
+def is_nested_numbers(data: Any) -> bool:
     """A list of (lists of) numbers; a list of tuples may be a Dataset, of samples and labels."""
     first = data
     while isinstance(first, list) and first:

@@ -13,6 +13,10 @@ from torch import Tensor
 from ...util.options import BadType, BadValue
 
 
+class NotNumbers(BadType):
+    """Rows of which no numbers can be made; whoever reads them adds which sample it is."""
+
+
 def as_tuple(columns: Any) -> tuple[Any, ...]:
     return tuple(columns) if isinstance(columns, (tuple, list)) else (columns,)
 
@@ -27,7 +31,7 @@ def pick(fields: Any, columns: Any) -> tuple[Rows, ...]:
     """
     if isinstance(fields, dict):
         if columns is None:
-            floating = [k for k, v in fields.items() if _is_floating(v)]
+            floating = [k for k, v in fields.items() if len(fields) == 1 or _is_floating(v)]
             if len(floating) != 1:
                 raise BadValue(
                     f"source: its samples have the columns {list(fields)}, of which {floating or 'none'} hold floating "
@@ -42,7 +46,12 @@ def pick(fields: Any, columns: Any) -> tuple[Rows, ...]:
             return (torch.stack([x.to(_common(numbers)) for x in numbers], dim=1),)
         return tuple(picked)
     if isinstance(fields, (tuple, list)):
-        return tuple(to_tensor(fields[c]) for c in as_tuple(0 if columns is None else columns))
+        chosen = as_tuple(0 if columns is None else columns)
+        if any(not isinstance(c, int) or not -len(fields) <= c < len(fields) for c in chosen):
+            raise BadValue(
+                f"source: got columns={columns!r}, but a sample is {len(fields)} fields: 0 … are their names."
+            )
+        return tuple(to_tensor(fields[c]) for c in chosen)
     return (to_tensor(fields),)
 
 
@@ -112,21 +121,25 @@ def to_tensor(x: Any) -> Rows:
     if isinstance(x, Tensor):
         return list(x.detach().cpu().unbind()) if x.is_nested else x.detach().cpu()
     try:
-        array = np.array(x)  # a copy: the data is read in this thread, and torch needs writable memory
+        array = _array(x)  # a copy: the data is read in this thread, and torch needs writable memory
     except ValueError:  # rows of different shapes
-        return [_row(row, i) for i, row in enumerate(x)]
+        return [_row(row) for row in x]
     if array.dtype == object and array.ndim == 1 and all(hasattr(row, "__len__") for row in array):
-        return one_or_list([_tensor(np.array(row)) for row in array])
+        return one_or_list([_row(row) for row in array])
     return _tensor(array)
 
 
-def _row(row: Any, i: int) -> Tensor:
+def _row(row: Any) -> Tensor:
     try:
-        return _tensor(np.asarray(row))
+        return _tensor(_array(row))
     except ValueError:
-        raise BadValue(
-            f"source: row {i} of what was read holds lists of different lengths, expected one shape."
-        ) from None
+        raise NotNumbers("source: got lists of different lengths in one sample, expected one shape.") from None
+
+
+def _array(x: Any) -> np.ndarray:
+    if np.ma.is_masked(x):
+        raise NotNumbers("source: got a masked array, and the mask would be lost. Fill it: array.filled(value).")
+    return np.array(x)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -135,7 +148,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise BadType(
+        raise NotNumbers(
             f"source: got an array of {array.dtype}, expected numbers that torch has: x.astype('float64')?"
         ) from error
 

@@ -6,6 +6,7 @@ is read as a sample if all of it is numbers, and refused where numbers may be na
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from ...util.options import BadValue
 LEAST = 3  # numbers of which "equally spaced" means something
 
 
-def read(path: str) -> Any:
-    """The file as a pandas DataFrame.  Raises `BadValue` in one line if it cannot be read safely."""
+def read(path: str, every: bool = False, text: str | None = None) -> Any:
+    """The file as a pandas DataFrame.  Raises `BadValue` in one line if it cannot be read safely.
+
+    ``every``: all columns are features, so that none may be without a name, or empty.  ``text``: a column that is read
+    as it is written, for names (``007``, ``NA``).
+    """
     try:
         import pandas
     except ImportError:
@@ -27,10 +32,13 @@ def read(path: str) -> Any:
     try:
         top = pandas.read_csv(path, sep=separator, header=None, nrows=2, dtype=str, skip_blank_lines=True)
         named = _has_names(path, [list(row) for row in top.itertuples(index=False)])
-        frame = pandas.read_csv(path, sep=separator, header=0 if named else None)
+        kept: Any = {} if text is None else {"converters": {text: str}}
+        frame = pandas.read_csv(path, sep=separator, header=0 if named else None, **kept)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise BadValue(f"source: {path} cannot be read as a table ({' '.join(str(error).split())}).") from error
-    if named and frame.columns[0] == "Unnamed: 0" and frame.shape[1] > 1:
+    if frame.shape[1] == 1 or frame.iloc[:, -1].isna().any():  # where rows are short, pandas adds what is missing
+        _check_cells(path, separator, frame.shape[1], named)
+    if every and named and frame.columns[0] == "Unnamed: 0" and frame.shape[1] > 1:
         raise BadValue(
             f"source: the first column of {path} has no name. It is the index of the DataFrame that was saved, more "
             "often than not: save it with index=False, or say which columns are features: columns=('name', ...)."
@@ -40,7 +48,29 @@ def read(path: str) -> Any:
             f"source: the columns of {path} are separated by ';'. Pass pandas.read_csv(path, sep=';') (and decimal=',' "
             "if its numbers have commas)."
         )
+    empty = [name for name in frame.columns if frame[name].isna().all()] if every and len(frame) else []
+    if empty:
+        raise BadValue(
+            f"source: the column {empty[0]!r} of {path} has no number in any row. (A separator at the end of the lines "
+            "makes such a column.) Leave it out, or say which columns are features: columns=('name', ...)."
+        )
     return frame
+
+
+def _check_cells(path: str, separator: str, columns: int, named: bool) -> None:
+    """Raise `BadValue` for rows with another number of cells than there are columns, which names the first ones."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=separator)
+        cells = [(len(row), reader.line_num) for row in reader]
+    while cells and cells[-1][0] == 0:
+        cells.pop()
+    if columns > 1:
+        cells = [row for row in cells if row[0]]  # an empty line in between is no row; of one column, it may be one
+    short = [(i - named, *row) for i, row in enumerate(cells) if row[0] != columns]
+    if short:
+        rows = ", ".join(f"sample {i} in line {line} has {count}" for i, count, line in short[:LEAST])
+        more = f", and {len(short) - LEAST} others" if len(short) > LEAST else ""
+        raise BadValue(f"source: {path} has {columns} columns, but {rows}{more}. Write missing numbers as empty cells.")
 
 
 def _has_names(path: str, lines: Sequence[Sequence[Any]]) -> bool:

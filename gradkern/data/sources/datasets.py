@@ -5,16 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
 from ...util.options import BadType, BadValue, InputError
-from .arrays import package_of
-from .columns import Rows, one_or_list, pick
-from .registry import SOURCE_KINDS, Source, Span, register
+from .arrays import is_nested_numbers, package_of
+from .columns import NotNumbers, Rows, one_or_list, pick
+from .registry import SOURCE_KINDS, Source, Span, register, said
+
+ONE_ROW = (
+    "expected one row. Every item of the Dataset must give exactly one: leave bad records out of the Dataset itself "
+    "(torch.utils.data.Subset), and give windows an index of their own"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,10 @@ class Collate:
 
     def __call__(self, items: Sequence[Any]) -> tuple[tuple[Rows, ...], tuple[int, str] | None]:
         """The rows, or the place of the first bad item and what is wrong with it."""
+        if self.function in (default_collate, default_convert):
+            for k, item in enumerate(items):
+                if wrong := _misread(item, self.columns):
+                    return (), (k, wrong)
         if self.function is default_collate and self.batched:
             try:
                 return pick(default_collate(list(items)), self.columns), None
@@ -41,12 +58,12 @@ class Collate:
             try:
                 rows = pick(self.function([item]), self.columns) if self.batched else self._single(item)
             except Exception as error:
-                if isinstance(error, InputError):
+                if isinstance(error, InputError) and not isinstance(error, NotNumbers):
                     raise
-                return (), (k, f"could not be collated ({type(error).__name__}: {error})")
-            wrong = next((len(r) for r in rows if len(r) != 1), None)
-            if wrong is not None:
-                return (), (k, f"gave {wrong} rows")
+                return (), (k, f"could not be collated ({said(error)})")
+            count = next((len(r) for r in rows if len(r) != 1), None)
+            if count is not None:
+                return (), (k, f"gave {count} rows, {ONE_ROW}")
             kept.append(tuple(r[0] for r in rows))
         return tuple(one_or_list(list(column)) for column in zip(*kept, strict=True)), None
 
@@ -68,6 +85,18 @@ class Collate:
 
     def _single(self, item: Any) -> tuple[Tensor, ...]:
         return tuple(torch.as_tensor(x)[None] for x in pick(self.function(item), self.columns))
+
+
+def _misread(item: Any, columns: Any) -> str | None:
+    """What torch's own collate functions would get wrong without a word: a list of numbers, each of which they take for
+    a field of its own, and masks, which they drop."""
+    if columns is None and is_nested_numbers(item) and (len(item) > 1 or isinstance(item[0], list)):
+        return (
+            f"is a list of {len(item)}, and so, for a DataLoader, {len(item)} fields. Give an array: np.array(numbers)"
+        )
+    fields = item.values() if isinstance(item, Mapping) else item if isinstance(item, (tuple, list)) else (item,)
+    masked = any(isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x) for x in fields)
+    return "is a masked array, and its mask would be lost. Fill it: array.filled(value)" if masked else None
 
 
 class TorchDataset(Source):
@@ -101,13 +130,19 @@ class TorchDataset(Source):
             raise no_random_access("the DataLoader's dataset is an IterableDataset")
         batched = loader.batch_sampler is not None
         sampler = loader.batch_sampler if batched and loader.batch_size is None else loader.sampler
-        if isinstance(sampler, BatchSampler):
+        if type(sampler) is BatchSampler:  # a class made from it may have an order of its own
             sampler = sampler.sampler
-        if not isinstance(sampler, SequentialSampler):
+        if type(sampler) is not SequentialSampler:
             raise BadValue(
                 f"source: the DataLoader draws its samples by {type(sampler).__name__}, expected them in order, so "
                 "that a run can resume. Use shuffle=False, or pass the Dataset (a torch.utils.data.Subset for some "
                 "of it)."
+            )
+        samples = len(loader.dataset)  # type: ignore[arg-type]
+        if len(sampler) != samples:
+            raise BadValue(
+                f"source: the DataLoader's sampler has {len(sampler)} samples and its dataset {samples}, expected "
+                "as many. For some of them pass torch.utils.data.Subset(dataset, numbers)."
             )
         names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
         options = {name: getattr(loader, name) for name in names} if loader.num_workers else {}
@@ -121,25 +156,11 @@ class TorchDataset(Source):
         return source
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
-        try:
-            items = self._items(list(range(start, stop)))
-        except Exception as error:
-            self._blame(start, stop, error)
-        return self._sound(self.collate(items), start)
+        return self._sound(self.collate(self._items(list(range(start, stop)))), start)
 
     def _items(self, indices: list[int]) -> list[Any]:
         fetch = getattr(self.dataset, "__getitems__", None)
         return list(fetch(indices)) if fetch else [self.dataset[i] for i in indices]
-
-    def _blame(self, start: int, stop: int, error: Exception) -> NoReturn:
-        """Raise `BadValue` that names the sample which cannot be read, else the error."""
-        for i in range(start, stop):
-            try:
-                self._items([i])
-            except Exception as cause:
-                said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-                raise BadValue(f"source: sample {i} could not be read ({said}).") from cause
-        raise error
 
     def stream(self, spans: Sequence[Span]) -> Iterator[tuple[Tensor, ...]]:
         if not self.options:
@@ -152,17 +173,13 @@ class TorchDataset(Source):
             try:
                 batch = next(collated)
             except Exception as error:
-                self._blame(start, stop, error)
+                self.blame(start, stop, error)
             yield self.prepared(self._sound(batch, start), start, stop)
 
     def _sound(self, collated: tuple[tuple[Rows, ...], tuple[int, str] | None], start: int) -> tuple[Rows, ...]:
         rows, bad = collated
         if bad is not None:
-            raise BadValue(
-                f"source: sample {start + bad[0]} {bad[1]}, expected one row. Every item of the Dataset must give "
-                "exactly one: leave bad records out of the Dataset itself (torch.utils.data.Subset), and give windows "
-                "an index of their own."
-            )
+            raise BadValue(f"source: sample {start + bad[0]} {bad[1].rstrip('.')}.")
         return rows
 
 
@@ -207,7 +224,7 @@ class HuggingFaceDataset(Source):
 
     def __init__(self, dataset: Any, columns: Any) -> None:
         super().__init__(len(dataset))
-        numeric = (dataset.format or {}).get("type") in ("torch", "numpy")
+        numeric = dataset.format["type"] in ("torch", "numpy", "custom")  # the last: a transform of the caller's
         self.dataset = dataset if numeric else dataset.with_format("numpy")
         self.columns = columns
 
@@ -217,6 +234,10 @@ class HuggingFaceDataset(Source):
 
     @classmethod
     def of(cls, data: Any, columns: Any) -> Source:
+        if isinstance(data, dict):
+            raise BadValue(
+                f"source: got {type(data).__name__}, which holds the datasets {list(data)}. Give one of them."
+            )
         if not hasattr(data, "__len__"):
             raise no_random_access(f"got {type(data).__name__}")
         return cls(data, columns)

@@ -1,4 +1,4 @@
-"""Parquet files as a source."""
+"""Parquet files, and Arrow tables with lists, as sources."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadValue
+from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .registry import Source, in_order, register
+from .registry import Source, is_pattern, matching, open_source, register, said
 
 
 @register
@@ -28,12 +29,11 @@ class Parquet(Source):
         self.paths, self.columns = list(paths), columns
         self.groups: list[tuple[int, int, int, str]] = []  # first row, rows, group, path
         first = 0
+        self.schema: Any = None
         for path in self.paths:
             file = parquet.ParquetFile(path)
-            meta, names = file.metadata, file.schema_arrow.names
-            lacking = [c for c in as_tuple(columns) if c not in names] if columns is not None else []
-            if lacking:
-                raise BadValue(f"source: got the column {lacking[0]!r}, but {path} has {names}.")
+            meta = file.metadata
+            self.schema = _common_schema(self.schema, _wanted(file.schema_arrow, columns, path), self.paths[0], path)
             for g in range(meta.num_row_groups):
                 self.groups.append((first, meta.row_group(g).num_rows, g, path))
                 first += meta.row_group(g).num_rows
@@ -42,12 +42,16 @@ class Parquet(Source):
 
     @classmethod
     def accepts_path(cls, path: str) -> bool:
-        in_folder = Path(path).is_dir() and any(Path(path).glob("*.parquet"))
-        return in_folder or "*" in path or super().accepts_path(path)
+        if Path(path).is_dir() and any(Path(path).glob("*.parquet")):
+            return True
+        if is_pattern(path):
+            return {Path(p).suffix for p in matching(path) or [path]} <= {".parquet", ""}
+        return super().accepts_path(path)
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        paths = in_order(glob.glob(f"{glob.escape(path)}/*.parquet") if Path(path).is_dir() else glob.glob(path))
+        folder = Path(path).is_dir()
+        paths = matching(f"{glob.escape(path)}/*.parquet") if folder else matching(path) if is_pattern(path) else [path]
         if not paths:
             raise BadValue(f"source: there are no parquet files at {path!r}.")
         return cls(paths, tuple(name.split(",")) if name and name not in _names(paths[0]) else name or columns)
@@ -60,8 +64,7 @@ class Parquet(Source):
             low, high = max(start, first), min(stop, first + count)
             if low < high:
                 parts.append(self._group(i).slice(low - first, high - low))
-        table = arrow.concat_tables(parts)
-        fields = {name: _nested(table.column(name), name, start) for name in table.column_names}
+        fields = _fields(arrow.concat_tables(parts), start)
         wide = all(isinstance(v, np.ndarray) and v.ndim == 1 and v.dtype.kind == "f" for v in fields.values())
         return pick(fields, list(fields) if self.columns is None and wide else self.columns)
 
@@ -71,8 +74,8 @@ class Parquet(Source):
             import pyarrow.parquet as parquet
 
             _, _, group, path = self.groups[i]
-            wanted = None if self.columns is None else list(as_tuple(self.columns))
-            self._kept = (i, parquet.ParquetFile(path).read_row_group(group, columns=wanted))
+            read = parquet.ParquetFile(path).read_row_group(group, columns=self.schema.names).select(self.schema.names)
+            self._kept = (i, read if read.schema.equals(self.schema) else read.cast(self.schema))
         return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,6 +86,80 @@ def _names(path: str) -> list[str]:
     import pyarrow.parquet as parquet
 
     return parquet.ParquetFile(path).schema_arrow.names
+
+
+def _wanted(schema: Any, columns: Any, path: str) -> Any:
+    """The part of a file's schema that is read: ``columns``, or all but the index that pandas saved."""
+    import pyarrow as arrow
+
+    names = schema.names
+    _refuse_twice(names)
+    index = [c for c in (schema.pandas_metadata or {}).get("index_columns", ()) if isinstance(c, str)]
+    chosen = [n for n in names if n not in index] if columns is None else list(as_tuple(columns))
+    lacking = [c for c in chosen if c not in names]
+    if lacking:
+        raise BadValue(f"source: got the column {lacking[0]!r}, but {path} has {names}.")
+    return arrow.schema([schema.field(c).remove_metadata() for c in chosen])
+
+
+def _common_schema(schema: Any, other: Any, first: str, path: str) -> Any:
+    """The types that hold the columns of all files so far and of one more."""
+    import pyarrow as arrow
+
+    if schema is None:
+        return other
+    if set(schema.names) != set(other.names):
+        name = min({*schema.names} ^ {*other.names})
+        raise BadValue(f"source: {first} and {path} have other columns ({name!r} is in one of them only).")
+    try:
+        return arrow.unify_schemas([schema, other], promote_options="permissive")
+    except arrow.ArrowException as error:
+        raise BadValue(f"source: {first} and {path} have columns of other types ({said(error)}).") from error
+
+
+def _refuse_twice(names: Sequence[Any]) -> None:
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
+
+
+@register
+class Arrow(Source):
+    """An Arrow table with a column of (nested) lists or tensors; one of numbers alone is a `tables.Table`."""
+
+    about = "a polars DataFrame, an Arrow table or array"
+
+    def __init__(self, table: Any, columns: Any) -> None:
+        super().__init__(len(table))
+        self.table, self.columns = table, columns
+
+    @classmethod
+    def accepts(cls, data: Any) -> bool:
+        return hasattr(data, "to_arrow") or (package_of(data) == "pyarrow" and hasattr(data, "__getitem__"))
+
+    @classmethod
+    def of(cls, data: Any, columns: Any) -> Source:
+        import pyarrow as arrow
+
+        data = data.to_arrow() if hasattr(data, "to_arrow") else data
+        if isinstance(data, arrow.RecordBatch):
+            data = arrow.Table.from_batches([data])
+        table = data if isinstance(data, arrow.Table) else arrow.table({"x": data})
+        table = table.select(_wanted(table.schema, columns, "the table").names)
+        for i, field in enumerate(table.schema):
+            if arrow.types.is_dictionary(field.type):
+                table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
+        if not any(_is_list(t) or isinstance(t, arrow.BaseExtensionType) for t in table.schema.types):
+            return open_source(table.to_pandas(), columns)
+        return cls(table, columns)
+
+    def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
+        return pick(_fields(self.table.slice(start, stop - start), start), self.columns)
+
+
+def _fields(table: Any, first: int) -> dict[str, Any]:
+    """The columns of a table whose first row is the sample ``first``, as `_nested` gives them."""
+    return {name: _nested(table.column(name), name, first) for name in table.column_names}
 
 
 def _nested(column: Any, name: str, first: int) -> np.ndarray | list[Tensor]:

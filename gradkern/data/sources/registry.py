@@ -27,16 +27,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...util.options import BadType, BadValue
-from .columns import Rows, stacked
+from ...util.options import BadType, BadValue, InputError
+from .columns import NotNumbers, Rows, stacked
 from .padding import Pad, Padding, taken_by
 
 Span = tuple[int, int]
+LONGEST = 200  # characters that are shown of what another library says
 
 
 class Source(ABC):
@@ -88,13 +89,29 @@ class Source(ABC):
 
     def read(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """`rows`, checked, and cast if a dtype was requested."""
-        return self.prepared(self.rows(start, stop), start, stop)
+        return self.prepared(self.checked(start, stop), start, stop)
 
     def checked(self, start: int, stop: int) -> tuple[Rows, ...]:
-        """`rows`, whose number was checked."""
-        given = self.rows(start, stop)
+        """`rows`, whose number was checked.  Raises `BadValue` that names a sample which cannot be read."""
+        try:
+            given = self.rows(start, stop)
+        except Exception as error:
+            self.blame(start, stop, error)
         check_rows(given, start, stop)
         return given
+
+    def blame(self, start: int, stop: int, error: Exception) -> NoReturn:
+        """Raise `BadValue` that names the first sample which cannot be read; an error that says enough as it is."""
+        if not damaged(error):
+            raise error
+        for i in range(start, stop):
+            try:
+                self.rows(i, i + 1)
+            except Exception as cause:
+                if not damaged(cause):
+                    raise
+                raise BadValue(f"source: sample {i} could not be read ({said(cause)}).") from cause
+        raise BadValue(f"source: the samples {start} … {stop - 1} could not be read ({said(error)}).") from error
 
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Rows ``[stop - start, *in]``, checked, and padded or cast if that was requested.
@@ -137,6 +154,18 @@ class Source(ABC):
         return self
 
 
+def damaged(error: Exception) -> bool:
+    """Whether an error of reading says nothing about where; one of gradkern's own does, most often."""
+    return isinstance(error, NotNumbers) or not isinstance(error, (InputError, MemoryError, ImportError))
+
+
+def said(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split())
+    text = text.removeprefix("source: ") if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+    return (text if len(text) <= LONGEST else f"{text[:LONGEST]} …").rstrip(" .:")
+
+
 def check_rows(given: Sequence[Rows], start: int, stop: int) -> None:
     """Raise `BadValue` unless there is one row per sample of ``start:stop``."""
     for x in given:
@@ -154,7 +183,18 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 
 def _of_digits(text: str) -> tuple[int, str]:
-    return (int(text), "") if text.isdigit() else (0, text)
+    return (int(text), "") if re.fullmatch("[0-9]+", text) else (0, text)
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for several files; a name that exists may have brackets."""
+    return glob.has_magic(path) and "://" not in path and not Path(path).exists()
+
+
+def matching(pattern: str) -> list[str]:
+    """The files of a pattern `in_order`; ``**`` is any number of folders, and the folder may have brackets."""
+    folder, name = os.path.split(pattern)
+    return in_order(glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name)))
 
 
 Kind = TypeVar("Kind", bound=type[Source])
@@ -200,15 +240,22 @@ def _opened(source: Any, columns: Any) -> Source:
 
 
 def _open_path(text: str, columns: Any) -> Source:
+    if not text:
+        raise BadValue("source: got an empty path.")
     path, name = _split(text)
     kind = next((k for k in SOURCE_KINDS if k.accepts_path(path)), None)
     if kind is None and Path(path).is_dir():
         raise BadValue(f"source: {path!r} is a folder. Say which files in it: {path.rstrip('/')}/*.npy, for one.")
     if kind is None:
         raise BadValue(f"source: got the path {text!r}, expected one that ends in {', '.join(sorted(_suffixes()))}.")
-    if "://" not in path and not glob.has_magic(path) and not Path(path).exists():
+    if "://" not in path and not is_pattern(path) and not Path(path).exists():
         raise BadValue(f"source: there is no {path!r}.")
-    return kind.at(path, name, columns)
+    try:
+        return kind.at(path, name, columns)
+    except Exception as error:
+        if not damaged(error):
+            raise
+        raise BadValue(f"source: {path} cannot be read ({said(error)}).") from error
 
 
 def _split(text: str) -> tuple[str, str | None]:
@@ -225,9 +272,14 @@ def member(container: Any, name: str | None) -> Any:
     """The member ``name`` of a file; the whole file if no name was given."""
     if name is None:
         return container
+    listed = isinstance(container, (tuple, list))
     try:
-        return container[name]
+        return container[int(name) if listed and name.isdecimal() else name]
     except (KeyError, IndexError, TypeError):
+        if listed:
+            raise BadValue(
+                f"source: got the name {name!r}, but the file holds the numbers 0 … {len(container) - 1}."
+            ) from None
         has_names = hasattr(container, "__iter__") and not hasattr(container, "shape")
         names = list(container) if has_names else "one array"
         raise BadValue(f"source: got the name {name!r}, but the file holds {names}.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from ...util.options import BadValue
 from . import csv
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .registry import Source, in_order, open_source, register
+from .parquet import Parquet
+from .registry import Source, check_rows, is_pattern, matching, open_source, register
 
 
 @register
@@ -28,7 +28,7 @@ class Table(Source):
     A column of lists or arrays is an input of its own.
     """
 
-    about = "a pandas or polars DataFrame, an Arrow table"
+    about = "a pandas DataFrame"
     suffixes = (".csv", ".tsv")
 
     def __init__(self, frame: Any, columns: Any) -> None:
@@ -40,28 +40,32 @@ class Table(Source):
         unknown = [name for name in names if name not in present]
         if unknown:
             raise BadValue(f"source: got the column {unknown[0]!r}, but the table has {present}.")
+        super().__init__(len(frame))
+        if not names:
+            raise BadValue("source: the table has no columns.")
         lists = [name for name in names if _holds_lists(frame[name])]
         for name in names:
             if name not in lists and getattr(frame[name].dtype, "kind", "O") not in "biuf":
                 raise BadValue(
-                    f"source: the column {name!r} holds {frame[name].dtype}, expected numbers. Say which columns are "
-                    "features: columns=('name', ...)."
+                    f"source: the column {name!r} holds {frame[name].dtype}{_first_text(frame[name])}, expected "
+                    "numbers. Say which columns are features: columns=('name', ...)."
                 )
-        super().__init__(len(frame))
         self.frame, self.names = frame[names], tuple(names)
         self.inputs = columns if lists else None  # else all columns are one input
+        self.dtypes = {name: None if name in lists else _dtype_of(frame[name]) for name in names}
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
-        return package_of(data) in ("pandas", "polars", "pyarrow") and hasattr(data, "columns")
+        return package_of(data) == "pandas" and hasattr(data, "columns")
 
     @classmethod
     def of(cls, data: Any, columns: Any) -> Source:
-        return cls(data if package_of(data) == "pandas" else data.to_pandas(), columns)
+        return cls(data, columns)
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        return cls(csv.read(path), columns if name is None else tuple(name.split(",")))
+        columns = columns if name is None else tuple(name.split(","))
+        return cls(csv.read(path, columns is None), columns)
 
     def ordered_as(self, names: Sequence[Any], path: str, first: str) -> Table:
         """This table with its columns in the order of another file's.  Raises `BadValue` if it has others."""
@@ -72,10 +76,11 @@ class Table(Source):
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         part = self.frame.iloc[start:stop]
-        fields = {name: part[name].to_numpy() for name in self.names}
-        if any(values.dtype == object for values in fields.values()):
-            return pick(fields, self.inputs)
-        return (torch.from_numpy(np.stack(list(fields.values()), axis=1)),)
+        numbers = [dtype for dtype in self.dtypes.values() if dtype is not None]
+        if len(numbers) < len(self.names):
+            return pick({name: _numbers(part[name], dtype) for name, dtype in self.dtypes.items()}, self.inputs)
+        whole = np.result_type(*numbers)
+        return (torch.from_numpy(np.stack([_numbers(part[name], whole) for name in self.names], axis=1)),)
 
 
 def column(spec: str) -> Any:
@@ -84,7 +89,7 @@ def column(spec: str) -> Any:
     suffix = Path(path).suffix.lower()
     if suffix not in (*Table.suffixes, ".parquet") or not Path(path).exists():
         raise BadValue(f"ids: got {spec!r}, expected a .txt file, an .npy, or table.csv:column of a file that exists.")
-    frame = csv.read(path) if suffix in Table.suffixes else _parquet(path)
+    frame = csv.read(path, text=name) if suffix in Table.suffixes else _parquet(path)
     if name not in frame.columns:
         raise BadValue(f"ids: {path} has no column {name!r}, it has {list(frame.columns)}.")
     return frame[name].to_numpy()
@@ -97,7 +102,29 @@ def _parquet(path: str) -> Any:
 
 
 def _holds_lists(column: Any) -> bool:
-    return column.dtype == object and len(column) > 0 and isinstance(column.iloc[0], (list, np.ndarray))
+    return column.dtype == object and isinstance(next(iter(column.dropna()), None), (list, tuple, np.ndarray, Tensor))
+
+
+def _dtype_of(column: Any) -> np.dtype:
+    """The dtype of numpy for all of a column's numbers; a whole number that is missing is NaN, too."""
+    kept = column.dropna()
+    dtype = kept.iloc[:1].to_numpy().dtype
+    return dtype if len(kept) == len(column) or dtype.kind == "f" else np.dtype(np.float64)
+
+
+def _numbers(column: Any, dtype: np.dtype | None) -> np.ndarray:
+    return column.to_numpy() if dtype is None else column.to_numpy(dtype, na_value=np.nan if dtype.kind == "f" else 0)
+
+
+def _first_text(column: Any) -> str:
+    """Where the first of some values is that are no numbers, among others that are."""
+    import pandas
+
+    text = pandas.to_numeric(column, errors="coerce").isna() & column.notna() if column.dtype.kind == "O" else None
+    if text is None or text.all() or not text.any():
+        return ""
+    sample = int(text.to_numpy().argmax())
+    return f" ({column.iloc[sample]!r} in sample {sample})"
 
 
 @register
@@ -110,11 +137,11 @@ class Parts(Source):
 
     @classmethod
     def accepts_path(cls, path: str) -> bool:
-        return glob.has_magic(path) and "://" not in path and not path.endswith((".parquet", "*"))
+        return is_pattern(path) and not Parquet.accepts_path(path)
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        paths = in_order(glob.glob(path))
+        paths = matching(path)
         if not paths:
             raise BadValue(f"source: there are no files at {path!r}.")
         parts: list[Source] = []
@@ -123,6 +150,12 @@ class Parts(Source):
             if parts and isinstance(part, Table) and isinstance(parts[0], Table):
                 part = part.ordered_as(parts[0].names, p, paths[0])
             parts.append(part)
+        tables = [part for part in parts if isinstance(part, Table)]
+        for column in tables[0].names if tables else ():  # whole numbers in one file may be others in the next
+            dtypes = [dtype for part in tables if (dtype := part.dtypes[column]) is not None]
+            if len(dtypes) == len(tables):
+                for part in tables:
+                    part.dtypes[column] = np.result_type(*dtypes)
         return cls(parts)
 
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
@@ -132,7 +165,8 @@ class Parts(Source):
             if first >= stop:
                 break
             low, high = max(start - first, 0), min(stop - first, self.parts[i].samples)
-            pieces.append(self.parts[i].checked(low, high))
+            pieces.append(self.parts[i].rows(low, high))
+            check_rows(pieces[-1], start, start + high - low)
         if len({len(piece) for piece in pieces}) > 1:
             raise BadValue("source: the files hold different numbers of inputs.")
         return tuple(_together(column) for column in zip(*pieces, strict=True))

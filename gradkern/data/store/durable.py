@@ -21,9 +21,15 @@ from zarr.core.buffer import Buffer, cpu
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
+from ...util.options import BadValue
+
 PARTIAL = ".partial"
 BLOCK = 4096  # bytes: alignment of direct writes
 DIRECT = 1 << 20  # bytes from which direct writes pay
+
+
+class Damaged(BadValue):
+    """Something in the store is not what was written there."""
 
 
 def write_file(path: Path, content: Any) -> None:
@@ -43,14 +49,25 @@ def write_file(path: Path, content: Any) -> None:
             os.fsync(number)
         finally:
             os.close(number)
-        if path.is_dir():
-            path.rmdir()  # damage, if it is empty; and else an error that names it
+        clear(path)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def clear(path: Path) -> None:
+    """Make room for a file where an empty folder stands.  Raises `Damaged` if there is something in it."""
+    if path.is_dir():
+        try:
+            path.rmdir()
+        except OSError as error:
+            raise Damaged(
+                f"{path} is a folder with something in it, expected a file of the store. Move it away, then run the "
+                "same again."
+            ) from error
 
 
 def _open(path: Path, content: Any) -> int:
@@ -120,11 +137,13 @@ class DurableStore(LocalStore):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """The sizes in bytes of the files directly under ``prefix``."""
-        try:
-            with os.scandir(self.root / prefix) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries}
-        except OSError:
-            return {}
+        found = {}
+        with contextlib.suppress(OSError), os.scandir(self.root / prefix) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # another run's half-written file has got its name by now
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def remove_partial(self, prefix: str, ours: Callable[[str], bool]) -> None:
         """Remove half-written files under ``prefix`` for which ``ours(name of the final file)`` is true."""

@@ -63,11 +63,19 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def spans(samples: int, chunk: int) -> np.ndarray:
+    """The first and last + 1 sample of each chunk, int64 ``[K, 2]``."""
+    starts = np.arange(0, samples, chunk)
+    return np.stack([starts, np.minimum(starts + chunk, samples)], axis=1)
+
+
 def codecs(compression: str) -> Any:
     """``none``, ``zstd`` or ``blosc``, each with an optional level: ``zstd:3``."""
     name, _, level = compression.partition(":")
     if name not in ("none", "zstd", "blosc") or (level and not level.isdigit()):
         raise BadValue(f"compression: got {compression!r}, expected 'none', 'zstd' or 'blosc' (a level: 'zstd:3').")
+    if int(level or 0) > {"zstd": 22, "blosc": 9}.get(name, 0):
+        raise BadValue(f"compression: got {compression!r}, expected a level up to 22 for zstd, 9 for blosc.")
     if name == "none":
         return None
     if name == "zstd":

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from zarr.abc.store import Store
 
-from ...util.options import BadValue
 from ..statistics import merge
 from . import durable, trust
 from .checks import UNKNOWN
+from .durable import Damaged
 
 FOLDER = "chunks/finished"
 RECORD = re.compile(r"([0-9]{2})\.([0-9]{8,18})\.npz")
@@ -33,8 +33,8 @@ NAMED = 8  # samples that a record names
 TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
 
 
-class Damaged(BadValue):
-    """Something in the store is not what was written there."""
+class Lost(Damaged, FileNotFoundError):
+    """A record that is not there; another process may have joined it to its neighbour since it was listed."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Ledger:
     def read(self, node: TreeNode) -> ChunkRecord:
         content = durable.get(self.store, self.key(node))
         if content is None:
-            raise FileNotFoundError(f"the store has lost its record {self.key(node)}")
+            raise Lost(f"the store has lost its record {self.key(node)}. `gradkern verify` says what it stood for.")
         try:
             return ChunkRecord.from_bytes(content, len(self.span(node)))
         except ValueError as error:
@@ -210,7 +210,7 @@ class Ledger:
         while True:
             try:
                 return {n: self.read(n) for n in nodes}
-            except FileNotFoundError:
+            except Lost:
                 before, nodes = nodes, self.nodes()
                 if nodes == before:
                     raise

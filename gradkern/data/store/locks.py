@@ -21,7 +21,7 @@ from pathlib import Path
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
-from .durable import DurableStore
+from .durable import DurableStore, clear
 
 try:
     import fcntl
@@ -40,6 +40,8 @@ class _Held:
     """What this process holds of one store.  The file stays open as long: closing it would free all locks on it."""
 
     def __init__(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        clear(path)
         self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self.ranges: list[range] = []
 

@@ -38,8 +38,9 @@ from ...util.untrusted import check_links
 from .. import statistics
 from ..sources.padding import mask_of
 from . import checks, durable, labels, layout, locks, trust
+from .durable import Damaged
 from .layout import Array
-from .ledger import FOLDER, NAMED, ChunkRecord, Damaged, Ledger
+from .ledger import FOLDER, NAMED, ChunkRecord, Ledger
 
 FORMAT = 1
 ABANDONED = 3600  # seconds
@@ -73,7 +74,7 @@ class Results:
             return durable.get(durable.store_at(text), "zarr.json") is not None
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return False
-        if not (path / "zarr.json").exists():
+        if not any((path / name).exists() for name in ("zarr.json", checks.BACKUP)):
             raise BadValue(f"out: {text} exists and is no zarr store. Choose another place; nothing was changed.")
         return True
 
@@ -160,6 +161,17 @@ class Results:
 
     def check_files(self) -> None:
         """Raise `Damaged` if a look at names and sizes shows that finished chunks are gone."""
+        described = json.loads(durable.get(self.store, "zarr.json") or b"{}").get("consolidated_metadata") or {}
+        gone = [name for name in described.get("metadata", ()) if name not in self.group]
+        if self.about["finished"] and isinstance(self.store, durable.DurableStore):
+            for name, array in self._reductions():
+                files = [k for k, size in self.store.sizes(f"reductions/{name}").items() if size and k[:2] == "c."]
+                gone += [f"part of reductions/{name}"] if len(files) < array.nchunks else []
+        if gone:
+            raise Damaged(
+                f"{self.place}: {gone[0]} is gone. `gradkern verify {self.place} --repair`, or gradkern.data.repair, "
+                "restores what can be."
+            )
         if short := self.short_files():
             name, chunk = min(short, key=lambda s: s[1])
             start, stop = self.span(chunk)
