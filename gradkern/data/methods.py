@@ -25,6 +25,7 @@ from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
 from ..dispatch.targets import TopK
 from ..runtime.ops import Statistics
+from ..util import renamed
 from ..util.options import BadType, BadValue, Engine, use
 from .references import draws, with_references
 
@@ -44,14 +45,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``rows`` ``[n, S]`` (or None: the same
-    targets for all samples), ``deltas`` ``[n, S]`` if the method has them."""
+    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``targets`` ``[n, S]`` (or None: the
+    same for all samples), ``deltas`` ``[n, S]`` if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor
-    rows: Tensor | None = None
+    targets: Tensor | None = None
     deltas: Tensor | None = None
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The old name of ``targets``."""
+        renamed.note("Outcome.rows", "Outcome.targets", 3)
+        return self.targets
+
+
+Outcome.__init__ = renamed.renamed_argument("rows", "targets")(Outcome.__init__)  # type: ignore[method-assign]
 
 #: Arguments of ``attribute_all`` that the run sets itself.
 OF_THE_RUN = ("self", "inputs", "targets", "out", "wrt", "engine")
@@ -60,7 +69,7 @@ Method = Callable[[Batch], Outcome]
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str) -> Callable[[Method], Method]:
+def register_method(name: str) -> Callable[[Method], Method]:
     """Register a function under ``name``."""
 
     def enter(function: Method) -> Method:
@@ -213,7 +222,7 @@ def _has_rows(value: Any) -> bool:
 # One gradient
 
 
-@method("jacobian")
+@register_method("jacobian")
 def gradients(batch: Batch) -> Outcome:
     """∂y/∂x of the targets, with its sign, and the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
@@ -224,13 +233,13 @@ def gradients(batch: Batch) -> Outcome:
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
 
 
-@method("saliency")
+@register_method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
     return _finished(batch, attr.Saliency)
 
 
-@method("input_x_gradient")
+@register_method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
     return _finished(batch, attr.InputXGradient)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
+from .runs.settings import CommonOptions
 from .runs.task import finite_rows
 from .sources import Source, open_source
 from .sources.padding import Pad
@@ -139,7 +140,7 @@ def importance(
     model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
     progress: bool | None = None, output: Output = None, pad: Pad | None = None,
-    names: Sequence[str] | None = None, **options: Any,
+    names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
@@ -162,7 +163,7 @@ def importance(
             "become floating with input_dtype=torch.float32 (--cast float32)."
         )
 
-    def of(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
+    def run_part(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
             progress=progress, output=output, names=names, **options,
@@ -172,7 +173,7 @@ def importance(
     one = model if output is None else OneOutput(model, output)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
-        computed = [of(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
+        computed = [run_part(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
     whole = computed[0] if len(computed) == 1 else _joined(computed)
     if not curve_samples:
         return whole

@@ -26,7 +26,7 @@ from ...util.buffers import buffers_kept
 from ...util.options import BadType, BadValue, Engine, debugging
 from ...util.random_state import RandomState
 from .. import methods, statistics
-from .reading import Alone
+from .reading import SpotSamples
 from .settings import Settings
 
 PROBED = 4
@@ -41,7 +41,7 @@ class Probe:
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
-    alone: Alone  # the samples that were read
+    alone: SpotSamples  # the samples that were read
     way: Way | None = None  # of gradients, if kernels and autograd were compared
     sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
@@ -57,7 +57,7 @@ class Probe:
     @property
     def classes(self) -> int:
         """The rows of a statistic: one per target, or one per output if samples have their own targets."""
-        return self.seeds if self.outcome.rows is None else math.prod(self.outcome.outputs.shape[1:])
+        return self.seeds if self.outcome.targets is None else math.prod(self.outcome.outputs.shape[1:])
 
     @property
     def map_bytes(self) -> int:
@@ -90,7 +90,7 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
+def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
     """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
     ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
@@ -121,7 +121,7 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
         method(batch)
     rate = len(chosen) / (time.perf_counter() - begin)
     with ways.pinned(way):
-        sums_only = settings.sums_alone and outcome.rows is None and adds_up(method, batch)
+        sums_only = settings.sums_alone and outcome.targets is None and adds_up(method, batch)
     return Probe(program, engine, outcome, inputs, rate, alone, way, sums_only)
 
 
@@ -153,7 +153,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
         ) from error
 
 
-def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
+def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
     """The way of gradients of so many outputs, measured on samples spread over the source."""
     inputs = _joined(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
@@ -163,7 +163,7 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     return None if timed is None else timed.way
 
 
-def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
+def choose(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[int]:
     """The indices of a few samples, spread over the source, whose output depends on them.
 
     A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
@@ -183,7 +183,7 @@ def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
     return sorted([*chosen, *rest][:PROBED])
 
 
-def _check_shapes(alone: Alone, first: int, other: int) -> None:
+def _check_shapes(alone: SpotSamples, first: int, other: int) -> None:
     for x, y in zip(alone.rows[first], alone.rows[other], strict=True):
         if x.shape[1:] != y.shape[1:]:
             raise BadValue(
@@ -192,7 +192,7 @@ def _check_shapes(alone: Alone, first: int, other: int) -> None:
             )
 
 
-def _joined(alone: Alone, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
+def _joined(alone: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
 
 

@@ -35,13 +35,13 @@ def _checksum(rows: Sequence[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class Alone:
+class SpotSamples:
     """Samples read one at a time: one tensor ``[1, *in]`` per input, by the sample's index."""
 
     rows: Mapping[int, tuple[Tensor, ...]]
 
     @classmethod
-    def of(cls, source: Source) -> Alone:
+    def of(cls, source: Source) -> SpotSamples:
         return cls({i: source.read(i, i + 1) for i in spread(ALONE, source.samples)})
 
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
@@ -67,7 +67,7 @@ class Alone:
 class Reading:
     """Reads chunks of a source, with these checks.  ``trust``: without them, and without checksums."""
 
-    def __init__(self, source: Source, results: Results, alone: Alone, trust: bool) -> None:
+    def __init__(self, source: Source, results: Results, alone: SpotSamples, trust: bool) -> None:
         self.source, self.results, self.alone, self.trust = source, results, alone, trust
 
     def stream(self, chunks: Sequence[int]) -> Generator[tuple[tuple[Tensor, ...], int], None, None]:

@@ -63,7 +63,7 @@ def run(
     source
         A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
         Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or anything
-        that a class of your own accepts (`gradkern.data.register`).
+        that a class of your own accepts (`gradkern.data.register_source`).
     out
         A folder, or an address that fsspec knows.
     method

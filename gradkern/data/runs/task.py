@@ -29,7 +29,7 @@ from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint, forecast
 from .pins import differences, pin_isa, pinning
 from .probe import Probe, device_of, probe_run, targets_of
-from .reading import Alone, Reading
+from .reading import Reading, SpotSamples
 from .settings import Settings
 from .transfer import Ready, Transfer
 
@@ -75,7 +75,7 @@ class Task:
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
-        alone, code = Alone.of(rows), fingerprint.code_before(model, settings)
+        alone, code = SpotSamples.of(rows), fingerprint.code_before(model, settings)
         with pinning(pinned, settings):
             probe = probe_run(model, alone, rows.samples, settings, pinned.get("engine"))
         asked = fingerprint.of_run(
@@ -231,8 +231,8 @@ class Task:
             finite &= finite_rows(maps).cpu()
         keep = self._counted(finite, first, bad)
         rows = {"predictions": outcome.outputs}
-        if outcome.rows is not None:
-            rows["targets"] = outcome.rows
+        if outcome.targets is not None:
+            rows["targets"] = outcome.targets
         if outcome.deltas is not None:
             rows["deltas"] = outcome.deltas
         floating = self.probe.floating
@@ -243,7 +243,7 @@ class Task:
                 top = maps.abs().flatten(2).topk(k, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
             if name in reducers:
-                where = None if outcome.rows is None else outcome.rows.cpu()
+                where = None if outcome.targets is None else outcome.targets.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where, keep)
         return rows
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
 from .columns import Ragged, Rows, array_of, members, to_tensor
-from .registry import Source, member, register
+from .registry import Source, member, register_source
 
 
-@register
+@register_source
 class Arrays(Source):
     """Anything with ``shape`` and slicing, one array ``[N, *in]`` per input of the model."""
 
@@ -143,7 +143,7 @@ def package_of(data: Any) -> str:
     return type(data).__module__.partition(".")[0]
 
 
-@register
+@register_source
 class Zarr(Arrays):
     """A zarr array, or arrays of a zarr group."""
 
@@ -171,7 +171,7 @@ class Zarr(Arrays):
             raise BadValue(f"source: {path} is no zarr array or group that can be read ({error}).") from error
 
 
-@register
+@register_source
 class Hdf5(Arrays):
     """An HDF5 dataset, or datasets of a group."""
 

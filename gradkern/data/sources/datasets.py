@@ -22,7 +22,7 @@ from torch.utils.data import (
 from ...util.options import BadType, BadValue, InputError
 from .arrays import is_nested_numbers, package_of
 from .columns import NotNumbers, Rows, one_or_list, pick
-from .registry import SOURCE_KINDS, Source, Span, register, said
+from .registry import SOURCE_KINDS, Source, Span, register_source, said
 
 ONE_ROW = (
     "expected one row. Every item of the Dataset must give exactly one: leave bad records out of the Dataset itself "
@@ -216,7 +216,7 @@ def no_random_access(what: str) -> BadType:
     )
 
 
-@register
+@register_source
 class HuggingFaceDataset(Source):
     """A Hugging Face dataset in torch or numpy format."""
 

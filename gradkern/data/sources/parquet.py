@@ -14,10 +14,10 @@ from torch import Tensor
 from ...util.options import BadValue
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .registry import Source, is_pattern, matching, open_source, register, said
+from .registry import Source, is_pattern, matching, open_source, register_source, said
 
 
-@register
+@register_source
 class Parquet(Source):
     """Parquet files in the order of their names; a column of (nested) lists gives samples of that shape."""
 
@@ -123,7 +123,7 @@ def _refuse_twice(names: Sequence[Any]) -> None:
         raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
 
 
-@register
+@register_source
 class Arrow(Source):
     """An Arrow table with a column of (nested) lists or tensors; one of numbers alone is a `tables.Table`."""
 

@@ -5,7 +5,7 @@ single chunks.  Streams without these are refused, with advice.
 
 A kind of source is one class:
 
-    @register
+    @register_source
     class Lines(Source):
         about, suffixes = "a .txt file of numbers", (".txt",)
 
@@ -201,7 +201,7 @@ Kind = TypeVar("Kind", bound=type[Source])
 SOURCE_KINDS: list[type[Source]] = []
 
 
-def register(kind: Kind) -> Kind:
+def register_source(kind: Kind) -> Kind:
     """Register a class.  The last one is asked first, so that yours come before gradkern's own."""
     SOURCE_KINDS.insert(0, kind)
     return kind

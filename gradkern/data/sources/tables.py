@@ -18,10 +18,10 @@ from . import csv
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
 from .parquet import Parquet
-from .registry import Source, check_rows, is_pattern, matching, open_source, register
+from .registry import Source, check_rows, is_pattern, matching, open_source, register_source
 
 
-@register
+@register_source
 class Table(Source):
     """A table whose columns of numbers are the features of one input ``[N, columns]``, in the order of ``columns``.
 
@@ -127,7 +127,7 @@ def _first_text(column: Any) -> str:
     return f" ({column.iloc[sample]!r} in sample {sample})"
 
 
-@register
+@register_source
 class Parts(Source):
     """Files of one kind, in the order of their names, one after the other: ``parts/*.npy``."""
 

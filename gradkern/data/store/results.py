@@ -34,6 +34,7 @@ from torch import Tensor
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
+from ...util.renamed import renamed_argument
 from ...util.untrusted import check_links
 from .. import statistics
 from ..sources.padding import mask_of
@@ -295,14 +296,15 @@ class Results:
         """``12``, or with the sample's name ``12 (patient 7)``."""
         return str(sample) if self.ids is None else f"{sample} ({self.ids[sample]})"
 
-    def mask(self, start: int, stop: int, of: int = 0) -> Tensor:
+    @renamed_argument("of", "input")
+    def mask(self, start: int, stop: int, input: int = 0) -> Tensor:
         """Which numbers of the samples ``start:stop`` are data and not padding, bool ``[n, *in]``, for the input with
-        index ``of``."""
-        shape = self.about["fingerprint"]["source"]["shapes"][of]
+        index ``input``."""
+        shape = self.about["fingerprint"]["source"]["shapes"][input]
         if "lengths" not in self:
             return torch.ones(stop - start, *shape, dtype=torch.bool)
         lengths = torch.from_numpy(np.asarray(self.array("lengths")[start:stop]))
-        return mask_of(lengths, self.about["padding"]["axes"], shape, of)
+        return mask_of(lengths, self.about["padding"]["axes"], shape, input)
 
     def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
         """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
@@ -310,11 +312,12 @@ class Results:
         rows = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
         return rows.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else rows
 
-    def reduction(self, name: str, of: int = 0) -> np.ndarray:
-        """The result of a reduction ``[C, *in]``, for the input with index ``of``.  The run must be complete."""
+    @renamed_argument("of", "input")
+    def reduction(self, name: str, input: int = 0) -> np.ndarray:
+        """The result of a reduction ``[C, *in]``, for the input with index ``input``.  The run must be complete."""
         if not self.about.get("finished"):
             raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
-        key = layout.reduction_key(name, self.about["inputs"], of)
+        key = layout.reduction_key(name, self.about["inputs"], input)
         if key not in self.group:
             raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
         return np.asarray(self.array(key)[...])
