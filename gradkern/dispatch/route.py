@@ -362,7 +362,7 @@ def _by_whole_chain(
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
-    if watch.seconds * watch.share > watch.cost:  # a comparison is due
+    if watch.due:
         return None
     check_fits_in_memory(request.samples * whole.gradient_bytes)
     packed = whole.packed(captured.tensors)
@@ -391,7 +391,7 @@ def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
-        if watch.seconds * watch.share > watch.cost:  # a comparison is due; afterwards it would be too late
+        if watch.due:  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
             y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:

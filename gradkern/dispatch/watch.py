@@ -31,6 +31,10 @@ class Watch:
     def __init__(self) -> None:
         self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE
 
+    @property
+    def due(self) -> bool:
+        return self.seconds * self.share > self.cost
+
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""
         begin = time.perf_counter()
