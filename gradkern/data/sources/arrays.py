@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
-from .columns import Ragged, Rows, array_of, members, to_tensor
+from .columns import UnequalRows, Rows, array_of, members, to_tensor
 from .registry import Source, member, register_source
 
 
@@ -25,7 +25,7 @@ class Arrays(Source):
     suffixes: ClassVar[tuple[str, ...]] = (".npy", ".npz", ".pt", ".safetensors")
 
     def __init__(self, arrays: Sequence[Any]) -> None:
-        arrays = [Ragged(list(a.unbind())) if isinstance(a, Tensor) and a.is_nested else a for a in arrays]
+        arrays = [UnequalRows(list(a.unbind())) if isinstance(a, Tensor) and a.is_nested else a for a in arrays]
         for i, array in enumerate(arrays):
             if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
                 raise BadValue(f"source: number {i} is masked, and masks would be lost. Fill it: array.filled(value).")
