@@ -28,7 +28,8 @@ MOST_ROUNDS, LEAST_ROUNDS = 25, 5
 RESAMPLES = 1000
 SHORTEST = 0.01  # seconds of one timing, for which short calls are repeated: the clock of CPU time may stand still
 LEAST_SECONDS = 1e-4
-HOPELESS = 1.5  # a peer that takes this many times the better one is not timed again
+SLOW = 0.5  # seconds of a call of torch that needs no warming up
+HOPELESS = 1.15  # a peer that takes this many times the better one is not timed again
 NEURAL = {"recurrent": (nn.RNNBase,), "convolutional": (nn.modules.conv._ConvNd,)}
 
 
@@ -123,8 +124,9 @@ def compared(model: nn.Module, x: Tensor, targets: list[int], seconds: float) ->
     once: dict[str, float] = {}
     for name in list(calls):
         try:
-            calls[name]()
-            once[name] = max(cpu_seconds(calls[name]), LEAST_SECONDS)
+            first = cpu_seconds(calls[name])
+            warm = name != "gradkern" and first > SLOW
+            once[name] = max(first if warm else cpu_seconds(calls[name]), LEAST_SECONDS)
         except RuntimeError:
             if name != "batched":
                 raise
@@ -132,14 +134,15 @@ def compared(model: nn.Module, x: Tensor, targets: list[int], seconds: float) ->
     peers = [name for name in calls if name != "gradkern"]
     peers = [name for name in peers if once[name] <= HOPELESS * min(once[p] for p in peers)]
     repeats = {name: math.ceil(SHORTEST / once[name]) for name in ("gradkern", *peers)}
-    spent: dict[str, list[float]] = {name: [] for name in repeats}
+    slow = all(times == 1 for times in repeats.values())
+    spent: dict[str, list[float]] = {name: [once[name]] if slow else [] for name in repeats}
     order, shuffle = list(repeats), random.Random(SEED)
     begin = time.process_time()
-    for number in range(MOST_ROUNDS):
+    while len(spent["gradkern"]) < MOST_ROUNDS:
         shuffle.shuffle(order)
         for name in order:
             spent[name].append(cpu_seconds(calls[name], repeats[name]))
-        if number + 1 >= LEAST_ROUNDS and time.process_time() - begin > seconds:
+        if len(spent["gradkern"]) >= LEAST_ROUNDS and time.process_time() - begin > seconds:
             break
     best = min(peers, key=lambda name: statistics.median(spent[name]))
     ratios = [theirs / ours for theirs, ours in zip(spent[best], spent["gradkern"], strict=True)]

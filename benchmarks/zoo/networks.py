@@ -241,6 +241,7 @@ def _torch_ecg() -> Family:
         def make() -> Built:
             configs, models = (importlib.import_module(f"torch_ecg.{part}") for part in ("model_configs", "models"))
             net = models.RR_LSTM(["n", "a"], _copied(getattr(configs, config)))
+            net.clf = nn.Identity()  # it decodes to labels, which have no gradient
             return Apply(net, before=lambda x: x.transpose(0, 1)), (30, 1)  # it reads [T, N, 1]
 
         return make

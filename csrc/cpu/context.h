@@ -96,11 +96,17 @@ struct Kernels {
   int seed_block;  // the most seeds in registers at a time; a tile is cut evenly into blocks of at most that many
 };
 
+struct ByteRange {
+  const void* data;
+  size_t size;  // in bytes
+};
+
 struct Isa {
   const char* name;
   int vector_bytes;
   int tile_vectors;  // of output channels, at most: packed forward weights are cut into such tiles
   bool (*supported)();
+  uint64_t (*hash)(uint64_t total, const ByteRange* ranges, size_t count);  // order-sensitive, continues `total`
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -3,6 +3,7 @@
 namespace gradkern {
 namespace GK_NAME {
 #include "body.h"
+#include "hash_rows.h"
 #include "recurrent_rows.h"
 #include "rescale_rows.h"
 #include "statistics_rows.h"
@@ -13,6 +14,7 @@ extern const Isa kIsa{GK_TEXT(GK_NAME),
                       GK_VECTOR_BYTES,
                       kMaxNV,
                       supported,
+                      run_hash,
                       {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, add_rows<float>,
                        all_finite<float>, kMaxSeeds},
                       {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>,

@@ -20,7 +20,7 @@ from ..util.torch_compat import disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)
-GLOBAL_HOOKS = tuple("_global" + name for name in (*HOOKS, "_forward_hooks_always_called"))
+GLOBAL_HOOKS = [vars(torch_module).get("_global" + name, {}) for name in (*HOOKS, "_forward_hooks_always_called")]
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -37,17 +37,22 @@ class EagerReason:
     couples_batch: bool = False
 
 
-def call_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason in the call itself, or None.  This runs in every call, so it is cheap."""
+def call_reason(inputs: Sequence[Tensor]) -> EagerReason | None:
+    """The reason in the call itself that no guard of a graph sees, or None.  Every call asks, so it is cheap."""
+    for x in inputs:
+        if type(x) not in PLAIN_TENSORS:
+            return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
+    if any(GLOBAL_HOOKS):
+        return EagerReason("a global module hook is registered")
+    return None
+
+
+def guarded_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
+    """The reason in the call that is not there as long as the guards of a graph hold, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.compile does not read")
     if autocast(inputs):
         return EagerReason("autocast is active: the kernels work in the dtype of the inputs")
-    for x in inputs:
-        if type(x) not in PLAIN_TENSORS:
-            return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
-    if any([getattr(torch_module, name, None) for name in GLOBAL_HOOKS]):  # noqa: C419  (a list is faster)
-        return EagerReason("a global module hook is registered")
     return None
 
 
@@ -93,20 +98,35 @@ def _training(part: nn.Module) -> str:
 # Guards of captured graphs
 
 
-def stand_ins(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values."""
-    shown = []
-    for x in inputs:
-        whole = x.stride() == _strides(x.shape) and not x.is_inference() and not x.storage_offset()
-        x = x.detach() if whole else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        shown.append(x.requires_grad_() if x.is_floating_point() or x.is_complex() else x)
+def stand_ins(inputs: Sequence[Tensor], *, for_guards: bool = False) -> tuple[Tensor, ...]:
+    """Stand-ins for the inputs that are passed to Dynamo, which looks at everything except their values.
+
+    ``for_guards``: they are made once and have no memory, which is enough to check guards.
+    """
+    shown, fresh = [], _remembered if for_guards else _fresh
+    for place, x in enumerate(inputs):
+        plain = not (x.is_neg() or x.is_conj())
+        shown.append(fresh(place, x.shape, x.dtype, x.device) if plain else _graded(x.detach()))
     return tuple(shown)
 
 
-@lru_cache(maxsize=1024)
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a fresh tensor.  A contiguous one may have others along axes of one element: a sample of a wider tensor."""
-    return torch.empty(shape, device="meta").stride()
+def _fresh(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stand-in for input number ``place``, which is never the same tensor as another.
+
+    The input may have other strides along axes of one element, as a sample of a wider tensor has.
+    """
+    return _graded(torch.empty(shape, dtype=dtype, device=device))
+
+
+@lru_cache(maxsize=256)
+def _remembered(place: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    x = _fresh(place, shape, dtype, device)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def _graded(x: Tensor) -> Tensor:
+    return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
 def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
@@ -122,14 +142,13 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
     graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
     try:
-        local = by_name(fn, stand_ins(inputs))
+        local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
             if graph.guards.cache_entry is not None and graph.guards.root.check(local):
                 if not _same_methods(graph):
                     return None
                 capture.latest = graph
-                tensors = graph.tensors(local, capture.shared)
-                return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
+                return Captured(graph, graph.tensors(local, capture.shared))
     finally:
         torch._C._set_grad_enabled(graded)
     return None

@@ -52,7 +52,7 @@ class Prepared:
     def _called(self, given: tuple[Tensor, ...]) -> Any:
         if self._run is None:
             self._run = self._frozen(given)
-        results = self._run(tuple([x.detach() for x in given]))
+        results = self._run(tuple([x.detach() if x.requires_grad else x for x in given]))
         return results if self._as_tuple else results[0]
 
     def _check(self, given: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ir.program import Shape
 from ..util import memory
-from ..util.callables import model_of, unwrapped
+from ..util.callables import anchor, unwrapped
 from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, described_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
@@ -27,13 +26,14 @@ MOST_IN_KEY = 64  # targets of a list by which a call is recognized
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # nothing changes it, but checking that would take as long as the rest of a small call's request
 class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
     ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
     which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
-    ``part_of``: samples of the whole call, if this is a part of one.
+    ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
+    ``way``: the object that has the state of ``fn``, and the path from there; ``module``: that object, if it is one.
     """
 
     fn: Callable[..., Any]
@@ -44,23 +44,18 @@ class Request:
     ahead: int = 0
     keep_outputs: bool = False
     part_of: int = 0
+    owner: Any = field(init=False)
+    way: Hashable = field(init=False)
+    module: nn.Module | None = field(init=False)
+    samples: int = field(init=False)
+    whole: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fn", unwrapped(self.fn))
-
-    @cached_property
-    def module(self) -> nn.Module | None:
-        """The module behind ``fn``, if there is one."""
-        return model_of(self.fn)
-
-    @property
-    def samples(self) -> int:
-        return self.inputs[0].shape[0]
-
-    @property
-    def whole(self) -> int:
-        """Samples of the whole call."""
-        return self.part_of or self.samples
+        self.fn = unwrapped(self.fn)
+        self.owner, self.way = anchor(self.fn)
+        self.module = self.owner if isinstance(self.owner, nn.Module) else None
+        self.samples = self.inputs[0].shape[0]
+        self.whole = self.part_of or self.samples
 
     @property
     def sample_bytes(self) -> int:
@@ -111,7 +106,7 @@ class Request:
             return tuple(x[spread.to(x.device)] for x in rows)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class JacobianResult:
     """The results of a request, filled in by rows of samples.
 
@@ -228,19 +223,13 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
     if not tensors:
         raise BadValue("inputs: got an empty tuple, expected at least one tensor [N, ...].")
     for i, x in enumerate(tensors):
-        if isinstance(x, np.ndarray):
-            raise BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
         if not isinstance(x, Tensor):
-            way_out = (
-                " Pass a function of the tensors as the model: jacobian(lambda *xs: model(dict(zip(names, xs))), "
-                "tuple(inputs.values()))" if isinstance(x, dict) else ""
-            )  # fmt: skip
-            raise BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].{way_out}")
+            raise _no_tensor(i, x)
         if x.layout != torch.strided:
             raise BadType(f"inputs: number {i} has layout {x.layout}, expected a dense tensor. Use x.to_dense().")
         if x.dim() == 0:
             raise BadValue(f"inputs: number {i} has no axes, expected [N, ...]. Use x.unsqueeze(0) for one sample.")
-        if x.shape[0] != tensors[0].shape[0]:
+        if i and x.shape[0] != tensors[0].shape[0]:
             raise BadValue(
                 f"inputs: number {i} has {x.shape[0]} samples and number 0 has {tensors[0].shape[0]}, expected the "
                 "same batch axis (axis 0) in all."
@@ -254,6 +243,16 @@ def read_inputs(inputs: Any, wrt: int | Sequence[int] | None) -> tuple[tuple[Ten
                 f"it. {_floating_hint(x, len(tensors))}"
             )
     return tensors, indices
+
+
+def _no_tensor(i: int, x: object) -> BadType:
+    if isinstance(x, np.ndarray):
+        return BadType(f"inputs: number {i} is a numpy array, expected a tensor. Use torch.from_numpy(x).")
+    way_out = (
+        " Pass a function of the tensors as the model: jacobian(lambda *xs: model(dict(zip(names, xs))), "
+        "tuple(inputs.values()))" if isinstance(x, dict) else ""
+    )  # fmt: skip
+    return BadType(f"inputs: number {i} is {type(x).__name__}, expected a tensor [N, ...].{way_out}")
 
 
 def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -384,4 +383,7 @@ class TargetChoice:
 
 def jacobian_choice(targets: Any) -> SeedChoice:
     """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known."""
-    return TargetChoice(targets)
+    return _ALL if targets is None else TargetChoice(targets)
+
+
+_ALL = TargetChoice(None)

@@ -5,6 +5,7 @@ A route holds for one public call only, because a model may change between two c
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from ..runtime.parameters import bind
 from ..runtime.whole_chain import whole_chain
 from ..util import options
 from ..util.buffers import buffers_kept
-from ..util.callables import anchor, is_same, name_of
+from ..util.callables import is_same, name_of
 from ..util.memory import out_of_memory
 from ..util.options import Engine
 from . import batching, eager, guards, state, ways
@@ -131,13 +132,12 @@ def decide(request: Request, engine: Engine | None = None) -> Route:
     Raises `BadValue` if the model or the inputs are on the meta device.
     """
     fn, name = request.fn, options.engine(engine)
-    owner, way = anchor(fn)
     try:
-        known = state.models.of(owner)
+        known = state.models.of(request.owner)
     except TypeError:  # it takes no weak reference, so nothing is remembered
         known = ModelState()
     signature = guards.signature(request.inputs)
-    entry = known.entries.get_or_make((way, signature), CacheEntry)
+    entry = known.entries.get_or_make((request.way, signature), CacheEntry)
     decision = _decision(request, name, entry)
     return Route(name, fn, request.module, request.inputs, signature, known, entry, decision)
 
@@ -147,11 +147,12 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
 
     The guards of a Program also cover the state of the model, which is checked separately only without a Program.
     """
-    of_call = guards.call_reason(request.module, request.inputs)
-    if of_call is None and engine != "autograd":
+    of_call = guards.call_reason(request.inputs)
+    if of_call is None and engine != "autograd" and entry.verdicts:
         captured = _holding(request, entry)
         if captured is not None:
             return captured
+    of_call = of_call or guards.guarded_reason(request.module, request.inputs)
     check_devices(request.module, request.inputs)
     scripted = isinstance(request.module, torch.jit.ScriptModule)
     of_model = None if request.module is None or scripted else guards.model_reason(request.module)
@@ -162,8 +163,6 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
 
 def _holding(request: Request, entry: CacheEntry) -> CapturedProgram | None:
     """The Program whose guards hold now, if there is one."""
-    if not entry.verdicts:
-        return None
     captured = guards.holding(entry.capture, request.fn, request.inputs)
     verdict = None if captured is None else entry.verdicts.get(captured.graph)
     if captured is None or verdict is None or verdict.program is None:
@@ -284,7 +283,7 @@ def _program_of(request: Request, route: Route) -> CapturedProgram | None:
     if isinstance(route.decision, EagerReason):
         _say_why_eager(route, route.decision)
         return None
-    captured = route.capture(lambda: request.pick(VERIFY_SAMPLES))
+    captured = route.decision or route.capture(lambda: request.pick(VERIFY_SAMPLES))
     return None if isinstance(captured, Verdict) else captured
 
 
@@ -310,9 +309,8 @@ def _by_program(
 
 def _known_call(request: Request, route: Route, captured: CapturedProgram) -> KnownCall:
     """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
-    whole = request.whole  # parts of a call have the size of the whole
-    size = sum([whole >= least for least in ways.SIZES])
-    kind = request.wrt, torch.get_num_threads(), size
+    # Parts of a call have the size of the whole.
+    kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.whole)
     seeds_key = request.seeds_key
     if seeds_key is None:
         return _make_known_call(request, route, captured, kind)
@@ -351,7 +349,7 @@ def _way(request: Request, route: Route, captured: CapturedProgram, known: Known
 def _timing(request: Request, route: Route, captured: CapturedProgram, known: KnownCall) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
     return ways.timings.get_or_make(
-        known.timing, lambda: ways.measure(request, captured, known.seeds, _profile_of_program(request, route))
+        known.timing, lambda: ways.measure(request, captured, known, _profile_of_program(request, route))
     )
 
 

@@ -68,7 +68,7 @@ class Verdict:
         return self.program is not None and any(isinstance(step.form, Opaque) for step in self.program.steps)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CapturedProgram:
     """A Program, and the live tensors that it names in this call."""
 

@@ -20,7 +20,7 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request
-from .state import CapturedProgram
+from .state import CapturedProgram, KnownCall
 from .targets import Seeds
 
 SIZES = (
@@ -53,8 +53,9 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: CapturedProgram, known: KnownCall, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
+    seeds, whole = known.seeds, known.whole
     few = _fewer(seeds)
     saved = profile.per_sample if captured.verdict.opaque else 0
 
@@ -62,7 +63,10 @@ def measure(request: Request, captured: CapturedProgram, seeds: Seeds, profile: 
         part = request.part(0, samples, seeds if way == "kernels" else few)
 
         def work() -> None:
-            if way == "kernels":
+            packed = whole.packed(captured.tensors) if whole is not None and way == "kernels" else None
+            if whole is not None and packed is not None:
+                whole(packed, whole.rows(packed), [x.detach() for x in part.inputs])
+            elif way == "kernels":
                 batching.run(part, captured.program, captured.tensors, "auto", saved=saved)
             else:
                 eager.run_as_measured(part, profile, 0, None, few.count, batched=way == "batched")

@@ -23,12 +23,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from ..util.callables import by_name, placed
+from ..util.callables import by_name
 from ..util.outputs import chosen
 from ..util.torch_compat import (
     cache_entries,
@@ -68,6 +69,7 @@ _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a part
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
+T = TypeVar("T")
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
 
@@ -76,15 +78,15 @@ class CapturedGraph:
     """One captured graph.
 
     ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
-    it reads, given the arguments of the captured function.  ``methods``: the methods that ran during capture; Dynamo
-    does not guard against their replacement in a class.
+    it reads, by name, given the arguments of the captured function.  ``methods``: the methods that ran during capture;
+    Dynamo does not guard against their replacement in a class.
     """
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
     names: tuple[str, ...]  # of the tensors, in order
     guards: Any = None
-    tensors: Callable[[dict[str, Any], dict[str, Any]], Sequence[Tensor]] = lambda local, shared: ()
+    tensors: Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]] = lambda local, shared: {}
     methods: tuple[Method, ...] = ()
 
     @property
@@ -93,7 +95,7 @@ class CapturedGraph:
         return self.guards is not None and self.guards.cache_entry is not None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Captured:
     """The graph that one call would run, and the live tensors that it reads, by name."""
 
@@ -106,11 +108,17 @@ class _Missed(Exception):
 
 
 def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, ...], output: Any) -> Tensor | None:
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         raise _Missed
+    # Each name that is read here is a guard for every call to check, so there are few.
     # ``fn`` may work in place on its inputs, which is forbidden on leaves.  The clone of its result is the graph's own
     # last step: every other result of the graph is a side effect of ``fn``.
-    result = chosen(fn(*placed([x.clone() for x in inputs], given)), output)
+    arguments = [x.clone() for x in inputs]
+    for place, value in given.items():
+        arguments.insert(place, value)
+    result = fn(*arguments)
+    if output is not None:
+        result = chosen(result, output)
     return result.clone() if isinstance(result, Tensor) else None
 
 
@@ -165,31 +173,37 @@ class Capture:
         if ran is None:
             raise NoProgram("its output is not one tensor")
         graph, arguments = ran
-        tensors = [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+        tensors = _by_name(graph, arguments)
         if graph.guards is None:
             self._find(graph, local, tensors)
-        return Captured(graph, dict(zip(graph.names, tensors, strict=True)))
+        return Captured(graph, tensors)
 
-    def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+    def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Learn Dynamo's code and guards for a new graph, and where its tensors are read."""
         graphs = tuple(known for known in self.graphs if known.alive)
         entry = next(e for e in cache_entries(self.code) if all(e.guard_manager is not g.guards for g in graphs))
         graph.guards, code = entry.guard_manager, entry.code
         self.graphs = (*graphs, graph)
 
-        def run(local: dict[str, Any], shared: dict[str, Any]) -> list[Tensor]:
+        def run(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
             _, arguments = types.FunctionType(code, shared)(**local)
-            return [x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)]
+            return _by_name(graph, arguments)
 
         assert graph.module is not None
         sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-        expressions = [s for s, read in zip(sources, graph.reads, strict=True) if isinstance(read, str)]
+        expressions = _by_name(graph, sources)
         try:
-            read = eval(f"lambda L, G: ({''.join(e + ', ' for e in expressions)})")
-            same = all(a is b for a, b in zip(read(local, self.shared), tensors, strict=True))
+            read = eval(f"lambda L, G: {{{', '.join(f'{name!r}: {e}' for name, e in expressions.items())}}}")
+            found = read(local, self.shared)
+            same = all(found[name] is x for name, x in tensors.items())
         except Exception:  # an expression in terms of Dynamo's own
             same = False
         graph.tensors = read if same else run
+
+
+def _by_name(graph: CapturedGraph, arguments: Sequence[T]) -> dict[str, T]:
+    """Those of the arguments of a graph that stand for tensors."""
+    return {read: x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)}
 
 
 class _Backend:
@@ -212,13 +226,14 @@ class _Backend:
         return run
 
     def note_methods(self, guards: Sequence[Any]) -> list[bool]:
-        """Note the methods of the guarded objects when Dynamo asks which guards to keep (all of them)."""
+        """Note the methods of the guarded objects when Dynamo asks which guards to keep: those of the graph."""
         if self.latest is not None:
             (graph, read), self.latest = self.latest, None
             values = [guard.value for guard in guards if guard.has_value]
             owners = {value if isinstance(value, type) else type(value) for value in values}
             graph.methods = tuple(m for owner in owners for m in _methods(owner, read))
-        return [True] * len(guards)
+        # What autograd does with the tensors that it saves is nothing to a graph, and takes Python code to check.
+        return [guard.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" for guard in guards]
 
 
 def _methods(owner: type, traced: set[types.CodeType]) -> Iterator[Method]:

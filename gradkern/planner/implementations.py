@@ -96,7 +96,7 @@ def choose_implementation(
 ) -> Choice:
     """The first implementation that takes step ``i``.
 
-    ``too_large``: why no chain can hold the step, as found by lowering it.
+    ``too_large``: why no chain can, or should, hold the step.
     """
     refusals: list[str] = []
     for implementation in IMPLEMENTATIONS:

@@ -31,6 +31,7 @@ from ..passes.phases import without_zeros
 from ..passes.prune_positions import prune
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
+from .heavy import heavy_layers
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
 from .timing import Timing
 
@@ -357,7 +358,8 @@ def plan(
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
-    choices = [choose_implementation(program, i, dtype, machine) for i in range(len(program.steps))]
+    heavy = heavy_layers(program) if seeds and machine and not isinstance(machine, Device) else {}
+    choices = [choose_implementation(program, i, dtype, machine, heavy.get(i)) for i in range(len(program.steps))]
     steps = list(range(len(choices))) if wanted is None else graph.steps_to(program, wanted)
     wanted = (program.output,) if wanted is None else wanted
     chains = Chains(program, machine, dtype.itemsize)

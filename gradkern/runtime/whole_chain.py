@@ -69,7 +69,8 @@ class WholeChain:
         if n * self.gradient_bytes >= ops.HUGE:
             for fresh in results:
                 ops.on_huge_pages(fresh)
-        chunk = limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n)
+        # One sample is never cut, so the sizes need not be asked for.
+        chunk = limit_for_progress(samples_per_chunk(self.device, self.output_bytes), n) if n > 1 else 1
         if 0 < n <= chunk:
             self._fill(packed, rows, inputs, results)
         else:

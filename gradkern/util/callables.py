@@ -38,8 +38,7 @@ def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., A
 
 def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
     """``fn``, of whose result ``output`` is returned."""
-    check_output_choice(output)
-    return fn if output is None else FixedArguments(unwrapped(fn), {}, output)
+    return fn if output is None else FixedArguments(unwrapped(fn), {}, check_output_choice(output))
 
 
 def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
@@ -57,8 +56,9 @@ def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], O
 
 def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
     """A call as it is captured and guarded: ``fn``, the fixed arguments ``given``, ``inputs`` and ``output``."""
-    model, given, output = split(fn)
-    return {"fn": model, "given": given, "inputs": samples, "output": output}
+    if isinstance(fn, FixedArguments):
+        return {"fn": fn.fn, "given": fn.given, "inputs": samples, "output": fn.output}
+    return {"fn": fn, "given": {}, "inputs": samples, "output": None}
 
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
@@ -86,11 +86,14 @@ def _inner(fn: Any) -> Any:
         owner = fn.__self__
         unhooked = fn.__func__ is type(owner).forward and not _hooked(owner)
         return owner if unhooked or fn.__func__ is type(owner).__call__ else None
-    if not isinstance(fn, (eval_frame.OptimizedModule, DataParallel, DistributedDataParallel)) or _hooked(fn):
+    if _WRAPPERS.isdisjoint(type(fn).__mro__) or _hooked(fn):  # `isinstance` is slow: one has an abstract base
         return None
     if isinstance(fn, eval_frame.OptimizedModule):
         return fn._orig_mod
     return fn.module if len(fn.device_ids or ()) <= 1 else None
+
+
+_WRAPPERS = frozenset((eval_frame.OptimizedModule, DataParallel, DistributedDataParallel))
 
 
 def _hooked(module: nn.Module) -> bool:

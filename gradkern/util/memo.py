@@ -26,27 +26,29 @@ class Memo(Generic[V]):
         self.most = most
         self._lock = threading.RLock()  # an RLock: a weak reference's callback may come while this thread holds it
         self._values: OrderedDict[Hashable, V] = OrderedDict()
+        self._latest: tuple[Hashable, V] | None = None  # the last in the order, for which no lock is needed
         _memos.add(self)
 
     def put(self, key: Hashable, value: V) -> None:
         """Keep ``value``, in place of what is there."""
         with self._lock:
             self._values[key] = value
-            self._values.move_to_end(key)
-            self._trim()
+            self._used(key, value)
 
     def get_or_make(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of ``key``; ``make`` is called if there is none."""
+        latest = self._latest
+        if latest is not None and latest[0] == key:
+            return latest[1]
         with self._lock:
             value = self._values.get(key, _ABSENT)
             if value is not _ABSENT:
-                self._values.move_to_end(key)
+                self._used(key, value)
                 return value
         fresh = make()
         with self._lock:
             value = self._values.setdefault(key, fresh)
-            self._values.move_to_end(key)
-            self._trim()
+            self._used(key, value)
         return value
 
     def get(self, key: Hashable) -> V | None:
@@ -57,6 +59,7 @@ class Memo(Generic[V]):
     def clear(self) -> None:
         with self._lock:
             self._values.clear()
+            self._latest = None
 
     def values(self) -> list[V]:
         """All values, the least recently used one first."""
@@ -66,7 +69,9 @@ class Memo(Generic[V]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def _trim(self) -> None:
+    def _used(self, key: Hashable, value: V) -> None:
+        self._values.move_to_end(key)
+        self._latest = key, value
         while len(self._values) > self.most:
             self._values.popitem(last=False)
 
@@ -86,6 +91,9 @@ class WeakMemo(Generic[V]):
     def of(self, owner: object) -> V:
         """The owner's value, made at its first use."""
         number = id(owner)
+        entry = self._values.get(number)
+        if entry is not None and entry[0]() is owner:
+            return entry[1]
         with self._lock:
             entry = self._values.get(number)
             if entry is not None and entry[0]() is owner:

@@ -17,11 +17,20 @@ PARTS = 200  # a call that shows a bar is cut into about so many pieces, so that
 LEAST_PART = 1024  # samples of a chain in such a part
 
 
-class _Call:
-    """A public call: is a bar wanted (None: in a terminal), and does a loop draw it already?"""
+class showing_progress:
+    """Inside, a bar is drawn if ``progress`` is True, and in a terminal if it is None.  The outermost choice holds."""
 
-    def __init__(self, choice: bool | None) -> None:
-        self.choice, self.drawn = choice, False
+    def __init__(self, progress: bool | None) -> None:
+        self.choice, self.drawn = progress, False  # whether a loop draws the bar already
+        self.token: Token[showing_progress | None] | None = None
+
+    def __enter__(self) -> None:
+        if _call.get() is None:
+            self.token = _call.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        if self.token is not None:
+            _call.reset(self.token)
 
     @property
     def open(self) -> bool:
@@ -31,21 +40,7 @@ class _Call:
         return self.choice and not self.drawn
 
 
-_call: ContextVar[_Call | None] = ContextVar("gradkern_progress", default=None)
-
-
-class showing_progress:
-    """Inside, a bar is drawn if ``progress`` is True, and in a terminal if it is None.  The outermost choice holds."""
-
-    def __init__(self, progress: bool | None) -> None:
-        self.progress = progress
-
-    def __enter__(self) -> None:
-        self.token: Token[_Call | None] | None = None if _call.get() else _call.set(_Call(self.progress))
-
-    def __exit__(self, *error: object) -> None:
-        if self.token is not None:
-            _call.reset(self.token)
+_call: ContextVar[showing_progress | None] = ContextVar("gradkern_progress", default=None)
 
 
 def is_drawn() -> bool:
@@ -56,7 +51,9 @@ def is_drawn() -> bool:
 
 def limit_for_progress(chunk: int, samples: int) -> int:
     """Shrink the chunk so that a visible bar advances smoothly.  The results must not depend on it."""
-    return min(chunk, max(LEAST_PART, samples // PARTS)) if is_drawn() else chunk
+    if min(chunk, samples) <= LEAST_PART or not is_drawn():  # asking for a terminal takes longer than a small call
+        return chunk
+    return min(chunk, max(LEAST_PART, samples // PARTS))
 
 
 def with_progress(

@@ -140,6 +140,17 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
     ways.timings.clear()
 
 
+def test_one_chain_is_timed_as_it_is_called(monkeypatch):
+    """On the way of other networks, a call of one sample takes much longer."""
+    monkeypatch.setattr(ways, "measure", MEASURE)
+    monkeypatch.setattr(ways.batching, "run", None)
+    ways.timings.clear()
+    model, (x,) = net(n=1)
+    gradkern.prepare(model, x)
+    assert "kernels" in gradkern.explain(model, x, show=False).timing.seconds
+    ways.timings.clear()
+
+
 def test_a_way_that_torch_cannot_run_is_not_taken(monkeypatch):
     def fill(request, partial, start, stop, together=None):
         if together != 1:

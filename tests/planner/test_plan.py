@@ -27,7 +27,7 @@ from gradkern.planner import groups, implementations, plan
 from gradkern.runtime import executor, ops
 from tests.cases import BENCH, TRACEABLE
 from tests.support.case_runs import program_of
-from tests.support.programs import conv
+from tests.support.programs import conv, linear, norm
 from tests.support.programs import program as make
 
 CONV = conv()
@@ -202,3 +202,19 @@ def test_reasons_of_every_implementation_that_does_not_take_a_step():
     ]
     (view,) = executor.plan_for(make(Step(View(), (0,), (32,))), 2).steps
     assert (view.path, view.refusals, view.why) == ("view", (), "")
+
+
+@pytest.mark.parametrize(
+    ("positions", "function", "outputs", "chains"),
+    [(12, "gelu", 4, 2), (12, "relu", 4, 1), (1, "gelu", 4, 1), (100, "gelu", 4, 1), (12, "gelu", 600, 1)],
+)
+def test_wide_layers_over_few_positions_run_between_chains(positions, function, outputs, chains):
+    """A chain would read their weights for every sample.  It keeps those of whose cotangents it skips zeros, and all of
+    them if most of the work is elsewhere."""
+    tokens = positions, 520
+    made = make(
+        Step(norm(1), (0,), tokens), Step(linear(), (1,), tokens), Step(norm(1), (2,), tokens),
+        Step(Scale(function), (3,), tokens), Step(View(), (4,), (positions * 520,)),
+        Step(linear("head"), (5,), (outputs,)), inputs=(tokens,),
+    )  # fmt: skip
+    assert sum(group.native for group in executor.plan_for(made, 4).groups) == chains

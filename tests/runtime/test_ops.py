@@ -134,7 +134,7 @@ def test_hash_sees_order_position_and_every_byte():
     assert len({ops.content_hash(tensors) for tensors in seen}) == len(seen)
     assert ops.content_hash([a, b]) == ops.content_hash([a.clone(), b.clone()])
     assert ops.content_hash([]) == ops.content_hash([])
-    for size in (1, 2, 15, 16, 17, 31, 33):  # around the 64-byte stride
+    for size in (1, 2, 15, 16, 17, 33, 127, 129, 300):  # around the strides of 64 and 512 bytes
         x = torch.zeros(size)
         found = {ops.content_hash([x])}
         for i in range(size):
