@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
-from .columns import UnequalRows, Rows, array_of, members, to_tensor
+from .columns import Rows, UnequalRows, array_of, members, to_tensor
 from .registry import Source, member, register_source
 
 
