@@ -47,7 +47,7 @@ def run(
         for a, b in spans(start, samples, chunk):
             chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
-                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
+                results.fill_top_indices(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()

@@ -256,7 +256,7 @@ def fill(
         _check_followed(request, y)
         if request.keep_outputs:
             results.kept.append(y.detach())
-        results.choose(start, stop, y)
+        results.fill_top_indices(start, stop, y)
         seeds = results.seeds
         index = results.indices if whole or results.indices is None else results.chosen.rows(start, stop)
         rows = results.jacobians if whole else [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
@@ -358,7 +358,7 @@ def with_graph(request: Request) -> JacobianResult:
     ]
     y = forward(request.fn, request.module, inputs)
     shape = tuple(y.shape[1:])
-    seeds = request.choose(request.samples, shape).chosen_by(y)
+    seeds = request.resolve_seeds(request.samples, shape).chosen_by(y)
     _check_followed(request, y)
     index = seeds.rows(0, request.samples)
     leaves = [inputs[w] for w in request.wrt]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
+from ..frontend.capture import GraphCache, GraphMatch, GuardedGraph, code_of
 from ..util.callables import by_name, described, modules_behind
 from ..util.torch_compat import disable_current_modes
 
@@ -129,7 +129,7 @@ def _graded(x: Tensor) -> Tensor:
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
-def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
     if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
         # A profiler's mode on the stack, too, would be a change to the guards.
@@ -138,7 +138,7 @@ def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) 
     return _holding(capture, fn, inputs)
 
 
-def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+def _holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
     try:
@@ -148,13 +148,13 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
                 if not _same_methods(graph):
                     return None
                 capture.latest = graph
-                return Captured(graph, graph.tensors(local, capture.shared))
+                return GraphMatch(graph, graph.tensors(local, capture.shared))
     finally:
         torch._C._set_grad_enabled(graded)
     return None
 
 
-def _same_methods(graph: CapturedGraph) -> bool:
+def _same_methods(graph: GuardedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:

@@ -75,8 +75,8 @@ class Prepared:
 
     def _frozen(self, given: tuple[Tensor, ...]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """The rest of a call, with the network as it is now."""
-        fn, wrt, choose = self._request.fn, self._request.wrt, self._request.choose
-        request = Request(fn, given, wrt, choose)
+        fn, wrt, resolve_seeds = self._request.fn, self._request.wrt, self._request.resolve_seeds
+        request = Request(fn, given, wrt, resolve_seeds)
         if self.program is None or engine() == "autograd":
             return self._live
         route = decide(request, "kernel")
@@ -94,7 +94,7 @@ class Prepared:
             if not self._kernels_win(request):
                 return self._live
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
@@ -105,7 +105,7 @@ class Prepared:
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""
-        request = Request(self._request.fn, inputs, self._request.wrt, self._request.choose)
+        request = Request(self._request.fn, inputs, self._request.wrt, self._request.resolve_seeds)
         results = solve(request, decide(request))
         shared(results.seeds)
         return tuple(results.shaped)
@@ -113,7 +113,7 @@ class Prepared:
 
 def shared_seeds(request: Request, shape: Shape) -> Seeds:
     """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
-    return shared(request.choose(request.samples, shape))
+    return shared(request.resolve_seeds(request.samples, shape))
 
 
 def shared(seeds: Seeds) -> Seeds:

@@ -30,8 +30,8 @@ OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
-    ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
-    which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
+    ``resolve_seeds`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later
+    calls, which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
     ``way``: the object that has the state of ``fn``, and the path from there; ``module``: that object, if it is one.
     """
@@ -39,7 +39,7 @@ class Request:
     fn: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     wrt: tuple[int, ...]
-    choose: SeedChoice
+    resolve_seeds: SeedChoice
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
@@ -70,7 +70,7 @@ class Request:
     @property
     def seeds_key(self) -> Hashable:
         """Equal for requests whose seeds are the same, given the same model; None if that is not known."""
-        return self.choose.key if isinstance(self.choose, TargetChoice) else None
+        return self.resolve_seeds.key if isinstance(self.resolve_seeds, TargetChoice) else None
 
     def part(self, start: int, stop: int, seeds: Seeds) -> Request:
         """The same call for the samples ``start:stop``."""
@@ -137,7 +137,7 @@ class JacobianResult:
         assert isinstance(self.seeds, TopSeeds)
         return replace(self.seeds, indices=self.indices).indices_per_sample()
 
-    def choose(self, start: int, stop: int, outputs: Tensor) -> None:
+    def fill_top_indices(self, start: int, stop: int, outputs: Tensor) -> None:
         """Fill in the indices of the samples ``start:stop`` if their ``outputs`` choose them."""
         if isinstance(self.seeds, TopSeeds) and self.indices is not None:
             self.indices[start:stop] = self.seeds.highest(outputs)
@@ -152,7 +152,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
                 f"[N, {_times(output_shape)}] for others, expected one shape."
             )
         return partial
-    seeds = request.choose(request.samples, output_shape)
+    seeds = request.resolve_seeds(request.samples, output_shape)
     indices = seeds.indices
     if isinstance(seeds, TopSeeds):
         indices = torch.zeros(request.samples, seeds.count, dtype=torch.int64)

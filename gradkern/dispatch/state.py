@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..frontend.capture import Capture, CapturedGraph
+from ..frontend.capture import GraphCache, GuardedGraph
 from ..frontend.refusal import NoProgram
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
@@ -69,7 +69,7 @@ class Verdict:
 
 
 @dataclass(eq=False)
-class CapturedProgram:
+class BoundProgram:
     """A Program, and the live tensors that it names in this call."""
 
     verdict: Verdict
@@ -81,8 +81,8 @@ class CapturedProgram:
 class CacheEntry:
     """The state of one model for inputs of one signature."""
 
-    capture: Capture = field(default_factory=Capture)
-    verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
+    capture: GraphCache = field(default_factory=GraphCache)
+    verdicts: dict[GuardedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
     work: AutogradWork = field(default_factory=AutogradWork)  # that a Program might have done
@@ -105,7 +105,7 @@ class ModelState:
 
     def capture(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
-    ) -> CapturedProgram | Verdict:
+    ) -> BoundProgram | Verdict:
         """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
             refusal = entry.refusal(fn)
@@ -138,7 +138,7 @@ class ModelState:
 
     def _captured(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
-    ) -> CapturedProgram | Verdict:
+    ) -> BoundProgram | Verdict:
         entry.misses += 1
         if entry.misses > MOST_MISSES:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
@@ -156,7 +156,7 @@ class ModelState:
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
                     for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
-            return CapturedProgram(verdict, program, captured.tensors)
+            return BoundProgram(verdict, program, captured.tensors)
         except NoProgram as error:
             if debugging():
                 raise

@@ -20,7 +20,7 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request
-from .state import CapturedProgram, KnownCall
+from .state import BoundProgram, KnownCall
 from .targets import Seeds
 
 SIZES = (
@@ -53,7 +53,7 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, captured: CapturedProgram, known: KnownCall, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: BoundProgram, known: KnownCall, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     seeds, whole = known.seeds, known.whole
     few = _fewer(seeds)

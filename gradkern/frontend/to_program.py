@@ -21,7 +21,7 @@ from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, v
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognize
 from .batch_axis import NonLeadingBatch, inner_extent, make_per_sample
-from .capture import Captured, plain_name
+from .capture import GraphMatch, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
@@ -35,7 +35,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
-def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
+def to_program(captured: GraphMatch, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
     It is only a proposal: `verify` compares it with live autograd.  Raises `NoProgram` if torch.export refuses the

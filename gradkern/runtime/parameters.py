@@ -136,7 +136,7 @@ def all_finite(params: Params) -> bool:
 
 
 @lru_cache(maxsize=64)
-def every(outputs: int, device: torch.device) -> Tensor:
+def all_output_indices(outputs: int, device: torch.device) -> Tensor:
     """The indices of all outputs; never written to."""
     with torch.inference_mode(False):
         return torch.arange(outputs, device=device)
@@ -188,7 +188,7 @@ class Packed:
         """
         if self.chain.seed_rows is None:
             return None
-        constant = constant or targets is every(outputs, targets.device)
+        constant = constant or targets is all_output_indices(outputs, targets.device)
         if not constant or self.weights.is_cuda:  # on a GPU, streams would have to wait
             return self._rows(targets, outputs)
         known = self._seed_rows.get(id(targets))

@@ -20,7 +20,7 @@ from . import ops
 from .call_plan import CallPlan, call_plan_for
 from .execution import run_chain
 from .executor import jacobian
-from .parameters import Packed, bind, content_of, every, leading, weight_cache
+from .parameters import Packed, all_output_indices, bind, content_of, leading, weight_cache
 
 HOT_BYTES = 768 << 10  # of Jacobians per thread that stay in its cache beside the weights
 SPILLED_BYTES = 2 << 20  # at most, where the kernels take so many samples together
@@ -120,7 +120,7 @@ def whole_chain(
     have in place of S.
     """
     like = leading(inputs)
-    targets = every(program.outputs, like.device) if targets is None else targets.to(like.device)
+    targets = all_output_indices(program.outputs, like.device) if targets is None else targets.to(like.device)
     call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
     whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
     if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:

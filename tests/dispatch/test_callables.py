@@ -117,10 +117,10 @@ def test_what_a_callable_reads_is_guarded() -> None:
 
 
 def test_a_lambda_made_anew_stays_on_autograd_while_a_capture_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradkern.frontend.capture import Capture
+    from gradkern.frontend.capture import GraphCache
 
     captured: list[object] = []
-    monkeypatch.setattr(Capture, "capture", lambda *a: captured.append(a))
+    monkeypatch.setattr(GraphCache, "capture", lambda *a: captured.append(a))
     model, x = coder()
     for _ in range(20):
         gradkern.jacobian(lambda t: model(t), x, engine="auto")

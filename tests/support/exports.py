@@ -6,13 +6,13 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
-from gradkern.frontend.capture import CapturedGraph
+from gradkern.frontend.capture import GuardedGraph
 from gradkern.frontend.export import Exported, export
 
 _exports: dict[Hashable, Exported] = {}
 
 
-def remembered(graph: CapturedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
+def remembered(graph: GuardedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
     """`gradkern.frontend.export.export`, or what it gave for the same graph."""
     assert graph.module is not None
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):  # a constant of its own, or a graph inside
