@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gradkern, m) {
   m.def("functions() -> str[]");                       // elementwise functions, in the order of their numbers
   m.def("isa() -> str");                               // the instruction set in use
   m.def("isas() -> str[]");                            // those that this processor can run, best first
-  m.def("vector_bytes() -> int");                      // of a vector register of the set in use
+  m.def("vector_bytes() -> int");                      // bytes of a vector register of the set in use
   m.def("tile_vectors() -> int");                      // vectors of output channels in a tile of forward weights
   m.def("advise_huge(int address, int bytes) -> ()");  // asks the system for huge pages for a fresh allocation
   m.def("has_cuda() -> bool");

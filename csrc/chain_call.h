@@ -25,7 +25,7 @@ struct ChainCall {
     return !backward || backward->size(0) == 0 ? 0 : targets ? targets->size(-1) : cotangents[0].size(1);
   }
   bool single() const { return packed.scalar_type() == ScalarType::Float; }
-  // Fills in the seeds in a kernel's arguments, for either device.
+  // Sets the seeds in a kernel's arguments, on either device.
   template <class T, class Args>
   void describe_seeds(Args& args) const {
     if (targets) {

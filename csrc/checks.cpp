@@ -1,4 +1,4 @@
-// Every check on what reaches a kernel.
+// Checks of an op's arguments on every device.  What a CPU's records refer to is checked in cpu/check_records.cpp.
 #include "checks.h"
 
 #include "records.h"
@@ -51,7 +51,7 @@ void check_targets(const ChainCall& call) {
                          size - 1);
 }
 
-// Seeds as targets (with rows of the last weight, or not) or as dense cotangents, one result per wanted input.
+// Seeds are targets (with rows of the last weight, or not) or dense cotangents; there is one result per wanted input.
 void check_seeds(const ChainCall& call) {
   const Tensor *targets = call.targets, *rows = call.seed_rows, &packed = call.packed;
   const Tensors &outputs = call.outputs, &cotangents = call.cotangents;

@@ -1,4 +1,4 @@
-// Checks on what reaches a kernel, shared by every device; each failure says what was got and what was expected.
+// Checks of an op's arguments, shared by every device; each failure says what was got and what was expected.
 #pragma once
 
 #include <cstring>
@@ -7,10 +7,10 @@
 
 namespace gradkern {
 
-// Records are of this version; inputs, tables and weights belong together, and so do seeds and results.
+// Checks that records are of this version, that inputs, tables and weights fit together, and seeds and results too.
 void check(const ChainCall& call, bool backward);
 
-// A backend's sizes of scratch memory: CpuSizes, CudaSizes.
+// A backend's sizes of scratch memory, CpuSizes or CudaSizes.
 template <class Sizes>
 Sizes sizes_of(const Ints& numbers) {
   constexpr size_t kCount = sizeof(Sizes) / sizeof(int64_t);
@@ -22,7 +22,7 @@ Sizes sizes_of(const Ints& numbers) {
   return sizes;
 }
 
-// What DeepLift's multipliers are made of: `pool` is empty for a ReLU alone.
+// Checks the operands of DeepLift's multipliers; `pool` is empty for a ReLU alone.
 void check_rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu);
 
 }  // namespace gradkern

@@ -47,7 +47,7 @@ void chain_vjp(const Tensors& inputs, const Tensor& packed, const Tensor& tables
   if (call.samples()) Run(call, checked);
 }
 
-// The result of DeepLift's multipliers, [taps, N, C, oh, ow], not yet written.  `pool` is empty for a ReLU alone.
+// Memory for DeepLift's multipliers, [taps, N, C, oh, ow].  `pool` is empty for a ReLU alone.
 inline Tensor rescale_result(const Tensor& z, const Tensor& reference, const Ints& pool, bool relu) {
   check_rescale(z, reference, pool, relu);
   const bool alone = pool.empty();

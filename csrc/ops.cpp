@@ -9,10 +9,10 @@ STABLE_TORCH_LIBRARY(gradkern, m) {
   m.def(
       "chain_forward(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, int[] sizes, "
       "int[] output_sizes) -> Tensor[]");
-  // Forward and the backward of all seeds in one pass.  `targets` are flat output indices, [S] or [N, S]; `seed_rows`
-  // are the last weight's rows (empty if the net does not end in one); `cotangents` are dense seeds [N, S, size] per
-  // external output.  `outputs` [N, size] and `results` [N, S, size] per wanted input are written in place, because
-  // torch.compile functionalizes an op that writes and returns nothing, but not one that also returns a list.
+  // The forward and the backward of all seeds in one call.  `targets` are flat output indices, [S] or [N, S];
+  // `seed_rows` are the last weight's rows (empty if the net does not end in one); `cotangents` are dense seeds [N, S,
+  // size] per external output.  `outputs` [N, size] and `results` [N, S, size] per wanted input are written in place,
+  // because torch.compile functionalizes an op that writes and returns nothing, but not one that also returns a list.
   m.def(
       "chain_vjp(Tensor[] inputs, Tensor packed, Tensor tables, Tensor forward, Tensor backward, int[] sizes, "
       "Tensor(a!)[] outputs, Tensor? targets, Tensor? seed_rows, Tensor[] cotangents, int seed_tile, "

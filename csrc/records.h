@@ -66,8 +66,8 @@ enum class ScatterAlgorithm : int64_t {
 
 // Which positions of its destination a record of the backward pass reaches from those of its source.
 enum class Reach : int64_t {
-  Nothing = 0,  // it has one cotangent
-  All = 1,      // all of them
+  Nothing = 0,  // none: the record has only one cotangent
+  All = 1,      // all positions
   Same = 2,
   Taps = 3,    // those of windows, by rows and by columns: a step, the number of offsets, the offsets
   Ranges = 4,  // a range (first, end) for each row and each column of the source
@@ -92,12 +92,12 @@ struct Extent {
 
 // Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 //
-// Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-// output came from, if that is alive.
+// Every position of the output has `taps` planes of bits with one bit per channel. A bit is set in the plane of the
+// tap that the output came from, if the output is alive.
 struct PatternRef {
   int64_t bits;         // byte offset among a sample's bits
   int64_t taps;         // planes per position; 0: no pattern
-  int64_t plane_bytes;  // of one plane: a bit per channel, in whole 16-bit words
+  int64_t plane_bytes;  // bytes of one plane: a bit per channel, in whole 16-bit words
   int64_t H;            // rows of the pool's input
   int64_t W;            // columns of the pool's input
   int64_t kh;           // kernel
@@ -113,9 +113,9 @@ struct PatternRef {
 // Blocks of positions with the same reads; tables.py defines blocks and entries.
 struct StencilTable {
   int64_t weights;      // offset in the packed weights: rows of one weight per channel
-  int64_t row_length;   // of the weights
-  int64_t blocks;       // how many
-  int64_t block_table;  // their offset in the tables, 7 integers each
+  int64_t row_length;   // elements of a row of weights
+  int64_t blocks;       // the number of blocks
+  int64_t block_table;  // offset of the blocks in the tables, 7 integers each
   int64_t entry_table;  // offset of the entries in the tables, 2 integers each
 };
 
@@ -129,7 +129,7 @@ struct LineSet {
   int64_t deviations;  // elements from `saved` to the lines' inverse standard deviations
 };
 
-// Rectangles of positions that GPU workers own; those of one colour touch different memory.
+// Rectangles of positions that a GPU's workers own; rectangles of one colour touch different memory.
 struct Bands {
   int64_t rows;  // of positions in a band
   int64_t columns;
@@ -255,7 +255,7 @@ struct ElementwiseRecord {
   int64_t whole_block, samples;
   Place src;
   Place dst;
-  Place slope;  // the place of the derivative
+  Place slope;  // the derivative
   Extent extent;
   int64_t function;  // which of csrc/elementwise.h's functions
   double p0;         // its parameters
@@ -291,7 +291,7 @@ struct MultiplyRecord {
   Place right;
   Place dst;
   Extent extent;
-  int64_t left_channel;  // stride between channels: 1, or 0 if there is one for all
+  int64_t left_channel;  // stride between channels: 1, or 0 if one element serves all
   int64_t right_channel;
 };
 
@@ -365,12 +365,12 @@ struct WindowTRecord {
   Kind kind;
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
-  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, which is free), not in scratch memory
   Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
-  int64_t row_length;    // of the weights
+  int64_t row_length;    // elements of a row of weights
   int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
@@ -387,12 +387,12 @@ struct ScatterTRecord {
   Kind kind;
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
-  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, which is free), not in scratch memory
   Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
-  int64_t row_length;    // of the weights
+  int64_t row_length;    // elements of a row of weights
   int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t H;             // positions of the cotangent
   int64_t W;
@@ -402,7 +402,7 @@ struct ScatterTRecord {
   int64_t window_elements;  // offsets in the window table
   ScatterAlgorithm algorithm;
   int64_t tap_table;  // Quads: offset in the tables of the starts of each tap's weights
-  int64_t lanes;      // of a worker
+  int64_t lanes;      // lanes of a worker
   Bands bands;
 };
 
@@ -411,19 +411,19 @@ struct DenseTRecord {
   Kind kind;
   int64_t whole_block, samples;
   Place src;             // the cotangent of the contraction's output, or of the pattern's output if there is a pattern
-  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, free), not in scratch memory
+  int64_t seed_rows;     // the cotangent is the seed rows (the first gradient, which is free), not in scratch memory
   Place dst;             // the start of the first position's window; row, position: from one window to the next
   int64_t O;             // channels of the cotangent, all groups
   PatternRef pattern;    // the ReLU or pool through whose bits the cotangent is read
   int64_t weights;       // offset in the packed weights
-  int64_t row_length;    // of the weights
+  int64_t row_length;    // elements of a row of weights
   int64_t window_table;  // offset in the tables of the offsets of the window's elements
   int64_t window_elements;  // columns of the weight
   int64_t joined;           // the destination is one contiguous run
   int64_t assign;           // the first write of the destination: store instead of add
 };
 
-// Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
+// The transposed channelwise map: y[q][c] += Σ_e x[q][e][c] · w[row_e][c].
 struct StencilTRecord {
   Kind kind;
   int64_t whole_block, samples;
@@ -470,7 +470,7 @@ struct MoveTRecord {
   Place src;
   Place dst;
   int64_t runs;
-  int64_t run_table;  // that of the move, with destinations and sources exchanged
+  int64_t run_table;  // the move's runs, with destinations and sources exchanged
   int64_t distinct;   // no element is read twice, so runs can be processed in parallel
 };
 
@@ -482,7 +482,7 @@ struct MultiplyTRecord {
   Place other;
   Place dst;
   Extent extent;
-  int64_t dst_channel;  // stride between channels: 1, or 0 if there is one for all
+  int64_t dst_channel;  // stride between channels: 1, or 0 if one element serves all
   int64_t other_channel;
 };
 
@@ -523,23 +523,23 @@ struct StoreTRecord {
   int64_t halo_columns;  // and columns of the border on the left
 };
 
-constexpr int kMaxTaps = 256;     // of a pattern: planes of bits
-constexpr int kPorts = 16;        // external inputs or outputs of a chain
-constexpr int kWalkElements = 5;  // of the window, per lane
+constexpr int kMaxTaps = 256;     // taps of a pattern, each with a plane of bits
+constexpr int kPorts = 16;        // external inputs of a chain, and external outputs
+constexpr int kWalkElements = 5;  // elements of the window per lane
 template <class T>
-constexpr int kWalkSeeds = sizeof(T) == 4 ? 5 : 2;  // per walk
+constexpr int kWalkSeeds = sizeof(T) == 4 ? 5 : 2;  // seeds per walk
 template <class T>
-constexpr int kQuads = sizeof(T) == 4 ? 6 : 3;  // of the window, per lane: 2, 3, 5 or 6
-constexpr int kQuadSeeds = 6;                   // per visit
+constexpr int kQuads = sizeof(T) == 4 ? 6 : 3;  // quads of the window per lane: 2, 3, 5 or 6
+constexpr int kQuadSeeds = 6;                   // seeds per visit
 template <class T>
 constexpr int kQuadSums = sizeof(T) == 4 ? 18 : 4;  // quads times seeds of a lane
 constexpr int kQuadPlanes = 4;                      // taps of a pool that share a window
-constexpr int kNarrow = 8;                          // elements of a narrow window at most
-constexpr int kNarrowLanes = 4;                     // of a worker
+constexpr int kNarrow = 8;                          // the most elements of a narrow window
+constexpr int kNarrowLanes = 4;                     // lanes of a worker
 template <class T>
-constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // per visit
+constexpr int kNarrowSeeds = sizeof(T) == 4 ? 5 : 3;  // seeds per visit
 template <class T>
 constexpr int kPooled = sizeof(T) == 4 ? 8 : 4;  // positions of a thread if a convolution is joined with its pool
-constexpr int kPartRows = 12;  // of a linear layer's weight, at least, for each warp that shares a sum
+constexpr int kPartRows = 12;  // the least rows of a linear layer's weight for each warp that shares a sum
 
 }  // namespace gradkern

@@ -1,7 +1,8 @@
 // DeepLift's rescale rule, one number at a time, for host and device.
 //
-// `z` is the input of a ReLU (or of a max pool, or of the ReLU before one); `1` is at the input, `0` at the reference.
-// A place in a pool's padding holds minus infinity, which never wins a window; neither does NaN.
+// `z` is the input of a ReLU, a max pool, or a ReLU before a max pool.  Names with 1 are values at the input, names
+// with 0 those at the reference. A place in a pool's padding holds minus infinity, which never wins a window; neither
+// does NaN.
 #pragma once
 #include "elementwise.h"
 
@@ -12,13 +13,13 @@ struct Pool {
   int64_t H, W, kh, kw, sh, sw, ph, pw, dh, dw, oh, ow;
 };
 
-// DeepLift's multipliers of a ReLU, of a max pool, or of a pool with a ReLU before it.
+// The arguments for DeepLift's multipliers of a ReLU, of a max pool, or of a pool with a ReLU before it.
 template <class T>
 struct RescaleArgs {
   const T* z;        // [N][C][H][W]
   const T* ref;      // [N or 1][C][H][W]
   T* out;            // [taps][N][C][oh][ow], or [N][C][H][W] without a pool
-  T* scratch;        // of a CPU thread: 4 ow + 2 taps ow
+  T* scratch;        // 4 ow + 2 taps ow numbers for each CPU thread
   int64_t ref_rows;  // 1 if one reference serves all samples
   int64_t channels;
   int64_t out_tap;
@@ -37,7 +38,8 @@ GK_HD T rectified(T z) {
   return (Relu & (z < T(0))) ? T(0) : z;
 }
 
-// The secant of a ReLU from its reference, or the derivative if the two hardly differ, or are the same infinity.
+// The secant of a ReLU between reference and input, or the derivative if the two hardly differ, or are the same
+// infinity.
 template <class T>
 GK_HD T secant(T z1, T z0, T eps) {
   const T dz = z1 - z0, dx = rectified<true>(z1) - rectified<true>(z0);

@@ -1,4 +1,4 @@
-// What the ops need of torch: tensors, errors, threads.  All of it is torch's stable ABI, so that a library built
+// The parts of torch that the ops use: tensors, errors, threads.  All of it is torch's stable ABI, so a library built
 // against one version of torch runs under every later one, and under any Python.  No other header of torch is included.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -48,7 +48,7 @@ std::string text(const Parts&... parts) {
 #define GRADKERN_CHECK_INDEX(condition, ...) \
   ((condition) ? void() : throw std::out_of_range(gradkern::text(__VA_ARGS__)))
 
-// The element type is known here, so it is not looked up again.
+// The data pointer without a lookup of the element type, which the caller knows.
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -58,7 +58,7 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// torch's threads.  An exception leaves with its own text, which the C interface in between would lose.
+// Runs work on torch's threads.  Exceptions keep their text, which the C interface in between would lose.
 template <class F>
 void parallel_for(int64_t end, int64_t grain, const F& body) {
   std::exception_ptr failure;

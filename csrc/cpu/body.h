@@ -11,7 +11,7 @@ GK_INLINE T* at(const Context<T>& ctx, const Place& place, int64_t n) {
   return ctx.buf + place.offset + n * place.sample;
 }
 
-// Spans of elements that a record works on: f(row, first element in the row, count).  Without an area, all rows.
+// Calls f(row, first element in the row, count) for the spans that a record works on: without an area, all rows.
 template <class T, class F>
 GK_INLINE void for_spans(const Context<T>& ctx, int64_t rows, int64_t count, const F& f) {
   if (!ctx.area) {
@@ -22,7 +22,7 @@ GK_INLINE void for_spans(const Context<T>& ctx, int64_t rows, int64_t count, con
   for (int64_t k = 0; k < ctx.area->count; ++k, span += 3) f(int64_t(span[0]), int64_t(span[1]), int64_t(span[2]));
 }
 
-// Whether the cotangent that the current record reads may be anything but zero in a row, in a column.
+// Whether the cotangent that the current record reads can be nonzero in row h (or in column w).
 template <class T>
 GK_INLINE bool row_lives(const Context<T>& ctx, int64_t h) {
   return !ctx.area || ctx.area->rows[h];
@@ -32,7 +32,7 @@ GK_INLINE bool column_lives(const Context<T>& ctx, int64_t w) {
   return !ctx.area || ctx.area->columns[w];
 }
 
-// The number in the call of a tile's seed, less that of the first seed that pointers lead to.
+// The distance, in seeds of the call, from the first seed that the pointers lead to, to seed s of the tile.
 template <class T>
 GK_INLINE int64_t seed_number(const Context<T>& ctx, int64_t s) {
   return ctx.order ? ctx.order[s] : s;
@@ -44,7 +44,7 @@ GK_INLINE int64_t seed_number(const Context<T>& ctx, int64_t s) {
 #include "body_forms.h"
 #include "body_matmul.h"
 
-// A row of integers as the record of its kind.
+// A row of integers read as the record of kind R.
 template <class R>
 GK_INLINE const R& as(const Record& record) {
   static_assert(sizeof(R) <= sizeof(Record));
@@ -82,7 +82,7 @@ void run_record(const Record& record, Context<T>& ctx, int64_t n) {
     case Kind::StoreT: return run_store_t(as<StoreTRecord>(record), ctx, n);
     case Kind::PooledWindow:
     case Kind::ScatterT:
-    case Kind::DenseT: return;  // a GPU's
+    case Kind::DenseT: return;  // only on a GPU
   }
 }
 
@@ -96,7 +96,7 @@ void clear(const Place& dst, Context<T>& ctx, int64_t n, int64_t samples) {
       });
 }
 
-// Record `k` of the pass where the seeds reach it.
+// Runs record `k` of the pass at the positions that the seeds reach.
 template <class T>
 void run_local(const Record* records, int64_t k, Context<T>& ctx, int64_t n) {
   const Record& record = records[k];

@@ -10,7 +10,7 @@ void elementwise_rows(const ElementwiseRecord& op, const T* src, T* dst, T* slop
     const T* x = src + h * op.src.row;
     T *y = dst + h * op.dst.row, *d = slope + h * op.slope.row;
     const int64_t count = op.extent.W * op.extent.C;
-#pragma GCC ivdep  // in place or not, element i depends only on element i
+#pragma GCC ivdep  // even in place, element i depends only on element i
     for (int64_t i = 0; i < count; ++i) {
       const ValueAndDerivative<T> r = Function<F>::at(x[i], p0, p1, p2);
       y[i] = r.y;
@@ -221,8 +221,8 @@ void run_multiply_t(const MultiplyTRecord& op, Context<T>& ctx, int64_t n) {
 // ---- softmax, log-softmax and normalization along one axis of the storage ------------------------------------
 constexpr int64_t kBundle = 64;  // parallel lines that are computed together
 
-// Bundles of lines whose k-th elements are neighbours; f gets the bundle's row, column and channel, the number of its
-// lines, and its first line.
+// Calls f for bundles of lines whose k-th elements are neighbours, with the bundle's row, column and channel, the
+// number of its lines, and its first line.
 template <class F>
 GK_INLINE void for_bundles(const LineSet& op, const F& f) {
   if (op.along == Along::Channels) {
@@ -244,8 +244,8 @@ GK_INLINE int64_t line_step(const LineSet& op, int64_t row) {
   return op.along == Along::Channels ? 1 : (op.along == Along::Columns ? op.extent.C : row);
 }
 
-// Adds up f(k, i) along each line in blocks: rounding grows with a block's length and the number of blocks, where one
-// running sum would lose what is small beside it.
+// Adds up f(k, i) along each line in blocks.  The rounding error then grows with the length of a block and the number
+// of blocks; one running sum would lose terms that are small beside it.
 template <class T, class F>
 GK_INLINE void sum_lines(int64_t len, int64_t lines, T* sum, const F& f) {
   constexpr int64_t kBlock = 32;
@@ -366,7 +366,7 @@ void run_lines_t(const LinesTRecord& op, Context<T>& ctx, int64_t n) {
   const T* const stored = at(ctx, op.lines.saved, n);
   for (int64_t s = 0; s < ctx.seeds; ++s)
     for_bundles(op.lines, [&](int64_t h, int64_t w, int64_t c, int64_t lines, int64_t line) {
-      if (!row_lives(ctx, h) || !column_lives(ctx, w)) return;  // an area's lines run along the channels
+      if (!row_lives(ctx, h) || !column_lives(ctx, w)) return;  // with an area, lines run along the channels
       const T* g = at(ctx, op.src, n) + s * op.src.seed + h * op.src.row + w * op.lines.extent.C + c;
       T* y = at(ctx, op.dst, n) + s * op.dst.seed + h * op.dst.row + w * op.lines.extent.C + c;
       const T* p = stored + h * op.lines.saved.row + w * op.lines.extent.C + c;

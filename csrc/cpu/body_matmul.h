@@ -79,7 +79,7 @@ void matmul(MatMulArgs<T> m, int64_t rows, int64_t columns) {
   }
 }
 
-// Every matrix of a sample (for cotangents, also of each seed).
+// Multiplies every matrix of a sample (for cotangents, also of each seed).
 template <class T, class R>
 void matmul_all(const R& op, const T* left, const T* right, T* y, bool add) {
   for (int64_t h = 0; h < op.matrices; ++h)

@@ -11,8 +11,8 @@ GK_INLINE bool tap_position(const PatternRef& p, int64_t h, int64_t w, int64_t j
   return hi >= 0 && hi < p.H && wi >= 0 && wi < p.W;
 }
 
-// One output position: `taps` are the addresses that lie inside the input, in order, and `planes` where the bits of
-// each go.  With a constant `count` everything stays in registers.
+// One output position.  `taps`: the addresses that lie inside the input, in order; `planes`: where the bits of each go.
+// With a constant `count` everything stays in registers.
 template <class T>
 GK_INLINE void pattern_position(const PatternRecord& op, const T* const* taps, uint8_t* const* planes, int count,
                                 T* y) {

@@ -49,7 +49,7 @@ class Scratch {
  public:
   char* take(size_t bytes) {
     if (bytes > size_) {
-      size_ = 0;  // also if the next line throws
+      size_ = 0;  // stays zero if the next line throws
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       GRADKERN_CHECK(memory_, "gradkern: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
@@ -69,7 +69,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// The caller's tensors as seen by one thread's kernels, from a block's first sample and a tile's first seed on.
+// The caller's tensors for one thread's kernels, from a block's first sample and a tile's first seed on.
 template <class T>
 class Ports {
  public:
@@ -94,7 +94,7 @@ class Ports {
     for (size_t i = 0; i < inputs_.size(); ++i) inputs_[i] = data<T>(call_.inputs[i]) + first * input_n_[i];
     for (size_t i = 0; i < outputs_.size(); ++i) outputs_[i] = mutable_data<T>(call_.outputs[i]) + first * output_n_[i];
   }
-  // Seeds in a row; or, if there is an order, those that it names.
+  // Consecutive seeds or, if there is an order, the seeds that it names.
   const int64_t* targets(int64_t sample) const { return targets_ + sample * context_.target_n; }
   void go_to_seeds(int64_t first, int64_t seed, int64_t seeds, const int64_t* order) {
     context_.seeds = seeds;
@@ -119,10 +119,10 @@ class Ports {
   const T* seed_rows_;
 };
 
-// Who does what: threads take blocks of samples; or, if these are few, every block with a share of its seeds.
+// The division of work: each thread takes blocks of samples or, if these are few, a share of the seeds of every block.
 struct Division {
   int64_t block;   // samples
-  int64_t shares;  // of the seeds
+  int64_t shares;  // into which the seeds are divided
 };
 
 constexpr int64_t kWorthSharing = 1 << 20;  // multiply-adds; a thread takes microseconds to start
@@ -294,9 +294,9 @@ Tensor rescale(const Tensor& z, const Tensor& reference, const Ints& pool, bool 
   return out;
 }
 
-constexpr int64_t kStatisticsGrain = int64_t(1) << 15;  // numbers per thread, which are in the cache
+constexpr int64_t kStatisticsGrain = int64_t(1) << 15;  // the least numbers per thread; they are in the cache
 
-// Clears finite[i] of samples with results or outputs that are not: NaN or Inf among `rows`, NaN among `outputs`.
+// Clears finite[i] of samples with NaN or Inf among `rows`, or NaN among `outputs`.
 template <class T>
 void mark_finite(const Kernels<T>& kernels, const Tensor& rows, const Tensors& outputs, uint8_t* finite) {
   const int64_t samples = rows.size(0), size = rows.numel() / samples;
@@ -312,7 +312,7 @@ void mark_finite(const Kernels<T>& kernels, const Tensor& rows, const Tensors& o
   });
 }
 
-// A few samples at a time, whose results are added to the statistics while they are in the cache.
+// Runs a few samples at a time, and adds their results to the statistics while they are in the cache.
 void chain_statistics(const Tensors& inputs, const Tensor& packed, const Tensor& tables, const Tensor& forward,
                       const Tensor& backward, const Ints& sizes, const Tensors& outputs, const Tensor& targets,
                       const std::optional<Tensor>& seed_rows, int64_t seed_tile, const Tensor& room,

@@ -1,4 +1,4 @@
-// Whether the positions that local seeds reach (local.cpp) are positions of the records that follow them.
+// Checks the table of local seeds (local.cpp) against the records that it describes.
 #include <vector>
 
 #include "record_checker.h"
@@ -23,7 +23,7 @@ class LocalChecker {
              " rules for ", count, " records");
     to_.need(to_.sizes.block <= 1, "needs blocks of one sample, got ", to_.sizes.block);
     const int64_t slots = t[0], seeds_at = t[2];
-    t = to_.table(at + 3, Wide(5) * slots + Wide(4) * count, "rules");  // before memory is taken for so many
+    t = to_.table(at + 3, Wide(5) * slots + Wide(4) * count, "rules");  // before memory is allocated for them
     slots_.resize(static_cast<size_t>(slots));
     for (Slot& s : slots_) {
       s = Slot{t[0], t[1], t[2], t[3], t[4]};
@@ -71,11 +71,11 @@ class LocalChecker {
         }
   }
 
-  // Masks of at least these rows and columns.
+  // Checks that a slot has masks of at least these rows and columns.
   void covers(const Slot& s, int64_t H, int64_t W) const {
     to_.need(s.H >= H && s.W >= W, "has ", H, " x ", W, " positions, and its slot ", s.H, " x ", s.W);
   }
-  // Spans of rows of this many elements.
+  // Checks that a slot has the rows of this extent, as spans of elements.
   void spans(const Slot& s, const Extent& e) const {
     to_.need(s.H == e.H && s.elements() == e.W * e.C, "has ", e.H, " rows of ", e.W * e.C, " elements, and its slot ",
              s.H, " of ", s.elements());
@@ -116,7 +116,7 @@ class LocalChecker {
                  ", which is at no position");
       }
   }
-  // What is zeroed where a record that would have assigned is left out.
+  // Checks what is zeroed if a record that would have assigned is left out.
   void cleared(bool assign, const Place& dst, const Slot& s) const {
     if (assign && s.H > 0) to_.place(dst, Wide(s.H - 1) * s.row + s.elements());
   }

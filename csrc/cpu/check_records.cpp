@@ -1,4 +1,4 @@
-// Where the records of a chain lead the kernels (body_*.h), record by record.
+// Checks all memory that the kernels (body_*.h) use for the records of a chain, record by record.
 #include "check_records.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ class Checker : public RecordChecker {
       : RecordChecker(call, sizes, lanes), block_(std::max<int64_t>(1, sizes.block)) {}
 
   void all() {
-    constexpr int64_t kMost = int64_t(1) << 56;  // so that sums of bytes do not overflow; memory ends before
+    constexpr int64_t kMost = int64_t(1) << 56;  // sums of bytes do not overflow below it, and no memory is larger
     for (const Wide size : {Wide(sizes.shared), block_ * Wide(sizes.sample), block_ * Wide(sizes.bits),
                             Wide(sizes.entries), Wide(sizes.segments), Wide(sizes.block)})
       GRADKERN_CHECK(size < kMost, "gradkern: ", shown(size), " is no size of scratch memory");
@@ -114,7 +114,7 @@ class Checker : public RecordChecker {
   }
   int64_t vectors(int64_t elements) const { return (elements + lanes - 1) / lanes; }
 
-  // Rows of positions, whose channels follow each other; or rows of contiguous elements.
+  // Checks rows of positions with adjacent channels, or rows of contiguous elements.
   void positions(const Place& p, const Extent& e) {
     const bool contiguous = e.C == 1 || e.W * e.H == 1;
     if (e.C * e.H * e.W == 0) return;
@@ -196,7 +196,7 @@ class Checker : public RecordChecker {
     }
   }
 
-  // The bits of a pattern, of an output of this extent.
+  // Checks the bits of a pattern whose output has this extent.
   void bits(const PatternRef& p, const Extent& e) {
     need(p.taps == p.kh * p.kw && p.taps > 0 && p.taps <= kMaxTaps, "has ", p.taps, " taps of a window of ", p.kh,
          " x ", p.kw);
@@ -219,7 +219,8 @@ class Checker : public RecordChecker {
     positions(op.dst, op.extent);
     positions(op.src, {op.extent.C, op.pattern.H, op.pattern.W});
   }
-  // Of the backward pass: bits that the forward pass has written, so that none names a channel that is not there.
+  // Checks that the forward pass has written the bits that the backward pass reads, so that none names a channel that
+  // does not exist.
   void known_bits(const PatternRef& p, const Extent& e) {
     const auto same = [&](const Bits& b) {
       return !std::memcmp(&b.pattern, &p, sizeof p) && !std::memcmp(&b.extent, &e, sizeof e);
@@ -292,7 +293,7 @@ class Checker : public RecordChecker {
 
   // ---- seeds
 
-  // What is read of each of the caller's seed rows.
+  // Checks what is read of each of the caller's seed rows.
   void row_of_seeds(Wide count) {
     need(call.seed_rows != nullptr, "reads the rows of the last weight, and none are given");
     need(count <= call.seed_rows->size(-1), "reads ", shown(count), " numbers of a row of the last weight, which has ",
@@ -346,7 +347,7 @@ class Checker : public RecordChecker {
   }
 };
 
-// Of everything that the checks depend on.
+// A hash of everything that the checks depend on.
 uint64_t fingerprint(const ChainCall& call, const CpuSizes& sizes, int64_t lanes) {
   std::vector<int64_t> facts{lanes,
                              call.single(),

@@ -1,13 +1,13 @@
-// A check of everything that the records of a chain lead a kernel to, before one runs.
+// A check, before a kernel runs, of all memory that the records of a chain refer to.
 #pragma once
 #include "../chain_call.h"
 #include "../records.h"
 
 namespace gradkern {
 
-// Raises an error that names the record unless every element that a record reads or writes is there: in scratch memory,
-// the weights, the tables and the caller's tensors.  What was found right is remembered by content, so a call that is
-// repeated costs one pass over its records and tables.
+// Raises an error that names the record unless every element that a record reads or writes exists: in scratch memory,
+// the weights, the tables and the caller's tensors.  Chains that passed are remembered by content, so a repeated call
+// costs one pass over its records and tables.
 void check_records(const ChainCall& call, const CpuSizes& sizes, int64_t lanes);
 
 }  // namespace gradkern

@@ -11,12 +11,12 @@ struct Segment {
   int64_t start, count;  // into the lists of live channels
 };
 
-// What a record of the backward pass does if the seeds are local (local.h): nearly everywhere, cotangents are zero.
+// The part of a record of the backward pass that runs if the seeds are local (local.h), where most cotangents are zero.
 struct Area {
-  bool all;   // everything, as if the seeds were not local
-  bool skip;  // nothing, as no cotangent arrives; a destination that would have been assigned is zeroed instead
-  const uint8_t *rows, *columns;  // where the cotangent that is read can be anything but zero
-  const int32_t* items;           // spans of elements (row, first of the row, count), or what is left of a table
+  bool all;   // the whole record runs, as if the seeds were not local
+  bool skip;  // nothing runs, as no cotangent arrives; a destination that would have been assigned is zeroed instead
+  const uint8_t *rows, *columns;  // flags: the cotangent that is read can be nonzero in this row, in this column
+  const int32_t* items;           // spans of elements (row, first in the row, count), or the needed part of a table
   int64_t count;
 };
 
@@ -27,28 +27,28 @@ struct Context {
   uint8_t* bits;          // bits of patterns: a part per sample
   int64_t bits_sample;    // bytes of that part
   uint16_t* channels;     // live channels of the current record
-  uint16_t* weight_rows;  // their weight rows, if those are not the channels themselves
+  uint16_t* weight_rows;  // the weight rows of these channels, if they differ from the channels
   Segment* segments;
   const T* packed;  // folded weights
   const int32_t* tables;
-  const T* const* inputs;  // per external input: first sample of the block
-  const int64_t* input_n;  // elements per sample
-  T* const* outputs;       // forward results, likewise; null if another thread stores them
+  const T* const* inputs;  // per external input: its tensor from the block's first sample on
+  const int64_t* input_n;  // per external input: elements per sample
+  T* const* outputs;       // per external output, likewise; null if another thread stores them
   const int64_t* output_n;
-  const T* const* cotangents;  // dense seeds [n][S][size], likewise, at the first seed of the tile
-  T* const* results;           // Jacobians [n][S][size], likewise
+  const T* const* cotangents;  // per external output: dense seeds [n][S][size] from the tile's first seed on
+  T* const* results;           // per wanted input: Jacobians [n][S][size], likewise
   const int64_t* targets;      // flat output index per seed; [S] or [n][S]
-  int64_t target_n;            // 0 if all samples share them
+  int64_t target_n;            // targets per sample; 0 if all samples share them
   const T* seed_rows;          // rows of the last weight, [S][row] or [n][S][row]
   int64_t seed_rows_n, seed_rows_s;
   int64_t seeds_total;   // S of the whole call: stride of cotangents and results
   int64_t seeds;         // seeds of this tile that this thread processes
   int64_t tile_seeds;    // seeds of the whole tile
-  int64_t tile_first;    // and which of them comes first here
+  int64_t tile_first;    // the first of this thread's seeds, counted in the tile
   int64_t samples;       // samples of this block
-  const int64_t* order;  // the seeds of this tile by number in the call, if they are local: others are in a row
-  const Area* areas;     // of all records of the pass, likewise
-  const Area* area;      // of the current record; null: everything
+  const int64_t* order;  // if seeds are local: the numbers of this tile's seeds in the call; null: consecutive seeds
+  const Area* areas;     // if seeds are local: the areas of all records of the pass
+  const Area* area;      // the area of the current record; null: the whole record runs
 };
 
 enum class Cell { Plain, Gru, Lstm };
@@ -61,11 +61,11 @@ struct RecurrentArgs {
   const T* g;    // cotangents of its output, [n][S][T][H] with these strides
   int64_t g_n, g_s, g_t;
   const T* slopes;   // of the gates, [n][T][gates][H]
-  const T* keep;     // what a cell (LSTM) or state (GRU) keeps of the one before it, [n][T][H]
+  const T* keep;     // the share of the previous cell (LSTM) or state (GRU) that is kept, [n][T][H]
   const T* through;  // slopes from an LSTM's cells to its states, likewise
-  const T* weight;   // [gates · H][row]: from gates to the state one step earlier, and from H on to the input
+  const T* weight;   // [gates · H][row]: columns 0 … H - 1 lead to the state one step earlier, the next to the input
   T* result;         // [n][S][T][inputs]
-  T* scratch;        // per sample and seed: gates · H + row + H
+  T* scratch;        // gates · H + row + H numbers per sample and seed
   int64_t seeds, steps, hidden, inputs, gates, row;
 };
 
@@ -76,10 +76,10 @@ struct StatisticsArgs {
   const T* rows;  // [samples][size]
   int64_t samples, size;
   const uint8_t* keep;  // the samples that count; null: all
-  bool magnitude;       // it is the absolute values that are summed
+  bool magnitude;       // `sum` is of the absolute values
   double *sum, *square, *abs;
   float* max;             // of absolute values
-  double* group;          // [groups][group_stride] sums of absolute values; each of the others may be null, too
+  double* group;          // [groups][group_stride] sums of absolute values; any statistic may be null
   const int64_t* groups;  // [samples]
   int64_t group_stride;
 };
@@ -104,7 +104,7 @@ struct ByteRange {
 struct Isa {
   const char* name;
   int vector_bytes;
-  int tile_vectors;  // of output channels, at most: packed forward weights are cut into such tiles
+  int tile_vectors;  // the most vectors of output channels in a tile of packed forward weights
   bool (*supported)();
   uint64_t (*hash)(uint64_t total, const ByteRange* ranges, size_t count);  // order-sensitive, continues `total`
   Kernels<float> f32;

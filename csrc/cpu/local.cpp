@@ -39,21 +39,21 @@ const int32_t* mark_taps(const int32_t* rule, const uint8_t* src, int64_t n, uin
   return rule + 2 + taps;
 }
 
-// The same by a range of positions for each of the source's.
+// Marks the positions that those of `src` reach, given as a range for each position of the source.
 const int32_t* mark_ranges(const int32_t* rule, const uint8_t* src, int64_t n, uint8_t* dst) {
   for (int64_t q = 0; q < n; ++q)
     if (src[q]) std::memset(dst + rule[2 * q], 1, static_cast<size_t>(rule[2 * q + 1] - rule[2 * q]));
   return rule + 2 * n;
 }
 
-// The positions whose range meets one of `dst`.
+// Marks the source positions whose range contains a marked position of `dst`.
 const int32_t* mark_readers(const int32_t* rule, uint8_t* src, int64_t n, const uint8_t* dst) {
   for (int64_t q = 0; q < n; ++q)
     src[q] |= std::memchr(dst + rule[2 * q], 1, static_cast<size_t>(rule[2 * q + 1] - rule[2 * q])) != nullptr;
   return rule + 2 * n;
 }
 
-// Every second bit of the result is one of x.
+// The bits of x, with a zero bit between neighbours.
 uint64_t spread_bits(uint64_t x) {
   uint64_t y = 0;
   for (int i = 0; i < 32; ++i) y |= (x >> i & 1) << (2 * i);
@@ -136,7 +136,7 @@ const Area* LocalSeeds::areas(const int64_t* targets, const int64_t* order, int6
   return areas_.data();
 }
 
-// Where the record writes: marks in its destination.
+// Marks the positions of its destination that the record writes.
 void LocalSeeds::spread(int64_t k) {
   const Step& step = steps_[static_cast<size_t>(k)];
   Area& area = areas_[static_cast<size_t>(k)];
@@ -192,7 +192,7 @@ void LocalSeeds::spread_stencil(int64_t k, const StencilTRecord& op) {
   areas_[static_cast<size_t>(k)].count = (static_cast<int64_t>(items_.size()) - starts_[static_cast<size_t>(k)]) / 7;
 }
 
-// The parts of a move's runs that come from live positions, position by position or element by element.
+// Lists the parts of a move's runs that come from live positions, position by position or element by element.
 void LocalSeeds::spread_moves(int64_t k, const MoveTRecord& op) {
   const Step& step = steps_[static_cast<size_t>(k)];
   const Slot& src = slots_[static_cast<size_t>(step.src)];
@@ -226,7 +226,7 @@ void LocalSeeds::spread_moves(int64_t k, const MoveTRecord& op) {
   areas_[static_cast<size_t>(k)].count = (static_cast<int64_t>(items_.size()) - starts_[static_cast<size_t>(k)]) / 5;
 }
 
-// What the record does, once all positions are known.
+// Decides what the record does, once all positions are known.
 void LocalSeeds::clip(int64_t k) {
   const Step& step = steps_[static_cast<size_t>(k)];
   Area& area = areas_[static_cast<size_t>(k)];

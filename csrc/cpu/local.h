@@ -18,16 +18,16 @@ class LocalSeeds {
   // The order in which seeds share tiles: neighbouring positions together.
   std::vector<int64_t> order(const int64_t* targets, int64_t seeds) const;
 
-  // The areas of all records for the seeds targets[order[0 … seeds)].
+  // The areas of all records for the seeds targets[order[0]] … targets[order[seeds - 1]].
   const Area* areas(const int64_t* targets, const int64_t* order, int64_t seeds);
 
  private:
-  // Positions of a cotangent: where some rows and some columns cross.  Columns lie behind rows.
+  // Positions of a cotangent: the crossings of some rows and some columns.  The flags of columns follow those of rows.
   struct Positions {
     uint8_t *rows, *columns;
     bool empty = true;
   };
-  // A cotangent: its storage, the positions that seeds reach, and those that records read, which have to be zeroed.
+  // A cotangent: its storage, the positions that seeds reach, and the positions that records read, which are zeroed.
   struct Slot {
     int64_t H, W, C, row, interior;
     Positions live, read;

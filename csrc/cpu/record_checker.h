@@ -1,4 +1,4 @@
-// What the checks of records and of local seeds share.
+// The base of the checks of records (check_records.cpp) and of local seeds (check_local.cpp).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,9 +11,9 @@ namespace gradkern {
 
 __extension__ typedef __int128 Wide;  // sums and products of numbers of records, without overflow
 
-constexpr int64_t kLargest = int64_t(1) << 40;  // number of a record
+constexpr int64_t kLargest = int64_t(1) << 40;  // numbers of a record stay below this
 
-// For an error.
+// A number for an error message, cut to 64 bits.
 inline int64_t shown(Wide x) { return static_cast<int64_t>(std::clamp<Wide>(x, INT64_MIN, INT64_MAX)); }
 
 class RecordChecker {
@@ -22,9 +22,9 @@ class RecordChecker {
 
   const ChainCall& call;
   const CpuSizes& sizes;
-  const int64_t lanes;         // of a vector
-  int64_t number = 0;          // of the record
-  const char* kind = nullptr;  // of the record
+  const int64_t lanes;         // elements of a vector
+  int64_t number = 0;          // the record that is being checked
+  const char* kind = nullptr;  // its kind
 
   template <class... Parts>
   void need(bool right, const Parts&... parts) const {
@@ -32,8 +32,8 @@ class RecordChecker {
                    "; records, sizes and tensors must be those of one plan");
   }
 
-  // A place at which elements first … last - 1 of a sample and seed are used.  Vectors may reach behind the last one:
-  // there is room for that behind scratch memory.
+  // Checks a place at which elements first … last - 1 of a sample and seed are used.  Vectors may reach past the last
+  // one: scratch memory has room for that at its end.
   void place(const Place& p, Wide last, Wide first = 0) const {
     need(p.sample == 0 || p.sample == sizes.sample, "has a stride of ", p.sample, " between samples of ", sizes.sample,
          " elements");
@@ -43,7 +43,7 @@ class RecordChecker {
          " of the ", sizes.shared + sizes.sample, " of scratch memory");
   }
 
-  // No kernel works on more elements than there are.
+  // Checks that a kernel works on no more elements than there are.
   void extent(const Extent& e) const {
     const Wide most = Wide(sizes.shared) + sizes.sample;
     need(e.C >= 0 && e.H >= 0 && e.W >= 0 && e.C < kLargest && e.H < kLargest && e.W < kLargest &&
@@ -51,7 +51,7 @@ class RecordChecker {
          "works on ", e.C, " x ", e.H, " x ", e.W, " elements");
   }
 
-  // Integers of the tables.
+  // `count` integers of the tables from `offset` on, after a check that they exist.
   const int32_t* table(int64_t offset, Wide count, const char* what) const {
     need(offset >= 0 && count >= 0 && offset + count <= call.tables.numel(), "has ", what, " up to ",
          shown(offset + count), ", behind the ", call.tables.numel(), " integers of the tables");

@@ -11,7 +11,7 @@ namespace gradkern {
 namespace {
 
 constexpr int64_t kRows = 64;                 // samples times seeds of a block
-constexpr int64_t kGrain = int64_t(1) << 15;  // numbers per thread
+constexpr int64_t kGrain = int64_t(1) << 15;  // the least numbers per thread
 
 void check_shape(const Tensor& t, const Ints& shape, const Tensor& like, const char* name) {
   const bool fits =

@@ -35,8 +35,9 @@ void product(int64_t rows, const T* a, int64_t width, const T* b, int64_t row, T
   for (; at < row; at += VL) product_columns<T, 1>(rows, a, width, b + at, row, c + at);
 }
 
-// One step of one row: `g` arrives from outside, `later` from the step after it, `carry` of the cell (LSTM) or of the
-// state (GRU).  The cotangents of the gates are slopes times that of the state, or of an LSTM's cell but for the last.
+// One time step of one row.  `g` is the cotangent from outside, `later` that from the following step, `carry` that of
+// the cell (LSTM) or of the state (GRU).  The cotangent of a gate is its slope times the cotangent of the state; in an
+// LSTM, times that of the cell for all gates but the last.
 template <class T, Cell C>
 GK_INLINE void step_row(int64_t H, const T* g, const T* later, T* carry, T* gates, const T* slopes, const T* keep,
                         const T* through) {

@@ -55,7 +55,7 @@ GK_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
   else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
 #elif GK_INTRINSICS == GK_AVX_INTRINSICS
-  // In halves, quarters and single lanes: a masked store of AVX takes tens of cycles on some processors.
+  // Halves, quarters and single lanes, because a masked store of AVX takes tens of cycles on some processors.
   if constexpr (sizeof(T) == 4) {
     __m128 part = _mm256_castps256_ps128((__m256)v);
     if (n & 4) {
@@ -148,7 +148,7 @@ GK_INLINE Mask<T> better(Vec<T> x, Vec<T> m) {
 }
 #endif
 
-// The places of the set bits in a byte, in order; how many there are.
+// The places of the set bits in a byte, in order, and their number.
 struct BitPlaces {
   uint8_t at[256][8] = {};
   uint8_t count[256] = {};

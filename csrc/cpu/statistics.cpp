@@ -9,7 +9,7 @@
 namespace gradkern {
 namespace {
 
-// In numbers per thread.  For fewer numbers it is not worth waking a thread: on a busy machine that costs milliseconds.
+// The least numbers per thread.  For fewer, waking a thread does not pay: on a busy machine it costs milliseconds.
 constexpr int64_t kGrain = int64_t(1) << 22;
 
 void check_sums(const std::optional<Tensor>& t, int64_t size, const char* name, ScalarType dtype) {

@@ -6,14 +6,14 @@
 
 namespace gradkern {
 
-// Sums that rows of `size` numbers are added to, all optional: float64 [size] (float32 for `max`), and float64
-// [G, size] for `group`, of which sample i goes to row groups[i].
+// Statistics that rows of `size` numbers are added to, each optional: float64 [size] (float32 for `max`), and `group`,
+// float64 [G, size], to whose row groups[i] sample i is added.
 struct Statistics {
   const std::optional<Tensor>&sum, &square, &abs, &max, &group;
   const Tensor& groups;  // int64 [samples]
 
   void check(int64_t samples, int64_t size) const;
-  // Adds rows [samples, ...], which are the samples from `first` on.  `keep`: per sample, whether it counts; or null.
+  // Adds rows [samples, ...] of the samples from `first` on.  `keep`: per sample, whether it counts; null: all count.
   // `grain`: numbers per thread.
   void add(const Tensor& rows, int64_t first, const uint8_t* keep, bool magnitude, int64_t grain) const;
 };

@@ -1,7 +1,7 @@
 // Statistics of attributions over samples; included once per ISA, like body.h.
 namespace {
 
-// As many numbers as a vector has doubles.
+// One number for each double of a vector.
 template <class T>
 GK_INLINE Vec<double> widened(const T* p) {
   typedef T part
@@ -13,7 +13,7 @@ GK_INLINE Vec<double> magnitude(Vec<double> v) {
 }
 GK_INLINE double magnitude(double v) { return __builtin_fabs(v); }
 
-// to[e] += f(row[e]) of all samples, with the sums of a few vectors in registers.
+// Adds f(row[e]) of all samples to to[e], with the sums of a few vectors in registers.
 template <class T, class F>
 GK_INLINE void add_each(const StatisticsArgs<T>& a, double* to, int64_t begin, int64_t end, const F& f) {
   constexpr int VL = Simd<double>::VL, P = 4;

@@ -14,7 +14,7 @@ struct WindowArgs {
   int64_t tail;   // live lanes of the last vector
 };
 
-// Where positions are read and written: in a row, or anywhere.
+// Where positions are read and written: at a constant distance, or at listed addresses.
 template <class T>
 struct RowOfPositions {
   const T* x0;
@@ -24,7 +24,7 @@ struct RowOfPositions {
   GK_INLINE const T* x(int p) const { return x0 + p * dx; }
   GK_INLINE T* y(int p) const { return y0 + p * dy; }
 };
-constexpr int kListed = 8;  // addresses of these stay in general registers
+constexpr int kListed = 8;  // positions whose addresses stay in general registers
 template <class T>
 struct ListOfPositions {
   const T* xs[kListed];
@@ -72,7 +72,7 @@ constexpr int max_positions(int nv) {
   int p = (kRegisters - nv - 1) / nv;
   return p > 12 ? 12 : (p < 1 ? 1 : p);
 }
-constexpr int kMaxNV = kRegisters >= 32 ? 4 : 2;  // more would leave accumulators for two positions alone
+constexpr int kMaxNV = kRegisters >= 32 ? 4 : 2;  // more would leave accumulators for only two positions
 
 template <class T, int NV, int PB, class At>
 GK_INLINE void window_tail(const WindowArgs<T>& a, const At& at, int64_t count) {
@@ -141,7 +141,7 @@ struct ScatterArgs {
   const Segment* segments;
   int64_t segment_count;
   const uint16_t* channels;  // live channels
-  const uint16_t* rows;      // and their weight rows
+  const uint16_t* rows;      // the weight rows of these channels
   const T* g;
   int64_t g_seed;  // seed stride of g
   T* out;
@@ -221,8 +221,8 @@ GK_INLINE void scatter_seeds(const ScatterArgs<T>& a, int seeds, int nv) {
   }
 }
 
-// All seeds and all vectors of the window, block by block.  Threads may share a tile of seeds at the borders of its
-// blocks: these are those of the whole tile, since the order of a seed's sums depends on the block that it is in.
+// All seeds and all vectors of the window, block by block.  Threads may share a tile of seeds, but only whole blocks of
+// it, since the order of a seed's sums depends on its block.
 template <class T>
 void scatter(ScatterArgs<T> a, const Context<T>& ctx, int64_t vectors) {
   constexpr int VL = Simd<T>::VL;

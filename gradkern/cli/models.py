@@ -192,12 +192,11 @@ def load_weights(model: nn.Module, path: str) -> set[str]:
 def state_dict(path: str) -> dict[str, torch.Tensor]:
     """Weights from ``.safetensors``, or from a file that `torch.load` reads with weights_only."""
     _check_exists("--weights", path)
-    if Path(path).suffix.lower() == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        return load_file(path)
+    safe = Path(path).suffix.lower() == ".safetensors"
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise BadValue(
             f"--weights: {path} cannot be read as plain tensors ({type(error).__name__}). Where it comes from, save "

@@ -25,7 +25,7 @@ class Cotangent:
 
 
 class Cotangents:
-    """The cotangents of a group, for the external inputs ``wrt``."""
+    """Where the cotangents of a group are read, given the external inputs ``wrt``."""
 
     def __init__(self, graph: UnitGraph, wrt: tuple[int, ...], onehot: bool):
         self.graph = graph
@@ -37,7 +37,7 @@ class Cotangents:
             self.known[unit.out] = self.decide(unit.out)
 
     def of(self, node: Node) -> Cotangent | None:
-        """The cotangent of a node; ``.node is node`` if it has its own buffer; None: not wanted."""
+        """The cotangent of a node, whose ``.node`` is the node itself if it has a buffer; None if it is not wanted."""
         return self.known[node]
 
     def find_seed_rows_unit(self) -> units.Window | None:
@@ -51,7 +51,7 @@ class Cotangents:
         return unit if len(WindowLayout.of(unit, 1).runs) == 1 else None
 
     def read_once(self, node: Node) -> bool:
-        """Whether the node's cotangent comes from one unit alone, none from the caller."""
+        """Whether the node's cotangent comes from a single unit, and not from the caller."""
         return len(self.readers(node)) == 1 and node not in self.outputs
 
     def readers(self, node: Node) -> list[Unit]:

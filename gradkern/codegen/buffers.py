@@ -26,7 +26,8 @@ class Buffers:
         return self.values.setdefault(node.memory, Buffer(round_up(node.size + self.slack, self.multiple)))
 
     def cotangent(self, node: Node, interleaved: int = 1) -> Buffer:
-        """``interleaved``: how many rows are interleaved; both the rows and the windows on them round up."""
+        """The buffer of a cotangent.  ``interleaved``: how many of its rows are interleaved; the numbers of rows and of
+        windows on them are rounded up."""
         extra = 0 if interleaved == 1 else 3 * interleaved * node.row
         elements = round_up(node.size + extra + self.slack, self.multiple)
         return self.cotangents.setdefault(node, Buffer(elements, cotangent=True))
@@ -36,7 +37,7 @@ class Buffers:
         return self.saved.setdefault(unit, Buffer(elements + self.slack, per_sample=True))
 
     def pattern(self, unit: units.Pattern) -> PatternRef:
-        """A pattern's bits."""
+        """The place and geometry of a pattern's bits."""
         source, out = unit.reads[0], unit.out
         w = unit.windows
         taps, plane_bytes = math.prod(w.kernel), (out.C + 15) // 16 * 2

@@ -27,7 +27,7 @@ class LaidOut:
     seed_tile: int  # seeds that are processed at a time
     scratch: int  # bytes per thread, or per block of a GPU
     local_share: float  # of the multiply-adds, if seeds are local: they leave out what they do not reach; otherwise 1
-    clocks: tuple[float, ...]  # on a GPU: estimated clocks of a multiprocessor for each record, per sample
+    clocks: tuple[float, ...]  # on a GPU: the estimated clocks of a multiprocessor for each record, per sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,5 +40,5 @@ class Chain(LaidOut):
     outputs: tuple[int, ...]
     output_sizes: tuple[int, ...]
     wrt: tuple[int, ...]  # external inputs whose cotangents are stored, in the order that StoreT counts them
-    seed_rows: tuple[int, int] | None  # their offset and row length in the packed weights
-    rectify_seed_rows: bool  # they pass a guided ReLU: without their negative part
+    seed_rows: tuple[int, int] | None  # the seed rows' offset and row length in the packed weights
+    rectify_seed_rows: bool  # the seed rows pass a guided ReLU, which removes their negative part

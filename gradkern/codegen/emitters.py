@@ -17,8 +17,8 @@ from .tables import Runs, Tables, move_runs, positions, stencil, transpose_entri
 from .units import Node, Unit
 from .weights import ContractionLayout, ScatterLayout, StencilLayout
 
-L2_BYTES = 256 << 10  # weights above this are worth reading once for several samples,
-FEW_POSITIONS = 16  # if a sample has no more than these to use them at
+L2_BYTES = 256 << 10  # larger weights are read once for several samples,
+FEW_POSITIONS = 16  # if a sample uses them at no more positions than this
 L1_BYTES = 24 << 10  # weights above this are walked tile by tile (half of a common 48 KiB L1)
 LINE_FUNCTIONS = {
     "softmax": LineFunction.Softmax,
@@ -168,7 +168,7 @@ class Emitter:
     # ---- ReLU and max pool
 
     def emit_derivative(self, unit: Unit) -> None:
-        """The bits or slopes of a linear group, at what the function read: it is in the place of the unit's value."""
+        """The bits or slopes of a linear group, computed from the function's argument, which the unit's value holds."""
         value, size = self.value(unit.out), extent(unit.out)
         if isinstance(unit, units.Derivative):
             self.forward.append(self.elementwise(value, value, unit, unit.form))
@@ -220,7 +220,7 @@ class Emitter:
     # ---- copies
 
     def runs(self, unit: units.Move, out: Node) -> list[Runs]:
-        """`move_runs`, which takes long for large values, remembered."""
+        """`move_runs`, remembered because it is slow for large values."""
         key = (unit, out.row)
         if key not in self.known_runs:
             self.known_runs[key] = move_runs(unit, out)
@@ -331,7 +331,7 @@ class Emitter:
         )
         self.backward.append(record)
 
-    # ---- products of two matrices of values, H of them, each as it lies row by row
+    # ---- products of two matrices of values: H of them, each stored row by row
 
     @emit_forward.register
     def matmul(self, unit: units.MatMul) -> None:

@@ -61,7 +61,7 @@ SIZES = (CpuSizes, CudaSizes)
 
 # ---- encoding
 
-#: The integers that every row begins with; `samples`: on a GPU, how many pass the record's run together.
+#: The integers that every row begins with; `samples`: on a GPU, how many samples take the record's run together.
 HEADER = ("kind", "whole_block", "samples")
 #: A place in C++.
 PLACE = (
@@ -98,7 +98,7 @@ WIDTH = len(HEADER) + max(width_of(kind) for kind in KINDS)
 def encode(record: Record, sample: int, shared: int = 0, samples: int = 0) -> tuple[int, ...]:
     """A record as a row, once every buffer has its base.
 
-    ``sample``: stride between samples in buffers that each sample has for itself; ``shared``: in the others.
+    ``sample``: the stride between samples in buffers that each sample has for itself; ``shared``: that in the others.
     """
 
     def integers(value: Any, t: Any) -> Iterator[int]:
@@ -130,7 +130,7 @@ def c_type(t: type) -> str:
 
 
 def layout_fingerprint() -> str:
-    """Changes with everything that a kernel must agree on with `encode`: kinds, fields, types, order, limits."""
+    """A hash of everything on which kernels and `encode` must agree: kinds, fields, types, order, limits."""
     text = [f"{HEADER} {[name for name, _ in PLACE]}"]
     text += [f"{name} {limit}" for name, limit in LIMITS.items()]
     text += [f"{e.__name__} {[(m.name, m.value) for m in e]}" for e in ENUMS]

@@ -85,7 +85,7 @@ class GraphBuilder:
         return readers[0] if len(readers) == 1 and value not in self.live_out else None
 
     def is_read_alone(self, value: int, reader: int) -> bool:
-        """Whether a step alone reads what is stored where the value is: another value may be a view of it."""
+        """Whether ``reader`` is the only step that reads the value's storage, which other values may be views of."""
         node = self.nodes[value]
         others = {v for v, n in self.nodes.items() if n is node} - {value}
         read = {self.base + j for v in others for j in self.reads.get(v, [])}  # a view, or the result of a folded norm
@@ -97,7 +97,7 @@ class GraphBuilder:
         return j if j is not None and wanted(self.program.steps[j]) else None
 
     def wants_tokens(self, step: int, value: int) -> bool:
-        """Whether a step, or one after it, reads the value best with its last axis as the channels."""
+        """Whether a step, or one after it, prefers to read the value with its last axis as the channels."""
         shape, form = self.program.shape(value), self.program.steps[step].form
         last = len(shape) - 1
         match form:
@@ -293,7 +293,7 @@ class GraphBuilder:
         groups, per_group = form.map.groups, step.shape[0] // form.map.groups
         if groups != node.C or groups == 1:
             return self.window(i, node, form)
-        if per_group > 1:  # depthwise with several results per channel: each channel that often
+        if per_group > 1:  # depthwise with several results per channel: each channel is repeated
             shape = self.program.shape(step.inputs[0])
             each = along(shape, 0, [c for c in range(groups) for _ in range(per_group)])
             wide = (groups * per_group, *shape[1:])
@@ -381,7 +381,7 @@ def share_in_place(all_units: list[Unit], outputs: dict[int, Node]) -> None:
     for unit in all_units:
         if isinstance(unit, units.Elementwise) or (isinstance(unit, units.Pattern) and unit.pool is None):
             source = unit.reads[0]
-            # Places that a move leaves out must stay zero, and an input's storage is loaded again for the next sample.
+            # Places that a move leaves out must stay zero, and the next sample loads an input's storage again.
             own_storage = isinstance(source.producer, units.Load | units.Move)
             if len(source.readers) == 1 and source.id not in kept and not own_storage:
                 both = [max(a, b) for a, b in zip(source.halo, unit.out.halo, strict=True)]

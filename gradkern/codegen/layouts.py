@@ -39,7 +39,7 @@ class Layouts:
         return layout
 
     def interleaved_rows(self, node: Node) -> int:
-        """How many rows are interleaved in the cotangent of a node; 1: none."""
+        """How many rows are interleaved in the cotangent of a node; 1 if none are."""
         layouts = (self.made.get((ScatterLayout, unit)) for unit in node.readers)
         return max((x.fold for x in layouts if isinstance(x, ScatterLayout)), default=1)
 

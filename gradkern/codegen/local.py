@@ -38,9 +38,9 @@ from .records import (
 from .scratch import Buffer
 from .units import Node
 
-MOST_LIVE_SHARE = 0.9  # of the multiply-adds: if more is left, looking for positions does not pay
-TILES = (6, 12, 24, 48)  # seeds that share a tile, if no more of them fit
-PER_TILE = 0.4  # what a tile costs beside its seeds, in seeds: lists of live channels, and the search for positions
+MOST_LIVE_SHARE = 0.9  # if a larger share of the multiply-adds is left, the search for positions does not pay
+TILES = (6, 12, 24, 48)  # the numbers of seeds per tile that are tried, as far as they fit
+PER_TILE = 0.4  # the overhead of a tile, in seeds: lists of live channels, and the search for positions
 
 LANES = 16  # work is counted in vectors of about this many elements
 
@@ -70,7 +70,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class ReachRule:
-    """What a record reaches: in `slots` of `Reaches`, from ``src`` to ``dst``; ``axes`` as `Reach` says."""
+    """What a record reaches, from slot ``src`` to slot ``dst`` of `Reaches.slots`; `Reach` defines ``axes``."""
 
     reach: Reach
     src: int
@@ -90,7 +90,7 @@ class Reaches:
     integers: list[int]  # the chain's tables
 
     def table(self, base: int) -> list[int]:
-        """As csrc/cpu/local.cpp reads it, if it is placed at offset ``base`` of the tables."""
+        """The rules as csrc/cpu/local.cpp reads them, placed at offset ``base`` of the tables."""
         header = [len(self.slots), len(self.rules), self.start]
         header += [x for s in self.slots for x in (s.H, s.W, s.C, s.row, s.interior)]
         payload: list[int] = []
@@ -101,7 +101,7 @@ class Reaches:
         return [*header, *rows, *payload]
 
     def share(self, seeds: int) -> float:
-        """The share of the multiply-adds that is left for a tile of so many neighbours in the middle of the output."""
+        """The share of the multiply-adds left for a tile of ``seeds`` neighbours in the middle of the output."""
         first = self.slots[self.start]
         masks = [(torch.zeros(s.H, dtype=torch.bool), torch.zeros(s.W, dtype=torch.bool)) for s in self.slots]
         rows = 1 if first.H == 1 else min(first.H, math.isqrt(seeds))
@@ -145,12 +145,12 @@ class Reaches:
 
 
 def integer_tensor(numbers: list[int]) -> Tensor:
-    """Integers, also if there are none: a tensor of an empty list has torch's default dtype."""
+    """A tensor of integers even if the list is empty, for which torch would choose its default dtype."""
     return torch.tensor(numbers, dtype=torch.int64)
 
 
 def expanded(runs: list[int]) -> tuple[Tensor, Tensor]:
-    """The offsets of all elements that runs move: destinations, sources of the transposed action."""
+    """The offsets of all elements that the runs of the transposed action move: destinations and sources."""
     table = integer_tensor(runs).reshape(-1, 5)
     count = table[:, 2]
     k = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
@@ -190,7 +190,7 @@ class ReachRules:
 
     nodes: dict[Buffer, Node]
     numbers: dict[Buffer, int]
-    whole: set[Buffer]  # cotangents whose storage is not by positions
+    whole: set[Buffer]  # cotangents whose storage has no positions
     integers: list[int]
 
     def rule(self, record: Record) -> ReachRule:

@@ -2,8 +2,7 @@
 
 `lower_to_chain` decides everything that does not depend on tensor data: which cotangents are materialized and which are
 read through a pattern, the place of each buffer, which buffers are zeroed, and how many seeds and samples are processed
-at a time.
-It is pure: equal arguments give equal chains.
+at a time.  It is pure: equal arguments give equal chains.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .scratch import assign_places, block_size, even_tile, mark_lives, round_up,
 from .spec import ChainSpec
 from .units import Node, Unit, rectifies_cotangent
 
-FEW_SEEDS = 16  # for which samples go through linear layers together, rather than local seeds one by one
+FEW_SEEDS = 16  # up to this many, samples share the weights of linear layers, which local seeds would not allow
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def emit_slopes(e: Emitter) -> None:
         if isinstance(unit, units.GivenDerivative | units.GivenPattern):
             dst = e.slope(unit) if type(unit) is units.GivenDerivative else e.value(unit.out)
             shape, out = extent(unit.out), unit.out
-            if unit.storage_order:  # storage order is the tensor's own
+            if unit.storage_order:  # the storage has the tensor's own order
                 dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)
             e.forward.append(records.Load(input=inputs.index(unit.slope), dst=dst, extent=shape))
             e.emit_derivative(unit)
@@ -135,7 +134,7 @@ def store_cotangent(e: Emitter, k: int, value: int) -> None:
 
 
 def lay_out(e: Emitter) -> LaidOut:
-    """Assign all buffers their places, as every thread of a CPU has them."""
+    """Assign the places of all buffers in the scratch memory of a CPU's thread."""
     spec, buffers, bit_bytes = e.spec, e.buffers, e.buffers.bit_bytes
     mark_lives((e.forward, e.backward))
     for buffer in (*buffers.values.values(), *buffers.cotangents.values()):
@@ -178,8 +177,8 @@ def lay_out(e: Emitter) -> LaidOut:
 def local_seeds(e: Emitter, tile: int, whole_block: bool) -> tuple[Reaches | None, int, float]:
     """What local seeds reach, how many should share a tile, and the share of the multiply-adds that is then left.
 
-    None if that is not worthwhile.  Samples go one by one, because each may have other targets.  So the weights of
-    linear layers (``whole_block``) are read again for each, which few seeds do not make up for.
+    The first is None if local seeds do not pay.  With them, samples go one by one, because each may have other targets.
+    So the weights of linear layers (``whole_block``) are read again for each sample, which does not pay for few seeds.
     """
     seeds = e.spec.seeds
     rules = reaches(e) if seeds >= (FEW_SEEDS if whole_block else 1) else None

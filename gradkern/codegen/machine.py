@@ -12,7 +12,7 @@ class Machine:
 
     isa: str
     vector_bytes: int
-    tile_vectors: int = 2  # of output channels, at most: forward weights are cut into such tiles
+    tile_vectors: int = 2  # the most vectors of output channels in a tile of forward weights
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Device(Machine):
     The facts are an H200's, unless the device is asked for its own.
     """
 
-    shared_bytes: int = 232448  # that one block may have
+    shared_bytes: int = 232448  # the most shared memory of a block
     threads: int = 256
     processors: int = 132
     kilohertz: int = 1_755_000  # clocks of a multiprocessor per millisecond
@@ -39,9 +39,9 @@ class Device(Machine):
 
 @dataclass(frozen=True)
 class NoKernels:
-    """In place of a machine: torch's own kernels run every step, with all seeds folded into the batch.  It is false.
+    """Stands in place of a machine if torch's own kernels run every step, with all seeds folded into the batch.
 
-    ``reason``: why gradkern's own do not.
+    Its truth value is False.  ``reason``: why gradkern's own kernels do not run.
     """
 
     reason: str = "the compiled extension is missing or has no kernels for this device"
@@ -51,7 +51,7 @@ class NoKernels:
 
 
 class TooLarge(Exception):
-    """A chain that does not fit with any tile; ``.bytes`` is the need of a single sample and seed."""
+    """A chain that does not fit with any tiling; ``.bytes``: what a single sample and seed needs."""
 
     def __init__(self, needed: int, limit: int):
         super().__init__(f"needs {needed / 1024:.0f} KiB of shared memory for one sample, of {limit / 1024:.0f}")

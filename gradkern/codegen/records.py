@@ -54,13 +54,13 @@ class Extent(RecordPart):
 class PatternRef(RecordPart):
     """Bits of a ReLU, a max pool, or both, and the geometry of the pool (a kernel of 1 for a bare ReLU).
 
-    Every position of the output has `taps` planes of bits, one bit per channel: set in the plane of the tap that the
-    output came from, if that is alive.
+    Every position of the output has `taps` planes of bits with one bit per channel. A bit is set in the plane of the
+    tap that the output came from, if the output is alive.
     """
 
     bits: int  # byte offset among a sample's bits
     taps: int  # planes per position; 0: no pattern
-    plane_bytes: int  # of one plane: a bit per channel, in whole 16-bit words
+    plane_bytes: int  # bytes of one plane: a bit per channel, in whole 16-bit words
     H: int  # rows of the pool's input
     W: int  # columns of the pool's input
     kh: int  # kernel
@@ -77,9 +77,9 @@ class StencilTable(RecordPart):
     """Blocks of positions with the same reads; tables.py defines blocks and entries."""
 
     weights: int  # offset in the packed weights: rows of one weight per channel
-    row_length: int  # of the weights
-    blocks: int  # how many
-    block_table: int  # their offset in the tables, 7 integers each
+    row_length: int  # elements of a row of weights
+    blocks: int  # the number of blocks
+    block_table: int  # offset of the blocks in the tables, 7 integers each
     entry_table: int  # offset of the entries in the tables, 2 integers each
 
 
@@ -111,7 +111,7 @@ class LineSet(RecordPart):
 
 
 class Bands(RecordPart, order=True):
-    """Rectangles of positions that GPU workers own; those of one colour touch different memory."""
+    """Rectangles of positions that a GPU's workers own; rectangles of one colour touch different memory."""
 
     rows: int = 1  # of positions in a band
     columns: int = 1
@@ -130,8 +130,8 @@ class ScatterAlgorithm(IntEnum):
 class Reach(IntEnum):
     """Which positions of its destination a record of the backward pass reaches from those of its source."""
 
-    Nothing = 0  # it has one cotangent
-    All = 1  # all of them
+    Nothing = 0  # none: the record has only one cotangent
+    All = 1  # all positions
     Same = 2
     Taps = 3  # those of windows, by rows and by columns: a step, the number of offsets, the offsets
     Ranges = 4  # a range (first, end) for each row and each column of the source
@@ -242,7 +242,7 @@ class Elementwise(Record):
 
     src: Place
     dst: Place
-    slope: Place  # the place of the derivative
+    slope: Place  # the derivative
     extent: Extent
     function: int  # which of csrc/elementwise.h's functions
     p0: float  # its parameters
@@ -275,7 +275,7 @@ class Multiply(Record):
     right: Place
     dst: Place
     extent: Extent
-    left_channel: int  # stride between channels: 1, or 0 if there is one for all
+    left_channel: int  # stride between channels: 1, or 0 if one element serves all
     right_channel: int
 
 
@@ -344,12 +344,12 @@ class ContractionT(Record):
     """Common to the transposed contractions: every live channel adds its weight row, times its cotangent."""
 
     src: Place  # the cotangent of the contraction's output, or of the pattern's output if there is a pattern
-    seed_rows: bool  # the cotangent is the seed rows (the first gradient, free), not in scratch memory
+    seed_rows: bool  # the cotangent is the seed rows (the first gradient, which is free), not in scratch memory
     dst: Place  # the start of the first position's window; row, position: from one window to the next
     O: int  # channels of the cotangent, all groups  # noqa: E741
     pattern: PatternRef | None  # the ReLU or pool through whose bits the cotangent is read
     weights: int  # offset in the packed weights
-    row_length: int  # of the weights
+    row_length: int  # elements of a row of weights
     window_table: int  # offset in the tables of the offsets of the window's elements
 
 
@@ -377,7 +377,7 @@ class ScatterT(ContractionT):
     window_elements: int  # offsets in the window table
     algorithm: ScatterAlgorithm
     tap_table: int = 0  # Quads: offset in the tables of the starts of each tap's weights
-    lanes: int = 32  # of a worker
+    lanes: int = 32  # lanes of a worker
     bands: Bands = Bands()
 
 
@@ -390,7 +390,7 @@ class DenseT(ContractionT):
 
 
 class StencilT(Record):
-    """Adds y[q][c] += Σ_e x[q][e][c] · w[row_e][c]."""
+    """The transposed channelwise map: y[q][c] += Σ_e x[q][e][c] · w[row_e][c]."""
 
     src: Place
     dst: Place
@@ -431,7 +431,7 @@ class MoveT(Record):
     src: Place
     dst: Place
     runs: int
-    run_table: int  # that of the move, with destinations and sources exchanged
+    run_table: int  # the move's runs, with destinations and sources exchanged
     distinct: bool = False  # no element is read twice, so runs can be processed in parallel
 
 
@@ -442,7 +442,7 @@ class MultiplyT(Record):
     other: Place
     dst: Place
     extent: Extent
-    dst_channel: int  # stride between channels: 1, or 0 if there is one for all
+    dst_channel: int  # stride between channels: 1, or 0 if one element serves all
     other_channel: int
 
 

@@ -48,7 +48,7 @@ def limit_lines() -> list[str]:
 
 
 def letters_of(t: Any) -> str:
-    """A letter for every number that a field of this type takes in a row, as `kFields` has them."""
+    """A letter for every number that a field of this type takes in a row, as in `kFields`."""
     if t is Place:
         return "n" * len(PLACE)
     if issubclass(t, RecordPart | Record):
@@ -59,7 +59,7 @@ def letters_of(t: Any) -> str:
 
 
 def field_ranges() -> str:
-    """The text of csrc/record_fields.h: what every number of a row may be, by kind."""
+    """The text of csrc/record_fields.h: the range of every number of a row, by kind."""
     lines = [
         "// What the numbers of a row may be, by kind: a digit is the number of values of an enum or a flag, n is any",
         "// integer that is not negative, d is a double.  The rest of a row is zero.",

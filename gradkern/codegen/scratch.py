@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .records import Record
 
 SLACK = 64  # elements past every buffer that a vector may read or an unused lane may touch
-BLOCK_BYTES = 512 << 10  # scratch that a thread's block of samples should fit (half of a common L2)
-SEED_BYTES = 256 << 10  # cotangent scratch of one sample
+BLOCK_BYTES = 512 << 10  # the scratch of a thread's block of samples should fit this (half of a common L2)
+SEED_BYTES = 256 << 10  # the cotangents of one sample's tile of seeds should fit this
 MAX_BLOCK = 32
 SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs more
 
@@ -26,7 +26,7 @@ SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs mo
 class Buffer:
     """A piece of scratch memory: per sample if it must outlive a stage, otherwise shared between samples."""
 
-    elements: int  # of one seed, if it holds a cotangent
+    elements: int  # of a single seed if the buffer holds a cotangent
     cotangent: bool = False
     stages: set[int] = field(default_factory=set)
     base: int = -1
@@ -133,7 +133,7 @@ def assign_places(
 def block_size(whole_block: bool, shared: int, sample: int, lists: int) -> int:
     """How many samples to process together; ``whole_block``: some record takes them all at once.
 
-    In bytes: ``shared`` by all samples; ``sample`` and the ``lists`` that skip zeros, for each sample.
+    In bytes: what all samples ``shared``; for each sample, its scratch (``sample``) and its ``lists`` of live channels.
     """
     block = max(4, min(MAX_BLOCK, (BLOCK_BYTES - shared) // max(sample, 1))) if whole_block else 8
     return max(1, min(block, (SCRATCH_BYTES - shared) // (sample + lists)))

@@ -1,4 +1,4 @@
-"""What is known of a chain before it is lowered."""
+"""The input of the lowering of a chain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ChainSpec:
     seeds: int
     wrt: tuple[int, ...]  # the external inputs whose cotangents are wanted
     onehot: bool  # the seeds are one-hot at the single output; otherwise the caller gives a cotangent of every output
-    linear: bool  # no value is computed, as every scale of the group has given slopes
+    linear: bool  # no values are computed, because the slopes of every scale in the group are given
 
     @property
     def lanes(self) -> int:

@@ -1,7 +1,7 @@
 """The dtypes, functions and limits of the compiled kernels, and the reason why a step has no kernel.
 
-A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on larger values run on ATen, all
-seeds at once.  `gradkern.explain` shows them.  Kernels for them would start at `geometry` and `Windows2d` in
+A value has channels and at most two spatial axes, so there are no 3-D kernels: steps on values with more axes run on
+ATen, with all seeds at once.  `gradkern.explain` shows them.  3-D kernels would start at `geometry` and `Windows2d` in
 :mod:`gradkern.codegen.units`.
 """
 
@@ -25,7 +25,7 @@ NATIVE_FUNCTIONS = {
     "negative_part": 0, "exp": 0, "expm1": 0, "log": 0, "log1p": 0, "sqrt": 0, "rsqrt": 0, "reciprocal": 0, "abs": 0,
     "erf": 0, "sin": 0, "cos": 0,
 }  # fmt: skip
-#: The ReLU, and the two of attribution rules: patterns of bits.
+#: The ReLU and the two ReLUs of attribution rules, which are patterns of bits.
 RELUS = frozenset({"relu"}) | RECTIFYING
 MAX_CHANNELS = 65535  # channel lists are uint16
 

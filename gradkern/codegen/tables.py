@@ -18,7 +18,7 @@ Runs = list[int]  # five integers each: source offset, destination offset, count
 
 
 class Tables:
-    """The tables of one chain in a row; equal ones are stored once."""
+    """The tables of one chain, one after another; equal tables are stored once."""
 
     def __init__(self) -> None:
         self.integers: list[int] = []
@@ -52,7 +52,10 @@ def move_runs(unit: units.Move, out: Node) -> list[Runs]:
 
 
 def runs_between(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> Runs:
-    """``part`` says which element goes where (None: every element to its own place in row-major order)."""
+    """The runs that copy ``source`` to ``out``.
+
+    ``part`` says which element goes where (None: every element to its own place in row-major order).
+    """
     read, write = offsets(source, from_), offsets(out, to)
     if part is None:
         return strided(read.reshape(-1), write.reshape(-1))

@@ -38,7 +38,7 @@ def tokens(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
 
 
 def storage_axes(rank: int, channels_last: bool) -> str:
-    """The storage axis of each axis of a value."""
+    """The storage axis (a letter of ``"CHW"``) of each axis of a value."""
     first = {0: "C", 1: "C", 2: "CW", 3: "CHW"}[rank]
     return first[1:] + first[0] if channels_last and rank > 1 else first
 
@@ -84,7 +84,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Fold:
-    """A batch norm after a window, folded into its weights: channels ``first``, … of the norm's own."""
+    """A batch norm after a window, folded into its weights.  The window's first channel is the norm's ``first``."""
 
     form: Contract
     first: int = 0
@@ -120,7 +120,7 @@ class Window(Unit):
 
     form: Contract
     folds: tuple[Fold, ...] = ()
-    storage_order: bool = False  # a linear layer whose input is flat in storage order
+    storage_order: bool = False  # a linear layer whose input is flattened in storage order
 
     @property
     def dense(self) -> bool:
@@ -132,7 +132,7 @@ class Stencil(Unit):
     """A map over positions, channel by channel: average pool, depthwise convolution, a norm that is not folded."""
 
     form: Contract
-    first: int = 0  # of a norm over some of its channels: the first of them
+    first: int = 0  # the first channel, for a norm over some of its channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ class Pattern(Unit):
 
     pool: Windows | None  # None: a bare ReLU
     relu: bool
-    rectify: bool = False  # a guided or an opened ReLU: negative cotangents stop here
-    opened: bool = False  # all other cotangents pass, even where the ReLU is off: the bits are not read
+    rectify: bool = False  # a guided or an opened ReLU, where negative cotangents stop
+    opened: bool = False  # an opened ReLU: other cotangents pass even where it is off, so the bits are not read
 
     @property
     def windows(self) -> Windows2d:
@@ -167,12 +167,12 @@ class GivenDerivative(Elementwise):
     """A derivative that is given."""
 
     slope: int  # the external value that holds it
-    storage_order: bool  # its input is flat in storage order
+    storage_order: bool  # its input is flattened in storage order
 
 
 @dataclass(frozen=True, eq=False)
 class Derivative(GivenDerivative):
-    """The same, where the external value is what the function ``form`` read."""
+    """The derivative of the function ``form``, whose argument is the external value."""
 
     form: Scale
 
@@ -182,7 +182,7 @@ class GivenPattern(Pattern):
     """The bits of a ReLU that read the external value ``slope``."""
 
     slope: int = -1
-    storage_order: bool = False  # its input is flat in storage order
+    storage_order: bool = False  # its input is flattened in storage order
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,14 +228,14 @@ class UnitGraph:
 
 
 class RowsColumns(NamedTuple):
-    """A number for rows and one for columns."""
+    """One number for rows and one for columns."""
 
     h: int
     w: int
 
 
 class Windows2d(NamedTuple):
-    """The geometry of windows in two dimensions; those of one dimension have one row."""
+    """The geometry of windows in two dimensions; windows of one dimension have one row."""
 
     kernel: RowsColumns
     stride: RowsColumns
@@ -254,5 +254,5 @@ class Windows2d(NamedTuple):
 
 
 def rectifies_cotangent(unit: Unit) -> bool:
-    """Whether negative cotangents of the unit's result stop there."""
+    """Whether negative cotangents stop at the unit's result."""
     return isinstance(unit, Pattern) and unit.rectify

@@ -32,7 +32,7 @@ def aligned(n: int) -> int:
 
 @dataclass
 class Layout(ABC):
-    """A piece of the packed weights: ``size`` elements from ``weights`` on, in rows of ``row_length``."""
+    """A piece of the packed weights: ``size`` elements from offset ``weights`` on, in rows of ``row_length``."""
 
     form: Contract
     weights: int = field(default=-1, kw_only=True)
@@ -66,7 +66,7 @@ class ContractionLayout(Layout):
     folds: tuple[Fold, ...]
     lanes: int
     geometry: tuple[int, int, int]  # C, H, W of the input
-    storage_order: bool  # a linear layer whose input is flat in storage order
+    storage_order: bool  # a linear layer whose input is flattened in storage order
 
     def columns(self, weight: Tensor) -> Tensor:
         """The weight as ``[groups·O, K]``, K in the order of channels-last windows (rows, columns, channels)."""
@@ -99,7 +99,7 @@ class ContractionLayout(Layout):
 
 @dataclass
 class WindowLayout(ContractionLayout):
-    """Forward: windows made of R contiguous runs of L elements, groups apart.
+    """Forward weights, for windows made of R contiguous runs of L elements, group by group.
 
     The weights of each group and tile of output vectors are ``[K][vectors · lanes]``.
     """
@@ -174,7 +174,7 @@ class WindowLayout(ContractionLayout):
 
 @dataclass
 class ScatterLayout(ContractionLayout):
-    """Backward: one weight row per output channel (and pool tap), laid out like the window it is added to.
+    """Backward weights: one row per output channel (and pool tap), laid out like the window that it is added to.
 
     A window is R contiguous runs of L elements of the cotangent, cut into vectors.  If a pool follows the
     contraction and windows are narrow, its taps are ``merged``: one window covers them all, and the rows of tap j
@@ -202,8 +202,8 @@ class ScatterLayout(ContractionLayout):
 
     @property
     def row_length(self) -> int:
-        """Rows that do not all stay in L1 are an odd multiple of `ALIGN` long, so that the pieces of rows that a tile
-        of the window reads fall on all sets of the cache."""
+        """Elements of a row.  If the rows do not all stay in L1, this is an odd multiple of `ALIGN`, so that the pieces
+        of rows that a tile of the window reads fall on all sets of the cache."""
         length = len(self.window) // 2 * self.lanes
         return length if length * self.O * len(self.taps) <= L1_ELEMENTS else aligned(length) | ALIGN
 
@@ -291,7 +291,7 @@ class StencilLayout(Layout):
     C: int
     entries: list[list[tuple[int, int]]]
     coefficients: list[float] | None  # of the rows, if they are constants
-    first: int  # channel of the weight that the first channel here has
+    first: int  # the channel of the weight that belongs to the first channel here
 
     @property
     def row_length(self) -> int:

@@ -9,8 +9,6 @@ Needs the ``data`` extra: ``pip install 'gradkern[data]'``.::
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..util import renamed
 from .export import to_modisco
 from .methods import METHODS, Batch, Outcome, register_method
@@ -28,15 +26,9 @@ from .store.locks import Busy
 from .store.results import Results
 
 open_store = Results.open
-RENAMED = {"open": "open_store", "register": "register_source", "method": "register_method"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in RENAMED:
-        renamed.note(f"gradkern.data.{name}", f"gradkern.data.{RENAMED[name]}", 3)
-        return globals()[RENAMED[name]]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = renamed.old_names(
+    globals(), {"open": "open_store", "register": "register_source", "method": "register_method"}
+)
 
 __all__ = [
     "METHODS",

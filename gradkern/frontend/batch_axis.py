@@ -5,9 +5,9 @@ and the batch becomes axis 0.  ``[N·H, L, E]``, samples by heads, is ``[H, L, E
 same op on this view with its axes shifted by one, unless it works along the batch axis.  So `nn.MultiheadAttention`,
 and encoders that keep sequences first, are lowered as if they had been written with the batch in front.
 
-A joined axis holds, for each index before the samples, the numbers of each sample after it: ``[L·N, E]`` has an inner
-extent of one, and ``[N·H, L, E]`` has one of H.  A view that reads the samples in another order mixes them, and has
-no form here.
+An axis may join the samples with other axes.  Its inner extent is how many neighbouring indices belong to one sample:
+1 for ``[L·N, E]``, H for ``[N·H, L, E]``.  A view that reads the samples in another order mixes them, and has no form
+here.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ _PATH = re.compile(r"\['?([^'\]]+)'?\]|([A-Za-z_0-9]\w*)")
 _BEHIND = re.compile(r"L\['fn'\](\.(__self__|func)\b)*")  # a method's or a partial's module is the model
 _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
-Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has it, or inherits it
+Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has or inherits it, its name, its code
 T = TypeVar("T")
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
@@ -91,7 +91,7 @@ class GuardedGraph:
 
     @property
     def alive(self) -> bool:
-        """Whether Dynamo still has it: `torch._dynamo.reset` and the end of an object that is guarded end it."""
+        """Whether Dynamo still has it: `torch._dynamo.reset` drops a graph, and so does the end of a guarded object."""
         return self.guards is not None and self.guards.cache_entry is not None
 
 
@@ -111,8 +111,8 @@ def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, 
     if not is_compiling():
         raise _Missed
     # Each name that is read here is a guard for every call to check, so there are few.
-    # ``fn`` may work in place on its inputs, which is forbidden on leaves.  The clone of its result is the graph's own
-    # last step: every other result of the graph is a side effect of ``fn``.
+    # ``fn`` may work in place on its inputs, which is forbidden on leaves.  Its result is cloned so that it is the
+    # graph's own last step; every other result of the graph is then a side effect of ``fn``.
     arguments = [x.clone() for x in inputs]
     for place, value in given.items():
         arguments.insert(place, value)
@@ -196,7 +196,7 @@ class GraphCache:
             read = eval(f"lambda L, G: {{{', '.join(f'{name!r}: {e}' for name, e in expressions.items())}}}")
             found = read(local, self.shared)
             same = all(found[name] is x for name, x in tensors.items())
-        except Exception:  # an expression in terms of Dynamo's own
+        except Exception:  # an expression in Dynamo's own terms
             same = False
         graph.tensors = read if same else run
 
@@ -207,8 +207,8 @@ def _by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:
 
 
 class _Backend:
-    """The backend of one `GraphCache`.  It computes no output: in place of it, the compiled function returns the graph
-    that a call takes, and the arguments of the graph."""
+    """The backend of one `GraphCache`.  It does not compute the model's output: the compiled function returns the graph
+    that a call takes, with the graph's arguments."""
 
     def __init__(self) -> None:
         self.latest: tuple[GuardedGraph, set[types.CodeType]] | None = None  # captured, and the code that was read
@@ -290,7 +290,7 @@ def _settings() -> Iterator[None]:
         enter(shapes_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         enter(_without_onednn())
         enter(recurrent_shapes_only())
-        enter(disable_current_modes())  # a profiler's, under which Dynamo does nothing
+        enter(disable_current_modes())  # such as a profiler's, under which Dynamo does nothing
         yield
 
 
@@ -325,7 +325,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Drop this thread's warnings: torch warns of its own internals, and a forward pass repeats those of the model."""
+    """Drop this thread's warnings: torch warns of its own internals, and a real forward pass repeats the model's."""
     if any(action == "error" for action, *_ in warnings.filters):  # a warning would end the capture
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from .capture import LOCK, GuardedGraph, quiet
 from .refusal import NoProgram, location, location_in
 
 _SIZES = (*range(2, 65), 1000, 4099, 2**20)  # batch sizes for which a guard is tried
-_SAMPLES = 3  # in the traced batch; 0 and 1 are special to torch.export
+_SAMPLES = 3  # the number of samples in the traced batch; 0 and 1 are special to torch.export
 
 
 class _Guards:
@@ -123,7 +123,7 @@ def _export(graph: GuardedGraph, tensors: list[Tensor], examples: list[Tensor]) 
         if "Constraints violated (batch)" not in str(error):
             raise
     guards = _Guards()
-    exported = attempt(torch.export.Dim.AUTO, guards)  # leaves the guards to us
+    exported = attempt(torch.export.Dim.AUTO, guards)  # with AUTO, torch.export leaves the guards to us
     guards.refuse_special_sizes()
     return exported
 
@@ -155,8 +155,10 @@ def _read(exported: torch.export.ExportedProgram, names: Sequence[str], literals
 
 
 def _spell_copies(graph: fx.Graph) -> None:
-    """Replace ``aten.copy``, which an assignment to a slice becomes in a functional graph and which has no derivative
-    in torch, by its source in the shape and dtype of the destination."""
+    """Replace ``aten.copy`` by its source in the shape and dtype of the destination.
+
+    In a functional graph an assignment to a slice becomes ``aten.copy``, which has no derivative in torch.
+    """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
         place, source = node.args[:2]
         dtype, value = node.meta["val"].dtype, source.meta["val"]

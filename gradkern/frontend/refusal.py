@@ -14,7 +14,7 @@ import torch
 class NoProgram(RuntimeError):
     """A network that has no Program.
 
-    ``reason`` is one line for people, ``op`` and ``module`` name the cause if it is known, and ``mixes`` says that the
+    ``reason`` is one readable line, ``op`` and ``module`` name the cause if it is known, and ``mixes`` says that the
     samples of a batch depend on each other, so that the batch must not be cut.
     """
 
@@ -24,7 +24,7 @@ class NoProgram(RuntimeError):
         self.op = op
         self.module = module
         self.mixes = mixes
-        self.final = False  # perturbing the samples cannot help
+        self.final = False  # if True, perturbing the samples cannot help
 
 
 def reason_of(error: BaseException) -> str:
@@ -54,7 +54,7 @@ def _where(stack: Any) -> str:
 
 
 def _last(frames: Sequence[tuple[str, int | None]]) -> str:
-    """The innermost frame of code that is neither Python's, torch's nor ours."""
+    """The innermost frame of code that belongs neither to Python, nor to torch, nor to gradkern."""
     for name, line in reversed(frames):
         library = name.startswith(_PYTHON) and "-packages" not in name
         if not library and not name.startswith((_TORCH, *_GENERATED)) and os.path.dirname(name) != _OURS:

@@ -1,7 +1,8 @@
 """Parts of a captured graph that export would lose: no_grad regions, custom backwards, hooks, side effects.
 
-Export would drop each of them silently.  Values computed without gradients get explicit `detach`s, which mean the
-same; everything else is refused.
+Export would drop each of them silently.  The results of a ``no_grad`` region get an explicit `detach`, which means the
+same.  A forward pass may keep a tensor from call to call if the tensor does not depend on the inputs.  Everything else
+is refused.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _refused(node: fx.Node) -> str:
 
 
 def _detach_regions(module: fx.GraphModule) -> None:
-    """Values that were computed with gradients off are constants for everything outside."""
+    """Put a `detach` on values that were computed with gradients off, and are read where gradients are on."""
     graph = module.graph
     enabled = [True]
     free: set[fx.Node] = set()

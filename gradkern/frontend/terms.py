@@ -1,4 +1,4 @@
-"""The size of the terms that an output or a gradient is the sum of, which is what its rounding errors are relative to.
+"""The size of the terms whose sum an output or a gradient is.  Its rounding errors are relative to that size.
 
 Where terms cancel, a gradient may be nothing but rounding (a softmax after equal weights), and two correct computations
 of it have nothing in common.  The size of the terms is measured by a rounding error made on purpose: every intermediate
@@ -18,8 +18,8 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import reference
 
-_SHARE = 2.0**-30  # small enough to be linear in, large enough for float64
-_LESS = 16.0  # the share is also taken smaller by this factor: a jump at a kink then stays as large
+_SHARE = 2.0**-30  # small enough for the change to be linear in it, large enough for float64
+_LESS = 16.0  # a second share is smaller by this factor: a jump at a kink does not shrink with the share
 
 
 @dataclass(frozen=True)

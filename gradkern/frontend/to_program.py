@@ -1,7 +1,7 @@
 """Captured graph -> Program: `torch.export` with a free batch size, then every ATen op lowered to its form.
 
-The batch axis is followed through the graph by its symbol.  In a value it is axis 0, and only that.  A tensor that has
-it elsewhere (a sequence-first tensor, samples by heads) is lowered per sample if it has a form that way
+The batch axis is followed through the graph by its symbol.  The batch axis of a value is always axis 0.  A tensor whose
+batch axis is another (a sequence-first tensor, samples by heads) is lowered per sample if it has a form that way
 (`batch_axis.py`).  Otherwise (an LSTM's state) it does not become a value, but stays an expression inside the call that
 reads it.  An op whose result has no batch axis, or two, mixes samples, and the network is refused.
 """
@@ -170,8 +170,8 @@ class _GraphLowering:
             return self._inlined(node, meta, call)
 
     def _inlined(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
-        """A tensor whose batch is not axis 0, as an expression.  A long one is cut by a step of torch's own that gives
-        it with the batch in front."""
+        """A tensor whose batch is not axis 0, as an expression.  A long expression is cut by an `Opaque` step, whose
+        value has the batch in front."""
         size = len(leaves(call))
         place = _batch_axis(meta.shape)
         if size <= _LARGEST_CALL // 8 or not values_in(call):
@@ -238,7 +238,7 @@ class _GraphLowering:
         else:
             self._check(lifted, meta)
             lowered = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
-        value = number_as_shape(b, lowered, named.result)  # a constant of more axes puts some in front
+        value = number_as_shape(b, lowered, named.result)  # a constant with more axes adds some in front
         self._note_dtype(value, meta.dtype)
         return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
 
@@ -278,7 +278,7 @@ class _GraphLowering:
         return value
 
     def _opaque(self, call: Call, reason: str, shape: tuple[int, ...], meta: Tensor) -> Value | Complex:
-        """A step of torch's own; complex numbers leave it as pairs."""
+        """An `Opaque` step; it returns complex numbers as pairs of real ones."""
         b, values = self.builder, values_in(call)
         if not meta.dtype.is_complex:
             return b.emit(Opaque(call, reason), values, shape)
@@ -303,7 +303,7 @@ class _GraphLowering:
         return lowered
 
     def _formal(self, x: Any) -> Any:
-        """An argument in which complex tensors stay pairs of values."""
+        """An argument of an `Opaque` step, in which complex tensors are pairs of values."""
         if isinstance(x, torch.fx.Node) and isinstance(self.known[x], Complex):
             return self.known[x]
         return tuple(self._formal(item) for item in x) if isinstance(x, (list, tuple)) else self._argument(x)

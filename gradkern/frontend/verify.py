@@ -23,10 +23,10 @@ from ..util.callables import model_of
 from .refusal import NoProgram
 from .terms import Terms, pull_back, terms_of
 
-_TOGETHER = 3  # samples
-_TRIES = 4  # the samples themselves, and slightly perturbed ones
-_MOVE = 1e-3  # of the spread of the inputs
-_CLEAR = 0.05  # the change of an output, relative to it, if every intermediate result is off by a unit of rounding
+_TOGETHER = 3  # samples that are compared
+_TRIES = 4  # comparisons: one of the samples themselves, the others of slightly perturbed ones
+_MOVE = 1e-3  # the perturbation, as a share of the inputs' spread
+_CLEAR = 0.05  # the relative change of an output if every intermediate result is off by a unit of rounding
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
@@ -35,7 +35,7 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
     ``params``: the tensors that it names.  ``inputs``: one ``[N, *shape]`` each, of which a few samples are used.  The
     model's buffers and the random state are restored, and no ``.grad`` is touched.  A float32 activation within
     rounding of a kink may flip a gradient.  So if gradients differ, the samples are perturbed a little and compared
-    again: a flip goes away, a different backward does not.  Returns the floating inputs that the output does not reach.
+    again: a flip goes away, a different backward does not.  Returns the floating inputs that no gradient reaches.
     """
     generator = torch.Generator().manual_seed(0)
     samples = _few(inputs, generator)
@@ -62,7 +62,7 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
     for x in inputs:
         rows = x.detach()[pick.to(x.device)].clone()
         if rows.is_floating_point():
-            rows.masked_fill_(~torch.isfinite(rows), 0.0)  # NaN says nothing about which function this is
+            rows.masked_fill_(~torch.isfinite(rows), 0.0)  # results at NaN would not tell two functions apart
         if rows.shape[0] == 0:
             rows = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
         if missing := _TOGETHER - rows.shape[0]:
@@ -95,7 +95,7 @@ class _Rounding:
 
     @cached_property
     def _terms(self) -> Terms | None:
-        """Measured only if gradients differ by more than the tolerance."""
+        """The sizes of terms, measured only if gradients differ by more than the tolerance."""
         return self._measure()
 
     def differing_part(self, got: OutputAndGradients, want: OutputAndGradients) -> str | None:
@@ -115,7 +115,7 @@ class _Rounding:
         if terms is None:
             return False
         slack = rounding.of_terms(self.dtype, self.tolerance) * terms.gradients[i][:n]
-        # If rounding changes even the output, the gradient is not forgiven: it may be anything.
+        # If rounding changes even the output, the difference of the gradients is not excused: they may be anything.
         size = y.double().reshape(n, -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
         clear = rounding.unit(self.dtype, self.tolerance) * terms.output[:n] <= max(_CLEAR, self.tolerance) * size
         return rounding.close_samples(got, want, self.tolerance, slack.where(clear, 0.0))
@@ -131,7 +131,7 @@ def _compare(
     alone, weights = [x[:1] for x in samples], cotangent[:1]
     alone_live = _live(fn, alone, weights)
     apart = allowed.differing_part(_first_sample(together_live), alone_live)
-    if apart == "gradient":  # torch's own for one sample may be wrong (docs/reliability.md), but not for it twice
+    if apart == "gradient":  # torch's gradient of one sample may be wrong (docs/reliability.md), but not of it twice
         alone, weights = [torch.cat([x, x]) for x in alone], torch.cat([weights, weights])
         alone_live = _first_sample(_live(fn, alone, weights))
         apart = allowed.differing_part(_first_sample(together_live), alone_live)
@@ -157,7 +157,7 @@ def _first_sample(pair: OutputAndGradients) -> OutputAndGradients:
 def _rounding(
     program: Program, params: Params, samples: Sequence[Tensor], cotangent: Tensor, values: Sequence[Tensor]
 ) -> _Rounding:
-    """``values``: of a forward pass; the least precise of them counts."""
+    """The rounding to expect.  ``values``: those of a forward pass, of which the least precise counts."""
     least = max(values, key=lambda v: _tolerance(v.dtype, v.device))
     tolerance = _tolerance(least.dtype, least.device)
     return _Rounding(least.dtype, tolerance, lambda: terms_of(program, params, samples, cotangent))

@@ -26,7 +26,7 @@ def arguments(call: Call) -> tuple[Any, ...]:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of an argument tree: of tuples, and of calls' arguments."""
+    """The leaves of an argument tree, whose inner nodes are tuples and calls."""
     if isinstance(tree, tuple):
         return [leaf for item in tree for leaf in leaves(item)]
     return leaves(arguments(tree)) if isinstance(tree, Call) else [tree]
@@ -125,7 +125,7 @@ def literal(value: Tensor) -> Call:
 
 @lru_cache(maxsize=256)
 def literal_tensor(dtype: torch.dtype, shape: tuple[int, ...], data: bytes, device: torch.device) -> Tensor:
-    """The tensor of a literal; one per value, never written to."""
+    """The tensor of a literal.  Equal literals share one tensor, which is never written to."""
     with torch.inference_mode(False):
         if not data:
             return torch.empty(shape, dtype=dtype, device=device)

@@ -41,7 +41,7 @@ def length(axis: Runs) -> int:
 
 
 def identity_runs(n: int) -> Runs:
-    """The identity."""
+    """The map of an axis of ``n`` elements to itself."""
     return ((0, n, 1),) if n else ()
 
 
@@ -77,7 +77,7 @@ def then(first: Part, second: Part) -> Part:
 
 
 class _Axis(NamedTuple):
-    """One axis map in the form that tensors need: a block of the output that copies a block of the input, or lists."""
+    """One axis map in the form that tensors need: as a block that is copied, or as lists of indices."""
 
     block: tuple[int, int, int] | None  # (first output, first input, count)
     source: Tensor | None  # input index per live output

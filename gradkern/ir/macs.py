@@ -10,7 +10,7 @@ from . import program as ir
 def forward_macs(program: ir.Program, i: int) -> int:
     """Dense multiply-adds of step ``i`` for one sample; elementwise work counts one per element, and views count zero.
 
-    An `Opaque` step counts its elements here; the planner uses better numbers if they are known.
+    An `Opaque` step counts one per element here; the planner uses measured numbers if they are known.
     """
     step = program.steps[i]
     out = math.prod(step.shape)
@@ -40,15 +40,15 @@ def forward_macs(program: ir.Program, i: int) -> int:
 
 
 def sides(program: ir.Program, i: int) -> int:
-    """How many products, each as expensive as the forward, the backward of one seed takes: two if both sides vary."""
+    """How many products, each as expensive as the forward, the backward of a seed takes: two if both factors vary."""
     return 2 if program.steps[i].form == ir.Product("matmul") else 1
 
 
 def tangent_macs(program: ir.Program, i: int) -> int:
     """Multiply-adds of one tangent through step ``i`` in forward mode (:mod:`gradkern.passes.forward_mode`).
 
-    A convolution there visits every position that it reads, whatever its stride, but none of the zeros that an `Index`
-    puts between the elements in front of it (a transposed convolution).
+    There a convolution visits every position that it reads, whatever its stride.  But a transposed convolution skips
+    the zeros that an `Index` in front of it inserts between elements.
     """
     step = program.steps[i]
     if not (isinstance(step.form, ir.Contract) and isinstance(step.form.map, ir.Windows)):
@@ -61,5 +61,5 @@ def tangent_macs(program: ir.Program, i: int) -> int:
 
 
 def total_macs(program: ir.Program, i: int, seeds: int, forward: int | None = None) -> int:
-    """The forward, and the backward of ``seeds`` seeds, which costs as much as the forward for each seed."""
+    """Multiply-adds of the forward, and of the backward, which costs as much as the forward for each of the seeds."""
     return (forward_macs(program, i) if forward is None else forward) * (1 + sides(program, i) * seeds)

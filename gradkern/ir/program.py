@@ -19,7 +19,7 @@ form           what it is                                             layers tha
 `LowRank`      a diagonal plus a rank-k term, per sample              softmax, layer / group / instance norm
 `Product`      two values, each the other's weight                    gates, squeeze-excite, attention's matmuls
 `Index`        the same elements in other places, some more than once  permute, slice, pad, cat, split, repeat, upsample
-`Given`        slopes that are given, elementwise                     none: attribution rules put it for `Scale`
+`Given`        slopes that are given, elementwise                     none: it replaces `Scale` (rules, forward mode)
 `View`         the same elements under another shape                   flatten, view, squeeze
 `Sum`          fan-in                                                 residual add
 `Opaque`       anything else: torch differentiates that one node      LSTM, custom ops
@@ -273,8 +273,8 @@ class Index:
 class Given:
     """``y = slope ⊙ x``: the second input holds the slopes and is not differentiated.
 
-    With ``of``, it holds what that function read, and the slopes are the function's derivative there.  Attribution
-    rules and forward mode put it in place of `Scale`; no network is lowered to it.
+    If ``of`` names a function, the second input holds the argument of that function instead, and the slopes are its
+    derivative there.  Attribution rules and forward mode put this form in place of `Scale`; networks never have it.
     """
 
     of: Scale | None = None
@@ -312,8 +312,8 @@ class Step:
     form: Form
     inputs: tuple[int, ...]
     shape: Shape
-    op: str = ""  # the ATen op that it came from, for people
-    module: str = ""  # the path of the module that it came from, for people
+    op: str = ""  # the ATen op that it came from, for messages
+    module: str = ""  # the path of the module that it came from, for messages
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class Program:
 
 
 def _exact(x: Any) -> Any:
-    """Everything in a value, as nested tuples; its printed form leaves out coefficients."""
+    """Everything in a value, as nested tuples.  (The value's printed form leaves out coefficients.)"""
     if is_dataclass(x):
         return (type(x).__name__, *(_exact(getattr(x, f.name)) for f in fields(x)))
     return tuple(_exact(item) for item in x) if isinstance(x, tuple) else x

@@ -20,8 +20,8 @@ class Recurrent:
     directions: int
 
     def macs(self, steps: int, inputs: int, outputs: int, seeds: int) -> tuple[int, int]:
-        """Multiply-adds per sample from ``[T, inputs]`` to ``[T, outputs]`` (`runtime.recurrent`): of the forward pass
-        with what the backward pass computes again, and of the walk back through time."""
+        """Multiply-adds per sample from ``[T, inputs]`` to ``[T, outputs]`` (`runtime.recurrent`): those of the forward
+        pass and of its parts that the backward pass repeats, and those of the walk back through time."""
         rows = GATES[f"aten.{self.kind}.input"] * outputs  # of the weights of all directions
         hidden, layers = outputs // self.directions, len(self.weights) // self.directions
         values = walk = 0
@@ -50,7 +50,7 @@ def recognize(call: Call) -> Recurrent | None:
 
 
 def batch_first(call: Call, x: Value) -> Call:
-    """A sequence-first call as one that reads ``x [N, T, I]``; its output ``[N, T, H]`` is transposed back."""
+    """A sequence-first call as a call that reads ``x [N, T, I]`` and transposes its output ``[N, T, H]`` back."""
     net = replace(call, args=(x, *call.args[1:8], True))
     return Call("aten.transpose.int", (net, 0, 1)) if call.index == 0 else net
 

@@ -135,9 +135,9 @@ class Chain:
     """Layers that run one after the other as one kernel call: forward, and backward for all seeds.
 
     ``layers``: what the functions of this module return.  ``shape``: that of one sample, without the batch.  Weights
-    are copied into kernel order at the first call with a number of seeds, and not looked at again.
+    are packed at the first call with each number of seeds; later changes of them have no effect.
 
-    ``output_shape``: of one sample.  ``operations``, ``bytes_moved``: what a sample needs.  `forward` is the same
+    ``output_shape``: of one sample.  ``operations``, ``bytes_moved``: what a sample needs.  `forward` runs the layers
     by torch, and can be differentiated.  ``program``: the layers as the engine sees them; ``str()`` lists it.
 
     Raises `BadValue` (a `ValueError`) for a layer that does not take what the one before it gives.
@@ -163,8 +163,8 @@ class Chain:
 
     @property
     def operations(self) -> int:
-        """Floating-point operations of a sample's forward pass as if nothing were zero: two for every multiply-add of a
-        linear layer or convolution.  The backward pass of each seed needs as many."""
+        """Floating-point operations of a sample's forward pass, zeros included: two for every multiply-add of a linear
+        layer or convolution.  The backward pass of each seed takes as many."""
         contractions = (
             i for i, s in enumerate(self.program.steps)
             if isinstance(s.form, Contract) and not isinstance(s.form.map, Positions)
@@ -181,9 +181,9 @@ class Chain:
     ) -> tuple[Tensor, Tensor]:
         """Outputs ``[N, *out]`` and gradients ``[N, S, *in]`` of samples ``x [N, *in]``.
 
-        ``cotangents [N, S, *out]``: the seeds; without them all one-hot ones, which gives the Jacobian, S being the
-        number of outputs.  ``out``: memory for the gradients.  Raises `ValueError` or `TypeError` for tensors of
-        another shape or dtype, `RuntimeError` if there are no kernels for this machine.
+        ``cotangents [N, S, *out]``: the seeds.  Without them, the seeds are one-hot at every output, which gives the
+        Jacobian (S is the number of outputs).  ``out``: memory for the gradients.  Raises `ValueError` or `TypeError`
+        for tensors of another shape or dtype, `RuntimeError` if there are no kernels for this machine.
         """
         self._check("x", x, self.input_shape, 1)
         n, seeds = x.shape[0], self.program.outputs

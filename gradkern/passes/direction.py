@@ -1,9 +1,9 @@
 """The direction of differentiation: from the outputs back, from the inputs forward, or both from a narrow value.
 
 Reverse mode sends one cotangent per seed back through every step.  Forward mode (:mod:`.forward_mode`) sends one
-tangent per number of the inputs ahead.  With a value ``v`` of K elements that every path from the inputs crosses, the
-Jacobian is ``dy/dv [S, K] · dv/dx [K, in]``, and either factor has a direction of its own.  The choice is pure: shapes
-and counts of operations, no data.
+tangent per number of the inputs ahead.  If every path from the inputs crosses a value ``v`` of K elements, the Jacobian
+is ``dy/dv [S, K] · dv/dx [K, in]``, and each factor has its own direction.  The choice depends only on shapes and
+counts of operations, not on data.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..ir.program import Contract, Dense, Program, Scale, View
 from .forward_mode import no_rule_reason
 
 Mode = Literal["reverse", "forward"]
-CUT_WORTHWHILE = 1.25  # times fewer operations; otherwise two calls and a product are not worth it
-#: The same for forward mode, which writes all slopes to memory, and does not skip the zeros of a pattern.
+CUT_WORTHWHILE = 1.25  # a cut has to save this factor of the operations, as it takes two calls and a product
+#: The factor that forward mode has to save, as it writes all slopes to memory and skips no zeros of a pattern.
 FORWARD_WORTHWHILE = 2.0
 
 
@@ -84,7 +84,7 @@ class Direction:
             f"reverse mode from {self.seeds} output{'s' * (self.seeds != 1)}",
             f"{_millions(whole.reverse)} million multiply-adds",
         )
-        if whole.forward is None:  # nothing to compare, and what torch runs has no count
+        if whole.forward is None:  # there is nothing to compare, and steps that torch runs have no count
             return f"{reverse[0]} (forward mode: {whole.refusal})"
         forward = (
             f"forward mode from {self.tangents} input{'s' * (self.tangents != 1)}",
@@ -168,7 +168,7 @@ class _Counts:
         return self.reverse[i] if i >= 0 and self._is_linear_layer(i) else 0
 
     def _free_forward(self, start: int | None) -> int:
-        """The same for tangents through the first layer, and its columns."""
+        """Tangents through the first linear layer are columns of its weight, which need no computation."""
         if start is None and len(self.wrt) > 1:
             return 0
         value = self.wrt[0] if start is None else start

@@ -45,9 +45,9 @@ from .prune_positions import prune
 
 MOST_TAPS = 16  # places of a pool's overlapping windows, each of which is a separate step
 
-#: What a slope holds: the derivative of a `Scale`; 1 where a pool's window chose a place, for each window or for each
-#: position of its input; the share of a maximum in each position; the output of a step, its negative, its negative
-#: exponential, or a norm's 1/deviation; a value, broadcast to the slope's shape, or with its last axes swapped.
+#: The content of a slope: the derivative of a `Scale`; 1 where a pool's window chose a place, for each window or for
+#: each position of its input; the share of a maximum in each position; the output of a step, its negative, its negative
+#: exponential, or a norm's 1/deviation; a value, broadcast to the slope's shape, or with its last two axes swapped.
 Kind = Literal[
     "derivative", "tap", "winner", "share", "output", "-output", "-exp(output)", "1/deviation", "value", "swapped"
 ]
@@ -73,7 +73,7 @@ def values_read(program: Program, slopes: Sequence[Slope]) -> tuple[int, ...]:
 class Transposed:
     """The VJP of a network as a Program, whose inputs are the cotangent of the output, and the slopes.
 
-    Its output are the cotangents of the inputs ``wrt``, flat and one after another if there are several.
+    Its output holds the cotangents of the inputs ``wrt``, flat and one after another if there are several.
     """
 
     program: Program
@@ -105,8 +105,13 @@ def no_rule_reason(program: Program, i: int) -> str | None:
     return None
 
 
+def overlaps(w: Windows) -> bool:
+    """Whether windows share positions."""
+    return any(s < d * (k - 1) + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
+
+
 def transpose(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
-    """The VJP of a network all of whose steps have a rule.
+    """The VJP of a network in which every step has a rule.
 
     ``computed``: a `Given` step computes the derivative of a function; otherwise the caller gives it.
     """
@@ -129,7 +134,7 @@ class _Writer:
         self.steps: list[Step] = []
         self.slopes: dict[Slope, int] = {}
         self.derived: dict[str, Derived] = {}
-        # With a matrix product, the Program needs its values, and so the slopes are factors like any other.
+        # A matrix product needs the values of the Program, so slopes are then ordinary factors.
         linear = not any(s.form == Product("matmul") for s in program.steps)
         self.factor: Form = Given() if linear else Product()
         self.computed = computed and linear
@@ -154,7 +159,7 @@ class _Writer:
         return Param(name)
 
     def send(self, k: int, g: int) -> None:
-        """``g`` is a cotangent of the ``k``-th input of the step."""
+        """Add ``g`` to the cotangents of the step's ``k``-th input."""
         value = self.program.steps[self.at].inputs[k]
         if value in self.reached:
             self.sums.setdefault(value, []).append(g)
@@ -167,7 +172,7 @@ class _Writer:
         return g if have == shape else self.emit(View(), (g,), shape)
 
     def indexed(self, g: int, have: Shape, axes: Mapping[int, Sequence[int]]) -> int:
-        """Other positions along some axes (-1: zeros)."""
+        """``g`` at the positions ``axes[a]`` along each axis ``a`` (-1: zeros)."""
         if all(list(wanted) == list(range(have[a])) for a, wanted in axes.items()):
             return g
         runs = tuple(indexing.runs(axes[a]) if a in axes else indexing.identity_runs(n) for a, n in enumerate(have))
@@ -175,7 +180,7 @@ class _Writer:
         return self.emit(Index((Part(tuple(range(len(have))), runs),)), (g,), shape)
 
     def along(self, g: int, have: Shape, axis: int, rows: tuple[tuple[int, tuple[float, ...]], ...]) -> int:
-        """A constant matrix along one axis, in the form of `Positions.axes`."""
+        """``g`` times a constant matrix along one axis, in the form of `Positions.axes`."""
         before, after = math.prod(have[:axis]), math.prod(have[axis + 1 :])
         same = tuple((i, (1.0,)) for i in range(after))
         g = self.reshaped(g, have, (before, have[axis], after))
@@ -295,7 +300,7 @@ class _Writer:
         return self.times(centred, "1/deviation", shape)
 
     def product(self, step: Step, g: int, k: int, source: Shape) -> int:
-        """The other side times the cotangent, summed over the axes along which this side is broadcast."""
+        """The other factor times the cotangent, summed over the axes along which this factor is broadcast."""
         if step.inputs[k] not in self.reached:
             return g
         shape = step.shape

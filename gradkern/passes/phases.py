@@ -1,8 +1,8 @@
 """Transposed convolutions without the zeros between the elements of their input.
 
-They are lowered as an `Index` that inserts zeros and a convolution with stride 1, so that all but one of stride²
-products are by zero.  Each residue of an output position modulo the stride (its phase) has taps of its own: all phases
-are the channels of one convolution over the elements themselves, whose results an `Index` interleaves.  All values stay
+They are lowered as an `Index` that inserts zeros and a convolution with stride 1, so only one in stride² products is
+not by zero.  Each residue of an output position modulo the stride (its phase) has its own taps.  Here all phases become
+the channels of one convolution over the elements themselves, and an `Index` interleaves its results.  All values stay
 the same and keep their numbers, except for the one with the inserted zeros, which nothing else reads.
 """
 
@@ -19,7 +19,7 @@ from ..ir.program import Call, Contract, Derived, Index, Param, Part, Program, S
 
 @dataclass(frozen=True)
 class Axis:
-    """The phases along one axis: output ``stride · i + a`` is that of window ``first[a] + i``, of ``taps`` elements."""
+    """The phases along one axis: window ``first[a] + i``, of ``taps`` elements, gives the output ``stride · i + a``."""
 
     stride: int
     taps: int
@@ -44,7 +44,7 @@ class Axis:
 
 
 def strides_of(form: Index, source: Shape) -> Shape | None:
-    """The distances between elements, if all that an `Index` does is to put zeros between them."""
+    """The distances between elements if an `Index` only inserts zeros between them; otherwise None."""
     part = form.parts[0]
     if len(form.parts) > 1 or part.order != tuple(range(len(source))) or len(source) < 2:
         return None
@@ -60,9 +60,9 @@ def strides_of(form: Index, source: Shape) -> Shape | None:
 
 
 def without_zeros(program: Program, kept: Collection[int]) -> Program:
-    """``program`` with its transposed convolutions by phases, except for values ``kept``.
+    """``program`` with its transposed convolutions computed by phases, except where a value is in ``kept``.
 
-    Its derived tensors are only those that it has in addition.
+    The result's derived tensors are only those that are new.
     """
     base, steps = len(program.inputs), list(program.steps)
     derived: list[Derived] = []

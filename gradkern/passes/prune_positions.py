@@ -1,8 +1,8 @@
 """Pruning: removes the positions that the output of a program does not depend on.
 
-A causal network that reads its last time step needs only every 2nd, 4th, 8th … position of its dilated layers; a sliced
-or strided layer leaves others unread.  Which positions these are depends on structure alone.  So they are computed
-once, per axis, as arithmetic progressions from the output back, and the program is then rewritten for them.  A
+A causal network that reads its last time step needs only every 2nd, 4th, 8th … position of its dilated layers; slices
+and strides leave others unread.  Which positions are needed depends on structure alone.  So they are computed once, per
+axis, as arithmetic progressions from the output back, and the program is then rewritten for them.  A
 convolution of every g-th position with dilation d becomes one with dilation d/g over the remaining positions.
 
 Results are equal, because the cotangents of removed positions are exact zeros.  Inputs keep their shapes.
@@ -243,7 +243,7 @@ def fit_windows(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
 
 
 def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
-    """A part of an `Index` for the results ``lines``, over an input of which only the positions ``have`` remain."""
+    """A part of an `Index` for the results ``lines``, over an input that has only the positions ``have`` left."""
     axes = []
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
         h, every_index = have[order], indexing.indices(axis)

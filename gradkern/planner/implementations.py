@@ -39,7 +39,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that runs a step, and why those before it in the list do not."""
+    """The implementation that runs a step, and why those before it in the list refused."""
 
     implementation: Implementation
     refusals: tuple[str, ...]
@@ -84,10 +84,10 @@ TORCH_VIEW = Implementation("view", (View,), lambda *_: None, native=True)
 KERNEL = Implementation("kernel", (*COMPUTING, Opaque), kernel_reason, native=True, chained=True)
 ATEN = Implementation("aten, seeds folded", COMPUTING, lambda *_: None)
 WALK = Implementation("walk", (Opaque,), _walk_reason, native=True)  # runtime/recurrent.py
-RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # the same by torch
+RECURRENT = Implementation("aten, seeds folded", (Opaque,), _recurrent_reason)  # the same walk by torch's operations
 PER_OP = Implementation("autograd, per op", (Opaque,), lambda *_: None, fused=False)  # torch's own VJP
 IMPLEMENTATIONS = (CHAIN_VIEW, TORCH_VIEW, KERNEL, ATEN, WALK, RECURRENT, PER_OP)
-#: The name for a step of `KERNEL` that the kernel of a neighbour does, which only the grouping knows.
+#: A step of `KERNEL` that is done by a neighbour's kernel, which only the grouping knows.
 FOLDED = Implementation("folded", COMPUTING, lambda *_: None, native=True, chained=True)
 
 

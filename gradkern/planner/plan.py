@@ -77,12 +77,12 @@ class ForwardMode:
     transposed: Transposed
     plan: Plan
     values: Program  # the network as its forward pass runs
-    read: tuple[int, ...]  # the values of it that are needed, with the numbers that they have in the network
+    read: tuple[int, ...]  # the needed ones of its values, by their numbers in the network
 
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """How a Program runs for a number of seeds on a machine: groups in execution order, and a row per step.
+    """How a Program runs for a number of seeds on a machine: groups in execution order, and a table row per step.
 
     ``str()`` is a table.  It shows the implementation of each step and why there is no faster one, where seeds start,
     and the shares of the operations that are fused (all seeds at once) and that run on gradkern's own kernels.
@@ -93,15 +93,15 @@ class Plan:
     machine: Machine | NoKernels
     dtype: torch.dtype  # of the computation
     seeds: int
-    wanted: tuple[int, ...]  # the values to compute: the program's output, or those asked of a forward pass
+    wanted: tuple[int, ...]  # the values to compute: the program's output, or those that a forward pass is asked for
     groups: tuple[Group, ...]
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
-    direction: Direction | None = None  # None: of a forward pass
-    #: Up to the bottleneck, and from there on.  If there are parts, they run, and the groups are only what the table
-    #: shows: the steps of the whole network, with their own numbers and modules.
+    direction: Direction | None = None  # None for a forward pass
+    #: The plans up to the bottleneck and from there on.  If there are parts, they run; the groups then only serve the
+    #: table, which shows the steps of the whole network with their own numbers and modules.
     parts: tuple[Plan, Plan] | None = None
-    forward: ForwardMode | None = None  # runs, and there are no groups
+    forward: ForwardMode | None = None  # if set, it runs, and there are no groups
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
     fallback: str | None = None  # why plain torch runs every step with the present tensors
@@ -124,7 +124,7 @@ class Plan:
 
     @cached_property
     def packed_names(self) -> tuple[str, ...]:
-        """The tensors of the Program that are packed for kernels, or that a Program made from it derives them from."""
+        """The tensors of the Program that are packed for kernels, or from which a Program made from it derives such."""
         if self.parts is not None:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
         if self.forward is not None:
@@ -143,7 +143,7 @@ class Plan:
             return size * plan.program.outputs if plan.single_chain else plan.bytes_per_sample
 
         if self.forward is not None:
-            inner = self.forward.plan.program  # its inputs are the slopes; the result is stored transposed, too
+            inner = self.forward.plan.program  # its inputs are the slopes; the result is also stored transposed
             numbers = sum(element_counts(shapes)[0] for shapes in (self.program.shapes, inner.inputs))
             return size * (numbers + 2 * inner.outputs * outputs) + inside(self.forward.plan)
         if self.parts is not None and self.bottleneck is not None:
@@ -156,7 +156,7 @@ class Plan:
 
     @cached_property
     def live_names(self) -> tuple[str, ...]:
-        """The tensors that the packed ones are derived from, or are: the live ones, of a network as it was given."""
+        """The live tensors of the network, as it was given, that are packed or that packed ones are derived from."""
         return underived(self.original, self.packed_names)
 
     def chain(self, group: int, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain:
@@ -165,8 +165,7 @@ class Plan:
 
     @cached_property
     def local_seeds(self) -> Chain | None:
-        """The chain in which seeds (in forward mode: tangents) start, if they are local, with cotangents only where
-        they reach."""
+        """The chain in which seeds (in forward mode: tangents) start, if they are local; else None."""
         run = self if self.forward is None else self.forward.plan
         last = run.groups[-1] if run.groups else None
         if self.parts is not None or not run.seeds or last is None or not last.native:
@@ -192,21 +191,21 @@ class Plan:
             )
 
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
-        """The same plan with what only live tensors tell.
+        """The plan with facts that only live tensors tell.
 
         ``measured_macs``: multiply-adds of opaque steps, by step of ``program``; ``fallback``: why no kernel can run.
         """
         return replace(self, measured_macs=dict(measured_macs), fallback=fallback)
 
     def timed(self, timing: Timing | None) -> Plan:
-        """The same plan with the measured time of a call; autograd runs instead of it if that was faster."""
+        """The plan with the measured time of a call, which says that autograd runs instead if that was faster."""
         return replace(self, timing=timing)
 
     # ---- the table
 
     @cached_property
     def steps(self) -> tuple[PlanStep, ...]:
-        """The rows, in the order of ``program.steps``; of the Programs that run, if some of it is in forward mode."""
+        """The rows in the order of ``program.steps``, or of the Programs that run if part of it is in forward mode."""
         running = [self.forward.plan] if self.forward is not None else []
         if self.parts is not None and any(part.forward or part.parts for part in self.parts):
             running += self.parts
@@ -307,7 +306,7 @@ def contracted(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
 
 
 def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
-    """The tensors that ``program`` does not derive itself, and that determine the tensors ``names``."""
+    """The tensors from which ``program`` derives the tensors ``names``, or those themselves if it does not."""
     calls = {derived.name: derived.call for derived in program.derived}
     pending = list(names)
     reached: dict[str, None] = {}
@@ -320,14 +319,14 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _shortened(text: str, *, end: bool = False) -> str:
-    """At most `WIDEST` characters; of a layer's place in the model, the ``end``."""
+    """``text`` cut to `WIDEST` characters; ``end``: its end is kept, as for a layer's place in the model."""
     if len(text) <= WIDEST:
         return text
     return "…" + text[1 - WIDEST :] if end else text[: WIDEST - 1] + "…"
 
 
 def _legend(paths: set[str]) -> str:
-    """What the table's last two columns say."""
+    """The explanation of the table's last two columns."""
     words = [f"{name}: {LEGEND[name]}" for name in LEGEND if any(p.split(",")[0].split()[0] == name for p in paths)]
     return "MMAC: million multiply-adds per sample, all outputs. " + (
         "Paths: " + "; ".join(words) + "." if words else ""

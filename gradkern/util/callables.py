@@ -37,7 +37,7 @@ def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., A
 
 
 def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
-    """``fn``, of whose result ``output`` is returned."""
+    """``fn``, returning the part ``output`` of its result."""
     return fn if output is None else FixedArguments(unwrapped(fn), {}, check_output_choice(output))
 
 
@@ -72,7 +72,7 @@ def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
 
 
 def unwrapped(fn: Any) -> Any:
-    """The callable inside wrappers that compute the same: `torch.compile`, data parallelism on one device."""
+    """The callable inside wrappers that do not change results: `torch.compile`, data parallelism on one device."""
     while (inner := _inner(fn)) is not None:
         fn = inner
     return fn
@@ -102,7 +102,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def anchor(fn: Any) -> tuple[Any, Hashable]:
-    """The object that the state kept for ``fn`` belongs to, and the path from that object to ``fn``."""
+    """The object whose lifetime bounds the state kept for ``fn``, and the path from that object to ``fn``."""
     if isinstance(fn, nn.Module):
         return fn, ()
     if isinstance(fn, FixedArguments):
@@ -118,7 +118,7 @@ def anchor(fn: Any) -> tuple[Any, Hashable]:
 
 
 def model_of(fn: Any) -> nn.Module | None:
-    """The module that ``fn`` is, is a method of, or is a `functools.partial` of; else None."""
+    """The module behind ``fn``: ``fn`` itself, or the one whose method or `functools.partial` it is; else None."""
     owner = anchor(fn)[0]
     return owner if isinstance(owner, nn.Module) else None
 

@@ -1,10 +1,18 @@
 """A batch in pieces: the memory of a sample, the number of samples per piece, and their ranges.
 
-Every part of gradkern that cuts a batch to save memory uses `samples_per_chunk`, with two exceptions.  A store's chunks
-(:mod:`gradkern.data.runs.forecast`) depend only on shapes, because every machine that works on a store, or continues
-it, needs the same ones.  The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) come from the
-live model, whose memory is not measured, so their number of rows is fixed.  A value that the caller gives (``chunk=``)
-is used unchanged.
+`samples_per_chunk` cuts a batch to the memory budget.  Other pieces have a size of their own, for these reasons:
+
+* A store's chunks (:mod:`gradkern.data.runs.forecast`) depend only on shapes, because every machine that works on a
+  store, or continues it, needs the same ones.
+* Pieces that should stay in a cache have a fixed number of bytes: the Jacobians of `WholeChain.add_to`, the slopes of
+  :mod:`gradkern.runtime.recurrent`.
+* The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) come from the live model, whose memory
+  is not measured, so their number of rows is fixed.
+* Autograd takes at most `gradkern.dispatch.eager.LARGEST_CHUNK` samples, whatever the budget.
+* Arrays that are only held or copied (the orders of features in :mod:`gradkern.data.ranking`, the rows of
+  :mod:`gradkern.data.export`) have fixed bounds.
+
+A value that the caller gives (``chunk=``) is used unchanged.
 """
 
 from __future__ import annotations
@@ -21,9 +29,9 @@ from .progress import with_progress
 
 MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
 STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
-# On a CPU a piece stays in its caches, which makes small networks up to a tenth faster.  But large networks read their
-# weights again for each piece, and those of many operations pay for each of them, so that pieces of a few samples took
-# up to twice as long.  On a GPU pieces should be as large as its memory allows.
+# On a CPU a piece stays in the caches, which makes small networks up to a tenth faster.  But large networks read their
+# weights again for each piece, and each operation has its overhead per piece, so pieces of a few samples took up to
+# twice as long.  On a GPU pieces should be as large as its memory allows.
 CPU_CACHED_BYTES = 24 << 20
 CPU_LEAST_SAMPLES = 32
 
@@ -49,14 +57,14 @@ def stepwise_samples(device: torch.device, estimate: int) -> int:
 
 
 def forward_samples(device: torch.device, estimate: int) -> int:
-    """The same for a forward pass whose steps may be kernels, which write no more than their results."""
+    """`stepwise_samples` for a forward pass whose steps may be kernels, which write only their results."""
     return samples_per_chunk(device, STEPWISE_PEAK * estimate)
 
 
 def stepwise_bytes(shapes: Sequence[Sequence[int]], seeds: int, itemsize: int) -> int:
     """Bytes per sample, besides the result, if steps run one by one: all values, and cotangents of all seeds.
 
-    ``shapes``: per sample, of every value.
+    ``shapes``: the shape of every value, per sample.
     """
     every, largest = element_counts(tuple(shapes))
     return max(1, itemsize * (every + MOST_COTANGENTS * seeds * largest))
@@ -70,7 +78,7 @@ def element_counts(shapes: tuple[Sequence[int], ...]) -> tuple[int, int]:
 
 
 def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Even pieces of at most ``chunk``: there is no small remainder at the end.  A progress bar follows them."""
+    """Even pieces of at most ``chunk``, without a small remainder at the end.  A progress bar follows them."""
     count = stop - start
     pieces = -(-count // chunk) if count else 0
     ends = [start + count * i // max(pieces, 1) for i in range(pieces + 1)]
@@ -78,7 +86,8 @@ def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(first sample, last, first copy, last)``: whole samples together, or some copies of one sample."""
+    """Blocks of at most ``rows`` copies, as ranges ``(first sample, stop, first copy, stop)``: several samples with all
+    of their copies, or some copies of one sample."""
     if copies <= rows:
         step = max(1, rows // max(copies, 1))
         for a in range(0, samples, step):

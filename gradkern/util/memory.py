@@ -1,4 +1,4 @@
-"""What a process may allocate, and the errors of what it could not."""
+"""How much memory a process may allocate, and the errors of failed allocations."""
 
 from __future__ import annotations
 

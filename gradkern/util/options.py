@@ -72,12 +72,12 @@ def engine(argument: str | None = None) -> Engine:
 
 
 def debugging() -> bool:
-    """Whether an error is to be raised where there would be a way around it."""
+    """Whether errors are raised instead of worked around (``GRADKERN_DEBUG=1``)."""
     return os.environ.get(DEBUG, "") not in ("", "0")
 
 
 def memory_budget(device: torch.device | None = None) -> int:
-    """Bytes that a call may allocate in addition to its result (or the need of one sample, if that is more).
+    """Bytes that a call may allocate in addition to its result (more only if a single sample needs more).
 
     Default: 512 MiB, or a sixteenth of the memory of the GPU that the work is for.
     """

@@ -1,4 +1,4 @@
-"""``output=``: the tensor to explain, of a model that returns several (a tuple, a dict, a dataclass)."""
+"""``output=``: which tensor to explain if a model returns several (in a tuple, dict or dataclass)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ HINT += "of it is the tensor to explain."
 class Sums:
     """A value for ``output=``: sums over ``windows`` of the last axis, so that groups of positions are the targets.
 
-    The windows are pairs ``(first, stop)``; a model of outputs ``[N, *out]`` then has ``[N, *out[:-1], windows]``.
-    ``of``: which tensor, of a model that returns several, as ``output=`` itself.
+    The windows are pairs ``(first, stop)``; a model with outputs ``[N, *out]`` then has ``[N, *out[:-1], windows]``.
+    ``of``: which tensor is summed if the model returns several, chosen as by ``output=``.
     """
 
     windows: Sequence[tuple[int, int]]
@@ -52,7 +52,7 @@ class Sums:
 
 
 def check_output_choice(output: Any) -> Output:
-    """``output`` as it is given, if it is one."""
+    """``output`` unchanged, if it is a valid choice."""
     if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
         raise BadType(
             f"output: got {output!r} ({type(output).__name__}), expected an index (int), a name (str), or a function "
@@ -94,12 +94,12 @@ def described_result(result: Any) -> str:
 
 
 def output_key(output: Output) -> Hashable:
-    """What two choices of an output have in common if they are the same; functions by their code."""
+    """A key that is equal for equal choices of an output; functions are compared by their code."""
     return output if output is None or isinstance(output, (int, str)) else getattr(output, "__code__", output)
 
 
 def output_name(output: Output) -> int | str | None:
-    """A choice as plain data."""
+    """A choice of an output as plain data."""
     if output is None or isinstance(output, (int, str)):
         return output
     if isinstance(output, Sums):
@@ -108,7 +108,7 @@ def output_name(output: Output) -> int | str | None:
 
 
 class OneOutput(nn.Module):
-    """A model of which ``output`` is returned, as a module."""
+    """A module that returns the part ``output`` of a model's result."""
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         super().__init__()

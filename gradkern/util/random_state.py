@@ -1,4 +1,4 @@
-"""torch's random generators, put back: those of the CPU and of every CUDA device in use."""
+"""Saves and restores torch's random generators: the CPU's and those of every CUDA device in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class RandomState:
-    """The states of the generators when it was made."""
+    """The states of the generators at construction."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()

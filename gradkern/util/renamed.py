@@ -1,4 +1,4 @@
-"""Old names of public arguments, which work for one release, with a warning."""
+"""Old names of what is public, which work for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[
         return call
 
     return wrap
+
+
+def old_names(scope: dict[str, Any], names: dict[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module with the globals ``scope``; ``names``: the new names by the old."""
+
+    def find(name: str) -> Any:
+        module = scope["__name__"]
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        note(f"{module}.{name}", f"{module}.{names[name]}", 3)
+        return scope[names[name]]
+
+    return find
 
 
 def note(old: str, new: str, level: int) -> None:

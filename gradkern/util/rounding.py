@@ -13,7 +13,7 @@ from torch import Tensor
 
 _PROGRAM = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _PROGRAM |= {torch.complex128: 1e-8, torch.complex64: 2e-3}
-TF32 = 5e-2  # for a Program if float32 is cut to ten bits of mantissa, which also flips a few patterns
+TF32 = 5e-2  # for a Program if float32 is rounded to ten bits of mantissa, which also flips a few patterns
 
 
 def for_program(dtype: torch.dtype) -> float:
@@ -49,7 +49,7 @@ def unit(dtype: torch.dtype, tolerance: float) -> float:
 
 
 def of_terms(dtype: torch.dtype, tolerance: float) -> float:
-    """How much a sum may differ in relation to the terms that cancel in it, for a ``tolerance`` in relation to itself.
+    """How much a sum may differ relative to the terms that cancel in it, given its ``tolerance`` relative to itself.
 
     Sums of thousands of terms were off by some tens of units of rounding."""
     return min(tolerance / 4, 256 * unit(dtype, tolerance))
@@ -58,7 +58,7 @@ def of_terms(dtype: torch.dtype, tolerance: float) -> float:
 def sample_errors(got: Tensor, want: Tensor) -> Tensor:
     """Per sample, the 2-norm of the error relative to that of ``want``, ``[N]``; not finite where a number is not.
 
-    A sample without gradient is measured against the others."""
+    The error of a sample without gradient is relative to the others' gradients."""
     a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
     size = torch.maximum(b.norm(dim=1), 1e-6 * b.nan_to_num(0.0, 0.0, 0.0).norm())
     return (a - b).norm(dim=1) / (size + 1e-30)

@@ -1,8 +1,8 @@
 # ruff: noqa: F401  (names are imported here for the other files)
 """torch's private names that gradkern needs, each imported here and nowhere else.
 
-The public API captures a function under guards (`torch.compile` with a backend).  It cannot check the guards without
-running anything, apply settings to one capture only, or tell which code was read.
+torch's public API can capture a function under guards (`torch.compile` with a backend).  It cannot check the guards
+without running anything, apply settings to one capture only, or tell which code was read.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _recurrent = _Recurrent()
 
 @contextmanager
 def recurrent_shapes_only() -> Iterator[None]:
-    """For shapes alone, torch walks through every time step of a recurrent layer: 0.1 s each, twice per capture.
+    """Inside, in this thread, one time step of fake tensors stands for all time steps of a recurrent layer.
 
-    Inside, in this thread, one step of fake tensors stands for all of them.
+    To find shapes alone, torch would walk through every step: 0.1 s each, twice per capture.
     """
     _patch_recurrent()
     before, _recurrent.shapes_only = _recurrent.shapes_only, True
@@ -65,7 +65,7 @@ def recurrent_shapes_only() -> Iterator[None]:
 
 
 def _patch_recurrent() -> None:
-    """Once per process, and without effect in other threads and outside `recurrent_shapes_only`."""
+    """Patch torch once per process; it has no effect in other threads and outside `recurrent_shapes_only`."""
     try:
         from torch._decomp import decompositions
         from torch._subclasses.fake_tensor import FakeTensor

@@ -1,4 +1,4 @@
-"""Guards for files that somebody else has made: what they may ask for, where they may lead, what they may print."""
+"""Guards for files of unknown origin: the memory they ask for, the paths they lead to, the text they print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from .options import BadValue
 
-#: zarr's and numcodecs' codecs that decompress or convert numbers.  Others may unpickle.
+#: The codecs of zarr and numcodecs that only decompress or convert numbers.  Others may unpickle.
 CODECS = {
     "BytesCodec", "TransposeCodec", "GzipCodec", "ZstdCodec", "BloscCodec", "Crc32cCodec", "ShardingCodec",
     "Adler32", "BZ2", "BitRound", "Blosc", "CRC32", "CRC32C", "Delta", "FixedScaleOffset", "Fletcher32", "GZip",
@@ -37,8 +37,8 @@ def check_memory(wanted: int, what: str) -> None:
 
 
 def check_links(folder: str | Path) -> None:
-    """Raise `BadValue` if a symbolic link inside ``folder`` leads out of it, to files that are not part of it, or if
-    something in it is no file: reading a pipe waits for ever."""
+    """Raise `BadValue` if a symbolic link inside ``folder`` leads out of it, or if it holds anything but files and
+    folders: reading a pipe waits for ever."""
     root = os.path.realpath(folder)
     todo = [root]
     while todo:
@@ -68,8 +68,8 @@ def plain(text: str, *, lines: bool = True) -> str:
 
 
 def check_array(array: Any, what: str, *, text: bool = False) -> None:
-    """Raise `BadValue` if a zarr array holds anything but numbers (or ``text``), or a chunk of it is larger than the
-    memory."""
+    """Raise `BadValue` if a zarr array holds anything but numbers (or, if ``text``, strings), or one of its chunks is
+    larger than the memory."""
     codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
     while codecs:
         codec = codecs.pop()

@@ -373,9 +373,11 @@ def test_checkpoints(prefix: str, wrap: str | None, tmp_path) -> None:
 @pytest.mark.parametrize("content", [{"a": torch.ones(1)}, {"state_dict": 3}, [1], {"x": Path("a")}])
 def test_what_is_no_checkpoint(content, tmp_path) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="--weights: ") as caught:
-        load_model(f"{HERE}:build", str(tmp_path / "w.pt"))
-    assert "\n" not in str(caught.value)
+    (tmp_path / "w.safetensors").write_bytes(b"x")
+    for name in ("w.pt", "w.safetensors"):
+        with pytest.raises(ValueError, match="--weights: ") as caught:
+            load_model(f"{HERE}:build", str(tmp_path / name))
+        assert "\n" not in str(caught.value)
 
 
 NETS = """

@@ -20,6 +20,7 @@ from ...dispatch.request import jacobian_choice
 from ...dispatch.targets import Seeds
 from ...util.options import Engine, InputError
 from ...util.outputs import Output
+from ...util.renamed import old_names
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -162,6 +163,9 @@ def make_attribute_all(kind: Any) -> AttributeAll:
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
     return as_attribute_all(attribute_all)
+
+
+__getattr__ = old_names(globals(), {"one_output": "make_attribute", "all_outputs": "make_attribute_all"})
 
 
 def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwargs: Options) -> Options:

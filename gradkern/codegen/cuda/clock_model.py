@@ -2,9 +2,9 @@
 
 The unit is a clock of one multiprocessor.  A loop takes the longer of two times: that of issuing its instructions, and
 that of its loads.  The rates are four instructions, and 128 bytes of shared memory or L1, per clock, times the share of
-them that loops reach (`PACE`).  Instructions per turn of a loop are counted in sm_90 machine code (nvcc 13.0).  `PACE`,
-`BARRIER` and what a number costs on its way in or out are fitted to an H200's times, record by record
-(benchmarks/results/gpu-h200-records.json).
+them that loops reach (`PACE`).  Plain numbers in the arguments of `loop` are counts: the instructions, and the
+wavefronts of loads, of one turn in sm_90 machine code (nvcc 13.0).  `PACE`, `BARRIER`, `LOADED` and `STORED` are fitted
+to an H200's times, record by record (benchmarks/results/gpu-h200-records.json).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import NamedTuple
 from .. import limits, records
 
 WARP = 32
-QUAD_COUNTS = (2, 3, 5, 6)  # of a lane, as csrc/cuda/quads.cuh has them
-QUAD_LANES = (4, 8, 16, 32)  # of a worker
+QUAD_COUNTS = (2, 3, 5, 6)  # the numbers of quads per lane that csrc/cuda/quads.cuh is compiled for
+QUAD_LANES = (4, 8, 16, 32)  # the numbers of lanes of a worker for quads
 DECODE = {1: 1.7, 2: 3.5, 3: 7, 4: 7}  # by the number of taps: instructions to find the one that a channel came from
-PARTIAL_SUMS = 4096  # elements of the region that a whole-block record gets at least, for parts of long sums
-PACE = 0.33  # the share of the issue rate, and of the load unit's, that loops reach: 0.2 to 0.5
-BARRIER = 1500  # clocks from one record to the next: 1200 to 2500
+PARTIAL_SUMS = 4096  # the least elements of the region for a whole-block record, for parts of long sums
+PACE = 0.33  # the share of the issue rate, and of the load unit's, that loops reach (measured: 0.2 to 0.5)
+BARRIER = 1500  # clocks from one record to the next (measured: 1200 to 2500)
 LOADED, STORED = 2.8, 0.65  # clocks for each number of an input, and of a result
 L2_PACE = 24.0  # bytes per clock that one of an H200's multiprocessors gets from L2 while all of them read
 
 #: Fields that no price depends on: the places of weights, bits and tables, and fields that are set after the price.
 UNPRICED_FIELDS = frozenset(["bits", "bias", "input", "output", "result", "cotangent", "lanes", "bands"])
-#: Records that are priced as the step from one to the next: they touch each number once, or a few times.
+#: Records whose price is only the step from one record to the next: they touch each number once, or a few times.
 BARRIERS = frozenset({
     records.Stencil, records.Elementwise, records.Add, records.Move, records.Multiply,
     records.Lines, records.Rectify, records.SeedRows, records.SeedOneHot, records.SeedDense, records.StencilT,
@@ -41,7 +41,8 @@ BandOptions = Mapping[int, list[records.Bands]]
 
 
 def loop(instructions: float, wavefronts: float) -> float:
-    """Clocks of a warp's loop if all warps are busy: instructions issued, 128-byte wavefronts loaded."""
+    """Clocks of a warp's loop if all warps are busy, from the instructions that it issues and the 128-byte wavefronts
+    that it loads."""
     return max(instructions / 4, wavefronts) / PACE
 
 
@@ -71,7 +72,7 @@ class Work:
         return self.block if op.whole_block else self.resident
 
     def clocks(self, op: records.Record, forward: bool) -> float:
-        """Clocks per sample of a record, in the backward pass per tile of seeds too."""
+        """Clocks of a record per sample, and in the backward pass per tile of seeds."""
         clocks, copies = BARRIER / self.samples(op), 1 if forward else self.tile
         match op:
             case _ if type(op) in BARRIERS:
@@ -105,7 +106,7 @@ class Work:
         each = limits.POOLED.of(self.itemsize) if taps else 4  # positions of a thread
         tiles = math.ceil(op.O / (4 * lanes)) * math.ceil(positions * lanes / (each * WARP)) * op.groups
         share = busy(tiles * (max(self.warps // tiles, 1) if op.whole_block else 1), self.warps)
-        # Per term: a sixteenth of a tile's multiply-adds, loads and addresses.
+        # A term: 4 multiply-adds per position, loads and addresses.  Without whole quads, a load gets only one number.
         term = loop(4 * each + 7, each / 4 + 2) if op.run_length % 4 == 0 else loop(5 * each + 7, each + 1)
         terms = op.runs * op.run_length
         work = tiles * (terms * term + loop((20 if taps else 10) * each + 40, 5 * each)) / share
@@ -161,7 +162,7 @@ class Work:
 
 @dataclass
 class RunPrice:
-    """A run of records as a price per sample, by how many samples it takes at a time."""
+    """The price per sample of a run of records, by how many samples it takes at a time."""
 
     whole_block: bool  # whether it is a single record that takes the whole block
     work: Work
@@ -194,14 +195,14 @@ class RunPrice:
 
 @cache
 def even_steps(block: int) -> tuple[int, ...]:
-    """The sizes of steps that divide a block as evenly as their number allows."""
+    """The numbers of samples per step that divide a block into even steps, for every number of steps."""
     return tuple(sorted({math.ceil(block / steps) for steps in range(1, block + 1)}))
 
 
 def in_steps(price: Callable[[int], float], block: int, resident: int) -> float:
-    """The price per sample of a block that takes ``resident`` samples at a time, and in the last step those left.
+    """The price per sample of a block that takes ``resident`` samples at a time, and the rest in a last step.
 
-    ``price``: per sample, of a step of a number of samples.
+    ``price``: the price per sample of a step, by its number of samples.
     """
     full, left = divmod(block, resident)
     return (full * resident * price(resident) + (left * price(left) if left else 0.0)) / block
@@ -244,15 +245,15 @@ class ScatterShape:
     channels: int
     taps: int  # of the pool through whose bits the cotangent is read
     merged: bool  # the taps share one window
-    pattern: bool  # there are bits
+    pattern: bool  # the cotangent is read through bits
 
 
 class ScatterWay(NamedTuple):
     """A size of workers for a transposed convolution."""
 
     clocks: float  # per pool output, for all seeds, if all warps are busy
-    visits: int  # of every position, each for some of the seeds
-    lanes: int  # of a worker
+    visits: int  # how often every position is visited, each time for some of the seeds
+    lanes: int  # lanes of a worker
 
 
 def scatter_ways(shape: ScatterShape, seeds: int, itemsize: int) -> list[ScatterWay]:
@@ -275,13 +276,17 @@ def scatter_ways(shape: ScatterShape, seeds: int, itemsize: int) -> list[Scatter
 
 
 def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: int, pattern: bool) -> float:
-    """Per pool output and group of seeds: a start and a read-add-write per walk, and per live channel its loads and
-    multiply-adds, a few elements of the window per lane.  The walks of a warp end with its longest."""
+    """Clocks per pool output and group of seeds.
+
+    Each live channel costs its loads and multiply-adds, for a few elements of the window per lane: 15.5 instructions, 3
+    per element, 2.5 per seed, and one per element and seed.  Each walk costs a start of 30 instructions and a
+    read-add-write of three per sum.  The walks of a warp end with its longest.
+    """
     lanes = worker_lanes(elements)
     workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
     live = channels * live_share(planes, pattern) / walks
-    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # of as many binomial counts, roughly
+    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # roughly the largest of so many binomial counts
     step = loop(
         (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
     )
@@ -291,13 +296,18 @@ def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: 
 def quad_clocks(
     quads: int, channels: int, seeds: int, planes: int, pattern: bool, lanes: int, itemsize: int
 ) -> tuple[float, int]:
-    """Per pool output, all visits together, and how many visits of seeds there are; csrc/cuda/quads.cuh."""
+    """Clocks per pool output, all visits together, and the number of visits; the kernel is in csrc/cuda/quads.cuh.
+
+    Each channel costs a load and four multiply-adds per seed for every quad of a lane, 10 instructions and those of
+    `DECODE`, and 1.6 per seed for the cotangents (6 more with two quads per lane).  The start and the read-add-write of
+    the sums cost 40 instructions, and six per quad and seed.
+    """
     widest = limits.QUADS.of(itemsize)
     each = next((n for n in QUAD_COUNTS if math.ceil(quads / lanes) <= n <= widest), widest)
     chunks, most = math.ceil(quads / (lanes * each)), min(limits.QUAD_SEEDS, limits.QUAD_SUMS.of(itemsize) // each)
     visits, together, workers = math.ceil(seeds / most), even(seeds, most), WARP // lanes
     walked = channels * (live_share(planes, pattern) if workers == 1 and each == 2 else 1.0)
-    rows = min(planes, 2) if workers > 1 else 1  # of the weight that workers in step read
+    rows = min(planes, 2) if workers > 1 else 1  # rows of the weight that the workers of a warp read in one step
     step = loop(
         each * (4 * together + 1) + (10 + DECODE[max(planes, 1)]) + 1.6 * together + 6 * (each == 2),
         each * max(1, lanes * 16 * rows / 128) + together * workers / 4,
@@ -307,7 +317,12 @@ def quad_clocks(
 
 
 def narrow_clocks(width: int, channels: int, seeds: int, planes: int, itemsize: int) -> tuple[float, int]:
-    """Per pool output, all visits together, and how many of those there are; csrc/cuda/quads.cuh."""
+    """Clocks per pool output, all visits together, and the number of visits; the kernel is in csrc/cuda/quads.cuh.
+
+    Four lanes take four channels each, so a round covers 16.  Per channel it costs a multiply-add per element and seed,
+    a load per quad of the row, and `DECODE`; per round, 67 instructions and 10 per seed.  At the end, the lanes add up
+    their sums.
+    """
     most, rounds = limits.NARROW_SEEDS.of(itemsize), math.ceil(channels / 16)
     visits, together = math.ceil(seeds / most), even(seeds, most)
     width = next(w for w in (4, 6, 8) if width <= w)

@@ -1,4 +1,4 @@
-"""Records, and layouts of weights, that differ on a GPU."""
+"""The records and layouts of weights that a GPU has in place of a CPU's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DeviceLayouts(Layouts):
         if pattern is not None and pool is not None and mergeable(unit, pattern):
             layouts += [t.merge(unit, 1, pool, 1) for t in types]
         upstream = self.spec.cotangents.of(unit.out)
-        if upstream is None or upstream.seed_rows:  # these lie in global memory: only the walk reads them there
+        if upstream is None or upstream.seed_rows:  # seed rows lie in global memory, where only the walk reads them
             fitting = [s for s in layouts if s.algorithm == ScatterAlgorithm.Walk]
         else:
             fitting = [s for s in layouts if s.fits(unit.reads[0], upstream.node)]
@@ -52,12 +52,12 @@ class DeviceEmitter(Emitter):
     """The records of a GPU's chain."""
 
     def zero_border(self, unit: Unit) -> None:
-        """Zero borders, and places that copies leave out, for every tile, because buffers share memory."""
+        """Zero borders, and places that copies leave out, for every tile of samples, because buffers share memory."""
         node = unit.out
         filled = node.C * node.P
         if isinstance(unit, units.Move):
             filled = sum(sum(runs[2::5]) for runs in self.runs(unit, node))
-        shared = node.memory in self.buffers.values  # by a unit that works in place: its border is zero already
+        shared = node.memory in self.buffers.values  # a unit that works in place: the border is zero already
         if not shared and node.size != filled:
             self.forward.append(Zero(dst=Place(self.buffers.value(node), 0), elements=node.size))
 
@@ -81,7 +81,7 @@ class DeviceEmitter(Emitter):
         )  # fmt: skip
 
     def distinct(self, runs: Runs) -> bool:
-        """Then every run has its own warp."""
+        """Whether no element is read twice, so that every run can have its own warp."""
         read = [r + i * step for r, n, step in zip(runs[::5], runs[2::5], runs[3::5], strict=True) for i in range(n)]
         return len(set(read)) == len(read)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from ..records import Pattern, PooledWindow, Record, Window, Zero
 from ..scratch import Buffer
 
-TAPS = (1, 2, 4)  # of a pool that a thread's positions hold whole: eight, or four doubles
+TAPS = (1, 2, 4)  # the sizes of pools that a thread's positions (eight floats or four doubles) hold whole
 
 
 def fuse_patterns(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:

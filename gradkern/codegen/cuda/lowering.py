@@ -34,8 +34,8 @@ from .fuse import fuse_patterns
 from .shared_memory import Arrangement, Passes
 from .tiling import Tiler, Tiling, band_options
 
-#: A contraction with a larger weight than this leaves its chain.  A block reads the weight for its own few samples, and
-#: reading a mebibyte from L2 takes a multiprocessor about 40,000 clocks.  UNMEASURED.
+#: A contraction with more weights than this leaves its chain.  A block reads the weight for its own few samples, and
+#: reading a mebibyte from L2 takes a multiprocessor about 40,000 clocks.  This limit has not been measured.
 CHAIN_WEIGHT = 1 << 18
 
 
@@ -70,7 +70,7 @@ def lay_out(e: Emitter) -> LaidOut:
 
 
 def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
-    """Enter the places of buffers, and write into the records how workers share the work."""
+    """The records with the places of buffers, and with how workers share the work."""
     for buffer, life in passes.lives.items():
         buffer.per_sample = life.run is None
         buffer.base = arrangement.bases[buffer] + (tiling.region if buffer.per_sample else 0)
@@ -87,7 +87,7 @@ def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, ti
         # A negative stride between samples means scratch; it is negative even if one sample is resident.
         encoded.append(encode(op, arrangement.sample, -max(arrangement.strides[run], 4), resident))
         clocks.append(tiler.clocks(op, forward, resident, tiling) * (1 if forward else tiler.rounds(tiling.seed_tile)))
-    # Idle lanes and prefetched weights may read up to that far past the last row.
+    # Idle lanes and prefetches of weights may read up to a row past the last one.
     row_length = max((x.row_length for x in e.layouts.made.values()), default=0)
     slack = 8 * row_length + clock_model.WARP * 4 * max(limits.QUADS)
     n = len(passes.forward)

@@ -19,7 +19,8 @@ from . import clock_model
 class Life:
     """The records between which a buffer's content matters, and the run whose scratch holds it.
 
-    Without a run, it outlives one, or a record of the whole block uses it, and each sample of the block keeps its own.
+    There is no run if the content outlives one, or if a record of the whole block uses it.  Then every sample of the
+    block keeps its own.
     """
 
     first: int
@@ -27,7 +28,7 @@ class Life:
     run: int | None
 
     def meets(self, other: Life) -> bool:
-        """Whether the two buffers must not overlap, both in scratch or both kept."""
+        """Whether the two buffers, if both are in scratch or both are kept, must not overlap."""
         same_kind = (self.run is None) == (other.run is None)
         return same_kind and self.first <= other.last and other.first <= self.last
 
@@ -71,7 +72,7 @@ class Passes:
         return self.forward + self.backward
 
     def numbered(self) -> Iterator[tuple[Record, int, bool]]:
-        """Every record with its run, and whether it is of the forward pass."""
+        """Every record with its run, and whether it belongs to the forward pass."""
         for i, (op, run) in enumerate(zip(self.records, self.runs, strict=True)):
             yield op, run, i < len(self.forward)
 
@@ -109,7 +110,7 @@ class Arrangement:
                 sample = max(sample, ends[buffer])
             else:
                 strides[life.run] = max(strides[life.run], ends[buffer])
-        sample += (4 - sample) % clock_model.WARP if sample else 0  # neighbours start four banks apart
+        sample += (4 - sample) % clock_model.WARP if sample else 0  # neighbouring samples start four banks apart
         return cls(bases, tuple(strides), sample)
 
 

@@ -25,7 +25,7 @@ COUNTS = (2, 3, 4, 5, 6, 7, 8)  # slices that are tried
 class Stage:
     """A transposed convolution as a map along one axis: from positions of its source to elements of its target."""
 
-    index: int  # of its record
+    index: int  # the number of its record
     axis: Literal["H", "W"]
     positions: int
     source: int  # elements of the source per position, and where position 0 lies
@@ -70,7 +70,7 @@ class Stage:
 
 
 def variants(backward: list[Record], tables: Sequence[int]) -> list[list[Record]]:
-    """The backward pass with its last wide layer whole, or in slices; the ones that need least memory last."""
+    """The backward pass with its last wide layer whole, and in slices; those that need the least memory come last."""
     cut = (slice_linear(backward, tables, count) for count in COUNTS)
     return [backward, *(ops for ops in cut if ops is not None)]
 
@@ -156,7 +156,7 @@ def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int,
             after = following.readers(shift, far)
             if after[0] >= after[1]:
                 return []  # the slice adds only to a border
-            # Reads cover whole positions: a row may begin before the window that reached it.
+            # Reads cover whole positions, so a row may begin before the window that reached it.
             shift = min(shift, (following.first + after[0] * following.source) // 4 * 4)
             far = max(far, following.first + after[1] * following.source)
             target = Buffer((far - shift + 3) // 4 * 4, cotangent=True)

@@ -25,7 +25,7 @@ MAX_RESIDENT = 32  # samples at a time in scratch
 
 @dataclass(frozen=True)
 class Tiling:
-    """A way to cut the work, and the shared memory that it takes."""
+    """One way to cut the work, and the shared memory that it takes."""
 
     seed_tile: int
     block: int  # samples
@@ -66,7 +66,7 @@ class Tiler:
         return clock_model.Work(warps, resident, block, tile, self.itemsize, self.band_options)
 
     def clocks(self, op: Record, forward: bool, resident: int, tiling: Tiling) -> float:
-        """Clocks per sample of a record, once for every sample, or for each tile of seeds."""
+        """Clocks of a record per sample: once in the forward pass, and once per tile of seeds in the backward pass."""
 
         def step(samples: int) -> float:
             return self.work(samples, tiling.block, tiling.seed_tile).clocks(op, forward)

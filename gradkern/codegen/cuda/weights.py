@@ -43,7 +43,7 @@ class DeviceScatter(ScatterLayout):
 
     @property
     def size(self) -> int:
-        # Idle lanes of a walk read on past the last row.
+        # Idle lanes of a walk read past the last row.
         return super().size + (WARP * limits.WALK_ELEMENTS if self.algorithm == ScatterAlgorithm.Walk else 0)
 
     def fits(self, node: Node, upstream: Node) -> bool:

@@ -27,7 +27,7 @@ def elementwise(b: ProgramBuilder, x: object, function: str, *params: float) -> 
 @lowers("aten.clamp_min.default", axes=(), function="clamp", params=("min", math.inf))
 @lowers("aten.clamp_max.default", axes=(), function="clamp", params=(-math.inf, "max"))
 def parametric(b: ProgramBuilder, a: SimpleNamespace, function: str, params: tuple[str | float, ...] = ()) -> Value:
-    """A function whose parameters are numbers, or names of arguments."""
+    """An elementwise function; each of its parameters is a number, or the name of the op's argument that holds it."""
     return elementwise(b, a.self, function, *(number_of(getattr(a, p)) if isinstance(p, str) else p for p in params))
 
 

@@ -27,8 +27,8 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     """A constant that broadcasts against the live ``[N, *shape]``, as one number per channel.
 
     Returns the value in a shape that allows this, the axis of the channels, the constant as ``[channels]``, and the
-    shape of the result.  The value is flat if each element has its own number, or two axes, of which the first is the
-    one along which the numbers repeat, if it has more elements than a kernel has channels.
+    shape of the result.  If each element has its own number, the value is flat.  If that would be more channels than a
+    kernel takes, the value has two axes, and the numbers repeat along the first.
     """
     shape, p_shape = b.shape(x), b.param_shape(p)
     if len(p_shape) > len(shape) + 1 or (len(p_shape) == len(shape) + 1 and p_shape[0] != 1) or not shape:
@@ -97,7 +97,7 @@ def add_scaled(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
 
 
 def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
-    """The shape that two values broadcast to; in values of unequal ranks another axis would meet the batch axis."""
+    """The shape that two values of equal rank broadcast to.  (Else the batch axis would meet another axis.)"""
     one, two = b.shape(x), b.shape(y)
     if len(one) != len(two):
         raise NoForm(f"it joins values of shapes {one} and {two}")

@@ -1,6 +1,6 @@
-"""Assignments to places that the code names: ``y[:, 0] = x``, ``y[:, [0, 3]] = x``, with values and constants.
+"""Assignments to constant places, ``y[:, 0] = x`` or ``y[:, [0, 3]] = x``, of values and constants.
 
-What is assigned to and what is assigned are copied to disjoint places (`Index`); constants among them are added.
+The elements of ``y`` that stay and those of ``x`` are copied to disjoint places (`Index`); constants are added.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def copies(b: ProgramBuilder, parts: list[Any], values: list[Value], shape: Shap
 def with_constants(
     b: ProgramBuilder, y: Value, tensors: Sequence[tuple[str, Any, Shape | None]], a: SimpleNamespace
 ) -> Value:
-    """The copied values, and the op's result on the constants, with zeros in place of the values."""
+    """The copied values ``y``, plus the op's result on the constants, with zeros in place of the values."""
     constants = [x for _, x, _ in tensors if isinstance(x, Param)]
     if not constants or all(is_zero(b, x) for x in constants):
         return y
@@ -89,8 +89,10 @@ def is_zero(b: ProgramBuilder, x: Param) -> bool:
 def copy_from_several(
     b: ProgramBuilder, tensors: Sequence[tuple[str, Any, Shape]], f: Callable[..., Tensor], a: SimpleNamespace
 ) -> Value:
-    """An op that copies elements of several tensors, each ``(name, tensor, per-sample shape)``, found by running it
-    on numbers; ``f`` takes one tensor ``[1, *shape]`` for each name."""
+    """The value of an op that copies elements of several tensors, each ``(name, tensor, per-sample shape)``.
+
+    Where the elements go is found by running ``f`` on numbered elements, one tensor ``[1, *shape]`` per name.
+    """
     total = sum(math.prod(shape) for _, _, shape in tensors) + math.prod(a.result)
     if total > _LARGEST:
         raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
@@ -149,7 +151,7 @@ def values_rank(indices: Sequence[Tensor | None], rank: int) -> int:
 @lowers("aten.scatter.src", source="src")
 @lowers("aten.scatter.value", source=None)
 def scatter(b: ProgramBuilder, a: SimpleNamespace, source: str | None) -> Value:
-    """Constant places along an axis, the same for all samples."""
+    """``y`` with other numbers at constant places along an axis, the same for all samples."""
     sample_axis(a.dim, len(a.result))
     index = constant(b, a.index)
     if source != "source" and index.shape[0] != 1:

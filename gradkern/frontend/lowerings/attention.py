@@ -39,7 +39,7 @@ def attention(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 def repeat_heads(b: ProgramBuilder, x: Value, heads: int) -> Value:
-    """Keys or values ``[*, heads', T, E]`` whose heads are shared by several heads of queries, repeated."""
+    """Keys or values ``[*, heads', T, E]``, each head repeated for the query heads that share it."""
     shape = b.shape(x)
     axis = len(shape) - 3
     times = heads // shape[axis]

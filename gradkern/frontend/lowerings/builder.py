@@ -40,11 +40,11 @@ from ...ir.program import (
 
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
-SEVERAL: set[str] = set()  # ops of several results whose lowering can give any of them: ``a.piece`` says which
-ROWS: dict[str, LoweringFunction] = {}  # of ops whose tensors have several rows of a sample in axis 0
+SEVERAL: set[str] = set()  # ops with several results whose lowering can give any one: ``a.piece`` says which
+ROWS: dict[str, LoweringFunction] = {}  # lowerings of ops on tensors whose axis 0 holds several rows of each sample
 COMPLEX: dict[str, Callable[..., Any]] = {}  # lowerings of ops that read or make complex numbers
-AXES: dict[str, tuple[str, ...]] = {}  # the arguments that name axes, of the ops that may have the batch anywhere
-ALONG: dict[str, str] = {}  # the argument that names the axes that an op works along, so that none is the batch
+AXES: dict[str, tuple[str, ...]] = {}  # by op that may have the batch in any axis: the arguments that name axes
+ALONG: dict[str, str] = {}  # by op: the argument that names the axes it works along, none of which may be the batch
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class NoForm(Exception):
-    """A lowering does not cover these arguments; the message says why, for people."""
+    """A lowering does not cover these arguments; the message says why."""
 
 
 #: Other names of ops with the same arguments.
@@ -75,7 +75,7 @@ ALIASES = {
 
 
 def op_name(target: Any) -> str:
-    """The full name of an ATen overload, ``aten.mul.Tensor``; of several names for one op, the usual one."""
+    """The full name of an ATen overload, such as ``aten.mul.Tensor``.  Of an op with several names, the usual one."""
     name = str(target)
     parts = name.split(".")
     if len(parts) == 3 and parts[0] == "aten" and parts[1] in ALIASES:
@@ -104,7 +104,7 @@ def lowers(
 def lowers_complex(
     *ops: str, axes: tuple[str, ...] | None = None, along: str | None = None, **fixed: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """As `lowers`, where an argument or the result is complex; such a lowering may give and take a `Complex`."""
+    """`lowers` for ops with a complex argument or result; such a lowering may take and return a `Complex`."""
     if axes is not None:
         AXES.update(dict.fromkeys(ops, axes))
     if along is not None:
@@ -113,7 +113,7 @@ def lowers_complex(
 
 
 def lowers_rows(*ops: str, **fixed: Any) -> Callable[[LoweringFunction], LoweringFunction]:
-    """As `lowers`, for ops that treat the rows of axis 0 alike: a value has these rows as its first axis."""
+    """`lowers` for ops that treat the rows of axis 0 alike; these rows are the first axis of their values."""
     return _registered(ROWS, ops, fixed)
 
 
@@ -135,8 +135,8 @@ class ProgramBuilder:
         self.steps: list[Step] = []
         self.derived_by_call: dict[Call, Param] = {}
         self.param_meta: dict[Param, torch.Tensor] = {}  # fake tensors: shape, dtype and device of parameters
-        self.repeated: dict[Call, Param | None] = {}  # expressions with the size of the batch: the row that they repeat
-        self.dtypes: dict[Value, torch.dtype] = {}  # of values that stand for a node of the graph
+        self.repeated: dict[Call, Param | None] = {}  # by expression that holds the batch size: the row that it repeats
+        self.dtypes: dict[Value, torch.dtype] = {}  # the dtypes of values that stand for a node of the graph
         self.op = ""  # the op and the module of the node being lowered
         self.module = ""
 
@@ -174,7 +174,7 @@ class ProgramBuilder:
         return self.derive_call(Call(op, args, tuple(sorted(kwargs.items())), index))
 
     def derive_call(self, call: Call, meta: torch.Tensor | None = None) -> Param:
-        """As `derive`, for a whole call; ``meta`` is its fake result, if the caller has it."""
+        """`derive` for a whole call; ``meta`` is its fake result, if the caller has it."""
         name = f"{self.module or 'model'}#{len(self.derived_by_call)}"  # no attribute's name contains '#'
         param = self.derived_by_call.setdefault(call, Param(name))
         if meta is not None:
@@ -233,18 +233,18 @@ def few_axes(
 
 
 def has_few_axes(b: ProgramBuilder, value: Value) -> bool:
-    """Whether a value of many axes is one of few axes under another shape."""
+    """Whether a value of many axes is a view of a value of few axes."""
     step = b.step(value)
     return step is not None and isinstance(step.form, View) and len(b.shape(Value(step.inputs[0]))) <= MOST_AXES
 
 
 def merge_leading_axes(shape: Shape) -> Shape:
-    """All axes but the last two as one."""
+    """The shape with all axes but the last two merged."""
     return (math.prod(shape[:-2]), *shape[-2:])
 
 
 def merge_axes_around(shape: Shape, axis: int) -> Shape:
-    """The axes before and after one as one each."""
+    """The shape with the axes before ``axis`` merged, and those after it."""
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
@@ -265,7 +265,7 @@ def number_of(x: Any, what: str = "its argument") -> float:
 
 
 def tuple_of(x: Any, n: int) -> Shape:
-    """An int or a sequence of 1 or n ints as n ints."""
+    """``n`` ints from an int, or from a sequence of 1 or ``n`` ints."""
     items = (x,) if isinstance(x, int) else tuple(x)
     return items * n if len(items) == 1 else items
 
@@ -283,7 +283,7 @@ class MixesSamples(Exception):
 
 
 def number_as_shape(b: ProgramBuilder, x: Value | Complex, shape: Shape) -> Value | Complex:
-    """`as_shape`, of both parts of a complex value."""
+    """`as_shape` of a value, or of both parts of a complex one."""
     if isinstance(x, Complex):
         return Complex(as_shape(b, x.real, shape), as_shape(b, x.imag, shape))
     return as_shape(b, x, shape)

@@ -67,8 +67,11 @@ def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 
 def planar(b: ProgramBuilder, x: Value, w: Windows, weight: Param) -> tuple[Value, Windows, Param]:
-    """A convolution over three axes as one over two, which has kernels, if the first is as long as its window (it
-    joins the channels) or another has a window of one position over a single element (it goes)."""
+    """A convolution over three axes reduced to one over two axes, for which there are kernels; unchanged if impossible.
+
+    A first axis that one window covers joins the channels.  Another axis of length one, with a window of length one, is
+    dropped.
+    """
     if len(w.kernel) != 3:
         return x, w, weight
     channels, *spatial = b.shape(x)
@@ -100,7 +103,7 @@ def conv_input(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 
 def absorb_zeros(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padding]:
-    """Zeros that an earlier step put around the value become padding of the convolution that reads it."""
+    """The value without the zeros that an earlier step put around it, and the padding that includes them."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:
         return x, padding

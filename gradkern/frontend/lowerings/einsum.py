@@ -38,7 +38,7 @@ class Named:
 
 
 def only(one: str, *others: str, also: str = "") -> str:
-    """The letters of a tensor that no other has; with ``also``, those of it that this has too."""
+    """The letters of a tensor that none of the others has; if ``also`` is given, only those that it has as well."""
     return "".join(c for c in one if not any(c in other for other in others) and (not also or c in also))
 
 
@@ -102,7 +102,7 @@ def elementwise_pair(b: ProgramBuilder, one: Named, two: Named, letters: str) ->
 
 
 def matrices(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[str]) -> Value:
-    """``[shared, left, lost] @ [shared, lost, right]``."""
+    """The matrix product ``[shared, left, lost] @ [shared, lost, right]``."""
     shared, left, right, lost = groups
     lead = (shared,) if shared else ()
     x, y = arrange_axes(b, one, *lead, left, lost), arrange_axes(b, two, *lead, lost, right)
@@ -112,7 +112,8 @@ def matrices(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[str]) -
 
 
 def with_constant(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[str]) -> Value:
-    """A linear layer; with shared axes, one for each of their indices; a factor if nothing is summed."""
+    """The product of a value and a constant: a linear layer (one per index of the shared axes), or, if nothing is
+    summed, a factor."""
     shared, left, right, lost = groups
     if not lost and not right:
         x, factors = arrange_axes(b, one, shared, left), arrange_axes(b, two, shared)
@@ -143,7 +144,7 @@ def column(b: ProgramBuilder, p: Param, n: int) -> Param:
 
 
 def contract(b: ProgramBuilder, tensors: Sequence[Named], result: str, shape: Shape) -> Value:
-    """All tensors multiplied, one after the other."""
+    """The product of all tensors, multiplied one after the other."""
     tensors = sorted(tensors, key=lambda t: isinstance(t.x, Param))  # values first
     product, rest = tensors[0], list(tensors[1:])
     while rest:
@@ -208,7 +209,7 @@ def letters_of(b: ProgramBuilder, a: SimpleNamespace) -> tuple[list[str], str]:
 
 
 def product(b: ProgramBuilder, x: Value | Param, y: Value | Param, shape: Shape) -> Value:
-    """``x @ y`` with axes of length one repeated, at least one of them a value."""
+    """``x @ y``, at least one of them a value; axes of length one are repeated."""
     sides = []
     for t, last in ((x, "MK"), (y, "KP")):
         dims = live_shape(b, t)

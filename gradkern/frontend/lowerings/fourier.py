@@ -32,7 +32,7 @@ from .gather import note_meta
 from .index import concatenate, emit_index, permute_axes
 from .reduce import root
 
-_LONGEST = 512  # a longer transform is torch's own
+_LONGEST = 512  # the longest transform that is lowered to a matrix
 _OWN = "a long Fourier transform is faster as torch's own"
 
 Part = Value | Param | None  # of a complex number; None: zero
@@ -198,7 +198,7 @@ def part_of(b: ProgramBuilder, a: SimpleNamespace, part: int) -> Value:
 
 @lowers_complex("aten.abs.default")
 def modulus(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """The derivative at zero is zero."""
+    """The absolute value of complex numbers, whose derivative at zero is zero."""
     squares = [elementwise(b, x, "square") for x in (a.self.real, a.self.imag)]
     return root(b, b.emit(Sum(), tuple(squares), b.shape(squares[0])), a.result_dtype)
 
@@ -214,13 +214,13 @@ def waves(b: ProgramBuilder, rows: int, columns: int, n: int, a: SimpleNamespace
     turns = b.derive("aten.remainder.Scalar", b.derive("aten.outer.default", k, t), n)
     angles = b.derive("aten.mul.Tensor", turns, 2 * math.pi / n)
     sines = b.derive("aten.sin.default", angles)
-    # exactly zero at every half turn: a phase depends on the sign of what is left there
+    # The sine is set to exactly zero at every half turn, since the sign of a rounding error there would decide a phase.
     half = b.derive("aten.eq.Scalar", b.derive("aten.remainder.Scalar", b.derive("aten.mul.Tensor", turns, 2), n), 0)
     return b.derive("aten.cos.default", angles), b.derive("aten.masked_fill.Scalar", sines, half, 0)
 
 
 def blocks(b: ProgramBuilder, rows: Sequence[Sequence[Param]], dtype: torch.dtype) -> Param:
-    """One matrix of several, side by side and below each other."""
+    """One matrix made of ``rows`` of matrices."""
     wide = [row[0] if len(row) == 1 else b.derive("aten.cat.default", tuple(row), 1) for row in rows]
     whole = wide[0] if len(wide) == 1 else b.derive("aten.cat.default", tuple(wide), 0)
     return b.derive("aten.to.dtype", whole, dtype)
@@ -233,7 +233,7 @@ def times(b: ProgramBuilder, p: Param, factor: float) -> Param:
 
 
 def resize_last_axis(b: ProgramBuilder, x: Value, n: int) -> Value:
-    """The last axis cut to, or filled with zeros up to, ``n`` elements."""
+    """The last axis cut, or padded with zeros, to ``n`` elements."""
     shape = b.shape(x)
     return emit_index(b, x, along(shape, len(shape) - 1, [k if k < shape[-1] else -1 for k in range(n)]))
 
@@ -287,7 +287,7 @@ def backward_real(b: ProgramBuilder, x: Complex, n: int, a: SimpleNamespace) -> 
 
 
 def on_last(b: ProgramBuilder, x: Number, axis: int, f: Callable[[Number], Number]) -> Number:
-    """``f`` with an axis moved to the end, and back."""
+    """``f`` of the value with ``axis`` moved to the end; in the result it is moved back."""
     rank = len(b.shape(x.real if isinstance(x, Complex) else x))
     order = [d for d in range(rank) if d != axis] + [axis]
     back = [order.index(d) for d in range(rank)]
@@ -305,7 +305,7 @@ def length(b: ProgramBuilder, x: Number, axis: int) -> int:
 
 
 def own(b: ProgramBuilder, x: Number, op: str, n: int, axis: int, a: SimpleNamespace, outputs: int) -> Number:
-    """torch's own transform, between real values."""
+    """A step that runs torch's own transform on pairs of real values."""
     values = (x.real, x.imag) if isinstance(x, Complex) else (x,)
     argument: Any = Call("aten.complex.default", values) if isinstance(x, Complex) else x
     call = Call(op, (argument, n, axis + 1, a.norm))
@@ -346,7 +346,7 @@ def one_axis(b: ProgramBuilder, a: SimpleNamespace, kind: str) -> Number:
 @lowers_complex("aten.fft_fft2.default", "aten.fft_fftn.default", along="dim", kind="fft")
 @lowers_complex("aten.fft_ifft2.default", "aten.fft_ifftn.default", along="dim", kind="ifft")
 def several_axes(b: ProgramBuilder, a: SimpleNamespace, kind: str) -> Number:
-    """One axis after the other; the last is the one with half of the frequencies."""
+    """A transform over several axes, one after the other; of real numbers, the last has half of the frequencies."""
     x = a.self if isinstance(a.self, Complex) else need_value(a.self)
     rank = len(b.shape(x.real if isinstance(x, Complex) else x))
     if a.dim is None:
@@ -370,7 +370,7 @@ def several_axes(b: ProgramBuilder, a: SimpleNamespace, kind: str) -> Number:
 
 @lowers_complex("aten.stft.default", axes=())
 def stft(b: ProgramBuilder, a: SimpleNamespace) -> Number:
-    """``[*, T] -> [*, frequencies, frames]``."""
+    """The short-time transform ``[*, T] -> [*, frequencies, frames]``."""
     x = need_value(a.self)
     shape = b.shape(x)
     if a.onesided is False or a.align_to_window or not shape or shape[-1] < a.n_fft:
@@ -394,7 +394,7 @@ def stft(b: ProgramBuilder, a: SimpleNamespace) -> Number:
     rows = math.prod(shape[:-1])
     frames = (shape[-1] - a.n_fft) // hop + 1
     windows = Windows((1, a.n_fft), (1, hop), ((0, 0), (0, 0)), (1, 1))
-    if rows == 1:  # a convolution over one axis has faster kernels
+    if rows == 1:  # the kernels for one axis are faster
         windows = Windows((a.n_fft,), (hop,), ((0, 0),), (1,))
         weight = b.derive("aten.reshape.default", weight, (2 * frequencies, 1, a.n_fft))
         y = b.emit(Contract(windows, weight), (as_shape(b, x, (1, shape[-1])),), (2 * frequencies, frames))

@@ -17,7 +17,7 @@ from .arithmetic import shift_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 from .index import emit_index, permute_axes, stretch
 
-_LARGEST = 2**16  # numbers in a value whose places are listed one by one
+_LARGEST = 2**16  # the most elements of a value whose places are listed one by one
 
 
 def constant(b: ProgramBuilder, x: Any) -> Tensor:
@@ -45,7 +45,7 @@ def copy_elements(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[in
 
 
 def copy_by_numbers(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: Shape) -> Value:
-    """The value of an op that copies elements, found by running it on two samples of numbers."""
+    """The value of an op that copies elements.  To find out which, ``f`` runs on two samples of numbered elements."""
     n = math.prod(b.shape(x))
     if n > _LARGEST:
         raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
@@ -75,7 +75,7 @@ def by_numbers(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.col2im.default")
 def fold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Windows side by side, each number added at its place: one copy per tap of the window, and their sum."""
+    """The sum of windows at their places (``col2im``): one copy per tap of the window, and their sum."""
     x = need_value(a.self)
     shape = b.shape(x)
     if len(shape) != 2:
@@ -140,7 +140,7 @@ def index(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten.gather.default")
 def gather(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Constant places, the same for all samples."""
+    """``x`` at constant places along an axis, the same for all samples."""
     x = need_value(a.self)
     places = constant(b, a.index)
     axis = sample_axis(a.dim, len(b.shape(x)))
@@ -189,7 +189,7 @@ def note_meta(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype)
 
 @lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", axes=())
 def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """One of two by a constant mask."""
+    """The first of two where a constant mask is true, and the second elsewhere."""
     mask = read_mask(b, a.condition, a.result)
     sides = []
     for x, keep in ((a.self, True), (a.other, False)):
@@ -225,7 +225,7 @@ def rearrange_axes(b: ProgramBuilder, x: Value, split: Shape, order: Sequence[in
 
 
 def image(b: ProgramBuilder, given: Any) -> tuple[Value, Shape]:
-    """A value of channels, rows and columns, and its shape."""
+    """A value as ``[channels, rows, columns]``, and that shape."""
     x = need_value(given)
     if len(b.shape(x)) != 3:
         raise NoForm("it works along the batch axis")

@@ -27,7 +27,8 @@ from .builder import (
 
 
 def emit_index(b: ProgramBuilder, x: Value, part: Part) -> Value:
-    """The part of one value.  The identity emits nothing; a value that is itself an `Index` of one part is merged."""
+    """A part of one value.  Nothing is emitted for the identity.  A value that is itself an `Index` of one part is
+    joined with it in one step."""
     shape = b.shape(x)
     if part == identity(shape):
         return x
@@ -89,7 +90,7 @@ def merge_neighbours(shape: Shape, part: Part) -> tuple[Part, Shape]:
 
 
 def one_run(outer: Runs, inner: Runs, n: int) -> tuple[int, int, int] | None:
-    """The map of two neighbouring axes as one, of which the inner one has ``n`` elements, if it is one run."""
+    """The map of two neighbouring axes merged into one, if it is a single run; the inner axis has ``n`` elements."""
     if len(outer) != 1 or len(inner) != 1 or min(outer[0][0], inner[0][0]) < 0:
         return None
     (start, count, step), (first, many, over) = outer[0], inner[0]
@@ -101,12 +102,12 @@ def one_run(outer: Runs, inner: Runs, n: int) -> tuple[int, int, int] | None:
 
 
 def product_runs(outer: Runs, inner: Runs, n: int) -> Runs:
-    """The map of two neighbouring axes as one."""
+    """The map of two neighbouring axes merged into one; the inner axis has ``n`` elements."""
     return runs(-1 if min(o, i) < 0 else o * n + i for o in indices(outer) for i in indices(inner))
 
 
 def blank(shape: Shape) -> Part:
-    """Zeros in the shape of a value."""
+    """The part that is zero in the shape of a value."""
     return Part(tuple(range(len(shape))), tuple(((-1, n, 0),) if n else () for n in shape))
 
 
@@ -211,7 +212,7 @@ def takes_all(a: SimpleNamespace) -> bool:
 
 
 def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> Value | None:
-    """A convolution whose last windows are cut off (a causal network's chomp), as one with less padding after."""
+    """A convolution whose last windows are cut off (as in causal networks) becomes one with less padding at the end."""
     step = b.step(x)
     if step is None or axis == 0 or not isinstance(step.form, Contract) or not isinstance(step.form.map, Windows):
         return None
@@ -247,7 +248,7 @@ SEVERAL.update(("aten.tensor_split.sections",))
 
 @lowers("aten.tensor_split.sections", along="dim")
 def tensor_split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """The first ``n % sections`` pieces are one longer."""
+    """One of ``sections`` pieces, of which the first ``n % sections`` are longer by one."""
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     size, longer = divmod(b.shape(x)[axis], a.sections)
@@ -294,7 +295,7 @@ def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], axis: int, a: SimpleNamespace) -> Value:
-    """Values with constants between them (a class token): zeros there, and the constants added."""
+    """A concatenation of values and constants (a class token): the values with zeros between, plus the constants."""
     like = {"dtype": a.result_dtype, "device": a.result_device}
     parts, pieces, values, first = [], [], [], 0
     for x in tensors:

@@ -51,7 +51,7 @@ def matmul_values(b: ProgramBuilder, x: Value, y: Value) -> Value:
 
 @lowers("aten.addmm.default", axes=())
 def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """``bias + x @ [I, O]``."""
+    """``bias + x @ weight`` with weight ``[I, O]``."""
     unscaled = a.alpha == 1 and a.beta == 1
     if not (unscaled and isinstance(a.self, Param) and isinstance(a.mat1, Value) and isinstance(a.mat2, Param)):
         raise NoForm("not a product with a constant matrix on the right")

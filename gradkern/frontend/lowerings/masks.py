@@ -25,7 +25,7 @@ def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
 
 
 def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
-    """The numbers that attention adds to its scores for a mask, which may be boolean (true: attend) or numbers."""
+    """The numbers that attention adds to its scores.  ``mask``: those numbers, or booleans that are true to attend."""
     if b.param_meta[mask].dtype.is_floating_point:
         return note_meta(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
@@ -33,13 +33,13 @@ def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
 
 
 def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
-    """``[queries, keys]``: no query attends to a later key."""
+    """The mask ``[queries, keys]`` under which no query attends to a later key."""
     full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
     return note_meta(b, b.derive("aten.triu.default", full, 1), shape, dtype)
 
 
 def replace_infinities(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
-    """A softmax's argument, in which `lowest` replaces constants of -inf that were added to it."""
+    """A softmax's argument, with `lowest` in place of constants of -inf that were added to it."""
     step = b.step(x)
     if step is not None and isinstance(step.form, View):
         return as_shape(b, replace_infinities(b, Value(step.inputs[0]), dtype), b.shape(x))

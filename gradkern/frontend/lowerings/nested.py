@@ -1,4 +1,4 @@
-"""Calls inside which the batch is not axis 0, but which have a form nevertheless."""
+"""Calls that have a form although the batch is not axis 0 inside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .repeated import row_of
 
 
 def simplify(b: ProgramBuilder, call: Call) -> Call:
-    """The call, in which constants repeated for every sample (a class token) are constants again."""
+    """The call with plain constants in place of constants that are repeated for every sample (a class token)."""
 
     def plain(x: object) -> object:
         if isinstance(x, tuple):
@@ -27,7 +27,7 @@ def simplify(b: ProgramBuilder, call: Call) -> Call:
 
 
 def last_state(b: ProgramBuilder, call: Call) -> Value | None:
-    """``h_n[k]`` of the last layer of a recurrent net: its output after the last step (backward, the first)."""
+    """``h_n[k]`` of the last layer of a recurrent net: the output after the last step (backward: after the first)."""
     if call.op != "aten.select.int" or not isinstance(call.args[0], Call):
         return None
     inner, dim, index = call.args[:3]

@@ -60,7 +60,7 @@ def softmax(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 def normalize_groups(b: ProgramBuilder, x: Value, groups: int, eps: float) -> Value:
-    """Each of ``groups`` equal stretches of the sample to mean 0 and variance 1, in the value's own shape."""
+    """The value with each of ``groups`` equal stretches of the sample normalised to mean 0 and variance 1."""
     shape = b.shape(x)
     rows = as_shape(b, x, (groups, math.prod(shape) // groups))
     return as_shape(b, b.emit(LowRank("normalize", 1, (float(eps),)), (rows,), b.shape(rows)), shape)

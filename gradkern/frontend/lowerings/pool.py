@@ -16,7 +16,7 @@ Rows = tuple[Row, ...]
 
 
 def with_channels(b: ProgramBuilder, x: Value, dims: int) -> Value:
-    """The value as ``[C, *spatial]``; pools take values without a channel axis too."""
+    """The value as ``[C, *spatial]``; pools also take values without a channel axis."""
     shape = b.shape(x)
     if len(shape) == dims:
         return as_shape(b, x, (1, *shape))
@@ -69,7 +69,7 @@ def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 @lowers("aten.avg_pool2d.default", dims=2)
 @lowers("aten.avg_pool3d.default", dims=3)
 def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
-    """The divisor of a window is the product over axes of the positions that count, so the map is separable."""
+    """An average pool, which is separable: a window's divisor is the product over axes of the positions that count."""
     x = need_value(a.self)
     source = with_channels(b, x, dims)
     channels, *spatial = b.shape(source)
@@ -126,7 +126,8 @@ def adaptive_rows(n: int, m: int) -> Rows:
 @lowers("aten.adaptive_max_pool2d.default", dims=2)
 @lowers("aten.adaptive_max_pool3d.default", dims=3)
 def adaptive_max(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
-    """Windows of unequal lengths are filled up with copies of their last element, of which the first counts."""
+    """An adaptive max pool.  Windows of unequal lengths are filled up with copies of their last element; of equal
+    elements the first gets the gradient."""
     x = need_value(a.self)
     source = with_channels(b, x, dims)
     y, kernel = source, []
@@ -158,7 +159,7 @@ def sum_or_mean(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
     dims = {sample_axis(d, len(shape)) for d in a.dim or range(len(shape) + 1)}
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")
-    if dims and 0 not in dims:  # spatial axes: no element has to move
+    if dims and 0 not in dims:  # only spatial axes, so no element has to move
         axes = tuple(
             ((0, (1.0 / n if average else 1.0,) * n),) if i in dims else identity_rows(n)
             for i, n in enumerate(shape[1:], start=1)

@@ -18,7 +18,7 @@ from .pool import move_kept_axes_first, without
 
 
 def reduced_axes(dim: object, rank: int) -> set[int]:
-    """The per-sample axes that a reduction names; all of them for None or an empty list, which is an error then."""
+    """The per-sample axes that a reduction names.  None and an empty list mean all; then samples mix: an error."""
     return {sample_axis(d, rank) for d in as_list(dim if dim is not None else []) or range(rank + 1)}
 
 
@@ -41,7 +41,7 @@ def largest(b: ProgramBuilder, x: Value, ties: str = "first") -> Value:
 
 
 def root(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
-    """The square root of numbers that are not negative, whose derivative at zero is zero, as torch's norms have it.
+    """The square root of numbers that are not negative.  As in torch's norms, its derivative at zero is zero.
 
     Sums of squares below the smallest normal number count as zero.
     """
@@ -186,7 +186,7 @@ def minimum(b: ProgramBuilder, a: SimpleNamespace, ties: str) -> Value:
 
 @lowers("aten.prod.dim_int", along="dim")
 def prod(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Halves of the axis are multiplied until one number is left."""
+    """A product along an axis: its two halves are multiplied until one number is left."""
     x = need_value(a.self)
     if a.dtype is not None:
         raise NoForm("it changes the dtype")
@@ -215,12 +215,12 @@ def over_rows(b: ProgramBuilder, x: Value, axis: int, f: Callable[[Value], Value
     return permute_axes(b, y, [order.index(d) for d in range(len(order))])
 
 
-_LONGEST_SUM = 1024  # the matrix of a running sum has the square of this
+_LONGEST_SUM = 1024  # the longest running sum; its matrix has the square of its length
 
 
 @lowers("aten.cumsum.default", along="dim")
 def cumsum(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """A linear layer whose weight is a triangle of ones."""
+    """A running sum, as a linear layer whose weight is a triangle of ones."""
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     n = b.shape(x)[axis]

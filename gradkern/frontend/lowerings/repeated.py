@@ -1,7 +1,7 @@
 """Constants that are the same for every sample, though their size holds the number of samples.
 
-``torch.ones(x.shape[0], 4)`` or a class token expanded to the batch is one row for all samples.  Whether an expression
-is such a row repeated is found by computing it with numbers in place of the parameters, for one sample and for several.
+``torch.ones(x.shape[0], 4)`` or a class token expanded to the batch is one row for all samples.  To find out whether an
+expression repeats a row, it is computed with numbers in place of the parameters, for one sample and for several.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .builder import NoForm, ProgramBuilder
 from .gather import constant
 
 _SAMPLES = 5
-_LARGEST = 2**22  # elements that are computed for the comparison
+_LARGEST = 2**22  # the most elements that are computed for the comparison
 
 #: Ops whose result depends on the shape of their argument alone, and the number that they are filled with.
 FILLS = {
@@ -39,7 +39,7 @@ def is_fill(call: Call) -> bool:
 
 
 def as_fill(b: ProgramBuilder, call: Call, shape: Sequence[Any], meta: Tensor) -> Call:
-    """``zeros_like(x)`` and its like as ``full(shape)``, which reads no value; other calls as they are."""
+    """``zeros_like(x)`` and similar calls as ``full(shape)``, which reads no value; other calls unchanged."""
     if call.op == "aten.expand_as.default" and not values_in(call.args[0]):
         return Call("aten.expand.default", (call.args[0], tuple(shape)))
     if call.op in FILLS:
@@ -58,8 +58,10 @@ def as_fill(b: ProgramBuilder, call: Call, shape: Sequence[Any], meta: Tensor) -
 
 
 def row_of(b: ProgramBuilder, call: Call) -> Param | None:
-    """The row that ``call``, which reads no value, repeats for every sample: ``[1, *shape]``, or with an axis of the
-    samples in another place, of length one (or one sample's share of it).  None if samples differ."""
+    """The row that ``call``, which reads no value, repeats for every sample; None if samples differ.
+
+    It is ``[1, *shape]``.  If the samples are along another axis, that has length one (or one sample's share of it).
+    """
     if call not in b.repeated:
         b.repeated[call] = _row(b, call)
     return b.repeated[call]
@@ -96,7 +98,7 @@ def _compute(b: ProgramBuilder, call: Call, n: int, tensors: dict[Param, Tensor]
 
 
 def _numbers(b: ProgramBuilder, param: Param, seed: int) -> Tensor:
-    """Numbers of a parameter's shape and dtype; literals and what is made of them keep their own."""
+    """Random numbers of a parameter's shape and dtype; literals, and tensors derived from them, keep their values."""
     with suppress(NoForm):
         return constant(b, param)
     meta = b.param_meta[param]
@@ -117,5 +119,5 @@ def _is_repeated(alone: Tensor, together: Tensor) -> bool:
     if together.shape[axis] != _SAMPLES * share:
         return False
     split = together.unflatten(axis, (_SAMPLES, share))
-    rows = alone.unsqueeze(axis).expand_as(split)  # a matrix product of fewer rows rounds otherwise
+    rows = alone.unsqueeze(axis).expand_as(split)  # a matrix product of fewer rows may round differently
     return rounding.close_elements(split, rows, rounding.for_layer(alone.dtype))

@@ -65,7 +65,7 @@ def batch_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 def per_channel(b: ProgramBuilder, x: Value, scale: Param | None, shift: Param | None) -> Value:
-    """One factor and one shift per channel, for ``[rows, C, *]``."""
+    """``x [rows, C, *]`` with one factor and one shift per channel."""
     shape = b.shape(x)
     if scale is None and shift is None:
         return x

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ...ir.program import Value
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
 
-#: Ops for which the shape of the result says everything.
+#: Ops that only give the same numbers another shape.
 VIEWS = (
     *("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints"),
     *(
@@ -25,7 +25,7 @@ VIEWS = (
 
 @lowers(*VIEWS)
 def view(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Row-major order and batch axis 0 do not change, so the result's shape says everything."""
+    """A view, given by its shape alone, since the row-major order and the batch axis stay."""
     x = need_value(a.self)
     if math.prod(b.shape(x)) != math.prod(a.result):
         raise NoForm("it changes how many numbers a sample has")
@@ -46,7 +46,7 @@ def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 @lowers("aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.other", "aten.type_as.default")
 def drop_cast(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    """Ops that disappear if they do not change the dtype."""
+    """The value itself: these ops disappear if they do not change the dtype."""
     x = need_value(a.self)
     if b.shape(x) != a.result or b.dtypes.get(x) != a.result_dtype:
         raise NoForm("it changes the dtype")
