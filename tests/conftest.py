@@ -17,6 +17,7 @@ import gradkern
 from gradkern.dispatch import ways
 from gradkern.frontend import to_program
 from gradkern.planner.timing import Timing
+from gradkern.runtime import confirmation
 from tests.support import exports
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["gpu/*"]
@@ -50,6 +51,15 @@ def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pyt
     """Except where capturing a network, or noticing that it has changed, is what is tested."""
     if not EXPORTING & set(request.path.relative_to(request.config.rootpath).parts):
         monkeypatch.setattr(to_program, "export", exports.remembered)
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_differs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plain torch takes the place of kernels that differ, which would hide their faults from the tests."""
+    refusals, refusal = [], confirmation._refusal
+    monkeypatch.setattr(confirmation, "_refusal", lambda *args: refusals.append(refusal(*args)) or refusals[-1])
+    yield
+    assert not refusals
 
 
 @pytest.fixture(autouse=True)

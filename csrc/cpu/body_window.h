@@ -85,6 +85,35 @@ struct Lists {
     });
   }
 
+  // Leaves out the channels through which no seed sends a cotangent: zero slopes, as of secants, know no pattern.
+  void narrow(Segment& segment, const T* g, int64_t g_seed, int64_t channels) {
+    const int64_t start = used;
+    bool narrower = false;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const int64_t count = channels - c < 16 ? channels - c : 16;
+      uint32_t all = (1u << count) - 1, dead = all;
+      for (int64_t s = 0; s < ctx.seeds && dead; ++s) dead &= ~not_zero(g + s * g_seed + c, count);
+      narrower |= dead != 0;
+      used += append(ctx.channels + used, all & ~dead, c);
+    }
+    if (narrower) segment.start = start, segment.count = used - start;
+    else used = start;
+  }
+
+  static GK_INLINE uint32_t not_zero(const T* g, int64_t count) {
+    uint32_t found = 0;
+    if (count == 16) {
+#pragma GCC unroll 16
+      for (int v = 0; v < 16; v += Simd<T>::VL) {
+        const Vec<T> x = load<T>(g + v);
+        found |= bits<T>(alive<T>(x) | alive<T>(-x)) << v;  // NaN, too
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) found |= uint32_t(g[i] != 0) << i;
+    }
+    return found;
+  }
+
   // No pattern: every channel of every position, one shared list.
   void dense(const WindowTRecord& op, int64_t src, int64_t dst) {
     if (segment_count == 0)
@@ -141,9 +170,15 @@ void run_window_t(const WindowTRecord& op, Context<T>& ctx, int64_t n) {
     }
     return;
   }
+  const bool narrow = !op.pattern.taps && !op.seed_rows;
   for (int64_t k = 0; k < lists.segment_count; k += op.sweep) {
     a.segments = ctx.segments + k;
     a.segment_count = lists.segment_count - k < op.sweep ? lists.segment_count - k : op.sweep;
+    if (narrow) {
+      lists.used = op.O;  // behind the list that they share
+      for (int64_t i = k; i < k + a.segment_count; ++i)
+        lists.narrow(ctx.segments[i], a.g + ctx.segments[i].src, a.g_seed, op.O);
+    }
     scatter<T>(a, ctx, op.window_vectors);
   }
 }

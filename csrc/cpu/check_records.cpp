@@ -323,7 +323,7 @@ class Checker : public RecordChecker {
     need(p.taps || !op.merged, "merges the taps of no pattern");  // no list of weight rows would be written
     need(op.O * (op.merged ? taps : 1) <= 1 << 16, "has ", op.O, " channels");
     const Wide cells = Wide(op.H) * op.W * taps;
-    const Wide listed = p.taps ? at_once * cells * op.O : Wide(op.O);
+    const Wide listed = Wide(op.O) * (p.taps ? at_once * cells : std::min<Wide>(op.sweep, at_once * cells) + 1);
     need(listed <= sizes.entries && at_once * (cells + (p.taps ? 1 : 0)) <= sizes.segments, "lists ", shown(listed),
          " channels in ", shown(at_once * cells), " segments, and there is room for ", sizes.entries, " in ",
          sizes.segments);

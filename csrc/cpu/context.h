@@ -1,5 +1,7 @@
 // The arguments of the CPU's kernels.
 #pragma once
+#include <utility>
+
 #include "../records.h"
 #include "../rescale_rule.h"
 

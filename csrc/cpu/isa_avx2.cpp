@@ -7,9 +7,9 @@
 #include "isa.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt"))), apply_to = function)
 #endif
 #define GK_NAME avx2
 #define GK_INTRINSICS GK_AVX_INTRINSICS
@@ -18,7 +18,10 @@
 #define GK_INLINE inline __attribute__((always_inline))
 
 namespace gradkern::avx2 {
-static bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool supported() {  // a virtual machine may mask each of them
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
 }  // namespace gradkern::avx2
 #include "isa_body.h"
 #ifdef __clang__

@@ -196,7 +196,8 @@ def live_lists(backward: list[Record]) -> tuple[int, int]:
             positions = op.H * op.W
             of_op = positions if op.pattern is None else positions * op.pattern.taps + 1
             segments = max(segments, of_op)
-            entries = max(entries, op.O if op.pattern is None else of_op * round_up(op.O) + 64)
+            listed = of_op if op.pattern else min(op.sweep, positions) + 1  # one of them shared
+            entries = max(entries, listed * round_up(op.O) + 64)
     return entries, segments
 
 

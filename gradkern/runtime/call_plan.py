@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..codegen.chain import Chain
-from ..codegen.machine import Device, NoKernels
+from ..codegen.machine import NoKernels
 from ..ir import graph
 from ..ir.program import Program
 from ..planner.plan import Plan, plan
@@ -88,8 +87,10 @@ class CallPlan:
             self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
         self.transposed = None if plan.forward is None else CallPlan(plan.forward.plan, (0,))
         self._chains: dict[tuple[int, bool, bool], Chain] = {}
-        #: Whether results of these kernels have been compared with torch's own, which a GPU's have to be once.
-        self.confirmed = not isinstance(plan.machine, Device)
+        #: Whether results of these kernels have been compared with torch's own, which they have to be once.
+        self.confirmed = not plan.native
+        for part in (*(self.parts or ()), *([self.transposed] if self.transposed else ())):
+            part.confirmed = True  # what is compared is the whole
 
     def _group(self, k: int) -> CallGroup:
         group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
@@ -97,13 +98,12 @@ class CallPlan:
         alone = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
         return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
 
-    @cached_property
-    def folded(self) -> CallPlan:
-        """The same without kernels of gradkern's own."""
+    def folded(self, seeds: int) -> CallPlan:
+        """The same without kernels of gradkern's own, for a number of seeds."""
         own = self.plan
         wanted = None if own.seeds else own.wanted
         return CallPlan(
-            plan(own.original, own.seeds, own.dtype, machine=NoKernels(), wanted=wanted, reverse=True), self.wrt
+            plan(own.original, seeds, own.dtype, machine=NoKernels(), wanted=wanted, reverse=True), self.wrt
         )
 
     def chain(self, group: CallGroup, *, backward: bool, onehot: bool = False) -> Chain:

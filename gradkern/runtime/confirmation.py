@@ -1,26 +1,35 @@
-"""The first results of a program's kernels on a GPU are compared with torch's own kernels before they are handed out.
+"""The first results of a plan's kernels are compared with torch's own kernels before they are handed out.
 
-What only a GPU can tell is whether its compiler and its hardware do with the kernels what the tests on the host saw.
-So some samples of the first call run step by step as well, in float64 where torch can.
+A plan folds, merges and tiles a network in ways that no test has seen, and a compiler may have its own faults.  So a
+few samples and seeds of a plan's first call run step by step as well, in float64 where torch can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..codegen.machine import Device
 from ..ir.program import Opaque
 from ..util import rounding
-from .parameters import PlanWeights, leading
+from .parameters import KernelsUnavailable, PlanWeights, leading
 
 if TYPE_CHECKING:
     from .call_plan import CallPlan
 
-SAMPLES = 8  # that are compared, spread over the batch
-MOVED = 2048  # samples of the second comparison
+
+class _Extent(NamedTuple):
+    """How much is compared."""
+
+    samples: int  # spread over the batch
+    seeds: int  # of each of them
+    moved: int  # samples of the second comparison
+
+
+_CPU, _GPU = _Extent(3, 4, 3), _Extent(8, 1 << 30, 2048)  # a GPU's threads take their shares by the number of seeds
 MOVE = 1e-2  # of the spread of the inputs
 SLACK = 10.0  # times the error of torch's own kernels, if that is larger than the tolerance
 
@@ -29,8 +38,8 @@ class KernelsDiffer(RuntimeError):
     """gradkern's kernels and torch's own give different gradients on this GPU; nothing was returned."""
 
 
-#: Results, one ``[N, ...]`` each, of a call with tensors ``[N, ...]``.
-Folded = Callable[[Sequence[Tensor], torch.dtype], Sequence[Tensor]]
+#: Results, one ``[N, ...]`` each, of a call with tensors ``[N, ...]``; those with an axis of seeds have fewer of them.
+Folded = Callable[[Sequence[Tensor], torch.dtype, float], Sequence[Tensor]]
 Run = Callable[["CallPlan", PlanWeights, Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -39,62 +48,91 @@ def confirm(
 ) -> None:
     """Raise `KernelsDiffer` if ``got``, which ``run`` made from tensors ``given``, is not what torch makes of them.
 
-    Rounding may decide between equal maxima, or flip a ReLU at zero.  So half of the samples may differ; and if more
-    do, the inputs are moved a little, and the kernels run once more.  If nothing is finite, the next call is compared.
+    On a CPU it is `KernelsUnavailable`, so that plain torch takes the place of the kernels.  Rounding may decide
+    between equal maxima, or flip a ReLU at zero.  So half of the samples may differ; if more do, or all gradients
+    are zero, the inputs are moved a little, and the kernels run once more.  If nothing is finite, the next call is
+    compared.
     """
-    program, like = call_plan.program, weights.like
-    opaque = any(isinstance(step.form, Opaque) for step in program.steps)  # a call that torch runs may name a dtype
+    # A call that torch runs may name a dtype.
+    opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
+    extent = _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
+    plain = call_plan.folded(min(call_plan.plan.seeds, extent.seeds))
 
-    def folded(few: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    def folded(few: Sequence[Tensor], dtype: torch.dtype, eps: float) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
         def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() and not opaque else t
+            t = t.to(dtype) if t.is_floating_point() and not opaque else t
+            return _noisy(t, eps * t.abs(), generator) if eps else t
 
         params = {name: cast(p) for name, p in weights.params.items()}
         few = [cast(t) for t in few]
-        return run(call_plan.folded, PlanWeights(call_plan.folded.plan, params, leading(few)), few)
+        return run(plain, PlanWeights(plain.plan, params, leading(few)), few)
 
     call_plan.confirmed = True  # for the runs inside
     try:
-        error = _error(given, got, folded)
-        if error is not None and error > 1.0:
+        error = _error(extent, weights.like.dtype, given, got, folded)
+        dead = not any(bool(g.any()) for g in got[1:] or got)
+        if dead or error is None or error > 1.0:
             generator = torch.Generator().manual_seed(0)
-            moved = [_moved(x[:MOVED], generator) for x in given]
-            error = _error(moved, run(call_plan, weights, moved), folded)
+            moved = [_noisy(x, MOVE * _spread(x), generator) for x in (x[: extent.moved] for x in given)]
+            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded)
         if error is not None and error > 1.0:
-            raise KernelsDiffer(
-                f"gradkern's kernels give other results than torch's own for a network of {len(program.steps)} steps "
-                f"with outputs of shape {list(program.output_shape)} on {like.device}: the median error of a sample is "
-                f"{error:.3g} times what rounding may cause. Nothing was returned. Set GRADKERN_CUDA=0 to run torch's "
-                "kernels instead, and please report this with the output of gradkern.show_versions()."
-            )
+            raise _refusal(call_plan, weights.like.device, error)
     except BaseException:
         call_plan.confirmed = False
         raise
     call_plan.confirmed = error is not None
 
 
-def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
+def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
+    program = call_plan.program
+    what = f"the median error of a sample is {error:.3g} times what rounding may cause"
+    if not isinstance(call_plan.plan.machine, Device):
+        return KernelsUnavailable(f"their first results are not torch's own ({what}); please report this")
+    return KernelsDiffer(
+        f"gradkern's kernels give other results than torch's own for a network of {len(program.steps)} steps "
+        f"with outputs of shape {list(program.output_shape)} on {device}: {what}. Nothing was returned. Set "
+        "GRADKERN_CUDA=0 to run torch's kernels instead, and please report this with the output of "
+        "gradkern.show_versions()."
+    )
+
+
+def few_seeds(t: Tensor, count: int) -> Tensor:
+    """``count`` of the seeds of ``t [N, S, ...]``, spread over all of them."""
+    if t.shape[1] != count:
+        t = t[:, torch.linspace(0, t.shape[1] - 1, count).round().long().to(t.device)]
+    return t.contiguous()
+
+
+def _noisy(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Tensor:
     if not x.is_floating_point():
         return x
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-    spread = float(x.double().std()) if x.numel() > 1 else 0.0
-    return x + noise * (MOVE * (spread or 1.0))
+    return x + size * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
 
 
-def _error(inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded) -> float | None:
+def _spread(x: Tensor) -> float:
+    return (float(x.double().std()) if x.numel() > 1 else 0.0) or 1.0
+
+
+def _error(
+    extent: _Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded
+) -> float | None:
     """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
     finite."""
     n = inputs[0].shape[0]
-    rows = torch.linspace(0, n - 1, min(n, SAMPLES)).round().long().to(inputs[0].device)
-    few, dtype = [x[rows] for x in inputs], got[0].dtype
-    want = folded(few, torch.float64)
-    errors = torch.stack([rounding.sample_errors(g[rows], w) for g, w in zip(got, want, strict=True)])  # [results, n]
+    rows = torch.linspace(0, n - 1, min(n, extent.samples)).round().long().to(inputs[0].device)
+    few = [x[rows] for x in inputs]
+    want = folded(few, torch.float64, 0.0)
+    pairs = list(zip([g[rows] for g in got], want, strict=True))
+    pairs = [(g if g.shape == w.shape else few_seeds(g, w.shape[1]), w) for g, w in pairs]
+    errors = torch.stack([rounding.sample_errors(g, w) for g, w in pairs])  # [results, n]
     errors = errors[:, torch.isfinite(errors).all(0)].amax(0)
     if not len(errors):
         return None
     tolerance = rounding.for_program(dtype)
-    if errors.median() > tolerance and dtype != torch.float64:
-        plain = folded(few, dtype)
-        theirs = torch.stack([rounding.sample_errors(p, w) for p, w in zip(plain, want, strict=True)]).amax(0)
+    if errors.median() > tolerance:  # where terms cancel, rounding is all that is left of them
+        rounded = folded(few, dtype, torch.finfo(dtype).eps)
+        theirs = torch.stack([rounding.sample_errors(r, w) for r, w in zip(rounded, want, strict=True)]).amax(0)
         tolerance = max(tolerance, SLACK * float(theirs.nan_to_num(0.0).median()))
     return float(errors.median()) / tolerance

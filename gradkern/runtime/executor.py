@@ -20,7 +20,7 @@ from ..planner.plan import ForwardMode
 from ..util.chunks import samples_per_chunk, spans, stepwise_bytes, stepwise_samples
 from . import forward_mode, reference
 from .call_plan import CallPlan, call_plan_for, plan_for
-from .confirmation import confirm
+from .confirmation import confirm, few_seeds
 from .execution import Execution, warn_once
 from .parameters import Derivable, KernelsUnavailable, PlanWeights, all_output_indices, leading
 
@@ -74,12 +74,34 @@ def transpose(
     does; raises `KernelsUnavailable` if the weights are not finite or of another dtype.
     """
     call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt, reverse=True)
-    weights = PlanWeights(call_plan.plan, params, values[0])
+    weights, targets = PlanWeights(call_plan.plan, params, values[0]), targets.contiguous()
     try:
-        Execution(call_plan, weights, values, targets.contiguous(), out).run(cotangent)
+        Execution(call_plan, weights, values, targets, out).run(cotangent)
+        if not call_plan.confirmed:
+            _confirm_transpose(call_plan, weights, values, targets, cotangent, out)
     except (KernelsUnavailable, TooLarge) as error:
         warn_once(program, error)
         raise KernelsUnavailable(str(error)) from error
+
+
+def _confirm_transpose(
+    call_plan: CallPlan,
+    weights: PlanWeights,
+    values: Sequence[Tensor],
+    targets: Tensor,
+    cotangent: Tensor | None,
+    out: Sequence[Tensor],
+) -> None:
+    n, dense = len(values[0]), [] if cotangent is None else [cotangent]
+
+    def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        seeds = call_plan.plan.seeds
+        targets, *dense = (few_seeds(t, seeds) for t in given[len(values) :])
+        results = [given[0].new_empty(len(given[0]), seeds, *o.shape[2:]) for o in out]
+        Execution(call_plan, weights, given[: len(values)], targets, results).run(*dense)
+        return results
+
+    confirm(call_plan, weights, [*values, targets.expand(n, -1), *dense], out, run)
 
 
 def forward_values(
@@ -152,22 +174,42 @@ def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeigh
 def _fill(
     call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    n = inputs[0].shape[0]
-    if call_plan.parts is not None and n:
-        return _through_bottleneck(call_plan.parts, weights, inputs, targets, out)
-    if call_plan.transposed is not None and n:
+    if call_plan.native and call_plan.plan.seeds and inputs[0].shape[0]:
         try:
-            return _forward_mode(call_plan, call_plan.transposed, weights, inputs, targets, out)
-        except (KernelsUnavailable, TooLarge) as error:
-            warn_once(call_plan.program, error)
-            return _by_reference(call_plan, weights.params, inputs, targets, out)
-    if n and call_plan.plan.seeds and call_plan.native:
-        try:
-            return Execution(call_plan, weights, inputs, targets, out).run()
+            y = _by_kernels(call_plan, weights, inputs, targets, out)
+            if not call_plan.confirmed:
+                _confirm(call_plan, weights, inputs, targets, y, out)
+            return y
         except (KernelsUnavailable, TooLarge) as error:
             warn_once(call_plan.program, error)
     # With weights that are not finite, positions that are not needed send NaN back, as in torch, so all are kept.
     return _by_reference(call_plan, weights.params, inputs, targets, out)
+
+
+def _by_kernels(
+    call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
+) -> Tensor:
+    if call_plan.parts is not None:
+        return _through_bottleneck(call_plan.parts, weights, inputs, targets, out)
+    if call_plan.transposed is not None:
+        return _forward_mode(call_plan, call_plan.transposed, weights, inputs, targets, out)
+    return Execution(call_plan, weights, inputs, targets, out).run()
+
+
+def _confirm(
+    call_plan: CallPlan,
+    weights: PlanWeights,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    y: Tensor,
+    out: Sequence[Tensor],
+) -> None:
+    def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        rows, targets = given[:-1], few_seeds(given[-1], call_plan.plan.seeds)
+        results = [weights.like.new_empty(*targets.shape, *o.shape[2:]) for o in out]
+        return _fill(call_plan, weights, rows, targets, results), *results
+
+    confirm(call_plan, weights, [*inputs, targets.expand(len(inputs[0]), -1)], (y, *out), run)
 
 
 def _in_float32(

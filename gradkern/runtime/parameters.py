@@ -282,7 +282,7 @@ class PlanWeights:
     """The packed weights of a plan for one call.  Its parameters are hashed once for all chains."""
 
     def __init__(self, plan: Plan, params: Params, like: Tensor):
-        self.params, self.like = params, like
+        self.plan, self.params, self.like = plan, params, like
         dtypes = [params[name].dtype for name in plan.packed_names]
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
         self.bound = params if isinstance(params, Bound) else Bound(params)
@@ -291,7 +291,7 @@ class PlanWeights:
         # own.  Of others nothing says that they are what the live ones would give now, so they count, too.
         known = plan.live_names if self.bound.derived_here else self.names
         self.content = None if self.mixed else self.bound.content(known)
-        self.entry = weight_cache.entry(plan, self.content, like)
+        self.entry: PackedPlan | None = None  # until something is packed
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
         """The packed weights of another plan, whose ``params`` are the same or derived from them."""
@@ -299,12 +299,14 @@ class PlanWeights:
         # Another plan's weights may come to the same plan, such as a forward pass, and have these bytes by other names.
         # Derived tensors count: they are what the other plan's are made of, and programs differ in them alone.
         other.content = None if self.content is None else hash((self.names, self.bound.content(self.names)))
-        other.params, other.entry = params, weight_cache.entry(plan, other.content, self.like)
+        other.plan, other.params, other.entry = plan, params, None
         return other
 
     def packed(self, chain: Chain) -> Packed:
         if self.mixed is not None:
             raise KernelsUnavailable(f"some weights are {self.mixed}, and the inputs are {self.like.dtype}")
+        if self.entry is None:
+            self.entry = weight_cache.entry(self.plan, self.content, self.like)
         packed = weight_cache.packed(self.entry, chain, self.params, self.like)
         if not packed.finite:
             raise KernelsUnavailable("some weights are NaN or infinite, and then skipping zeros is not exact")

@@ -131,6 +131,8 @@ def whole_chain(
         with torch.inference_mode(False), torch.no_grad():
             few = [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs]
             jacobian(program, params, few, targets, wrt)  # which compares
+        if not call_plan.confirmed:
+            return None
     try:
         chain = call_plan.chain(call_plan.groups[0], backward=True, onehot=True)
     except TooLarge:

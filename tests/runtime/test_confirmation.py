@@ -1,0 +1,110 @@
+"""The first results of a plan's kernels are compared with torch's own; plain torch takes the place of those that
+differ."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradkern
+from gradkern.passes import direction
+from gradkern.runtime import executor, ops, reference
+from gradkern.util.memo import reset
+from gradkern.util.options import GradkernWarning
+from tests.support import capturing, oracle
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_differs() -> None:
+    """Here they do."""
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    reset()
+    yield
+    reset()
+
+
+def net(width: int = 3) -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, width)).eval(), torch.randn(5, 6)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that leave some numbers of every sample wrong, as a wrong fold would."""
+    right = ops.chain_vjp
+
+    def wrong(*args):
+        values = right(*args)
+        for result in args[-1]:
+            result.view(result.shape[0], -1)[:, 0] += 1.0
+        return values
+
+    monkeypatch.setattr(ops, "chain_vjp", wrong)
+
+
+@pytest.mark.parametrize("way", ["reverse", "forward", "cut"])
+def test_plain_torch_takes_the_place_of_kernels_that_differ(broken, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    model, x = net()
+    if way == "forward":
+        model, x = net(200)
+    elif way == "cut":
+        model, x = nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Linear(2, 9)).eval(), torch.randn(5, 6)
+        monkeypatch.setattr(direction, "CUT_WORTHWHILE", 0)
+    with pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        got = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(got, oracle.jacobian(model, [x])[1][0]) < 1e-5
+    again = gradkern.jacobian(model, x, engine="kernel")
+    assert oracle.relative_error(again, oracle.jacobian(model, [x])[1][0]) < 1e-5
+    prepared = gradkern.prepare(model, x)
+    assert oracle.relative_error(prepared(x), oracle.jacobian(model, [x])[1][0]) < 1e-5
+
+
+def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net()
+    program = capturing.to_program(model, (x,))
+    params = dict(capturing.bind(program, model))
+    calls = []
+    plain = reference.jacobian
+    monkeypatch.setattr(reference, "jacobian", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+    with torch.no_grad():
+        executor.jacobian(program, params, [torch.full_like(x, float("nan"))])
+        assert calls  # which settles nothing
+        calls.clear()
+        executor.jacobian(program, params, [x])
+        assert calls
+        calls.clear()
+        executor.jacobian(program, params, [x])
+    assert not calls
+
+
+def test_samples_without_a_gradient_are_moved(broken) -> None:
+    """Zeros are equal whatever the kernels do with other numbers."""
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.zeros(4, 6)
+    with torch.no_grad():
+        model[0].bias.fill_(-1e-3)
+    with pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        gradkern.jacobian(model, x, engine="kernel")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_forward_pass(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    model, x = net()
+    program = capturing.to_program(model, (x,))
+    params = dict(capturing.bind(program, model))
+    right = ops.chain_forward
+    monkeypatch.setattr(ops, "chain_forward", lambda *args: [value + 1.0 for value in right(*args)])
+    with torch.no_grad(), pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        assert executor.forward_values(program, params, [x[:n]], [program.output]) == {}
+
+
+def test_a_transpose(broken) -> None:
+    """DeepLift's multipliers are a transpose, whose slopes are tensors."""
+    model, x = net()
+    with pytest.warns(GradkernWarning, match="first results are not torch's own"):
+        got = gradkern.attr.DeepLift(model).attribute(x, target=1)
+    want = captum.attr.DeepLift(model).attribute(x, target=1)
+    assert oracle.relative_error(got.detach(), want.detach()) < 1e-5
