@@ -43,7 +43,7 @@ def run(
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if by_reference else executor.jacobian
         watch = watch or Watch()
-        due = watch.due
+        due = watch.seconds > watch.due_after
         for a, b in spans(start, samples, chunk):
             chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):

@@ -356,7 +356,7 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, know
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
-    if watch.due:
+    if watch.seconds > watch.due_after:
         return None
     check_fits_in_memory(request.samples * whole.gradient_bytes)
     packed = whole.packed(captured.tensors)
@@ -385,7 +385,7 @@ def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
-        if watch.due:  # afterwards it would be too late
+        if watch.seconds > watch.due_after:  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
             y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:

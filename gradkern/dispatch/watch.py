@@ -25,15 +25,11 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """When the outputs of one model are due for a comparison: once ``share`` of the ``seconds`` of work since the last
-    one exceeds its ``cost``."""
+    """When the outputs of one model are due for a comparison: once the ``seconds`` of work since the last one exceed
+    ``due_after``, of which that one took the `SHARE`."""
 
     def __init__(self) -> None:
-        self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE
-
-    @property
-    def due(self) -> bool:
-        return self.seconds * self.share > self.cost
+        self.seconds, self.due_after = 0.0, FIRST_COST / SHARE
 
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""
@@ -43,4 +39,4 @@ class Watch:
             live = fn(*rows)
         if not isinstance(live, Tensor) or not same_outputs(y[:SAMPLES], live):
             raise OutputsChanged
-        self.seconds, self.cost = 0.0, time.perf_counter() - begin
+        self.seconds, self.due_after = 0.0, (time.perf_counter() - begin) / SHARE
