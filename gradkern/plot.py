@@ -169,7 +169,7 @@ def strip(
 
 
 def _array(values: Any) -> np.ndarray:
-    """As float64 NumPy, on the CPU and without a graph."""
+    """``values`` as a float64 NumPy array, on the CPU and without a graph."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)

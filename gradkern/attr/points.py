@@ -52,7 +52,7 @@ class Points:
         self.fn, self.module = self.base_request.fn, self.base_request.module
 
     def at(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> Points:
-        """The same model at other samples."""
+        """This model at other samples."""
         return Points(self.fn, inputs, more, self.engine)
 
     @cached_property

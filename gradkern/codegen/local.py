@@ -76,7 +76,7 @@ class ReachRule:
     src: int
     dst: int
     axes: tuple[list[int], list[int]] = ([], [])
-    macs: float = 0.0  # of one seed
+    macs: float = 0.0  # multiply-adds of one seed
 
 
 @dataclass

@@ -80,7 +80,7 @@ def strided(read: Tensor, write: Tensor) -> Runs:
     dr, dw = read.diff(), write.diff()
     # A run ends where a step differs from the one before it; the step to the start of a new run belongs to neither.
     changes = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).nonzero().reshape(-1) + 1
-    ends = torch.cat([changes, torch.tensor([len(dr)])])  # of equal steps
+    ends = torch.cat([changes, torch.tensor([len(dr)])])  # where equal steps end
     starts, start = [], 0
     for end, unit in zip(ends.tolist(), (dw[ends - 1] == 1).tolist(), strict=True):
         if start < end:

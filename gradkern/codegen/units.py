@@ -157,7 +157,7 @@ class Elementwise(Unit):
 
 @dataclass(frozen=True, eq=False)
 class Function(Elementwise):
-    """An elementwise function, which computes the derivative too."""
+    """An elementwise function, which also computes the derivative."""
 
     form: Scale
 

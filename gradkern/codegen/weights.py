@@ -226,7 +226,7 @@ class ScatterLayout(ContractionLayout):
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]
         rows, columns = -(-rows // fold) * fold, kw + taps[-1][1]
-        row, px = node.row * fold, node.C * fold  # of a group of interleaved rows
+        row, px = node.row * fold, node.C * fold  # the strides of a group of interleaved rows
         halo_h, halo_w = node.halo[0] - ph, node.halo[2] - pw
         origin = halo_h // fold * row + halo_w * px - (node.interior if fold > 1 else 0)
         if fold == 1:

@@ -1,4 +1,4 @@
-"""Which outputs to differentiate: reading ``targets`` into flat output indices.
+"""Reads ``targets``, the outputs to differentiate, as flat output indices.
 
 An output of shape ``[N, *out]`` is seen as ``C = prod(out)`` numbers per sample, numbered row-major.
 """

@@ -84,7 +84,7 @@ class GuardedGraph:
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
-    names: tuple[str, ...]  # of the tensors, in order
+    names: tuple[str, ...]  # the names of the tensors, in order
     guards: Any = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]] = lambda local, shared: {}
     methods: tuple[Method, ...] = ()
@@ -202,7 +202,7 @@ class GraphCache:
 
 
 def _by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:
-    """Those of the arguments of a graph that stand for tensors."""
+    """The arguments of a graph that stand for tensors."""
     return {read: x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)}
 
 

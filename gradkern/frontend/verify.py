@@ -124,7 +124,7 @@ class _Rounding:
 def _compare(
     program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
 ) -> NoProgram | frozenset[int]:
-    """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
+    """The fault of ``program`` or, if it has none, the inputs that the cotangent does not reach."""
     together_live = _live(fn, samples, cotangent)
     together, values = pull_back(program, params, samples, cotangent)
     allowed = _rounding(program, params, samples, cotangent, values)

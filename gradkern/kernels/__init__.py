@@ -127,7 +127,7 @@ def _pair(size: Size) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class _Prepared:
     packed: Packed
-    targets: Tensor | None  # of one-hot seeds
+    targets: Tensor | None  # the targets of one-hot seeds
     rows: Tensor | None
 
 

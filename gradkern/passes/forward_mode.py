@@ -60,7 +60,7 @@ class Slope:
     kind: Kind
     of: int  # a step; a value for ``value`` and ``swapped``
     shape: Shape
-    place: int = 0  # of a ``tap``: its number in the window
+    place: int = 0  # the number of a ``tap`` in the window
 
 
 def values_read(program: Program, slopes: Sequence[Slope]) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Line:
         return range(self.start, self.last + 1, self.step)
 
     def within(self, other: Line) -> Line:
-        """The same positions, counted along ``other``, which contains all of them."""
+        """These positions, counted along ``other``, which contains all of them."""
         step = self.step // other.step if self.count > 1 else 1
         return Line((self.start - other.start) // other.step, step, self.count)
 

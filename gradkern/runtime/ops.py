@@ -36,7 +36,7 @@ class Statistics:
     ``sum``, ``square``, ``abs``: float64 ``[S, *in]``; ``max`` (of absolute values): float32; ``group``: sums of
     absolute values, float64 ``[G, S, *in]``, of which sample i goes to row ``groups[i]``.  Those that are None are not
     taken.  ``finite``, bool ``[n]``, is cleared where a Jacobian is not finite or an output is NaN; with ``skip``,
-    samples for which it is False do not count.  ``magnitude``: ``sum`` is of absolute values, too.
+    samples for which it is False do not count.  ``magnitude``: ``sum`` also takes absolute values.
     """
 
     finite: Tensor

@@ -288,7 +288,7 @@ class PlanWeights:
         self.bound = params if isinstance(params, Bound) else Bound(params)
         self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
         # Where `bind` computed the derived tensors, the live ones are the key, as for `WholeChain`, which derives its
-        # own.  Of others nothing says that they are what the live ones would give now, so they count, too.
+        # own.  Others may differ from what the live ones would give now, so they count as well.
         known = plan.live_names if self.bound.derived_here else self.names
         self.content = None if self.mixed else self.bound.content(known)
         self.entry: PackedPlan | None = None  # until something is packed

@@ -1,4 +1,4 @@
-"""Which GPUs take gradkern's own kernels by default: those on which these very kernels have passed `make gpu`.
+"""Decides which GPUs take gradkern's own kernels by default: those on which the same kernels have passed `make gpu`.
 
 ``validated.json`` lists the architectures, each with the fingerprint of the kernels that passed.  `make gpu` writes it.
 Everywhere else, calls take torch's own kernels with all seeds folded into the batch, and a warning says so once.

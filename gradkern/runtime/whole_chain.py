@@ -39,11 +39,11 @@ class WholeChain:
     ) -> None:  # fmt: skip
         self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
-        self.axes = axes  # of the results, in place of S
+        self.axes = axes  # the axes of the results in place of S
         self.like, self.outputs = like.new_empty(0), call_plan.outputs
         self.order = [chain.wrt.index(v) for v in wrt]
         numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
-        self.gradient_bytes = numbers * like.element_size()  # of a sample
+        self.gradient_bytes = numbers * like.element_size()  # per sample
         self.output_bytes, self.device = program.outputs * like.element_size(), like.device
 
     def packed(self, tensors: Params) -> Packed | None:

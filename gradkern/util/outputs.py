@@ -81,7 +81,7 @@ def chosen(result: Any, output: Output) -> Any:
 
 
 def described_result(result: Any) -> str:
-    """What a model returned, in words that say what ``output=`` may be."""
+    """A description of what a model returned, which shows the choices for ``output=``."""
     if isinstance(result, Tensor):
         return f"one tensor {list(result.shape)}: leave output= out, or pass a function"
     kind = type(result).__name__

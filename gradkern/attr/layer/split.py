@@ -163,7 +163,7 @@ class LayerView:
         )
 
     def at(self, points: Points) -> LayerView:
-        """The same layer at other samples."""
+        """This layer at other samples."""
         return LayerView(points, self.program, self.value, self.exclusive)
 
     @property

@@ -376,6 +376,6 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     def _references(
         self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
     ) -> References | None:
-        """As `DeepLift`'s, where shared references are several."""
+        """`DeepLift._references`; references that all samples share must be several."""
         drawn = super()._references(baselines, rows, n, random_state, False)
         return References.of_all(rows, check_references(baselines, rows)) if drawn is None and hypothetical else drawn

@@ -113,7 +113,7 @@ def secant(rule: Rescale, i: int) -> StepMap:
     formula = secant_by_formula(rule.form(i, Scale).function, rule.post(i), rule.reference[rule.base + i])
     if formula is not None:
         return StepMap(output_factor=formula.expand_as(din), through=True)
-    still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # equal infinities too
+    still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # also equal infinities
     return StepMap(output_factor=torch.where(still, rule.slope(i), dout / din), through=True)
 
 

@@ -139,7 +139,7 @@ class _Rectifying(ProgramMethod):
 
     @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """As Captum's, but for every ReLU of the network, including functional, in-place and reused ones."""
+        """Captum's ``attribute``, but for every ReLU of the network, including functional, in-place and reused ones."""
         rows = compat.format_tensor_into_tuples(inputs)
         maps = self._one(rows, target, additional_forward_args, {})
         if maps is not None:

@@ -303,7 +303,7 @@ def context_slope(
     if len(context) == 1 and (formula := secant_by_formula(name, y, y_ref)) is not None:
         return formula
     moved = (tape.numbers(p.x) - tape.numbers(p.r)).expand_as(y)
-    still = (moved.abs() < tape.eps) | (p.x == p.r)  # equal infinities too
+    still = (moved.abs() < tape.eps) | (p.x == p.r)  # also equal infinities
     secant = torch.where(y == y_ref, 0.0, y - y_ref) / moved
     return torch.where(still, derivative_of(at, p.x, y), secant) if bool(still.any()) else secant
 

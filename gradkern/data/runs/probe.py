@@ -42,7 +42,7 @@ class Probe:
     inputs: tuple[Tensor, ...]
     rate: float
     alone: SpotSamples  # the samples that were read
-    way: Way | None = None  # of gradients, if kernels and autograd were compared
+    way: Way | None = None  # the way that gradients go, if kernels and autograd were compared
     sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
     @property

@@ -282,7 +282,7 @@ class Results:
             return tuple(map(str, self.array(name)[...])) if name in self else None
         except (UnicodeDecodeError, ValueError) as error:
             raise Damaged(
-                f"{self.place}: {name!r} is damaged. `gradkern verify {self.place} --repair` mends it."
+                f"{self.place}: {name!r} is damaged. `gradkern verify {self.place} --repair` repairs it."
             ) from error
 
     def row_names(self, names: Sequence[str] | None = None) -> list[str]:
