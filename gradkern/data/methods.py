@@ -249,7 +249,7 @@ def input_x_gradient(batch: Batch) -> Outcome:
 _OF_GRADIENTS: dict[Method, bool] = {gradients: False, saliency: True}
 
 
-def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
+def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     """The model's outputs, and the maps of ``method`` added to ``sums``, without any being kept.
 
     None, with nothing added, if it is no method of gradients, or no kernel does that for this model.

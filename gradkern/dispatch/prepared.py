@@ -107,16 +107,16 @@ class Prepared:
         """A call of `jacobian`, which looks at the model again."""
         request = Request(self._request.fn, inputs, self._request.wrt, self._request.resolve_seeds)
         results = solve(request, decide(request))
-        shared(results.seeds)
+        require_shared_seeds(results.seeds)
         return tuple(results.shaped)
 
 
 def shared_seeds(request: Request, shape: Shape) -> Seeds:
     """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
-    return shared(request.resolve_seeds(request.samples, shape))
+    return require_shared_seeds(request.resolve_seeds(request.samples, shape))
 
 
-def shared(seeds: Seeds) -> Seeds:
+def require_shared_seeds(seeds: Seeds) -> Seeds:
     """Refuse seeds that are not the same for all samples."""
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..util.callables import by_name
-from ..util.outputs import chosen
+from ..util.outputs import choose_output
 from ..util.torch_compat import (
     cache_entries,
     disable_current_modes,
@@ -118,7 +118,7 @@ def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, 
         arguments.insert(place, value)
     result = fn(*arguments)
     if output is not None:
-        result = chosen(result, output)
+        result = choose_output(result, output)
     return result.clone() if isinstance(result, Tensor) else None
 
 

@@ -129,10 +129,10 @@ class Plan:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
         if self.forward is not None:
             values = self.forward.values
-            of_values = underived(values, contracted(values, range(len(values.steps))))
+            of_values = underived(values, contraction_params(values, range(len(values.steps))))
             return tuple(dict.fromkeys((*self.forward.plan.live_names, *of_values)))
         native = {i for g in self.groups if g.native for i in g.steps}
-        return contracted(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
+        return contraction_params(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
 
     @cached_property
     def bytes_per_sample(self) -> int:
@@ -299,7 +299,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def contracted(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
+def contraction_params(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
     """The weights and biases of the contractions among ``steps``."""
     forms = (program.steps[i].form for i in steps)
     return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))

@@ -264,7 +264,7 @@ class Task:
         (reducer,), (i,) = reducers.values(), self.probe.floating
         finite = self._finite_inputs(batch.inputs)
         sums = reducer.running(batch.first, finite, self.nonfinite == "skip")
-        outputs = methods.summed(self.method, batch, sums)
+        outputs = methods.add_to_sums(self.method, batch, sums)
         if outputs is not None:
             reducer.add_counts(batch.first, batch.inputs[i].detach(), self._counted(finite, batch.first, bad))
         return outputs

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue, InputError
-from .columns import NotNumbers, Rows, stacked
+from .columns import NotNumbers, Rows, stack_rows
 from .padding import Pad, Padding, taken_by
 
 Span = tuple[int, int]
@@ -120,7 +120,7 @@ class Source(ABC):
         indices more often than not (bytes are cast all the same).
         """
         check_rows(given, start, stop)
-        rows = tuple(stacked(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
+        rows = tuple(stack_rows(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
         if self.cast is None:
             return rows
         whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
