@@ -68,7 +68,7 @@ def as_attribute_all(attribute_all: Callable[..., Any]) -> AttributeAll:
 
 
 def check_distribution(method: Any, baselines: Any) -> None:
-    """Raise if a method that averages over baselines got none."""
+    """Raise if no baselines were given to a method that averages over them."""
     if baselines is None:
         raise BadType(
             f"baselines: got none, but {type(method).__name__} averages over them. Pass a tensor of several rows: "
@@ -90,7 +90,7 @@ def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, inte
     points = Points(fn, inputs, more, engine)
     try:
         return points if route_is_supported(points.route) and not points.couples_batch else None
-    except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
+    except Exception:  # the model cannot run some of its samples, which Captum may still manage, or raise its own error
         if debugging():
             raise
         return None
@@ -110,8 +110,10 @@ def resolve_targets(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any
 def one_by_one(
     fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any], delta: bool = False
 ) -> Any:
-    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers and
-    buffers.  ``delta``: what ``attribute`` returns ends with the convergence delta."""
+    """``attribute_all`` by Captum: ``attribute(target)`` per output, each with the same random numbers and buffers.
+
+    ``delta``: the last value that ``attribute`` returns is the convergence delta.
+    """
     rows = format_tensor_into_tuples(inputs)
     seeds, out = resolve_targets(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
@@ -157,8 +159,8 @@ def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor 
 def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], seeds: Seeds) -> Tensor:
     """``Σ attribution - (F(end) - F(start))`` per sample and output, ``[N, S]``, as Captum's convergence delta.
 
-    The end is ``points``.  ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each
-    sample.
+    ``points``: the end.  ``parts``: one attribution ``[N, S, *in]`` per input.  ``start``: per input a number, one row,
+    or a row for each sample.
     """
     end, n = points.inputs, points.samples
     sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
@@ -170,7 +172,7 @@ def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], 
 
 
 def pick_outputs(outputs: Tensor, index: Tensor | None) -> Tensor:
-    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, *out]``: ``[N, S]``."""
+    """The outputs ``[N, *out]`` at the flat indices ``index`` (None, ``[S]`` or ``[N, S]``): ``[N, S]``."""
     outputs = outputs.unsqueeze(-1).flatten(1)  # [N] is one number per sample
     if index is None:
         return outputs
@@ -179,7 +181,7 @@ def pick_outputs(outputs: Tensor, index: Tensor | None) -> Tensor:
 
 
 def rows_out(points: Points, rows: int = 1024) -> Tensor:
-    """The model's outputs, flat, ``[N, C]``, some rows at a time."""
+    """The model's outputs as ``[N, C]``, computed some rows at a time."""
     starts, inputs = range(0, max(points.samples, 1), rows), points.base_request.inputs
     pieces = [points.fn(*[x[a : a + rows].detach().clone() for x in inputs]) for a in starts]
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
@@ -188,12 +190,12 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(PublicMethod, stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    A subclass provides ``_rows``, the attributions of every seed at given points.  From it follows, in `NoiseTunnel`,
-    the average over noise, which holds no samples.
+    A subclass provides ``_rows``, the attributions of every seed at given points.  `NoiseTunnel` then averages them
+    over noise, without keeping the noisy samples.
     """
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
+        """Attributions, one ``[R, S, *in]`` per input.  ``index``: the outputs, None, ``[S]`` or ``[R, S]``.
 
         None if the model has no Program and the method needs one.
         """

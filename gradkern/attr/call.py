@@ -1,12 +1,12 @@
-"""What every public call of an attribution object has in common, whatever the method.
+"""The behaviour that all public calls of attribution objects share, whatever the method.
 
-`PublicMethod` puts it around ``attribute`` and ``attribute_all`` of each class:
+`PublicMethod` adds it to ``attribute`` and ``attribute_all`` of each class:
 
 * results carry no autograd graph (except where ``grad_kwargs`` asks for one with ``create_graph``);
 * the buffers of the model and the object's own ``gradient_func`` are left as they were;
 * a batch without samples gives results without samples;
-* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None: a bar in a terminal
-  for what takes seconds), and everything after the inputs and the baselines by name.
+* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None, which shows a bar in
+  a terminal for calls of several seconds), and everything after the inputs and the baselines by name.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ..util.random_state import RandomState
 if TYPE_CHECKING:
     from .plug import GradientFunc
 
-STAND_INS = 2  # samples in place of none, from which the shapes of results are learned
+STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
 SHARED = ("out", "wrt", "engine")  # and ``progress``
 Function = Callable[..., Any]
 
 
 class PublicMethod:
-    """Base of the attribution classes: what this module's docstring lists, for every subclass."""
+    """Base of the attribution classes, which adds to every subclass what this module's docstring lists."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,7 +53,7 @@ class PublicMethod:
 
 
 def _attribute(function: Function) -> Function:
-    """``attribute`` with what all methods have in common."""
+    """``attribute`` with the shared behaviour."""
 
     @functools.wraps(function)
     def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ def _attribute(function: Function) -> Function:
 
 
 def _attribute_all(function: Function) -> Function:
-    """``attribute_all`` with what all methods have in common."""
+    """``attribute_all`` with the shared behaviour."""
     signature = inspect.signature(function)
     places = [name for name in signature.parameters if name in POSITIONAL]
     native = [name for name in SHARED if name in signature.parameters]
@@ -121,7 +121,7 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 class _Call(ExitStack):
-    """The public call that is being made, and the models whose buffers are restored at its end."""
+    """The public call in progress, and the models whose buffers are restored at its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 
 @contextmanager
 def public_call(method: Any) -> Iterator[None]:
-    """Everything inside is one call of ``method``, after which the method and the model are as before."""
+    """Make everything inside one call of ``method``, after which the method and the model are as before."""
     # Captum sets the gradient of some of its objects at every call
     gradients = [(part, part.gradient_func) for part in _parts(method) if hasattr(part, "gradient_func")]
     try:
@@ -155,7 +155,7 @@ def public_call(method: Any) -> Iterator[None]:
 
 
 def _our_gradients(method: Any) -> GradientFunc | None:
-    """What decides what runs; None with a gradient, or a method inside, that is not gradkern's."""
+    """The gradient function of a method, or of the innermost one inside it; None if it is not gradkern's."""
     from .plug import GradientFunc
 
     while hasattr(method, "attribution_method"):
@@ -165,7 +165,7 @@ def _our_gradients(method: Any) -> GradientFunc | None:
 
 
 def keep_buffers(fn: Any) -> None:
-    """The live model will run: its buffers are restored when the public call ends."""
+    """Restore the buffers of ``fn``, whose live model will run, when the public call ends."""
     call = _current.get()
     if call is not None and not any(fn is other for other in call.kept):
         call.kept.append(fn)
@@ -186,7 +186,7 @@ def seen_as(kind: Any, method: Any) -> Any:
 
 
 def with_engine(method: Any, engine: Any) -> Any:
-    """The same method on another engine."""
+    """``method`` on another engine."""
     from .plug import GradientFunc
 
     twin = copy.copy(method)
@@ -203,7 +203,7 @@ def with_engine(method: Any, engine: Any) -> Any:
 
 
 def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Errors that all methods share."""
+    """Raise the errors that all methods share."""
     from .plug import GradientFunc
 
     name = f"{type(method).__name__}.attribute_all"

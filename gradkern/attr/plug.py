@@ -59,7 +59,7 @@ class GradientFunc:
             except Unused:
                 raise
             except InputError:
-                pass  # Captum has its own error for it, or knows better
+                pass  # Captum raises its own error, or accepts it
             except Exception:
                 if debugging():
                     raise
@@ -73,7 +73,7 @@ class GradientFunc:
 
 
 class HooklessGradientFunc(GradientFunc):
-    """For methods that register no hooks: calls that belong to one public call (noisy copies) share their route."""
+    """The gradients of methods that register no hooks: calls within one public call (noisy copies) share a route."""
 
     _route = staticmethod(shared_route)
 
@@ -127,7 +127,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     indices = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
         chosen = select_targets(
-            indices.expand(samples, *out_shape),  # [N, *out], no memory
+            indices.expand(samples, *out_shape),  # [N, *out], takes no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
         flat = chosen.reshape(samples)  # [N]
@@ -139,8 +139,10 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
 
 
 def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) -> None:
-    """Give an attribution object these gradients, and the module inside a compiled or parallel model, in which Captum
-    looks for hooks and layers.  ``output``: which part of the model's result is explained, as in `gradkern.jacobian`.
+    """Give an attribution object these gradients, and unwrap a compiled or parallel model.
+
+    Captum looks for hooks and layers in the module inside.  ``output``: the part of the model's result that is
+    explained, as in `gradkern.jacobian`.
     """
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):

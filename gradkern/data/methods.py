@@ -80,7 +80,7 @@ def register_method(name: str) -> Callable[[Method], Method]:
 
 
 def find(name: str, arguments: Mapping[str, Any]) -> Method:
-    """The method of that name; its arguments are checked as far as possible."""
+    """The method of that name, after its arguments were checked as far as possible."""
     if name in METHODS:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
@@ -126,7 +126,7 @@ def _of_model_alone(kind: Any) -> bool:
 
 
 def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor], samples: int) -> None:
-    """Raise `BadValue`, by name, for a tensor among the arguments that is neither one row nor a row per sample."""
+    """Raise `BadValue` that names a tensor among the arguments which has neither one row nor a row per sample."""
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
@@ -167,7 +167,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
 
 
 def check_common(method: Method, arguments: Mapping[str, Any]) -> None:
-    """Raise `BadValue`, by name, for an argument with several rows, where batches do not say which samples they are."""
+    """Raise `BadValue` that names an argument with several rows, if batches do not say which samples they hold."""
     for name, value in arguments.items():
         for v in value if isinstance(value, tuple) else (value,):
             if name not in distributions(method, arguments, ()) and _has_rows(v) and len(v) > 1:
@@ -181,8 +181,10 @@ def arguments_of(
     samples: int,
     inputs: Sequence[Tensor],
 ) -> dict[str, Any]:
-    """The arguments for some of the samples, ``inputs``: their rows, where an argument has a row per sample; floating
-    numbers in the dtype of the inputs."""
+    """The arguments for some of the samples, ``inputs``.
+
+    Of an argument with a row per sample, these samples' rows are taken.  Floating numbers get the dtype of the inputs.
+    """
     device = inputs[0].device
 
     def rows(value: Any, cut: bool, k: int = 0) -> Any:
@@ -200,7 +202,7 @@ def arguments_of(
 
 
 def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """The arguments whose rows are drawn from, for every sample: not references that each sample has of its own."""
+    """The arguments that are distributions, from which every sample draws; references per sample are none."""
     kinds = (attr.GradientShap, attr.DeepLiftShap)
     if not isinstance(method, FromCaptum) or not issubclass(method.kind, kinds):
         return ()
@@ -252,7 +254,7 @@ _OF_GRADIENTS: dict[Method, bool] = {gradients: False, saliency: True}
 def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     """The model's outputs, and the maps of ``method`` added to ``sums``, without any being kept.
 
-    None, with nothing added, if it is no method of gradients, or no kernel does that for this model.
+    None, with nothing added, if the maps are not gradients, or no kernel can do that for this model.
     """
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
     if method not in _OF_GRADIENTS or len(floating) != 1 or batch.engine != "kernel":
@@ -320,9 +322,9 @@ class FromCaptum:
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
         seeds = jacobian_choice(batch.targets)(n, out)
         rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
-        if top:  # those that were explained: the outputs of another forward pass might have them in another order
+        if top:  # the outputs that were explained; another forward pass might order them differently
             rows = flat_indices(more[-1], out)
         maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)
-        if deltas is not None:  # Captum gives one per baseline or draw too
+        if deltas is not None:  # Captum may give one for each baseline or draw
             deltas = deltas.reshape(n, -1, seeds.count).mean(1)
         return Outcome(maps, outputs.detach(), rows, deltas)

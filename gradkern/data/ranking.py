@@ -33,8 +33,8 @@ from .statistics import GROUPS
 from .store.labels import of_rows
 from .store.results import Results
 
-PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
-TRACK_BYTES = 16 << 20  # of the order of features of the samples that are tracked at a time
+PART_BYTES = 64 << 20  # the most bytes of statistics in one pass over the data
+TRACK_BYTES = 16 << 20  # the most bytes for the orders of features of the samples that are tracked at a time
 BLOCK = 4096  # features whose bootstrap is drawn at a time
 SPREAD = ("sum_group_inputs", "deviations_group_inputs", "sum_group_inputs_square", "sum_group_abs")
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
@@ -131,7 +131,7 @@ class Importance:
 
 
 def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
-    """A feature's position for people: without the axes of length one."""
+    """A feature's position as text, without the axes of length one."""
     kept = [str(int(i)) for i, size in zip(index, shape, strict=True) if size > 1]
     return kept[0] if len(kept) == 1 else "(" + ",".join(kept) + ")" if kept else "0"
 
@@ -149,8 +149,8 @@ def importance(
     (0: no curves).  ``names`` are those of the model's outputs, or of the targets.  ``pad``, ``output`` (of a model
     that returns several) and ``options`` go to `gradkern.run`.
 
-    Memory is bounded: where the statistics of all outputs would take more than 64 MiB, the outputs are done in parts,
-    each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
+    Memory is bounded: if the statistics of all outputs would take more than 64 MiB, the outputs are divided into parts,
+    each with its own pass over the data.  (With ``out``, or targets that differ by sample, there is one pass.)
     """
     rows = open_source(source, columns, input_dtype, pad).for_model(model)
     if rows.samples < 2:
@@ -183,7 +183,7 @@ def importance(
 def _parts(
     model: nn.Module, source: Source, targets: Any, names: Sequence[str] | None
 ) -> list[tuple[Any, Sequence[str] | None]]:
-    """The outputs, with their names, in parts whose statistics take at most `PART_BYTES` each: every part is a pass
+    """The outputs and their names, in parts whose statistics take at most `PART_BYTES` each.  Every part takes a pass
     over the data."""
     if not (targets is None or (isinstance(targets, (list, range)) and all(isinstance(t, int) for t in targets))):
         return [(targets, names)]

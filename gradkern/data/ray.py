@@ -173,7 +173,7 @@ def check_shared(place: str) -> None:
 
 
 def sees(place: str, mine: str, answer: str) -> bool:
-    """On a worker: is the driver's key at this place (of which there may be another here), and can one be written?"""
+    """On a worker: whether it sees the driver's key at this place, which may be another place here, and can write."""
     try:
         path = local_path(place)
         if path is not None and not path.is_dir():
@@ -182,7 +182,7 @@ def sees(place: str, mine: str, answer: str) -> bool:
         if get(store, mine) is None:
             return False
         put(store, answer, b"seen")
-    except Exception:  # whatever a file system or an object store says to that
+    except Exception:  # a file system or an object store may raise anything
         return False
     return True
 

@@ -1,6 +1,7 @@
-"""Reasons why autograd must take a call, whatever the network computes: in the call, and in the state of the model.
+"""Checks at the start of a call: is there a reason for autograd, and which captured graph's guards hold?
 
-torch.compile's front end guards everything that a captured graph depends on (`frontend.capture`).
+A reason for autograd lies in the call or in the state of the model, whatever the network computes.  torch.compile's
+front end makes the guards over everything that a captured graph depends on (`frontend.capture`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 @dataclass(frozen=True)
 class EagerReason:
-    """``text``: the reason in words.  ``couples_batch``: one forward must see all samples, because it draws random
-    numbers or changes buffers."""
+    """Why autograd must take a call, in words (``text``).
+
+    ``couples_batch``: one forward must see all samples, because it draws random numbers or changes buffers.
+    """
 
     text: str
     couples_batch: bool = False
@@ -63,7 +66,7 @@ def autocast(inputs: Sequence[Tensor]) -> bool:
 
 
 def model_reason(module: nn.Module) -> EagerReason | None:
-    """The reason in the state of the model, or None.  Not needed for a Program, whose guards check the same.
+    """The reason in the state of the model, or None.  A Program does not need it, as its guards check the same.
 
     One pass over the modules looks for training mode first (it decides about chunks), then for hooks.
     """
@@ -132,7 +135,7 @@ def _graded(x: Tensor) -> Tensor:
 def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
     if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
-        # A profiler's mode on the stack, too, would be a change to the guards.
+        # Guards also compare the stack of modes, to which a profiler adds one.
         with torch.inference_mode(False), disable_current_modes():
             return _holding(capture, fn, inputs)
     return _holding(capture, fn, inputs)
@@ -140,7 +143,7 @@ def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor
 
 def _holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     graded, latest = torch.is_grad_enabled(), capture.latest
-    torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
+    torch._C._set_grad_enabled(True)  # as at capture, since a guard compares it
     try:
         local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
@@ -163,7 +166,7 @@ def _same_methods(graph: GuardedGraph) -> bool:
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:
-    """Shapes per sample, dtypes and devices."""
+    """What inputs must have in common to share a graph: shapes per sample, dtypes and devices."""
     return tuple([(x.shape[1:], x.dtype, x.device) for x in inputs])
 
 

@@ -1,4 +1,4 @@
-"""A network that is captured, verified and packed: calls of its kernels look at nothing but their inputs."""
+"""A network that is captured, verified and packed, so that calls of its kernels look only at their inputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .targets import Seeds, TopSeeds
 
 
 class Prepared:
-    """What `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` of one network for one choice of targets.
+    """The callable that `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` for one choice of targets.
 
-    The weights are packed as they are at the first call, and no later change of the model (weights, mode, code) is
-    noticed: prepare it again after one.  ``program``: what was captured; ``str()`` of this object is its listing.  It
-    is None for a model that stays on autograd.  Then, and where autograd turned out to be faster, calls are those of
+    The weights are packed at the first call, and no later change of the model (weights, mode, code) is noticed: prepare
+    it again after one.  ``program`` is the captured network, and ``str()`` of this object lists it; it is None for a
+    model that stays on autograd.  For such a model, and where autograd turned out to be faster, a call is a call of
     `jacobian`.
     """
 
@@ -30,7 +30,7 @@ class Prepared:
         self.program = program
         self._request, self._as_tuple = request, as_tuple
         if program is not None:
-            shared_seeds(request, program.output_shape)  # refuses others
+            shared_seeds(request, program.output_shape)  # raises if they differ by sample
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
         self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
@@ -99,7 +99,7 @@ class Prepared:
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
     def _kernels_win(self, request: Request) -> bool:
-        """Whether kernels are faster for calls like this one.  Those of one chain are, without what a call costs."""
+        """Whether kernels are faster for calls like this one.  One chain always is, without the overhead of a call."""
         measured = timing(request, decide(request))
         return measured is None or measured.way == "kernels"
 

@@ -21,7 +21,7 @@ from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, describe_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
-MOST_IN_KEY = 64  # targets of a list by which a call is recognized
+MOST_IN_KEY = 64  # the most targets in a list that may be part of a key for calls
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -69,11 +69,11 @@ class Request:
 
     @property
     def seeds_key(self) -> Hashable:
-        """Equal for requests whose seeds are the same, given the same model; None if that is not known."""
+        """A key that is equal for requests with the same seeds, given the same model; None if that is not known."""
         return self.resolve_seeds.key if isinstance(self.resolve_seeds, TargetChoice) else None
 
     def part(self, start: int, stop: int, seeds: Seeds) -> Request:
-        """The same call for the samples ``start:stop``."""
+        """This call for the samples ``start:stop`` alone."""
         return Request(
             self.fn,
             tuple(x[start:stop] for x in self.inputs),
@@ -110,7 +110,7 @@ class Request:
 class JacobianResult:
     """The results of a request, filled in by rows of samples.
 
-    ``seeds``: the requested seeds; ``indices``: theirs, filled in later if the model's outputs choose them (`TopK`).
+    ``seeds``: the requested seeds; ``indices``: their indices, filled in later if the outputs choose them (`TopK`).
     ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, in the caller's memory if ``out`` is given;
     ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
     """
@@ -144,7 +144,10 @@ class JacobianResult:
 
 
 def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
-    """Resolve the targets against the output's shape and allocate the results; ``partial`` is only compared."""
+    """Resolve the targets against the output's shape and allocate the results.
+
+    ``partial``: results of earlier samples, which are returned if their output has the same shape.
+    """
     if partial is not None:
         if output_shape != partial.output_shape:
             raise BadValue(
@@ -172,8 +175,8 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
 
 
 def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
-    """The caller's memory for a result of this shape, seen in the shape ``flat``."""
-    if isinstance(out, np.ndarray):  # np.memmap too
+    """The caller's memory for a result of this shape, as a view of the shape ``flat``."""
+    if isinstance(out, np.ndarray):  # np.memmap is one
         if not out.flags.writeable:
             raise BadValue("out: got a read-only array, expected a writable one (np.memmap: mode 'r+' or 'w+').")
         try:
@@ -188,7 +191,7 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         raise BadType(f"out: got {out.dtype}, expected a floating dtype.")
     if out.requires_grad:
         raise BadValue("out: got a tensor that requires grad, expected a plain one. Use out.detach().")
-    if out.is_inference():  # may not be written to outside inference mode, but its memory may
+    if out.is_inference():  # the tensor may not be written to outside inference mode, but its memory may
         alias = torch.empty(0, dtype=out.dtype, device=out.device)
         out = alias.set_(out.untyped_storage(), out.storage_offset(), out.shape, out.stride())
     try:
@@ -363,8 +366,8 @@ def _times(shape: Shape) -> str:
 class TargetChoice:
     """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known.
 
-    ``key``: equal for choices that give the same seeds whatever the samples are; None if they depend on the samples,
-    or if that is not known.
+    ``key`` is equal for choices that give the same seeds whatever the samples are; it is None if the seeds depend on
+    the samples, or if that is not known.
     """
 
     def __init__(self, targets: Any) -> None:

@@ -108,7 +108,7 @@ class Route:
             check_reached(request, self.decision.verdict.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
-        """Whether this is the route of that request, too."""
+        """Whether another request can take this route."""
         return (
             is_same(self.fn, request.fn)
             and self.engine == engine
@@ -118,7 +118,7 @@ class Route:
 
     @property
     def work(self) -> AutogradWork:
-        """What autograd has done that a Program might have done."""
+        """The work of autograd that a Program might have done."""
         return self.entry.work
 
     def warn(self, message: str) -> None:
@@ -134,7 +134,7 @@ def decide(request: Request, engine: Engine | None = None) -> Route:
     fn, name = request.fn, options.engine(engine)
     try:
         known = state.models.of(request.owner)
-    except TypeError:  # it takes no weak reference, so nothing is remembered
+    except TypeError:  # the object takes no weak reference, so nothing is remembered
         known = ModelState()
     signature = guards.signature(request.inputs)
     entry = known.entries.get_or_make((request.way, signature), CacheEntry)
@@ -176,7 +176,7 @@ _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Everything inside belongs to one public call, whose parts share their routes by `shared_route`."""
+    """Make everything inside one public call, whose parts share their routes by `shared_route`."""
     if _decided.get() is not None:
         yield
         return
@@ -266,7 +266,7 @@ def solve(request: Request, route: Route) -> JacobianResult:
             except OutputsChanged:
                 route.refuse(CHANGED)
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's says more itself
+                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's own error says more
                     raise
                 count = request.resolve_seeds(request.samples, captured.program.output_shape).count
                 work = f" beside memory_budget={options.memory_budget()} bytes of work"
@@ -277,7 +277,7 @@ def solve(request: Request, route: Route) -> JacobianResult:
 
 
 def _program_of(request: Request, route: Route) -> BoundProgram | None:
-    """The Program that the engine takes, captured now if need be; None if it is autograd."""
+    """The Program that the engine uses, captured now if need be; None if autograd takes the call."""
     if route.engine == "autograd":
         return None
     if isinstance(route.decision, EagerReason):
@@ -308,7 +308,7 @@ def _by_program(
 
 
 def _known_call(request: Request, route: Route, captured: BoundProgram) -> KnownCall:
-    """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
+    """The `KnownCall` of calls like this one, remembered if their seeds do not depend on the samples."""
     # Parts of a call have the size of the whole.
     kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.whole)
     seeds_key = request.seeds_key
@@ -332,7 +332,8 @@ def _make_known_call(request: Request, route: Route, captured: BoundProgram, kin
 
 
 def _way(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> Way:
-    """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
+    """The way that all parts of this public call go: the one that a store has pinned, kernels if the caller asks for
+    them, or else the faster one."""
     pinned, count = ways.pinned_way.get(), known.seeds.count
     if pinned is not None and route.engine != "reference":
         return pinned
@@ -400,7 +401,7 @@ def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
 
 
 def timing(request: Request, route: Route) -> Timing | None:
-    """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
+    """How long a request takes on kernels and on autograd; None for a route that does not depend on that."""
     captured = route.decision
     if route.engine != "auto" or not isinstance(captured, BoundProgram) or not request.samples:
         return None
@@ -411,7 +412,7 @@ def timing(request: Request, route: Route) -> Timing | None:
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
-    """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
+    """The profile on autograd of a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
     known = not profile.whole_batch_reason and not profile.mutates
     return profile if known else replace(profile, whole_batch_reason="", mutates=False)

@@ -43,8 +43,8 @@ MOST_MISSES = 8
 class KnownCall:
     """What the calls of a Program for the same seeds and inputs have in common.
 
-    It depends on no tensor's values.  ``timing``: under which the fastest way of such calls is remembered.  ``whole``:
-    the chain that computes such calls, if it is one.
+    It does not depend on the values of tensors.  ``timing``: the key under which the fastest way of such calls is
+    remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
     """
 
     seeds: Seeds
@@ -85,7 +85,7 @@ class CacheEntry:
     verdicts: dict[GuardedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
-    work: AutogradWork = field(default_factory=AutogradWork)  # that a Program might have done
+    work: AutogradWork = field(default_factory=AutogradWork)  # work of autograd that a Program might have done
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
@@ -95,12 +95,12 @@ class CacheEntry:
 
 
 class ModelState:
-    """All that is known about one model."""
+    """Everything that is known about one model."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.live = threading.RLock()  # held while a forward changes the model's buffers
-        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the path to the callable, `guards.signature`
+        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by path to the callable, and `guards.signature`
         self._warned: set[str] = set()
 
     def capture(

@@ -1,4 +1,4 @@
-"""Plans, specialized for the inputs that a call differentiates, and remembered."""
+"""Plans specialized for the inputs that a call differentiates, remembered between calls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def call_plan_for(
 
 @dataclass(frozen=True)
 class CallGroup:
-    """A group, and the facts about it that calls need."""
+    """A group, with the facts about it that calls need."""
 
     number: int
     native: bool

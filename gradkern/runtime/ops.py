@@ -54,7 +54,7 @@ class Statistics:
         return cls(torch.ones(samples, dtype=torch.bool), torch.zeros(samples, dtype=torch.int64))
 
 
-#: The ops that return nothing.
+#: The ops that return nothing and only write to their arguments.
 WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent_walk", "recurrent_cells")
 LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
@@ -69,7 +69,7 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the youngest
+    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the newest ops
     if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
@@ -263,7 +263,7 @@ def chain_statistics(
     )  # fmt: skip
 
 
-HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
+HUGE = 8 << 20  # fresh results of at least so many bytes get huge pages
 
 
 def on_huge_pages(fresh: Tensor) -> None:

@@ -67,7 +67,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         return completeness(view.points, parts, start, seeds)
 
     def _as_tuple(self, options: Options) -> bool:
-        """Are the attributions a tuple?  Those of a layer are not."""
+        """Whether the attributions are a tuple; those of a layer are not."""
         return False
 
     def _once(self, target: Any, options: Options) -> Any:
@@ -122,7 +122,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
 
 
 def make_attribute(kind: Any) -> Any:
-    """The ``attribute`` of Captum's class on the engine: its signature, its results, its errors."""
+    """``attribute`` on the engine, with the signature, results and errors of Captum's class."""
     captums = compat.unlogged(kind)
     signature = inspect.signature(captums)
 
@@ -143,7 +143,8 @@ def make_attribute(kind: Any) -> Any:
 
 
 def make_attribute_all(kind: Any) -> AttributeAll:
-    """Its ``attribute_all``: Captum's arguments, with ``targets`` in place of ``target``; most of them by name."""
+    """``attribute_all`` on the engine: the arguments of Captum's class, most of them by name, with ``targets`` in place
+    of ``target``."""
     parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
     targets = parameters.pop("target").replace(name="targets", annotation=Any, default=None)
     places = [p for name, p in parameters.items() if name in POSITIONAL]
@@ -258,7 +259,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
             try:
                 wide = stock.LayerAttribution.interpolate(cam, tuple(x.shape[2:]), interpolate_mode=interpolate_mode)
                 maps.append(g * wide.view(x.shape[0], seeds.count, *wide.shape[1:]))
-            except Exception:  # like Captum, accept shapes that cannot be interpolated
+            except Exception:  # Captum, too, accepts shapes that cannot be interpolated
                 warnings.warn(
                     "Couldn't appropriately interpolate GradCAM attributions for some input tensors, returning empty "
                     "tensor for corresponding attributions.",

@@ -73,7 +73,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     attribute_all = make_attribute_all(stock.LayerIntegratedGradients)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
-        if not view.exclusive:  # Captum changes only the layer's input, not what other readers of that value see
+        if not view.exclusive:  # Captum changes the value only for the layer, not for its other readers
             return None
         inputs, start = format_input_baseline(view.points.inputs, options["baselines"])
         value, *crossing = view.forward(inputs, view.points.more)

@@ -27,8 +27,8 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # used to find the layer's value, and as many noisy ones
-#: By the verdict on a captured graph, then by the layer's path and whether its input is meant.
+SAMPLES = 3  # samples that the layer's value is found with, beside as many noisy ones
+#: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
 
@@ -96,7 +96,7 @@ def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tupl
         seen.append((got, got.detach().clone()))
         if not grad or not got.is_floating_point():
             return None
-        return (got if got.requires_grad else got.requires_grad_()).clone()  # which may be changed in place
+        return (got if got.requires_grad else got.requires_grad_()).clone()  # the model may change the clone in place
 
     handle = layer.register_forward_pre_hook(look) if to_input else layer.register_forward_hook(look)
     try:
@@ -219,7 +219,7 @@ def jacobians(
     """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
     like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
     out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
-    chunk = max(1, count)  # one kernel call writes nothing but the result
+    chunk = max(1, count)  # one kernel call needs no memory beside the result
     plan = executor.plan_for(program, seeds, like.dtype, like.device, wrt=wrt)
     if by_reference:
         chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))

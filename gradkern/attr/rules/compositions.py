@@ -31,7 +31,7 @@ def movement(p: InputAndReference) -> Tensor:
 def log_sum(p: InputAndReference, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``logsumexp`` at input and reference (axes kept), its change, and its multipliers.
 
-    The composition of the exponentials' secants, a sum and the logarithm's secant; the secants are taken of
+    The multipliers compose the exponentials' secants, a sum and the logarithm's secant.  The secants are those of
     ``exp(z - s)``, with one shift ``s`` for input and reference, which cancels out.
     """
     ends = [torch.logsumexp(z, dims, keepdim=True) for z in (p.x, p.r)]
@@ -42,7 +42,7 @@ def log_sum(p: InputAndReference, dims: list[int], eps: float) -> tuple[Tensor, 
     secants = torch.where(moved.abs() < eps, exps[0], (exps[0] - exps[1]) / moved)
     grown = (exps[0] - exps[1]).sum(dims, keepdim=True)
     total, total_ref = (e.sum(dims, keepdim=True) for e in exps)
-    near = grown.abs() < total_ref / 2  # there the difference of the two logarithms would lose digits
+    near = grown.abs() < total_ref / 2  # where the difference of the two logarithms would lose digits
     change = torch.where(near, torch.log1p(grown / total_ref), ends[0] - ends[1])
     outer = torch.where(grown.abs() < eps, 1 / total, change / grown)
     return ends[0], ends[1], change, secants * outer
@@ -166,7 +166,7 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 def normalize(
     tape: Tape, p: InputAndReference, dims: list[int], eps: float
 ) -> tuple[InputAndReference, InputAndReference, InputAndReference]:
-    """Deviations over the root of their mean square, that mean, and the inverse root."""
+    """Deviations divided by the root of their mean square, that mean square, and the inverse of the root."""
     mean, deviations = subtract_mean(tape, p, dims)
     inverse = tape("rsqrt.default", tape("add.Scalar", variance(tape, deviations, dims, 0.0), eps))
     return tape("mul.Tensor", deviations, inverse), mean, inverse
@@ -187,7 +187,7 @@ def layer_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("rms_norm", "_fused_rms_norm")
 def rms_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """Numbers over the root of their mean square."""
+    """Numbers divided by the root of their mean square."""
     a = bind_arguments(op, args, kwargs)
     p = a["input"]
     dims = list(range(p.x.dim() - len(a["normalized_shape"]), p.x.dim()))
@@ -348,7 +348,7 @@ def rrelu(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
 
 @handles("detach")
 def detach(tape: Tape, op: Any, args: Any, kwargs: Any) -> Tensor:
-    """A constant: its value at the input, at the reference too."""
+    """A constant, which has its value at the input also at the reference."""
     tape.took_detached_as_constant = True
     p: InputAndReference = args[0]
     return p.x.detach()

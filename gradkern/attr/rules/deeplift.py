@@ -81,7 +81,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         n_references: int = 20,
         random_state: int | None = None,
     ) -> Any:
-        """As Captum's, by the rule above.
+        """Captum's ``attribute``, by the rule above.
 
         ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
         ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
@@ -164,7 +164,7 @@ class DeepLift(OverReferences, stock.DeepLift):
     def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rescale:
         """The rule between the values at the samples and those ``before`` at ``start``, row by row."""
         constant = detached_values(chunk.program)
-        if constant:  # the same at the reference as at the input, and so is what follows from them alone
+        if constant:  # equal at the reference and at the input, and so is everything that follows from them alone
             known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
             before = Values(chunk.program, chunk.params, known)
         inputs, own = len(chunk.options["baselines"]), regions(chunk.program, model_of(self.forward_func))
@@ -172,7 +172,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)
 
     def _done(self, points: Points, rule: Rule) -> None:
-        """Say, once per model, where attributions need not add up to the change of the output."""
+        """Warn, once per model, where attributions need not add up to the change of the output."""
         assert isinstance(rule, Rescale)
         name, program = name_of(points.fn), rule.program
         for i, op in rule.unruled.items():
@@ -214,7 +214,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return None
 
     def _on_hooks(self) -> None:
-        """Say that Captum's hooks ran where rules that complete were asked for."""
+        """Warn that Captum's hooks ran where rules that complete were asked for."""
         gradients = self.gradient_func
         if isinstance(gradients, GradientFunc) and engine_of(gradients.engine) != "autograd":
             model = model_of(self.forward_func)
@@ -250,14 +250,14 @@ def say_constant(fn: Any, where: str) -> None:
 
 
 def _engine_of(rules: Rules, engine: Engine | None) -> Engine | None:
-    """Captum's rules are those of Captum's own code."""
+    """The engine for these rules: Captum's rules run in Captum's own code, by autograd."""
     if rules not in ("complete", "captum"):
         raise BadValue(f"rules: got {rules!r}, expected 'complete' or 'captum'.")
     return "autograd" if rules == "captum" else engine
 
 
 def _start(chunk: Chunk) -> Tensors:
-    """The chunk's reference point: one row if it serves all, else one each; then the tensors that are not inputs."""
+    """The chunk's reference (one row for all samples, or one each), followed by the tensors that are not inputs."""
     start = []
     for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
         rows = rows_of(base, chunk.a, chunk.b)
@@ -298,7 +298,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    _is_captums = False  # of an accelerated object of Captum's class, too
+    _is_captums = False  # also for an accelerated object of Captum's class
 
     def __init__(
         self,
@@ -325,7 +325,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         n_references: int = 20,
         random_state: int | None = None,
     ) -> Any:
-        """As Captum's; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
+        """Captum's ``attribute``; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)

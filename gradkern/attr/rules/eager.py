@@ -24,7 +24,7 @@ from ...util.options import debugging
 from ...util.random_state import RandomState
 from .tape import InputAndReference, NoRule, Tape, run_graph
 
-SAME = 1e-4  # relative; what torch traces has to be the model's own output, and that of a sample alone
+SAME = 1e-4  # the largest relative difference between the traced output, the model's own, and that of a sample alone
 
 
 def multipliers(
@@ -68,7 +68,7 @@ def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
 
 
 class _NumbersAsTheyAre(TorchFunctionMode):
-    """Python code that asks for the numbers of a tensor gets them, while torch traces."""
+    """While torch traces, Python code that asks for the numbers of a tensor gets them."""
 
     ASKED = frozenset(getattr(Tensor, f) for f in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"))
 
@@ -99,7 +99,7 @@ def _trace(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) ->
             return graph, forward(*(x.clone() for x in xs)), fn(*(x[:1].clone() for x in xs), *first)
     except NoRule:
         raise
-    except Exception as error:  # whatever tracing may raise, Captum's own method still runs
+    except Exception as error:  # tracing may raise anything, and Captum's own method still runs
         if debugging():
             raise
         line = next(iter(str(error).splitlines()), "")[:200]

@@ -136,7 +136,7 @@ class _Writer:
 
 
 def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Positions:
-    """The constant map that takes every window's t-th place (zero in the padding)."""
+    """The constant map that reads the t-th place of every window (zero in the padding)."""
     axes = []
     for cut, n, (before, _) in zip(tap_slices(w, t, counts), spatial, w.padding, strict=True):
         places = [p - before for p in range(cut.start, cut.stop, cut.step)]
@@ -311,7 +311,7 @@ class _PrecomputedRule(Rule):
 
 
 def _head(program: Program, step_maps: Sequence[StepMap]) -> Program | None:
-    """The Program without a straight tail of steps that the kernels cannot run; None if too little remains."""
+    """The Program without its tail of steps that the kernels cannot run; None if too little remains."""
     if any(x.reads is not None for x in step_maps):
         return None
     base = len(program.inputs)

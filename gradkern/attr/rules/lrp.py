@@ -31,7 +31,7 @@ from .rule_methods import Chunk, RuleMethod
 
 #: Activations that pass relevance on: increasing, with f(0) = 0.  Captum knows ReLU and Tanh.
 PASSING = ("relu", "leaky_relu", "elu", "tanh", "negative_part")
-#: Modules on which a rule of Captum's means here what it means there.
+#: Modules on which a rule of Captum's has the same meaning here.
 RULED = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
@@ -117,7 +117,7 @@ def in_proportion(rule: Relevance, i: int) -> StepMap:
 
 
 def affine(rule: Relevance, i: int) -> StepMap:
-    """``y = a x + b``: the share of ``a x``."""
+    """The share of ``a x`` in ``y = a x + b``."""
     factor = rule.form(i, Scale).params[0]
     return StepMap(output_factor=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
 
@@ -155,7 +155,7 @@ class LRP(RuleMethod, stock.LRP):
         return_convergence_delta: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """As Captum's.  As there, rules set on modules serve one call and are removed after it."""
+        """Captum's ``attribute``.  Rules set on modules serve one call and are then removed, as in Captum."""
         rows = compat.format_tensor_into_tuples(inputs)
         with self._rules() as rules:
             maps = self._one(rows, target, additional_forward_args, {"rules": rules})
@@ -210,7 +210,7 @@ class LRP(RuleMethod, stock.LRP):
             print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
     def _used(self, rules: Rules, verbose: bool) -> None:
-        """As Captum does after a call: the rules are removed."""
+        """Remove the rules after a call, as Captum does."""
         if verbose:
             self._print(rules)
         for path in rules:
@@ -218,7 +218,7 @@ class LRP(RuleMethod, stock.LRP):
 
     @contextmanager
     def _rules_put_back(self) -> Iterator[None]:
-        """The rules set on modules, which Captum removes, are set again afterwards."""
+        """Set the rules on modules again afterwards, because Captum removes them."""
         with self._rules() as rules:
             pass
         try:
@@ -229,7 +229,7 @@ class LRP(RuleMethod, stock.LRP):
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
-        """The rules set on modules, by path; removed meanwhile, because they are not part of the network."""
+        """The rules set on modules, by path.  Inside, modules have none, as rules are not part of the network."""
         ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
         rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
         try:
@@ -247,7 +247,7 @@ class LRP(RuleMethod, stock.LRP):
     def _supports(self, program: Program) -> bool:
         named = [s.module for s in program.steps if isinstance(s.form, Contract) and s.form.weight and s.module]
         if len(set(named)) < len(named):
-            return False  # one layer's weight used twice: Captum's error
+            return False  # one layer's weight is used twice, for which Captum raises an error
         lacking = [s for s in program.steps if Relevance.maker(s.form) is None]
         for step in lacking:
             name = name_of(self.forward_func)
@@ -267,12 +267,12 @@ class LRP(RuleMethod, stock.LRP):
         return super()._rows(points, index, seeds, options)
 
     def _same_here(self, path: str, rule: compat.PropagationRule | None) -> bool:
-        """Does a rule on this module mean here what it means in Captum?"""
+        """Whether a rule on this module has the same meaning here as in Captum."""
         module = self._network.get_submodule(path)
         if rule is None or isinstance(module, (nn.ReLU, nn.Tanh, nn.Dropout)):
             return rule is None or type(rule) in KNOWN
         if isinstance(rule, compat.IdentityRule) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return False  # relevance of one shape for a value of another: Captum's error
+            return False  # relevance of one shape for a value of another, for which Captum raises an error
         return type(rule) in KNOWN and type(module) in RULED
 
     def _rule(self, chunk: Chunk) -> Relevance:

@@ -1,4 +1,4 @@
-"""Maxima and minima on the tape: a change goes where the maximum was and is (`tape.py`)."""
+"""Maxima and minima on the tape (`tape.py`): a change goes to the places of the input's and reference's maximum."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def route_changes(
 
 
 def pool_with_places(op: Any) -> Any:
-    """The pool that also gives the places."""
+    """The variant of a pool that also returns the places of the maxima."""
     name = packet(op)
     return getattr(torch.ops.aten, f"{name}_with_indices" if name.startswith("max_pool") else name).default
 
@@ -80,7 +80,7 @@ def along(tape: Tape, p: InputAndReference, dim: int, keepdim: bool) -> tuple[In
 
 @handles("max", "min", "amax", "amin")
 def extreme(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """Over axes, or of two values."""
+    """The maximum or minimum over axes, or of two values."""
     a, name = bind_arguments(op, args, kwargs), packet(op)
     if "other" in a:
         return of_two(tape, a["self"], a["other"], name == "min")
@@ -114,7 +114,7 @@ def minimum(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
 
 
 def of_two(tape: Tape, one: Any, two: Any, least: bool) -> InputAndReference:
-    """A pool of two places."""
+    """The larger (or smaller) of two values, as a pool of two places."""
     shape = torch.broadcast_shapes(one.shape, two.shape)
     dtype = torch.promote_types(*((z.x if is_pair(z) else z).dtype for z in (one, two)))
     both = [tape("expand.default", z, shape) for z in (one, two)]

@@ -49,10 +49,10 @@ class Rescale(Rule):
         inputs: int | None = None,
         regions: Sequence[Region] = (),
     ) -> None:
-        """``inputs``: how many of the first inputs are attributed, by default all.  ``regions``: of users' rules."""
+        """``inputs``: how many of the first inputs are attributed (default: all).  ``regions``: of users' rules."""
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
-        self.native = native and bool(ops.machine(values[0].device))  # which loads the kernels
+        self.native = native and bool(ops.machine(values[0].device))  # `machine` also loads the kernels
         self.detached = detached_values(program)
         first = range(len(program.inputs) if inputs is None else inputs)
         self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed
@@ -70,7 +70,7 @@ class Rescale(Rule):
         return graph.descendants(self.program, wrt, self.detached)
 
     def user_rule_map(self, region: Region) -> StepMap:
-        """A user's rule."""
+        """The map of a user's rule."""
         u, v = region.entry, self.base + region.steps[-1]
         x, y = self.values[u], self.values[v]
         factor = region.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
@@ -84,7 +84,7 @@ class Rescale(Rule):
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
     def pooled_relu(self, i: int) -> bool:
-        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        """Whether this is a ReLU that only a pool reads; the pool's shares then include its secant."""
         form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
         alone = len(readers) == 1 and self.base + i != self.program.output
         is_relu = isinstance(form, Scale) and form.function == "relu"
@@ -93,7 +93,7 @@ class Rescale(Rule):
         return is_relu and isinstance(self.program.steps[readers[0]].form, Select)
 
     def multipliers(self, u: int, pool: Sequence[int], relu: bool) -> Tensor:
-        """The compiled op on a value ``[N, C, *spatial]`` and its reference."""
+        """The multipliers of a ReLU or pool, by the compiled op, for a value ``[N, C, *spatial]`` and its reference."""
         z, ref = (
             x.reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, *(x.shape[2:] if x.dim() == 4 else (1, -1)))
             for x in (self.values[u], self.reference[u])
@@ -102,7 +102,7 @@ class Rescale(Rule):
 
 
 def detached_values(program: Program) -> frozenset[int]:
-    """The values that the network detaches, of those that depend on its inputs."""
+    """The values that depend on the inputs, and that the network detaches."""
     base = len(program.inputs)
     forms = ((base + i, step.form) for i, step in enumerate(program.steps))
     return frozenset(v for v, form in forms if isinstance(form, Opaque) and form.call.op == "aten.detach.default")
@@ -162,7 +162,7 @@ def midpoint(rule: Rescale, i: int) -> StepMap:
 
 
 def compose_on_tape(rule: Rescale, i: int) -> StepMap:
-    """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
+    """The map of a step that is no single operation with a rule, by its operations on the tape, transposed by torch."""
     step, dtype = rule.program.steps[i], rule.values[0].dtype
     tape = Tape(dtype, rule.eps)
     args: list[InputAndReference | Tensor] = []

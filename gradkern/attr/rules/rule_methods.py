@@ -82,7 +82,7 @@ class RuleMethod(ProgramMethod):
         return multipliers
 
     def _done(self, points: Points, rule: Rule) -> None:
-        """A hook after a call, for example to warn about steps without a rule."""
+        """Called after a call, for example to warn about steps without a rule."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.captured()
@@ -109,10 +109,10 @@ class RuleMethod(ProgramMethod):
 
 
 def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device, *, least: int = 1) -> int:
-    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
+    """The number of samples for which values and slopes (also at the reference) and cotangents fit in memory.
 
     The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
-    ``least``: that many, though they do not fit in the caches of a CPU, where a call costs more than that.
+    ``least``: at least that many even if they do not fit in a CPU's caches, because smaller calls cost more.
     """
     shapes, size = 4 * program.shapes, dtype.itemsize
     peak, cached = 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size)

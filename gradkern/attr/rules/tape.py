@@ -49,7 +49,10 @@ class InputAndReference:
 
 
 class Tape:
-    """``dtype``: of the changes (values may be integers or booleans).  ``eps``: below it a change counts as none."""
+    """Runs operations on pairs, and records for each the map from the changes of its arguments to those of its results.
+
+    ``dtype``: that of the changes (values may be integers or booleans).  ``eps``: a smaller change counts as none.
+    """
 
     def __init__(self, dtype: torch.dtype, eps: float) -> None:
         self.dtype, self.eps, self.slots = dtype, eps, 0
@@ -73,7 +76,7 @@ class Tape:
         return results
 
     def transposed(self, first: Sequence[InputAndReference], last: InputAndReference, g: Tensor) -> list[Tensor]:
-        """``g [N, S, *out]`` of ``last`` back through the maps: one ``[N, S, *in]`` for each of ``first``."""
+        """Pull the cotangent ``g [N, S, *out]`` of ``last`` back to ``first``: one ``[N, S, *in]`` each."""
         with torch.inference_mode(False), torch.enable_grad():
             changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]
             known = {p.slot: t for p, t in zip(first, changes, strict=True)}
@@ -91,7 +94,7 @@ class Tape:
         )
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """An ATen operation (an overload or its name without ``aten.``) on pairs, tensors and plain values."""
+        """Run an ATen operation (an overload, or its name without ``aten.``) on pairs, tensors and plain values."""
         if isinstance(op, str):
             return self(operator_of(f"aten.{op}"), *args, **kwargs)
         moving = pairs_in((args, kwargs))
@@ -113,7 +116,7 @@ RULES: dict[str, OperationRule] = {}  # by the operation's name without overload
 
 
 def handles(*names: str) -> Callable[[OperationRule], OperationRule]:
-    """Register a rule for operations by their names, ``"softmax"``."""
+    """Register a rule for operations by their names, such as ``"softmax"``."""
 
     def register(rule: OperationRule) -> OperationRule:
         RULES.update(dict.fromkeys(names, rule))
@@ -123,7 +126,7 @@ def handles(*names: str) -> Callable[[OperationRule], OperationRule]:
 
 
 def packet(op: Any) -> str:
-    """``"relu"`` for ``aten.relu.default`` and its in-place form."""
+    """The name of an operation without its overload: ``"relu"`` for ``aten.relu.default`` and for its in-place form."""
     return str(op._schema.name).partition("::")[2]
 
 
@@ -198,7 +201,7 @@ BILINEAR = (
     *("_convolution", "kron", "mul", "multiply", "lerp", "square", "addcmul"),
 )
 CASTS = ("to", "_to_copy", "type_as")
-#: The arguments of linear operations in which they are not linear.
+#: By linear operation: the arguments in which it is not linear.
 FIXED = {
     **dict.fromkeys(("index", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "masked_select", "take"), (1,)),
     **dict.fromkeys(("index_select", "gather", "scatter", "scatter_add", "index_add"), (2,)),
@@ -253,7 +256,7 @@ MOST_CHANGING = 3
 
 
 def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """The secant; the mean over all orders if several arguments change."""
+    """The secant.  If several arguments change, it is the mean over the orders in which they may change."""
     moving, function = pairs_in((args, kwargs)), as_function(op, args, kwargs)
     if len(moving) > MOST_CHANGING:
         raise NoRule(str(op))
@@ -272,7 +275,10 @@ def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 def shapley_slope(
     tape: Tape, name: str, function: Callable[..., Tensor], moving: Sequence[InputAndReference], k: int
 ) -> Tensor:
-    """The k-th argument's share of the result's change over its own, each of the others at the input or reference."""
+    """The k-th argument's share of the result's change, divided by its own change.
+
+    It is a mean over the cases in which each other argument is at the input or at the reference.
+    """
     others = [j for j in range(len(moving)) if j != k]
     total: Tensor | None = None
     for size in range(len(others) + 1):
@@ -288,7 +294,7 @@ def shapley_slope(
 def context_slope(
     tape: Tape, name: str, function: Callable[..., Tensor], p: InputAndReference, context: list[Tensor], k: int
 ) -> Tensor:
-    """The secant in one argument; the derivative at the input where that does not change."""
+    """The secant in one argument, or the derivative at the input where the argument does not change."""
 
     def at(value: Tensor) -> Tensor:
         return function(*context[:k], value, *context[k + 1 :])
@@ -339,14 +345,14 @@ def _trace(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
     table = {op: f for op, f in core_aten_decompositions().items() if packet(op) not in RULES}
     try:
         return make_fx(torch.func.functionalize(function), decomposition_table=table)(*values)
-    except Exception:  # whatever torch raises where it cannot trace
+    except Exception:  # torch may raise anything where it cannot trace
         if debugging():
             raise
         return None
 
 
 def _out_of_place(node: torch.fx.Node) -> Any:
-    """The operation of a node; of one in place, the operation that returns the result, if no other name is changed."""
+    """The operation of a node; for an in-place one, that which returns the result, if no other name sees it."""
     op: Any = node.target
     if not op._schema.is_mutable:
         return op
@@ -383,7 +389,7 @@ def run_graph(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -
             gradients = bool(node.args[0])
         elif isinstance(node.target, torch._ops.OpOverload):
             arguments = value((node.args, node.kwargs))
-            if not gradients and pairs_in(arguments):  # constants, of their values at the input
+            if not gradients and pairs_in(arguments):  # the results are constants with their values at the input
                 tape.took_detached_as_constant = True
                 arguments = replace_pairs(arguments, [p.x for p in pairs_in(arguments)])
             known[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])

@@ -67,7 +67,7 @@ def sums_only(source: Source, probe: Probe) -> bool:
 
 
 def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
-    """The arrays of a new store: those that are written chunk by chunk, and those that are already known."""
+    """The arrays of a new store: those written chunk by chunk, and those whose content is already known."""
     n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
     outcome, inputs = probe.outcome, about["inputs"]
     listed = []

@@ -1,4 +1,4 @@
-"""`gradkern.data.plan`: what a run would take, before anything is written."""
+"""`gradkern.data.plan`: the size and time of a run, before anything is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(
 ) -> Forecast:  # fmt: skip
     """The samples, chunks, bytes and seconds of `gradkern.run` with the same arguments, from running a few samples.
 
-    Nothing is written to ``out``; of a store that exists, what is finished is left out of the count.
+    Nothing is written to ``out``.  If a store exists there, its finished chunks are not counted.
     """
     settings = settings_of("plan", None, {"method": method, "targets": targets, **options})
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:

@@ -1,4 +1,4 @@
-"""Probing model and source before a run: whether it can be captured, and the method on a few samples."""
+"""Probes model and source before a run: captures the model, and runs the method on a few samples."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             model(*(x[:1] for x in inputs))
     except RuntimeError as error:
         if "dtype" not in str(error) and "scalar type" not in str(error) and "Input type" not in str(error):
-            return  # whatever it is, it is not the dtype; the run will say
+            return  # the cause is not the dtype; the run will raise the error
         name = str(wanted).removeprefix("torch.")
         raise BadType(
             f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--cast {name}), or the "
@@ -154,7 +154,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
-    """The way of gradients of so many outputs, measured on samples spread over the source."""
+    """The faster way for gradients of ``seeds`` outputs, measured on samples spread over the source."""
     inputs = _join_samples(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
@@ -203,7 +203,7 @@ def _varies(x: Tensor) -> bool:
 
 
 def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
-    """For each sample: do the outputs have a gradient that is not all zero?  True where that cannot be found out."""
+    """Whether the outputs have a gradient other than zero, for each sample; True where that cannot be found out."""
     samples = inputs[0].shape[0]
     floating = [x.is_floating_point() for x in inputs]
     state = RandomState()

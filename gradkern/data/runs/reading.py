@@ -1,8 +1,8 @@
-"""What is checked of the samples while they are read: their order, shapes and dtypes, and that they are the same again.
+"""Checks of the samples while they are read: their order, shapes and dtypes, and that a later run reads the same.
 
 Some samples, spread over the source, are read alone at the start of every run.  When a chunk with one of them is read,
-its row must be that sample, bit by bit.  The checksum of every chunk that was read is in the ledger; a run that
-continues reads finished chunks again, and compares, before it skips them.
+its row must be that sample, bit by bit.  The ledger holds the checksum of every chunk that was read.  A run that
+continues reads finished chunks again, and compares the checksums, before it skips them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SpotSamples:
 
 
 class Reading:
-    """Reads chunks of a source, with these checks.  ``trust``: without them, and without checksums."""
+    """Reads chunks of a source, with these checks; with ``trust``, without them and without checksums."""
 
     def __init__(self, source: Source, results: Results, alone: SpotSamples, trust: bool) -> None:
         self.source, self.results, self.alone, self.trust = source, results, alone, trust
