@@ -46,10 +46,10 @@ class Prepared:
         self._check(given)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self._called(given)
-        return self._called(given)
+                return self._call(given)
+        return self._call(given)
 
-    def _called(self, given: tuple[Tensor, ...]) -> Any:
+    def _call(self, given: tuple[Tensor, ...]) -> Any:
         if self._run is None:
             self._run = self._frozen(given)
         results = self._run(tuple([x.detach() if x.requires_grad else x for x in given]))

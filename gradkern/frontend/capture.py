@@ -153,13 +153,13 @@ class GraphCache:
         with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                     outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
                 except dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
                     self._begin()
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                 return captured
             except _Missed:
                 raise NoProgram("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
@@ -167,7 +167,7 @@ class GraphCache:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, NoProgram) else NoProgram(reason_of(error)) from error
 
-    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
+    def _call(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
         local = by_name(fn, stand_ins)
         ran = self._compiled(**local)
         if ran is None:

@@ -268,7 +268,7 @@ class Plan:
         rows = [("value", "layer", "form", "shape", "path", "MMAC")]
         for s in self.steps:
             shape = "×".join(map(str, s.shape)) or "()"
-            layer, form = _shortened(s.module or s.op, end=True), _shortened(PARAMETER.sub("", s.form))
+            layer, form = _shorten(s.module or s.op, end=True), _shorten(PARAMETER.sub("", s.form))
             rows.append((f"v{s.value}", layer, form, shape, s.path, f"{s.macs / 1e6:.3g}"))
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -318,7 +318,7 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(reached)
 
 
-def _shortened(text: str, *, end: bool = False) -> str:
+def _shorten(text: str, *, end: bool = False) -> str:
     """``text`` cut to `WIDEST` characters; ``end``: its end is kept, as for a layer's place in the model."""
     if len(text) <= WIDEST:
         return text

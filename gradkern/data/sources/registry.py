@@ -225,10 +225,10 @@ def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = No
     for data that is stored in another precision than the model's (`Source.prepared` says which).  ``pad``: a number,
     with which samples of different shapes are padded to the longest, or a number and a length.
     """
-    return _opened(source, columns).cast_to(dtype).pad_with(pad)
+    return _open(source, columns).cast_to(dtype).pad_with(pad)
 
 
-def _opened(source: Any, columns: Any) -> Source:
+def _open(source: Any, columns: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, (str, Path)):
