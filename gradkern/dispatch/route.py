@@ -61,7 +61,7 @@ class Route:
     state: ModelState
     entry: CacheEntry
     decision: Decision
-    way_by_seed_count: dict[int, Way] = field(default_factory=dict)  # of the call's parts
+    way_by_seed_count: dict[int, Way] = field(default_factory=dict)  # the way that all parts of the call go
 
     @property
     def eager_reason(self) -> EagerReason | None:

@@ -25,8 +25,8 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """When the outputs of one model are due for a comparison: once the ``seconds`` of work since the last one exceed
-    ``due_after``, of which that one took the `SHARE`."""
+    """Tells when the outputs of one model are due for a comparison: once the ``seconds`` of work since the last one
+    exceed ``due_after``.  The last comparison took the share `SHARE` of ``due_after``."""
 
     def __init__(self) -> None:
         self.seconds, self.due_after = 0.0, FIRST_COST / SHARE

@@ -112,7 +112,7 @@ class StoreSections:
     # ---- sections
 
     def sources(self) -> list[str]:
-        """What the store says it was made of, which may be anybody's words."""
+        """What the store says it was made of.  The text is not trusted, as the store may come from anyone."""
         made_by = self.about.get("made_by") or {}
         said = [f"{k} {_short(plain(str(made_by[k]), lines=False))}" for k in ("model", "source") if made_by.get(k)]
         return [f"According to the store: {', '.join(said)}."] if said else []
@@ -218,7 +218,7 @@ class StoreSections:
             section.table(["output", "typical sample", "atypical sample"], rows, "Their names.")
 
     def _searched(self) -> str:
-        """A word on the samples that were not looked at, if there are any."""
+        """A note on the samples that were not looked at, if there are any."""
         spans = self._spans()
         if len(spans) == len(self.finished):
             return ""
@@ -289,7 +289,7 @@ class StoreSections:
 
 
 def _first_floating_sample(inputs: Sequence[Tensor]) -> np.ndarray:
-    """The sample ``[*in]`` of the first floating input, which the maps are of."""
+    """The sample ``[*in]`` of the first floating input, to which the maps belong."""
     return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
 
 

@@ -99,7 +99,7 @@ class CallPlan:
         return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
 
     def folded(self, seeds: int) -> CallPlan:
-        """The same without kernels of gradkern's own, for a number of seeds."""
+        """The call plan without gradkern's own kernels, for a number of seeds."""
         own = self.plan
         wanted = None if own.seeds else own.wanted
         return CallPlan(

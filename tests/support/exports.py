@@ -1,4 +1,4 @@
-"""One export per architecture and process: most of a test's time would be `torch.export` of a graph seen before."""
+"""Exports every architecture once per process: `torch.export` of known graphs would take most of a test's time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _exports: dict[Hashable, Exported] = {}
 
 
 def remembered(graph: GuardedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
-    """`gradkern.frontend.export.export`, or what it gave for the same graph."""
+    """`gradkern.frontend.export.export`, or its earlier result for the same graph."""
     assert graph.module is not None
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):  # a constant of its own, or a graph inside
         return export(graph, tensors, inputs)

@@ -60,7 +60,7 @@ def structure_of(step_maps: Sequence[StepMap]) -> Structure | None:
 
 
 class _Writer:
-    """Steps of the linear Program with symbolic indices: inputs keep theirs; products and steps have separate ones."""
+    """Writes the linear Program with symbolic indices: inputs keep theirs; products and steps have separate ones."""
 
     def __init__(self, program: Program) -> None:
         self.program = program

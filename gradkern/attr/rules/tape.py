@@ -56,7 +56,7 @@ class Tape:
 
     def __init__(self, dtype: torch.dtype, eps: float) -> None:
         self.dtype, self.eps, self.slots = dtype, eps, 0
-        self.took_detached_as_constant = False  # is anything that is detached taken as constant?
+        self.took_detached_as_constant = False
         self.maps: list[tuple[Map, tuple[int, ...], tuple[int, ...]]] = []
         self._inside: list[str] = []  # the operations that are being decomposed
 

@@ -1,4 +1,4 @@
-"""Is a store what was written, and doing again what is not: `verify` and `repair`."""
+"""`verify` compares a store with what was written, and `repair` computes again what is damaged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` has found.
+    """The findings of `verify`.
 
     ``files``: damaged or missing descriptions of arrays, and arrays that never change.  The rest is looked at only
     where these are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
@@ -53,7 +53,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged; chunks may be missing in a store that says so."""
+        """Whether nothing is damaged; chunks may be missing in an unfinished store."""
         lost = self.finished and self.unfinished
         return not (self.files or self.records or self.chunks or self.reductions or lost)
 

@@ -67,7 +67,7 @@ class Arrays(Source):
             data = torch.from_dlpack(data)
         if isinstance(data, (tuple, list)):
             return cls([array_of(a) if isinstance(a, list) else a for a in data])
-        nested = isinstance(data, Tensor) and data.is_nested  # which may have no shape
+        nested = isinstance(data, Tensor) and data.is_nested  # a nested tensor may have no shape
         return cls([data] if nested or hasattr(data, "shape") else members(data, columns))
 
     @classmethod
@@ -81,7 +81,7 @@ class Arrays(Source):
         if suffix == ".npy":
             return _load_npy(path)
         if suffix == ".npz":
-            return np.load(path)  # reads an array when it is asked for
+            return np.load(path)  # reads each array only when it is asked for
         if suffix == ".pt":
             return torch.load(path, weights_only=True, mmap=True)
         from safetensors.torch import load_file
@@ -91,7 +91,7 @@ class Arrays(Source):
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         return tuple(to_tensor(a[start:stop]) for a in self.arrays)
 
-    # ---- to other processes: as the place to open an array again, where it has one, not as its content
+    # ---- pickling for other processes: as the path to open an array again, if it has one, not as its content
 
     def opener(self, array: Any) -> partial[Any] | None:
         """A function that opens ``array`` again in another process; None if its content must be sent."""
@@ -119,7 +119,7 @@ def _load_npy(path: str) -> np.ndarray:
 
 
 def _start_of_map(array: np.memmap) -> int:
-    """The address at which the map that ``array`` is a view of begins (its ``offset`` belongs to that)."""
+    """The address at which the map behind ``array`` begins, to which its ``offset`` refers."""
     base: Any = array
     while isinstance(base.base, np.memmap):
         base = base.base
@@ -131,7 +131,7 @@ def _is_sparse(data: Any) -> bool:
 
 
 def is_nested_numbers(data: Any) -> bool:
-    """A list of (lists of) numbers; a list of tuples may be a Dataset, of samples and labels."""
+    """Whether ``data`` is a list of (lists of) numbers; a list of tuples may be a Dataset of samples and labels."""
     first = data
     while isinstance(first, list) and first:
         first = first[0]
@@ -190,8 +190,8 @@ class Hdf5(Arrays):
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        """Refuses datasets that are links into other files: the file may come from anyone, and its reader may read more
-        than its sender."""
+        """The source at a path.  Datasets that are links into other files are refused: the file may come from anyone,
+        and the links would read files that its sender may not."""
         source = super().at(path, name, columns)
         assert isinstance(source, Hdf5)
         for array in source.arrays:

@@ -14,7 +14,7 @@ from ...util.options import BadType, BadValue
 
 
 class NotNumbers(BadType):
-    """Rows of which no numbers can be made; whoever reads them adds which sample it is."""
+    """Rows that cannot be turned into numbers; the caller adds which sample it is."""
 
 
 def as_tuple(columns: Any) -> tuple[Any, ...]:
@@ -82,7 +82,7 @@ def array_of(data: Any) -> Any:
 
 
 def members(group: Any, columns: Any) -> list[Any]:
-    """Arrays of a group or dict by name; without names, its only array.  Others are not read."""
+    """The arrays of a group or dict with the given names, or its only array.  Others are not read."""
     if columns is None:
         names = (
             list(group)

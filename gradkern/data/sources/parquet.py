@@ -69,7 +69,7 @@ class Parquet(Source):
         return pick(fields, list(fields) if self.columns is None and wide else self.columns)
 
     def _group(self, i: int) -> Any:
-        """One row group; the last one is kept, because chunks are read in order."""
+        """One row group.  The latest one is kept, because chunks are read in order."""
         if self._kept is None or self._kept[0] != i:
             import pyarrow.parquet as parquet
 
@@ -103,7 +103,7 @@ def _wanted(schema: Any, columns: Any, path: str) -> Any:
 
 
 def _common_schema(schema: Any, other: Any, first: str, path: str) -> Any:
-    """The types that hold the columns of all files so far and of one more."""
+    """The schema whose types hold the columns of all files so far and of one more."""
     import pyarrow as arrow
 
     if schema is None:
@@ -185,7 +185,7 @@ def _nested(column: Any, name: str, first: int) -> np.ndarray | list[Tensor]:
         shape.append(int(lengths[0]) if len(lengths) else 0)
     if arrow.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if not arrow.types.is_floating(array.type):  # there, a missing number is NaN
+    if not arrow.types.is_floating(array.type):  # in floating columns, a missing number is NaN
         _refuse_missing(array, name, owner)
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
