@@ -244,10 +244,10 @@ def explain(
     """
     with options.use(options.engine(engine)):
         request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
-        return _explained(request, show)
+        return _explain(request, show)
 
 
-def _explained(request: Request, show: bool) -> Explanation:
+def _explain(request: Request, show: bool) -> Explanation:
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:

@@ -189,13 +189,13 @@ class AllOutputs:
         """The average over all copies; None if the method has no Program."""
         draws = _draws(samples, batch)
         with torch.no_grad():
-            shared = self._expanded(draws[0])
+            shared = self._expand(draws[0])
             for count in draws:
-                if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expanded(count)):
+                if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expand(count)):
                     return None
         return self.sums
 
-    def _expanded(self, count: int) -> Options:
+    def _expand(self, count: int) -> Options:
         """The inner method's options for ``count`` copies of every sample, with baselines drawn if requested."""
         options = dict(self.options)
         if self.draw:

@@ -23,7 +23,7 @@ from ..dispatch.targets import Seeds
 from ..ir.program import Shape
 from ..util import options
 from ..util.buffers import buffers_kept
-from ..util.callables import modules_behind, name_of, unwrapped, with_output
+from ..util.callables import modules_behind, name_of, unwrap, with_output
 from ..util.options import BadType, BadValue, Engine, InputError, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
 from .call import keep_buffers
@@ -147,7 +147,7 @@ def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) 
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):
         if hasattr(attribution, name):
-            setattr(attribution, name, unwrapped(getattr(attribution, name)))
+            setattr(attribution, name, unwrap(getattr(attribution, name)))
     if check_output_choice(output) is not None:
         model = attribution.forward_func
         is_module = isinstance(attribution, stock.NeuronAttribution) and isinstance(model, nn.Module)

@@ -103,13 +103,13 @@ def drawn(draw: Draw, inputs: Tensors, n: int, random_state: int | None, a: int,
     that its references depend on no other sample.  Raises `BadValue` if ``draw`` returns another shape.
     """
     if random_state is None:
-        return _checked(draw(_argument(inputs, a, b), n=n, random_state=None), inputs, n, a, b)
+        return _check_references(draw(_argument(inputs, a, b), n=n, random_state=None), inputs, n, a, b)
     if isinstance(random_state, bool) or not isinstance(random_state, int) or random_state < 0:
         raise BadType(f"random_state: got {random_state!r}, expected an int that is not negative, or None.")
     alone = []
     for i in range(a, b):
         seed = seed_of(random_state, first + i)
-        alone.append(_checked(draw(_argument(inputs, i, i + 1), n=n, random_state=seed), inputs, n, i, i + 1))
+        alone.append(_check_references(draw(_argument(inputs, i, i + 1), n=n, random_state=seed), inputs, n, i, i + 1))
     return tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
 
 
@@ -118,7 +118,7 @@ def _argument(inputs: Tensors, a: int, b: int) -> Any:
     return rows[0] if len(rows) == 1 else rows
 
 
-def _checked(result: Any, inputs: Tensors, n: int, a: int, b: int) -> Tensors:
+def _check_references(result: Any, inputs: Tensors, n: int, a: int, b: int) -> Tensors:
     parts = result if isinstance(result, tuple) else (result,)
     for x, part in zip(inputs, parts, strict=False):
         wanted = (b - a, n, *x.shape[1:])

@@ -33,9 +33,9 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     if suffix == ".pt2":
         if weights is not None:
             raise BadValue(f"--weights: {spec} brings its own weights. Leave it out.")
-        return exported(spec)
+        return load_exported(spec)
     if suffix in PICKLED and ":" not in spec:
-        return _pickled(spec, allow_pickle)
+        return _load_pickled(spec, allow_pickle)
     if ":" not in spec:
         raise BadValue(
             f"model: got {spec!r}, expected a .pt2 file of torch.export.save, or package.module:factory with --weights."
@@ -52,7 +52,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     return model.eval()
 
 
-def exported(path: str) -> nn.Module:
+def load_exported(path: str) -> nn.Module:
     """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces only modules without hooks."""
     _check_exists("model", path)
     program = archives.load(path)
@@ -70,7 +70,7 @@ def exported(path: str) -> nn.Module:
     return unguarded
 
 
-def _pickled(path: str, allowed: bool) -> nn.Module:
+def _load_pickled(path: str, allowed: bool) -> nn.Module:
     if not allowed:
         raise BadValue(
             f"model: {path} is a pickled module, which can run any code while it is loaded. Export it with "

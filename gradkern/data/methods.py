@@ -238,20 +238,20 @@ def gradients(batch: Batch) -> Outcome:
 @register_method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
-    return _finished(batch, attr.Saliency)
+    return _apply_gradient_method(batch, attr.Saliency)
 
 
 @register_method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
-    return _finished(batch, attr.InputXGradient)
+    return _apply_gradient_method(batch, attr.InputXGradient)
 
 
 #: The methods whose maps are gradients, and whether they are absolute values.
 _OF_GRADIENTS: dict[Method, bool] = {gradients: False, saliency: True}
 
 
-def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
+def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     """The model's outputs, and the maps of ``method`` added to ``sums``, without any being kept.
 
     None, with nothing added, if the maps are not gradients, or no kernel can do that for this model.
@@ -262,10 +262,10 @@ def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     tensors, indices = read_inputs(batch.inputs, floating)
     sums = replace(sums, magnitude=_OF_GRADIENTS[method])
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets))
-    return route.summed(request, decide(request, batch.engine), sums)
+    return route.add_to_sums(request, decide(request, batch.engine), sums)
 
 
-def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
+def _apply_gradient_method(batch: Batch, kind: type[GradientMethod]) -> Outcome:
     """The gradients, finished by the class of `gradkern.attr`, and the outputs from the same forward pass."""
     outcome = gradients(batch)
     kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})

@@ -174,7 +174,7 @@ def importance(
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
         computed = [run_part(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
-    whole = computed[0] if len(computed) == 1 else _joined(computed)
+    whole = computed[0] if len(computed) == 1 else _join_parts(computed)
     if not curve_samples:
         return whole
     return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
@@ -201,7 +201,7 @@ def _parts(
     return [(wanted[i : i + size], None if names is None else names[i : i + size]) for i in parts]
 
 
-def _joined(parts: Sequence[Importance]) -> Importance:
+def _join_parts(parts: Sequence[Importance]) -> Importance:
     """The importance for the outputs of all parts."""
     fields = ("scores", "low", "high", "ranking", "agreement", "counts")
     joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in fields}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..frontend.capture import GraphCache, GraphMatch, GuardedGraph, code_of
-from ..util.callables import by_name, described, modules_behind
+from ..util.callables import by_name, describe_arguments, modules_behind
 from ..util.torch_compat import disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -174,7 +174,7 @@ def condition(fn: Any) -> Hashable:
     """The key under which a refusal is remembered: a changed mode or hook of a module, or other arguments, make a new
     key, and the model is tried again."""
     parts = [part for module in modules_behind(fn) for part in module.modules()]
-    return described(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
+    return describe_arguments(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
 
 
 def _hook_tables(part: nn.Module) -> list[Any]:

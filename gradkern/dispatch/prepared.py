@@ -46,10 +46,10 @@ class Prepared:
         self._check(given)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self._called(given)
-        return self._called(given)
+                return self._call(given)
+        return self._call(given)
 
-    def _called(self, given: tuple[Tensor, ...]) -> Any:
+    def _call(self, given: tuple[Tensor, ...]) -> Any:
         if self._run is None:
             self._run = self._frozen(given)
         results = self._run(tuple([x.detach() if x.requires_grad else x for x in given]))
@@ -107,16 +107,16 @@ class Prepared:
         """A call of `jacobian`, which looks at the model again."""
         request = Request(self._request.fn, inputs, self._request.wrt, self._request.resolve_seeds)
         results = solve(request, decide(request))
-        shared(results.seeds)
+        require_shared_seeds(results.seeds)
         return tuple(results.shaped)
 
 
 def shared_seeds(request: Request, shape: Shape) -> Seeds:
     """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
-    return shared(request.resolve_seeds(request.samples, shape))
+    return require_shared_seeds(request.resolve_seeds(request.samples, shape))
 
 
-def shared(seeds: Seeds) -> Seeds:
+def require_shared_seeds(seeds: Seeds) -> Seeds:
     """Refuse seeds that are not the same for all samples."""
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(

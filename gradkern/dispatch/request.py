@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..ir.program import Shape
 from ..util import memory
-from ..util.callables import anchor, unwrapped
+from ..util.callables import anchor, unwrap
 from ..util.options import BadType, BadValue, Unused
-from ..util.outputs import HINT, described_result
+from ..util.outputs import HINT, describe_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
 MOST_IN_KEY = 64  # the most targets in a list that may be part of a key for calls
@@ -51,7 +51,7 @@ class Request:
     whole: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fn = unwrapped(self.fn)
+        self.fn = unwrap(self.fn)
         self.owner, self.way = anchor(self.fn)
         self.module = self.owner if isinstance(self.owner, nn.Module) else None
         self.samples = self.inputs[0].shape[0]
@@ -288,7 +288,7 @@ def _floating_hint(x: Tensor, inputs: int) -> str:
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
-        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}")
+        raise BadType(f"the model returned {describe_result(y)}, expected one tensor [N, ...]. {HINT}")
     if not y.is_floating_point():
         raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
     if y.dim() == 0 or y.shape[0] != samples:

@@ -370,7 +370,7 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, know
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 
 
-def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
+def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | None:
     """The outputs ``[N, *out]``, with the Jacobians of one input added to ``sums`` and none of them kept.
 
     None, with nothing added, if that is not one chain of kernels on a CPU.

@@ -111,7 +111,7 @@ class ModelState:
             refusal = entry.refusal(fn)
             if refusal is not None:
                 return refusal
-            result = self._captured(entry, fn, inputs, samples())
+            result = self._capture_and_verify(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
                 entry.refused.put(condition(fn), verdict)
@@ -136,7 +136,7 @@ class ModelState:
         warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
         return verdict
 
-    def _captured(
+    def _capture_and_verify(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
     ) -> BoundProgram | Verdict:
         entry.misses += 1

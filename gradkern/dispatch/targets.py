@@ -99,17 +99,17 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     """Read ``targets`` for ``samples`` samples of an output ``[N, *out]``.  Raises `BadValue` and `BadType`."""
     if isinstance(targets, list) and all(type(t) is int for t in targets):
         return _resolved_list(tuple(targets), tuple(out))
-    return _resolved(targets, samples, out)
+    return _resolve(targets, samples, out)
 
 
 @lru_cache(maxsize=256)
 def _resolved_list(targets: tuple[int, ...], out: Shape) -> Seeds:
     """The seeds of a list of numbers, remembered because small calls would spend much of their time here."""
     with torch.inference_mode(False):
-        return _resolved(list(targets), 0, out)
+        return _resolve(list(targets), 0, out)
 
 
-def _resolved(targets: Any, samples: int, out: Shape) -> Seeds:
+def _resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     total = math.prod(out)
     if targets is None:
         return Seeds(total, out, None)

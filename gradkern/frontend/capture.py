@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..util.callables import by_name
-from ..util.outputs import chosen
+from ..util.outputs import choose_output
 from ..util.torch_compat import (
     cache_entries,
     disable_current_modes,
@@ -118,7 +118,7 @@ def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, 
         arguments.insert(place, value)
     result = fn(*arguments)
     if output is not None:
-        result = chosen(result, output)
+        result = choose_output(result, output)
     return result.clone() if isinstance(result, Tensor) else None
 
 
@@ -153,13 +153,13 @@ class GraphCache:
         with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                     outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
                 except dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
                     self._begin()
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                 return captured
             except _Missed:
                 raise NoProgram("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
@@ -167,7 +167,7 @@ class GraphCache:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, NoProgram) else NoProgram(reason_of(error)) from error
 
-    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
+    def _call(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
         local = by_name(fn, stand_ins)
         ran = self._compiled(**local)
         if ran is None:

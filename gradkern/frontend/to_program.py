@@ -121,15 +121,15 @@ class _GraphLowering:
     def _lower(self, node: torch.fx.Node) -> Any:
         meta = node.meta.get("val")
         if node.target is torch.ops.aten.item.default:
-            raise self._refused(node, "makes a tensor a Python number, which the graph cannot follow")
+            raise self._refusal(node, "makes a tensor a Python number, which the graph cannot follow")
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
             return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
-            raise self._refused(node, "computes with the number of samples")
+            raise self._refusal(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
-            raise self._refused(node, "has no tensor as its result")
+            raise self._refusal(node, "has no tensor as its result")
         index = None
         if node.target is operator.getitem:
             of, piece = node.args
@@ -137,7 +137,7 @@ class _GraphLowering:
             node, index = self.known[of].node, piece
             self.builder.op = str(node.target)
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise self._refused(node, "is no ATen op")
+            raise self._refusal(node, "is no ATen op")
         return self._lower_call(node, index, meta)
 
     def _size(self, size: Any) -> Batch:
@@ -167,9 +167,9 @@ class _GraphLowering:
         try:
             return self._lower_per_sample(node, meta, call)
         except (NoForm, MixesSamples):
-            return self._inlined(node, meta, call)
+            return self._inline(node, meta, call)
 
-    def _inlined(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
+    def _inline(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
         """A tensor whose batch is not axis 0, as an expression.  A long expression is cut by an `Opaque` step, whose
         value has the batch in front."""
         size = len(leaves(call))
@@ -184,9 +184,9 @@ class _GraphLowering:
             x = b.emit(Opaque(front, "inside it the batch is not axis 0"), values_in(call), tuple(rest))
             lifted = as_shape(b, x, (*rest[:place], 1, *rest[place:]))
             b.dtypes[x] = b.dtypes[lifted] = meta.dtype
-            return NonLeadingBatch(lifted, self._expressed(lifted, meta, call, 1))
+            return NonLeadingBatch(lifted, self._express(lifted, meta, call, 1))
         if size > _LARGEST_CALL:
-            raise self._refused(node, "keeps the batch away from axis 0 for too long")
+            raise self._refusal(node, "keeps the batch away from axis 0 for too long")
         return call
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
@@ -221,8 +221,8 @@ class _GraphLowering:
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not tensors or not values_in(call):
             raise NoForm("it reads no value")
-        kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
-        lifted = Call(op_name(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
+        kwargs = tuple((k, self._lift(v)) for k, v in node.kwargs.items())
+        lifted = Call(op_name(node.target), tuple(self._lift(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
         make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
@@ -240,9 +240,9 @@ class _GraphLowering:
             lowered = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
         value = number_as_shape(b, lowered, named.result)  # a constant with more axes adds some in front
         self._note_dtype(value, meta.dtype)
-        return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
+        return NonLeadingBatch(value, self._express(value, meta, call, inner), inner)
 
-    def _lifted(self, x: Any) -> Any:
+    def _lift(self, x: Any) -> Any:
         """An argument per sample: a value gets an axis of length one in front."""
         b = self.builder
         argument = self.known[x] if isinstance(x, torch.fx.Node) else x
@@ -258,7 +258,7 @@ class _GraphLowering:
             return row
         if isinstance(argument, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
-        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else argument
+        return tuple(self._lift(item) for item in x) if isinstance(x, (list, tuple)) else argument
 
     def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value | Complex:
         b = self.builder
@@ -267,7 +267,7 @@ class _GraphLowering:
             value = self._by_form(node, call, shape, meta)
         except NoForm as reason:
             if len(leaves(call)) > _LARGEST_CALL:
-                raise self._refused(node, "keeps the batch away from axis 0 for too long") from None
+                raise self._refusal(node, "keeps the batch away from axis 0 for too long") from None
             b.op = _ops_of(call)
             value = self._opaque(call, str(reason), shape, meta)
         except MixesSamples as reason:
@@ -340,7 +340,7 @@ class _GraphLowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value | Complex, meta: Tensor, call: Call, inner: int) -> Call:
+    def _express(self, value: Value | Complex, meta: Tensor, call: Call, inner: int) -> Call:
         """A tensor with a non-leading batch, for ops that have no form: the call that made it if that is short,
         otherwise a reshape of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
@@ -372,9 +372,9 @@ class _GraphLowering:
         drops = [named[k] for k in ("dropout", "p", "dropout_p") if k in named]
         mode = [named[k] for k in ("train", "training") if k in named]
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
-            raise self._refused(node, "draws random numbers")
+            raise self._refusal(node, "draws random numbers")
 
-    def _refused(self, node: torch.fx.Node, what: str) -> NoProgram:
+    def _refusal(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} {what}{location(node)}"
         return NoProgram(reason, op=self.builder.op, module=self.builder.module)
 

@@ -195,7 +195,7 @@ class StoreSections:
         inputs = None
         if self.source is not None:
             inputs = np.stack([
-                np.stack([_explained(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
+                np.stack([_first_floating_sample(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
@@ -288,7 +288,7 @@ class StoreSections:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
 
-def _explained(inputs: Sequence[Tensor]) -> np.ndarray:
+def _first_floating_sample(inputs: Sequence[Tensor]) -> np.ndarray:
     """The sample ``[*in]`` of the first floating input, to which the maps belong."""
     return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
 

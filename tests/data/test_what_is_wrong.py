@@ -193,14 +193,14 @@ def test_the_samples_that_decide_are_spread_and_not_dead(alive):
     x[alive, 0] = 1.0
     source = open_source(x)
     alone = SpotSamples.of(source)
-    chosen = probe.choose(OnlyPositive(), alone, torch.device("cpu"))
+    chosen = probe.choose_samples(OnlyPositive(), alone, torch.device("cpu"))
     read_and_alive = [i for i in alone.rows if i in alive]
     assert len(chosen) == 4
     assert len(set(chosen) & set(alive)) == min(4, len(read_and_alive))
 
 
 def test_the_samples_that_decide_are_spread_over_a_live_source():
-    chosen = probe.choose(net(), SpotSamples.of(open_source(samples(400))), torch.device("cpu"))
+    chosen = probe.choose_samples(net(), SpotSamples.of(open_source(samples(400))), torch.device("cpu"))
     assert chosen[0] < 100
     assert chosen[-1] > 300
 

@@ -68,7 +68,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
             noisy = x + ((x.std() if x.numel() > 1 else x.new_ones(())) + 0.1) * noise
         rows.append(torch.cat([x, noisy]))
     indices = not all(x.is_floating_point() for x in rows)
-    with torch.inference_mode(False), buffers_kept(points.module), _watched(layer, to_input, indices) as seen:
+    with torch.inference_mode(False), buffers_kept(points.module), _watch(layer, to_input, indices) as seen:
         y = points.fn(*[x.clone() for x in rows])
     if not seen or seen[-1] is None:
         return None, False
@@ -78,12 +78,12 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
     # With integer inputs, no gradient could be compared when the Program was made.
-    unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
+    unconfirmed = value is not None and indices and not _confirm(tail_of(program, value), points, values, y, live)
     return (None, False) if unconfirmed else (value, unique)
 
 
 @contextmanager
-def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
+def _watch(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
     """The output (or input) of every call of the layer, and a copy.  ``grad``: gradients must reach it."""
     seen: list[tuple[Tensor, Tensor] | None] = []
 
@@ -106,7 +106,7 @@ def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tupl
         handle.remove()
 
 
-def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
+def _confirm(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
     """Whether the gradient from the outputs to the layer's value is that of live autograd."""
     if not live.requires_grad:
         return False

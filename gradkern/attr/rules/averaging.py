@@ -203,7 +203,7 @@ class OverReferences(RuleMethod):
             references = References(rows, 1, given)
         return references
 
-    def _one_averaged(
+    def _average_one(
         self, references: References, inputs: Any, target: Any, extra: Any, wanted: ContributionOptions
     ) -> Any:
         """``attribute`` with references per sample."""
@@ -231,7 +231,7 @@ class OverReferences(RuleMethod):
         compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
         return tuple(m[:, 0] for m in maps), None if delta is None else delta[:, 0]
 
-    def _all_averaged(
+    def _average_all(
         self, references: References, inputs: Any, targets: Any, extra: Any, wanted: ContributionOptions
     ) -> Any:
         """``attribute_all`` with references per sample."""

@@ -93,7 +93,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
             options = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-            return self._one_averaged(references, inputs, target, additional_forward_args, options)
+            return self._average_one(references, inputs, target, additional_forward_args, options)
         start = compat.format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
             compat.validate_input(rows, start)
@@ -141,7 +141,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
             wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-            return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
+            return self._average_all(references, inputs, targets, additional_forward_args, wanted)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
         options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
@@ -233,7 +233,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             say_if_large(points.fn, sizes_of(parts, 2).flatten(), delta.flatten())
         return delta
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
             return multipliers
         points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
@@ -330,7 +330,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
         if references is not None:
-            return self._one_averaged(references, inputs, target, additional_forward_args, wanted)
+            return self._average_one(references, inputs, target, additional_forward_args, wanted)
         start, as_tuple = check_references(baselines, inputs), compat.is_tuple(inputs)
         averages = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
         if averages is not None:
@@ -363,7 +363,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         if references is None:
             references = References.of_all(rows, check_references(baselines, inputs))
         wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-        return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
+        return self._average_all(references, inputs, targets, additional_forward_args, wanted)
 
     def _one_by_one(self, references: References, target: Any, extra: Any, wanted: ContributionOptions) -> Averages:
         if not self._is_captums or not references.shared or wanted.hypothetical:

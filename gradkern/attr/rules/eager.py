@@ -55,7 +55,7 @@ def multipliers(
             if not _close(y.x, live) or not _close(y.x[:1], alone):
                 raise NoRule("a model whose samples depend on each other, or that draws random numbers")
             g = one_hot(y.x, seeds(y.x.shape[0], tuple(y.x.shape[1:])))
-        return tuple(tape.transposed(pairs, y, g)), tape.took_detached_as_constant
+        return tuple(tape.pull_back(pairs, y, g)), tape.took_detached_as_constant
 
 
 def one_hot(y: Tensor, seeds: Seeds) -> Tensor:

@@ -279,7 +279,7 @@ class LRP(RuleMethod, stock.LRP):
         values = chunk.values(chunk.rows, outputs_too=True)
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         score = pick_outputs(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 

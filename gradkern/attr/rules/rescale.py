@@ -181,7 +181,7 @@ def compose_on_tape(rule: Rescale, i: int) -> StepMap:
         if not isinstance(result, InputAndReference):  # a constant
             grads = [g.new_zeros(*g.shape[:2], *p.shape[1:]) for p in moving]
         else:
-            grads = tape.transposed(moving, result, g)
+            grads = tape.pull_back(moving, result, g)
         rest = iter(grads)
         still = g.new_zeros(())
         return tuple(

@@ -77,7 +77,7 @@ class RuleMethod(ProgramMethod):
         """Whether the rule covers every step."""
         return True
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         """The last step: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
@@ -101,7 +101,7 @@ class RuleMethod(ProgramMethod):
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
                 multipliers = rule_multipliers(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
-                for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
+                for result, m in zip(results, self._finish(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
         if rule is not None:
             self._done(points, rule)

@@ -75,7 +75,7 @@ class Tape:
         self.maps.append((function, tuple(p.slot for p in moving), slots))
         return results
 
-    def transposed(self, first: Sequence[InputAndReference], last: InputAndReference, g: Tensor) -> list[Tensor]:
+    def pull_back(self, first: Sequence[InputAndReference], last: InputAndReference, g: Tensor) -> list[Tensor]:
         """Pull the cotangent ``g [N, S, *out]`` of ``last`` back to ``first``: one ``[N, S, *in]`` each."""
         with torch.inference_mode(False), torch.enable_grad():
             changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]

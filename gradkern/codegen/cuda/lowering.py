@@ -66,10 +66,10 @@ def lay_out(e: Emitter) -> LaidOut:
                 best = passes, arrangement, tiling
     if best is None:
         raise TooLarge(least, spec.machine.shared_bytes)
-    return tiled(e, tiler, *best)
+    return place_buffers(e, tiler, *best)
 
 
-def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
+def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
     """The records with the places of buffers, and with how workers share the work."""
     for buffer, life in passes.lives.items():
         buffer.per_sample = life.run is None

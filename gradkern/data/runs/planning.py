@@ -13,7 +13,7 @@ from ..sources.padding import Pad
 from ..store.results import Results
 from .forecast import Forecast
 from .settings import settings_of
-from .shards import Shard, owned
+from .shards import Shard, owned_chunks
 from .task import Task
 
 
@@ -31,4 +31,4 @@ def plan(
         place = out if out is not None and Results.exists(out) else Path(folder, "plan.zarr")
         task = Task.prepare(model, source, place, settings, columns=columns, input_dtype=input_dtype, pad=pad)
         done = task.results.ledger.finished()
-        return task.forecast([c for c in owned(task.results.chunks, shard) if c not in done])
+        return task.forecast([c for c in owned_chunks(task.results.chunks, shard) if c not in done])

@@ -97,8 +97,8 @@ def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Sett
     chunks, in all processes, go the same way.
     """
     device = device_of(model)
-    chosen = choose(model, alone, device)
-    inputs = _joined(alone, chosen, device)
+    chosen = choose_samples(model, alone, device)
+    inputs = _join_samples(alone, chosen, device)
     check_dtypes(model, inputs)
     method = methods.find(settings.method, settings.arguments)
     methods.check_arguments(method, settings.arguments, inputs, samples)
@@ -126,7 +126,7 @@ def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Sett
 
 
 def adds_up(method: methods.Method, batch: methods.Batch) -> bool:
-    return methods.summed(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
+    return methods.add_to_sums(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
 
 
 def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -155,7 +155,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
     """The faster way for gradients of ``seeds`` outputs, measured on samples spread over the source."""
-    inputs = _joined(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
+    inputs = _join_samples(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
@@ -163,7 +163,7 @@ def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
     return None if timed is None else timed.way
 
 
-def choose(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[int]:
+def choose_samples(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[int]:
     """The indices of a few samples, spread over the source, whose output depends on them.
 
     A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
@@ -176,7 +176,9 @@ def choose(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[i
     chosen: list[int] = []
     for at in range(0, len(order), PROBED):
         tried = order[at : at + PROBED]
-        chosen += [i for i, alive in zip(tried, _alive(model, _joined(alone, tried, device)), strict=True) if alive]
+        chosen += [
+            i for i, alive in zip(tried, _alive(model, _join_samples(alone, tried, device)), strict=True) if alive
+        ]
         if len(chosen) >= PROBED:
             break
     rest = [i for i in order if i not in chosen]
@@ -192,7 +194,7 @@ def _check_shapes(alone: SpotSamples, first: int, other: int) -> None:
             )
 
 
-def _joined(alone: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
+def _join_samples(alone: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
 
 

@@ -25,7 +25,7 @@ ALONE = 32  # samples that are read alone
 SHOWN = 5
 
 
-def spread(count: int, samples: int) -> list[int]:
+def spread_indices(count: int, samples: int) -> list[int]:
     """``count`` indices of samples, evenly spread over all, the first and the last among them."""
     return sorted({int(i) for i in np.linspace(0, samples - 1, min(count, samples))})
 
@@ -42,7 +42,7 @@ class SpotSamples:
 
     @classmethod
     def of(cls, source: Source) -> SpotSamples:
-        return cls({i: source.read(i, i + 1) for i in spread(ALONE, source.samples)})
+        return cls({i: source.read(i, i + 1) for i in spread_indices(ALONE, source.samples)})
 
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Raise `BadValue` if a row of ``start:stop`` is not the sample of that number."""

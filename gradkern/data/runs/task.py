@@ -229,7 +229,7 @@ class Task:
         finite = self._finite_inputs(inputs) & ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
         for maps in outcome.maps:
             finite &= finite_rows(maps).cpu()
-        keep = self._counted(finite, first, bad)
+        keep = self._count(finite, first, bad)
         rows = {"predictions": outcome.outputs}
         if outcome.targets is not None:
             rows["targets"] = outcome.targets
@@ -266,9 +266,9 @@ class Task:
         (reducer,), (i,) = reducers.values(), self.probe.floating
         finite = self._finite_inputs(batch.inputs)
         sums = reducer.running(batch.first, finite, self.nonfinite == "skip")
-        outputs = methods.summed(self.method, batch, sums)
+        outputs = methods.add_to_sums(self.method, batch, sums)
         if outputs is not None:
-            reducer.add_counts(batch.first, batch.inputs[i].detach(), self._counted(finite, batch.first, bad))
+            reducer.add_counts(batch.first, batch.inputs[i].detach(), self._count(finite, batch.first, bad))
         return outputs
 
     def _finite_inputs(self, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -279,7 +279,7 @@ class Task:
                 finite &= finite_rows(inputs[i]).cpu()
         return finite
 
-    def _counted(self, finite: Tensor, first: int, bad: list[int]) -> Tensor | None:
+    def _count(self, finite: Tensor, first: int, bad: list[int]) -> Tensor | None:
         """The indices of the samples in a batch that statistics count; None for all.
 
         The settings say what becomes of samples that are not finite.

@@ -108,7 +108,7 @@ def verify(place: str | Path) -> Verdict:
     again = sorted({*chunks, *(c for span in lost.values() for c in span)})
     if finished and unfinished:
         again = sorted({*again, *set(range(results.chunks)).difference(*map(results.ledger.span, records))})
-    spans = _joined([results.span(c) for c in again])
+    spans = _join_spans([results.span(c) for c in again])
     return Verdict(text, files, lost, chunks, reductions, unfinished, unchecked, finished, spans)
 
 
@@ -231,7 +231,7 @@ def _damaged_reductions(results: Results) -> tuple[str, ...]:
     return tuple(damaged)
 
 
-def _joined(spans: list[Span]) -> tuple[Span, ...]:
+def _join_spans(spans: list[Span]) -> tuple[Span, ...]:
     """Neighbouring spans as one."""
     joined: list[Span] = []
     for start, stop in spans:

@@ -158,7 +158,7 @@ def one_or_list(rows: list[Tensor]) -> Rows:
     return torch.stack(rows) if rows and all(r.shape == rows[0].shape for r in rows) else rows
 
 
-def stacked(rows: Rows, start: int) -> Tensor:
+def stack_rows(rows: Rows, start: int) -> Tensor:
     """The rows as one tensor.  Raises `BadValue` where they have different shapes, which names the first two."""
     if isinstance(rows, Tensor):
         return rows

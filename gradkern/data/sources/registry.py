@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue, InputError
-from .columns import NotNumbers, Rows, stacked
+from .columns import NotNumbers, Rows, stack_rows
 from .padding import Pad, Padding, taken_by
 
 Span = tuple[int, int]
@@ -120,7 +120,7 @@ class Source(ABC):
         bytes), because they usually are indices.
         """
         check_rows(given, start, stop)
-        rows = tuple(stacked(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
+        rows = tuple(stack_rows(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
         if self.cast is None:
             return rows
         whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
@@ -225,10 +225,10 @@ def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = No
     for data that is stored in another precision than the model's (`Source.prepared` says which).  ``pad``: a number,
     with which samples of different shapes are padded to the longest, or a number and a length.
     """
-    return _opened(source, columns).cast_to(dtype).pad_with(pad)
+    return _open(source, columns).cast_to(dtype).pad_with(pad)
 
 
-def _opened(source: Any, columns: Any) -> Source:
+def _open(source: Any, columns: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, (str, Path)):
