@@ -30,10 +30,10 @@ from benchmarks.run import RESULTS, positive, progress
 from gradkern.runtime import ops
 from tests.support.networks import NETWORKS
 
-SIZE = 1024  # of the matrices
-SAMPLES = 512  # of a call at most: more change nothing but the time that the peers take
+SIZE = 1024  # rows and columns of the matrices
+SAMPLES = 512  # the most samples of a call; with more, only the peers take longer
 PEERS = ("loop_classes", "grads_batched", "vmap_jacrev")
-CAPS = {  # of torch's own kernels, oneDNN and MKL
+CAPS = {  # environment variables that cap torch's own kernels, oneDNN and MKL
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
 

@@ -60,7 +60,7 @@ class Row:
     plain_ratio: float
     compiled_ratio: float
     goals: tuple[float, float | None]
-    error: float  # of a float64 call, relative
+    error: float  # the relative error of a float64 call
 
 
 def delivered(jacobian: Callable[[Tensor], Tensor]) -> Runner:

@@ -79,7 +79,7 @@ class Row:
     operations: float
     bytes: int
     gflops: float
-    share: float  # of the roof
+    share: float  # the share of the roof
     torch_us: float
     torch_way: str
     ratio: float

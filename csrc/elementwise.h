@@ -28,7 +28,7 @@ enum class Fn : int64_t {
 };
 
 template <class T>
-struct Pair {
+struct ValueAndDerivative {
   T y, d;  // f(x), f'(x)
 };
 
@@ -106,14 +106,14 @@ struct Function;
 template <>
 struct Function<Fn::relu> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {x <= T(0) ? T(0) : x, x <= T(0) ? T(0) : T(1)};
   }
 };
 template <>
 struct Function<Fn::leaky_relu> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T slope, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T slope, T, T) {
     const T d = x > T(0) ? T(1) : slope;
     return {d * x, d};
   }
@@ -121,7 +121,7 @@ struct Function<Fn::leaky_relu> {
 template <>
 struct Function<Fn::elu> {  // scale (x > 0 ? x : alpha (e^(input_scale x) - 1)): ELU, SELU, CELU
   template <class T>
-  GK_HD static Pair<T> at(T x, T alpha, T scale, T input_scale) {
+  GK_HD static ValueAndDerivative<T> at(T x, T alpha, T scale, T input_scale) {
     const auto [e, m1] = exponential(x * input_scale);
     const T left = x == -T(INFINITY) ? T(0) : e;
     return {x > T(0) ? scale * x : alpha * scale * m1, x > T(0) ? scale : alpha * scale * input_scale * left};
@@ -130,7 +130,7 @@ struct Function<Fn::elu> {  // scale (x > 0 ? x : alpha (e^(input_scale x) - 1))
 template <>
 struct Function<Fn::tanh> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const Exponential<T> power = exponential(T(2) * x);
     const T y = power.m1 / (power.m1 + T(2)), q = T(2) / (power.m1 + T(2));
     // In float 1 - y² would be rounding alone where y is near 1; 4 e^2x / (e^2x + 1)² is the same.
@@ -140,7 +140,7 @@ struct Function<Fn::tanh> {
 template <>
 struct Function<Fn::sigmoid> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = logistic(x);
     return {y, y * (sizeof(T) == 8 ? T(1) - y : exponential(-x).e * y)};  // in float 1 - y would be rounding alone
   }
@@ -148,14 +148,14 @@ struct Function<Fn::sigmoid> {
 template <>
 struct Function<Fn::affine> {  // a x + b
   template <class T>
-  GK_HD static Pair<T> at(T x, T a, T b, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T a, T b, T) {
     return {a * x + b, a};
   }
 };
 template <>
 struct Function<Fn::gelu> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T phi = T(0.5) * (T(1) + error_function(x * T(0.70710678118654752440)));
     return {x * phi, phi + x * exponential_to_the_ends(T(-0.5) * x * x) * T(0.39894228040143267794)};
   }
@@ -163,7 +163,7 @@ struct Function<Fn::gelu> {
 template <>
 struct Function<Fn::gelu_tanh> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T k = T(0.79788456080286535588), c = T(0.044715);
     const T t = hyperbolic_tangent(k * (x + c * x * x * x));
     return {T(0.5) * x * (T(1) + t), T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * k * (T(1) + T(3) * c * x * x)};
@@ -172,7 +172,7 @@ struct Function<Fn::gelu_tanh> {
 template <>
 struct Function<Fn::silu> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T s = logistic(x);
     return {x * s, s * (T(1) + x * (T(1) - s))};
   }
@@ -180,7 +180,7 @@ struct Function<Fn::silu> {
 template <>
 struct Function<Fn::mish> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T soft = x > T(20) ? x : std::log1p(std::exp(x)), t = hyperbolic_tangent(soft);
     return {x * t, t + x * logistic(x) * (T(1) - t * t)};
   }
@@ -188,7 +188,7 @@ struct Function<Fn::mish> {
 template <>
 struct Function<Fn::softplus> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T beta, T threshold, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T beta, T threshold, T) {
     const bool linear = x * beta > threshold;
     return {linear ? x : std::log1p(std::exp(x * beta)) / beta, linear ? T(1) : logistic(x * beta)};
   }
@@ -196,21 +196,21 @@ struct Function<Fn::softplus> {
 template <>
 struct Function<Fn::hardtanh> {  // slope 0 at both bounds, and at NaN
   template <class T>
-  GK_HD static Pair<T> at(T x, T low, T high, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T low, T high, T) {
     return {x < low ? low : (x > high ? high : x), x > low && x < high ? T(1) : T(0)};
   }
 };
 template <>
 struct Function<Fn::clamp> {  // slope 1 at both bounds
   template <class T>
-  GK_HD static Pair<T> at(T x, T low, T high, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T low, T high, T) {
     return {x < low ? low : (x > high ? high : x), x >= low && x <= high ? T(1) : T(0)};
   }
 };
 template <>
 struct Function<Fn::hardswish> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T gate = x <= T(-3) ? T(0) : (x < T(3) ? x / T(6) + T(0.5) : T(1));
     return {x * gate, x <= T(-3) ? T(0) : (x >= T(3) ? T(1) : x / T(3) + T(0.5))};
   }
@@ -218,7 +218,7 @@ struct Function<Fn::hardswish> {
 template <>
 struct Function<Fn::hardsigmoid> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T gate = x <= T(-3) ? T(0) : (x < T(3) ? x / T(6) + T(0.5) : (x >= T(3) ? T(1) : x));
     return {gate, x > T(-3) && x < T(3) ? T(1.0f / 6.0f) : T(0)};  // torch rounds its 1/6 to float, in double too
   }
@@ -226,7 +226,7 @@ struct Function<Fn::hardsigmoid> {
 template <>
 struct Function<Fn::square> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {x * x, T(2) * x};
   }
 };
@@ -239,21 +239,21 @@ GK_HD T power_of(T x, T p) {
 template <>
 struct Function<Fn::power> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T p, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T p, T, T) {
     return {power_of(x, p), p * power_of(x, p - T(1))};
   }
 };
 template <>
 struct Function<Fn::negative_part> {  // min(x, 0), slope 1 at 0
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {x > T(0) ? T(0) : x, x > T(0) ? T(0) : T(1)};
   }
 };
 template <>
 struct Function<Fn::exp> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = std::exp(x);
     return {y, y};
   }
@@ -261,7 +261,7 @@ struct Function<Fn::exp> {
 template <>
 struct Function<Fn::expm1> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = std::expm1(x);
     return {y, y + T(1)};
   }
@@ -269,21 +269,21 @@ struct Function<Fn::expm1> {
 template <>
 struct Function<Fn::log> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {std::log(x), T(1) / x};
   }
 };
 template <>
 struct Function<Fn::log1p> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {std::log1p(x), T(1) / (x + T(1))};
   }
 };
 template <>
 struct Function<Fn::sqrt> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = std::sqrt(x);
     return {y, T(0.5) / y};
   }
@@ -291,7 +291,7 @@ struct Function<Fn::sqrt> {
 template <>
 struct Function<Fn::rsqrt> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = T(1) / std::sqrt(x);
     return {y, T(-0.5) * y * y * y};
   }
@@ -299,7 +299,7 @@ struct Function<Fn::rsqrt> {
 template <>
 struct Function<Fn::reciprocal> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     const T y = T(1) / x;
     return {y, -y * y};
   }
@@ -307,28 +307,28 @@ struct Function<Fn::reciprocal> {
 template <>
 struct Function<Fn::abs> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {x < T(0) ? -x : x, x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0))};
   }
 };
 template <>
 struct Function<Fn::erf> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {error_function(x), exponential(-x * x).e * T(1.12837916709551257390)};
   }
 };
 template <>
 struct Function<Fn::sin> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {std::sin(x), std::cos(x)};
   }
 };
 template <>
 struct Function<Fn::cos> {
   template <class T>
-  GK_HD static Pair<T> at(T x, T, T, T) {
+  GK_HD static ValueAndDerivative<T> at(T x, T, T, T) {
     return {std::cos(x), -std::sin(x)};
   }
 };

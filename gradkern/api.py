@@ -176,7 +176,7 @@ def iter_jacobian(
 
 def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple: bool) -> Iterator[Any]:
     route = decide(request, engine)
-    seeds = request.choose(request.samples, output_shape(request, route))
+    seeds = request.resolve_seeds(request.samples, output_shape(request, route))
     if chunk is None:
         chunk = samples_per_chunk(request.inputs[0].device, request.gradient_bytes * seeds.count)
     whole = solve(request, route) if chunk < request.samples and whole_batch_reason(request, route) else None
@@ -207,7 +207,7 @@ def prepare(model: Model, inputs: Tensor | Several, targets: Targets = None, *, 
     ``targets`` as in `jacobian`, the same for all samples; ``output`` as in `jacobian`.  `jacobian` itself uses the
     captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
-    request = replace(_inspection_request(model, inputs, output=output), choose=jacobian_choice(targets))
+    request = replace(_inspection_request(model, inputs, output=output), resolve_seeds=jacobian_choice(targets))
     verdict = ensure_captured(request, decide(request))
     program = None if verdict is None else verdict.program
     return Prepared(request, program, isinstance(inputs, (tuple, list)))
@@ -243,11 +243,11 @@ def explain(
     inputs), ``engine`` and ``output`` as in `jacobian`.  ``show=False`` prints nothing.
     """
     with options.use(options.engine(engine)):
-        request = replace(_inspection_request(model, inputs, wrt, output), choose=jacobian_choice(targets))
-        return _explained(request, show)
+        request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
+        return _explain(request, show)
 
 
-def _explained(request: Request, show: bool) -> Explanation:
+def _explain(request: Request, show: bool) -> Explanation:
     route = decide(request)
     eager_reason = "the engine is 'autograd'" if route.engine == "autograd" else ""
     if route.eager_reason is not None:
@@ -258,7 +258,7 @@ def _explained(request: Request, show: bool) -> Explanation:
         reason = eager_reason or (verdict.reason if verdict else "")
         explanation = WholeModel(name_of(request.fn), reason)
     else:
-        seeds = request.choose(request.samples, verdict.program.output_shape)
+        seeds = request.resolve_seeds(request.samples, verdict.program.output_shape)
         explanation = _plan(request, verdict.program, route.params(), seeds)
         explanation = explanation.timed(timing(request, route))
     if show:

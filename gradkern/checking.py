@@ -15,7 +15,7 @@ from .dispatch.request import JacobianResult, Request, jacobian_choice, read_inp
 from .dispatch.route import decide, solve
 from .dispatch.targets import Targets, TopK
 from .util.buffers import buffers_kept
-from .util.callables import model_of, unwrapped, with_output
+from .util.callables import model_of, unwrap, with_output
 from .util.options import BadValue, Engine
 from .util.outputs import Output
 from .util.random_state import RandomState
@@ -82,7 +82,7 @@ def _exact_request(
 ) -> tuple[Request, str]:
     exact = tuple(x.double() if x.is_floating_point() else x for x in tensors)
     try:
-        twin = copy.deepcopy(unwrapped(model))
+        twin = copy.deepcopy(unwrap(model))
         module = model_of(twin)
         if module is None:
             raise BadValue("a callable that is no module")

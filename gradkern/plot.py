@@ -106,7 +106,7 @@ def matrix(attributions: Any, *, names: Sequence[str] | None = None, features: S
     if values.ndim < 2:
         raise BadValue(f"a matrix is drawn from [C, *features], not from shape {values.shape}")
     values = values.reshape(len(values), -1)
-    cells = _reduced(_reduced(values, 0), 1)
+    cells = _reduce(_reduce(values, 0), 1)
     height = min(max(1.4, 0.22 * len(values)), 8.0)
     figure = Figure(figsize=(9, height + 0.8), layout="constrained")
     axes = figure.subplots()
@@ -169,7 +169,7 @@ def strip(
 
 
 def _array(values: Any) -> np.ndarray:
-    """As float64 NumPy, on the CPU and without a graph."""
+    """``values`` as a float64 NumPy array, on the CPU and without a graph."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)
@@ -218,7 +218,7 @@ def _scale(values: np.ndarray) -> dict[str, Any]:
     return {"cmap": SIGNED if signed else MAGNITUDE, "vmin": -top if signed else 0.0, "vmax": top}
 
 
-def _reduced(values: np.ndarray, axis: int) -> np.ndarray:
+def _reduce(values: np.ndarray, axis: int) -> np.ndarray:
     """At most `MOST_CELLS` along an axis: the entry of each span that is largest in magnitude."""
     count = values.shape[axis]
     if count <= MOST_CELLS:

@@ -12,7 +12,7 @@ void elementwise_rows(const ElementwiseRecord& op, const T* src, T* dst, T* slop
     const int64_t count = op.extent.W * op.extent.C;
 #pragma GCC ivdep  // even in place, element i depends only on element i
     for (int64_t i = 0; i < count; ++i) {
-      const Pair<T> r = Function<F>::at(x[i], p0, p1, p2);
+      const ValueAndDerivative<T> r = Function<F>::at(x[i], p0, p1, p2);
       y[i] = r.y;
       d[i] = r.d;
     }

@@ -47,7 +47,7 @@ GK_DEVICE void elementwise_all(const ElementwiseRecord& op, const Tile<T>& t) {
   for (int i = t.tid(); i < t.count * each; i += t.threads()) {
     const auto [m, e] = samples.parts(i);
     const auto [h, r] = rows.parts(e);
-    const Pair<T> pair = Function<F>::at(t.at(op.src, m)[Steps(op.src)(h, 0) + r], p0, p1, p2);
+    const ValueAndDerivative<T> pair = Function<F>::at(t.at(op.src, m)[Steps(op.src)(h, 0) + r], p0, p1, p2);
     t.at(op.dst, m)[Steps(op.dst)(h, 0) + r] = pair.y;
     t.at(op.slope, m)[Steps(op.slope)(h, 0) + r] = pair.d;
   }

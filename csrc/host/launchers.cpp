@@ -4,11 +4,11 @@
 #include "../checks.cpp"
 #include "../cuda/launch.cpp"
 
-// Of no tensors, the only use that the launchers have for it.
+// Only for an empty list of tensors, which is all that the launchers need.
 int64_t gradkern::content_hash(const Tensors&) { return 0; }
 
 extern "C" {
-// A CPU build of torch has none of these.
+// A CPU build of torch does not have these functions.
 AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardOpaque**) { return ++gk_gpu()->guards, 0; }
 AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardOpaque*) { return --gk_gpu()->guards, 0; }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }

@@ -104,7 +104,7 @@ extern "C" {
 int gk_args_size() { return sizeof(cuda::Args<float>); }
 int gk_rescale_args_size() { return sizeof(RescaleArgs<double>); }
 int gk_gpu_size() { return sizeof(host::Gpu); }
-// As in a new process.
+// Resets the state to that of a new process.
 void gk_unload() { loaded.clear(), gpu.loaded = 0; }
 // The error text, or null.
 const char* gk_run_f32(const cuda::Args<float>* args, int blocks, int threads, int64_t bytes) {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..codegen.support import NATIVE_DTYPES
 from ..dispatch.request import check_output, jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds, Targets, TopK, TopSeeds
@@ -26,10 +27,9 @@ from ..util.progress import with_progress
 from ..util.random_state import RandomState
 from .call import PublicMethod, keep_buffers
 from .captum_compat import format_input_baseline, format_tensor_into_tuples, is_tuple, stock
-from .plug import stays_ours, takes_over
+from .plug import can_handle_call, route_is_supported
 from .points import Points, Tensors, with_arguments
 
-NATIVE = (torch.float32, torch.float64)
 Options = dict[str, Any]  # a method's own options, by Captum's names
 Inputs = Tensor | Tensors
 Yes = Literal[True]
@@ -62,13 +62,13 @@ class AttributeAll(Protocol):
     # fmt: on
 
 
-def typed(attribute_all: Callable[..., Any]) -> AttributeAll:
+def as_attribute_all(attribute_all: Callable[..., Any]) -> AttributeAll:
     """The method unchanged, with the types of its results."""
     return cast(AttributeAll, attribute_all)
 
 
 def check_distribution(method: Any, baselines: Any) -> None:
-    """Raise if a method that averages over baselines got none."""
+    """Raise if no baselines were given to a method that averages over them."""
     if baselines is None:
         raise BadType(
             f"baselines: got none, but {type(method).__name__} averages over them. Pass a tensor of several rows: "
@@ -79,24 +79,24 @@ def check_distribution(method: Any, baselines: Any) -> None:
 def points_for(attribution: Any, inputs: tuple[Tensor, ...], extra: Any, *, integers: bool = False) -> Points | None:
     """The engine for this method's model at these inputs; None if Captum takes the call (a warning says why).
 
-    ``integers`` as in `takes_over`.
+    ``integers`` as in `can_handle_call`.
     """
     engine = getattr(attribution.gradient_func, "engine", None)
-    if not takes_over(attribution.forward_func, inputs, engine, integers=integers):
+    if not can_handle_call(attribution.forward_func, inputs, engine, integers=integers):
         return None
-    if any(x.is_floating_point() and x.dtype not in NATIVE for x in inputs):
+    if any(x.is_floating_point() and x.dtype not in NATIVE_DTYPES for x in inputs):
         return None
     fn, more = with_arguments(attribution.forward_func, inputs, extra)
     points = Points(fn, inputs, more, engine)
     try:
-        return points if stays_ours(points.route) and not points.couples_batch else None
-    except Exception:  # the model cannot run some of its samples: Captum's own error, or Captum's to manage
+        return points if route_is_supported(points.route) and not points.couples_batch else None
+    except Exception:  # the model cannot run some of its samples, which Captum may still manage, or raise its own error
         if debugging():
             raise
         return None
 
 
-def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
+def resolve_targets(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targets: Any) -> tuple[Seeds, Shape]:
     """``targets`` as `gradkern.jacobian` reads them, for the model's output at these inputs."""
     more = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
     keep_buffers(fn)
@@ -110,10 +110,12 @@ def resolved(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any, targe
 def one_by_one(
     fn: Callable[..., Any], inputs: Any, extra: Any, targets: Any, attribute: Callable[[Any], Any], delta: bool = False
 ) -> Any:
-    """``attribute_all`` by Captum: ``attribute(target)`` once per output, each with the same random numbers and
-    buffers.  ``delta``: what ``attribute`` returns ends with the convergence delta."""
+    """``attribute_all`` by Captum: ``attribute(target)`` per output, each with the same random numbers and buffers.
+
+    ``delta``: the last value that ``attribute`` returns is the convergence delta.
+    """
     rows = format_tensor_into_tuples(inputs)
-    seeds, out = resolved(fn, rows, extra, targets)
+    seeds, out = resolve_targets(fn, rows, extra, targets)
     index = seeds.rows(0, rows[0].shape[0])
     torch_state, numpy_state = RandomState(), np.random.get_state()
     results = []
@@ -123,7 +125,7 @@ def one_by_one(
         column = torch.tensor(s) if index is None else index[..., s]  # [] or [N]
         with buffers_kept(nn.ModuleList(modules_behind(fn))):
             results.append(attribute(captum_target(column, out)))
-    tree = shaped(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
+    tree = split_seed_axis(pytree.tree_map(lambda *xs: torch.stack(xs, dim=1), *results), seeds)
     if not isinstance(seeds, TopSeeds):
         return tree
     return (*(tree if delta else (tree,)), seeds.indices_per_sample())
@@ -139,16 +141,16 @@ def captum_target(flat: Tensor, out: Shape) -> Any:
     return tuple(axes) if flat.dim() == 0 else [tuple(a) for a in axes]
 
 
-def shaped(tree: Any, seeds: Seeds) -> Any:
+def split_seed_axis(tree: Any, seeds: Seeds) -> Any:
     """Reshape every ``[N, S, ...]`` to ``[N, *axes, ...]``."""
     return pytree.tree_map(lambda x: x.reshape(x.shape[0], *seeds.axes, *x.shape[2:]), tree)
 
 
 def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor | None = None) -> Any:
     """The result of ``attribute_all``: attributions, the convergence delta if requested, and the indices of `TopK`."""
-    items: list[Any] = [shaped(tuple(parts) if as_tuple else parts[0], seeds)]
+    items: list[Any] = [split_seed_axis(tuple(parts) if as_tuple else parts[0], seeds)]
     if delta is not None:
-        items.append(shaped(delta, seeds))
+        items.append(split_seed_axis(delta, seeds))
     if isinstance(seeds, TopSeeds):
         items.append(seeds.indices_per_sample())
     return items[0] if len(items) == 1 else tuple(items)
@@ -157,8 +159,8 @@ def answer(parts: Sequence[Tensor], as_tuple: bool, seeds: Seeds, delta: Tensor 
 def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], seeds: Seeds) -> Tensor:
     """``Σ attribution - (F(end) - F(start))`` per sample and output, ``[N, S]``, as Captum's convergence delta.
 
-    The end is ``points``.  ``parts``: one ``[N, S, *in]`` per input; ``start``: a number, one row, or a row for each
-    sample.
+    ``points``: the end.  ``parts``: one attribution ``[N, S, *in]`` per input.  ``start``: per input a number, one row,
+    or a row for each sample.
     """
     end, n = points.inputs, points.samples
     sums = [p.reshape(n, seeds.count, -1).sum(2) for p in parts]  # [N, S] each
@@ -166,11 +168,11 @@ def completeness(points: Points, parts: Sequence[Tensor], start: Sequence[Any], 
     before = [b.expand(n, *b.shape[1:]) if b.shape[0] == 1 else b for b in before]
     with torch.no_grad():
         difference = rows_out(points) - rows_out(points.at(before, points.more))  # [N, C]
-    return sum(sums[1:], sums[0]).detach() - picked(difference, seeds.rows(0, n))
+    return sum(sums[1:], sums[0]).detach() - pick_outputs(difference, seeds.rows(0, n))
 
 
-def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
-    """The numbers ``index`` (None, ``[S]`` or ``[N, S]``) of the outputs ``[N, *out]``: ``[N, S]``."""
+def pick_outputs(outputs: Tensor, index: Tensor | None) -> Tensor:
+    """The outputs ``[N, *out]`` at the flat indices ``index`` (None, ``[S]`` or ``[N, S]``): ``[N, S]``."""
     outputs = outputs.unsqueeze(-1).flatten(1)  # [N] is one number per sample
     if index is None:
         return outputs
@@ -179,7 +181,7 @@ def picked(outputs: Tensor, index: Tensor | None) -> Tensor:
 
 
 def rows_out(points: Points, rows: int = 1024) -> Tensor:
-    """The model's outputs, flat, ``[N, C]``, some rows at a time."""
+    """The model's outputs as ``[N, C]``, computed some rows at a time."""
     starts, inputs = range(0, max(points.samples, 1), rows), points.base_request.inputs
     pieces = [points.fn(*[x[a : a + rows].detach().clone() for x in inputs]) for a in starts]
     return torch.cat([y.reshape(y.shape[0], math.prod(y.shape[1:])) for y in pieces])
@@ -188,12 +190,12 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(PublicMethod, stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    A subclass provides ``_rows``, the attributions of every seed at given points.  From it follows, in `NoiseTunnel`,
-    the average over noise, which holds no samples.
+    A subclass provides ``_rows``, the attributions of every seed at given points.  `NoiseTunnel` then averages them
+    over noise, without keeping the noisy samples.
     """
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
-        """One ``[R, S, *in]`` per input.  ``index``: None, ``[S]`` or ``[R, S]``.
+        """Attributions, one ``[R, S, *in]`` per input.  ``index``: the outputs, None, ``[S]`` or ``[R, S]``.
 
         None if the model has no Program and the method needs one.
         """

@@ -1,12 +1,12 @@
-"""What every public call of an attribution object has in common, whatever the method.
+"""The behaviour that all public calls of attribution objects share, whatever the method.
 
-`PublicMethod` puts it around ``attribute`` and ``attribute_all`` of each class:
+`PublicMethod` adds it to ``attribute`` and ``attribute_all`` of each class:
 
 * results carry no autograd graph (except where ``grad_kwargs`` asks for one with ``create_graph``);
 * the buffers of the model and the object's own ``gradient_func`` are left as they were;
 * a batch without samples gives results without samples;
-* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None: a bar in a terminal
-  for what takes seconds), and everything after the inputs and the baselines by name.
+* ``attribute_all`` takes ``out=``, ``wrt=``, ``engine=`` and ``progress=`` (True, False, or None, which shows a bar in
+  a terminal for calls of several seconds), and everything after the inputs and the baselines by name.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ..util.random_state import RandomState
 if TYPE_CHECKING:
     from .plug import GradientFunc
 
-STAND_INS = 2  # samples in place of none, from which the shapes of results are learned
+STAND_INS = 2  # samples that stand in for an empty batch, to learn the shapes of results
 POSITIONAL = ("self", "inputs", "neuron_selector", "baselines")
 SHARED = ("out", "wrt", "engine")  # and ``progress``
 Function = Callable[..., Any]
 
 
 class PublicMethod:
-    """Base of the attribution classes: what this module's docstring lists, for every subclass."""
+    """Base of the attribution classes, which adds to every subclass what this module's docstring lists."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,7 +53,7 @@ class PublicMethod:
 
 
 def _attribute(function: Function) -> Function:
-    """``attribute`` with what all methods have in common."""
+    """``attribute`` with the shared behaviour."""
 
     @functools.wraps(function)
     def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,13 +62,13 @@ def _attribute(function: Function) -> Function:
                 return _of_no_samples(function, self, args, kwargs)
             result = function(self, *args, **kwargs)
             graph = (kwargs.get("grad_kwargs") or {}).get("create_graph")
-            return result if graph else mapped(_plain, result)
+            return result if graph else map_tensors(_plain, result)
 
-    return _marked(attribute, function)
+    return _mark(attribute, function)
 
 
 def _attribute_all(function: Function) -> Function:
-    """``attribute_all`` with what all methods have in common."""
+    """``attribute_all`` with the shared behaviour."""
     signature = inspect.signature(function)
     places = [name for name in signature.parameters if name in POSITIONAL]
     native = [name for name in SHARED if name in signature.parameters]
@@ -81,7 +81,7 @@ def _attribute_all(function: Function) -> Function:
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
         with public_call(method), showing_progress(progress):
             result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
-            result = mapped(_plain, result)
+            result = map_tensors(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
         maps, *rest = result if extras else (result,)
         maps = _written(_of_inputs(maps, shared.get("wrt")), shared.get("out"))
@@ -92,10 +92,10 @@ def _attribute_all(function: Function) -> Function:
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     attribute_all.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return _marked(attribute_all, function)
+    return _mark(attribute_all, function)
 
 
-def _marked(wrapper: Function, function: Function) -> Function:
+def _mark(wrapper: Function, function: Function) -> Function:
     wrapper._is_public = True  # type: ignore[attr-defined]
     wrapper.__wrapped__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]  # as Captum's own
     return wrapper
@@ -105,14 +105,14 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-def mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
     """The tree of tuples, lists and dicts with ``change`` made to every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if type(tree) in (tuple, list):
-        return type(tree)(mapped(change, part) for part in tree)
+        return type(tree)(map_tensors(change, part) for part in tree)
     if type(tree) is dict:
-        return {name: mapped(change, part) for name, part in tree.items()}
+        return {name: map_tensors(change, part) for name, part in tree.items()}
     return tree
 
 
@@ -121,7 +121,7 @@ def mapped(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 class _Call(ExitStack):
-    """The public call that is being made, and the models whose buffers are restored at its end."""
+    """The public call in progress, and the models whose buffers are restored at its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ _current: ContextVar[_Call | None] = ContextVar("gradkern_attribution", default=
 
 @contextmanager
 def public_call(method: Any) -> Iterator[None]:
-    """Everything inside is one call of ``method``, after which the method and the model are as before."""
+    """Make everything inside one call of ``method``, after which the method and the model are as before."""
     # Captum sets the gradient of some of its objects at every call
     gradients = [(part, part.gradient_func) for part in _parts(method) if hasattr(part, "gradient_func")]
     try:
@@ -155,7 +155,7 @@ def public_call(method: Any) -> Iterator[None]:
 
 
 def _our_gradients(method: Any) -> GradientFunc | None:
-    """What decides what runs; None with a gradient, or a method inside, that is not gradkern's."""
+    """The gradient function of a method, or of the innermost one inside it; None if it is not gradkern's."""
     from .plug import GradientFunc
 
     while hasattr(method, "attribution_method"):
@@ -165,7 +165,7 @@ def _our_gradients(method: Any) -> GradientFunc | None:
 
 
 def keep_buffers(fn: Any) -> None:
-    """The live model will run: its buffers are restored when the public call ends."""
+    """Restore the buffers of ``fn``, whose live model will run, when the public call ends."""
     call = _current.get()
     if call is not None and not any(fn is other for other in call.kept):
         call.kept.append(fn)
@@ -186,7 +186,7 @@ def seen_as(kind: Any, method: Any) -> Any:
 
 
 def with_engine(method: Any, engine: Any) -> Any:
-    """The same method on another engine."""
+    """``method`` on another engine."""
     from .plug import GradientFunc
 
     twin = copy.copy(method)
@@ -203,7 +203,7 @@ def with_engine(method: Any, engine: Any) -> Any:
 
 
 def _check_arguments(method: Any, places: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Errors that all methods share."""
+    """Raise the errors that all methods share."""
     from .plug import GradientFunc
 
     name = f"{type(method).__name__}.attribute_all"
@@ -267,21 +267,25 @@ def _is_empty(inputs: Any) -> bool:
 def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Results for an empty batch: the method runs on a few zero samples, and zero rows of its results are kept."""
     state, numpy_state = RandomState(), np.random.get_state()
-    kwargs = {name: _per_sample(value) for name, value in kwargs.items()}
+    kwargs = {name: _with_stand_ins(value) for name, value in kwargs.items()}
     try:
-        result = function(method, *mapped(_filled, tuple(map(_per_sample, args))), **mapped(_filled, kwargs))
+        result = function(
+            method,
+            *map_tensors(_fill_if_empty, tuple(map(_with_stand_ins, args))),
+            **map_tensors(_fill_if_empty, kwargs),
+        )
     finally:
         state.restore()
         np.random.set_state(numpy_state)
-    return mapped(lambda x: x[:0].clone(), result)
+    return map_tensors(lambda x: x[:0].clone(), result)
 
 
-def _per_sample(value: Any) -> Any:
+def _with_stand_ins(value: Any) -> Any:
     """Replace an empty list by `STAND_INS` zeros, and a numeric array by a tensor."""
     if isinstance(value, list) and not value:
         return [0] * STAND_INS
     return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "iuf" else value
 
 
-def _filled(x: Tensor) -> Tensor:
+def _fill_if_empty(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[0] else torch.zeros(STAND_INS, *x.shape[1:], dtype=x.dtype, device=x.device)

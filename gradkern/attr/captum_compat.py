@@ -68,7 +68,7 @@ _LINEAR = ("Linear", "Conv", "BatchNorm", "AvgPool", "AdaptiveAvgPool", "Identit
 
 
 def lacks_deep_lift_rule(module: Any) -> bool:
-    """Is this a module of torch that is not linear and for which Captum's DeepLift has no rule?"""
+    """Whether this is a module of torch that is not linear, and for which Captum's DeepLift has no rule."""
     kind = type(module)
     if kind in SUPPORTED_NON_LINEAR or not kind.__module__.startswith("torch.nn.modules.") or any(module.children()):
         return False
@@ -76,6 +76,6 @@ def lacks_deep_lift_rule(module: Any) -> bool:
 
 
 def unlogged(kind: type) -> Callable[..., Any]:
-    """Captum's ``attribute`` of a class without its usage log, which the method around it writes already."""
+    """Captum's ``attribute`` of a class without its usage log, which the calling method already writes."""
     attribute: Callable[..., Any] = kind.attribute  # type: ignore[attr-defined]
     return getattr(attribute, "__wrapped__", attribute)

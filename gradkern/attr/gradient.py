@@ -12,7 +12,7 @@ from .. import api
 from ..dispatch.targets import TopK
 from ..util.options import Engine
 from ..util.outputs import Output
-from .attribute_all import Inputs, Options, RowMethod, Tensors, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all
 from .captum_compat import format_tensor_into_tuples, is_tuple, stock
 from .plug import HooklessGradientFunc, plug_into
 from .points import Points, with_arguments
@@ -68,7 +68,7 @@ class Saliency(GradientMethod, stock.Saliency):
     a probability vanishes where the model is sure.
     """
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -98,7 +98,7 @@ class InputXGradient(GradientMethod, stock.InputXGradient):
     is sure, and one class's evidence is mixed with all others'.
     """
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,

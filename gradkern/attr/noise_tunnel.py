@@ -19,7 +19,7 @@ from ..dispatch.targets import Seeds
 from ..util.chunks import row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, one_by_one, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, as_attribute_all, one_by_one, points_for
 from .call import PublicMethod
 from .captum_compat import stock
 from .points import Points, block_rows, gradient_bytes, rows_of
@@ -46,7 +46,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         draw_baseline_from_distrib: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As Captum's; a batch too large for one block goes through in pieces of samples."""
+        """Captum's ``attribute``; a batch too large for one block is cut into pieces of samples."""
         rows = compat.format_tensor_into_tuples(inputs)
         copies = nt_samples if nt_samples_batch_size is None else min(nt_samples, nt_samples_batch_size)
         if draw_baseline_from_distrib or not self._goes_in_pieces(rows, copies, stdevs, kwargs):
@@ -58,7 +58,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
             return self._in_pieces(inputs, nt_type, nt_samples, nt_samples_batch_size, stdevs, kwargs)
 
     def _goes_in_pieces(self, rows: Tensors, copies: int, stdevs: Any, kwargs: Options) -> bool:
-        """Is the batch too large for one block, and may it be cut?"""
+        """Whether the batch is too large for one block, and may be cut."""
         method = self.attribution_method
         if not isinstance(method, RowMethod) or method._indivisible():
             return False
@@ -90,7 +90,7 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         result = maps if compat.is_tuple(inputs) else maps[0]
         return (result, average.delta()) if wants_delta else result
 
-    @typed
+    @as_attribute_all
     @one_call()
     def attribute_all(
         self,
@@ -145,7 +145,7 @@ class _Average:
         self.deltas: list[Tensor] = []
 
     def add(self, a: int, b: int, copies: int, maps: Sequence[Tensor], delta: Tensor | None) -> None:
-        """The maps ``[(b - a) · copies, …]`` of copies of the samples ``a:b``."""
+        """Add the maps ``[(b - a) · copies, …]`` of copies of the samples ``a:b``."""
         for total, square, m in zip(self.sums, self.squares, maps, strict=True):
             m = m.detach().reshape(b - a, copies, *m.shape[1:])
             total[a:b] += m.sum(1)
@@ -165,7 +165,7 @@ class _Average:
 class AllOutputs:
     """One call of `NoiseTunnel.attribute_all` on the engine.
 
-    ``shapes`` of the attributions ``[N, S, …]``, if they are not those of the inputs.
+    ``shapes``: those of the attributions ``[N, S, …]``, if they differ from those of the inputs.
     """
 
     def __init__(
@@ -189,13 +189,13 @@ class AllOutputs:
         """The average over all copies; None if the method has no Program."""
         draws = _draws(samples, batch)
         with torch.no_grad():
-            shared = self._expanded(draws[0])
+            shared = self._expand(draws[0])
             for count in draws:
-                if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expanded(count)):
+                if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expand(count)):
                     return None
         return self.sums
 
-    def _expanded(self, count: int) -> Options:
+    def _expand(self, count: int) -> Options:
         """The inner method's options for ``count`` copies of every sample, with baselines drawn if requested."""
         options = dict(self.options)
         if self.draw:
@@ -246,8 +246,8 @@ class AllOutputs:
 class Noise:
     """The noisy copies of all samples in Captum's order, drawn row by row from torch's generator.
 
-    The sequence of several inputs is drawn input after input, so each has a generator of its own that starts where
-    the one before would have ended.
+    Captum draws the noise of one input after the other.  So each input has its own generator, which starts where that
+    of the input before would have ended.
     """
 
     def __init__(self, rows: Sequence[Tensor], copies: int, stdevs: float | tuple[float, ...]) -> None:
@@ -291,10 +291,10 @@ def _default_copy() -> torch.Generator:
 
 
 class _Stream:
-    """``total`` normal numbers as one call of `torch.normal` draws them, but some at a time.
+    """The ``total`` normal numbers that one call of `torch.normal` draws, some at a time.
 
-    On a CPU torch fills whole blocks of 16 numbers one after the other; a last block that is not whole takes the place
-    of the last 16 numbers.  So whole blocks are drawn, and the last draw is not shorter than one.
+    On a CPU torch fills blocks of 16 numbers one after the other.  If the last block would not be whole, the last 16
+    numbers are drawn once more.  So whole blocks are drawn here, and the last draw has at least one.
     """
 
     def __init__(self, total: int, stdev: float, device: torch.device, generator: torch.Generator | None) -> None:
@@ -326,12 +326,12 @@ class _Stream:
 
 
 def _room(rows: Sequence[Tensor]) -> int:
-    """Noisy copies that fit in a block."""
+    """How many noisy copies fit in a block."""
     return block_rows(gradient_bytes(rows, 1), rows[0].device)
 
 
 def _draws(samples: int, batch: int | None) -> list[int]:
-    """Copies per draw: as many as ``batch`` at a time, and the rest."""
+    """The copies of each draw: ``batch`` at a time, and the rest in the last one."""
     batch = samples if batch is None else min(samples, batch)
     return [batch] * (samples // batch) + ([samples % batch] if samples % batch else [])
 

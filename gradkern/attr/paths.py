@@ -14,7 +14,7 @@ from ..dispatch.targets import Seeds, TopK
 from ..util.options import Engine, InputError, Unused, debugging
 from ..util.outputs import Output
 from . import captum_compat as compat
-from .attribute_all import Inputs, Options, RowMethod, Tensors, check_distribution, points_for, typed
+from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, check_distribution, points_for
 from .call import PublicMethod, seen_as
 from .captum_compat import stock
 from .noise_tunnel import NoiseTunnel
@@ -75,7 +75,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
             return mean
         return tuple(g * (x - base) for g, x, base in zip(mean, inputs, baselines, strict=True))
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -111,13 +111,13 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
 def path_steps(
     method: str, n: int, known: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weights and places of Captum's ``n`` steps, ``[steps]`` each."""
+    """The weights and positions of Captum's ``n`` steps, ``[steps]`` each."""
     sizes, places = known or [make(n) for make in compat.approximation_parameters(method)]
     return torch.tensor(sizes), torch.tensor(places, dtype=torch.float64)
 
 
 def times_difference(parts: Sequence[Tensor], inputs: Sequence[Tensor], baselines: Sequence[Any]) -> None:
-    """``parts [N, S, *in]`` times input minus baseline, in place."""
+    """Multiply ``parts [N, S, *in]`` by input minus baseline, in place."""
     with torch.no_grad():
         for part, x, base in zip(parts, inputs, baselines, strict=True):
             part.mul_((x - base).unsqueeze(1))
@@ -157,7 +157,7 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
         return gradients
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
-        if self.letters:  # those of the letters that are there
+        if self.letters:  # the delta counts only the letters that are there
             parts = tuple(p * x.unsqueeze(1) for p, x in zip(parts, points.inputs, strict=True))
         return super()._row_delta(parts, points, seeds, options)
 
@@ -219,8 +219,8 @@ class GradientShap(PublicMethod, stock.GradientShap):
         n_references: int = 20,
         random_state: int | None = None,
     ) -> Any:
-        """As Captum's.  ``baselines`` may also be references per sample, as in `DeepLift.attribute`: a draw then takes
-        one of the sample's own."""
+        """Captum's ``attribute``.  ``baselines`` may also be references per sample, as in `DeepLift.attribute`: a draw
+        then takes one of the sample's own."""
         own = self._own_baselines(baselines, inputs, n_samples, n_references, random_state)
         if own is None:
             fixed = (n_samples, stdevs, target, additional_forward_args, return_convergence_delta)
@@ -231,7 +231,7 @@ class GradientShap(PublicMethod, stock.GradientShap):
         results = [tunnel.attribute(inputs, nt_samples=1, baselines=b[0] if single else b, **given) for b in own]
         return _mean_of_draws(results, return_convergence_delta)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,

@@ -23,7 +23,7 @@ from ..dispatch.targets import Seeds
 from ..ir.program import Shape
 from ..util import options
 from ..util.buffers import buffers_kept
-from ..util.callables import modules_behind, name_of, unwrapped, with_output
+from ..util.callables import modules_behind, name_of, unwrap, with_output
 from ..util.options import BadType, BadValue, Engine, InputError, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
 from .call import keep_buffers
@@ -48,18 +48,18 @@ class GradientFunc:
     ) -> tuple[Tensor, ...]:
         """Gradients of the selected output with respect to each input, in the shapes of the inputs."""
         tensors = format_tensor_into_tuples(inputs)
-        if takes_over(forward_fn, tensors, self.engine):
+        if can_handle_call(forward_fn, tensors, self.engine):
             fn, more = with_arguments(forward_fn, tensors, additional_forward_args)
             wrt = tuple(range(len(tensors)))
             request = Request(fn, (*tensors, *more), wrt, lambda n, out: captum_seeds(target_ind, n, out))
             try:
                 route = self._route(request, self.engine)
-                if stays_ours(route):
+                if route_is_supported(route):
                     return tuple(j[:, 0] for j in solve(request, route).jacobians)
             except Unused:
                 raise
             except InputError:
-                pass  # Captum has its own error for it, or knows better
+                pass  # Captum raises its own error, or accepts it
             except Exception:
                 if debugging():
                     raise
@@ -73,12 +73,12 @@ class GradientFunc:
 
 
 class HooklessGradientFunc(GradientFunc):
-    """For methods that register no hooks: calls that belong to one public call (noisy copies) share their route."""
+    """The gradients of methods that register no hooks: calls within one public call (noisy copies) share a route."""
 
     _route = staticmethod(shared_route)
 
 
-def takes_over(
+def can_handle_call(
     fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | None, *, integers: bool = False
 ) -> bool:
     """Whether gradkern may take over a call with these arguments.  If not, a warning gives the reason, if there is one.
@@ -107,7 +107,7 @@ def _suits(fn: Callable[..., Any], tensors: tuple[Any, ...], engine: Engine | No
     return not closed
 
 
-def stays_ours(route: Route) -> bool:
+def route_is_supported(route: Route) -> bool:
     """Whether gradkern takes this route.  If autograd has to, Captum's own gradients run, and a warning says why."""
     if route.eager_reason is not None:
         keep_buffers(route.fn)
@@ -127,7 +127,7 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
     indices = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
     try:
         chosen = select_targets(
-            indices.expand(samples, *out_shape),  # [N, *out], no memory
+            indices.expand(samples, *out_shape),  # [N, *out], takes no memory
             target.cpu() if isinstance(target, Tensor) else target,
         )
         flat = chosen.reshape(samples)  # [N]
@@ -139,13 +139,15 @@ def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
 
 
 def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) -> None:
-    """Give an attribution object these gradients, and the module inside a compiled or parallel model, in which Captum
-    looks for hooks and layers.  ``output``: which part of the model's result is explained, as in `gradkern.jacobian`.
+    """Give an attribution object these gradients, and unwrap a compiled or parallel model.
+
+    Captum looks for hooks and layers in the module inside.  ``output``: the part of the model's result that is
+    explained, as in `gradkern.jacobian`.
     """
     attribution.gradient_func = gradients
     for name in ("forward_func", "model"):
         if hasattr(attribution, name):
-            setattr(attribution, name, unwrapped(getattr(attribution, name)))
+            setattr(attribution, name, unwrap(getattr(attribution, name)))
     if check_output_choice(output) is not None:
         model = attribution.forward_func
         is_module = isinstance(attribution, stock.NeuronAttribution) and isinstance(model, nn.Module)

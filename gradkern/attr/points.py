@@ -26,7 +26,7 @@ from ..util.progress import with_progress
 from .captum_compat import format_additional_forward_args
 
 Tensors = tuple[Tensor, ...]
-LEAST_BLOCK = 64  # points; in smaller blocks the cost of a call is noticeable
+LEAST_BLOCK = 64  # the least points in a block; in smaller blocks the cost of a call is noticeable
 
 
 class Points:
@@ -46,13 +46,13 @@ class Points:
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
-        self.ahead = 0  # points still to come, for the decision to capture
-        self.most: int | None = None  # points at a time, if the caller limits them
+        self.ahead = 0  # points still to come, which count in the decision to capture
+        self.most: int | None = None  # the most points at a time, if the caller limits them
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
 
     def at(self, inputs: Sequence[Tensor], more: Sequence[Tensor]) -> Points:
-        """The same model at other samples."""
+        """This model at other samples."""
         return Points(self.fn, inputs, more, self.engine)
 
     @cached_property
@@ -65,7 +65,7 @@ class Points:
 
     @property
     def couples_batch(self) -> bool:
-        """Must one forward see all points of a call (batch statistics, random draws)?"""
+        """Whether one forward must see all points of a call (batch statistics, random draws)."""
         return bool(whole_batch_reason(self.base_request, self.route))
 
     def program(self) -> Program | None:
@@ -125,7 +125,7 @@ def gradient_bytes(inputs: Sequence[Tensor], seeds: int) -> int:
 
 
 def block_rows(point_bytes: int, device: torch.device) -> int:
-    """Points per block, each with ``point_bytes`` of gradients; memory also holds the points and their products."""
+    """Points per block, for ``point_bytes`` of gradients per point; memory also holds the points and their products."""
     return samples_per_chunk(device, 2 * point_bytes, 3 * point_bytes, least=LEAST_BLOCK)
 
 
@@ -134,7 +134,7 @@ def blocks(
 ) -> Iterator[tuple[int, int, int, int]]:
     """Pieces ``(first sample, last, first step, last)`` of a path's points whose gradients fit in a block.
 
-    ``most``: points of a piece at most.
+    ``most``: the most points of a piece.
     """
     rows = block_rows(point_bytes, device)
     rows = rows if most is None else max(1, min(rows, most))
@@ -147,8 +147,10 @@ def blocks(
 
 
 def with_arguments(fn: Callable[..., Any], inputs: Sequence[Tensor], extra: Any) -> tuple[Callable[..., Any], Tensors]:
-    """``fn`` with those of Captum's ``additional_forward_args`` that are not tensors with a row per sample, and the
-    other arguments, which it takes after the inputs."""
+    """Split Captum's ``additional_forward_args``: ``fn`` with the fixed ones, and the tensors with a row per sample.
+
+    ``fn`` takes these tensors after the inputs.
+    """
     more = format_additional_forward_args(extra) or ()
     samples = inputs[0].shape[0]
     rows = {k: isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == samples for k, x in enumerate(more)}
@@ -168,13 +170,13 @@ def between(inputs: Sequence[Tensor], baselines: Sequence[Any], a: int, b: int, 
     return path
 
 
-def repeated(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
+def repeat_rows(rows: Sequence[Tensor], a: int, b: int, steps: int) -> list[Tensor]:
     """The rows ``a:b`` that belong to the points of `between`: repeated for every step, ``[K (b - a), ...]``."""
     return [x[a:b].repeat(steps, *(1,) * (x.dim() - 1)) for x in rows]
 
 
-def repeated_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
-    """The same for the seeds of all samples: None, ``[S]`` or ``[N, S]``."""
+def repeat_index(index: Tensor | None, a: int, b: int, steps: int) -> Tensor | None:
+    """The seeds ``index`` (None, ``[S]`` or ``[N, S]``) of the points of `between`, repeated for every step."""
     return index if index is None or index.dim() == 1 else index[a:b].repeat(steps, 1)
 
 
@@ -208,7 +210,7 @@ def path_sum(
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
-            more, chunk_index = repeated(points.more, a, b, last - first), repeated_index(index, a, b, last - first)
+            more, chunk_index = repeat_rows(points.more, a, b, last - first), repeat_index(index, a, b, last - first)
             gradients = points.gradients(at, more, chunk_index, seeds.count)
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])

@@ -1,8 +1,8 @@
 """References per sample: several other inputs that each sample is compared with, given or drawn.
 
 Captum's baselines are the same for all samples, or one for each.  A baseline with one more axis than its input is
-``[N, R, *in]``: R references for each sample.  A function ``(inputs, n, random_state)`` draws them; its argument ``n``
-tells it from a function of Captum, which takes the inputs at most.  (This is the signature of `tangermeme.ersatz`.)
+``[N, R, *in]``: R references for each sample.  A function ``(inputs, n, random_state)`` draws them, with the signature
+of `tangermeme.ersatz`.  Its argument ``n`` tells it from a function of Captum, which takes at most the inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Draw = Callable[..., Any]
 class References:
     """``count`` references for each sample of ``inputs [N, *in]``.
 
-    ``given``: one ``[N, R, *in]`` per input, or ``[R, *in]`` if they are ``shared`` by all samples.  ``draw``: makes
-    them, with ``random_state`` as its seed (see `drawn`).
+    ``given``: one ``[N, R, *in]`` per input, or ``[R, *in]`` if they are ``shared`` by all samples.  ``draw``: a
+    function that makes them, with ``random_state`` as its seed (see `drawn`).
     """
 
     inputs: Tensors
@@ -44,7 +44,7 @@ class References:
         return cls(inputs, given[0].shape[0], given, shared=True)
 
     def of(self, a: int, b: int) -> Tensors:
-        """Those of the samples ``a:b``, one ``[b - a, R, *in]`` per input, in its dtype."""
+        """The references of the samples ``a:b``, one ``[b - a, R, *in]`` per input, in the dtype of the input."""
         if self.draw is not None:
             return drawn(self.draw, self.inputs, self.count, self.random_state, a, b)
         if self.shared:
@@ -53,7 +53,7 @@ class References:
 
 
 def draws_per_sample(baselines: Any) -> bool:
-    """Is this a function that draws ``n`` references for each sample?"""
+    """Whether this is a function that draws ``n`` references for each sample."""
     if not callable(baselines) or isinstance(baselines, Tensor):
         return False
     try:
@@ -103,13 +103,13 @@ def drawn(draw: Draw, inputs: Tensors, n: int, random_state: int | None, a: int,
     that its references depend on no other sample.  Raises `BadValue` if ``draw`` returns another shape.
     """
     if random_state is None:
-        return _checked(draw(_argument(inputs, a, b), n=n, random_state=None), inputs, n, a, b)
+        return _check_references(draw(_argument(inputs, a, b), n=n, random_state=None), inputs, n, a, b)
     if isinstance(random_state, bool) or not isinstance(random_state, int) or random_state < 0:
         raise BadType(f"random_state: got {random_state!r}, expected an int that is not negative, or None.")
     alone = []
     for i in range(a, b):
         seed = seed_of(random_state, first + i)
-        alone.append(_checked(draw(_argument(inputs, i, i + 1), n=n, random_state=seed), inputs, n, i, i + 1))
+        alone.append(_check_references(draw(_argument(inputs, i, i + 1), n=n, random_state=seed), inputs, n, i, i + 1))
     return tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
 
 
@@ -118,7 +118,7 @@ def _argument(inputs: Tensors, a: int, b: int) -> Any:
     return rows[0] if len(rows) == 1 else rows
 
 
-def _checked(result: Any, inputs: Tensors, n: int, a: int, b: int) -> Tensors:
+def _check_references(result: Any, inputs: Tensors, n: int, a: int, b: int) -> Tensors:
     parts = result if isinstance(result, tuple) else (result,)
     for x, part in zip(inputs, parts, strict=False):
         wanted = (b - a, n, *x.shape[1:])
@@ -134,9 +134,9 @@ def _checked(result: Any, inputs: Tensors, n: int, a: int, b: int) -> Tensors:
 def hypothetical(multipliers: Tensors, inputs: Tensors, baselines: Tensors) -> Tensors:
     """Contributions of every letter that could stand at each place of a one-hot sequence ``[N, letters, length]``.
 
-    The letter ``i`` would add ``m[i]``, and the reference's own ``Σ_c m[c] ref[c]`` would go: ``m[i] - Σ_c m[c]
-    ref[c]`` (Shrikumar et al., arXiv:1811.00416; tangermeme and ChromBPNet).  Times the one-hot input it is the
-    contribution of the letter that is there.  A value for Captum's ``custom_attribution_func``.
+    The letter ``i`` would add ``m[i]`` in place of the reference's ``Σ_c m[c] ref[c]``, so its contribution is
+    ``m[i] - Σ_c m[c] ref[c]`` (Shrikumar et al., arXiv:1811.00416; tangermeme and ChromBPNet).  Times the one-hot
+    input, this is the contribution of the letter that is there.  Usable as Captum's ``custom_attribution_func``.
     """
     return tuple(of_letters(m, base, 1) for m, base in zip(multipliers, baselines, strict=True))
 
@@ -147,7 +147,7 @@ def of_letters(multipliers: Tensor, base: Tensor, axis: int) -> Tensor:
 
 
 def check_letters(inputs: Tensors, custom: Any) -> None:
-    """Raise if contributions of letters make no sense."""
+    """Raise if contributions of letters are not defined for these arguments."""
     if custom is not None:
         raise BadValue("hypothetical: got True together with custom_attribution_func; pass only one of them.")
     for x in inputs:

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line.  ``gradkern --version`` works without the libraries of the data extra, too."""
+    """Run the command line.  ``gradkern --version`` also works without the libraries of the data extra."""
     if sys.argv[1:] == ["--version"]:
         from .. import __version__
 

@@ -52,7 +52,7 @@ OPERATORS = re.compile(
     r"|torch\.ops\.higher_order\.(cond|map_impl|scan|while_loop|wrap_with_set_grad_enabled)"
 )
 NAMESPACES = ("aten", "prims")
-SIDE_EFFECTS = {"from_file", "save", "_print", "warn"}  # files, and words on the terminal
+SIDE_EFFECTS = {"from_file", "save", "_print", "warn"}  # operations that touch files, or print
 SYMPY = re.compile(
     "Symbol|Integer|Float|Rational|Half|One|Zero|NegativeOne|Add|Mul|Pow|Max|Min|Abs|Mod|Not|And|Or|floor|ceiling"
     "|Equality|Unequality|LessThan|GreaterThan|StrictLessThan|StrictGreaterThan|Eq|Ne|Le|Ge|Lt|Gt|FloorDiv"
@@ -89,14 +89,14 @@ def load(path: str) -> ExportedProgram:
 
 
 class Refused(Exception):
-    """What a file holds that might run code, in words."""
+    """The file holds something that might run code; the message says what."""
 
 
 def _size(reader: PT2ArchiveReader, names: list[str], path: str) -> int:
     """The bytes of all records."""
     if hasattr(reader.archive_file, "get_record_size"):
         return sum(map(reader.archive_file.get_record_size, names))
-    with zipfile.ZipFile(path) as archive:  # torch 2.11's reader does not tell
+    with zipfile.ZipFile(path) as archive:  # torch 2.11's reader does not say
         return sum(record.file_size for record in archive.infolist())
 
 
@@ -123,7 +123,7 @@ def check(reader: PT2ArchiveReader, path: str) -> None:
 
 
 def _check_unpickled(name: str, content: bytes) -> None:
-    """torch tries these as plain tensors first, and anything else as a pickle."""
+    """Check a record that torch loads as plain tensors if it can, and otherwise as a pickle."""
     if not content:
         return
     try:
@@ -136,7 +136,7 @@ def _check_unpickled(name: str, content: bytes) -> None:
 
 
 def _check_payload(name: str, config: Any, reader: PT2ArchiveReader, names: list[str]) -> None:
-    """The weights or constants: tensors whose numbers lie in the archive, none of them pickled."""
+    """Check the weights or constants: tensors whose numbers are in the archive, none of them pickled."""
     folder = name.rpartition("/")[0]
     for place, entry in config["config"].items():
         if not PATH.fullmatch(place):
@@ -150,7 +150,7 @@ def _check_payload(name: str, config: Any, reader: PT2ArchiveReader, names: list
 
 
 def _check_graph(value: Any, key: str) -> None:
-    """The serialized graph, string by string: what is not known to be text or a path must be an identifier."""
+    """Check the serialized graph, string by string: what is not known to be text or a path must be an identifier."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if not PATH.fullmatch(name):
@@ -175,13 +175,13 @@ def _check_graph(value: Any, key: str) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    """A string, or a list or dict of strings: nothing in which torch looks for more."""
+    """Whether this is a string, or a list or dict of strings, in which torch looks for nothing else."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return all(isinstance(part, str) for part in parts)
 
 
 def _check_operation(target: str) -> None:
-    """An operation of torch's own, on tensors and numbers."""
+    """Check that this is an operation of torch's own on tensors and numbers."""
     parts = target.split(".")
     if OPERATORS.fullmatch(target):
         return
@@ -196,7 +196,7 @@ def _check_operation(target: str) -> None:
 
 
 def _check_expression(text: str) -> None:
-    """A symbolic size, which sympy evaluates as Python: arithmetic on symbols, and sympy's own numbers."""
+    """Check a symbolic size, which sympy evaluates as Python: arithmetic on symbols and sympy's own numbers."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -231,7 +231,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _is_small_power(call: ast.Call) -> bool:
-    """Is the exponent a small number?  Towers of powers take for ever."""
+    """Whether the exponent is a small number: towers of powers would take for ever."""
     if len(call.args) != 2:
         return False
     exponent = call.args[1]
@@ -244,7 +244,7 @@ def _is_small_power(call: ast.Call) -> bool:
 
 
 def _check_tree(text: str) -> None:
-    """How arguments or outputs are nested: tuples, lists and dicts; other types bring imports."""
+    """Check how arguments or outputs are nested: only in tuples, lists and dicts, as other types are imported."""
     try:
         todo = [json.loads(text)[1]]
         while todo:

@@ -107,13 +107,13 @@ def _lines(option: str, path: str) -> list[str]:
 
 
 def recorded(made_by: Mapping[str, object], name: str) -> str | None:
-    """What a store says its run was given, which is only ever shown: it may be anybody's words."""
+    """The argument that a store says its run was given.  It is only ever shown, as the store may come from anyone."""
     value = made_by.get(name)
     return value if isinstance(value, str) and value else None
 
 
 def as_in_the_run(given: Mapping[str, str | None], made_by: Mapping[str, object]) -> str:
-    """The options that are not ``given`` and that the run had, as one would type them."""
+    """The options of the run that are not ``given``, as one would type them."""
     missing = {name: recorded(made_by, name) for name, value in given.items() if value is None}
     return " ".join(f"--{name} {shlex.quote(spec)}" for name, spec in missing.items() if spec)
 
@@ -125,7 +125,7 @@ allow_pickle = click.option(
 
 
 def model_and_source(command: Command) -> Command:
-    """MODEL, SOURCE and their options, which the command takes as ``model`` and ``samples``."""
+    """Add MODEL, SOURCE and their options, which the command takes as ``model`` and ``samples``."""
 
     @functools.wraps(command)
     def gathered(

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..util.options import BadType, BadValue
 from . import archives
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "weights")  # of checkpoints, for their state_dict
+CONTAINERS = ("state_dict", "model_state_dict", "model", "weights")  # keys under which checkpoints keep a state_dict
 NOT_TWICE = ("gradkern", "__main__")  # modules that are not imported again
 PICKLED = (".pt", ".pth", ".pkl", ".bin")
 
@@ -33,9 +33,9 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     if suffix == ".pt2":
         if weights is not None:
             raise BadValue(f"--weights: {spec} brings its own weights. Leave it out.")
-        return exported(spec)
+        return load_exported(spec)
     if suffix in PICKLED and ":" not in spec:
-        return _pickled(spec, allow_pickle)
+        return _load_pickled(spec, allow_pickle)
     if ":" not in spec:
         raise BadValue(
             f"model: got {spec!r}, expected a .pt2 file of torch.export.save, or package.module:factory with --weights."
@@ -52,7 +52,7 @@ def load_model(spec: str, weights: str | None = None, *, allow_pickle: bool = Fa
     return model.eval()
 
 
-def exported(path: str) -> nn.Module:
+def load_exported(path: str) -> nn.Module:
     """The module of a ``.pt2``, without the hooks that check its inputs: gradkern traces only modules without hooks."""
     _check_exists("model", path)
     program = archives.load(path)
@@ -70,7 +70,7 @@ def exported(path: str) -> nn.Module:
     return unguarded
 
 
-def _pickled(path: str, allowed: bool) -> nn.Module:
+def _load_pickled(path: str, allowed: bool) -> nn.Module:
     if not allowed:
         raise BadValue(
             f"model: {path} is a pickled module, which can run any code while it is loaded. Export it with "
@@ -110,8 +110,10 @@ def _made(spec: str) -> nn.Module:
 
 
 def _random_tensors(spec: str, model: nn.Module, loaded: Collection[str]) -> set[str]:
-    """The names of what is other when the model is made again, but for what was loaded; also of tensors that no
-    state_dict has."""
+    """The names of tensors that differ when the model is made again, except for those that were loaded.
+
+    Tensors that are in no state_dict count as well.
+    """
     first = {name: value for name, value in _tensors(model).items() if name not in loaded}
     if not first:
         return set()
@@ -126,7 +128,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, buffers and attributes of a model that are tensors with numbers."""
+    """The parameters, buffers and tensor attributes of a model that hold numbers."""
     found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for place, module in model.named_modules():
         found |= {f"{place}.{k}".strip("."): v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
@@ -134,7 +136,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _made_anew(spec: str) -> nn.Module:
-    """The model of a fresh import of the module, and of those that it imports from its own package or folder."""
+    """The model made after a fresh import of its module, and of the modules of its own package or folder."""
     first = importlib.import_module(spec.partition(":")[0])
     home = Path(str(getattr(first, "__file__", None) or "")).parent
     files = {name: str(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
@@ -158,7 +160,7 @@ def _made_anew(spec: str) -> nn.Module:
 def load_weights(model: nn.Module, path: str) -> set[str]:
     """Load weights whose names are the model's, or the model's behind one prefix (``module.``, ``model.``).
 
-    Tied weights may be there under one of their names, as .safetensors has them.  Gives the names of the model's.
+    Tied weights may be there under one of their names, as in .safetensors.  Returns the model's names of the weights.
     """
     weights, wanted = state_dict(path), model.state_dict()
     first = next(iter(wanted), "")

@@ -104,12 +104,12 @@ def _check_same(results: Results, net: nn.Module | None, rows: Source | None) ->
     """Refuse another model or source: a report must not combine its curves or samples with these maps."""
     from gradkern.data import Mismatch
     from gradkern.data.runs import fingerprint
-    from gradkern.data.runs.reading import Alone
+    from gradkern.data.runs.reading import SpotSamples
 
     stored = results.about["fingerprint"]
     same = {
         "model": net is None or fingerprint.of_model(net, None)["weights"] == stored["model"]["weights"],
-        "source": rows is None or fingerprint.of_source(rows.samples, Alone.of(rows).rows) == stored["source"],
+        "source": rows is None or fingerprint.of_source(rows.samples, SpotSamples.of(rows).rows) == stored["source"],
     }
     for what, ok in same.items():
         if not ok:

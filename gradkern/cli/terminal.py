@@ -1,4 +1,4 @@
-"""What the command line prints: text from files is shown, never obeyed, so that no file can steer the terminal."""
+"""Output of the command line.  Control characters in text from files are escaped, so no file can steer the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``gradkern verify``: is a store what was written?"""
+"""``gradkern verify``: compares a store with what was written."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def verify(
 
 
 def _made_by(store: str) -> dict[str, str]:
-    """The run's own arguments, from the store's copy of its description where that is damaged."""
+    """The run's own arguments, from the store's description, or from its copy if that is damaged."""
     from gradkern.data.store import checks, durable
 
     place = durable.store_at(store, read_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import units
-from .units import Node, Unit, UnitGraph, overlaps, rectifies_cotangent
+from .units import Node, Unit, UnitGraph, rectifies_cotangent
 from .weights import WindowLayout
 
 
@@ -102,7 +102,7 @@ class Cotangents:
             return False
         source = relu.reads[0]
         through_bits = isinstance(source.producer, units.Window | units.Add)
-        return self.read_once(source) and through_bits and not overlaps(pool.pool)
+        return self.read_once(source) and through_bits and not pool.pool.overlap
 
     def takes_seed_rows(self, node: Node) -> bool:
         """Whether all readers of this cotangent are contractions that read it directly or through one pattern."""

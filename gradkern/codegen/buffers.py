@@ -20,7 +20,7 @@ class Buffers:
         self.cotangents: dict[Node, Buffer] = {}
         self.saved: dict[Unit, Buffer] = {}
         self.bits: dict[units.Pattern, int] = {}  # byte offset among a sample's bits
-        self.bit_bytes = 0  # of each sample
+        self.bit_bytes = 0  # bytes of bits per sample
 
     def value(self, node: Node) -> Buffer:
         return self.values.setdefault(node.memory, Buffer(round_up(node.size + self.slack, self.multiple)))

@@ -22,11 +22,11 @@ class LaidOut:
     backward: tuple[Record, ...]
     encoded_forward: tuple[EncodedRecord, ...]
     encoded_backward: tuple[EncodedRecord, ...]
-    sizes: Sizes  # of scratch memory: CpuSizes or CudaSizes
+    sizes: Sizes  # the sizes of scratch memory: CpuSizes or CudaSizes
     packed_size: int  # elements of the packed weights
     seed_tile: int  # seeds that are processed at a time
     scratch: int  # bytes per thread, or per block of a GPU
-    local_share: float  # of the multiply-adds, if seeds are local: they leave out what they do not reach; otherwise 1
+    local_share: float  # the share of the multiply-adds that local seeds reach; 1 if seeds are not local
     clocks: tuple[float, ...]  # on a GPU: the estimated clocks of a multiprocessor for each record, per sample
 
 

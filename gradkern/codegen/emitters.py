@@ -13,7 +13,7 @@ from .records import Along, ContractionT, Extent, LineFunction, LineSet, Place, 
 from .scratch import Buffer
 from .spec import ChainSpec
 from .support import NATIVE_FUNCTIONS
-from .tables import Runs, Tables, move_runs, positions, stencil, transposed
+from .tables import Runs, Tables, move_runs, positions, stencil, transpose_entries
 from .units import Node, Unit
 from .weights import ContractionLayout, ScatterLayout, StencilLayout
 
@@ -268,7 +268,7 @@ class Emitter:
         if isinstance(layout.form.map, Channels) and layout.form.weight is None:
             entries = [[(q, 0)] for q in positions(upstream.node)]
         else:
-            entries = transposed(layout.entries, upstream.node, node)
+            entries = transpose_entries(layout.entries, upstream.node, node)
         table = self.stencil_table(layout, *stencil(entries, positions(node), keep_empty=False))
         src, dst = self.upstream(upstream), self.accumulated(node)
         self.backward.append(records.StencilT(src=src, dst=dst, C=node.C, stencil=table))

@@ -28,7 +28,7 @@ class Sizes:
 
     @cached_property
     def integers(self) -> list[int]:
-        """As the compiled ops take them."""
+        """The sizes as the compiled ops take them."""
         return [getattr(self, f.name) for f in fields(self)]
 
 

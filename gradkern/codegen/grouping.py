@@ -17,7 +17,7 @@ from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
 from . import units
 from .support import unsupported_reason
-from .units import POINT, Fold, Node, Side, Unit, UnitGraph, Windows2d, geometry, overlaps, storage_axes, tokens
+from .units import POINT, Fold, Node, Side, Unit, UnitGraph, Windows2d, geometry, storage_axes, tokens
 
 
 class GraphBuilder:
@@ -171,7 +171,7 @@ class GraphBuilder:
         source, slope = step.inputs
         reads, out, order = (self.nodes[source],), self.alike_result(i, source), source in self.channels_last
         if of is None:
-            self.add(units.Slope(reads, out, (i,), slope, order))
+            self.add(units.GivenDerivative(reads, out, (i,), slope, order))
         elif of.function == "relu":
             self.add(units.GivenPattern(reads, out, (i,), pool=None, relu=True, slope=slope, storage_order=order))
         else:
@@ -359,7 +359,7 @@ class GraphBuilder:
         windows = pool_of(step)
         if windows is None or unsupported_reason(self.program, step) is not None:
             return False
-        return not (rectify and overlaps(windows))  # cotangents of overlapping windows are added before rectifying
+        return not (rectify and windows.overlap)  # cotangents of overlapping windows are added before rectifying
 
 
 def reserve_halo(unit: units.Window) -> None:

@@ -76,7 +76,7 @@ class ReachRule:
     src: int
     dst: int
     axes: tuple[list[int], list[int]] = ([], [])
-    macs: float = 0.0  # of one seed
+    macs: float = 0.0  # multiply-adds of one seed
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Reaches:
                         mask[ranges[2 * q] : ranges[2 * q + 1]] = True
             case Reach.Moves:
                 assert isinstance(record, MoveT)
-                to, of_run = expanded(self.integers[record.run_table : record.run_table + 5 * record.runs])
+                to, of_run = expand_runs(self.integers[record.run_table : record.run_table + 5 * record.runs])
                 h, w = self.slots[rule.src].positions(of_run)
                 live = src[0][h] & src[1][w]
                 for mask, at in zip(dst, self.slots[rule.dst].positions(to[live]), strict=True):
@@ -149,7 +149,7 @@ def integer_tensor(numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
-def expanded(runs: list[int]) -> tuple[Tensor, Tensor]:
+def expand_runs(runs: list[int]) -> tuple[Tensor, Tensor]:
     """The offsets of all elements that the runs of the transposed action move: destinations and sources."""
     table = integer_tensor(runs).reshape(-1, 5)
     count = table[:, 2]

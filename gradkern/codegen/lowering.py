@@ -44,8 +44,8 @@ def emit_slopes(e: Emitter) -> None:
     """Load or compute the given slopes, which are all that a linear group's backward pass needs."""
     inputs = list(e.spec.graph.inputs)
     for unit in e.spec.graph.units:
-        if isinstance(unit, units.Slope | units.GivenPattern):
-            dst = e.slope(unit) if type(unit) is units.Slope else e.value(unit.out)
+        if isinstance(unit, units.GivenDerivative | units.GivenPattern):
+            dst = e.slope(unit) if type(unit) is units.GivenDerivative else e.value(unit.out)
             shape, out = extent(unit.out), unit.out
             if unit.storage_order:  # the storage has the tensor's own order
                 dst, shape = Place(dst.buffer, dst.offset, row=dst.row, position=1), Extent(1, out.H, out.W * out.C)

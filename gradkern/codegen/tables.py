@@ -80,7 +80,7 @@ def strided(read: Tensor, write: Tensor) -> Runs:
     dr, dw = read.diff(), write.diff()
     # A run ends where a step differs from the one before it; the step to the start of a new run belongs to neither.
     changes = ((dr[1:] != dr[:-1]) | (dw[1:] != dw[:-1])).nonzero().reshape(-1) + 1
-    ends = torch.cat([changes, torch.tensor([len(dr)])])  # of equal steps
+    ends = torch.cat([changes, torch.tensor([len(dr)])])  # where equal steps end
     starts, start = [], 0
     for end, unit in zip(ends.tolist(), (dw[ends - 1] == 1).tolist(), strict=True):
         if start < end:
@@ -106,7 +106,7 @@ def positions(node: Node) -> list[int]:
     return [h * node.row + w * node.C for h in range(node.H) for w in range(node.W)]
 
 
-def transposed(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
+def transpose_entries(entries: list[Entries], out: Node, source: Node) -> list[Entries]:
     """For each position of the source, the results that read it."""
     readers: dict[int, Entries] = {q: [] for q in positions(source)}
     for place, reads in zip(positions(out), entries, strict=True):

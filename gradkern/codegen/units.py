@@ -157,13 +157,13 @@ class Elementwise(Unit):
 
 @dataclass(frozen=True, eq=False)
 class Function(Elementwise):
-    """An elementwise function, which computes the derivative too."""
+    """An elementwise function, which also computes the derivative."""
 
     form: Scale
 
 
 @dataclass(frozen=True, eq=False)
-class Slope(Elementwise):
+class GivenDerivative(Elementwise):
     """A derivative that is given."""
 
     slope: int  # the external value that holds it
@@ -171,7 +171,7 @@ class Slope(Elementwise):
 
 
 @dataclass(frozen=True, eq=False)
-class Derivative(Slope):
+class Derivative(GivenDerivative):
     """The derivative of the function ``form``, whose argument is the external value."""
 
     form: Scale
@@ -227,7 +227,7 @@ class UnitGraph:
     channels_last: set[int]  # external values whose storage is in their own row-major order
 
 
-class Pair(NamedTuple):
+class RowsColumns(NamedTuple):
     """One number for rows and one for columns."""
 
     h: int
@@ -237,27 +237,22 @@ class Pair(NamedTuple):
 class Windows2d(NamedTuple):
     """The geometry of windows in two dimensions; windows of one dimension have one row."""
 
-    kernel: Pair
-    stride: Pair
-    before: Pair  # padding above and on the left
-    dilation: Pair
+    kernel: RowsColumns
+    stride: RowsColumns
+    before: RowsColumns  # padding above and on the left
+    dilation: RowsColumns
 
     @classmethod
     def of(cls, w: Windows) -> Windows2d:
         before = tuple(first for first, _ in w.padding)
         return cls(
-            kernel=Pair(*(1, *w.kernel)[-2:]),
-            stride=Pair(*(1, *w.stride)[-2:]),
-            before=Pair(*(0, *before)[-2:]),
-            dilation=Pair(*(1, *w.dilation)[-2:]),
+            kernel=RowsColumns(*(1, *w.kernel)[-2:]),
+            stride=RowsColumns(*(1, *w.stride)[-2:]),
+            before=RowsColumns(*(0, *before)[-2:]),
+            dilation=RowsColumns(*(1, *w.dilation)[-2:]),
         )
 
 
 def rectifies_cotangent(unit: Unit) -> bool:
     """Whether negative cotangents stop at the unit's result."""
     return isinstance(unit, Pattern) and unit.rectify
-
-
-def overlaps(w: Windows) -> bool:
-    """Whether windows share positions, so that a pool's cotangents add up before they reach the step below."""
-    return any(s < (k - 1) * d + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))

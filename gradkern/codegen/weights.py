@@ -26,7 +26,7 @@ ALIGN = 16  # elements
 L1_ELEMENTS = 6 << 10  # float32 weights that stay in L1: half of a common 48 KiB
 
 
-def aligned(n: int) -> int:
+def align(n: int) -> int:
     return round_up(n, ALIGN)
 
 
@@ -152,11 +152,11 @@ class WindowLayout(ContractionLayout):
 
     @property
     def bias(self) -> int:
-        return self.weights + aligned(self.groups * self.K * self.row_length)
+        return self.weights + align(self.groups * self.K * self.row_length)
 
     @property
     def size(self) -> int:
-        return self.bias - self.weights + aligned(self.groups * self.row_length)
+        return self.bias - self.weights + align(self.groups * self.row_length)
 
     def fill(self, packed: Tensor, params: Params) -> None:
         w, b = self.folded(params)
@@ -205,7 +205,7 @@ class ScatterLayout(ContractionLayout):
         """Elements of a row.  If the rows do not all stay in L1, this is an odd multiple of `ALIGN`, so that the pieces
         of rows that a tile of the window reads fall on all sets of the cache."""
         length = len(self.window) // 2 * self.lanes
-        return length if length * self.O * len(self.taps) <= L1_ELEMENTS else aligned(length) | ALIGN
+        return length if length * self.O * len(self.taps) <= L1_ELEMENTS else align(length) | ALIGN
 
     @classmethod
     def of(cls, unit: units.Window, lanes: int) -> Self:
@@ -226,7 +226,7 @@ class ScatterLayout(ContractionLayout):
         taps = [(i * eh * sh, j * ew * sw) for i in range(qh) for j in range(qw)]
         rows = kh + taps[-1][0]
         rows, columns = -(-rows // fold) * fold, kw + taps[-1][1]
-        row, px = node.row * fold, node.C * fold  # of a group of interleaved rows
+        row, px = node.row * fold, node.C * fold  # the strides of a group of interleaved rows
         halo_h, halo_w = node.halo[0] - ph, node.halo[2] - pw
         origin = halo_h // fold * row + halo_w * px - (node.interior if fold > 1 else 0)
         if fold == 1:
@@ -240,7 +240,7 @@ class ScatterLayout(ContractionLayout):
 
     @property
     def size(self) -> int:
-        return aligned(len(self.taps) * self.O * self.row_length)
+        return align(len(self.taps) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Params) -> None:
         w = self.rows(params)
@@ -295,7 +295,7 @@ class StencilLayout(Layout):
 
     @property
     def row_length(self) -> int:
-        return aligned(self.C)
+        return align(self.C)
 
     @classmethod
     def of(cls, unit: units.Stencil) -> StencilLayout:

@@ -9,11 +9,9 @@ Needs the ``data`` extra: ``pip install 'gradkern[data]'``.::
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
+from ..util import renamed
 from .export import to_modisco
-from .methods import METHODS, Batch, Outcome, method
+from .methods import METHODS, Batch, Outcome, register_method
 from .ranking import Curve, Importance, importance
 from .runs.fingerprint import Mismatch
 from .runs.planning import plan
@@ -21,25 +19,16 @@ from .runs.runner import DiskFull, run
 from .runs.settings import Settings
 from .runs.shards import merge
 from .runs.verify import Verdict, repair, verify
-from .sources import Source, open_source, register
+from .sources import Source, open_source, register_source
 from .statistics import REDUCTIONS
 from .store.durable import Damaged
 from .store.locks import Busy
 from .store.results import Results
 
 open_store = Results.open
-
-
-def __getattr__(name: str) -> Any:
-    if name == "open":
-        warnings.warn(
-            "gradkern.data.open is now gradkern.data.open_store; the old name goes with the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return open_store
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = renamed.old_names(
+    globals(), {"open": "open_store", "register": "register_source", "method": "register_method"}
+)
 
 __all__ = [
     "METHODS",
@@ -58,11 +47,11 @@ __all__ = [
     "Verdict",
     "importance",
     "merge",
-    "method",
     "open_source",
     "open_store",
     "plan",
-    "register",
+    "register_method",
+    "register_source",
     "repair",
     "run",
     "to_modisco",

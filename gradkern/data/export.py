@@ -19,7 +19,7 @@ from ..util.options import BadValue
 from .sources.registry import open_source
 from .store.results import Results
 
-ROWS = 256  # sequences at a time
+ROWS = 256  # sequences that are read and written at a time
 
 
 def to_modisco(
@@ -29,9 +29,9 @@ def to_modisco(
     """Write ``sequences.npz`` (int8) and ``contributions.npz`` (float32) to ``folder``; returns their paths.
 
     ``source``: that of the run, whose first input is the one-hot sequences ``[N, letters, length]``.  ``output``: the
-    place of the target among the run's.  ``names``: of the samples (regions such as ``chr1:1000-3114``), by default the
-    store's ``ids``.  A place that is no letter (N: all zeros, or 0.25 everywhere) becomes zeros in both.  Memory does
-    not grow with N.
+    position of the target among those of the run.  ``names``: names of the samples (regions such as
+    ``chr1:1000-3114``), by default the store's ``ids``.  A place that is no letter (N: all zeros, or 0.25 everywhere)
+    becomes zeros in both.  Memory does not grow with N.
 
     Raises `BadValue` for a run without hypothetical contributions, one that is not finished, or another source.
     """
@@ -82,7 +82,7 @@ def _blocks(results: Results, rows: Any, name: str, output: int) -> Iterator[tup
 
 
 class _Writer:
-    """An npz file of one large array ``arr_0``, written row by row, and ``names``."""
+    """Writes an npz file of one large array ``arr_0``, row by row, and of ``names``."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any, names: Sequence[str] | None) -> None:
         self.path, self.shape, self.dtype, self.names = path, shape, np.dtype(dtype), names

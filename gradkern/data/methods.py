@@ -25,6 +25,7 @@ from ..dispatch.request import Request, jacobian_choice, read_inputs
 from ..dispatch.route import decide, solve
 from ..dispatch.targets import TopK
 from ..runtime.ops import Statistics
+from ..util import renamed
 from ..util.options import BadType, BadValue, Engine, use
 from .references import draws, with_references
 
@@ -44,14 +45,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``rows`` ``[n, S]`` (or None: the same
-    targets for all samples), ``deltas`` ``[n, S]`` if the method has them."""
+    """``maps`` ``[n, S, *in]`` per floating input, ``outputs`` ``[n, *out]``, ``targets`` ``[n, S]`` (or None: the
+    same for all samples), ``deltas`` ``[n, S]`` if the method has them."""
 
     maps: tuple[Tensor, ...]
     outputs: Tensor
-    rows: Tensor | None = None
+    targets: Tensor | None = None
     deltas: Tensor | None = None
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The old name of ``targets``."""
+        renamed.note("Outcome.rows", "Outcome.targets", 3)
+        return self.targets
+
+
+Outcome.__init__ = renamed.renamed_argument("rows", "targets")(Outcome.__init__)  # type: ignore[method-assign]
 
 #: Arguments of ``attribute_all`` that the run sets itself.
 OF_THE_RUN = ("self", "inputs", "targets", "out", "wrt", "engine")
@@ -60,7 +69,7 @@ Method = Callable[[Batch], Outcome]
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str) -> Callable[[Method], Method]:
+def register_method(name: str) -> Callable[[Method], Method]:
     """Register a function under ``name``."""
 
     def enter(function: Method) -> Method:
@@ -71,7 +80,7 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def find(name: str, arguments: Mapping[str, Any]) -> Method:
-    """The method of that name; its arguments are checked as far as possible."""
+    """The method of that name, after its arguments were checked as far as possible."""
     if name in METHODS:
         if arguments:
             raise BadValue(f"arguments: got {dict(arguments)} for method={name!r}, which takes none.")
@@ -117,7 +126,7 @@ def _of_model_alone(kind: Any) -> bool:
 
 
 def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor], samples: int) -> None:
-    """Raise `BadValue`, by name, for a tensor among the arguments that is neither one row nor a row per sample."""
+    """Raise `BadValue` that names a tensor among the arguments which has neither one row nor a row per sample."""
     if arguments.get("additional_forward_args") is not None:
         raise BadValue(
             "arguments: 'additional_forward_args' has no meaning in a run, where every sample needs its own. Give such "
@@ -149,7 +158,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
                     f"arguments: {at} has {len(v)} rows for {samples} samples, expected one for each, or one for all. "
                     "(What is the same for all samples and has other axes belongs into the model, as a buffer.)"
                 )
-            own = 1 if _per_sample(v, k, inputs) else 0
+            own = 1 if _has_own_references(v, k, inputs) else 0
             if name == "baselines" and k < len(inputs) and v.shape[1 + own :] != inputs[k].shape[1:]:
                 raise BadValue(
                     f"arguments: {at} has rows of shape {list(v.shape[1:])}, expected {list(inputs[k].shape[1:])} as "
@@ -158,7 +167,7 @@ def check_arguments(method: Method, arguments: Mapping[str, Any], inputs: Sequen
 
 
 def check_common(method: Method, arguments: Mapping[str, Any]) -> None:
-    """Raise `BadValue`, by name, for an argument with several rows, where batches do not say which samples they are."""
+    """Raise `BadValue` that names an argument with several rows, if batches do not say which samples they hold."""
     for name, value in arguments.items():
         for v in value if isinstance(value, tuple) else (value,):
             if name not in distributions(method, arguments, ()) and _has_rows(v) and len(v) > 1:
@@ -172,8 +181,10 @@ def arguments_of(
     samples: int,
     inputs: Sequence[Tensor],
 ) -> dict[str, Any]:
-    """The arguments for some of the samples, ``inputs``: their rows, where an argument has a row per sample; floating
-    numbers in the dtype of the inputs."""
+    """The arguments for some of the samples, ``inputs``.
+
+    Of an argument with a row per sample, these samples' rows are taken.  Floating numbers get the dtype of the inputs.
+    """
     device = inputs[0].device
 
     def rows(value: Any, cut: bool, k: int = 0) -> Any:
@@ -191,16 +202,16 @@ def arguments_of(
 
 
 def distributions(method: Method, arguments: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[str, ...]:
-    """The arguments whose rows are drawn from, for every sample: not references that each sample has of its own."""
+    """The arguments that are distributions, from which every sample draws; references per sample are none."""
     kinds = (attr.GradientShap, attr.DeepLiftShap)
     if not isinstance(method, FromCaptum) or not issubclass(method.kind, kinds):
         return ()
     value = arguments.get("baselines")
     first = value[0] if isinstance(value, tuple) and value else value
-    return () if _per_sample(first, 0, inputs) else ("baselines",)
+    return () if _has_own_references(first, 0, inputs) else ("baselines",)
 
 
-def _per_sample(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
+def _has_own_references(value: Any, k: int, inputs: Sequence[Tensor]) -> bool:
     """Are these references ``[N, R, *in]`` of input ``k``?"""
     return _has_rows(value) and k < len(inputs) and value.ndim == inputs[k].ndim + 1
 
@@ -213,7 +224,7 @@ def _has_rows(value: Any) -> bool:
 # One gradient
 
 
-@method("jacobian")
+@register_method("jacobian")
 def gradients(batch: Batch) -> Outcome:
     """∂y/∂x of the targets, with its sign, and the model's outputs from the same forward pass."""
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
@@ -224,26 +235,26 @@ def gradients(batch: Batch) -> Outcome:
     return Outcome(results.jacobians, results.outputs, rows if rows is not None and rows.dim() == 2 else None)
 
 
-@method("saliency")
+@register_method("saliency")
 def saliency(batch: Batch) -> Outcome:
     """|∂y/∂x|."""
-    return _finished(batch, attr.Saliency)
+    return _apply_gradient_method(batch, attr.Saliency)
 
 
-@method("input_x_gradient")
+@register_method("input_x_gradient")
 def input_x_gradient(batch: Batch) -> Outcome:
     """x · ∂y/∂x."""
-    return _finished(batch, attr.InputXGradient)
+    return _apply_gradient_method(batch, attr.InputXGradient)
 
 
 #: The methods whose maps are gradients, and whether they are absolute values.
 _OF_GRADIENTS: dict[Method, bool] = {gradients: False, saliency: True}
 
 
-def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
+def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     """The model's outputs, and the maps of ``method`` added to ``sums``, without any being kept.
 
-    None, with nothing added, if it is no method of gradients, or no kernel does that for this model.
+    None, with nothing added, if the maps are not gradients, or no kernel can do that for this model.
     """
     floating = [i for i, x in enumerate(batch.inputs) if x.is_floating_point()]
     if method not in _OF_GRADIENTS or len(floating) != 1 or batch.engine != "kernel":
@@ -251,10 +262,10 @@ def summed(method: Method, batch: Batch, sums: Statistics) -> Tensor | None:
     tensors, indices = read_inputs(batch.inputs, floating)
     sums = replace(sums, magnitude=_OF_GRADIENTS[method])
     request = Request(batch.model, tensors, indices, jacobian_choice(batch.targets))
-    return route.summed(request, decide(request, batch.engine), sums)
+    return route.add_to_sums(request, decide(request, batch.engine), sums)
 
 
-def _finished(batch: Batch, kind: type[GradientMethod]) -> Outcome:
+def _apply_gradient_method(batch: Batch, kind: type[GradientMethod]) -> Outcome:
     """The gradients, finished by the class of `gradkern.attr`, and the outputs from the same forward pass."""
     outcome = gradients(batch)
     kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
@@ -311,9 +322,9 @@ class FromCaptum:
         n, axes = outputs.shape[0], maps[0].dim() - batch.inputs[0].dim()
         seeds = jacobian_choice(batch.targets)(n, out)
         rows = seeds.indices if seeds.indices is not None and seeds.indices.dim() == 2 else None
-        if top:  # those that were explained: the outputs of another forward pass might have them in another order
+        if top:  # the outputs that were explained; another forward pass might order them differently
             rows = flat_indices(more[-1], out)
         maps = tuple(m.detach().reshape(n, seeds.count, *m.shape[1 + axes :]) for m in maps)
-        if deltas is not None:  # Captum gives one per baseline or draw too
+        if deltas is not None:  # Captum may give one for each baseline or draw
             deltas = deltas.reshape(n, -1, seeds.count).mean(1)
         return Outcome(maps, outputs.detach(), rows, deltas)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ..util.outputs import OneOutput, Output
 from . import statistics
 from .runs.probe import device_of
 from .runs.runner import run
+from .runs.settings import CommonOptions
 from .runs.task import finite_rows
 from .sources import Source, open_source
 from .sources.padding import Pad
@@ -32,8 +33,8 @@ from .statistics import GROUPS
 from .store.labels import of_rows
 from .store.results import Results
 
-PART_BYTES = 64 << 20  # of the statistics of the outputs that one pass over the data covers
-TRACK_BYTES = 16 << 20  # of the order of features of the samples that are tracked at a time
+PART_BYTES = 64 << 20  # the most bytes of statistics in one pass over the data
+TRACK_BYTES = 16 << 20  # the most bytes for the orders of features of the samples that are tracked at a time
 BLOCK = 4096  # features whose bootstrap is drawn at a time
 SPREAD = ("sum_group_inputs", "deviations_group_inputs", "sum_group_inputs_square", "sum_group_abs")
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
@@ -130,7 +131,7 @@ class Importance:
 
 
 def position_text(index: Sequence[int], shape: Sequence[int]) -> str:
-    """A feature's position for people: without the axes of length one."""
+    """A feature's position as text, without the axes of length one."""
     kept = [str(int(i)) for i, size in zip(index, shape, strict=True) if size > 1]
     return kept[0] if len(kept) == 1 else "(" + ",".join(kept) + ")" if kept else "0"
 
@@ -139,7 +140,7 @@ def importance(
     model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
     input_dtype: torch.dtype | None = None, level: float = 0.95, draws: int = 200, curve_samples: int = 256,
     progress: bool | None = None, output: Output = None, pad: Pad | None = None,
-    names: Sequence[str] | None = None, **options: Any,
+    names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
 ) -> Importance:  # fmt: skip
     """Rank the features of a data set by their effect on the model's outputs, without storing any map.
 
@@ -148,8 +149,8 @@ def importance(
     (0: no curves).  ``names`` are those of the model's outputs, or of the targets.  ``pad``, ``output`` (of a model
     that returns several) and ``options`` go to `gradkern.run`.
 
-    Memory is bounded: where the statistics of all outputs would take more than 64 MiB, the outputs are done in parts,
-    each in a pass of its own over the data.  (With ``out``, or targets of each sample's own, there is one pass.)
+    Memory is bounded: if the statistics of all outputs would take more than 64 MiB, the outputs are divided into parts,
+    each with its own pass over the data.  (With ``out``, or targets that differ by sample, there is one pass.)
     """
     rows = open_source(source, columns, input_dtype, pad).for_model(model)
     if rows.samples < 2:
@@ -162,7 +163,7 @@ def importance(
             "become floating with input_dtype=torch.float32 (--cast float32)."
         )
 
-    def of(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
+    def run_part(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
         results = run(
             model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
             progress=progress, output=output, names=names, **options,
@@ -172,8 +173,8 @@ def importance(
     one = model if output is None else OneOutput(model, output)
     with tempfile.TemporaryDirectory(prefix="gradkern-") as folder:
         parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
-        computed = [of(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
-    whole = computed[0] if len(computed) == 1 else _joined(computed)
+        computed = [run_part(Path(folder, f"{i}.zarr") if out is None else out, *part) for i, part in enumerate(parts)]
+    whole = computed[0] if len(computed) == 1 else _join_parts(computed)
     if not curve_samples:
         return whole
     return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
@@ -182,7 +183,7 @@ def importance(
 def _parts(
     model: nn.Module, source: Source, targets: Any, names: Sequence[str] | None
 ) -> list[tuple[Any, Sequence[str] | None]]:
-    """The outputs, with their names, in parts whose statistics take at most `PART_BYTES` each: every part is a pass
+    """The outputs and their names, in parts whose statistics take at most `PART_BYTES` each.  Every part takes a pass
     over the data."""
     if not (targets is None or (isinstance(targets, (list, range)) and all(isinstance(t, int) for t in targets))):
         return [(targets, names)]
@@ -200,7 +201,7 @@ def _parts(
     return [(wanted[i : i + size], None if names is None else names[i : i + size]) for i in parts]
 
 
-def _joined(parts: Sequence[Importance]) -> Importance:
+def _join_parts(parts: Sequence[Importance]) -> Importance:
     """The importance for the outputs of all parts."""
     fields = ("scores", "low", "high", "ranking", "agreement", "counts")
     joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in fields}

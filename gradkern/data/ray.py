@@ -23,7 +23,7 @@ from . import methods
 from .runs.probe import device_of
 from .runs.runner import disk_full, work
 from .runs.settings import RunOptions, Settings, settings_of
-from .runs.shards import owned
+from .runs.shards import owned_chunks
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
 from .sources.padding import Pad
@@ -82,7 +82,7 @@ class FillChunks:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """``batch["id"]``: indices of ranges of chunks, of which there are ``pieces``."""
         shards = [(int(number), int(batch["pieces"][0])) for number in batch["id"]]
-        done = [work(self.task, owned(self.task.results.chunks, shard), progress=False) for shard in shards]
+        done = [work(self.task, owned_chunks(self.task.results.chunks, shard), progress=False) for shard in shards]
         return {"id": batch["id"], "computed": np.array(done)}
 
 
@@ -173,7 +173,7 @@ def check_shared(place: str) -> None:
 
 
 def sees(place: str, mine: str, answer: str) -> bool:
-    """On a worker: is the driver's key at this place (of which there may be another here), and can one be written?"""
+    """On a worker: whether it sees the driver's key at this place, which may be another place here, and can write."""
     try:
         path = local_path(place)
         if path is not None and not path.is_dir():
@@ -182,7 +182,7 @@ def sees(place: str, mine: str, answer: str) -> bool:
         if get(store, mine) is None:
             return False
         put(store, answer, b"seen")
-    except Exception:  # whatever a file system or an object store says to that
+    except Exception:  # a file system or an object store may raise anything
         return False
     return True
 

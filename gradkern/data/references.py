@@ -1,7 +1,7 @@
-"""References per sample in a run: their function by name, and the draws of a batch.
+"""References per sample in a run: the function that draws them, by name, and the draws of a batch.
 
-Each sample is drawn by its number in the source, so a run that is resumed, sharded or computed in other batches has the
-same references.
+The number of a sample in the source seeds its draws, so a run that is resumed, sharded or computed in other batches has
+the same references.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def draws(arguments: Mapping[str, Any]) -> Draw | None:
 
 
 def with_references(arguments: Mapping[str, Any], inputs: tuple[Tensor, ...], first: int) -> dict[str, Any]:
-    """The arguments for samples whose first has the number ``first``, with their references drawn."""
+    """The arguments with references drawn for a batch, whose first sample has the number ``first`` in the source."""
     draw = draws(arguments)
     if draw is None:
         return dict(arguments)

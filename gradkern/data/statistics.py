@@ -22,8 +22,8 @@ from ..util.options import BadValue
 GROUPS = 32  # samples are divided into groups by their index: the bootstrap draws groups
 RANK_BINS = 10
 
-#: Squared deviations: the sum and the count of their mean, and the sum of squares that stores of earlier versions have
-#: in their place.  Their digits are lost where the mean is large, but a run is continued as it was begun.
+#: By squared deviations: the sum and the count that give their mean, and the sum of squares that stores of earlier
+#: versions have instead.  Sums of squares lose digits where the mean is large, but a run continues as it was begun.
 DEVIATIONS = {
     "deviations": ("sum", "count", "sum_square"),
     "deviations_group_inputs": ("sum_group_inputs", "count_group_inputs", "sum_group_inputs_square"),
@@ -33,7 +33,7 @@ Sums = Mapping[str, np.ndarray]
 
 
 def merge(a: Sums, b: Sums) -> dict[str, np.ndarray]:
-    """The statistics of two neighbouring parts together."""
+    """The statistics of two neighbouring parts merged."""
     if set(a) != set(b):
         raise ValueError(f"parts with different statistics: {sorted(a)} and {sorted(b)}")
     joined = {}
@@ -47,7 +47,7 @@ def merge(a: Sums, b: Sums) -> dict[str, np.ndarray]:
 
 
 def between(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """What the distance of two means adds to the squared deviations; each part a count ``[G]`` and a sum ``[G, ...]``.
+    """The squared deviations due to the distance of two parts' means; a part is a count ``[G]`` and a sum ``[G, ...]``.
 
     As of Chan, Golub and LeVeque (1979); a difference of sums of squares would lose the digits of a large mean.
     """
@@ -72,16 +72,16 @@ class Reduction:
     make: Callable[[Sums], np.ndarray]
 
 
-def _per_sample(sums: Sums, name: str) -> np.ndarray:
+def _divide_by_count(sums: Sums, name: str) -> np.ndarray:
     count = _column(sums["count"], sums[name])
     return sums[name] / np.where(count > 0, count, np.nan)
 
 
 def _variance(sums: Sums) -> np.ndarray:
     if "sum_square" not in sums:
-        return _per_sample(sums, "deviations")
-    mean = _per_sample(sums, "sum")
-    return np.maximum(_per_sample(sums, "sum_square") - mean * mean, 0.0)
+        return _divide_by_count(sums, "deviations")
+    mean = _divide_by_count(sums, "sum")
+    return np.maximum(_divide_by_count(sums, "sum_square") - mean * mean, 0.0)
 
 
 def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
@@ -113,8 +113,8 @@ def scores(sums: Sums, weights: np.ndarray) -> np.ndarray:
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _per_sample(s, "sum_abs")),
-    "mean": Reduction("mean attribution", ("sum",), lambda s: _per_sample(s, "sum")),
+    "mean_abs": Reduction("mean |attribution|", ("sum_abs",), lambda s: _divide_by_count(s, "sum_abs")),
+    "mean": Reduction("mean attribution", ("sum",), lambda s: _divide_by_count(s, "sum")),
     "variance": Reduction("variance of the attribution", ("sum", "deviations"), _variance),
     "max_abs": Reduction("largest |attribution|", ("max_abs",), lambda s: s["max_abs"]),
     "ranks": Reduction(
@@ -153,7 +153,7 @@ class Accumulator:
 
     ``classes`` is C if the targets are outputs common to all samples (the rows are those targets).  If every sample has
     its own targets, it is the number of the model's outputs, and a row goes to the class of its output.  ``squares``:
-    those of an earlier version, in place of deviations.
+    take sums of squares in place of deviations, as an earlier version did.
     """
 
     def __init__(self, wanted: Iterable[str], classes: int, shape: tuple[int, ...], squares: bool = False) -> None:
@@ -177,13 +177,14 @@ class Accumulator:
             self.sums["count_group_inputs"] = torch.zeros(GROUPS, dtype=torch.int64)
 
     def running(self, first: int, finite: Tensor, skip: bool) -> ops.Statistics:
-        """The sums as kernels add to them; `add_counts` must follow.  ``finite`` [n] and ``skip``: as there."""
+        """The sums in the form that kernels add to; `add_counts` must follow.  ``finite [n]``, ``skip``: see
+        `ops.Statistics`."""
         groups, of = (torch.arange(len(finite)) + first) % GROUPS, self.sums.get
         sums = of("sum"), of("sum_square"), of("sum_abs"), of("max_abs"), of("sum_group_abs")
         return ops.Statistics(finite, groups, *sums, skip=skip)
 
     def add_counts(self, first: int, x: Tensor, keep: Tensor | None) -> None:
-        """What `add` adds besides the maps, for targets common to all samples."""
+        """Add everything that `add` adds besides the maps, for targets common to all samples."""
         number = torch.arange(len(x)) if keep is None else keep
         self._add_inputs(first, x if keep is None else x[keep], number)
         self._count(slice(None), (number + first) % GROUPS)
@@ -225,7 +226,7 @@ class Accumulator:
         self.sums["count_group_inputs"] += count
 
     def _add_deviations(self, name: str, at: slice, count: Tensor, total: Tensor, deviations: Tensor) -> None:
-        """Add those of further samples from their own mean, before their ``count`` and ``total`` are added."""
+        """Add the deviations of further samples from their own mean, before their ``count`` and ``total`` are added."""
         known = [self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1]]
         self.sums[name][at] += deviations
         self.sums[name][at] += torch.from_numpy(between((known[0], known[1]), (count.numpy(), total.numpy())))
@@ -239,7 +240,7 @@ class Accumulator:
         """``maps`` [n, C or 1, *in] of the classes ``at``; ``number`` [n] of the samples within the batch."""
         group = (number + first) % GROUPS  # [n]
         if "deviations" in self.sums:
-            center = maps.mean(0)  # nearly the mean, so that no digits are lost below
+            center = maps.mean(0)  # close to the mean, so that no digits are lost below
             near, squares = (torch.zeros_like(center, dtype=torch.float64) for _ in range(2))
             add(maps - center.double(), group, near, squares)
             n = len(group)
@@ -262,7 +263,7 @@ def add(
     maps: Tensor, group: Tensor, total: Tensor | None, square: Tensor | None = None, size: Tensor | None = None,
     largest: Tensor | None = None, groups: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Add maps to these sums, as `ops.accumulate` does, or in plain torch."""
+    """Add maps to these sums, by `ops.accumulate` or in plain torch."""
     if ops.accumulate(maps, group, total, square, size, largest, groups):
         return
     wide = maps.double()

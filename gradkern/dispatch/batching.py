@@ -43,11 +43,11 @@ def run(
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if by_reference else executor.jacobian
         watch = watch or Watch()
-        due = watch.seconds * watch.share > watch.cost
+        due = watch.seconds > watch.due_after
         for a, b in spans(start, samples, chunk):
             chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
-                results.choose(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
+                results.fill_top_indices(a, b, forward(request.fn, request.module, [x.clone() for x in chunk_inputs]))
             index = indices[a:b] if indices is not None and indices.dim() == 2 else indices
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
@@ -57,14 +57,14 @@ def run(
                 watch.compare(request.fn, request.module, chunk_inputs, y)
             if request.keep_outputs:
                 results.kept.append(y)
-            del y  # before the next one is made
+            del y  # frees its memory before the next chunk
     return results
 
 
 def _settle(
     request: Request, program: Program, tensors: Params, engine: Engine, results: JacobianResult, saved: int
 ) -> tuple[Params, bool, int]:
-    """The parameters, whether plain torch takes the steps, and how many samples go together."""
+    """The parameters, whether plain torch runs the steps, and how many samples go together."""
     x, inputs, samples = request.inputs[request.wrt[0]], request.inputs, request.samples
     each, device = _bytes_per_sample(request, program, results, saved), inputs[0].device
     chunk = stepwise_samples(device, each.stepwise)
@@ -96,7 +96,7 @@ class BytesPerSample:
     """The bytes that are allocated for a sample in addition to the result.
 
     ``stepwise``: every value is a separate tensor.  ``fused``: one kernel call, for any number of samples.
-    ``cast``: the same when inputs are cast to float32.
+    ``cast``: ``fused`` when inputs are cast to float32.
     """
 
     stepwise: int

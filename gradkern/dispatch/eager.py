@@ -1,4 +1,4 @@
-"""Live autograd on the module itself.  It works for every network, and Programs are compared with it.
+"""Live autograd on the model itself.  It works for every network, and Programs are compared with it.
 
 All seeds share one forward.  The batch is cut into chunks unless its samples depend on each other.  Buffers are
 restored, and no ``.grad`` is touched.
@@ -27,8 +27,8 @@ from ..util.random_state import RandomState
 from ..util.torch_compat import without_fallback_warning
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
 
-LARGEST_CHUNK = 2048  # samples
-LEAST_BATCHED = 8  # samples whose seeds go back together
+LARGEST_CHUNK = 2048  # the most samples in one forward
+LEAST_BATCHED = 8  # the least samples whose seeds go back together
 SMALL_COTANGENTS = 1 << 16  # elements; up to this many, the cotangents of all seeds are one tensor
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
@@ -46,8 +46,8 @@ BATCHED_NODES = frozenset(
 class ModelProfile:
     """Measurements of one model on a few samples: whether the batch may be cut, and how much memory a sample takes.
 
-    ``whole_batch_reason``: why one forward must see the whole batch (empty: it need not).  ``one_piece``: nothing is
-    known, so one forward gets the whole batch.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
+    ``whole_batch_reason``: why one forward must see the whole batch; empty if not.  ``one_piece``: one forward gets the
+    whole batch, since nothing was measured.  ``mutates``: a forward changes buffers.  ``fixed`` and ``per_sample``
     are the bytes that autograd saves for the backward pass, ``largest`` those of the largest tensor among them, per
     sample.
     """
@@ -73,7 +73,7 @@ class ModelProfile:
         return MOST_COTANGENTS * max(self.largest, per_input)
 
     def seeds_together(self, seeds: int, samples: int, per_input: int, device: torch.device) -> int:
-        """How many seeds to send back together, if a few samples with all of them do not fit in the memory."""
+        """How many seeds to send back together, which are fewer than all if a few samples with all do not fit."""
         each = self.cotangents(per_input) * min(samples, LEAST_BATCHED) + 1
         return max(1, min(seeds, memory_budget(device) // 2 // each))
 
@@ -86,7 +86,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def _leaves(inputs: Sequence[Tensor], wrt: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Fresh leaves for the differentiated inputs, and copies as the model's arguments, so that it may work in place."""
+    """Fresh leaves for the differentiated inputs, and copies as the model's arguments, as it may work in place."""
     leaves, arguments = [], []
     for i, x in enumerate(inputs):
         x = x.clone() if x.is_inference() else x.detach()
@@ -140,7 +140,7 @@ def probe(
         with alone:
             try:
                 single = fn(*alone_arguments)
-            except Exception:  # a model that cannot run one sample (batch norm in training mode)
+            except Exception:  # the model cannot run one sample (batch norm in training mode)
                 single = None
         if not reason and not rounding.close_elements(single, y[:1], rounding.for_batch(y.dtype)):
             reason = "a sample alone gives other outputs than among others"
@@ -224,7 +224,7 @@ def run(
 def run_as_measured(
     request: Request, profile: ModelProfile, start: int, partial: JacobianResult | None, seeds: int, *, batched: bool
 ) -> JacobianResult:
-    """The same for a model whose samples do not mix: all ``seeds`` in one backward (``batched``), or one by one."""
+    """`run` for a model whose samples do not mix: all ``seeds`` in one backward (``batched``), or one by one."""
     device, together = request.inputs[0].device, 1
     if batched:
         together = profile.seeds_together(seeds, request.samples, request.sample_bytes, device)
@@ -256,7 +256,7 @@ def fill(
         _check_followed(request, y)
         if request.keep_outputs:
             results.kept.append(y.detach())
-        results.choose(start, stop, y)
+        results.fill_top_indices(start, stop, y)
         seeds = results.seeds
         index = results.indices if whole or results.indices is None else results.chosen.rows(start, stop)
         rows = results.jacobians if whole else [r[start:stop] for r in results.jacobians]  # each [n, S, *in]
@@ -301,7 +301,7 @@ def check_runs(fn: Callable[..., Any], samples: Sequence[Tensor]) -> None:
 
 
 def _check_followed(request: Request, y: Tensor) -> None:
-    if not y.requires_grad:  # not even on a parameter
+    if not y.requires_grad:  # the output does not even depend on a parameter
         check_reached(request, request.wrt)
 
 
@@ -322,7 +322,7 @@ def _cotangents(y: Tensor, index: Tensor | None, first: int, last: int) -> Tenso
 def _known_cotangents(
     index: Tensor | None, seeds: int, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """`_cotangents` of all seeds for outputs of this shape, remembered: making them takes long in a small call."""
+    """`_cotangents` of all seeds for outputs of this shape, remembered because small calls would notice the cost."""
     return _cotangents(torch.empty(shape, dtype=dtype, device=device), index, 0, seeds)
 
 
@@ -358,7 +358,7 @@ def with_graph(request: Request) -> JacobianResult:
     ]
     y = forward(request.fn, request.module, inputs)
     shape = tuple(y.shape[1:])
-    seeds = request.choose(request.samples, shape).chosen_by(y)
+    seeds = request.resolve_seeds(request.samples, shape).chosen_by(y)
     _check_followed(request, y)
     index = seeds.rows(0, request.samples)
     leaves = [inputs[w] for w in request.wrt]

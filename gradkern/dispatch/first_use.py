@@ -1,9 +1,9 @@
-"""When a model is captured: what a capture costs, against what autograd takes for the calls without one.
+"""When a model is captured: as soon as a capture costs less than autograd would take for the calls to come.
 
-Nobody knows how many calls will follow.  A first call is expected to be the only one, so the capture has to pay within
+The number of calls to come is unknown.  A first call is expected to be the only one, so the capture has to pay within
 it.  A model that is called again is expected to be called ten times in all, with as many samples and seeds each time.
-After that, what autograd has taken altogether is compared (the ski-rental rule), so that never more than about twice
-the cost of the better way is spent.
+After these ten calls, it is captured once autograd has taken as long as a capture (the ski-rental rule), so that never
+more than about twice the cost of the better choice is spent.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 
 from ..ir.program import Shape
 
-CALLS = 10  # expected of a model that is called a second time
-FIRST_CAPTURE = 1.0  # seconds, the first in a process (measured: 0.7 … 1.2)
-LATER_CAPTURE = 0.3  # seconds (measured: 0.2 … 0.5)
-OVERHEAD = 5e-3  # seconds; what a shorter pass takes says little about one of more samples
+CALLS = 10  # expected calls of a model that is called a second time
+FIRST_CAPTURE = 1.0  # seconds of the first capture in a process (measured: 0.7 … 1.2)
+LATER_CAPTURE = 0.3  # seconds of a later capture (measured: 0.2 … 0.5)
+OVERHEAD = 5e-3  # seconds; the time of a shorter pass says little about a pass of more samples
 
 clock = time.perf_counter
 
-_seconds: list[float] = []  # of captures so far
+_seconds: list[float] = []  # the times of captures so far
 
 
 @dataclass
 class AutogradWork:
-    """What autograd has done for one model so far, in samples × seeds, and how fast.
+    """The work that autograd has ``done`` for one model so far, in samples × seeds, and its speed.
 
-    ``rate``: seconds per sample and seed, as seen in the last pass, of ``last`` samples × seeds.  ``other``: seconds
-    that are not counted in samples.  ``output_shape``: of the model, per sample.
+    ``rate``: seconds per sample and seed in the last pass, which did ``last`` samples × seeds.  ``other``: seconds of
+    work that is not counted in samples.  ``output_shape``: that of the model's output, per sample.
     """
 
     calls: int = 0
@@ -60,4 +60,4 @@ def capture_cost() -> float:
 
 def note_capture(seconds: float) -> None:
     _seconds.append(seconds)
-    del _seconds[1:-8]  # the first stands apart
+    del _seconds[1:-8]  # the first capture of the process and the latest eight

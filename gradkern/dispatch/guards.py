@@ -1,6 +1,7 @@
-"""Reasons why autograd must take a call, whatever the network computes: in the call, and in the state of the model.
+"""Checks at the start of a call: is there a reason for autograd, and which captured graph's guards hold?
 
-torch.compile's front end guards everything that a captured graph depends on (`frontend.capture`).
+A reason for autograd lies in the call or in the state of the model, whatever the network computes.  torch.compile's
+front end makes the guards over everything that a captured graph depends on (`frontend.capture`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..frontend.capture import Capture, Captured, CapturedGraph, code_of
-from ..util.callables import by_name, described, modules_behind
+from ..frontend.capture import GraphCache, GraphMatch, GuardedGraph, code_of
+from ..util.callables import by_name, describe_arguments, modules_behind
 from ..util.torch_compat import disable_current_modes
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -30,8 +31,10 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 @dataclass(frozen=True)
 class EagerReason:
-    """``text``: the reason in words.  ``couples_batch``: one forward must see all samples, because it draws random
-    numbers or changes buffers."""
+    """Why autograd must take a call, in words (``text``).
+
+    ``couples_batch``: one forward must see all samples, because it draws random numbers or changes buffers.
+    """
 
     text: str
     couples_batch: bool = False
@@ -63,7 +66,7 @@ def autocast(inputs: Sequence[Tensor]) -> bool:
 
 
 def model_reason(module: nn.Module) -> EagerReason | None:
-    """The reason in the state of the model, or None.  Not needed for a Program, whose guards check the same.
+    """The reason in the state of the model, or None.  A Program does not need it, as its guards check the same.
 
     One pass over the modules looks for training mode first (it decides about chunks), then for hooks.
     """
@@ -129,18 +132,18 @@ def _graded(x: Tensor) -> Tensor:
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
-def holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
     if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
-        # A profiler's mode on the stack, too, would be a change to the guards.
+        # Guards also compare the stack of modes, to which a profiler adds one.
         with torch.inference_mode(False), disable_current_modes():
             return _holding(capture, fn, inputs)
     return _holding(capture, fn, inputs)
 
 
-def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> Captured | None:
+def _holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     graded, latest = torch.is_grad_enabled(), capture.latest
-    torch._C._set_grad_enabled(True)  # graphs are captured this way, and guarded
+    torch._C._set_grad_enabled(True)  # as at capture, since a guard compares it
     try:
         local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
@@ -148,13 +151,13 @@ def _holding(capture: Capture, fn: Callable[..., Any], inputs: Sequence[Tensor])
                 if not _same_methods(graph):
                     return None
                 capture.latest = graph
-                return Captured(graph, graph.tensors(local, capture.shared))
+                return GraphMatch(graph, graph.tensors(local, capture.shared))
     finally:
         torch._C._set_grad_enabled(graded)
     return None
 
 
-def _same_methods(graph: CapturedGraph) -> bool:
+def _same_methods(graph: GuardedGraph) -> bool:
     for owner, name, code in graph.methods:
         method = getattr(owner(), name, None)
         if getattr(method, "__code__", None) is not code and code_of(method) is not code:
@@ -163,7 +166,7 @@ def _same_methods(graph: CapturedGraph) -> bool:
 
 
 def signature(inputs: Sequence[Tensor]) -> Hashable:
-    """Shapes per sample, dtypes and devices."""
+    """What inputs must have in common to share a graph: shapes per sample, dtypes and devices."""
     return tuple([(x.shape[1:], x.dtype, x.device) for x in inputs])
 
 
@@ -171,7 +174,7 @@ def condition(fn: Any) -> Hashable:
     """The key under which a refusal is remembered: a changed mode or hook of a module, or other arguments, make a new
     key, and the model is tried again."""
     parts = [part for module in modules_behind(fn) for part in module.modules()]
-    return described(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
+    return describe_arguments(fn), tuple([(type(part), part.training, *map(len, _hook_tables(part))) for part in parts])
 
 
 def _hook_tables(part: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A network that is captured, verified and packed: calls of its kernels look at nothing but their inputs."""
+"""A network that is captured, verified and packed, so that calls of its kernels look only at their inputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .targets import Seeds, TopSeeds
 
 
 class Prepared:
-    """What `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` of one network for one choice of targets.
+    """The callable that `gradkern.prepare` returns: ``jac(x)`` is `gradkern.jacobian` for one choice of targets.
 
-    The weights are packed as they are at the first call, and no later change of the model (weights, mode, code) is
-    noticed: prepare it again after one.  ``program``: what was captured; ``str()`` of this object is its listing.  It
-    is None for a model that stays on autograd.  Then, and where autograd turned out to be faster, calls are those of
+    The weights are packed at the first call, and no later change of the model (weights, mode, code) is noticed: prepare
+    it again after one.  ``program`` is the captured network, and ``str()`` of this object lists it; it is None for a
+    model that stays on autograd.  For such a model, and where autograd turned out to be faster, a call is a call of
     `jacobian`.
     """
 
@@ -30,7 +30,7 @@ class Prepared:
         self.program = program
         self._request, self._as_tuple = request, as_tuple
         if program is not None:
-            shared_seeds(request, program.output_shape)  # refuses others
+            shared_seeds(request, program.output_shape)  # raises if they differ by sample
         self._like = [(x.shape[1:], x.dtype, x.device) for x in request.inputs]
         self._run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
 
@@ -46,10 +46,10 @@ class Prepared:
         self._check(given)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self._called(given)
-        return self._called(given)
+                return self._call(given)
+        return self._call(given)
 
-    def _called(self, given: tuple[Tensor, ...]) -> Any:
+    def _call(self, given: tuple[Tensor, ...]) -> Any:
         if self._run is None:
             self._run = self._frozen(given)
         results = self._run(tuple([x.detach() if x.requires_grad else x for x in given]))
@@ -75,8 +75,8 @@ class Prepared:
 
     def _frozen(self, given: tuple[Tensor, ...]) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
         """The rest of a call, with the network as it is now."""
-        fn, wrt, choose = self._request.fn, self._request.wrt, self._request.choose
-        request = Request(fn, given, wrt, choose)
+        fn, wrt, resolve_seeds = self._request.fn, self._request.wrt, self._request.resolve_seeds
+        request = Request(fn, given, wrt, resolve_seeds)
         if self.program is None or engine() == "autograd":
             return self._live
         route = decide(request, "kernel")
@@ -94,29 +94,29 @@ class Prepared:
             if not self._kernels_win(request):
                 return self._live
             tensors = {name: x.detach().clone() for name, x in route.tensors.items()}
-            return lambda inputs: batching.run(Request(fn, inputs, wrt, choose), program, tensors, "auto").shaped
+            return lambda inputs: batching.run(Request(fn, inputs, wrt, resolve_seeds), program, tensors, "auto").shaped
         rows = whole.rows(packed)
         return lambda inputs: whole.shaped(whole(packed, rows, inputs))
 
     def _kernels_win(self, request: Request) -> bool:
-        """Whether kernels are faster for calls like this one.  Those of one chain are, without what a call costs."""
+        """Whether kernels are faster for calls like this one.  One chain always is, without the overhead of a call."""
         measured = timing(request, decide(request))
         return measured is None or measured.way == "kernels"
 
     def _live(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A call of `jacobian`, which looks at the model again."""
-        request = Request(self._request.fn, inputs, self._request.wrt, self._request.choose)
+        request = Request(self._request.fn, inputs, self._request.wrt, self._request.resolve_seeds)
         results = solve(request, decide(request))
-        shared(results.seeds)
+        require_shared_seeds(results.seeds)
         return tuple(results.shaped)
 
 
 def shared_seeds(request: Request, shape: Shape) -> Seeds:
     """The seeds of a request, which must be the same for all samples; ``shape``: of the output, per sample."""
-    return shared(request.choose(request.samples, shape))
+    return require_shared_seeds(request.resolve_seeds(request.samples, shape))
 
 
-def shared(seeds: Seeds) -> Seeds:
+def require_shared_seeds(seeds: Seeds) -> Seeds:
     """Refuse seeds that are not the same for all samples."""
     if isinstance(seeds, TopSeeds) or (seeds.indices is not None and seeds.indices.dim() != 1):
         raise BadValue(

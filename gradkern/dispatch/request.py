@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..ir.program import Shape
 from ..util import memory
-from ..util.callables import anchor, unwrapped
+from ..util.callables import anchor, unwrap
 from ..util.options import BadType, BadValue, Unused
-from ..util.outputs import HINT, described_result
+from ..util.outputs import HINT, describe_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
 
-MOST_IN_KEY = 64  # targets of a list by which a call is recognized
+MOST_IN_KEY = 64  # the most targets in a list that may be part of a key for calls
 
 OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 
@@ -30,8 +30,8 @@ OutArgument = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | None
 class Request:
     """One call: ``fn`` at ``inputs``, differentiated with respect to the inputs with indices ``wrt``.
 
-    ``choose`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later calls,
-    which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
+    ``resolve_seeds`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later
+    calls, which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
     ``way``: the object that has the state of ``fn``, and the path from there; ``module``: that object, if it is one.
     """
@@ -39,7 +39,7 @@ class Request:
     fn: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     wrt: tuple[int, ...]
-    choose: SeedChoice
+    resolve_seeds: SeedChoice
     out: OutArgument = None
     ahead: int = 0
     keep_outputs: bool = False
@@ -51,7 +51,7 @@ class Request:
     whole: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fn = unwrapped(self.fn)
+        self.fn = unwrap(self.fn)
         self.owner, self.way = anchor(self.fn)
         self.module = self.owner if isinstance(self.owner, nn.Module) else None
         self.samples = self.inputs[0].shape[0]
@@ -69,11 +69,11 @@ class Request:
 
     @property
     def seeds_key(self) -> Hashable:
-        """Equal for requests whose seeds are the same, given the same model; None if that is not known."""
-        return self.choose.key if isinstance(self.choose, TargetChoice) else None
+        """A key that is equal for requests with the same seeds, given the same model; None if that is not known."""
+        return self.resolve_seeds.key if isinstance(self.resolve_seeds, TargetChoice) else None
 
     def part(self, start: int, stop: int, seeds: Seeds) -> Request:
-        """The same call for the samples ``start:stop``."""
+        """This call for the samples ``start:stop`` alone."""
         return Request(
             self.fn,
             tuple(x[start:stop] for x in self.inputs),
@@ -110,7 +110,7 @@ class Request:
 class JacobianResult:
     """The results of a request, filled in by rows of samples.
 
-    ``seeds``: the requested seeds; ``indices``: theirs, filled in later if the model's outputs choose them (`TopK`).
+    ``seeds``: the requested seeds; ``indices``: their indices, filled in later if the outputs choose them (`TopK`).
     ``jacobians``: one tensor ``[N, S, *in]`` per differentiated input, in the caller's memory if ``out`` is given;
     ``shaped``: the same memory as ``[N, *axes, *in]``.  ``kept``: the model's outputs, piece by piece.
     """
@@ -137,14 +137,17 @@ class JacobianResult:
         assert isinstance(self.seeds, TopSeeds)
         return replace(self.seeds, indices=self.indices).indices_per_sample()
 
-    def choose(self, start: int, stop: int, outputs: Tensor) -> None:
+    def fill_top_indices(self, start: int, stop: int, outputs: Tensor) -> None:
         """Fill in the indices of the samples ``start:stop`` if their ``outputs`` choose them."""
         if isinstance(self.seeds, TopSeeds) and self.indices is not None:
             self.indices[start:stop] = self.seeds.highest(outputs)
 
 
 def allocate(request: Request, output_shape: Shape, partial: JacobianResult | None = None) -> JacobianResult:
-    """Resolve the targets against the output's shape and allocate the results; ``partial`` is only compared."""
+    """Resolve the targets against the output's shape and allocate the results.
+
+    ``partial``: results of earlier samples, which are returned if their output has the same shape.
+    """
     if partial is not None:
         if output_shape != partial.output_shape:
             raise BadValue(
@@ -152,7 +155,7 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
                 f"[N, {_times(output_shape)}] for others, expected one shape."
             )
         return partial
-    seeds = request.choose(request.samples, output_shape)
+    seeds = request.resolve_seeds(request.samples, output_shape)
     indices = seeds.indices
     if isinstance(seeds, TopSeeds):
         indices = torch.zeros(request.samples, seeds.count, dtype=torch.int64)
@@ -172,8 +175,8 @@ def allocate(request: Request, output_shape: Shape, partial: JacobianResult | No
 
 
 def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
-    """The caller's memory for a result of this shape, seen in the shape ``flat``."""
-    if isinstance(out, np.ndarray):  # np.memmap too
+    """The caller's memory for a result of this shape, as a view of the shape ``flat``."""
+    if isinstance(out, np.ndarray):  # np.memmap is one
         if not out.flags.writeable:
             raise BadValue("out: got a read-only array, expected a writable one (np.memmap: mode 'r+' or 'w+').")
         try:
@@ -188,7 +191,7 @@ def out_tensor(out: Any, shape: Shape, flat: Shape) -> Tensor:
         raise BadType(f"out: got {out.dtype}, expected a floating dtype.")
     if out.requires_grad:
         raise BadValue("out: got a tensor that requires grad, expected a plain one. Use out.detach().")
-    if out.is_inference():  # may not be written to outside inference mode, but its memory may
+    if out.is_inference():  # the tensor may not be written to outside inference mode, but its memory may
         alias = torch.empty(0, dtype=out.dtype, device=out.device)
         out = alias.set_(out.untyped_storage(), out.storage_offset(), out.shape, out.stride())
     try:
@@ -285,7 +288,7 @@ def _floating_hint(x: Tensor, inputs: int) -> str:
 def check_output(y: Any, samples: int) -> Tensor:
     """The model's output, checked to be a floating tensor ``[N, ...]``."""
     if not isinstance(y, Tensor):
-        raise BadType(f"the model returned {described_result(y)}, expected one tensor [N, ...]. {HINT}")
+        raise BadType(f"the model returned {describe_result(y)}, expected one tensor [N, ...]. {HINT}")
     if not y.is_floating_point():
         raise BadType(f"the model returned {y.dtype}, expected a floating dtype: there is no gradient of it.")
     if y.dim() == 0 or y.shape[0] != samples:
@@ -363,8 +366,8 @@ def _times(shape: Shape) -> str:
 class TargetChoice:
     """Reads ``targets`` as `gradkern.jacobian` does, once the output's shape is known.
 
-    ``key``: equal for choices that give the same seeds whatever the samples are; None if they depend on the samples,
-    or if that is not known.
+    ``key`` is equal for choices that give the same seeds whatever the samples are; it is None if the seeds depend on
+    the samples, or if that is not known.
     """
 
     def __init__(self, targets: Any) -> None:

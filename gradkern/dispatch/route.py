@@ -30,7 +30,7 @@ from .eager import ModelProfile
 from .first_use import AutogradWork, clock
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_fits_in_memory, check_reached, too_large
-from .state import CacheEntry, CapturedProgram, KnownCall, ModelState, Verdict
+from .state import BoundProgram, CacheEntry, KnownCall, ModelState, Verdict
 from .watch import SAMPLES, OutputsChanged
 
 VERIFY_SAMPLES = 4
@@ -41,8 +41,8 @@ MOST_UNPROFILED_SAMPLES = 48  # with so few samples, profiling the model would t
 
 
 #: The state when a call begins.  `EagerReason`: autograd has to take the call, whatever the network computes.
-#: `CapturedProgram`: its guards hold.  `Verdict`: the reason why there is no Program.  None: nothing is known yet.
-Decision = EagerReason | CapturedProgram | Verdict | None
+#: `BoundProgram`: its guards hold.  `Verdict`: the reason why there is no Program.  None: nothing is known yet.
+Decision = EagerReason | BoundProgram | Verdict | None
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Route:
     state: ModelState
     entry: CacheEntry
     decision: Decision
-    ways: dict[int, Way] = field(default_factory=dict)  # of the call's parts, by the number of seeds
+    way_by_seed_count: dict[int, Way] = field(default_factory=dict)  # the way that all parts of the call go
 
     @property
     def eager_reason(self) -> EagerReason | None:
@@ -71,27 +71,27 @@ class Route:
     @property
     def verdict(self) -> Verdict | None:
         """The result of the capture, if it is known and counts."""
-        if isinstance(self.decision, CapturedProgram):
+        if isinstance(self.decision, BoundProgram):
             return self.decision.verdict
         return self.decision if isinstance(self.decision, Verdict) else None
 
     @property
     def program(self) -> Program | None:
         """The model's Program, if it is known and the engine uses one."""
-        return self.decision.program if isinstance(self.decision, CapturedProgram) else None
+        return self.decision.program if isinstance(self.decision, BoundProgram) else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that the Program names."""
-        assert isinstance(self.decision, CapturedProgram)
+        assert isinstance(self.decision, BoundProgram)
         return self.decision.tensors
 
     def params(self) -> dict[str, Tensor]:
         """The parameters of the Program, as they are in this call."""
-        assert isinstance(self.decision, CapturedProgram)
+        assert isinstance(self.decision, BoundProgram)
         return bind(self.decision.program, self.decision.tensors)
 
-    def capture(self, samples: Callable[[], tuple[Tensor, ...]]) -> CapturedProgram | Verdict:
+    def capture(self, samples: Callable[[], tuple[Tensor, ...]]) -> BoundProgram | Verdict:
         """The result of the capture, which is done now if it has not been."""
         assert not isinstance(self.decision, EagerReason)
         if self.decision is None:
@@ -104,11 +104,11 @@ class Route:
 
     def check_reached(self, request: Request) -> None:
         """Raise `Unused` for an input that the output is known not to depend on."""
-        if isinstance(self.decision, CapturedProgram):
+        if isinstance(self.decision, BoundProgram):
             check_reached(request, self.decision.verdict.unused)
 
     def serves(self, request: Request, engine: Engine) -> bool:
-        """Whether this is the route of that request, too."""
+        """Whether another request can take this route."""
         return (
             is_same(self.fn, request.fn)
             and self.engine == engine
@@ -118,7 +118,7 @@ class Route:
 
     @property
     def work(self) -> AutogradWork:
-        """What autograd has done that a Program might have done."""
+        """The work of autograd that a Program might have done."""
         return self.entry.work
 
     def warn(self, message: str) -> None:
@@ -134,7 +134,7 @@ def decide(request: Request, engine: Engine | None = None) -> Route:
     fn, name = request.fn, options.engine(engine)
     try:
         known = state.models.of(request.owner)
-    except TypeError:  # it takes no weak reference, so nothing is remembered
+    except TypeError:  # the object takes no weak reference, so nothing is remembered
         known = ModelState()
     signature = guards.signature(request.inputs)
     entry = known.entries.get_or_make((request.way, signature), CacheEntry)
@@ -161,14 +161,14 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     return of_call or of_model or entry.refusal(request.fn)
 
 
-def _holding(request: Request, entry: CacheEntry) -> CapturedProgram | None:
+def _holding(request: Request, entry: CacheEntry) -> BoundProgram | None:
     """The Program whose guards hold now, if there is one."""
     captured = guards.holding(entry.capture, request.fn, request.inputs)
     verdict = None if captured is None else entry.verdicts.get(captured.graph)
     if captured is None or verdict is None or verdict.program is None:
         return None
     entry.misses = 0
-    return CapturedProgram(verdict, verdict.program, captured.tensors)
+    return BoundProgram(verdict, verdict.program, captured.tensors)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -176,7 +176,7 @@ _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Everything inside belongs to one public call, whose parts share their routes by `shared_route`."""
+    """Make everything inside one public call, whose parts share their routes by `shared_route`."""
     if _decided.get() is not None:
         yield
         return
@@ -266,9 +266,9 @@ def solve(request: Request, route: Route) -> JacobianResult:
             except OutputsChanged:
                 route.refuse(CHANGED)
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's says more itself
+                if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):  # a GPU's own error says more
                     raise
-                count = request.choose(request.samples, captured.program.output_shape).count
+                count = request.resolve_seeds(request.samples, captured.program.output_shape).count
                 work = f" beside memory_budget={options.memory_budget()} bytes of work"
                 raise too_large(request.gradient_bytes * request.samples * count, work) from error
         return _on_autograd(request, route, start, results)
@@ -276,8 +276,8 @@ def solve(request: Request, route: Route) -> JacobianResult:
     return results
 
 
-def _program_of(request: Request, route: Route) -> CapturedProgram | None:
-    """The Program that the engine takes, captured now if need be; None if it is autograd."""
+def _program_of(request: Request, route: Route) -> BoundProgram | None:
+    """The Program that the engine uses, captured now if need be; None if autograd takes the call."""
     if route.engine == "autograd":
         return None
     if isinstance(route.decision, EagerReason):
@@ -288,7 +288,7 @@ def _program_of(request: Request, route: Route) -> CapturedProgram | None:
 
 
 def _by_program(
-    request: Request, route: Route, captured: CapturedProgram, start: int, results: JacobianResult | None
+    request: Request, route: Route, captured: BoundProgram, start: int, results: JacobianResult | None
 ) -> JacobianResult:
     """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
     known = _known_call(request, route, captured)
@@ -307,8 +307,8 @@ def _by_program(
     )
 
 
-def _known_call(request: Request, route: Route, captured: CapturedProgram) -> KnownCall:
-    """What calls like this one have in common, remembered if their seeds do not depend on the samples."""
+def _known_call(request: Request, route: Route, captured: BoundProgram) -> KnownCall:
+    """The `KnownCall` of calls like this one, remembered if their seeds do not depend on the samples."""
     # Parts of a call have the size of the whole.
     kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.whole)
     seeds_key = request.seeds_key
@@ -319,12 +319,10 @@ def _known_call(request: Request, route: Route, captured: CapturedProgram) -> Kn
     )
 
 
-def _make_known_call(
-    request: Request, route: Route, captured: CapturedProgram, kind: tuple[Hashable, ...]
-) -> KnownCall:
+def _make_known_call(request: Request, route: Route, captured: BoundProgram, kind: tuple[Hashable, ...]) -> KnownCall:
     route.check_reached(request)
     x, program = request.inputs[request.wrt[0]], captured.program
-    seeds = request.choose(request.samples, program.output_shape)
+    seeds = request.resolve_seeds(request.samples, program.output_shape)
     whole = None
     # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
     if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and not batching.not_native(x):
@@ -333,34 +331,33 @@ def _make_known_call(
     return KnownCall(seeds, timing, whole)
 
 
-def _way(request: Request, route: Route, captured: CapturedProgram, known: KnownCall) -> Way:
-    """The way of all parts of this public call: a store's, or the faster one; kernels if the caller asks for them."""
+def _way(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> Way:
+    """The way that all parts of this public call go: the one that a store has pinned, kernels if the caller asks for
+    them, or else the faster one."""
     pinned, count = ways.pinned_way.get(), known.seeds.count
     if pinned is not None and route.engine != "reference":
         return pinned
     if route.engine != "auto" or not count:
         return "kernels"
-    way = route.ways.get(count)
+    way = route.way_by_seed_count.get(count)
     if way is None:
-        way = route.ways[count] = _timing(request, route, captured, known).way
+        way = route.way_by_seed_count[count] = _timing(request, route, captured, known).way
     return way
 
 
-def _timing(request: Request, route: Route, captured: CapturedProgram, known: KnownCall) -> Timing:
+def _timing(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
     return ways.timings.get_or_make(
         known.timing, lambda: ways.measure(request, captured, known, _profile_of_program(request, route))
     )
 
 
-def _by_whole_chain(
-    request: Request, route: Route, captured: CapturedProgram, known: KnownCall
-) -> JacobianResult | None:
+def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> JacobianResult | None:
     """The results by a single call of the kernel; None if the call needs anything more."""
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
-    if watch.seconds * watch.share > watch.cost:  # a comparison is due
+    if watch.seconds > watch.due_after:
         return None
     check_fits_in_memory(request.samples * whole.gradient_bytes)
     packed = whole.packed(captured.tensors)
@@ -373,7 +370,7 @@ def _by_whole_chain(
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 
 
-def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
+def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | None:
     """The outputs ``[N, *out]``, with the Jacobians of one input added to ``sums`` and none of them kept.
 
     None, with nothing added, if that is not one chain of kernels on a CPU.
@@ -389,7 +386,7 @@ def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
         return None
     with torch.inference_mode(False), torch.no_grad():
         inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
-        if watch.seconds * watch.share > watch.cost:  # a comparison is due; afterwards it would be too late
+        if watch.seconds > watch.due_after:  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
             y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:
@@ -404,9 +401,9 @@ def summed(request: Request, route: Route, sums: Statistics) -> Tensor | None:
 
 
 def timing(request: Request, route: Route) -> Timing | None:
-    """How long a request takes on kernels and on autograd, for a route whose calls are decided by it, or else None."""
+    """How long a request takes on kernels and on autograd; None for a route that does not depend on that."""
     captured = route.decision
-    if route.engine != "auto" or not isinstance(captured, CapturedProgram) or not request.samples:
+    if route.engine != "auto" or not isinstance(captured, BoundProgram) or not request.samples:
         return None
     if captured.verdict.unused.intersection(request.wrt):
         return None
@@ -415,7 +412,7 @@ def timing(request: Request, route: Route) -> Timing | None:
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
-    """What autograd takes for a model that has a Program: its samples do not mix, and it changes no buffers."""
+    """The profile on autograd of a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
     known = not profile.whole_batch_reason and not profile.mutates
     return profile if known else replace(profile, whole_batch_reason="", mutates=False)
@@ -433,7 +430,7 @@ def _on_autograd_until_capture_pays(request: Request, route: Route) -> tuple[int
     """Run on autograd, piece by piece, until a capture pays; return the number of samples done."""
     work, seeds, results = route.work, 0, None
     if work.output_shape is not None:
-        seeds = request.choose(request.samples, work.output_shape).count
+        seeds = request.resolve_seeds(request.samples, work.output_shape).count
     if work.capture_pays((request.samples + request.ahead) * seeds):
         return 0, None
     profile = _profile_of_run(request, route)

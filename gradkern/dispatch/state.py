@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..frontend.capture import Capture, CapturedGraph
+from ..frontend.capture import GraphCache, GuardedGraph
 from ..frontend.refusal import NoProgram
 from ..frontend.to_program import to_program
 from ..frontend.verify import verify
@@ -43,8 +43,8 @@ MOST_MISSES = 8
 class KnownCall:
     """What the calls of a Program for the same seeds and inputs have in common.
 
-    It depends on no tensor's values.  ``timing``: under which the fastest way of such calls is remembered.  ``whole``:
-    the chain that computes such calls, if it is one.
+    It does not depend on the values of tensors.  ``timing``: the key under which the fastest way of such calls is
+    remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
     """
 
     seeds: Seeds
@@ -69,7 +69,7 @@ class Verdict:
 
 
 @dataclass(eq=False)
-class CapturedProgram:
+class BoundProgram:
     """A Program, and the live tensors that it names in this call."""
 
     verdict: Verdict
@@ -81,11 +81,11 @@ class CapturedProgram:
 class CacheEntry:
     """The state of one model for inputs of one signature."""
 
-    capture: Capture = field(default_factory=Capture)
-    verdicts: dict[CapturedGraph, Verdict] = field(default_factory=dict)
+    capture: GraphCache = field(default_factory=GraphCache)
+    verdicts: dict[GuardedGraph, Verdict] = field(default_factory=dict)
     refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
     profile: ModelProfile | None = None
-    work: AutogradWork = field(default_factory=AutogradWork)  # that a Program might have done
+    work: AutogradWork = field(default_factory=AutogradWork)  # work of autograd that a Program might have done
     watch: Watch = field(default_factory=Watch)
     misses: int = 0  # captures in a row of which none served a second call
 
@@ -95,23 +95,23 @@ class CacheEntry:
 
 
 class ModelState:
-    """All that is known about one model."""
+    """Everything that is known about one model."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.live = threading.RLock()  # held while a forward changes the model's buffers
-        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by the path to the callable, `guards.signature`
+        self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by path to the callable, and `guards.signature`
         self._warned: set[str] = set()
 
     def capture(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: Callable[[], tuple[Tensor, ...]]
-    ) -> CapturedProgram | Verdict:
+    ) -> BoundProgram | Verdict:
         """Capture, lower and verify now, unless that has been done; warns once if autograd takes over."""
         with self.lock:
             refusal = entry.refusal(fn)
             if refusal is not None:
                 return refusal
-            result = self._captured(entry, fn, inputs, samples())
+            result = self._capture_and_verify(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
                 entry.refused.put(condition(fn), verdict)
@@ -136,9 +136,9 @@ class ModelState:
         warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
         return verdict
 
-    def _captured(
+    def _capture_and_verify(
         self, entry: CacheEntry, fn: Any, inputs: Sequence[Tensor], samples: tuple[Tensor, ...]
-    ) -> CapturedProgram | Verdict:
+    ) -> BoundProgram | Verdict:
         entry.misses += 1
         if entry.misses > MOST_MISSES:
             return Verdict(None, "what its forward reads changes from call to call: it would be captured each time")
@@ -156,7 +156,7 @@ class ModelState:
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
                     for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
-            return CapturedProgram(verdict, program, captured.tensors)
+            return BoundProgram(verdict, program, captured.tensors)
         except NoProgram as error:
             if debugging():
                 raise

@@ -1,4 +1,4 @@
-"""Which outputs to differentiate: reading ``targets`` into flat output indices.
+"""Reads ``targets``, the outputs to differentiate, as flat output indices.
 
 An output of shape ``[N, *out]`` is seen as ``C = prod(out)`` numbers per sample, numbered row-major.
 """
@@ -23,7 +23,7 @@ Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a tensor [N, S], a tuple of ints, or TopK(k)"
 
 
-FAR = 2**62  # in place of indices that do not fit in 64 bits; no output has them either
+FAR = 2**62  # stands for indices that do not fit in 64 bits, as it is no output's index either
 PER_SAMPLE = "For one output per sample pass a tensor [N, 1]: torch.as_tensor(targets)[:, None]."
 
 
@@ -61,11 +61,11 @@ class Seeds:
         return self.indices[start:stop]
 
     def part(self, start: int, stop: int) -> Seeds:
-        """The same seeds for the samples ``start:stop`` alone."""
+        """These seeds for the samples ``start:stop`` alone."""
         return replace(self, indices=self.rows(start, stop))
 
     def chosen_by(self, outputs: Tensor) -> Seeds:
-        """The same seeds once the model's ``outputs [N, *out]`` are known."""
+        """These seeds once the model's ``outputs [N, *out]`` are known."""
         return self
 
 
@@ -99,17 +99,17 @@ def resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     """Read ``targets`` for ``samples`` samples of an output ``[N, *out]``.  Raises `BadValue` and `BadType`."""
     if isinstance(targets, list) and all(type(t) is int for t in targets):
         return _resolved_list(tuple(targets), tuple(out))
-    return _resolved(targets, samples, out)
+    return _resolve(targets, samples, out)
 
 
 @lru_cache(maxsize=256)
 def _resolved_list(targets: tuple[int, ...], out: Shape) -> Seeds:
-    """The seeds of a list of numbers, remembered, because small calls spend much of their time here."""
+    """The seeds of a list of numbers, remembered because small calls would spend much of their time here."""
     with torch.inference_mode(False):
-        return _resolved(list(targets), 0, out)
+        return _resolve(list(targets), 0, out)
 
 
-def _resolved(targets: Any, samples: int, out: Shape) -> Seeds:
+def _resolve(targets: Any, samples: int, out: Shape) -> Seeds:
     total = math.prod(out)
     if targets is None:
         return Seeds(total, out, None)
@@ -272,7 +272,7 @@ def _needs_tuples(targets: Any, out: Shape) -> str:
 
 
 def _as_int(value: Any) -> int | None:
-    """An int from anything that is one (numpy's too, one-element tensors too); None for the rest, bools included."""
+    """An int from anything that is one (also numpy's ints and one-element tensors); None for the rest and for bools."""
     if isinstance(value, (bool, np.bool_)):
         return None
     if isinstance(value, Tensor) and (value.dim() or value.is_floating_point() or value.dtype == torch.bool):

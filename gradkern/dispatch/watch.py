@@ -1,7 +1,7 @@
-"""Comparison of outputs with the live model's from time to time, which notices changes that no guard sees.
+"""Compares outputs with the live model's from time to time, to notice changes that no guard sees.
 
-Guards see the Python state that a forward pass reads.  They do not see the environment, files, the clock, or numbers
-drawn at random outside of torch.
+Guards see the Python state that a forward pass reads.  They do not see the environment, files, the clock, or random
+numbers drawn outside of torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..frontend.verify import same_outputs
 from ..util.buffers import buffers_kept
 
-SHARE = 0.02  # of the time of a model's calls
+SHARE = 0.02  # comparisons take at most this share of the time of a model's calls
 SAMPLES = 2
-FIRST_COST = 1e-3  # seconds, assumed before the first comparison
+FIRST_COST = 1e-3  # seconds that a comparison is assumed to take before the first one
 
 
 class OutputsChanged(Exception):
@@ -25,11 +25,11 @@ class OutputsChanged(Exception):
 
 
 class Watch:
-    """When the outputs of one model are due for a comparison: once ``share`` of the ``seconds`` of work since the last
-    one exceeds its ``cost``."""
+    """Tells when the outputs of one model are due for a comparison: once the ``seconds`` of work since the last one
+    exceed ``due_after``.  The last comparison took the share `SHARE` of ``due_after``."""
 
     def __init__(self) -> None:
-        self.seconds, self.cost, self.share = 0.0, FIRST_COST, SHARE
+        self.seconds, self.due_after = 0.0, FIRST_COST / SHARE
 
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""
@@ -39,4 +39,4 @@ class Watch:
             live = fn(*rows)
         if not isinstance(live, Tensor) or not same_outputs(y[:SAMPLES], live):
             raise OutputsChanged
-        self.seconds, self.cost = 0.0, time.perf_counter() - begin
+        self.seconds, self.due_after = 0.0, (time.perf_counter() - begin) / SHARE

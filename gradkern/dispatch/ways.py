@@ -20,23 +20,20 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request
-from .state import CapturedProgram, KnownCall
+from .state import BoundProgram, KnownCall
 from .targets import Seeds
 
-SIZES = (
-    2,
-    8,
-    32,
-)  # of calls that are measured apart (1, 2–7, 8–31, 32 or more): in small ones the cost per call weighs more
+#: Calls of 1, 2–7, 8–31, and 32 or more samples are measured apart: in small ones the cost per call weighs more.
+SIZES = (2, 8, 32)
 MOST_SAMPLES = SIZES[-1]
 SLOW_NETWORK_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
-MOST_SEEDS = 32  # of a measurement on autograd, whose time is proportional to them
+MOST_SEEDS = 32  # the most seeds in a measurement on autograd, whose time is proportional to them
 ROUNDS = 7
-PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, any later round is the last
-HOPELESS = 2.0  # a way that takes this many times the shortest is not measured again
+PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, or a later round is the last
+HOPELESS = 2.0  # a way that takes this many times as long as the fastest is not measured again
 
-#: By everything that a measurement depends on, see `state.KnownCall`.
+#: Measurements by everything that they depend on (`state.KnownCall.timing`).
 timings: Memo[Timing] = Memo(256)
 
 #: The way of all calls in this context, which a data set's store has recorded.
@@ -53,7 +50,7 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, captured: CapturedProgram, known: KnownCall, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: BoundProgram, known: KnownCall, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
     seeds, whole = known.seeds, known.whole
     few = _fewer(seeds)
@@ -98,7 +95,7 @@ def _ways(seeds: Seeds) -> tuple[Way, ...]:
 
 
 def _runs(run: Callable[[Way, int], float], way: Way, samples: int) -> bool:
-    """Run for the first time.  Can torch run this way?  Not every operation can be batched."""
+    """Run for the first time, and return whether torch can go this way: not every operation can be batched."""
     try:
         run(way, samples)
     except RuntimeError:
@@ -117,8 +114,8 @@ def _fewer(seeds: Seeds) -> Seeds:
 
 
 def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds that a piece of work takes on a device.  With one thread it is the thread's CPU time, in which other work
-    on the machine does not count."""
+    """Seconds that a piece of work takes on a device.  With one thread this is CPU time, which leaves out other work on
+    the machine."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     if device.type == "cuda":

@@ -39,7 +39,7 @@ class NonLeadingBatch:
     inner_extent: int = 1
 
 
-def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
+def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
     """Shift the axes in a call's arguments by one.
 
     ``named``: the arguments by name, changed in place; ``rank``: the rank of the tensor that the axes refer to;
@@ -66,11 +66,11 @@ def per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...
     if op not in AXES and op not in ALONG:
         raise NoForm(f"{op} has no form where the batch is not axis 0")
     for name in AXES.get(op, ()):
-        setattr(named, name, counted(getattr(named, name), rank))
+        setattr(named, name, shift_axes(getattr(named, name), rank))
     if "dims" in AXES.get(op, ()):
         named.dims = (0, *named.dims)
     if op in ALONG:
-        axes = counted(getattr(named, ALONG[op]), rank)
+        axes = shift_axes(getattr(named, ALONG[op]), rank)
         along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
         if along and not (op == "aten.slice.Tensor" and takes_all(named)):
             raise NoForm("it works along the batch axis")
@@ -96,7 +96,7 @@ def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after:
     return inner
 
 
-def counted(axes: Any, rank: int) -> Any:
+def shift_axes(axes: Any, rank: int) -> Any:
     """An axis, or several axes, shifted by one."""
     if isinstance(axes, int):
         return axes % rank + 1

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..util.callables import by_name
-from ..util.outputs import chosen
+from ..util.outputs import choose_output
 from ..util.torch_compat import (
     cache_entries,
     disable_current_modes,
@@ -74,7 +74,7 @@ Reads = str | int | None  # a tensor's name, the number of an input, or None for
 
 
 @dataclass(eq=False)
-class CapturedGraph:
+class GuardedGraph:
     """One captured graph.
 
     ``reads``: the meaning of each placeholder.  ``guards``: those of Dynamo.  ``tensors``: finds the live tensors that
@@ -84,7 +84,7 @@ class CapturedGraph:
 
     module: torch.fx.GraphModule | None  # None once it has been lowered
     reads: tuple[Reads, ...]
-    names: tuple[str, ...]  # of the tensors, in order
+    names: tuple[str, ...]  # the names of the tensors, in order
     guards: Any = None
     tensors: Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]] = lambda local, shared: {}
     methods: tuple[Method, ...] = ()
@@ -96,10 +96,10 @@ class CapturedGraph:
 
 
 @dataclass(eq=False)
-class Captured:
+class GraphMatch:
     """The graph that one call would run, and the live tensors that it reads, by name."""
 
-    graph: CapturedGraph
+    graph: GuardedGraph
     tensors: dict[str, Tensor]
 
 
@@ -118,11 +118,11 @@ def _entry(fn: Callable[..., Any], given: dict[int, Any], inputs: tuple[Tensor, 
         arguments.insert(place, value)
     result = fn(*arguments)
     if output is not None:
-        result = chosen(result, output)
+        result = choose_output(result, output)
     return result.clone() if isinstance(result, Tensor) else None
 
 
-class Capture:
+class GraphCache:
     """The graphs of one function for inputs of one signature.  It holds no reference to the function.
 
     ``code``: the code object that Dynamo keeps guards and graphs with.  ``shared``: the globals that it runs with.
@@ -136,14 +136,14 @@ class Capture:
         # the process would be too low.  Separate globals: Dynamo stores in them the modules that it has seen.
         self.code = _entry.__code__.replace(co_name="entry")
         self.shared = dict(globals())
-        self.graphs: tuple[CapturedGraph, ...] = ()
-        self.latest: CapturedGraph | None = None  # the one whose guards held last
+        self.graphs: tuple[GuardedGraph, ...] = ()
+        self.latest: GuardedGraph | None = None  # the one whose guards held last
         entry = types.FunctionType(self.code, self.shared)
         backend = _Backend()
         options: Any = {"guard_filter_fn": backend.note_methods}
         self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=False, options=options)
 
-    def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+    def capture(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
         """The graph whose guards hold now, captured if there is none.  Raises `NoProgram`.
 
         ``stand_ins``: like the inputs except for their values; the floating ones require grad.
@@ -153,13 +153,13 @@ class Capture:
         with LOCK, _settings(), torch.inference_mode(False), torch.enable_grad():
             try:
                 try:
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                     outdated = any(code_of(getattr(o(), name, None)) is not c for o, name, c in captured.graph.methods)
                 except dynamo.exc.FailOnRecompileLimitHit:
                     outdated = True
                 if outdated:
                     self._begin()
-                    captured = self._called(fn, stand_ins)
+                    captured = self._call(fn, stand_ins)
                 return captured
             except _Missed:
                 raise NoProgram("torch.compile is switched off (set_stance or TORCHDYNAMO_DISABLE)") from None
@@ -167,7 +167,7 @@ class Capture:
                 inner = getattr(error, "inner_exception", error)
                 raise inner if isinstance(inner, NoProgram) else NoProgram(reason_of(error)) from error
 
-    def _called(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> Captured:
+    def _call(self, fn: Callable[..., Any], stand_ins: tuple[Tensor, ...]) -> GraphMatch:
         local = by_name(fn, stand_ins)
         ran = self._compiled(**local)
         if ran is None:
@@ -176,9 +176,9 @@ class Capture:
         tensors = _by_name(graph, arguments)
         if graph.guards is None:
             self._find(graph, local, tensors)
-        return Captured(graph, tensors)
+        return GraphMatch(graph, tensors)
 
-    def _find(self, graph: CapturedGraph, local: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _find(self, graph: GuardedGraph, local: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Learn Dynamo's code and guards for a new graph, and where its tensors are read."""
         graphs = tuple(known for known in self.graphs if known.alive)
         entry = next(e for e in cache_entries(self.code) if all(e.guard_manager is not g.guards for g in graphs))
@@ -201,23 +201,23 @@ class Capture:
         graph.tensors = read if same else run
 
 
-def _by_name(graph: CapturedGraph, arguments: Sequence[T]) -> dict[str, T]:
-    """Those of the arguments of a graph that stand for tensors."""
+def _by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:
+    """The arguments of a graph that stand for tensors."""
     return {read: x for x, read in zip(arguments, graph.reads, strict=True) if isinstance(read, str)}
 
 
 class _Backend:
-    """The backend of one `Capture`.  It does not compute the model's output: the compiled function returns the graph
+    """The backend of one `GraphCache`.  It does not compute the model's output: the compiled function returns the graph
     that a call takes, with the graph's arguments."""
 
     def __init__(self) -> None:
-        self.latest: tuple[CapturedGraph, set[types.CodeType]] | None = None  # captured, and the code that was read
+        self.latest: tuple[GuardedGraph, set[types.CodeType]] | None = None  # captured, and the code that was read
 
     def __call__(self, module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         reads = {node: _reads(node) for node in module.graph.nodes if node.op == "placeholder"}
         kept = regions.make_explicit(module, [node for node, read in reads.items() if not isinstance(read, str)])
         names = tuple(read for read in reads.values() if isinstance(read, str))
-        graph = CapturedGraph(module, tuple(reads.values()), names)
+        graph = GuardedGraph(module, tuple(reads.values()), names)
         self.latest = graph, set(tracing_context.get_traced_code() or ())
 
         def run(*arguments: Any) -> tuple[Any, ...]:

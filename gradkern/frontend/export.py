@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ..ir.calls import Params
 from ..util.torch_compat import recurrent_shapes_only
-from .capture import LOCK, CapturedGraph, quiet
+from .capture import LOCK, GuardedGraph, quiet
 from .refusal import NoProgram, location, location_in
 
 _SIZES = (*range(2, 65), 1000, 4099, 2**20)  # batch sizes for which a guard is tried
@@ -61,7 +61,7 @@ class _Entry(nn.Module):
     It is interpreted node by node, so that every ATen op knows the module that it comes from.
     """
 
-    def __init__(self, graph: CapturedGraph, guards: _Guards) -> None:
+    def __init__(self, graph: GuardedGraph, guards: _Guards) -> None:
         super().__init__()
         self.graph = (graph,)  # hidden from export, which would treat a submodule as part of the state
         self.guards = guards
@@ -94,13 +94,13 @@ class Exported:
     batch_bounds: Any  # on the batch size, if torch.export has any
 
 
-def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
+def export(graph: GuardedGraph, tensors: Params, inputs: Sequence[Tensor]) -> Exported:
     """The functional ATen graph of a captured one.  ``inputs``: only shapes, dtypes and devices matter."""
     with LOCK, quiet(), recurrent_shapes_only(), torch.inference_mode(False), torch.no_grad():
         try:
             names = [read for read in graph.reads if isinstance(read, str)]
             examples = [torch.zeros(_SAMPLES, *x.shape[1:], dtype=x.dtype, device=x.device) for x in inputs]
-            exported = _exported(graph, [tensors[name] for name in names], examples)
+            exported = _export(graph, [tensors[name] for name in names], examples)
             literals = _literals(exported)
             if _works_in_place(exported):  # making it functional doubles the cost of tracing
                 exported = exported.run_decompositions({})
@@ -112,7 +112,7 @@ def export(graph: CapturedGraph, tensors: Params, inputs: Sequence[Tensor]) -> E
     return _read(exported, names, literals)
 
 
-def _exported(graph: CapturedGraph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
+def _export(graph: GuardedGraph, tensors: list[Tensor], examples: list[Tensor]) -> torch.export.ExportedProgram:
     def attempt(batch: Any, guards: _Guards) -> torch.export.ExportedProgram:
         shapes = ([None] * len(tensors), [{0: batch} for _ in examples])
         return torch.export.export(_Entry(graph, guards), (tensors, examples), dynamic_shapes=shapes, strict=False)

@@ -37,7 +37,7 @@ def make_explicit(module: fx.GraphModule, inputs: Collection[fx.Node]) -> fx.Gra
     `nn.utils.weight_norm` computes.
     """
     for node in module.graph.nodes:
-        if reason := _refused(node):
+        if reason := _refusal(node):
             raise NoProgram(f"{reason}{location(node)}")
     results = next(n for n in module.graph.nodes if n.op == "output").args[0]
     if not results or results[0].target != "clone":
@@ -78,7 +78,7 @@ def _keeper(result: fx.Node) -> str:
     return "a Python object" if keeper is None else f"the attribute {keeper[0]} of {keeper[1]}"
 
 
-def _refused(node: fx.Node) -> str:
+def _refusal(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         name = node.target.name()
         return _CUSTOM.get(name, f"it uses {name}, which has a backward of its own")

@@ -33,7 +33,7 @@ class Terms:
 Pulled = tuple[Tensor, dict[int, Tensor]]  # the output [N, *out], and [N, *in] by input
 
 
-def pulled(
+def pull_back(
     program: Program,
     params: Params,
     samples: Sequence[Tensor],
@@ -59,10 +59,10 @@ def terms_of(program: Program, params: Params, samples: Sequence[Tensor], cotang
 
     Where the forward pass is at a kink or a tie, which changes would leave, only the backward pass is changed.
     """
-    wide, exact = {name: _widened(p) for name, p in params.items()}, [_widened(x) for x in samples]
+    wide, exact = {name: _widen(p) for name, p in params.items()}, [_widen(x) for x in samples]
 
     def run(forward: float, backward: float) -> Pulled:
-        return pulled(program, wide, exact, cotangent, _altering(forward, 0), _altering(backward, 1))[0]
+        return pull_back(program, wide, exact, cotangent, _altering(forward, 0), _altering(backward, 1))[0]
 
     try:
         base = run(0.0, 0.0)
@@ -82,7 +82,7 @@ def _sizes(got: Pulled, base: Pulled, share: float) -> Terms:
     return Terms(size(got[0], base[0]), {i: size(g, base[1][i]) for i, g in got[1].items()})
 
 
-def _widened(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
     return x.detach().double() if x.is_floating_point() else x.detach()
 
 

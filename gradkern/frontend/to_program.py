@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.calls import calls_in, leaves, literal, operator_of, values_in
+from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognize
-from .batch_axis import NonLeadingBatch, inner_extent, per_sample
-from .capture import Captured, plain_name
+from .batch_axis import NonLeadingBatch, inner_extent, make_per_sample
+from .capture import GraphMatch, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
-from .lowerings.fourier import halved
-from .lowerings.nested import last_state, simplified
+from .lowerings.fourier import complex_from_last_axis
+from .lowerings.nested import last_state, simplify
 from .lowerings.repeated import as_fill, is_fill, row_of
 from .refusal import NoProgram, location
 from .regions import reaching
@@ -35,7 +35,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device,
 _LARGEST_CALL = 200  # leaves in one Opaque expression; beyond it, recomputing costs more than autograd does
 
 
-def to_program(captured: Captured, inputs: Sequence[Tensor], name: str = "the model") -> Program:
+def to_program(captured: GraphMatch, inputs: Sequence[Tensor], name: str = "the model") -> Program:
     """The Program of a captured graph for samples like ``inputs`` (each ``[N, *shape]``).
 
     It is only a proposal: `verify` compares it with live autograd.  Raises `NoProgram` if torch.export refuses the
@@ -121,15 +121,15 @@ class _GraphLowering:
     def _lower(self, node: torch.fx.Node) -> Any:
         meta = node.meta.get("val")
         if node.target is torch.ops.aten.item.default:
-            raise self._refused(node, "makes a tensor a Python number, which the graph cannot follow")
+            raise self._refusal(node, "makes a tensor a Python number, which the graph cannot follow")
         if isinstance(meta, torch.SymInt):
             return self._size(meta)
         if isinstance(meta, (tuple, list)):
             return _SeveralResults(node)
         if isinstance(meta, (torch.SymFloat, torch.SymBool)):
-            raise self._refused(node, "computes with the number of samples")
+            raise self._refusal(node, "computes with the number of samples")
         if not isinstance(meta, Tensor):
-            raise self._refused(node, "has no tensor as its result")
+            raise self._refusal(node, "has no tensor as its result")
         index = None
         if node.target is operator.getitem:
             of, piece = node.args
@@ -137,7 +137,7 @@ class _GraphLowering:
             node, index = self.known[of].node, piece
             self.builder.op = str(node.target)
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise self._refused(node, "is no ATen op")
+            raise self._refusal(node, "is no ATen op")
         return self._lower_call(node, index, meta)
 
     def _size(self, size: Any) -> Batch:
@@ -165,11 +165,11 @@ class _GraphLowering:
         if self._has_batch_first(node, meta, call):
             return self._value(node, call, meta)
         try:
-            return self._per_sample(node, meta, call)
+            return self._lower_per_sample(node, meta, call)
         except (NoForm, MixesSamples):
-            return self._inlined(node, meta, call)
+            return self._inline(node, meta, call)
 
-    def _inlined(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
+    def _inline(self, node: torch.fx.Node, meta: Tensor, call: Call) -> Any:
         """A tensor whose batch is not axis 0, as an expression.  A long expression is cut by an `Opaque` step, whose
         value has the batch in front."""
         size = len(leaves(call))
@@ -184,9 +184,9 @@ class _GraphLowering:
             x = b.emit(Opaque(front, "inside it the batch is not axis 0"), values_in(call), tuple(rest))
             lifted = as_shape(b, x, (*rest[:place], 1, *rest[place:]))
             b.dtypes[x] = b.dtypes[lifted] = meta.dtype
-            return NonLeadingBatch(lifted, self._expressed(lifted, meta, call, 1))
+            return NonLeadingBatch(lifted, self._express(lifted, meta, call, 1))
         if size > _LARGEST_CALL:
-            raise self._refused(node, "keeps the batch away from axis 0 for too long")
+            raise self._refusal(node, "keeps the batch away from axis 0 for too long")
         return call
 
     def _has_batch_first(self, node: torch.fx.Node, meta: Tensor, call: Call) -> bool:
@@ -211,7 +211,7 @@ class _GraphLowering:
             return call
         return batch_first(call, as_shape(self.builder, x.value, (shape[0], shape[2])))
 
-    def _per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
+    def _lower_per_sample(self, node: torch.fx.Node, meta: Tensor, call: Call) -> NonLeadingBatch:
         """A tensor whose batch is not axis 0, per sample; raises `NoForm` if its op has no form that way."""
         b, net = self.builder, net_within(call)
         if recognize(net) is not None:
@@ -221,11 +221,11 @@ class _GraphLowering:
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not tensors or not values_in(call):
             raise NoForm("it reads no value")
-        kwargs = tuple((k, self._lifted(v)) for k, v in node.kwargs.items())
-        lifted = Call(op_name(node.target), tuple(self._lifted(x) for x in node.args), kwargs, call.index)
+        kwargs = tuple((k, self._lift(v)) for k, v in node.kwargs.items())
+        lifted = Call(op_name(node.target), tuple(self._lift(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
-        per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
@@ -240,9 +240,9 @@ class _GraphLowering:
             lowered = (ROWS if lifted.op in ROWS else LOWERINGS)[lifted.op](b, named)
         value = number_as_shape(b, lowered, named.result)  # a constant with more axes adds some in front
         self._note_dtype(value, meta.dtype)
-        return NonLeadingBatch(value, self._expressed(value, meta, call, inner), inner)
+        return NonLeadingBatch(value, self._express(value, meta, call, inner), inner)
 
-    def _lifted(self, x: Any) -> Any:
+    def _lift(self, x: Any) -> Any:
         """An argument per sample: a value gets an axis of length one in front."""
         b = self.builder
         argument = self.known[x] if isinstance(x, torch.fx.Node) else x
@@ -258,7 +258,7 @@ class _GraphLowering:
             return row
         if isinstance(argument, (Call, _SeveralResults)):
             raise NoForm("inside it the batch is not axis 0")
-        return tuple(self._lifted(item) for item in x) if isinstance(x, (list, tuple)) else argument
+        return tuple(self._lift(item) for item in x) if isinstance(x, (list, tuple)) else argument
 
     def _value(self, node: torch.fx.Node, call: Call, meta: Tensor) -> Value | Complex:
         b = self.builder
@@ -267,7 +267,7 @@ class _GraphLowering:
             value = self._by_form(node, call, shape, meta)
         except NoForm as reason:
             if len(leaves(call)) > _LARGEST_CALL:
-                raise self._refused(node, "keeps the batch away from axis 0 for too long") from None
+                raise self._refusal(node, "keeps the batch away from axis 0 for too long") from None
             b.op = _ops_of(call)
             value = self._opaque(call, str(reason), shape, meta)
         except MixesSamples as reason:
@@ -283,7 +283,7 @@ class _GraphLowering:
         if not meta.dtype.is_complex:
             return b.emit(Opaque(call, reason), values, shape)
         pair = b.emit(Opaque(Call("aten.view_as_real.default", (call,)), reason), values, (*shape, 2))
-        return halved(b, pair)
+        return complex_from_last_axis(b, pair)
 
     def _note_dtype(self, value: Value | Complex, dtype: torch.dtype) -> None:
         if isinstance(value, Complex):
@@ -312,11 +312,11 @@ class _GraphLowering:
         if self._is_complex(node, meta):
             kwargs = tuple((k, self._formal(v)) for k, v in node.kwargs.items())
             formal = Call(op_name(node.target), tuple(self._formal(x) for x in node.args), kwargs, call.index)
-            formal = simplified(self.builder, formal)
+            formal = simplify(self.builder, formal)
             if len(calls_in(formal)) > 1:
                 raise NoForm("inside it the batch is not axis 0")
             return self._complex_form(formal, named_arguments(formal, shape, meta))
-        call = simplified(self.builder, call)
+        call = simplify(self.builder, call)
         state = last_state(self.builder, call)
         if state is not None:
             return state
@@ -324,7 +324,7 @@ class _GraphLowering:
             raise NoForm("a recurrent net goes step by step")
         if len(calls_in(call)) > 1:
             if any(isinstance(self.known[n], NonLeadingBatch) for n in node.all_input_nodes):
-                return number_as_shape(self.builder, self._per_sample(node, meta, call).value, shape)
+                return number_as_shape(self.builder, self._lower_per_sample(node, meta, call).value, shape)
             raise NoForm("inside it the batch is not axis 0")
         self._check(call, meta)
         return LOWERINGS[call.op](self.builder, named_arguments(call, shape, meta))
@@ -340,7 +340,7 @@ class _GraphLowering:
         if any(self.builder.dtypes.get(v, meta.dtype) != meta.dtype for v in values_in(call)):
             raise NoForm("it changes the dtype")
 
-    def _expressed(self, value: Value | Complex, meta: Tensor, call: Call, inner: int) -> Call:
+    def _express(self, value: Value | Complex, meta: Tensor, call: Call, inner: int) -> Call:
         """A tensor with a non-leading batch, for ops that have no form: the call that made it if that is short,
         otherwise a reshape of its value."""
         if len(leaves(call)) <= _LARGEST_CALL // 8:
@@ -368,13 +368,13 @@ class _GraphLowering:
     def _refuse_random(self, node: torch.fx.Node) -> None:
         if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             return
-        named = _bound(node.target, node.args, dict(node.kwargs))
+        named = bind_arguments(node.target, node.args, dict(node.kwargs))
         drops = [named[k] for k in ("dropout", "p", "dropout_p") if k in named]
         mode = [named[k] for k in ("train", "training") if k in named]
         if not any(m is False for m in mode) and not (drops and all(d == 0 for d in drops)):
-            raise self._refused(node, "draws random numbers")
+            raise self._refusal(node, "draws random numbers")
 
-    def _refused(self, node: torch.fx.Node, what: str) -> NoProgram:
+    def _refusal(self, node: torch.fx.Node, what: str) -> NoProgram:
         reason = f"{self._where(node)} {what}{location(node)}"
         return NoProgram(reason, op=self.builder.op, module=self.builder.module)
 
@@ -400,18 +400,9 @@ def _batch_axis(shape: Sequence[Any]) -> int:
     return next((axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)), -1)
 
 
-def _bound(op: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their names in the op's schema, with defaults filled in."""
-    schema = op._schema.arguments
-    named = {a.name: a.default_value for a in schema if a.has_default_value()}
-    named.update({a.name: x for a, x in zip(schema, args, strict=False)})
-    named.update(kwargs)
-    return named
-
-
 def named_arguments(call: Call, shape: tuple[int, ...], meta: Tensor) -> SimpleNamespace:
     """A call's arguments as lowerings take them; ``shape`` of a sample's result, ``meta`` with its dtype and device."""
-    named = _bound(operator_of(call.op), call.args, dict(call.kwargs))
+    named = bind_arguments(operator_of(call.op), call.args, dict(call.kwargs))
     result = {"result": shape, "result_dtype": meta.dtype, "result_device": meta.device, "piece": call.index}
     return SimpleNamespace(**named, **result)
 

@@ -21,7 +21,7 @@ from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from .refusal import NoProgram
-from .terms import Terms, pulled, terms_of
+from .terms import Terms, pull_back, terms_of
 
 _TOGETHER = 3  # samples that are compared
 _TRIES = 4  # comparisons: one of the samples themselves, the others of slightly perturbed ones
@@ -43,12 +43,12 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
     model = model_of(fn)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"} if model else ())
     with torch.inference_mode(False), torch.random.fork_rng(devices=devices), buffers_kept(model):
-        outcome = _compared(program, fn, params, samples, cotangent)
+        outcome = _compare(program, fn, params, samples, cotangent)
         for _ in range(_TRIES - 1):
             if not isinstance(outcome, NoProgram) or outcome.final:
                 break
             moved = tuple(_noisy(x, _MOVE, generator) for x in samples)
-            outcome = _compared(program, fn, params, moved, cotangent)
+            outcome = _compare(program, fn, params, moved, cotangent)
     if isinstance(outcome, NoProgram):
         raise outcome
     return outcome
@@ -84,7 +84,7 @@ def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 # One comparison
 
 #: Output [N, *out], and per floating input the pulled-back cotangent [N, *in], None if nothing reaches the input.
-Pair = tuple[Tensor, Mapping[int, Tensor | None]]
+OutputAndGradients = tuple[Tensor, Mapping[int, Tensor | None]]
 
 
 class _Rounding:
@@ -98,7 +98,7 @@ class _Rounding:
         """The sizes of terms, measured only if gradients differ by more than the tolerance."""
         return self._measure()
 
-    def far(self, got: Pair, want: Pair) -> str | None:
+    def differing_part(self, got: OutputAndGradients, want: OutputAndGradients) -> str | None:
         """The part that differs by more than rounding: ``"output"`` or ``"gradient"``; None if neither does."""
         if not rounding.close_samples(got[0], want[0], self.tolerance):
             return "output"
@@ -121,25 +121,25 @@ class _Rounding:
         return rounding.close_samples(got, want, self.tolerance, slack.where(clear, 0.0))
 
 
-def _compared(
+def _compare(
     program: Program, fn: Callable[..., Any], params: Params, samples: Sequence[Tensor], cotangent: Tensor
 ) -> NoProgram | frozenset[int]:
-    """What is wrong with ``program``; if nothing is, the inputs that the cotangent does not reach."""
+    """The fault of ``program`` or, if it has none, the inputs that the cotangent does not reach."""
     together_live = _live(fn, samples, cotangent)
-    together, values = pulled(program, params, samples, cotangent)
+    together, values = pull_back(program, params, samples, cotangent)
     allowed = _rounding(program, params, samples, cotangent, values)
     alone, weights = [x[:1] for x in samples], cotangent[:1]
     alone_live = _live(fn, alone, weights)
-    apart = allowed.far(_first(together_live), alone_live)
+    apart = allowed.differing_part(_first_sample(together_live), alone_live)
     if apart == "gradient":  # torch's gradient of one sample may be wrong (docs/reliability.md), but not of it twice
         alone, weights = [torch.cat([x, x]) for x in alone], torch.cat([weights, weights])
-        alone_live = _first(_live(fn, alone, weights))
-        apart = allowed.far(_first(together_live), alone_live)
+        alone_live = _first_sample(_live(fn, alone, weights))
+        apart = allowed.differing_part(_first_sample(together_live), alone_live)
     if apart is not None:
         return NoProgram("its result for a sample depends on the other samples of the batch", mixes=True)
-    ours_alone = _first(pulled(program, params, alone, weights)[0])
+    ours_alone = _first_sample(pull_back(program, params, alone, weights)[0])
     for ours, live in ((together, together_live), (ours_alone, alone_live)):
-        what = allowed.far(ours, live)
+        what = allowed.differing_part(ours, live)
         if what is not None:
             custom = custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
@@ -149,7 +149,7 @@ def _compared(
     return frozenset(i for i, g in together_live[1].items() if g is None)
 
 
-def _first(pair: Pair) -> Pair:
+def _first_sample(pair: OutputAndGradients) -> OutputAndGradients:
     """The first sample's part."""
     return pair[0][:1], {i: None if g is None else g[:1] for i, g in pair[1].items()}
 
@@ -163,7 +163,7 @@ def _rounding(
     return _Rounding(least.dtype, tolerance, lambda: terms_of(program, params, samples, cotangent))
 
 
-def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) -> Pair:
+def _live(fn: Callable[..., Any], samples: Sequence[Tensor], cotangent: Tensor) -> OutputAndGradients:
     """Output and pulled-back cotangents by autograd on the model itself."""
     with torch.enable_grad():
         xs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in samples]

@@ -4,10 +4,10 @@ Change the import; arguments, results and errors stay tangermeme's.
 
     from gradkern.integrations.tangermeme import deep_lift_shap, pisa
 
-What differs, for the better: the rules also hold for functions (``F.relu``), reused modules and ReLUs before pools,
-where tangermeme warns of convergence deltas; and memory is bounded by gradkern's budget, so ``batch_size`` only says
-how many references are drawn at a time.  Rules of the caller's own (``additional_nonlinear_ops``) and half precision
-run in tangermeme itself, and a warning says so.
+There are two improvements.  The rules also hold for functions (``F.relu``), reused modules and ReLUs before pools,
+where tangermeme warns of convergence deltas.  Memory is bounded by gradkern's budget, so ``batch_size`` only says how
+many references are drawn at a time.  The caller's own rules (``additional_nonlinear_ops``) and half precision run in
+tangermeme itself, and a warning says so.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ except ImportError as error:
 
 __all__ = ["deep_lift_shap", "pisa"]
 
-EPS = 1e-6  # tangermeme's: where inputs differ by less, the derivative takes the place of the secant
-GROUP = 512  # pairs of a sequence and a reference per call of the engine, which has blocks of its own
-RELATIVE = 0.01  # of the change of the output: a delta above it is warned of
-ROUNDING = 64  # units in the last place of the outputs: a larger delta is none of their rounding
+EPS = 1e-6  # as in tangermeme: where inputs differ by less, the derivative takes the place of the secant
+GROUP = 512  # pairs of a sequence and a reference per call of the engine, which divides them into blocks
+RELATIVE = 0.01  # a warning is given for a delta above this share of the change of the output
+ROUNDING = 64  # units in the last place of the outputs; a larger delta is not due to their rounding
 AGAIN = 4  # pairs per call whose deltas are computed again
 
 
@@ -168,7 +168,7 @@ class _Call:
         self.most, self.show = most, show
 
     def mean(self, target: int | None) -> Tensor:
-        """Hypothetical contributions, the mean over the references: of one output, or (None) ``[N, outputs, …]``."""
+        """Hypothetical contributions, averaged over the references: of one output, or (None) ``[N, outputs, …]``."""
         method = DeepLiftShap(self.model, output=outputs)
         method.eps = EPS
         options: dict[str, Any] = {"hypothetical": True, "return_convergence_delta": True}
@@ -194,7 +194,7 @@ class _Call:
         return multipliers if target is not None else multipliers.transpose(1, 2)
 
     def multipliers(self, pairs: Tensor, target: int | None) -> tuple[Tensor, Tensor]:
-        """Those of some pairs, numbered from 0 to N · R, and the sums of the contributions they make."""
+        """The multipliers of some pairs (numbered 0 … N · R - 1), and the sums of the resulting contributions."""
         samples = pairs // self.refs.shape[1]
         x, start = self.x[samples], self.refs.flatten(0, 1)[pairs]
         more = None if self.more is None else tuple(m[samples] for m in self.more)
@@ -215,8 +215,8 @@ class _Call:
         return (y, before) if target is None else (y[:, target], before[:, target])
 
     def checked(self, delta: Tensor, target: int | None) -> Tensor:
-        """The deltas, those which may be the rounding of large outputs computed again as tangermeme does, from what
-        the model itself returns: kernels sum in another order, which is no reason for a warning of its own."""
+        """The deltas.  Those that may be the rounding of large outputs are computed again from what the model itself
+        returns, as tangermeme does: kernels sum in another order, which should not cause a warning."""
         y, before = self.ends(target)
         rounding = ROUNDING * torch.finfo(y.dtype).eps * (y.abs() + before.abs())
         near = (delta.abs() > self.most) & (delta.abs() <= rounding)
@@ -249,8 +249,8 @@ class _Call:
 
 
 def _not_ours(ops: dict[type, Any] | None, dtype: torch.dtype | None) -> str | None:
-    """Why tangermeme itself has to run; None if gradkern can.  Its own rules for other modules need no honouring, as
-    gradkern's hold for any operation."""
+    """Why tangermeme itself has to run; None if gradkern can.  tangermeme's rules for other modules are not needed,
+    because gradkern's hold for any operation."""
     own = {kind.__name__: rule for kind, rule in (ops or {}).items() if not _is_builtin(rule)}
     if own:
         return (
@@ -299,7 +299,7 @@ def _rows(X: Any, a: int, b: int, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _at(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """The model in eval mode on ``device`` (a GPU if there is one and none is named), and then as it was."""
+    """Inside, the model is in eval mode on ``device`` (default: a GPU if there is one); afterwards it is as before."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     before = next((p.device for p in model.parameters()), None)
     training = {m: m.training for m in model.modules()}
@@ -330,8 +330,10 @@ def check_outputs(model: nn.Module, X: Any, args: Any, dtype: torch.dtype, place
 def _references_of(
     X: Any, references: Any, count: int, batch_size: int, random_state: int | None, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """``(a, b, [b - a, count, 4, length])``: some samples at a time, with the references that tangermeme draws, which
-    depend on ``batch_size`` where there is no seed."""
+    """Yield ``(a, b, [b - a, count, 4, length])``: some samples at a time, with the references that tangermeme draws.
+
+    Without a seed these depend on ``batch_size``.
+    """
     n, size = X.shape[0], max(1, GROUP // count)
     if _is_given(references):
         for a in range(0, n, size):

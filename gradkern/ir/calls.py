@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -56,13 +56,13 @@ def form_params(form: Form) -> tuple[Param, ...]:
     return params_in(form.call) if isinstance(form, Opaque) else ()
 
 
-def rewritten(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+def rewrite(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     """The tree with every leaf replaced."""
     if isinstance(tree, tuple):
-        return tuple(rewritten(item, leaf) for item in tree)
+        return tuple(rewrite(item, leaf) for item in tree)
     if isinstance(tree, Call):
-        kwargs = tuple((k, rewritten(v, leaf)) for k, v in tree.kwargs)
-        return Call(tree.op, rewritten(tree.args, leaf), kwargs, tree.index)
+        kwargs = tuple((k, rewrite(v, leaf)) for k, v in tree.kwargs)
+        return Call(tree.op, rewrite(tree.args, leaf), kwargs, tree.index)
     return leaf(tree)
 
 
@@ -78,6 +78,13 @@ def operator_of(name: str) -> Callable[..., Any]:
     for part in namespace.split("."):
         at = getattr(at, part)
     return getattr(getattr(at, packet), overload)
+
+
+def bind_arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an op by their names in its schema, with defaults filled in."""
+    schema = op._schema.arguments
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return bound | {a.name: x for a, x in zip(schema, args, strict=False)} | dict(kwargs)
 
 
 def evaluate(call: Call, leaf: Callable[[Any], Any], apply: Callable[..., Any] | None = None) -> Any:

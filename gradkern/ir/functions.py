@@ -70,7 +70,7 @@ def _mish_slope(x: Tensor, y: Tensor) -> Tensor:
     return t + x * torch.sigmoid(x) * (1 - t * t)
 
 
-_SIXTH = struct.unpack("f", struct.pack("f", 1 / 6))[0]  # torch rounds its 1/6 to float32, for float64 too
+_SIXTH = struct.unpack("f", struct.pack("f", 1 / 6))[0]  # torch rounds its 1/6 to float32, even for float64
 
 #: ReLUs of attribution rules (guided backpropagation, deconvolution), which send no negative cotangent back.
 RECTIFYING = frozenset({"guided_relu", "open_relu"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from .calls import rewritten
+from .calls import rewrite
 from .program import Opaque, Program, Step, Value
 
 
@@ -41,11 +41,11 @@ def steps_to(program: Program, values: Iterable[int], among: Collection[int] | N
     return kept[::-1]
 
 
-def renumbered(step: Step, number: Mapping[int, int]) -> Step:
+def renumber(step: Step, number: Mapping[int, int]) -> Step:
     """A step with new indices for the values that it reads."""
     form = step.form
     if isinstance(form, Opaque):
-        form = replace(form, call=rewritten(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x))
+        form = replace(form, call=rewrite(form.call, lambda x: Value(number[x.id]) if isinstance(x, Value) else x))
     return replace(step, form=form, inputs=tuple(number[v] for v in step.inputs))
 
 
@@ -53,7 +53,7 @@ def part(program: Program, inputs: Sequence[int], steps: Sequence[int], output: 
     """The steps ``steps`` as a Program that reads the values ``inputs`` and computes ``output`` (-1 for none)."""
     base = len(program.inputs)
     number = {v: k for k, v in enumerate((*inputs, *(base + i for i in steps)))}
-    kept = tuple(renumbered(program.steps[i], number) for i in steps)
+    kept = tuple(renumber(program.steps[i], number) for i in steps)
     return Program(tuple(program.shape(v) for v in inputs), kept, number.get(output, -1), program.derived)
 
 

@@ -118,7 +118,7 @@ def transpose(form: Index, shapes: Sequence[Shape], g: Tensor) -> tuple[Tensor, 
     for part, shape in zip(form.parts, shapes, strict=True):
         back = _window(g, part, 2)
         for a, axis in enumerate(part.axes):
-            back = _collected(back, a + 2, _axis(axis, g.device), shape[part.order[a]])
+            back = _collect(back, a + 2, _axis(axis, g.device), shape[part.order[a]])
         inverse = sorted(range(len(part.order)), key=lambda a: part.order[a])
         cotangents.append(back.permute(0, 1, *[a + 2 for a in inverse]))
     return tuple(cotangents)
@@ -152,7 +152,7 @@ def _taken(part: Part, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     return x, tuple(grid.reshape([-1 if k == d else 1 for k in range(x.dim())]) for d, grid in enumerate(grids))
 
 
-def _collected(g: Tensor, dim: int, m: _Axis, size: int) -> Tensor:
+def _collect(g: Tensor, dim: int, m: _Axis, size: int) -> Tensor:
     """The transposed action along one axis of a cotangent."""
     shape = list(g.shape)
     shape[dim] = size

@@ -126,6 +126,11 @@ class Windows:
     def taps(self) -> int:
         return math.prod(self.kernel)
 
+    @property
+    def overlap(self) -> bool:
+        """Whether windows share positions."""
+        return any(s < d * (k - 1) + 1 for s, k, d in zip(self.stride, self.kernel, self.dilation, strict=True))
+
     def outside(self, spatial: Shape) -> list[tuple[int, list[int]]]:
         """By axis, the windows over ``spatial`` that lie wholly in the padding."""
         found = []

@@ -22,7 +22,7 @@ class Recurrent:
     def macs(self, steps: int, inputs: int, outputs: int, seeds: int) -> tuple[int, int]:
         """Multiply-adds per sample from ``[T, inputs]`` to ``[T, outputs]`` (`runtime.recurrent`): those of the forward
         pass and of its parts that the backward pass repeats, and those of the walk back through time."""
-        rows = GATES[f"aten.{self.kind}.input"] * outputs  # of the weights of all directions
+        rows = GATES[f"aten.{self.kind}.input"] * outputs  # the rows of the weights of all directions
         hidden, layers = outputs // self.directions, len(self.weights) // self.directions
         values = walk = 0
         for layer in range(layers):

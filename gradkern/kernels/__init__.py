@@ -25,7 +25,7 @@ from ..ir.program import Call, Contract, Param, Positions, Program, Shape, Value
 from ..runtime import ops
 from ..runtime.call_plan import call_plan_for
 from ..runtime.execution import run_chain
-from ..runtime.parameters import KernelsUnavailable, Packed, PlanWeights, every
+from ..runtime.parameters import KernelsUnavailable, Packed, PlanWeights, all_output_indices
 from ..util.options import BadType, BadValue
 
 __all__ = [
@@ -127,7 +127,7 @@ def _pair(size: Size) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class _Prepared:
     packed: Packed
-    targets: Tensor | None  # of one-hot seeds
+    targets: Tensor | None  # the targets of one-hot seeds
     rows: Tensor | None
 
 
@@ -247,5 +247,5 @@ class Chain:
             raise RuntimeError(f"gradkern has no kernels for these layers: {error}") from error
         if not onehot:
             return _Prepared(packed, None, None)
-        targets = every(seeds, like.device)
+        targets = all_output_indices(seeds, like.device)
         return _Prepared(packed, targets, packed.seed_rows(targets, seeds))

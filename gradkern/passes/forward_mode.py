@@ -41,7 +41,7 @@ from ..ir.program import (
     View,
     Windows,
 )
-from .prune_positions import pruned
+from .prune_positions import prune
 
 MOST_TAPS = 16  # places of a pool's overlapping windows, each of which is a separate step
 
@@ -60,7 +60,7 @@ class Slope:
     kind: Kind
     of: int  # a step; a value for ``value`` and ``swapped``
     shape: Shape
-    place: int = 0  # of a ``tap``: its number in the window
+    place: int = 0  # the number of a ``tap`` in the window
 
 
 def values_read(program: Program, slopes: Sequence[Slope]) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ def no_rule_reason(program: Program, i: int) -> str | None:
             sides = zip(w.kernel, w.stride, w.padding, w.dilation, step.shape[1:], strict=True)
             if any((m - 1) * s - p + d * (k - 1) < 0 for k, s, (p, _), d, m in sides):
                 return "it reads only padding"
-        case Select(windows=w, ties="first") if overlaps(w) and w.taps > MOST_TAPS:
+        case Select(windows=w, ties="first") if w.overlap and w.taps > MOST_TAPS:
             return f"it is a maximum of overlapping windows of {w.taps} places"
         case Given() | Opaque():
             return "it has no forward rule"
@@ -110,7 +110,7 @@ def overlaps(w: Windows) -> bool:
     return any(s < d * (k - 1) + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
 
 
-def transposed(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
+def transpose(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
     """The VJP of a network in which every step has a rule.
 
     ``computed``: a `Given` step computes the derivative of a function; otherwise the caller gives it.
@@ -168,10 +168,10 @@ class _Writer:
         parts = self.sums.pop(value, [])
         return self.emit(Sum(), parts, self.program.shape(value)) if len(parts) > 1 else next(iter(parts), None)
 
-    def reshaped(self, g: int, have: Shape, shape: Shape) -> int:
+    def reshape(self, g: int, have: Shape, shape: Shape) -> int:
         return g if have == shape else self.emit(View(), (g,), shape)
 
-    def indexed(self, g: int, have: Shape, axes: Mapping[int, Sequence[int]]) -> int:
+    def index_axes(self, g: int, have: Shape, axes: Mapping[int, Sequence[int]]) -> int:
         """``g`` at the positions ``axes[a]`` along each axis ``a`` (-1: zeros)."""
         if all(list(wanted) == list(range(have[a])) for a, wanted in axes.items()):
             return g
@@ -183,15 +183,15 @@ class _Writer:
         """``g`` times a constant matrix along one axis, in the form of `Positions.axes`."""
         before, after = math.prod(have[:axis]), math.prod(have[axis + 1 :])
         same = tuple((i, (1.0,)) for i in range(after))
-        g = self.reshaped(g, have, (before, have[axis], after))
+        g = self.reshape(g, have, (before, have[axis], after))
         g = self.emit(Contract(Positions((rows, same))), (g,), (before, len(rows), after))
-        return self.reshaped(g, (before, len(rows), after), (*have[:axis], len(rows), *have[axis + 1 :]))
+        return self.reshape(g, (before, len(rows), after), (*have[:axis], len(rows), *have[axis + 1 :]))
 
     def spread_sum(self, g: int, shape: Shape, axis: int, factor: float = 1.0) -> int:
         """The sum along an axis times a factor, at each of its positions."""
         n = shape[axis]
         one = (*shape[:axis], 1, *shape[axis + 1 :])
-        return self.indexed(self.along(g, shape, axis, ((0, (factor,) * n),)), one, {axis: [0] * n})
+        return self.index_axes(self.along(g, shape, axis, ((0, (factor,) * n),)), one, {axis: [0] * n})
 
     # ---- one step
 
@@ -219,9 +219,9 @@ class _Writer:
                     self.send(k, self.product(step, g, k, sources[k]))
             case Index(parts=parts):
                 for k, part in enumerate(parts):
-                    self.send(k, self.uncopied(part, g, shape, sources[k]))
+                    self.send(k, self.undo_copy(part, g, shape, sources[k]))
             case View():
-                self.send(0, self.reshaped(g, shape, sources[0]))
+                self.send(0, self.reshape(g, shape, sources[0]))
             case Sum():
                 for k in range(len(sources)):
                     self.send(k, g)
@@ -262,18 +262,18 @@ class _Writer:
         call = Call("aten.transpose.int", (call, 1, 2))
         call = Call("aten.reshape.default", (call, (c, o // groups, *w.kernel)))
         flipped = self.weight(f"{weight.name}^T/{groups}", call)
-        g = self.indexed(g, shape, spread)
+        g = self.index_axes(g, shape, spread)
         windows = Windows(w.kernel, (1,) * len(w.kernel), tuple(padding), w.dilation, groups)
         return self.emit(Contract(windows, flipped), (g,), source)
 
     def select(self, form: Select, g: int, shape: Shape, source: Shape) -> int:
         w, spatial = form.windows, source[1:]
         if form.ties == "split":
-            g = self.indexed(g, shape, {a + 1: [0] * n for a, n in enumerate(spatial)})
+            g = self.index_axes(g, shape, {a + 1: [0] * n for a, n in enumerate(spatial)})
             return self.times(g, "share", source)
-        if not overlaps(w):
+        if not w.overlap:
             reads = {a + 1: [window_of(w, a, p, shape[a + 1]) for p in range(n)] for a, n in enumerate(spatial)}
-            return self.times(self.indexed(g, shape, reads), "winner", source)
+            return self.times(self.index_axes(g, shape, reads), "winner", source)
         parts = []
         for t in range(w.taps):
             chosen, rest = self.times(g, "tap", shape, place=t), t
@@ -281,7 +281,7 @@ class _Writer:
             for a in reversed(range(len(spatial))):
                 rest, at = divmod(rest, w.kernel[a])
                 axes[a + 1] = [tap_of(w, a, p, at, shape[a + 1]) for p in range(spatial[a])]
-            parts.append(self.indexed(chosen, shape, axes))
+            parts.append(self.index_axes(chosen, shape, axes))
         return self.emit(Sum(), parts, source)
 
     def low_rank(self, form: LowRank, g: int, shape: Shape) -> int:
@@ -319,7 +319,7 @@ class _Writer:
                 slope = self.slope("swapped", other, (*lead, columns, rows))
                 self.send(k, self.emit(Product("matmul"), (g, slope) if k == 0 else (slope, g), sources[k]))
 
-    def uncopied(self, part: Part, g: int, shape: Shape, source: Shape) -> int:
+    def undo_copy(self, part: Part, g: int, shape: Shape, source: Shape) -> int:
         """Every element gets the sum over its copies."""
         reads = [indexing.indices(axis) for axis in part.axes]
         axes: dict[int, Sequence[int]] = {}
@@ -331,7 +331,7 @@ class _Writer:
             else:
                 g = self.along(g, shape, a, transposed_rows(tuple((max(i, 0), (float(i >= 0),)) for i in read), size))
                 shape = (*shape[:a], size, *shape[a + 1 :])
-        g = self.indexed(g, shape, axes)
+        g = self.index_axes(g, shape, axes)
         if part.order == tuple(range(len(source))):
             return g
         inverse = tuple(sorted(range(len(source)), key=part.order.__getitem__))
@@ -342,7 +342,7 @@ class _Writer:
 
     def finish(self) -> Transposed:
         reached = [(w, g) for w in self.wrt if (g := self.total(w)) is not None]
-        output = reached[0][1] if len(self.wrt) == 1 else self.joined(dict(reached))
+        output = reached[0][1] if len(self.wrt) == 1 else self.concatenate(dict(reached))
         base = 1 + len(self.slopes)
 
         def number(v: int) -> int:
@@ -350,16 +350,16 @@ class _Writer:
 
         steps = tuple(replace(s, inputs=tuple(map(number, s.inputs))) for s in self.steps)
         inputs = (self.program.output_shape, *(slope.shape for slope in self.slopes))
-        program = without_copies(pruned(Program(inputs, steps, number(output), tuple(self.derived.values()))))
+        program = without_copies(prune(Program(inputs, steps, number(output), tuple(self.derived.values()))))
         return Transposed(program, tuple(self.slopes), self.wrt)
 
-    def joined(self, cotangents: dict[int, int]) -> int:
+    def concatenate(self, cotangents: dict[int, int]) -> int:
         """The cotangents of all inputs, flat, one after another."""
         sizes = [math.prod(self.program.inputs[w]) for w in self.wrt]
         total, parts, reads = sum(sizes), [], []
         for k, w in enumerate(self.wrt):
             if w in cotangents:
-                flat = self.reshaped(cotangents[w], self.program.inputs[w], (sizes[k],))
+                flat = self.reshape(cotangents[w], self.program.inputs[w], (sizes[k],))
                 before = sum(sizes[:k])
                 places = [p - before if before <= p < before + sizes[k] else -1 for p in range(total)]
                 parts.append(Part((0,), (indexing.runs(places),)))
@@ -403,5 +403,5 @@ def without_copies(program: Program) -> Program:
             number[base + i] = number[step.inputs[0]]
         else:
             number[base + i] = base + len(steps)
-            steps.append(graph.renumbered(step, number))
+            steps.append(graph.renumber(step, number))
     return replace(program, steps=tuple(steps), output=number[program.output])

@@ -24,7 +24,7 @@ class Axis:
     stride: int
     taps: int
     padding: tuple[int, int]
-    count: int  # of windows
+    count: int  # the number of windows
     residue: tuple[int, ...]  # by phase: its first tap, in the kernel of the convolution over zeros
     first: tuple[int, ...]
 
@@ -108,7 +108,7 @@ def by_phases(program: Program, i: int, j: int, strides: Shape) -> tuple[Step, S
     windows = Windows(taps, (1,) * dims, tuple(axis.padding for axis in axes), (1,) * dims)
     parts = []
     for phase in product(*map(range, strides)):
-        number = 0  # of the phase's channels, which are in the order of residues
+        number = 0  # the phase's place among the channels, which are in the order of residues
         for axis, a in zip(axes, phase, strict=True):
             number = number * axis.stride + axis.residue[a]
         spatial = (indexing.runs(axis.reads(a, m)) for axis, a, m in zip(axes, phase, out[1:], strict=True))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ..ir import indexing
 from ..ir import program as ir
-from ..ir.graph import renumbered
+from ..ir.graph import renumber
 from ..ir.macs import forward_macs
 from ..util.memo import Memo
 
@@ -43,7 +43,7 @@ class Line:
         return range(self.start, self.last + 1, self.step)
 
     def within(self, other: Line) -> Line:
-        """The same positions, counted along ``other``, which contains all of them."""
+        """These positions, counted along ``other``, which contains all of them."""
         step = self.step // other.step if self.count > 1 else 1
         return Line((self.start - other.start) // other.step, step, self.count)
 
@@ -75,7 +75,7 @@ def free_axes(step: ir.Step, source: ir.Shape) -> list[bool]:
     form, rank = step.form, len(step.shape)
     match form:
         case ir.View():
-            return [a < shared(step.shape, source) for a in range(rank)]
+            return [a < common_axes(step.shape, source) for a in range(rank)]
         case ir.Scale() | ir.Sum() | ir.Index() | ir.Product():
             return [True] * rank
         case ir.Contract(map=ir.Channels(axis)) | ir.LowRank(axis=axis):
@@ -87,12 +87,12 @@ def free_axes(step: ir.Step, source: ir.Shape) -> list[bool]:
     return [False] * rank
 
 
-def shared(a: ir.Shape, b: ir.Shape) -> int:
+def common_axes(a: ir.Shape, b: ir.Shape) -> int:
     """How many leading axes two shapes have in common."""
     return next((k for k, (n, m) in enumerate(zip(a, b, strict=False)) if n != m), min(len(a), len(b)))
 
 
-def needed(step: ir.Step, lines: Lines, shapes: Sequence[ir.Shape]) -> list[Lines]:
+def needed_positions(step: ir.Step, lines: Lines, shapes: Sequence[ir.Shape]) -> list[Lines]:
     """The positions of its inputs (of these ``shapes``) that a step reads for the results ``lines``."""
     match step.form:
         case ir.Scale() | ir.Sum() | ir.Contract(map=ir.Channels()) | ir.LowRank():
@@ -105,13 +105,13 @@ def needed(step: ir.Step, lines: Lines, shapes: Sequence[ir.Shape]) -> list[Line
         case ir.Product(function="mul"):
             return [tuple(ln if n > 1 else Line(0, 1, 1) for ln, n in zip(lines, s, strict=True)) for s in shapes]
         case ir.View():
-            common = shared(step.shape, shapes[0])
+            common = common_axes(step.shape, shapes[0])
             return [(*lines[:common], *every(shapes[0])[common:])]
         case ir.Product():  # [*B, M, K] @ [*B, K, P]
             inner = Line(0, 1, shapes[0][-1])
             return [(*lines[:-1], inner), (*lines[:-2], inner, lines[-1])]
         case ir.Index(parts=parts):
-            return [read_by(part, lines) for part in parts]
+            return [positions_read(part, lines) for part in parts]
     return [every(s) for s in shapes]
 
 
@@ -133,7 +133,7 @@ def reach(w: ir.Windows, axis: int, line: Line, length: int) -> Line:
     return Line(start, step if count > 1 else 1, count)
 
 
-def read_by(part: ir.Part, lines: Lines) -> Lines:
+def positions_read(part: ir.Part, lines: Lines) -> Lines:
     """The positions that a part of an `Index` reads for the results ``lines``, in the order of the input's axes."""
     lines_of: dict[int, Line] = {}
     for axis, order, line in zip(part.axes, part.order, lines, strict=True):
@@ -155,7 +155,7 @@ def demands(program: ir.Program) -> dict[int, Lines]:
         lines = tuple(ln if f else Line(0, 1, n) for ln, f, n in zip(lines, free, step.shape, strict=True))
         lines_of[base + i] = lines
         shapes = [program.shape(v) for v in step.inputs]
-        for v, need in zip(step.inputs, needed(step, lines, shapes), strict=True):
+        for v, need in zip(step.inputs, needed_positions(step, lines, shapes), strict=True):
             before = lines_of.get(v)
             lines_of[v] = need if before is None else tuple(union(a, b) for a, b in zip(before, need, strict=True))
     return lines_of | {v: every(shape) for v, shape in enumerate(program.inputs)}
@@ -203,14 +203,14 @@ class Writer:
 
     def step(self, step: ir.Step, lines: Lines) -> int:
         shape = tuple(ln.count for ln in lines)
-        needs = needed(step, lines, [self.program.shape(v) for v in step.inputs])
+        needs = needed_positions(step, lines, [self.program.shape(v) for v in step.inputs])
         reads: tuple[int, ...]
         match step.form:
             case ir.Contract(map=ir.Windows() as w) if len(w.kernel) == len(lines) - 1:
                 (source,), have = step.inputs, self.lines[step.inputs[0]]
-                windows = fitted(w, lines[1:], have[1:])
+                windows = fit_windows(w, lines[1:], have[1:])
                 if windows is None:
-                    have, windows = needs[0], fitted(w, lines[1:], needs[0][1:])
+                    have, windows = needs[0], fit_windows(w, lines[1:], needs[0][1:])
                 assert windows is not None, "what the windows need is enough for them"
                 form: ir.Form = replace(step.form, map=windows)
                 reads = (self.cut(source, have, step),)
@@ -219,14 +219,14 @@ class Writer:
                 form = ir.Index(tuple(part_of(p, lines, s) for p, s in zip(parts, sources, strict=True)))
                 reads = tuple(self.number[v] for v in step.inputs)
             case ir.Opaque():
-                return self.emit(renumbered(step, self.number))
+                return self.emit(renumber(step, self.number))
             case _:
                 form = step.form
                 reads = tuple(self.cut(v, need, step) for v, need in zip(step.inputs, needs, strict=True))
         return self.emit(replace(step, form=form, inputs=reads, shape=shape))
 
 
-def fitted(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
+def fit_windows(w: ir.Windows, lines: Lines, have: Lines) -> ir.Windows | None:
     """The windows of the results ``lines`` over the positions ``have``; None if some lie outside."""
     stride, padding, dilation = [], [], []
     for axis, (line, h) in enumerate(zip(lines, have, strict=True)):
@@ -257,18 +257,18 @@ def part_of(part: ir.Part, lines: Lines, have: Lines) -> ir.Part:
 _pruned: Memo[ir.Program] = Memo(256)
 
 
-def pruned(program: ir.Program) -> ir.Program:
+def prune(program: ir.Program) -> ir.Program:
     """``program`` for the positions that its output needs; unchanged if that saves little."""
 
     def make() -> ir.Program:
-        smaller = _pruned_once(program)
+        smaller = _prune_once(program)
         _pruned.put(smaller.key, smaller)  # nothing is left to prune
         return smaller
 
     return _pruned.get_or_make(program.key, make)
 
 
-def _pruned_once(program: ir.Program) -> ir.Program:
+def _prune_once(program: ir.Program) -> ir.Program:
     try:
         lines = demands(program)
     except OnlyPadding:

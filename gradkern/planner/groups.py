@@ -37,12 +37,12 @@ class Chains:
         key = (group.steps, group.live_out, seeds, wrt, onehot)
         chain = self.chains.get(key)
         if chain is None:
-            chain = self.chains.setdefault(key, self._lowered(group, seeds, wrt, onehot))
+            chain = self.chains.setdefault(key, self._lower(group, seeds, wrt, onehot))
         if isinstance(chain, TooLarge):
             raise chain.with_traceback(None)  # the same exception is raised many times
         return chain
 
-    def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
+    def _lower(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool) -> Chain | TooLarge:
         assert self.machine
         lower, linear = lower_for(self.machine), bool(self.program.slopes)
         args = (self.program, list(group.steps), list(group.live_out), self.machine, self.itemsize, seeds, wrt)

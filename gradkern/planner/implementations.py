@@ -76,7 +76,7 @@ def _recurrent_reason(program: Program, i: int, dtype: torch.dtype, machine: Mac
 
 
 def _view_reason(program: Program, i: int, dtype: torch.dtype, machine: Machine | NoKernels) -> str | None:
-    return None if kernel_reason(program, i, dtype, machine) is None else SILENT  # torch's views are free, too
+    return None if kernel_reason(program, i, dtype, machine) is None else SILENT  # torch's views are also free
 
 
 CHAIN_VIEW = Implementation("view", (View,), _view_reason, native=True, chained=True)

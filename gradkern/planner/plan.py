@@ -26,9 +26,9 @@ from ..ir.program import Contract, Opaque, Program, describe
 from ..ir.recurrent import recognize
 from ..passes import direction
 from ..passes.direction import Cut, Direction
-from ..passes.forward_mode import Transposed, transposed, values_read
+from ..passes.forward_mode import Transposed, transpose, values_read
 from ..passes.phases import without_zeros
-from ..passes.prune_positions import pruned
+from ..passes.prune_positions import prune
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
@@ -129,10 +129,10 @@ class Plan:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
         if self.forward is not None:
             values = self.forward.values
-            of_values = underived(values, contracted(values, range(len(values.steps))))
+            of_values = underived(values, contraction_params(values, range(len(values.steps))))
             return tuple(dict.fromkeys((*self.forward.plan.live_names, *of_values)))
         native = {i for g in self.groups if g.native for i in g.steps}
-        return contracted(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
+        return contraction_params(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
 
     @cached_property
     def bytes_per_sample(self) -> int:
@@ -268,7 +268,7 @@ class Plan:
         rows = [("value", "layer", "form", "shape", "path", "MMAC")]
         for s in self.steps:
             shape = "×".join(map(str, s.shape)) or "()"
-            layer, form = _shortened(s.module or s.op, end=True), _shortened(PARAMETER.sub("", s.form))
+            layer, form = _shorten(s.module or s.op, end=True), _shorten(PARAMETER.sub("", s.form))
             rows.append((f"v{s.value}", layer, form, shape, s.path, f"{s.macs / 1e6:.3g}"))
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -299,7 +299,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def contracted(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
+def contraction_params(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
     """The weights and biases of the contractions among ``steps``."""
     forms = (program.steps[i].form for i in steps)
     return tuple(dict.fromkeys(p.name for form in forms if isinstance(form, Contract) for p in form_params(form)))
@@ -318,7 +318,7 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(reached)
 
 
-def _shortened(text: str, *, end: bool = False) -> str:
+def _shorten(text: str, *, end: bool = False) -> str:
     """``text`` cut to `WIDEST` characters; ``end``: its end is kept, as for a layer's place in the model."""
     if len(text) <= WIDEST:
         return text
@@ -353,7 +353,7 @@ def plan(
     if isinstance(machine, Device) and dtype in CAST_DTYPES and not opaque:
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
-        program = pruned(program)
+        program = prune(program)
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
@@ -364,7 +364,7 @@ def plan(
     chains = Chains(program, machine, dtype.itemsize)
     made = Plan(original, program, machine, dtype, seeds, wanted, (), (), chains, chosen, cast_dtype=cast_dtype)
     if chosen is not None and chosen.forward:
-        backwards = transposed(
+        backwards = transpose(
             program, range(len(program.inputs)) if wrt is None else wrt, computed=not isinstance(machine, Device)
         )
         inner = plan(backwards.program, backwards.tangents, dtype, machine=machine, reverse=True)

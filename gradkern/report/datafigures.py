@@ -17,7 +17,7 @@ SMALLEST_IMAGE = 5  # rows or columns: anything thinner is drawn as a line per r
 
 
 def flat(values: np.ndarray) -> np.ndarray:
-    """``[T]`` or ``[H, W]`` of one sample's values: channels of a signal are summed, channels of an image too."""
+    """``[T]`` or ``[H, W]`` of one sample's values: channels are summed."""
     values = np.squeeze(np.asarray(values, dtype=float))
     if values.ndim <= 1:
         return np.atleast_1d(values)

@@ -112,7 +112,7 @@ class StoreSections:
     # ---- sections
 
     def sources(self) -> list[str]:
-        """What the store says it was made of, which may be anybody's words."""
+        """What the store says it was made of.  The text is not trusted, as the store may come from anyone."""
         made_by = self.about.get("made_by") or {}
         said = [f"{k} {_short(plain(str(made_by[k]), lines=False))}" for k in ("model", "source") if made_by.get(k)]
         return [f"According to the store: {', '.join(said)}."] if said else []
@@ -195,7 +195,7 @@ class StoreSections:
         inputs = None
         if self.source is not None:
             inputs = np.stack([
-                np.stack([_explained(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
+                np.stack([_first_floating_sample(self.source.read(n, n + 1)) for n in e.samples]) for e in extremes
             ])  # fmt: skip
         kinds = ("typical", "atypical")
         titles = [
@@ -218,7 +218,7 @@ class StoreSections:
             section.table(["output", "typical sample", "atypical sample"], rows, "Their names.")
 
     def _searched(self) -> str:
-        """A word on the samples that were not looked at, if there are any."""
+        """A note on the samples that were not looked at, if there are any."""
         spans = self._spans()
         if len(spans) == len(self.finished):
             return ""
@@ -288,8 +288,8 @@ class StoreSections:
             section.printed(self.about["program"], "The network as gradkern sees it")
 
 
-def _explained(inputs: Sequence[Tensor]) -> np.ndarray:
-    """The sample ``[*in]`` of the first floating input, which the maps are of."""
+def _first_floating_sample(inputs: Sequence[Tensor]) -> np.ndarray:
+    """The sample ``[*in]`` of the first floating input, to which the maps belong."""
     return next(x for x in inputs if x.is_floating_point())[0].float().numpy()
 
 

@@ -1,4 +1,4 @@
-"""What an importance ranking says, in words: which features, how sure, and what deletion shows."""
+"""Sentences on an importance ranking: which features matter, how sure that is, and what deletion shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..data import Curve, Importance
 from ..data.ranking import position_text
 
 NAMED = 3  # features that a sentence names
-SURE, WEAK = 0.9, 0.5  # rank correlation of two halves of the data
+SURE, WEAK = 0.9, 0.5  # rank correlations of two halves of the data that count as sure, and as weak
 
 
 def of_output(importance: Importance, output: int, name: str) -> str:
@@ -33,7 +33,7 @@ def of_output(importance: Importance, output: int, name: str) -> str:
 
 
 def of_curve(curve: Curve) -> str:
-    """What replacing the features in order of their importance does, against a random order."""
+    """A sentence on the effect of replacing features in order of importance, compared with a random order."""
     at = int(np.argmax(curve.random_deletion - curve.deletion))
     deletion, insertion = curve.gain
     verdict = "better than a random order" if min(deletion, insertion) > 0 else "not better than a random order"

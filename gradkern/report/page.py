@@ -1,4 +1,4 @@
-"""The report as data (sections of text, tables and pictures) and how it becomes one HTML file."""
+"""A report as data (sections of text, tables and pictures), and its conversion to one HTML file."""
 
 from __future__ import annotations
 

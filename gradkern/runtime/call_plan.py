@@ -1,4 +1,4 @@
-"""Plans, specialized for the inputs that a call differentiates, and remembered."""
+"""Plans specialized for the inputs that a call differentiates, remembered between calls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def call_plan_for(
 
 @dataclass(frozen=True)
 class CallGroup:
-    """A group, and the facts about it that calls need."""
+    """A group, with the facts about it that calls need."""
 
     number: int
     native: bool
@@ -99,7 +99,7 @@ class CallPlan:
         return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
 
     def folded(self, seeds: int) -> CallPlan:
-        """The same without kernels of gradkern's own, for a number of seeds."""
+        """The call plan without gradkern's own kernels, for a number of seeds."""
         own = self.plan
         wanted = None if own.seeds else own.wanted
         return CallPlan(

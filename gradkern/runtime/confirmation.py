@@ -25,12 +25,12 @@ class _Extent(NamedTuple):
     """How much is compared."""
 
     samples: int  # spread over the batch
-    seeds: int  # of each of them
+    seeds: int  # seeds of each sample
     moved: int  # samples of the second comparison
 
 
 _CPU, _GPU = _Extent(3, 4, 3), _Extent(8, 1 << 30, 2048)  # a GPU's threads take their shares by the number of seeds
-MOVE = 1e-2  # of the spread of the inputs
+MOVE = 1e-2  # the perturbation, as a share of the inputs' spread
 SLACK = 10.0  # times the error of torch's own kernels, if that is larger than the tolerance
 
 

@@ -22,7 +22,7 @@ from . import forward_mode, reference
 from .call_plan import CallPlan, call_plan_for, plan_for
 from .confirmation import confirm, few_seeds
 from .execution import Execution, warn_once
-from .parameters import Derivable, KernelsUnavailable, PlanWeights, every, leading
+from .parameters import Derivable, KernelsUnavailable, PlanWeights, all_output_indices, leading
 
 __all__ = ["fallback_reason", "forward_values", "jacobian", "plan_for", "transpose"]
 
@@ -48,7 +48,7 @@ def jacobian(
     wrt = tuple(range(len(inputs))) if wrt is None else tuple(wrt)
     like = leading(inputs)
     if targets is None:
-        targets = every(program.outputs, like.device)
+        targets = all_output_indices(program.outputs, like.device)
     targets = targets.to(inputs[0].device).contiguous()
     n, seeds = inputs[0].shape[0], targets.shape[-1]
     if out is None:
@@ -236,12 +236,12 @@ def _through_bottleneck(
     targets: Tensor,
     out: Sequence[Tensor],
 ) -> Tensor:
-    """``dy/dv · dv/dx`` for a part of the batch at a time, so that ``dv/dx`` stays small."""
+    """The product ``dy/dv · dv/dx``, for a part of the batch at a time, so that ``dv/dx`` stays small."""
     before, after = parts
     width, like = before.outputs, leading(inputs)
     features = [o[0, 0].numel() for o in out]
     each = out[0].element_size() * (width * sum(features) + targets.shape[-1] * max(features))  # dv/dx and a product
-    middle = every(width, targets.device)
+    middle = all_output_indices(width, targets.device)
     outputs = []
     for a, b in spans(0, inputs[0].shape[0], samples_per_chunk(like.device, each, each)):
         rows = [t[a:b] for t in inputs]
@@ -263,24 +263,24 @@ def _forward_mode(
     targets: Tensor,
     out: Sequence[Tensor],
 ) -> Tensor:
-    """All tangents through the network: a forward pass, the slopes at its values, and the chains of the transpose."""
+    """Forward mode: a forward pass, the slopes at its values, and the chains of the transpose for all tangents."""
     forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
     assert forward is not None
     values = _values(forward, weights, inputs)
     slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
-    seed = like.new_zeros(n, *program.output_shape)  # its value is of no account
+    seed = like.new_zeros(n, *program.output_shape)  # the cotangent input, whose value does not matter
     rows = like.new_empty(n, forward.transposed.tangents, *program.output_shape)
-    tangents = every(forward.transposed.tangents, like.device)
+    tangents = all_output_indices(forward.transposed.tangents, like.device)
     execution = Execution(transposed, _transposed_weights(forward, weights), [seed, *slopes], tangents, [rows])
     execution.run()
     columns = rows.view(*rows.shape[:2], program.outputs).transpose(1, 2)  # [N, C, D]
     if targets.dim() == 2:
         columns = columns.gather(1, targets.unsqueeze(2).expand(-1, -1, columns.shape[2]))
-    elif targets is not every(program.outputs, targets.device):
+    elif targets is not all_output_indices(program.outputs, targets.device):
         columns = columns[:, targets]
     for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
         o.copy_(part.reshape(o.shape))
-    # Where a derivative is not finite, 0 · Inf is NaN in other places than in reverse mode, which torch takes.
+    # torch takes reverse mode.  Where a derivative is not finite, 0 · Inf gives NaN in other places than there.
     finite = rows.flatten(1).sum(1).isfinite()
     if not bool(finite.all()):
         _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
@@ -308,7 +308,7 @@ def _refill(
 def _by_reference(
     call_plan: CallPlan, params: Params, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    """The same without kernels, for a part of the batch at a time: the caller has only planned a kernel's memory."""
+    """A Jacobian by the plain reference, part by part, because the caller has only planned for a kernel's memory."""
     program, n = call_plan.plan.original, inputs[0].shape[0]
     need = stepwise_bytes(program.shapes, targets.shape[-1], leading(inputs).element_size())
     outputs = []

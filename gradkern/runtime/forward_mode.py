@@ -17,7 +17,7 @@ from . import reference
 
 def slope_tensors(program: Program, params: Params, values: dict[int, Tensor], slopes: Sequence[Slope]) -> list[Tensor]:
     """One contiguous ``[N, *shape]`` per slope, from the `values_read`."""
-    made: dict[int, Any] = {}  # by step: what its slopes have in common
+    made: dict[int, Any] = {}  # by step: a result that its slopes share
 
     def once(i: int) -> Any:
         if i not in made:
@@ -65,7 +65,7 @@ def _chosen(s: Slope, form: Select, x: Tensor, places: Tensor) -> Tensor:
         rest, at = divmod(rest, w.kernel[a])
         starts = torch.arange(places.shape[2 + a], device=x.device) * w.stride[a] - w.padding[a][0]
         read = (starts + at * w.dilation[a]).reshape(-1, *(1,) * (len(w.kernel) - 1 - a))
-        # A place in the padding is never chosen, but its flat position may be that of another place.
+        # A place in the padding is never chosen, but its flat position may equal that of another place.
         inside = (read >= 0) & (read < x.shape[2 + a])
         position = torch.where(inside & (position >= 0), position + read * stride, -2)
         stride *= x.shape[2 + a]

@@ -18,7 +18,7 @@ from . import reference
 class MacCounter(TorchDispatchMode):
     """Counts multiply-adds by torch's table of flops.
 
-    `FlopCounterMode` would do, but it registers global module hooks, which other threads would see.
+    `FlopCounterMode` registers global module hooks, which other threads would see.
     """
 
     def __init__(self) -> None:

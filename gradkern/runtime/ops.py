@@ -22,7 +22,7 @@ from torch import Tensor
 from ..codegen import cuda
 from ..codegen.encoding import Sizes, layout_fingerprint
 from ..codegen.machine import Device, Machine, NoKernels
-from ..codegen.support import NATIVE_FUNCTIONS
+from ..codegen.support import NATIVE_DTYPES, NATIVE_FUNCTIONS
 from . import validation
 
 PACKAGE = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ class Statistics:
     ``sum``, ``square``, ``abs``: float64 ``[S, *in]``; ``max`` (of absolute values): float32; ``group``: sums of
     absolute values, float64 ``[G, S, *in]``, of which sample i goes to row ``groups[i]``.  Those that are None are not
     taken.  ``finite``, bool ``[n]``, is cleared where a Jacobian is not finite or an output is NaN; with ``skip``,
-    samples for which it is False do not count.  ``magnitude``: ``sum`` is of absolute values, too.
+    samples for which it is False do not count.  ``magnitude``: ``sum`` also takes absolute values.
     """
 
     finite: Tensor
@@ -54,7 +54,7 @@ class Statistics:
         return cls(torch.ones(samples, dtype=torch.bool), torch.zeros(samples, dtype=torch.int64))
 
 
-#: The ops that return nothing.
+#: The ops that return nothing and only write to their arguments.
 WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent_walk", "recurrent_cells")
 LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
@@ -69,7 +69,7 @@ def extension() -> Any:
         what = f"is not available ({error}); results are the same, only slower"
         warnings.warn(f"gradkern's compiled extension {what}. {_way_out()}", RuntimeWarning, stacklevel=3)
         return None
-    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the youngest
+    known = all(hasattr(compiled, name) for name in ("tile_vectors", "chain_statistics"))  # the newest ops
     if not known or compiled.record_layout() != layout_fingerprint() or compiled.functions() != list(NATIVE_FUNCTIONS):
         what = "was built from another version and is not used"
         warnings.warn(f"gradkern's compiled extension {what}. {HOW_TO_BUILD}", RuntimeWarning, stacklevel=3)
@@ -216,7 +216,7 @@ def recurrent_cells(cells: Tensor, keep: Tensor, *, reverse: bool) -> bool:
 
 
 def _walks(first: Tensor, *others: Tensor) -> bool:
-    native = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64) and extension() is not None
+    native = first.device.type == "cpu" and first.dtype in NATIVE_DTYPES and extension() is not None
     return native and all(t.dtype == first.dtype and t.device == first.device for t in others)
 
 
@@ -238,7 +238,7 @@ def accumulate(
 
     Does nothing and returns False if there is no kernel for these tensors.
     """
-    native = maps.device.type == "cpu" and maps.dtype in (torch.float32, torch.float64) and extension() is not None
+    native = maps.device.type == "cpu" and maps.dtype in NATIVE_DTYPES and extension() is not None
     if native:
         torch.ops.gradkern.accumulate(maps.contiguous(), groups, sum, square, abs, max, group)
     return native
@@ -263,7 +263,7 @@ def chain_statistics(
     )  # fmt: skip
 
 
-HUGE = 8 << 20  # bytes from which a fresh result is worth huge pages
+HUGE = 8 << 20  # fresh results of at least so many bytes get huge pages
 
 
 def on_huge_pages(fresh: Tensor) -> None:

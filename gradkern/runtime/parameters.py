@@ -29,7 +29,7 @@ from . import ops
 
 
 class Bound(dict[str, Tensor]):
-    """The tensors of a Program in one call.  As they stay for its duration, they are hashed once for all its chunks."""
+    """The tensors of a Program in one call.  They do not change during the call, so all its chunks share one hash."""
 
     def __init__(self, tensors: Params) -> None:
         super().__init__(tensors)
@@ -65,7 +65,7 @@ class _Binder:
 
     def __init__(self, program: Program) -> None:
         self.derived = tuple(map(_Computed, program.derived))
-        self.constant = _constants(program)  # they are computed once
+        self.constant = _constants(program)  # derived tensors that are computed only once
         self.constants: dict[str, Tensor] = {}
         # torch differentiates some steps, but only with respect to values.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
@@ -131,12 +131,12 @@ class Derivable(Mapping[str, Tensor]):
 
 
 def all_finite(params: Params) -> bool:
-    """No NaN or Inf (a sum that overflows counts as one)."""
+    """Whether no parameter has NaN or Inf (a sum that overflows counts as Inf)."""
     return all(bool(torch.isfinite(p.sum())) for p in params.values() if p.is_floating_point())
 
 
 @lru_cache(maxsize=64)
-def every(outputs: int, device: torch.device) -> Tensor:
+def all_output_indices(outputs: int, device: torch.device) -> Tensor:
     """The indices of all outputs; never written to."""
     with torch.inference_mode(False):
         return torch.arange(outputs, device=device)
@@ -147,11 +147,11 @@ def every(outputs: int, device: torch.device) -> Tensor:
 
 Key = tuple[int, int | None, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
-MOST_CONTENTS = 8  # per plan: models of one structure, such as the folds of an ensemble
+MOST_CONTENTS = 8  # packs per plan, one for each model of its structure, such as the folds of an ensemble
 MOST_ENTRIES = 256
-MOST_TARGETS = 4  # per pack: choices of outputs whose rows of the last weight are kept
+MOST_TARGETS = 4  # choices of outputs per pack whose rows of the last weight are kept
 MOST_BYTES = {"cpu": 64 << 20}
-MOST_GPU_BYTES = 1 << 30  # networks in many chains, with large weights
+MOST_GPU_BYTES = 1 << 30  # more than on a CPU, for networks in many chains with large weights
 
 
 class KernelsUnavailable(Exception):
@@ -172,7 +172,7 @@ class Packed:
         for layout in chain.layouts:
             layout.fill(self.weights, params)
         # This comes last because on a GPU it also waits; after it any stream may read the pack.
-        low, high = torch.aminmax(self.weights)  # NaN if any is; one pass, and nothing of that size is made
+        low, high = torch.aminmax(self.weights)  # NaN if any weight is; one pass without a large temporary
         self.finite = bool(torch.isfinite(low) & torch.isfinite(high))
         self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
 
@@ -188,7 +188,7 @@ class Packed:
         """
         if self.chain.seed_rows is None:
             return None
-        constant = constant or targets is every(outputs, targets.device)
+        constant = constant or targets is all_output_indices(outputs, targets.device)
         if not constant or self.weights.is_cuda:  # on a GPU, streams would have to wait
             return self._rows(targets, outputs)
         known = self._seed_rows.get(id(targets))
@@ -221,8 +221,8 @@ class PackedPlan:
 class WeightCache:
     """The packed weights of recent plans.
 
-    If they are too large together, the least recently used plan is dropped, with all its chains; the one in use stays,
-    however large it is.
+    If they are too large together, the least recently used plan is dropped, with all its chains.  The plan in use
+    stays, however large it is.
     """
 
     def __init__(self) -> None:
@@ -288,7 +288,7 @@ class PlanWeights:
         self.bound = params if isinstance(params, Bound) else Bound(params)
         self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
         # Where `bind` computed the derived tensors, the live ones are the key, as for `WholeChain`, which derives its
-        # own.  Of others nothing says that they are what the live ones would give now, so they count, too.
+        # own.  Others may differ from what the live ones would give now, so they count as well.
         known = plan.live_names if self.bound.derived_here else self.names
         self.content = None if self.mixed else self.bound.content(known)
         self.entry: PackedPlan | None = None  # until something is packed

@@ -47,15 +47,15 @@ def _layer(r: Recurrent, x: Tensor, weights: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What a walk needs, ``[N, T, …, H]``: the slopes of its gates, what a cell (LSTM) or state (GRU) keeps of the one
-    before it, and the slope from an LSTM's cell to its state."""
+    """The factors of a walk, ``[N, T, …, H]``: the slopes of the gates, the share of the previous cell (LSTM) or state
+    (GRU) that is kept, and the slope from an LSTM's cell to its state."""
 
     gates: Tensor  # [N, T, G, H]; a GRU's last gate counts twice, on the side of the state and on that of the input
     keep: Tensor | None = None
     through: Tensor | None = None
 
 
-BLOCK = 1 << 17  # numbers of a block of samples, whose slopes then stay in the caches
+BLOCK = 1 << 17  # slopes per block of samples, few enough to stay in the caches
 
 
 def _walk(kind: str, w: Sequence[Tensor], y: Tensor, g: Tensor, x: Tensor, *, reverse: bool) -> Tensor:
@@ -71,7 +71,7 @@ def _walk(kind: str, w: Sequence[Tensor], y: Tensor, g: Tensor, x: Tensor, *, re
 
 
 def _weight(kind: str, w: Sequence[Tensor]) -> Tensor:
-    """``[G · H, R]``: from the gates to the state one step earlier, and from column H on to the input."""
+    """The weight ``[G · H, R]`` from the gates to the state one step earlier (the first H columns) and to the input."""
     into, along = w[:2]
     if kind == "gru":
         last, none = into[-into.shape[0] // 3 :], torch.zeros_like(along[: along.shape[1]])
@@ -124,7 +124,7 @@ def _gru(x: Tensor, y: Tensor, w: Sequence[Tensor], reverse: bool) -> Slopes:
 
 
 def _by_torch(slopes: Slopes, g: Tensor, weight: Tensor, inputs: int, reverse: bool) -> Tensor:
-    """The walk of `ops.recurrent_walk`."""
+    """`ops.recurrent_walk` by torch's operations."""
     n, s, steps, hidden = g.shape
     result = g.new_empty(n, s, steps, inputs)
     later, carry = g.new_zeros(n, s, hidden), g.new_zeros(n, s, hidden)

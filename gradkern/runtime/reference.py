@@ -1,7 +1,7 @@
-"""The plain torch executor of every form, for all seeds at once.  It is the oracle of the kernels, and runs the steps
-that have none.
+"""The plain torch executor of every form, for all seeds at once.  The kernels are tested against it, and it runs the
+steps that have no kernel.
 
-Seeds are an axis after the batch: a cotangent is ``[N, S, *shape]``.  If a torch call has no such axis, it is folded
+Seeds are an axis after the batch: a cotangent is ``[N, S, *shape]``.  For torch calls without such an axis it is folded
 into the batch, ``[N·S, *shape]``.
 """
 
@@ -95,19 +95,19 @@ def _contract(form: ir.Contract, x: Tensor, params: Params) -> Tensor:
 
 
 def channels_last(w: ir.Windows, x: Tensor) -> bool:
-    """Whether convolutions should get their operands channels last: on tensor cores, which otherwise transpose them."""
+    """Whether convolutions should get their operands channels last, because tensor cores would transpose them."""
     if len(w.kernel) != 2 or w.groups != 1 or x.device.type != "cuda":
         return False
     return x.dtype in (torch.float16, torch.bfloat16) or (x.dtype == torch.float32 and ops.convolutions_in_tf32())
 
 
 def _per_channel(channels: ir.Channels, x: Tensor) -> ir.Shape:
-    """The shape of one number per channel against ``x [N, *]``."""
+    """The shape in which one number per channel broadcasts against ``x [N, *]``."""
     return (-1,) + (1,) * (x.dim() - 2 - channels.axis)
 
 
 def _padded(w: ir.Windows, x: Tensor) -> tuple[ir.Shape, Tensor]:
-    """The padding that torch applies, and the input with the rest of it: torch can only pad both sides equally."""
+    """The padding for torch, which pads both sides equally, and the input with the rest of the padding applied."""
     if all(before == after for before, after in w.padding):
         return tuple(before for before, _ in w.padding), x
     flat = [n for before_after in reversed(w.padding) for n in before_after]
@@ -142,7 +142,7 @@ def max_pool(w: ir.Windows, x: Tensor) -> tuple[Tensor, Tensor]:
     ceil = any(before != after for before, after in w.padding)
     pools = (F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)
     y, places = pools[len(w.kernel) - 1](x, w.kernel, w.stride, padding, w.dilation, ceil)
-    # torch names a place outside of the input there, to which its own backward pass on a CPU writes.
+    # torch returns an index outside of the input there, and its own backward pass on a CPU writes to it.
     for axis, missing in outside(w, tuple(x.shape[2:])):
         places = places.index_fill(2 + axis, torch.tensor(missing, device=x.device), -1)
     return y, places
@@ -316,7 +316,7 @@ def _product_back(form: ir.Product, args: Sequence[Tensor], g: Tensor) -> tuple[
 # ---------------------------------------------------------------------------------------------------------------
 # Opaque steps: torch differentiates
 
-MOST_FOLDED = 1 << 16  # numbers per sample, of all seeds: with more, repeating the forward costs more than more calls
+MOST_FOLDED = 1 << 16  # numbers per sample and all seeds; above, repeating the forward costs more than separate calls
 
 
 def _opaque_back(
@@ -333,8 +333,8 @@ def _by_autograd(
 ) -> tuple[Tensor, ...]:
     """torch's own VJP of one call.
 
-    A small call runs once more with all seeds folded into the batch, since each call of torch has its cost; for a large
-    one, one backward follows another.  The size of one sample decides, so that a result does not depend on the batch.
+    A small call runs once more with all seeds folded into the batch, since each call of torch has an overhead.  A large
+    one runs one backward per seed.  The size of one sample decides, so that a result does not depend on the batch.
     """
     n, s = g.shape[:2]
     smooth = [k for k, a in enumerate(args) if _is_smooth(a)] if _is_smooth(out) else []
@@ -363,7 +363,7 @@ def _is_smooth(x: Tensor) -> bool:
 
 
 def _usable(x: Tensor) -> Tensor:
-    """A copy of a tensor made under inference mode, which autograd could not save."""
+    """The tensor, or a copy if it was made under inference mode, since autograd could not save it."""
     return x.clone() if x.is_inference() else x.detach()
 
 

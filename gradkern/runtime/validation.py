@@ -1,4 +1,4 @@
-"""Which GPUs take gradkern's own kernels without being asked: those on which these very kernels have passed `make gpu`.
+"""Decides which GPUs take gradkern's own kernels by default: those on which the same kernels have passed `make gpu`.
 
 ``validated.json`` lists the architectures, each with the fingerprint of the kernels that passed.  `make gpu` writes it.
 Everywhere else, calls take torch's own kernels with all seeds folded into the batch, and a warning says so once.
@@ -31,7 +31,7 @@ def table() -> Table:
 
 
 def chosen() -> bool | None:
-    """Whether the caller asks for the CUDA kernels, or for none; None leaves it to the table."""
+    """True if the caller asks for the CUDA kernels, False if for none; None leaves the choice to the table."""
     variable = os.environ.get(VARIABLE, "")
     if variable not in ("", "0", "1"):
         raise options.BadValue(f"environment variable {VARIABLE}: got {variable!r}, expected 1 or 0.")

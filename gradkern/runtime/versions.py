@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, processor, and whether the compiled kernels are there."""
+"""The facts for a bug report: versions, processor, and whether the compiled kernels are there."""
 
 from __future__ import annotations
 

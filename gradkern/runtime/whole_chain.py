@@ -1,4 +1,4 @@
-"""A network in one chain: calls of it need its packed weights, and no look at its steps."""
+"""A network that is one chain: calls need its packed weights, but do not go through its steps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from . import ops
 from .call_plan import CallPlan, call_plan_for
 from .execution import run_chain
 from .executor import jacobian
-from .parameters import Packed, bind, content_of, every, leading, weight_cache
+from .parameters import Packed, all_output_indices, bind, content_of, leading, weight_cache
 
-HOT_BYTES = 768 << 10  # of Jacobians per thread that stay in its cache beside the weights
-SPILLED_BYTES = 2 << 20  # at most, where the kernels take so many samples together
+HOT_BYTES = 768 << 10  # bytes of Jacobians per thread that stay in its cache beside the weights
+SPILLED_BYTES = 2 << 20  # the most bytes of Jacobians of the samples that the kernels take together
 CONFIRMATION_SAMPLES = 1024  # samples whose first results are compared with torch's on a GPU
 
 
@@ -39,11 +39,11 @@ class WholeChain:
     ) -> None:  # fmt: skip
         self.program, self.plan, self.chain, self.targets = program, call_plan.plan, chain, targets
         self._latest: tuple[int | None, weakref.ref[Packed] | None] = None, None  # the packed weights of the last call
-        self.axes = axes  # of the results, in place of S
+        self.axes = axes  # the axes of the results in place of S
         self.like, self.outputs = like.new_empty(0), call_plan.outputs
         self.order = [chain.wrt.index(v) for v in wrt]
         numbers = targets.shape[0] * sum(math.prod(program.inputs[v]) for v in wrt)
-        self.gradient_bytes = numbers * like.element_size()  # of a sample
+        self.gradient_bytes = numbers * like.element_size()  # per sample
         self.output_bytes, self.device = program.outputs * like.element_size(), like.device
 
     def packed(self, tensors: Params) -> Packed | None:
@@ -59,7 +59,7 @@ class WholeChain:
         return packed if packed.finite else None
 
     def rows(self, packed: Packed) -> Tensor | None:
-        """The rows of the last weight that the seeds start with, if they do."""
+        """The rows of the last weight, if the seeds start with them; else None."""
         return packed.seed_rows(self.targets, self.outputs, constant=True)
 
     def __call__(self, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -81,7 +81,7 @@ class WholeChain:
     def add_to(self, sums: ops.Statistics, packed: Packed, rows: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         """The outputs ``[N, *out]``; the Jacobians of the one input that is differentiated are added to ``sums``.
 
-        On a CPU.  A few samples are computed at a time, so that their Jacobians stay in the cache.
+        Works on a CPU only.  A few samples are computed at a time, so that their Jacobians stay in the cache.
         """
         chain, threads, (wrt,) = self.chain, torch.get_num_threads(), self.chain.wrt
         n, x = inputs[0].shape[0], inputs[wrt]
@@ -96,7 +96,7 @@ class WholeChain:
         return outputs[0].view(n, *self.program.output_shape)
 
     def shaped(self, jacobians: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same as ``[N, *axes, *in]``."""
+        """Jacobians ``[N, S, *in]`` as ``[N, *axes, *in]``."""
         if len(self.axes) == 1:
             return tuple(jacobians)
         return tuple([j.view(j.shape[0], *self.axes, *j.shape[2:]) for j in jacobians])
@@ -120,7 +120,7 @@ def whole_chain(
     have in place of S.
     """
     like = leading(inputs)
-    targets = every(program.outputs, like.device) if targets is None else targets.to(like.device)
+    targets = all_output_indices(program.outputs, like.device) if targets is None else targets.to(like.device)
     call_plan = call_plan_for(program, targets.shape[-1], like, wrt)
     whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
     if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
@@ -130,7 +130,7 @@ def whole_chain(
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
             few = [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs]
-            jacobian(program, params, few, targets, wrt)  # which compares
+            jacobian(program, params, few, targets, wrt)  # compares the first results with torch's
         if not call_plan.confirmed:
             return None
     try:

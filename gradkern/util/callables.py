@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .outputs import Output, check_output_choice, chosen, output_key
+from .outputs import Output, check_output_choice, choose_output, output_key
 from .torch_compat import eval_frame
 
 
@@ -27,21 +27,21 @@ class FixedArguments:
     output: Output = None
 
     def __call__(self, *samples: Any) -> Any:
-        return chosen(self.fn(*placed(samples, self.given)), self.output)
+        return choose_output(self.fn(*place_arguments(samples, self.given)), self.output)
 
 
 def with_given(fn: Callable[..., Any], given: dict[int, Any]) -> Callable[..., Any]:
     """``fn`` with fixed arguments."""
-    model, before, output = split(fn)
+    model, before, output = split_arguments(fn)
     return FixedArguments(model, before | given, output) if given else fn
 
 
 def with_output(fn: Callable[..., Any], output: Output) -> Callable[..., Any]:
     """``fn``, returning the part ``output`` of its result."""
-    return fn if output is None else FixedArguments(unwrapped(fn), {}, check_output_choice(output))
+    return fn if output is None else FixedArguments(unwrap(fn), {}, check_output_choice(output))
 
 
-def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
+def place_arguments(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
     """All arguments in order.  ``given``: the fixed ones by position, ascending."""
     arguments = list(samples)
     for place, value in given.items():
@@ -49,7 +49,7 @@ def placed(samples: Sequence[Any], given: dict[int, Any]) -> list[Any]:
     return arguments
 
 
-def split(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], Output]:
+def split_arguments(fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, Any], Output]:
     """A callable, its fixed arguments besides the samples, and the part of its result that is returned."""
     return (fn.fn, fn.given, fn.output) if isinstance(fn, FixedArguments) else (fn, {}, None)
 
@@ -63,7 +63,7 @@ def by_name(fn: Callable[..., Any], samples: tuple[Any, ...]) -> dict[str, Any]:
 
 def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     """Whether both are the same callable with the same arguments; values are compared by identity."""
-    (f, given, output), (g, other, another) = split(a), split(b)
+    (f, given, output), (g, other, another) = split_arguments(a), split_arguments(b)
     if output_key(output) != output_key(another):
         return False
     if f is not g and not (isinstance(f, types.MethodType) and f == g):
@@ -71,7 +71,7 @@ def is_same(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     return given.keys() == other.keys() and all(given[k] is other[k] for k in given)
 
 
-def unwrapped(fn: Any) -> Any:
+def unwrap(fn: Any) -> Any:
     """The callable inside wrappers that do not change results: `torch.compile`, data parallelism on one device."""
     while (inner := _inner(fn)) is not None:
         fn = inner
@@ -150,13 +150,13 @@ def _reachable(fn: Any) -> Iterator[Any]:
         yield from getattr(owner, "__dict__", {}).values()
 
 
-def described(fn: Any) -> Hashable:
+def describe_arguments(fn: Any) -> Hashable:
     """The fixed arguments of ``fn`` besides the samples, as numbers, shapes and types."""
-    _, given, output = split(fn)
-    return tuple([(place, _described(value)) for place, value in given.items()]), output_key(output)
+    _, given, output = split_arguments(fn)
+    return tuple([(place, _describe(value)) for place, value in given.items()]), output_key(output)
 
 
-def _described(value: Any) -> Hashable:
+def _describe(value: Any) -> Hashable:
     if isinstance(value, (bool, int, float, str, type(None))):
         return type(value), value
     return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))

@@ -40,10 +40,10 @@ class Sums:
         check_output_choice(self.of)
 
     def __call__(self, result: Any) -> Tensor:
-        y = chosen(result, self.of)
+        y = choose_output(result, self.of)
         last = max(stop for _, stop in self.windows)
         if not isinstance(y, Tensor) or y.dim() < 2 or last > y.shape[-1]:
-            got = f"a tensor {list(y.shape)}" if isinstance(y, Tensor) else described_result(y)
+            got = f"a tensor {list(y.shape)}" if isinstance(y, Tensor) else describe_result(y)
             raise BadValue(f"Sums: the model returned {got}, expected [N, …, length] with at least {last} positions.")
         return torch.stack([y[..., a:b].sum(-1) for a, b in self.windows], -1)
 
@@ -61,7 +61,7 @@ def check_output_choice(output: Any) -> Output:
     return output
 
 
-def chosen(result: Any, output: Output) -> Any:
+def choose_output(result: Any, output: Output) -> Any:
     """The part of a model's ``result`` that ``output`` names; all of it if that is None."""
     if output is None:
         return result
@@ -77,11 +77,11 @@ def chosen(result: Any, output: Output) -> Any:
             return result[output]
     elif isinstance(result, dict) and dataclasses.is_dataclass(result) and 0 <= output < len(result):
         return list(result.values())[output]
-    raise BadValue(f"output: got {output!r}, but the model returned {described_result(result)}.")
+    raise BadValue(f"output: got {output!r}, but the model returned {describe_result(result)}.")
 
 
-def described_result(result: Any) -> str:
-    """What a model returned, in words that say what ``output=`` may be."""
+def describe_result(result: Any) -> str:
+    """A description of what a model returned, which shows the choices for ``output=``."""
     if isinstance(result, Tensor):
         return f"one tensor {list(result.shape)}: leave output= out, or pass a function"
     kind = type(result).__name__
@@ -116,4 +116,4 @@ class OneOutput(nn.Module):
         self.training = model.training
 
     def forward(self, *inputs: Any) -> Any:
-        return chosen(self.model(*inputs), self.output)
+        return choose_output(self.model(*inputs), self.output)

@@ -59,7 +59,7 @@ def check_links(folder: str | Path) -> None:
 
 def plain(text: str, *, lines: bool = True) -> str:
     """``text`` as a terminal shows it safely: control and format characters (colours, cursor moves, changes of the
-    writing direction) become escapes such as ``\\x1b``.  Without ``lines``, line ends do too."""
+    writing direction) become escapes such as ``\\x1b``.  Without ``lines``, line ends are escaped as well."""
     kept = "\n\t" if lines else ""
     return "".join(
         c if c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else ascii(c)[1:-1]
@@ -77,7 +77,7 @@ def check_array(array: Any, what: str, *, text: bool = False) -> None:
             raise BadValue(
                 f"{what} is stored with the codec {type(codec).__name__}, which is not known to be harmless."
             )
-        codecs += [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]  # of a shard, maybe of shards
+        codecs += [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]  # of shards
     if array.dtype.kind not in ("OT" if text else NUMBERS):
         raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
     check_memory(array.dtype.itemsize * math.prod(array.chunks), f"{what}: a chunk")

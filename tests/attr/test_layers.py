@@ -12,7 +12,7 @@ from torch import nn
 import gradkern
 from gradkern import attr as ours
 from gradkern.attr.layer import layer_methods as layers
-from gradkern.attr.layer.layer_methods import LayerMethod, all_outputs, one_output
+from gradkern.attr.layer.layer_methods import LayerMethod, make_attribute, make_attribute_all
 from gradkern.attr.layer.split import layer_value
 from gradkern.attr.points import Points
 from tests.cases import CASES
@@ -168,8 +168,8 @@ def test_lists_of_layers_stay_with_captum():
 class LayerSquaredGradient(LayerMethod, stock.LayerGradientXActivation):
     """A method that gradkern lacks: its mathematics and two lines."""
 
-    attribute = one_output(stock.LayerGradientXActivation)
-    attribute_all = all_outputs(stock.LayerGradientXActivation)
+    attribute = make_attribute(stock.LayerGradientXActivation)
+    attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
     def _layer(self, view, index, seeds, options):
         return view.at_inputs(index, seeds)[1] ** 2

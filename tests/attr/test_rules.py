@@ -317,8 +317,8 @@ def test_a_rule_for_a_function_is_one_line(engine, monkeypatch):
     """DeepLift by the derivative at a tanh, LRP by the derivative there: in both tables, a line for that function."""
     model, x, base = build(PooledNet), images(), images(5)
     secants = ours.DeepLift(model, engine=engine).attribute_all(x, baselines=base)
-    monkeypatch.setitem(Rescale.table, "tanh", rules.slope)
-    monkeypatch.setitem(Relevance.table, "tanh", rules.slope)
+    monkeypatch.setitem(Rescale.table, "tanh", rules.scale_by_derivative)
+    monkeypatch.setitem(Relevance.table, "tanh", rules.scale_by_derivative)
     multipliers = ours.DeepLift(model, False, engine=engine).attribute_all(x, baselines=base)
     assert not torch.allclose(multipliers * (x - base)[:, None], secants)
     z = model.fc1(model.pool(model.act1(model.conv(x))).flatten(1))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
 from gradkern.cli import archives
-from gradkern.cli.models import exported
+from gradkern.cli.models import load_exported
 from gradkern.util.options import BadValue
 
 MODEL = "models/model.json"
@@ -80,7 +80,7 @@ class Payload:
 
 
 def test_an_archive_of_torch_loads(archive: Records, tmp_path: Path) -> None:
-    module = exported(written(archive, tmp_path / "net.pt2"))
+    module = load_exported(written(archive, tmp_path / "net.pt2"))
     x, more = torch.randn(3, 1, 10), torch.randn(3, 5)
     assert module(x, more)["y"].shape == (3, 3)
 
@@ -160,7 +160,7 @@ PICKLES = [
 def test_nothing_is_unpickled(make: Callable[[Records, Path], Records], archive: Records, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     with pytest.raises(BadValue, match="might run code while it is loaded"):
-        exported(written(make(archive, canary), tmp_path / "net.pt2"))
+        load_exported(written(make(archive, canary), tmp_path / "net.pt2"))
     assert not canary.exists()
 
 
@@ -173,7 +173,7 @@ def test_an_archive_of_an_older_kind_is_not_tried(tmp_path: Path) -> None:
         for name in ("exported_program.json", "state_dict.pt", "constants.pt", "example_inputs.pt"):
             file.writestr(f"serialized_{name}", pickled(tmp_path / "canary"))
     with pytest.raises(BadValue, match="export it again"):
-        exported(str(tmp_path / "net.pt2"))
+        load_exported(str(tmp_path / "net.pt2"))
     assert not (tmp_path / "canary").exists()
 
 
@@ -253,7 +253,7 @@ def test_no_string_of_the_graph_is_code(archive: Records, tmp_path: Path) -> Non
         for place in free:
             if key(place) in texts and place[-1] is not None:  # torch cuts a stack of modules at commas
                 put(together, place, text)
-        module = exported(written(archive | {MODEL: json.dumps(together).encode()}, tmp_path / "net.pt2"))
+        module = load_exported(written(archive | {MODEL: json.dumps(together).encode()}, tmp_path / "net.pt2"))
         with contextlib.suppress(Exception):  # it need not make sense
             module(torch.randn(3, 1, 10), torch.randn(3, 5))
         assert not canary.exists(), text
@@ -299,7 +299,7 @@ def test_only_operations_of_torch(key: str, target: str, archive: Records, tmp_p
 
     path = written(changed(archive, MODEL, change), tmp_path / "net.pt2")
     with pytest.raises(BadValue, match="it holds the operation"):
-        exported(path)
+        load_exported(path)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_arguments_import_nothing(tree: Any, key: str, archive: Records, tmp_pat
         signature[key] = json.dumps([1, tree | {"children_spec": []}])
 
     with pytest.raises(BadValue, match="it holds a container"):
-        exported(written(changed(archive, MODEL, change), tmp_path / "net.pt2"))
+        load_exported(written(changed(archive, MODEL, change), tmp_path / "net.pt2"))
     assert not (tmp_path / "canary").exists()
 
 
@@ -363,7 +363,7 @@ def test_a_truncated_archive_is_one_line(kept: float, archive: Records, tmp_path
     content = Path(written(archive, path)).read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(BadValue, match=r"export it again") as caught:
-        exported(str(path))
+        load_exported(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -374,11 +374,11 @@ def test_a_weight_that_is_larger_than_the_machine(archive: Records, tmp_path: Pa
     records = changed(archive, WEIGHTS, change)
     path = json.loads(records[WEIGHTS])["config"]["linear.bias"]["path_name"]
     with pytest.raises(BadValue, match=r"would take .* GiB, and this machine has"):
-        exported(written(records | {f"data/weights/{path}": b""}, tmp_path / "net.pt2"))
+        load_exported(written(records | {f"data/weights/{path}": b""}, tmp_path / "net.pt2"))
 
 
 @pytest.mark.parametrize("name", [MODEL, WEIGHTS, CONSTANTS])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"config": 3}', b"[" * 100_000, b"\xff"])
 def test_damaged_json_is_one_line(name: str, content: bytes, archive: Records, tmp_path: Path) -> None:
     with pytest.raises(BadValue):
-        exported(written(archive | {name: content}, tmp_path / "net.pt2"))
+        load_exported(written(archive | {name: content}, tmp_path / "net.pt2"))

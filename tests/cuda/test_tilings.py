@@ -74,7 +74,7 @@ def slice_by(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """That many slices; 1: the wide layer whole."""
 
     def variants(backward: list[Record], tables: Sequence[int]) -> list[list[Record]]:
-        return [backward if count == 1 else slices.sliced(backward, tables, count) or backward]
+        return [backward if count == 1 else slices.slice_linear(backward, tables, count) or backward]
 
     monkeypatch.setattr(slices, "variants", variants)
 
@@ -163,7 +163,7 @@ def test_slices_behind_groups(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_cannot_be_sliced() -> None:
     """No wide layer, a cotangent with two readers, fewer positions than slices."""
-    assert slices.sliced([], [], 2) is None
+    assert slices.slice_linear([], [], 2) is None
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 2, 3))
     x = torch.randn(2, 1, 4)
     program = capturing.to_program(model.eval(), (x,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from gradkern.data import Source, open_source, register, run
+from gradkern.data import Source, open_source, register_source, run
 from gradkern.data.sources import registry
 from tests.cases import CASES
 from tests.support.sources import MAKERS, Items, X, hdf5, memmap, npy, parquet, zarr_path
@@ -100,7 +100,7 @@ def test_two_inputs_make_two_arrays(tmp_path):
     for i, x in enumerate(inputs):
         maps = results.maps(0, 9, f"attributions_{i}")
         assert maps.shape[2:] == x.shape[1:]
-        np.testing.assert_allclose(results.reduction("mean_abs", of=i), maps.double().mean(0).numpy(), atol=1e-12)
+        np.testing.assert_allclose(results.reduction("mean_abs", input=i), maps.double().mean(0).numpy(), atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def registered(monkeypatch):
     """The recipe: `Readings` reads a `Sensor`, and files of numbers in text."""
     monkeypatch.setattr(registry, "SOURCE_KINDS", list(registry.SOURCE_KINDS))
 
-    @register
+    @register_source
     class Readings(Source):
         about, suffixes = "a Sensor", (".txt",)
 

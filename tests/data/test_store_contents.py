@@ -134,7 +134,7 @@ def test_methods(problem, tmp_path, monkeypatch):
     found = run(model, x, tmp_path / "a.zarr", method="input_x_gradient", chunk=16).maps(0, 21)
     assert torch.equal(found, jacobian * x[:, None])
 
-    @methods.method("halves")
+    @methods.register_method("halves")
     def halves(batch):
         found = methods.gradients(batch)
         return methods.Outcome(tuple(m / 2 for m in found.maps), found.outputs, None, found.outputs * 0)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import gradkern
-from gradkern.data import Mismatch, Results, Settings, open_store, run
+from gradkern.data import Mismatch, Outcome, Results, Settings, open_store, run
 from gradkern.data.runs.fingerprint import KEYS
 from tests.support.old_stores import OPTIONS, STORES, problem
 
@@ -176,10 +176,26 @@ def test_the_keys_of_today_are_compared(tmp_path):
 # Opening, and settings as one value
 
 
-def test_the_old_name_of_open_store_warns():
-    with pytest.warns(DeprecationWarning, match="is now gradkern.data.open_store"):
-        opener = gradkern.data.open
-    assert opener(STORES / "finished.zarr").about == open_store(STORES / "finished.zarr").about
+@pytest.mark.parametrize(
+    ("old", "new"), [("open", "open_store"), ("register", "register_source"), ("method", "register_method")]
+)
+def test_old_names_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=f"gradkern.data.{old} is now gradkern.data.{new};") as caught:
+        assert getattr(gradkern.data, old) is getattr(gradkern.data, new)
+    assert caught[0].filename == __file__
+
+
+def test_old_names_of_arguments_warn():
+    results, one = open_store(STORES / "finished.zarr"), torch.ones(1)
+    with pytest.warns(DeprecationWarning, match="of= is now input=") as caught:
+        assert torch.equal(results.mask(0, 2, of=0), results.mask(0, 2, 0))
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="input"), pytest.warns(DeprecationWarning):
+        results.mask(0, 2, input=0, of=0)
+    with pytest.warns(DeprecationWarning, match="rows= is now targets="):
+        outcome = Outcome((), one, rows=one)
+    with pytest.warns(DeprecationWarning, match="Outcome.rows is now Outcome.targets"):
+        assert outcome.rows is one is outcome.targets
 
 
 def test_settings_as_one_value_are_the_keywords(tmp_path):

@@ -33,7 +33,7 @@ def stored(place, net, x, monkeypatch=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "chain_statistics", counted)
         if monkeypatch:
-            patch.setattr(methods, "summed", lambda *arguments: None)
+            patch.setattr(methods, "add_to_sums", lambda *arguments: None)
         given = {"reductions": REDUCTIONS, "chunk": 64, "engine": "kernel"} | options
         results = run(net, x, place, maps=False, progress=False, **given)
     return {name: results.reduction(name) for name in results.about["reductions"]}, results, len(calls)

@@ -18,7 +18,7 @@ from gradkern.data import Busy, DiskFull, Mismatch, Outcome, Results, run
 from gradkern.data import methods as data_methods
 from gradkern.data.ranking import curve
 from gradkern.data.runs import probe
-from gradkern.data.runs.reading import Alone
+from gradkern.data.runs.reading import SpotSamples
 from gradkern.data.sources import open_source
 from gradkern.data.store import locks
 from gradkern.util.options import GradkernWarning
@@ -192,15 +192,15 @@ def test_the_samples_that_decide_are_spread_and_not_dead(alive):
     x = -torch.rand(40, 6)
     x[alive, 0] = 1.0
     source = open_source(x)
-    alone = Alone.of(source)
-    chosen = probe.choose(OnlyPositive(), alone, torch.device("cpu"))
+    alone = SpotSamples.of(source)
+    chosen = probe.choose_samples(OnlyPositive(), alone, torch.device("cpu"))
     read_and_alive = [i for i in alone.rows if i in alive]
     assert len(chosen) == 4
     assert len(set(chosen) & set(alive)) == min(4, len(read_and_alive))
 
 
 def test_the_samples_that_decide_are_spread_over_a_live_source():
-    chosen = probe.choose(net(), Alone.of(open_source(samples(400))), torch.device("cpu"))
+    chosen = probe.choose_samples(net(), SpotSamples.of(open_source(samples(400))), torch.device("cpu"))
     assert chosen[0] < 100
     assert chosen[-1] > 300
 

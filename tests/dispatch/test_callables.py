@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern
-from gradkern.util.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrapped
+from gradkern.util.callables import FixedArguments, is_same, model_of, modules_behind, name_of, unwrap
 from gradkern.util.options import GradkernWarning
 
 pytestmark = pytest.mark.filterwarnings("error::gradkern.GradkernWarning")  # nothing stays on autograd unseen
@@ -117,10 +117,10 @@ def test_what_a_callable_reads_is_guarded() -> None:
 
 
 def test_a_lambda_made_anew_stays_on_autograd_while_a_capture_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradkern.frontend.capture import Capture
+    from gradkern.frontend.capture import GraphCache
 
     captured: list[object] = []
-    monkeypatch.setattr(Capture, "capture", lambda *a: captured.append(a))
+    monkeypatch.setattr(GraphCache, "capture", lambda *a: captured.append(a))
     model, x = coder()
     for _ in range(20):
         gradkern.jacobian(lambda t: model(t), x, engine="auto")
@@ -183,18 +183,18 @@ def test_buffers_behind_a_function_are_left_as_they_were_by_a_refused_capture() 
 def test_wrappers() -> None:
     model, _ = coder()
     compiled = torch.compile(model, backend="eager")
-    assert unwrapped(compiled) is unwrapped(nn.DataParallel(compiled)) is unwrapped(compiled.forward) is model
+    assert unwrap(compiled) is unwrap(nn.DataParallel(compiled)) is unwrap(compiled.forward) is model
     hooked = nn.DataParallel(model)
     hooked.register_forward_hook(lambda module, inputs, output: output * 2)
-    assert unwrapped(hooked) is hooked
+    assert unwrap(hooked) is hooked
     compiled_function = torch.compile(of_global, backend="eager")
-    assert unwrapped(compiled_function) is of_global
+    assert unwrap(compiled_function) is of_global
 
     @functools.wraps(compiled_function)
     def doubled(x: Tensor) -> Tensor:
         return compiled_function(x) * 2
 
-    assert unwrapped(doubled) is doubled
+    assert unwrap(doubled) is doubled
 
 
 def test_one_process_of_distributed_training(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -204,7 +204,7 @@ def test_one_process_of_distributed_training(tmp_path) -> None:  # type: ignore[
     try:
         model, x = coder()
         parallel = nn.parallel.DistributedDataParallel(model)
-        assert unwrapped(parallel) is model
+        assert unwrap(parallel) is model
         got = gradkern.jacobian(parallel, x, engine="kernel")
         torch.testing.assert_close(got, gradkern.jacobian(model, x, engine="autograd"), rtol=1e-10, atol=1e-12)
     finally:

@@ -14,7 +14,7 @@ from gradkern.dispatch import first_use, state
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import decide
 from gradkern.frontend import verify
-from gradkern.frontend.capture import Capture
+from gradkern.frontend.capture import GraphCache
 from gradkern.runtime import ops
 from gradkern.util import options
 from gradkern.util.options import ENGINES, BadValue, GradkernWarning
@@ -92,7 +92,7 @@ def test_prepare_traces_now_and_only_once(monkeypatch):
     program = prepared.program
     assert program.output_shape == (3,)
     assert gradkern.prepare(model.forward, x).program is program
-    monkeypatch.setattr(Capture, "capture", None)  # any further capture would fail
+    monkeypatch.setattr(GraphCache, "capture", None)  # any further capture would fail
     gradkern.jacobian(model, x, engine="kernel")
     gradkern.jacobian(model, x[:1])
 

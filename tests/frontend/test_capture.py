@@ -1,6 +1,6 @@
-"""Capturing: backward passes that few samples exercise, state that changes, and what used to be refused for nothing.
+"""Capturing: backward passes that few samples exercise, state that changes, and models once refused without need.
 
-State is generated in `test_python_state.py`, regions in `test_regions.py`; here stands what was once wrong.
+Most cases here are past bugs.  Generated cases are in `test_python_state.py` (Python state) and `test_regions.py`.
 """
 
 from __future__ import annotations

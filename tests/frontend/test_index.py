@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import gradkern
 from gradkern.codegen.tables import strided
 from gradkern.frontend.lowerings import arithmetic
-from gradkern.frontend.lowerings.index import neighbours_merged
+from gradkern.frontend.lowerings.index import merge_neighbours
 from gradkern.ir.indexing import identity_runs, indices, runs
 from gradkern.ir.program import Part, Shape
 from tests.support import oracle
@@ -49,7 +49,7 @@ def copied(part: Part, x: Tensor) -> Tensor:
 def test_the_same_elements_with_neighbours_merged(copy: tuple[Shape, Part]) -> None:
     shape, part = copy
     x = torch.arange(1, 1 + torch.Size(shape).numel()).view(shape)
-    fewer, merged = neighbours_merged(shape, part)
+    fewer, merged = merge_neighbours(shape, part)
     want = copied(part, x)
     assert torch.equal(copied(fewer, x.view(merged)).reshape(want.shape), want)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradkern.dispatch.guards import stand_ins
-from gradkern.frontend.capture import Capture
+from gradkern.frontend.capture import GraphCache
 from gradkern.frontend.lowerings import conv
 from gradkern.frontend.lowerings.builder import NoForm, ProgramBuilder
 from gradkern.frontend.refusal import NoProgram
@@ -258,7 +258,7 @@ def test_tensors_of_a_closure_are_bound_live() -> None:
     model = Net(lambda net, x: net.fc(x) * hidden[0]).double()
     x = torch.randn(2, 4, dtype=torch.float64)
     for _ in range(3):
-        captured = Capture().capture(model, stand_ins((x,)))
+        captured = GraphCache().capture(model, stand_ins((x,)))
         (name,) = [name for name in captured.tensors if not name.startswith("fc.")]
         assert captured.tensors[name].data_ptr() == hidden[0].data_ptr()
         hidden[0] = hidden[0] * 2

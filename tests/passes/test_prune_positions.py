@@ -13,7 +13,7 @@ import gradkern
 from gradkern.ir.macs import forward_macs
 from gradkern.ir.program import Product
 from gradkern.passes import prune_positions
-from gradkern.passes.prune_positions import Line, covering, pruned, union
+from gradkern.passes.prune_positions import Line, covering, prune, union
 from gradkern.runtime import reference
 from tests.support import capturing, oracle
 from tests.support.networks import NETWORKS, Chomp
@@ -43,11 +43,11 @@ def causal(c: int, o: int, dilation: int) -> list[nn.Module]:
 def test_a_causal_network_needs_few_positions():
     model = NETWORKS["tcn"].full.build(dtype=torch.float64)
     program = capturing.to_program(model, NETWORKS["tcn"].full.inputs(2, dtype=torch.float64))
-    found = pruned(program)
+    found = prune(program)
     assert macs(found) < macs(program) / 5
     assert found.inputs == program.inputs
     assert found.output_shape == program.output_shape
-    assert pruned(found) is found
+    assert prune(found) is found
     x = torch.randn(2, 1, 784, dtype=torch.float64)
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
@@ -69,7 +69,7 @@ def test_last_position_of_convolutions(layers, shape):
     model = last_step(*layers)
     x = torch.randn(4, *shape, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
-    assert macs(pruned(program)) <= macs(program)
+    assert macs(prune(program)) <= macs(program)
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
@@ -80,7 +80,7 @@ def test_weights_that_are_not_finite_spread_as_in_torch():
     prepared = gradkern.prepare(model, x)
     assert prepared.program is not None
     program = prepared.program
-    assert pruned(program) is not program
+    assert prune(program) is not program
     with torch.no_grad():
         model.body[0].weight[0, 0, 0] = torch.inf
     want = oracle.jacobian(model, x)[1][0]
@@ -101,7 +101,7 @@ def test_images_narrow_along_both_axes():
 
     model, x = Corner().double().eval(), torch.randn(3, 2, 12, 16, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
-    assert macs(pruned(program)) < macs(program) / 2
+    assert macs(prune(program)) < macs(program) / 2
     got = gradkern.jacobian(model, x, engine="kernel")
     assert oracle.relative_error(got, oracle.jacobian(model, x)[1][0]) < 1e-12
 
@@ -109,7 +109,7 @@ def test_images_narrow_along_both_axes():
 def test_a_class_token_needs_one_row_of_the_last_attention():
     case = NETWORKS["vit"].full
     program = capturing.to_program(case.build(), case.inputs(2))
-    found = pruned(program)
+    found = prune(program)
     rows = [s.shape for s in found.steps if s.form == Product("matmul")]
     assert rows[-2:] == [(4, 1, 65), (4, 1, 16)]
     assert rows[:-2] == [(4, 65, 65), (4, 65, 16)] * 3
@@ -120,7 +120,7 @@ def test_nothing_to_narrow_leaves_the_program_as_it_is():
     for name in ("inceptiontime", "resnet18", "eegnet", "mlstm_fcn"):
         small = NETWORKS[name].small
         program = capturing.to_program(small.build(), small.inputs(2))
-        assert pruned(program) == program
+        assert prune(program) == program
 
 
 def test_lines():

@@ -78,7 +78,7 @@ class Limited(Chains):
         super().__init__(p, GPU, 4)
         self.fits, self.lowered = fits, []
 
-    def _lowered(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool):
+    def _lower(self, group: Group, seeds: int, wrt: tuple[int, ...], onehot: bool):
         self.lowered.append(group.steps)
         return object() if self.fits(group.steps) else TooLarge(300 << 10, 227 << 10)
 

@@ -43,7 +43,7 @@ def test_random_programs(question, tile):
 
 
 def test_an_index_of_nothing_moves_nothing():
-    assert [offsets.tolist() for offsets in local.expanded([])] == [[], []]
+    assert [offsets.tolist() for offsets in local.expand_runs([])] == [[], []]
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from gradkern.dispatch.guards import holding, stand_ins
-from gradkern.frontend.capture import Capture
+from gradkern.frontend.capture import GraphCache
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
 from tests.cases import CASES
@@ -88,7 +88,7 @@ def new_parameter(model: nn.Module) -> None:
 )
 def test_values_are_those_of_now(change) -> None:
     model = CASES["residual"].build()
-    capture, inputs = Capture(), CASES["residual"].inputs(3)
+    capture, inputs = GraphCache(), CASES["residual"].inputs(3)
     graph = capture.capture(model, stand_ins(inputs)).graph
     assert agrees("residual", model)
     old = model(*inputs).detach()

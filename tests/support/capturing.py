@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradkern.dispatch.guards import stand_ins
 from gradkern.frontend import to_program as frontend
 from gradkern.frontend import verify as verification
-from gradkern.frontend.capture import Capture
+from gradkern.frontend.capture import GraphCache
 from gradkern.ir.calls import form_params, params_in
 from gradkern.ir.program import Program
 from gradkern.runtime import parameters
@@ -17,7 +17,7 @@ from gradkern.runtime import parameters
 
 def to_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     """The Program that is proposed for samples like ``inputs``."""
-    return frontend.to_program(Capture().capture(model, stand_ins(inputs)), inputs, type(model).__name__)
+    return frontend.to_program(GraphCache().capture(model, stand_ins(inputs)), inputs, type(model).__name__)
 
 
 def bind(program: Program, model: nn.Module) -> dict[str, Tensor]:

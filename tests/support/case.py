@@ -1,4 +1,4 @@
-"""What a case is, and the pieces of small ones: a network that closes around the layers in question."""
+"""`Case`, a network with the shapes of its inputs, and the building blocks of small networks around a few layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of the cases, traced once per process, and what the engine and the oracle make of them."""
+"""Programs of the cases, traced once per process, and the results of the engine and the oracle for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradkern.runtime import executor
 from tests.cases import CASES
 from tests.support import capturing, oracle
 
-EXACT = 1e-10  # float64, relative
+EXACT = 1e-10  # relative tolerance in float64
 
 
 @cache
@@ -31,7 +31,7 @@ def parts(name: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1):
 
 
 def run(program: Program, params, inputs, targets=None, wrt=None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The engine's result, written over NaN: what is not written shows."""
+    """The engine's result, in memory filled with NaN before, so that a missing write shows."""
     seeds = program.outputs if targets is None else targets.shape[-1]
     chosen = range(len(inputs)) if wrt is None else wrt
     out = tuple(

@@ -1,9 +1,9 @@
 """The CPU's kernels and ops under the sanitizers, without torch: calls are recorded, and `csrc/host/replay_cpu.cpp`
-repeats them, on its own threads and with tensors of exactly their size.
+repeats them, on its own threads and with tensors of exactly the right size.
 
-Recorded are calls of random Programs in every direction, of random rules (pools whose windows lie wholly in the padding
-among them), of recurrent layers and of statistics.  Calls of chains are repeated with numbers of their records, tables
-and sizes changed at random: an error, or an end, but no access out of bounds.
+The calls come from random Programs in every direction, random rules (also with pools whose windows lie wholly in the
+padding), recurrent layers and statistics.  Calls of chains are repeated with random changes of numbers in their
+records, tables and sizes: such a call must raise an error or run to its end, without an access out of bounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TYPES = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.int32: 3, t
 
 
 class Recording(TorchDispatchMode):
-    """The ops of gradkern that are called, with their arguments and what they gave."""
+    """Records the calls of gradkern's ops, with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Recording(TorchDispatchMode):
         body = b"".join(encoded(a, t) for a, t in zip(args, schema, strict=True))
         result = func(*args, **(kwargs or {}))
         name = name.partition(".")[0]
-        # What has no tensors asks how the extension was built.
+        # Ops without tensors only ask how the extension was built.
         if name != "content_hash" and next(tensors_in(args), None) is not None:
             self.calls.append(struct.pack("<q", len(name)) + name.encode() + struct.pack("<q", len(body)) + body)
             self.expected += [t.clone() for a in (*args, result) for t in tensors_in(a)]
@@ -70,7 +70,7 @@ def integers(*values: int) -> bytes:
 
 
 def encoded(value: Any, kind: Any) -> bytes:
-    """An argument as csrc/host/standin reads it; optional ones begin with whether they are there."""
+    """An argument as csrc/host/standin reads it; an optional one begins with whether it is given."""
     if str(kind).startswith("Optional"):
         return integers(0) if value is None else integers(1) + encoded(value, kind.getElementType())
     if isinstance(value, Tensor):
@@ -90,7 +90,7 @@ def encoded(value: Any, kind: Any) -> bytes:
 
 
 def recorded(networks: int, first: int) -> Recording:
-    """Calls of random networks from a seed on, and of the other ops."""
+    """The calls of random networks, with seeds from ``first`` on, and of the other ops."""
     ops.extension()
     torch.set_num_threads(1)
     recording = Recording()
@@ -119,7 +119,7 @@ def recorded(networks: int, first: int) -> Recording:
 
 
 def build(program: Path, flags: Sequence[str], isa: str) -> None:
-    """The program that repeats recordings of one instruction set."""
+    """Build the program that repeats recordings of one instruction set."""
     chosen = f"-DGRADKERN_ISAS(X)=X({isa})"
     sources = [*SOURCES, f"cpu/isa_{isa}.cpp"]
     objects = [program.with_suffix(f".{Path(s).stem}.o") for s in sources]
@@ -136,7 +136,7 @@ def build(program: Path, flags: Sequence[str], isa: str) -> None:
 
 
 def replay(program: Path, recording: tuple[list[bytes], list[Tensor]], mutations: int, threads: int) -> str:
-    """Run the calls; returns what was wrong, and prints what was done."""
+    """Run the calls and print what was done; returns what was wrong."""
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     calls, expected = recording
     source.write_bytes(b"".join(calls))
@@ -158,7 +158,7 @@ def replay(program: Path, recording: tuple[list[bytes], list[Tensor]], mutations
 
 
 def main(kind: str, flags: Sequence[str], folder: Path, long: bool) -> int:
-    """The instruction sets one by one: weights are packed for one, so each is recorded in a process of its own."""
+    """Try the instruction sets one by one.  Weights are packed for one set, so each is recorded in its own process."""
     seed = random.SystemRandom().randrange(1 << 30)
     found = ops.extension().isas()  # the best first
     isas = found if long else [found[0] if kind == "address" else "portable"]

@@ -1,4 +1,4 @@
-"""Operations for DeepLift's rules: functions of one value or three, ``[N, 4, 6]`` each, and their networks."""
+"""Operations for tests of DeepLift's rules: functions of one or three values ``[N, 4, 6]``, and networks of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def volume(x: Tensor) -> Tensor:
     return x.reshape(-1, 1, 2, 2, 6)
 
 
-#: Of one value.
+#: Functions of one value.
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in ("relu", "elu", "gelu", "silu", "mish", "softplus", "softsign", "tanhshrink",
                                            "softshrink", "hardshrink", "hardswish", "hardsigmoid", "logsigmoid", "selu",
@@ -98,7 +98,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "interpolate": lambda x: F.interpolate(x, scale_factor=2, mode="linear")[..., 3:9],
 }  # fmt: skip
 
-#: Of three values.
+#: Functions of three values.
 TERNARY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mul": lambda a, b, c: a * b * c,
     "div": lambda a, b, c: a / (b * b + 1) + c,
@@ -127,7 +127,7 @@ TERNARY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "pairwise_distance": lambda a, b, c: F.pairwise_distance(a, b).unsqueeze(-1) * c,
 }
 
-#: Modules from ``[N, 4, 6]`` to the same.
+#: Modules from ``[N, 4, 6]`` to ``[N, 4, 6]``.
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(6, 6, batch_first=True),
     "lstm_both_ways": lambda: nn.LSTM(6, 3, 2, batch_first=True, bidirectional=True),
@@ -138,7 +138,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "group_norm": lambda: nn.GroupNorm(2, 4),
 }
 
-#: Operations that have no rule: they need a warning.
+#: Operations that have no rule, which needs a warning.
 UNRULED: dict[str, Callable[[Tensor], Tensor]] = {
     "sort": lambda x: x.sort(-1)[0],
     "median": lambda x: x.median(-1)[0],

@@ -22,7 +22,7 @@ COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.which(name)), None)
 SOURCES = CSRC / "host" / "chain_run.cpp", CSRC / "cpu" / "isa_neon.cpp"
 WARNINGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas")
-# -O1 halves the time of the compilation, and that of the emulator is of no account.
+# -O1 halves the time of the compilation; the emulator's time is negligible.
 FLAGS = (*WARNINGS, "-O1", "-static")
 MISSING = "no aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
 
@@ -58,7 +58,7 @@ class Emulator:
         n = inputs[0].shape[0]
         values = [packed.new_full((n, size), float("nan")) for size in outputs]
         for r in results:
-            r.fill_(float("nan"))  # so that a number that was never written shows
+            r.fill_(float("nan"))  # so that a missing write shows
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
         of_targets = (0, 0) if targets is None else (1, seeds if targets.dim() == 2 else 0)
         width = 0 if rows is None else rows.shape[-1]
@@ -82,5 +82,5 @@ class Emulator:
         return values
 
     def patches(self) -> list:
-        """What makes the engine work on this processor."""
+        """The patches with which the engine works on this processor."""
         return [mock.patch.object(ops, name, getattr(self, name)) for name in ("chain_forward", "chain_vjp")]

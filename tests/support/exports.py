@@ -1,4 +1,4 @@
-"""One export per architecture and process: most of a test's time would be `torch.export` of a graph seen before."""
+"""Exports every architecture once per process: `torch.export` of known graphs would take most of a test's time."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
-from gradkern.frontend.capture import CapturedGraph
+from gradkern.frontend.capture import GuardedGraph
 from gradkern.frontend.export import Exported, export
 
 _exports: dict[Hashable, Exported] = {}
 
 
-def remembered(graph: CapturedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
-    """`gradkern.frontend.export.export`, or what it gave for the same graph."""
+def remembered(graph: GuardedGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Exported:
+    """`gradkern.frontend.export.export`, or its earlier result for the same graph."""
     assert graph.module is not None
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):  # a constant of its own, or a graph inside
         return export(graph, tensors, inputs)

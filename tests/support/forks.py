@@ -1,4 +1,4 @@
-"""Work in forks of this process, which need not import and capture everything again."""
+"""Runs work in forks of this process, which need not import and capture everything again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 
 def start(work: Callable[[], object]) -> int:
-    """Do some work in a fork, which ends with 0, or with 1 after an error; gives the process number."""
+    """Do some work in a fork, which exits with 0, or with 1 after an error; returns its process number."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which works for us
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, of which none is at work here
         pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays taken where its holder was killed
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and stays held if its holder is killed
         work()
         status = 0
     except BaseException:

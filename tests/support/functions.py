@@ -1,4 +1,4 @@
-"""Torch's own functions for the names of `gradkern.ir.functions.FUNCTIONS`, and arguments for them."""
+"""torch's own functions for the names in `gradkern.ir.functions.FUNCTIONS`, and arguments for them."""
 
 from __future__ import annotations
 

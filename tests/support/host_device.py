@@ -1,7 +1,7 @@
-"""The CUDA kernels on the host: a "GPU" for tests, of which every thread is a host thread (csrc/host).
+"""The CUDA kernels on the host: a "GPU" for tests whose threads are host threads (csrc/host).
 
-`HostDevice` builds the shim with g++ (no nvcc, no torch headers) and runs chains on it; `installed` makes the engine
-take it for the machine that CPU tensors live on, so that the plan, the packing and the launch order are the GPU's.
+`HostDevice` builds the shim with g++ (no nvcc, no torch headers) and runs chains on it.  `installed` makes the engine
+treat it as the machine of CPU tensors, so that the plan, the packing and the launch order are those of a GPU.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def rescale_args(number: type) -> type[ctypes.Structure]:
 
 
 RESCALE_ARGS = {torch.float32: rescale_args(ctypes.c_float), torch.float64: rescale_args(ctypes.c_double)}
-POISON = -1.7e30  # of results that may hold NaN
+POISON = -1.7e30  # fills results that may hold NaN, so that a missing write shows
 
 
 class Gpu(ctypes.Structure):
-    """csrc/host/runtime.h: what the stand-in GPU is, and what was asked of it."""
+    """csrc/host/runtime.h: the properties of the stand-in GPU, and what was asked of it."""
 
     _fields_ = tuple(
         (name, ctypes.c_int)
@@ -183,7 +183,7 @@ class HostDevice:
         n = inputs[0].shape[0]
         values = [torch.full((n, size), float("nan"), dtype=packed.dtype) for size in outputs]
         for r in results:
-            r.fill_(float("nan"))  # so that a number that was never written shows
+            r.fill_(float("nan"))  # so that a missing write shows
         if n == 0:
             return values
         seeds = 0 if not len(backward) else targets.shape[-1] if targets is not None else cotangents[0].shape[1]
@@ -231,14 +231,16 @@ class HostDevice:
         return out
 
     def patches(self) -> list[contextlib.AbstractContextManager[Any]]:
-        """What makes the engine work on this device."""
+        """The patches with which the engine works on this device."""
         names = ("chain_forward", "chain_vjp", "rescale")
         return [mock.patch.object(ops, name, getattr(self, name)) for name in names]
 
 
 class Launchers(HostDevice):
-    """The same by way of the launchers: everything but torch's CUDA tensors and the GPU is the real thing.
-    ``shared_bytes`` is what the plan may use."""
+    """`HostDevice` by way of the launchers: only torch's CUDA tensors and the GPU are stand-ins.
+
+    ``shared_bytes``: the shared memory that the plan may use.
+    """
 
     NAMES = ("chain_forward", "chain_vjp", "rescale", "content_hash")
 
@@ -258,7 +260,7 @@ class Launchers(HostDevice):
         ]
 
     def redispatched(self, name: str, *args: Any) -> Any:
-        """What torch would call for CUDA tensors."""
+        """Call what torch would call for CUDA tensors."""
         self.calls.append((name, args))
         self.launches += name.startswith("chain")
         self.rescales += name == "rescale"
@@ -267,7 +269,7 @@ class Launchers(HostDevice):
 
 @contextlib.contextmanager
 def installed(device: HostDevice) -> Iterator[HostDevice]:
-    """The engine works on ``device`` inside this block."""
+    """Inside, the engine works on ``device``."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "machine", lambda _device=None: device.machine))
         for patch in device.patches():
@@ -276,7 +278,7 @@ def installed(device: HostDevice) -> Iterator[HostDevice]:
 
 
 def run(case: Case, dtype: torch.dtype, n: int, device: HostDevice, targets: Tensor | None = None):
-    """A case on the device: its model and samples, outputs and Jacobians, and the plan that was used."""
+    """A case run on the device: its model and samples, outputs and Jacobians, and the plan that was used."""
     model = case.build(dtype=dtype)
     inputs = case.inputs(n, dtype=dtype)
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Every named network on each of the named instruction sets, for tests/runtime/test_isa.py.  A process that forks.
+"""Runs every named network on each of the named instruction sets, in forks, for tests/runtime/test_isa.py.
 
     python -m tests.support.isa_runs NAME,NAME... ISA ISA...
 
-The instruction set is chosen once per process; tracing and the oracle, which take longest, are the same for all of
-them.  So the networks are made ready first, and every instruction set is tried in a fork.  Prints as JSON, by
-instruction set, what went wrong: an empty text where nothing did.
+The instruction set is chosen once per process; tracing and the oracle, which take longest, are the same for all sets.
+So the networks are prepared first, and every instruction set is tried in a fork.  Prints as JSON, by instruction set,
+what went wrong: an empty text if nothing did.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support import oracle
 from tests.support.case_runs import EXACT, exact, parts, run, worst
 
 SIZES = (1, 7)
-SAMPLES = 16  # of the float32 run
+SAMPLES = 16  # samples of the float32 run
 
 
 def check(isa: str, single: dict[str, tuple[torch.Tensor, ...]], names: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Kills dataset runs at random moments, for tests/data/test_resume.py.
 
-Every run is a fork of this process, killed with SIGKILL after a random time, until so many runs were killed while they
-worked; then the run is let to its end.
+Every run is a fork of this process that is killed with SIGKILL after a random time.  Once enough runs were killed while
+they worked, a last run goes to its end.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def wait_for(out: str, chunks: int) -> None:
 
 
 def kill_runs(out: str, samples: int, kills: int, seed: int) -> dict[str, Any]:
-    """Gives the number of runs that were killed, the finished chunks after each, and the exit code of the last run."""
+    """Returns the number of killed runs, the finished chunks after each, and the exit code of the last run."""
     model, x = problem(samples)
     gradkern.prepare(model, x)
     gradkern.jacobian(model, x[:CHUNK], engine="kernel")

@@ -1,8 +1,8 @@
-"""A pipeline that runs for a week, in minutes: many threads, many calls, many models, interrupts, forks, little memory.
+"""Does in minutes what a pipeline does in a week: many threads, calls and models, interrupts, forks, little memory.
 
     python -m tests.support.load --minutes 5
 
-Prints its figures as JSON; the exit code is 1 if a result differed, or something did not end as it must.
+Prints its figures as JSON; the exit code is 1 if a result differed, or something did not end as it should.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def resident() -> int:
 
 
 def threads(seconds: float, models: int) -> dict[str, Any]:
-    """Threads that call the same models all the time; every result must have the bits of a call alone."""
+    """Threads that keep calling the same models; every result must have the bits of a call alone."""
     nets, x = [network(seed) for seed in range(models)], samples()
     wanted = [call(net, x) for net in nets]
     calls, wrong, end = [0] * THREADS, [], time.monotonic() + seconds

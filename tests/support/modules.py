@@ -1,4 +1,4 @@
-"""The networks of the case table that are more than a row: the five measured ones, and small ones with a purpose."""
+"""The networks of the case table that need more than a row: the five measured ones, and small ones for one purpose."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def decoder(features: int = 4, hidden: int = 24, channels: int = 8, side: int = 
 
 
 def emulator(features: int = 3, hidden: int = 16, outputs: int = 60) -> nn.Module:
-    """What stands in for a simulation: a few parameters in, many numbers out."""
+    """An emulator of a simulation: a few parameters in, many numbers out."""
     layers = [nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outputs)]
     return nn.Sequential(*layers)
 
@@ -208,7 +208,7 @@ class MixesSamples(nn.Module):
 
 
 class FreezesOne(nn.Module):
-    """Another function for a single sample, which torch.export cannot see."""
+    """Computes another function for a single sample, which torch.export cannot see."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that people explain, from their published descriptions, small and in full size.
+"""Networks that are commonly explained, from their published descriptions, small and in full size.
 
 `NETWORKS` has every one of them as a `tests.cases.Case` (plus what the benchmark needs to know).  The small ones have
 the structure of the full ones with fewer channels and shorter inputs, so that the float64 oracle is quick.
@@ -417,7 +417,7 @@ class Network:
     full: Case
     seeds: int | None = None
     samples: int = 64
-    floor: float = 0.95  # times the best peer
+    floor: float = 0.95  # the least speed, relative to the best peer
 
 
 def pair(name: str, small: Callable[[], nn.Module], small_shape: Shape, full: Callable[[], nn.Module],

@@ -1,4 +1,4 @@
-"""The stores in tests/data/stores, which an earlier version wrote, and the run that they are of."""
+"""The stores in tests/data/stores, which an earlier version wrote, and the run that they belong to."""
 
 from __future__ import annotations
 

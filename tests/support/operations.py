@@ -1,4 +1,4 @@
-"""Functional calls that people's networks contain, one row each: which have a form, and which are left to torch.
+"""Functional calls as networks contain them, one row each: those that have a form, and those that torch runs.
 
 A row is the per-sample shape of a value ``h [N, *shape]``, and a function of it.
 """
@@ -58,7 +58,7 @@ def cross_covariance(q: Sequence[Tensor]) -> Tensor:
     return scores.softmax(-1) @ q[2]
 
 
-#: By family; no step of these is left to torch.
+#: Operations by family of which no step is left to torch.
 FORMS: dict[str, dict[str, Operation]] = {
     "einsum": {
         "einsum_const": (S, lambda h: torch.einsum("nij,oj->nio", h, R(5, 8))),
@@ -418,7 +418,7 @@ FORMS: dict[str, dict[str, Operation]] = {
     },
 }
 
-#: With the samples in axis 1; some of these are forms.
+#: Operations with the samples in axis 1; some of these have a form.
 SEQUENCE_FIRST: dict[str, Operation] = {
     "first_cat": (S, lambda h: first(h, lambda y: torch.cat([y, R(1, 1, 8).expand(-1, h.shape[0], -1)]))),
     "first_cat_last": (S, lambda h: first(h, lambda y: torch.cat([R(6, 1, 2).expand(-1, h.shape[0], -1), y], 2))),
@@ -434,7 +434,7 @@ SEQUENCE_FIRST: dict[str, Operation] = {
     "first_maximum": (S, lambda h: first(h, lambda y: torch.maximum(y, R(8)).amin(0).unsqueeze(0))),
 }
 
-#: torch runs and differentiates these.
+#: Operations that torch runs and differentiates.
 TORCHS: dict[str, Operation] = {
     "einsum_diag": ((5, 5), lambda h: torch.einsum("nii->ni", h)),
     "fmax": (S, lambda h: torch.fmax(h, h.flip(1))),

@@ -1,4 +1,4 @@
-"""Pools, and numbers, on which DeepLift's multipliers are compared to the bit."""
+"""Pools and input numbers for which DeepLift's multipliers are compared bit by bit."""
 
 from __future__ import annotations
 

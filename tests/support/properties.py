@@ -1,4 +1,4 @@
-"""Random Programs in property-based tests: what is asked of a network, and whether two answers agree."""
+"""Property-based tests of random Programs: the calls that are drawn, and the comparison of two results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random networks of modules, to be captured: convolutions, linear layers, sequences, and a batch that moves.
+"""Random networks of modules, to be captured: convolutions, linear layers, sequences, batch axes in other places.
 
 ``pick(low, high)`` makes every choice, so a network is that of a seed.
 """

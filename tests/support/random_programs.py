@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradkern.frontend.lowerings.pool import average_rows, pooled
+from gradkern.frontend.lowerings.pool import average_rows, window_count
 from gradkern.ir.program import (
     Call,
     Channels,
@@ -257,7 +257,7 @@ class Grower(Forms):
             k, d = self.pick(1, min(4, n)), self.choose([1, 1, 1, 2])
             d = d if d * (k - 1) + 1 <= n else 1
             s, p = self.choose([k, k, 1, 2, 3]), self.choose([0, 0, k // 2])
-            count = pooled(n, k, s, p, d, ceil)
+            count = window_count(n, k, s, p, d, ceil)
             axes.append((k, s, (p, max(p, (count - 1) * s + d * (k - 1) + 1 - n - p)), d))
             out.append(count)
         if any(o < 1 for o in out):
@@ -273,7 +273,7 @@ class Grower(Forms):
         for n in self.shape(v)[1:]:
             k = self.pick(1, n)
             p = self.choose([0, 0, k // 2])
-            if pooled(n, k, 1, p, 1, False) < 1:
+            if window_count(n, k, 1, p, 1, False) < 1:
                 return
             axes.append(average_rows(n, k, self.choose([1, 2, k]), p, bool(self.pick(0, 1)), bool(self.pick(0, 1))))
         out = (self.shape(v)[0], *(len(rows) for rows in axes))

@@ -1,4 +1,4 @@
-"""Networks for the rules of attribution methods, and how they are built."""
+"""Networks for tests of attribution rules, and functions that build them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random networks at scale, each of a seed of its own::
+"""Many random networks, each drawn from its own seed::
 
     python -m tests.support.scale programs 0 100000     # built directly, against the float64 oracle
     python -m tests.support.scale captured 0 2000       # modules through the public call, against the oracle

@@ -152,7 +152,7 @@ class Soak:
         ballast.unlink()
 
     def damage(self, work: Callable[..., object], out: Path, source: object) -> None:
-        """Damage one to three files; `verify` must find what matters, and `repair` mend it."""
+        """Damage one to three files; `verify` must find what matters, and `repair` fix it."""
         if not (out / "zarr.json").exists():
             return
         files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.suffix != ".partial" and p.name != "lock"]

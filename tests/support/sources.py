@@ -1,4 +1,4 @@
-"""The same samples in every kind of source: `MAKERS` are functions of a folder, where they may write files."""
+"""The same samples in every kind of source.  `MAKERS` are functions of a folder, in which they may write files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny network and its samples, for tests of runs where the network does not matter."""
+"""A tiny network and its samples, for tests of dataset runs in which the network does not matter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Captum's layer methods, on a Program that is cut at the layer.
 
-A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `one_output` and `all_outputs`
-read Captum's signature and make ``attribute`` and ``attribute_all``.
+A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `make_attribute` and
+`make_attribute_all` read Captum's signature and make ``attribute`` and ``attribute_all``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...dispatch.request import jacobian_choice
 from ...dispatch.targets import Seeds
 from ...util.options import Engine, InputError
 from ...util.outputs import Output
+from ...util.renamed import old_names
 from .. import captum_compat as compat
 from ..attribute_all import (
     AttributeAll,
@@ -27,11 +28,11 @@ from ..attribute_all import (
     Options,
     Tensors,
     answer,
+    as_attribute_all,
     completeness,
     one_by_one,
     points_for,
-    resolved,
-    typed,
+    resolve_targets,
 )
 from ..call import POSITIONAL, PublicMethod, keep_buffers
 from ..captum_compat import stock
@@ -66,7 +67,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         return completeness(view.points, parts, start, seeds)
 
     def _as_tuple(self, options: Options) -> bool:
-        """Are the attributions a tuple?  Those of a layer are not."""
+        """Whether the attributions are a tuple; those of a layer are not."""
         return False
 
     def _once(self, target: Any, options: Options) -> Any:
@@ -120,8 +121,8 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
             points.route.work.other += seconds
 
 
-def one_output(kind: Any) -> Any:
-    """The ``attribute`` of Captum's class on the engine: its signature, its results, its errors."""
+def make_attribute(kind: Any) -> Any:
+    """``attribute`` on the engine, with the signature, results and errors of Captum's class."""
     captums = compat.unlogged(kind)
     signature = inspect.signature(captums)
 
@@ -141,8 +142,9 @@ def one_output(kind: Any) -> Any:
     return attribute
 
 
-def all_outputs(kind: Any) -> AttributeAll:
-    """Its ``attribute_all``: Captum's arguments, with ``targets`` in place of ``target``; most of them by name."""
+def make_attribute_all(kind: Any) -> AttributeAll:
+    """``attribute_all`` on the engine: the arguments of Captum's class, most of them by name, with ``targets`` in place
+    of ``target``."""
     parameters = dict(inspect.signature(compat.unlogged(kind)).parameters)
     targets = parameters.pop("target").replace(name="targets", annotation=Any, default=None)
     places = [p for name, p in parameters.items() if name in POSITIONAL]
@@ -161,7 +163,10 @@ def all_outputs(kind: Any) -> AttributeAll:
         return one_by_one(self.forward_func, inputs, extra, targets, lambda t: self._once(t, options), delta)
 
     attribute_all.__signature__ = signature  # type: ignore[attr-defined]
-    return typed(attribute_all)
+    return as_attribute_all(attribute_all)
+
+
+__getattr__ = old_names(globals(), {"one_output": "make_attribute", "all_outputs": "make_attribute_all"})
 
 
 def _arguments(signature: inspect.Signature, method: LayerMethod, args: Any, kwargs: Options) -> Options:
@@ -182,8 +187,8 @@ class LayerGradientXActivation(LayerMethod, stock.LayerGradientXActivation):
     the model is sure.
     """
 
-    attribute = one_output(stock.LayerGradientXActivation)
-    attribute_all = all_outputs(stock.LayerGradientXActivation)
+    attribute = make_attribute(stock.LayerGradientXActivation)
+    attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)
@@ -196,8 +201,8 @@ class LayerGradCam(LayerMethod, stock.LayerGradCam):
     A drop-in for `captum.attr.LayerGradCam`.  Attribute logits, as the paper does.
     """
 
-    attribute = one_output(stock.LayerGradCam)
-    attribute_all = all_outputs(stock.LayerGradCam)
+    attribute = make_attribute(stock.LayerGradCam)
+    attribute_all = make_attribute_all(stock.LayerGradCam)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)  # [N, S, channels, *spatial]
@@ -228,7 +233,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
         self.grad_cam = LayerGradCam(model, layer, device_ids, engine=engine, output=output)
         self.guided_backprop = GuidedBackprop(model, engine, output)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -240,7 +245,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         rows = compat.format_tensor_into_tuples(inputs)
-        seeds, out = resolved(self.forward_func, rows, additional_forward_args, targets)
+        seeds, out = resolve_targets(self.forward_func, rows, additional_forward_args, targets)
         chosen = _as_targets(seeds.rows(0, rows[0].shape[0]), out)
         shared = {"targets": chosen, "additional_forward_args": additional_forward_args}
         cam = self.grad_cam.attribute_all(
@@ -254,7 +259,7 @@ class GuidedGradCam(PublicMethod, stock.GuidedGradCam):
             try:
                 wide = stock.LayerAttribution.interpolate(cam, tuple(x.shape[2:]), interpolate_mode=interpolate_mode)
                 maps.append(g * wide.view(x.shape[0], seeds.count, *wide.shape[1:]))
-            except Exception:  # like Captum, accept shapes that cannot be interpolated
+            except Exception:  # Captum, too, accepts shapes that cannot be interpolated
                 warnings.warn(
                     "Couldn't appropriately interpolate GradCAM attributions for some input tensors, returning empty "
                     "tensor for corresponding attributions.",

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..attribute_all import Options
 from ..captum_compat import approximation_parameters, format_input_baseline, stock, tensorize_baseline
 from ..paths import path_steps, times_difference
-from ..points import between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
-from .layer_methods import LayerMethod, all_outputs, one_output
+from ..points import between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
 
@@ -24,8 +24,8 @@ class InternalInfluence(LayerMethod, stock.InternalInfluence):
 
     _takes_integers = False  # nothing is between them
 
-    attribute = one_output(stock.InternalInfluence)
-    attribute_all = all_outputs(stock.InternalInfluence)
+    attribute = make_attribute(stock.InternalInfluence)
+    attribute_all = make_attribute_all(stock.InternalInfluence)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         weights, alphas = path_steps(options["method"], options["n_steps"])
@@ -43,8 +43,8 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
 
     _takes_integers = False  # nothing is between them
 
-    attribute = one_output(stock.LayerConductance)
-    attribute_all = all_outputs(stock.LayerConductance)
+    attribute = make_attribute(stock.LayerConductance)
+    attribute_all = make_attribute_all(stock.LayerConductance)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         _, places = approximation_parameters(options["method"])
@@ -69,11 +69,11 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     A drop-in for `captum.attr.LayerIntegratedGradients`.  Logits and probabilities are both complete; prefer logits.
     """
 
-    attribute = one_output(stock.LayerIntegratedGradients)
-    attribute_all = all_outputs(stock.LayerIntegratedGradients)
+    attribute = make_attribute(stock.LayerIntegratedGradients)
+    attribute_all = make_attribute_all(stock.LayerIntegratedGradients)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
-        if not view.exclusive:  # Captum changes only the layer's input, not what other readers of that value see
+        if not view.exclusive:  # Captum changes the value only for the layer, not for its other readers
             return None
         inputs, start = format_input_baseline(view.points.inputs, options["baselines"])
         value, *crossing = view.forward(inputs, view.points.more)
@@ -83,8 +83,8 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
         size, most = gradient_bytes([value], seeds), options["internal_batch_size"]
         for a, b, first, last in blocks(len(value), len(alphas), size, value.device, most):
             steps = last - first
-            tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeated(crossing, a, b, steps))
-            gradients = view.gradients(tail_inputs, repeated_index(index, a, b, steps), seeds)
+            tail_inputs = (*between([value], [base], a, b, alphas[first:last]), *repeat_rows(crossing, a, b, steps))
+            gradients = view.gradients(tail_inputs, repeat_index(index, a, b, steps), seeds)
             total[a:b] += weighted_sum(gradients, weights[first:last].float())
         if self.multiplies_by_inputs:
             times_difference([total], [value], [base])
@@ -113,5 +113,5 @@ def blocks_of_path(
     size, most = gradient_bytes([layer], seeds), options["internal_batch_size"]
     for a, b, first, last in blocks(points.samples, len(alphas), size, inputs[0].device, most):
         at, steps = between(inputs, start, a, b, alphas[first:last]), last - first
-        values = view.forward(at, repeated(points.more, a, b, steps))
-        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeated_index(index, a, b, steps), seeds))
+        values = view.forward(at, repeat_rows(points.more, a, b, steps))
+        yield PathBlock(a, b, first, last, values[0], view.gradients(values, repeat_index(index, a, b, steps), seeds))

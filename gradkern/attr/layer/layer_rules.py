@@ -14,23 +14,23 @@ from ...util.chunks import spans
 from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Options, Tensors, completeness, picked
+from ..attribute_all import Options, Tensors, completeness, pick_outputs
 from ..call import seen_as
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import block_rows, gradient_bytes
-from ..rules.averaging import customised
+from ..rules.averaging import apply_custom_function
 from ..rules.deeplift import DeepLift, check_references, pairs_of
 from ..rules.lrp import LRP
 from ..rules.rule import Rule, pull
 from ..rules.rule_methods import Chunk, RuleMethod, samples_at_a_time
-from .layer_methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
 Finish = Callable[[Any, Tensor, Tensor], Tensor]  # (rule, multipliers [n, S, *layer], targets) to attributions
 
 
-def pulled(
+def pull_to_layer(
     view: LayerView, method: RuleMethod, index: Tensor | None, seeds: int, options: Options, finish: Finish
 ) -> Tensor | None:
     """The rule of ``method`` from the outputs to the layer, ``[N, S, *layer]``; None if it does not cover the model."""
@@ -59,8 +59,8 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
     A drop-in for `captum.attr.LayerDeepLift`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    attribute = one_output(stock.LayerDeepLift)
-    attribute_all = all_outputs(stock.LayerDeepLift)
+    attribute = make_attribute(stock.LayerDeepLift)
+    attribute_all = make_attribute_all(stock.LayerDeepLift)
 
     def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         start = compat.format_baseline(options["baselines"], view.points.inputs)
@@ -71,10 +71,10 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
             value = rule.values[view.value]
             base = rule.reference[view.value].expand(value.shape)
             if custom is not None:
-                return customised(custom, (multipliers,), (value,), (base,))[0]
+                return apply_custom_function(custom, (multipliers,), (value,), (base,))[0]
             return multipliers * (value - base).unsqueeze(1) if self.multiplies_by_inputs else multipliers
 
-        return pulled(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
+        return pull_to_layer(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
 
 
 class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
@@ -95,8 +95,8 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
         stock.LayerDeepLift.__init__(self, model, layer, multiply_by_inputs)
         plug_into(self, GradientFunc(engine), output)
 
-    attribute = one_output(stock.LayerDeepLiftShap)
-    attribute_all = all_outputs(stock.LayerDeepLiftShap)
+    attribute = make_attribute(stock.LayerDeepLiftShap)
+    attribute_all = make_attribute_all(stock.LayerDeepLiftShap)
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
         points, index = view.points, seeds.rows(0, view.points.samples)
@@ -122,8 +122,8 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
     which Captum keeps no relevance, such as activations.  Attribute logits: a softmax has no rule.
     """
 
-    attribute = one_output(stock.LayerLRP)
-    attribute_all = all_outputs(stock.LayerLRP)
+    attribute = make_attribute(stock.LayerLRP)
+    attribute_all = make_attribute_all(stock.LayerLRP)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         method = seen_as(LRP, self)
@@ -149,10 +149,10 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         method = seen_as(LRP, self)
 
         def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
-            score = picked(rule.values[view.program.output], targets)  # [n, S]
+            score = pick_outputs(rule.values[view.program.output], targets)  # [n, S]
             return relevance * score.view(*score.shape, *(1,) * len(view.shape))
 
-        return pulled(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
+        return pull_to_layer(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
 
     def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
         return seen_as(LRP, self)._row_delta(parts, view.points, seeds, options)

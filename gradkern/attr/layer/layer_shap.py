@@ -13,7 +13,7 @@ from ..captum_compat import stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import RandomPoint, check_tensors, random_points
 from ..points import Points
-from .layer_methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView
 
 
@@ -44,8 +44,8 @@ class LayerGradientShap(LayerMethod, stock.LayerGradientShap):
 
     _takes_integers = False  # nothing is between them
 
-    attribute = one_output(stock.LayerGradientShap)
-    attribute_all = all_outputs(stock.LayerGradientShap)
+    attribute = make_attribute(stock.LayerGradientShap)
+    attribute_all = make_attribute_all(stock.LayerGradientShap)
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
         points = view.points

@@ -20,12 +20,12 @@ from ..call import seen_as
 from ..captum_compat import format_output, is_tuple, stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
-from ..points import Points, between, blocks, gradient_bytes, repeated, repeated_index, weighted_sum
+from ..points import Points, between, blocks, gradient_bytes, repeat_index, repeat_rows, weighted_sum
 from ..references import References
 from ..rules.averaging import ContributionOptions
 from ..rules.deeplift import DeepLift, DeepLiftShap, check_references
 from ..rules.rule_methods import Deconvolution, GuidedBackprop
-from .layer_methods import LayerMethod, all_outputs, one_output
+from .layer_methods import LayerMethod, make_attribute, make_attribute_all
 from .split import LayerView, jacobians
 
 
@@ -105,7 +105,7 @@ class NeuronGradient(NeuronMethod, stock.NeuronGradient):
     A drop-in for `captum.attr.NeuronGradient`.  It explains the unit, so logits and probabilities do not matter.
     """
 
-    attribute = one_output(stock.NeuronGradient)
+    attribute = make_attribute(stock.NeuronGradient)
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors:
         return points.gradients(points.inputs, points.more, unit, 1)
@@ -118,7 +118,7 @@ class NeuronIntegratedGradients(NeuronMethod, stock.NeuronIntegratedGradients):
     """
 
     _on_inputs = IntegratedGradients
-    attribute = one_output(stock.NeuronIntegratedGradients)
+    attribute = make_attribute(stock.NeuronIntegratedGradients)
 
 
 class NeuronDeepLift(NeuronMethod, stock.NeuronDeepLift):
@@ -128,7 +128,7 @@ class NeuronDeepLift(NeuronMethod, stock.NeuronDeepLift):
     """
 
     _on_inputs = DeepLift
-    attribute = one_output(stock.NeuronDeepLift)
+    attribute = make_attribute(stock.NeuronDeepLift)
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         compat.validate_input(points.inputs, compat.format_baseline(options["baselines"], points.inputs))
@@ -141,7 +141,7 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
     A drop-in for `captum.attr.NeuronDeepLiftShap`.
     """
 
-    attribute = one_output(stock.NeuronDeepLiftShap)
+    attribute = make_attribute(stock.NeuronDeepLiftShap)
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_references(options["baselines"], options["inputs"])
@@ -158,7 +158,7 @@ class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
     A drop-in for `captum.attr.NeuronGradientShap`, with equal numbers for equal seeds of torch and numpy.
     """
 
-    attribute = one_output(stock.NeuronGradientShap)
+    attribute = make_attribute(stock.NeuronGradientShap)
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_tensors(compat.format_callable_baseline(options["baselines"], options["inputs"]))
@@ -175,7 +175,7 @@ class NeuronGuidedBackprop(NeuronMethod, stock.NeuronGuidedBackprop):
     """
 
     _on_inputs = GuidedBackprop
-    attribute = one_output(stock.NeuronGuidedBackprop)
+    attribute = make_attribute(stock.NeuronGuidedBackprop)
 
 
 class NeuronDeconvolution(NeuronMethod, stock.NeuronDeconvolution):
@@ -185,7 +185,7 @@ class NeuronDeconvolution(NeuronMethod, stock.NeuronDeconvolution):
     """
 
     _on_inputs = Deconvolution
-    attribute = one_output(stock.NeuronDeconvolution)
+    attribute = make_attribute(stock.NeuronDeconvolution)
 
 
 class NeuronConductance(NeuronMethod, stock.NeuronConductance):
@@ -195,8 +195,8 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
     layer; prefer logits.
     """
 
-    attribute = one_output(stock.NeuronConductance)
-    attribute_all = all_outputs(stock.NeuronConductance)
+    attribute = make_attribute(stock.NeuronConductance)
+    attribute_all = make_attribute_all(stock.NeuronConductance)
     _one = LayerMethod._one
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> Any:
@@ -213,8 +213,8 @@ class NeuronConductance(NeuronMethod, stock.NeuronConductance):
         size, device = gradient_bytes([layer, *inputs], seeds.count), inputs[0].device
         for a, b, first, last in blocks(points.samples, len(alphas), size, device, options["internal_batch_size"]):
             steps = last - first
-            at, more = between(inputs, start, a, b, alphas[first:last]), repeated(points.more, a, b, steps)
-            outer = view.gradients(view.forward(at, more), repeated_index(index, a, b, steps), seeds.count)
+            at, more = between(inputs, start, a, b, alphas[first:last]), repeat_rows(points.more, a, b, steps)
+            outer = view.gradients(view.forward(at, more), repeat_index(index, a, b, steps), seeds.count)
             outer = outer.flatten(2)[..., int(unit)]  # [K (b - a), S]
             with torch.inference_mode(False), torch.no_grad():
                 inner = jacobians(points.head, view.params, (*at, *more), unit, wrt, by_reference=view.by_reference)

@@ -27,8 +27,8 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # used to find the layer's value, and as many noisy ones
-#: By the verdict on a captured graph, then by the layer's path and whether its input is meant.
+SAMPLES = 3  # samples that the layer's value is found with, beside as many noisy ones
+#: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
 
@@ -68,7 +68,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
             noisy = x + ((x.std() if x.numel() > 1 else x.new_ones(())) + 0.1) * noise
         rows.append(torch.cat([x, noisy]))
     indices = not all(x.is_floating_point() for x in rows)
-    with torch.inference_mode(False), buffers_kept(points.module), _watched(layer, to_input, indices) as seen:
+    with torch.inference_mode(False), buffers_kept(points.module), _watch(layer, to_input, indices) as seen:
         y = points.fn(*[x.clone() for x in rows])
     if not seen or seen[-1] is None:
         return None, False
@@ -78,12 +78,12 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
     # With integer inputs, no gradient could be compared when the Program was made.
-    unconfirmed = value is not None and indices and not _confirmed(tail_of(program, value), points, values, y, live)
+    unconfirmed = value is not None and indices and not _confirm(tail_of(program, value), points, values, y, live)
     return (None, False) if unconfirmed else (value, unique)
 
 
 @contextmanager
-def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
+def _watch(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tuple[Tensor, Tensor] | None]]:
     """The output (or input) of every call of the layer, and a copy.  ``grad``: gradients must reach it."""
     seen: list[tuple[Tensor, Tensor] | None] = []
 
@@ -96,7 +96,7 @@ def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tupl
         seen.append((got, got.detach().clone()))
         if not grad or not got.is_floating_point():
             return None
-        return (got if got.requires_grad else got.requires_grad_()).clone()  # which may be changed in place
+        return (got if got.requires_grad else got.requires_grad_()).clone()  # the model may change the clone in place
 
     handle = layer.register_forward_pre_hook(look) if to_input else layer.register_forward_hook(look)
     try:
@@ -106,7 +106,7 @@ def _watched(layer: nn.Module, to_input: bool, grad: bool) -> Iterator[list[tupl
         handle.remove()
 
 
-def _confirmed(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
+def _confirm(tail: Tail, points: Points, values: Sequence[Tensor], y: Tensor, live: Tensor) -> bool:
     """Whether the gradient from the outputs to the layer's value is that of live autograd."""
     if not live.requires_grad:
         return False
@@ -163,7 +163,7 @@ class LayerView:
         )
 
     def at(self, points: Points) -> LayerView:
-        """The same layer at other samples."""
+        """This layer at other samples."""
         return LayerView(points, self.program, self.value, self.exclusive)
 
     @property
@@ -219,7 +219,7 @@ def jacobians(
     """One ``[R, S, *in]`` per input in ``wrt``, some rows at a time; by plain torch where ``by_reference``."""
     like, count, seeds = executor.leading(inputs), inputs[0].shape[0], index.shape[-1]
     out = tuple(inputs[w].new_empty(count, seeds, *inputs[w].shape[1:]) for w in wrt)
-    chunk = max(1, count)  # one kernel call writes nothing but the result
+    chunk = max(1, count)  # one kernel call needs no memory beside the result
     plan = executor.plan_for(program, seeds, like.dtype, like.device, wrt=wrt)
     if by_reference:
         chunk = stepwise_samples(like.device, stepwise_bytes(program.shapes, seeds, like.element_size()))

@@ -24,7 +24,7 @@ from ...util.chunks import row_blocks
 from ...util.options import InputError, engine
 from ...util.progress import with_progress
 from .. import captum_compat as compat
-from ..attribute_all import Options, Tensors, answer, one_by_one, picked, points_for
+from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, points_for
 from ..plug import GradientFunc, captum_seeds
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
@@ -32,9 +32,9 @@ from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
-LEAST_PAIRS = 32  # per call of the engine, if they fit in the budget: with fewer the cost of a call is noticeable
+LEAST_PAIRS = 32  # the least pairs per call of the engine, if they fit: with fewer the cost of a call is noticeable
 MakeRule = Callable[[Chunk, Values, Values], Rule]
-#: Multipliers ``[P, S, *in]`` of P pairs, the samples and the references ``[P, *in]``, to contributions.
+#: Takes multipliers ``[P, S, *in]`` of P pairs, and their samples and references ``[P, *in]``, to contributions.
 Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
 
 
@@ -54,7 +54,7 @@ def letters(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class ContributionOptions:
-    """What a call asks for: contributions of letters, deltas, contributions by the caller's own function."""
+    """The results that a call asks for: contributions of letters, deltas, contributions by the caller's function."""
 
     hypothetical: bool = False
     delta: bool = False
@@ -71,7 +71,7 @@ def with_delta(averages: Averages, as_tuple: bool) -> Any:
     return result if delta is None else (result, delta)
 
 
-def customised(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
+def apply_custom_function(custom: Any, multipliers: Tensors, inputs: Tensors, baselines: Sequence[Any]) -> Tensors:
     """The attributions that the caller's function makes of ``multipliers [N, S, *in]``, seed by seed."""
     start = compat.tensorize_baseline(inputs, tuple(baselines))
     by_seed = [
@@ -94,7 +94,7 @@ class Averaging:
 
     def __post_init__(self) -> None:
         self.inputs = tuple(x.detach().contiguous() for x in self.points.base_request.inputs)
-        self.own = len(self.points.inputs)  # the others are more arguments of the model, the same at the reference
+        self.own = len(self.points.inputs)  # the rest are other arguments of the model, equal at the reference
         self.by_reference = engine(self.points.engine) == "reference" or any(map(batching.not_native, self.inputs))
         self._known: dict[str, tuple[Any, dict[int, Tensor]]] = {}
 
@@ -106,7 +106,7 @@ class Averaging:
             if not self.by_reference:
                 stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
             if delta:
-                # By torch, whose sums round less than a kernel's; that shows in the deltas of large outputs.
+                # By torch, whose sums round less than a kernel's, which matters for the deltas of large outputs.
                 stored[self.program.output] = Values(self.program, self.params, dict(stored))[self.program.output]
             self._known[kind] = (place, stored)
         return self._known[kind][1]
@@ -163,7 +163,7 @@ class Averaging:
                 difference = at[self.program.output] - before[self.program.output]
                 if contributions is letters:
                     parts = times_change(multipliers, rows[: self.own], start[: self.own])
-                missed = sum(summed(p, 2) for p in parts) - picked(difference, chosen)
+                missed = sum(sum_trailing_axes(p, 2) for p in parts) - pick_outputs(difference, chosen)
                 deltas[a:b, first:last] = missed.view(b - a, k, -1)
         for total in totals:
             total /= count
@@ -171,7 +171,7 @@ class Averaging:
         return totals, None if deltas is None else deltas.flatten(0, 1), rule
 
     def pairs_at_a_time(self) -> int:
-        """So many that their values, slopes, maps and contributions fit in the memory budget."""
+        """The number of pairs whose values, slopes, maps and contributions fit in the memory budget."""
         x = self.inputs[0]
         return samples_at_a_time(self.program, self.seeds.count, x.dtype, x.device, least=LEAST_PAIRS)
 
@@ -203,10 +203,10 @@ class OverReferences(RuleMethod):
             references = References(rows, 1, given)
         return references
 
-    def _one_averaged(
+    def _average_one(
         self, references: References, inputs: Any, target: Any, extra: Any, wanted: ContributionOptions
     ) -> Any:
-        """``attribute`` by references per sample."""
+        """``attribute`` with references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
         averages = self._one_on_engine(references, target, extra, wanted)
@@ -231,10 +231,10 @@ class OverReferences(RuleMethod):
         compat.undo_gradient_requirements(rows, compat.apply_gradient_requirements(rows))  # Captum's warnings
         return tuple(m[:, 0] for m in maps), None if delta is None else delta[:, 0]
 
-    def _all_averaged(
+    def _average_all(
         self, references: References, inputs: Any, targets: Any, extra: Any, wanted: ContributionOptions
     ) -> Any:
-        """``attribute_all`` by references per sample."""
+        """``attribute_all`` with references per sample."""
         if wanted.hypothetical:
             check_letters(references.inputs, wanted.custom)
         as_tuple = compat.is_tuple(inputs)
@@ -261,7 +261,7 @@ class OverReferences(RuleMethod):
             return self._rescale(chunk, at, before, start)
 
         def by_user(multipliers: Tensors, rows: Tensors, start: Tensors) -> Tensors:
-            return customised(wanted.custom, multipliers, rows, start)
+            return apply_custom_function(wanted.custom, multipliers, rows, start)
 
         contributions = times_change if self.multiplies_by_inputs else as_they_are
         contributions = by_user if wanted.custom is not None else contributions
@@ -293,7 +293,7 @@ class OverReferences(RuleMethod):
         return mean, torch.stack(deltas, 1).flatten() if wanted.delta else None
 
 
-LARGE = 0.01  # of the sum of the attributions' sizes
+LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large
 
 
 def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
@@ -309,9 +309,9 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
 
 def sizes_of(maps: Tensors, axes: int) -> Tensor:
     """The sums of the absolute values over all but the first ``axes`` axes, and over the inputs."""
-    return torch.stack([summed(m.detach().abs(), axes) for m in maps]).sum(0)
+    return torch.stack([sum_trailing_axes(m.detach().abs(), axes) for m in maps]).sum(0)
 
 
-def summed(x: Tensor, axes: int) -> Tensor:
+def sum_trailing_axes(x: Tensor, axes: int) -> Tensor:
     """The sums over all but the first ``axes`` axes, which may be all that there are."""
     return x.unsqueeze(-1).flatten(axes).sum(axes)

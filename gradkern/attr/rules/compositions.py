@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tape import NoRule, Pair, Tape, elementwise, handles, is_pair, packet, quadratic
-
-
-def named(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an operation by the names in its schema, defaults filled in."""
-    schema = op._schema.arguments
-    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
-    bound.update({a.name: x for a, x in zip(schema, args, strict=False)})
-    return bound | kwargs
+from ...ir.calls import bind_arguments
+from .tape import InputAndReference, NoRule, Tape, elementwise, handles, is_pair, packet, quadratic
 
 
 def axes(dim: Any, rank: int) -> list[int]:
@@ -30,15 +23,15 @@ def axes(dim: Any, rank: int) -> list[int]:
 # Sums of exponentials
 
 
-def movement(p: Pair) -> Tensor:
+def movement(p: InputAndReference) -> Tensor:
     """The change of a value, 0 between equal infinities."""
     return torch.where(p.x == p.r, 0.0, p.x - p.r)
 
 
-def log_sum(p: Pair, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def log_sum(p: InputAndReference, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``logsumexp`` at input and reference (axes kept), its change, and its multipliers.
 
-    The composition of the exponentials' secants, a sum and the logarithm's secant; the secants are taken of
+    The multipliers compose the exponentials' secants, a sum and the logarithm's secant.  The secants are those of
     ``exp(z - s)``, with one shift ``s`` for input and reference, which cancels out.
     """
     ends = [torch.logsumexp(z, dims, keepdim=True) for z in (p.x, p.r)]
@@ -49,36 +42,36 @@ def log_sum(p: Pair, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tenso
     secants = torch.where(moved.abs() < eps, exps[0], (exps[0] - exps[1]) / moved)
     grown = (exps[0] - exps[1]).sum(dims, keepdim=True)
     total, total_ref = (e.sum(dims, keepdim=True) for e in exps)
-    near = grown.abs() < total_ref / 2  # there the difference of the two logarithms would lose digits
+    near = grown.abs() < total_ref / 2  # where the difference of the two logarithms would lose digits
     change = torch.where(near, torch.log1p(grown / total_ref), ends[0] - ends[1])
     outer = torch.where(grown.abs() < eps, 1 / total, change / grown)
     return ends[0], ends[1], change, secants * outer
 
 
-def reduced(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+def drop_axes(y: Tensor, dims: list[int], keepdim: bool) -> Tensor:
     return y if keepdim else y.squeeze(tuple(dims))
 
 
 @handles("logsumexp")
-def logsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
-    a = named(op, args, kwargs)
+def logsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
+    a = bind_arguments(op, args, kwargs)
     p, dims = a["self"], axes(a["dim"], a["self"].x.dim())
     y, y_ref, _, m = log_sum(p, dims, tape.eps)
 
     def change(t: Tensor) -> Tensor:
         return (m * t).sum(dims, keepdim=a["keepdim"])
 
-    return tape.record(change, [p], reduced(y, dims, a["keepdim"]), reduced(y_ref, dims, a["keepdim"]))
+    return tape.record(change, [p], drop_axes(y, dims, a["keepdim"]), drop_axes(y_ref, dims, a["keepdim"]))
 
 
 @handles("log_softmax", "_log_softmax")
-def log_softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def log_softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``z - logsumexp(z)``."""
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     return log_softmax_along(tape, cast(tape, a["self"], a.get("dtype")), a["dim"])
 
 
-def log_softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
+def log_softmax_along(tape: Tape, p: InputAndReference, dim: int) -> InputAndReference:
     wide, without_mean = without_means(p, dim)
     m = log_sum(wide, [dim], tape.eps)[3]
 
@@ -89,7 +82,7 @@ def log_softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
     return tape.record(change, [p], torch.log_softmax(p.x, dim), torch.log_softmax(p.r, dim))
 
 
-def without_means(p: Pair, dim: int) -> tuple[Pair, Callable[[Tensor], Tensor]]:
+def without_means(p: InputAndReference, dim: int) -> tuple[InputAndReference, Callable[[Tensor], Tensor]]:
     """Logits in float64 less their mean, and the map that takes the mean off a change (DeepLIFT, section 3.6).
 
     A softmax does not change if all its logits move together.  Where they are large, such a movement would otherwise
@@ -101,18 +94,18 @@ def without_means(p: Pair, dim: int) -> tuple[Pair, Callable[[Tensor], Tensor]]:
     def taken(z: Tensor, mean: Tensor) -> Tensor:
         return z - torch.where(finite, mean, 0.0)
 
-    ends = Pair(taken(p.x.double(), means[0]), taken(p.r.double(), means[1]), p.slot)
+    ends = InputAndReference(taken(p.x.double(), means[0]), taken(p.r.double(), means[1]), p.slot)
     return ends, lambda t: taken(t, t.mean(dim, keepdim=True))
 
 
 @handles("softmax", "_softmax", "_safe_softmax")
-def softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def softmax(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``exp(z - logsumexp(z))``."""
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     return softmax_along(tape, cast(tape, a["self"], a.get("dtype")), a["dim"])
 
 
-def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
+def softmax_along(tape: Tape, p: InputAndReference, dim: int) -> InputAndReference:
     wide, without_mean = without_means(p, dim)
     y, y_ref = torch.softmax(wide.x, dim), torch.softmax(wide.r, dim)
     _, _, grown, m = log_sum(wide, [dim], tape.eps)
@@ -127,12 +120,12 @@ def softmax_along(tape: Tape, p: Pair, dim: int) -> Pair:
     return tape.record(change, [p], y.to(p.x.dtype), y_ref.to(p.r.dtype))
 
 
-def cast(tape: Tape, p: Pair, dtype: torch.dtype | None) -> Pair:
+def cast(tape: Tape, p: InputAndReference, dtype: torch.dtype | None) -> InputAndReference:
     return p if dtype in (None, p.x.dtype) else tape("_to_copy.default", p, dtype=dtype)
 
 
 @handles("logcumsumexp")
-def logcumsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def logcumsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     p, dim = args
     shift = torch.maximum(p.x, p.r).amax(dim, keepdim=True)
     total = tape("cumsum.default", tape("exp.default", tape("sub.Tensor", p, shift)), dim)
@@ -143,13 +136,13 @@ def logcumsumexp(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 # Means, variances, norms
 
 
-def centered(tape: Tape, p: Pair, dims: list[int]) -> tuple[Pair, Pair]:
+def subtract_mean(tape: Tape, p: InputAndReference, dims: list[int]) -> tuple[InputAndReference, InputAndReference]:
     """The mean, with its axes kept, and the deviations from it."""
     mean = tape("mean.dim", p, dims, True)
     return mean, tape("sub.Tensor", p, mean)
 
 
-def variance(tape: Tape, deviations: Pair, dims: list[int], correction: float) -> Pair:
+def variance(tape: Tape, deviations: InputAndReference, dims: list[int], correction: float) -> InputAndReference:
     count = math.prod(deviations.shape[d] for d in dims)
     total = tape("sum.dim_IntList", tape("square.default", deviations), dims, True)
     return tape("div.Scalar", total, max(count - correction, 0.0))
@@ -157,11 +150,11 @@ def variance(tape: Tape, deviations: Pair, dims: list[int], correction: float) -
 
 @handles("var", "std", "var_mean", "std_mean")
 def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    a, name = named(op, args, kwargs), packet(op)
+    a, name = bind_arguments(op, args, kwargs), packet(op)
     p = a["self"]
     dims, keep = axes(a.get("dim"), p.x.dim()), bool(a.get("keepdim", False))
     given = a.get("correction", 1.0 if a.get("unbiased", True) else 0.0)
-    mean, deviations = centered(tape, p, dims)
+    mean, deviations = subtract_mean(tape, p, dims)
     y = variance(tape, deviations, dims, 1.0 if given is None else given)
     if name.startswith("std"):
         y = tape("sqrt.default", y)
@@ -170,19 +163,21 @@ def moments(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return (y, mean) if name.endswith("mean") else y
 
 
-def normalized(tape: Tape, p: Pair, dims: list[int], eps: float) -> tuple[Pair, Pair, Pair]:
-    """Deviations over the root of their mean square, that mean, and the inverse root."""
-    mean, deviations = centered(tape, p, dims)
+def normalize(
+    tape: Tape, p: InputAndReference, dims: list[int], eps: float
+) -> tuple[InputAndReference, InputAndReference, InputAndReference]:
+    """Deviations divided by the root of their mean square, that mean square, and the inverse of the root."""
+    mean, deviations = subtract_mean(tape, p, dims)
     inverse = tape("rsqrt.default", tape("add.Scalar", variance(tape, deviations, dims, 0.0), eps))
     return tape("mul.Tensor", deviations, inverse), mean, inverse
 
 
 @handles("layer_norm", "native_layer_norm")
 def layer_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     p = a["input"]
     dims = list(range(p.x.dim() - len(a["normalized_shape"]), p.x.dim()))
-    y, mean, inverse = normalized(tape, p, dims, a["eps"])
+    y, mean, inverse = normalize(tape, p, dims, a["eps"])
     if a["weight"] is not None:
         y = tape("mul.Tensor", y, a["weight"])
     if a["bias"] is not None:
@@ -192,8 +187,8 @@ def layer_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("rms_norm", "_fused_rms_norm")
 def rms_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """Numbers over the root of their mean square."""
-    a = named(op, args, kwargs)
+    """Numbers divided by the root of their mean square."""
+    a = bind_arguments(op, args, kwargs)
     p = a["input"]
     dims = list(range(p.x.dim() - len(a["normalized_shape"]), p.x.dim()))
     eps = torch.finfo(p.x.dtype).eps if a["eps"] is None else a["eps"]
@@ -206,13 +201,13 @@ def rms_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 
 @handles("group_norm", "native_group_norm", "instance_norm")
 def group_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    a, name = named(op, args, kwargs), packet(op)
+    a, name = bind_arguments(op, args, kwargs), packet(op)
     p, shape = a["input"], list(a["input"].shape)
     if name == "instance_norm" and not a["use_input_stats"]:
         raise NoRule(str(op))
     groups = shape[1] if name == "instance_norm" else a["num_groups"] if name == "group_norm" else a["group"]
     rows = tape("view.default", tape("clone.default", p), [shape[0], groups, -1])
-    y, mean, inverse = normalized(tape, rows, [2], a["eps"])
+    y, mean, inverse = normalize(tape, rows, [2], a["eps"])
     y = tape("view.default", y, shape)
     per_channel = [1, -1, *(1,) * (len(shape) - 2)]
     for key, join in (("weight", "mul.Tensor"), ("bias", "add.Tensor")):
@@ -222,9 +217,9 @@ def group_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
 
 
 @handles("linalg_vector_norm", "norm")
-def vector_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def vector_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``(Σ |x|^p)^(1/p)``, or the largest ``|x|``."""
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     x, order = a["self"], a.get("ord", a.get("p", 2))
     order = 2.0 if order is None else float(order)
     dims, keep = axes(a.get("dim"), x.x.dim()), bool(a.get("keepdim", False))
@@ -243,8 +238,8 @@ def vector_norm(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 @handles("_cdist_forward", "cdist", "_euclidean_dist")
-def cdist(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
-    a = named(op, args, kwargs)
+def cdist(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
+    a = bind_arguments(op, args, kwargs)
     one, two = tape("unsqueeze.default", a["x1"], -2), tape("unsqueeze.default", a["x2"], -3)
     return tape("linalg_vector_norm.default", tape("sub.Tensor", one, two), a.get("p", 2.0), [-1])
 
@@ -254,7 +249,7 @@ def cdist(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 @handles("div", "divide", "true_divide")
-def div(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def div(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``a · (1 / b)``."""
     if kwargs.get("rounding_mode") is not None:
         return elementwise(tape, op, args, kwargs)
@@ -263,27 +258,27 @@ def div(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
     inverse = tape("reciprocal.default", args[1])
     return (
         tape("mul.Tensor", inverse, args[0])
-        if isinstance(args[0], (Pair, Tensor))
+        if isinstance(args[0], (InputAndReference, Tensor))
         else tape("mul.Scalar", inverse, args[0])
     )
 
 
 @handles("addcdiv")
-def addcdiv(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def addcdiv(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     ratio = tape("div.Tensor", args[1], args[2])
     return tape("add.Tensor", args[0], ratio, alpha=kwargs.get("value", 1))
 
 
 @handles("pow")
-def power(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def power(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     if isinstance(args[1], (int, float)) and args[1] == 2:
         return tape("square.default", args[0])
     return elementwise(tape, op, args, kwargs)
 
 
 @handles("prod")
-def prod(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
-    a = named(op, args, kwargs)
+def prod(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
+    a = bind_arguments(op, args, kwargs)
     p = a["self"]
     if a.get("dim") is None:
         p, dim, keep = tape("reshape.default", p, [-1]), 0, False
@@ -294,11 +289,11 @@ def prod(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 @handles("cumprod")
-def cumprod(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def cumprod(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     return tape("stack.default", running_products(tape, args[0], args[1]), args[1])
 
 
-def running_products(tape: Tape, p: Pair, dim: int) -> list[Pair]:
+def running_products(tape: Tape, p: InputAndReference, dim: int) -> list[InputAndReference]:
     first, *rest = tape("unbind.int", p, dim)
     products = [first]
     for factor in rest:
@@ -307,9 +302,9 @@ def running_products(tape: Tape, p: Pair, dim: int) -> list[Pair]:
 
 
 @handles("bilinear")
-def bilinear(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def bilinear(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``y_o = Σ_ij w_oij a_i b_j + bias_o``."""
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     weight, bias = a["weight"], a["bias"]
     if is_pair(weight):
         raise NoRule(f"{op} with a weight that changes")
@@ -321,9 +316,9 @@ def bilinear(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 @handles("scaled_dot_product_attention")
-def attention(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def attention(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     """``softmax(q kᵀ scale + mask) v``."""
-    a = named(op, args, kwargs)
+    a = bind_arguments(op, args, kwargs)
     if a["dropout_p"] or (a["enable_gqa"] and a["query"].shape[-3] != a["key"].shape[-3]):
         raise NoRule(str(op))
     q, k = a["query"], a["key"]
@@ -344,8 +339,8 @@ def attention(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 
 @handles("rrelu", "rrelu_with_noise", "rrelu_with_noise_functional")
-def rrelu(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
-    a = named(op, args, kwargs)
+def rrelu(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
+    a = bind_arguments(op, args, kwargs)
     if a["training"]:
         raise NoRule(f"{op} in training mode")
     return tape("leaky_relu.default", a["self"], (a["lower"] + a["upper"]) / 2)
@@ -353,7 +348,7 @@ def rrelu(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
 
 @handles("detach")
 def detach(tape: Tape, op: Any, args: Any, kwargs: Any) -> Tensor:
-    """A constant: its value at the input, at the reference too."""
-    tape.held = True
-    p: Pair = args[0]
+    """A constant, which has its value at the input also at the reference."""
+    tape.took_detached_as_constant = True
+    p: InputAndReference = args[0]
     return p.x.detach()

@@ -19,15 +19,23 @@ from ...util.options import BadValue, Engine, InputError
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, check_distribution, typed
+from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, check_distribution
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds, plug_into, takes_over
+from ..plug import GradientFunc, can_handle_call, captum_seeds, plug_into
 from ..points import Points, rows_of
 from ..references import References
-from .averaging import Averages, ContributionOptions, OverReferences, customised, say_if_large, sizes_of, with_delta
+from .averaging import (
+    Averages,
+    ContributionOptions,
+    OverReferences,
+    apply_custom_function,
+    say_if_large,
+    sizes_of,
+    with_delta,
+)
 from .eager import multipliers
 from .registry import regions
-from .rescale import Rescale, detached
+from .rescale import Rescale, detached_values
 from .rule import Rule, Values
 from .rule_methods import Chunk
 from .tape import NoRule
@@ -73,7 +81,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         n_references: int = 20,
         random_state: int | None = None,
     ) -> Any:
-        """As Captum's, by the rule above.
+        """Captum's ``attribute``, by the rule above.
 
         ``baselines`` may also be references per sample, over which the attributions are averaged: a tensor
         ``[N, R, *in]``, or a function ``(inputs, n, random_state) -> [N, n, *in]``, which is asked for ``n_references``
@@ -85,7 +93,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
             options = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-            return self._one_averaged(references, inputs, target, additional_forward_args, options)
+            return self._average_one(references, inputs, target, additional_forward_args, options)
         start = compat.format_baseline(baselines, rows)
         if isinstance(self.gradient_func, GradientFunc):
             compat.validate_input(rows, start)
@@ -109,7 +117,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             say_if_large(self.forward_func, sizes_of(maps, 1), result[1])
         return result
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -133,7 +141,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         if references is not None:
             wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-            return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
+            return self._average_all(references, inputs, targets, additional_forward_args, wanted)
         start = compat.format_baseline(baselines, rows)
         compat.validate_input(rows, start)
         options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
@@ -144,19 +152,19 @@ class DeepLift(OverReferences, stock.DeepLift):
         custom = options.get("custom_attribution_func")
         options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
         parts = super()._rows(points, index, seeds, options)
-        return parts if custom is None or parts is None else customised(custom, parts, points.inputs, start)
+        return parts if custom is None or parts is None else apply_custom_function(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
         start = _start(chunk)
-        if detached(chunk.program):
+        if detached_values(chunk.program):
             start = tuple(s.expand(x.shape) for s, x in zip(start, chunk.rows, strict=True))
             return self._rescale(chunk, chunk.values(chunk.rows), Values(chunk.program, chunk.params, {}), start)
         return self._rescale(chunk, chunk.values(chunk.rows), chunk.values(start), start)
 
     def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rescale:
         """The rule between the values at the samples and those ``before`` at ``start``, row by row."""
-        constant = detached(chunk.program)
-        if constant:  # the same at the reference as at the input, and so is what follows from them alone
+        constant = detached_values(chunk.program)
+        if constant:  # equal at the reference and at the input, and so is everything that follows from them alone
             known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
             before = Values(chunk.program, chunk.params, known)
         inputs, own = len(chunk.options["baselines"]), regions(chunk.program, model_of(self.forward_func))
@@ -164,7 +172,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)
 
     def _done(self, points: Points, rule: Rule) -> None:
-        """Say, once per model, where attributions need not add up to the change of the output."""
+        """Warn, once per model, where attributions need not add up to the change of the output."""
         assert isinstance(rule, Rescale)
         name, program = name_of(points.fn), rule.program
         for i, op in rule.unruled.items():
@@ -185,7 +193,7 @@ class DeepLift(OverReferences, stock.DeepLift):
     def _by_tape(self, rows: Tensors, start: Tensors, target: Any, extra: Any) -> Tensors | None:
         """Multipliers of a model that has no Program, by the same rules; None if Captum takes the call."""
         gradients = self.gradient_func
-        if not isinstance(gradients, GradientFunc) or not takes_over(self.forward_func, rows, gradients.engine):
+        if not isinstance(gradients, GradientFunc) or not can_handle_call(self.forward_func, rows, gradients.engine):
             return None
 
         base = tuple(
@@ -206,7 +214,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         return None
 
     def _on_hooks(self) -> None:
-        """Say that Captum's hooks ran where rules that complete were asked for."""
+        """Warn that Captum's hooks ran where rules that complete were asked for."""
         gradients = self.gradient_func
         if isinstance(gradients, GradientFunc) and engine_of(gradients.engine) != "autograd":
             model = model_of(self.forward_func)
@@ -225,7 +233,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             say_if_large(points.fn, sizes_of(parts, 2).flatten(), delta.flatten())
         return delta
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
             return multipliers
         points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
@@ -242,14 +250,14 @@ def say_constant(fn: Any, where: str) -> None:
 
 
 def _engine_of(rules: Rules, engine: Engine | None) -> Engine | None:
-    """Captum's rules are those of Captum's own code."""
+    """The engine for these rules: Captum's rules run in Captum's own code, by autograd."""
     if rules not in ("complete", "captum"):
         raise BadValue(f"rules: got {rules!r}, expected 'complete' or 'captum'.")
     return "autograd" if rules == "captum" else engine
 
 
 def _start(chunk: Chunk) -> Tensors:
-    """The chunk's reference point: one row if it serves all, else one each; then the tensors that are not inputs."""
+    """The chunk's reference (one row for all samples, or one each), followed by the tensors that are not inputs."""
     start = []
     for x, base in zip(chunk.rows, chunk.options["baselines"], strict=False):
         rows = rows_of(base, chunk.a, chunk.b)
@@ -290,7 +298,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     A drop-in for `captum.attr.DeepLiftShap`, complete even where Captum is not.  Attribute logits, as for DeepLift.
     """
 
-    _is_captums = False  # of an accelerated object of Captum's class, too
+    _is_captums = False  # also for an accelerated object of Captum's class
 
     def __init__(
         self,
@@ -317,12 +325,12 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         n_references: int = 20,
         random_state: int | None = None,
     ) -> Any:
-        """As Captum's; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
+        """Captum's ``attribute``; references per sample, and ``hypothetical``, as in `DeepLift.attribute`."""
         rows = compat.format_tensor_into_tuples(inputs)
         references = self._references(baselines, rows, n_references, random_state, hypothetical)
         wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
         if references is not None:
-            return self._one_averaged(references, inputs, target, additional_forward_args, wanted)
+            return self._average_one(references, inputs, target, additional_forward_args, wanted)
         start, as_tuple = check_references(baselines, inputs), compat.is_tuple(inputs)
         averages = self._one_on_engine(References.of_all(rows, start), target, additional_forward_args, wanted)
         if averages is not None:
@@ -330,7 +338,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         fixed = (target, additional_forward_args, return_convergence_delta, custom_attribution_func)
         return compat.unlogged(stock.DeepLiftShap)(self, inputs, start if as_tuple else start[0], *fixed)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -355,7 +363,7 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
         if references is None:
             references = References.of_all(rows, check_references(baselines, inputs))
         wanted = ContributionOptions(hypothetical, return_convergence_delta, custom_attribution_func)
-        return self._all_averaged(references, inputs, targets, additional_forward_args, wanted)
+        return self._average_all(references, inputs, targets, additional_forward_args, wanted)
 
     def _one_by_one(self, references: References, target: Any, extra: Any, wanted: ContributionOptions) -> Averages:
         if not self._is_captums or not references.shared or wanted.hypothetical:
@@ -368,6 +376,6 @@ class DeepLiftShap(stock.DeepLiftShap, DeepLift):
     def _references(
         self, baselines: Any, rows: Tensors, n: int, random_state: int | None, hypothetical: bool
     ) -> References | None:
-        """As `DeepLift`'s, where shared references are several."""
+        """`DeepLift._references`; references that all samples share must be several."""
         drawn = super()._references(baselines, rows, n, random_state, False)
         return References.of_all(rows, check_references(baselines, rows)) if drawn is None and hypothetical else drawn

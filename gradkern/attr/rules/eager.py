@@ -22,9 +22,9 @@ from ...util.buffers import buffers_kept
 from ...util.callables import model_of
 from ...util.options import debugging
 from ...util.random_state import RandomState
-from .tape import NoRule, Pair, Tape, interpreted
+from .tape import InputAndReference, NoRule, Tape, run_graph
 
-SAME = 1e-4  # relative; what torch traces has to be the model's own output, and that of a sample alone
+SAME = 1e-4  # the largest relative difference between the traced output, the model's own, and that of a sample alone
 
 
 def multipliers(
@@ -44,18 +44,18 @@ def multipliers(
     xs = [x.detach() for x in inputs]
     with torch.inference_mode(False), buffers_kept(model_of(fn)):
         state = RandomState()
-        graph, live, alone = _traced(fn, xs, more)
+        graph, live, alone = _trace(fn, xs, more)
         state.restore()
         tape = Tape(xs[0].dtype, eps)
         pairs = [tape.pair(x, r.detach().to(x.dtype).expand_as(x)) for x, r in zip(xs, reference, strict=True)]
         with torch.no_grad():
-            y = interpreted(tape, graph, pairs)
-            if not isinstance(y, Pair):
+            y = run_graph(tape, graph, pairs)
+            if not isinstance(y, InputAndReference):
                 raise NoRule("its output, which does not depend on the inputs")
             if not _close(y.x, live) or not _close(y.x[:1], alone):
                 raise NoRule("a model whose samples depend on each other, or that draws random numbers")
             g = one_hot(y.x, seeds(y.x.shape[0], tuple(y.x.shape[1:])))
-        return tuple(tape.transposed(pairs, y, g)), tape.held
+        return tuple(tape.pull_back(pairs, y, g)), tape.took_detached_as_constant
 
 
 def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
@@ -68,7 +68,7 @@ def one_hot(y: Tensor, seeds: Seeds) -> Tensor:
 
 
 class _NumbersAsTheyAre(TorchFunctionMode):
-    """Python code that asks for the numbers of a tensor gets them, while torch traces."""
+    """While torch traces, Python code that asks for the numbers of a tensor gets them."""
 
     ASKED = frozenset(getattr(Tensor, f) for f in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"))
 
@@ -79,7 +79,7 @@ class _NumbersAsTheyAre(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
+def _trace(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -> tuple[Any, Tensor, Tensor]:
     """The graph of the forward pass, its output, and that of the first sample alone."""
 
     def forward(*inputs: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _traced(fn: Callable[..., Any], xs: Sequence[Tensor], more: Sequence[Any]) -
             return graph, forward(*(x.clone() for x in xs)), fn(*(x[:1].clone() for x in xs), *first)
     except NoRule:
         raise
-    except Exception as error:  # whatever tracing may raise, Captum's own method still runs
+    except Exception as error:  # tracing may raise anything, and Captum's own method still runs
         if debugging():
             raise
         line = next(iter(str(error).splitlines()), "")[:200]

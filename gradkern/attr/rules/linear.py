@@ -19,14 +19,14 @@ from ...ir.calls import Params
 from ...ir.program import Contract, Given, Param, Positions, Program, Scale, Select, Shape, Step, Sum, View, Windows
 from ...runtime import executor, reference
 from ...util.memo import Memo
-from .rule import Rule, StepMap, Values, at_place, is_linear, padded, pull, tap_slices
+from .rule import Rule, StepMap, Values, at_place, is_linear, pad_for_windows, pull, tap_slices
 
 MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
 Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
 
 
 @dataclass(frozen=True)
-class Slope:
+class FactorProduct:
     """One external value of the linear Program: a product of factors, each a tensor of a `StepMap`."""
 
     shape: Shape
@@ -36,10 +36,10 @@ class Slope:
 
 @dataclass(frozen=True)
 class Linear:
-    """A rule as a Program: its inputs are the network's, then the slopes.  ``outer`` multiplies at the output."""
+    """A rule as a Program: its inputs are the network's, then the products.  ``outer`` multiplies at the output."""
 
     program: Program
-    slopes: tuple[Slope, ...]
+    products: tuple[FactorProduct, ...]
     outer: tuple[Ref, ...]
     weights: tuple[tuple[str, int], ...]  # name in the linear Program → step whose rule changes the weight
 
@@ -60,12 +60,12 @@ def structure_of(step_maps: Sequence[StepMap]) -> Structure | None:
 
 
 class _Writer:
-    """Steps of the linear Program with symbolic indices: inputs keep theirs; slopes and steps have separate ones."""
+    """Writes the linear Program with symbolic indices: inputs keep theirs; products and steps have separate ones."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
-        self.slopes: list[Slope] = []
+        self.products: list[FactorProduct] = []
         self.weights: list[tuple[str, int]] = []
         # per value of the network: its index here, and the factors still to be multiplied
         self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
@@ -76,9 +76,9 @@ class _Writer:
         self.steps.append((form, reads, shape, of))
         return ("step", len(self.steps) - 1)
 
-    def times(self, node: tuple[str, int], slope: Slope, of: Step) -> tuple[str, int]:
-        self.slopes.append(slope)
-        return self.emit(Given(), [node, ("slope", len(self.slopes) - 1)], slope.shape, of)
+    def times(self, node: tuple[str, int], factors: FactorProduct, of: Step) -> tuple[str, int]:
+        self.products.append(factors)
+        return self.emit(Given(), [node, ("product", len(self.products) - 1)], factors.shape, of)
 
     def pool(self, i: int, step: Step, windows: Windows, places: int) -> tuple[str, int]:
         node, refs = self.at[step.inputs[0]]
@@ -87,7 +87,7 @@ class _Writer:
         for t in range(places):
             gather = Contract(tap_positions(windows, t, spatial, step.shape[1:]))
             tap = self.emit(gather, [node], step.shape, step)
-            parts.append(self.times(tap, Slope(step.shape, refs, (i, t)), step))
+            parts.append(self.times(tap, FactorProduct(step.shape, refs, (i, t)), step))
         return parts[0] if len(parts) == 1 else self.emit(Sum(), parts, step.shape, step)
 
     def step(self, i: int, step: Step, shape: tuple[Any, ...]) -> None:
@@ -108,7 +108,7 @@ class _Writer:
                 node, refs = self.at[u]
                 if k < len(before) and before[k]:
                     refs = (*refs, ("input", i, k))
-                reads.append(self.times(node, Slope(self.program.shape(u), refs), step) if refs else node)
+                reads.append(self.times(node, FactorProduct(self.program.shape(u), refs), step) if refs else node)
             self.at[v] = (self.emit(self.weighted(i, step.form, weight), reads, step.shape, step), rest)
 
     def weighted(self, i: int, form: Any, changed: bool) -> Any:
@@ -125,18 +125,18 @@ class _Writer:
         node, outer = self.at[self.program.output]
         if node[0] != "step":
             return None
-        n, s = len(self.program.inputs), len(self.slopes)
-        first = {"in": 0, "slope": n, "step": n + s}
+        n, s = len(self.program.inputs), len(self.products)
+        first = {"in": 0, "product": n, "step": n + s}
         steps = tuple(
             Step(form, tuple(first[kind] + k for kind, k in reads), shape, of.op, of.module)
             for form, reads, shape, of in self.steps
         )
-        inputs = (*self.program.inputs, *(slope.shape for slope in self.slopes))
-        return Linear(Program(inputs, steps, n + s + node[1]), tuple(self.slopes), outer, tuple(self.weights))
+        inputs = (*self.program.inputs, *(factors.shape for factors in self.products))
+        return Linear(Program(inputs, steps, n + s + node[1]), tuple(self.products), outer, tuple(self.weights))
 
 
 def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Positions:
-    """The constant map that takes every window's t-th place (zero in the padding)."""
+    """The constant map that reads the t-th place of every window (zero in the padding)."""
     axes = []
     for cut, n, (before, _) in zip(tap_slices(w, t, counts), spatial, w.padding, strict=True):
         places = [p - before for p in range(cut.start, cut.stop, cut.step)]
@@ -185,20 +185,20 @@ def product(refs: Sequence[Ref], step_maps: Sequence[StepMap], shape: Shape) -> 
     return total
 
 
-def slope_tensor(slope: Slope, program: Program, step_maps: Sequence[StepMap]) -> Tensor:
-    """The values of one slope, ``[N, *shape]``, as one contiguous tensor."""
-    if slope.tap is None:
-        factor = product(slope.refs, step_maps, slope.shape)
+def product_tensor(factors: FactorProduct, program: Program, step_maps: Sequence[StepMap]) -> Tensor:
+    """The values of one product, ``[N, *shape]``, as one contiguous tensor."""
+    if factors.tap is None:
+        factor = product(factors.refs, step_maps, factors.shape)
         assert factor is not None
         return factor.contiguous()
-    i, t = slope.tap
+    i, t = factors.tap
     step, taps = program.steps[i], step_maps[i].taps
     assert taps is not None
     assert isinstance(step.form, Select)
     share, windows = taps[t], step.form.windows
-    factor = product(slope.refs, step_maps, program.shape(step.inputs[0]))
+    factor = product(factors.refs, step_maps, program.shape(step.inputs[0]))
     if factor is not None:
-        share = share * at_place(windows, t, padded(windows, factor, 0.0), slope.shape[1:])
+        share = share * at_place(windows, t, pad_for_windows(windows, factor, 0.0), factors.shape[1:])
     return share.contiguous()
 
 
@@ -224,7 +224,7 @@ def run_transposed(
         raise executor.KernelsUnavailable("no step of the rule has a kernel")
     rule_weights = {name: w for name, i in linear.weights if (w := step_maps[i].weight) is not None}
     results = tuple(inputs[w].new_empty(n, seeds, *inputs[w].shape[1:]) for w in wrt)
-    values = [*inputs, *(slope_tensor(s, program, step_maps) for s in linear.slopes)]
+    values = [*inputs, *(product_tensor(s, program, step_maps) for s in linear.products)]
     executor.transpose(
         lp, {**params, **rule_weights} if rule_weights else params, values, targets, tuple(wrt), results, cotangent
     )
@@ -311,7 +311,7 @@ class _PrecomputedRule(Rule):
 
 
 def _head(program: Program, step_maps: Sequence[StepMap]) -> Program | None:
-    """The Program without a straight tail of steps that the kernels cannot run; None if too little remains."""
+    """The Program without its tail of steps that the kernels cannot run; None if too little remains."""
     if any(x.reads is not None for x in step_maps):
         return None
     base = len(program.inputs)

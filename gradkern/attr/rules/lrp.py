@@ -22,16 +22,16 @@ from ...util.callables import model_of, name_of
 from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, Tensors, one_by_one, picked, rows_out, typed
+from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, one_by_one, pick_outputs, rows_out
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import Points
-from .rule import Rule, StepMap, Values, chosen, own_map, pass_through
+from .rule import Rule, StepMap, Values, mark_maxima, own_map, pass_through
 from .rule_methods import Chunk, RuleMethod
 
 #: Activations that pass relevance on: increasing, with f(0) = 0.  Captum knows ReLU and Tanh.
 PASSING = ("relu", "leaky_relu", "elu", "tanh", "negative_part")
-#: Modules on which a rule of Captum's means here what it means there.
+#: Modules on which a rule of Captum's has the same meaning here.
 RULED = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool1d, nn.AvgPool2d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
@@ -75,10 +75,10 @@ class Relevance(Rule):
         bias = None if form.bias is None else self.params[form.bias.name]
         if bias is not None and rule.set_bias_to_zero:
             bias = torch.zeros_like(bias)
-        return _modified(self.params[form.weight.name], rule), bias
+        return _modify_weight(self.params[form.weight.name], rule), bias
 
 
-def _modified(weight: Tensor, rule: Any) -> Tensor:
+def _modify_weight(weight: Tensor, rule: Any) -> Tensor:
     positive = weight.clamp(min=0)
     return weight + rule.gamma * positive if isinstance(rule, compat.GammaRule) else positive
 
@@ -86,7 +86,7 @@ def _modified(weight: Tensor, rule: Any) -> Tensor:
 def _batch_norm(module: Any, rule: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a batch norm: a rule changes the learned factor, not the one that includes the variance."""
     inverse = torch.rsqrt(module.running_var + module.eps)
-    weight = torch.ones_like(inverse) if module.weight is None else _modified(module.weight.detach(), rule)
+    weight = torch.ones_like(inverse) if module.weight is None else _modify_weight(module.weight.detach(), rule)
     bias = torch.zeros_like(inverse) if module.bias is None or rule.set_bias_to_zero else module.bias.detach()
     factor = weight * inverse
     return factor, bias - module.running_mean * factor
@@ -106,7 +106,7 @@ def winner(rule: Relevance, i: int) -> StepMap:
     """A pool passes relevance to the maximum."""
     y = rule.post(i)
     share = y / rule.stable(i, y)
-    return StepMap(taps=tuple(won * share for won in chosen(rule.form(i, Select).windows, rule.pre(i), y.shape)))
+    return StepMap(taps=tuple(won * share for won in mark_maxima(rule.form(i, Select).windows, rule.pre(i), y.shape)))
 
 
 def in_proportion(rule: Relevance, i: int) -> StepMap:
@@ -117,7 +117,7 @@ def in_proportion(rule: Relevance, i: int) -> StepMap:
 
 
 def affine(rule: Relevance, i: int) -> StepMap:
-    """``y = a x + b``: the share of ``a x``."""
+    """The share of ``a x`` in ``y = a x + b``."""
     factor = rule.form(i, Scale).params[0]
     return StepMap(output_factor=factor * rule.pre(i) / rule.stable(i, rule.post(i)), through=True)
 
@@ -155,7 +155,7 @@ class LRP(RuleMethod, stock.LRP):
         return_convergence_delta: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """As Captum's.  As there, rules set on modules serve one call and are removed after it."""
+        """Captum's ``attribute``.  Rules set on modules serve one call and are then removed, as in Captum."""
         rows = compat.format_tensor_into_tuples(inputs)
         with self._rules() as rules:
             maps = self._one(rows, target, additional_forward_args, {"rules": rules})
@@ -170,7 +170,7 @@ class LRP(RuleMethod, stock.LRP):
             outputs = compat.run_forward(self.model, rows, target, additional_forward_args)
         return result, self.compute_convergence_delta(maps, outputs)
 
-    @typed
+    @as_attribute_all
     def attribute_all(
         self,
         inputs: Inputs,
@@ -210,7 +210,7 @@ class LRP(RuleMethod, stock.LRP):
             print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
     def _used(self, rules: Rules, verbose: bool) -> None:
-        """As Captum does after a call: the rules are removed."""
+        """Remove the rules after a call, as Captum does."""
         if verbose:
             self._print(rules)
         for path in rules:
@@ -218,7 +218,7 @@ class LRP(RuleMethod, stock.LRP):
 
     @contextmanager
     def _rules_put_back(self) -> Iterator[None]:
-        """The rules set on modules, which Captum removes, are set again afterwards."""
+        """Set the rules on modules again afterwards, because Captum removes them."""
         with self._rules() as rules:
             pass
         try:
@@ -229,7 +229,7 @@ class LRP(RuleMethod, stock.LRP):
 
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
-        """The rules set on modules, by path; removed meanwhile, because they are not part of the network."""
+        """The rules set on modules, by path.  Inside, modules have none, as rules are not part of the network."""
         ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
         rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
         try:
@@ -247,7 +247,7 @@ class LRP(RuleMethod, stock.LRP):
     def _supports(self, program: Program) -> bool:
         named = [s.module for s in program.steps if isinstance(s.form, Contract) and s.form.weight and s.module]
         if len(set(named)) < len(named):
-            return False  # one layer's weight used twice: Captum's error
+            return False  # one layer's weight is used twice, for which Captum raises an error
         lacking = [s for s in program.steps if Relevance.maker(s.form) is None]
         for step in lacking:
             name = name_of(self.forward_func)
@@ -267,24 +267,24 @@ class LRP(RuleMethod, stock.LRP):
         return super()._rows(points, index, seeds, options)
 
     def _same_here(self, path: str, rule: compat.PropagationRule | None) -> bool:
-        """Does a rule on this module mean here what it means in Captum?"""
+        """Whether a rule on this module has the same meaning here as in Captum."""
         module = self._network.get_submodule(path)
         if rule is None or isinstance(module, (nn.ReLU, nn.Tanh, nn.Dropout)):
             return rule is None or type(rule) in KNOWN
         if isinstance(rule, compat.IdentityRule) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return False  # relevance of one shape for a value of another: Captum's error
+            return False  # relevance of one shape for a value of another, for which Captum raises an error
         return type(rule) in KNOWN and type(module) in RULED
 
     def _rule(self, chunk: Chunk) -> Relevance:
         values = chunk.values(chunk.rows, outputs_too=True)
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
-        score = picked(rule.values[chunk.program.output], targets)  # [n, S]
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+        score = pick_outputs(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Any, options: Options) -> Tensor:
         with torch.no_grad():
-            score = picked(rows_out(points), seeds.rows(0, points.samples))
+            score = pick_outputs(rows_out(points), seeds.rows(0, points.samples))
         sums = [compat.sum_rows(p.flatten(0, 1)).view(p.shape[:2]) for p in parts]
         return score - sum(sums[1:], sums[0])

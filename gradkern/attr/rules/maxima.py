@@ -1,4 +1,4 @@
-"""Maxima and minima on the tape: a change goes where the maximum was and is (`tape.py`)."""
+"""Maxima and minima on the tape (`tape.py`): a change goes to the places of the input's and reference's maximum."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compositions import axes, named
-from .tape import Pair, Tape, handles, is_pair, packet
+from ...ir.calls import bind_arguments
+from .compositions import axes
+from .tape import InputAndReference, Tape, handles, is_pair, packet
 
 
-def routed(
+def route_changes(
     tape: Tape,
-    p: Pair,
+    p: InputAndReference,
     ends: tuple[Tensor, Tensor],
     places: tuple[Tensor, Tensor],
     take: Callable[[Tensor, Tensor], Tensor],
-) -> Pair:
+) -> InputAndReference:
     """Values ``ends`` of ``p`` at the maxima's ``places``, each at input and reference; ``take(x, places)`` reads them.
 
     The input's maximum gets the part of the change above the reference's, the reference's the part below (as pools do
@@ -43,8 +44,8 @@ def routed(
     return tape.record(change, [p], y, y_ref)
 
 
-def windowed(op: Any) -> Any:
-    """The pool that also gives the places."""
+def pool_with_places(op: Any) -> Any:
+    """The variant of a pool that also returns the places of the maxima."""
     name = packet(op)
     return getattr(torch.ops.aten, f"{name}_with_indices" if name.startswith("max_pool") else name).default
 
@@ -58,7 +59,7 @@ def pool(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         y, here = torch.nn.functional.max_pool1d_with_indices(p.x, *args[1:], **kwargs)
         y_ref, there = torch.nn.functional.max_pool1d_with_indices(p.r, *args[1:], **kwargs)
     else:
-        whole = op if packet(op).endswith("indices") or name.startswith("adaptive") else windowed(op)
+        whole = op if packet(op).endswith("indices") or name.startswith("adaptive") else pool_with_places(op)
         y, here = whole(p.x, *args[1:], **kwargs)
         y_ref, there = whole(p.r, *args[1:], **kwargs)
 
@@ -66,21 +67,21 @@ def pool(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
         lead = x.shape[: x.dim() - spatial]
         return x.reshape(*lead, -1).gather(-1, places.reshape(*lead, -1)).view(*lead, *places.shape[-spatial:])
 
-    best = routed(tape, p, (y, y_ref), (here, there), take)
+    best = route_changes(tape, p, (y, y_ref), (here, there), take)
     return best if name in ("max_pool1d", "max_pool2d", "max_pool3d") else (best, here)
 
 
-def along(tape: Tape, p: Pair, dim: int, keepdim: bool) -> tuple[Pair, Tensor]:
+def along(tape: Tape, p: InputAndReference, dim: int, keepdim: bool) -> tuple[InputAndReference, Tensor]:
     """The maximum along one axis, and its place at the input."""
     (y, here), (y_ref, there) = (z.max(dim, keepdim=True) for z in (p.x, p.r))
-    best = routed(tape, p, (y, y_ref), (here, there), lambda x, places: x.gather(dim, places))
+    best = route_changes(tape, p, (y, y_ref), (here, there), lambda x, places: x.gather(dim, places))
     return (best, here) if keepdim else (tape("squeeze.dim", best, dim), here.squeeze(dim))
 
 
 @handles("max", "min", "amax", "amin")
 def extreme(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """Over axes, or of two values."""
-    a, name = named(op, args, kwargs), packet(op)
+    """The maximum or minimum over axes, or of two values."""
+    a, name = bind_arguments(op, args, kwargs), packet(op)
     if "other" in a:
         return of_two(tape, a["self"], a["other"], name == "min")
     p, least = a["self"], name in ("min", "amin")
@@ -93,7 +94,7 @@ def extreme(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return (best, place) if place is not None and not name.startswith("a") else best
 
 
-def over(tape: Tape, p: Pair, dims: list[int], keepdim: bool) -> Pair:
+def over(tape: Tape, p: InputAndReference, dims: list[int], keepdim: bool) -> InputAndReference:
     """The maximum over several axes."""
     shape, kept = list(p.shape), [d for d in range(len(p.shape)) if d not in dims]
     rows = tape("permute.default", p, [*kept, *dims])
@@ -103,17 +104,17 @@ def over(tape: Tape, p: Pair, dims: list[int], keepdim: bool) -> Pair:
 
 
 @handles("maximum", "fmax")
-def maximum(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def maximum(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     return of_two(tape, args[0], args[1], False)
 
 
 @handles("minimum", "fmin")
-def minimum(tape: Tape, op: Any, args: Any, kwargs: Any) -> Pair:
+def minimum(tape: Tape, op: Any, args: Any, kwargs: Any) -> InputAndReference:
     return of_two(tape, args[0], args[1], True)
 
 
-def of_two(tape: Tape, one: Any, two: Any, least: bool) -> Pair:
-    """A pool of two places."""
+def of_two(tape: Tape, one: Any, two: Any, least: bool) -> InputAndReference:
+    """The larger (or smaller) of two values, as a pool of two places."""
     shape = torch.broadcast_shapes(one.shape, two.shape)
     dtype = torch.promote_types(*((z.x if is_pair(z) else z).dtype for z in (one, two)))
     both = [tape("expand.default", z, shape) for z in (one, two)]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .tape import NoRule, Pair, Tape, handles, packet
+from .tape import InputAndReference, NoRule, Tape, handles, packet
 
-Value = Pair | Tensor
+Value = InputAndReference | Tensor
 
 
 @handles("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...ir.program import Program, Scale
 from ...util.options import BadType, BadValue
 
-#: ``(x, x_ref, y, y_ref)`` to the multiplier, all of one shape ``[N, *shape]``.
+#: Takes ``(x, x_ref, y, y_ref)`` to the multiplier, all of one shape ``[N, *shape]``.
 UserRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _modules: dict[type[nn.Module], UserRule] = {}
@@ -130,7 +130,7 @@ def _of_functions(program: Program) -> Iterator[tuple[str, list[int], UserRule]]
 
 
 def _continues(program: Program, run: list[int], k: int) -> bool:
-    """Is step ``k`` of the same call?  Two calls in a row begin and end with the same form."""
+    """Whether step ``k`` belongs to the same call as ``run``; of two calls in a row, both begin with the same form."""
     if k >= len(program.steps):
         return False
     step, last = program.steps[k], program.steps[run[-1]]

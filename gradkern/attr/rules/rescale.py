@@ -12,10 +12,20 @@ from ...ir.calls import Params, evaluate
 from ...ir.program import Batch, LowRank, Opaque, Param, Product, Program, Scale, Select, Value, Windows
 from ...runtime import ops, reference
 from . import maxima, recurrent  # noqa: F401  (register their rules)
-from .compositions import log_softmax_along, normalized, softmax_along
+from .compositions import log_softmax_along, normalize, softmax_along
 from .registry import Region
-from .rule import Rule, StepMap, Values, at_place, chosen, derivative, padded, pass_through, slope
-from .tape import NoRule, Pair, Tape, secant_by_formula
+from .rule import (
+    Rule,
+    StepMap,
+    Values,
+    at_place,
+    mark_maxima,
+    pad_for_windows,
+    pass_through,
+    scale_by_derivative,
+    use_own_derivative,
+)
+from .tape import InputAndReference, NoRule, Tape, secant_by_formula
 
 
 class Rescale(Rule):
@@ -39,11 +49,11 @@ class Rescale(Rule):
         inputs: int | None = None,
         regions: Sequence[Region] = (),
     ) -> None:
-        """``inputs``: how many of the first inputs are attributed, by default all.  ``regions``: of users' rules."""
+        """``inputs``: how many of the first inputs are attributed (default: all).  ``regions``: of users' rules."""
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
-        self.native = native and bool(ops.machine(values[0].device))  # which loads the kernels
-        self.detached = detached(program)
+        self.native = native and bool(ops.machine(values[0].device))  # `machine` also loads the kernels
+        self.detached = detached_values(program)
         first = range(len(program.inputs) if inputs is None else inputs)
         self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed
         self.regions = {region.steps[-1]: region for region in regions}
@@ -53,14 +63,14 @@ class Rescale(Rule):
         if self.detached and self.base + i not in self.moving:
             return StepMap(custom=lambda g: ())  # no cotangent comes here
         if i in self.regions:
-            return self.given(self.regions[i])
+            return self.user_rule_map(self.regions[i])
         return super().at(i)
 
     def leads(self, wrt: Sequence[int]) -> set[int]:
         return graph.descendants(self.program, wrt, self.detached)
 
-    def given(self, region: Region) -> StepMap:
-        """A user's rule."""
+    def user_rule_map(self, region: Region) -> StepMap:
+        """The map of a user's rule."""
         u, v = region.entry, self.base + region.steps[-1]
         x, y = self.values[u], self.values[v]
         factor = region.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
@@ -74,7 +84,7 @@ class Rescale(Rule):
         return self.values[u] - self.reference[u], self.values[v] - self.reference[v]
 
     def pooled_relu(self, i: int) -> bool:
-        """Is this a ReLU that a pool alone reads?  The pool's shares then hold its secant."""
+        """Whether this is a ReLU that only a pool reads; the pool's shares then include its secant."""
         form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
         alone = len(readers) == 1 and self.base + i != self.program.output
         is_relu = isinstance(form, Scale) and form.function == "relu"
@@ -83,7 +93,7 @@ class Rescale(Rule):
         return is_relu and isinstance(self.program.steps[readers[0]].form, Select)
 
     def multipliers(self, u: int, pool: Sequence[int], relu: bool) -> Tensor:
-        """The compiled op on a value ``[N, C, *spatial]`` and its reference."""
+        """The multipliers of a ReLU or pool, by the compiled op, for a value ``[N, C, *spatial]`` and its reference."""
         z, ref = (
             x.reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, *(x.shape[2:] if x.dim() == 4 else (1, -1)))
             for x in (self.values[u], self.reference[u])
@@ -91,8 +101,8 @@ class Rescale(Rule):
         return ops.rescale(z.contiguous(), ref.contiguous(), pool, relu, self.eps)
 
 
-def detached(program: Program) -> frozenset[int]:
-    """The values that the network detaches, of those that depend on its inputs."""
+def detached_values(program: Program) -> frozenset[int]:
+    """The values that depend on the inputs, and that the network detaches."""
     base = len(program.inputs)
     forms = ((base + i, step.form) for i, step in enumerate(program.steps))
     return frozenset(v for v, form in forms if isinstance(form, Opaque) and form.call.op == "aten.detach.default")
@@ -103,7 +113,7 @@ def secant(rule: Rescale, i: int) -> StepMap:
     formula = secant_by_formula(rule.form(i, Scale).function, rule.post(i), rule.reference[rule.base + i])
     if formula is not None:
         return StepMap(output_factor=formula.expand_as(din), through=True)
-    still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # equal infinities too
+    still = (din.abs() < rule.eps) | (rule.pre(i) == rule.reference[rule.source(i)])  # also equal infinities
     return StepMap(output_factor=torch.where(still, rule.slope(i), dout / din), through=True)
 
 
@@ -127,9 +137,11 @@ def shared_by_pool(rule: Rescale, i: int) -> StepMap:
     y, y_ref = rule.post(i), rule.reference[rule.base + i]  # [N, C, *out]
     top = torch.maximum(y, y_ref)
     up, down = top - y_ref, y - top
-    wide = padded(w, x - x_ref, 0.0)
+    wide = pad_for_windows(w, x - x_ref, 0.0)
     taps = []
-    for t, (wins, wins_ref) in enumerate(zip(chosen(w, x, y.shape), chosen(w, x_ref, y_ref.shape), strict=True)):
+    for t, (wins, wins_ref) in enumerate(
+        zip(mark_maxima(w, x, y.shape), mark_maxima(w, x_ref, y_ref.shape), strict=True)
+    ):
         din = at_place(w, t, wide, y.shape[2:])
         share = (wins * up + wins_ref * down) / din
         taps.append(torch.where(din.abs() < rule.eps, wins.to(x.dtype), share))
@@ -149,47 +161,51 @@ def midpoint(rule: Rescale, i: int) -> StepMap:
     return StepMap(custom=lambda g: reference.vjp_step(rule.program, i, middle, out, g, rule.params))
 
 
-def composed(rule: Rescale, i: int) -> StepMap:
-    """A step that is not of one operation with a rule: its operations on the tape, transposed by torch."""
+def compose_on_tape(rule: Rescale, i: int) -> StepMap:
+    """The map of a step that is no single operation with a rule, by its operations on the tape, transposed by torch."""
     step, dtype = rule.program.steps[i], rule.values[0].dtype
     tape = Tape(dtype, rule.eps)
-    args: list[Pair | Tensor] = []
+    args: list[InputAndReference | Tensor] = []
     for v in step.inputs:
         x = rule.values[v]
         args.append(tape.pair(x, rule.reference[v].expand_as(x)) if v in rule.moving else x)
-    moving = [p for p in args if isinstance(p, Pair)]
+    moving = [p for p in args if isinstance(p, InputAndReference)]
     try:
         with torch.inference_mode(False):
             result = _on_tape(rule, i, tape, args)
     except NoRule as reason:
         rule.unruled[i] = str(reason)
-        return derivative(rule, i)
+        return use_own_derivative(rule, i)
 
     def pulled(g: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(result, Pair):  # a constant
+        if not isinstance(result, InputAndReference):  # a constant
             grads = [g.new_zeros(*g.shape[:2], *p.shape[1:]) for p in moving]
         else:
-            grads = tape.transposed(moving, result, g)
+            grads = tape.pull_back(moving, result, g)
         rest = iter(grads)
         still = g.new_zeros(())
-        return tuple(next(rest) if isinstance(p, Pair) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args)
+        return tuple(
+            next(rest) if isinstance(p, InputAndReference) else still.expand(*g.shape[:2], *p.shape[1:]) for p in args
+        )
 
     return StepMap(custom=pulled)
 
 
-def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -> Pair | Tensor:
+def _on_tape(
+    rule: Rescale, i: int, tape: Tape, args: Sequence[InputAndReference | Tensor]
+) -> InputAndReference | Tensor:
     step = rule.program.steps[i]
     form, x = step.form, args[0]
     if isinstance(form, LowRank):
-        assert isinstance(x, Pair)
+        assert isinstance(x, InputAndReference)
         if form.function == "normalize":
-            return normalized(tape, x, [form.axis + 1], form.params[0])[0]
+            return normalize(tape, x, [form.axis + 1], form.params[0])[0]
         return (softmax_along if form.function == "softmax" else log_softmax_along)(tape, x, form.axis + 1)
     assert isinstance(form, Opaque)
     known = dict(zip(step.inputs, args, strict=True))
     samples = x.shape[0]
 
-    def leaf(item: Param | Value | Batch) -> Pair | Tensor | int:
+    def leaf(item: Param | Value | Batch) -> InputAndReference | Tensor | int:
         if isinstance(item, Param):
             return rule.params[item.name]
         return known[item.id] if isinstance(item, Value) else item.times * samples
@@ -201,10 +217,10 @@ def _on_tape(rule: Rescale, i: int, tape: Tape, args: Sequence[Pair | Tensor]) -
 Rescale.table = {
     **Rule.table,
     Scale: secant,
-    "affine": slope,
+    "affine": scale_by_derivative,
     "relu": relu_secant,
     Select: shared_by_pool,
-    LowRank: composed,
+    LowRank: compose_on_tape,
     Product: midpoint,
-    Opaque: composed,
+    Opaque: compose_on_tape,
 }

@@ -29,11 +29,11 @@ Kind = TypeVar("Kind")
 class StepMap:
     """A step's transposed linear map under a rule: from the cotangent of its value to those of its inputs.
 
-    First, ``output_factor [N, *shape]`` multiplies.  Then comes the step's own transposed map (with ``weight`` in place
-    of its own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the share of each
-    window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).  Last,
-    ``input_factors`` multiply, with one ``[N, *in]`` or None per input.  ``reads``: the values whose cotangents
-    ``custom`` gives, if they are not the step's inputs (a rule for several steps).
+    First, the cotangent is multiplied by ``output_factor [N, *shape]``.  Then comes the step's own transposed map (with
+    ``weight`` in place of its own, if given), or the identity (``through``), or that of a pool given by ``taps`` (the
+    share of each window's value that goes to its t-th place, ``[N, *shape]`` each), or any function (``custom``).
+    Last, the results are multiplied by ``input_factors``, one ``[N, *in]`` or None per input.  ``reads``: the values
+    whose cotangents ``custom`` gives, if they are not the step's inputs (a rule for several steps).
     """
 
     output_factor: Tensor | None = None
@@ -76,7 +76,7 @@ class Rule:
         return named or cls.table.get(type(form))
 
     def at(self, i: int) -> StepMap:
-        return (self.maker(self.program.steps[i].form) or derivative)(self, i)
+        return (self.maker(self.program.steps[i].form) or use_own_derivative)(self, i)
 
     def leads(self, wrt: Sequence[int]) -> set[int]:
         """The values that cotangents pass on their way to the values ``wrt``."""
@@ -117,26 +117,33 @@ def pass_through(rule: Rule, i: int) -> StepMap:
     return StepMap(through=True)
 
 
-def slope(rule: Rule, i: int) -> StepMap:
+def scale_by_derivative(rule: Rule, i: int) -> StepMap:
     """The derivative of an elementwise step."""
     return StepMap(output_factor=rule.slope(i), through=True)
 
 
-def routed(rule: Rule, i: int) -> StepMap:
+def route_to_maximum(rule: Rule, i: int) -> StepMap:
     """A pool: everything goes to the place of the maximum."""
     form, x = rule.form(i, Select), rule.pre(i)
     if form.ties != "first":
-        return derivative(rule, i)
-    return StepMap(taps=tuple(t.to(x.dtype) for t in chosen(form.windows, x, rule.post(i).shape)))
+        return use_own_derivative(rule, i)
+    return StepMap(taps=tuple(t.to(x.dtype) for t in mark_maxima(form.windows, x, rule.post(i).shape)))
 
 
-def derivative(rule: Rule, i: int) -> StepMap:
+def use_own_derivative(rule: Rule, i: int) -> StepMap:
     """A step without a rule: its own derivative at the input."""
     args = [rule.values[v] for v in rule.program.steps[i].inputs]
     return StepMap(custom=lambda g: reference.vjp_step(rule.program, i, args, rule.post(i), g, rule.params))
 
 
-Rule.table = {Contract: own_map, View: own_map, Sum: own_map, Index: own_map, Scale: slope, Select: routed}
+Rule.table = {
+    Contract: own_map,
+    View: own_map,
+    Sum: own_map,
+    Index: own_map,
+    Scale: scale_by_derivative,
+    Select: route_to_maximum,
+}
 
 
 def is_linear(form: Form) -> bool:
@@ -162,16 +169,16 @@ def at_place(w: Windows, t: int, wide: Tensor, counts: Sequence[int]) -> Tensor:
     return wide[index]
 
 
-def padded(w: Windows, x: Tensor, value: float) -> Tensor:
+def pad_for_windows(w: Windows, x: Tensor, value: float) -> Tensor:
     """``[..., *spatial]`` with the windows' padding."""
     sides = [p for pair in reversed(w.padding) for p in pair]
     return F.pad(x, sides, value=value) if any(sides) else x
 
 
-def chosen(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
+def mark_maxima(w: Windows, x: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """For each place of a window, whether it holds the maximum (the first of equals): bool ``[N, C, *out]``."""
     counts = shape[2:]
-    wide = padded(w, x, float("-inf"))
+    wide = pad_for_windows(w, x, float("-inf"))
     taps = [at_place(w, t, wide, counts) for t in range(w.taps)]
     top = taps[0]
     for tap in taps[1:]:

@@ -17,7 +17,7 @@ from ...util.memo import Memo
 from ...util.options import Engine, InputError, Unused, engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
-from ..attribute_all import Inputs, Options, RowMethod, Tensors, points_for, typed
+from ..attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, points_for
 from ..captum_compat import stock
 from ..plug import GradientFunc, captum_seeds, plug_into
 from ..points import Points
@@ -77,12 +77,12 @@ class RuleMethod(ProgramMethod):
         """Whether the rule covers every step."""
         return True
 
-    def _finished(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         """The last step: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
     def _done(self, points: Points, rule: Rule) -> None:
-        """A hook after a call, for example to warn about steps without a rule."""
+        """Called after a call, for example to warn about steps without a rule."""
 
     def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.captured()
@@ -101,7 +101,7 @@ class RuleMethod(ProgramMethod):
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
                 multipliers = rule_multipliers(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
-                for result, m in zip(results, self._finished(chunk, rule, multipliers, chosen), strict=True):
+                for result, m in zip(results, self._finish(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
         if rule is not None:
             self._done(points, rule)
@@ -109,10 +109,10 @@ class RuleMethod(ProgramMethod):
 
 
 def samples_at_a_time(program: Program, seeds: int, dtype: torch.dtype, device: torch.device, *, least: int = 1) -> int:
-    """So many that their values and slopes, here and at the reference, and the plain executor's cotangents fit.
+    """The number of samples for which values and slopes (also at the reference) and cotangents fit in memory.
 
     The peak is about twice the estimate.  Kernels read the values and slopes again, and write no cotangents.
-    ``least``: that many, though they do not fit in the caches of a CPU, where a call costs more than that.
+    ``least``: at least that many even if they do not fit in a CPU's caches, because smaller calls cost more.
     """
     shapes, size = 4 * program.shapes, dtype.itemsize
     peak, cached = 2 * stepwise_bytes(shapes, seeds, size), stepwise_bytes(shapes, 0, size)
@@ -139,7 +139,7 @@ class _Rectifying(ProgramMethod):
 
     @compat.log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> Any:
-        """As Captum's, but for every ReLU of the network, including functional, in-place and reused ones."""
+        """Captum's ``attribute``, but for every ReLU of the network, including functional, in-place and reused ones."""
         rows = compat.format_tensor_into_tuples(inputs)
         maps = self._one(rows, target, additional_forward_args, {})
         if maps is not None:
@@ -147,7 +147,7 @@ class _Rectifying(ProgramMethod):
         captums: Callable[..., Any] = super().attribute.__wrapped__
         return captums(self, inputs, target, additional_forward_args)
 
-    @typed
+    @as_attribute_all
     def attribute_all(self, inputs: Inputs, *, targets: Any = None, additional_forward_args: Any = None) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})

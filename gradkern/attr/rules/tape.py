@@ -1,7 +1,8 @@
 """DeepLift of any ATen call: its operations on a value and its reference, each with a rule that completes.
 
-`Pair` is a value at the input and at the reference.  A `Tape` runs operations on pairs, and remembers for each the map
-that carries small changes through it, as a function of tensors; torch transposes that map.  There are few kinds:
+A pair, `InputAndReference`, is a value at the input and at the reference.  A `Tape` runs operations on pairs, and
+remembers for each the map that carries small changes through it, as a function of tensors; torch transposes that map.
+There are few kinds:
 
 * at most quadratic (linear, or a product of two values): the derivative half way, which is exact;
 * elementwise: the secant; with several arguments that change, the mean over the orders in which they change (Shapley),
@@ -35,7 +36,7 @@ class NoRule(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class InputAndReference:
     """A tensor at the input and at the reference, of equal shapes, and its place on the tape."""
 
     x: Tensor
@@ -48,31 +49,34 @@ class Pair:
 
 
 class Tape:
-    """``dtype``: of the changes (values may be integers or booleans).  ``eps``: below it a change counts as none."""
+    """Runs operations on pairs, and records for each the map from the changes of its arguments to those of its results.
+
+    ``dtype``: that of the changes (values may be integers or booleans).  ``eps``: a smaller change counts as none.
+    """
 
     def __init__(self, dtype: torch.dtype, eps: float) -> None:
         self.dtype, self.eps, self.slots = dtype, eps, 0
-        self.held = False  # is anything that is detached taken as constant?
+        self.took_detached_as_constant = False
         self.maps: list[tuple[Map, tuple[int, ...], tuple[int, ...]]] = []
         self._inside: list[str] = []  # the operations that are being decomposed
 
-    def pair(self, x: Tensor, r: Tensor) -> Pair:
+    def pair(self, x: Tensor, r: Tensor) -> InputAndReference:
         self.slots += 1
-        return Pair(x, r, self.slots - 1)
+        return InputAndReference(x, r, self.slots - 1)
 
     def numbers(self, x: Tensor) -> Tensor:
         """A value as floating numbers."""
         return x if x.is_floating_point() or x.is_complex() else x.to(self.dtype)
 
-    def record(self, function: Map, moving: Sequence[Pair], x: Any, r: Any) -> Any:
+    def record(self, function: Map, moving: Sequence[InputAndReference], x: Any, r: Any) -> Any:
         """The pairs of an operation's results, with the map from the changes of ``moving`` to theirs."""
         results = pytree.tree_map(self.pair, x, r)
-        slots = tuple(p.slot for p in pytree.tree_leaves(results, is_leaf=lambda p: isinstance(p, Pair)))
+        slots = tuple(p.slot for p in pytree.tree_leaves(results, is_leaf=lambda p: isinstance(p, InputAndReference)))
         self.maps.append((function, tuple(p.slot for p in moving), slots))
         return results
 
-    def transposed(self, first: Sequence[Pair], last: Pair, g: Tensor) -> list[Tensor]:
-        """``g [N, S, *out]`` of ``last`` back through the maps: one ``[N, S, *in]`` for each of ``first``."""
+    def pull_back(self, first: Sequence[InputAndReference], last: InputAndReference, g: Tensor) -> list[Tensor]:
+        """Pull the cotangent ``g [N, S, *out]`` of ``last`` back to ``first``: one ``[N, S, *in]`` each."""
         with torch.inference_mode(False), torch.enable_grad():
             changes = [torch.zeros_like(p.x, dtype=self.dtype, requires_grad=True) for p in first]
             known = {p.slot: t for p, t in zip(first, changes, strict=True)}
@@ -90,7 +94,7 @@ class Tape:
         )
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """An ATen operation (an overload or its name without ``aten.``) on pairs, tensors and plain values."""
+        """Run an ATen operation (an overload, or its name without ``aten.``) on pairs, tensors and plain values."""
         if isinstance(op, str):
             return self(operator_of(f"aten.{op}"), *args, **kwargs)
         moving = pairs_in((args, kwargs))
@@ -104,17 +108,17 @@ class Tape:
             raise NoRule(f"{op}, which works in place")
         if torch.Tag.pointwise in op.tags:
             return elementwise(self, op, args, kwargs)
-        return decomposed(self, op, args, kwargs)
+        return run_decomposition(self, op, args, kwargs)
 
 
-Rule = Callable[[Tape, Any, tuple[Any, ...], dict[str, Any]], Any]
-RULES: dict[str, Rule] = {}  # by the operation's name without overload
+OperationRule = Callable[[Tape, Any, tuple[Any, ...], dict[str, Any]], Any]
+RULES: dict[str, OperationRule] = {}  # by the operation's name without overload
 
 
-def handles(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operations by their names, ``"softmax"``."""
+def handles(*names: str) -> Callable[[OperationRule], OperationRule]:
+    """Register a rule for operations by their names, such as ``"softmax"``."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: OperationRule) -> OperationRule:
         RULES.update(dict.fromkeys(names, rule))
         return rule
 
@@ -122,19 +126,19 @@ def handles(*names: str) -> Callable[[Rule], Rule]:
 
 
 def packet(op: Any) -> str:
-    """``"relu"`` for ``aten.relu.default`` and its in-place form."""
+    """The name of an operation without its overload: ``"relu"`` for ``aten.relu.default`` and for its in-place form."""
     return str(op._schema.name).partition("::")[2]
 
 
 def is_pair(x: Any) -> bool:
-    return isinstance(x, Pair)
+    return isinstance(x, InputAndReference)
 
 
-def pairs_in(tree: Any) -> list[Pair]:
+def pairs_in(tree: Any) -> list[InputAndReference]:
     return [x for x in pytree.tree_leaves(tree, is_leaf=is_pair) if is_pair(x)]
 
 
-def filled(tree: Any, values: Sequence[Any]) -> Any:
+def replace_pairs(tree: Any, values: Sequence[Any]) -> Any:
     """The arguments with ``values`` in the places of the pairs, in order."""
     rest = iter(values)
     return pytree.tree_map(lambda x: next(rest) if is_pair(x) else x, tree, is_leaf=is_pair)
@@ -144,7 +148,7 @@ def as_function(op: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
     """The operation as a function of its arguments that change."""
 
     def function(*values: Any) -> Any:
-        full_args, full_kwargs = filled((args, kwargs), values)
+        full_args, full_kwargs = replace_pairs((args, kwargs), values)
         return op(*full_args, **full_kwargs)
 
     return function
@@ -197,7 +201,7 @@ BILINEAR = (
     *("_convolution", "kron", "mul", "multiply", "lerp", "square", "addcmul"),
 )
 CASTS = ("to", "_to_copy", "type_as")
-#: The arguments of linear operations in which they are not linear.
+#: By linear operation: the arguments in which it is not linear.
 FIXED = {
     **dict.fromkeys(("index", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "masked_select", "take"), (1,)),
     **dict.fromkeys(("index_select", "gather", "scatter", "scatter_add", "index_add"), (2,)),
@@ -252,7 +256,7 @@ MOST_CHANGING = 3
 
 
 def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
-    """The secant; the mean over all orders if several arguments change."""
+    """The secant.  If several arguments change, it is the mean over the orders in which they may change."""
     moving, function = pairs_in((args, kwargs)), as_function(op, args, kwargs)
     if len(moving) > MOST_CHANGING:
         raise NoRule(str(op))
@@ -268,8 +272,13 @@ def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     return tape.record(change, moving, x, r)
 
 
-def shapley_slope(tape: Tape, name: str, function: Callable[..., Tensor], moving: Sequence[Pair], k: int) -> Tensor:
-    """The k-th argument's share of the result's change over its own, each of the others at the input or reference."""
+def shapley_slope(
+    tape: Tape, name: str, function: Callable[..., Tensor], moving: Sequence[InputAndReference], k: int
+) -> Tensor:
+    """The k-th argument's share of the result's change, divided by its own change.
+
+    It is a mean over the cases in which each other argument is at the input or at the reference.
+    """
     others = [j for j in range(len(moving)) if j != k]
     total: Tensor | None = None
     for size in range(len(others) + 1):
@@ -283,9 +292,9 @@ def shapley_slope(tape: Tape, name: str, function: Callable[..., Tensor], moving
 
 
 def context_slope(
-    tape: Tape, name: str, function: Callable[..., Tensor], p: Pair, context: list[Tensor], k: int
+    tape: Tape, name: str, function: Callable[..., Tensor], p: InputAndReference, context: list[Tensor], k: int
 ) -> Tensor:
-    """The secant in one argument; the derivative at the input where that does not change."""
+    """The secant in one argument, or the derivative at the input where the argument does not change."""
 
     def at(value: Tensor) -> Tensor:
         return function(*context[:k], value, *context[k + 1 :])
@@ -294,7 +303,7 @@ def context_slope(
     if len(context) == 1 and (formula := secant_by_formula(name, y, y_ref)) is not None:
         return formula
     moved = (tape.numbers(p.x) - tape.numbers(p.r)).expand_as(y)
-    still = (moved.abs() < tape.eps) | (p.x == p.r)  # equal infinities too
+    still = (moved.abs() < tape.eps) | (p.x == p.r)  # also equal infinities
     secant = torch.where(y == y_ref, 0.0, y - y_ref) / moved
     return torch.where(still, derivative_of(at, p.x, y), secant) if bool(still.any()) else secant
 
@@ -315,35 +324,35 @@ def derivative_of(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) ->
 # What torch decomposes
 
 
-def decomposed(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
+def run_decomposition(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:
     """The operations that torch makes of one, if it makes any."""
     name = str(op)
     if name in tape._inside or len(tape._inside) > 8:
         raise NoRule(tape._inside[0] if tape._inside else name)
     moving = pairs_in((args, kwargs))
     with torch.inference_mode(False), torch.no_grad():
-        graph = _traced(as_function(op, args, kwargs), [p.x for p in moving])
+        graph = _trace(as_function(op, args, kwargs), [p.x for p in moving])
     if graph is None:
         raise NoRule(name)
     tape._inside.append(name)
     try:
-        return interpreted(tape, graph, moving)
+        return run_graph(tape, graph, moving)
     finally:
         tape._inside.pop()
 
 
-def _traced(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
+def _trace(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
     table = {op: f for op, f in core_aten_decompositions().items() if packet(op) not in RULES}
     try:
         return make_fx(torch.func.functionalize(function), decomposition_table=table)(*values)
-    except Exception:  # whatever torch raises where it cannot trace
+    except Exception:  # torch may raise anything where it cannot trace
         if debugging():
             raise
         return None
 
 
 def _out_of_place(node: torch.fx.Node) -> Any:
-    """The operation of a node; of one in place, the operation that returns the result, if no other name is changed."""
+    """The operation of a node; for an in-place one, that which returns the result, if no other name sees it."""
     op: Any = node.target
     if not op._schema.is_mutable:
         return op
@@ -361,7 +370,7 @@ def _is_view(op: Any) -> bool:
     return schema is None or any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
 
 
-def interpreted(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+def run_graph(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """The operations of a traced graph, run on the tape."""
     known: dict[Any, Any] = {}
     rest, gradients = iter(inputs), True
@@ -380,9 +389,9 @@ def interpreted(tape: Tape, module: torch.fx.GraphModule, inputs: Sequence[Any])
             gradients = bool(node.args[0])
         elif isinstance(node.target, torch._ops.OpOverload):
             arguments = value((node.args, node.kwargs))
-            if not gradients and pairs_in(arguments):  # constants, of their values at the input
-                tape.held = True
-                arguments = filled(arguments, [p.x for p in pairs_in(arguments)])
+            if not gradients and pairs_in(arguments):  # the results are constants with their values at the input
+                tape.took_detached_as_constant = True
+                arguments = replace_pairs(arguments, [p.x for p in pairs_in(arguments)])
             known[node] = tape(_out_of_place(node), *arguments[0], **arguments[1])
             if node.target._schema.is_mutable:
                 known[node.args[0]] = known[node]

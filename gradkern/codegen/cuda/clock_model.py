@@ -232,7 +232,7 @@ def worker_lanes(elements: int) -> int:
 
 
 def live_share(planes: int, pattern: bool) -> float:
-    """The share of channels that carry a cotangent: half where a ReLU follows, three in four where a pool does too."""
+    """The share of channels that carry a cotangent: half if a ReLU follows, three in four if a pool follows as well."""
     return 0.75 if planes > 1 else 0.5 if pattern else 1.0
 
 
@@ -241,9 +241,9 @@ class ScatterShape:
     """What the price of a transposed convolution depends on, apart from its positions."""
 
     algorithm: records.ScatterAlgorithm
-    elements: int  # of the window
+    elements: int  # elements of the window
     channels: int
-    taps: int  # of the pool through whose bits the cotangent is read
+    taps: int  # taps of the pool through whose bits the cotangent is read
     merged: bool  # the taps share one window
     pattern: bool  # the cotangent is read through bits
 

@@ -13,7 +13,7 @@ from ..scratch import Buffer
 TAPS = (1, 2, 4)  # the sizes of pools that a thread's positions (eight floats or four doubles) hold whole
 
 
-def fused(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:
+def fuse_patterns(forward: Sequence[Record], backward: Sequence[Record]) -> list[Record]:
     """The forward records, after joining every convolution to the pattern after it if that is its only reader."""
     out: list[Record] = []
     dropped: set[Buffer | None] = set()

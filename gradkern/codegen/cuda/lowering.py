@@ -30,7 +30,7 @@ from ..records import Record, ScatterT
 from ..spec import ChainSpec
 from . import clock_model, slices
 from .emitters import DeviceEmitter, DeviceLayouts
-from .fuse import fused
+from .fuse import fuse_patterns
 from .shared_memory import Arrangement, Passes
 from .tiling import Tiler, Tiling, band_options
 
@@ -55,7 +55,7 @@ def lay_out(e: Emitter) -> LaidOut:
     tiler = Tiler(spec.machine, spec.itemsize, spec.seeds, buffers.bit_bytes, options)
     best: tuple[Passes, Arrangement, Tiling] | None = None
     least = 0
-    forward = fused(e.forward, e.backward)
+    forward = fuse_patterns(e.forward, e.backward)
     for backward in slices.variants(e.backward, e.tables.integers):
         passes = Passes.of(forward, backward, buffers.values.values(), buffers.saved.values())
         for tile in tiler.seed_tiles():
@@ -66,10 +66,10 @@ def lay_out(e: Emitter) -> LaidOut:
                 best = passes, arrangement, tiling
     if best is None:
         raise TooLarge(least, spec.machine.shared_bytes)
-    return tiled(e, tiler, *best)
+    return place_buffers(e, tiler, *best)
 
 
-def tiled(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
+def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrangement, tiling: Tiling) -> LaidOut:
     """The records with the places of buffers, and with how workers share the work."""
     for buffer, life in passes.lives.items():
         buffer.per_sample = life.run is None

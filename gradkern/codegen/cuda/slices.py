@@ -71,11 +71,11 @@ class Stage:
 
 def variants(backward: list[Record], tables: Sequence[int]) -> list[list[Record]]:
     """The backward pass with its last wide layer whole, and in slices; those that need the least memory come last."""
-    cut = (sliced(backward, tables, count) for count in COUNTS)
+    cut = (slice_linear(backward, tables, count) for count in COUNTS)
     return [backward, *(ops for ops in cut if ops is not None)]
 
 
-def sliced(backward: list[Record], tables: Sequence[int], count: int) -> list[Record] | None:
+def slice_linear(backward: list[Record], tables: Sequence[int], count: int) -> list[Record] | None:
     """The records with the last wide linear layer in ``count`` slices; None if that is impossible.
 
     The cotangent of the linear layer must have a transposed convolution as its only reader.  All such convolutions that

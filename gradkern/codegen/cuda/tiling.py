@@ -42,7 +42,7 @@ class Tiler:
     machine: Device
     itemsize: int
     seeds: int
-    bit_bytes: int  # of each sample
+    bit_bytes: int  # bytes of bits per sample
     band_options: clock_model.BandOptions
     prices: dict[tuple, float] = field(default_factory=dict)  # of records, at their first use
 
@@ -58,7 +58,7 @@ class Tiler:
         return round_up((region + block * sample) * self.itemsize + block * self.bit_bytes, 16)
 
     def least_bytes(self, passes: Passes, arrangement: Arrangement, tile: int) -> int:
-        """What a single sample needs."""
+        """The shared memory that a single sample needs."""
         return self.bytes(max(*arrangement.strides, passes.temporary(1, tile)), arrangement.sample, 1)
 
     def work(self, resident: int, block: int, tile: int) -> clock_model.Work:

@@ -10,7 +10,7 @@ from ...ir.calls import Params
 from .. import limits
 from ..records import ScatterAlgorithm
 from ..units import Node
-from ..weights import ScatterLayout, WindowLayout, aligned
+from ..weights import ScatterLayout, WindowLayout, align
 from .clock_model import WARP
 
 
@@ -96,7 +96,7 @@ class QuadScatter(DeviceScatter):
 
     @property
     def size(self) -> int:
-        return aligned(len(self.variants) * self.O * self.row_length)
+        return align(len(self.variants) * self.O * self.row_length)
 
     def fill(self, packed: Tensor, params: Params) -> None:
         w, _ = self.folded(params)

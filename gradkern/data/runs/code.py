@@ -1,4 +1,4 @@
-"""The text of a function with everything of the caller's that it refers to, to notice that it was edited."""
+"""The text of a function and of all the caller's own code that it refers to, to notice edits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ AROUND = {property: "fget", functools.cached_property: "func", staticmethod: "__
 
 
 def code_text(function: Any, unchanged: Collection[str] | None = None) -> str:
-    """Source, defaults and captured values of a function (or an object that can be called), and those of the functions
-    that it uses: of its own package, and of every other module that is not installed.
+    """Source, defaults and captured values of a function or other callable, and of the functions that it uses.
 
-    ``unchanged``: the only lines that count.  What differs before and after a call is a state, not the code.
+    Functions count if they are in its own package, or in any module that is not installed.  ``unchanged``: the only
+    lines that count, since a line that differs before and after a call shows a state, not code.
     """
     return "\n".join(line for line in code_lines(function) if unchanged is None or line in unchanged)
 
@@ -40,7 +40,7 @@ def code_lines(function: Any) -> list[str]:
 
 
 def class_lines(model: nn.Module) -> list[str]:
-    """The same of the classes of a model's modules, as far as they are not of installed packages."""
+    """The lines of `code_text` for the classes of a model's modules that do not belong to installed packages."""
     return list(_Reader("").lines("", tuple(type(module) for module in model.modules())))
 
 
@@ -49,11 +49,11 @@ def package_of(value: Any) -> str:
 
 
 class _Reader:
-    """Reads what belongs to the caller: the modules of ``package``, and those that are not installed."""
+    """Reads the caller's own code: the modules of ``package``, and those that are not installed."""
 
     def __init__(self, package: str) -> None:
         self.package = package
-        self.seen: dict[int, Any] = {}  # keeps them, so that no other object gets the same id
+        self.seen: dict[int, Any] = {}  # by id; keeps the objects, so that no other gets the same id
 
     def own(self, module: str) -> bool:
         top = module.partition(".")[0]
@@ -92,7 +92,7 @@ class _Reader:
                 yield from self.lines(f"{name}.{attribute}", v)
         elif type(value) in AROUND:
             yield from self.lines(name, getattr(value, AROUND[type(value)]))
-        elif "__wrapped__" in getattr(value, "__dict__", {}):  # such as what functools.cache gives
+        elif "__wrapped__" in getattr(value, "__dict__", {}):  # such as a function under functools.cache
             yield from self.lines(name, value.__wrapped__)
 
     def container(self, name: str, value: Any) -> Iterator[str]:
@@ -101,7 +101,7 @@ class _Reader:
                 yield from self.lines(f"{name}[{i}]", v)
         elif _is_plain(value):
             yield f"{name} = {sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else repr(value)}"
-        else:  # a table of functions; or a cache, whose contents are no code
+        else:  # a table of functions, or a cache, whose contents are not code
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, v in items:
                 if callable(v):
@@ -123,18 +123,18 @@ class _Reader:
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if _filled(cell):
                 yield from self.lines(variable, cell.cell_contents)
-        used = {n for c in _all_code(code) for n in c.co_names}  # attributes, too
+        used = {n for c in _all_code(code) for n in c.co_names}  # globals and attributes
         for variable in sorted(_globals(code) & function.__globals__.keys()):
             yield from self.used(variable, function.__globals__[variable], used)
         for module in _imports(code, str(function.__globals__.get("__package__") or "")):
             if self.own(module):
-                with contextlib.suppress(Exception):  # the function may do without it
+                with contextlib.suppress(Exception):  # the function may work without this module
                     importlib.import_module(module)
                 yield from self.used(module, sys.modules.get(module), used)
         yield from self.lines(f"{name} wrapped", getattr(function, "__wrapped__", None))
 
     def used(self, name: str, value: Any, used: set[str]) -> Iterator[str]:
-        """A global that a function uses; of a module, everything of those names."""
+        """The lines of a global that a function uses.  Of a module, its members with the names ``used``."""
         if not isinstance(value, ModuleType):
             yield from self.lines(name, value)
         elif self.own(value.__name__):
@@ -144,7 +144,7 @@ class _Reader:
 
 @functools.cache
 def _installed(top: str) -> bool:
-    """Whether a top-level module is that of an installed package."""
+    """Whether a top-level module belongs to an installed package."""
     if (module := sys.modules.get(top)) is not None:
         places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
     else:
@@ -154,7 +154,7 @@ def _installed(top: str) -> bool:
 
 
 def _is_plain(value: Any, depth: int = 8) -> bool:
-    """Only numbers and text, in containers."""
+    """Whether a value consists only of numbers and text, in containers."""
     if isinstance(value, PLAIN):
         return True
     if isinstance(value, dict):
@@ -180,7 +180,7 @@ def _source(value: Any, otherwise: str) -> str:
         text = textwrap.dedent(inspect.getsource(value))
     except (OSError, TypeError, IndentationError):  # typed into an interpreter
         return otherwise
-    if isinstance(value, CodeType) and value.co_name == "<lambda>":  # of which that finds the first lines only
+    if isinstance(value, CodeType) and value.co_name == "<lambda>":  # of which `inspect` finds only the first lines
         lines = [line for code in _all_code(value) for *_, line in code.co_lines() if line]
         text += "".join(linecache.getline(value.co_filename, i) for i in range(min(lines), max(lines) + 1))
     return text

@@ -67,7 +67,7 @@ def sums_only(source: Source, probe: Probe) -> bool:
 
 
 def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str, Any]) -> list[Array]:
-    """The arrays of a new store: those that are written chunk by chunk, and those that are already known."""
+    """The arrays of a new store: those written chunk by chunk, and those whose content is already known."""
     n, seeds, chunk = source.samples, probe.seeds, about["pinned"]["chunk"]
     outcome, inputs = probe.outcome, about["inputs"]
     listed = []
@@ -88,7 +88,7 @@ def arrays(source: Source, settings: Settings, probe: Probe, about: Mapping[str,
     axes = tuple(f"output_axis{k}" for k in range(len(out)))
     listed.append(Array("predictions", (n, *out), dtype_name(outcome.outputs.dtype), ("sample", *axes), chunk))
     known = np.zeros((n, seeds))
-    if outcome.rows is not None:
+    if outcome.targets is not None:
         listed.append(Array("targets", (n, seeds), "int64", ("sample", "target"), chunk))
     else:
         indices = jacobian_choice(settings.targets)(1, out).indices

@@ -1,4 +1,4 @@
-"""The fingerprint by which two runs are the same: the model's weights and graph, the method, the source."""
+"""The fingerprint, by which a run is recognised: the model's weights and graph, the method, the source."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ class Mismatch(BadValue):
 
 
 def of_model(model: nn.Module, program: Program | None, unchanged: frozenset[str] | None = None) -> dict[str, Any]:
-    """Hashes of everything that determines the model's results: its weights and buffers, and its graph (of a model that
-    was not captured: its modules and the code of their classes).  ``unchanged`` as in `code.code_text`."""
+    """Hashes of everything that determines the model's results: its weights and buffers, and its graph.
+
+    For a model that was not captured, its modules and the code of their classes stand for the graph.  ``unchanged`` as
+    in `code.code_text`.
+    """
     digest = hashlib.sha256()
     model = model.model if isinstance(model, OneOutput) else model
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -104,7 +107,7 @@ def _plain(value: Any, unchanged: frozenset[str] | None = None) -> Any:
 
 
 def code_before(model: nn.Module, settings: Settings) -> frozenset[str]:
-    """The lines of all code of the caller's, before any of it has run."""
+    """The lines of all of the caller's code, before any of it has run."""
     functions = [methods.METHODS.get(settings.method), settings.output, *settings.arguments.values()]
     own = [f for f in functions if callable(f) and package_of(f) != "gradkern"]
     return frozenset([*class_lines(model), *(line for f in own for line in code_lines(f))])
@@ -114,8 +117,10 @@ def of_run(
     model: nn.Module, source: Mapping[str, Any], settings: Settings, program: Program | None,
     unchanged: frozenset[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that must agree for one run to continue another; ``source`` as of `of_source`, ``unchanged`` as of
-    `code_before`."""
+    """Everything that must agree for one run to continue another.
+
+    ``source``: the result of `of_source`; ``unchanged``: that of `code_before`.
+    """
     stored = ("maps", "reductions", "top_features", "dtype", "compression")
     return {
         "model": of_model(model, program, unchanged),
@@ -132,9 +137,9 @@ def of_run(
 
 
 def of_code(method: str, output: Any, unchanged: frozenset[str] | None = None) -> dict[str, str]:
-    """Hashes of the code of a method, and of a function that chooses the output, that are the caller's own."""
+    """Hashes of the caller's own code: of a method, and of a function that chooses the output."""
     given = {"code": methods.METHODS.get(method), "output_code": output if callable(output) else None}
-    sums = {"output_code": str(output)} if isinstance(output, Sums) else {}  # which is no name of an output either
+    sums = {"output_code": str(output)} if isinstance(output, Sums) else {}  # a choice without a name or code
     own = {k: f for k, f in given.items() if f is not None and package_of(f) != "gradkern"}
     return sums | {k: _hash(code_text(f, unchanged)) for k, f in own.items()}
 
@@ -177,7 +182,7 @@ def keys_version(about: Mapping[str, Any] | None = None) -> tuple[int, str]:
 
 
 def sums_squares(about: Mapping[str, Any]) -> bool:
-    """Whether a store's statistics hold sums of squares, as an earlier version had them, in place of deviations."""
+    """Whether a store's statistics hold sums of squares, as in an earlier version, in place of deviations."""
     return int(about.get("keys", 1)) < 3
 
 

@@ -1,4 +1,4 @@
-"""Estimates before the run (chunk, batch, bytes, seconds)."""
+"""Estimates before a run: samples per chunk and batch, bytes, seconds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from ...util.memory import out_of_memory as out_of_memory
 
-CHUNK_BYTES = 16 << 20  # of stored maps, or of inputs if no maps are stored
-LARGEST_CHUNK = 16384
-CACHED_BYTES = 16 << 20  # of a batch's maps, if they are reduced at once and not stored
-SMALLEST_CACHED = 32
-RECORDS = 6  # statistics alive at a time: of the chunk at work, of those being written, and of records being joined
-QUEUED = 5  # chunks alive at a time: two read ahead, one computed, two being written
+CHUNK_BYTES = 16 << 20  # bytes of a chunk's stored maps, or of its inputs if no maps are stored
+LARGEST_CHUNK = 16384  # the most samples in a chunk
+CACHED_BYTES = 16 << 20  # bytes of a batch's maps if they are only reduced, so that they stay in a cache
+SMALLEST_CACHED = 32  # the least samples in such a batch
+RECORDS = 6  # sets of statistics in memory: of the chunk at work, of chunks being written, of records being joined
+QUEUED = 5  # chunks in memory: two read ahead, one being computed, two being written
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.  ``seconds`` is None if nothing was measured."""
+    """The size of a run, and the time that it will take; ``seconds`` is None if nothing was measured."""
 
     samples: int
     chunks: int
@@ -57,7 +57,10 @@ def chunk_size(samples: int, stored: int, read: int, sums: int = 0) -> int:
 
 
 def batch_size(chunk: int, maps: int, keeps: bool, budget: int) -> int:
-    """Samples per call of the engine.  ``maps``: bytes of a sample's maps; ``keeps``: stored, or never made."""
+    """Samples per call of the engine.
+
+    ``maps``: bytes of a sample's maps; ``keeps``: the maps are stored, or kernels add them to statistics at once.
+    """
     fits = _power(budget // max(maps, 1))
     cached = fits if keeps else max(SMALLEST_CACHED, _power(CACHED_BYTES // max(maps, 1)))
     return max(1, min(chunk, cached, fits))
@@ -68,7 +71,7 @@ def _power(n: int) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in readable units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -77,7 +80,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A number of seconds in readable units."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = math.ceil(seconds / 60)

@@ -1,4 +1,4 @@
-"""Everything that affects the last bits of a run, pinned as in its store: threads, memory, precision, instructions."""
+"""Pins everything that affects the last bits of a run as its store has it: threads, memory, precision, instructions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .settings import Settings
 
 @contextmanager
 def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
-    """Set the store's threads, memory budget, precision and way (else the caller's), and restore them afterwards."""
+    """Inside, the store's threads, memory budget, precision and way hold, or else the caller's."""
     threads, precision = torch.get_num_threads(), ops.precision()
     with ExitStack() as stack:
         if pinned:
@@ -33,7 +33,7 @@ def pinning(pinned: Mapping[str, Any], settings: Settings) -> Iterator[None]:
 
 
 def unlike(pinned: Mapping[str, Any], other: Mapping[str, Any], *, plan: bool = True) -> list[str]:
-    """What another store pins otherwise, in words; the results of the two are then equal only within rounding.
+    """How another store's pinned settings differ, in words; the two results are then equal only within rounding.
 
     ``plan`` as in `differences`.
     """

@@ -1,4 +1,4 @@
-"""Probing model and source before a run: whether it can be captured, and the method on a few samples."""
+"""Probes model and source before a run: captures the model, and runs the method on a few samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ...util.buffers import buffers_kept
 from ...util.options import BadType, BadValue, Engine, debugging
 from ...util.random_state import RandomState
 from .. import methods, statistics
-from .reading import Alone
+from .reading import SpotSamples
 from .settings import Settings
 
 PROBED = 4
@@ -41,8 +41,8 @@ class Probe:
     outcome: methods.Outcome
     inputs: tuple[Tensor, ...]
     rate: float
-    alone: Alone  # the samples that were read
-    way: Way | None = None  # of gradients, if kernels and autograd were compared
+    alone: SpotSamples  # the samples that were read
+    way: Way | None = None  # the way that gradients go, if kernels and autograd were compared
     sums_only: bool = False  # kernels add the maps to statistics, and keep none
 
     @property
@@ -57,7 +57,7 @@ class Probe:
     @property
     def classes(self) -> int:
         """The rows of a statistic: one per target, or one per output if samples have their own targets."""
-        return self.seeds if self.outcome.rows is None else math.prod(self.outcome.outputs.shape[1:])
+        return self.seeds if self.outcome.targets is None else math.prod(self.outcome.outputs.shape[1:])
 
     @property
     def map_bytes(self) -> int:
@@ -90,15 +90,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
+def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Settings, pinned: Engine | None) -> Probe:
     """Capture, and run the method on a few of the samples that were read, which are spread over all ``samples``.
 
     ``pinned``: the engine that a store has recorded.  Without one, kernels and autograd are compared, so that all
     chunks, in all processes, go the same way.
     """
     device = device_of(model)
-    chosen = choose(model, alone, device)
-    inputs = _joined(alone, chosen, device)
+    chosen = choose_samples(model, alone, device)
+    inputs = _join_samples(alone, chosen, device)
     check_dtypes(model, inputs)
     method = methods.find(settings.method, settings.arguments)
     methods.check_arguments(method, settings.arguments, inputs, samples)
@@ -121,12 +121,12 @@ def probe_run(model: nn.Module, alone: Alone, samples: int, settings: Settings, 
         method(batch)
     rate = len(chosen) / (time.perf_counter() - begin)
     with ways.pinned(way):
-        sums_only = settings.sums_alone and outcome.rows is None and adds_up(method, batch)
+        sums_only = settings.sums_alone and outcome.targets is None and adds_up(method, batch)
     return Probe(program, engine, outcome, inputs, rate, alone, way, sums_only)
 
 
 def adds_up(method: methods.Method, batch: methods.Batch) -> bool:
-    return methods.summed(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
+    return methods.add_to_sums(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
 
 
 def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -145,7 +145,7 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             model(*(x[:1] for x in inputs))
     except RuntimeError as error:
         if "dtype" not in str(error) and "scalar type" not in str(error) and "Input type" not in str(error):
-            return  # whatever it is, it is not the dtype; the run will say
+            return  # the cause is not the dtype; the run will raise the error
         name = str(wanted).removeprefix("torch.")
         raise BadType(
             f"source: its samples are {kinds}, the model is {name}: input_dtype=torch.{name} (--cast {name}), or the "
@@ -153,9 +153,9 @@ def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
         ) from error
 
 
-def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
-    """The way of gradients of so many outputs, measured on samples spread over the source."""
-    inputs = _joined(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
+def faster_way(model: nn.Module, alone: SpotSamples, seeds: int) -> Way | None:
+    """The faster way for gradients of ``seeds`` outputs, measured on samples spread over the source."""
+    inputs = _join_samples(alone, list(alone.rows)[: ways.MOST_SAMPLES], device_of(model))
     floating = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
     chosen = Seeds(seeds, (seeds,), torch.arange(seeds))
     request = Request(model, inputs, floating, lambda n, out: chosen)
@@ -163,7 +163,7 @@ def faster_way(model: nn.Module, alone: Alone, seeds: int) -> Way | None:
     return None if timed is None else timed.way
 
 
-def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
+def choose_samples(model: nn.Module, alone: SpotSamples, device: torch.device) -> list[int]:
     """The indices of a few samples, spread over the source, whose output depends on them.
 
     A sample that is all zero, or at which every unit is off, shows neither a wrong derivative nor mixed samples.
@@ -176,14 +176,16 @@ def choose(model: nn.Module, alone: Alone, device: torch.device) -> list[int]:
     chosen: list[int] = []
     for at in range(0, len(order), PROBED):
         tried = order[at : at + PROBED]
-        chosen += [i for i, alive in zip(tried, _alive(model, _joined(alone, tried, device)), strict=True) if alive]
+        chosen += [
+            i for i, alive in zip(tried, _alive(model, _join_samples(alone, tried, device)), strict=True) if alive
+        ]
         if len(chosen) >= PROBED:
             break
     rest = [i for i in order if i not in chosen]
     return sorted([*chosen, *rest][:PROBED])
 
 
-def _check_shapes(alone: Alone, first: int, other: int) -> None:
+def _check_shapes(alone: SpotSamples, first: int, other: int) -> None:
     for x, y in zip(alone.rows[first], alone.rows[other], strict=True):
         if x.shape[1:] != y.shape[1:]:
             raise BadValue(
@@ -192,7 +194,7 @@ def _check_shapes(alone: Alone, first: int, other: int) -> None:
             )
 
 
-def _joined(alone: Alone, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
+def _join_samples(alone: SpotSamples, chosen: list[int], device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts).to(device) for parts in zip(*(alone.rows[i] for i in chosen), strict=True))
 
 
@@ -201,7 +203,7 @@ def _varies(x: Tensor) -> bool:
 
 
 def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
-    """For each sample: do the outputs have a gradient that is not all zero?  True where that cannot be found out."""
+    """Whether the outputs have a gradient other than zero, for each sample; True where that cannot be found out."""
     samples = inputs[0].shape[0]
     floating = [x.is_floating_point() for x in inputs]
     state = RandomState()

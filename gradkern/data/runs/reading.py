@@ -1,8 +1,8 @@
-"""What is checked of the samples while they are read: their order, shapes and dtypes, and that they are the same again.
+"""Checks of the samples while they are read: their order, shapes and dtypes, and that a later run reads the same.
 
 Some samples, spread over the source, are read alone at the start of every run.  When a chunk with one of them is read,
-its row must be that sample, bit by bit.  The checksum of every chunk that was read is in the ledger; a run that
-continues reads finished chunks again, and compares, before it skips them.
+its row must be that sample, bit by bit.  The ledger holds the checksum of every chunk that was read.  A run that
+continues reads finished chunks again, and compares the checksums, before it skips them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALONE = 32  # samples that are read alone
 SHOWN = 5
 
 
-def spread(count: int, samples: int) -> list[int]:
+def spread_indices(count: int, samples: int) -> list[int]:
     """``count`` indices of samples, evenly spread over all, the first and the last among them."""
     return sorted({int(i) for i in np.linspace(0, samples - 1, min(count, samples))})
 
@@ -35,14 +35,14 @@ def _checksum(rows: Sequence[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class Alone:
+class SpotSamples:
     """Samples read one at a time: one tensor ``[1, *in]`` per input, by the sample's index."""
 
     rows: Mapping[int, tuple[Tensor, ...]]
 
     @classmethod
-    def of(cls, source: Source) -> Alone:
-        return cls({i: source.read(i, i + 1) for i in spread(ALONE, source.samples)})
+    def of(cls, source: Source) -> SpotSamples:
+        return cls({i: source.read(i, i + 1) for i in spread_indices(ALONE, source.samples)})
 
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Raise `BadValue` if a row of ``start:stop`` is not the sample of that number."""
@@ -65,9 +65,9 @@ class Alone:
 
 
 class Reading:
-    """Reads chunks of a source, with these checks.  ``trust``: without them, and without checksums."""
+    """Reads chunks of a source, with these checks; with ``trust``, without them and without checksums."""
 
-    def __init__(self, source: Source, results: Results, alone: Alone, trust: bool) -> None:
+    def __init__(self, source: Source, results: Results, alone: SpotSamples, trust: bool) -> None:
         self.source, self.results, self.alone, self.trust = source, results, alone, trust
 
     def stream(self, chunks: Sequence[int]) -> Generator[tuple[tuple[Tensor, ...], int], None, None]:

@@ -30,7 +30,7 @@ from ..store import locks
 from ..store.results import Results
 from .progress import progress_bar
 from .settings import RunOptions, Settings, settings_of
-from .shards import Shard, owned
+from .shards import Shard, owned_chunks
 from .task import Computed, Task
 from .transfer import Ready
 
@@ -63,7 +63,7 @@ def run(
     source
         A tensor, numpy array or memmap, zarr array, h5py dataset, torch Dataset or DataLoader (in order), Hugging
         Face dataset, a tuple of arrays (one per input), a path (.npy, .zarr, .h5:name, .parquet, …), or anything
-        that a class of your own accepts (`gradkern.data.register`).
+        that a class of your own accepts (`gradkern.data.register_source`).
     out
         A folder, or an address that fsspec knows.
     method
@@ -109,7 +109,7 @@ def run(
     The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
-    owned(1, shard)  # an invalid shard is refused before anything is created
+    owned_chunks(1, shard)  # an invalid shard is refused before anything is created
     if tuple(shard) != (0, 1) and choices.engine(settings.engine) == "auto":
         settings = replace(settings, engine="kernel")  # shards may have stores of their own, and must go the same way
     with disk_full(out):
@@ -117,7 +117,7 @@ def run(
             model, source, out, settings, columns=columns, input_dtype=input_dtype, made_by=made_by, pad=pad
         )
         task.results.check_files()
-        work(task, owned(task.results.chunks, shard), progress)
+        work(task, owned_chunks(task.results.chunks, shard), progress)
         task.results.complete()
     results = Results.open(out)
     for words in results.losses():

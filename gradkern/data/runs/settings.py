@@ -67,12 +67,10 @@ class Settings:
         return not self.maps and not self.top_features and {"ranks", "variance"}.isdisjoint(self.reductions)
 
 
-class RunOptions(TypedDict, total=False):
-    """The fields of `Settings` that are keywords everywhere (method and target are positional too)."""
+class CommonOptions(TypedDict, total=False):
+    """The fields of `Settings` that `gradkern.run` and `gradkern.importance` take as keywords."""
 
     arguments: Mapping[str, Any] | None
-    maps: bool
-    reductions: Sequence[str] | str
     top_features: int
     dtype: str
     compression: str
@@ -80,10 +78,17 @@ class RunOptions(TypedDict, total=False):
     batch: int | None
     threads: int | None
     engine: Engine | None
-    output: Output
     nonfinite: Nonfinite | None
     trust_source: bool
     ids: Any
+
+
+class RunOptions(CommonOptions, total=False):
+    """All fields of `Settings` that are keywords (method and target are positional too)."""
+
+    maps: bool
+    reductions: Sequence[str] | str
+    output: Output
     names: Any
 
 

@@ -15,7 +15,7 @@ from . import fingerprint, pins
 Shard = tuple[int, int]
 
 
-def owned(chunks: int, shard: Shard) -> range:
+def owned_chunks(chunks: int, shard: Shard) -> range:
     """The chunks of shard ``(i, n)``.  They are consecutive; the shards are disjoint and together cover all chunks."""
     ok = isinstance(shard, (tuple, list)) and len(shard) == 2 and all(type(v) is int for v in shard)
     if not ok or not 0 <= shard[0] < shard[1]:

@@ -1,4 +1,4 @@
-"""A run with everything that it needs, and the computation of one chunk."""
+"""A run as one object, and the computation of one chunk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..store.results import TOLERANCE, Results
 from . import contents, fingerprint, forecast
 from .pins import differences, pin_isa, pinning
 from .probe import Probe, device_of, probe_run, targets_of
-from .reading import Alone, Reading
+from .reading import Reading, SpotSamples
 from .settings import Settings
 from .transfer import Ready, Transfer
 
@@ -37,7 +37,7 @@ log = logging.getLogger("gradkern.data")
 
 
 class Task:
-    """A run with everything that computing a chunk needs.  `Task.prepare` makes or opens the store."""
+    """A run, with everything needed to compute a chunk.  `Task.prepare` makes or opens the store."""
 
     def __init__(
         self, model: nn.Module, source: Source, settings: Settings, results: Results, probe: Probe, notes: list[str]
@@ -75,7 +75,7 @@ class Task:
         results = Results.open(out, read_only=False) if Results.exists(out) else None
         pinned = dict(results.about["pinned"]) if results else {}
         pin_isa(pinned.get("isa"))
-        alone, code = Alone.of(rows), fingerprint.code_before(model, settings)
+        alone, code = SpotSamples.of(rows), fingerprint.code_before(model, settings)
         with pinning(pinned, settings):
             probe = probe_run(model, alone, rows.samples, settings, pinned.get("engine"))
         asked = fingerprint.of_run(
@@ -105,7 +105,7 @@ class Task:
         ):  # fmt: skip
             return
         ledger = self.results.ledger
-        node = min(ledger.nodes(), default=None)  # a single chunk if there is one
+        node = min(ledger.nodes(), default=None)  # the record of a single chunk, if there is one
         if node is None:
             return
         chunk = node[1] << node[0]
@@ -229,10 +229,10 @@ class Task:
         finite = self._finite_inputs(inputs) & ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
         for maps in outcome.maps:
             finite &= finite_rows(maps).cpu()
-        keep = self._counted(finite, first, bad)
+        keep = self._count(finite, first, bad)
         rows = {"predictions": outcome.outputs}
-        if outcome.rows is not None:
-            rows["targets"] = outcome.rows
+        if outcome.targets is not None:
+            rows["targets"] = outcome.targets
         if outcome.deltas is not None:
             rows["deltas"] = outcome.deltas
         floating = self.probe.floating
@@ -243,12 +243,12 @@ class Task:
                 top = maps.abs().flatten(2).topk(k, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
             if name in reducers:
-                where = None if outcome.rows is None else outcome.rows.cpu()
+                where = None if outcome.targets is None else outcome.targets.cpu()
                 reducers[name].add(first, maps.detach().cpu(), inputs[i].detach().cpu(), where, keep)
         return rows
 
     def _without_padding(self, outcome: methods.Outcome, which: slice) -> methods.Outcome:
-        """The maps with 0 where a sample was padded: what is not data has no attribution."""
+        """The outcome with maps that are 0 where a sample was padded, since padding has no attribution."""
         padding = self.source.padding
         if padding is None:
             return outcome
@@ -259,27 +259,31 @@ class Task:
     def _summed(
         self, batch: methods.Batch, reducers: Mapping[str, statistics.Accumulator], bad: list[int]
     ) -> Tensor | None:
-        """The outputs of a batch, its maps added to the statistics by the kernels; None, with nothing added, if they
-        cannot do that."""
+        """The outputs of a batch, whose maps the kernels add to the statistics.
+
+        None, with nothing added, if the kernels cannot do that.
+        """
         (reducer,), (i,) = reducers.values(), self.probe.floating
         finite = self._finite_inputs(batch.inputs)
         sums = reducer.running(batch.first, finite, self.nonfinite == "skip")
-        outputs = methods.summed(self.method, batch, sums)
+        outputs = methods.add_to_sums(self.method, batch, sums)
         if outputs is not None:
-            reducer.add_counts(batch.first, batch.inputs[i].detach(), self._counted(finite, batch.first, bad))
+            reducer.add_counts(batch.first, batch.inputs[i].detach(), self._count(finite, batch.first, bad))
         return outputs
 
     def _finite_inputs(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Which samples have finite inputs, if statistics of these are taken; ``[n]``."""
+        """Which samples have finite inputs, bool ``[n]``; all, if no statistics of the inputs are taken."""
         finite = torch.ones(len(inputs[0]), dtype=torch.bool)
         if "importance" in self.settings.reductions:
             for i in self.probe.floating:
                 finite &= finite_rows(inputs[i]).cpu()
         return finite
 
-    def _counted(self, finite: Tensor, first: int, bad: list[int]) -> Tensor | None:
-        """The samples of a batch that statistics count, by index; None for all.  The settings say what is to be done
-        about those that are not finite."""
+    def _count(self, finite: Tensor, first: int, bad: list[int]) -> Tensor | None:
+        """The indices of the samples in a batch that statistics count; None for all.
+
+        The settings say what becomes of samples that are not finite.
+        """
         if bool(finite.all()):
             return None
         new = [first + int(i) for i in (~finite).nonzero()[:, 0]]
@@ -287,7 +291,7 @@ class Task:
             raise BadValue(
                 f"the attributions of sample {self.results.sample_name(new[0])} are not finite (NaN or Inf), or its "
                 f"prediction is NaN; so are {len(new) - 1} others of the "
-                f"samples {first} … {first + len(finite) - 1}{_named(new[1:])}. Mend the data or the model; or "
+                f"samples {first} … {first + len(finite) - 1}{_named(new[1:])}. Fix the data or the model; or "
                 "nonfinite='skip' leaves such samples out of the statistics, and 'keep' counts them in. What is "
                 "finished is kept."
             )
@@ -295,8 +299,11 @@ class Task:
         return finite.nonzero()[:, 0] if self.nonfinite == "skip" else None
 
     def stored(self, rows: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """Rows in the form that the store's arrays take, and what was lost in narrower numbers: how many values
-        ``overflow`` to Inf or ``underflow`` to 0, of so many ``narrowed`` ones that are finite and not 0."""
+        """Rows as the store's arrays take them, and the losses in a narrower dtype.
+
+        The losses are the numbers of values that ``overflow`` to Inf or ``underflow`` to 0, and the number of values
+        ``narrowed`` that are finite and not 0.
+        """
         dtype = getattr(torch, self.settings.dtype)
         stored, lost = {}, {"overflow": 0, "underflow": 0, "narrowed": 0}
         for name, value in rows.items():
@@ -344,8 +351,8 @@ def _lost(value: Tensor, narrow: Tensor) -> dict[str, int]:
 
 
 def check_pinned(results: Results, settings: Settings) -> None:
-    """Raise `fingerprint.Mismatch` where the caller asks for another chunk, batch, engine or number of threads than the
-    store's, or for another way with what is not finite."""
+    """Raise `fingerprint.Mismatch` if the caller asks for another chunk, batch, engine, number of threads or treatment
+    of samples that are not finite than the store's."""
     pinned = results.about["pinned"]
     asked = {
         "chunk": settings.chunk and min(settings.chunk, results.samples),
@@ -358,7 +365,7 @@ def check_pinned(results: Results, settings: Settings) -> None:
     differing = [f"{k} {pinned[k]}, this call asks for {v}" for k, v in asked.items() if v and v != pinned[k]]
     before, now = results.about.get("nonfinite", "keep"), settings.nonfinite
     if now and now != before:
-        if before != "error":  # after an error the same run may continue in another way: no sample was concerned yet
+        if before != "error":  # a run that stopped at an error may continue with another: it has counted no such sample
             differing.append(f"nonfinite {before}, this call asks for {now}")
         elif not results.about["finished"] and not differing:
             results.about["nonfinite"] = now

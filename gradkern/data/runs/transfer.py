@@ -1,4 +1,4 @@
-"""To the model's device and back.  On CUDA: pinned memory and a stream of its own, so that copies overlap with work."""
+"""Copies to the model's device and back.  On CUDA they use pinned memory and their own stream, to overlap with work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Transfer:
         self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
 
     def upload(self, inputs: Sequence[Tensor]) -> Ready:
-        """Start moving inputs to the device; the result, called by the computing thread, gives them there."""
+        """Start moving inputs to the device.  The computing thread calls the result, which returns them there."""
         if self.up is None:
             there = tuple(x.to(self.device) for x in inputs)
             return lambda: there
@@ -37,7 +37,7 @@ class Transfer:
         return ready
 
     def download(self, tensors: Sequence[Tensor]) -> Ready:
-        """Start moving results to the CPU; the result, called by the writing thread, gives them there."""
+        """Start moving tensors to the CPU.  The writing thread calls the result, which returns them there."""
         if self.down is None:
             kept = tuple(t.cpu() for t in tensors)
             return lambda: kept

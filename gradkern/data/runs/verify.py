@@ -1,4 +1,4 @@
-"""Is a store what was written, and doing again what is not: `verify` and `repair`."""
+"""`verify` compares a store with what was written, and `repair` computes again what is damaged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` has found.
+    """The findings of `verify`.
 
     ``files``: damaged or missing descriptions of arrays, and arrays that never change.  The rest is looked at only
     where these are whole.  ``records``: damaged records of the ledger, with the chunks that they stood for.
@@ -53,7 +53,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged; chunks may be missing in a store that says so."""
+        """Whether nothing is damaged; chunks may be missing in an unfinished store."""
         lost = self.finished and self.unfinished
         return not (self.files or self.records or self.chunks or self.reductions or lost)
 
@@ -108,7 +108,7 @@ def verify(place: str | Path) -> Verdict:
     again = sorted({*chunks, *(c for span in lost.values() for c in span)})
     if finished and unfinished:
         again = sorted({*again, *set(range(results.chunks)).difference(*map(results.ledger.span, records))})
-    spans = _joined([results.span(c) for c in again])
+    spans = _join_spans([results.span(c) for c in again])
     return Verdict(text, files, lost, chunks, reductions, unfinished, unchecked, finished, spans)
 
 
@@ -231,7 +231,7 @@ def _damaged_reductions(results: Results) -> tuple[str, ...]:
     return tuple(damaged)
 
 
-def _joined(spans: list[Span]) -> tuple[Span, ...]:
+def _join_spans(spans: list[Span]) -> tuple[Span, ...]:
     """Neighbouring spans as one."""
     joined: list[Span] = []
     for start, stop in spans:

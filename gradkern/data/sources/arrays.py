@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...util.options import BadType, BadValue
 from ...util.untrusted import check_array, check_links
-from .columns import Ragged, Rows, array_of, members, to_tensor
-from .registry import Source, member, register
+from .columns import Rows, UnequalRows, array_of, members, to_tensor
+from .registry import Source, member, register_source
 
 
-@register
+@register_source
 class Arrays(Source):
     """Anything with ``shape`` and slicing, one array ``[N, *in]`` per input of the model."""
 
@@ -25,7 +25,7 @@ class Arrays(Source):
     suffixes: ClassVar[tuple[str, ...]] = (".npy", ".npz", ".pt", ".safetensors")
 
     def __init__(self, arrays: Sequence[Any]) -> None:
-        arrays = [Ragged(list(a.unbind())) if isinstance(a, Tensor) and a.is_nested else a for a in arrays]
+        arrays = [UnequalRows(list(a.unbind())) if isinstance(a, Tensor) and a.is_nested else a for a in arrays]
         for i, array in enumerate(arrays):
             if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
                 raise BadValue(f"source: number {i} is masked, and masks would be lost. Fill it: array.filled(value).")
@@ -67,7 +67,7 @@ class Arrays(Source):
             data = torch.from_dlpack(data)
         if isinstance(data, (tuple, list)):
             return cls([array_of(a) if isinstance(a, list) else a for a in data])
-        nested = isinstance(data, Tensor) and data.is_nested  # which may have no shape
+        nested = isinstance(data, Tensor) and data.is_nested  # a nested tensor may have no shape
         return cls([data] if nested or hasattr(data, "shape") else members(data, columns))
 
     @classmethod
@@ -81,7 +81,7 @@ class Arrays(Source):
         if suffix == ".npy":
             return _load_npy(path)
         if suffix == ".npz":
-            return np.load(path)  # reads an array when it is asked for
+            return np.load(path)  # reads each array only when it is asked for
         if suffix == ".pt":
             return torch.load(path, weights_only=True, mmap=True)
         from safetensors.torch import load_file
@@ -91,7 +91,7 @@ class Arrays(Source):
     def rows(self, start: int, stop: int) -> tuple[Rows, ...]:
         return tuple(to_tensor(a[start:stop]) for a in self.arrays)
 
-    # ---- to other processes: as the place to open an array again, where it has one, not as its content
+    # ---- pickling for other processes: as the path to open an array again, if it has one, not as its content
 
     def opener(self, array: Any) -> partial[Any] | None:
         """A function that opens ``array`` again in another process; None if its content must be sent."""
@@ -119,7 +119,7 @@ def _load_npy(path: str) -> np.ndarray:
 
 
 def _start_of_map(array: np.memmap) -> int:
-    """The address at which the map that ``array`` is a view of begins (its ``offset`` belongs to that)."""
+    """The address at which the map behind ``array`` begins, to which its ``offset`` refers."""
     base: Any = array
     while isinstance(base.base, np.memmap):
         base = base.base
@@ -131,7 +131,7 @@ def _is_sparse(data: Any) -> bool:
 
 
 def is_nested_numbers(data: Any) -> bool:
-    """A list of (lists of) numbers; a list of tuples may be a Dataset, of samples and labels."""
+    """Whether ``data`` is a list of (lists of) numbers; a list of tuples may be a Dataset of samples and labels."""
     first = data
     while isinstance(first, list) and first:
         first = first[0]
@@ -143,7 +143,7 @@ def package_of(data: Any) -> str:
     return type(data).__module__.partition(".")[0]
 
 
-@register
+@register_source
 class Zarr(Arrays):
     """A zarr array, or arrays of a zarr group."""
 
@@ -171,7 +171,7 @@ class Zarr(Arrays):
             raise BadValue(f"source: {path} is no zarr array or group that can be read ({error}).") from error
 
 
-@register
+@register_source
 class Hdf5(Arrays):
     """An HDF5 dataset, or datasets of a group."""
 
@@ -190,8 +190,8 @@ class Hdf5(Arrays):
 
     @classmethod
     def at(cls, path: str, name: str | None, columns: Any) -> Source:
-        """Refuses datasets that are links into other files: the file may come from anyone, and its reader may read more
-        than its sender."""
+        """The source at a path.  Datasets that are links into other files are refused: the file may come from anyone,
+        and the links would read files that its sender may not."""
         source = super().at(path, name, columns)
         assert isinstance(source, Hdf5)
         for array in source.arrays:

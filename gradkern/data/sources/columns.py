@@ -14,7 +14,7 @@ from ...util.options import BadType, BadValue
 
 
 class NotNumbers(BadType):
-    """Rows of which no numbers can be made; whoever reads them adds which sample it is."""
+    """Rows that cannot be turned into numbers; the caller adds which sample it is."""
 
 
 def as_tuple(columns: Any) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ def _common(columns: Sequence[Tensor]) -> torch.dtype:
     return torch.from_numpy(np.zeros(0, np.result_type(*(torch.zeros(0, dtype=k).numpy() for k in kinds)))).dtype
 
 
-class Ragged:
+class UnequalRows:
     """Samples of different shapes, which are an error where some are read together without padding."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
@@ -74,15 +74,15 @@ class Ragged:
 
 
 def array_of(data: Any) -> Any:
-    """Nested lists of numbers as an array, or as `Ragged`."""
+    """Nested lists of numbers as an array, or as `UnequalRows`."""
     try:
         return np.asarray(data)
     except ValueError:
-        return Ragged(data)
+        return UnequalRows(data)
 
 
 def members(group: Any, columns: Any) -> list[Any]:
-    """Arrays of a group or dict by name; without names, its only array.  Others are not read."""
+    """The arrays of a group or dict with the given names, or its only array.  Others are not read."""
     if columns is None:
         names = (
             list(group)
@@ -158,7 +158,7 @@ def one_or_list(rows: list[Tensor]) -> Rows:
     return torch.stack(rows) if rows and all(r.shape == rows[0].shape for r in rows) else rows
 
 
-def stacked(rows: Rows, start: int) -> Tensor:
+def stack_rows(rows: Rows, start: int) -> Tensor:
     """The rows as one tensor.  Raises `BadValue` where they have different shapes, which names the first two."""
     if isinstance(rows, Tensor):
         return rows

@@ -21,8 +21,8 @@ LEAST = 3  # numbers of which "equally spaced" means something
 def read(path: str, every: bool = False, text: str | None = None) -> Any:
     """The file as a pandas DataFrame.  Raises `BadValue` in one line if it cannot be read safely.
 
-    ``every``: all columns are features, so that none may be without a name, or empty.  ``text``: a column that is read
-    as it is written, for names (``007``, ``NA``).
+    ``every``: all columns are features, so none may be empty or without a name.  ``text``: a column that is read as
+    text without conversion, for names (``007``, ``NA``).
     """
     try:
         import pandas
@@ -36,7 +36,7 @@ def read(path: str, every: bool = False, text: str | None = None) -> Any:
         frame = pandas.read_csv(path, sep=separator, header=0 if named else None, **kept)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise BadValue(f"source: {path} cannot be read as a table ({' '.join(str(error).split())}).") from error
-    if frame.shape[1] == 1 or frame.iloc[:, -1].isna().any():  # where rows are short, pandas adds what is missing
+    if frame.shape[1] == 1 or frame.iloc[:, -1].isna().any():  # pandas fills up short rows
         _check_cells(path, separator, frame.shape[1], named)
     if every and named and frame.columns[0] == "Unnamed: 0" and frame.shape[1] > 1:
         raise BadValue(
@@ -65,7 +65,7 @@ def _check_cells(path: str, separator: str, columns: int, named: bool) -> None:
     while cells and cells[-1][0] == 0:
         cells.pop()
     if columns > 1:
-        cells = [row for row in cells if row[0]]  # an empty line in between is no row; of one column, it may be one
+        cells = [row for row in cells if row[0]]  # an empty line is no row, unless there is only one column
     short = [(i - named, *row) for i, row in enumerate(cells) if row[0] != columns]
     if short:
         rows = ", ".join(f"sample {i} in line {line} has {count}" for i, count, line in short[:LEAST])
@@ -86,7 +86,7 @@ def _has_names(path: str, lines: Sequence[Sequence[Any]]) -> bool:
     if _evenly_spaced(rest[0]) and not of_pandas:
         return False  # two samples that rise evenly
     if of_pandas and len(first) >= LEAST and not _evenly_spaced(rest[0]):
-        return True  # the names that pandas gives where there are none
+        return True  # the names that pandas writes if there are none
     raise BadValue(
         f"source: the first line of {path} may hold names ({', '.join(lines[0][:LEAST])}, …) or a sample. Pass "
         "pandas.read_csv(path) if it holds names, pandas.read_csv(path, header=None) if it is a sample."
@@ -104,7 +104,7 @@ def _number(cell: Any) -> float | None:
 
 
 def _evenly_spaced(values: Sequence[float | None]) -> bool:
-    """Rising by the same step, as names of columns may; of fewer than `LEAST` numbers only 0, 1 is taken for that."""
+    """Whether the values rise by equal steps, as names of columns may.  Of fewer than `LEAST` numbers, only 0, 1 do."""
     if len(values) < LEAST:
         return list(values) == list(range(len(values)))
     steps = np.diff(np.array(values, dtype=float))

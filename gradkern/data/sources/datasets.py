@@ -22,7 +22,7 @@ from torch.utils.data import (
 from ...util.options import BadType, BadValue, InputError
 from .arrays import is_nested_numbers, package_of
 from .columns import NotNumbers, Rows, one_or_list, pick
-from .registry import SOURCE_KINDS, Source, Span, register, said
+from .registry import SOURCE_KINDS, Source, Span, register_source, said
 
 ONE_ROW = (
     "expected one row. Every item of the Dataset must give exactly one: leave bad records out of the Dataset itself "
@@ -32,18 +32,18 @@ ONE_ROW = (
 
 @dataclass(frozen=True)
 class Collate:
-    """Turns items of a Dataset into rows, one per item, or finds the item of which that is not true.
+    """Turns the items of a Dataset into rows, one per item, or finds the item that gives no row or several.
 
-    A collate function of the caller's may leave out an item, or make two rows of one, and nothing in its result says
-    which.  So it is called with one item at a time.
+    The caller's collate function may leave out an item, or make two rows of one, without saying which.  So it is called
+    with one item at a time.
     """
 
     function: Callable[..., Any]
     columns: Any
-    batched: bool = True  # the function takes a list of items; else one item
+    batched: bool = True  # whether the function takes a list of items, or else a single item
 
     def __call__(self, items: Sequence[Any]) -> tuple[tuple[Rows, ...], tuple[int, str] | None]:
-        """The rows, or the place of the first bad item and what is wrong with it."""
+        """The rows, or the position of the first bad item and what is wrong with it."""
         if self.function in (default_collate, default_convert):
             for k, item in enumerate(items):
                 if wrong := _misread(item, self.columns):
@@ -68,8 +68,10 @@ class Collate:
         return tuple(one_or_list(list(column)) for column in zip(*kept, strict=True)), None
 
     def mixes(self, two: Callable[[], Sequence[Any]]) -> bool:
-        """Does a function of the caller's make other numbers of two items together than of each alone?  Not where it
-        pads them, leaves one out, or fails: that is found when they are read."""
+        """Whether the caller's function gives other numbers for two items together than for each alone.
+
+        False if it pads them, leaves one out, or fails: that is found when they are read.
+        """
         if self.function is default_collate:
             return False
         try:
@@ -88,8 +90,8 @@ class Collate:
 
 
 def _misread(item: Any, columns: Any) -> str | None:
-    """What torch's own collate functions would get wrong without a word: a list of numbers, each of which they take for
-    a field of its own, and masks, which they drop."""
+    """What torch's own collate functions would silently get wrong, or None: they take each number of a list for a
+    field, and drop masks."""
     if columns is None and is_nested_numbers(item) and (len(item) > 1 or isinstance(item[0], list)):
         return (
             f"is a list of {len(item)}, and so, for a DataLoader, {len(item)} fields. Give an array: np.array(numbers)"
@@ -110,7 +112,7 @@ class TorchDataset(Source):
         super().__init__(len(dataset))
         self.dataset = dataset
         self.collate = collate or Collate(default_collate, columns)
-        self.options = dict(options or {})  # of the DataLoader, where it has workers
+        self.options = dict(options or {})  # the DataLoader's, if it has workers
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
@@ -186,8 +188,8 @@ class TorchDataset(Source):
 def _started(loader: DataLoader) -> Iterator[Any]:
     """The loader's iterator, whose workers are forked from a thread of their own.
 
-    A worker that is forked from a thread of a ThreadPoolExecutor fails at its end, where it waits for that thread,
-    which is itself; torch then reports that it exited unexpectedly.
+    A worker that is forked from a thread of a ThreadPoolExecutor fails at its end, because it waits for that thread,
+    which in the worker is itself; torch then reports that it exited unexpectedly.
     """
     started: list[Iterator[Any]] = []
     failed: list[BaseException] = []
@@ -216,7 +218,7 @@ def no_random_access(what: str) -> BadType:
     )
 
 
-@register
+@register_source
 class HuggingFaceDataset(Source):
     """A Hugging Face dataset in torch or numpy format."""
 
@@ -224,7 +226,7 @@ class HuggingFaceDataset(Source):
 
     def __init__(self, dataset: Any, columns: Any) -> None:
         super().__init__(len(dataset))
-        numeric = dataset.format["type"] in ("torch", "numpy", "custom")  # the last: a transform of the caller's
+        numeric = dataset.format["type"] in ("torch", "numpy", "custom")  # "custom": the caller's own transform
         self.dataset = dataset if numeric else dataset.with_format("numpy")
         self.columns = columns
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from ...util.options import BadValue
 from .columns import Rows
 
-SCANNED = 256  # samples whose shapes are looked at in one read
+SCANNED = 256  # samples per read while shapes are collected
 
 Pad = float | tuple[float, int]  # the number, and the length (else that of the longest sample)
 
-#: Names of a model's argument after its inputs, and what it then gets.
+#: By name of an argument that a model takes after its inputs: what it gets.
 TAKEN = {
     **dict.fromkeys(("lengths", "length", "lens", "seq_lens"), "lengths"),
     **dict.fromkeys(("mask", "attention_mask"), "mask"),
@@ -26,7 +26,7 @@ TAKEN = {
 
 
 class Ragged(Protocol):
-    """What padding needs of a source."""
+    """The part of a source that padding needs."""
 
     samples: int
 
@@ -73,7 +73,7 @@ class Padding:
         return cls(value, tuple(tuple(s.tolist()) for s in largest), tuple(axes), lengths.long())
 
     def padded(self, given: Sequence[Rows], start: int) -> tuple[Tensor, ...]:
-        """Rows from sample ``start`` on, one ``[n, *in]`` per input, and what the model takes beside them."""
+        """Padded rows from sample ``start`` on, one ``[n, *in]`` per input, and the model's other arguments."""
         return (*(self._one(rows, shape) for rows, shape in zip(given, self.shapes, strict=True)),
                 *self._more(start, start + len(given[0])))  # fmt: skip
 
@@ -144,7 +144,7 @@ def _shapes(source: Ragged) -> list[Tensor]:
 
 
 def taken_by(model: Any, inputs: int) -> tuple[str, ...]:
-    """What a model's ``forward`` takes after so many inputs, by the names of its arguments in `TAKEN`."""
+    """The arguments in `TAKEN` that a model's ``forward`` takes after so many inputs."""
     try:
         names = list(inspect.signature(getattr(model, "forward", model)).parameters)[inputs:]
     except (TypeError, ValueError):

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...util.options import BadValue
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .registry import Source, is_pattern, matching, open_source, register, said
+from .registry import Source, is_pattern, matching, open_source, register_source, said
 
 
-@register
+@register_source
 class Parquet(Source):
     """Parquet files in the order of their names; a column of (nested) lists gives samples of that shape."""
 
@@ -69,7 +69,7 @@ class Parquet(Source):
         return pick(fields, list(fields) if self.columns is None and wide else self.columns)
 
     def _group(self, i: int) -> Any:
-        """One row group; the last one is kept, because chunks are read in order."""
+        """One row group.  The latest one is kept, because chunks are read in order."""
         if self._kept is None or self._kept[0] != i:
             import pyarrow.parquet as parquet
 
@@ -103,7 +103,7 @@ def _wanted(schema: Any, columns: Any, path: str) -> Any:
 
 
 def _common_schema(schema: Any, other: Any, first: str, path: str) -> Any:
-    """The types that hold the columns of all files so far and of one more."""
+    """The schema whose types hold the columns of all files so far and of one more."""
     import pyarrow as arrow
 
     if schema is None:
@@ -123,7 +123,7 @@ def _refuse_twice(names: Sequence[Any]) -> None:
         raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
 
 
-@register
+@register_source
 class Arrow(Source):
     """An Arrow table with a column of (nested) lists or tensors; one of numbers alone is a `tables.Table`."""
 
@@ -185,7 +185,7 @@ def _nested(column: Any, name: str, first: int) -> np.ndarray | list[Tensor]:
         shape.append(int(lengths[0]) if len(lengths) else 0)
     if arrow.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    if not arrow.types.is_floating(array.type):  # there, a missing number is NaN
+    if not arrow.types.is_floating(array.type):  # in floating columns, a missing number is NaN
         _refuse_missing(array, name, owner)
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 

@@ -5,7 +5,7 @@ single chunks.  Streams without these are refused, with advice.
 
 A kind of source is one class:
 
-    @register
+    @register_source
     class Lines(Source):
         about, suffixes = "a .txt file of numbers", (".txt",)
 
@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue, InputError
-from .columns import NotNumbers, Rows, stacked
+from .columns import NotNumbers, Rows, stack_rows
 from .padding import Pad, Padding, taken_by
 
 Span = tuple[int, int]
-LONGEST = 200  # characters that are shown of what another library says
+LONGEST = 200  # the most characters that are shown of another library's error
 
 
 class Source(ABC):
@@ -101,7 +101,7 @@ class Source(ABC):
         return given
 
     def blame(self, start: int, stop: int, error: Exception) -> NoReturn:
-        """Raise `BadValue` that names the first sample which cannot be read; an error that says enough as it is."""
+        """Raise `BadValue` that names the first sample which cannot be read, or ``error`` itself if it says enough."""
         if not damaged(error):
             raise error
         for i in range(start, stop):
@@ -116,11 +116,11 @@ class Source(ABC):
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Rows ``[stop - start, *in]``, checked, and padded or cast if that was requested.
 
-        With one input it is cast whatever it is; of several, whole numbers beside a floating input stay, as they are
-        indices more often than not (bytes are cast all the same).
+        A single input is always cast.  Of several inputs, whole numbers beside a floating input are not cast (except
+        bytes), because they usually are indices.
         """
         check_rows(given, start, stop)
-        rows = tuple(stacked(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
+        rows = tuple(stack_rows(x, start) for x in given) if self.padding is None else self.padding.padded(given, start)
         if self.cast is None:
             return rows
         whole = not any(x.is_floating_point() or x.dtype == torch.uint8 for x in rows)
@@ -142,25 +142,25 @@ class Source(ABC):
         return self
 
     def pad_with(self, pad: Pad | None) -> Self:
-        """Pad samples of different shapes; all samples are read once to find out about their shapes."""
+        """Pad samples of different shapes; all samples are read once to find out their shapes."""
         if pad is not None:
             self.padding = Padding.of(self, pad)
         return self
 
     def for_model(self, model: Any) -> Self:
-        """Beside padded inputs, give the model the lengths or the mask that its ``forward`` takes."""
+        """Give the model, beside padded inputs, the lengths or the mask that its ``forward`` takes."""
         if self.padding is not None:
             self.padding = replace(self.padding, gives=taken_by(model, len(self.padding.shapes)))
         return self
 
 
 def damaged(error: Exception) -> bool:
-    """Whether an error of reading says nothing about where; one of gradkern's own does, most often."""
+    """Whether a reading error does not say where it happened; gradkern's own errors mostly do."""
     return isinstance(error, NotNumbers) or not isinstance(error, (InputError, MemoryError, ImportError))
 
 
 def said(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     text = " ".join(str(error).split())
     text = text.removeprefix("source: ") if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
     return (text if len(text) <= LONGEST else f"{text[:LONGEST]} …").rstrip(" .:")
@@ -187,12 +187,12 @@ def _of_digits(text: str) -> tuple[int, str]:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several files; a name that exists may have brackets."""
+    """Whether a path stands for several files; the name of an existing file may contain brackets."""
     return glob.has_magic(path) and "://" not in path and not Path(path).exists()
 
 
 def matching(pattern: str) -> list[str]:
-    """The files of a pattern `in_order`; ``**`` is any number of folders, and the folder may have brackets."""
+    """The files of a pattern, `in_order`.  ``**`` is any number of folders; the folder's name may contain brackets."""
     folder, name = os.path.split(pattern)
     return in_order(glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name)))
 
@@ -201,7 +201,7 @@ Kind = TypeVar("Kind", bound=type[Source])
 SOURCE_KINDS: list[type[Source]] = []
 
 
-def register(kind: Kind) -> Kind:
+def register_source(kind: Kind) -> Kind:
     """Register a class.  The last one is asked first, so that yours come before gradkern's own."""
     SOURCE_KINDS.insert(0, kind)
     return kind
@@ -225,10 +225,10 @@ def open_source(source: Any, columns: Any = None, dtype: torch.dtype | None = No
     for data that is stored in another precision than the model's (`Source.prepared` says which).  ``pad``: a number,
     with which samples of different shapes are padded to the longest, or a number and a length.
     """
-    return _opened(source, columns).cast_to(dtype).pad_with(pad)
+    return _open(source, columns).cast_to(dtype).pad_with(pad)
 
 
-def _opened(source: Any, columns: Any) -> Source:
+def _open(source: Any, columns: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, (str, Path)):

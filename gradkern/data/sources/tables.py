@@ -18,10 +18,10 @@ from . import csv
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
 from .parquet import Parquet
-from .registry import Source, check_rows, is_pattern, matching, open_source, register
+from .registry import Source, check_rows, is_pattern, matching, open_source, register_source
 
 
-@register
+@register_source
 class Table(Source):
     """A table whose columns of numbers are the features of one input ``[N, columns]``, in the order of ``columns``.
 
@@ -84,7 +84,7 @@ class Table(Source):
 
 
 def column(spec: str) -> Any:
-    """A column of names of any kind, from ``table.csv:name`` or ``table.parquet:name``."""
+    """A column of names, of any type, from ``table.csv:name`` or ``table.parquet:name``."""
     path, _, name = os.path.expanduser(spec).rpartition(":")
     suffix = Path(path).suffix.lower()
     if suffix not in (*Table.suffixes, ".parquet") or not Path(path).exists():
@@ -106,7 +106,7 @@ def _holds_lists(column: Any) -> bool:
 
 
 def _dtype_of(column: Any) -> np.dtype:
-    """The dtype of numpy for all of a column's numbers; a whole number that is missing is NaN, too."""
+    """The numpy dtype that holds all of a column's numbers; a missing whole number is NaN, so the dtype is floating."""
     kept = column.dropna()
     dtype = kept.iloc[:1].to_numpy().dtype
     return dtype if len(kept) == len(column) or dtype.kind == "f" else np.dtype(np.float64)
@@ -117,7 +117,7 @@ def _numbers(column: Any, dtype: np.dtype | None) -> np.ndarray:
 
 
 def _first_text(column: Any) -> str:
-    """Where the first of some values is that are no numbers, among others that are."""
+    """Where the first value is that is not a number, in a column that also has numbers."""
     import pandas
 
     text = pandas.to_numeric(column, errors="coerce").isna() & column.notna() if column.dtype.kind == "O" else None
@@ -127,7 +127,7 @@ def _first_text(column: Any) -> str:
     return f" ({column.iloc[sample]!r} in sample {sample})"
 
 
-@register
+@register_source
 class Parts(Source):
     """Files of one kind, in the order of their names, one after the other: ``parts/*.npy``."""
 
@@ -151,7 +151,7 @@ class Parts(Source):
                 part = part.ordered_as(parts[0].names, p, paths[0])
             parts.append(part)
         tables = [part for part in parts if isinstance(part, Table)]
-        for column in tables[0].names if tables else ():  # whole numbers in one file may be others in the next
+        for column in tables[0].names if tables else ():  # whole numbers in one file may be fractions in the next
             dtypes = [dtype for part in tables if (dtype := part.dtypes[column]) is not None]
             if len(dtypes) == len(tables):
                 for part in tables:
@@ -173,7 +173,7 @@ class Parts(Source):
 
 
 def _together(pieces: Sequence[Rows]) -> Rows:
-    """The rows of several files; a list of them where their shapes differ."""
+    """The rows of several files together, as a list if their shapes differ."""
     tensors = [x for x in pieces if isinstance(x, Tensor)]
     if len(tensors) == len(pieces) and all(x.shape[1:] == tensors[0].shape[1:] for x in tensors):
         return torch.cat(tensors)

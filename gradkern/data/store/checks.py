@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 
 from . import durable
 
-UNKNOWN = 0  # in place of a checksum: the chunk was written before there were checksums
+UNKNOWN = 0  # stands in place of a checksum for chunks that an earlier version wrote without one
 BLOCK = 1 << 18
 BACKUP = "chunks/created.json"
 
@@ -25,7 +25,7 @@ def checksum(arrays: Iterable[np.ndarray]) -> int:
     for array in arrays:
         value = google_crc32c.extend(value, f"{array.dtype.str}{array.shape}".encode())
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        for at in range(0, len(content), BLOCK):  # the function takes bytes only; a small copy stays in the cache
+        for at in range(0, len(content), BLOCK):  # the function takes only bytes; a small copy stays in the cache
             value = google_crc32c.extend(value, bytes(content[at : at + BLOCK]))
     return value or 1
 
@@ -41,7 +41,7 @@ def of_attributes(about: Mapping[str, Any]) -> int:
 
 
 def write_backup(store: Store, keys: Iterable[str]) -> None:
-    """Copy these files to one file, from which `read_backup` gives them again."""
+    """Copy these files into one file, for `read_backup`."""
     files = {key: base64.b64encode(durable.get(store, key) or b"").decode() for key in sorted(keys)}
     content = json.dumps(files)
     durable.put(store, BACKUP, json.dumps({"checksum": _of_text(content), "files": content}).encode())
@@ -61,7 +61,7 @@ def read_backup(store: Store) -> dict[str, bytes] | None:
 
 
 def _inside(key: str) -> bool:
-    """Is it the key of a description, or of the one chunk of an array, in this store?"""
+    """Whether this is the key of a description, or of the only chunk of an array, inside the store."""
     return re.fullmatch(r"([A-Za-z]\w*/){0,2}(zarr\.json|c(\.0)+)", key) is not None
 
 

@@ -25,11 +25,11 @@ from ...util.options import BadValue
 
 PARTIAL = ".partial"
 BLOCK = 4096  # bytes: alignment of direct writes
-DIRECT = 1 << 20  # bytes from which direct writes pay
+DIRECT = 1 << 20  # direct writes pay from this many bytes on
 
 
 class Damaged(BadValue):
-    """Something in the store is not what was written there."""
+    """Some content of the store is not what was written."""
 
 
 def write_file(path: Path, content: Any) -> None:
@@ -43,7 +43,7 @@ def write_file(path: Path, content: Any) -> None:
             done = 0
             while done < len(view):
                 if len(view) - done < BLOCK and os.name == "posix":
-                    _through_cache(number)  # the last part of a block
+                    _through_cache(number)  # what is left is less than a block, which direct writes do not take
                 size = (len(view) - done) // BLOCK * BLOCK or len(view) - done
                 done += os.write(number, view[done : done + size])
             os.fsync(number)
@@ -59,7 +59,7 @@ def write_file(path: Path, content: Any) -> None:
 
 
 def clear(path: Path) -> None:
-    """Make room for a file where an empty folder stands.  Raises `Damaged` if there is something in it."""
+    """Remove an empty folder at the path of a file.  Raises `Damaged` if the folder is not empty."""
     if path.is_dir():
         try:
             path.rmdir()
@@ -140,7 +140,7 @@ class DurableStore(LocalStore):
         found = {}
         with contextlib.suppress(OSError), os.scandir(self.root / prefix) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):  # another run's half-written file has got its name by now
+                with contextlib.suppress(OSError):  # another run may have renamed its half-written file meanwhile
                     if entry.is_file():
                         found[entry.name] = entry.stat().st_size
         return found

@@ -1,4 +1,4 @@
-"""What a store keeps beside its results: names of samples and outputs, and the lengths of samples that were padded.
+"""The labels that a store keeps: names of samples and outputs, and the lengths of samples that were padded.
 
 They are arrays that never change: ``ids`` text ``[N]``, ``names`` text ``[C]`` (one per output of the model, or
 ``[S]``, one per target), and ``lengths`` int64 ``[N, A]`` as in `sources.padding.Padding`.
@@ -35,7 +35,7 @@ def read_text(what: str, given: Any) -> tuple[str, ...]:
 
 
 def check_text(place: str, store: Store, name: str, count: int) -> None:
-    """Raise `BadValue` if the text of an array does not begin with the number of its rows, which decoding believes."""
+    """Raise `BadValue` if the text of an array does not begin with the number of its rows, which decoding relies on."""
     content = durable.get(store, f"{name}/c.0") or b""
     if content[:4] != struct.pack("<I", count):
         raise BadValue(f"{place} is damaged: {name!r} does not hold {count} names. See `gradkern verify {place}`.")

@@ -28,8 +28,8 @@ from .durable import Damaged
 FOLDER = "chunks/finished"
 RECORD = re.compile(r"([0-9]{2})\.([0-9]{8,18})\.npz")
 CHECKS = "checks/"  # begins the names of the checksums in a record's file
-KEPT_BYTES = 8 << 20  # records with more statistics than this are read from the store again to be joined
-NAMED = 8  # samples that a record names
+KEPT_BYTES = 8 << 20  # records with more statistics are not kept in memory, but read from the store to be joined
+NAMED = 8  # the most samples that a record names
 TreeNode = tuple[int, int]  # level, number: the chunks number · 2^level … (number + 1) · 2^level - 1
 
 
@@ -42,8 +42,8 @@ class ChunkRecord:
     """The record of a finished range of chunks.
 
     ``sums``: statistics by name.  ``facts``: samples, seconds of computing, the batches that were used, and notes
-    on everything that makes the result differ in its last bits from an uninterrupted run; also counts, such as that
-    of the samples with attributions that are not finite.  ``checks``: a checksum per chunk, uint32 ``[chunks]``, of
+    on everything that makes the result differ in its last bits from an uninterrupted run; also counts, such as the
+    number of samples with attributions that are not finite.  ``checks``: a checksum per chunk, uint32 ``[chunks]``, of
     the rows in each array, and of what was read from the ``source``; `checks.UNKNOWN` where there is none.
     """
 
@@ -121,7 +121,7 @@ class Ledger:
         return range(number << level, min((number + 1) << level, self.chunks))
 
     def span_of(self, file: str) -> range:
-        """The chunks that a record of that name stands for; none for other files."""
+        """The chunks that the record in a file of that name stands for; none for other files."""
         node = node_of(file)
         return range(0) if node is None else self.span(node)
 
@@ -162,7 +162,7 @@ class Ledger:
                 continue
             if node in top:
                 self._keep(node, self.read(node))
-            else:  # a kill came between writing its parent and removing it
+            else:  # a kill came between writing the parent and removing this record
                 durable.delete(self.store, self.key(node))
 
     def add(self, chunk: int, record: ChunkRecord) -> None:

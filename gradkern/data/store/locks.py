@@ -1,8 +1,8 @@
 """Locks on ranges of chunks: one run at a time computes a chunk, and a dead run's lock is free.
 
-The system's locks on ranges of a file, where byte i stands for chunk i: they end with the process that holds them.
-They do not exclude other threads of that process, so a table does that.  Object stores and systems without such
-locks have none; runs there must not overlap.
+These are the system's locks on ranges of a file, where byte i stands for chunk i, and they end with the process that
+holds them.  They do not exclude other threads of that process; a table does that.  There are none in object stores and
+on systems without such locks, where runs must not overlap.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Busy(BadValue):
 
 
 class _Held:
-    """What this process holds of one store.  The file stays open as long: closing it would free all locks on it."""
+    """The locks that this process holds on one store.  The file stays open, as closing it would free all of them."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def hold(store: Store, chunks: range) -> Iterator[None]:
     _take(root, chunks)
     holder = root / HOLDERS / f"{chunks[0]}-{chunks[-1]}.json"
     try:
-        with contextlib.suppress(OSError):  # it only serves to name the holder
+        with contextlib.suppress(OSError):  # the file only serves to name the holder
             _name_holder(holder, chunks)
         yield
     finally:
@@ -84,7 +84,7 @@ def hold(store: Store, chunks: range) -> Iterator[None]:
 
 @contextlib.contextmanager
 def completing(store: Store, chunks: int) -> Iterator[None]:
-    """Wait until no other run completes the store (of so many chunks), then hold that."""
+    """Wait until no other run completes the store, which has ``chunks`` chunks, then hold the lock for completing."""
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -119,7 +119,7 @@ def _take(root: Path, chunks: range) -> None:
 def _give(root: Path, chunks: range) -> None:
     with _guard:
         held = _table.get(root)
-        if held is None or chunks not in held.ranges:  # in a fork of the process that holds it
+        if held is None or chunks not in held.ranges:  # this is a fork of the process that holds it
             return
         held.ranges.remove(chunks)
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def _give(root: Path, chunks: range) -> None:
 
 def _name_holder(path: Path, chunks: range) -> None:
     path.parent.mkdir(exist_ok=True)
-    for other, _ in _holders(path.parent.parent.parent, chunks):  # left by the dead, as the chunks are ours now
+    for other, _ in _holders(path.parent.parent.parent, chunks):  # left by dead processes, as we hold the chunks now
         other.unlink(missing_ok=True)
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     path.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))

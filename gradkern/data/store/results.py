@@ -34,6 +34,7 @@ from torch import Tensor
 from zarr.abc.store import Store
 
 from ...util.options import BadValue
+from ...util.renamed import renamed_argument
 from ...util.untrusted import check_links
 from .. import statistics
 from ..sources.padding import mask_of
@@ -43,9 +44,9 @@ from .layout import Array
 from .ledger import FOLDER, NAMED, ChunkRecord, Ledger
 
 FORMAT = 1
-ABANDONED = 3600  # seconds
-COUNTS = ("nonfinite", "nonfinite_first", "overflow", "underflow", "narrowed")  # facts that are told at the end
-UNDERFLOW = 0.01  # share of the nonzero values stored as 0 from which it is told
+ABANDONED = 3600  # seconds after which an unfinished creation counts as abandoned
+COUNTS = ("nonfinite", "nonfinite_first", "overflow", "underflow", "narrowed")  # facts that are reported at the end
+UNDERFLOW = 0.01  # the share of nonzero values stored as 0 from which it is reported
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
@@ -112,7 +113,7 @@ class Results:
         if path is None:
             layout.create_arrays(durable.store_at(text), arrays, about, compression)
             return cls.open(text, read_only=False)
-        path = path.resolve()  # where a link to an empty folder points to
+        path = path.resolve()  # the target, if this is a link to an empty folder
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
@@ -132,7 +133,7 @@ class Results:
         return chunk * self.chunk, min((chunk + 1) * self.chunk, self.samples)
 
     def write(self, chunk: int, parts: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk's rows of some arrays.  They are on disk afterwards, but the chunk is not finished yet."""
+        """Write a chunk's rows of some arrays.  Afterwards they are on disk, but the chunk is not finished yet."""
         start, stop = self.span(chunk)
         for name, rows in parts.items():
             array = self.array(name)
@@ -143,9 +144,9 @@ class Results:
                 array[start:stop] = rows
 
     def short_files(self) -> set[tuple[str, int]]:
-        """Array and chunk of the finished chunks whose file is missing or has another size than it must have.
+        """The finished chunks with a file that is missing or has the wrong size, as pairs of array and chunk.
 
-        Looks at names and sizes only.  None in object stores.
+        Looks only at names and sizes.  Empty for object stores.
         """
         if not isinstance(self.store, durable.DurableStore):
             return set()
@@ -227,7 +228,7 @@ class Results:
         self.write_attributes()
 
     def write_attributes(self) -> None:
-        """Write ``about`` in one step: zarr would take two, and leave out the other arrays' descriptions in between."""
+        """Write ``about`` in one step: zarr would take two, between which the arrays' descriptions are missing."""
         if "checksum" in self.about:  # a store of an earlier version has none, and no copy either
             self.about["checksum"] = checks.of_attributes(self.about)
         described = json.loads(durable.get(self.store, "zarr.json") or b"{}")
@@ -281,7 +282,7 @@ class Results:
             return tuple(map(str, self.array(name)[...])) if name in self else None
         except (UnicodeDecodeError, ValueError) as error:
             raise Damaged(
-                f"{self.place}: {name!r} is damaged. `gradkern verify {self.place} --repair` mends it."
+                f"{self.place}: {name!r} is damaged. `gradkern verify {self.place} --repair` repairs it."
             ) from error
 
     def row_names(self, names: Sequence[str] | None = None) -> list[str]:
@@ -295,14 +296,15 @@ class Results:
         """``12``, or with the sample's name ``12 (patient 7)``."""
         return str(sample) if self.ids is None else f"{sample} ({self.ids[sample]})"
 
-    def mask(self, start: int, stop: int, of: int = 0) -> Tensor:
+    @renamed_argument("of", "input")
+    def mask(self, start: int, stop: int, input: int = 0) -> Tensor:
         """Which numbers of the samples ``start:stop`` are data and not padding, bool ``[n, *in]``, for the input with
-        index ``of``."""
-        shape = self.about["fingerprint"]["source"]["shapes"][of]
+        index ``input``."""
+        shape = self.about["fingerprint"]["source"]["shapes"][input]
         if "lengths" not in self:
             return torch.ones(stop - start, *shape, dtype=torch.bool)
         lengths = torch.from_numpy(np.asarray(self.array("lengths")[start:stop]))
-        return mask_of(lengths, self.about["padding"]["axes"], shape, of)
+        return mask_of(lengths, self.about["padding"]["axes"], shape, input)
 
     def maps(self, start: int, stop: int, name: str = "attributions") -> Tensor:
         """Maps ``[n, S, *in]`` of the samples ``start:stop``, in the dtype that they were stored with."""
@@ -310,17 +312,18 @@ class Results:
         rows = torch.from_numpy(np.ascontiguousarray(array[start:stop]))
         return rows.view(torch.bfloat16) if array.attrs.get("dtype") == "bfloat16" else rows
 
-    def reduction(self, name: str, of: int = 0) -> np.ndarray:
-        """The result of a reduction ``[C, *in]``, for the input with index ``of``.  The run must be complete."""
+    @renamed_argument("of", "input")
+    def reduction(self, name: str, input: int = 0) -> np.ndarray:
+        """The result of a reduction ``[C, *in]``, for the input with index ``input``.  The run must be complete."""
         if not self.about.get("finished"):
             raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
-        key = layout.reduction_key(name, self.about["inputs"], of)
+        key = layout.reduction_key(name, self.about["inputs"], input)
         if key not in self.group:
             raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
         return np.asarray(self.array(key)[...])
 
     def losses(self) -> list[str]:
-        """What the numbers do not show: samples that are not finite, and values that the stored dtype cannot hold."""
+        """Sentences on samples that are not finite, and on values that the stored dtype cannot hold."""
         counts, words = self.about.get("counts", {}), []
         if count := counts.get("nonfinite"):
             first = ", ".join(map(self.sample_name, counts["nonfinite_first"])) + (", …" if count > NAMED else "")

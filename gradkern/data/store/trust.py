@@ -34,7 +34,7 @@ ATTRIBUTES: Mapping[str, Any] = {
 FINISHED: Mapping[str, Any] = {"exact": bool, "notes": [str]}
 FACTS: Mapping[str, Any] = {"samples": int, "seconds": (int, float), "batches": [int], "notes": [str]}
 MOST_THREADS = 4096
-MOST_CHUNKS = 1 << 20  # that are believed without the list of them
+MOST_CHUNKS = 1 << 20  # the most chunks that the attributes may name without a list of chunks
 
 
 def check_attributes(place: str, about: Mapping[str, Any]) -> None:
@@ -80,14 +80,14 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def check_chunks(place: str, store: Store, about: Mapping[str, Any]) -> None:
-    """Raise `BadValue` if the store does not have its list of chunks, of which the attributes may name any number."""
+    """Raise `BadValue` if the list of chunks does not match the attributes, which may name any number."""
     chunks = -(-about["fingerprint"]["source"]["samples"] // about["pinned"]["chunk"])
     if chunks > MOST_CHUNKS and durable.size(store, "chunks/c.0.0") != 16 * chunks:
         raise BadValue(f"{place} is damaged: it has no list of its {chunks:,} chunks. Make it again.")
 
 
 def check_own_array(place: str, name: str, array: Any, samples: int) -> None:
-    """`check_array`, and the size of an array of a store of ``samples``."""
+    """`check_array`, and a check of the array's size for a store of ``samples`` samples."""
     check_array(array, f"{place}: the array {name!r}", text=name in labels.TEXT)
     dimensions = getattr(array.metadata, "dimension_names", None) or ("",)
     if dimensions[0] == "sample" and array.shape[0] != samples:
@@ -118,7 +118,7 @@ def read_record(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _array(content: bytes) -> np.ndarray:
-    """The array of an ``.npy``, whose header is believed only as far as the content goes."""
+    """The array of an ``.npy``, whose header must match the length of the content."""
     file = io.BytesIO(content)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, _, dtype = read[np.lib.format.read_magic(file)](file)

@@ -11,7 +11,7 @@ from ...ir.indexing import along
 from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
 from .activation import elementwise
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
-from .index import emit, stretched
+from .index import emit_index, stretch
 
 
 def is_number(x: Any) -> bool:
@@ -36,7 +36,7 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     missing = len(shape) - len(p_shape)
     p_shape = p_shape[1:] if missing < 0 else (1,) * missing + p_shape
     full = tuple(m if n == 1 else n for n, m in zip(p_shape, shape, strict=True))
-    x = stretched(b, x, full)
+    x = stretch(b, x, full)
     for axis in (0, len(full) - 1):
         if math.prod(p_shape) == p_shape[axis] == full[axis]:
             factors = p if b.param_shape(p) == (p_shape[axis],) else b.derive("aten.reshape.default", p, (-1,))
@@ -53,7 +53,7 @@ def per_channel(b: ProgramBuilder, x: Value, p: Param) -> tuple[Value, int, Para
     return at, len(b.shape(at)) - 1, b.derive("aten.reshape.default", own, (-1,)), full
 
 
-def scaled(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Value:
+def scale_by(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Value:
     """``p x`` or ``x / p`` for a constant that broadcasts against the value."""
     at, axis, factors, full = per_channel(b, x, p)
     if inverse:
@@ -61,7 +61,7 @@ def scaled(b: ProgramBuilder, x: Value, p: Param, inverse: bool = False) -> Valu
     return as_shape(b, b.emit(Contract(Channels(axis), factors), (at,), b.shape(at)), full)
 
 
-def shifted(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
+def shift_by(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
     """``x + alpha p``."""
     at, axis, shifts, full = per_channel(b, x, p)
     if alpha != 1:
@@ -72,27 +72,27 @@ def shifted(b: ProgramBuilder, x: Value, p: Param, alpha: float = 1) -> Value:
 @lowers("aten.add.Tensor", "aten.add.Scalar", axes=(), sign=1)
 @lowers("aten.sub.Tensor", "aten.sub.Scalar", axes=(), sign=-1)
 def add(b: ProgramBuilder, a: SimpleNamespace, sign: int) -> Value:
-    return added(b, a.self, a.other, sign * a.alpha)
+    return add_scaled(b, a.self, a.other, sign * a.alpha)
 
 
 @lowers("aten.rsub.Scalar", "aten.rsub.Tensor", axes=())
 def rsub(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    return added(b, a.other, a.self, -a.alpha)
+    return add_scaled(b, a.other, a.self, -a.alpha)
 
 
-def added(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
+def add_scaled(b: ProgramBuilder, x: Any, y: Any, alpha: float) -> Value:
     """``x + alpha y`` for values, constant tensors and numbers."""
     if isinstance(x, Value) and isinstance(y, Value):
         shape = stretch_to(b, x, y)
-        return b.emit(Sum(), (stretched(b, x, shape), stretched(b, affine(b, y, float(alpha), 0.0), shape)), shape)
+        return b.emit(Sum(), (stretch(b, x, shape), stretch(b, affine(b, y, float(alpha), 0.0), shape)), shape)
     if isinstance(x, Value) and is_number(y):
         return affine(b, x, 1.0, float(alpha * y))
     if is_number(x) and isinstance(y, Value):
         return affine(b, y, float(alpha), float(x))
     if isinstance(x, Value) and isinstance(y, Param):
-        return shifted(b, x, y, alpha)
+        return shift_by(b, x, y, alpha)
     if isinstance(x, Param) and isinstance(y, Value):
-        return shifted(b, affine(b, y, float(alpha), 0.0), x)
+        return shift_by(b, affine(b, y, float(alpha), 0.0), x)
     raise NoForm("what it adds depends on more than the samples")
 
 
@@ -106,15 +106,15 @@ def stretch_to(b: ProgramBuilder, x: Value, y: Value) -> tuple[int, ...]:
 
 @lowers("aten.mul.Tensor", "aten.mul.Scalar", axes=())
 def mul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    return multiplied(b, a.self, a.other)
+    return multiply(b, a.self, a.other)
 
 
-def multiplied(b: ProgramBuilder, x: Any, y: Any) -> Value:
+def multiply(b: ProgramBuilder, x: Any, y: Any) -> Value:
     x, y = (x, y) if isinstance(x, Value) else (y, x)
     if isinstance(x, Value) and is_number(y):
         return affine(b, x, float(y), 0.0)
     if isinstance(x, Value) and isinstance(y, Param):
-        return scaled(b, x, y)
+        return scale_by(b, x, y)
     if isinstance(x, Value) and isinstance(y, Value):
         if x == y:
             return elementwise(b, x, "square")
@@ -137,9 +137,9 @@ def div(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if isinstance(a.self, Value) and is_number(a.other) and a.other != 0:
         return affine(b, a.self, 1.0 / a.other, 0.0)
     if isinstance(a.self, Value) and isinstance(a.other, Param):
-        return scaled(b, a.self, a.other, inverse=True)
+        return scale_by(b, a.self, a.other, inverse=True)
     if isinstance(a.other, Value):
-        return multiplied(b, elementwise(b, a.other, "reciprocal"), a.self)
+        return multiply(b, elementwise(b, a.other, "reciprocal"), a.self)
     raise NoForm("what it divides by depends on more than the samples")
 
 
@@ -149,7 +149,7 @@ def glu(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     half = b.shape(x)[axis] // 2
-    first, second = (emit(b, x, along(b.shape(x), axis, range(k, k + half))) for k in (0, half))
+    first, second = (emit_index(b, x, along(b.shape(x), axis, range(k, k + half))) for k in (0, half))
     return b.emit(Product("mul"), (first, elementwise(b, second, "sigmoid")), b.shape(first))
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ...ir.indexing import along
 from ...ir.program import Call, Index, Param, Shape, Sum, Value
-from .arithmetic import affine, shifted
+from .arithmetic import affine, shift_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
-from .gather import _LARGEST, constant, described, taken
-from .index import emit, takes_all
+from .gather import _LARGEST, constant, note_meta, read_indices
+from .index import emit_index, takes_all
 
 
 @lowers("aten.slice_scatter.default", "aten.select_scatter.default", along="dim")
-def assigned(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+def assign_slice(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """A value in which other values replace some positions along an axis (``y[:, 0] = x``)."""
     x, source = a.self, a.src
     shape = a.result
@@ -53,7 +53,7 @@ def copies(b: ProgramBuilder, parts: list[Any], values: list[Value], shape: Shap
     if not values:
         raise NoForm("it does not depend on the samples alone")
     if len(values) == 1:
-        return emit(b, values[0], parts[0])
+        return emit_index(b, values[0], parts[0])
     return b.emit(Index(tuple(parts)), tuple(values), shape)
 
 
@@ -71,8 +71,8 @@ def with_constants(
             arguments[name] = b.derive("aten.zeros.default", (1, *(b.shape(x) if shape is None else shape)), **like)
     names = ("result", "result_dtype", "result_device", "piece")
     keywords = tuple(sorted((k, v) for k, v in arguments.items() if k not in names))
-    shift = described(b, b.derive_call(Call(b.op, (), keywords)), (1, *a.result), a.result_dtype)
-    return shifted(b, y, shift)
+    shift = note_meta(b, b.derive_call(Call(b.op, (), keywords)), (1, *a.result), a.result_dtype)
+    return shift_by(b, y, shift)
 
 
 def is_zero(b: ProgramBuilder, x: Param) -> bool:
@@ -86,7 +86,7 @@ def is_zero(b: ProgramBuilder, x: Param) -> bool:
 # Places of any kind, found by numbering the elements
 
 
-def merged(
+def copy_from_several(
     b: ProgramBuilder, tensors: Sequence[tuple[str, Any, Shape]], f: Callable[..., Tensor], a: SimpleNamespace
 ) -> Value:
     """The value of an op that copies elements of several tensors, each ``(name, tensor, per-sample shape)``.
@@ -138,7 +138,7 @@ def index_put(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     def put(self: Tensor, values: Tensor) -> Tensor:
         return torch.ops.aten.index_put.default(self, indices, values)
 
-    return with_constants(b, merged(b, tensors, put, a), tensors, a)
+    return with_constants(b, copy_from_several(b, tensors, put, a), tensors, a)
 
 
 def values_rank(indices: Sequence[Tensor | None], rank: int) -> int:
@@ -167,22 +167,22 @@ def scatter(b: ProgramBuilder, a: SimpleNamespace, source: str | None) -> Value:
             return self.index_copy(a.dim, index, other["source"])
         return self.scatter(a.dim, index, other["src"]) if other else self.scatter(a.dim, index, 0.0)
 
-    y = merged(b, tensors, run, a)
+    y = copy_from_several(b, tensors, run, a)
     if source or not x:
         return with_constants(b, y, tensors, a)
     like = {"dtype": a.result_dtype, "device": a.result_device}
     zeros = b.derive("aten.zeros.default", (1, *a.result), **like)
     shift = b.derive("aten.scatter.value", zeros, a.dim, a.index, a.value)
-    return shifted(b, y, described(b, shift, (1, *a.result), a.result_dtype))
+    return shift_by(b, y, note_meta(b, shift, (1, *a.result), a.result_dtype))
 
 
 @lowers("aten.index_add.default")
 def index_add(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x, source = need_value(a.self), need_value(a.source)
     axis = sample_axis(a.dim, len(a.result))
-    places = taken(b, a.index, a.result[axis])
+    places = read_indices(b, a.index, a.result[axis])
     if len(set(places)) != len(places):
         raise NoForm("it adds several elements to one place")
     where = {place: k for k, place in enumerate(places)}
-    wide = emit(b, source, along(b.shape(source), axis, [where.get(i, -1) for i in range(a.result[axis])]))
+    wide = emit_index(b, source, along(b.shape(source), axis, [where.get(i, -1) for i in range(a.result[axis])]))
     return b.emit(Sum(), (x, affine(b, wide, float(a.alpha), 0.0)), a.result)

@@ -218,15 +218,15 @@ def few_axes(
     beside = any(has_few_axes(b, v) for v in inputs)
     match form:
         case Product(function="matmul") | Contract(map=Dense()):
-            return form, first_merged
+            return form, merge_leading_axes
         case LowRank(axis=axis):
             if axis >= last - 1:
-                return replace(form, axis=axis - last + 2), first_merged
-            return replace(form, axis=1), partial(merged_around, axis=axis)
+                return replace(form, axis=axis - last + 2), merge_leading_axes
+            return replace(form, axis=1), partial(merge_axes_around, axis=axis)
         case Scale() | Sum() | Product() if beside and all(b.shape(v) == shape for v in inputs):
-            return form, first_merged
+            return form, merge_leading_axes
         case Contract(map=Channels(axis)) if beside and axis == last:
-            return replace(form, map=Channels(2)), first_merged
+            return replace(form, map=Channels(2)), merge_leading_axes
         case Contract(map=Channels(0)) if beside:
             return form, lambda s: (s[0], math.prod(s[1:-1]), s[-1])
     return None
@@ -238,12 +238,12 @@ def has_few_axes(b: ProgramBuilder, value: Value) -> bool:
     return step is not None and isinstance(step.form, View) and len(b.shape(Value(step.inputs[0]))) <= MOST_AXES
 
 
-def first_merged(shape: Shape) -> Shape:
+def merge_leading_axes(shape: Shape) -> Shape:
     """The shape with all axes but the last two merged."""
     return (math.prod(shape[:-2]), *shape[-2:])
 
 
-def merged_around(shape: Shape, axis: int) -> Shape:
+def merge_axes_around(shape: Shape, axis: int) -> Shape:
     """The shape with the axes before ``axis`` merged, and those after it."""
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 

@@ -8,34 +8,34 @@ from typing import Any
 
 from ...ir.program import Param, Product, Value
 from .activation import elementwise
-from .arithmetic import added, affine, multiplied, shifted, stretch_to
+from .arithmetic import add_scaled, affine, multiply, shift_by, stretch_to
 from .builder import NoForm, ProgramBuilder, lowers, need_value, number_of
-from .index import blank, emit, stretched
+from .index import blank, emit_index, stretch
 from .reduce import of_two
 
 
 @lowers("aten.addcmul.default", axes=())
 def addcmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``self + value tensor1 tensor2``."""
-    return added(b, a.self, product(b, a.tensor1, a.tensor2), float(number_of(a.value)))
+    return add_scaled(b, a.self, product(b, a.tensor1, a.tensor2), float(number_of(a.value)))
 
 
 @lowers("aten.addcdiv.default", axes=())
 def addcdiv(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``self + value tensor1 / tensor2``."""
-    return added(b, a.self, product(b, a.tensor1, inverse(b, a.tensor2)), float(number_of(a.value)))
+    return add_scaled(b, a.self, product(b, a.tensor1, inverse(b, a.tensor2)), float(number_of(a.value)))
 
 
 @lowers("aten.lerp.Scalar", "aten.lerp.Tensor", axes=())
 def lerp(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``self + weight (end - self)``."""
-    return added(b, a.self, product(b, added(b, a.end, a.self, -1.0), a.weight), 1.0)
+    return add_scaled(b, a.self, product(b, add_scaled(b, a.end, a.self, -1.0), a.weight), 1.0)
 
 
 def product(b: ProgramBuilder, x: Any, y: Any) -> Any:
     if isinstance(x, Param) and isinstance(y, Param):
         return b.derive("aten.mul.Tensor", x, y)
-    return multiplied(b, x, y)
+    return multiply(b, x, y)
 
 
 def inverse(b: ProgramBuilder, x: Any) -> Any:
@@ -51,22 +51,22 @@ def inverse(b: ProgramBuilder, x: Any) -> Any:
 @lowers("aten.maximum.default", "aten.max.other", axes=(), sign=1.0)
 @lowers("aten.minimum.default", "aten.min.other", axes=(), sign=-1.0)
 def extremum(b: ProgramBuilder, a: SimpleNamespace, sign: float) -> Value:
-    x, y = (signed(b, side, sign) for side in (a.self, a.other))
+    x, y = (apply_sign(b, side, sign) for side in (a.self, a.other))
     if isinstance(x, Param):
         x, y = y, x
     x = need_value(x)
     if isinstance(y, Param):
-        y = spread(b, x, y)
+        y = expand_constant(b, x, y)
     shape = stretch_to(b, x, need_value(y))
-    return signed(b, of_two(b, stretched(b, x, shape), stretched(b, y, shape), shape), sign)
+    return apply_sign(b, of_two(b, stretch(b, x, shape), stretch(b, y, shape), shape), sign)
 
 
-def spread(b: ProgramBuilder, x: Value, p: Param) -> Value:
+def expand_constant(b: ProgramBuilder, x: Value, p: Param) -> Value:
     """A constant as a value that has no slope: zeros in the place of the value's numbers, and the constant added."""
-    return shifted(b, emit(b, x, blank(b.shape(x))), p)
+    return shift_by(b, emit_index(b, x, blank(b.shape(x))), p)
 
 
-def signed(b: ProgramBuilder, x: Any, sign: float) -> Any:
+def apply_sign(b: ProgramBuilder, x: Any, sign: float) -> Any:
     if sign == 1.0:
         return x
     return b.derive("aten.neg.default", x) if isinstance(x, Param) else affine(b, need_value(x), -1.0, 0.0)
@@ -81,8 +81,8 @@ def clamp(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             continue
         if not isinstance(bound, Param):
             raise NoForm("its bounds depend on the samples")
-        above = affine(b, shifted(b, x, bound, -1.0), sign, 0.0)
-        x = shifted(b, affine(b, elementwise(b, above, "clamp", 0.0, math.inf), sign, 0.0), bound)
+        above = affine(b, shift_by(b, x, bound, -1.0), sign, 0.0)
+        x = shift_by(b, affine(b, elementwise(b, above, "clamp", 0.0, math.inf), sign, 0.0), bound)
     return x
 
 
@@ -101,7 +101,7 @@ def power_of_number(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.exp2.default", axes=(), function="exp", inner=math.log(2), outer=1.0)
 @lowers("aten.log2.default", axes=(), function="log", inner=1.0, outer=1 / math.log(2))
 @lowers("aten.log10.default", axes=(), function="log", inner=1.0, outer=1 / math.log(10))
-def rescaled(b: ProgramBuilder, a: SimpleNamespace, function: str, inner: float, outer: float) -> Value:
+def scaled_function(b: ProgramBuilder, a: SimpleNamespace, function: str, inner: float, outer: float) -> Value:
     return affine(b, elementwise(b, affine(b, need_value(a.self), inner, 0.0), function), outer, 0.0)
 
 
@@ -122,7 +122,7 @@ def softshrink(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``x - clamp(x, -lambda, lambda)``."""
     bound = number_of(a.lambd)
     inner = elementwise(b, a.self, "clamp", -bound, bound)
-    return added(b, need_value(a.self), inner, -1.0)
+    return add_scaled(b, need_value(a.self), inner, -1.0)
 
 
 @lowers("aten.rrelu.default", axes=())
@@ -139,4 +139,4 @@ def logit(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.eps is not None:
         x = elementwise(b, x, "clamp", number_of(a.eps), 1.0 - number_of(a.eps))
     other = elementwise(b, affine(b, x, -1.0, 1.0), "log")
-    return added(b, elementwise(b, x, "log"), other, -1.0)
+    return add_scaled(b, elementwise(b, x, "log"), other, -1.0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from ...ir.indexing import along
 from ...ir.program import Contract, Index, Param, Shape, Value, Windows
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, tuple_of
-from .index import emit
+from .index import emit_index
 
 Padding = tuple[tuple[int, int], ...]
 
@@ -19,15 +19,15 @@ def general(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     dims = len(b.param_shape(a.weight)) - 2
     if dims not in (1, 2, 3):
         raise NoForm(f"a convolution over {dims} axes has no form yet")
-    return transposed(b, a, dims) if a.transposed else convolution(b, a, dims)
+    return conv_transpose(b, a, dims) if a.transposed else convolution(b, a, dims)
 
 
 @lowers("aten.conv_transpose1d.default", dims=1)
 @lowers("aten.conv_transpose2d.input", dims=2)
 @lowers("aten.conv_transpose3d.input", dims=3)
-def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
+def conv_transpose(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """A convolution with the flipped weight, over the input with zeros inserted between its elements."""
-    x = convolved(b, a, dims)
+    x = conv_input(b, a, dims)
     channels, per_group, *kernel = b.param_shape(a.weight)  # [C, O/groups, *kernel]
     stride, dilation = tuple_of(a.stride, dims), tuple_of(a.dilation, dims)
     padding, more = tuple_of(a.padding, dims), tuple_of(a.output_padding, dims)
@@ -38,7 +38,7 @@ def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
         before = dilation[k] * (kernel[k] - 1) - padding[k]
         if before < 0:
             raise NoForm("a transposed convolution that cuts off whole inputs has no form yet")
-        x = emit(b, x, along(b.shape(x), k + 1, spread + [-1] * more[k]))
+        x = emit_index(b, x, along(b.shape(x), k + 1, spread + [-1] * more[k]))
         sides.append((before, before))
     flipped = b.derive("aten.flip.default", a.weight, tuple(range(2, dims + 2)))
     split = b.derive("aten.reshape.default", flipped, (a.groups, channels // a.groups, per_group, *kernel))
@@ -54,11 +54,11 @@ def transposed(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 @lowers("aten.conv3d.default", "aten.conv3d.padding", dims=3)
 def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """``[C, *spatial] -> [O, *spatial']`` with weight ``[O, C/groups, *kernel]``."""
-    x = convolved(b, a, dims)
+    x = conv_input(b, a, dims)
     outputs, _, *kernel = b.param_shape(a.weight)
     stride, dilation = tuple_of(a.stride, dims), tuple_of(a.dilation, dims)
     padding = padding_of(a.padding, tuple(kernel), dilation)
-    x, padding = absorbed(b, x, padding)
+    x, padding = absorb_zeros(b, x, padding)
     windows = Windows(tuple(kernel), stride, padding, dilation, a.groups)
     result = (outputs, *window_counts(windows, b.shape(x)[1:]))
     x, windows, weight = planar(b, x, windows, a.weight)
@@ -92,7 +92,7 @@ def planar(b: ProgramBuilder, x: Value, w: Windows, weight: Param) -> tuple[Valu
     return x, Windows(kept, stride, padding, dilation, w.groups), flat
 
 
-def convolved(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
+def conv_input(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     """The input ``[C, *spatial]`` of a convolution whose weights are constants."""
     x = need_value(a.input)
     if not isinstance(a.weight, Param) or not (a.bias is None or isinstance(a.bias, Param)):
@@ -102,7 +102,7 @@ def convolved(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     return x
 
 
-def absorbed(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padding]:
+def absorb_zeros(b: ProgramBuilder, x: Value, padding: Padding) -> tuple[Value, Padding]:
     """The value without the zeros that an earlier step put around it, and the padding that includes them."""
     step = b.step(x)
     if step is None or not isinstance(step.form, Index) or len(step.form.parts) != 1:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from ...ir.program import Channels, Contract, Dense, Param, Product, Shape, Value, Windows
-from .arithmetic import multiplied, scaled
+from .arithmetic import multiply, scale_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value
-from .index import permuted
-from .pool import kept_first
+from .index import permute_axes
+from .pool import move_kept_axes_first
 from .reduce import rows
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -42,12 +42,12 @@ def only(one: str, *others: str, also: str = "") -> str:
     return "".join(c for c in one if not any(c in other for other in others) and (not also or c in also))
 
 
-def arranged(b: ProgramBuilder, t: Named, *groups: str) -> Value | Param:
+def arrange_axes(b: ProgramBuilder, t: Named, *groups: str) -> Value | Param:
     """A tensor with one axis per group of letters."""
     shape = tuple(t.size(g) for g in groups)
     order = t.order("".join(groups))
     if isinstance(t.x, Value):
-        return as_shape(b, permuted(b, t.x, order), shape)
+        return as_shape(b, permute_axes(b, t.x, order), shape)
     whole = t.x if b.param_shape(t.x) == t.shape else b.derive("aten.reshape.default", t.x, t.shape)
     if order != list(range(len(order))):
         whole = b.derive("aten.permute.default", whole, tuple(order))
@@ -56,7 +56,7 @@ def arranged(b: ProgramBuilder, t: Named, *groups: str) -> Value | Param:
     return b.derive("aten.reshape.default", whole, shape)
 
 
-def summed(b: ProgramBuilder, t: Named, letters: str) -> Named:
+def sum_over(b: ProgramBuilder, t: Named, letters: str) -> Named:
     """The tensor summed over the axes of some letters."""
     if not letters:
         return t
@@ -67,7 +67,7 @@ def summed(b: ProgramBuilder, t: Named, letters: str) -> Named:
         total = b.derive("aten.sum.dim_IntList", whole, tuple(t.order(letters)))
         b.param_meta[total] = b.param_meta[t.x].new_empty(shape, device="meta")
         return Named(total, kept, shape)
-    source, _ = kept_first(b, t.x, set(t.order(letters)))
+    source, _ = move_kept_axes_first(b, t.x, set(t.order(letters)))
     return Named(as_shape(b, rows(b, source), shape), kept, shape)
 
 
@@ -75,8 +75,8 @@ def pair(b: ProgramBuilder, one: Named, two: Named, result: str) -> Named:
     """The product of two tensors, at least one of them a value, summed over the letters that the result lacks."""
     if isinstance(one.x, Param):
         one, two = two, one
-    one = summed(b, one, only(one.letters, two.letters, result))
-    two = summed(b, two, only(two.letters, one.letters, result))
+    one = sum_over(b, one, only(one.letters, two.letters, result))
+    two = sum_over(b, two, only(two.letters, one.letters, result))
     both = only(one.letters, also=two.letters) if two.letters else ""
     shared, lost = only(both, also=result) if result else "", only(both, result)
     left, right = only(one.letters, both), only(two.letters, both)
@@ -95,17 +95,17 @@ def elementwise_pair(b: ProgramBuilder, one: Named, two: Named, letters: str) ->
     sides = []
     for t in (one, two):
         own = "".join(c for c in letters if c in t.letters)
-        x = arranged(b, t, *own)
+        x = arrange_axes(b, t, *own)
         assert isinstance(x, Value)
         sides.append(as_shape(b, x, tuple(t.size(c) if c in t.letters else 1 for c in letters)))
-    return multiplied(b, *sides)
+    return multiply(b, *sides)
 
 
 def matrices(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[str]) -> Value:
     """The matrix product ``[shared, left, lost] @ [shared, lost, right]``."""
     shared, left, right, lost = groups
     lead = (shared,) if shared else ()
-    x, y = arranged(b, one, *lead, left, lost), arranged(b, two, *lead, lost, right)
+    x, y = arrange_axes(b, one, *lead, left, lost), arrange_axes(b, two, *lead, lost, right)
     assert isinstance(x, Value) and isinstance(y, Value)
     shape = (*(one.size(g) for g in (*lead, left)), two.size(right))
     return b.emit(Product("matmul"), (x, y), shape)
@@ -116,16 +116,16 @@ def with_constant(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[st
     summed, a factor."""
     shared, left, right, lost = groups
     if not lost and not right:
-        x, factors = arranged(b, one, shared, left), arranged(b, two, shared)
+        x, factors = arrange_axes(b, one, shared, left), arrange_axes(b, two, shared)
         assert isinstance(x, Value) and isinstance(factors, Param)
         b.param_meta[factors] = b.param_meta[two.x].new_empty((two.size(shared),), device="meta")  # type: ignore[index]
         n = two.size(shared)
-        return scaled(b, x, column(b, factors, n))
+        return scale_by(b, x, column(b, factors, n))
     if not shared:
-        x, weight = arranged(b, one, left, lost), arranged(b, two, right, lost)
+        x, weight = arrange_axes(b, one, left, lost), arrange_axes(b, two, right, lost)
         assert isinstance(x, Value) and isinstance(weight, Param)
         return b.emit(Contract(Dense(), weight), (x,), (one.size(left), two.size(right)))
-    x, weight = arranged(b, one, shared + lost, left), arranged(b, two, shared + right, lost)
+    x, weight = arrange_axes(b, one, shared + lost, left), arrange_axes(b, two, shared + right, lost)
     assert isinstance(x, Value) and isinstance(weight, Param)
     n, inner, outer = one.size(shared), one.size(lost), two.size(right)
     weight = b.derive("aten.reshape.default", weight, (n * outer, inner, 1))
@@ -134,7 +134,7 @@ def with_constant(b: ProgramBuilder, one: Named, two: Named, groups: Sequence[st
     if not (left and right):
         return y
     split = as_shape(b, y, (n, outer, one.size(left)))
-    return permuted(b, split, (0, 2, 1))
+    return permute_axes(b, split, (0, 2, 1))
 
 
 def column(b: ProgramBuilder, p: Param, n: int) -> Param:
@@ -143,17 +143,17 @@ def column(b: ProgramBuilder, p: Param, n: int) -> Param:
     return q
 
 
-def contracted(b: ProgramBuilder, tensors: Sequence[Named], result: str, shape: Shape) -> Value:
+def contract(b: ProgramBuilder, tensors: Sequence[Named], result: str, shape: Shape) -> Value:
     """The product of all tensors, multiplied one after the other."""
     tensors = sorted(tensors, key=lambda t: isinstance(t.x, Param))  # values first
     product, rest = tensors[0], list(tensors[1:])
     while rest:
         needed = result + "".join(t.letters for t in rest[1:])
         product = pair(b, product, rest.pop(0), needed)
-    product = summed(b, product, only(product.letters, result))
+    product = sum_over(b, product, only(product.letters, result))
     if set(product.letters) != set(result):
         raise NoForm("its result repeats or lacks an axis")
-    y = arranged(b, product, *result) if result else product.x
+    y = arrange_axes(b, product, *result) if result else product.x
     assert isinstance(y, Value)
     return as_shape(b, y, shape)
 
@@ -183,7 +183,7 @@ def einsum(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         for c, n in zip(t.letters, t.shape, strict=True):
             if known.setdefault(c, n) != n:
                 raise NoForm("it repeats an axis of length one")
-    return contracted(b, tensors, result[1:], a.result)
+    return contract(b, tensors, result[1:], a.result)
 
 
 def live_shape(b: ProgramBuilder, x: Value | Param) -> Shape:
@@ -231,7 +231,7 @@ def product(b: ProgramBuilder, x: Value | Param, y: Value | Param, shape: Shape)
         tensors.append(Named(value, "".join(c for c, _ in kept), sizes))
     present = {c for t in tensors for c in t.letters}
     result = "".join(c for c in "abcdefghMP" if c in present)
-    return contracted(b, tensors, result, shape)
+    return contract(b, tensors, result, shape)
 
 
 @lowers("aten.bilinear.default")

@@ -16,7 +16,7 @@ import torch
 from ...ir.indexing import along
 from ...ir.program import Call, Contract, Dense, Opaque, Param, Sum, Value, Windows
 from .activation import elementwise
-from .arithmetic import affine, multiplied
+from .arithmetic import affine, multiply
 from .builder import (
     LOWERINGS,
     Complex,
@@ -28,8 +28,8 @@ from .builder import (
     real_dtype,
     sample_axis,
 )
-from .gather import described
-from .index import emit, joined, permuted
+from .gather import note_meta
+from .index import concatenate, emit_index, permute_axes
 from .reduce import root
 
 _LONGEST = 512  # the longest transform that is lowered to a matrix
@@ -50,7 +50,7 @@ def parts(b: ProgramBuilder, x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     if isinstance(x, Param) and b.param_meta[x].dtype.is_complex:
         shape = b.param_shape(x)
         real, imag = (
-            described(b, b.derive("aten.clone.default", b.derive(f"aten.{part}.default", x)), shape, dtype)
+            note_meta(b, b.derive("aten.clone.default", b.derive(f"aten.{part}.default", x)), shape, dtype)
             for part in ("real", "imag")
         )
         return real, imag
@@ -169,24 +169,24 @@ def complex_(b: ProgramBuilder, a: SimpleNamespace) -> Complex:
 @lowers_complex("aten.polar.default")
 def polar(b: ProgramBuilder, a: SimpleNamespace) -> Complex:
     length, angle = need_value(a.abs), need_value(a.angle)
-    return Complex(*(multiplied(b, length, elementwise(b, angle, f)) for f in ("cos", "sin")))
+    return Complex(*(multiply(b, length, elementwise(b, angle, f)) for f in ("cos", "sin")))
 
 
 @lowers_complex("aten.view_as_complex.default")
 def view_as_complex(b: ProgramBuilder, a: SimpleNamespace) -> Complex:
-    return halved(b, need_value(a.self))
+    return complex_from_last_axis(b, need_value(a.self))
 
 
-def halved(b: ProgramBuilder, x: Value) -> Complex:
+def complex_from_last_axis(b: ProgramBuilder, x: Value) -> Complex:
     """A value ``[*, 2]`` as complex numbers."""
     shape = b.shape(x)
-    return Complex(*(as_shape(b, emit(b, x, along(shape, len(shape) - 1, [k])), shape[:-1]) for k in (0, 1)))
+    return Complex(*(as_shape(b, emit_index(b, x, along(shape, len(shape) - 1, [k])), shape[:-1]) for k in (0, 1)))
 
 
 @lowers_complex("aten.view_as_real.default")
 def view_as_real(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     last = [as_shape(b, x, (*b.shape(x), 1)) for x in (a.self.real, a.self.imag)]
-    return joined(b, last, len(b.shape(last[0])) - 1, (*b.shape(a.self.real), 2))
+    return concatenate(b, last, len(b.shape(last[0])) - 1, (*b.shape(a.self.real), 2))
 
 
 @lowers_complex("aten.real.default", part=0)
@@ -232,23 +232,23 @@ def times(b: ProgramBuilder, p: Param, factor: float) -> Param:
     return b.derive("aten.add.Tensor", b.derive("aten.mul.Tensor", p, factor), 0.0)  # no zero is negative
 
 
-def resized(b: ProgramBuilder, x: Value, n: int) -> Value:
+def resize_last_axis(b: ProgramBuilder, x: Value, n: int) -> Value:
     """The last axis cut, or padded with zeros, to ``n`` elements."""
     shape = b.shape(x)
-    return emit(b, x, along(shape, len(shape) - 1, [k if k < shape[-1] else -1 for k in range(n)]))
+    return emit_index(b, x, along(shape, len(shape) - 1, [k if k < shape[-1] else -1 for k in range(n)]))
 
 
-def halves(b: ProgramBuilder, y: Value) -> Complex:
+def split_last_axis(b: ProgramBuilder, y: Value) -> Complex:
     """The first and the second half of the last axis."""
     shape = b.shape(y)
     n = shape[-1] // 2
-    return Complex(*(emit(b, y, along(shape, len(shape) - 1, range(k, k + n))) for k in (0, n)))
+    return Complex(*(emit_index(b, y, along(shape, len(shape) - 1, range(k, k + n))) for k in (0, n)))
 
 
 def both(b: ProgramBuilder, x: Complex) -> Value:
     """The parts side by side along the last axis."""
     shape = b.shape(x.real)
-    return joined(b, [x.real, x.imag], len(shape) - 1, (*shape[:-1], 2 * shape[-1]))
+    return concatenate(b, [x.real, x.imag], len(shape) - 1, (*shape[:-1], 2 * shape[-1]))
 
 
 def dense(b: ProgramBuilder, x: Value, weight: Param, outputs: int) -> Value:
@@ -261,15 +261,15 @@ def scale_of(norm: str | None, n: int, inverse: bool) -> float:
     return 1 / n if (norm == "forward") != inverse else 1.0
 
 
-def forward(b: ProgramBuilder, x: Number, n: int, outputs: int, a: SimpleNamespace, inverse: bool) -> Complex:
+def dft(b: ProgramBuilder, x: Number, n: int, outputs: int, a: SimpleNamespace, inverse: bool) -> Complex:
     """The first ``outputs`` of ``n`` frequencies of the last axis; ``inverse``: with the opposite sign of ``i``."""
     dtype, sign = real_dtype(a.result_dtype), 1.0 if inverse else -1.0
     c, s = (times(b, w, scale_of(a.norm, n, inverse)) for w in waves(b, outputs, n, n, a))
     minus, plus = times(b, s, -sign), times(b, s, sign)
     if isinstance(x, Complex):
-        x = Complex(resized(b, x.real, n), resized(b, x.imag, n))
-        return halves(b, dense(b, both(b, x), blocks(b, ((c, minus), (plus, c)), dtype), 2 * outputs))
-    return halves(b, dense(b, resized(b, x, n), blocks(b, ((c,), (plus,)), dtype), 2 * outputs))
+        x = Complex(resize_last_axis(b, x.real, n), resize_last_axis(b, x.imag, n))
+        return split_last_axis(b, dense(b, both(b, x), blocks(b, ((c, minus), (plus, c)), dtype), 2 * outputs))
+    return split_last_axis(b, dense(b, resize_last_axis(b, x, n), blocks(b, ((c,), (plus,)), dtype), 2 * outputs))
 
 
 def backward_real(b: ProgramBuilder, x: Complex, n: int, a: SimpleNamespace) -> Value:
@@ -282,7 +282,7 @@ def backward_real(b: ProgramBuilder, x: Complex, n: int, a: SimpleNamespace) -> 
     ), 0)  # fmt: skip
     c, s = (times(b, w, scale_of(a.norm, n, True)) for w in waves(b, n, frequencies, n, a))
     cosines, sines = b.derive("aten.mul.Tensor", c, weights), b.derive("aten.mul.Tensor", s, weights)
-    x = Complex(resized(b, x.real, frequencies), resized(b, x.imag, frequencies))
+    x = Complex(resize_last_axis(b, x.real, frequencies), resize_last_axis(b, x.imag, frequencies))
     return dense(b, both(b, x), blocks(b, ((cosines, times(b, sines, -1.0)),), dtype), n)
 
 
@@ -294,8 +294,8 @@ def on_last(b: ProgramBuilder, x: Number, axis: int, f: Callable[[Number], Numbe
 
     def moved(y: Number, to: Sequence[int]) -> Number:
         if isinstance(y, Complex):
-            return Complex(permuted(b, y.real, to), permuted(b, y.imag, to))
-        return permuted(b, y, to)
+            return Complex(permute_axes(b, y.real, to), permute_axes(b, y.imag, to))
+        return permute_axes(b, y, to)
 
     return moved(f(moved(x, order)), back)
 
@@ -314,7 +314,7 @@ def own(b: ProgramBuilder, x: Number, op: str, n: int, axis: int, a: SimpleNames
     if op == "aten.fft_irfft.default":
         return b.emit(Opaque(call, _OWN), values, tuple(shape))
     pair = b.emit(Opaque(Call("aten.view_as_real.default", (call,)), _OWN), values, (*shape, 2))
-    return halved(b, pair)
+    return complex_from_last_axis(b, pair)
 
 
 def transform(b: ProgramBuilder, x: Number, n: int | None, axis: int, a: SimpleNamespace, kind: str) -> Number:
@@ -328,7 +328,7 @@ def transform(b: ProgramBuilder, x: Number, n: int | None, axis: int, a: SimpleN
         if not isinstance(x, Complex):
             raise NoForm("its input is real")
         return on_last(b, x, axis, lambda y: backward_real(b, y, size, a))  # type: ignore[arg-type]
-    return on_last(b, x, axis, lambda y: forward(b, y, size, outputs, a, kind == "ifft"))
+    return on_last(b, x, axis, lambda y: dft(b, y, size, outputs, a, kind == "ifft"))
 
 
 @lowers_complex("aten.fft_rfft.default", along="dim", kind="rfft")
@@ -404,9 +404,9 @@ def stft(b: ProgramBuilder, a: SimpleNamespace) -> Number:
         y = b.emit(Contract(windows, weight), (source,), (2 * frequencies, rows, frames))
     halves = []
     for k in (0, frequencies):
-        half = permuted(b, emit(b, y, along(b.shape(y), 0, range(k, k + frequencies))), (1, 0, 2))
+        half = permute_axes(b, emit_index(b, y, along(b.shape(y), 0, range(k, k + frequencies))), (1, 0, 2))
         halves.append(as_shape(b, half, (*shape[:-1], frequencies, frames)))
     if a.return_complex:
         return Complex(*halves)
     last = [as_shape(b, v, (*b.shape(v), 1)) for v in halves]
-    return joined(b, last, len(b.shape(last[0])) - 1, (*b.shape(halves[0]), 2))
+    return concatenate(b, last, len(b.shape(last[0])) - 1, (*b.shape(halves[0]), 2))

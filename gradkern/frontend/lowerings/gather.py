@@ -13,9 +13,9 @@ from torch import Tensor
 from ...ir.calls import evaluate, operator_of
 from ...ir.indexing import along
 from ...ir.program import Call, Param, Shape, Sum, Value
-from .arithmetic import shifted
+from .arithmetic import shift_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
-from .index import emit, permuted, stretched
+from .index import emit_index, permute_axes, stretch
 
 _LARGEST = 2**16  # the most elements of a value whose places are listed one by one
 
@@ -36,15 +36,15 @@ def constant(b: ProgramBuilder, x: Any) -> Tensor:
         return evaluate(call, leaf)
 
 
-def copied(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[int]) -> Value:
+def copy_elements(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[int]) -> Value:
     """A value of ``shape`` whose element ``i`` is element ``places[i]`` of another, or zero for -1 (both row-major)."""
     n = math.prod(b.shape(x))
     if max(n, len(places)) > _LARGEST:
         raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
-    return as_shape(b, emit(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
+    return as_shape(b, emit_index(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
 
 
-def numbered(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: Shape) -> Value:
+def copy_by_numbers(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: Shape) -> Value:
     """The value of an op that copies elements.  To find out which, ``f`` runs on two samples of numbered elements."""
     n = math.prod(b.shape(x))
     if n > _LARGEST:
@@ -55,7 +55,7 @@ def numbered(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: 
     first, second = origin.tolist()
     if [i and i + n for i in first] != second:
         raise NoForm("it copies elements from one sample to another")
-    return copied(b, x, shape, [i - 1 for i in first])
+    return copy_elements(b, x, shape, [i - 1 for i in first])
 
 
 COPIES = tuple(f"aten.{name}.default" for name in ("tril", "triu", "diagonal", "diag_embed", "rot90", "im2col"))
@@ -70,7 +70,7 @@ def by_numbers(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     def run(x: Tensor) -> Tensor:
         return op(**{name: x if name == "self" else getattr(a, name) for name in names})
 
-    return numbered(b, need_value(a.self), run, a.result)
+    return copy_by_numbers(b, need_value(a.self), run, a.result)
 
 
 @lowers("aten.col2im.default")
@@ -95,7 +95,7 @@ def fold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             for window, to in enumerate(target[c, tap].tolist()):
                 if to:
                     places[to - 1] = (c * taps + tap) * shape[1] + window
-        pieces.append(copied(b, x, size, places))
+        pieces.append(copy_elements(b, x, size, places))
     return pieces[0] if len(pieces) == 1 else b.emit(Sum(), tuple(pieces), size)
 
 
@@ -107,10 +107,10 @@ def fold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def index_select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return emit(b, x, along(b.shape(x), axis, taken(b, a.index, b.shape(x)[axis])))
+    return emit_index(b, x, along(b.shape(x), axis, read_indices(b, a.index, b.shape(x)[axis])))
 
 
-def taken(b: ProgramBuilder, index: Any, n: int) -> list[int]:
+def read_indices(b: ProgramBuilder, index: Any, n: int) -> list[int]:
     """Constant indices along an axis of ``n`` elements; a mask of booleans lists the true ones."""
     content = constant(b, index)
     if content.dtype in (torch.bool, torch.uint8):
@@ -133,9 +133,9 @@ def index(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         axis, i = given[0]
         content = constant(b, i)
         if content.dim() == 1:
-            return emit(b, x, along(shape, axis, taken(b, i, shape[axis])))
+            return emit_index(b, x, along(shape, axis, read_indices(b, i, shape[axis])))
     contents = [None if i is None else constant(b, i) for i in a.indices]
-    return numbered(b, x, lambda t: torch.ops.aten.index.Tensor(t, contents), a.result)
+    return copy_by_numbers(b, x, lambda t: torch.ops.aten.index.Tensor(t, contents), a.result)
 
 
 @lowers("aten.gather.default")
@@ -146,14 +146,14 @@ def gather(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     if places.shape[0] != 1:
         raise NoForm("its places differ between samples")
-    return numbered(b, x, lambda t: t.gather(axis + 1, places.expand(2, *places.shape[1:])), a.result)
+    return copy_by_numbers(b, x, lambda t: t.gather(axis + 1, places.expand(2, *places.shape[1:])), a.result)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Constant masks
 
 
-def masked(b: ProgramBuilder, mask: Any, shape: Shape) -> list[bool]:
+def read_mask(b: ProgramBuilder, mask: Any, shape: Shape) -> list[bool]:
     """A constant mask for the numbers of a sample of ``shape``, row-major."""
     content = constant(b, mask)
     if content.dtype != torch.bool:
@@ -166,22 +166,22 @@ def masked(b: ProgramBuilder, mask: Any, shape: Shape) -> list[bool]:
     return kept
 
 
-def kept(b: ProgramBuilder, x: Value, mask: list[bool], shape: Shape, keep: bool) -> Value:
+def keep_where(b: ProgramBuilder, x: Value, mask: list[bool], shape: Shape, keep: bool) -> Value:
     """The numbers where the mask is ``keep``, and zeros elsewhere."""
-    return copied(b, stretched(b, x, shape), shape, [i if m == keep else -1 for i, m in enumerate(mask)])
+    return copy_elements(b, stretch(b, x, shape), shape, [i if m == keep else -1 for i, m in enumerate(mask)])
 
 
-def filled(b: ProgramBuilder, x: Value, mask: Any, value: float, a: SimpleNamespace) -> Value:
+def fill_where(b: ProgramBuilder, x: Value, mask: Any, value: float, a: SimpleNamespace) -> Value:
     """``value`` where the mask is true: zeros there, which are exact whatever the numbers were, and a shift."""
-    y = kept(b, x, masked(b, mask, a.result), a.result, False)
+    y = keep_where(b, x, read_mask(b, mask, a.result), a.result, False)
     if value == 0:
         return y
     zeros = b.derive("aten.zeros.default", (1, *a.result), dtype=a.result_dtype, device=a.result_device)
-    shift = described(b, b.derive("aten.masked_fill.Scalar", zeros, mask, value), (1, *a.result), a.result_dtype)
-    return shifted(b, y, shift)
+    shift = note_meta(b, b.derive("aten.masked_fill.Scalar", zeros, mask, value), (1, *a.result), a.result_dtype)
+    return shift_by(b, y, shift)
 
 
-def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
+def note_meta(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
     """The derived tensor, after noting its shape and dtype in the builder."""
     b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
     return param
@@ -190,13 +190,13 @@ def described(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype)
 @lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", axes=())
 def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """The first of two where a constant mask is true, and the second elsewhere."""
-    mask = masked(b, a.condition, a.result)
+    mask = read_mask(b, a.condition, a.result)
     sides = []
     for x, keep in ((a.self, True), (a.other, False)):
         if isinstance(x, Value):
             if len(b.shape(x)) != len(a.result):
                 raise NoForm("it joins values of unequal ranks")
-            sides.append((keep, kept(b, x, mask, a.result, keep)))
+            sides.append((keep, keep_where(b, x, mask, a.result, keep)))
     if len(sides) == 2:
         return b.emit(Sum(), tuple(side for _, side in sides), a.result)
     if not sides:
@@ -205,13 +205,13 @@ def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not isinstance(other, Param):
         if number_of(other) == 0:
             return y
-        other = described(b, b.derive("aten.full.default", (1,), number_of(other), dtype=a.result_dtype,
+        other = note_meta(b, b.derive("aten.full.default", (1,), number_of(other), dtype=a.result_dtype,
                                       device=a.result_device), (1,), a.result_dtype)  # fmt: skip
-    zero = described(b, b.derive("aten.zeros.default", (1,), dtype=a.result_dtype, device=a.result_device), (1,),
+    zero = note_meta(b, b.derive("aten.zeros.default", (1,), dtype=a.result_dtype, device=a.result_device), (1,),
                      a.result_dtype)  # fmt: skip
     pair = (zero, other) if keep else (other, zero)
-    shift = described(b, b.derive("aten.where.self", a.condition, *pair), (), a.result_dtype)
-    return shifted(b, y, described(b, b.derive("aten.expand.default", shift, (1, *a.result)), (1, *a.result),
+    shift = note_meta(b, b.derive("aten.where.self", a.condition, *pair), (), a.result_dtype)
+    return shift_by(b, y, note_meta(b, b.derive("aten.expand.default", shift, (1, *a.result)), (1, *a.result),
                                    a.result_dtype))  # fmt: skip
 
 
@@ -219,9 +219,9 @@ def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 # Axes split and joined
 
 
-def rearranged(b: ProgramBuilder, x: Value, split: Shape, order: Sequence[int], shape: Shape) -> Value:
+def rearrange_axes(b: ProgramBuilder, x: Value, split: Shape, order: Sequence[int], shape: Shape) -> Value:
     """A value viewed as ``split``, with these axes in another order, under ``shape``."""
-    return as_shape(b, permuted(b, as_shape(b, x, split), order), shape)
+    return as_shape(b, permute_axes(b, as_shape(b, x, split), order), shape)
 
 
 def image(b: ProgramBuilder, given: Any) -> tuple[Value, Shape]:
@@ -235,20 +235,20 @@ def image(b: ProgramBuilder, given: Any) -> tuple[Value, Shape]:
 @lowers("aten.pixel_shuffle.default")
 def pixel_shuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     (x, (c, h, w)), r = image(b, a.self), a.upscale_factor
-    return rearranged(b, x, (c // r**2, r, r, h, w), (0, 3, 1, 4, 2), a.result)
+    return rearrange_axes(b, x, (c // r**2, r, r, h, w), (0, 3, 1, 4, 2), a.result)
 
 
 @lowers("aten.pixel_unshuffle.default")
 def pixel_unshuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     (x, (c, h, w)), r = image(b, a.self), a.downscale_factor
-    return rearranged(b, x, (c, h // r, r, w // r, r), (0, 2, 4, 1, 3), a.result)
+    return rearrange_axes(b, x, (c, h // r, r, w // r, r), (0, 2, 4, 1, 3), a.result)
 
 
 @lowers("aten.channel_shuffle.default")
 def channel_shuffle(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     c, *rest = b.shape(x)
-    return rearranged(b, x, (a.groups, c // a.groups, math.prod(rest)), (1, 0, 2), a.result)
+    return rearrange_axes(b, x, (a.groups, c // a.groups, math.prod(rest)), (1, 0, 2), a.result)
 
 
 @lowers("aten.unfold.default", along="dimension")
@@ -258,7 +258,7 @@ def unfold(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     shape = b.shape(x)
     axis = sample_axis(a.dimension, len(shape))
     count = (shape[axis] - a.size) // a.step + 1
-    y = emit(b, x, along(shape, axis, [k * a.step + j for k in range(count) for j in range(a.size)]))
+    y = emit_index(b, x, along(shape, axis, [k * a.step + j for k in range(count) for j in range(a.size)]))
     split = (*shape[:axis], count, a.size, *shape[axis + 1 :])
     order = [d for d in range(len(split)) if d != axis + 1] + [axis + 1]
-    return rearranged(b, y, split, order, a.result)
+    return rearrange_axes(b, y, split, order, a.result)

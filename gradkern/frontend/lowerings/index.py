@@ -19,14 +19,14 @@ from .builder import (
     as_shape,
     has_few_axes,
     lowers,
-    merged_around,
+    merge_axes_around,
     need_value,
     number_of,
     sample_axis,
 )
 
 
-def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
+def emit_index(b: ProgramBuilder, x: Value, part: Part) -> Value:
     """A part of one value.  Nothing is emitted for the identity.  A value that is itself an `Index` of one part is
     joined with it in one step."""
     shape = b.shape(x)
@@ -34,14 +34,14 @@ def emit(b: ProgramBuilder, x: Value, part: Part) -> Value:
         return x
     step = b.step(x)
     if step is not None and isinstance(step.form, Index) and len(step.form.parts) == 1:
-        return emit(b, Value(step.inputs[0]), then(step.form.parts[0], part))
+        return emit_index(b, Value(step.inputs[0]), then(step.form.parts[0], part))
     result = tuple(sum(count for _, count, _ in axis) for axis in part.axes)
     long = [a for a in part.order if shape[a] != 1]
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
-    fewer, merged = neighbours_merged(shape, part)
+    fewer, merged = merge_neighbours(shape, part)
     if 3 < len(shape) > len(merged):
-        return as_shape(b, emit(b, as_shape(b, x, merged), fewer), result)
+        return as_shape(b, emit_index(b, as_shape(b, x, merged), fewer), result)
     if len(merged) > MOST_AXES and is_permutation(fewer, merged) and has_few_axes(b, x):
         return as_shape(b, brought_to_front(b, x, merged, fewer.order), result)
     return b.emit(Index((part,)), (x,), result)
@@ -55,13 +55,13 @@ def brought_to_front(b: ProgramBuilder, x: Value, shape: Shape, order: Shape) ->
     axes = list(range(len(order)))
     for a in reversed(order[:kept]):
         at = axes.index(a)
-        x = as_shape(b, x, merged_around(tuple(shape[i] for i in axes), at))
-        x = permuted(b, x, (1, 0, 2))
+        x = as_shape(b, x, merge_axes_around(tuple(shape[i] for i in axes), at))
+        x = permute_axes(b, x, (1, 0, 2))
         axes.insert(0, axes.pop(at))
     return x
 
 
-def neighbours_merged(shape: Shape, part: Part) -> tuple[Part, Shape]:
+def merge_neighbours(shape: Shape, part: Part) -> tuple[Part, Shape]:
     """The part with neighbours that stay neighbours as one axis, and the shape of the value that it then reads.
 
     As many are merged as it takes to have three axes, the smallest first, so that a permutation and its inverse are
@@ -111,17 +111,17 @@ def blank(shape: Shape) -> Part:
     return Part(tuple(range(len(shape))), tuple(((-1, n, 0),) if n else () for n in shape))
 
 
-def permuted(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
+def permute_axes(b: ProgramBuilder, x: Value, order: Sequence[int]) -> Value:
     """Per-sample axes in another order."""
-    return emit(b, x, identity(b.shape(x), order))
+    return emit_index(b, x, identity(b.shape(x), order))
 
 
-def stretched(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
+def stretch(b: ProgramBuilder, x: Value, shape: Shape) -> Value:
     """Axes of length one repeated up to ``shape``; missing leading axes are added."""
     before = b.shape(x)
     x = as_shape(b, x, (1,) * (len(shape) - len(before)) + before)
     axes = tuple(identity_runs(n) if n == m else ((0, m, 0),) for n, m in zip(b.shape(x), shape, strict=True))
-    return emit(b, x, Part(tuple(range(len(shape))), axes))
+    return emit_index(b, x, Part(tuple(range(len(shape))), axes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def permute(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             order.insert(target, source)
     if order[0] != 0:
         raise NoForm("it moves the batch axis")
-    return permuted(b, x, [d - 1 for d in order[1:]])
+    return permute_axes(b, x, [d - 1 for d in order[1:]])
 
 
 def as_list(x: Any) -> list[int]:
@@ -163,7 +163,7 @@ def matrix_transpose(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     rank = len(b.shape(x))
     if rank < 2:
         raise NoForm("it moves the batch axis")
-    return permuted(b, x, [*range(rank - 2), rank - 1, rank - 2])
+    return permute_axes(b, x, [*range(rank - 2), rank - 1, rank - 2])
 
 
 @lowers("aten.flip.default", along="dims")
@@ -171,7 +171,7 @@ def flip(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     for d in as_list(a.dims):
         axis = sample_axis(d, len(b.shape(x)))
-        x = emit(b, x, along(b.shape(x), axis, range(b.shape(x)[axis] - 1, -1, -1)))
+        x = emit_index(b, x, along(b.shape(x), axis, range(b.shape(x)[axis] - 1, -1, -1)))
     return x
 
 
@@ -183,7 +183,7 @@ def roll(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     for shift, d in zip(as_list(a.shifts), as_list(a.dims), strict=True):
         axis = sample_axis(d, len(b.shape(x)))
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, [(i - shift) % n for i in range(n)]))
+        x = emit_index(b, x, along(b.shape(x), axis, [(i - shift) % n for i in range(n)]))
     return x
 
 
@@ -203,7 +203,7 @@ def slice_(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     end = a.end if a.end is None or isinstance(a.end, int) else None
     wanted = range(shape[axis])[slice(a.start, end, a.step)]
     trimmed = trim_convolution(b, x, axis, wanted)
-    return emit(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
+    return emit_index(b, x, along(shape, axis, wanted)) if trimmed is None else trimmed
 
 
 def takes_all(a: SimpleNamespace) -> bool:
@@ -232,7 +232,7 @@ def trim_convolution(b: ProgramBuilder, x: Value, axis: int, wanted: range) -> V
 def select(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return as_shape(b, emit(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
+    return as_shape(b, emit_index(b, x, along(b.shape(x), axis, [a.index % b.shape(x)[axis]])), a.result)
 
 
 @lowers("aten.narrow.default")
@@ -240,7 +240,7 @@ def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     axis = sample_axis(a.dim, len(b.shape(x)))
     start = int(number_of(a.start)) % b.shape(x)[axis]
-    return emit(b, x, along(b.shape(x), axis, range(start, start + a.length)))
+    return emit_index(b, x, along(b.shape(x), axis, range(start, start + a.length)))
 
 
 SEVERAL.update(("aten.tensor_split.sections",))
@@ -253,7 +253,7 @@ def tensor_split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     size, longer = divmod(b.shape(x)[axis], a.sections)
     start = a.piece * size + min(a.piece, longer)
-    return emit(b, x, along(b.shape(x), axis, range(start, start + size + (a.piece < longer))))
+    return emit_index(b, x, along(b.shape(x), axis, range(start, start + size + (a.piece < longer))))
 
 
 PIECES = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
@@ -271,7 +271,7 @@ def split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     else:
         size = a.split_size if hasattr(a, "split_size") else (-(-n // a.chunks) if hasattr(a, "chunks") else 1)
         start = a.piece * size
-    return as_shape(b, emit(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
+    return as_shape(b, emit_index(b, x, along(b.shape(x), axis, range(start, min(start + size, n)))), a.result)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def cat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         if (b.param_shape(x) != (0,) if isinstance(x, Param) else len(b.shape(need_value(x))) == len(a.result))
     ]
     if not any(isinstance(x, Param) for x in tensors):
-        return joined(b, tensors, axis, a.result)
+        return concatenate(b, tensors, axis, a.result)
     if not any(isinstance(x, Value) for x in tensors):
         raise NoForm("it does not depend on the samples")
     return beside_constants(b, tensors, axis, a)
@@ -312,7 +312,7 @@ def beside_constants(b: ProgramBuilder, tensors: list[Value | Param], axis: int,
         else:
             pieces.append(b.derive("aten.reshape.default", x, (1, *shape)))
         first += n
-    y = emit(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
+    y = emit_index(b, values[0], parts[0]) if len(values) == 1 else b.emit(Index(tuple(parts)), tuple(values), a.result)
     full = b.derive("aten.cat.default", tuple(pieces), axis + 1)
     shift = b.derive("aten.reshape.default", full, (-1,))
     flat = as_shape(b, y, (math.prod(a.result),))
@@ -333,7 +333,7 @@ def stack(b: ProgramBuilder, a: SimpleNamespace) -> Value:
             tensors.append(as_shape(b, need_value(x, "one of its inputs"), one))
     if any(isinstance(x, Param) for x in tensors):
         return beside_constants(b, tensors, axis, a)
-    return joined(b, tensors, axis, a.result)  # type: ignore[arg-type]
+    return concatenate(b, tensors, axis, a.result)  # type: ignore[arg-type]
 
 
 @lowers("aten.diff.default", along="dim")
@@ -345,18 +345,18 @@ def diff(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     for _ in range(a.n):
         n = b.shape(x)[axis]
-        later, earlier = (emit(b, x, along(b.shape(x), axis, range(k, k + n - 1))) for k in (1, 0))
+        later, earlier = (emit_index(b, x, along(b.shape(x), axis, range(k, k + n - 1))) for k in (1, 0))
         minus = b.emit(Scale("affine", (-1.0, 0.0)), (earlier,), b.shape(earlier))
         x = b.emit(Sum(), (later, minus), b.shape(later))
     return x
 
 
-def joined(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
+def concatenate(b: ProgramBuilder, values: list[Value], axis: int, shape: Shape) -> Value:
     parts, first = [], 0
     values = [v for v in values if b.shape(v)[axis]] or values[:1]  # empty values are not read
     if len(shape) > MOST_AXES and any(has_few_axes(b, v) for v in values):
-        few = [as_shape(b, v, merged_around(b.shape(v), axis)) for v in values]
-        return as_shape(b, joined(b, few, 1, merged_around(shape, axis)), shape)
+        few = [as_shape(b, v, merge_axes_around(b.shape(v), axis)) for v in values]
+        return as_shape(b, concatenate(b, few, 1, merge_axes_around(shape, axis)), shape)
     for v in values:
         n = b.shape(v)[axis]
         wanted = [-1] * first + list(range(n)) + [-1] * (shape[axis] - first - n)
@@ -382,7 +382,7 @@ BORDERS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
+def pad_axes(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value:
     """``flat``: (before, after) of the last axis, of the one before it, …; negative numbers cut off."""
     rank = len(b.shape(x))
     if any(flat[2 * rank :]):
@@ -390,7 +390,7 @@ def padded(b: ProgramBuilder, x: Value, flat: Sequence[int], mode: str) -> Value
     for k in range(0, min(len(flat), 2 * rank), 2):
         axis = rank - 1 - k // 2
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
+        x = emit_index(b, x, along(b.shape(x), axis, [BORDERS[mode](i, n) for i in range(-flat[k], n + flat[k + 1])]))
     return x
 
 
@@ -402,7 +402,7 @@ PADS = ("aten.constant_pad_nd.default", "aten.pad.default", *(
 @lowers("aten.constant_pad_nd.default", "aten.pad.default")
 def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x, mode = need_value(a.self), getattr(a, "mode", "constant")
-    y = padded(b, x, a.pad, mode)
+    y = pad_axes(b, x, a.pad, mode)
     if mode != "constant" or not a.value:
         return y
     like = {"dtype": a.result_dtype, "device": a.result_device}
@@ -416,7 +416,7 @@ def pad(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers(*(f"aten.reflection_pad{d}d.default" for d in (1, 2, 3)), mode="reflect")
 @lowers(*(f"aten.replication_pad{d}d.default" for d in (1, 2, 3)), mode="replicate")
 def pad_as(b: ProgramBuilder, a: SimpleNamespace, mode: str) -> Value:
-    return padded(b, need_value(a.self), a.padding, mode)
+    return pad_axes(b, need_value(a.self), a.padding, mode)
 
 
 @lowers("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default", axes=())
@@ -424,7 +424,7 @@ def expand(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     if len(b.shape(x)) != len(a.result):
         raise NoForm("it repeats the samples")
-    return stretched(b, x, a.result)
+    return stretch(b, x, a.result)
 
 
 @lowers("aten.repeat.default", "aten.tile.default")
@@ -436,7 +436,7 @@ def repeat(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it repeats the samples")
     for axis, times in enumerate(repeats[1:]):
         n = b.shape(x)[axis]
-        x = emit(b, x, along(b.shape(x), axis, list(range(n)) * times))
+        x = emit_index(b, x, along(b.shape(x), axis, list(range(n)) * times))
     return x
 
 
@@ -446,7 +446,7 @@ def repeat_interleave(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.dim is None:
         raise NoForm("it runs over the samples")
     axis = sample_axis(a.dim, len(b.shape(x)))
-    return emit(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
+    return emit_index(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def scales(a: SimpleNamespace) -> list[float | None]:
     return list(scales)
 
 
-def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
+def upsampled_axes(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
     """Per spatial axis: input length, output length, and input steps per output step."""
     shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
     factors = [s for s in scales(a) if s is not None]
@@ -473,9 +473,9 @@ def upsampled(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, flo
         "aten.upsample_nearest2d.default")  # fmt: skip
 def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
-    for axis, (n, m, step) in enumerate(upsampled(b, a), start=1):
+    for axis, (n, m, step) in enumerate(upsampled_axes(b, a), start=1):
         wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
-        x = emit(b, x, along(b.shape(x), axis, wanted))
+        x = emit_index(b, x, along(b.shape(x), axis, wanted))
     return x
 
 
@@ -484,7 +484,7 @@ def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def upsample_linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input if hasattr(a, "input") else a.self)
     axes = []
-    for n, m, step in upsampled(b, a):
+    for n, m, step in upsampled_axes(b, a):
         rows = []
         for i in range(m):
             at = i * (n - 1) / max(m - 1, 1) if a.align_corners else max((i + 0.5) * step - 0.5, 0.0)

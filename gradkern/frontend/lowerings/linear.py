@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from ...ir.program import Contract, Dense, Param, Product, Value
-from .arithmetic import added, affine
+from .arithmetic import add_scaled, affine
 from .builder import NoForm, ProgramBuilder, lowers, need_value
 from .einsum import product
 
@@ -27,7 +27,7 @@ def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``[*, I] @ [I, O]`` with a constant right operand (`Contract`), or any other product (`einsum`)."""
     x, right = a.self, next(getattr(a, name) for name in ("other", "mat2", "vec") if hasattr(a, name))
     if isinstance(x, Value) and isinstance(right, Value):
-        return multiplied(b, x, right)
+        return matmul_values(b, x, right)
     if isinstance(x, Value) and isinstance(right, Param) and len(b.param_shape(right)) == 2 and b.shape(x):
         weight = b.derive("aten.t.default", right)  # [O, I]
         return b.emit(Contract(Dense(), weight), (x,), (*b.shape(x)[:-1], b.param_shape(right)[1]))
@@ -36,7 +36,7 @@ def matmul(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return product(b, x, right, a.result)
 
 
-def multiplied(b: ProgramBuilder, x: Value, y: Value) -> Value:
+def matmul_values(b: ProgramBuilder, x: Value, y: Value) -> Value:
     """``[*B, M, K] @ [*B, K, P]`` per sample, with leading axes of length one repeated."""
     one, two = b.shape(x), b.shape(y)
     if min(len(one), len(two)) < 2:
@@ -68,5 +68,5 @@ def addmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.baddbmm.default", axes=())
 def baddbmm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``beta mask + alpha x @ y`` per sample; attention that also returns its weights has a constant mask."""
-    result = affine(b, multiplied(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
-    return added(b, result, a.self, float(a.beta)) if a.beta else result
+    result = affine(b, matmul_values(b, need_value(a.batch1), need_value(a.batch2)), float(a.alpha), 0.0)
+    return add_scaled(b, result, a.self, float(a.beta)) if a.beta else result

@@ -9,7 +9,7 @@ import torch
 from ...ir.program import Channels, Contract, Param, Shape, Value, View
 from .arithmetic import per_channel
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of
-from .gather import described, filled
+from .gather import fill_where, note_meta
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -21,28 +21,28 @@ def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
     """1 where a boolean mask is true, else 0."""
     if b.param_meta[mask].dtype != torch.bool:
         raise NoForm("its mask is not of booleans")
-    return described(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
+    return note_meta(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
 
 
 def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
     """The numbers that attention adds to its scores.  ``mask``: those numbers, or booleans that are true to attend."""
     if b.param_meta[mask].dtype.is_floating_point:
-        return described(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
+        return note_meta(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
-    return described(b, b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
+    return note_meta(b, b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
 
 
 def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
     """The mask ``[queries, keys]`` under which no query attends to a later key."""
     full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
-    return described(b, b.derive("aten.triu.default", full, 1), shape, dtype)
+    return note_meta(b, b.derive("aten.triu.default", full, 1), shape, dtype)
 
 
-def bounded(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
+def replace_infinities(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:
     """A softmax's argument, with `lowest` in place of constants of -inf that were added to it."""
     step = b.step(x)
     if step is not None and isinstance(step.form, View):
-        return as_shape(b, bounded(b, Value(step.inputs[0]), dtype), b.shape(x))
+        return as_shape(b, replace_infinities(b, Value(step.inputs[0]), dtype), b.shape(x))
     form = step.form if step is not None else None
     if not (isinstance(form, Contract) and isinstance(form.map, Channels) and form.bias is not None):
         return x
@@ -59,7 +59,7 @@ def masked_fill(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """
     x, value = need_value(a.self), number_of(a.value)
     if value > -1e4:
-        return filled(b, x, a.mask, value, a)
+        return fill_where(b, x, a.mask, value, a)
     if not isinstance(a.mask, Param):
         raise NoForm("its mask depends on the samples")
     at, axis, ones, full = per_channel(b, x, as_numbers(b, a.mask, a.result_dtype))

@@ -8,11 +8,11 @@ from ...ir.calls import values_in
 from ...ir.program import Call, Opaque, Value
 from ...ir.recurrent import GATES, recognize
 from .builder import ProgramBuilder, as_shape
-from .index import along, emit
+from .index import along, emit_index
 from .repeated import row_of
 
 
-def simplified(b: ProgramBuilder, call: Call) -> Call:
+def simplify(b: ProgramBuilder, call: Call) -> Call:
     """The call with plain constants in place of constants that are repeated for every sample (a class token)."""
 
     def plain(x: object) -> object:
@@ -44,6 +44,6 @@ def last_state(b: ProgramBuilder, call: Call) -> Value | None:
     x = net.args[0]
     hidden, steps = b.param_shape(r.weights[0][1])[1], b.shape(x)[0]
     y = b.emit(Opaque(net, "a recurrent net goes step by step"), (x,), (steps, r.directions * hidden))
-    y = emit(b, y, along(b.shape(y), 0, [0 if d else steps - 1]))
-    y = emit(b, y, along(b.shape(y), 1, range(d * hidden, (d + 1) * hidden)))
+    y = emit_index(b, y, along(b.shape(y), 0, [0 if d else steps - 1]))
+    y = emit_index(b, y, along(b.shape(y), 1, range(d * hidden, (d + 1) * hidden)))
     return as_shape(b, y, (hidden,))

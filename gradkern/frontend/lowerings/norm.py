@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 from ...ir.program import Channels, Contract, LowRank, Param, Value
 from .builder import MixesSamples, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
-from .masks import bounded
+from .masks import replace_infinities
 
 
 @lowers("aten.batch_norm.default", "aten.native_batch_norm.default")
 def batch_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if a.training or a.running_mean is None:
         raise MixesSamples("uses the statistics of the batch")
-    return folded(b, a)
+    return fold_batch_norm(b, a)
 
 
 @lowers("aten._native_batch_norm_legit.no_stats", "aten._native_batch_norm_legit_functional.default")
@@ -23,7 +23,7 @@ def batch_norm_train(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten._native_batch_norm_legit_no_training.default")
-def folded(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+def fold_batch_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` as one factor and one shift per channel, both derived."""
     value = need_value(a.input)
     if not b.shape(value):
@@ -52,14 +52,14 @@ def softmax(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     axis = sample_axis(a.dim, len(b.shape(x)))
     if "log_softmax" in b.op:
         return b.emit(LowRank("log_softmax", axis), (x,), b.shape(x))
-    return b.emit(LowRank("softmax", axis), (bounded(b, x, a.result_dtype),), b.shape(x))
+    return b.emit(LowRank("softmax", axis), (replace_infinities(b, x, a.result_dtype),), b.shape(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Norms: one axis holds all numbers that are normalised together; then come a factor and a shift
 
 
-def normalized(b: ProgramBuilder, x: Value, groups: int, eps: float) -> Value:
+def normalize_groups(b: ProgramBuilder, x: Value, groups: int, eps: float) -> Value:
     """The value with each of ``groups`` equal stretches of the sample normalised to mean 0 and variance 1."""
     shape = b.shape(x)
     rows = as_shape(b, x, (groups, math.prod(shape) // groups))
@@ -80,7 +80,7 @@ def layer_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if len(inner) > len(shape):
         raise NoForm("it normalises over the samples")
     size = math.prod(inner)
-    y = as_shape(b, normalized(b, x, math.prod(shape) // size, a.eps), (math.prod(shape) // size, size))
+    y = as_shape(b, normalize_groups(b, x, math.prod(shape) // size, a.eps), (math.prod(shape) // size, size))
     flat = [
         p if p is None or len(inner) == 1 else b.derive("aten.reshape.default", p, (-1,)) for p in (a.weight, a.bias)
     ]
@@ -92,12 +92,12 @@ def layer_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 @lowers("aten.group_norm.default", groups="num_groups")
 @lowers("aten.native_group_norm.default", groups="group")
 def group_norm(b: ProgramBuilder, a: SimpleNamespace, groups: str) -> Value:
-    return affine_along(b, normalized(b, need_value(a.input), getattr(a, groups), a.eps), 0, a.weight, a.bias)
+    return affine_along(b, normalize_groups(b, need_value(a.input), getattr(a, groups), a.eps), 0, a.weight, a.bias)
 
 
 @lowers("aten.instance_norm.default")
 def instance_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not a.use_input_stats:
-        return folded(b, a)
+        return fold_batch_norm(b, a)
     x = need_value(a.input)
-    return affine_along(b, normalized(b, x, b.shape(x)[0], a.eps), 0, a.weight, a.bias)
+    return affine_along(b, normalize_groups(b, x, b.shape(x)[0], a.eps), 0, a.weight, a.bias)

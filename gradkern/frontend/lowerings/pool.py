@@ -9,7 +9,7 @@ from ...ir.indexing import along
 from ...ir.program import Contract, Positions, Select, Shape, Value, Windows
 from ...util.options import BadValue
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis, tuple_of
-from .index import as_list, emit, permuted
+from .index import as_list, emit_index, permute_axes
 
 Row = tuple[int, tuple[float, ...]]  # first input index, coefficients
 Rows = tuple[Row, ...]
@@ -25,7 +25,7 @@ def with_channels(b: ProgramBuilder, x: Value, dims: int) -> Value:
     return x
 
 
-def pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
+def window_count(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
     """The number of windows along one axis, by torch's rule: under ``ceil`` no window starts in the far padding."""
     room = size + 2 * p - d * (k - 1) - 1
     count = -(-room // s) + 1 if ceil else room // s + 1
@@ -47,7 +47,7 @@ def max_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     stride = tuple_of(a.stride, dims) if a.stride else kernel
     padding, dilation = tuple_of(a.padding, dims), tuple_of(a.dilation, dims)
     axes = list(zip(spatial, kernel, stride, padding, dilation, strict=True))
-    counts = tuple(pooled(*axis, a.ceil_mode) for axis in axes)
+    counts = tuple(window_count(*axis, a.ceil_mode) for axis in axes)
     # Under ``ceil`` the padding after grows until the last window fits.
     after = [max(p, (c - 1) * s + d * (k - 1) + 1 - n - p) for c, (n, k, s, p, d) in zip(counts, axes, strict=True)]
     windows = Windows(kernel, stride, tuple(zip(padding, after, strict=True)), dilation)
@@ -91,7 +91,7 @@ def avg_pool(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 def average_rows(n: int, k: int, s: int, p: int, ceil: bool, count_padding: bool) -> Rows:
     """One axis of an average pool: windows are clipped to the padded input, and read only inside the input."""
     rows = []
-    for i in range(pooled(n, k, s, p, 1, ceil)):
+    for i in range(window_count(n, k, s, p, 1, ceil)):
         start = i * s - p
         stop = min(start + k, n + p)
         first, last = max(start, 0), min(stop, n)
@@ -137,7 +137,7 @@ def adaptive_max(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
         bounds = adaptive_bounds(n, m)
         longest = max(last - first for first, last in bounds)
         wanted = [min(first + k, last - 1) for first, last in bounds for k in range(longest)]
-        y = emit(b, y, along(b.shape(y), axis, wanted))
+        y = emit_index(b, y, along(b.shape(y), axis, wanted))
         kernel.append(longest)
     windows = Windows(tuple(kernel), tuple(kernel), ((0, 0),) * dims, (1,) * dims)
     y = b.emit(Select(windows), (y,), (b.shape(source)[0], *counts))
@@ -150,7 +150,7 @@ def adaptive_max(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
 
 @lowers("aten.mean.dim", along="dim", average=True)
 @lowers("aten.sum.dim_IntList", along="dim", average=False)
-def reduced(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
+def sum_or_mean(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
     """A mean or sum over per-sample axes: rows that gather the reduced axes, and a view without them."""
     x = need_value(a.self)
     if a.dtype is not None:
@@ -166,18 +166,18 @@ def reduced(b: ProgramBuilder, a: SimpleNamespace, average: bool) -> Value:
         )
         y = b.emit(Contract(Positions(axes)), (x,), (shape[0], *(len(rows) for rows in axes)))
         return without(b, y, shape, dims, a.keepdim)
-    source, count = kept_first(b, x, dims)
+    source, count = move_kept_axes_first(b, x, dims)
     row = ((0, (1.0 / count if average else 1.0,) * count),)
     y = b.emit(Contract(Positions((row,))), (source,), (b.shape(source)[0], 1))
     return without(b, y, shape, dims, a.keepdim)
 
 
-def kept_first(b: ProgramBuilder, x: Value, dims: set[int]) -> tuple[Value, int]:
+def move_kept_axes_first(b: ProgramBuilder, x: Value, dims: set[int]) -> tuple[Value, int]:
     """The value as ``[kept, reduced]`` and the size of the second: a map over positions keeps axis 0."""
     shape = b.shape(x)
     if any(shape[d] == 0 for d in dims):
         raise NoForm("it reduces an empty axis")
-    permuted_x = permuted(b, x, [d for d in range(len(shape)) if d not in dims] + sorted(dims))
+    permuted_x = permute_axes(b, x, [d for d in range(len(shape)) if d not in dims] + sorted(dims))
     count = math.prod(shape[d] for d in dims)
     return as_shape(b, permuted_x, (math.prod(shape) // count, count)), count
 
@@ -195,7 +195,7 @@ def maximum(b: ProgramBuilder, a: SimpleNamespace, ties: str) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     dims = {sample_axis(d, len(shape)) for d in as_list(a.dim) or range(len(shape) + 1)}
-    source, count = kept_first(b, x, dims)
+    source, count = move_kept_axes_first(b, x, dims)
     windows = Windows((count,), (1,), ((0, 0),), (1,))
     y = b.emit(Select(windows, ties), (source,), (b.shape(source)[0], 1))
     return without(b, y, shape, dims, a.keepdim)

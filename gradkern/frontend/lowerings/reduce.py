@@ -11,10 +11,10 @@ import torch
 from ...ir.indexing import along
 from ...ir.program import Contract, Dense, Positions, Product, Select, Shape, Sum, Value, Windows
 from .activation import elementwise
-from .arithmetic import affine, multiplied, scaled
+from .arithmetic import affine, multiply, scale_by
 from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
-from .index import as_list, emit, joined, permuted, stretched
-from .pool import kept_first, without
+from .index import as_list, concatenate, emit_index, permute_axes, stretch
+from .pool import move_kept_axes_first, without
 
 
 def reduced_axes(dim: object, rank: int) -> set[int]:
@@ -30,7 +30,7 @@ def rows(b: ProgramBuilder, x: Value, coefficient: float = 1.0) -> Value:
 
 def minus(b: ProgramBuilder, x: Value, y: Value) -> Value:
     """``x - y``, with ``y`` repeated along axes of length one."""
-    other = stretched(b, affine(b, y, -1.0, 0.0), b.shape(x))
+    other = stretch(b, affine(b, y, -1.0, 0.0), b.shape(x))
     return b.emit(Sum(), (x, other), b.shape(x))
 
 
@@ -74,7 +74,7 @@ def var(b: ProgramBuilder, a: SimpleNamespace, std: bool) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     dims = reduced_axes(a.dim, len(shape))
-    source, n = kept_first(b, x, dims)
+    source, n = move_kept_axes_first(b, x, dims)
     if a.piece == 1:
         return without(b, rows(b, source, 1.0 / n), shape, dims, a.keepdim)
     given = a.unbiased if hasattr(a, "unbiased") else a.correction
@@ -100,7 +100,7 @@ def norm(b: ProgramBuilder, x: Value, order: float, dtype: torch.dtype) -> Value
 
 def norm_along(b: ProgramBuilder, x: Value, axis: int, dtype: torch.dtype) -> Value:
     """The Euclidean norm along one per-sample axis, which stays with length one."""
-    source, _ = kept_first(b, x, {axis})
+    source, _ = move_kept_axes_first(b, x, {axis})
     return without(b, norm(b, source, 2, dtype), b.shape(x), {axis}, True)
 
 
@@ -113,7 +113,7 @@ def vector_norm(b: ProgramBuilder, a: SimpleNamespace, order: str) -> Value:
     shape = b.shape(x)
     dims = reduced_axes(a.dim, len(shape))
     p = getattr(a, order)
-    y = norm(b, kept_first(b, x, dims)[0], 2.0 if p is None else float(p), a.result_dtype)
+    y = norm(b, move_kept_axes_first(b, x, dims)[0], 2.0 if p is None else float(p), a.result_dtype)
     return without(b, y, shape, dims, a.keepdim)
 
 
@@ -127,9 +127,9 @@ def cosine_similarity(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     sides = []
     for x in (one, two):
         bounded = elementwise(b, norm_along(b, x, axis, a.result_dtype), "clamp", float(a.eps), math.inf)
-        sides.append(multiplied(b, x, elementwise(b, bounded, "reciprocal")))
-    product = multiplied(b, *sides)
-    source, _ = kept_first(b, product, {axis})
+        sides.append(multiply(b, x, elementwise(b, bounded, "reciprocal")))
+    product = multiply(b, *sides)
+    source, _ = move_kept_axes_first(b, product, {axis})
     return without(b, rows(b, source), b.shape(product), {axis}, False)
 
 
@@ -140,7 +140,7 @@ def pairwise_distance(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it compares values of unequal shapes")
     apart = affine(b, minus(b, one, two), 1.0, float(a.eps))
     axis = len(b.shape(apart)) - 1
-    y = norm(b, kept_first(b, apart, {axis})[0], float(a.p), a.result_dtype)
+    y = norm(b, move_kept_axes_first(b, apart, {axis})[0], float(a.p), a.result_dtype)
     return without(b, y, b.shape(apart), {axis}, a.keepdim)
 
 
@@ -154,8 +154,8 @@ def rms_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     n = math.prod(shape[len(shape) - inner :])
     source = as_shape(b, x, (math.prod(shape) // n, n))
     power = affine(b, rows(b, elementwise(b, source, "square"), 1.0 / n), 1.0, eps)
-    y = as_shape(b, multiplied(b, source, elementwise(b, power, "rsqrt")), shape)
-    return y if a.weight is None else scaled(b, y, a.weight)
+    y = as_shape(b, multiply(b, source, elementwise(b, power, "rsqrt")), shape)
+    return y if a.weight is None else scale_by(b, y, a.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def logsumexp(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     dims = reduced_axes(a.dim, len(shape))
-    source, _ = kept_first(b, x, dims)
+    source, _ = move_kept_axes_first(b, x, dims)
     top = largest(b, source)
     below = rows(b, elementwise(b, minus(b, source, top), "exp"))
     y = b.emit(Sum(), (elementwise(b, below, "log"), top), b.shape(top))
@@ -180,7 +180,7 @@ def minimum(b: ProgramBuilder, a: SimpleNamespace, ties: str) -> Value:
     x = need_value(a.self)
     shape = b.shape(x)
     dims = reduced_axes(a.dim, len(shape))
-    source, _ = kept_first(b, affine(b, x, -1.0, 0.0), dims)
+    source, _ = move_kept_axes_first(b, affine(b, x, -1.0, 0.0), dims)
     return without(b, affine(b, largest(b, source, ties), -1.0, 0.0), shape, dims, a.keepdim)
 
 
@@ -192,11 +192,11 @@ def prod(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it changes the dtype")
     shape = b.shape(x)
     dims = {sample_axis(a.dim, len(shape))}
-    y, n = kept_first(b, x, dims)
+    y, n = move_kept_axes_first(b, x, dims)
     while n > 1:
-        first, second = (emit(b, y, along(b.shape(y), 1, range(k, k + n // 2))) for k in (0, n // 2))
+        first, second = (emit_index(b, y, along(b.shape(y), 1, range(k, k + n // 2))) for k in (0, n // 2))
         product = b.emit(Product("mul"), (first, second), b.shape(first))
-        rest = [emit(b, y, along(b.shape(y), 1, [n - 1]))] if n % 2 else []
+        rest = [emit_index(b, y, along(b.shape(y), 1, [n - 1]))] if n % 2 else []
         y = side_by_side(b, [product, *rest], 1)
         n = b.shape(y)[1]
     return without(b, y, shape, dims, a.keepdim)
@@ -205,14 +205,14 @@ def prod(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 def side_by_side(b: ProgramBuilder, values: list[Value], axis: int) -> Value:
     shape = list(b.shape(values[0]))
     shape[axis] = sum(b.shape(v)[axis] for v in values)
-    return joined(b, values, axis, tuple(shape))
+    return concatenate(b, values, axis, tuple(shape))
 
 
 def over_rows(b: ProgramBuilder, x: Value, axis: int, f: Callable[[Value], Value]) -> Value:
     """``f`` on the last axis of ``[*, n]``, for the values along one per-sample axis."""
     order = [d for d in range(len(b.shape(x))) if d != axis] + [axis]
-    y = f(permuted(b, x, order))
-    return permuted(b, y, [order.index(d) for d in range(len(order))])
+    y = f(permute_axes(b, x, order))
+    return permute_axes(b, y, [order.index(d) for d in range(len(order))])
 
 
 _LONGEST_SUM = 1024  # the longest running sum; its matrix has the square of its length

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.calls import evaluate, rewritten, values_in
+from ...ir.calls import evaluate, rewrite, values_in
 from ...ir.program import Batch, Call, Param
 from ...util import rounding
 from ...util.options import debugging
@@ -68,13 +68,13 @@ def row_of(b: ProgramBuilder, call: Call) -> Param | None:
 
 
 def _row(b: ProgramBuilder, call: Call) -> Param | None:
-    one = rewritten(call, lambda x: x.times if isinstance(x, Batch) else x)
+    one = rewrite(call, lambda x: x.times if isinstance(x, Batch) else x)
     if not isinstance(one, Call):
         return None
     try:
         with torch.inference_mode(False), torch.no_grad():
             tensors: dict[Param, Tensor] = {}
-            alone, together = (_computed(b, call, n, tensors) for n in (1, _SAMPLES))
+            alone, together = (_compute(b, call, n, tensors) for n in (1, _SAMPLES))
     except Exception:  # whatever torch raises for numbers that mean something else here
         if debugging():
             raise
@@ -86,7 +86,7 @@ def _row(b: ProgramBuilder, call: Call) -> Param | None:
     return param
 
 
-def _computed(b: ProgramBuilder, call: Call, n: int, tensors: dict[Param, Tensor]) -> Tensor:
+def _compute(b: ProgramBuilder, call: Call, n: int, tensors: dict[Param, Tensor]) -> Tensor:
     def leaf(x: Any) -> Any:
         if isinstance(x, Batch):
             return x.times * n

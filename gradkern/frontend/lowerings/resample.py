@@ -11,7 +11,7 @@ from ...ir.calls import operator_of
 from ...ir.indexing import along
 from ...ir.program import Contract, Positions, Value
 from .builder import NoForm, ProgramBuilder, lowers, need_value
-from .index import emit
+from .index import emit_index
 from .pool import Rows, identity_rows
 
 OPS = {
@@ -35,7 +35,7 @@ def resample(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if "nearest" not in b.op:
         return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)
     for axis, rows in enumerate(axes, start=1):
-        x = emit(b, x, along(b.shape(x), axis, [first for first, _ in rows]))
+        x = emit_index(b, x, along(b.shape(x), axis, [first for first, _ in rows]))
     return x
 
 

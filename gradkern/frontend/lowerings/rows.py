@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from ...ir.program import Channels, Contract, Param, Value, Windows
 from .builder import LOWERINGS, NoForm, ProgramBuilder, as_shape, lowers_rows, need_value, tuple_of
 from .conv import padding_of, planar, window_counts
-from .index import permuted
-from .norm import factors, normalized
+from .index import permute_axes
+from .norm import factors, normalize_groups
 
 
 @lowers_rows("aten.conv1d.default", "aten.conv1d.padding", dims=1)
@@ -29,14 +29,14 @@ def convolution(b: ProgramBuilder, a: SimpleNamespace, dims: int) -> Value:
     padding = ((0, 0), *padding_of(a.padding, tuple(kernel), dilation))
     windows = Windows((1, *kernel), (1, *stride), padding, (1, *dilation), a.groups)
     order = (1, 0, *range(2, dims + 2))
-    x = permuted(b, x, order)
+    x = permute_axes(b, x, order)
     weight = b.derive("aten.reshape.default", a.weight, (outputs, per_group, 1, *kernel))
     b.param_meta[weight] = b.param_meta[a.weight].new_empty((outputs, per_group, 1, *kernel), device="meta")
     result = (outputs, *window_counts(windows, b.shape(x)[1:]))
     x, windows, weight = planar(b, x, windows, weight)
     spatial = window_counts(windows, b.shape(x)[1:])
     y = as_shape(b, b.emit(Contract(windows, weight, a.bias), (x,), (outputs, *spatial)), result)
-    return permuted(b, y, order)
+    return permute_axes(b, y, order)
 
 
 POOLS = {
@@ -80,7 +80,7 @@ def per_channel(b: ProgramBuilder, x: Value, scale: Param | None, shift: Param |
 @lowers_rows("aten.group_norm.default")
 def group_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     x = need_value(a.input)
-    return per_channel(b, normalized(b, x, b.shape(x)[0] * a.num_groups, a.eps), a.weight, a.bias)
+    return per_channel(b, normalize_groups(b, x, b.shape(x)[0] * a.num_groups, a.eps), a.weight, a.bias)
 
 
 @lowers_rows("aten.instance_norm.default")
@@ -89,4 +89,4 @@ def instance_norm(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not a.use_input_stats:
         return per_channel(b, x, *factors(b, a))
     rows, channels = b.shape(x)[:2]
-    return per_channel(b, normalized(b, x, rows * channels, a.eps), a.weight, a.bias)
+    return per_channel(b, normalize_groups(b, x, rows * channels, a.eps), a.weight, a.bias)

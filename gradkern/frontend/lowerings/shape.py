@@ -45,7 +45,7 @@ def dropout(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 @lowers("aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.other", "aten.type_as.default")
-def unchanged(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+def drop_cast(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     """The value itself: these ops disappear if they do not change the dtype."""
     x = need_value(a.self)
     if b.shape(x) != a.result or b.dtypes.get(x) != a.result_dtype:
