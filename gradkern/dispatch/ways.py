@@ -26,7 +26,8 @@ from .targets import Seeds
 #: Calls of 1, 2–7, 8–31, and 32 or more samples are measured apart: in small ones the cost per call weighs more.
 SIZES = (2, 8, 32)
 MOST_SAMPLES = SIZES[-1]
-SLOW_NETWORK_SAMPLES = SIZES[-2]  # the slice of a slow network: with more, one round would exceed the patience below
+SLOW_NETWORK_SAMPLES = SIZES[-2]  # the slice of a slow network
+SLOW_ROUND = 3.0  # seconds of a round beyond which a network is slow; shorter ones see what the weights' share is worth
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
 MOST_SEEDS = 32  # the most seeds in a measurement on autograd, whose time is proportional to them
 ROUNDS = 7
@@ -73,20 +74,21 @@ def measure(request: Request, captured: BoundProgram, known: KnownCall, profile:
 
     warm = min(WARM_UP, request.samples)
     possible = [way for way in _ways(seeds) if _runs(run, way, warm)]
-    best = dict.fromkeys(possible, float("inf"))
+    best, spent = dict.fromkeys(possible, float("inf")), 0.0
     samples = min(request.samples, MOST_SAMPLES)
     if samples > SLOW_NETWORK_SAMPLES and sum(run(way, warm) for way in possible) / warm * samples > PATIENCE[0]:
-        samples = SLOW_NETWORK_SAMPLES
-    spent = 0.0
-    for number in range(ROUNDS):
+        first = {way: run(way, SLOW_NETWORK_SAMPLES) for way in possible}
+        if sum(first.values()) / SLOW_NETWORK_SAMPLES * samples > SLOW_ROUND:
+            samples, best, spent = SLOW_NETWORK_SAMPLES, first, sum(first.values())
+    for number in range(int(spent > 0.0), ROUNDS):
+        if number and spent > PATIENCE[min(number, len(PATIENCE)) - 1]:
+            break
         shortest = min(best.values())
         for way in best:
             if best[way] <= HOPELESS * shortest or number == 0:
                 took = run(way, samples)
                 best[way] = min(best[way], took)
                 spent += took
-        if spent > PATIENCE[min(number, len(PATIENCE) - 1)]:
-            break
     return Timing(samples, best)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import numpy as np
@@ -137,6 +138,29 @@ def test_a_measurement_runs_every_way_and_warms_up_first(n, targets, monkeypatch
     first = len(taken)
     assert gradkern.explain(model, x, targets, show=False).timing is timing
     assert len(taken) == first
+    ways.timings.clear()
+
+
+@pytest.mark.parametrize(("scale", "samples", "way"), [(1.0, 32, "loop"), (10.0, 8, "kernels")])
+def test_large_weights_count_less_in_large_calls(scale, samples, way, monkeypatch):
+    """Torch reads them once for all samples, so eight samples say little of a call of 32."""
+    rounds = []
+
+    def seconds_of(work, device):
+        facts = inspect.getclosurevars(work).nonlocals
+        n = facts["part"].samples
+        rounds.append(n)
+        return scale * (0.02 * n if facts["way"] == "kernels" else 0.15 + 0.006 * n)
+
+    monkeypatch.setattr(ways, "measure", MEASURE)
+    monkeypatch.setattr(ways, "seconds_of", seconds_of)
+    ways.timings.clear()
+    model, (x,) = net(n=40)
+    gradkern.prepare(model, x)
+    timing = gradkern.explain(model, x, [1], show=False).timing
+    assert timing.samples == samples
+    assert min(timing.seconds, key=timing.seconds.get) == way
+    assert rounds.count(8) == 2 and rounds.count(32) <= 4
     ways.timings.clear()
 
 
