@@ -194,23 +194,25 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
         yield (answer, results.top_indices()[shown]) if isinstance(results.seeds, TopSeeds) else answer
 
 
-def prepare(model: Model, inputs: Tensor | Several, targets: Targets = None, *, output: Output = None) -> Prepared:
+def prepare(
+    model: Model, inputs: Tensor | Several, targets: Targets = None, *, wrt: Wrt = None, output: Output = None
+) -> Prepared:
     """Capture and verify the model now, with some of these samples, so that no later call has to.
 
-    Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets)`` for inputs of the same shapes, dtypes and devices
-    (all floating ones are differentiated), without the checks that take most of the time of a call of few samples.  It
-    packs the weights at its first call and does not notice any later change of the model: prepare it again after one.
+    Returns a callable: ``jac(x)`` is ``jacobian(model, x, targets, wrt=wrt)`` for inputs of the same shapes, dtypes and
+    devices, without the checks that take most of the time of a call of few samples.  It packs the weights at its first
+    call and does not notice any later change of the model: prepare it again after one.
     ``jac.program`` is what was captured, and ``str(jac)`` lists it.  If the model stays on autograd, a warning says
     why, and ``jac.program`` is None.  Then, and where autograd turns out to be faster, ``jac(x)`` is a call of
     `jacobian`.
 
-    ``targets`` as in `jacobian`, the same for all samples; ``output`` as in `jacobian`.  `jacobian` itself uses the
-    captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
+    ``targets`` as in `jacobian`, the same for all samples; ``wrt`` (by default all floating inputs) and ``output`` as
+    in `jacobian`.  `jacobian` itself uses the captured network too, whatever its ``engine``, ``wrt`` and ``targets``.
     """
-    request = replace(_inspection_request(model, inputs, output=output), resolve_seeds=jacobian_choice(targets))
+    request = replace(_inspection_request(model, inputs, wrt, output), resolve_seeds=jacobian_choice(targets))
     verdict = ensure_captured(request, decide(request))
     program = None if verdict is None else verdict.program
-    return Prepared(request, program, isinstance(inputs, (tuple, list)))
+    return Prepared(request, program, _gives_tuple(inputs, wrt))
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ class WholeModel:
     steps: ClassVar[tuple[PlanStep, ...]] = ()
     fused_share: ClassVar[float] = 0.0
     native_share: ClassVar[float] = 0.0
+    timing: ClassVar[None] = None
 
     def __str__(self) -> str:
         return f"{self.name}: autograd, the whole model. Why: {self.reason}.\nfused 0 %, own kernels 0 %"

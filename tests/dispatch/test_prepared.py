@@ -34,6 +34,15 @@ def test_its_results_are_those_of_jacobian(name: str) -> None:
         assert all(map(torch.equal, some(given), gradkern.jacobian(model, given, [1, 0], engine="kernel")))
 
 
+@pytest.mark.parametrize("wrt", [0, 1, [1], [1, 0]])
+def test_inputs_to_differentiate(wrt: int | list[int]) -> None:
+    model, inputs = CASES["two_inputs"].build(), CASES["two_inputs"].inputs(3)
+    got, want = gradkern.prepare(model, inputs, wrt=wrt)(inputs), gradkern.jacobian(model, inputs, wrt=wrt)
+    assert type(got) is type(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_it_does_not_look_at_the_model_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
     jac = gradkern.prepare(model, x)
