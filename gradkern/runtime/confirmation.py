@@ -62,8 +62,9 @@ def confirm(
         generator = torch.Generator().manual_seed(0)
 
         def cast(t: Tensor) -> Tensor:
-            t = t.to(dtype) if t.is_floating_point() and not opaque else t
-            return _noisy(t, eps * t.abs(), generator) if eps else t
+            if not opaque and (t.is_floating_point() or t.is_complex()):
+                t = t.to(dtype.to_complex() if t.is_complex() else dtype)
+            return _noisy(t, eps * t.abs(), generator) if eps and t.is_floating_point() else t
 
         params = {name: cast(p) for name, p in weights.params.items()}
         few = [cast(t) for t in few]

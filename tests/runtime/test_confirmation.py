@@ -3,6 +3,8 @@ differ."""
 
 from __future__ import annotations
 
+import warnings
+
 import captum.attr
 import pytest
 import torch
@@ -99,6 +101,21 @@ def test_a_forward_pass(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     monkeypatch.setattr(ops, "chain_forward", lambda *args: [value + 1.0 for value in right(*args)])
     with torch.no_grad(), pytest.warns(GradkernWarning, match="first results are not torch's own"):
         assert executor.forward_values(program, params, [x[:n]], [program.output]) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_that_cancel_are_no_difference(dtype: torch.dtype) -> None:
+    """The mean of a softmax is constant, so its gradient is rounding alone; the other inputs stay as they are."""
+
+    def model(x: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
+        return torch.softmax(table[ids] + x.where(keep, 0.0), 1).mean(1, keepdim=True)
+
+    table = torch.randn(5, 12, dtype=dtype)
+    inputs = torch.randn(4, 12, dtype=dtype), torch.arange(4), torch.rand(4, 12) > 0.3
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*first results are not torch's own")
+        got = gradkern.jacobian(model, inputs, wrt=0, engine="kernel")
+    assert float(got.abs().max()) < 1e-6
 
 
 def test_a_transpose(broken) -> None:
