@@ -31,6 +31,8 @@ class _Extent(NamedTuple):
 
 _CPU, _GPU = _Extent(3, 4, 3), _Extent(8, 1 << 30, 2048)  # a GPU's threads take their shares by the number of seeds
 MOVE = 1e-2  # the perturbation, as a share of the inputs' spread
+DRAWS = 3  # of rounding, where the errors are larger than the tolerance
+CANCELLED = 1e3  # units of rounding: a gradient below as many, in relation to output and input, is what cancels leave
 SLACK = 10.0  # times the error of torch's own kernels, if that is larger than the tolerance
 
 
@@ -39,7 +41,8 @@ class KernelsDiffer(RuntimeError):
 
 
 #: Results, one ``[N, ...]`` each, of a call with tensors ``[N, ...]``; those with an axis of seeds have fewer of them.
-Folded = Callable[[Sequence[Tensor], torch.dtype, float], Sequence[Tensor]]
+#: With a number, inputs and weights are off by a unit of rounding, drawn by that seed.
+Folded = Callable[[Sequence[Tensor], torch.dtype, int | None], Sequence[Tensor]]
 Run = Callable[["CallPlan", PlanWeights, Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -58,26 +61,27 @@ def confirm(
     extent = _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
     plain = call_plan.folded(min(call_plan.plan.seeds, extent.seeds))
 
-    def folded(few: Sequence[Tensor], dtype: torch.dtype, eps: float) -> Sequence[Tensor]:
-        generator = torch.Generator().manual_seed(0)
+    def folded(few: Sequence[Tensor], dtype: torch.dtype, draw: int | None) -> Sequence[Tensor]:
+        generator, eps = torch.Generator().manual_seed(draw or 0), torch.finfo(dtype).eps
 
         def cast(t: Tensor) -> Tensor:
             if not opaque and (t.is_floating_point() or t.is_complex()):
                 t = t.to(dtype.to_complex() if t.is_complex() else dtype)
-            return _noisy(t, eps * t.abs(), generator) if eps and t.is_floating_point() else t
+            return t if draw is None or not t.is_floating_point() else _noisy(t, eps * t.abs(), generator)
 
         params = {name: cast(p) for name, p in weights.params.items()}
         few = [cast(t) for t in few]
         return run(plain, PlanWeights(plain.plan, params, leading(few)), few)
 
+    gradients = bool(call_plan.plan.seeds) and not call_plan.linear  # behind the output
     call_plan.confirmed = True  # for the runs inside
     try:
-        error = _error(extent, weights.like.dtype, given, got, folded)
+        error = _error(extent, weights.like.dtype, given, got, folded, gradients)
         dead = not any(bool(g.any()) for g in got[1:] or got)
         if dead or error is None or error > 1.0:
             generator = torch.Generator().manual_seed(0)
             moved = [_noisy(x, MOVE * _spread(x), generator) for x in (x[: extent.moved] for x in given)]
-            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded)
+            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
         if error is not None and error > 1.0:
             raise _refusal(call_plan, weights.like.device, error)
     except BaseException:
@@ -117,23 +121,35 @@ def _spread(x: Tensor) -> float:
 
 
 def _error(
-    extent: _Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded
-) -> float | None:
+    extent: _Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
+    gradients: bool,
+) -> float | None:  # fmt: skip
     """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
-    finite."""
+    finite.  ``gradients``: the results are an output and its gradients."""
     n = inputs[0].shape[0]
     rows = torch.linspace(0, n - 1, min(n, extent.samples)).round().long().to(inputs[0].device)
     few = [x[rows] for x in inputs]
-    want = folded(few, torch.float64, 0.0)
-    pairs = list(zip([g[rows] for g in got], want, strict=True))
-    pairs = [(g if g.shape == w.shape else few_seeds(g, w.shape[1]), w) for g, w in pairs]
-    errors = torch.stack([rounding.sample_errors(g, w) for g, w in pairs])  # [results, n]
-    errors = errors[:, torch.isfinite(errors).all(0)].amax(0)
-    if not len(errors):
+    want = folded(few, torch.float64, None)
+    least = [0.0, *[_cancelled(few, want[0], dtype) if gradients else 0.0] * (len(want) - 1)]
+
+    def errors(results: Sequence[Tensor]) -> Tensor:  # [n]
+        each = zip(results, want, least, strict=True)
+        return torch.stack([rounding.sample_errors(r, w, small) for r, w, small in each]).amax(0)
+
+    chosen = list(zip([g[rows] for g in got], want, strict=True))
+    mine = errors([g if g.shape == w.shape else few_seeds(g, w.shape[1]) for g, w in chosen])
+    mine = mine[torch.isfinite(mine)]
+    if not len(mine):
         return None
     tolerance = rounding.for_program(dtype)
-    if errors.median() > tolerance:  # where terms cancel, rounding is all that is left of them
-        rounded = folded(few, dtype, torch.finfo(dtype).eps)
-        theirs = torch.stack([rounding.sample_errors(r, w) for r, w in zip(rounded, want, strict=True)]).amax(0)
-        tolerance = max(tolerance, SLACK * float(theirs.nan_to_num(0.0).median()))
-    return float(errors.median()) / tolerance
+    if mine.median() > tolerance:  # where terms cancel, rounding is all that is left of them
+        theirs = [float(errors(folded(few, dtype, draw)).nan_to_num(0.0).median()) for draw in range(DRAWS)]
+        tolerance = max(tolerance, SLACK * max(theirs))
+    return float(mine.median()) / tolerance
+
+
+def _cancelled(inputs: Sequence[Tensor], y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Per sample, the size of a gradient that may be rounding alone, ``[N]``."""
+    size = torch.stack([x.double().flatten(1).norm(dim=1) for x in inputs if x.is_floating_point()]).norm(dim=0)
+    scale = y.double().flatten(1).norm(dim=1) / size.where(size > 0, 1.0)
+    return CANCELLED * torch.finfo(dtype).eps * scale.nan_to_num(0.0, 0.0, 0.0)

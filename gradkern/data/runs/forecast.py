@@ -13,6 +13,7 @@ CHUNK_BYTES = 16 << 20  # bytes of a chunk's stored maps, or of its inputs if no
 LARGEST_CHUNK = 16384  # the most samples in a chunk
 CACHED_BYTES = 16 << 20  # bytes of a batch's maps if they are only reduced, so that they stay in a cache
 SMALLEST_CACHED = 32  # the least samples in such a batch
+SUMMING_BYTES = 64 << 20  # what the engine takes if kernels add to statistics and keep no maps; else its memory budget
 RECORDS = 6  # sets of statistics in memory: of the chunk at work, of chunks being written, of records being joined
 QUEUED = 5  # chunks in memory: two read ahead, one being computed, two being written
 

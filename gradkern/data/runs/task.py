@@ -141,7 +141,7 @@ class Task:
         sums = probe.sums_bytes(self.settings.reductions)
         memory = (
             forecast.QUEUED * self.results.chunk * queued
-            + options.memory_budget()
+            + (forecast.SUMMING_BYTES if probe.sums_only else options.memory_budget())
             + min(forecast.RECORDS, 2 + len(chunks)) * sums
         )
         return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
