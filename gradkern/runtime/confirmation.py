@@ -150,6 +150,10 @@ def _error(
 
 def _cancelled(inputs: Sequence[Tensor], y: Tensor, dtype: torch.dtype) -> Tensor:
     """Per sample, the size of a gradient that may be rounding alone, ``[N]``."""
-    size = torch.stack([x.double().flatten(1).norm(dim=1) for x in inputs if x.is_floating_point()]).norm(dim=0)
-    scale = y.double().flatten(1).norm(dim=1) / size.where(size > 0, 1.0)
+
+    def norm(x: Tensor) -> Tensor:
+        return x.double().reshape(len(x), -1).norm(dim=1)
+
+    size = torch.stack([norm(x) for x in inputs if x.is_floating_point()]).norm(dim=0)
+    scale = norm(y) / size.where(size > 0, 1.0)
     return CANCELLED * torch.finfo(dtype).eps * scale.nan_to_num(0.0, 0.0, 0.0)

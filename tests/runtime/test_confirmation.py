@@ -103,6 +103,12 @@ def test_a_forward_pass(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
         assert executor.forward_values(program, params, [x[:n]], [program.output]) == {}
 
 
+def test_samples_and_outputs_of_one_number() -> None:
+    model, x = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1), nn.Tanh(), nn.Flatten(0)).eval(), torch.randn(5)
+    got = gradkern.jacobian(model, x, engine="kernel")  # [N]
+    assert oracle.relative_error(got[:, None], oracle.jacobian(model, [x])[1][0]) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_terms_that_cancel_are_no_difference(dtype: torch.dtype) -> None:
     """The mean of a softmax is constant, so its gradient is rounding alone; the other inputs stay as they are."""
