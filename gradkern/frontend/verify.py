@@ -20,6 +20,7 @@ from ..runtime import ops
 from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
+from ..util.samples import perturbed, spread_of, spread_rows
 from .refusal import NoProgram
 from .terms import Terms, pull_back, terms_of
 
@@ -47,7 +48,7 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
         for _ in range(_TRIES - 1):
             if not isinstance(outcome, NoProgram) or outcome.final:
                 break
-            moved = tuple(_noisy(x, _MOVE, generator) for x in samples)
+            moved = tuple(_moved(x, _MOVE, generator) for x in samples)
             outcome = _compare(program, fn, params, moved, cotangent)
     if isinstance(outcome, NoProgram):
         raise outcome
@@ -56,8 +57,7 @@ def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Seq
 
 def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
     """Some of the caller's samples, with perturbed copies if there are too few."""
-    n = inputs[0].shape[0]
-    pick = torch.linspace(0, max(n - 1, 0), min(n, _TOGETHER)).round().long()
+    pick = spread_rows(inputs[0].shape[0], _TOGETHER)
     samples = []
     for x in inputs:
         rows = x.detach()[pick.to(x.device)].clone()
@@ -66,18 +66,13 @@ def _few(inputs: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, 
         if rows.shape[0] == 0:
             rows = torch.zeros(1, *x.shape[1:], dtype=x.dtype, device=x.device)
         if missing := _TOGETHER - rows.shape[0]:
-            rows = torch.cat([rows, _noisy(rows[-1:].expand(missing, *rows.shape[1:]), 0.3, generator)])
+            rows = torch.cat([rows, _moved(rows[-1:].expand(missing, *rows.shape[1:]), 0.3, generator)])
         samples.append(rows)
     return tuple(samples)
 
 
-def _noisy(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    if not x.is_floating_point():
-        return x.clone()
-    finite = x[torch.isfinite(x)]
-    spread = float(finite.double().std()) if finite.numel() > 1 else 0.0
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype=x.dtype, device=x.device)
-    return x + noise * (share * (spread or 1.0))
+def _moved(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    return perturbed(x, share * spread_of(x), generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------

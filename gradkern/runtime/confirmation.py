@@ -15,21 +15,24 @@ from torch import Tensor
 from ..codegen.machine import Device
 from ..ir.program import Opaque
 from ..util import rounding
+from ..util.samples import perturbed, spread_of, spread_rows
 from .parameters import KernelsUnavailable, PlanWeights, leading
 
 if TYPE_CHECKING:
     from .call_plan import CallPlan
 
 
-class _Extent(NamedTuple):
+class Extent(NamedTuple):
     """How much is compared."""
 
     samples: int  # spread over the batch
     seeds: int  # seeds of each sample
     moved: int  # samples of the second comparison
+    alone: int  # samples of a call for the comparison's sake
 
 
-_CPU, _GPU = _Extent(3, 4, 3), _Extent(8, 1 << 30, 2048)  # a GPU's threads take their shares by the number of seeds
+#: A GPU's threads take their shares by the number of seeds and samples.
+_CPU, _GPU = Extent(3, 4, 3, 16), Extent(8, 1 << 30, 2048, 1024)
 MOVE = 1e-2  # the perturbation, as a share of the inputs' spread
 DRAWS = 3  # of rounding, where the errors are larger than the tolerance
 CANCELLED = 1e3  # units of rounding: a gradient below as many, in relation to output and input, is what cancels leave
@@ -58,7 +61,7 @@ def confirm(
     """
     # A call that torch runs may name a dtype.
     opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
-    extent = _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
+    extent = extent_of(call_plan)
     plain = call_plan.folded(min(call_plan.plan.seeds, extent.seeds))
 
     def folded(few: Sequence[Tensor], dtype: torch.dtype, draw: int | None) -> Sequence[Tensor]:
@@ -67,7 +70,7 @@ def confirm(
         def cast(t: Tensor) -> Tensor:
             if not opaque and (t.is_floating_point() or t.is_complex()):
                 t = t.to(dtype.to_complex() if t.is_complex() else dtype)
-            return t if draw is None or not t.is_floating_point() else _noisy(t, eps * t.abs(), generator)
+            return t if draw is None or not t.is_floating_point() else perturbed(t, eps * t.abs(), generator)
 
         params = {name: cast(p) for name, p in weights.params.items()}
         few = [cast(t) for t in few]
@@ -80,7 +83,8 @@ def confirm(
         dead = not any(bool(g.any()) for g in got[1:] or got)
         if dead or error is None or error > 1.0:
             generator = torch.Generator().manual_seed(0)
-            moved = [_noisy(x, MOVE * _spread(x), generator) for x in (x[: extent.moved] for x in given)]
+            few = [x[: extent.moved] for x in given]
+            moved = [perturbed(x, MOVE * spread_of(x), generator) for x in few]
             error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
         if error is not None and error > 1.0:
             raise _refusal(call_plan, weights.like.device, error)
@@ -88,6 +92,10 @@ def confirm(
         call_plan.confirmed = False
         raise
     call_plan.confirmed = error is not None
+
+
+def extent_of(call_plan: CallPlan) -> Extent:
+    return _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
 
 
 def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Exception:
@@ -106,34 +114,23 @@ def _refusal(call_plan: CallPlan, device: torch.device, error: float) -> Excepti
 def few_seeds(t: Tensor, count: int) -> Tensor:
     """``count`` of the seeds of ``t [N, S, ...]``, spread over all of them."""
     if t.shape[1] != count:
-        t = t[:, torch.linspace(0, t.shape[1] - 1, count).round().long().to(t.device)]
+        t = t[:, spread_rows(t.shape[1], count).to(t.device)]
     return t.contiguous()
 
 
-def _noisy(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    return x + size * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-
-
-def _spread(x: Tensor) -> float:
-    return (float(x.double().std()) if x.numel() > 1 else 0.0) or 1.0
-
-
 def _error(
-    extent: _Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
+    extent: Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
     gradients: bool,
 ) -> float | None:  # fmt: skip
     """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
     finite.  ``gradients``: the results are an output and its gradients."""
-    n = inputs[0].shape[0]
-    rows = torch.linspace(0, n - 1, min(n, extent.samples)).round().long().to(inputs[0].device)
+    rows = spread_rows(len(inputs[0]), extent.samples).to(inputs[0].device)
     few = [x[rows] for x in inputs]
     want = folded(few, torch.float64, None)
-    least = [0.0, *[_cancelled(few, want[0], dtype) if gradients else 0.0] * (len(want) - 1)]
+    slack = [0.0, *[_cancelled(few, want[0], dtype) if gradients else 0.0] * (len(want) - 1)]
 
     def errors(results: Sequence[Tensor]) -> Tensor:  # [n]
-        each = zip(results, want, least, strict=True)
+        each = zip(results, want, slack, strict=True)
         return torch.stack([rounding.sample_errors(r, w, small) for r, w, small in each]).amax(0)
 
     chosen = list(zip([g[rows] for g in got], want, strict=True))

@@ -8,7 +8,7 @@ which the seeds start, runs once for both passes, so a network that is one chain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,32 +76,24 @@ def transpose(
     call_plan = call_plan_for(program, targets.shape[-1], values[0], wrt, reverse=True)
     weights, targets = PlanWeights(call_plan.plan, params, values[0]), targets.contiguous()
     try:
-        Execution(call_plan, weights, values, targets, out).run(cotangent)
+        _transpose(call_plan, weights, values, targets, out, cotangent)
         if not call_plan.confirmed:
-            _confirm_transpose(call_plan, weights, values, targets, cotangent, out)
+            seeds = [targets] if cotangent is None else [targets, cotangent]
+            _confirm(call_plan, weights, values, seeds, out, _transpose)
     except (KernelsUnavailable, TooLarge) as error:
         warn_once(program, error)
         raise KernelsUnavailable(str(error)) from error
 
 
-def _confirm_transpose(
+def _transpose(
     call_plan: CallPlan,
     weights: PlanWeights,
     values: Sequence[Tensor],
     targets: Tensor,
-    cotangent: Tensor | None,
     out: Sequence[Tensor],
+    cotangent: Tensor | None = None,
 ) -> None:
-    n, dense = len(values[0]), [] if cotangent is None else [cotangent]
-
-    def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> Sequence[Tensor]:
-        seeds = call_plan.plan.seeds
-        targets, *dense = (few_seeds(t, seeds) for t in given[len(values) :])
-        results = [given[0].new_empty(len(given[0]), seeds, *o.shape[2:]) for o in out]
-        Execution(call_plan, weights, given[: len(values)], targets, results).run(*dense)
-        return results
-
-    confirm(call_plan, weights, [*values, targets.expand(n, -1), *dense], out, run)
+    Execution(call_plan, weights, values, targets, out).run(cotangent)
 
 
 def forward_values(
@@ -178,7 +170,7 @@ def _fill(
         try:
             y = _by_kernels(call_plan, weights, inputs, targets, out)
             if not call_plan.confirmed:
-                _confirm(call_plan, weights, inputs, targets, y, out)
+                _confirm(call_plan, weights, inputs, [targets], (y, *out), _fill)
             return y
         except (KernelsUnavailable, TooLarge) as error:
             warn_once(call_plan.program, error)
@@ -200,16 +192,24 @@ def _confirm(
     call_plan: CallPlan,
     weights: PlanWeights,
     inputs: Sequence[Tensor],
-    targets: Tensor,
-    y: Tensor,
-    out: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    got: Sequence[Tensor],
+    fill: Callable[..., Tensor | None],
 ) -> None:
-    def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> Sequence[Tensor]:
-        rows, targets = given[:-1], few_seeds(given[-1], call_plan.plan.seeds)
-        results = [weights.like.new_empty(*targets.shape, *o.shape[2:]) for o in out]
-        return _fill(call_plan, weights, rows, targets, results), *results
+    """Compare ``got``: the gradients that ``fill`` (`_fill` or `_transpose`) writes, behind the output if it has one.
 
-    confirm(call_plan, weights, [*inputs, targets.expand(len(inputs[0]), -1)], (y, *out), run)
+    ``seeds``: targets, and a dense cotangent if they are not one-hot.
+    """
+
+    def run(call_plan: CallPlan, weights: PlanWeights, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        chosen = [few_seeds(t, call_plan.plan.seeds) for t in given[len(inputs) :]]
+        shapes = [call_plan.program.inputs[w] for w in call_plan.wrt]
+        out = [weights.like.new_empty(*chosen[0].shape, *shape) for shape in shapes]
+        y = fill(call_plan, weights, given[: len(inputs)], chosen[0], out, *chosen[1:])
+        return out if y is None else [y, *out]
+
+    targets, *dense = seeds
+    confirm(call_plan, weights, [*inputs, targets.expand(len(inputs[0]), -1), *dense], got, run)
 
 
 def _in_float32(

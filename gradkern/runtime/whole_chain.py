@@ -18,13 +18,13 @@ from ..util.chunks import samples_per_chunk, spans
 from ..util.progress import limit_for_progress
 from . import ops
 from .call_plan import CallPlan, call_plan_for
+from .confirmation import extent_of
 from .execution import run_chain
 from .executor import jacobian
 from .parameters import Packed, all_output_indices, bind, content_of, leading, weight_cache
 
 HOT_BYTES = 768 << 10  # bytes of Jacobians per thread that stay in its cache beside the weights
 SPILLED_BYTES = 2 << 20  # the most bytes of Jacobians of the samples that the kernels take together
-CONFIRMATION_SAMPLES = 1024  # samples whose first results are compared with torch's on a GPU
 
 
 class WholeChain:
@@ -129,7 +129,7 @@ def whole_chain(
         return None
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
-            few = [x.detach()[:CONFIRMATION_SAMPLES] for x in inputs]
+            few = [x.detach()[: extent_of(call_plan).alone] for x in inputs]
             jacobian(program, params, few, targets, wrt)  # compares the first results with torch's
         if not call_plan.confirmed:
             return None

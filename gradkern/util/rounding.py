@@ -55,14 +55,14 @@ def of_terms(dtype: torch.dtype, tolerance: float) -> float:
     return min(tolerance / 4, 256 * unit(dtype, tolerance))
 
 
-def sample_errors(got: Tensor, want: Tensor, least: Tensor | float = 0.0) -> Tensor:
+def sample_errors(got: Tensor, want: Tensor, slack: Tensor | float = 0.0) -> Tensor:
     """Per sample, the 2-norm of the error relative to that of ``want``, ``[N]``; not finite where a number is not.
 
-    The error of a sample without gradient is relative to the others' gradients.  ``least [N]``: an error up to this is
-    none, however small ``want`` is."""
+    The error of a sample without gradient is relative to the others' gradients.  ``slack [N]``: an error up to this is
+    no difference, however small ``want`` is."""
     a, b = (t.double().reshape(t.shape[0], -1) for t in (got, want))  # [N, *]
     size = torch.maximum(b.norm(dim=1), 1e-6 * b.nan_to_num(0.0, 0.0, 0.0).norm())
-    return ((a - b).norm(dim=1) - least).clamp(min=0.0) / (size + 1e-30)
+    return ((a - b).norm(dim=1) - slack).clamp(min=0.0) / (size + 1e-30)
 
 
 def close_samples(got: Tensor, want: Tensor, tolerance: float, slack: Tensor | None = None) -> bool:

@@ -13,21 +13,10 @@ from torch import Tensor, nn
 import gradkern
 from gradkern.passes import direction
 from gradkern.runtime import executor, ops, reference
-from gradkern.util.memo import reset
 from gradkern.util.options import GradkernWarning
 from tests.support import capturing, oracle
 
-
-@pytest.fixture(autouse=True)
-def no_kernel_differs() -> None:
-    """Here they do."""
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
-    yield
-    reset()
+pytestmark = [pytest.mark.kernels_differ, pytest.mark.usefixtures("fresh")]
 
 
 def net(width: int = 3) -> tuple[nn.Module, Tensor]:
@@ -81,6 +70,14 @@ def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.Monkey
         calls.clear()
         executor.jacobian(program, params, [x])
     assert not calls
+
+
+def test_a_first_call_takes_few_samples_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = net()
+    rows, right = [], ops.chain_vjp
+    monkeypatch.setattr(ops, "chain_vjp", lambda *args: rows.append(len(args[0][0])) or right(*args))
+    gradkern.jacobian(model, torch.randn(1000, 6), engine="kernel")
+    assert 1000 < sum(rows) <= 1000 + 32
 
 
 def test_samples_without_a_gradient_are_moved(broken) -> None:

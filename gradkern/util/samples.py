@@ -1,0 +1,25 @@
+"""Some of a call's samples, and perturbed ones, for comparisons."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def spread_rows(count: int, most: int) -> Tensor:
+    """``most`` of the indices below ``count`` (all, if these are fewer), evenly spread, the first and the last among
+    them."""
+    return torch.linspace(0, max(count - 1, 0), min(count, most)).round().long()
+
+
+def perturbed(x: Tensor, size: Tensor | float, generator: torch.Generator) -> Tensor:
+    """``x`` plus normal noise times ``size``; unchanged if it holds no floating-point numbers."""
+    if not x.is_floating_point():
+        return x
+    return x + size * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+
+def spread_of(x: Tensor) -> float:
+    """The standard deviation of the finite numbers of ``x``; 1 if it says nothing."""
+    finite = x[torch.isfinite(x)]
+    return (float(finite.double().std()) if finite.numel() > 1 else 0.0) or 1.0
