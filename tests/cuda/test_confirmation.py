@@ -10,11 +10,14 @@ from torch import nn
 
 from gradkern.runtime import executor
 from gradkern.runtime.confirmation import KernelsDiffer
-from gradkern.util.memo import reset
 from tests.support import capturing, oracle
 from tests.support.host_device import HostDevice, installed
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the shim needs g++"),
+    pytest.mark.kernels_differ,
+    pytest.mark.usefixtures("fresh"),
+]
 
 
 class Broken(HostDevice):
@@ -40,18 +43,6 @@ def program():
     model, x = net()
     found = capturing.to_program(model, (x,))
     return found, dict(capturing.bind(found, model))
-
-
-@pytest.fixture(autouse=True)
-def no_kernel_differs() -> None:
-    """Here they do."""
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
-    yield
-    reset()
 
 
 @pytest.mark.parametrize("targets", [None, torch.tensor([2, 0]), torch.tensor([[0], [1], [2], [1], [0]])])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,8 @@ from gradkern.runtime import executor, reference
 from gradkern.runtime.parameters import KernelsUnavailable
 from tests.support.programs import classifier, dense, program
 
+pytestmark = pytest.mark.usefixtures("fresh")
 NOT_FINITE, OTHER_DTYPE = "NaN or infinite", "some weights are torch.float64"
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    gradkern.reset()
-    yield
-    gradkern.reset()
 
 
 def weights(bad: float | None = None) -> dict[str, Tensor]:

@@ -16,20 +16,13 @@ from gradkern.planner.plan import plan
 from gradkern.runtime import call_plan, executor, ops, reference, validation
 from gradkern.runtime.parameters import PlanWeights
 from gradkern.util import rounding
-from gradkern.util.memo import reset
 from tests.cases import CASES
 from tests.support import capturing
 from tests.support.case_runs import program_of
 
+pytestmark = pytest.mark.usefixtures("fresh")
 HOPPER, BLACKWELL = Device("cuda", 16), Device("cuda", 16, capability=100)
 TABLE = {"sm_90": {"fingerprint": "abc", "gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-27"}}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    reset()
-    yield
-    reset()
 
 
 @pytest.mark.parametrize(
