@@ -14,7 +14,7 @@ import torch
 from ..ir import program as ir
 from ..ir.functions import RECTIFYING
 from .limits import MAX_TAPS
-from .units import geometry
+from .units import MOST_AXES, geometry
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 CAST_DTYPES = (torch.float16, torch.bfloat16)  # on a GPU: cast to float32 on the way in, and back on the way out
@@ -35,7 +35,7 @@ def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
     extents = [geometry(s) for s in shapes]
     if None in extents:
-        return "values of more than 3 axes per sample have no kernel yet"
+        return f"values of more than {MOST_AXES} axes per sample have no kernel yet"
     if any(math.prod(s) == 0 for s in shapes):
         return "empty values have no kernel"
     if any(extent and extent[0] > MAX_CHANNELS for extent in extents):

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from ..ir.program import Contract, Dense, LowRank, Part, Scale, Windows
 
+MOST_AXES = 3  # of a value, per sample, that kernels have
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
 
 
 def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more than 3 axes."""
-    if len(shape) > 3:
+    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more axes than kernels do."""
+    if len(shape) > MOST_AXES:
         return None
     c, *rest = shape or (1,)
     h, w = (1, 1, *rest)[-2:]

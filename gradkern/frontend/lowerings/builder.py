@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...codegen.units import MOST_AXES
 from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
 from ...ir.program import (
@@ -203,8 +204,6 @@ class ProgramBuilder:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Values of more axes than kernels know
-
-MOST_AXES = 3
 
 
 def few_axes(

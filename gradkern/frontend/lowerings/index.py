@@ -9,10 +9,10 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+from ...codegen.units import MOST_AXES
 from ...ir.indexing import Runs, along, identity, identity_runs, indices, is_permutation, length, runs, then
 from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Scale, Shape, Sum, Value, Windows
 from .builder import (
-    MOST_AXES,
     SEVERAL,
     NoForm,
     ProgramBuilder,
@@ -69,7 +69,7 @@ def merge_neighbours(shape: Shape, part: Part) -> tuple[Part, Shape]:
     anywhere in the result.
     """
     sizes, axes = list(shape), list(zip(part.order, part.axes, strict=True))
-    while len(axes) > 3:
+    while len(axes) > MOST_AXES:
         places = [next(d for d, (a, _) in enumerate(axes) if a == source) for source in range(len(sizes))]
         pairs = [
             (sizes[a] * sizes[a + 1], a, d, e)
