@@ -22,7 +22,7 @@ POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a ba
 
 
 def geometry(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more axes than kernels do."""
+    """``(C, H, W)`` of a per-sample shape whose first axis is the channels; None if it has more than `MOST_AXES`."""
     if len(shape) > MOST_AXES:
         return None
     c, *rest = shape or (1,)
