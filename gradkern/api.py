@@ -117,9 +117,9 @@ def jacobian(
         only some outputs are constant, their gradients are zeros.
     """
     if out is None and wrt is None and output is None and not create_graph and progress is None:
-        answer = repeated.again(model, inputs, targets, options.engine(engine))
-        if answer is not None:
-            return answer
+        repetition = repeated.again(model, inputs, targets, options.engine(engine))
+        if repetition is not None:
+            return repetition
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
