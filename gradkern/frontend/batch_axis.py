@@ -6,8 +6,8 @@ same op on this view with its axes shifted by one, unless it works along the bat
 and encoders that keep sequences first, are lowered as if they had been written with the batch in front.
 
 An axis may join the samples with other axes.  Its inner extent is how many neighbouring indices belong to one sample:
-1 for ``[L·N, E]``, H for ``[N·H, L, E]``.  A view that reads the samples in another order mixes them, and has no form
-here.
+1 for ``[L·N, E]``, H for ``[N·H, L, E]``.  Whole batches may be joined along it and taken apart again.  A view that
+reads the samples in another order mixes them, and has no form here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..ir.program import Call, Value
+from ..ir.program import Batch, Call, Value
 from .lowerings import NoForm
 from .lowerings.builder import ALONG, AXES, ROWS, Complex
 from .lowerings.index import PADS, takes_all
 from .lowerings.shape import VIEWS
 
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
+BATCH_SIZES = (
+    "split_size",
+    "split_sizes",
+    "start",
+    "end",
+)  # arguments that count samples where an op takes batches apart
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,12 @@ class NonLeadingBatch:
     inner_extent: int = 1
 
 
-def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
+def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...], inner: Sequence[int]) -> None:
     """Shift the axes in a call's arguments by one.
 
     ``named``: the arguments by name, changed in place; ``rank``: the rank of the tensor that the axes refer to;
-    ``batch``: the batch axis of each tensor that is read.  Raises `NoForm` for an unknown op, or one along the batch.
+    ``batch``, ``inner``: the batch axis of each tensor that is read, and its inner extent.  Raises `NoForm` for an
+    unknown op, or one that works along the batch on anything but whole batches.
     """
     if op == ATTENTION:
         if any(axis >= rank - 2 for axis in batch):
@@ -73,8 +80,40 @@ def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int
         axes = shift_axes(getattr(named, ALONG[op]), rank)
         along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
         if along and not (op == "aten.slice.Tensor" and takes_all(named)):
-            raise NoForm("it works along the batch axis")
+            _take_whole_batches(op, named, inner)
         setattr(named, ALONG[op], axes)
+
+
+def _take_whole_batches(op: str, named: SimpleNamespace, inner: Sequence[int]) -> None:
+    """Whole batches that lie one after the other, ``[k·N, …]``, are the numbers of an axis of k per sample: they may be
+    joined and taken apart, as attention does whose heads are pieces of a longer batch.
+
+    Replaces sizes that are multiples of the batch by the multiples.
+    """
+    if any(extent != 1 for extent in inner):
+        raise NoForm("it works along the batch axis")
+    if op == "aten.cat.default":
+        if not all(isinstance(x, Value) for x in named.tensors):
+            raise NoForm("it joins samples and constants")
+        return
+    if op not in ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.slice.Tensor"):
+        raise NoForm("it works along the batch axis")
+    if getattr(named, "step", 1) != 1:
+        raise NoForm("it takes some of the samples")
+    for name in BATCH_SIZES:
+        if hasattr(named, name):
+            setattr(named, name, _batches(getattr(named, name)))
+
+
+def _batches(size: Any) -> Any:
+    """A number of samples as a number of batches."""
+    if isinstance(size, (tuple, list)):
+        return tuple(map(_batches, size))
+    if isinstance(size, Batch):
+        return size.times
+    if size in (None, 0, 2**63 - 1):
+        return size
+    raise NoForm("it takes some of the samples")
 
 
 def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:

@@ -225,12 +225,13 @@ class _GraphLowering:
         lifted = Call(op_name(node.target), tuple(self._lift(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
-        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()))
+        extents = [getattr(self.known[n], "inner_extent", 1) for n in axes]
+        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()), extents)
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
-            (getattr(self.known[n], "inner_extent", 1), math.prod(n.meta["val"].shape[a + 1 :]))
-            for n, a in axes.items()
+            (extent, math.prod(n.meta["val"].shape[a + 1 :]))
+            for extent, (n, a) in zip(extents, axes.items(), strict=True)
         ]
         inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         if self._is_complex(node, meta):

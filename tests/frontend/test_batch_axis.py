@@ -42,7 +42,7 @@ def test_the_last_output_of_an_lstm_is_its_last_step() -> None:
     assert program.steps[0].form.call.args[-1] is True  # batch first
 
 
-@pytest.mark.parametrize("name", ["heads_in_front", "sequence_first", "sequence_first_last"])
+@pytest.mark.parametrize("name", ["heads_in_front", "heads_as_batches", "sequence_first", "sequence_first_last"])
 def test_a_batch_that_moves_is_followed(name: str) -> None:
     case = CASES[name]
     program = to_program(case.build(), case.inputs(3))
