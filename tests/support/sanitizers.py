@@ -4,8 +4,8 @@
 
 The CUDA kernels: launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs
 them again: as many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be
-bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all, or for those
-that are named, with ten times as many networks.
+bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all, or
+for those that are named, with ten times as many networks.
 """
 
 from __future__ import annotations
