@@ -48,8 +48,8 @@ def read(path: str, every: bool = False, text: str | None = None) -> Any:
             f"source: the columns of {path} are separated by ';'. Pass pandas.read_csv(path, sep=';') (and decimal=',' "
             "if its numbers have commas)."
         )
-    empty = frame.columns[frame.isna().all()] if every and len(frame) else ()
-    if len(empty):
+    empty = list(frame.columns[frame.isna().all()]) if every and len(frame) else []
+    if empty:
         raise BadValue(
             f"source: the column {empty[0]!r} of {path} has no number in any row. (A separator at the end of the lines "
             "makes such a column.) Leave it out, or say which columns are features: columns=('name', ...)."
