@@ -70,11 +70,12 @@ class Verdict:
 
 @dataclass(eq=False)
 class BoundProgram:
-    """A Program, and the live tensors that it names in this call."""
+    """A Program, the live tensors that it names in this call, and the graph that it was made from."""
 
     verdict: Verdict
     program: Program
     tensors: dict[str, Tensor]
+    graph: GuardedGraph
 
 
 @dataclass(eq=False)
@@ -156,7 +157,7 @@ class ModelState:
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
                     for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
-            return BoundProgram(verdict, program, captured.tensors)
+            return BoundProgram(verdict, program, captured.tensors, captured.graph)
         except NoProgram as error:
             if debugging():
                 raise
@@ -170,13 +171,17 @@ class ModelState:
         finally:
             note_capture(clock() - begin)
 
+    def first(self, message: str) -> bool:
+        """Whether this is asked for the first time."""
+        with self.lock:
+            known = message in self._warned
+            self._warned.add(message)
+        return not known
+
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        with self.lock:
-            if message in self._warned:
-                return
-            self._warned.add(message)
-        warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
+        if self.first(message):
+            warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
 
 
 models = WeakMemo(ModelState)
@@ -185,8 +190,17 @@ _callables = ModelState()  # only for the warnings about callables that are not 
 
 def warn(fn: Any, message: str) -> None:
     """Warn, once per model and message; about functions, which may be redefined for each call, once per process."""
+    _of(fn).warn(message)
+
+
+def first(fn: Any, what: str) -> bool:
+    """Whether this is asked for the first time about a model, or about any function."""
+    return _of(fn).first(what)
+
+
+def _of(fn: Any) -> ModelState:
     module = model_of(fn)
-    (_callables if module is None else models.of(module)).warn(message)
+    return _callables if module is None else models.of(module)
 
 
 on_reset(_callables._warned.clear)

@@ -29,6 +29,7 @@ from ..passes.direction import Cut, Direction
 from ..passes.forward_mode import Transposed, transpose, values_read
 from ..passes.phases import without_zeros
 from ..passes.prune_positions import prune
+from ..passes.turning import turn
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
@@ -328,9 +329,8 @@ def _shorten(text: str, *, end: bool = False) -> str:
 def _legend(paths: set[str]) -> str:
     """The explanation of the table's last two columns."""
     words = [f"{name}: {LEGEND[name]}" for name in LEGEND if any(p.split(",")[0].split()[0] == name for p in paths)]
-    return "MMAC: million multiply-adds per sample, all outputs. " + (
-        "Paths: " + "; ".join(words) + "." if words else ""
-    )
+    counted = "MMAC: million multiply-adds per sample, forward and backward (counts by mode: backward). "
+    return counted + ("Paths: " + "; ".join(words) + "." if words else "")
 
 
 def plan(
@@ -354,6 +354,8 @@ def plan(
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
         program = prune(program)
+        if machine and not isinstance(machine, Device):
+            program = turn(program)
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)
