@@ -57,7 +57,7 @@ def confirm(
     On a CPU it is `KernelsUnavailable`, so that plain torch takes the place of the kernels.  Rounding may decide
     between equal maxima, or flip a ReLU at zero.  So half of the samples may differ; if more do, or all gradients
     are zero, the inputs are moved a little, and the kernels run once more.  If nothing is finite, the next call is
-    compared.
+    compared.  ``run`` must not compare anything itself.
     """
     # A call that torch runs may name a dtype.
     opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
@@ -77,21 +77,18 @@ def confirm(
         return run(plain, PlanWeights(plain.plan, params, leading(few)), few)
 
     gradients = bool(call_plan.plan.seeds) and not call_plan.linear  # behind the output
-    call_plan.confirmed = True  # for the runs inside
-    try:
-        error = _error(extent, weights.like.dtype, given, got, folded, gradients)
-        dead = not any(bool(g.any()) for g in got[1:] or got)
-        if dead or error is None or error > 1.0:
-            generator = torch.Generator().manual_seed(0)
-            few = [x[: extent.moved] for x in given]
-            moved = [perturbed(x, MOVE * spread_of(x), generator) for x in few]
-            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
-        if error is not None and error > 1.0:
-            raise _refusal(call_plan, weights.like.device, error)
-    except BaseException:
-        call_plan.confirmed = False
-        raise
-    call_plan.confirmed = error is not None
+    error = _error(extent, weights.like.dtype, given, got, folded, gradients)
+    dead = not any(bool(g.any()) for g in got[1:] or got)
+    if dead or error is None or error > 1.0:
+        generator = torch.Generator().manual_seed(0)
+        few = [x[: extent.moved] for x in given]
+        moved = [perturbed(x, MOVE * spread_of(x), generator) for x in few]
+        error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
+    if error is None:
+        return
+    if error > 1.0:
+        raise _refusal(call_plan, weights.like.device, error)
+    call_plan.confirmed = True  # only now: other threads may use the same plan, and compare results of their own
 
 
 def extent_of(call_plan: CallPlan) -> Extent:

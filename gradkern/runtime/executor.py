@@ -166,16 +166,28 @@ def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeigh
 def _fill(
     call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    if call_plan.native and call_plan.plan.seeds and inputs[0].shape[0]:
+    if _runs_kernels(call_plan, inputs):
         try:
             y = _by_kernels(call_plan, weights, inputs, targets, out)
             if not call_plan.confirmed:
-                _confirm(call_plan, weights, inputs, [targets], (y, *out), _fill)
+                _confirm(call_plan, weights, inputs, [targets], (y, *out), _fill_uncompared)
             return y
         except (KernelsUnavailable, TooLarge) as error:
             warn_once(call_plan.program, error)
     # With weights that are not finite, positions that are not needed send NaN back, as in torch, so all are kept.
     return _by_reference(call_plan, weights.params, inputs, targets, out)
+
+
+def _fill_uncompared(
+    call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
+) -> Tensor:
+    if _runs_kernels(call_plan, inputs):
+        return _by_kernels(call_plan, weights, inputs, targets, out)
+    return _by_reference(call_plan, weights.params, inputs, targets, out)
+
+
+def _runs_kernels(call_plan: CallPlan, inputs: Sequence[Tensor]) -> bool:
+    return bool(call_plan.native and call_plan.plan.seeds and inputs[0].shape[0])
 
 
 def _by_kernels(
@@ -196,7 +208,8 @@ def _confirm(
     got: Sequence[Tensor],
     fill: Callable[..., Tensor | None],
 ) -> None:
-    """Compare ``got``: the gradients that ``fill`` (`_fill` or `_transpose`) writes, behind the output if it has one.
+    """Compare ``got``: the gradients that ``fill`` writes (`_fill_uncompared` or `_transpose`), behind the output if
+    it returns one.
 
     ``seeds``: targets, and a dense cotangent if they are not one-hot.
     """
