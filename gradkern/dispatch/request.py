@@ -6,7 +6,7 @@ Checks the inputs and the model's output.  If the model itself fails because of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ir.program import Shape
 from ..util import memory
 from ..util.callables import anchor, unwrap
+from ..util.integers import as_int
 from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, describe_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
@@ -262,16 +263,22 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """``wrt`` as the indices of the inputs to differentiate, out of ``count``."""
     if wrt is None:
         return tuple(range(count))
-    indices = [wrt] if isinstance(wrt, int) else list(wrt)
-    for w in indices:
-        if isinstance(w, bool) or not isinstance(w, int) or not -count <= w < count:
+    indices = []
+    for w in [wrt] if is_one_index(wrt) or not isinstance(wrt, Iterable) else wrt:
+        index = as_int(w)
+        if index is None or not -count <= index < count:
             raise BadValue(f"wrt: got {w!r}, expected indices of inputs, 0 … {count - 1}.")
+        indices.append(index % count)
     if not indices:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    counted = tuple(w % count for w in indices)
-    if len(set(counted)) < len(counted):
-        raise BadValue(f"wrt: got {indices}, which names an input twice, expected each input once.")
-    return counted
+    if len(set(indices)) < len(indices):
+        raise BadValue(f"wrt: got {wrt}, which names an input twice, expected each input once.")
+    return tuple(indices)
+
+
+def is_one_index(wrt: Any) -> bool:
+    """Whether ``wrt`` names one input by its index, so that the results are not in a tuple."""
+    return as_int(wrt) is not None
 
 
 def _floating_hint(x: Tensor, inputs: int) -> str:
