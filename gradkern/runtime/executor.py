@@ -22,7 +22,7 @@ from . import forward_mode, reference
 from .call_plan import CallPlan, call_plan_for, plan_for
 from .confirmation import confirm, few_seeds
 from .execution import Execution, warn_once
-from .parameters import Derivable, KernelsUnavailable, PlanWeights, all_output_indices, leading
+from .parameters import KernelsUnavailable, LazyParams, PlanWeights, all_output_indices, leading
 
 __all__ = ["fallback_reason", "forward_values", "jacobian", "plan_for", "transpose"]
 
@@ -148,15 +148,15 @@ def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
     for part in call_plan.parts or ():
         _pack(part, weights)
     if call_plan.transposed is not None:
-        assert call_plan.plan.forward is not None
-        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward, weights))
+        assert call_plan.plan.forward_mode is not None
+        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward_mode, weights))
     elif call_plan.parts is None:
         for chain in call_plan.backward_chains():
             weights.packed(chain)
 
 
 def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
-    return weights.of_plan(forward.plan, Derivable(forward.transposed.program, weights.params))
+    return weights.of_plan(forward.plan, LazyParams(forward.transposed.program, weights.params))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def _forward_mode(
     out: Sequence[Tensor],
 ) -> Tensor:
     """Forward mode: a forward pass, the slopes at its values, and the chains of the transpose for all tangents."""
-    forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
+    forward, program, n, like = call_plan.plan.forward_mode, call_plan.program, inputs[0].shape[0], weights.like
     assert forward is not None
     values = _values(forward, weights, inputs)
     slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
@@ -303,7 +303,7 @@ def _forward_mode(
 def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that forward mode reads, ``[N, *shape]`` each."""
     program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
-    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), Derivable(program, weights.params)
+    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), LazyParams(program, weights.params)
     return dict(enumerate(inputs)) | _wanted_values(call_plan, weights.of_plan(call_plan.plan, params), inputs)
 
 
