@@ -386,7 +386,7 @@ def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | No
         return None
     with torch.inference_mode(False), torch.no_grad():
         inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
-        if watch.seconds > watch.due_after:  # afterwards it would be too late
+        if watch.due():  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
             y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:
@@ -396,7 +396,7 @@ def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | No
                 return None
         begin = clock()
         y = known.whole.add_to(sums, packed, rows, inputs)
-        watch.seconds += clock() - begin
+        watch.add(clock() - begin)
     return y
 
 

@@ -27,7 +27,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # samples that the layer's value is found with, beside as many noisy ones
+SAMPLES = 3  # samples on which the layer's value is compared with the Program's values, beside as many noisy ones
 #: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
