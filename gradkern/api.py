@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dispatch import eager
+from .dispatch import eager, repeated
 from .dispatch.prepared import Prepared
 from .dispatch.request import (
     JacobianResult,
@@ -125,6 +125,10 @@ def jacobian(
         that is to be differentiated, whether parameters require grad or not: leave such an input out of ``wrt``.  If
         only some outputs are constant, their gradients are zeros.
     """
+    if out is None and wrt is None and output is None and not create_graph and progress is None:
+        repetition = repeated.again(model, inputs, targets, options.engine(engine))
+        if repetition is not None:
+            return repetition
     as_tuple, fn = _gives_tuple(inputs, wrt), _callable(model, output)
     tensors, indices = read_inputs(inputs, wrt)
     request = Request(fn, tensors, indices, jacobian_choice(targets), out=out)
@@ -194,7 +198,7 @@ def _pieces(request: Request, chunk: int | None, engine: Engine | None, as_tuple
     whole = solve(request, route) if chunk < request.samples and whole_batch_reason(request, route) else None
     for start, stop in spans(0, request.samples, chunk):
         if whole is None:
-            part = request.part(start, stop, seeds)
+            part = request.part(start, stop, None if request.seeds_key is not None else seeds)
             # Decide again: the caller may have changed the model since the last piece.
             results = solve(part, decide(part, engine))
             shaped, first = results.shaped, 0

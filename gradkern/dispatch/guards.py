@@ -134,18 +134,23 @@ def _graded(x: Tensor) -> Tensor:
 
 def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
-    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
-        # Guards also compare the stack of modes, to which a profiler adds one.
+    local = by_name(fn, stand_ins(inputs, for_guards=True))
+    if in_modes():
         with torch.inference_mode(False), disable_current_modes():
-            return _holding(capture, fn, inputs)
-    return _holding(capture, fn, inputs)
+            return matching(capture, local)
+    return matching(capture, local)
 
 
-def _holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
+def in_modes() -> bool:
+    """Whether a mode is active that the guards would compare, such as a profiler's."""
+    return bool(torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack())
+
+
+def matching(capture: GraphCache, local: dict[str, Any]) -> GraphMatch | None:
+    """`holding`, outside of modes, for the arguments of a call by name."""
     graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # as at capture, since a guard compares it
     try:
-        local = by_name(fn, stand_ins(inputs, for_guards=True))
         for graph in capture.graphs if latest is None else (latest, *capture.graphs):
             if graph.guards.cache_entry is not None and graph.guards.root.check(local):
                 if not _same_methods(graph):

@@ -73,13 +73,13 @@ class Request:
         """A key that is equal for requests with the same seeds, given the same model; None if that is not known."""
         return self.resolve_seeds.key if isinstance(self.resolve_seeds, TargetChoice) else None
 
-    def part(self, start: int, stop: int, seeds: Seeds) -> Request:
-        """This call for the samples ``start:stop`` alone."""
+    def part(self, start: int, stop: int, seeds: Seeds | None) -> Request:
+        """This call for the samples ``start:stop`` alone; ``seeds``: of all samples, None for the call's own choice."""
         return Request(
             self.fn,
             tuple(x[start:stop] for x in self.inputs),
             self.wrt,
-            lambda samples, output_shape: seeds.part(start, stop),
+            self.resolve_seeds if seeds is None else lambda samples, output_shape: seeds.part(start, stop),
             ahead=self.ahead + self.samples - stop,
             part_of=self.whole,
         )
@@ -378,17 +378,21 @@ class TargetChoice:
     """
 
     def __init__(self, targets: Any) -> None:
-        self.targets = targets
-        self.key: Hashable = None
-        if targets is None or type(targets) is int:
-            self.key = ("all" if targets is None else targets,)
-        elif isinstance(targets, list) and len(targets) <= MOST_IN_KEY and all(type(t) is int for t in targets):
-            self.key = ("list", *targets)
+        self.targets, self.key = targets, targets_key(targets)
 
     def __call__(self, samples: int, output_shape: Shape) -> Seeds:
         if self.targets is None:
             return Seeds(math.prod(output_shape), output_shape, None)
         return resolve(self.targets, samples, output_shape)
+
+
+def targets_key(targets: Any) -> Hashable:
+    """The ``key`` of a `TargetChoice`."""
+    if targets is None or type(targets) is int:
+        return ("all" if targets is None else targets,)
+    if isinstance(targets, list) and len(targets) <= MOST_IN_KEY and all(type(t) is int for t in targets):
+        return ("list", *targets)
+    return None
 
 
 def jacobian_choice(targets: Any) -> SeedChoice:

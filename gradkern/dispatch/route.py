@@ -25,7 +25,7 @@ from ..util.buffers import buffers_kept
 from ..util.callables import is_same, name_of
 from ..util.memory import out_of_memory
 from ..util.options import Engine
-from . import batching, eager, guards, state, ways
+from . import batching, eager, guards, repeated, state, ways
 from .eager import ModelProfile
 from .first_use import AutogradWork, clock
 from .guards import EagerReason
@@ -168,7 +168,7 @@ def _holding(request: Request, entry: CacheEntry) -> BoundProgram | None:
     if captured is None or verdict is None or verdict.program is None:
         return None
     entry.misses = 0
-    return BoundProgram(verdict, verdict.program, captured.tensors)
+    return BoundProgram(verdict, verdict.program, captured.tensors, captured.graph)
 
 
 _decided: ContextVar[list[Route] | None] = ContextVar("gradkern_routes", default=None)
@@ -360,12 +360,12 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, know
     if watch.seconds > watch.due_after:
         return None
     check_fits_in_memory(request.samples * whole.gradient_bytes)
-    packed = whole.packed(captured.tensors)
-    if packed is None:
-        return None
     begin = clock()
-    jacobians = whole(packed, whole.rows(packed), [x.detach() if x.requires_grad else x for x in request.inputs])
-    watch.seconds += clock() - begin
+    jacobians = repeated.run(whole, watch, captured.tensors, request.inputs)
+    if jacobians is None:
+        return None
+    if clock() - begin < repeated.SHORT:
+        repeated.note(request, route.engine, route.entry, captured.graph, whole)
     seeds, shaped = known.seeds, whole.shaped(jacobians)
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 

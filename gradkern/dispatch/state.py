@@ -70,11 +70,12 @@ class Verdict:
 
 @dataclass(eq=False)
 class BoundProgram:
-    """A Program, and the live tensors that it names in this call."""
+    """A Program, the live tensors that it names in this call, and the graph that it was made from."""
 
     verdict: Verdict
     program: Program
     tensors: dict[str, Tensor]
+    graph: GuardedGraph
 
 
 @dataclass(eq=False)
@@ -156,7 +157,7 @@ class ModelState:
                     verdict = entry.verdicts[captured.graph] = Verdict(program, unused=unused)
                     for given_up in entry.verdicts.keys() - set(entry.capture.graphs):
                         del entry.verdicts[given_up]
-            return BoundProgram(verdict, program, captured.tensors)
+            return BoundProgram(verdict, program, captured.tensors, captured.graph)
         except NoProgram as error:
             if debugging():
                 raise

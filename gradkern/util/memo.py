@@ -102,13 +102,17 @@ class WeakMemo(Generic[V]):
             self._values[number] = (weakref.ref(owner, lambda gone: self._forget(number, gone)), value)
             return value
 
+    def get(self, owner: object) -> V | None:
+        """The owner's value; None if there is none."""
+        entry = self._values.get(id(owner))
+        return entry[1] if entry is not None and entry[0]() is owner else None
+
     def forget(self, owner: object) -> None:
         with self._lock:
             self._values.pop(id(owner), None)
 
     def __contains__(self, owner: object) -> bool:
-        entry = self._values.get(id(owner))
-        return entry is not None and entry[0]() is owner
+        return self.get(owner) is not None
 
     def __len__(self) -> int:
         return len(self._values)
