@@ -87,6 +87,16 @@ def test_commands_exist_with_the_options_that_they_are_given(page):
             assert set(filter(None, named.split(","))) <= set(extras), line
 
 
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if page != "docs/zoo.md"])  # that one is generated
+def test_prose_is_wrapped_and_has_no_stray_lines(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for line in prose.splitlines():
+        assert len(line) <= 125 or line.startswith("|"), line
+        assert not re.fullmatch(r"[=-]+|\w", line), line
+    assert text.endswith("\n")
+
+
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -34,7 +34,8 @@ class Request:
     ``resolve_seeds`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later
     calls, which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
-    ``way``: the object that has the state of ``fn``, and the path from there; ``module``: that object, if it is one.
+    ``access_path``: the object that has the state of ``fn``, and how to get from there to ``fn``; ``module``: that
+    object, if it is one.
     """
 
     fn: Callable[..., Any]
@@ -46,14 +47,14 @@ class Request:
     keep_outputs: bool = False
     part_of: int = 0
     owner: Any = field(init=False)
-    way: Hashable = field(init=False)
+    access_path: Hashable = field(init=False)
     module: nn.Module | None = field(init=False)
     samples: int = field(init=False)
     whole: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.fn = unwrap(self.fn)
-        self.owner, self.way = anchor(self.fn)
+        self.owner, self.access_path = anchor(self.fn)
         self.module = self.owner if isinstance(self.owner, nn.Module) else None
         self.samples = self.inputs[0].shape[0]
         self.whole = self.part_of or self.samples
