@@ -55,6 +55,17 @@ def test_measured_tables_are_what_the_results_say():
     assert tables.main(["--check"]) == 0
 
 
+def test_names_in_backticks_stand_in_the_code():
+    suffixes = {".py", ".cpp", ".h", ".cuh", ".cu", ".json", ".toml"}
+    folders = [ROOT / name for name in ("gradkern", "csrc", "benchmarks", "tests", "tools")]
+    files = [ROOT / "pyproject.toml", *(f for folder in folders for f in folder.rglob("*") if f.suffix in suffixes)]
+    words = {word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    for page in ("architecture", "recipes", "performance", "kernels", "datasets"):
+        prose = re.sub(r"^```.*?^```", "", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+        for name in re.findall(r"`([A-Za-z][\w.]*)(?:\(\))?`", prose):
+            assert set(re.findall(r"\w+", name)) <= words, f"docs/{page}.md: {name}"
+
+
 def test_every_page_with_python_is_run():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     with_python = {p.relative_to(ROOT).as_posix() for p in pages if BLOCK.search(p.read_text(encoding="utf-8"))}

@@ -21,7 +21,7 @@ from .units import POINT, Fold, MoveEnd, Node, Unit, UnitGraph, Windows2d, geome
 
 
 class GraphBuilder:
-    """Regroups native steps as units.  ``live_out`` are the values wanted from it."""
+    """Makes units of the steps of a native group.  ``live_out``: the values that are read outside of the group."""
 
     def __init__(self, program: ir.Program, steps: list[int], live_out: list[int]):
         self.program, self.live_out = program, live_out

@@ -51,7 +51,7 @@ def call_reason(inputs: Sequence[Tensor]) -> EagerReason | None:
 
 
 def guarded_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """A reason for autograd in the call, or None.  A graph's guards exclude it, so it is only asked for if none hold."""
+    """A reason for autograd in the call, or None.  Guards of a graph exclude it: it is asked for if none hold."""
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.compile does not read")
     if autocast(inputs):

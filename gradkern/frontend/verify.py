@@ -110,7 +110,7 @@ class _Rounding:
         if terms is None:
             return False
         slack = rounding.of_terms(self.dtype, self.tolerance) * terms.gradients[i][:n]
-        # If rounding changes even the output, the difference of the gradients is not excused: they may be anything.
+        # Where rounding may change even the output, gradients may differ in any way, so that nothing excuses them.
         size = y.double().reshape(n, -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
         clear = rounding.unit(self.dtype, self.tolerance) * terms.output[:n] <= max(_CLEAR, self.tolerance) * size
         return rounding.close_samples(got, want, self.tolerance, slack.where(clear, 0.0))

@@ -129,7 +129,8 @@ class _TransposingWriter:
         self.steps: list[Step] = []
         self.slopes: dict[Slope, int] = {}
         self.derived: dict[str, Derived] = {}
-        # A matrix product needs the values of the Program, so slopes are then ordinary factors.
+        # The transpose of a matrix product has products of values in it.  Such a Program is not linear, so its slopes
+        # are factors of ordinary products instead of `Given` steps.
         linear = not any(s.form == Product("matmul") for s in program.steps)
         self.factor: Form = Given() if linear else Product()
         self.computed = computed and linear

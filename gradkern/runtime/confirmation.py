@@ -59,7 +59,7 @@ def confirm(
     are zero, the inputs are moved a little, and the kernels run once more.  If nothing is finite, the next call is
     compared.  ``run`` must not compare anything itself.
     """
-    # A call that torch runs may name a dtype.
+    # An opaque step may name a dtype among its arguments, so the tensors of such a program are not cast.
     opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
     size = comparison_size(call_plan)
     plain = call_plan.folded(min(call_plan.plan.seeds, size.seeds))

@@ -293,7 +293,8 @@ def _forward_mode(
         columns = columns[:, targets]
     for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
         o.copy_(part.reshape(o.shape))
-    # torch takes reverse mode.  Where a derivative is not finite, 0 · Inf gives NaN in other places than there.
+    # torch takes reverse mode, in which 0 · Inf gives NaN in other places.  So samples with a derivative that is not
+    # finite are computed again.
     finite = rows.flatten(1).sum(1).isfinite()
     if not bool(finite.all()):
         _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])

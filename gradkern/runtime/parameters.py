@@ -67,7 +67,7 @@ class _Binder:
         self.derived = tuple(map(_Computed, program.derived))
         self.constant = _constants(program)  # derived tensors that are computed only once
         self.constants: dict[str, Tensor] = {}
-        # torch differentiates some steps, but only with respect to values.
+        # Autograd runs inside opaque steps, and would otherwise record the parameters as well.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
     def __call__(self, tensors: Params) -> Bound:
@@ -171,7 +171,7 @@ class Packed:
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
             layout.fill(self.weights, params)
-        # This comes last because on a GPU it also waits; after it any stream may read the pack.
+        # On a GPU, reading the result waits until everything above is done, so afterwards any stream may use the pack.
         low, high = torch.aminmax(self.weights)  # NaN if any weight is; one pass without a large temporary
         self.finite = bool(torch.isfinite(low) & torch.isfinite(high))
         self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)

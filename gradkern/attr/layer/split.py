@@ -77,7 +77,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         values = reference.forward(program, points.route.params(), rows)
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
-    # With integer inputs, no gradient could be compared when the Program was made.
+    # The comparison of a new Program with autograd covers no gradient if all inputs are integers.
     unconfirmed = value is not None and indices and not _confirm(tail_of(program, value), points, values, y, live)
     return (None, False) if unconfirmed else (value, unique)
 

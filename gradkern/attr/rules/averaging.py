@@ -107,7 +107,7 @@ class Averaging:
             if not self.by_reference:
                 stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
             if delta:
-                # By torch, whose sums round less than a kernel's, which matters for the deltas of large outputs.
+                # By torch: its sums round less than the kernels', which shows in the deltas of large outputs.
                 stored[self.program.output] = Values(self.program, self.params, dict(stored))[self.program.output]
             self._known[kind] = (place, stored)
         return self._known[kind][1]

@@ -67,7 +67,7 @@ class _LinearWriter:
         self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
         self.products: list[FactorProduct] = []
         self.weights: list[tuple[str, int]] = []
-        # per value of the network: its index here, and the factors still to be multiplied
+        # by value of the network: the node that stands for it here, and the factors not yet multiplied into that node
         self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
             v: (("in", v), ()) for v in range(len(program.inputs))
         }

@@ -156,7 +156,7 @@ def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int,
             after = following.readers(shift, far)
             if after[0] >= after[1]:
                 return []  # the slice adds only to a border
-            # Reads cover whole positions, so a row may begin before the window that reached it.
+            # Records read whole positions, so a slice's row may begin before the window that reaches it.
             shift = min(shift, (following.first + after[0] * following.source) // 4 * 4)
             far = max(far, following.first + after[1] * following.source)
             target = Buffer((far - shift + 3) // 4 * 4, cotangent=True)
