@@ -39,10 +39,10 @@ class GradientMethod(RowMethod):
 
     def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         gradients = points.gradients(points.inputs, points.more, index, seeds)
-        self._finish_each(gradients, points.inputs, options)
+        self.finish_gradients(gradients, points.inputs, options)
         return gradients
 
-    def _finish_each(self, gradients: Any, rows: Tensors, options: Options) -> None:
+    def finish_gradients(self, gradients: Any, rows: Tensors, options: Options) -> None:
         """Turn the gradients ``[N, …, *in]``, one per input of ``rows``, into attributions, in place."""
         for gradient, x in zip(gradients, rows, strict=True):
             tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
@@ -58,7 +58,7 @@ class GradientMethod(RowMethod):
         rows = format_tensor_into_tuples(inputs)
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
         each = maps if isinstance(maps, (tuple, list)) else [maps]
-        self._finish_each(each, tuple(rows[w] for w in checked_wrt(wrt, len(rows))), finish)
+        self.finish_gradients(each, tuple(rows[w] for w in checked_wrt(wrt, len(rows))), finish)
         return jacobian
 
 

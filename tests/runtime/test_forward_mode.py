@@ -130,7 +130,7 @@ def test_inputs_that_are_not_differentiated_have_no_tangents():
 @pytest.mark.parametrize("name", ["decoder", "emulator", "conv2d_uneven", "maxpool2d", "lenet5"])
 def test_counts_are_those_of_what_runs(name, forward_mode):
     program = parts(name, 2)[2]
-    forward = executor.plan_for(program, program.outputs, torch.float64).forward
+    forward = executor.plan_for(program, program.outputs, torch.float64).forward_mode
     inner = forward.transposed.program
     runs = sum(forward_macs(inner, i) for i in range(len(inner.steps)))
     counted = sum(tangent_macs(program, i) for i in range(len(program.steps)))

@@ -130,7 +130,7 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         with method._rules() as rules:
             result = super()._one(rows, options | {"rules": rules}, delta)
         if result is not None:
-            method._used(rules, options["verbose"])
+            method._drop_rules(rules, options["verbose"])
         return result
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:

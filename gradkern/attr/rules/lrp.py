@@ -165,7 +165,7 @@ class LRP(RuleMethod, stock.LRP):
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return compat.unlogged(stock.LRP)(self, inputs, *fixed)
-        self._remove_rules(rules, verbose)
+        self._drop_rules(rules, verbose)
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
@@ -212,7 +212,7 @@ class LRP(RuleMethod, stock.LRP):
         for path, rule in rules.items():
             print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
-    def _remove_rules(self, rules: Rules, verbose: bool) -> None:
+    def _drop_rules(self, rules: Rules, verbose: bool) -> None:
         """Remove the rules after a call, as Captum does."""
         if verbose:
             self._print(rules)
