@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from sphinx.pycode import ModuleAnalyzer
+
 import gradkern
 
 ROOT = Path(__file__).parent.parent
@@ -50,5 +52,13 @@ def without_captums_text(app, what, name, obj, options, lines: list[str]) -> Non
         lines[:] = [f"As `captum.attr`'s ``{name.rsplit('.', 1)[-1]}``: same arguments, same results."]
 
 
+def without_overloads(module: str) -> None:
+    """A function of that module shows one signature: its overloads are for type checkers."""
+    analyzer = ModuleAnalyzer.for_module(module)
+    analyzer.analyze()
+    analyzer.overloads.clear()
+
+
 def setup(app) -> None:
+    without_overloads("gradkern.api")
     app.connect("autodoc-process-docstring", without_captums_text)

@@ -26,7 +26,7 @@ prepared = gradkern.prepare(net, x)
 
 exact = copy.deepcopy(net).double()
 a = captum.attr.IntegratedGradients(exact).attribute(x[:10].double(), target=1)
-b = gradkern.attr.IntegratedGradients(exact).attribute(x[:10].double(), target=1)
+b = gradkern.attr.IntegratedGradients(exact, engine="kernel").attribute(x[:10].double(), target=1)
 print(f"largest difference {float((a - b).abs().max() / a.abs().max()):.0e} of the largest attribution")
 
 # %%

@@ -16,7 +16,7 @@ from gradkern import plot
 
 torch.manual_seed(0)
 problem = digits()
-accuracy = train(problem, epochs=4)
+accuracy = train(problem, epochs=problem.epochs)
 net, x = problem.network, problem.x
 print(f"accuracy on the test part {accuracy:.1%}")
 

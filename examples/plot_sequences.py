@@ -80,7 +80,7 @@ figure = plot.logo(there[both : both + 1], names=["contributions"])
 # (TF-MoDISco does this properly: ``modisco motifs -s sequences.npz -a contributions.npz``.)
 
 
-def found(sign: float, width: int = 11) -> np.ndarray:
+def found(sign: float, width: int = 7) -> np.ndarray:
     """The mean contributions ``[4, width]`` of the strongest window of the 50 sequences that have the strongest."""
     sums = np.lib.stride_tricks.sliding_window_view(sign * there.sum(1), width, axis=1).sum(2)  # [N, places]
     best = np.argsort(-sums.max(1))[:50]

@@ -113,9 +113,10 @@ def jacobian(
 
     Returns
     -------
-    ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
-    for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With
-    `TopK`, the pair of that and the indices.
+    Tensor, or tuple of tensors
+        ``[N, C, *in]`` (``[N, S, *in]`` with targets; ``[N, *out, *in]`` for an output with several axes; ``[N, *in]``
+        for an output ``[N]``), in the dtype of the input; a tuple of them if ``inputs`` is a tuple.  With `TopK`, the
+        pair of that and the indices.
 
     Raises
     ------

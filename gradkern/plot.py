@@ -148,6 +148,8 @@ def logo(attributions: Any, *, names: Sequence[str] | None = None, alphabet: str
         logomaker.Logo(letters, ax=axes, color_scheme="colorblind_safe", flip_below=True)
         axes.set_title(label, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
+    stacks = values[shown].clip(max=0.0).sum(1), values[shown].clip(min=0.0).sum(1)  # [C, L] each: below, above zero
+    panels[0].set_ylim(limits(np.stack(stacks)))  # logomaker keeps 1 as the top of panels that share an axis
     panels[-1].set_xlabel("position")
     if note:
         figure.suptitle(note, fontsize=9)

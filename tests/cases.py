@@ -24,6 +24,7 @@ from tests.support.modules import (
     Attention,
     CustomBackward,
     FreezesOne,
+    HeadsAsBatches,
     HeadsInFront,
     LeNet5,
     LstmNet,
@@ -95,6 +96,7 @@ def _small() -> list[Case]:
         "conv2d_valid": seq2d(relu, lz(nn.Conv2d, 4, 5, 3), relu),
         "conv2d_uneven": seq2d(relu, lz(nn.Conv2d, 4, 5, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), relu),
         "conv2d_same_even": seq2d(relu, lz(nn.Conv2d, 4, 5, (4, 3), padding="same"), relu),
+        "conv2d_along_rows": seq2d(lz(nn.Conv2d, 4, 5, (9, 1), padding="same"), relu, lz(nn.Conv2d, 5, 4, (1, 3))),
         "conv2d_depthwise": seq2d(relu, lz(nn.Conv2d, 4, 4, (1, 5), groups=4, bias=False), lz(nn.Conv2d, 4, 6, 1)),
         # activations
         "relu_inplace": seq1d(lz(nn.ReLU, inplace=True), lz(nn.Conv1d, 4, 4, 3), lz(nn.ReLU, inplace=True)),
@@ -232,6 +234,7 @@ def _whole() -> list[Case]:
         Case("resnet1d_opaque", lambda: Residual1d(RunningLogMean()), ((1, 20),), opaque=True),
         Case("attention", Attention, ((5, 4),)),
         Case("heads_in_front", HeadsInFront, ((5, 4),)),
+        Case("heads_as_batches", HeadsAsBatches, ((5, 4),)),
         Case("sequence_first", SequenceFirst, ((5, 4),)),
         Case("sequence_first_last", lambda: SequenceFirst(last=True), ((5, 4),)),
         Case("lstm_sequence_first", LstmSequenceFirst, ((7, 2),), opaque=True),

@@ -71,8 +71,10 @@ def test_every_page_with_python_is_run():
     with_python = {p.relative_to(ROOT).as_posix() for p in pages if BLOCK.search(p.read_text(encoding="utf-8"))}
     assert with_python - INSTRUCTIONS == set(PAGES)
     for page in ALL_PAGES:
-        fences = re.findall(r"^ *```(.*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert set(fences) <= LANGUAGES, page
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert set(re.findall(r"^ *```(.*)$", text, flags=re.MULTILINE)) <= LANGUAGES, page
+        outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        assert len(re.findall(r"^# |^==+$|^--+$", outside, flags=re.MULTILINE)) == 1, f"{page} needs one title"
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

@@ -137,7 +137,7 @@ def _check_unpickled(name: str, content: bytes) -> None:
 
 def _check_payload(name: str, config: Any, reader: PT2ArchiveReader, names: list[str]) -> None:
     """Check the weights or constants: tensors whose numbers are in the archive, none of them pickled."""
-    folder = name.rpartition("/")[0]
+    folder, elements = name.rpartition("/")[0], 0
     for place, entry in config["config"].items():
         if not PATH.fullmatch(place):
             raise Refused(f"the name {place!r}")
@@ -145,8 +145,8 @@ def _check_payload(name: str, config: Any, reader: PT2ArchiveReader, names: list
         if entry["use_pickle"] is not False or record not in names or not re.fullmatch(r".*_\d+", record):
             raise Refused(f"{place!r} as a pickle, in {name!r}")
         _check_graph(entry, "")
-        elements = math.prod(max(int(size["as_int"]), 0) for size in entry["tensor_meta"]["sizes"])
-        check_memory(8 * elements, f"model: {place!r}")
+        elements += math.prod(max(int(size["as_int"]), 0) for size in entry["tensor_meta"]["sizes"])
+        check_memory(8 * elements, f"model: {place!r} in {name!r}")
 
 
 def _check_graph(value: Any, key: str) -> None:

@@ -65,7 +65,7 @@ def main(debug: bool, log: str, threads: int | None) -> None:
     \b
     A MODEL is  net.pt2                        from torch.export.save, with a free batch axis
             or  package.module:factory         with --weights net.safetensors (or a state_dict)
-    A SOURCE is x.npy, x.npz:name, x.pt, x.safetensors:name, x.zarr:name, x.h5:name or x.parquet:column
+    A SOURCE is x.npy, x.npz:name, x.pt, x.safetensors:name, x.zarr:name, x.h5:name, x.parquet:column or x.csv
 
     \b
     gradkern run net.pt2 x.npy maps.zarr --reduce importance    maps and statistics, continued after a kill

@@ -71,13 +71,13 @@ def load_exported(path: str) -> nn.Module:
 
 
 def _load_pickled(path: str, allowed: bool) -> nn.Module:
+    _check_exists("model", path)
     if not allowed:
         raise BadValue(
-            f"model: {path} is a pickled module, which can run any code while it is loaded. Export it with "
-            "torch.export.save, give package.module:factory with --weights, or, if you trust where it comes from, "
-            "add --allow-pickle."
+            f"model: {path} is a pickle. If it holds weights (a state_dict), name what makes the network: "
+            f"package.module:factory --weights {path}. If it holds a module, loading it can run any code: export it "
+            "with torch.export.save, or, if you trust where it comes from, add --allow-pickle."
         )
-    _check_exists("model", path)
     model = torch.load(path, weights_only=False, map_location="cpu")
     if not isinstance(model, nn.Module):
         way_out = (

@@ -171,13 +171,17 @@ class ModelState:
         finally:
             note_capture(clock() - begin)
 
+    def first(self, message: str) -> bool:
+        """Whether this is asked for the first time."""
+        with self.lock:
+            known = message in self._warned
+            self._warned.add(message)
+        return not known
+
     def warn(self, message: str) -> None:
         """Warn, once per model and message."""
-        with self.lock:
-            if message in self._warned:
-                return
-            self._warned.add(message)
-        warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
+        if self.first(message):
+            warnings.warn(message, GradkernWarning, stacklevel=_stack_level())
 
 
 models = WeakMemo(ModelState)
@@ -186,8 +190,17 @@ _callables = ModelState()  # only for the warnings about callables that are not 
 
 def warn(fn: Any, message: str) -> None:
     """Warn, once per model and message; about functions, which may be redefined for each call, once per process."""
+    _of(fn).warn(message)
+
+
+def first(fn: Any, what: str) -> bool:
+    """Whether this is asked for the first time about a model, or about any function."""
+    return _of(fn).first(what)
+
+
+def _of(fn: Any) -> ModelState:
     module = model_of(fn)
-    (_callables if module is None else models.of(module)).warn(message)
+    return _callables if module is None else models.of(module)
 
 
 on_reset(_callables._warned.clear)

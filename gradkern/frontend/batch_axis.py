@@ -6,8 +6,8 @@ same op on this view with its axes shifted by one, unless it works along the bat
 and encoders that keep sequences first, are lowered as if they had been written with the batch in front.
 
 An axis may join the samples with other axes.  Its inner extent is how many neighbouring indices belong to one sample:
-1 for ``[L·N, E]``, H for ``[N·H, L, E]``.  A view that reads the samples in another order mixes them, and has no form
-here.
+1 for ``[L·N, E]``, H for ``[N·H, L, E]``.  Whole batches may be joined along it and taken apart again.  A view that
+reads the samples in another order mixes them, and has no form here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..ir.program import Call, Value
+from ..ir.program import Batch, Call, Value
 from .lowerings import NoForm
 from .lowerings.builder import ALONG, AXES, ROWS, Complex
 from .lowerings.index import PADS, takes_all
 from .lowerings.shape import VIEWS
 
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
+PIECES = {"aten.chunk.default": "chunks", "aten.tensor_split.sections": "sections"}  # by op: the number of pieces
+BATCH_SIZES = (
+    "split_size",
+    "split_sizes",
+    "start",
+    "end",
+)  # arguments that count samples where an op takes batches apart
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,32 @@ class NonLeadingBatch:
     inner_extent: int = 1
 
 
-def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...]) -> None:
+class BatchAxis(NamedTuple):
+    """The axis of a tensor that holds the samples: its place, its inner extent, and its length in batches."""
+
+    place: int
+    inner: int
+    times: int
+
+
+def make_per_sample(op: str, named: SimpleNamespace, rank: int, axes_of: Sequence[BatchAxis]) -> None:
     """Shift the axes in a call's arguments by one.
 
     ``named``: the arguments by name, changed in place; ``rank``: the rank of the tensor that the axes refer to;
-    ``batch``: the batch axis of each tensor that is read.  Raises `NoForm` for an unknown op, or one along the batch.
+    ``axes_of``: the batch axis of each tensor that is read.  Raises `NoForm` for an unknown op, or one that works along
+    the batch on anything but whole batches.
     """
+    batch = [axis.place for axis in axes_of]
     if op == ATTENTION:
         if any(axis >= rank - 2 for axis in batch):
             raise NoForm("it attends to other samples")
         return
     if op in VIEWS:
+        return
+    if op == "aten.repeat.default":
+        if len(named.repeats) != rank or any(named.repeats[a.place] != 1 and a.inner != 1 for a in axes_of):
+            raise NoForm("it repeats the samples")
+        named.repeats = (1, *named.repeats)
         return
     if op in ROWS:
         if any(axis != 0 for axis in batch):
@@ -73,8 +95,43 @@ def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int
         axes = shift_axes(getattr(named, ALONG[op]), rank)
         along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
         if along and not (op == "aten.slice.Tensor" and takes_all(named)):
-            raise NoForm("it works along the batch axis")
+            _take_whole_batches(op, named, axes_of)
         setattr(named, ALONG[op], axes)
+
+
+def _take_whole_batches(op: str, named: SimpleNamespace, axes_of: Sequence[BatchAxis]) -> None:
+    """Whole batches that lie one after the other, ``[k·N, …]``, are the numbers of an axis of k per sample: they may be
+    joined and taken apart, as attention does whose heads are pieces of a longer batch.
+
+    Replaces sizes that are multiples of the batch by the multiples.
+    """
+    if any(axis.inner != 1 for axis in axes_of):
+        raise NoForm("it works along the batch axis")
+    if op == "aten.cat.default":
+        if not all(isinstance(x, Value) for x in named.tensors):
+            raise NoForm("it joins samples and constants")
+        return
+    pieces = PIECES.get(op)
+    if pieces is not None and axes_of[0].times % getattr(named, pieces) == 0:
+        return
+    if op not in ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.slice.Tensor"):
+        raise NoForm("it works along the batch axis")
+    if getattr(named, "step", 1) != 1:
+        raise NoForm("it takes some of the samples")
+    for name in BATCH_SIZES:
+        if hasattr(named, name):
+            setattr(named, name, _batches(getattr(named, name)))
+
+
+def _batches(size: Any) -> Any:
+    """A number of samples as a number of batches."""
+    if isinstance(size, (tuple, list)):
+        return tuple(map(_batches, size))
+    if isinstance(size, Batch):
+        return size.times
+    if size in (None, 0, 2**63 - 1):
+        return size
+    raise NoForm("it takes some of the samples")
 
 
 def inner_extent(op: str, sources: Sequence[tuple[int, int]], times: int, after: Sequence[int]) -> int:

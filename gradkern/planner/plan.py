@@ -29,6 +29,7 @@ from ..passes.direction import Cut, Direction
 from ..passes.forward_mode import Transposed, transpose, values_read
 from ..passes.phases import without_zeros
 from ..passes.prune_positions import prune
+from ..passes.turning import turn
 from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
@@ -288,6 +289,8 @@ def plan(
         cast_dtype, dtype = dtype, torch.float32
     if wanted is None and not program.slopes:
         program = prune(program)
+        if machine and not isinstance(machine, Device):
+            program = turn(program)
     chosen = None
     if wanted is None and not reverse:
         chosen = direction.choose(program, seeds, range(len(program.inputs)) if wrt is None else wrt)

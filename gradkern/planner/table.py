@@ -97,6 +97,5 @@ def _shorten(text: str, *, end: bool = False) -> str:
 def _legend(paths: set[str]) -> str:
     """The explanation of the table's last two columns."""
     words = [f"{name}: {LEGEND[name]}" for name in LEGEND if any(p.split(",")[0].split()[0] == name for p in paths)]
-    return "MMAC: million multiply-adds per sample, all outputs. " + (
-        "Paths: " + "; ".join(words) + "." if words else ""
-    )
+    counted = "MMAC: million multiply-adds per sample, forward and backward (counts by mode: backward). "
+    return counted + ("Paths: " + "; ".join(words) + "." if words else "")

@@ -82,6 +82,7 @@ def _contract(form: ir.Contract, x: Tensor, params: Params) -> Tensor:
     if isinstance(form.map, ir.Windows):
         assert weight is not None
         w = form.map
+        weight = weight.reshape(*weight.shape[:2], *w.kernel)  # rows and columns may be exchanged (`passes.turning`)
         padding, padded = _padded(w, x)
         zeros = (0,) * len(padding)
         if channels_last(w, x):
@@ -232,7 +233,7 @@ def _contract_back(form: ir.Contract, x: Tensor, g: Tensor, params: Params) -> T
     if isinstance(form.map, ir.Channels):
         return g if weight is None else g * weight.reshape(_per_channel(form.map, x)).to(g.dtype)
     assert weight is not None
-    return _convolution_back(form.map, weight, x, g)
+    return _convolution_back(form.map, weight.reshape(*weight.shape[:2], *form.map.kernel), x, g)
 
 
 def _convolution_back(w: ir.Windows, weight: Tensor, x: Tensor, g: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def plain(text: str, *, lines: bool = True) -> str:
 
 
 def check_array(array: Any, what: str, *, text: bool = False) -> None:
-    """Raise `BadValue` if a zarr array holds anything but numbers (or, if ``text``, strings), or one of its chunks is
-    larger than the memory."""
+    """Raise `BadValue` if a zarr array holds anything but numbers (or, if ``text``, strings), or one of its chunks, or
+    the index of a shard, is larger than the memory."""
     codecs = [*array.filters, *([array.serializer] if array.metadata.zarr_format == 3 else []), *array.compressors]
     while codecs:
         codec = codecs.pop()
@@ -80,4 +80,7 @@ def check_array(array: Any, what: str, *, text: bool = False) -> None:
         codecs += [*getattr(codec, "codecs", ()), *getattr(codec, "index_codecs", ())]  # of shards
     if array.dtype.kind not in ("OT" if text else NUMBERS):
         raise BadValue(f"{what} holds {array.dtype}, expected numbers.")
-    check_memory(array.dtype.itemsize * math.prod(array.chunks), f"{what}: a chunk")
+    chunk = math.prod(array.chunks)
+    check_memory(array.dtype.itemsize * chunk, f"{what}: a chunk")
+    if getattr(array, "shards", None) and chunk:  # where each of its chunks lies: two numbers of eight bytes
+        check_memory(16 * math.prod(array.shards) // chunk, f"{what}: the index of a shard")

@@ -45,7 +45,7 @@ class Everything(nn.Module):
         self.first = Mixed(
             "unary:layer_norm", "ternary:attention", "unary:softshrink", "ternary:maximum", "ternary:where",
             "ternary:einsum_3", "unary:std", "unary:adaptive_max_pool1d", "unary:logsumexp", "module:lstm",
-            "unary:mask", "unary:rrelu", "unary:max_pool3d", "unary:normalize",
+            "unary:mask", "unary:rrelu", "unary:max_pool3d", "unary:normalize", "ternary:masked_attention",
         )  # fmt: skip
 
     def forward(self, x):
@@ -263,7 +263,34 @@ def test_a_users_rule_that_does_not_fit(registered):
         ours.register_rule("gelu", 5)
 
 
-def test_a_large_delta_is_said_once_and_not_computed_unasked(monkeypatch, registered):
+@pytest.mark.parametrize("references", [1, 2])
+def test_a_large_delta_is_said_of_the_first_samples_though_nobody_asks(references, registered):
+    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+    x, r = (z[:, 0] for z in ends(7))
+    start = r if references == 1 else torch.stack([r, r], 1)
+    method = ours.DeepLift(model, engine="kernel", multiply_by_inputs=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradkernWarning)
+        method.attribute_all(x, baselines=start)
+    registered("tanh", half)
+    gradkern.reset()
+    with pytest.warns(GradkernWarning, match="do not add up"):
+        method.attribute_all(x, baselines=start)
+
+
+def test_a_mask_that_moves_between_infinities_is_said():
+    class Masked(nn.Module):
+        def forward(self, x):
+            return (
+                x.masked_fill((x[:, :1] > 0) & (torch.arange(6) > 3), -torch.inf).softmax(1) @ torch.ones(6, 2).double()
+            )
+
+    x, r = (z[:, 0] for z in ends(7))
+    with pytest.warns(GradkernWarning, match="do not add up"):
+        ours.DeepLift(Masked(), engine="kernel").attribute_all(x.abs(), baselines=-r.abs())
+
+
+def test_a_large_delta_is_said_once_and_computed_once_unasked(monkeypatch, registered):
     model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
     x, r = (z[:, 0] for z in ends(7))
     registered("tanh", half)

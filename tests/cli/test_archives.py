@@ -18,6 +18,7 @@ from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 from gradkern.cli import archives
 from gradkern.cli.models import load_exported
 from gradkern.util.options import BadValue
+from gradkern.util.untrusted import physical_memory
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"
@@ -367,14 +368,20 @@ def test_a_truncated_archive_is_one_line(kept: float, archive: Records, tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_a_weight_that_is_larger_than_the_machine(archive: Records, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["linear.bias"], ["linear.bias", "conv.bias"]])
+def test_weights_that_are_larger_than_the_machine(names: list[str], archive: Records, tmp_path: Path) -> None:
+    """One of them, or all together; a record that is empty stands for as many zeros as it says."""
+    each = physical_memory() // 8 // len(names) + 1
+
     def change(config: Any) -> None:
-        config["config"]["linear.bias"]["tensor_meta"]["sizes"] = [{"as_int": 1 << 45}]
+        for name in names:
+            config["config"][name]["tensor_meta"]["sizes"] = [{"as_int": each}]
 
     records = changed(archive, WEIGHTS, change)
-    path = json.loads(records[WEIGHTS])["config"]["linear.bias"]["path_name"]
+    entries = json.loads(records[WEIGHTS])["config"]
+    empty = {f"data/weights/{entries[name]['path_name']}": b"" for name in names}
     with pytest.raises(BadValue, match=r"would take .* GiB, and this machine has"):
-        load_exported(written(records | {f"data/weights/{path}": b""}, tmp_path / "net.pt2"))
+        load_exported(written(records | empty, tmp_path / "net.pt2"))
 
 
 @pytest.mark.parametrize("name", [MODEL, WEIGHTS, CONSTANTS])

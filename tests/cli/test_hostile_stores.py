@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from gradkern.cli.main import main
-from gradkern.data import open_store
+from gradkern.data import open_store, verify
 from gradkern.util.options import BadValue
 from gradkern.util.untrusted import check_array, plain
 
@@ -294,8 +294,10 @@ def test_links_out_of_the_store(what: str, store: Path) -> None:
     outside = store.parent / "outside"
     shutil.move(store / what, outside)
     os.symlink(outside, store / what)
-    with pytest.raises(BadValue, match="a symbolic link that leads out of"):
-        open_store(store)
+    for read in (open_store, verify):
+        for place in (str(store), f"file://{store}"):
+            with pytest.raises(BadValue, match="a symbolic link that leads out of"):
+                read(place)
 
 
 @pytest.mark.parametrize(

@@ -157,11 +157,11 @@ def replay(program: Path, recording: tuple[list[bytes], list[Tensor]], mutations
     return ""
 
 
-def main(kind: str, flags: Sequence[str], folder: Path, long: bool) -> int:
+def main(kind: str, flags: Sequence[str], folder: Path, long: bool, chosen: Sequence[str] = ()) -> int:
     """Try the instruction sets one by one.  Weights are packed for one set, so each is recorded in its own process."""
     seed = random.SystemRandom().randrange(1 << 30)
     found = ops.extension().isas()  # the best first
-    isas = found if long else [found[0] if kind == "address" else "portable"]
+    isas = chosen or (found if long else [found[0] if kind == "address" else "portable"])
     networks, mutations = (400, 500) if long else (40, 60)
     failed = 0
     for isa in isas:

@@ -25,9 +25,9 @@ def hand_written_softmax(x: Tensor) -> Tensor:
     return e / e.sum(-1, keepdim=True)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal(q: Tensor, k: Tensor, v: Tensor, mask: float = -math.inf) -> Tensor:
     later = torch.ones(4, 4, dtype=torch.bool).triu(1)
-    return torch.softmax((q @ k.transpose(-1, -2)).masked_fill(later, -math.inf), -1) @ v
+    return torch.softmax((q @ k.transpose(-1, -2)).masked_fill(later, mask), -1) @ v
 
 
 def volume(x: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ TERNARY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "attention": lambda a, b, c: F.scaled_dot_product_attention(a, b, c),
     "causal_attention": lambda a, b, c: F.scaled_dot_product_attention(a, b, c, is_causal=True),
     "masked_attention": causal,
+    "attention_masked_by_large_numbers": lambda a, b, c: causal(a, b, c, torch.finfo(torch.float32).min),
     "atan2": lambda a, b, c: torch.atan2(a, b + 3) + c,
     "hypot": lambda a, b, c: torch.hypot(a, b) + c,
     "logaddexp": lambda a, b, c: torch.logaddexp(a, b) + c,

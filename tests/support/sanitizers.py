@@ -1,10 +1,11 @@
 """The kernels under the sanitizers, on the host and without torch::
 
-    python -m tests.support.sanitizers [address|thread] [--cpu|--long]
+    python -m tests.support.sanitizers [address|thread] [--cpu|--long] [avx512|avx2|…]
 
 The CUDA kernels: launches of a few networks are recorded, and `csrc/host/replay.cpp`, built with each sanitizer, runs
 them again: as many threads as the block has, so the thread sanitizer sees every missing barrier.  Results must be
-bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all.
+bit-equal.  ``--cpu``: also the CPU's kernels and ops (`cpu_replay.py`) for one instruction set; ``--long``: for all, or
+for those that are named, with ten times as many networks.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def recordings():
 
 
 def main(words: list[str]) -> int:
-    kinds, failed = [w for w in words if not w.startswith("--")], 0
+    kinds, failed = [w for w in words if w in KINDS], 0
+    isas = [w for w in words if w not in KINDS and not w.startswith("--")]
     with tempfile.TemporaryDirectory() as folder:
         launches = list(recordings())
         for kind in kinds or list(KINDS):
@@ -82,7 +84,7 @@ def main(words: list[str]) -> int:
                 flush=True,
             )
             if {"--cpu", "--long"} & set(words):
-                failed += cpu_replay.main(kind, KINDS[kind], Path(folder), "--long" in words)
+                failed += cpu_replay.main(kind, KINDS[kind], Path(folder), "--long" in words, isas)
     return failed > 0
 
 

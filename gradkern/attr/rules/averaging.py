@@ -30,11 +30,12 @@ from ..plug import GradientFunc
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
 from .linear import rule_multipliers, rule_values, values_needed
-from .rule import Rule, Values
+from .rescale import Rescale
+from .rule import Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
 LEAST_PAIRS = 32  # pairs per call of the engine at least, if they fit, so that the fixed cost of a call is small
-MakeRule = Callable[[Chunk, Values, Values], Rule]
+MakeRule = Callable[[Chunk, Values, Values], Rescale]
 #: Takes multipliers ``[P, S, *in]`` of P pairs, and their samples and references ``[P, *in]``, to contributions.
 Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
 
@@ -137,7 +138,7 @@ class Averaging:
 
     def run(
         self, make: MakeRule, contributions: Contributions, options: Options
-    ) -> tuple[Tensors, Tensor | None, Rule]:
+    ) -> tuple[Tensors, Tensor | None, Rescale]:
         """The means ``[N, S, *in]``, the deltas of all pairs ``[N · R, S]`` if requested, and the last rule."""
         points, seeds, count = self.points, self.seeds, self.references.count
         n, index, outputs = points.samples, seeds.rows(0, points.samples), self.program.outputs
@@ -145,7 +146,7 @@ class Averaging:
         targets = targets.to(self.inputs[0].device)
         totals = tuple(x.new_zeros(n, seeds.count, *x.shape[1:]) for x in points.inputs)
         deltas = self.inputs[0].new_empty(n, count, seeds.count) if self.wants_delta else None
-        rule: Rule | None = None
+        rule: Rescale | None = None
         blocks = row_blocks(n, count, self.pairs_at_a_time())
         pairs = with_progress(blocks, n * count, "pairs", lambda block: (block[1] - block[0]) * (block[3] - block[2]))
         for a, b, first, last in pairs:
@@ -155,6 +156,7 @@ class Averaging:
             chunk = Chunk(self.program, self.params, rows, a, b, options, self.by_reference)
             rule = make(chunk, at, before)
             multipliers = rule_multipliers(rule, rows, chosen, points.wrt, native=not self.by_reference)
+            check_once(points.fn, rule, multipliers, rows[: self.own], start[: self.own], chosen)
             parts = contributions(multipliers, rows[: self.own], start[: self.own])
             for total, part in zip(totals, parts, strict=True):
                 by_pair = part.view(b - a, k, *part.shape[1:])
@@ -182,7 +184,7 @@ class OverReferences(RuleMethod):
 
     multiplies_by_inputs: bool
 
-    def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rule:
+    def _rescale(self, chunk: Chunk, values: Values, before: Values, start: Tensors) -> Rescale:
         raise NotImplementedError
 
     def _one_reference(self, inputs: Tensors, baselines: Tensors, *fixed: Any) -> Any:
@@ -257,7 +259,7 @@ class OverReferences(RuleMethod):
         assert program is not None
         points.route.check_reached(points.base_request)
 
-        def make(chunk: Chunk, at: Values, before: Values) -> Rule:
+        def make(chunk: Chunk, at: Values, before: Values) -> Rescale:
             start = tuple(before[v] for v in range(len(chunk.rows)))
             return self._rescale(chunk, at, before, start)
 
@@ -295,6 +297,8 @@ class OverReferences(RuleMethod):
 
 
 LARGE = 0.01  # a delta above this share of the sum of the attributions' sizes is large
+CHECKED = 8  # the samples whose delta is computed although nobody asks for it
+ROUNDING = 1e-4  # a smaller delta, as a share of the output, may be rounding
 
 
 def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
@@ -306,6 +310,23 @@ def say_if_large(fn: Any, sizes: Tensor, deltas: Tensor) -> None:
             f"{name_of(fn)}: DeepLift's attributions do not add up to the change of the output: the delta of some "
             f"samples is more than {LARGE:.0%} of the sum of their sizes.",
         )
+
+
+def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, start: Tensors, targets: Tensor) -> None:
+    """`say_if_large` for the first samples of a model, whether or not anybody asks for deltas.
+
+    ``targets``: the outputs ``[S]`` or ``[N, S]``.  Steps without a rule and constants have warnings of their own.
+    """
+    said = bool(rule.unruled or rule.detached)
+    if said or len(multipliers) < len(rows) or not state.first(fn, "completeness"):
+        return
+    few, at = slice(0, CHECKED), rule.program.output
+    chosen = targets[few] if targets.dim() == 2 else targets
+    y, y_ref = (pick_outputs(v[at][few].expand_as(rule.values[at][few]), chosen) for v in (rule.values, rule.reference))
+    parts = times_change(*(tuple(z[few] for z in zs) for zs in (multipliers, rows, start)))
+    missed = sum(sum_trailing_axes(p, 2) for p in parts) - (y - y_ref)
+    known = (y - y_ref).isfinite() & ~(missed.abs() <= ROUNDING * (y.abs() + y_ref.abs()))
+    say_if_large(fn, sizes_of(parts, 2)[known].nan_to_num(), missed[known].nan_to_num(nan=torch.inf))
 
 
 def sizes_of(maps: Tensors, axes: int) -> Tensor:

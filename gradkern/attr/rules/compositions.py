@@ -86,16 +86,18 @@ def without_means(p: InputAndReference, dim: int) -> tuple[InputAndReference, Ca
     """Logits in float64 less their mean, and the map that takes the mean off a change (DeepLIFT, section 3.6).
 
     A softmax does not change if all its logits move together.  Where they are large, such a movement would otherwise
-    become large contributions that cancel.  Logits of a row that are not finite (masks) keep their mean.
+    become large contributions that cancel.  The mean is that of the logits whose exponentials do not vanish: with a
+    mask of -1e30 in it, it would round the others away.
     """
-    means = [z.double().mean(dim, keepdim=True) for z in (p.x, p.r)]
-    finite = (means[0] + means[1]).isfinite()
+    x, r = p.x.double(), p.r.double()
+    alive = [(z - z.amax(dim, keepdim=True)).exp() > 0 for z in (x, r)]
+    kept = alive[0] & alive[1]
+    count = kept.sum(dim, keepdim=True).clamp(min=1)
 
-    def taken(z: Tensor, mean: Tensor) -> Tensor:
-        return z - torch.where(finite, mean, 0.0)
+    def without(z: Tensor) -> Tensor:
+        return z - torch.where(kept, z, 0.0).sum(dim, keepdim=True) / count
 
-    ends = InputAndReference(taken(p.x.double(), means[0]), taken(p.r.double(), means[1]), p.slot)
-    return ends, lambda t: taken(t, t.mean(dim, keepdim=True))
+    return InputAndReference(without(x), without(r), p.slot), without
 
 
 @handles("softmax", "_softmax", "_safe_softmax")

@@ -30,6 +30,7 @@ from .averaging import (
     ContributionOptions,
     OverReferences,
     apply_custom_function,
+    check_once,
     say_if_large,
     sizes_of,
     with_delta,
@@ -235,10 +236,13 @@ class DeepLift(OverReferences, stock.DeepLift):
         return delta
 
     def _attributions(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+        start, own = _start(chunk), len(chunk.options["baselines"])
+        assert isinstance(rule, Rescale)
+        check_once(self.forward_func, rule, multipliers, chunk.rows[:own], start[:own], targets)
         if not chunk.options.get("multiply", self.multiplies_by_inputs):
             return multipliers
-        points = zip(multipliers, chunk.rows, _start(chunk), strict=False)
-        return tuple(m.mul_((x - start).unsqueeze(1)) for m, x, start in points)
+        points = zip(multipliers, chunk.rows, start, strict=False)
+        return tuple(m.mul_((x - base).unsqueeze(1)) for m, x, base in points)
 
 
 def say_constant(fn: Any, where: str) -> None:

@@ -106,7 +106,8 @@ def run(
 
     Returns
     -------
-    The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
+    Results
+        The open store: ``.array("attributions")``, ``.reduction("mean_abs")``, ``.about``.
     """
     settings = settings_of("run", settings, {"method": method, "targets": targets, **options})
     owned_chunks(1, shard)  # an invalid shard is refused before anything is created

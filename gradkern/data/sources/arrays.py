@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
-from ...util.untrusted import check_array, check_links
+from ...util.untrusted import check_array, check_links, check_memory
 from .columns import Rows, UnequalRows, array_of, members, to_tensor
 from .registry import Source, member, register_source
 
@@ -38,6 +39,8 @@ class Arrays(Source):
                     f"source: number {i} has {array.shape[0]} samples and number 0 has {arrays[0].shape[0]}, expected "
                     "as many."
                 )
+            size = getattr(getattr(array, "dtype", None), "itemsize", 1) * math.prod(array.shape[1:])
+            check_memory(size, f"source: number {i}: a sample")
         super().__init__(arrays[0].shape[0])
         self.arrays = arrays
 
@@ -81,7 +84,10 @@ class Arrays(Source):
         if suffix == ".npy":
             return _load_npy(path)
         if suffix == ".npz":
-            return np.load(path)  # reads each array only when it is asked for
+            arrays = np.load(path)  # reads each array only when it is asked for
+            for entry in arrays.zip.infolist():
+                check_memory(entry.file_size, f"source: {path}: {entry.filename}")
+            return arrays
         if suffix == ".pt":
             return torch.load(path, weights_only=True, mmap=True)
         from safetensors.torch import load_file
@@ -163,10 +169,13 @@ class Zarr(Arrays):
     def load(cls, path: str) -> Any:
         import zarr
 
-        if Path(path).is_dir():
-            check_links(path)
+        from ..store.durable import local_path
+
+        folder = local_path(path)
+        if folder is not None and folder.is_dir():
+            check_links(folder)
         try:
-            return zarr.open(path, mode="r")
+            return zarr.open(path if folder is None else folder, mode="r")
         except (ValueError, TypeError, LookupError) as error:
             raise BadValue(f"source: {path} is no zarr array or group that can be read ({error}).") from error
 

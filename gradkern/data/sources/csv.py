@@ -31,7 +31,7 @@ def read(path: str, every: bool = False, text: str | None = None) -> Any:
     separator = "\t" if Path(path).suffix.lower() == ".tsv" else ","
     try:
         top = pandas.read_csv(path, sep=separator, header=None, nrows=2, dtype=str, skip_blank_lines=True)
-        named = _has_names(path, [list(row) for row in top.itertuples(index=False)])
+        named = _has_names(path, top.to_numpy().tolist())
         kept: Any = {} if text is None else {"converters": {text: str}}
         frame = pandas.read_csv(path, sep=separator, header=0 if named else None, **kept)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -48,7 +48,7 @@ def read(path: str, every: bool = False, text: str | None = None) -> Any:
             f"source: the columns of {path} are separated by ';'. Pass pandas.read_csv(path, sep=';') (and decimal=',' "
             "if its numbers have commas)."
         )
-    empty = [name for name in frame.columns if frame[name].isna().all()] if every and len(frame) else []
+    empty = list(frame.columns[frame.isna().all()]) if every and len(frame) else []
     if empty:
         raise BadValue(
             f"source: the column {empty[0]!r} of {path} has no number in any row. (A separator at the end of the lines "

@@ -93,7 +93,7 @@ def _wanted(schema: Any, columns: Any, path: str) -> Any:
     import pyarrow as arrow
 
     names = schema.names
-    _refuse_twice(names)
+    refuse_twice(names)
     index = [c for c in (schema.pandas_metadata or {}).get("index_columns", ()) if isinstance(c, str)]
     chosen = [n for n in names if n not in index] if columns is None else list(as_tuple(columns))
     lacking = [c for c in chosen if c not in names]
@@ -117,10 +117,12 @@ def _common_schema(schema: Any, other: Any, first: str, path: str) -> Any:
         raise BadValue(f"source: {first} and {path} have columns of other types ({one_line(error)}).") from error
 
 
-def _refuse_twice(names: Sequence[Any]) -> None:
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
+def refuse_twice(names: Sequence[Any]) -> None:
+    seen: set[Any] = set()
+    for name in names:
+        if name in seen:
+            raise BadValue(f"source: the table has several columns named {name!r}. Give each a name of its own.")
+        seen.add(name)
 
 
 @register_source

@@ -17,7 +17,7 @@ from ...util.options import BadValue
 from . import csv
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .parquet import Parquet
+from .parquet import Parquet, refuse_twice
 from .registry import Source, check_rows, is_pattern, matching, open_source, register_source
 
 
@@ -33,26 +33,28 @@ class Table(Source):
 
     def __init__(self, frame: Any, columns: Any) -> None:
         present = list(frame.columns)
-        twice = next((name for i, name in enumerate(present) if name in present[:i]), None)
-        if twice is not None:
-            raise BadValue(f"source: the table has several columns named {twice!r}. Give each a name of its own.")
+        refuse_twice(present)
         names = present if columns is None else list(as_tuple(columns))
-        unknown = [name for name in names if name not in present]
+        unknown = [name for name in names if name not in frame.columns]
         if unknown:
             raise BadValue(f"source: got the column {unknown[0]!r}, but the table has {present}.")
         super().__init__(len(frame))
         if not names:
             raise BadValue("source: the table has no columns.")
-        lists = [name for name in names if _holds_lists(frame[name])]
+        kinds = {name: getattr(dtype, "kind", "O") for name, dtype in frame.dtypes.items()}
+        lists = {name for name in names if kinds[name] == "O" and _holds_lists(frame[name])}
         for name in names:
-            if name not in lists and getattr(frame[name].dtype, "kind", "O") not in "biuf":
+            if name not in lists and kinds[name] not in "biuf":
                 raise BadValue(
                     f"source: the column {name!r} holds {frame[name].dtype}{_first_text(frame[name])}, expected "
                     "numbers. Say which columns are features: columns=('name', ...)."
                 )
         self.frame, self.names = frame[names], tuple(names)
         self.inputs = columns if lists else None  # else all columns are one input
-        self.dtypes = {name: None if name in lists else _dtype_of(frame[name]) for name in names}
+        self.dtypes = {
+            name: dtype if isinstance(dtype, np.dtype) and dtype.kind != "O" else None if name in lists
+            else _dtype_of(frame[name]) for name, dtype in self.frame.dtypes.items()
+        }  # fmt: skip
 
     @classmethod
     def accepts(cls, data: Any) -> bool:
@@ -79,7 +81,9 @@ class Table(Source):
         numbers = [dtype for dtype in self.dtypes.values() if dtype is not None]
         if len(numbers) < len(self.names):
             return pick({name: _numbers(part[name], dtype) for name, dtype in self.dtypes.items()}, self.inputs)
-        whole = np.result_type(*numbers)
+        whole = np.result_type(*set(numbers))
+        if all(isinstance(dtype, np.dtype) for dtype in part.dtypes):
+            return (torch.from_numpy(np.ascontiguousarray(part.to_numpy(whole))),)
         return (torch.from_numpy(np.stack([_numbers(part[name], whole) for name in self.names], axis=1)),)
 
 

@@ -162,9 +162,10 @@ def store_at(place: str, *, read_only: bool = False) -> Store:
 
 def local_path(place: str) -> Path | None:
     """The folder that an address names on this machine; None for object stores and the like."""
-    if "://" in place and not place.startswith("file://"):
+    protocol, colon, path = place.partition("://")
+    if colon and protocol not in ("file", "local"):
         return None
-    return Path(place.removeprefix("file://")).expanduser()
+    return Path(path if colon else place).expanduser()
 
 
 # ---------------------------------------------------------------------------------------------------------------

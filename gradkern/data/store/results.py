@@ -75,6 +75,7 @@ class Results:
             return durable.get(durable.store_at(text), "zarr.json") is not None
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return False
+        check_links(path)
         if not any((path / name).exists() for name in ("zarr.json", checks.BACKUP)):
             raise BadValue(f"out: {text} exists and is no zarr store. Choose another place; nothing was changed.")
         return True
@@ -85,8 +86,6 @@ class Results:
         text = str(place)
         if not cls.exists(text):
             raise BadValue(f"there is no store at {text}.")
-        if (path := durable.local_path(text)) is not None:
-            check_links(path)
         store = durable.store_at(text, read_only=read_only)
         try:
             with warnings.catch_warnings():
