@@ -63,7 +63,7 @@ soak: $(EXT) ## dataset runs under kills, full disks and damage; ARGS="--minutes
 load: $(EXT) ## threads, many calls and models, interrupts, forks, little memory; ARGS="--minutes 5"
 	$(BIN)/python -m tests.support.load $(ARGS)
 
-bench: $(EXT) ## benchmarks against what torch and Captum offer, the two first questions and shares of the peak with their goals
+bench: $(EXT) ## benchmarks against torch, Captum and tangermeme, and shares of the peak, with their goals
 	$(BIN)/python -m benchmarks.questions $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.small_calls $(filter --quick,$(ARGS))
 	$(BIN)/python -m benchmarks.few_inputs $(filter --quick,$(ARGS))

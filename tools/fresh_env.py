@@ -40,21 +40,27 @@ def run(*command: object, **more: str) -> None:
         raise SystemExit(f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nfailed: {' '.join(map(str, command))}")
 
 
+def interpreter(name: str, work: Path) -> Path:
+    """The Python of the environment of this name, which is made in ``work``, empty, unless it is there."""
+    if Path(name).is_file():
+        return Path(name).absolute()
+    if name.count("/") < 2:
+        raise SystemExit(f"{name} is neither an interpreter nor PYTHON/TORCH/CAPTUM, such as {OLDEST}")
+    base, torch, captum = name.rsplit("/", 2)
+    found = shutil.which(base)
+    if found is None:
+        raise SystemExit(f"no {base} on the PATH; name another: PYTHON/TORCH/CAPTUM, such as {OLDEST}")
+    place = work / f"{Path(base).name}-{torch}-{captum}"
+    if not (place / "bin" / "python").exists():
+        run(found, "-m", "venv", place)
+    return place / "bin" / "python"
+
+
 def environment(name: str, work: Path, packages: Sequence[str] = ()) -> Fresh:
     """The environment of this name, made in ``work`` unless it is there, with ``packages``."""
-    if Path(name).is_file():
-        python = Path(name).absolute()
-    elif name.count("/") < 2:
-        raise SystemExit(f"{name} is neither an interpreter nor PYTHON/TORCH/CAPTUM, such as {OLDEST}")
-    else:
-        interpreter, torch, captum = name.rsplit("/", 2)
-        found = shutil.which(interpreter)
-        if found is None:
-            raise SystemExit(f"no {interpreter} on the PATH; name another: PYTHON/TORCH/CAPTUM, such as {OLDEST}")
-        place = work / f"{Path(interpreter).name}-{torch}-{captum}"
-        python = place / "bin" / "python"
-        if not python.exists():
-            run(found, "-m", "venv", place)
+    python = interpreter(name, work)
+    if not Path(name).is_file():
+        _, torch, captum = name.rsplit("/", 2)
         run(python, "-m", "pip", "install", "-q", f"torch=={torch}", f"captum=={captum}", "numpy", *packages)
     code = "import sys, torch, captum; print(sys.version.split()[0], torch.__version__, captum.__version__)"
     shown = subprocess.run([str(python), "-W", "ignore", "-c", code], capture_output=True, text=True, cwd="/")

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from fresh_env import NEWEST, OLDEST, ROOT, environment, folder, run, say, without_compilers
+from fresh_env import NEWEST, OLDEST, ROOT, environment, folder, interpreter, run, say, without_compilers
 
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libgomp.so.1", "libcudart.so.*")
 ABI = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py")  # symbols that change with torch or Python
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--in", dest="work", type=folder, default=ROOT / "build" / "wheel")
     parser.add_argument("environments", nargs="*", default=[OLDEST, NEWEST])
     args = parser.parse_args()
+    for name in args.environments:
+        interpreter(name, args.work)  # one that is missing stops this before the build, not after it
     wheel = build(args.out, args.work)
     say(f"built {wheel}")
     for name in args.environments:

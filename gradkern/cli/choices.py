@@ -207,6 +207,13 @@ output = click.option(
     "--output", type=OutputType(), help="Of a model that returns several tensors: the index or name of one."
 )
 
+dry_run = click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
+
+
+def of_plan(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `run_options` that matter to a plan."""
+    return {name: value for name, value in options.items() if name not in ("progress", "trust_source")}
+
 
 def run_options(command: Command) -> Command:
     """The options that ``run`` and ``importance`` share; they are passed on to `gradkern.run` unchanged."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--shard", type=choices.ShardType(), default="0/1", help="Only this part of the chunks, for job arrays.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing.")
 @click.option("--ids", help="Names of the samples: a .txt file with one a line, .npy, or table.csv:column.")
-@click.option("--dry-run", is_flag=True, help="Only say what it would take: samples, bytes, memory, time.")
+@choices.dry_run
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(
     model: ModelArguments, samples: SourceArguments, out: str, reductions: str | None, no_maps: bool, ids: str | None,
@@ -75,8 +75,7 @@ def run(
         "reductions": reductions.split(",") if reductions else (),
     }
     if dry_run:
-        wanted = {name: value for name, value in options.items() if name not in ("progress", "trust_source")}
-        say(plan(model.load(), samples.open(), out, **wanted))
+        say(plan(model.load(), samples.open(), out, **choices.of_plan(options)))
         return
     if quiet:
         warnings.simplefilter("ignore")
@@ -104,17 +103,24 @@ def _say_notes(out: str, results: Results) -> None:
 @click.option("--out", help="Keep the run in this store (it then resumes).")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Features per output.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")
-def importance(model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, **options: Any) -> None:
+@choices.dry_run
+def importance(
+    model: ModelArguments, samples: SourceArguments, top: int, as_json: bool, dry_run: bool, **options: Any
+) -> None:
     """Rank the features of SOURCE by their effect on each output; no map is stored.
 
     \b
     gradkern importance net.pt2 x.npy
     gradkern importance net.pt2 x.npy --names cat,dog,horse
     gradkern importance net.pt2 x.npy --top 20 --json > ranking.json
+    gradkern importance net.pt2 x.npy --dry-run
     """
     import gradkern
-    from gradkern.data.ranking import position_text
+    from gradkern.data.ranking import plan_importance, position_text
 
+    if dry_run:
+        say(plan_importance(model.load(), samples.open(), **choices.of_plan(options)))
+        return
     ranking = gradkern.importance(model.load(), samples.open(), **options)
     curve, best = ranking.curve, ranking.top(top)
     if as_json:

@@ -23,6 +23,8 @@ from ..util.buffers import buffers_kept
 from ..util.options import BadValue
 from ..util.outputs import OneOutput, Output
 from . import statistics
+from .runs.forecast import Forecast
+from .runs.planning import plan
 from .runs.probe import device_of
 from .runs.runner import run
 from .runs.settings import CommonOptions
@@ -35,10 +37,12 @@ from .store.results import Results
 
 PART_BYTES = 64 << 20  # the most bytes of statistics in one pass over the data
 TRACK_BYTES = 16 << 20  # the most bytes for the orders of features of the samples that are tracked at a time
+MOST_TRACKED = 64  # the most such samples: a forward pass of the live model, whose memory is not measured
 BLOCK = 4096  # features whose bootstrap is drawn at a time
 SPREAD = ("sum_group_inputs", "deviations_group_inputs", "sum_group_inputs_square", "sum_group_abs")
 STEPS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0)
 RANDOM_ORDERS = 3
+OF_A_RUN: dict[str, Any] = {"method": "jacobian", "maps": False, "reductions": ("mean_abs", "importance")}
 
 
 @dataclass(frozen=True)
@@ -152,22 +156,12 @@ def importance(
     Memory is bounded: if the statistics of all outputs would take more than 64 MiB, the outputs are divided into parts,
     each with its own pass over the data.  (With ``out``, or targets that differ by sample, there is one pass.)
     """
-    rows = open_source(source, columns, input_dtype, pad).for_model(model)
-    if rows.samples < 2:
-        raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
-    floating = sum(x.is_floating_point() for x in rows.read(0, 1))
-    if floating != 1:
-        raise BadValue(
-            f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
-            "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
-            "become floating with input_dtype=torch.float32 (--cast float32)."
-        )
+    rows = _ranked_source(model, source, columns, input_dtype, pad)
 
     def run_part(place: str | Path, targets: Any, names: Sequence[str] | None) -> Importance:
         results = run(
-            model, rows, place, "jacobian", targets, maps=False, reductions=("mean_abs", "importance"),
-            progress=progress, output=output, names=names, **options,
-        )  # fmt: skip
+            model, rows, place, targets=targets, progress=progress, output=output, names=names, **OF_A_RUN, **options
+        )
         return of_results(results, level=level, draws=draws)
 
     one = model if output is None else OneOutput(model, output)
@@ -178,6 +172,40 @@ def importance(
     if not curve_samples:
         return whole
     return replace(whole, curve=curve(one, rows, whole.ranking, whole.means, curve_samples))
+
+
+def plan_importance(
+    model: nn.Module, source: Any, out: str | Path | None = None, *, targets: Any = None, columns: Any = None,
+    input_dtype: torch.dtype | None = None, output: Output = None, pad: Pad | None = None,
+    names: Sequence[str] | None = None, **options: Unpack[CommonOptions],
+) -> Forecast:  # fmt: skip
+    """The size, memory and time of `importance` with the same arguments, from running a few samples.
+
+    Its time is that of all passes over the data, without the curves.
+    """
+    rows = _ranked_source(model, source, columns, input_dtype, pad)
+    one = model if output is None else OneOutput(model, output)
+    parts = [(targets, names)] if out is not None else _parts(one, rows, targets, names)
+    given: dict[str, Any] = {"targets": parts[0][0], "names": parts[0][1], "output": output, **OF_A_RUN, **options}
+    forecast = plan(model, rows, out, **given)
+    return replace(forecast, rate=forecast.rate / len(parts))
+
+
+def _ranked_source(
+    model: nn.Module, source: Any, columns: Any, input_dtype: torch.dtype | None, pad: Pad | None
+) -> Source:
+    """The source, after a check that it has samples and one input to rank the features of."""
+    rows = open_source(source, columns, input_dtype, pad).for_model(model)
+    if rows.samples < 2:
+        raise BadValue("importance: got one sample, expected several: a feature counts by its spread over the samples.")
+    floating = sum(x.is_floating_point() for x in rows.read(0, 1))
+    if floating != 1:
+        raise BadValue(
+            f"importance: the source has {floating} floating inputs, expected one, whose features are ranked. With "
+            "several use gradkern.run(..., reductions=['importance']), which keeps a score for each; whole numbers "
+            "become floating with input_dtype=torch.float32 (--cast float32)."
+        )
+    return rows
 
 
 def _parts(
@@ -320,16 +348,17 @@ def curve(model: nn.Module, source: Source, ranking: np.ndarray, mean: np.ndarra
             y = model(*(x if i == which[0] else t[rows] for i, t in enumerate(inputs)))
         return y.reshape(len(y), -1)  # [n, C], of one output also [N]
 
-    y = outputs(x)
+    features = x[0].numel()
+    size = max(1, min(MOST_TRACKED, TRACK_BYTES // (features * 8)))
+    y = torch.cat([outputs(x[i : i + size], slice(i, i + size)) for i in range(0, len(x), size)])
     finite = finite_rows(x) & finite_rows(y)
     inputs, x, y = [t[finite] for t in inputs], x[finite], y[finite]
     if not len(x) or not baseline.isfinite().all():
         return None
     kind = "prediction unchanged" if y.shape[1] > 1 else "R²"
     rows = y.argmax(1).cpu().numpy() if y.shape[1] == len(ranking) else np.zeros(len(y), dtype=int)
-    generator, features = torch.Generator().manual_seed(0), ranking.shape[1]
+    generator = torch.Generator().manual_seed(0)
     shares = np.array(sorted({math.ceil(s * features) / features for s in STEPS}))
-    size = max(1, TRACK_BYTES // (features * 8))  # samples whose order of features is held at a time
     blocks = [slice(i, i + size) for i in range(0, len(x), size)]
 
     def both(order_of: Callable[[slice], Tensor]) -> np.ndarray:

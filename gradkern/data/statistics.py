@@ -91,7 +91,7 @@ def spread(sums: Sums, weights: np.ndarray) -> np.ndarray:
     """
     total, count = sums["sum_group_inputs"], sums["count_group_inputs"]
     n = weights @ count
-    n = n.reshape(*n.shape, *[1] * (total.ndim - 1))
+    n = np.reshape(n, (*n.shape, *[1] * (total.ndim - 1)))
     if "sum_group_inputs_square" in sums:
         square = sums["sum_group_inputs_square"]
     else:
@@ -282,7 +282,7 @@ def add(
 
 def ranks(size: Tensor) -> Tensor:
     """How many samples have each feature in each class of rank: ``[n, C, *in]`` → int64 ``[C, *in, RANK_BINS]``."""
-    flat = size.flatten(2)  # [n, C, F]
+    flat = size.reshape(*size.shape[:2], -1)  # [n, C, F]
     features = flat.shape[2]
     order = flat.argsort(dim=2, descending=True, stable=True)
     place = torch.empty_like(order).scatter_(2, order, torch.arange(features).expand_as(order))

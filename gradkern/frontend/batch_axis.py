@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..ir.program import Batch, Call, Value
 from .lowerings import NoForm
@@ -25,6 +25,7 @@ from .lowerings.index import PADS, takes_all
 from .lowerings.shape import VIEWS
 
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
+PIECES = {"aten.chunk.default": "chunks", "aten.tensor_split.sections": "sections"}  # by op: the number of pieces
 BATCH_SIZES = (
     "split_size",
     "split_sizes",
@@ -45,18 +46,32 @@ class NonLeadingBatch:
     inner_extent: int = 1
 
 
-def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int, ...], inner: Sequence[int]) -> None:
+class BatchAxis(NamedTuple):
+    """The axis of a tensor that holds the samples: its place, its inner extent, and its length in batches."""
+
+    place: int
+    inner: int
+    times: int
+
+
+def make_per_sample(op: str, named: SimpleNamespace, rank: int, axes_of: Sequence[BatchAxis]) -> None:
     """Shift the axes in a call's arguments by one.
 
     ``named``: the arguments by name, changed in place; ``rank``: the rank of the tensor that the axes refer to;
-    ``batch``, ``inner``: the batch axis of each tensor that is read, and its inner extent.  Raises `NoForm` for an
-    unknown op, or one that works along the batch on anything but whole batches.
+    ``axes_of``: the batch axis of each tensor that is read.  Raises `NoForm` for an unknown op, or one that works along
+    the batch on anything but whole batches.
     """
+    batch = [axis.place for axis in axes_of]
     if op == ATTENTION:
         if any(axis >= rank - 2 for axis in batch):
             raise NoForm("it attends to other samples")
         return
     if op in VIEWS:
+        return
+    if op == "aten.repeat.default":
+        if len(named.repeats) != rank or any(named.repeats[a.place] != 1 and a.inner != 1 for a in axes_of):
+            raise NoForm("it repeats the samples")
+        named.repeats = (1, *named.repeats)
         return
     if op in ROWS:
         if any(axis != 0 for axis in batch):
@@ -80,21 +95,24 @@ def make_per_sample(op: str, named: SimpleNamespace, rank: int, batch: tuple[int
         axes = shift_axes(getattr(named, ALONG[op]), rank)
         along = axes is None or {a - 1 for a in ((axes,) if isinstance(axes, int) else axes)} & set(batch)
         if along and not (op == "aten.slice.Tensor" and takes_all(named)):
-            _take_whole_batches(op, named, inner)
+            _take_whole_batches(op, named, axes_of)
         setattr(named, ALONG[op], axes)
 
 
-def _take_whole_batches(op: str, named: SimpleNamespace, inner: Sequence[int]) -> None:
+def _take_whole_batches(op: str, named: SimpleNamespace, axes_of: Sequence[BatchAxis]) -> None:
     """Whole batches that lie one after the other, ``[k·N, …]``, are the numbers of an axis of k per sample: they may be
     joined and taken apart, as attention does whose heads are pieces of a longer batch.
 
     Replaces sizes that are multiples of the batch by the multiples.
     """
-    if any(extent != 1 for extent in inner):
+    if any(axis.inner != 1 for axis in axes_of):
         raise NoForm("it works along the batch axis")
     if op == "aten.cat.default":
         if not all(isinstance(x, Value) for x in named.tensors):
             raise NoForm("it joins samples and constants")
+        return
+    pieces = PIECES.get(op)
+    if pieces is not None and axes_of[0].times % getattr(named, pieces) == 0:
         return
     if op not in ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.slice.Tensor"):
         raise NoForm("it works along the batch axis")

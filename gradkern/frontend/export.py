@@ -25,18 +25,24 @@ class _Guards:
     def __init__(self) -> None:
         self.symbol: Any = None
         self.all: list[Any] = []
-        self.nodes: list[fx.Node] = []
+        self.nodes: list[fx.Node | None] = []
 
-    def begin(self, size: Any) -> None:
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        size = inputs[0].shape[0]
         if isinstance(size, torch.SymInt):
+            for x in inputs[1:]:
+                torch._check(x.shape[0] == size)  # one symbol for all of them
             self.symbol, self.all = size.node.expr, size.node.shape_env.guards
+            self.note(None)
 
-    def note(self, node: fx.Node) -> None:
+    def note(self, node: fx.Node | None) -> None:
         self.nodes += [node] * (len(self.all) - len(self.nodes))
 
     def refuse_special_sizes(self) -> None:
         """Refuse a guard that does not hold for every number of samples; ``(3 * n - 1) // n == 2`` does hold."""
         for guard, node in zip(self.all, self.nodes, strict=False):
+            if node is None:
+                continue
             expression = guard.expr
             if expression.free_symbols != {self.symbol} or not all(expression.subs(self.symbol, n) for n in _SIZES):
                 raise NoProgram(f"its code depends on the number of samples{location(node)}")
@@ -69,7 +75,7 @@ class _Entry(nn.Module):
     def forward(self, tensors: list[Tensor], inputs: list[Tensor]) -> Any:
         graph, rest = self.graph[0], iter(tensors)
         assert graph.module is not None
-        self.guards.begin(inputs[0].shape[0])
+        self.guards.begin(inputs)
         arguments: list[Any] = []
         for read in graph.reads:
             if isinstance(read, str):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ir.calls import bind_arguments, calls_in, leaves, literal, operator_of, values_in
 from ..ir.program import Batch, Call, Opaque, Param, Program, Value
 from ..ir.recurrent import GATES, batch_first, net_within, recognize
-from .batch_axis import NonLeadingBatch, inner_extent, make_per_sample
+from .batch_axis import BatchAxis, NonLeadingBatch, inner_extent, make_per_sample
 from .capture import GraphMatch, plain_name
 from .export import Exported, export
 from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
@@ -143,7 +143,7 @@ class _GraphLowering:
     def _size(self, size: Any) -> Batch:
         expression, symbol = size.node.expr, self.symbol.node.expr
         times = expression / symbol
-        if not (times.is_Integer and times > 0):
+        if not (times.is_Integer and times != 0):  # negative ones are the ends of slices, ``x[:-n]``
             raise NoProgram(f"it computes with the number of samples ({expression})")
         return Batch(int(times))
 
@@ -225,13 +225,15 @@ class _GraphLowering:
         lifted = Call(op_name(node.target), tuple(self._lift(x) for x in node.args), kwargs, call.index)
         named = named_arguments(lifted, (), meta)
         axes = {n: _batch_axis(n.meta["val"].shape) for n in tensors if values_in(self._argument(n))}
-        extents = [getattr(self.known[n], "inner_extent", 1) for n in axes]
-        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), tuple(axes.values()), extents)
+        batch = [
+            BatchAxis(a, getattr(self.known[n], "inner_extent", 1), self._size(n.meta["val"].shape[a]).times)
+            for n, a in axes.items()
+        ]
+        make_per_sample(lifted.op, named, tensors[0].meta["val"].dim(), batch)
         named.result = tuple(self._size(d).times if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
         place = _batch_axis(meta.shape)
         sources = [
-            (extent, math.prod(n.meta["val"].shape[a + 1 :]))
-            for extent, (n, a) in zip(extents, axes.items(), strict=True)
+            (axis.inner, math.prod(n.meta["val"].shape[axis.place + 1 :])) for n, axis in zip(axes, batch, strict=True)
         ]
         inner = inner_extent(lifted.op, sources, named.result[place], meta.shape[place + 1 :])
         if self._is_complex(node, meta):

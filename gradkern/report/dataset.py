@@ -239,7 +239,7 @@ class StoreSections:
             maps = results.maps(start, stop).float().abs()
             for c in sorted({int(r) for r in rows} & set(column)):
                 maps_of_class = maps[rows == c, column[c]]
-                maps_of_class = maps_of_class[maps_of_class.flatten(1).isfinite().all(1)]
+                maps_of_class = maps_of_class[finite_rows(maps_of_class)]
                 means[c] = means.get(c, 0) + maps_of_class.sum(0)
                 counts[c] = counts.get(c, 0) + len(maps_of_class)
         wanted = sorted((c for c in means if counts[c] > 1), key=lambda c: -counts[c])[:SHOWN_CLASSES]
@@ -248,12 +248,12 @@ class StoreSections:
             maps = results.maps(start, stop).float()
             for c in wanted:
                 samples = np.flatnonzero(rows == c)
-                finite = maps[samples, column[c]].flatten(1).isfinite().all(1)
+                finite = finite_rows(maps[samples, column[c]])
                 samples = samples[finite.numpy()]
                 if len(samples) == 0:
                     continue
                 maps_of_class = maps[samples, column[c]]
-                flat, mean = maps_of_class.abs().flatten(1), means[c].flatten()
+                flat, mean = maps_of_class.abs().reshape(len(maps_of_class), -1), means[c].flatten()
                 norm = flat.norm(dim=1) * mean.norm()
                 cosines = (flat @ mean / norm.clamp_min(1e-30)).numpy()
                 for i in {int(cosines.argmax()), int(cosines.argmin())}:

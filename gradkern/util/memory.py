@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 from .untrusted import physical_memory
@@ -24,3 +28,40 @@ def allowed() -> int:
         return physical_memory()
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return physical_memory() if limit == resource.RLIM_INFINITY else min(physical_memory(), limit)
+
+
+class Growth:
+    """A context that measures by how much this process's resident memory grows inside.
+
+    ``peak``: at the most; ``kept``: at the end.  None where the system does not tell.
+    """
+
+    peak: int | None = None
+    kept: int | None = None
+    _before: int | None = None
+
+    def __enter__(self) -> Growth:
+        try:
+            give_back()  # the use of freed memory again would not be seen
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
+            self._before = _status("VmRSS")
+        except (OSError, StopIteration):
+            pass
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._before is not None:
+            self.peak = max(0, _status("VmHWM") - self._before)
+            give_back()
+            self.kept = max(0, _status("VmRSS") - self._before)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can; by itself it keeps up to some 100 MiB."""
+    with suppress(AttributeError, TypeError, OSError):  # of another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))

@@ -480,6 +480,10 @@ def test_a_plan_writes_nothing(tmp_path) -> None:
     ]
     planned = CliRunner().invoke(main, [*words, "--dry-run"])
     assert "9 samples in 3 chunks of 4" in planned.stdout, planned.output
+    ranked = CliRunner().invoke(main, ["importance", *words[1:3], "--dry-run"])
+    assert "9 samples in 1 chunks of 9" in ranked.stdout, ranked.output
+    for said in (planned.stdout, ranked.stdout):
+        assert "of memory beside model and source, about" in said
     assert not (tmp_path / "a.zarr").exists()
     done = CliRunner().invoke(main, [*words, "--quiet"])
     assert (done.exit_code, done.output) == (0, "")

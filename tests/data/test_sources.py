@@ -7,8 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import zarr
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import gradkern
 from gradkern.data import Source, open_source, register_source, run
 from gradkern.data.sources import registry
 from tests.cases import CASES
@@ -64,11 +67,18 @@ class Stream(IterableDataset):
         return iter(X)
 
 
+class Iterates:
+    def __iter__(self):
+        return iter(X)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         (Stream(), "no random access"),
         (DataLoader(Stream()), "no random access"),
+        (DataLoader(Iterates(), batch_size=None), "no random access"),
+        ("memory://nowhere/x.npy", "cannot be read .* Copy it to this machine"),
         (DataLoader(Items(), shuffle=True), "Use shuffle=False"),
         (3, "expected a tensor, a numpy array"),
         (X[:0], "expected at least one"),
@@ -101,6 +111,35 @@ def test_two_inputs_make_two_arrays(tmp_path):
         maps = results.maps(0, 9, f"attributions_{i}")
         assert maps.shape[2:] == x.shape[1:]
         np.testing.assert_allclose(results.reduction("mean_abs", input=i), maps.double().mean(0).numpy(), atol=1e-12)
+
+
+class Scaled(nn.Module):
+    def forward(self, x, age):
+        return torch.stack([x.sum(1) * age, age**2], 1)
+
+
+def test_an_input_that_is_one_number_per_sample(tmp_path):
+    x, age = torch.randn(9, 4), torch.rand(9)
+    names = ["mean_abs", "variance", "ranks", "importance"]
+    place = tmp_path / "a.zarr"
+    results = run(Scaled(), (x, age), place, "jacobian", chunk=4, engine="autograd", reductions=names, top_features=1)
+    expected = gradkern.jacobian(Scaled(), (x, age), engine="autograd")[1]
+    assert torch.equal(results.maps(0, 9, "attributions_1"), expected)
+    np.testing.assert_allclose(results.reduction("mean_abs", input=1), expected.double().abs().mean(0), atol=1e-7)
+    assert results.reduction("ranks", input=1)[:, 0].tolist() == [9, 9]
+    with pytest.raises(ValueError, match="got 2, expected the index of an input, below 2"):
+        results.reduction("mean_abs", input=2)
+
+
+@pytest.mark.parametrize("source", [X[:, 0], (X[:, 0], X[:, 0, 0], X)])
+def test_another_number_of_inputs_than_the_model_takes(source, tmp_path):
+    with pytest.raises(ValueError, match=r"of shape .* but Scaled.forward takes \(x, age\)"):
+        run(Scaled(), source, tmp_path / "a.zarr", engine="autograd")
+
+
+def test_a_zarr_array_without_the_suffix(tmp_path):
+    zarr.open_group(tmp_path / "g.zarr", mode="w").create_array("x", data=X)
+    np.testing.assert_array_equal(open_source(tmp_path / "g.zarr" / "x").read(0, 23)[0].numpy(), X)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,3 +234,55 @@ def test_a_guard_that_always_holds_is_no_reason(samples: int) -> None:
 def test_padding_of_the_batch_by_nothing_has_a_form() -> None:
     program = proposed(Net(lambda net, x: F.pad(net.fc(x), (1, 2, 0, 0))), (4,))
     assert forms(program) == [Contract, Index]
+
+
+LINEAR = nn.Linear(4, 4).double().requires_grad_(False)
+CONV = nn.Conv1d(1, 2, 3).double().requires_grad_(False)
+
+
+def apart(y: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.tanh(torch.cat([y[:n], y[n:]], 1))
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x.flip(1)])
+
+
+WHOLE_BATCHES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "slices": lambda x: apart(LINEAR(twice(x)), x.shape[0]),
+    "slices from the end": lambda x: apart(LINEAR(twice(x)), -x.shape[0]),
+    "chunks of three": lambda x: sum(LINEAR(torch.cat([twice(x), 2 * x])).tanh().chunk(3)),
+    "uneven pieces": lambda x: (lambda p: p[0][: x.shape[0]] * p[1])(
+        LINEAR(torch.cat([twice(x), 2 * x])).split([2 * x.shape[0], x.shape[0]])
+    ),
+    "repeated": lambda x: apart(LINEAR(x.repeat(2, 1) * 1.5), x.shape[0]),
+    "a mean over copies": lambda x: CONV(twice(x).unsqueeze(1)).view(2, -1, 2, 2).mean(0).flatten(1),
+}
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "neighbours taken apart": lambda x: apart(LINEAR(x.repeat_interleave(2, 0)), x.shape[0]),
+    "every second": lambda x: LINEAR(x.repeat_interleave(2, 0)).tanh()[::2],
+    "beside a constant": lambda x: LINEAR(torch.cat([x, torch.ones_like(x)])).tanh()[: x.shape[0]],
+    "rolled": lambda x: LINEAR(twice(x)).tanh().roll(x.shape[0], 0)[: x.shape[0]],
+    "viewed wrong": lambda x: LINEAR(twice(x)).tanh().reshape(-1, 8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
+@pytest.mark.parametrize("name", [*WHOLE_BATCHES, *OTHERS])
+def test_a_batch_that_grows(name: str) -> None:
+    net, x = (WHOLE_BATCHES | OTHERS)[name], torch.randn(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(gradkern.jacobian(net, x, engine="kernel"), gradkern.jacobian(net, x, engine="autograd"))
+    shares = gradkern.explain(net, x, show=False).native_share
+    assert shares == 1.0 or name in OTHERS
+
+
+def test_several_inputs_joined_to_one_batch() -> None:
+    def siamese(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        p, q = LINEAR(torch.cat([a, b])).tanh().chunk(2)
+        return (p - q).square().sum(1, keepdim=True)
+
+    inputs = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradkern.jacobian(siamese, inputs, engine="kernel"), gradkern.jacobian(siamese, inputs, engine="autograd")
+    )
+    assert gradkern.explain(siamese, inputs, show=False).native_share == 1.0

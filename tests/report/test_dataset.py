@@ -74,7 +74,7 @@ def test_the_most_typical_sample_is_the_nearest_to_the_mean(signals):
         assert found.cosines == pytest.approx((cosines.max(), cosines.min()), abs=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(7,), (1, 9), (3, 40), (8, 9), (1, 8, 9), (3, 8, 9), (2, 1, 30)])
+@pytest.mark.parametrize("shape", [(), (7,), (1, 9), (3, 40), (8, 9), (1, 8, 9), (3, 8, 9), (2, 1, 30)])
 def test_figures_for_any_shape(shape):
     values = np.random.default_rng(0).standard_normal((2, *shape))
     datafigures.scores(np.abs(values), ["a", "b"], None, None).canvas.draw()

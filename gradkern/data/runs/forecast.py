@@ -13,32 +13,32 @@ CHUNK_BYTES = 16 << 20  # bytes of a chunk's stored maps, or of its inputs if no
 LARGEST_CHUNK = 16384  # the most samples in a chunk
 CACHED_BYTES = 16 << 20  # bytes of a batch's maps if they are only reduced, so that they stay in a cache
 SMALLEST_CACHED = 32  # the least samples in such a batch
-SUMMING_BYTES = 64 << 20  # what the engine takes if kernels add to statistics and keep no maps; else its memory budget
-RECORDS = 6  # sets of statistics in memory: of the chunk at work, of chunks being written, of records being joined
-QUEUED = 5  # chunks in memory: two read ahead, one being computed, two being written
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The size of a run, and the time that it will take; ``seconds`` is None if nothing was measured."""
+    """The size of a run, and the time that it will take.
+
+    ``memory_bytes`` is what the process will have at most in addition to model and source; None if it was not measured.
+    """
 
     samples: int
     chunks: int
     chunk: int
     batch: int
     write_bytes: int
-    memory_bytes: int
-    rate: float | None
+    rate: float
+    memory_bytes: int | None = None
 
     @property
-    def seconds(self) -> float | None:
-        return self.samples / self.rate if self.rate else None
+    def seconds(self) -> float:
+        return self.samples / self.rate
 
     def __str__(self) -> str:
-        time = "" if self.seconds is None else f", about {duration(self.seconds)} at {self.rate:,.0f} samples/s"
+        memory = "" if self.memory_bytes is None else f", {size(self.memory_bytes)} of memory beside model and source"
         return (
             f"{self.samples:,} samples in {self.chunks:,} chunks of {self.chunk:,} (batches of {self.batch:,}): "
-            f"{size(self.write_bytes)} to write, {size(self.memory_bytes)} of memory beside model and source{time}"
+            f"{size(self.write_bytes)} to write{memory}, about {duration(self.seconds)} at {self.rate:,.0f} samples/s"
         )
 
 

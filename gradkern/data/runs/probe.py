@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -99,6 +100,7 @@ def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Sett
     device = device_of(model)
     chosen = choose_samples(model, alone, device)
     inputs = _join_samples(alone, chosen, device)
+    check_count(model, inputs)
     check_dtypes(model, inputs)
     method = methods.find(settings.method, settings.arguments)
     methods.check_arguments(method, settings.arguments, inputs, samples)
@@ -127,6 +129,22 @@ def probe_run(model: nn.Module, alone: SpotSamples, samples: int, settings: Sett
 
 def adds_up(method: methods.Method, batch: methods.Batch) -> bool:
     return methods.add_to_sums(method, batch, ops.Statistics.none(len(batch.inputs[0]))) is not None
+
+
+def check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Raise `BadValue` if ``forward`` takes another number of inputs than a sample has."""
+    try:
+        forward = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # it does not say
+        return
+    try:
+        forward.bind(*inputs)
+    except TypeError as error:
+        shapes = ", ".join(str(list(x.shape[1:])) for x in inputs)
+        raise BadValue(
+            f"source: a sample has {len(inputs)} inputs, of shape {shapes}, but {type(model).__name__}.forward takes "
+            f"{forward} ({error}). columns= chooses some; arrays in a tuple are inputs, arrays in a list are samples."
+        ) from error
 
 
 def check_dtypes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -223,7 +241,7 @@ def _alive(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[bool]:
     alive = torch.zeros(samples, dtype=torch.bool)
     for g in gradients:
         if g is not None:
-            alive |= (g.flatten(1) != 0).any(1).cpu()
+            alive |= (g.reshape(samples, -1) != 0).any(1).cpu()
     return alive.tolist()
 
 

@@ -44,6 +44,12 @@ class SpotSamples:
     def of(cls, source: Source) -> SpotSamples:
         return cls({i: source.read(i, i + 1) for i in spread_indices(ALONE, source.samples)})
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of one sample's inputs, as far as reading copies them; a view of the source takes no memory."""
+        first = next(iter(self.rows.values()))
+        return sum(x.nbytes for x in first if x.untyped_storage().nbytes() == x.nbytes)
+
     def check(self, rows: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Raise `BadValue` if a row of ``start:stop`` is not the sample of that number."""
         first = next(iter(self.rows.values()))

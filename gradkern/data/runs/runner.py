@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ...util import options as choices
+from ...util.memory import give_back
 from ...util.options import GradkernWarning
 from ...util.progress import showing_progress
 from ..sources.padding import Pad
@@ -170,8 +171,8 @@ def compute_missing(
     plan = task.forecast(todo)
     log.info(
         "event=start out=%s samples=%d chunks=%d finished=%d chunk=%d batch=%d engine=%s write_bytes=%d "
-        "memory_bytes=%d seconds=%.1f", results.place, results.samples, len(todo), len(owned_chunks) - len(todo),
-        plan.chunk, plan.batch, task.pinned["engine"], plan.write_bytes, plan.memory_bytes, plan.seconds or 0.0,
+        "seconds=%.1f", results.place, results.samples, len(todo), len(owned_chunks) - len(todo),
+        plan.chunk, plan.batch, task.pinned["engine"], plan.write_bytes, plan.seconds,
     )  # fmt: skip
     if not todo:
         return 0
@@ -181,6 +182,7 @@ def compute_missing(
     with progress_bar(str(plan), total, finished, progress) as advance, task.ready(), showing_progress(False):
         _fill(task, todo, advance)
     seconds = time.perf_counter() - begin
+    give_back()
     log.info("event=end samples=%d seconds=%.2f rate=%.0f", plan.samples, seconds, plan.samples / seconds)
     return len(todo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import mmap
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...util import options
 from ...util.options import BadType, BadValue
 from ...util.outputs import OneOutput
 from .. import methods, statistics
@@ -34,6 +34,9 @@ from .settings import Settings
 from .transfer import Ready, Transfer
 
 log = logging.getLogger("gradkern.data")
+
+LOST = ("overflow", "underflow", "narrowed")
+LOOKED_AT = 1 << 18  # values of maps that are compared with their narrower ones at a time
 
 
 class Task:
@@ -133,18 +136,19 @@ class Task:
             self.notes.append("another version of gradkern began the store")
 
     def forecast(self, chunks: Sequence[int]) -> forecast.Forecast:
-        """The forecast for computing these chunks."""
+        """The forecast for computing these chunks, without the memory, which `data.plan` measures."""
         samples = sum(b - a for a, b in map(self.results.span, chunks))
-        probe, keeps = self.probe, self.settings.maps
-        queued = probe.input_bytes + (probe.map_bytes if keeps else 0)
-        written = probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * keeps
-        sums = probe.sums_bytes(self.settings.reductions)
-        memory = (
-            forecast.QUEUED * self.results.chunk * queued
-            + (forecast.SUMMING_BYTES if probe.sums_only else options.memory_budget())
-            + min(forecast.RECORDS, 2 + len(chunks)) * sums
-        )
-        return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, memory, probe.rate)
+        written = self.probe.map_elements * forecast.itemsize(self.settings.dtype) * samples * self.settings.maps
+        return forecast.Forecast(samples, len(chunks), self.results.chunk, self.batch, written, self.probe.rate)
+
+    def try_batch(self, samples: int) -> None:
+        """Compute a batch of samples that were read before, for its time and memory alone."""
+        rows = [torch.cat(parts) for parts in zip(*self.probe.alone.rows.values(), strict=True)]
+        inputs = tuple(x[torch.arange(samples) % len(x)].to(self.device) for x in rows)
+        trial = copy.copy(self)
+        trial.nonfinite = "keep"  # the run itself says which samples are not finite
+        with self.ready():
+            trial._batch(inputs, 0, self._accumulators(), None, [])
 
     # ---- computing
 
@@ -226,7 +230,7 @@ class Task:
         if self.sums_only and (outputs := self._summed(batch, reducers, bad)) is not None:
             return {"predictions": outputs}
         outcome = self._without_padding(self.method(batch), which)
-        finite = self._finite_inputs(inputs) & ~outcome.outputs.unsqueeze(-1).flatten(1).isnan().any(1).cpu()
+        finite = self._finite_inputs(inputs) & ~outcome.outputs.reshape(len(inputs[0]), -1).isnan().any(1).cpu()
         for maps in outcome.maps:
             finite &= finite_rows(maps).cpu()
         keep = self._count(finite, first, bad)
@@ -240,7 +244,7 @@ class Task:
             if self.settings.maps:
                 rows[name] = maps
             if k := self.settings.top_features:
-                top = maps.abs().flatten(2).topk(k, dim=2).indices
+                top = maps.abs().reshape(*maps.shape[:2], -1).topk(k, dim=2).indices
                 rows[name.replace("attributions", "top_features")] = top
             if name in reducers:
                 where = None if outcome.targets is None else outcome.targets.cpu()
@@ -305,7 +309,7 @@ class Task:
         ``narrowed`` that are finite and not 0.
         """
         dtype = getattr(torch, self.settings.dtype)
-        stored, lost = {}, {"overflow": 0, "underflow": 0, "narrowed": 0}
+        stored, lost = {}, dict.fromkeys(LOST, 0)
         for name, value in rows.items():
             if name.startswith("attributions") and dtype != value.dtype:
                 narrow = value.to(dtype)
@@ -330,7 +334,7 @@ def finite_rows(values: Tensor) -> Tensor:
     """Which samples of ``[n, ...]`` have finite values only, ``[n]``."""
     if not values.is_floating_point() or values.numel() == 0:
         return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
-    flat = values.detach().flatten(1)
+    flat = values.detach().reshape(len(values), -1)
     finite = flat.sum(1).isfinite()  # one pass without a copy; a sum may overflow, so the others are looked at closely
     suspects = (~finite).nonzero()[:, 0]
     finite[suspects] = flat[suspects].isfinite().all(1)
@@ -342,12 +346,13 @@ def _named(samples: Sequence[int]) -> str:
 
 
 def _lost(value: Tensor, narrow: Tensor) -> dict[str, int]:
-    counted = value.isfinite() & (value != 0)
-    return {
-        "overflow": int((narrow.isinf() & counted).sum()),
-        "underflow": int(((narrow == 0) & counted).sum()),
-        "narrowed": int(counted.sum()),
-    }
+    lost = dict.fromkeys(LOST, 0)
+    few = max(1, LOOKED_AT // max(1, value[:1].numel()))  # the comparisons below make several copies
+    for v, n in zip(value.split(few), narrow.split(few), strict=True):
+        counted = v.isfinite() & (v != 0)
+        for name, where in zip(LOST, (n.isinf() & counted, (n == 0) & counted, counted), strict=True):
+            lost[name] += int(where.sum())
+    return lost
 
 
 def check_pinned(results: Results, settings: Settings) -> None:

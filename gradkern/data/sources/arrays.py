@@ -160,6 +160,10 @@ class Zarr(Arrays):
     def accepts(cls, data: Any) -> bool:
         return package_of(data) == "zarr"
 
+    @classmethod
+    def accepts_path(cls, path: str) -> bool:
+        return super().accepts_path(path) or any(Path(path, name).is_file() for name in ("zarr.json", ".zarray"))
+
     def __init__(self, arrays: Sequence[Any]) -> None:
         for i, array in enumerate(arrays):
             check_array(array, f"source: number {i}")

@@ -128,8 +128,8 @@ class TorchDataset(Source):
 
     @classmethod
     def _of_loader(cls, loader: DataLoader, columns: Any) -> Source:
-        if isinstance(loader.dataset, IterableDataset):
-            raise no_random_access("the DataLoader's dataset is an IterableDataset")
+        if isinstance(loader.dataset, IterableDataset) or not cls.accepts(loader.dataset):
+            raise no_random_access(f"the DataLoader's dataset is a {type(loader.dataset).__name__}")
         batched = loader.batch_sampler is not None
         sampler = loader.batch_sampler if batched and loader.batch_size is None else loader.sampler
         if type(sampler) is BatchSampler:  # a class made from it may have an order of its own

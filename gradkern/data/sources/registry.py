@@ -255,7 +255,8 @@ def _open_path(text: str, columns: Any) -> Source:
     except Exception as error:
         if not damaged(error):
             raise
-        raise BadValue(f"source: {path} cannot be read ({said(error)}).") from error
+        there = " Copy it to this machine." if "://" in path else ""
+        raise BadValue(f"source: {path} cannot be read ({said(error)}).{there}") from error
 
 
 def _split(text: str) -> tuple[str, str | None]:

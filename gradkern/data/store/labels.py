@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def read_text(what: str, given: Any) -> tuple[str, ...]:
     """Names as text, from a sequence, an array or a column of a table.  Raises `BadValue` where one is missing."""
     if isinstance(given, (str, bytes)):
         raise BadValue(f"{what}: got the text {given!r}, expected a sequence of names.")
-    values = np.asarray(given, dtype=object)
+    values = np.asarray(list(given) if isinstance(given, Iterator) else given, dtype=object)
     if values.ndim != 1:
         raise BadValue(f"{what}: got an array {list(values.shape)}, expected one axis.")
     for i, value in enumerate(values):

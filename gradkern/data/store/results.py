@@ -316,7 +316,10 @@ class Results:
         """The result of a reduction ``[C, *in]``, for the input with index ``input``.  The run must be complete."""
         if not self.about.get("finished"):
             raise BadValue(f"{self.place}: {self.done} of {self.chunks} chunks are finished; the reductions come last.")
-        key = layout.reduction_key(name, self.about["inputs"], input)
+        inputs = self.about["inputs"]
+        if input not in range(len(inputs)):
+            raise BadValue(f"input: got {input!r}, expected the index of an input, below {len(inputs)}.")
+        key = layout.reduction_key(name, inputs, input)
         if key not in self.group:
             raise BadValue(f"{self.place} has no reduction {name!r}, it has {list(self.about['reductions'])}.")
         return np.asarray(self.array(key)[...])
