@@ -161,8 +161,8 @@ def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
         return _from_list(targets, samples, out)
     if isinstance(targets, Tensor) and targets.dtype == torch.uint64:
         targets = targets.cpu().numpy()
-    if isinstance(targets, np.ndarray):
-        targets = _from_array(targets)
+    if hasattr(targets, "__array__") and not isinstance(targets, (Tensor, np.generic)):  # a column of a table, too
+        targets = _from_array(np.asarray(targets))
     if isinstance(targets, Tensor):
         return _from_tensor(targets, samples, out)
     number = _as_index(targets)

@@ -325,7 +325,8 @@ def check_once(fn: Any, rule: Rescale, multipliers: Tensors, rows: Tensors, star
     y, y_ref = (pick_outputs(v[at][few].expand_as(rule.values[at][few]), chosen) for v in (rule.values, rule.reference))
     parts = times_change(*(tuple(z[few] for z in zs) for zs in (multipliers, rows, start)))
     missed = sum(sum_trailing_axes(p, 2) for p in parts) - (y - y_ref)
-    known = (y - y_ref).isfinite() & ~(missed.abs() <= ROUNDING * (y.abs() + y_ref.abs()))
+    rounding = max(ROUNDING, 16 * torch.finfo(y.dtype).eps)
+    known = (y - y_ref).isfinite() & ~(missed.abs() <= rounding * (y.abs() + y_ref.abs()))
     say_if_large(fn, sizes_of(parts, 2)[known].nan_to_num(), missed[known].nan_to_num(nan=torch.inf))
 
 
