@@ -170,6 +170,14 @@ def test_a_model_without_a_program_has_the_same_rules():
     assert not torch.allclose(got[:, 0], captums)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_the_same_rules(dtype):
+    model, (x, r) = build(lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.LayerNorm(9), nn.Linear(9, 3))), ends(3)
+    want = by_tape(model, x[:, 0], r[:, 0])
+    got = by_tape(model.to(dtype), x[:, 0].to(dtype), r[:, 0].to(dtype))
+    assert (got - want).abs().max() < 16 * torch.finfo(dtype).eps * want.abs().max()
+
+
 def test_captums_hooks_are_named_where_nothing_else_is_left():
     class Drops(nn.Module):
         def __init__(self):

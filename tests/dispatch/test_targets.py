@@ -90,7 +90,7 @@ def test_outputs_with_several_axes(deep_case, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_topk(flat_case, engine):
     model, x, full = flat_case
-    jac, index = gradkern.jacobian(model, x, gradkern.TopK(2), engine=engine)
+    jac, index = gradkern.jacobian(model, x, gradkern.TopK(np.int64(2)), engine=engine)
     assert index.dtype == torch.int64
     assert torch.equal(index, model(x).topk(2, dim=1).indices)
     same(jac, torch.stack([full[n, index[n]] for n in range(N)]))
@@ -167,9 +167,19 @@ def test_bad_targets(targets, error, words):
         resolve(targets, N, (C,))
 
 
+class Column:
+    """Something like a pandas Series."""
+
+    def __init__(self, count: int) -> None:
+        self.values = np.arange(count)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
 @pytest.mark.parametrize("count", range(1, 8))
 @pytest.mark.parametrize("samples", [1, 2, N, 7])
-@pytest.mark.parametrize("make", [torch.arange, np.arange, lambda n: torch.arange(n, dtype=torch.uint8)])
+@pytest.mark.parametrize("make", [torch.arange, np.arange, lambda n: torch.arange(n, dtype=torch.uint8), Column])
 @pytest.mark.parametrize("out", [(7,), (7, 2)])
 def test_one_axis_of_indices_is_refused_for_every_length(make, samples, count, out):
     with pytest.raises(BadValue, match=r"targets\.tolist\(\).*(\[N, 1\].*\[:, None\]|\[N, S, axes\])"):

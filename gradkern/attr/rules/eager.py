@@ -24,7 +24,9 @@ from ...util.options import debugging
 from ...util.random_state import RandomState
 from .tape import InputAndReference, NoRule, Tape, run_graph
 
-SAME = 1e-4  # the largest relative difference between the traced output, the model's own, and that of a sample alone
+#: The largest relative difference between the traced output, the model's own, and that of a sample alone; in half
+#: precision a few units of rounding.
+SAME = 1e-4
 
 
 def multipliers(
@@ -110,4 +112,5 @@ def _close(got: Tensor, want: Tensor) -> bool:
     if got.shape != want.shape:
         return False
     scale = float(want.detach().abs().max()) if want.numel() else 0.0
-    return bool(torch.allclose(got, want, rtol=SAME, atol=SAME * scale, equal_nan=True))
+    same = max(SAME, 4 * torch.finfo(want.dtype).eps if want.is_floating_point() else 0.0)
+    return bool(torch.allclose(got, want, rtol=same, atol=same * scale, equal_nan=True))
