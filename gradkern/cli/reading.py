@@ -91,7 +91,7 @@ def report(
 def _beside(store: str) -> Path:
     """The page beside a store, in the current folder if the store is not on this machine; never through a link that
     came with the store."""
-    from gradkern.data.store.durable import local_path
+    from gradkern.util.untrusted import local_path
 
     place = local_path(store.rstrip("/"))
     path = Path(store.rstrip("/").rpartition("/")[2] if place is None else place).with_suffix(".html")

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..util import options
 from ..util.options import BadType, BadValue, Engine
+from ..util.untrusted import local_path
 from . import methods
 from .runs.probe import device_of
 from .runs.runner import disk_full, work
@@ -27,7 +28,7 @@ from .runs.shards import owned_chunks
 from .runs.task import Task
 from .sources import can_be_pickled, open_source
 from .sources.padding import Pad
-from .store.durable import delete, get, local_path, put, store_at
+from .store.durable import delete, get, put, store_at
 from .store.layout import map_names
 from .store.results import Results
 

@@ -36,6 +36,14 @@ def check_memory(wanted: int, what: str) -> None:
         )
 
 
+def local_path(place: str) -> Path | None:
+    """The folder that an address names on this machine; None for object stores and the like."""
+    protocol, colon, path = place.partition("://")
+    if colon and protocol not in ("file", "local"):
+        return None
+    return Path(path if colon else place).expanduser()
+
+
 def check_links(folder: str | Path) -> None:
     """Raise `BadValue` if a symbolic link inside ``folder`` leads out of it, or if it holds anything but files and
     folders: reading a pipe waits for ever."""

@@ -104,7 +104,7 @@ NETS = {
     "lenet5": Net(CASES["lenet5"].build, (1, 28, 28), 10_000),
     "wide": Net(lambda: _dense(100_000, 32, 4), (100_000,), 64),
     "classes": Net(lambda: _dense(784, 64, 1000), (784,), 500),
-    "branched": Net(lambda: Branched(10), (3, 32, 32), 300),
+    "branched": Net(lambda: Branched(10), (3, 64, 64), 100),
     "transformer": Net(Tokens, (64, 32), 500),
     "lstm": Net(Recurrent, (64, 16), 1000),
     "decoder": Net(_decoder, (16,), 2000),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...util.options import BadType, BadValue
-from ...util.untrusted import check_array, check_links, check_memory
+from ...util.untrusted import check_array, check_links, check_memory, local_path
 from .columns import Rows, UnequalRows, array_of, members, to_tensor
 from .registry import Source, member, register_source
 
@@ -172,8 +172,6 @@ class Zarr(Arrays):
     @classmethod
     def load(cls, path: str) -> Any:
         import zarr
-
-        from ..store.durable import local_path
 
         folder = local_path(path)
         if folder is not None and folder.is_dir():

@@ -22,6 +22,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
 from ...util.options import BadValue
+from ...util.untrusted import local_path
 
 PARTIAL = ".partial"
 BLOCK = 4096  # bytes: alignment of direct writes
@@ -158,14 +159,6 @@ def store_at(place: str, *, read_only: bool = False) -> Store:
     if path is None:
         return FsspecStore.from_url(place, read_only=read_only)
     return DurableStore(path, read_only=read_only)
-
-
-def local_path(place: str) -> Path | None:
-    """The folder that an address names on this machine; None for object stores and the like."""
-    protocol, colon, path = place.partition("://")
-    if colon and protocol not in ("file", "local"):
-        return None
-    return Path(path if colon else place).expanduser()
 
 
 # ---------------------------------------------------------------------------------------------------------------

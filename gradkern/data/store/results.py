@@ -35,7 +35,7 @@ from zarr.abc.store import Store
 
 from ...util.options import BadValue
 from ...util.renamed import renamed_argument
-from ...util.untrusted import check_links
+from ...util.untrusted import check_links, local_path
 from .. import statistics
 from ..sources.padding import mask_of
 from . import checks, durable, labels, layout, locks, trust
@@ -70,7 +70,7 @@ class Results:
     def exists(cls, place: str | Path) -> bool:
         """Whether there is a run at this place.  Raises `BadValue` if there is something else."""
         text = str(place)
-        path = durable.local_path(text)
+        path = local_path(text)
         if path is None:
             return durable.get(durable.store_at(text), "zarr.json") is not None
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -108,7 +108,7 @@ class Results:
     def create(cls, place: str | Path, arrays: Sequence[Array], about: Mapping[str, Any], compression: str) -> Results:
         """Create a store atomically; if another process was faster, open its store."""
         text = str(place)
-        path = durable.local_path(text)
+        path = local_path(text)
         if path is None:
             layout.create_arrays(durable.store_at(text), arrays, about, compression)
             return cls.open(text, read_only=False)
