@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .dispatch.targets import TopK
     from .ir.program import Program
     from .planner.plan import Plan
+    from .runtime.confirmation import KernelsDiffer
     from .runtime.versions import show_versions
     from .util.memo import reset
     from .util.options import GradkernWarning, use
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Check": "checking",
     "GradkernWarning": "util.options",
+    "KernelsDiffer": "runtime.confirmation",
     "Plan": "planner.plan",
     "Program": "ir.program",
     "Sums": "util.outputs",
@@ -50,6 +52,7 @@ _SUBMODULES = ("attr", "kernels", "plot")
 __all__ = [
     "Check",
     "GradkernWarning",
+    "KernelsDiffer",
     "Plan",
     "Program",
     "Sums",

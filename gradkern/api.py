@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .dispatch import eager, repeated
 from .dispatch.prepared import Prepared
-from .dispatch.request import JacobianResult, OutArgument, Request, check_devices, jacobian_choice, read_inputs
+from .dispatch.request import (
+    JacobianResult,
+    OutArgument,
+    Request,
+    check_devices,
+    is_one_index,
+    jacobian_choice,
+    read_inputs,
+)
 from .dispatch.route import decide, ensure_captured, output_shape, solve, timing, whole_batch_reason
 from .dispatch.targets import Seeds, Targets, TopK, TopSeeds
 from .ir.calls import Params
@@ -22,6 +30,7 @@ from .runtime import executor, mac_counter, parameters
 from .util import options
 from .util.callables import name_of, with_output
 from .util.chunks import samples_per_chunk, spans
+from .util.integers import as_int
 from .util.options import BadType, BadValue, Engine
 from .util.outputs import Output
 from .util.progress import showing_progress
@@ -171,8 +180,11 @@ def iter_jacobian(
     depend on each other is computed as a whole first.
     """
     tensors, indices = read_inputs(inputs, wrt)
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
+    if chunk is not None:
+        size = as_int(chunk)
+        if size is None or size < 1:
+            raise BadValue(f"chunk: got {chunk!r}, expected a positive number of samples, or None.")
+        chunk = size
     request = Request(_callable(model, output), tensors, indices, jacobian_choice(targets))
     check_devices(request.module, request.inputs)  # now, not at the first piece
     options.engine(engine)
@@ -294,7 +306,7 @@ def _callable(model: object, output: Output) -> Callable[..., Any]:
 
 
 def _gives_tuple(inputs: object, wrt: Wrt) -> bool:
-    return isinstance(inputs, (tuple, list)) if wrt is None else not isinstance(wrt, int)
+    return isinstance(inputs, (tuple, list)) if wrt is None else not is_one_index(wrt)
 
 
 def _with_graph(request: Request, engine: Engine | None) -> JacobianResult:

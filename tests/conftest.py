@@ -55,7 +55,7 @@ def one_export_per_architecture(request: pytest.FixtureRequest, monkeypatch: pyt
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """No plan, pack or capture of another test."""
+    """No plan, pack or capture of another test, nor any that this one makes with other constants, after it."""
     gradkern.reset()
     yield
     gradkern.reset()
@@ -78,11 +78,3 @@ def kernels_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed, so no test depends on what is faster on this machine: kernels run where there are any."""
     always = Timing(1, {"kernels": 1e-3, "loop": 2e-3})
     monkeypatch.setattr(ways, "measure", lambda *args: always)
-
-
-@pytest.fixture
-def fresh_plans() -> Iterator[None]:
-    """No plan or chain of other constants, neither before nor after."""
-    gradkern.reset()
-    yield
-    gradkern.reset()

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,12 +64,12 @@ def test_one_tensor_or_a_tuple(engine):
 def test_wrt_chooses_inputs(engine):
     model, inputs = net("two_inputs")
     both = gradkern.jacobian(model, inputs, engine=engine)
-    torch.testing.assert_close(gradkern.jacobian(model, inputs, wrt=1, engine=engine), both[1])
-    (last,) = gradkern.jacobian(model, inputs, wrt=[-1], engine=engine)
+    torch.testing.assert_close(gradkern.jacobian(model, inputs, wrt=np.int64(1), engine=engine), both[1])
+    (last,) = gradkern.jacobian(model, inputs, wrt=[np.int32(-1)], engine=engine)
     torch.testing.assert_close(last, both[1])
     swapped = gradkern.jacobian(model, inputs, wrt=(1, 0), engine=engine)
     torch.testing.assert_close(swapped[0], both[1])
-    for wrong in (2, -3, [], [0.5]):
+    for wrong in (2, -3, [], [0.5], 0.5, True):
         with pytest.raises(BadValue, match="wrt"):
             gradkern.jacobian(model, inputs, wrt=wrong, engine=engine)
 

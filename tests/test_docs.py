@@ -55,6 +55,17 @@ def test_measured_tables_are_what_the_results_say():
     assert tables.main(["--check"]) == 0
 
 
+def test_names_in_backticks_stand_in_the_code():
+    suffixes = {".py", ".cpp", ".h", ".cuh", ".cu", ".json", ".toml"}
+    folders = [ROOT / name for name in ("gradkern", "csrc", "benchmarks", "tests", "tools")]
+    files = [ROOT / "pyproject.toml", *(f for folder in folders for f in folder.rglob("*") if f.suffix in suffixes)]
+    words = {word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    for page in ("architecture", "recipes", "performance", "kernels", "datasets"):
+        prose = re.sub(r"^```.*?^```", "", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+        for name in re.findall(r"`([A-Za-z][\w.]*)(?:\(\))?`", prose):
+            assert set(re.findall(r"\w+", name)) <= words, f"docs/{page}.md: {name}"
+
+
 def test_every_page_with_python_is_run():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     with_python = {p.relative_to(ROOT).as_posix() for p in pages if BLOCK.search(p.read_text(encoding="utf-8"))}
@@ -87,6 +98,16 @@ def test_commands_exist_with_the_options_that_they_are_given(page):
         elif program == "pip":
             named = ",".join(re.findall(r"\[([\w,]+)\]", line))
             assert set(filter(None, named.split(","))) <= set(extras), line
+
+
+@pytest.mark.parametrize("page", [p for p in ALL_PAGES if p not in {"docs/zoo.md", "CHANGELOG.md"}])
+def test_prose_is_wrapped_and_has_no_stray_lines(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for line in prose.splitlines():
+        assert len(line) <= 125 or line.startswith("|"), line
+        assert not re.fullmatch(r"[=-]+|\w", line), line
+    assert text.endswith("\n")
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

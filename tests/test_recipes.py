@@ -42,27 +42,45 @@ def made_up():
         lambda ctx, g: g * slope(*ctx.saved_tensors),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     )
-    name = "gradkern_test.up.default"
-    for block in PYTHON:
-        if "softsign_squared" in block:
-            scope = {"FUNCTIONS": FUNCTIONS, "Function": Function, "lowers": lowers, "elementwise": elementwise}
-            exec(block.replace("made.up.default", name), scope)
-    yield torch.ops.gradkern_test.up
-    FUNCTIONS.pop("softsign_squared", None)
-    LOWERINGS.pop(name, None)
-    AXES.pop(name, None)
+    scaled = torch.library.custom_op(
+        "gradkern_test::up_scaled", lambda x, scale: scale * x / (1 + x.abs()), mutates_args=(),
+        schema="(Tensor x, float scale) -> Tensor",
+    )  # fmt: skip
+    scaled.register_fake(lambda x, scale: torch.empty_like(x))
+    scaled.register_autograd(
+        lambda ctx, g: (g * ctx.scale / (1 + ctx.saved_tensors[0].abs()) ** 2, None), setup_context=save_both
+    )
+    tables = FUNCTIONS, LOWERINGS, AXES
+    before = [dict(table) for table in tables]
+    scope = {"FUNCTIONS": FUNCTIONS, "Function": Function, "lowers": lowers, "elementwise": elementwise}
+    try:
+        LOWERINGS.pop("aten.glu.default")  # the page registers its own
+        for block in PYTHON:
+            named = block.replace("made.up.default", "gradkern_test.up.default")
+            exec(named.replace("made.up.scaled", "gradkern_test.up_scaled.default"), scope)
+        yield torch.ops.gradkern_test
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            table.clear()
+            table.update(kept)
+
+
+def save_both(ctx, inputs, output):
+    x, ctx.scale = inputs
+    ctx.save_for_backward(x)
 
 
 class Net(nn.Module):
-    def __init__(self, op):
+    def __init__(self, ops):
         super().__init__()
-        self.op, self.first, self.last = op, nn.Conv1d(2, 4, 3), nn.Linear(4 * 6, 3)
+        self.ops, self.first, self.last = ops, nn.Conv1d(2, 8, 3), nn.Linear(4 * 6, 3)
 
     def forward(self, x):  # [N, 2, 8] -> [N, 3]
-        return self.last(self.op(self.first(x)).flatten(1))
+        x = nn.functional.glu(self.first(x), 1)
+        return self.last(self.ops.up_scaled(self.ops.up(x), 1.5).flatten(1))
 
 
-def test_two_places_make_it_right(made_up):
+def test_all_python_of_the_page(made_up):
     torch.manual_seed(0)
     model, x = Net(made_up).double().eval(), torch.randn(2, 2, 8, dtype=torch.float64)
     program = capturing.to_program(model, (x,))
@@ -92,6 +110,13 @@ def test_third_place_is_the_functor(tmp_path):
     x, y, d = torch.tensor([float(n) for n in lines], dtype=torch.float64).reshape(-1, 3).T
     torch.testing.assert_close(y, value(x))
     torch.testing.assert_close(d, slope(x))
+
+
+def test_the_excerpt_of_an_instruction_set_is_one():
+    (excerpt,) = (block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.S | re.M) if not language)
+    file = (ROOT / "csrc" / "cpu" / "isa_avx.cpp").read_text().splitlines()
+    for line in excerpt.splitlines():
+        assert any(line.partition("  //")[0] == known.partition("  //")[0] for known in file), line
 
 
 def test_names_stand_in_the_same_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +49,9 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     share = f" Of {listed} networks, {tried} were tried, {about['chosen']}." if tried < listed else ""
     parts = [
         INTRODUCTION,
-        f"Measured on {machine.one_line(about)} at {commits(about, results)}.{busy}{share} Packages: {versions}.\n",
+        wrapped(f"Measured on {machine.one_line(about)}.{busy}{share}"),
+        wrapped(f"{commits(about, results)}."),
+        wrapped(f"Packages: {versions}."),
     ]
     for threads in sorted({r["threads"] for r in results}):
         chosen = [r for r in good if r["threads"] == threads]
@@ -60,12 +63,16 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
+def wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def commits(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The commit, or how many of the results are from which one."""
     found = Counter(r.get("commit", about["commit"]) for r in results)
     if len(found) < 2:
-        return f"commit {next(iter(found), about['commit'])}"
-    return "commits " + ", ".join(f"{commit} ({count} results)" for commit, count in found.most_common())
+        return f"Commit: {next(iter(found), about['commit'])}"
+    return "Commits: " + ", ".join(f"{commit} ({count} results)" for commit, count in found.most_common())
 
 
 def summary(results: Sequence[Result]) -> str:

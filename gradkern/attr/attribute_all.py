@@ -190,11 +190,11 @@ def rows_out(points: Points, rows: int = 1024) -> Tensor:
 class RowMethod(PublicMethod, stock.GradientAttribution):
     """An input method whose attribution of a row depends on that row alone.
 
-    A subclass provides ``_rows``, the attributions of every seed at given points.  `NoiseTunnel` then averages them
+    A subclass provides ``row_maps``, the attributions of every seed at given points.  `NoiseTunnel` then averages them
     over noise, without keeping the noisy samples.
     """
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         """Attributions, one ``[R, S, *in]`` per input.  ``index``: the outputs, None, ``[S]`` or ``[R, S]``.
 
         None if the model has no Program and the method needs one.
@@ -206,7 +206,7 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
         return False
 
     def _row_delta(self, parts: Tensors, points: Points, seeds: Seeds, options: Options) -> Tensor:
-        """The convergence delta of `_rows`, ``[R, S]``."""
+        """The convergence delta of `row_maps`, ``[R, S]``."""
         _, start = format_input_baseline(points.inputs, options.get("baselines"))
         return completeness(points, parts, start, seeds)
 
@@ -217,7 +217,7 @@ class RowMethod(PublicMethod, stock.GradientAttribution):
         if points is None:
             return None
         seeds, _ = points.choose(jacobian_choice(targets))
-        parts = self._rows(points, seeds.rows(0, points.samples), seeds.count, options)
+        parts = self.row_maps(points, seeds.rows(0, points.samples), seeds.count, options)
         if parts is None:
             return None
         off = self._row_delta(parts, points, seeds, options) if delta else None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dispatch.request import checked_wrt, out_tensor
+from ..dispatch.request import checked_wrt, is_one_index, out_tensor
 from ..dispatch.route import one_call
 from ..dispatch.targets import TopK
 from ..util.buffers import buffers_kept
@@ -59,7 +59,7 @@ def _attribute(function: Function) -> Function:
     def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
         with public_call(self):
             if _is_empty(args[0] if args else kwargs.get("inputs")):
-                return _of_no_samples(function, self, args, kwargs)
+                return _call_on_no_samples(function, self, args, kwargs)
             result = function(self, *args, **kwargs)
             graph = (kwargs.get("grad_kwargs") or {}).get("create_graph")
             return result if graph else map_tensors(_plain, result)
@@ -80,7 +80,7 @@ def _attribute_all(function: Function) -> Function:
         shared = {name: kwargs.pop(name, None) for name in SHARED if (none and name == "out") or name not in native}
         method = self if shared["engine"] is None else with_engine(self, shared["engine"])
         with public_call(method), showing_progress(progress):
-            result = _of_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
+            result = _call_on_no_samples(function, method, args, kwargs) if none else function(method, *args, **kwargs)
             result = map_tensors(_plain, result)
         extras = kwargs.get("return_convergence_delta") or isinstance(kwargs.get("targets"), TopK)
         maps, *rest = result if extras else (result,)
@@ -178,7 +178,7 @@ def _parts(method: Any) -> list[Any]:
     return [method, *(part for outer in inner if outer is not None for part in _parts(outer))]
 
 
-def seen_as(kind: Any, method: Any) -> Any:
+def as_instance_of(kind: Any, method: Any) -> Any:
     """``method`` as an object of another class, with what its constructor has set: the model, engine and factors."""
     other = kind.__new__(kind)
     other.__dict__.update(vars(method))
@@ -240,7 +240,7 @@ def _of_inputs(maps: Any, wrt: int | Sequence[int] | None) -> Any:
         return maps
     parts = maps if isinstance(maps, tuple) else (maps,)
     chosen = tuple(parts[w] for w in checked_wrt(wrt, len(parts)))
-    return chosen[0] if isinstance(wrt, int) else chosen
+    return chosen[0] if is_one_index(wrt) else chosen
 
 
 def _written(maps: Any, out: Any) -> Any:
@@ -264,7 +264,7 @@ def _is_empty(inputs: Any) -> bool:
     return isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == 0
 
 
-def _of_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _call_on_no_samples(function: Function, method: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Results for an empty batch: the method runs on a few zero samples, and zero rows of its results are kept."""
     state, numpy_state = RandomState(), np.random.get_state()
     kwargs = {name: _with_stand_ins(value) for name, value in kwargs.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import api
+from ..dispatch.request import checked_wrt
 from ..dispatch.targets import TopK
 from ..util.options import Engine
 from ..util.outputs import Output
@@ -19,7 +20,7 @@ from .points import Points, with_arguments
 
 
 class GradientMethod(RowMethod):
-    """A method that computes a gradient and applies `_finish` to it."""
+    """A method that computes a gradient and applies `finish_gradient` to it."""
 
     gradients = HooklessGradientFunc
 
@@ -32,31 +33,32 @@ class GradientMethod(RowMethod):
         super().__init__(forward_func)
         plug_into(self, self.gradients(engine), output)
 
-    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+    def finish_gradient(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         """Turn the gradient ``[N, …, *in]`` into the attribution, in place.  ``x``: the input, ``[N, 1…, *in]``."""
         raise NotImplementedError
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         gradients = points.gradients(points.inputs, points.more, index, seeds)
-        self.finish(gradients, points.inputs, options)
+        self.finish_gradients(gradients, points.inputs, options)
         return gradients
 
-    def finish(self, gradients: Any, rows: Tensors, options: Options) -> None:
+    def finish_gradients(self, gradients: Any, rows: Tensors, options: Options) -> None:
         """Turn the gradients ``[N, …, *in]``, one per input of ``rows``, into attributions, in place."""
         for gradient, x in zip(gradients, rows, strict=True):
             tensor = gradient if isinstance(gradient, Tensor) else torch.from_numpy(gradient)  # the same memory
             lead = (x.shape[0], *(1,) * (tensor.dim() - x.dim()))
-            self._finish(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
+            self.finish_gradient(tensor, x.detach().to(tensor.device).reshape(*lead, *x.shape[1:]), options)
 
-    def _jacobian(self, inputs: Inputs, targets: Any, extra: Any, out: Any, wrt: Any, finish: Options) -> Any:
+    def attribute_by_jacobian(
+        self, inputs: Inputs, targets: Any, extra: Any, out: Any, wrt: Any, finish: Options
+    ) -> Any:
         """``attribute_all`` by `gradkern.jacobian`, with its ``out`` and ``wrt``."""
         options = {"engine": self.gradient_func.engine, "out": out, "wrt": wrt}
         jacobian = jacobians(self.forward_func, inputs, targets, extra, options)
         rows = format_tensor_into_tuples(inputs)
         maps = jacobian[0] if isinstance(targets, TopK) else jacobian
-        indices = range(len(rows)) if wrt is None else [wrt] if isinstance(wrt, int) else wrt
         each = maps if isinstance(maps, (tuple, list)) else [maps]
-        self.finish(each, tuple(rows[w] for w in indices), finish)
+        self.finish_gradients(each, tuple(rows[w] for w in checked_wrt(wrt, len(rows))), finish)
         return jacobian
 
 
@@ -84,9 +86,9 @@ class Saliency(GradientMethod, stock.Saliency):
         ``abs=False`` keeps the sign.  A tuple of inputs gives a tuple; ``TopK(k)`` gives the pair of that and the
         indices.
         """
-        return self._jacobian(inputs, targets, additional_forward_args, out, wrt, {"abs": abs})
+        return self.attribute_by_jacobian(inputs, targets, additional_forward_args, out, wrt, {"abs": abs})
 
-    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+    def finish_gradient(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         if options.get("abs", True):
             gradient.abs_()
 
@@ -109,9 +111,9 @@ class InputXGradient(GradientMethod, stock.InputXGradient):
         wrt: Any = None,
     ) -> Any:
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
-        return self._jacobian(inputs, targets, additional_forward_args, out, wrt, {})
+        return self.attribute_by_jacobian(inputs, targets, additional_forward_args, out, wrt, {})
 
-    def _finish(self, gradient: Tensor, x: Tensor, options: Options) -> None:
+    def finish_gradient(self, gradient: Tensor, x: Tensor, options: Options) -> None:
         gradient.mul_(x)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dispatch.request import jacobian_choice
 from ..dispatch.route import one_call
 from ..dispatch.targets import Seeds
-from ..util.chunks import row_blocks
+from ..util.chunks import RowBlock, row_blocks
 from ..util.options import BadType
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, answer, as_attribute_all, one_by_one, points_for
@@ -79,12 +79,12 @@ class NoiseTunnel(PublicMethod, stock.NoiseTunnel):
         average = _Average(rows, [x.shape for x in rows])
         for count in _draws(samples, batch):
             noise = Noise(rows, count, stdevs)
-            for a, b, first, last in row_blocks(n, count, room):
-                options = {k: _rows_of_option(v, a, b, n) for k, v in kwargs.items()}
-                self._expand_partial(last - first, options, tuple(x[a:b] for x in rows), False)
-                noisy = noise.piece(a, b, first, last)
+            for block in row_blocks(n, count, room):
+                options = {k: _rows_of_option(v, block.a, block.b, n) for k, v in kwargs.items()}
+                self._expand_partial(block.copies, options, tuple(x[block.a : block.b] for x in rows), False)
+                noisy = noise.of(block)
                 maps, _, delta = self._compute_partial_attribution(noisy, options, compat.is_tuple(inputs), wants_delta)
-                average.add(a, b, last - first, maps, delta)
+                average.add(block, maps, delta)
             noise.finish()
         maps = average.smoothed(self, nt_type, samples)
         result = maps if compat.is_tuple(inputs) else maps[0]
@@ -144,12 +144,12 @@ class _Average:
         self.squares = [torch.zeros_like(s) for s in self.sums]
         self.deltas: list[Tensor] = []
 
-    def add(self, a: int, b: int, copies: int, maps: Sequence[Tensor], delta: Tensor | None) -> None:
-        """Add the maps ``[(b - a) · copies, …]`` of copies of the samples ``a:b``."""
+    def add(self, block: RowBlock, maps: Sequence[Tensor], delta: Tensor | None) -> None:
+        """Add the maps ``[R, …]`` of a block of copies."""
         for total, square, m in zip(self.sums, self.squares, maps, strict=True):
-            m = m.detach().reshape(b - a, copies, *m.shape[1:])
-            total[a:b] += m.sum(1)
-            square[a:b] += (m * m).sum(1)
+            m = m.detach().reshape(block.b - block.a, block.copies, *m.shape[1:])
+            total[block.a : block.b] += m.sum(1)
+            square[block.a : block.b] += (m * m).sum(1)
         if delta is not None:
             self.deltas.append(delta)
 
@@ -182,8 +182,9 @@ class AllOutputs:
         self.tunnel, self.rows, self.points, self.seeds = tunnel, rows, points, seeds
         self.options, self.draw, self.wants_delta = options, draw, delta
         shapes = [(x.shape[0], seeds.count, *x.shape[1:]) for x in rows] if shapes is None else shapes
-        self.sums = _Average(rows[: len(shapes)], shapes)
-        self.point_bytes = max(1, sum(s[0].nbytes for s in self.sums.sums if len(s)), gradient_bytes(rows, seeds.count))
+        self.result = _Average(rows[: len(shapes)], shapes)
+        map_bytes = sum(s[0].nbytes for s in self.result.sums if len(s))
+        self.point_bytes = max(1, map_bytes, gradient_bytes(rows, seeds.count))
 
     def average(self, samples: int, batch: int | None, stdevs: Any) -> _Average | None:
         """The average over all copies; None if the method has no Program."""
@@ -193,7 +194,7 @@ class AllOutputs:
             for count in draws:
                 if not self._one_draw(count, stdevs, shared if count == draws[0] else self._expand(count)):
                     return None
-        return self.sums
+        return self.result
 
     def _expand(self, count: int) -> Options:
         """The inner method's options for ``count`` copies of every sample, with baselines drawn if requested."""
@@ -205,30 +206,30 @@ class AllOutputs:
     def _one_draw(self, count: int, stdevs: Any, options: Options) -> bool:
         noise = Noise(self.rows, count, stdevs)
         room = block_rows(self.point_bytes, self.rows[0].device)
-        for a, b, first, last in row_blocks(self.rows[0].shape[0], count, room):
-            if not self._piece(noise.piece(a, b, first, last), a, b, first, last, count, options):
+        for block in row_blocks(self.rows[0].shape[0], count, room):
+            if not self._add_block(noise.of(block), block, count, options):
                 return False
         noise.finish()
         return True
 
-    def _piece(self, rows: Tensors, a: int, b: int, first: int, last: int, count: int, options: Options) -> bool:
-        """Add the copies ``first:last`` of the samples ``a:b``."""
-        method, copies, index = self.tunnel.attribution_method, last - first, self.seeds.rows(a, b)
+    def _add_block(self, rows: Tensors, block: RowBlock, count: int, options: Options) -> bool:
+        """Add the attributions of the noisy ``rows`` of a block, of ``count`` copies of every sample in all."""
+        method, index = self.tunnel.attribution_method, self.seeds.rows(block.a, block.b)
         rows = tuple(x.detach() for x in rows)
-        these = index if index is None or index.dim() == 1 else index.repeat_interleave(copies, 0)
-        options = {k: self._option(v, k, a, b, first, last, count) for k, v in options.items()}
-        points = self.points.at(rows, tuple(x[a:b].repeat_interleave(copies, 0) for x in self.points.more))
-        maps = method._rows(points, these, self.seeds.count, options)
+        these = index if index is None or index.dim() == 1 else index.repeat_interleave(block.copies, 0)
+        options = {k: self._option(v, k, block, count) for k, v in options.items()}
+        points = self.points.at(rows, tuple(map(block.copies_of, self.points.more)))
+        maps = method.row_maps(points, these, self.seeds.count, options)
         if maps is None:
             return False
         delta = None
         if self.wants_delta:
             delta = method._row_delta(maps, points, Seeds(self.seeds.count, self.seeds.axes, these), options)
-        self.sums.add(a, b, copies, maps, delta)
+        self.result.add(block, maps, delta)
         return True
 
-    def _option(self, value: Any, name: str, a: int, b: int, step: int, stop: int, count: int) -> Any:
-        """A baseline's rows for the copies ``step:stop`` of the samples ``a:b``."""
+    def _option(self, value: Any, name: str, block: RowBlock, count: int) -> Any:
+        """A baseline's rows for a block of copies."""
         if name != "baselines" or value is None:
             return value
         n = self.rows[0].shape[0]
@@ -237,8 +238,8 @@ class AllOutputs:
             if not isinstance(base, Tensor) or not base.dim() or base.shape[0] == 1:
                 return base
             if self.draw or base.shape[0] == n * count:
-                return base[a * count + step : (b - 1) * count + stop]
-            return rows_of(base, a, b).repeat_interleave(stop - step, 0)
+                return base[block.a * count + block.first : (block.b - 1) * count + block.last]
+            return rows_of(base, block.a, block.b).repeat_interleave(block.copies, 0)
 
         return tuple(rows(base) for base in value) if isinstance(value, tuple) else rows(value)
 
@@ -266,14 +267,11 @@ class Noise:
                 generator = _default_copy() if i == 0 else self.streams[-1].spent()
             self.streams.append(_Stream(x.numel() * copies, stdev, x.device, generator))
 
-    def piece(self, a: int, b: int, first: int, last: int) -> tuple[Tensor, ...]:
-        """The copies ``first:last`` of the samples ``a:b``, ``[(b - a) (last - first), *in]`` per input.
-
-        Pieces must follow each other: all copies of some samples, or some copies of one sample.
-        """
+    def of(self, block: RowBlock) -> tuple[Tensor, ...]:
+        """The noisy copies of a block, ``[R, *in]`` per input.  Blocks have to be asked for in their order."""
         noisy = []
         for x, stream in zip(self.rows, self.streams, strict=True):
-            copies = x[a:b].repeat_interleave(last - first, dim=0)
+            copies = block.copies_of(x)
             noisy.append(copies + stream.take(copies.numel()).view(copies.shape))
         return tuple(noisy)
 

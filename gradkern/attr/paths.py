@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..dispatch.targets import Seeds, TopK
-from ..util.options import Engine, InputError, Unused, debugging
+from ..util.options import BadArgument, Engine, Unused, debugging
 from ..util.outputs import Output
 from . import captum_compat as compat
 from .attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, check_distribution, points_for
-from .call import PublicMethod, seen_as
+from .call import PublicMethod, as_instance_of
 from .captum_compat import stock
+from .captum_targets import captum_seeds
 from .noise_tunnel import NoiseTunnel
-from .plug import GradientFunc, captum_seeds, plug_into
+from .plug import GradientFunc, plug_into
 from .points import Points, path_sum
 from .references import check_letters, hypothetical, of_letters, per_sample
 
@@ -51,7 +52,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         method: str = "gausslegendre",
         step_sizes_and_alphas: tuple[list[float], list[float]] | None = None,
     ) -> Tensors:
-        """Captum's own hook for one path, also called by its ``internal_batch_size``."""
+        """Captum calls this for all steps, or, given ``internal_batch_size``, for a part of them at a time."""
         arguments = (inputs, baselines, target, additional_forward_args, n_steps, method, step_sizes_and_alphas)
         ours = isinstance(self.gradient_func, GradientFunc)
         points = points_for(self, inputs, additional_forward_args) if ours else None
@@ -61,10 +62,10 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         try:
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
             totals = path_sum(points, baselines, seeds, weights.float(), alphas)  # float, as in Captum
+        except BadArgument:
+            return super()._attribute(*arguments)
         except Unused:
             raise
-        except InputError:
-            return super()._attribute(*arguments)
         except Exception:
             if debugging():
                 raise
@@ -98,7 +99,7 @@ class IntegratedGradients(RowMethod, stock.IntegratedGradients):
         options |= {"internal_batch_size": internal_batch_size}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         weights, alphas = path_steps(options.get("method", "gausslegendre"), options.get("n_steps", 50))
         points.most = options.get("internal_batch_size")
@@ -146,7 +147,7 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
 
     letters = False
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options.get("baselines"))
         with torch.no_grad():
             gradients = points.gradients(random_points(rows, baselines), points.more, index, seeds)
@@ -174,7 +175,7 @@ class RandomPoint(RowMethod, compat.InputBaselineXGradient):
         fixed = (target, additional_forward_args)
         if not self.letters:
             return captums(self, inputs, baselines, *fixed, return_convergence_delta)
-        plain = seen_as(RandomPoint, self)
+        plain = as_instance_of(RandomPoint, self)
         plain.letters, plain._multiply_by_inputs = False, False
         gradients = compat.format_tensor_into_tuples(captums(plain, inputs, baselines, *fixed))
         rows, start = compat.format_input_baseline(inputs, baselines)

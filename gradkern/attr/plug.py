@@ -8,26 +8,23 @@ Captum itself is never patched.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..dispatch import state
 from ..dispatch.request import Request
 from ..dispatch.route import Route, decide, shared_route, solve
-from ..dispatch.targets import Seeds
-from ..ir.program import Shape
 from ..util import options
 from ..util.buffers import buffers_kept
 from ..util.callables import modules_behind, name_of, unwrap, with_output
-from ..util.options import BadType, BadValue, Engine, InputError, Unused, debugging
+from ..util.options import BadArgument, BadType, Engine, Unused, debugging
 from ..util.outputs import OneOutput, Output, check_output_choice
 from .call import keep_buffers
-from .captum_compat import compute_gradients, format_tensor_into_tuples, select_targets, stock
+from .captum_compat import compute_gradients, format_tensor_into_tuples, stock
+from .captum_targets import captum_seeds
 from .points import with_arguments
 
 
@@ -56,10 +53,10 @@ class GradientFunc:
                 route = self._route(request, self.engine)
                 if route_is_supported(route):
                     return tuple(j[:, 0] for j in solve(request, route).jacobians)
+            except BadArgument:
+                pass  # Captum raises its own error, or accepts it
             except Unused:
                 raise
-            except InputError:
-                pass  # Captum raises its own error, or accepts it
             except Exception:
                 if debugging():
                     raise
@@ -119,25 +116,6 @@ def _say(fn: Callable[..., Any], reason: str) -> None:
     state.warn(fn, f"{name_of(fn)} stays with Captum's own gradients: {reason}.")
 
 
-def captum_seeds(target: Any, samples: int, out_shape: Shape) -> Seeds:
-    """Captum's reading of ``target``, found by applying Captum's own code to a tensor of output indices.
-
-    Raises `BadValue` for a target that does not fit; `compute_gradients` then raises Captum's own error.
-    """
-    indices = torch.arange(math.prod(out_shape)).view(1, *out_shape)  # [1, *out]
-    try:
-        chosen = select_targets(
-            indices.expand(samples, *out_shape),  # [N, *out], takes no memory
-            target.cpu() if isinstance(target, Tensor) else target,
-        )
-        flat = chosen.reshape(samples)  # [N]
-    except Exception as error:
-        raise BadValue(f"target: got {target!r}, which Captum refuses for outputs [N, {out_shape}]: {error}") from error
-    if bool((flat == flat[0]).all()):
-        return Seeds(1, (1,), flat[:1].clone())
-    return Seeds(1, (1,), flat[:, None])
-
-
 def plug_into(attribution: Any, gradients: GradientFunc, output: Output = None) -> None:
     """Give an attribution object these gradients, and unwrap a compiled or parallel model.
 
@@ -188,4 +166,4 @@ def accelerate(attribution: Any, engine: Engine | None = None) -> Any:
     return attribution
 
 
-__all__ = ["GradientFunc", "accelerate", "captum_seeds"]
+__all__ = ["GradientFunc", "accelerate"]

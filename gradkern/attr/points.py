@@ -26,7 +26,7 @@ from ..util.progress import with_progress
 from .captum_compat import format_additional_forward_args
 
 Tensors = tuple[Tensor, ...]
-LEAST_BLOCK = 64  # the least points in a block; in smaller blocks the cost of a call is noticeable
+LEAST_BLOCK = 64  # points per block at least, so that the fixed cost of a call is small
 
 
 class Points:
@@ -46,7 +46,6 @@ class Points:
         self.inputs, self.more = tuple(inputs), tuple(more)
         self.wrt = tuple(i for i, x in enumerate(self.inputs) if x.is_floating_point())
         self.samples = self.inputs[0].shape[0]
-        self.ahead = 0  # points still to come, which count in the decision to capture
         self.most: int | None = None  # the most points at a time, if the caller limits them
         self.base_request = Request(fn, (*self.inputs, *self.more), self.wrt, lambda n, out: Seeds(0, (0,), None))
         self.fn, self.module = self.base_request.fn, self.base_request.module
@@ -59,9 +58,6 @@ class Points:
     def route(self) -> Route:
         """The route that all points of this call take."""
         return shared_route(self.base_request, self.engine)
-
-    def request(self, points: Sequence[Tensor], more: Sequence[Tensor], seeds: Seeds) -> Request:
-        return Request(self.fn, (*points, *more), self.wrt, lambda n, out: seeds, ahead=self.ahead)
 
     @property
     def couples_batch(self) -> bool:
@@ -96,12 +92,15 @@ class Points:
         seeds: int,
         *,
         program: Program | None = None,
+        ahead: int = 0,
     ) -> tuple[Tensor, ...]:
         """One ``[R, S, *in]`` per input at the points ``[R, *in]``; ``index``: None, ``[S]`` or ``[R, S]``.
 
-        ``program`` takes the place of the model's own.
+        ``program`` takes the place of the model's own.  ``ahead``: points still to come, which count in the decision to
+        capture.
         """
-        request = self.request(points, more, Seeds(seeds, (seeds,), index))
+        chosen = Seeds(seeds, (seeds,), index)
+        request = Request(self.fn, (*points, *more), self.wrt, lambda n, out: chosen, ahead=ahead)
         route = self.route
         if not route.serves(request, route.engine):  # points of another dtype than the inputs
             route = shared_route(request, self.engine)
@@ -110,7 +109,6 @@ class Points:
         else:
             route.check_reached(request)
             result = batching.run(request, program, route.tensors, route.engine)
-        self.ahead = max(0, self.ahead - points[0].shape[0])
         return result.jacobians
 
     def blocks(self, steps: int, seeds: int) -> Iterator[tuple[int, int, int, int]]:
@@ -205,13 +203,14 @@ def path_sum(
     totals = tuple(
         torch.zeros(x.shape[0], seeds.count, *x.shape[1:], dtype=x.dtype, device=x.device) for x in points.inputs
     )
-    points.ahead = len(alphas) * points.samples
+    ahead = len(alphas) * points.samples
     index = seeds.rows(0, points.samples)
     with torch.no_grad():
         for a, b, first, last in points.blocks(len(alphas), seeds.count):
             at = between(points.inputs, baselines, a, b, alphas[first:last])
             more, chunk_index = repeat_rows(points.more, a, b, last - first), repeat_index(index, a, b, last - first)
-            gradients = points.gradients(at, more, chunk_index, seeds.count)
+            gradients = points.gradients(at, more, chunk_index, seeds.count, ahead=ahead)
+            ahead -= len(at[0])
             for total, g in zip(totals, gradients, strict=True):
                 total[a:b] += weighted_sum(g, weights[first:last])
     return totals

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..util.integers import as_int
 from ..util.options import BadType, BadValue
 
 Tensors = tuple[Tensor, ...]
@@ -66,9 +67,10 @@ def per_sample(baselines: Any, inputs: Tensors, n: int, random_state: int | None
     """``baselines`` as references per sample; None if they are Captum's.  Raises `BadValue` for a shape that fits
     neither."""
     if draws_per_sample(baselines):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        count = as_int(n)
+        if count is None or count < 1:
             raise BadValue(f"n_references: got {n!r}, expected a positive number.")
-        return References(inputs, n, draw=baselines, random_state=random_state)
+        return References(inputs, count, draw=baselines, random_state=random_state)
     parts = baselines if isinstance(baselines, tuple) else (baselines,)
     if len(parts) != len(inputs) or not any(_has_more_axes(p, x) for p, x in zip(parts, inputs, strict=True)):
         return None
@@ -104,11 +106,12 @@ def drawn(draw: Draw, inputs: Tensors, n: int, random_state: int | None, a: int,
     """
     if random_state is None:
         return _check_references(draw(_argument(inputs, a, b), n=n, random_state=None), inputs, n, a, b)
-    if isinstance(random_state, bool) or not isinstance(random_state, int) or random_state < 0:
+    state = as_int(random_state)
+    if state is None or state < 0:
         raise BadType(f"random_state: got {random_state!r}, expected an int that is not negative, or None.")
     alone = []
     for i in range(a, b):
-        seed = seed_of(random_state, first + i)
+        seed = seed_of(state, first + i)
         alone.append(_check_references(draw(_argument(inputs, i, i + 1), n=n, random_state=seed), inputs, n, i, i + 1))
     return tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
 

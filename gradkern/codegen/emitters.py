@@ -8,6 +8,7 @@ from ..ir.program import Channels, Scale
 from . import records, units
 from .aliasing import Cotangent
 from .buffers import Buffers, extent, interior
+from .caches import L1_BYTES, LARGE_WEIGHT_BYTES, LARGE_WEIGHT_POSITIONS
 from .layouts import Layouts
 from .records import Along, ContractionT, Extent, LineFunction, LineSet, Place, Record, StencilTable, WindowT
 from .scratch import Buffer
@@ -17,9 +18,6 @@ from .tables import Runs, Tables, move_runs, positions, stencil, transpose_entri
 from .units import Node, Unit
 from .weights import ContractionLayout, ScatterLayout, StencilLayout
 
-L2_BYTES = 256 << 10  # larger weights are read once for several samples,
-FEW_POSITIONS = 16  # if a sample uses them at no more positions than this
-L1_BYTES = 24 << 10  # weights above this are walked tile by tile (half of a common 48 KiB L1)
 LINE_FUNCTIONS = {
     "softmax": LineFunction.Softmax,
     "log_softmax": LineFunction.LogSoftmax,
@@ -95,7 +93,7 @@ class Emitter:
     def external(self, value: int, node: Node, buffer: Buffer) -> tuple[Place, Extent]:
         """A node that is copied from or to the caller's row-major tensor, and its extent in that order."""
         place = interior(node, buffer)
-        if value not in self.spec.graph.channels_last:
+        if value not in self.spec.graph.row_major:
             return place, extent(node)
         return Place(buffer, place.offset, row=node.row, position=1), Extent(C=1, H=node.H, W=node.W * node.C)
 
@@ -163,7 +161,7 @@ class Emitter:
 
     def takes_block(self, unit: units.Window, layout: ContractionLayout) -> bool:
         """Whether the samples of a block go together, so that weights that stay in no cache are read once for all."""
-        return unit.dense or (unit.out.P <= FEW_POSITIONS and self.weight_bytes(layout) > L2_BYTES)
+        return unit.dense or (unit.out.P <= LARGE_WEIGHT_POSITIONS and self.weight_bytes(layout) > LARGE_WEIGHT_BYTES)
 
     # ---- ReLU and max pool
 
@@ -280,7 +278,7 @@ class Emitter:
         return interior(unit.out, self.buffers.saved_for(unit, unit.out.size))
 
     def elementwise(self, src: Place, dst: Place, unit: units.Elementwise, form: Scale) -> records.Elementwise:
-        p0, p1, p2 = (*form.params, 0.0, 0.0, 0.0)[:3]
+        p0, p1, p2 = (*form.params, *[0.0] * (3 - len(form.params)))  # a record has room for three
         return records.Elementwise(
             src=src, dst=dst, slope=self.slope(unit), extent=extent(unit.out),
             function=list(NATIVE_FUNCTIONS).index(form.function), p0=p0, p1=p1, p2=p2,

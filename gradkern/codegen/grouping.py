@@ -17,11 +17,11 @@ from ..ir.graph import steps_to
 from ..ir.indexing import along, identity_runs, is_permutation
 from . import units
 from .support import unsupported_reason
-from .units import POINT, Fold, Node, Side, Unit, UnitGraph, Windows2d, geometry, storage_axes, tokens
+from .units import POINT, Fold, MoveEnd, Node, Unit, UnitGraph, Windows2d, geometry, storage_axes, tokens
 
 
 class GraphBuilder:
-    """Regroups native steps as units.  ``live_out`` are the values wanted from it."""
+    """Makes units of the steps of a native group.  ``live_out``: the values that are read outside of the group."""
 
     def __init__(self, program: ir.Program, steps: list[int], live_out: list[int]):
         self.program, self.live_out = program, live_out
@@ -121,7 +121,7 @@ class GraphBuilder:
             return node
         if (value, channels_last) not in self.copies:
             copy = self.node(shape, channels_last)
-            source, result = Side(shape, value in self.channels_last), Side(shape, channels_last)
+            source, result = MoveEnd(shape, value in self.channels_last), MoveEnd(shape, channels_last)
             self.add(units.Move((node,), copy, (), (source,), result))
             self.copies[value, channels_last] = copy
         return self.copies[value, channels_last]
@@ -222,8 +222,8 @@ class GraphBuilder:
             self.set_node(i, node, channels_last)
             return
         keeps = self.stays_channels_last(i)
-        side = Side(self.program.shape(source), channels_last)
-        self.add(units.Move((node,), self.result(i, keeps), (i,), (side,), Side(step.shape, keeps)))
+        side = MoveEnd(self.program.shape(source), channels_last)
+        self.add(units.Move((node,), self.result(i, keeps), (i,), (side,), MoveEnd(step.shape, keeps)))
 
     def index(self, i: int, step: ir.Step) -> None:
         """Copies elements; changing between channels first and channels last needs no copy."""
@@ -245,8 +245,8 @@ class GraphBuilder:
         in_place = all(p.order == tuple(range(len(p.order))) for p in form.parts)
         keeps = self.stays_channels_last(steps[-1]) or (in_place and all(v in self.channels_last for v in step.inputs))
         out = self.node(step.shape, keeps)
-        sources = tuple(Side(self.program.shape(v), v in self.channels_last) for v in step.inputs)
-        self.add(units.Move(tuple(reads), out, tuple(steps), sources, Side(step.shape, keeps), form.parts))
+        sources = tuple(MoveEnd(self.program.shape(v), v in self.channels_last) for v in step.inputs)
+        self.add(units.Move(tuple(reads), out, tuple(steps), sources, MoveEnd(step.shape, keeps), form.parts))
         self.set_node(steps[-1], out, keeps)
 
     def side_by_side(self, step: ir.Step) -> bool:
@@ -298,7 +298,7 @@ class GraphBuilder:
             each = along(shape, 0, [c for c in range(groups) for _ in range(per_group)])
             wide = (groups * per_group, *shape[1:])
             copy = self.node(wide)
-            self.add(units.Move((node,), copy, (), (Side(shape, False),), Side(wide, False), (each,)))
+            self.add(units.Move((node,), copy, (), (MoveEnd(shape, False),), MoveEnd(wide, False), (each,)))
             node = copy
         self.stencil(i, node, form)
 

@@ -69,4 +69,4 @@ class Layouts:
         """Whether a cotangent is only written by one unit, and stored in a tensor whose channels come first."""
         graph = self.spec.graph
         value = node.producer.value if isinstance(node.producer, units.Load) else None
-        return value is not None and value not in graph.channels_last and self.spec.cotangents.read_once(node)
+        return value is not None and value not in graph.row_major and self.spec.cotangents.read_once(node)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .caches import BLOCK_BYTES, SEED_BYTES
+
 if TYPE_CHECKING:
     from .records import Record
 
 SLACK = 64  # elements past every buffer that a vector may read or an unused lane may touch
-BLOCK_BYTES = 512 << 10  # the scratch of a thread's block of samples should fit this (half of a common L2)
-SEED_BYTES = 256 << 10  # the cotangents of one sample's tile of seeds should fit this
-MAX_BLOCK = 32
+MAX_BLOCK = 32  # samples
 SCRATCH_BYTES = 32 << 20  # per thread, unless a single sample and seed needs more
 
 

@@ -14,7 +14,7 @@ import torch
 from ..ir import program as ir
 from ..ir.functions import RECTIFYING
 from .limits import MAX_TAPS
-from .units import MOST_AXES, geometry
+from .units import geometry
 
 NATIVE_DTYPES = (torch.float32, torch.float64)
 CAST_DTYPES = (torch.float16, torch.bfloat16)  # on a GPU: cast to float32 on the way in, and back on the way out
@@ -27,7 +27,6 @@ NATIVE_FUNCTIONS = {
 }  # fmt: skip
 #: The ReLU and the two ReLUs of attribution rules, which are patterns of bits.
 RELUS = frozenset({"relu"}) | RECTIFYING
-MAX_CHANNELS = 65535  # channel lists are uint16
 
 
 def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
@@ -35,11 +34,11 @@ def unsupported_reason(program: ir.Program, step: ir.Step) -> str | None:
     shapes = [program.shape(v) for v in step.inputs] + [step.shape]
     extents = [geometry(s) for s in shapes]
     if None in extents:
-        return f"values of more than {MOST_AXES} axes per sample have no kernel yet"
+        return f"values of more than {ir.MOST_AXES} axes per sample have no kernel yet"
     if any(math.prod(s) == 0 for s in shapes):
         return "empty values have no kernel"
-    if any(extent and extent[0] > MAX_CHANNELS for extent in extents):
-        return f"more than {MAX_CHANNELS} channels"
+    if any(extent and extent[0] > ir.MAX_CHANNELS for extent in extents):
+        return f"more than {ir.MAX_CHANNELS} channels"
     match step.form.of if isinstance(step.form, ir.Given) and step.form.of else step.form:
         case ir.Contract(map=ir.Windows() as w) if len(w.kernel) != len(shapes[0]) - 1:
             return "convolution over other than the trailing axes"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir.indexing import indices
 from ..ir.program import Part
 from . import units
-from .units import Node, Side
+from .units import MoveEnd, Node
 
 Entries = list[tuple[int, int]]  # (offset of the read, row of weights)
 Runs = list[int]  # five integers each: source offset, destination offset, count, source step, destination step
@@ -36,7 +36,7 @@ class Tables:
 # ---- moves
 
 
-def offsets(node: Node, side: Side) -> Tensor:
+def offsets(node: Node, side: MoveEnd) -> Tensor:
     """The offset from the node's interior of every element of a value, in the value's own shape."""
     h, w, c = torch.arange(node.H) * node.row, torch.arange(node.W) * node.C, torch.arange(node.C)
     if side.channels_last:
@@ -51,7 +51,7 @@ def move_runs(unit: units.Move, out: Node) -> list[Runs]:
     return [runs_between(source, side, out, unit.result, part) for source, side, part in each]
 
 
-def runs_between(source: Node, from_: Side, out: Node, to: Side, part: Part | None) -> Runs:
+def runs_between(source: Node, from_: MoveEnd, out: Node, to: MoveEnd, part: Part | None) -> Runs:
     """The runs that copy ``source`` to ``out``.
 
     ``part`` says which element goes where (None: every element to its own place in row-major order).

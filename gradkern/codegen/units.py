@@ -15,9 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..ir.program import Contract, Dense, LowRank, Part, Scale, Windows
+from ..ir.program import MOST_AXES, Contract, Dense, LowRank, Part, Scale, Windows
 
-MOST_AXES = 3  # of a value, per sample, that kernels have
 POINT = Windows((1,), (1,), ((0, 0),), (1,))  # one position: the window of a bare ReLU, or of a linear layer per token
 
 
@@ -92,7 +91,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Side:
+class MoveEnd:
     """One side of a move: a value's shape, and whether its last axis is the channels."""
 
     shape: tuple[int, ...]
@@ -195,8 +194,8 @@ class Add(Unit):
 class Move(Unit):
     """Copies elements of its sources."""
 
-    sources: tuple[Side, ...]
-    result: Side
+    sources: tuple[MoveEnd, ...]
+    result: MoveEnd
     parts: tuple[Part, ...] | None = None  # per source; None: every element keeps its place in row-major order
 
 
@@ -225,7 +224,7 @@ class UnitGraph:
     units: list[Unit]
     inputs: dict[int, Node]  # external value → node
     outputs: dict[int, Node]
-    channels_last: set[int]  # external values whose storage is in their own row-major order
+    row_major: set[int]  # external values that lie in memory in their own row-major order
 
 
 class RowsColumns(NamedTuple):

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from ..ir.calls import Params
-from ..ir.program import Channels, Contract, Dense, Param, Positions, Windows
+from ..ir.program import MAX_CHANNELS, Channels, Contract, Dense, Param, Positions, Windows
 from . import units
+from .caches import L1_BYTES
 from .scratch import round_up
-from .support import MAX_CHANNELS
 from .units import Fold, Node, Windows2d
 
 ALIGN = 16  # elements
-L1_ELEMENTS = 6 << 10  # float32 weights that stay in L1: half of a common 48 KiB
 
 
 def align(n: int) -> int:
@@ -205,7 +204,7 @@ class ScatterLayout(ContractionLayout):
         """Elements of a row.  If the rows do not all stay in L1, this is an odd multiple of `ALIGN`, so that the pieces
         of rows that a tile of the window reads fall on all sets of the cache."""
         length = len(self.window) // 2 * self.lanes
-        return length if length * self.O * len(self.taps) <= L1_ELEMENTS else align(length) | ALIGN
+        return length if length * self.O * len(self.taps) * 4 <= L1_BYTES else align(length) | ALIGN
 
     @classmethod
     def of(cls, unit: units.Window, lanes: int) -> Self:

@@ -268,7 +268,7 @@ def add_to_sums(method: Method, batch: Batch, sums: Statistics) -> Tensor | None
 def _apply_gradient_method(batch: Batch, kind: type[GradientMethod]) -> Outcome:
     """The gradients, finished by the class of `gradkern.attr`, and the outputs from the same forward pass."""
     outcome = gradients(batch)
-    kind(batch.model).finish(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
+    kind(batch.model).finish_gradients(outcome.maps, tuple(x for x in batch.inputs if x.is_floating_point()), {})
     return outcome
 
 

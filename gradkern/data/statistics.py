@@ -19,11 +19,12 @@ from torch import Tensor
 from ..runtime import ops
 from ..util.options import BadValue
 
-GROUPS = 32  # samples are divided into groups by their index: the bootstrap draws groups
-RANK_BINS = 10
+GROUPS = 32  # groups of samples, by index; the bootstrap draws groups instead of samples
+RANK_BINS = 10  # of the histogram of a feature's rank
 
-#: By squared deviations: the sum and the count that give their mean, and the sum of squares that stores of earlier
-#: versions have instead.  Sums of squares lose digits where the mean is large, but a run continues as it was begun.
+#: By the name of a sum of squared deviations from the mean: the sum and the count that give the mean, and the plain sum
+#: of squares, which stores of earlier versions have in its place.  Plain sums of squares lose digits where the mean is
+#: large, but a run that was begun with them continues with them.
 DEVIATIONS = {
     "deviations": ("sum", "count", "sum_square"),
     "deviations_group_inputs": ("sum_group_inputs", "count_group_inputs", "sum_group_inputs_square"),

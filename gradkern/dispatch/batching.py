@@ -43,7 +43,7 @@ def run(
                 ops.on_huge_pages(fresh)
         differentiate = reference.jacobian if by_reference else executor.jacobian
         watch = watch or Watch()
-        due = watch.seconds > watch.due_after
+        due = watch.due()
         for a, b in spans(start, samples, chunk):
             chunk_inputs = [x[a:b].contiguous() for x in inputs]
             if isinstance(results.seeds, TopSeeds):
@@ -52,7 +52,7 @@ def run(
             rows = [j[a:b] for j in results.jacobians]  # each [n, S, *in]
             begin = time.perf_counter()
             y, _ = differentiate(program, params, chunk_inputs, index, request.wrt, out=rows)
-            watch.seconds += time.perf_counter() - begin
+            watch.add(time.perf_counter() - begin)
             if due and a == start:
                 watch.compare(request.fn, request.module, chunk_inputs, y)
             if request.keep_outputs:
@@ -76,7 +76,7 @@ def _settle(
     casts = plan.cast_dtype is not None and len(floating) == 1
     if not casts and not floating.issubset(NATIVE_DTYPES):
         return params, True, chunk
-    if plan.forward is not None or plan.parts is not None or not plan.single_chain:
+    if plan.instead is not None or not plan.single_chain:
         each_by_torch = saved * (1 + results.seeds.count)
         return params, False, stepwise_samples(device, plan.bytes_per_sample + each_by_torch)
     # If a weight is not finite, no kernel may skip zeros, and the steps run one by one.

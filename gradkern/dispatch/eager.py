@@ -22,13 +22,14 @@ from ..util import rounding
 from ..util.buffers import buffers_kept
 from ..util.callables import model_of
 from ..util.chunks import MOST_COTANGENTS, samples_per_chunk, spans
+from ..util.memo import on_reset
 from ..util.options import BadValue, InputError, memory_budget
 from ..util.random_state import RandomState
 from ..util.torch_compat import without_fallback_warning
 from .request import JacobianResult, Request, allocate, check_devices, check_output, check_reached, explain_failure
 
 LARGEST_CHUNK = 2048  # the most samples in one forward
-LEAST_BATCHED = 8  # the least samples whose seeds go back together
+LEAST_BATCHED = 8  # samples, at least, for all seeds to go back together
 SMALL_COTANGENTS = 1 << 16  # elements; up to this many, the cotangents of all seeds are one tensor
 
 # Nodes whose backward has a batching rule in autograd's own vmap; with any other node, a loop over seeds is faster.
@@ -324,6 +325,9 @@ def _known_cotangents(
 ) -> Tensor:
     """`_cotangents` of all seeds for outputs of this shape, remembered because small calls would notice the cost."""
     return _cotangents(torch.empty(shape, dtype=dtype, device=device), index, 0, seeds)
+
+
+on_reset(_known_cotangents.cache_clear)
 
 
 def _group_size(y: Tensor, leaves: Sequence[Tensor], seeds: int, budget: int) -> int:

@@ -16,7 +16,7 @@ from ..ir.program import Shape
 CALLS = 10  # expected calls of a model that is called a second time
 FIRST_CAPTURE = 1.0  # seconds of the first capture in a process (measured: 0.7 … 1.2)
 LATER_CAPTURE = 0.3  # seconds of a later capture (measured: 0.2 … 0.5)
-OVERHEAD = 5e-3  # seconds; the time of a shorter pass says little about a pass of more samples
+OVERHEAD = 5e-3  # seconds of a pass that is mostly overhead, so that its time says little about more samples
 
 clock = time.perf_counter
 

@@ -41,7 +41,7 @@ class EagerReason:
 
 
 def call_reason(inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason in the call itself that no guard of a graph sees, or None.  Every call asks, so it is cheap."""
+    """A reason for autograd in the call that no guard sees, or None.  Every call asks for it, so it has to be cheap."""
     for x in inputs:
         if type(x) not in PLAIN_TENSORS:
             return EagerReason(f"the input is a tensor subclass, {type(x).__name__}")
@@ -51,7 +51,7 @@ def call_reason(inputs: Sequence[Tensor]) -> EagerReason | None:
 
 
 def guarded_reason(module: nn.Module | None, inputs: Sequence[Tensor]) -> EagerReason | None:
-    """The reason in the call that is not there as long as the guards of a graph hold, or None."""
+    """A reason for autograd in the call, or None.  Guards of a graph exclude it: it is asked for if none hold."""
     if isinstance(module, torch.jit.ScriptModule):
         return EagerReason("it is TorchScript, which torch.compile does not read")
     if autocast(inputs):
@@ -175,7 +175,7 @@ def signature(inputs: Sequence[Tensor]) -> Hashable:
     return tuple([(x.shape[1:], x.dtype, x.device) for x in inputs])
 
 
-def condition(fn: Any) -> Hashable:
+def refusal_key(fn: Any) -> Hashable:
     """The key under which a refusal is remembered: a changed mode or hook of a module, or other arguments, make a new
     key, and the model is tried again."""
     parts = [part for module in modules_behind(fn) for part in module.modules()]

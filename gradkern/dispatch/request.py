@@ -6,7 +6,7 @@ Checks the inputs and the model's output.  If the model itself fails because of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ir.program import Shape
 from ..util import memory
 from ..util.callables import anchor, unwrap
+from ..util.integers import as_int
 from ..util.options import BadType, BadValue, Unused
 from ..util.outputs import HINT, describe_result
 from .targets import SeedChoice, Seeds, TopSeeds, resolve
@@ -33,7 +34,8 @@ class Request:
     ``resolve_seeds`` returns the seeds once the output's shape is known.  ``ahead``: samples that will follow in later
     calls, which count in the decision to capture.  ``keep_outputs``: the model's own outputs are part of the result.
     ``part_of``: samples of the whole call, if this is a part of one; ``whole``: samples of the whole call.  ``owner``,
-    ``way``: the object that has the state of ``fn``, and the path from there; ``module``: that object, if it is one.
+    ``access_path``: the object that has the state of ``fn``, and how to get from there to ``fn``; ``module``: that
+    object, if it is one.
     """
 
     fn: Callable[..., Any]
@@ -45,14 +47,14 @@ class Request:
     keep_outputs: bool = False
     part_of: int = 0
     owner: Any = field(init=False)
-    way: Hashable = field(init=False)
+    access_path: Hashable = field(init=False)
     module: nn.Module | None = field(init=False)
     samples: int = field(init=False)
     whole: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.fn = unwrap(self.fn)
-        self.owner, self.way = anchor(self.fn)
+        self.owner, self.access_path = anchor(self.fn)
         self.module = self.owner if isinstance(self.owner, nn.Module) else None
         self.samples = self.inputs[0].shape[0]
         self.whole = self.part_of or self.samples
@@ -262,16 +264,22 @@ def checked_wrt(wrt: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """``wrt`` as the indices of the inputs to differentiate, out of ``count``."""
     if wrt is None:
         return tuple(range(count))
-    indices = [wrt] if isinstance(wrt, int) else list(wrt)
-    for w in indices:
-        if isinstance(w, bool) or not isinstance(w, int) or not -count <= w < count:
+    indices = []
+    for w in [wrt] if is_one_index(wrt) or not isinstance(wrt, Iterable) else wrt:
+        index = as_int(w)
+        if index is None or not -count <= index < count:
             raise BadValue(f"wrt: got {w!r}, expected indices of inputs, 0 … {count - 1}.")
+        indices.append(index % count)
     if not indices:
         raise BadValue("wrt: got nothing, expected at least one input to differentiate.")
-    counted = tuple(w % count for w in indices)
-    if len(set(counted)) < len(counted):
-        raise BadValue(f"wrt: got {indices}, which names an input twice, expected each input once.")
-    return counted
+    if len(set(indices)) < len(indices):
+        raise BadValue(f"wrt: got {wrt}, which names an input twice, expected each input once.")
+    return tuple(indices)
+
+
+def is_one_index(wrt: Any) -> bool:
+    """Whether ``wrt`` names one input by its index, so that the results are not in a tuple."""
+    return as_int(wrt) is not None
 
 
 def _floating_hint(x: Tensor, inputs: int) -> str:

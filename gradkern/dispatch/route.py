@@ -33,8 +33,8 @@ from .request import JacobianResult, Request, allocate, check_devices, check_fit
 from .state import BoundProgram, CacheEntry, KnownCall, ModelState, Verdict
 from .watch import SAMPLES, OutputsChanged
 
-VERIFY_SAMPLES = 4
-PROBE_SAMPLES = 3
+VERIFY_SAMPLES = 4  # that a new Program is compared with autograd on
+PROBE_SAMPLES = 3  # that a model runs on to learn its memory, its output's shape, and whether it changes buffers
 CHANGED = "its outputs are not those of the network that was captured: something that no guard sees has changed (an "
 CHANGED += "environment variable, a file, a random number). gradkern.reset() captures it again"
 MOST_UNPROFILED_SAMPLES = 48  # with so few samples, profiling the model would take much of the time of the call
@@ -133,13 +133,13 @@ def decide(request: Request, engine: Engine | None = None) -> Route:
     """
     fn, name = request.fn, options.engine(engine)
     try:
-        known = state.models.of(request.owner)
+        model_state = state.models.of(request.owner)
     except TypeError:  # the object takes no weak reference, so nothing is remembered
-        known = ModelState()
+        model_state = ModelState()
     signature = guards.signature(request.inputs)
-    entry = known.entries.get_or_make((request.way, signature), CacheEntry)
+    entry = model_state.entries.get_or_make((request.access_path, signature), CacheEntry)
     decision = _decision(request, name, entry)
-    return Route(name, fn, request.module, request.inputs, signature, known, entry, decision)
+    return Route(name, fn, request.module, request.inputs, signature, model_state, entry, decision)
 
 
 def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
@@ -235,7 +235,7 @@ def _profile(request: Request, route: Route) -> ModelProfile:
     reason, verdict = route.eager_reason, route.verdict
     if reason is not None and reason.couples_batch:
         return ModelProfile(reason.text, mutates=True)
-    with route.state.live:
+    with route.state.forward_lock:
         profile = route.entry.profile = eager.probe(request.fn, route.module, request.pick(PROBE_SAMPLES), request.wrt)
     if verdict is not None and verdict.couples_batch:
         return replace(profile, whole_batch_reason=verdict.reason)
@@ -357,7 +357,7 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, know
     whole, watch = known.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
-    if watch.seconds > watch.due_after:
+    if watch.due():
         return None
     check_fits_in_memory(request.samples * whole.gradient_bytes)
     begin = clock()
@@ -386,7 +386,7 @@ def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | No
         return None
     with torch.inference_mode(False), torch.no_grad():
         inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
-        if watch.seconds > watch.due_after:  # afterwards it would be too late
+        if watch.due():  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
             y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:
@@ -396,7 +396,7 @@ def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | No
                 return None
         begin = clock()
         y = known.whole.add_to(sums, packed, rows, inputs)
-        watch.seconds += clock() - begin
+        watch.add(clock() - begin)
     return y
 
 
@@ -414,8 +414,8 @@ def timing(request: Request, route: Route) -> Timing | None:
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:
     """The profile on autograd of a model that has a Program: its samples do not mix, and it changes no buffers."""
     profile = route.entry.profile or _profile(request, route)
-    known = not profile.whole_batch_reason and not profile.mutates
-    return profile if known else replace(profile, whole_batch_reason="", mutates=False)
+    separable = not profile.whole_batch_reason and not profile.mutates
+    return profile if separable else replace(profile, whole_batch_reason="", mutates=False)
 
 
 def _on_autograd(
@@ -473,5 +473,5 @@ def _restored(route: Route, profile: ModelProfile) -> Iterator[None]:
     if not profile.mutates or route.module is None:
         yield
         return
-    with route.state.live, buffers_kept(route.module):
+    with route.state.forward_lock, buffers_kept(route.module):
         yield

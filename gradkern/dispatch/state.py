@@ -29,14 +29,14 @@ from ..util.memo import Memo, WeakMemo, on_reset
 from ..util.options import GradkernWarning, InputError, debugging
 from .eager import ModelProfile, check_runs
 from .first_use import AutogradWork, clock, note_capture
-from .guards import condition, stand_ins
+from .guards import refusal_key, stand_ins
 from .targets import Seeds
 from .watch import Watch
 
 SIGNATURES_PER_MODEL = 16
-CALLS_PER_PROGRAM = 32
-REFUSALS = 16
-MOST_MISSES = 8
+CALLS_PER_PROGRAM = 32  # kinds of calls that are remembered
+REFUSALS = 16  # per model and signature
+MOST_MISSES = 8  # captures in a row that serve one call each, after which the model is left to autograd
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class CacheEntry:
 
     capture: GraphCache = field(default_factory=GraphCache)
     verdicts: dict[GuardedGraph, Verdict] = field(default_factory=dict)
-    refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.condition`
+    refused: Memo[Verdict] = field(default_factory=lambda: Memo(REFUSALS))  # by `guards.refusal_key`
     profile: ModelProfile | None = None
     work: AutogradWork = field(default_factory=AutogradWork)  # work of autograd that a Program might have done
     watch: Watch = field(default_factory=Watch)
@@ -92,7 +92,7 @@ class CacheEntry:
 
     def refusal(self, fn: Any) -> Verdict | None:
         """Why the model has no Program in its present state, if that is known."""
-        return self.refused.get(condition(fn)) if len(self.refused) else None
+        return self.refused.get(refusal_key(fn)) if len(self.refused) else None
 
 
 class ModelState:
@@ -100,7 +100,7 @@ class ModelState:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.live = threading.RLock()  # held while a forward changes the model's buffers
+        self.forward_lock = threading.RLock()  # held while a forward changes the model's buffers
         self.entries: Memo[CacheEntry] = Memo(SIGNATURES_PER_MODEL)  # by path to the callable, and `guards.signature`
         self._warned: set[str] = set()
 
@@ -115,7 +115,7 @@ class ModelState:
             result = self._capture_and_verify(entry, fn, inputs, samples())
             verdict = result if isinstance(result, Verdict) else result.verdict
             if verdict.program is None:
-                entry.refused.put(condition(fn), verdict)
+                entry.refused.put(refusal_key(fn), verdict)
         name = name_of(fn)
         if verdict.program is None:
             warn(fn, f"{name} runs on autograd as a whole: {verdict.reason}.")
@@ -133,7 +133,7 @@ class ModelState:
         """Leave the model in its present state to autograd; warns once."""
         verdict = Verdict(None, reason)
         entry.verdicts.clear()
-        entry.refused.put(condition(fn), verdict)
+        entry.refused.put(refusal_key(fn), verdict)
         warn(fn, f"{name_of(fn)} runs on autograd as a whole: {reason}.")
         return verdict
 

@@ -6,7 +6,6 @@ An output of shape ``[N, *out]`` is seen as ``C = prod(out)`` numbers per sample
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor
 
 from ..ir.program import Shape
+from ..util.integers import as_int
 from ..util.options import BadType, BadValue
 
 Targets = int | Sequence[Any] | Tensor | np.ndarray | None
 ACCEPTED = "None, an int, a list of ints, a tensor [N, S], a tuple of ints, or TopK(k)"
-
-
-FAR = 2**62  # stands for indices that do not fit in 64 bits, as it is no output's index either
+FAR = 2**62  # larger than any output's index; stands for integers that do not fit in 64 bits
 PER_SAMPLE = "For one output per sample pass a tensor [N, 1]: torch.as_tensor(targets)[:, None]."
 
 
@@ -38,8 +36,10 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        k = as_int(self.k)
+        if k is None or k < 1:
             raise BadValue(f"TopK(k): got {self.k!r}, expected an int of at least 1.")
+        object.__setattr__(self, "k", k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ def _flat_indices(targets: Any, samples: int, out: Shape) -> Tensor:
         targets = _from_array(np.asarray(targets))
     if isinstance(targets, Tensor):
         return _from_tensor(targets, samples, out)
-    number = _as_int(targets)
+    number = _as_index(targets)
     if number is None:
         raise BadType(f"targets: got {_brief(targets)}, expected {ACCEPTED}.")
     if len(out) > 1:
@@ -184,7 +184,7 @@ def _from_list(targets: list[Any], samples: int, out: Shape) -> Tensor:
         if len(targets) != samples:
             raise BadValue(f"targets: got {len(targets)} lists, expected one for each of the {samples} samples.")
         return torch.stack([_from_list(list(t), samples, out) for t in targets])  # [N, S]
-    indices = [_as_int(t) for t in targets]
+    indices = [_as_index(t) for t in targets]
     if any(n is None for n in indices):
         wrong = next(t for t, n in zip(targets, indices, strict=True) if n is None)
         raise BadType(f"targets: got a list with {_brief(wrong)} in it, expected {ACCEPTED}.")
@@ -253,7 +253,7 @@ def _ravel(index: Tensor, out: Shape) -> Tensor:
 
 
 def _index_tuple(target: tuple[Any, ...], out: Shape) -> list[int]:
-    indices = [_as_int(t) for t in target]
+    indices = [_as_index(t) for t in target]
     if any(n is None for n in indices):
         raise BadType(f"targets: got {_brief(target)}, expected a tuple of ints. For several outputs pass a list.")
     if len(indices) != len(out):
@@ -271,16 +271,10 @@ def _needs_tuples(targets: Any, out: Shape) -> str:
     )
 
 
-def _as_int(value: Any) -> int | None:
-    """An int from anything that is one (also numpy's ints and one-element tensors); None for the rest and for bools."""
-    if isinstance(value, (bool, np.bool_)):
-        return None
-    if isinstance(value, Tensor) and (value.dim() or value.is_floating_point() or value.dtype == torch.bool):
-        return None
-    try:
-        return max(-FAR, min(operator.index(value), FAR))
-    except (TypeError, ValueError):
-        return None
+def _as_index(value: Any) -> int | None:
+    """`as_int`, in 64 bits."""
+    number = as_int(value)
+    return None if number is None else max(-FAR, min(number, FAR))
 
 
 def _brief(value: Any) -> str:

@@ -16,7 +16,7 @@ from ..frontend.verify import same_outputs
 from ..util.buffers import buffers_kept
 
 SHARE = 0.02  # comparisons take at most this share of the time of a model's calls
-SAMPLES = 2
+SAMPLES = 2  # that a comparison takes
 FIRST_COST = 1e-3  # seconds that a comparison is assumed to take before the first one
 
 
@@ -30,6 +30,13 @@ class Watch:
 
     def __init__(self) -> None:
         self.seconds, self.due_after = 0.0, FIRST_COST / SHARE
+
+    def due(self) -> bool:
+        return self.seconds > self.due_after
+
+    def add(self, seconds: float) -> None:
+        """Count work of the Program."""
+        self.seconds += seconds
 
     def compare(self, fn: Callable[..., Any], module: nn.Module | None, inputs: Sequence[Tensor], y: Tensor) -> None:
         """``y [n, *out]``: the Program's outputs for ``inputs``.  Raises `OutputsChanged`."""

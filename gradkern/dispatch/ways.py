@@ -1,4 +1,4 @@
-"""Measures whether kernels or autograd are faster for calls like one call.
+"""Measures whether kernels or autograd are faster for a kind of call.
 
 A Program whose steps mostly run one by one on ATen may be slower than autograd on the model itself.  No static rule
 predicts this well, so both are timed on some of the caller's own samples when a Program is first used, for a few
@@ -26,11 +26,13 @@ from .targets import Seeds
 #: Calls of 1, 2–7, 8–31, and 32 or more samples are measured apart: in small ones the cost per call weighs more.
 SIZES = (2, 8, 32)
 MOST_SAMPLES = SIZES[-1]
-SLOW_NETWORK_SAMPLES = SIZES[-2]  # the slice of a slow network
-SLOW_ROUND = 3.0  # seconds of a round beyond which a network is slow; shorter ones see what the weights' share is worth
+# A round runs every way once.  Many samples show how the cost of reading the weights is shared, so a network is timed
+# on fewer only if a round would take longer than this.
+SLOW_ROUND = 3.0  # seconds
+SLOW_NETWORK_SAMPLES = SIZES[-2]
 WARM_UP = 2  # samples of a first run, which also packs weights and compiles primitives
 MOST_SEEDS = 32  # the most seeds in a measurement on autograd, whose time is proportional to them
-ROUNDS = 7
+ROUNDS = 7  # the most rounds
 PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, or a later round is the last
 HOPELESS = 2.0  # a way that takes this many times as long as the fastest is not measured again
 

@@ -70,6 +70,7 @@ _PRIVATE = frozenset(("_modules", "_parameters", "_buffers", "__dict__"))
 
 Method = tuple[weakref.ref[type], str, types.CodeType]  # the class that has or inherits it, its name, its code
 T = TypeVar("T")
+Reader = Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]]  # from a call's arguments and the globals
 Reads = str | int | None  # a tensor's name, the number of an input, or None for the batch size
 
 
@@ -86,7 +87,7 @@ class GuardedGraph:
     reads: tuple[Reads, ...]
     names: tuple[str, ...]  # the names of the tensors, in order
     guards: Any = None
-    tensors: Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]] = lambda local, shared: {}
+    tensors: Reader = lambda local, shared: {}
     methods: tuple[Method, ...] = ()
 
     @property
@@ -175,30 +176,41 @@ class GraphCache:
         graph, arguments = ran
         tensors = _by_name(graph, arguments)
         if graph.guards is None:
-            self._find(graph, local, tensors)
+            self._learn_guards(graph, local, tensors)
         return GraphMatch(graph, tensors)
 
-    def _find(self, graph: GuardedGraph, local: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _learn_guards(self, graph: GuardedGraph, local: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Learn Dynamo's code and guards for a new graph, and where its tensors are read."""
         graphs = tuple(known for known in self.graphs if known.alive)
         entry = next(e for e in cache_entries(self.code) if all(e.guard_manager is not g.guards for g in graphs))
         graph.guards, code = entry.guard_manager, entry.code
         self.graphs = (*graphs, graph)
-
-        def run(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
-            _, arguments = types.FunctionType(code, shared)(**local)
-            return _by_name(graph, arguments)
-
-        assert graph.module is not None
-        sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
-        expressions = _by_name(graph, sources)
         try:
-            read = eval(f"lambda L, G: {{{', '.join(f'{name!r}: {e}' for name, e in expressions.items())}}}")
-            found = read(local, self.shared)
-            same = all(found[name] is x for name, x in tensors.items())
-        except Exception:  # an expression in Dynamo's own terms
-            same = False
-        graph.tensors = read if same else run
+            evaluate = _evaluating_reader(graph)
+            read = evaluate(local, self.shared)
+            evaluates = all(read[name] is x for name, x in tensors.items())
+        except Exception:  # an expression in Dynamo's own terms, which may fail in any way
+            evaluates = False
+        graph.tensors = evaluate if evaluates else _rerunning_reader(graph, code)
+
+
+def _evaluating_reader(graph: GuardedGraph) -> Reader:
+    """Reads the tensors by the Python expressions of their places, such as ``L['fn'].weight``, in one function."""
+    assert graph.module is not None
+    sources = [_source(n) for n in graph.module.graph.nodes if n.op == "placeholder"]
+    items = ", ".join(f"{name!r}: {expression}" for name, expression in _by_name(graph, sources).items())
+    reader: Reader = eval(f"lambda L, G: {{{items}}}")
+    return reader
+
+
+def _rerunning_reader(graph: GuardedGraph, code: types.CodeType) -> Reader:
+    """Reads the tensors by running Dynamo's code, which passes them to `_Backend`; slower, but it has no exceptions."""
+
+    def read(local: dict[str, Any], shared: dict[str, Any]) -> dict[str, Tensor]:
+        _, arguments = types.FunctionType(code, shared)(**local)
+        return _by_name(graph, arguments)
+
+    return read
 
 
 def _by_name(graph: GuardedGraph, arguments: Sequence[T]) -> dict[str, T]:

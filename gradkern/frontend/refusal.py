@@ -14,17 +14,19 @@ import torch
 class NoProgram(RuntimeError):
     """A network that has no Program.
 
-    ``reason`` is one readable line, ``op`` and ``module`` name the cause if it is known, and ``mixes`` says that the
-    samples of a batch depend on each other, so that the batch must not be cut.
+    ``reason`` is one readable line, and ``op`` and ``module`` name the cause if it is known.  ``mixes``: the samples of
+    a batch depend on each other, so that the batch must not be cut.  ``final``: other samples would not change it.
     """
 
-    def __init__(self, reason: str, *, op: str = "", module: str = "", mixes: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, op: str = "", module: str = "", mixes: bool = False, final: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.op = op
         self.module = module
         self.mixes = mixes
-        self.final = False  # if True, perturbing the samples cannot help
+        self.final = final
 
 
 def reason_of(error: BaseException) -> str:

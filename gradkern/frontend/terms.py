@@ -18,8 +18,8 @@ from ..ir.calls import Params
 from ..ir.program import Program
 from ..runtime import reference
 
-_SHARE = 2.0**-30  # small enough for the change to be linear in it, large enough for float64
-_LESS = 16.0  # a second share is smaller by this factor: a jump at a kink does not shrink with the share
+_SHARE = 2.0**-30  # of a perturbation: small enough for a linear response, large enough to be seen in float64
+_LESS = 16.0  # a second perturbation is smaller by this factor; at a kink the response does not shrink with it
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..ir.recurrent import GATES, batch_first, net_within, recognize
 from .batch_axis import BatchAxis, NonLeadingBatch, inner_extent, make_per_sample
 from .capture import GraphMatch, plain_name
 from .export import Exported, export
-from .lowerings import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder
+from .lowerings import LOWERINGS, MULTI_RESULT_OPS, MixesSamples, NoForm, ProgramBuilder
 from .lowerings.builder import COMPLEX, ROWS, Complex, as_shape, number_as_shape, op_name, real_dtype
 from .lowerings.fourier import complex_from_last_axis
 from .lowerings.nested import last_state, simplify
@@ -336,7 +336,7 @@ class _GraphLowering:
         """Raise `NoForm` if no lowering takes the call."""
         if call.op not in LOWERINGS:
             raise NoForm(f"{call.op} has no form")
-        if call.index not in (None, 0) and call.op not in SEVERAL:
+        if call.index not in (None, 0) and call.op not in MULTI_RESULT_OPS:
             raise NoForm(f"result {call.index} of {call.op} has no form")
         if not meta.dtype.is_floating_point:
             raise NoForm("its result is not floating point")

@@ -27,7 +27,7 @@ from .terms import Terms, pull_back, terms_of
 _TOGETHER = 3  # samples that are compared
 _TRIES = 4  # comparisons: one of the samples themselves, the others of slightly perturbed ones
 _MOVE = 1e-3  # the perturbation, as a share of the inputs' spread
-_CLEAR = 0.05  # the relative change of an output if every intermediate result is off by a unit of rounding
+_CLEAR = 0.05  # if rounding may change an output by a larger share, it excuses no difference of gradients
 
 
 def verify(program: Program, fn: Callable[..., Any], params: Params, inputs: Sequence[Tensor]) -> frozenset[int]:
@@ -110,7 +110,7 @@ class _Rounding:
         if terms is None:
             return False
         slack = rounding.of_terms(self.dtype, self.tolerance) * terms.gradients[i][:n]
-        # If rounding changes even the output, the difference of the gradients is not excused: they may be anything.
+        # Where rounding may change even the output, gradients may differ in any way, so that nothing excuses them.
         size = y.double().reshape(n, -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
         clear = rounding.unit(self.dtype, self.tolerance) * terms.output[:n] <= max(_CLEAR, self.tolerance) * size
         return rounding.close_samples(got, want, self.tolerance, slack.where(clear, 0.0))
@@ -138,9 +138,7 @@ def _compare(
         if what is not None:
             custom = custom_backward(fn, samples)
             cause = f" ({custom} has a backward of its own)" if custom and what == "gradient" else ""
-            error = NoProgram(f"its {what} is not what torch.export makes of it{cause}")
-            error.final = what == "output"
-            return error
+            return NoProgram(f"its {what} is not what torch.export makes of it{cause}", final=what == "output")
     return frozenset(i for i, g in together_live[1].items() if g is None)
 
 

@@ -36,6 +36,10 @@ from typing import Any
 
 Shape = tuple[int, ...]
 
+# What kernels take.  Lowerings know it too, and merge or split axes where that makes a value fit.
+MOST_AXES = 3  # of a value, per sample
+MAX_CHANNELS = 65535  # of a value; lists of channels are uint16
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Leaves of expressions

@@ -26,22 +26,24 @@ FORWARD_WORTHWHILE = 2.0
 
 
 @dataclass(frozen=True)
-class Side:
+class Section:
     """A network, or the part of it before or after a cut: the multiply-adds per sample in either mode."""
 
-    reverse: int
-    forward: int | None  # None: some step has no rule
+    reverse_macs: int
+    forward_macs: int | None  # None: some step has no rule
     refusal: str = ""  # which step, and why
 
     @property
     def mode(self) -> Mode:
-        if self.forward is None or self.reverse == 0 or self.reverse < FORWARD_WORTHWHILE * self.forward:
+        if self.forward_macs is None or self.reverse_macs == 0:
+            return "reverse"
+        if self.reverse_macs < FORWARD_WORTHWHILE * self.forward_macs:
             return "reverse"
         return "forward"
 
     @property
     def cost(self) -> int:
-        return self.reverse if self.mode == "reverse" or self.forward is None else self.forward
+        return self.reverse_macs if self.mode == "reverse" or self.forward_macs is None else self.forward_macs
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Cut:
 
     value: int
     width: int
-    before: Side
-    after: Side
+    before: Section
+    after: Section
     cost: int
 
 
@@ -61,11 +63,11 @@ class Direction:
 
     seeds: int
     tangents: int
-    whole: Side
+    whole: Section
     cut: Cut | None = None
 
     @property
-    def forward(self) -> bool:
+    def is_forward(self) -> bool:
         """Whether the whole network runs in forward mode."""
         return self.cut is None and self.whole.mode == "forward"
 
@@ -82,15 +84,15 @@ class Direction:
             )
         reverse = (
             f"reverse mode from {self.seeds} output{'s' * (self.seeds != 1)}",
-            f"{_millions(whole.reverse)} million multiply-adds",
+            f"{_millions(whole.reverse_macs)} million multiply-adds",
         )
-        if whole.forward is None:  # there is nothing to compare, and steps that torch runs have no count
+        if whole.forward_macs is None:  # there is nothing to compare, and steps that torch runs have no count
             return f"{reverse[0]} (forward mode: {whole.refusal})"
         forward = (
             f"forward mode from {self.tangents} input{'s' * (self.tangents != 1)}",
-            f"{_millions(whole.forward)} million multiply-adds",
+            f"{_millions(whole.forward_macs)} million multiply-adds",
         )
-        chosen, other = (forward, reverse) if self.forward else (reverse, forward)
+        chosen, other = (forward, reverse) if self.is_forward else (reverse, forward)
         return f"{': '.join(chosen)} ({': '.join(other)})"
 
 
@@ -122,8 +124,8 @@ class _Counts:
         self.needed = self._steps_of(program.output)
         self.reached = graph.descendants(program, wrt)
         steps = range(len(program.steps))
-        self.reverse = [forward_macs(program, i) * sides(program, i) for i in steps]
-        self.forward = [tangent_macs(program, i) if self.base + i in self.reached else 0 for i in steps]
+        self.reverse_macs = [forward_macs(program, i) * sides(program, i) for i in steps]
+        self.forward_macs = [tangent_macs(program, i) if self.base + i in self.reached else 0 for i in steps]
         reasons = {i: no_rule_reason(program, i) for i in steps if self.base + i in self.reached}
         self.refusals = {i: self._refusal(i, reason) for i, reason in reasons.items() if reason is not None}
 
@@ -139,7 +141,7 @@ class _Counts:
         before, after = self.side(None, value), self.side(value, None)
         return Cut(value, width, before, after, before.cost + after.cost + self.seeds * width * self.tangents)
 
-    def side(self, start: int | None, end: int | None) -> Side:
+    def side(self, start: int | None, end: int | None) -> Section:
         """The steps from a value (None: the inputs) to a value (None: the output)."""
         steps = self.needed if end is None else self._steps_of(end)
         if start is not None:
@@ -147,14 +149,14 @@ class _Counts:
         seeds = self.seeds if end is None else math.prod(self.program.shape(end))
         tangents = self.tangents if start is None else math.prod(self.program.shape(start))
         last = self.program.output if end is None else end
-        back = sum(self.reverse[i] for i in steps) - self._free_reverse(last)
+        back = sum(self.reverse_macs[i] for i in steps) - self._free_reverse(last)
         refused = min(steps & self.refusals.keys(), default=None)
         if refused is not None:
-            return Side(seeds * back, None, self.refusals[refused])
+            return Section(seeds * back, None, self.refusals[refused])
         if last not in self.reached:
-            return Side(seeds * back, None, "the output does not depend on the inputs")
-        ahead = sum(self.forward[i] for i in steps) - self._free_forward(start)
-        return Side(seeds * back, tangents * ahead)
+            return Section(seeds * back, None, "the output does not depend on the inputs")
+        ahead = sum(self.forward_macs[i] for i in steps) - self._free_forward(start)
+        return Section(seeds * back, tangents * ahead)
 
     def _is_linear_layer(self, i: int) -> bool:
         step = self.program.steps[i]
@@ -165,7 +167,7 @@ class _Counts:
         while end >= self.base and isinstance(self.program.steps[end - self.base].form, View):
             (end,) = self.program.steps[end - self.base].inputs
         i = end - self.base
-        return self.reverse[i] if i >= 0 and self._is_linear_layer(i) else 0
+        return self.reverse_macs[i] if i >= 0 and self._is_linear_layer(i) else 0
 
     def _free_forward(self, start: int | None) -> int:
         """Tangents through the first linear layer are columns of its weight, which need no computation."""
@@ -175,7 +177,7 @@ class _Counts:
         readers = self.program.consumers[value]
         while len(readers) == 1 and isinstance(self.program.steps[readers[0]].form, View):
             readers = self.program.consumers[self.base + readers[0]]
-        return self.forward[readers[0]] if len(readers) == 1 and self._is_linear_layer(readers[0]) else 0
+        return self.forward_macs[readers[0]] if len(readers) == 1 and self._is_linear_layer(readers[0]) else 0
 
 
 def bottlenecks(program: Program) -> list[int]:

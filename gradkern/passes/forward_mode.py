@@ -105,17 +105,12 @@ def no_rule_reason(program: Program, i: int) -> str | None:
     return None
 
 
-def overlaps(w: Windows) -> bool:
-    """Whether windows share positions."""
-    return any(s < d * (k - 1) + 1 for s, k, d in zip(w.stride, w.kernel, w.dilation, strict=True))
-
-
 def transpose(program: Program, wrt: Sequence[int], *, computed: bool = True) -> Transposed:
     """The VJP of a network in which every step has a rule.
 
     ``computed``: a `Given` step computes the derivative of a function; otherwise the caller gives it.
     """
-    writer = _Writer(program, wrt, computed)
+    writer = _TransposingWriter(program, wrt, computed)
     for i in reversed(range(len(program.steps))):
         writer.transpose(i)
     return writer.finish()
@@ -124,7 +119,7 @@ def transpose(program: Program, wrt: Sequence[int], *, computed: bool = True) ->
 COTANGENT = -1  # the number of the first input while steps are written; slopes have the numbers below it
 
 
-class _Writer:
+class _TransposingWriter:
     """Writes the steps of the transposed Program; their numbers begin at 0 until all inputs are known."""
 
     def __init__(self, program: Program, wrt: Sequence[int], computed: bool) -> None:
@@ -134,7 +129,8 @@ class _Writer:
         self.steps: list[Step] = []
         self.slopes: dict[Slope, int] = {}
         self.derived: dict[str, Derived] = {}
-        # A matrix product needs the values of the Program, so slopes are then ordinary factors.
+        # The transpose of a matrix product has products of values in it.  Such a Program is not linear, so its slopes
+        # are factors of ordinary products instead of `Given` steps.
         linear = not any(s.form == Product("matmul") for s in program.steps)
         self.factor: Form = Given() if linear else Product()
         self.computed = computed and linear

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 
+from ..codegen.caches import HEAVY_POSITIONS, HEAVY_WEIGHTS
 from ..codegen.support import RELUS
 from ..ir.macs import forward_macs
 from ..ir.program import Channels, Contract, Dense, Program, Scale, Select, Step, Sum, View, Windows
 
-CACHED_WEIGHTS = 1 << 18  # numbers; half of a common L2 cache in float32
-FEW_POSITIONS = 64
 MOST_OF_THE_WORK = 0.5  # cutting a network for less costs more than it saves: chains repeat their forward pass
 
 
@@ -27,9 +26,28 @@ def heavy_layers(program: Program) -> dict[int, str]:
     for i, step in enumerate(program.steps):
         positions = _positions(step)
         weights = macs[i] // positions if positions else 0
-        if 1 < positions <= FEW_POSITIONS and weights > CACHED_WEIGHTS and not rectified[i]:
+        if 1 < positions <= HEAVY_POSITIONS and weights > HEAVY_WEIGHTS and not rectified[i]:
             found[i] = f"a chain would read its {weights / 1e6:.1f} million weights anew for every sample"
     return found if sum(macs[i] for i in found) > MOST_OF_THE_WORK * sum(macs) else {}
+
+
+def too_heavy_reason(program: Program, i: int) -> str | None:
+    """Why a contraction should not be part of a chain on a GPU, although it might fit one; None if it should.
+
+    A block reads the weight for its own few samples, and reading a mebibyte from L2 takes a multiprocessor about 40,000
+    clocks.  The limit has not been measured.
+    """
+    step = program.steps[i]
+    form = step.form
+    if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, (Dense, Windows)):
+        return None
+    axis = -1 if isinstance(form.map, Dense) else 0
+    weights = program.shape(step.inputs[0])[axis] * step.shape[axis]
+    if isinstance(form.map, Windows):
+        weights = weights // form.map.groups * form.map.taps
+    if weights <= HEAVY_WEIGHTS:
+        return None
+    return f"a chain would read its {weights / 1e6:.1f} million weights anew for every few samples"
 
 
 def _positions(step: Step) -> int:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..codegen.cuda.lowering import too_heavy_reason
 from ..codegen.machine import Device, Machine, NoKernels
 from ..codegen.support import NATIVE_DTYPES, unsupported_reason
 from ..ir.program import Contract, Given, Index, LowRank, Opaque, Product, Program, Scale, Select, Sum, View
 from ..ir.recurrent import GATES, recognize
+from .heavy import too_heavy_reason
 
 Reason = Callable[[Program, int, torch.dtype, Machine | NoKernels], str | None]
 SILENT = ""  # a refusal that `explain` does not show, because nobody expects this implementation

@@ -8,10 +8,10 @@ that are lowered for it.  ``str(plan)`` is the table that ``gradkern.explain`` p
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -34,19 +34,8 @@ from ..util.chunks import element_counts, stepwise_bytes
 from .groups import Chains, Group, Partition
 from .heavy import heavy_layers
 from .implementations import ATEN, FOLDED, KERNEL, Choice, Implementation, choose_implementation
+from .table import summary, table
 from .timing import Timing
-
-WIDEST = 36  # characters of a layer or a form in the table
-NAMED = 3  # steps that are named with a reason that they share
-PARAMETER = re.compile(r", %[\w.]+")  # the names of weights, which are those of the layer
-LEGEND = {
-    "kernel": "gradkern's own kernel",
-    "folded": "done by the kernel of the step before",
-    "view": "no work",
-    "walk": "torch's forward pass, and gradkern's own kernel back through time for all outputs",
-    "aten": "torch's operation, once for all outputs",
-    "autograd": "torch differentiates this operation",
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +70,13 @@ class ForwardMode:
     read: tuple[int, ...]  # the needed ones of its values, by their numbers in the network
 
 
+class Parts(NamedTuple):
+    """The plans of a network up to its bottleneck and from there on; the Jacobian is the product of theirs."""
+
+    before: Plan
+    after: Plan
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """How a Program runs for a number of seeds on a machine: groups in execution order, and a table row per step.
@@ -99,10 +95,9 @@ class Plan:
     choices: tuple[Choice, ...]  # per step: the implementation that runs it
     chains: Chains = field(compare=False)
     direction: Direction | None = None  # None for a forward pass
-    #: The plans up to the bottleneck and from there on.  If there are parts, they run; the groups then only serve the
-    #: table, which shows the steps of the whole network with their own numbers and modules.
-    parts: tuple[Plan, Plan] | None = None
-    forward: ForwardMode | None = None  # if set, it runs, and there are no groups
+    #: What runs in place of the groups, if anything does.  Beside `Parts` the groups only serve the table, which shows
+    #: the steps of the whole network with their own numbers and modules; beside `ForwardMode` there are none.
+    instead: Parts | ForwardMode | None = None
     cast_dtype: torch.dtype | None = None  # the inputs' dtype, if the plan computes in float32 instead
     measured_macs: Mapping[int, int] = field(default_factory=dict)  # forward, per sample, of opaque steps
     fallback: str | None = None  # why plain torch runs every step with the present tensors
@@ -113,10 +108,18 @@ class Plan:
         """Where the seeds start, if not at the outputs."""
         return None if self.direction is None else self.direction.cut
 
+    @property
+    def parts(self) -> Parts | None:
+        return self.instead if isinstance(self.instead, Parts) else None
+
+    @property
+    def forward_mode(self) -> ForwardMode | None:
+        return self.instead if isinstance(self.instead, ForwardMode) else None
+
     @cached_property
     def native(self) -> bool:
         """Whether any kernel runs."""
-        return any(g.native for g in self.groups) if self.forward is None else self.forward.plan.native
+        return any(g.native for g in self.groups) if self.forward_mode is None else self.forward_mode.plan.native
 
     @cached_property
     def single_chain(self) -> bool:
@@ -128,10 +131,10 @@ class Plan:
         """The tensors of the Program that are packed for kernels, or from which a Program made from it derives such."""
         if self.parts is not None:
             return tuple(dict.fromkeys(name for part in self.parts for name in part.packed_names))
-        if self.forward is not None:
-            values = self.forward.values
+        if self.forward_mode is not None:
+            values = self.forward_mode.values
             of_values = underived(values, contraction_params(values, range(len(values.steps))))
-            return tuple(dict.fromkeys((*self.forward.plan.live_names, *of_values)))
+            return tuple(dict.fromkeys((*self.forward_mode.plan.live_names, *of_values)))
         native = {i for g in self.groups if g.native for i in g.steps}
         return contraction_params(self.program, [i for i in graph.steps_to(self.program, self.wanted) if i in native])
 
@@ -143,10 +146,10 @@ class Plan:
         def inside(plan: Plan) -> int:
             return size * plan.program.outputs if plan.single_chain else plan.bytes_per_sample
 
-        if self.forward is not None:
-            inner = self.forward.plan.program  # its inputs are the slopes; the result is also stored transposed
+        if self.forward_mode is not None:
+            inner = self.forward_mode.plan.program  # its inputs are the slopes; the result is also stored transposed
             numbers = sum(element_counts(shapes)[0] for shapes in (self.program.shapes, inner.inputs))
-            return size * (numbers + 2 * inner.outputs * outputs) + inside(self.forward.plan)
+            return size * (numbers + 2 * inner.outputs * outputs) + inside(self.forward_mode.plan)
         if self.parts is not None and self.bottleneck is not None:
             features = element_counts(self.program.inputs)[0]
             factors = self.bottleneck.width * (features + self.seeds) + self.seeds * features
@@ -167,29 +170,16 @@ class Plan:
     @cached_property
     def local_seeds(self) -> Chain | None:
         """The chain in which seeds (in forward mode: tangents) start, if they are local; else None."""
-        run = self if self.forward is None else self.forward.plan
+        run = self if self.forward_mode is None else self.forward_mode.plan
         last = run.groups[-1] if run.groups else None
         if self.parts is not None or not run.seeds or last is None or not last.native:
             return None
         if last.live_out != (run.program.output,) or isinstance(self.machine, Device):
             return None
         inputs = [v for v in range(len(run.program.inputs)) if v not in run.program.slopes]
-        passed = graph.descendants(run.program, inputs if self.forward is None else [0])
+        passed = graph.descendants(run.program, inputs if self.forward_mode is None else [0])
         chain = run.chain(len(run.groups) - 1, run.seeds, tuple(v for v in last.live_in if v in passed), True)
         return chain if chain.local_share < 1 else None
-
-    def _said_of_local_seeds(self) -> Iterator[str]:
-        """Where seeds or tangents are local, in the plans that run."""
-        for where, part in zip(("up to", "from"), self.parts or (), strict=False):
-            yield from (f"  {where} there: {line}" for line in part._said_of_local_seeds())
-        chain, seed, end = self.local_seeds, "seed", "output"
-        if self.forward is not None:
-            seed, end = "tangent", "input"
-        if chain is not None:
-            yield (
-                f"local {seed}s: {100 * chain.local_share:.0f} % of their multiply-adds are left where "
-                f"{chain.seed_tile} neighbouring {seed}s reach from the middle of the {end}"
-            )
 
     def explained(self, measured_macs: Mapping[int, int], fallback: str | None) -> Plan:
         """The plan with facts that only live tensors tell.
@@ -207,9 +197,9 @@ class Plan:
     @cached_property
     def steps(self) -> tuple[PlanStep, ...]:
         """The rows in the order of ``program.steps``, or of the Programs that run if part of it is in forward mode."""
-        running = [self.forward.plan] if self.forward is not None else []
-        if self.parts is not None and any(part.forward or part.parts for part in self.parts):
-            running += self.parts
+        running: Sequence[Plan] = [self.forward_mode.plan] if self.forward_mode is not None else []
+        if self.parts is not None and any(part.instead for part in self.parts):
+            running = self.parts
         if running:
             return tuple(row for plan in running for row in replace(plan, fallback=self.fallback).steps)
         program, base = self.program, len(self.program.inputs)
@@ -252,52 +242,11 @@ class Plan:
         total = sum(s.macs for s in self.steps)
         return counted / total if total else 1.0
 
-    @property
-    def _summary(self) -> str:
-        work, groups = f"{self.seeds} seed{'s' * (self.seeds != 1)}", self.groups
-        if self.forward is not None:
-            work, groups = f"{self.forward.transposed.tangents} tangents", self.forward.plan.groups
-        return (
-            f"{work}, {len(groups)} group{'s' * (len(groups) != 1)}, "
-            f"fused {100 * self.fused_share:.1f} % of the operations, own kernels {100 * self.native_share:.1f} %"
-        )
-
     def __repr__(self) -> str:
-        return f"<Plan: {self._summary}>"
+        return f"<Plan: {summary(self)}>"
 
     def __str__(self) -> str:
-        rows = [("value", "layer", "form", "shape", "path", "MMAC")]
-        for s in self.steps:
-            shape = "×".join(map(str, s.shape)) or "()"
-            layer, form = _shorten(s.module or s.op, end=True), _shorten(PARAMETER.sub("", s.form))
-            rows.append((f"v{s.value}", layer, form, shape, s.path, f"{s.macs / 1e6:.3g}"))
-        widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
-        lines.append(_legend({s.path for s in self.steps}))
-        refused: dict[str, list[str]] = {}
-        for s in self.steps:
-            for reason in s.refusals:
-                refused.setdefault(reason, []).append(f"v{s.value} ({s.module or s.op})")
-        for reason, steps in refused.items():
-            if reason != self.fallback:
-                more = f" and {len(steps) - NAMED} more" if len(steps) > NAMED else ""
-                lines.append(f"{', '.join(steps[:NAMED])}{more}: {reason}")
-        if self.direction is not None:
-            lines.append(str(self.direction))
-            parts = zip(("up to", "from"), self.parts or (), strict=False)
-            lines += [f"  {where} there: {part.direction}" for where, part in parts if part.forward or part.parts]
-        if self.fallback is None:
-            lines += self._said_of_local_seeds()
-        if self.cast_dtype is not None:
-            name = str(self.cast_dtype).removeprefix("torch.")
-            lines.append(f"{name} is cast to float32 on the way in, and back on the way out")
-        if self.fallback is not None:
-            lines.append(f"with the present tensors, no kernel runs: {self.fallback}")
-        lines.append(self._summary)
-        if self.timing is not None:
-            lines.append(self.timing.text(*() if self.native_share else ("planned ATen calls",)))
-        return "\n".join(lines)
+        return table(self)
 
 
 def contraction_params(program: Program, steps: Iterable[int]) -> tuple[str, ...]:
@@ -317,20 +266,6 @@ def underived(program: Program, names: Iterable[str]) -> tuple[str, ...]:
         else:
             reached[name] = None
     return tuple(reached)
-
-
-def _shorten(text: str, *, end: bool = False) -> str:
-    """``text`` cut to `WIDEST` characters; ``end``: its end is kept, as for a layer's place in the model."""
-    if len(text) <= WIDEST:
-        return text
-    return "…" + text[1 - WIDEST :] if end else text[: WIDEST - 1] + "…"
-
-
-def _legend(paths: set[str]) -> str:
-    """The explanation of the table's last two columns."""
-    words = [f"{name}: {LEGEND[name]}" for name in LEGEND if any(p.split(",")[0].split()[0] == name for p in paths)]
-    counted = "MMAC: million multiply-adds per sample, forward and backward (counts by mode: backward). "
-    return counted + ("Paths: " + "; ".join(words) + "." if words else "")
 
 
 def plan(
@@ -364,21 +299,29 @@ def plan(
     steps = list(range(len(choices))) if wanted is None else graph.steps_to(program, wanted)
     wanted = (program.output,) if wanted is None else wanted
     chains = Chains(program, machine, dtype.itemsize)
-    made = Plan(original, program, machine, dtype, seeds, wanted, (), (), chains, chosen, cast_dtype=cast_dtype)
-    if chosen is not None and chosen.forward:
-        backwards = transpose(
-            program, range(len(program.inputs)) if wrt is None else wrt, computed=not isinstance(machine, Device)
-        )
-        inner = plan(backwards.program, backwards.tangents, dtype, machine=machine, reverse=True)
-        read = tuple(dict.fromkeys((*values_read(program, backwards.slopes), program.output)))
-        return replace(made, forward=ForwardMode(backwards, inner, without_zeros(program, read), read))
-    partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
-    groups = partition.groups()
-    for i, reason in partition.too_large.items():
-        choices[i] = choose_implementation(program, i, dtype, machine, reason)
-    made = replace(made, groups=groups, choices=tuple(choices))
-    if chosen is None or chosen.cut is None:
-        return made
-    before, after = direction.split_at(program, chosen.cut.value)
-    first = plan(before, chosen.cut.width, dtype, machine=machine, wrt=wrt)
-    return replace(made, parts=(first, plan(after, seeds, dtype, machine=machine)))
+    groups: tuple[Group, ...] = ()
+    instead: Parts | ForwardMode | None = None
+    if chosen is not None and chosen.is_forward:
+        choices = []
+        instead = _forward_mode(program, range(len(program.inputs)) if wrt is None else wrt, dtype, machine)
+    else:
+        partition = Partition(chains, seeds, steps, wanted, [c.implementation.chained for c in choices])
+        groups = partition.groups()
+        for i, reason in partition.too_large.items():
+            choices[i] = choose_implementation(program, i, dtype, machine, reason)
+        if chosen is not None and chosen.cut is not None:
+            before, after = direction.split_at(program, chosen.cut.value)
+            first = plan(before, chosen.cut.width, dtype, machine=machine, wrt=wrt)
+            instead = Parts(first, plan(after, seeds, dtype, machine=machine))
+    return Plan(
+        original, program, machine, dtype, seeds, wanted, groups, tuple(choices), chains, chosen, instead, cast_dtype
+    )
+
+
+def _forward_mode(
+    program: Program, wrt: Sequence[int], dtype: torch.dtype, machine: Machine | NoKernels
+) -> ForwardMode:
+    transposed = transpose(program, wrt, computed=not isinstance(machine, Device))
+    inner = plan(transposed.program, transposed.tangents, dtype, machine=machine, reverse=True)
+    read = tuple(dict.fromkeys((*values_read(program, transposed.slopes), program.output)))
+    return ForwardMode(transposed, inner, without_zeros(program, read), read)

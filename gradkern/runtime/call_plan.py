@@ -64,7 +64,7 @@ class CallGroup:
     steps: tuple[int, ...]
     live_out: tuple[int, ...]
     wrt: tuple[int, ...]  # the values that it sends cotangents to
-    alone: frozenset[int]  # inputs of the network that no other group reads
+    only_reader_of: frozenset[int]  # inputs of the network that no other group reads
 
 
 class CallPlan:
@@ -85,7 +85,7 @@ class CallPlan:
         self.parts: tuple[CallPlan, CallPlan] | None = None
         if plan.parts is not None:
             self.parts = CallPlan(plan.parts[0], wrt), CallPlan(plan.parts[1], (0,))
-        self.transposed = None if plan.forward is None else CallPlan(plan.forward.plan, (0,))
+        self.transposed = None if plan.forward_mode is None else CallPlan(plan.forward_mode.plan, (0,))
         self._chains: dict[tuple[int, bool, bool], Chain] = {}
         #: Whether results of these kernels have been compared with torch's own, which they have to be once.
         self.confirmed = not plan.native
@@ -95,8 +95,8 @@ class CallPlan:
     def _group(self, k: int) -> CallGroup:
         group, inside = self.plan.groups[k], set(self.plan.groups[k].steps)
         wrt = tuple(v for v in group.live_in if v in self.needed)
-        alone = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
-        return CallGroup(k, group.native, group.steps, group.live_out, wrt, alone)
+        only_reader_of = frozenset(v for v in wrt if v in self.wrt and inside.issuperset(self.program.consumers[v]))
+        return CallGroup(k, group.native, group.steps, group.live_out, wrt, only_reader_of)
 
     def folded(self, seeds: int) -> CallPlan:
         """The call plan without gradkern's own kernels, for a number of seeds."""

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from .call_plan import CallPlan
 
 
-class Extent(NamedTuple):
+class ComparisonSize(NamedTuple):
     """How much is compared."""
 
     samples: int  # spread over the batch
     seeds: int  # seeds of each sample
-    moved: int  # samples of the second comparison
-    alone: int  # samples of a call for the comparison's sake
+    perturbed: int  # samples of the second comparison, which are perturbed first
+    trial: int  # samples of a call that is made only to compare its results
 
 
 #: A GPU's threads take their shares by the number of seeds and samples.
-_CPU, _GPU = Extent(3, 4, 3, 16), Extent(8, 1 << 30, 2048, 1024)
-MOVE = 1e-2  # the perturbation, as a share of the inputs' spread
-DRAWS = 3  # of rounding, where the errors are larger than the tolerance
-CANCELLED = 1e3  # units of rounding: a gradient below as many, in relation to output and input, is what cancels leave
-SLACK = 10.0  # times the error of torch's own kernels, if that is larger than the tolerance
+_CPU, _GPU = ComparisonSize(3, 4, 3, 16), ComparisonSize(8, 1 << 30, 2048, 1024)
+MOVE = 1e-2  # the perturbation of the second comparison's inputs, as a share of their spread
+DRAWS = 3  # runs of torch's kernels with inputs and weights rounded at random, which show the error of rounding alone
+SLACK = 10.0  # errors may be so many times those of these runs
+CANCELLED = 1e3  # a gradient of fewer units of rounding (of output / input) may be what is left when terms cancel
 
 
 class KernelsDiffer(RuntimeError):
@@ -57,12 +57,12 @@ def confirm(
     On a CPU it is `KernelsUnavailable`, so that plain torch takes the place of the kernels.  Rounding may decide
     between equal maxima, or flip a ReLU at zero.  So half of the samples may differ; if more do, or all gradients
     are zero, the inputs are moved a little, and the kernels run once more.  If nothing is finite, the next call is
-    compared.
+    compared.  ``run`` must not compare anything itself.
     """
-    # A call that torch runs may name a dtype.
+    # An opaque step may name a dtype among its arguments, so the tensors of such a program are not cast.
     opaque = any(isinstance(step.form, Opaque) for step in call_plan.program.steps)
-    extent = extent_of(call_plan)
-    plain = call_plan.folded(min(call_plan.plan.seeds, extent.seeds))
+    size = comparison_size(call_plan)
+    plain = call_plan.folded(min(call_plan.plan.seeds, size.seeds))
 
     def folded(few: Sequence[Tensor], dtype: torch.dtype, draw: int | None) -> Sequence[Tensor]:
         generator, eps = torch.Generator().manual_seed(draw or 0), torch.finfo(dtype).eps
@@ -77,24 +77,21 @@ def confirm(
         return run(plain, PlanWeights(plain.plan, params, leading(few)), few)
 
     gradients = bool(call_plan.plan.seeds) and not call_plan.linear  # behind the output
-    call_plan.confirmed = True  # for the runs inside
-    try:
-        error = _error(extent, weights.like.dtype, given, got, folded, gradients)
-        dead = not any(bool(g.any()) for g in got[1:] or got)
-        if dead or error is None or error > 1.0:
-            generator = torch.Generator().manual_seed(0)
-            few = [x[: extent.moved] for x in given]
-            moved = [perturbed(x, MOVE * spread_of(x), generator) for x in few]
-            error = _error(extent, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
-        if error is not None and error > 1.0:
-            raise _refusal(call_plan, weights.like.device, error)
-    except BaseException:
-        call_plan.confirmed = False
-        raise
-    call_plan.confirmed = error is not None
+    error = _error(size, weights.like.dtype, given, got, folded, gradients)
+    dead = not any(bool(g.any()) for g in got[1:] or got)
+    if dead or error is None or error > 1.0:
+        generator = torch.Generator().manual_seed(0)
+        few = [x[: size.perturbed] for x in given]
+        moved = [perturbed(x, MOVE * spread_of(x), generator) for x in few]
+        error = _error(size, weights.like.dtype, moved, run(call_plan, weights, moved), folded, gradients)
+    if error is None:
+        return
+    if error > 1.0:
+        raise _refusal(call_plan, weights.like.device, error)
+    call_plan.confirmed = True  # only now: other threads may use the same plan, and compare results of their own
 
 
-def extent_of(call_plan: CallPlan) -> Extent:
+def comparison_size(call_plan: CallPlan) -> ComparisonSize:
     return _GPU if isinstance(call_plan.plan.machine, Device) else _CPU
 
 
@@ -119,12 +116,12 @@ def few_seeds(t: Tensor, count: int) -> Tensor:
 
 
 def _error(
-    extent: Extent, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
+    size: ComparisonSize, dtype: torch.dtype, inputs: Sequence[Tensor], got: Sequence[Tensor], folded: Folded,
     gradients: bool,
 ) -> float | None:  # fmt: skip
     """The median over some samples of the largest error of their results, in units of the tolerance; None if it is not
     finite.  ``gradients``: the results are an output and its gradients."""
-    rows = spread_rows(len(inputs[0]), extent.samples).to(inputs[0].device)
+    rows = spread_rows(len(inputs[0]), size.samples).to(inputs[0].device)
     few = [x[rows] for x in inputs]
     want = folded(few, torch.float64, None)
     slack = [0.0, *[_cancelled(few, want[0], dtype) if gradients else 0.0] * (len(want) - 1)]
@@ -139,7 +136,7 @@ def _error(
     if not len(mine):
         return None
     tolerance = rounding.for_program(dtype)
-    if mine.median() > tolerance:  # where terms cancel, rounding is all that is left of them
+    if mine.median() > tolerance:  # where terms cancel, torch's own results are as wrong
         theirs = [float(errors(folded(few, dtype, draw)).nan_to_num(0.0).median()) for draw in range(DRAWS)]
         tolerance = max(tolerance, SLACK * max(theirs))
     return float(mine.median()) / tolerance

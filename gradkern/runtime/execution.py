@@ -148,7 +148,7 @@ class Execution:
 
     def result(self, group: CallGroup, value: int) -> Tensor:
         """Where a kernel writes a cotangent: into the caller's tensor if possible, else into a temporary."""
-        if value in group.alone and value not in self.cotangents:
+        if value in group.only_reader_of and value not in self.cotangents:
             o = self.out[self.call_plan.wrt.index(value)]
             if o.is_contiguous() and o.dtype == self.like.dtype and o.device == self.like.device:
                 return o

@@ -22,7 +22,7 @@ from . import forward_mode, reference
 from .call_plan import CallPlan, call_plan_for, plan_for
 from .confirmation import confirm, few_seeds
 from .execution import Execution, warn_once
-from .parameters import Derivable, KernelsUnavailable, PlanWeights, all_output_indices, leading
+from .parameters import KernelsUnavailable, LazyParams, PlanWeights, all_output_indices, leading
 
 __all__ = ["fallback_reason", "forward_values", "jacobian", "plan_for", "transpose"]
 
@@ -148,15 +148,15 @@ def _pack(call_plan: CallPlan, weights: PlanWeights) -> None:
     for part in call_plan.parts or ():
         _pack(part, weights)
     if call_plan.transposed is not None:
-        assert call_plan.plan.forward is not None
-        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward, weights))
+        assert call_plan.plan.forward_mode is not None
+        _pack(call_plan.transposed, _transposed_weights(call_plan.plan.forward_mode, weights))
     elif call_plan.parts is None:
         for chain in call_plan.backward_chains():
             weights.packed(chain)
 
 
 def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeights:
-    return weights.of_plan(forward.plan, Derivable(forward.transposed.program, weights.params))
+    return weights.of_plan(forward.plan, LazyParams(forward.transposed.program, weights.params))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -166,16 +166,28 @@ def _transposed_weights(forward: ForwardMode, weights: PlanWeights) -> PlanWeigh
 def _fill(
     call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
 ) -> Tensor:
-    if call_plan.native and call_plan.plan.seeds and inputs[0].shape[0]:
+    if _runs_kernels(call_plan, inputs):
         try:
             y = _by_kernels(call_plan, weights, inputs, targets, out)
             if not call_plan.confirmed:
-                _confirm(call_plan, weights, inputs, [targets], (y, *out), _fill)
+                _confirm(call_plan, weights, inputs, [targets], (y, *out), _fill_uncompared)
             return y
         except (KernelsUnavailable, TooLarge) as error:
             warn_once(call_plan.program, error)
     # With weights that are not finite, positions that are not needed send NaN back, as in torch, so all are kept.
     return _by_reference(call_plan, weights.params, inputs, targets, out)
+
+
+def _fill_uncompared(
+    call_plan: CallPlan, weights: PlanWeights, inputs: Sequence[Tensor], targets: Tensor, out: Sequence[Tensor]
+) -> Tensor:
+    if _runs_kernels(call_plan, inputs):
+        return _by_kernels(call_plan, weights, inputs, targets, out)
+    return _by_reference(call_plan, weights.params, inputs, targets, out)
+
+
+def _runs_kernels(call_plan: CallPlan, inputs: Sequence[Tensor]) -> bool:
+    return bool(call_plan.native and call_plan.plan.seeds and inputs[0].shape[0])
 
 
 def _by_kernels(
@@ -196,7 +208,8 @@ def _confirm(
     got: Sequence[Tensor],
     fill: Callable[..., Tensor | None],
 ) -> None:
-    """Compare ``got``: the gradients that ``fill`` (`_fill` or `_transpose`) writes, behind the output if it has one.
+    """Compare ``got``: the gradients that ``fill`` writes (`_fill_uncompared` or `_transpose`), behind the output if
+    it returns one.
 
     ``seeds``: targets, and a dense cotangent if they are not one-hot.
     """
@@ -264,7 +277,7 @@ def _forward_mode(
     out: Sequence[Tensor],
 ) -> Tensor:
     """Forward mode: a forward pass, the slopes at its values, and the chains of the transpose for all tangents."""
-    forward, program, n, like = call_plan.plan.forward, call_plan.program, inputs[0].shape[0], weights.like
+    forward, program, n, like = call_plan.plan.forward_mode, call_plan.program, inputs[0].shape[0], weights.like
     assert forward is not None
     values = _values(forward, weights, inputs)
     slopes = forward_mode.slope_tensors(program, weights.params, values, forward.transposed.slopes)
@@ -280,7 +293,8 @@ def _forward_mode(
         columns = columns[:, targets]
     for o, part in zip(out, columns.split([o[0, 0].numel() for o in out], dim=2), strict=True):
         o.copy_(part.reshape(o.shape))
-    # torch takes reverse mode.  Where a derivative is not finite, 0 · Inf gives NaN in other places than there.
+    # torch takes reverse mode, in which 0 · Inf gives NaN in other places.  So samples with a derivative that is not
+    # finite are computed again.
     finite = rows.flatten(1).sum(1).isfinite()
     if not bool(finite.all()):
         _refill(call_plan, weights.params, inputs, targets, out, (~finite).nonzero()[:, 0])
@@ -290,7 +304,7 @@ def _forward_mode(
 def _values(forward: ForwardMode, weights: PlanWeights, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """The values that forward mode reads, ``[N, *shape]`` each."""
     program, wanted = forward.values, tuple(v for v in forward.read if v >= len(inputs))
-    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), Derivable(program, weights.params)
+    call_plan, params = call_plan_for(program, 0, weights.like, (), wanted), LazyParams(program, weights.params)
     return dict(enumerate(inputs)) | _wanted_values(call_plan, weights.of_plan(call_plan.plan, params), inputs)
 
 

@@ -67,7 +67,7 @@ class _Binder:
         self.derived = tuple(map(_Computed, program.derived))
         self.constant = _constants(program)  # derived tensors that are computed only once
         self.constants: dict[str, Tensor] = {}
-        # torch differentiates some steps, but only with respect to values.
+        # Autograd runs inside opaque steps, and would otherwise record the parameters as well.
         self.detaches = any(isinstance(step.form, Opaque) for step in program.steps)
 
     def __call__(self, tensors: Params) -> Bound:
@@ -107,7 +107,7 @@ def leading(inputs: Sequence[Tensor]) -> Tensor:
     return next((t for t in inputs if t.is_floating_point()), inputs[0])
 
 
-class Derivable(Mapping[str, Tensor]):
+class LazyParams(Mapping[str, Tensor]):
     """``params``, and the derived tensors of ``program``, each computed on first access, which is rare while packed
     weights are cached."""
 
@@ -148,7 +148,7 @@ def all_output_indices(outputs: int, device: torch.device) -> Tensor:
 Key = tuple[int, int | None, torch.dtype, torch.device]  # a plan (its id), and the content of its parameters
 
 MOST_CONTENTS = 8  # packs per plan, one for each model of its structure, such as the folds of an ensemble
-MOST_ENTRIES = 256
+MOST_ENTRIES = 256  # packed plans
 MOST_TARGETS = 4  # choices of outputs per pack whose rows of the last weight are kept
 MOST_BYTES = {"cpu": 64 << 20}
 MOST_GPU_BYTES = 1 << 30  # more than on a CPU, for networks in many chains with large weights
@@ -171,7 +171,7 @@ class Packed:
         self.weights = torch.zeros(chain.packed_size + 64, dtype=like.dtype, device=like.device)
         for layout in chain.layouts:
             layout.fill(self.weights, params)
-        # This comes last because on a GPU it also waits; after it any stream may read the pack.
+        # On a GPU, reading the result waits until everything above is done, so afterwards any stream may use the pack.
         low, high = torch.aminmax(self.weights)  # NaN if any weight is; one pass without a large temporary
         self.finite = bool(torch.isfinite(low) & torch.isfinite(high))
         self._seed_rows: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # by targets (their id)
@@ -287,17 +287,19 @@ class PlanWeights:
         self.mixed = next((dtype for dtype in dtypes if dtype != like.dtype), None)
         self.bound = params if isinstance(params, Bound) else Bound(params)
         self.names = tuple(dict.fromkeys((*plan.packed_names, *plan.live_names)))
-        # Where `bind` computed the derived tensors, the live ones are the key, as for `WholeChain`, which derives its
-        # own.  Others may differ from what the live ones would give now, so they count as well.
-        known = plan.live_names if self.bound.derived_here else self.names
-        self.content = None if self.mixed else self.bound.content(known)
+        # The key of the packed weights.  If `bind` computed the derived tensors, the live tensors determine them, and
+        # the key is that of `WholeChain`, so that both share packs.  Derived tensors that the caller brought may be
+        # older than the live ones, so their bytes are part of the key.
+        hashed = plan.live_names if self.bound.derived_here else self.names
+        self.content = None if self.mixed else self.bound.content(hashed)
         self.entry: PackedPlan | None = None  # until something is packed
 
     def of_plan(self, plan: Plan, params: Params) -> PlanWeights:
         """The packed weights of another plan, whose ``params`` are the same or derived from them."""
         other = copy.copy(self)
-        # Another plan's weights may come to the same plan, such as a forward pass, and have these bytes by other names.
-        # Derived tensors count: they are what the other plan's are made of, and programs differ in them alone.
+        # Several plans may share ``plan`` (such as that of a forward pass) and have equal bytes under different names,
+        # so the names are part of its key.  So are the derived tensors: ``params`` are computed from them, and two
+        # programs may differ in nothing else.
         other.content = None if self.content is None else hash((self.names, self.bound.content(self.names)))
         other.plan, other.params, other.entry = plan, params, None
         return other

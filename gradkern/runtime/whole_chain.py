@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..codegen.caches import HOT_BYTES, SPILLED_BYTES
 from ..codegen.chain import Chain
 from ..codegen.encoding import CpuSizes
 from ..codegen.machine import TooLarge
@@ -18,13 +19,10 @@ from ..util.chunks import samples_per_chunk, spans
 from ..util.progress import limit_for_progress
 from . import ops
 from .call_plan import CallPlan, call_plan_for
-from .confirmation import extent_of
+from .confirmation import comparison_size
 from .execution import run_chain
 from .executor import jacobian
 from .parameters import Packed, all_output_indices, bind, content_of, leading, weight_cache
-
-HOT_BYTES = 768 << 10  # bytes of Jacobians per thread that stay in its cache beside the weights
-SPILLED_BYTES = 2 << 20  # the most bytes of Jacobians of the samples that the kernels take together
 
 
 class WholeChain:
@@ -125,11 +123,11 @@ def whole_chain(
     whole = call_plan.native and call_plan.targets_enter and len(call_plan.groups) == 1
     if not whole or call_plan.parts is not None or call_plan.plan.cast_dtype is not None:
         return None
-    if call_plan.groups[0].alone != set(wrt):
+    if call_plan.groups[0].only_reader_of != set(wrt):
         return None
     if not call_plan.confirmed:
         with torch.inference_mode(False), torch.no_grad():
-            few = [x.detach()[: extent_of(call_plan).alone] for x in inputs]
+            few = [x.detach()[: comparison_size(call_plan).trial] for x in inputs]
             jacobian(program, params, few, targets, wrt)  # compares the first results with torch's
         if not call_plan.confirmed:
             return None

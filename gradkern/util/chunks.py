@@ -21,14 +21,16 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .options import memory_budget
 from .progress import with_progress
 
-MOST_COTANGENTS = 3  # whole cotangents at a time: a step's own, that of its input, and one that waits for a sum
-STEPWISE_PEAK = 3  # room for each byte that `stepwise_bytes` estimates: the peak was measured at about twice that
+MOST_COTANGENTS = 3  # cotangents that exist together: of a step, of its input, and of a value that is still summed
+STEPWISE_PEAK = 3  # bytes of the budget per byte that `stepwise_bytes` estimates; peaks were measured at about twice it
 # On a CPU a piece stays in the caches, which makes small networks up to a tenth faster.  But large networks read their
 # weights again for each piece, and each operation has its overhead per piece, so pieces of a few samples took up to
 # twice as long.  On a GPU pieces should be as large as its memory allows.
@@ -85,14 +87,29 @@ def spans(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
     return with_progress(pairwise(ends), stop, "samples", lambda span: span[1] - span[0], initial=start)
 
 
-def row_blocks(samples: int, copies: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks of at most ``rows`` copies, as ranges ``(first sample, stop, first copy, stop)``: several samples with all
-    of their copies, or some copies of one sample."""
+class RowBlock(NamedTuple):
+    """The copies ``first:last`` of each of the samples ``a:b``, as rows ``[R = (b - a) · copies, ...]``."""
+
+    a: int
+    b: int
+    first: int
+    last: int
+
+    @property
+    def copies(self) -> int:
+        return self.last - self.first
+
+    def copies_of(self, x: Tensor) -> Tensor:
+        return x[self.a : self.b].repeat_interleave(self.copies, dim=0)
+
+
+def row_blocks(samples: int, copies: int, rows: int) -> Iterator[RowBlock]:
+    """Blocks of at most ``rows`` copies: several samples with all of their copies, or some copies of one sample."""
     if copies <= rows:
         step = max(1, rows // max(copies, 1))
         for a in range(0, samples, step):
-            yield a, min(a + step, samples), 0, copies
+            yield RowBlock(a, min(a + step, samples), 0, copies)
         return
     for a in range(samples):
         for first in range(0, copies, rows):
-            yield a, a + 1, first, min(first + rows, copies)
+            yield RowBlock(a, a + 1, first, min(first + rows, copies))

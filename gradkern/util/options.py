@@ -37,15 +37,19 @@ class InputError(Exception):
     """Base of the errors about the caller's arguments; always also a ValueError or a TypeError."""
 
 
-class BadValue(InputError, ValueError):
+class BadArgument(InputError):
+    """Base of the errors about arguments that do not fit; Captum may accept them, or raises an error of its own."""
+
+
+class BadValue(BadArgument, ValueError):
     """A shape, an index, a device or a name that does not fit."""
 
 
-class BadType(InputError, TypeError):
+class BadType(BadArgument, TypeError):
     """A dtype or a Python type that does not fit."""
 
 
-class Unused(BadValue, RuntimeError):
+class Unused(InputError, ValueError, RuntimeError):
     """An input that the output does not depend on; torch and Captum raise a RuntimeError for it."""
 
 
@@ -56,9 +60,12 @@ def _valid_engine(name: str, source: str) -> Engine:
 
 
 def _valid_budget(size: int) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+    from .integers import as_int
+
+    number = as_int(size)
+    if number is None or number <= 0:
         raise BadValue(f"memory_budget: got {size!r}, expected a positive number of bytes, such as {128 << 20}.")
-    return size
+    return number
 
 
 def engine(argument: str | None = None) -> Engine:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .integers import as_int
 from .options import BadType, BadValue
 
 Output = int | str | Callable[[Any], Tensor] | None
@@ -37,7 +38,7 @@ class Sums:
         if not windows or any(a < 0 or b <= a for a, b in windows):
             raise BadValue(f"Sums: got {self.windows!r}, expected pairs (first, stop) with 0 <= first < stop.")
         object.__setattr__(self, "windows", windows)
-        check_output_choice(self.of)
+        object.__setattr__(self, "of", check_output_choice(self.of))
 
     def __call__(self, result: Any) -> Tensor:
         y = choose_output(result, self.of)
@@ -52,8 +53,11 @@ class Sums:
 
 
 def check_output_choice(output: Any) -> Output:
-    """``output`` unchanged, if it is a valid choice."""
-    if isinstance(output, bool) or not (output is None or isinstance(output, (int, str)) or callable(output)):
+    """``output``, if it is a valid choice; a number as an int."""
+    number = as_int(output)
+    if number is not None:
+        return number
+    if not (output is None or isinstance(output, str) or callable(output)):
         raise BadType(
             f"output: got {output!r} ({type(output).__name__}), expected an index (int), a name (str), or a function "
             "of what the model returns."
@@ -95,11 +99,13 @@ def describe_result(result: Any) -> str:
 
 def output_key(output: Output) -> Hashable:
     """A key that is equal for equal choices of an output; functions are compared by their code."""
+    output = check_output_choice(output)
     return output if output is None or isinstance(output, (int, str)) else getattr(output, "__code__", output)
 
 
 def output_name(output: Output) -> int | str | None:
     """A choice of an output as plain data."""
+    output = check_output_choice(output)
     if output is None or isinstance(output, (int, str)):
         return output
     if isinstance(output, Sums):

@@ -160,8 +160,8 @@ def test_copies_of_large_inputs_in_pieces(sizes, batch, monkeypatch):
     want = stacked([drawn(lambda: theirs.attribute(inputs, target=c, **options))[0] for c in range(3)])  # noqa: B023
     targets = [2, 0, 1]
     largest = []
-    true = Noise.piece
-    monkeypatch.setattr(Noise, "piece", lambda *a: largest.append(true(*a)) or largest[-1])
+    true = Noise.of
+    monkeypatch.setattr(Noise, "of", lambda *a: largest.append(true(*a)) or largest[-1])
     monkeypatch.setattr(points, "LEAST_BLOCK", 1)
     row = 8 * sum(sizes)
     with gradkern.use(memory_budget=50 * row):

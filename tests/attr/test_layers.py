@@ -171,7 +171,7 @@ class LayerSquaredGradient(LayerMethod, stock.LayerGradientXActivation):
     attribute = make_attribute(stock.LayerGradientXActivation)
     attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
-    def _layer(self, view, index, seeds, options):
+    def layer_maps(self, view, index, seeds, options):
         return view.at_inputs(index, seeds)[1] ** 2
 
 

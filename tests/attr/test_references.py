@@ -122,7 +122,7 @@ def test_draws_depend_on_seed_and_number_alone(net: nn.Module) -> None:
     x, method = sequences(), DeepLift(net, engine="kernel")
     whole = method.attribute_all(x, shuffle, n_references=R, random_state=7)
     with gradkern.use(memory_budget=1):
-        assert torch.equal(whole, method.attribute_all(x, shuffle, n_references=R, random_state=7))
+        assert torch.equal(whole, method.attribute_all(x, shuffle, n_references=np.int64(R), random_state=np.int64(7)))
     assert torch.equal(whole[:2], method.attribute_all(x[:2], shuffle, n_references=R, random_state=7))
     drawn = torch.cat([shuffle(x[i : i + 1], R, seed_of(7, i)) for i in range(N)])
     assert torch.equal(whole, method.attribute_all(x, drawn))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -199,6 +200,23 @@ def test_lrp_rules_of_captum(which):
     same(ours.LRP(model).attribute(x, target=1), want)
     assert not any(hasattr(m, "rule") for m in model.modules())  # one call's, as in Captum
     same(model.state_dict(), before)
+
+
+def test_lrp_in_two_threads_finds_the_rules() -> None:
+    model = build(PooledNet)
+    lrp_rules(model, "epsilon")
+    want, method, seen = model.fc2.rule, ours.LRP(model), []
+
+    def look() -> None:
+        with method._rules() as rules:
+            seen.append(rules)
+
+    thread = threading.Thread(target=look)
+    with method._rules():  # inside, the modules have no rules
+        thread.start()
+        thread.join(0.1)
+    thread.join()
+    assert want in seen[0].values()
 
 
 def test_a_rule_of_the_users_own_is_captums():

@@ -116,7 +116,7 @@ def test_tokens_lie_with_their_features_as_channels():
     _, window, softmax = graph.units
     assert window.form.map == POINT
     assert (window.out.C, window.out.W, softmax.along) == (5, 6, "C")
-    assert graph.channels_last == {0, 2}
+    assert graph.row_major == {0, 2}
 
 
 def test_a_transpose_behind_a_convolution_costs_nothing():
@@ -127,7 +127,7 @@ def test_a_transpose_behind_a_convolution_costs_nothing():
         inputs=((2, 8),),
     )
     assert units(p) == [("load", []), ("window", [0]), ("window", [2])]
-    assert grouped(p).channels_last == {3}
+    assert grouped(p).row_major == {3}
 
 
 def test_factors_along_the_positions_are_read_from_a_copy():

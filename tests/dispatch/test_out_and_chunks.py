@@ -134,7 +134,7 @@ def test_spans_are_even(stop, chunk):
 def test_iter_jacobian(engine):
     model, (x,) = net(n=11)
     want = gradkern.jacobian(model, x, engine=engine)
-    for chunk in (1, 4, 11, 50, None):
+    for chunk in (1, np.int64(4), 11, 50, None):
         parts = list(gradkern.iter_jacobian(model, x, chunk=chunk, engine=engine))
         assert chunk is None or max(len(p) for p in parts) <= chunk
         torch.testing.assert_close(torch.cat(parts), want)

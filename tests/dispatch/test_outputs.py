@@ -188,7 +188,7 @@ def test_choices_of_one_model_are_kept_apart(x: Tensor) -> None:
         return result[1] * scale
 
     for _ in range(2):
-        same(gradkern.jacobian(model, x, engine="kernel", output=1), want)
+        same(gradkern.jacobian(model, x, engine="kernel", output=np.int64(1)), want)
         assert gradkern.jacobian(model, x, engine="kernel", output=0).shape == (N, 5, 6)
     for scale in (1.0, 3.0, 1.0):
         same(gradkern.jacobian(model, x, engine="kernel", output=scaled), want * scale)

@@ -115,7 +115,7 @@ def test_a_model_that_stays_on_autograd_is_called_as_well() -> None:
         gradkern.prepare(model, x, gradkern.TopK(2))(x)
 
 
-@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.usefixtures("fresh")
 def test_where_autograd_is_faster_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["resnet1d_opaque"]
     model, (x,) = case.build(), case.inputs(3)

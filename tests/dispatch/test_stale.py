@@ -14,6 +14,7 @@ from torch import nn
 
 import gradkern
 from gradkern.dispatch import state
+from gradkern.util.options import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 
@@ -48,18 +49,26 @@ def traced(request):
     model.eval()
     assert gradkern.prepare(model, x).program is not None
 
-    def agrees(x=x):
-        """Equal to live autograd; gives the Jacobian."""
-        got = gradkern.jacobian(model, x, engine=request.param)
-        want = gradkern.jacobian(model, x, engine="autograd")
+    return model, x, Agrees(model, x, request.param)
+
+
+class Agrees:
+    """Checks that results are those of live autograd.  ``before``: the Jacobian when the check was made."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor, engine: Engine) -> None:
+        self.model, self.x, self.engine = model, x, engine
+        self.before = self().clone()
+
+    def __call__(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """The Jacobian, after the check."""
+        x = self.x if x is None else x
+        got = gradkern.jacobian(self.model, x, engine=self.engine)
+        want = gradkern.jacobian(self.model, x, engine="autograd")
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
         return got
 
-    agrees.before = agrees().clone()
-    return model, x, agrees
 
-
-def changed(agrees):
+def changed(agrees: Agrees) -> None:
     """The change matters (autograd itself gives something else now) and is seen."""
     assert not torch.allclose(agrees(), agrees.before, rtol=1e-6)
 

@@ -90,7 +90,7 @@ def test_outputs_with_several_axes(deep_case, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_topk(flat_case, engine):
     model, x, full = flat_case
-    jac, index = gradkern.jacobian(model, x, gradkern.TopK(2), engine=engine)
+    jac, index = gradkern.jacobian(model, x, gradkern.TopK(np.int64(2)), engine=engine)
     assert index.dtype == torch.int64
     assert torch.equal(index, model(x).topk(2, dim=1).indices)
     same(jac, torch.stack([full[n, index[n]] for n in range(N)]))

@@ -13,7 +13,7 @@ import gradkern
 from gradkern.ir.macs import forward_macs
 from gradkern.ir.program import Product
 from gradkern.passes import prune_positions
-from gradkern.passes.prune_positions import Line, covering, prune, union
+from gradkern.passes.prune_positions import Progression, covering, prune, union
 from gradkern.runtime import reference
 from tests.support import capturing, oracle
 from tests.support.networks import NETWORKS, Chomp
@@ -124,21 +124,21 @@ def test_nothing_to_narrow_leaves_the_program_as_it_is():
 
 
 def test_lines():
-    assert covering([3, 7, 15]) == Line(3, 4, 4)
-    assert covering([5]) == Line(5, 1, 1)
-    assert union(Line(0, 4, 3), Line(2, 1, 1)) == Line(0, 2, 5)
-    assert union(Line(9, 1, 1), Line(3, 1, 1)) == Line(3, 6, 2)
-    assert Line(4, 6, 3).within(Line(1, 3, 9)) == Line(1, 2, 3)
+    assert covering([3, 7, 15]) == Progression(3, 4, 4)
+    assert covering([5]) == Progression(5, 1, 1)
+    assert union(Progression(0, 4, 3), Progression(2, 1, 1)) == Progression(0, 2, 5)
+    assert union(Progression(9, 1, 1), Progression(3, 1, 1)) == Progression(3, 6, 2)
+    assert Progression(4, 6, 3).within(Progression(1, 3, 9)) == Progression(1, 2, 3)
 
 
 @settings(max_examples=max(1, int(os.environ.get("GRADKERN_FUZZ", 400)) // 2), deadline=None)
 @given(programs(foreign=True))
 def test_random_programs_narrow_exactly(network: Network):
     try:
-        lines = prune_positions.demands(network.program)
+        places = prune_positions.demands(network.program)
     except prune_positions.OnlyPadding:
         return
-    small = prune_positions.Writer(network.program, lines).write()
+    small = prune_positions.PruningWriter(network.program, places).write()
     assert macs(small) <= 1.5 * macs(network.program) + 1000  # copies that cut
     params, inputs = network.params(), network.inputs(3)
     y, want = reference.jacobian(network.program, params, inputs)

@@ -87,9 +87,9 @@ def test_measured_costs_of_opaque_steps_replace_the_guess():
 def test_groups_are_in_order_and_complete(case):
     """Every value crosses from an earlier group to a later one, and every step belongs to exactly one group."""
     p = executor.plan_for(program_of(case.name), 3)
-    if p.forward is not None:
+    if p.forward_mode is not None:
         assert p.groups == ()
-        p = p.forward.plan
+        p = p.forward_mode.plan
     program = p.program
     base = len(program.inputs)
     assert sorted(i for g in p.groups for i in g.steps) == list(range(len(program.steps)))

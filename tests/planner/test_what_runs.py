@@ -42,8 +42,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 def leaves(plan: Plan) -> Iterator[Plan]:
     """The plans that run: those on either side of a bottleneck, or of forward mode, in place of the whole."""
-    if plan.forward is not None:
-        yield plan.forward.plan
+    if plan.forward_mode is not None:
+        yield plan.forward_mode.plan
     elif plan.parts is None:
         yield plan
     for part in plan.parts or ():

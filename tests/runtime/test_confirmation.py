@@ -3,6 +3,7 @@ differ."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import captum.attr
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import gradkern
 from gradkern.passes import direction
-from gradkern.runtime import executor, ops, reference
+from gradkern.runtime import confirmation, executor, ops, reference
 from gradkern.util.options import GradkernWarning
 from tests.support import capturing, oracle
 
@@ -70,6 +71,34 @@ def test_what_has_been_compared_is_not_compared_again(monkeypatch: pytest.Monkey
         calls.clear()
         executor.jacobian(program, params, [x])
     assert not calls
+
+
+def test_another_thread_compares_too(broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a thread compares, the results that another thread gets by the same plan are not trusted yet."""
+    model, x = net()
+    program = capturing.to_program(model, (x,))
+    params = dict(capturing.bind(program, model))
+    others: list[Tensor] = []
+
+    def call() -> Tensor:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return executor.jacobian(program, params, [x])[1][0]
+
+    right = confirmation._error
+
+    def error(*args):
+        if not others:
+            others.append(x)
+            thread = threading.Thread(target=lambda: others.append(call()))
+            thread.start()
+            thread.join()
+        return right(*args)
+
+    monkeypatch.setattr(confirmation, "_error", error)
+    want = oracle.jacobian(model, [x])[1][0]
+    for got in (call(), others[1]):
+        assert oracle.relative_error(got, want) < 1e-5
 
 
 def test_a_first_call_takes_few_samples_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_block_boundaries(name, threads):
     "constants", [{"SEED_BYTES": 1}, {"BLOCK_BYTES": 1}, {"L1_BYTES": 0}, {"MAX_BLOCK": 1}, {"L1_BYTES": 1 << 30}]
 )
 @pytest.mark.parametrize("name", [*SMALL, "lenet5", "conv_output"])
-def test_small_scratch(name, constants, monkeypatch, fresh_plans):
+def test_small_scratch(name, constants, monkeypatch, fresh):
     for key, value in constants.items():
         monkeypatch.setattr(emitters if key == "L1_BYTES" else scratch, key, value)
     _, inputs, program, params = parts(name, 9)

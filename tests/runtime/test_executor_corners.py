@@ -175,7 +175,7 @@ OUTSIDE = Windows((1, 2), (1, 1), ((0, 0), (1, 1)), (1, 6))  # the only window a
 
 
 @pytest.mark.parametrize("forward_worthwhile", [0, float("inf")])
-def test_a_window_that_lies_wholly_in_the_padding_passes_nothing(forward_worthwhile, monkeypatch, fresh_plans):
+def test_a_window_that_lies_wholly_in_the_padding_passes_nothing(forward_worthwhile, monkeypatch, fresh):
     """torch names the first place of the next row there, or one outside of the input."""
     monkeypatch.setattr(direction, "FORWARD_WORTHWHILE", forward_worthwhile)
     pooled = (Step(Select(OUTSIDE), (0,), (2, 3, 1)), Step(Scale("relu"), (1,), (2, 3, 1)))

@@ -40,7 +40,7 @@ from tests.support.programs import dense
 @pytest.mark.parametrize("name", ["bn_after_conv", "decoder"])  # in reverse mode, and in forward mode
 def test_packed_weights_follow_every_edit(name):
     _, inputs, program, params = parts(name, 3)
-    assert (executor.plan_for(program, program.outputs, torch.float64).forward is not None) == (name == "decoder")
+    assert (executor.plan_for(program, program.outputs, torch.float64).forward_mode is not None) == (name == "decoder")
     params = {k: v.clone(memory_format=torch.contiguous_format) for k, v in params.items()}
     for name in list(params):
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_packed_weights_of_a_content_are_for_its_names():
         assert worst(run(swapped, both, x)[1], reference.jacobian(swapped, both, x)[1]) <= EXACT
 
 
-def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh_plans):
+def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh):
     """`WholeChain` knows the live tensors only: here those of one model are what another derives from its own."""
     minus = Derived("-w", Call("aten.neg.default", (Param("w"),)))
     steps = (dense(4, 4, 0, "v"), Step(Scale("tanh"), (1,), (4,)), Step(Contract(Dense(), Param("-w")), (2,), (2,)))
@@ -77,7 +77,7 @@ def test_live_tensors_are_not_taken_for_those_derived_from_them(fresh_plans):
                 assert worst(chain(packed, chain.rows(packed), x), want) <= EXACT
 
 
-def test_plans_that_share_a_plan_keep_their_weights_apart(fresh_plans):
+def test_plans_that_share_a_plan_keep_their_weights_apart(fresh):
     """The bytes of one plan's weights, in order, may be those of another's by other names."""
     ops.extension()  # where the hash is
     first, second = (SimpleNamespace(packed_names=names, live_names=names) for names in (("a", "b"), ("b", "a")))
@@ -109,7 +109,7 @@ def scaled(params, factor):
     return {k: v * factor for k, v in params.items()}
 
 
-def test_packs_are_few_and_small(monkeypatch, fresh_plans):
+def test_packs_are_few_and_small(monkeypatch, fresh):
     monkeypatch.setattr(parameters, "MOST_CONTENTS", 3)
     _, inputs, program, params = parts("bn_linear", 1)
     for factor in range(1, 8):
@@ -135,7 +135,7 @@ def many_chains(links: int) -> Program:
     return Program(((6,),), tuple(steps), 2 * links)
 
 
-def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
+def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh):
     """However many chains, however small the room, and however many chunks there are of a call."""
     program = many_chains(20)
     params = {f"w{k}": torch.randn(6, 6, dtype=torch.float64) / 3 for k in range(20)}
@@ -154,7 +154,7 @@ def test_networks_of_many_chains_are_packed_once(monkeypatch, fresh_plans):
     assert len(parameters.weight_cache.entries) == 1
 
 
-def test_all_ways_to_call_a_network_share_its_packs(monkeypatch, fresh_plans):
+def test_all_ways_to_call_a_network_share_its_packs(monkeypatch, fresh):
     """With weights that are derived from others (a batch norm's), and in chunks or into the caller's memory, too."""
     model, inputs = parts("bn_linear", 5)[:2]
     monkeypatch.setitem(parameters.MOST_BYTES, "cpu", 1)
@@ -170,7 +170,7 @@ def test_all_ways_to_call_a_network_share_its_packs(monkeypatch, fresh_plans):
     assert count.since() == 0
 
 
-def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
+def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh):
     count = Count(monkeypatch)
     first, second = parts("bn_linear", 1)[1:], parts("residual", 1)[1:]
 
@@ -190,7 +190,7 @@ def test_plans_that_are_too_large_together_take_turns(monkeypatch, fresh_plans):
     assert len(parameters.weight_cache.entries) == 1
 
 
-def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_plans):
+def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh):
     """Two plans may get one id, one after the other: not while the packs of the first are kept."""
     _, inputs, program, params = parts("bn_linear", 1)
     run(program, params, inputs)
@@ -207,7 +207,7 @@ def test_a_plan_that_is_gone_leaves_no_pack_to_its_successor(monkeypatch, fresh_
     assert gone() is None
 
 
-def test_plans_are_forgotten(monkeypatch, fresh_plans):
+def test_plans_are_forgotten(monkeypatch, fresh):
     for table in (call_plan._plans, call_plan._call_plans):
         monkeypatch.setattr(table, "most", 4)
     _, inputs, program, params = parts("bn_linear", 2)

@@ -21,7 +21,7 @@ EXACT = 1e-10
 
 
 @pytest.fixture
-def always_local(monkeypatch, fresh_plans):
+def always_local(monkeypatch, fresh):
     """However little it saves, as in networks much larger than these; a tile has few seeds."""
     make_local(monkeypatch, 3)
 
@@ -139,9 +139,9 @@ def test_networks_equal_the_oracle(name, always_local):
         picked = want if targets is None else oracle.pick(want, targets)
         assert oracle.relative_error(out[0], picked) <= EXACT
     plan = executor.plan_for(program, program.outputs, torch.float64)
-    assert (plan.forward is not None) == (name == "few_inputs")
+    assert (plan.forward_mode is not None) == (name == "few_inputs")
     assert (plan.local_seeds is None) == (name == "linear")
-    assert (f"local {'seeds' if plan.forward is None else 'tangents'}: " in str(plan)) == (name != "linear")
+    assert (f"local {'seeds' if plan.forward_mode is None else 'tangents'}: " in str(plan)) == (name != "linear")
 
 
 def test_a_small_field_is_local_and_explained():

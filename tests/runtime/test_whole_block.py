@@ -24,7 +24,7 @@ GROUPED = nn.Sequential(
     ("model", "shape"), [(POOLED, (2, 9, 7)), (GROUPED, (3, 15))], ids=["pooled", "groups and dilation"]
 )
 def test_agrees_with_the_oracle(model: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emitters, "L2_BYTES", 0)
+    monkeypatch.setattr(emitters, "LARGE_WEIGHT_BYTES", 0)
     model = model.double().eval()
     x = torch.randn(11, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     (want,) = oracle.jacobian(model, x)[1]

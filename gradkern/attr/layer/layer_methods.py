@@ -1,6 +1,6 @@
 """Captum's layer methods, on a Program that is cut at the layer.
 
-A layer method consists of its mathematics (`_layer`, on a `LayerView`) and two lines: `make_attribute` and
+A layer method consists of its mathematics (`layer_maps`, on a `LayerView`) and two lines: `make_attribute` and
 `make_attribute_all` read Captum's signature and make ``attribute`` and ``attribute_all``.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...dispatch.request import jacobian_choice
 from ...dispatch.targets import Seeds
-from ...util.options import Engine, InputError
+from ...util.options import BadArgument, Engine
 from ...util.outputs import Output
 from ...util.renamed import old_names
 from .. import captum_compat as compat
@@ -36,7 +36,8 @@ from ..attribute_all import (
 )
 from ..call import POSITIONAL, PublicMethod, keep_buffers
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds, plug_into
+from ..captum_targets import captum_seeds
+from ..plug import GradientFunc, plug_into
 from ..rules.rule_methods import GuidedBackprop
 from .split import LayerView, view_of
 
@@ -44,7 +45,7 @@ LayerMaps = tuple[Tensors, Tensor | None]  # the attributions, and their converg
 
 
 class LayerMethod(PublicMethod, stock.GradientAttribution):
-    """A method of a layer: ``_layer`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
+    """A method of a layer: ``layer_maps`` gives the attributions ``[N, S, *layer]`` from a `LayerView`."""
 
     _takes_integers = True  # inputs may be indices into an embedding
 
@@ -52,12 +53,12 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
         super().__init__(*args, **kwargs)
         plug_into(self, GradientFunc(engine), output)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         raise NotImplementedError
 
     def _maps(self, view: LayerView, seeds: Seeds, options: Options, delta: bool) -> LayerMaps | None:
         """The attributions, and with ``delta`` the convergence delta ``[…, S]``; None if Captum takes the call."""
-        maps = self._layer(view, seeds.rows(0, view.points.samples), seeds.count, options)
+        maps = self.layer_maps(view, seeds.rows(0, view.points.samples), seeds.count, options)
         if maps is None:
             return None
         return (maps,), self._delta(view, (maps,), seeds, options) if delta else None
@@ -94,7 +95,7 @@ class LayerMethod(PublicMethod, stock.GradientAttribution):
                 return None
             seeds, _ = view.points.choose(lambda n, out: captum_seeds(options["target"], n, out))
             result = self._maps(view, seeds, options, delta)
-        except InputError:
+        except BadArgument:
             return None
         if result is None:
             return None
@@ -190,7 +191,7 @@ class LayerGradientXActivation(LayerMethod, stock.LayerGradientXActivation):
     attribute = make_attribute(stock.LayerGradientXActivation)
     attribute_all = make_attribute_all(stock.LayerGradientXActivation)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)
         return gradients.mul_(value.unsqueeze(1)) if self.multiplies_by_inputs else gradients
 
@@ -204,7 +205,7 @@ class LayerGradCam(LayerMethod, stock.LayerGradCam):
     attribute = make_attribute(stock.LayerGradCam)
     attribute_all = make_attribute_all(stock.LayerGradCam)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         value, gradients = view.at_inputs(index, seeds)  # [N, S, channels, *spatial]
         if gradients.dim() > 3:
             gradients = gradients.mean(tuple(range(3, gradients.dim())), keepdim=True)

@@ -27,7 +27,7 @@ class InternalInfluence(LayerMethod, stock.InternalInfluence):
     attribute = make_attribute(stock.InternalInfluence)
     attribute_all = make_attribute_all(stock.InternalInfluence)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         weights, alphas = path_steps(options["method"], options["n_steps"])
         total = view.zeros(seeds)
         for block in blocks_of_path(view, alphas, index, seeds, options):
@@ -46,7 +46,7 @@ class LayerConductance(LayerMethod, stock.LayerConductance):
     attribute = make_attribute(stock.LayerConductance)
     attribute_all = make_attribute_all(stock.LayerConductance)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor:
         _, places = approximation_parameters(options["method"])
         alphas = torch.tensor(places(options["n_steps"] + 1), dtype=torch.float64)
         total = view.zeros(seeds)
@@ -72,7 +72,7 @@ class LayerIntegratedGradients(LayerMethod, stock.LayerIntegratedGradients):
     attribute = make_attribute(stock.LayerIntegratedGradients)
     attribute_all = make_attribute_all(stock.LayerIntegratedGradients)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         if not view.exclusive:  # Captum changes the value only for the layer, not for its other readers
             return None
         inputs, start = format_input_baseline(view.points.inputs, options["baselines"])

@@ -15,7 +15,7 @@ from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, completeness, pick_outputs
-from ..call import seen_as
+from ..call import as_instance_of
 from ..captum_compat import stock
 from ..plug import GradientFunc, plug_into
 from ..points import block_rows, gradient_bytes
@@ -62,7 +62,7 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
     attribute = make_attribute(stock.LayerDeepLift)
     attribute_all = make_attribute_all(stock.LayerDeepLift)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
         start = compat.format_baseline(options["baselines"], view.points.inputs)
         compat.validate_input(view.points.inputs, start)
         custom = options.get("custom_attribution_func")
@@ -74,7 +74,7 @@ class LayerDeepLift(LayerMethod, stock.LayerDeepLift):
                 return apply_custom_function(custom, (multipliers,), (value,), (base,))[0]
             return multipliers * (value - base).unsqueeze(1) if self.multiplies_by_inputs else multipliers
 
-        return pull_to_layer(view, seen_as(DeepLift, self), index, seeds, {"baselines": start}, finish)
+        return pull_to_layer(view, as_instance_of(DeepLift, self), index, seeds, {"baselines": start}, finish)
 
 
 class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
@@ -106,7 +106,7 @@ class LayerDeepLiftShap(LayerDeepLift, stock.LayerDeepLiftShap):
         room = block_rows(gradient_bytes([layer], seeds.count), points.inputs[0].device)
         for a, b in spans(0, points.samples, max(1, room // len(start[0]))):
             paired, base, chosen = pairs_of(points, start, index, a, b)
-            result = self._layer(view.at(paired), chosen, seeds.count, options | {"baselines": base})
+            result = self.layer_maps(view.at(paired), chosen, seeds.count, options | {"baselines": base})
             if result is None:
                 return None
             means.append(result.view(b - a, len(start[0]), *result.shape[1:]).mean(1))
@@ -126,15 +126,15 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
     attribute_all = make_attribute_all(stock.LayerLRP)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
-        method = seen_as(LRP, self)
+        method = as_instance_of(LRP, self)
         with method._rules() as rules:
             result = super()._one(rows, options | {"rules": rules}, delta)
         if result is not None:
-            method._used(rules, options["verbose"])
+            method._drop_rules(rules, options["verbose"])
         return result
 
     def _all(self, rows: Tensors, targets: Any, options: Options) -> Any:
-        method = seen_as(LRP, self)
+        method = as_instance_of(LRP, self)
         with method._rules() as rules:
             result = super()._all(rows, targets, options | {"rules": rules})
         if result is not None and options["verbose"]:
@@ -142,11 +142,11 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         return result
 
     def _once(self, target: Any, options: Options) -> Any:
-        with seen_as(LRP, self)._rules_put_back():
+        with as_instance_of(LRP, self)._rules_put_back():
             return super()._once(target, options)
 
-    def _layer(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
-        method = seen_as(LRP, self)
+    def layer_maps(self, view: LayerView, index: Tensor | None, seeds: int, options: Options) -> Tensor | None:
+        method = as_instance_of(LRP, self)
 
         def finish(rule: Any, relevance: Tensor, targets: Tensor) -> Tensor:
             score = pick_outputs(rule.values[view.program.output], targets)  # [n, S]
@@ -155,4 +155,4 @@ class LayerLRP(LayerMethod, stock.LayerLRP):
         return pull_to_layer(view, method, index, seeds, options, finish) if method._knows(options["rules"]) else None
 
     def _delta(self, view: LayerView, parts: Tensors, seeds: Seeds, options: Options) -> Tensor:
-        return seen_as(LRP, self)._row_delta(parts, view.points, seeds, options)
+        return as_instance_of(LRP, self)._row_delta(parts, view.points, seeds, options)

@@ -24,7 +24,7 @@ class _AtLayer(RandomPoint):
         super().__init__(view.points.fn, multiply_by_inputs)
         self.view = view
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors:
         rows, baselines = compat.format_input_baseline(points.inputs, options["baselines"])
         view, start = self.view.at(points), compat.tensorize_baseline(rows, baselines)
         values = view.forward(random_points(rows, baselines), points.more)

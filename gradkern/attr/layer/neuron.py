@@ -16,7 +16,7 @@ from ...ir import graph
 from ...ir.program import Program
 from .. import captum_compat as compat
 from ..attribute_all import Options, RowMethod, Tensors
-from ..call import seen_as
+from ..call import as_instance_of
 from ..captum_compat import format_output, is_tuple, stock
 from ..noise_tunnel import AllOutputs, NoiseTunnel
 from ..paths import IntegratedGradients, RandomPoint, check_tensors, path_steps, times_difference
@@ -55,19 +55,20 @@ class NeuronPoints(Points):
         seeds: int,
         *,
         program: Program | None = None,
+        ahead: int = 0,
     ) -> Tensors:
-        return super().gradients(points, more, index, seeds, program=program or self.head)
+        return super().gradients(points, more, index, seeds, program=program or self.head, ahead=ahead)
 
 
 class NeuronMethod(LayerMethod):
     """A method of inputs that explains one unit of a layer, and no output."""
 
     _takes_integers = False  # their gradient is computed
-    _on_inputs: type[RowMethod]
+    method_on_inputs: type[RowMethod]
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         """Attributions ``[N, 1, *in]`` of the unit ``[1]``."""
-        return seen_as(self._on_inputs, self)._rows(points, unit, 1, options)
+        return as_instance_of(self.method_on_inputs, self).row_maps(points, unit, 1, options)
 
     def _one(self, rows: Tensors, options: Options, delta: bool) -> Any:
         view = self._view(rows, options["additional_forward_args"], options, now=False)
@@ -117,7 +118,7 @@ class NeuronIntegratedGradients(NeuronMethod, stock.NeuronIntegratedGradients):
     A drop-in for `captum.attr.NeuronIntegratedGradients`.
     """
 
-    _on_inputs = IntegratedGradients
+    method_on_inputs = IntegratedGradients
     attribute = make_attribute(stock.NeuronIntegratedGradients)
 
 
@@ -127,7 +128,7 @@ class NeuronDeepLift(NeuronMethod, stock.NeuronDeepLift):
     A drop-in for `captum.attr.NeuronDeepLift`.
     """
 
-    _on_inputs = DeepLift
+    method_on_inputs = DeepLift
     attribute = make_attribute(stock.NeuronDeepLift)
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
@@ -149,7 +150,7 @@ class NeuronDeepLiftShap(NeuronMethod, stock.NeuronDeepLiftShap):
             References.of_all(points.inputs, start),
             ContributionOptions(custom=options["custom_attribution_func"]),
         )
-        return seen_as(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
+        return as_instance_of(DeepLiftShap, self)._mean(points, Seeds(1, (1,), unit), references, wanted)[0]
 
 
 class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
@@ -162,7 +163,7 @@ class NeuronGradientShap(NeuronMethod, stock.NeuronGradientShap):
 
     def _neuron(self, points: NeuronPoints, unit: Tensor, options: Options) -> Tensors | None:
         start = check_tensors(compat.format_callable_baseline(options["baselines"], options["inputs"]))
-        tunnel = NoiseTunnel(seen_as(RandomPoint, self))
+        tunnel = NoiseTunnel(as_instance_of(RandomPoint, self))
         run = AllOutputs(tunnel, points.inputs, points, Seeds(1, (1,), unit), {"baselines": start}, True, False)
         average = run.average(options["n_samples"], None, options["stdevs"])
         return None if average is None else average.smoothed(tunnel, "smoothgrad", options["n_samples"])
@@ -174,7 +175,7 @@ class NeuronGuidedBackprop(NeuronMethod, stock.NeuronGuidedBackprop):
     A drop-in for `captum.attr.NeuronGuidedBackprop`.
     """
 
-    _on_inputs = GuidedBackprop
+    method_on_inputs = GuidedBackprop
     attribute = make_attribute(stock.NeuronGuidedBackprop)
 
 
@@ -184,7 +185,7 @@ class NeuronDeconvolution(NeuronMethod, stock.NeuronDeconvolution):
     A drop-in for `captum.attr.NeuronDeconvolution`.
     """
 
-    _on_inputs = Deconvolution
+    method_on_inputs = Deconvolution
     attribute = make_attribute(stock.NeuronDeconvolution)
 
 

@@ -27,7 +27,7 @@ from ..points import Points
 from ..rules.linear import rule_values
 from ..rules.rule import Values
 
-SAMPLES = 3  # samples that the layer's value is found with, beside as many noisy ones
+SAMPLES = 3  # samples on which the layer's value is compared with the Program's values, beside as many noisy ones
 #: Layer values by the verdict on a captured graph, then by the layer's path and whether its input is meant.
 _values: WeakMemo[dict[tuple[str, bool], int]] = WeakMemo(dict)
 _tails: Memo[Tail] = Memo(256)
@@ -77,7 +77,7 @@ def _locate(points: Points, program: Program, layer: nn.Module, path: str, to_in
         values = reference.forward(program, points.route.params(), rows)
         equal = [v for v, of in enumerate(values) if _equal(of, content)]
         value, unique = _best(program, path, to_input, equal)
-    # With integer inputs, no gradient could be compared when the Program was made.
+    # The comparison of a new Program with autograd covers no gradient if all inputs are integers.
     unconfirmed = value is not None and indices and not _confirm(tail_of(program, value), points, values, y, live)
     return (None, False) if unconfirmed else (value, unique)
 

@@ -21,11 +21,12 @@ from ...ir.calls import Params
 from ...ir.program import Program
 from ...util.callables import name_of
 from ...util.chunks import row_blocks
-from ...util.options import InputError, engine
+from ...util.options import BadArgument, engine
 from ...util.progress import with_progress
 from .. import captum_compat as compat
 from ..attribute_all import Options, Tensors, answer, one_by_one, pick_outputs, points_for
-from ..plug import GradientFunc, captum_seeds
+from ..captum_targets import captum_seeds
+from ..plug import GradientFunc
 from ..points import Points
 from ..references import References, check_letters, hypothetical, of_letters, per_sample
 from .linear import rule_multipliers, rule_values, values_needed
@@ -33,7 +34,7 @@ from .rescale import Rescale
 from .rule import Values
 from .rule_methods import Chunk, RuleMethod, samples_at_a_time
 
-LEAST_PAIRS = 32  # the least pairs per call of the engine, if they fit: with fewer the cost of a call is noticeable
+LEAST_PAIRS = 32  # pairs per call of the engine at least, if they fit, so that the fixed cost of a call is small
 MakeRule = Callable[[Chunk, Values, Values], Rescale]
 #: Takes multipliers ``[P, S, *in]`` of P pairs, and their samples and references ``[P, *in]``, to contributions.
 Contributions = Callable[[Tensors, Tensors, Tensors], Tensors]
@@ -107,7 +108,7 @@ class Averaging:
             if not self.by_reference:
                 stored = rule_values(self.program, self.params, rows, values_needed(self.program, False, delta)).stored
             if delta:
-                # By torch, whose sums round less than a kernel's, which matters for the deltas of large outputs.
+                # By torch: its sums round less than the kernels', which shows in the deltas of large outputs.
                 stored[self.program.output] = Values(self.program, self.params, dict(stored))[self.program.output]
             self._known[kind] = (place, stored)
         return self._known[kind][1]
@@ -226,7 +227,7 @@ class OverReferences(RuleMethod):
             return None
         try:
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-        except InputError:
+        except BadArgument:
             return None
         maps, delta = self._mean(points, seeds, references, wanted)
         rows = references.inputs

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ...dispatch import state
 from ...dispatch.targets import Seeds
 from ...util.callables import model_of, name_of
-from ...util.options import BadValue, Engine, InputError
+from ...util.options import BadArgument, BadValue, Engine
 from ...util.options import engine as engine_of
 from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, Tensors, as_attribute_all, check_distribution
 from ..captum_compat import stock
-from ..plug import GradientFunc, can_handle_call, captum_seeds, plug_into
+from ..captum_targets import captum_seeds
+from ..plug import GradientFunc, can_handle_call, plug_into
 from ..points import Points, rows_of
 from ..references import References
 from .averaging import (
@@ -35,7 +36,7 @@ from .averaging import (
     with_delta,
 )
 from .eager import multipliers
-from .registry import regions
+from .registry import ruled_steps
 from .rescale import Rescale, detached_values
 from .rule import Rule, Values
 from .rule_methods import Chunk
@@ -148,11 +149,11 @@ class DeepLift(OverReferences, stock.DeepLift):
         options = {"baselines": start, "custom_attribution_func": custom_attribution_func}
         return self._all(inputs, targets, additional_forward_args, options, return_convergence_delta)
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         start = compat.format_baseline(options.get("baselines"), points.inputs)
         custom = options.get("custom_attribution_func")
         options = options | {"baselines": start} | ({} if custom is None else {"multiply": False})
-        parts = super()._rows(points, index, seeds, options)
+        parts = super().row_maps(points, index, seeds, options)
         return parts if custom is None or parts is None else apply_custom_function(custom, parts, points.inputs, start)
 
     def _rule(self, chunk: Chunk) -> Rescale:
@@ -168,7 +169,7 @@ class DeepLift(OverReferences, stock.DeepLift):
         if constant:  # equal at the reference and at the input, and so is everything that follows from them alone
             known = dict(enumerate(start)) | {v: values[v] for v in sorted(constant)}
             before = Values(chunk.program, chunk.params, known)
-        inputs, own = len(chunk.options["baselines"]), regions(chunk.program, model_of(self.forward_func))
+        inputs, own = len(chunk.options["baselines"]), ruled_steps(chunk.program, model_of(self.forward_func))
         native = not chunk.by_reference
         return Rescale(chunk.program, chunk.params, values, before, self.eps, native, inputs, own)
 
@@ -210,7 +211,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             return tuple(m[:, 0] for m in maps)
         except NoRule as reason:
             state.warn(self.forward_func, f"{name_of(self.forward_func)}: no DeepLift rule for {reason}.")
-        except InputError:
+        except BadArgument:
             pass  # Captum's own error
         return None
 
@@ -234,7 +235,7 @@ class DeepLift(OverReferences, stock.DeepLift):
             say_if_large(points.fn, sizes_of(parts, 2).flatten(), delta.flatten())
         return delta
 
-    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _attributions(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         start, own = _start(chunk), len(chunk.options["baselines"])
         assert isinstance(rule, Rescale)
         check_once(self.forward_func, rule, multipliers, chunk.rows[:own], start[:own], targets)

@@ -21,7 +21,7 @@ from ...runtime import executor, reference
 from ...util.memo import Memo
 from .rule import Rule, StepMap, Values, at_place, is_linear, pad_for_windows, pull, tap_slices
 
-MOST_TAPS = 16  # places of a pool's window, each of which is a separate step
+MOST_TAPS = 16  # in a pool's window; each becomes a step of its own
 Ref = tuple[str, int, int]  # ("output" | "input", step, which input), or ("tap", step, place)
 
 
@@ -59,7 +59,7 @@ def structure_of(step_maps: Sequence[StepMap]) -> Structure | None:
     return tuple(map(shape, step_maps))
 
 
-class _Writer:
+class _LinearWriter:
     """Writes the linear Program with symbolic indices: inputs keep theirs; products and steps have separate ones."""
 
     def __init__(self, program: Program) -> None:
@@ -67,7 +67,7 @@ class _Writer:
         self.steps: list[tuple[Any, list[tuple[str, int]], Shape, Step]] = []
         self.products: list[FactorProduct] = []
         self.weights: list[tuple[str, int]] = []
-        # per value of the network: its index here, and the factors still to be multiplied
+        # by value of the network: the node that stands for it here, and the factors not yet multiplied into that node
         self.at: dict[int, tuple[tuple[str, int], tuple[Ref, ...]]] = {
             v: (("in", v), ()) for v in range(len(program.inputs))
         }
@@ -146,7 +146,7 @@ def tap_positions(w: Windows, t: int, spatial: Shape, counts: Shape) -> Position
 
 def build(program: Program, structure: Structure) -> Linear | None:
     """The linear Program of a rule; None if it would have no steps."""
-    writer = _Writer(program)
+    writer = _LinearWriter(program)
     for i, step in enumerate(program.steps):
         writer.step(i, step, structure[i])
     return writer.finish()
@@ -303,8 +303,8 @@ class _PrecomputedRule(Rule):
         super().__init__(rule.program, rule.params, rule.values)
         self.rule, self.step_maps = rule, step_maps
 
-    def leads(self, wrt: Sequence[int]) -> set[int]:
-        return self.rule.leads(wrt)
+    def values_passed(self, wrt: Sequence[int]) -> set[int]:
+        return self.rule.values_passed(wrt)
 
     def at(self, i: int) -> StepMap:
         return self.step_maps[i]

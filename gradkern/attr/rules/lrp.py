@@ -7,6 +7,7 @@ Activations pass relevance on unchanged.  So LRP is a chain of contractions and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ...ir.calls import Params
 from ...ir.program import Channels, Contract, Index, Program, Scale, Select, Sum, View
 from ...runtime import reference
 from ...util.callables import model_of, name_of
+from ...util.memo import WeakMemo
 from ...util.options import Engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
@@ -37,6 +39,7 @@ RULED = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
 )
 KNOWN = (compat.EpsilonRule, compat.GammaRule, compat.Alpha1_Beta0_Rule, compat.IdentityRule)
+_rule_locks = WeakMemo(threading.RLock)  # of the networks whose modules have no rules for a moment
 EPSILON = 1e-9  # Captum's default
 Rules = Mapping[str, compat.PropagationRule | None]  # by the module's path
 
@@ -162,7 +165,7 @@ class LRP(RuleMethod, stock.LRP):
         if maps is None:
             fixed = (target, additional_forward_args, return_convergence_delta, verbose)
             return compat.unlogged(stock.LRP)(self, inputs, *fixed)
-        self._used(rules, verbose)
+        self._drop_rules(rules, verbose)
         result = compat.format_output(compat.is_tuple(inputs), maps)
         if not return_convergence_delta:
             return result
@@ -209,7 +212,7 @@ class LRP(RuleMethod, stock.LRP):
         for path, rule in rules.items():
             print(f"Applied {rule} on layer {self._network.get_submodule(path)}")
 
-    def _used(self, rules: Rules, verbose: bool) -> None:
+    def _drop_rules(self, rules: Rules, verbose: bool) -> None:
         """Remove the rules after a call, as Captum does."""
         if verbose:
             self._print(rules)
@@ -230,13 +233,17 @@ class LRP(RuleMethod, stock.LRP):
     @contextmanager
     def _rules(self) -> Iterator[Rules]:
         """The rules set on modules, by path.  Inside, modules have none, as rules are not part of the network."""
-        ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
-        rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
-        try:
-            yield rules
-        finally:
-            for path, m in ruled.items():
-                m.rule = rules[path]
+        with _rule_locks.of(self._network):  # other threads may not find the modules without their rules
+            ruled = {path: m for path, m in self._network.named_modules() if "rule" in m.__dict__}
+            if ruled:
+                rules = {path: m.__dict__.pop("rule") for path, m in ruled.items()}
+                try:
+                    yield rules
+                finally:
+                    for path, m in ruled.items():
+                        m.rule = rules[path]
+                return
+        yield {}
 
     def _indivisible(self) -> bool:
         return any("rule" in m.__dict__ for m in self.model.modules())
@@ -258,13 +265,13 @@ class LRP(RuleMethod, stock.LRP):
             )
         return not lacking
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         if "rules" not in options:
             with self._rules() as rules:
-                return self._rows(points, index, seeds, options | {"rules": rules})
+                return self.row_maps(points, index, seeds, options | {"rules": rules})
         if not self._knows(options["rules"]):
             return None
-        return super()._rows(points, index, seeds, options)
+        return super().row_maps(points, index, seeds, options)
 
     def _same_here(self, path: str, rule: compat.PropagationRule | None) -> bool:
         """Whether a rule on this module has the same meaning here as in Captum."""
@@ -279,7 +286,7 @@ class LRP(RuleMethod, stock.LRP):
         values = chunk.values(chunk.rows, outputs_too=True)
         return Relevance(chunk.program, chunk.params, values, chunk.options["rules"], self._network)
 
-    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _attributions(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         score = pick_outputs(rule.values[chunk.program.output], targets)  # [n, S]
         return tuple(m.mul_(score.view(*score.shape, *(1,) * (m.dim() - 2))) for m in multipliers)
 

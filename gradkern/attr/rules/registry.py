@@ -65,7 +65,7 @@ def _put(table: dict[Any, UserRule], key: Any, rule: UserRule | None) -> None:
 
 
 @dataclass(frozen=True)
-class Region:
+class RuledSteps:
     """The steps of a module or function, from the one value that they read to the value of the last of them."""
 
     name: str
@@ -91,7 +91,7 @@ class Region:
         return multipliers.to(x.dtype)
 
 
-def regions(program: Program, model: nn.Module | None) -> list[Region]:
+def ruled_steps(program: Program, model: nn.Module | None) -> list[RuledSteps]:
     """The parts of a Program that have a user's rule."""
     if not _modules and not _functions:
         return []
@@ -99,7 +99,7 @@ def regions(program: Program, model: nn.Module | None) -> list[Region]:
     for name, steps, rule in (*_of_modules(program, model), *_of_functions(program)):
         if taken.isdisjoint(steps):
             taken.update(steps)
-            matched.append(_region(program, name, steps, rule))
+            matched.append(_ruled_steps(program, name, steps, rule))
     return matched
 
 
@@ -137,7 +137,7 @@ def _continues(program: Program, run: list[int], k: int) -> bool:
     return (step.op, step.module) == (last.op, last.module) and step.form != last.form
 
 
-def _region(program: Program, name: str, steps: list[int], rule: UserRule) -> Region:
+def _ruled_steps(program: Program, name: str, steps: list[int], rule: UserRule) -> RuledSteps:
     base = len(program.inputs)
     made = {base + i for i in steps}
     entries = {v for i in steps for v in program.steps[i].inputs} - made
@@ -147,4 +147,4 @@ def _region(program: Program, name: str, steps: list[int], rule: UserRule) -> Re
             f"The rule for {name}: it reads {len(entries)} values and gives {len(exits)}; a rule for DeepLift needs "
             "one of each."
         )
-    return Region(name, entries.pop(), tuple(steps), rule)
+    return RuledSteps(name, entries.pop(), tuple(steps), rule)

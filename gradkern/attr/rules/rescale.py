@@ -13,7 +13,7 @@ from ...ir.program import Batch, LowRank, Opaque, Param, Product, Program, Scale
 from ...runtime import ops, reference
 from . import maxima, recurrent  # noqa: F401  (register their rules)
 from .compositions import log_softmax_along, normalize, softmax_along
-from .registry import Region
+from .registry import RuledSteps
 from .rule import (
     Rule,
     StepMap,
@@ -47,34 +47,34 @@ class Rescale(Rule):
         eps: float,
         native: bool = False,
         inputs: int | None = None,
-        regions: Sequence[Region] = (),
+        ruled_steps: Sequence[RuledSteps] = (),
     ) -> None:
-        """``inputs``: how many of the first inputs are attributed (default: all).  ``regions``: of users' rules."""
+        """``inputs``: how many of the first inputs are attributed (default: all).  ``ruled_steps``: users' rules."""
         super().__init__(program, params, values)
         self.reference, self.eps = reference, eps
         self.native = native and bool(ops.machine(values[0].device))  # `machine` also loads the kernels
         self.detached = detached_values(program)
         first = range(len(program.inputs) if inputs is None else inputs)
         self.moving = graph.descendants(program, first, self.detached)  # the values whose change is attributed
-        self.regions = {region.steps[-1]: region for region in regions}
+        self.ruled_steps = {ruled.steps[-1]: ruled for ruled in ruled_steps}
         self.unruled: dict[int, str] = {}  # steps that have no rule, and their operation
 
     def at(self, i: int) -> StepMap:
         if self.detached and self.base + i not in self.moving:
             return StepMap(custom=lambda g: ())  # no cotangent comes here
-        if i in self.regions:
-            return self.user_rule_map(self.regions[i])
+        if i in self.ruled_steps:
+            return self.user_rule_map(self.ruled_steps[i])
         return super().at(i)
 
-    def leads(self, wrt: Sequence[int]) -> set[int]:
+    def values_passed(self, wrt: Sequence[int]) -> set[int]:
         return graph.descendants(self.program, wrt, self.detached)
 
-    def user_rule_map(self, region: Region) -> StepMap:
+    def user_rule_map(self, ruled: RuledSteps) -> StepMap:
         """The map of a user's rule."""
-        u, v = region.entry, self.base + region.steps[-1]
+        u, v = ruled.entry, self.base + ruled.steps[-1]
         x, y = self.values[u], self.values[v]
-        factor = region.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
-        if self.program.steps[region.steps[-1]].inputs == (u,):
+        factor = ruled.multiplier(x, self.reference[u].expand_as(x), y, self.reference[v].expand_as(y))
+        if self.program.steps[ruled.steps[-1]].inputs == (u,):
             return StepMap(output_factor=factor, through=True)
         return StepMap(custom=lambda g: (g * factor.unsqueeze(1),), reads=(u,))
 
@@ -88,7 +88,7 @@ class Rescale(Rule):
         form, readers = self.program.steps[i].form, self.program.consumers[self.base + i]
         alone = len(readers) == 1 and self.base + i != self.program.output
         is_relu = isinstance(form, Scale) and form.function == "relu"
-        if not alone or readers[0] in self.regions or i in self.regions:
+        if not alone or readers[0] in self.ruled_steps or i in self.ruled_steps:
             return False
         return is_relu and isinstance(self.program.steps[readers[0]].form, Select)
 

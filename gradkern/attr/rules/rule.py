@@ -78,7 +78,7 @@ class Rule:
     def at(self, i: int) -> StepMap:
         return (self.maker(self.program.steps[i].form) or use_own_derivative)(self, i)
 
-    def leads(self, wrt: Sequence[int]) -> set[int]:
+    def values_passed(self, wrt: Sequence[int]) -> set[int]:
         """The values that cotangents pass on their way to the values ``wrt``."""
         return graph.descendants(self.program, wrt)
 
@@ -211,7 +211,7 @@ def pull(rule: Rule, cotangent: Tensor, wrt: Sequence[int]) -> dict[int, Tensor]
     Values that no cotangent reaches are missing in the result.
     """
     program, base = rule.program, rule.base
-    leads = rule.leads(wrt)
+    leads = rule.values_passed(wrt)
     cotangents = {program.output: cotangent}
     for i in range(len(program.steps) - 1, -1, -1):
         v = base + i

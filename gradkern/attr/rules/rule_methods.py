@@ -14,12 +14,13 @@ from ...ir.calls import Params
 from ...ir.program import Program, Scale
 from ...util.chunks import samples_per_chunk, spans, stepwise_bytes
 from ...util.memo import Memo
-from ...util.options import Engine, InputError, Unused, engine
+from ...util.options import BadArgument, Engine, engine
 from ...util.outputs import Output
 from .. import captum_compat as compat
 from ..attribute_all import Inputs, Options, RowMethod, Tensors, as_attribute_all, points_for
 from ..captum_compat import stock
-from ..plug import GradientFunc, captum_seeds, plug_into
+from ..captum_targets import captum_seeds
+from ..plug import GradientFunc, plug_into
 from ..points import Points
 from .linear import rule_multipliers, rule_values, values_needed
 from .rule import Rule, Values
@@ -56,10 +57,8 @@ class ProgramMethod(RowMethod):
             if program is None or not program.steps:
                 return None
             seeds, _ = points.choose(lambda n, out: captum_seeds(target, n, out))
-            parts = self._rows(points, seeds.rows(0, points.samples), seeds.count, options)
-        except Unused:
-            raise
-        except InputError:
+            parts = self.row_maps(points, seeds.rows(0, points.samples), seeds.count, options)
+        except BadArgument:
             return None
         if parts is None:
             return None
@@ -77,14 +76,14 @@ class RuleMethod(ProgramMethod):
         """Whether the rule covers every step."""
         return True
 
-    def _finish(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
+    def _attributions(self, chunk: Chunk, rule: Rule, multipliers: Tensors, targets: Tensor) -> Tensors:
         """The last step: multipliers ``[n, S, *in]`` to attributions."""
         return multipliers
 
     def _done(self, points: Points, rule: Rule) -> None:
         """Called after a call, for example to warn about steps without a rule."""
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.captured()
         if program is None or not self._supports(program):
             return None
@@ -101,7 +100,7 @@ class RuleMethod(ProgramMethod):
                 chosen = targets[a:b] if targets.dim() == 2 else targets
                 rule = self._rule(chunk)
                 multipliers = rule_multipliers(rule, chunk.rows, chosen, points.wrt, native=not by_reference)
-                for result, m in zip(results, self._finish(chunk, rule, multipliers, chosen), strict=True):
+                for result, m in zip(results, self._attributions(chunk, rule, multipliers, chosen), strict=True):
                     result[a:b] = m
         if rule is not None:
             self._done(points, rule)
@@ -152,7 +151,7 @@ class _Rectifying(ProgramMethod):
         """Every output (or ``targets``, as `gradkern.jacobian` reads them) at once: ``[N, C, *in]``."""
         return self._all(inputs, targets, additional_forward_args, {})
 
-    def _rows(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
+    def row_maps(self, points: Points, index: Tensor | None, seeds: int, options: Options) -> Tensors | None:
         program = points.captured()
         if program is None:
             return None

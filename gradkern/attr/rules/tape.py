@@ -252,7 +252,7 @@ def secant_by_formula(name: str, y: Tensor, y_ref: Tensor) -> Tensor | None:
     return -((y * y_ref) ** 2) / (y + y_ref) if name == "rsqrt" else None
 
 
-MOST_CHANGING = 3
+MOST_CHANGING = 3  # arguments of an operation; the work is exponential in their number
 
 
 def elementwise(tape: Tape, op: Any, args: Any, kwargs: Any) -> Any:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from ...ir.program import Contract, Dense, Program, Windows
 from .. import limits
 from ..buffers import Buffers
 from ..chain import Chain, EncodedRecord, LaidOut
@@ -33,10 +32,6 @@ from .emitters import DeviceEmitter, DeviceLayouts
 from .fuse import fuse_patterns
 from .shared_memory import Arrangement, Passes
 from .tiling import Tiler, Tiling, band_options
-
-#: A contraction with more weights than this leaves its chain.  A block reads the weight for its own few samples, and
-#: reading a mebibyte from L2 takes a multiprocessor about 40,000 clocks.  This limit has not been measured.
-CHAIN_WEIGHT = 1 << 18
 
 
 def emitter(spec: ChainSpec) -> DeviceEmitter:
@@ -110,21 +105,6 @@ def place_buffers(e: Emitter, tiler: Tiler, passes: Passes, arrangement: Arrange
         local_share=1.0,
         clocks=tuple(clocks),
     )
-
-
-def too_heavy_reason(program: Program, i: int) -> str | None:
-    """Why a contraction should not be part of a chain although it might fit one; None if it should."""
-    step = program.steps[i]
-    form = step.form
-    if not isinstance(form, Contract) or form.weight is None or not isinstance(form.map, Dense | Windows):
-        return None
-    axis = -1 if isinstance(form.map, Dense) else 0
-    weights = program.shape(step.inputs[0])[axis] * step.shape[axis]
-    if isinstance(form.map, Windows):
-        weights = weights // form.map.groups * form.map.taps
-    if weights <= CHAIN_WEIGHT:
-        return None
-    return f"a chain would read its {weights / 1e6:.1f} million weights anew for every few samples"
 
 
 #: `gradkern.codegen.lowering.lower_to_chain` for a GPU.  Raises `TooLarge`.

@@ -18,7 +18,7 @@ from typing import Literal
 from ..records import DenseT, Place, Record, ScatterT, Zero
 from ..scratch import Buffer
 
-COUNTS = (2, 3, 4, 5, 6, 7, 8)  # slices that are tried
+COUNTS = (2, 3, 4, 5, 6, 7, 8)  # the numbers of slices that are tried
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Stage:
     index: int  # the number of its record
     axis: Literal["H", "W"]
     positions: int
-    source: int  # elements of the source per position, and where position 0 lies
-    first: int
-    target: int  # likewise of the target, from the lowest element that position 0 adds to …
-    low: int
-    reach: int  # … and how many elements lie from there to the end of its last
+    source: int  # elements of the source from one position to the next
+    first: int  # offset of the source's position 0
+    target: int  # elements of the target from one position to the next
+    low: int  # offset of the lowest element of the target that position 0 adds to
+    reach: int  # elements of the target from the lowest to behind the highest that one position adds to
     bits: int  # bytes of the pattern per position
 
     @classmethod
@@ -81,7 +81,7 @@ def slice_linear(backward: list[Record], tables: Sequence[int], count: int) -> l
     The cotangent of the linear layer must have a transposed convolution as its only reader.  All such convolutions that
     follow each other run slice by slice; the target of the last one is whole.
     """
-    wide_and_stages = path(backward, tables)
+    wide_and_stages = wide_layer_and_stages(backward, tables)
     if wide_and_stages is None:
         return None
     wide, stages = wide_and_stages
@@ -99,7 +99,7 @@ def slice_linear(backward: list[Record], tables: Sequence[int], count: int) -> l
     return out + backward[rest:]
 
 
-def path(backward: list[Record], tables: Sequence[int]) -> tuple[int, list[Stage]] | None:
+def wide_layer_and_stages(backward: list[Record], tables: Sequence[int]) -> tuple[int, list[Stage]] | None:
     """The record of the last wide linear layer, and the chain of transposed convolutions that read from it."""
     for wide in reversed(range(len(backward))):
         op = backward[wide]
@@ -156,7 +156,7 @@ def slice_of(backward: list[Record], wide: int, stages: list[Stage], begin: int,
             after = following.readers(shift, far)
             if after[0] >= after[1]:
                 return []  # the slice adds only to a border
-            # Reads cover whole positions, so a row may begin before the window that reached it.
+            # Records read whole positions, so a slice's row may begin before the window that reaches it.
             shift = min(shift, (following.first + after[0] * following.source) // 4 * 4)
             far = max(far, following.first + after[1] * following.source)
             target = Buffer((far - shift + 3) // 4 * 4, cotangent=True)

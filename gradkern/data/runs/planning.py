@@ -21,7 +21,7 @@ from .settings import settings_of
 from .shards import Shard, owned_chunks
 from .task import Task
 
-RECORDS = 6  # sets of statistics in memory: of the chunk at work, of chunks being written, of records being joined
+RECORDS = 6  # sets of statistics in memory: of the chunk at work, of those being written, of records joined or read
 READ, KEPT, WRITTEN = 3, 3, 2  # chunks: of inputs (two read ahead), of maps (two being written), of these two
 LEAST_TRIED, TRIAL_SECONDS = 32, 0.5
 
@@ -101,4 +101,4 @@ def _held_bytes(task: Task, chunks: int) -> int:
         each += (min(chunks, KEPT) + (task.pool is None or task.batch < task.results.chunk)) * probe.map_bytes
         narrowed = sum(m[0].numel() for m in probe.outcome.maps if dtype_name(m.dtype) != dtype)
         each += min(chunks, WRITTEN) * narrowed * itemsize(dtype)
-    return each * task.results.chunk + min(RECORDS, 2 + chunks) * probe.sums_bytes(task.settings.reductions)
+    return each * task.results.chunk + min(RECORDS, 3 + chunks) * probe.sums_bytes(task.settings.reductions)

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from ...util.options import BadType, BadValue, InputError
 from .arrays import is_nested_numbers, package_of
 from .columns import NotNumbers, Rows, one_or_list, pick
-from .registry import SOURCE_KINDS, Source, Span, register_source, said
+from .registry import SOURCE_KINDS, Source, Span, one_line, register_source
 
 ONE_ROW = (
     "expected one row. Every item of the Dataset must give exactly one: leave bad records out of the Dataset itself "
@@ -60,7 +60,7 @@ class Collate:
             except Exception as error:
                 if isinstance(error, InputError) and not isinstance(error, NotNumbers):
                     raise
-                return (), (k, f"could not be collated ({said(error)})")
+                return (), (k, f"could not be collated ({one_line(error)})")
             count = next((len(r) for r in rows if len(r) != 1), None)
             if count is not None:
                 return (), (k, f"gave {count} rows, {ONE_ROW}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...util.options import BadValue
 from .arrays import package_of
 from .columns import Rows, as_tuple, pick
-from .registry import Source, is_pattern, matching, open_source, register_source, said
+from .registry import Source, is_pattern, matching, one_line, open_source, register_source
 
 
 @register_source
@@ -114,7 +114,7 @@ def _common_schema(schema: Any, other: Any, first: str, path: str) -> Any:
     try:
         return arrow.unify_schemas([schema, other], promote_options="permissive")
     except arrow.ArrowException as error:
-        raise BadValue(f"source: {first} and {path} have columns of other types ({said(error)}).") from error
+        raise BadValue(f"source: {first} and {path} have columns of other types ({one_line(error)}).") from error
 
 
 def refuse_twice(names: Sequence[Any]) -> None:

@@ -102,16 +102,16 @@ class Source(ABC):
 
     def blame(self, start: int, stop: int, error: Exception) -> NoReturn:
         """Raise `BadValue` that names the first sample which cannot be read, or ``error`` itself if it says enough."""
-        if not damaged(error):
+        if not lacks_place(error):
             raise error
         for i in range(start, stop):
             try:
                 self.rows(i, i + 1)
             except Exception as cause:
-                if not damaged(cause):
+                if not lacks_place(cause):
                     raise
-                raise BadValue(f"source: sample {i} could not be read ({said(cause)}).") from cause
-        raise BadValue(f"source: the samples {start} … {stop - 1} could not be read ({said(error)}).") from error
+                raise BadValue(f"source: sample {i} could not be read ({one_line(cause)}).") from cause
+        raise BadValue(f"source: the samples {start} … {stop - 1} could not be read ({one_line(error)}).") from error
 
     def prepared(self, given: tuple[Rows, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """Rows ``[stop - start, *in]``, checked, and padded or cast if that was requested.
@@ -154,12 +154,12 @@ class Source(ABC):
         return self
 
 
-def damaged(error: Exception) -> bool:
-    """Whether a reading error does not say where it happened; gradkern's own errors mostly do."""
+def lacks_place(error: Exception) -> bool:
+    """Whether an error in reading does not name the sample or file; other libraries' errors may not, gradkern's do."""
     return isinstance(error, NotNumbers) or not isinstance(error, (InputError, MemoryError, ImportError))
 
 
-def said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message of an error in one line."""
     text = " ".join(str(error).split())
     text = text.removeprefix("source: ") if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
@@ -253,10 +253,10 @@ def _open_path(text: str, columns: Any) -> Source:
     try:
         return kind.at(path, name, columns)
     except Exception as error:
-        if not damaged(error):
+        if not lacks_place(error):
             raise
         there = " Copy it to this machine." if "://" in path else ""
-        raise BadValue(f"source: {path} cannot be read ({said(error)}).{there}") from error
+        raise BadValue(f"source: {path} cannot be read ({one_line(error)}).{there}") from error
 
 
 def _split(text: str) -> tuple[str, str | None]:

@@ -20,6 +20,6 @@ from . import (  # noqa: F401
     rows,
     shape,
 )
-from .builder import LOWERINGS, SEVERAL, MixesSamples, NoForm, ProgramBuilder, lowers
+from .builder import LOWERINGS, MULTI_RESULT_OPS, MixesSamples, NoForm, ProgramBuilder, lowers
 
-__all__ = ["LOWERINGS", "SEVERAL", "MixesSamples", "NoForm", "ProgramBuilder", "lowers"]
+__all__ = ["LOWERINGS", "MULTI_RESULT_OPS", "MixesSamples", "NoForm", "ProgramBuilder", "lowers"]

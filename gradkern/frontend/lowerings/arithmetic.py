@@ -6,9 +6,8 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from ...codegen.support import MAX_CHANNELS
 from ...ir.indexing import along
-from ...ir.program import Channels, Contract, Param, Product, Scale, Shape, Sum, Value
+from ...ir.program import MAX_CHANNELS, Channels, Contract, Param, Product, Scale, Shape, Sum, Value
 from .activation import elementwise
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
 from .index import emit_index, stretch

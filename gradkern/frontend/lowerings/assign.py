@@ -17,7 +17,7 @@ from ...ir.indexing import along
 from ...ir.program import Call, Index, Param, Shape, Sum, Value
 from .arithmetic import affine, shift_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
-from .gather import _LARGEST, constant, note_meta, read_indices
+from .gather import LARGEST, constant, read_indices
 from .index import emit_index, takes_all
 
 
@@ -71,7 +71,7 @@ def with_constants(
             arguments[name] = b.derive("aten.zeros.default", (1, *(b.shape(x) if shape is None else shape)), **like)
     names = ("result", "result_dtype", "result_device", "piece")
     keywords = tuple(sorted((k, v) for k, v in arguments.items() if k not in names))
-    shift = note_meta(b, b.derive_call(Call(b.op, (), keywords)), (1, *a.result), a.result_dtype)
+    shift = b.note_meta(b.derive_call(Call(b.op, (), keywords)), (1, *a.result), a.result_dtype)
     return shift_by(b, y, shift)
 
 
@@ -94,8 +94,8 @@ def copy_from_several(
     Where the elements go is found by running ``f`` on numbered elements, one tensor ``[1, *shape]`` per name.
     """
     total = sum(math.prod(shape) for _, _, shape in tensors) + math.prod(a.result)
-    if total > _LARGEST:
-        raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
+    if total > LARGEST:
+        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
     numbers, first = {}, {}
     count = 1
     for name, x, shape in tensors:
@@ -173,7 +173,7 @@ def scatter(b: ProgramBuilder, a: SimpleNamespace, source: str | None) -> Value:
     like = {"dtype": a.result_dtype, "device": a.result_device}
     zeros = b.derive("aten.zeros.default", (1, *a.result), **like)
     shift = b.derive("aten.scatter.value", zeros, a.dim, a.index, a.value)
-    return shift_by(b, y, note_meta(b, shift, (1, *a.result), a.result_dtype))
+    return shift_by(b, y, b.note_meta(shift, (1, *a.result), a.result_dtype))
 
 
 @lowers("aten.index_add.default")

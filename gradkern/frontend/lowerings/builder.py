@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ...codegen.units import MOST_AXES
 from ...ir.calls import form_params, params_in
 from ...ir.graph import up_to
 from ...ir.program import (
+    MOST_AXES,
     Call,
     Channels,
     Contract,
@@ -41,7 +41,7 @@ from ...ir.program import (
 
 LoweringFunction = Callable[..., Value]
 LOWERINGS: dict[str, LoweringFunction] = {}
-SEVERAL: set[str] = set()  # ops with several results whose lowering can give any one: ``a.piece`` says which
+MULTI_RESULT_OPS: set[str] = set()  # ops with several results, of which a lowering gives the one numbered ``a.piece``
 ROWS: dict[str, LoweringFunction] = {}  # lowerings of ops on tensors whose axis 0 holds several rows of each sample
 COMPLEX: dict[str, Callable[..., Any]] = {}  # lowerings of ops that read or make complex numbers
 AXES: dict[str, tuple[str, ...]] = {}  # by op that may have the batch in any axis: the arguments that name axes
@@ -170,6 +170,11 @@ class ProgramBuilder:
     def param_shape(self, param: Param) -> Shape:
         return tuple(int(s) for s in self.param_meta[param].shape)
 
+    def note_meta(self, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
+        """The derived tensor ``param``, after noting its shape and dtype."""
+        self.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
+        return param
+
     def derive(self, op: str, *args: Any, index: int | None = None, **kwargs: Any) -> Param:
         """A tensor computed from parameters alone, evaluated at every bind; equal calls share one name."""
         return self.derive_call(Call(op, args, tuple(sorted(kwargs.items())), index))
@@ -203,15 +208,16 @@ class ProgramBuilder:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Values of more axes than kernels know
+# Values of more axes than kernels take
 
 
 def few_axes(
     b: ProgramBuilder, form: Form, inputs: tuple[Value, ...], shape: Shape
 ) -> tuple[Form, Callable[[Shape], Shape]] | None:
-    """The form for values with some axes merged, and how to merge them; None if it has to stay as it is.
+    """The form for values with some axes merged, and how to merge them; None if the step has to stay as it is.
 
-    Elementwise steps stay beside those without a kernel, such as three-dimensional convolutions.
+    An elementwise step whose inputs come from steps that stay as they are, such as three-dimensional convolutions,
+    stays as well: kernels for it alone would be no faster than ATen.
     """
     last = len(shape) - 1
     beside = any(has_few_axes(b, v) for v in inputs)

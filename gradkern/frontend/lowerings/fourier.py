@@ -28,7 +28,6 @@ from .builder import (
     real_dtype,
     sample_axis,
 )
-from .gather import note_meta
 from .index import concatenate, emit_index, permute_axes
 from .reduce import root
 
@@ -50,7 +49,7 @@ def parts(b: ProgramBuilder, x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     if isinstance(x, Param) and b.param_meta[x].dtype.is_complex:
         shape = b.param_shape(x)
         real, imag = (
-            note_meta(b, b.derive("aten.clone.default", b.derive(f"aten.{part}.default", x)), shape, dtype)
+            b.note_meta(b.derive("aten.clone.default", b.derive(f"aten.{part}.default", x)), shape, dtype)
             for part in ("real", "imag")
         )
         return real, imag

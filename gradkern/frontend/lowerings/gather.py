@@ -17,7 +17,7 @@ from .arithmetic import shift_by
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of, sample_axis
 from .index import emit_index, permute_axes, stretch
 
-_LARGEST = 2**16  # the most elements of a value whose places are listed one by one
+LARGEST = 2**16  # the most elements of a value whose places are listed one by one
 
 
 def constant(b: ProgramBuilder, x: Any) -> Tensor:
@@ -39,16 +39,16 @@ def constant(b: ProgramBuilder, x: Any) -> Tensor:
 def copy_elements(b: ProgramBuilder, x: Value, shape: Shape, places: Sequence[int]) -> Value:
     """A value of ``shape`` whose element ``i`` is element ``places[i]`` of another, or zero for -1 (both row-major)."""
     n = math.prod(b.shape(x))
-    if max(n, len(places)) > _LARGEST:
-        raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
+    if max(n, len(places)) > LARGEST:
+        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
     return as_shape(b, emit_index(b, as_shape(b, x, (n,)), along((n,), 0, places)), shape)
 
 
 def copy_by_numbers(b: ProgramBuilder, x: Value, f: Callable[[Tensor], Tensor], shape: Shape) -> Value:
     """The value of an op that copies elements.  To find out which, ``f`` runs on two samples of numbered elements."""
     n = math.prod(b.shape(x))
-    if n > _LARGEST:
-        raise NoForm(f"a copy of more than {_LARGEST} numbers with places of their own has no form")
+    if n > LARGEST:
+        raise NoForm(f"a copy of more than {LARGEST} numbers with places of their own has no form")
     numbers = torch.arange(1, 2 * n + 1, dtype=torch.float64).reshape(2, *b.shape(x))
     with torch.inference_mode(False), torch.no_grad():
         origin = f(numbers).reshape(2, -1).long()
@@ -177,14 +177,8 @@ def fill_where(b: ProgramBuilder, x: Value, mask: Any, value: float, a: SimpleNa
     if value == 0:
         return y
     zeros = b.derive("aten.zeros.default", (1, *a.result), dtype=a.result_dtype, device=a.result_device)
-    shift = note_meta(b, b.derive("aten.masked_fill.Scalar", zeros, mask, value), (1, *a.result), a.result_dtype)
+    shift = b.note_meta(b.derive("aten.masked_fill.Scalar", zeros, mask, value), (1, *a.result), a.result_dtype)
     return shift_by(b, y, shift)
-
-
-def note_meta(b: ProgramBuilder, param: Param, shape: Shape, dtype: torch.dtype) -> Param:
-    """The derived tensor, after noting its shape and dtype in the builder."""
-    b.param_meta[param] = torch.empty(shape, dtype=dtype, device="meta")
-    return param
 
 
 @lowers("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", axes=())
@@ -205,13 +199,13 @@ def where(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     if not isinstance(other, Param):
         if number_of(other) == 0:
             return y
-        other = note_meta(b, b.derive("aten.full.default", (1,), number_of(other), dtype=a.result_dtype,
+        other = b.note_meta(b.derive("aten.full.default", (1,), number_of(other), dtype=a.result_dtype,
                                       device=a.result_device), (1,), a.result_dtype)  # fmt: skip
-    zero = note_meta(b, b.derive("aten.zeros.default", (1,), dtype=a.result_dtype, device=a.result_device), (1,),
+    zero = b.note_meta(b.derive("aten.zeros.default", (1,), dtype=a.result_dtype, device=a.result_device), (1,),
                      a.result_dtype)  # fmt: skip
     pair = (zero, other) if keep else (other, zero)
-    shift = note_meta(b, b.derive("aten.where.self", a.condition, *pair), (), a.result_dtype)
-    return shift_by(b, y, note_meta(b, b.derive("aten.expand.default", shift, (1, *a.result)), (1, *a.result),
+    shift = b.note_meta(b.derive("aten.where.self", a.condition, *pair), (), a.result_dtype)
+    return shift_by(b, y, b.note_meta(b.derive("aten.expand.default", shift, (1, *a.result)), (1, *a.result),
                                    a.result_dtype))  # fmt: skip
 
 

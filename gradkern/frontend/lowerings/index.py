@@ -9,11 +9,23 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-from ...codegen.units import MOST_AXES
 from ...ir.indexing import Runs, along, identity, identity_runs, indices, is_permutation, length, runs, then
-from ...ir.program import Channels, Contract, Index, Param, Part, Positions, Scale, Shape, Sum, Value, Windows
+from ...ir.program import (
+    MOST_AXES,
+    Channels,
+    Contract,
+    Index,
+    Param,
+    Part,
+    Positions,
+    Scale,
+    Shape,
+    Sum,
+    Value,
+    Windows,
+)
 from .builder import (
-    SEVERAL,
+    MULTI_RESULT_OPS,
     NoForm,
     ProgramBuilder,
     as_shape,
@@ -40,7 +52,7 @@ def emit_index(b: ProgramBuilder, x: Value, part: Part) -> Value:
     if is_permutation(part, shape) and long == sorted(long):
         return as_shape(b, x, result)  # only axes of length one move
     fewer, merged = merge_neighbours(shape, part)
-    if 3 < len(shape) > len(merged):
+    if MOST_AXES < len(shape) > len(merged):
         return as_shape(b, emit_index(b, as_shape(b, x, merged), fewer), result)
     if len(merged) > MOST_AXES and is_permutation(fewer, merged) and has_few_axes(b, x):
         return as_shape(b, brought_to_front(b, x, merged, fewer.order), result)
@@ -243,7 +255,7 @@ def narrow(b: ProgramBuilder, a: SimpleNamespace) -> Value:
     return emit_index(b, x, along(b.shape(x), axis, range(start, start + a.length)))
 
 
-SEVERAL.update(("aten.tensor_split.sections",))
+MULTI_RESULT_OPS.update(("aten.tensor_split.sections",))
 
 
 @lowers("aten.tensor_split.sections", along="dim")
@@ -257,7 +269,7 @@ def tensor_split(b: ProgramBuilder, a: SimpleNamespace) -> Value:
 
 
 PIECES = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
-SEVERAL.update(PIECES)
+MULTI_RESULT_OPS.update(PIECES)
 
 
 @lowers(*PIECES, along="dim")

@@ -9,7 +9,7 @@ import torch
 from ...ir.program import Channels, Contract, Param, Shape, Value, View
 from .arithmetic import per_channel
 from .builder import NoForm, ProgramBuilder, as_shape, lowers, need_value, number_of
-from .gather import fill_where, note_meta
+from .gather import fill_where
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -21,21 +21,21 @@ def as_numbers(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
     """1 where a boolean mask is true, else 0."""
     if b.param_meta[mask].dtype != torch.bool:
         raise NoForm("its mask is not of booleans")
-    return note_meta(b, b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
+    return b.note_meta(b.derive("aten.to.dtype", mask, dtype), b.param_shape(mask), dtype)
 
 
 def additive(b: ProgramBuilder, mask: Param, dtype: torch.dtype) -> Param:
     """The numbers that attention adds to its scores.  ``mask``: those numbers, or booleans that are true to attend."""
     if b.param_meta[mask].dtype.is_floating_point:
-        return note_meta(b, b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
+        return b.note_meta(b.derive("aten.clamp.default", mask, lowest(dtype)), b.param_shape(mask), dtype)
     below = b.derive("aten.sub.Tensor", as_numbers(b, mask, dtype), 1.0)  # 0 and -1
-    return note_meta(b, b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
+    return b.note_meta(b.derive("aten.mul.Tensor", below, -lowest(dtype)), b.param_shape(mask), dtype)
 
 
 def causal(b: ProgramBuilder, shape: Shape, dtype: torch.dtype, device: torch.device) -> Param:
     """The mask ``[queries, keys]`` under which no query attends to a later key."""
     full = b.derive("aten.full.default", shape, lowest(dtype), dtype=dtype, device=device)
-    return note_meta(b, b.derive("aten.triu.default", full, 1), shape, dtype)
+    return b.note_meta(b.derive("aten.triu.default", full, 1), shape, dtype)
 
 
 def replace_infinities(b: ProgramBuilder, x: Value, dtype: torch.dtype) -> Value:

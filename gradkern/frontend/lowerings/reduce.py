@@ -12,7 +12,7 @@ from ...ir.indexing import along
 from ...ir.program import Contract, Dense, Positions, Product, Select, Shape, Sum, Value, Windows
 from .activation import elementwise
 from .arithmetic import affine, multiply, scale_by
-from .builder import SEVERAL, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
+from .builder import MULTI_RESULT_OPS, NoForm, ProgramBuilder, as_shape, lowers, need_value, sample_axis
 from .index import as_list, concatenate, emit_index, permute_axes, stretch
 from .pool import move_kept_axes_first, without
 
@@ -65,7 +65,9 @@ def variance(b: ProgramBuilder, x: Value, correction: float) -> Value:
     return rows(b, elementwise(b, centred, "square"), 1.0 / (n - correction))
 
 
-SEVERAL.update(("aten.var_mean.dim", "aten.var_mean.correction", "aten.std_mean.dim", "aten.std_mean.correction"))
+MULTI_RESULT_OPS.update(
+    ("aten.var_mean.dim", "aten.var_mean.correction", "aten.std_mean.dim", "aten.std_mean.correction")
+)
 
 
 @lowers("aten.var.dim", "aten.var.correction", "aten.var_mean.dim", "aten.var_mean.correction", along="dim", std=False)
