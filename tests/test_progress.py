@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradkern
+from gradkern.dispatch import repeated
 from gradkern.util import progress
 from gradkern.util.chunks import spans
 
@@ -27,6 +28,7 @@ def net() -> nn.Module:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(repeated, "SHORT", 0.0)  # calls that are repeated are too short for a bar
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,13 @@ def test_the_page_sums_up_by_kind() -> None:
     ]
     about = {"busy": True, "packages": {"a": "1.0"}, "commit": "c", "cpu": "x", "cores": 2, "threads": 1, "isa": "y"}
     about |= {"networks": 9, "chosen": "drawn at random"}
-    page = table.page(about | {"torch": "2"}, results)
+    page = " ".join(table.page(about | {"torch": "2"}, results).split())
     assert "other work" in page
     assert "Of 9 networks, 4 were tried, drawn at random." in page
     assert "b/four, 1 threads: took longer" in page
-    assert "at commit c." in page
+    assert "Commit: c." in page
     older = table.page(about | {"torch": "2"}, [results[0] | {"commit": "b"}, *results[1:]])
-    assert "at commits c (3 results), b (1 results)." in older
+    assert "Commits: c (3 results), b (1 results)." in older
     assert "| b/three | 0.50× (1.90–0.50) | 1e-15 | 100% | kernels | 0.5 | a hook |" in page
 
 
