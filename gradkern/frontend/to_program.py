@@ -154,8 +154,13 @@ class _GraphLowering:
             tuple(sorted((k, self._argument(v)) for k, v in node.kwargs.items())),
             index,
         )
-        if call.op in GATES and not call.args[-1]:
-            call = self._batch_first_net(call, node)
+        if call.op in GATES:
+            states = [call.args[1]] if isinstance(call.args[1], (Call, Param, Value)) else call.args[1]
+            if not all(isinstance(x, Value) or any(isinstance(y, (Value, Batch)) for y in leaves(x)) for x in states):
+                # torch's float32 kernels do not check its size, and would write out of bounds.
+                raise self._refusal(node, "starts from a state for a fixed number of samples")
+            if not call.args[-1]:
+                call = self._batch_first_net(call, node)
         self._refuse_random(node)
         if is_fill(call):
             sizes = tuple(self._size(d) if isinstance(d, torch.SymInt) else int(d) for d in meta.shape)
