@@ -25,13 +25,8 @@ from .lowerings.index import PADS, takes_all
 from .lowerings.shape import VIEWS
 
 ATTENTION = "aten.scaled_dot_product_attention.default"  # along its last two axes
-PIECES = {"aten.chunk.default": "chunks", "aten.tensor_split.sections": "sections"}  # by op: the number of pieces
-BATCH_SIZES = (
-    "split_size",
-    "split_sizes",
-    "start",
-    "end",
-)  # arguments that count samples where an op takes batches apart
+PIECE_COUNTS = {"aten.chunk.default": "chunks", "aten.tensor_split.sections": "sections"}  # by op: the number of pieces
+BATCH_SIZES = ("split_size", "split_sizes", "start", "end")  # arguments in samples, where whole batches are taken apart
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def _take_whole_batches(op: str, named: SimpleNamespace, axes_of: Sequence[Batch
         if not all(isinstance(x, Value) for x in named.tensors):
             raise NoForm("it joins samples and constants")
         return
-    pieces = PIECES.get(op)
+    pieces = PIECE_COUNTS.get(op)
     if pieces is not None and axes_of[0].times % getattr(named, pieces) == 0:
         return
     if op not in ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.slice.Tensor"):

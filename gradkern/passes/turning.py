@@ -25,16 +25,17 @@ _turned: Memo[ir.Program] = Memo(256)
 
 def turn(program: ir.Program) -> ir.Program:
     """``program`` with rows and columns exchanged around long windows along rows; unchanged if there are none."""
-    if not any(has_long_rows(step, program.shape(step.inputs[0])) for step in program.steps):
+    if not any(has_long_rows(program, step) for step in program.steps):
         return program
-    return _turned.get_or_make(program.key, lambda: Writer(program).write())
+    return _turned.get_or_make(program.key, lambda: TurningWriter(program).write())
 
 
-def has_long_rows(step: ir.Step, source: ir.Shape) -> bool:
+def has_long_rows(program: ir.Program, step: ir.Step) -> bool:
     """Whether a step has windows whose numbers are rows apart, although there would be a vector of neighbours."""
     match step.form:
-        case ir.Contract(map=ir.Windows(kernel=(rows, 1), groups=groups)) if len(source) == 3 and source[2] > 1:
-            return source[0] // groups < FEW_NUMBERS and rows >= LONG
+        case ir.Contract(map=ir.Windows(kernel=(rows, 1), groups=groups)):
+            channels, _, columns = program.shape(step.inputs[0])
+            return rows >= LONG and columns > 1 and channels // groups < FEW_NUMBERS
     return False
 
 
@@ -58,7 +59,7 @@ def _windows(w: ir.Windows) -> ir.Windows:
     return ir.Windows(w.kernel[::-1], w.stride[::-1], w.padding[::-1], w.dilation[::-1], w.groups)
 
 
-class Writer:
+class TurningWriter:
     """Rewrites a program.  ``plain`` and ``turned``: the new values of an old one, as it was and exchanged."""
 
     def __init__(self, program: ir.Program) -> None:
@@ -69,7 +70,7 @@ class Writer:
     def write(self) -> ir.Program:
         for v, step in enumerate(self.program.steps, start=self.base):
             form = exchanged(step.form, step.shape)
-            long = has_long_rows(step, self.program.shape(step.inputs[0]))
+            long = has_long_rows(self.program, step)
             if form is not None and (long or any(x not in self.plain for x in step.inputs)):
                 reads = tuple(self.exchange(x, self.plain, self.turned, step) for x in step.inputs)
                 self.turned[v] = self.emit(replace(step, form=form, inputs=reads, shape=_swapped(step.shape)))

@@ -45,7 +45,7 @@ class Skips(nn.Module):
 
 
 def long_rows(program: Program) -> int:
-    return sum(has_long_rows(step, program.shape(step.inputs[0])) for step in program.steps)
+    return sum(has_long_rows(program, step) for step in program.steps)
 
 
 NETWORKS = {
@@ -93,7 +93,7 @@ def test_random_programs_turn_exactly(network: Network) -> None:
     with pytest.MonkeyPatch.context() as patch:  # windows of the generator are short
         patch.setattr(turning, "LONG", 2)
         patch.setattr(turning, "FEW_NUMBERS", 100)
-        turned = turning.Writer(network.program).write()
+        turned = turning.TurningWriter(network.program).write()
     if turned == network.program:
         return
     params, inputs = network.params(), network.inputs(2)

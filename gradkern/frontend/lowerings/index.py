@@ -1,4 +1,4 @@
-"""Copies of elements to other places (`Index`): permute, slice, select, split, cat, stack, pad, repeat, upsample."""
+"""Copies of elements to other places (`Index`): permute, slice, select, split, cat, stack, pad, repeat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ...ir.program import (
     Index,
     Param,
     Part,
-    Positions,
     Scale,
     Shape,
     Sum,
@@ -459,49 +458,3 @@ def repeat_interleave(b: ProgramBuilder, a: SimpleNamespace) -> Value:
         raise NoForm("it runs over the samples")
     axis = sample_axis(a.dim, len(b.shape(x)))
     return emit_index(b, x, along(b.shape(x), axis, [i for i in range(b.shape(x)[axis]) for _ in range(a.repeats)]))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Upsampling: the nearest element is an `Index`, linear interpolation a map over positions
-
-
-def scales(a: SimpleNamespace) -> list[float | None]:
-    """Scale factors that the caller gave, per axis; None if a size was given."""
-    scales = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
-    return list(scales)
-
-
-def upsampled_axes(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
-    """Per spatial axis: input length, output length, and input steps per output step."""
-    shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
-    factors = [s for s in scales(a) if s is not None]
-    axes = list(zip(shape[1:], a.result[1:], strict=True))
-    if factors and len(factors) != len(axes):
-        factors = []
-    return [(n, m, 1 / factors[k] if factors else n / m) for k, (n, m) in enumerate(axes)]
-
-
-@lowers("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest1d.default",
-        "aten.upsample_nearest2d.default")  # fmt: skip
-def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    x = need_value(a.input if hasattr(a, "input") else a.self)
-    for axis, (n, m, step) in enumerate(upsampled_axes(b, a), start=1):
-        wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
-        x = emit_index(b, x, along(b.shape(x), axis, wanted))
-    return x
-
-
-@lowers("aten.upsample_linear1d.vec", "aten.upsample_bilinear2d.vec", "aten.upsample_linear1d.default",
-        "aten.upsample_bilinear2d.default")  # fmt: skip
-def upsample_linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
-    x = need_value(a.input if hasattr(a, "input") else a.self)
-    axes = []
-    for n, m, step in upsampled_axes(b, a):
-        rows = []
-        for i in range(m):
-            at = i * (n - 1) / max(m - 1, 1) if a.align_corners else max((i + 0.5) * step - 0.5, 0.0)
-            first = min(int(at), n - 1)
-            rest = at - first
-            rows.append((first, (1.0 - rest, rest) if first + 1 < n and rest else (1.0,)))
-        axes.append(tuple(rows))
-    return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)

@@ -1,4 +1,7 @@
-"""Interpolation to another size, in every mode that is separable: one small matrix per axis (`Positions`)."""
+"""Interpolation to another size: the nearest element is an `Index`, every other separable mode a map over positions.
+
+The common modes have formulas; the others take the rows of one small matrix per axis from torch itself.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,56 @@ from ...ir.program import Contract, Positions, Value
 from .builder import NoForm, ProgramBuilder, lowers, need_value
 from .index import emit_index
 from .pool import Rows, identity_rows
+
+# ---------------------------------------------------------------------------------------------------------------
+# By formulas
+
+
+def scales(a: SimpleNamespace) -> list[float | None]:
+    """Scale factors that the caller gave, per axis; None if a size was given."""
+    scales = getattr(a, "scale_factors", None) or [getattr(a, k, None) for k in ("scales_h", "scales_w", "scales")]
+    return list(scales)
+
+
+def upsampled_axes(b: ProgramBuilder, a: SimpleNamespace) -> list[tuple[int, int, float]]:
+    """Per spatial axis: input length, output length, and input steps per output step."""
+    shape = b.shape(need_value(a.input if hasattr(a, "input") else a.self))
+    factors = [s for s in scales(a) if s is not None]
+    axes = list(zip(shape[1:], a.result[1:], strict=True))
+    if factors and len(factors) != len(axes):
+        factors = []
+    return [(n, m, 1 / factors[k] if factors else n / m) for k, (n, m) in enumerate(axes)]
+
+
+@lowers("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest1d.default",
+        "aten.upsample_nearest2d.default")  # fmt: skip
+def upsample_nearest(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input if hasattr(a, "input") else a.self)
+    for axis, (n, m, step) in enumerate(upsampled_axes(b, a), start=1):
+        wanted = [i if n == m else min(int(i * step), n - 1) for i in range(m)]
+        x = emit_index(b, x, along(b.shape(x), axis, wanted))
+    return x
+
+
+@lowers("aten.upsample_linear1d.vec", "aten.upsample_bilinear2d.vec", "aten.upsample_linear1d.default",
+        "aten.upsample_bilinear2d.default")  # fmt: skip
+def upsample_linear(b: ProgramBuilder, a: SimpleNamespace) -> Value:
+    x = need_value(a.input if hasattr(a, "input") else a.self)
+    axes = []
+    for n, m, step in upsampled_axes(b, a):
+        rows = []
+        for i in range(m):
+            at = i * (n - 1) / max(m - 1, 1) if a.align_corners else max((i + 0.5) * step - 0.5, 0.0)
+            first = min(int(at), n - 1)
+            rest = at - first
+            rows.append((first, (1.0 - rest, rest) if first + 1 < n and rest else (1.0,)))
+        axes.append(tuple(rows))
+    return b.emit(Contract(Positions(tuple(axes))), (x,), a.result)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# By torch's own op
+
 
 OPS = {
     "aten._upsample_nearest_exact1d.vec": 1, "aten._upsample_nearest_exact2d.vec": 2,
