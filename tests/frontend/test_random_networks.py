@@ -133,6 +133,7 @@ def test_others_in_each_run(part: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::gradkern.GradkernWarning")
 def test_a_state_for_one_sample_is_refused() -> None:
-    """Captured for one sample, torch's fake layer norm makes the batch axis a 1, and the LSTM behind it starts from zeros
-    for one sample.  torch's float32 kernel does not check that: it wrote out of bounds, and the process aborted."""
+    """Captured for one sample, torch's fake layer norm makes the batch axis a 1, so the LSTM behind it starts from a
+    state for one sample.  torch's float32 kernel does not check that: it wrote out of bounds, and the process aborted.
+    """
     scale.one("captured", 1300168)
