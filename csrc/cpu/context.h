@@ -53,23 +53,38 @@ struct Context {
   const Area* area;      // the area of the current record; null: the whole record runs
 };
 
-enum class Cell { Plain, Gru, Lstm };
+// Names in this order are the codes of recurrent layers (gradkern/runtime/recurrent.py has the same).
+enum class Cell : int64_t { Tanh, Relu, Gru, Lstm };
 
-// The walk of one recurrent layer back through time, for all seeds.
+// One recurrent layer in one direction.  The gates come from rows of inputs, the state one step earlier and a one (for
+// the biases).  A GRU has four: its last gate counts twice, on the side of the input and on that of the state.
 template <class T>
 struct RecurrentArgs {
   Cell cell;
   bool reverse;  // the layer reads from the last step to the first
-  const T* g;    // cotangents of its output, [n][S][T][H] with these strides
+  bool add;      // to `result`
+  bool finite;   // all weights are
+  const T* x;    // [n][T][inputs] with these strides
+  int64_t x_n, x_t;
+  T* y;  // states, [n][T][H]
+  int64_t y_n, y_t;
+  const T* g;  // cotangents of the states, [n][S][T][H]
   int64_t g_n, g_s, g_t;
-  const T* slopes;   // of the gates, [n][T][gates][H]
-  const T* keep;     // the share of the previous cell (LSTM) or state (GRU) that is kept, [n][T][H]
-  const T* through;  // slopes from an LSTM's cells to its states, likewise
-  const T* weight;   // [gates · H][row]: columns 0 … H - 1 lead to the state one step earlier, the next to the input
-  T* result;         // [n][S][T][inputs]
-  T* scratch;        // gates · H + row + H numbers per sample and seed
-  int64_t seeds, steps, hidden, inputs, gates, row;
+  const T* weight;    // [inputs + H + 1][columns] in panels: to the gates
+  const T* weight_t;  // [gates · H][row] in panels: from the gates' cotangents to those of the state and of the input
+  T* result;          // [n][S][T][inputs]
+  T* scratch;
+  int64_t seeds, steps, hidden, inputs, gates, columns, row;
+
+  int64_t width() const { return inputs + hidden + 1; }
+  bool gated() const { return cell == Cell::Gru || cell == Cell::Lstm; }
+  // Numbers of scratch memory per sample.
+  int64_t forward_scratch() const { return width() + columns + hidden; }
+  int64_t step_scratch() const { return columns + 2 * hidden + (gated() ? width() : 0); }
+  int64_t seed_scratch() const { return (gates + 1) * hidden + row; }
 };
+
+constexpr int64_t kPanel = 16;  // columns of a panel of a recurrent layer's weight, a multiple of every vector
 
 // Rows of numbers, and the statistics over samples that they are added to: in double, and sample after sample, so that
 // the result depends neither on the threads nor on how samples were divided into calls.
@@ -92,8 +107,9 @@ struct Kernels {
   void (*run)(const Record* records, int64_t count, Context<T>& context);
   void (*rescale)(const RescaleArgs<T>& args, int64_t begin, int64_t end);  // rows n·C + c
   void (*secant)(const RescaleArgs<T>& args, int64_t begin, int64_t end);
-  void (*recurrent)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);  // samples
-  void (*add_rows)(const StatisticsArgs<T>& args, int64_t begin, int64_t end);  // elements
+  void (*recurrent)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);      // samples
+  void (*recurrent_vjp)(const RecurrentArgs<T>& args, int64_t begin, int64_t end);  // samples
+  void (*add_rows)(const StatisticsArgs<T>& args, int64_t begin, int64_t end);      // elements
   bool (*all_finite)(const T* numbers, int64_t count);
   int seed_block;  // the most seeds in registers at a time; a tile is cut evenly into blocks of at most that many
 };

@@ -15,10 +15,10 @@ extern const Isa kIsa{GK_TEXT(GK_NAME),
                       kMaxNV,
                       supported,
                       run_hash,
-                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>, add_rows<float>,
-                       all_finite<float>, kMaxSeeds},
+                      {run_chain<float>, run_rescale<float>, run_secant<float>, run_recurrent<float>,
+                       run_recurrent_vjp<float>, add_rows<float>, all_finite<float>, kMaxSeeds},
                       {run_chain<double>, run_rescale<double>, run_secant<double>, run_recurrent<double>,
-                       add_rows<double>, all_finite<double>, kMaxSeeds}};
+                       run_recurrent_vjp<double>, add_rows<double>, all_finite<double>, kMaxSeeds}};
 #undef GK_STRING
 #undef GK_TEXT
 }  // namespace GK_NAME

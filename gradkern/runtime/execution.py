@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..codegen.chain import Chain
 from ..codegen.machine import TooLarge
-from ..ir.program import Program
+from ..ir.program import Opaque, Param, Program
+from ..ir.recurrent import recognize
 from ..util.memo import Memo
 from ..util.options import GradkernWarning
-from . import ops, reference
+from . import ops, recurrent, reference
 from .call_plan import CallGroup, CallPlan
 from .parameters import KernelsUnavailable, Packed, PlanWeights
 
@@ -162,9 +163,19 @@ class Execution:
     # ---- the other groups
 
     def forward_reference(self, group: CallGroup) -> None:
+        params = self.weights.params
+
+        def tensor(p: Param) -> Tensor:
+            return params[p.name]
+
         for i in group.steps:
-            args = [self.values[v] for v in self.program.steps[i].inputs]
-            self.values[self.base + i] = reference.forward_step(self.program, i, args, self.weights.params)
+            step = self.program.steps[i]
+            args = [self.values[v] for v in step.inputs]
+            layer = recognize(step.form.call) if isinstance(step.form, Opaque) else None
+            if layer is not None:
+                self.values[self.base + i] = recurrent.forward(layer, args[0], tensor)
+            else:
+                self.values[self.base + i] = reference.forward_step(self.program, i, args, params)
 
     def backward_reference(self, group: CallGroup) -> None:
         for i in reversed(group.steps):

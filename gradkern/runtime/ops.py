@@ -55,7 +55,7 @@ class Statistics:
 
 
 #: The ops that return nothing and only write to their arguments.
-WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent_walk", "recurrent_cells")
+WRITE_ALONE = ("chain_vjp", "chain_statistics", "accumulate", "recurrent", "recurrent_vjp")
 LIBRARY = "_C.so"  # beside gradkern/__init__.py
 
 
@@ -186,36 +186,41 @@ def rescale(z: Tensor, reference: Tensor, pool: Sequence[int], relu: bool, eps: 
     return torch.ops.gradkern.rescale(z, reference, list(pool), relu, eps)
 
 
-def recurrent_walk(
-    g: Tensor,
-    slopes: Tensor,
-    keep: Tensor | None,
-    through: Tensor | None,
-    weight: Tensor,
-    inputs: int,
-    *,
-    reverse: bool,
-) -> Tensor | None:
-    """A recurrent layer's walk back through time for all seeds, ``g [N, S, T, H] -> [N, S, T, inputs]``; the other
-    arguments are those of the op (csrc/cpu/recurrent.cpp).  None if there is no kernel for these tensors."""
-    if not _walks(g, slopes, weight):
+Direction = Sequence[Tensor]  # of a recurrent layer: W_ih, W_hh and, if any, the biases
+
+
+def recurrent(cell: int, x: Tensor, layer: Sequence[Direction]) -> Tensor | None:
+    """A recurrent layer in its directions, ``x [N, T, I] -> [N, T, directions · H]``.  ``cell``: the code of its kind
+    (csrc/cpu/context.h).  None if there is no kernel for these tensors."""
+    if not _native(x, *(w for weights in layer for w in weights)):
         return None
-    g = g if g.stride(3) == 1 else g.contiguous()
-    result = g.new_empty(*g.shape[:3], inputs)
-    factors = [None if t is None else t.contiguous() for t in (slopes, keep, through)]
-    torch.ops.gradkern.recurrent_walk(g, *factors, weight, reverse, result)
+    x, hidden = _rows(x), layer[0][1].shape[1]
+    y = x.new_empty(*x.shape[:2], len(layer) * hidden)
+    for d, weights in enumerate(layer):
+        part = y.narrow(2, d * hidden, hidden)
+        torch.ops.gradkern.recurrent(x, [w.contiguous() for w in weights], cell, d == 1, part)
+    return y
+
+
+def recurrent_vjp(cell: int, x: Tensor, directions: Sequence[tuple[Direction, Tensor, Tensor]]) -> Tensor | None:
+    """A recurrent layer back through time for all seeds: ``[N, S, T, I]``.  ``directions``: of each its weights, its
+    output ``[N, T, H]`` and its cotangents ``[N, S, T, H]``.  None if there is no kernel for these tensors."""
+    if not _native(x, *(t for weights, y, g in directions for t in (*weights, y, g))):
+        return None
+    x, g = _rows(x), directions[0][2]
+    result = x.new_empty(*g.shape[:3], x.shape[2])
+    for d, (weights, y, g) in enumerate(directions):
+        whole = [w.contiguous() for w in weights]
+        torch.ops.gradkern.recurrent_vjp(_rows(g), x, _rows(y), whole, cell, d == 1, d > 0, result)
     return result
 
 
-def recurrent_cells(cells: Tensor, keep: Tensor, *, reverse: bool) -> bool:
-    """``cells[:, t] += keep[:, t] * cells[:, t - 1]`` for every step in turn.  False if there is no kernel."""
-    native = _walks(cells, keep)
-    if native:
-        torch.ops.gradkern.recurrent_cells(cells, keep, reverse)
-    return native
+def _rows(x: Tensor) -> Tensor:
+    """With a contiguous last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _walks(first: Tensor, *others: Tensor) -> bool:
+def _native(first: Tensor, *others: Tensor) -> bool:
     native = first.device.type == "cpu" and first.dtype in NATIVE_DTYPES and extension() is not None
     return native and all(t.dtype == first.dtype and t.device == first.device for t in others)
 

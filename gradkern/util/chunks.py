@@ -4,8 +4,8 @@
 
 * A store's chunks (:mod:`gradkern.data.runs.forecast`) depend only on shapes, because every machine that works on a
   store, or continues it, needs the same ones.
-* Pieces that should stay in a cache have a fixed number of bytes: the Jacobians of `WholeChain.add_to`, the slopes of
-  :mod:`gradkern.runtime.recurrent`.
+* Pieces that should stay in a cache have a fixed number of bytes: the Jacobians of `WholeChain.add_to`, the slopes of a
+  recurrent layer (csrc/cpu/recurrent.cpp).
 * The outputs behind a convergence delta (`gradkern.attr.attribute_all.rows_out`) come from the live model, whose memory
   is not measured, so their number of rows is fixed.
 * Autograd takes at most `gradkern.dispatch.eager.LARGEST_CHUNK` samples, whatever the budget.

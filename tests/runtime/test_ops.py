@@ -66,9 +66,10 @@ def test_a_relu_between_equal_infinities_has_its_derivative(dtype):
 
 
 def test_opcheck_recurrent():
-    g, slopes, weight, result = (torch.randn(s) for s in ((2, 1, 5, 4), (2, 5, 1, 4), (4, 16), (2, 1, 5, 3)))
-    torch.library.opcheck(G.recurrent_walk.default, (g, slopes, None, None, weight, True, result))
-    torch.library.opcheck(G.recurrent_cells.default, (torch.randn(2, 5, 4), torch.randn(2, 5, 4), False))
+    g, x, y, result = (torch.randn(s) for s in ((2, 1, 5, 4), (2, 5, 3), (2, 5, 4), (2, 1, 5, 3)))
+    weights = [torch.randn(12, 3), torch.randn(12, 4)]  # of a GRU
+    torch.library.opcheck(G.recurrent.default, (x, weights, 2, True, y))
+    torch.library.opcheck(G.recurrent_vjp.default, (g, x, y, weights, 2, True, False, result))
 
 
 def test_opcheck_hash():

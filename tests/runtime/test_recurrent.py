@@ -81,9 +81,9 @@ def test_the_cotangent_is_not_written_to(kind, n, s, t):
 def test_both_walks(kind, biases, walk, monkeypatch):
     """Both directions, more samples than a block has, cotangents and inputs of any strides."""
     if walk == "torch":
-        monkeypatch.setattr(ops, "_walks", lambda *_: False)
+        monkeypatch.setattr(ops, "_native", lambda *_: False)
     else:
-        monkeypatch.delattr(recurrent, "_by_torch")
+        monkeypatch.delattr(recurrent, "_walk")
     torch.manual_seed(0)
     n, s, t, i, h = 50, 3, 6, 5, 7
     make = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)
@@ -101,20 +101,66 @@ def test_both_walks(kind, biases, walk, monkeypatch):
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", recurrent.KINDS)
+def test_forward(kind, dtype):
+    """Of more samples than a block has, in several layers and both directions, against torch."""
+    torch.manual_seed(0)
+    make = {"lstm": nn.LSTM, "gru": nn.GRU}.get(kind, nn.RNN)
+    options = {"nonlinearity": kind.removeprefix("rnn_")} if kind.startswith("rnn") else {}
+    layer = make(5, 19, num_layers=2, bidirectional=True, batch_first=True, **options).to(dtype)
+    tensors = dict(layer.named_parameters())
+    names = [Param(name) for name in tensors]
+    r = Recurrent(kind, tuple(tuple(names[k : k + 4]) for k in range(0, len(names), 4)), 2)
+    x = 3 * torch.randn(4, 70, 5, dtype=dtype).transpose(0, 1)
+    with torch.no_grad():
+        want, got = layer(x)[0], recurrent.forward(r, x, lambda p: tensors[p.name])
+    assert torch.allclose(got, want, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("bad", ["input", "weight", "neither"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_steps_that_no_cotangent_has_reached(kind, bad):
+    """Their gradients are zero, but NaN where torch has NaN, because zero times a slope may be NaN."""
+    torch.manual_seed(0)
+    layer = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN}[kind](3, 4, bidirectional=True, batch_first=True)
+    layer = layer.double()
+    x = torch.randn(3, 6, 3, dtype=torch.float64)
+    if bad == "input":
+        x[1, 2, 0] = torch.nan
+    if bad == "weight":
+        with torch.no_grad():
+            layer.weight_ih_l0_reverse[0, 0] = torch.inf
+    x.requires_grad_()
+    tensors = dict(layer.named_parameters())
+    names = [Param(name) for name in tensors]
+    g = torch.zeros(3, 2, 6, 8, dtype=torch.float64)
+    g[:, :, 3] = torch.randn(3, 2, 8, dtype=torch.float64)
+    y = layer(x)[0]
+    want = torch.stack([torch.autograd.grad(y, x, g[:, k], retain_graph=True)[0] for k in range(2)], 1)
+    with torch.no_grad():
+        r = Recurrent(kind, (tuple(names[:4]), tuple(names[4:])), 2)
+        got = recurrent.vjp(r, x.detach(), y.detach(), g, lambda p: tensors[p.name])
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14, equal_nan=True)
+    assert bool(want.isnan().any()) == (bad != "neither")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"g": torch.zeros(2, 5, 4)}, r"g must be float32 or float64 \[N, S, T, H\]"),
-        ({"slopes": torch.zeros(2, 5, 3, 4)}, "slopes must be"),
-        ({"keep": torch.zeros(2, 4, 4)}, "keep must be"),
-        ({"keep": None}, "through needs keep"),
-        ({"weight": torch.zeros(16, 8)}, "a multiple of 16 numbers, at least 7"),
-        ({"weight": torch.zeros(16, 16).t()}, "must be contiguous"),
+        ({"x": torch.zeros(2, 5)}, r"x must be float32 or float64 \[N, T, I\]"),
+        ({"g": torch.zeros(2, 5, 4)}, r"g must be \[N, S, T, H\]"),
+        ({"y": torch.zeros(2, 4, 4)}, "y must be"),
+        ({"weights": [torch.zeros(16, 3)]}, "two weights, with or without two biases, got 1 tensors"),
+        ({"weights": [torch.zeros(16, 3), torch.zeros(15, 4)]}, "W_hh must be"),
+        ({"weights": [torch.zeros(3, 16).t(), torch.zeros(16, 4)]}, "must be contiguous"),
+        ({"cell": 4}, "cell must be 0"),
+        ({"result": torch.zeros(2, 1, 5, 4)}, "result must be"),
     ],
 )
 def test_wrong_arguments(change, message):
     ops.extension()
-    given = {"g": torch.zeros(2, 1, 5, 4), "slopes": torch.zeros(2, 5, 4, 4), "keep": torch.zeros(2, 5, 4)}
-    given |= {"through": torch.zeros(2, 5, 4), "weight": torch.zeros(16, 16), "reverse": False}
+    given = {"g": torch.zeros(2, 1, 5, 4), "x": torch.zeros(2, 5, 3), "y": torch.zeros(2, 5, 4), "cell": 3}
+    given |= {"weights": [torch.zeros(16, 3), torch.zeros(16, 4)], "reverse": False, "add": False}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.gradkern.recurrent_walk(**given | change, result=torch.zeros(2, 1, 5, 3))
+        torch.ops.gradkern.recurrent_vjp(**given | {"result": torch.zeros(2, 1, 5, 3)} | change)

@@ -99,16 +99,15 @@ def recorded(networks: int, first: int) -> Recording:
             with recording:
                 scale.one(kind, seed)
     with recording, torch.no_grad():
-        for gates, cell in ((1, None), (4, "gru"), (4, "lstm")):  # a plain layer, a GRU, an LSTM
+        for cell, gates in enumerate((1, 1, 3, 4)):  # plain layers, a GRU, an LSTM
             n, seeds, steps, hidden, inputs = 3, 5, 7, 6, 4
             numbers = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
-            keep = numbers(n, steps, hidden) if cell else None
-            through = numbers(n, steps, hidden) if cell == "lstm" else None
-            result, weight = torch.zeros(n, seeds, steps, inputs).double(), numbers(gates * hidden, 16)
-            g, slopes = numbers(n, seeds, steps, hidden), numbers(n, steps, gates, hidden)
+            x, y, g = numbers(n, steps, inputs), numbers(n, steps, hidden), numbers(n, seeds, steps, hidden)
+            weights = [numbers(gates * hidden, inputs), numbers(gates * hidden, hidden)]
+            result = numbers(n, seeds, steps, inputs)
             for reverse in (False, True):
-                torch.ops.gradkern.recurrent_walk(g, slopes, keep, through, weight, reverse, result)
-                torch.ops.gradkern.recurrent_cells(numbers(n, steps, hidden), numbers(n, steps, hidden), reverse)
+                torch.ops.gradkern.recurrent(x, weights, cell, reverse, y)
+                torch.ops.gradkern.recurrent_vjp(g, x, y, weights, cell, reverse, reverse, result)
         for dtype in (torch.float32, torch.float64):
             maps, groups = torch.randn(4, 3, 5, dtype=dtype), torch.tensor([1, 0, 1, 2])
             sums = [torch.zeros(3, 5, dtype=torch.float64) for _ in range(3)]
