@@ -8,7 +8,7 @@
 namespace gradkern {
 
 // Of everything below; gradkern compares it with its own when the extension is loaded.
-constexpr char kRecordLayout[] = "c95545ba55b38755";
+constexpr char kRecordLayout[] = "2d68f4374556a496";
 constexpr int kRecordWidth = 44;  // integers in a row
 
 enum class Kind : int64_t {
@@ -150,12 +150,12 @@ struct CpuSizes {
 
 // Shared memory of one thread block.
 struct CudaSizes {
-  int64_t region;   // elements of scratch, for a few samples at a time
-  int64_t sample;   // elements of each sample
-  int64_t bits;     // bytes of each sample's bits
-  int64_t samples;  // the most at a time in the region
-  int64_t bytes;    // of shared memory in all
-  int64_t block;    // samples of a block
+  int64_t workspace;  // elements that a few samples at a time share
+  int64_t sample;     // elements of each sample
+  int64_t bits;       // bytes of each sample's bits
+  int64_t samples;    // the most in the workspace at a time
+  int64_t bytes;      // of shared memory in all
+  int64_t block;      // samples of a block
 };
 
 // Any record: a row of integers.

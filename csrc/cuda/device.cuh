@@ -129,7 +129,7 @@ struct Tile {
     return left < args.block ? static_cast<int>(left) : args.block;
   }
   GK_DEVICE uint8_t* bits(const PatternRef& pattern, int m) const {
-    auto* const all = reinterpret_cast<uint8_t*>(buf + args.region + args.planned * args.sample);
+    auto* const all = reinterpret_cast<uint8_t*>(buf + args.workspace + args.planned * args.sample);
     return all + (first + m) * args.bits + static_cast<int>(pattern.bits);
   }
   GK_DEVICE int tid() const { return static_cast<int>(threadIdx.x); }

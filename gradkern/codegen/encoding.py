@@ -49,10 +49,10 @@ class CpuSizes(Sizes):
 class CudaSizes(Sizes):
     """Shared memory of one thread block."""
 
-    region: int  # elements of scratch, for a few samples at a time
+    workspace: int  # elements that a few samples at a time share
     sample: int  # elements of each sample
     bits: int  # bytes of each sample's bits
-    samples: int  # the most at a time in the region
+    samples: int  # the most in the workspace at a time
     bytes: int  # of shared memory in all
     block: int  # samples of a block
 

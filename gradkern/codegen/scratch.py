@@ -39,7 +39,7 @@ def round_up(elements: int, multiple: int = 16) -> int:
     return (elements + multiple - 1) // multiple * multiple
 
 
-def mark_lives(passes: Iterable[Sequence[Record]]) -> None:
+def mark_lifetimes(passes: Iterable[Sequence[Record]]) -> None:
     """Note in every buffer its first and last record, and the stages that touch it.
 
     A stage is a run of records that processes one sample after another; a record for all samples is a stage of its own.
@@ -85,7 +85,7 @@ def first_fit(size: int, taken: Iterable[tuple[int, int]]) -> int:
 def stack(buffers: Iterable[Buffer]) -> int:
     """Place buffers so that only those that are alive together lie apart; returns the elements that they take.
 
-    The largest are placed first, each at the lowest place that is free during its life.
+    The largest are placed first, each at the lowest place that is free during its lifetime.
     """
     placed: list[Buffer] = []
     height = 0

@@ -265,7 +265,7 @@ def add(
     largest: Tensor | None = None, groups: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add maps to these sums, by `ops.accumulate` or in plain torch."""
-    if ops.accumulate(maps, group, total, square, size, largest, groups):
+    if ops.accumulate(maps, group, (total, square, size, largest, groups)):
         return
     wide = maps.double()
     if total is not None:
@@ -279,6 +279,17 @@ def add(
         largest.copy_(torch.maximum(largest, wide.amax(0).float()))
     if groups is not None:
         groups.index_add_(0, group, wide)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Which samples of ``[n, ...]`` have finite values only, ``[n]``."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    flat = values.detach().reshape(len(values), -1)
+    finite = flat.sum(1).isfinite()  # one pass without a copy; a sum may overflow, so the others are looked at closely
+    suspects = (~finite).nonzero()[:, 0]
+    finite[suspects] = flat[suspects].isfinite().all(1)
+    return finite
 
 
 def ranks(size: Tensor) -> Tensor:

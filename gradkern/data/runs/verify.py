@@ -18,12 +18,14 @@ from .. import statistics
 from ..sources import Source, Span, open_source
 from ..store import checks, durable, labels, layout, locks
 from ..store.durable import Damaged
-from ..store.ledger import ChunkRecord, Lost, TreeNode
+from ..store.ledger import ChunkRecord, RecordLost, TreeNode
 from ..store.results import Results
 from .fingerprint import Mismatch
+from .opening import open_run
 from .runner import compute_missing, disk_full
 from .settings import Settings
 from .task import Task
+from .writing import to_stored
 
 ROOT = "zarr.json"
 SPANS = "chunks/c.0.0"
@@ -179,7 +181,7 @@ def _records(results: Results) -> tuple[dict[TreeNode, ChunkRecord], dict[TreeNo
                 record = ledger.read(node)
                 records[node] = ChunkRecord({}, record.facts, record.checks, record.chunks)
             except Damaged as error:
-                lost[node], missing = ledger.span(node), missing or isinstance(error, Lost)
+                lost[node], missing = ledger.span(node), missing or isinstance(error, RecordLost)
         if not missing or nodes == before:
             return records, lost
         before, nodes = nodes, ledger.nodes()  # a run at work may have joined them
@@ -309,7 +311,7 @@ def _redo(
     lost = {c for span in verdict.records.values() for c in span}
     if verdict.finished:
         lost |= set(range(results.chunks)) - results.ledger.finished()
-    task = Task.prepare(model, source, results.place, settings or settings_of_store(results.about))
+    task = open_run(model, source, results.place, settings or settings_of_store(results.about))
     results = task.results
     for node in verdict.records:
         durable.delete(results.store, results.ledger.key(node))
@@ -334,7 +336,7 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
         start, stop = task.results.span(chunk)
         raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} were others when they were computed.")
     computed = task.compute(chunk, task.transfer.upload(rows))
-    stored, _ = task.stored(computed.rows())
+    stored, _ = to_stored(computed.rows(), task.maps_dtype)
     task.results.write(chunk, {name: stored[name] for name in names})
     checksums = {name: checks.checksum([stored[name]]) for name in names}
     computed.release()
