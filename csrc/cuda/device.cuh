@@ -110,9 +110,9 @@ struct Tile {
   const Args<T>& args;
   T* buf;
   int tile;       // number of the tile
-  int first;      // first sample, within the tile, of those at hand
-  int count;      // samples at hand
-  int s0, seeds;  // seeds at hand
+  int first;      // the first current sample, within the tile
+  int count;      // current samples
+  int s0, seeds;  // current seeds
 
   // For the current sample m: the place's stride between samples counts from the tile's first sample or, if it is
   // negative, from the first current sample.

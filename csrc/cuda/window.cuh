@@ -32,7 +32,7 @@ GK_DEVICE WindowShape window_shape(int positions, int channels, int groups, int 
   return s;
 }
 
-// The length of a row of a weight with so many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
+// The length of a row of a weight with this many channels; gradkern/codegen/cuda/weights.py: DeviceWindow.
 GK_DEVICE int weight_row(int channels) { return (channels + 3) / 4 * 4; }
 
 // Four rows of the weight; `w` moves on.

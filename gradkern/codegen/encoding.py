@@ -66,7 +66,10 @@ HEADER = ("kind", "whole_block", "samples")
 #: A place in C++.
 PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
-    ("sample", "stride between samples; 0: samples share the memory; < 0, on a GPU: so far per sample at hand"),
+    (
+        "sample",
+        "stride between samples; 0: samples share the memory; < 0, on a GPU: minus the stride between current samples",
+    ),
     ("seed", "stride between seeds; 0: no cotangent"),
     ("row", "elements from one row of positions to the next"),
     ("position", "elements from one position to the next"),

@@ -228,9 +228,9 @@ class Accumulator:
 
     def _add_deviations(self, name: str, at: slice, count: Tensor, total: Tensor, deviations: Tensor) -> None:
         """Add the deviations of further samples from their own mean, before their ``count`` and ``total`` are added."""
-        known = [self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1]]
+        count_before, total_before = (self.sums[n][at].numpy() for n in DEVIATIONS[name][1::-1])
         self.sums[name][at] += deviations
-        self.sums[name][at] += torch.from_numpy(between((known[0], known[1]), (count.numpy(), total.numpy())))
+        self.sums[name][at] += torch.from_numpy(between((count_before, total_before), (count.numpy(), total.numpy())))
 
     def _count(self, at: slice, group: Tensor) -> None:
         self.sums["count"][at] += len(group)

@@ -3,7 +3,7 @@
 The CPU kernels store a value as ``[row][column][channel]``.  The numbers of a window 1×k over few channels are then
 neighbours, and those of a window k×1 are rows apart, so that each is loaded and stored by itself.  Networks for EEG are
 often written with windows k×1 over one channel.  Exchanging rows and columns of all values around such windows costs
-nothing inside of the network, and copies where it begins and ends; once an axis is pooled to length one, not even that.
+nothing inside the network, and a copy at either end, or none where an axis has been pooled to length one.
 """
 
 from __future__ import annotations

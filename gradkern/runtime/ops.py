@@ -260,7 +260,7 @@ def chain_statistics(
     )  # fmt: skip
 
 
-HUGE = 8 << 20  # fresh results of at least so many bytes get huge pages
+HUGE = 8 << 20  # new results of at least this many bytes get huge pages
 
 
 def on_huge_pages(fresh: Tensor) -> None:

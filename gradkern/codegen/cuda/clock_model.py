@@ -286,7 +286,7 @@ def walk_clocks(elements: int, channels: int, merged: bool, seeds: int, planes: 
     workers, each = WARP // lanes, math.ceil(elements / lanes)
     walks = 1 if merged else planes
     live = channels * live_share(planes, pattern) / walks
-    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # roughly the largest of so many binomial counts
+    longest = live + 0.6 * math.log2(workers) * math.sqrt(live / 2)  # roughly the largest of `workers` binomial counts
     step = loop(
         (15.5 + 3 * each + 2.5 * seeds + each * seeds) * longest, (each * max(1, workers / 2) + 1.5 * seeds) * live
     )

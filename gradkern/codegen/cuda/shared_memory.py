@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..records import DenseT, Record
-from ..scratch import Buffer, first_fit, round_up
+from ..scratch import Buffer, first_fit, round_up, runs_of
 from . import clock_model
 
 
@@ -113,12 +113,3 @@ class Arrangement:
                 strides[lifetime.run] = max(strides[lifetime.run], ends[buffer])
         sample += (4 - sample) % clock_model.WARP if sample else 0  # neighbouring samples start four banks apart
         return cls(bases, tuple(strides), sample)
-
-
-def runs_of(forward: Sequence[Record], backward: Sequence[Record]) -> list[int]:
-    """The run that each record belongs to: a record that takes the whole block, or all records in between."""
-    run_numbers, run, ops = [], -1, (*forward, *backward)
-    for i, op in enumerate(ops):
-        run += bool(i in (0, len(forward)) or op.whole_block or ops[i - 1].whole_block)
-        run_numbers.append(run)
-    return run_numbers

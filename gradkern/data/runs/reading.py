@@ -96,11 +96,11 @@ class Reading:
         """Read finished chunks again.  Raises `Mismatch` if they were computed from other samples than these."""
         if self.trust:
             return
-        known = self._known()
-        todo = [c for c in chunks if known.get(c, UNKNOWN) != UNKNOWN]
+        recorded = self._recorded_checksums()
+        todo = [c for c in chunks if recorded.get(c, UNKNOWN) != UNKNOWN]
         changed: list[Span] = []
         for chunk, (_, fingerprint) in zip(todo, self.stream(todo), strict=True):
-            if fingerprint != known[chunk]:
+            if fingerprint != recorded[chunk]:
                 changed.append(self.results.span(chunk))
         if changed:
             spans = ", ".join(f"{a} … {b - 1}" for a, b in changed[:SHOWN]) + (", …" if len(changed) > SHOWN else "")
@@ -110,7 +110,7 @@ class Reading:
                 "another place (gradkern never deletes results)."
             )
 
-    def _known(self) -> dict[int, int]:
+    def _recorded_checksums(self) -> dict[int, int]:
         ledger = self.results.ledger
         return {
             chunk: int(value)

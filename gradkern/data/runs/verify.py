@@ -195,25 +195,25 @@ def _damaged_chunks(
     short = results.short_files()
     for node, record in records.items():
         for i, chunk in enumerate(results.ledger.span(node)):
-            known = {name: int(value[i]) for name, value in record.checks.items()}
-            unchecked += all(value == checks.UNKNOWN for name, value in known.items() if name != "source")
+            recorded = {name: int(value[i]) for name, value in record.checks.items()}
+            unchecked += all(value == checks.UNKNOWN for name, value in recorded.items() if name != "source")
             names = tuple(
                 name
                 for name in results.arrays()
-                if (name, chunk) in short or not _as_written(results, name, chunk, known.get(name, checks.UNKNOWN))
+                if (name, chunk) in short or not _as_written(results, name, chunk, recorded.get(name, checks.UNKNOWN))
             )
             if names:
                 damaged[chunk] = names
     return damaged, unchecked
 
 
-def _as_written(results: Results, name: str, chunk: int, known: int) -> bool:
+def _as_written(results: Results, name: str, chunk: int, recorded: int) -> bool:
     start, stop = results.span(chunk)
     try:
         rows = np.asarray(results.array(name)[start:stop])
     except Exception:  # whatever a codec says to bytes that are not its own
         return False
-    return known in (checks.UNKNOWN, checks.checksum([rows]))
+    return recorded in (checks.UNKNOWN, checks.checksum([rows]))
 
 
 def _damaged_reductions(results: Results) -> tuple[str, ...]:
@@ -330,9 +330,9 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
     ledger = task.results.ledger
     node = next(n for n in ledger.nodes() if chunk in ledger.span(n))
     record, at = ledger.read(node), chunk - ledger.span(node)[0]
-    known = {name: int(value[at]) for name, value in record.checks.items()}
+    recorded = {name: int(value[at]) for name, value in record.checks.items()}
     rows, read = next(task.reading.stream([chunk]))
-    if checks.UNKNOWN not in (read, known.get("source", checks.UNKNOWN)) and read != known["source"]:
+    if checks.UNKNOWN not in (read, recorded.get("source", checks.UNKNOWN)) and read != recorded["source"]:
         start, stop = task.results.span(chunk)
         raise Mismatch(f"{task.results.place}: the samples {start} … {stop - 1} were others when they were computed.")
     computed = task.compute(chunk, task.transfer.upload(rows))
@@ -340,10 +340,10 @@ def _rewrite(task: Task, chunk: int, names: tuple[str, ...]) -> None:
     task.results.write(chunk, {name: stored[name] for name in names})
     checksums = {name: checks.checksum([stored[name]]) for name in names}
     computed.release()
-    others = {name: value for name, value in checksums.items() if value != known.get(name, checks.UNKNOWN)}
+    others = {name: value for name, value in checksums.items() if value != recorded.get(name, checks.UNKNOWN)}
     if others:
-        told = [] if all(known.get(n, checks.UNKNOWN) == checks.UNKNOWN for n in others) else ["repaired, other bits"]
-        ledger.amend(chunk, others, task.notes or told)
+        differs = any(recorded.get(name, checks.UNKNOWN) != checks.UNKNOWN for name in others)
+        ledger.amend(chunk, others, task.notes or (["repaired, other bits"] if differs else []))
 
 
 def settings_of_store(about: Mapping[str, Any]) -> Settings:

@@ -151,8 +151,8 @@ class Ledger:
         record = self.read(node)
         entered = {name: value.copy() for name, value in record.checks.items()}
         for name, value in checks.items():
-            known = entered.setdefault(name, np.full(record.chunks, UNKNOWN, np.uint32))
-            known[chunk - self.span(node)[0]] = value
+            entries = entered.setdefault(name, np.full(record.chunks, UNKNOWN, np.uint32))
+            entries[chunk - self.span(node)[0]] = value
         facts = {**record.facts, "notes": sorted({*record.facts["notes"], *notes})}
         durable.put(self.store, self.key(node), replace(record, checks=entered, facts=facts).to_bytes())
 
