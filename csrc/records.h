@@ -76,11 +76,10 @@ enum class Reach : int64_t {
 
 // Where the channels-last interior of a value or cotangent begins in scratch memory.
 struct Place {
-  int64_t offset;    // of the first element, of the first sample and seed
-  int64_t sample;    // stride between samples; 0: samples share the memory; < 0, on a GPU: minus the stride between
-                     // current samples
-  int64_t seed;      // stride between seeds; 0: no cotangent
-  int64_t row;       // elements from one row of positions to the next
+  int64_t offset;  // of the first element, of the first sample and seed
+  int64_t sample;  // stride between samples; 0: samples share the memory; < 0, on a GPU: minus that of current samples
+  int64_t seed;    // stride between seeds; 0: no cotangent
+  int64_t row;     // elements from one row of positions to the next
   int64_t position;  // elements from one position to the next
 };
 

@@ -68,7 +68,7 @@ PLACE = (
     ("offset", "of the first element, of the first sample and seed"),
     (
         "sample",
-        "stride between samples; 0: samples share the memory; < 0, on a GPU: minus the stride between current samples",
+        "stride between samples; 0: samples share the memory; < 0, on a GPU: minus that of current samples",
     ),
     ("seed", "stride between seeds; 0: no cotangent"),
     ("row", "elements from one row of positions to the next"),
