@@ -99,7 +99,7 @@ def _held_bytes(task: Task, chunks: int) -> int:
     probe, dtype = task.probe, task.settings.dtype
     each = min(chunks, READ) * probe.spot_samples.copied_bytes
     if task.settings.maps:
-        each += (min(chunks, KEPT) + (task.pool is None or task.batch < task.results.chunk)) * probe.map_bytes
+        each += (min(chunks, KEPT) + (task.buffers is None or task.batch < task.results.chunk)) * probe.map_bytes
         narrowed = sum(m[0].numel() for m in probe.outcome.maps if dtype_name(m.dtype) != dtype)
         each += min(chunks, WRITTEN) * narrowed * itemsize(dtype)
     return each * task.results.chunk + min(RECORDS, 3 + chunks) * probe.sums_bytes(task.settings.reductions)
