@@ -1,4 +1,4 @@
-"""The command: every network in a process of its own, results to a folder, a table to docs/zoo.md."""
+"""The command: every network in a process of its own, results to a folder, a section of docs/zoo.md per machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--limit", type=float, default=600, help="wall-clock seconds per network")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of processor time per network")
     parser.add_argument("--seconds", type=float, default=2, help="of timing, per network and batch size")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "zoo-results", help="one file per network")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "zoo.json", help="all results")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "zoo.json", help="results of all machines")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
     parser.add_argument("--quick", action="store_true", help="two networks of torch alone, in a few seconds")
     parser.add_argument("--again", action="store_true", help="measure also what has a result")
@@ -50,11 +52,19 @@ def main() -> None:
                 found = run(name, threads, options) | {"commit": machine.commit()}
                 file.write_text(json.dumps(found, indent=1) + "\n")
             print(table.line(json.loads(file.read_text())), flush=True)
-    results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
     about = machine.describe(max(options.threads)) | {"busy": options.busy, "packages": versions()}
     about |= {"networks": len(listed), "chosen": options.chosen}
-    options.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    options.page.write_text(table.page(about, results))
+    results = [json.loads(f.read_text()) for f in sorted(options.out.glob("*.json"))]
+    published = [*others(options.json, about), {"machine": about, "results": results}]
+    options.json.write_text(json.dumps(published, indent=1) + "\n")
+    options.page.write_text(table.page([(m["machine"], m["results"]) for m in published]))
+
+
+def others(published: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was published of other machines."""
+    if not published.exists():
+        return []
+    return [m for m in json.loads(published.read_text()) if any(m["machine"][k] != about[k] for k in ("cpu", "isa"))]
 
 
 def names() -> list[str]:
@@ -75,13 +85,13 @@ def run(name: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.zoo", "--one", name, "--threads", str(threads)]
     command += ["--seconds", str(options.seconds)]
     failed = {"name": name, "threads": threads}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=options.limit,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return failed | {"failed": f"took longer than {options.limit:g} s"}
+    seconds = round(options.limit)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1)),
+    )  # fmt: skip
+    if done.returncode == -signal.SIGXCPU:
+        return failed | {"failed": f"took longer than {seconds} s of processor time"}
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         return failed | {"failed": (lines or [f"exit code {done.returncode}"])[-1][:300]}

@@ -39,8 +39,13 @@ def ways(result: Result) -> str:
     return "/".join(dict.fromkeys(result.get("ways", {}).values()))
 
 
-def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """The page, from the machine's description and all results."""
+def page(machines: Sequence[tuple[Mapping[str, Any], Sequence[Result]]]) -> str:
+    """The page, from the description of each machine and all results that it gave."""
+    return "\n".join([INTRODUCTION, *(part for about, results in machines for part in section(about, results))])
+
+
+def section(about: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
+    """One machine's part of the page: what was measured, how, and a table per number of threads."""
     good = [r for r in results if "failed" not in r]
     busy = " The machine had other work at the same time." if about["busy"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
@@ -48,19 +53,19 @@ def page(about: Mapping[str, Any], results: Sequence[Result]) -> str:
     listed = about["networks"]
     share = f" Of {listed} networks, {tried} were tried, {about['chosen']}." if tried < listed else ""
     parts = [
-        INTRODUCTION,
+        f"## {about['cpu']}, {about['isa']}\n",
         wrapped(f"Measured on {machine.one_line(about)}.{busy}{share}"),
         wrapped(f"{commits(about, results)}."),
         wrapped(f"Packages: {versions}."),
     ]
     for threads in sorted({r["threads"] for r in results}):
         chosen = [r for r in good if r["threads"] == threads]
-        parts += [f"## {threads} thread{'s' * (threads != 1)}\n", summary(chosen), networks(chosen)]
+        parts += [f"### {threads} thread{'s' * (threads != 1)}\n", summary(chosen), networks(chosen)]
     failed = [r for r in results if "failed" in r]
     if failed:
-        parts.append("## Not measured\n")
+        parts.append("### Not measured\n")
         parts.append("\n".join(f"- {r['name']}, {r['threads']} threads: {r['failed']}" for r in failed) + "\n")
-    return "\n".join(parts)
+    return parts
 
 
 def wrapped(paragraph: str) -> str:

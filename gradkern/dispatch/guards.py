@@ -132,7 +132,7 @@ def _graded(x: Tensor) -> Tensor:
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
 
 
-def holding(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
+def find_graph(capture: GraphCache, fn: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphMatch | None:
     """The graph whose guards hold now, with the live tensors that it reads; None if there is none."""
     local = by_name(fn, stand_ins(inputs, for_guards=True))
     if in_modes():
@@ -147,7 +147,7 @@ def in_modes() -> bool:
 
 
 def matching(capture: GraphCache, local: dict[str, Any]) -> GraphMatch | None:
-    """`holding`, outside of modes, for the arguments of a call by name."""
+    """`find_graph`, outside of modes, for the arguments of a call by name."""
     graded, latest = torch.is_grad_enabled(), capture.latest
     torch._C._set_grad_enabled(True)  # as at capture, since a guard compares it
     try:

@@ -30,7 +30,7 @@ from .eager import ModelProfile
 from .first_use import AutogradWork, clock
 from .guards import EagerReason
 from .request import JacobianResult, Request, allocate, check_devices, check_fits_in_memory, check_reached, too_large
-from .state import BoundProgram, CacheEntry, KnownCall, ModelState, Verdict
+from .state import BoundProgram, CacheEntry, CallSetup, ModelState, Verdict
 from .watch import SAMPLES, OutputsChanged
 
 VERIFY_SAMPLES = 4  # that a new Program is compared with autograd on
@@ -149,7 +149,7 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     """
     of_call = guards.call_reason(request.inputs)
     if of_call is None and engine != "autograd" and entry.verdicts:
-        captured = _holding(request, entry)
+        captured = _bound_program(request, entry)
         if captured is not None:
             return captured
     of_call = of_call or guards.guarded_reason(request.module, request.inputs)
@@ -161,9 +161,9 @@ def _decision(request: Request, engine: Engine, entry: CacheEntry) -> Decision:
     return of_call or of_model or entry.refusal(request.fn)
 
 
-def _holding(request: Request, entry: CacheEntry) -> BoundProgram | None:
+def _bound_program(request: Request, entry: CacheEntry) -> BoundProgram | None:
     """The Program whose guards hold now, if there is one."""
-    captured = guards.holding(entry.capture, request.fn, request.inputs)
+    captured = guards.find_graph(entry.capture, request.fn, request.inputs)
     verdict = None if captured is None else entry.verdicts.get(captured.graph)
     if captured is None or verdict is None or verdict.program is None:
         return None
@@ -291,13 +291,13 @@ def _by_program(
     request: Request, route: Route, captured: BoundProgram, start: int, results: JacobianResult | None
 ) -> JacobianResult:
     """The results for the samples from ``start`` on by the way that is taken.  Raises `OutputsChanged`."""
-    known = _known_call(request, route, captured)
-    way = _way(request, route, captured, known)
+    setup = _call_setup(request, route, captured)
+    way = _way(request, route, captured, setup)
     if way != "kernels":
         profile = _profile_of_program(request, route)
-        return eager.run_as_measured(request, profile, start, results, known.seeds.count, batched=way == "batched")
+        return eager.run_as_measured(request, profile, start, results, setup.seeds.count, batched=way == "batched")
     whole = (
-        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, known)
+        None if results is not None or route.engine == "reference" else _by_whole_chain(request, route, captured, setup)
     )
     if whole is not None:
         return whole
@@ -307,19 +307,17 @@ def _by_program(
     )
 
 
-def _known_call(request: Request, route: Route, captured: BoundProgram) -> KnownCall:
-    """The `KnownCall` of calls like this one, remembered if their seeds do not depend on the samples."""
+def _call_setup(request: Request, route: Route, captured: BoundProgram) -> CallSetup:
+    """The `CallSetup` of calls like this one, remembered if their seeds do not depend on the samples."""
     # Parts of a call have the size of the whole.
     kind = request.wrt, torch.get_num_threads(), bisect_right(ways.SIZES, request.whole)
     seeds_key = request.seeds_key
     if seeds_key is None:
-        return _make_known_call(request, route, captured, kind)
-    return captured.verdict.calls.get_or_make(
-        (seeds_key, *kind), lambda: _make_known_call(request, route, captured, kind)
-    )
+        return _make_setup(request, route, captured, kind)
+    return captured.verdict.calls.get_or_make((seeds_key, *kind), lambda: _make_setup(request, route, captured, kind))
 
 
-def _make_known_call(request: Request, route: Route, captured: BoundProgram, kind: tuple[Hashable, ...]) -> KnownCall:
+def _make_setup(request: Request, route: Route, captured: BoundProgram, kind: tuple[Hashable, ...]) -> CallSetup:
     route.check_reached(request)
     x, program = request.inputs[request.wrt[0]], captured.program
     seeds = request.resolve_seeds(request.samples, program.output_shape)
@@ -327,34 +325,34 @@ def _make_known_call(request: Request, route: Route, captured: BoundProgram, kin
     # On a GPU, whether its kernels are wanted depends on the engine, and their first results are compared.
     if request.seeds_key is not None and seeds.count and x.device.type == "cpu" and not batching.not_native(x):
         whole = whole_chain(program, route.params(), request.inputs, seeds.indices, seeds.axes, request.wrt)
-    timing = program.key, type(seeds).__name__, seeds.count, x.dtype, x.device, *kind
-    return KnownCall(seeds, timing, whole)
+    timing_key = program.key, type(seeds).__name__, seeds.count, x.dtype, x.device, *kind
+    return CallSetup(seeds, timing_key, whole)
 
 
-def _way(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> Way:
+def _way(request: Request, route: Route, captured: BoundProgram, setup: CallSetup) -> Way:
     """The way that all parts of this public call go: the one that a store has pinned, kernels if the caller asks for
     them, or else the faster one."""
-    pinned, count = ways.pinned_way.get(), known.seeds.count
+    pinned, count = ways.pinned_way.get(), setup.seeds.count
     if pinned is not None and route.engine != "reference":
         return pinned
     if route.engine != "auto" or not count:
         return "kernels"
     way = route.way_by_seed_count.get(count)
     if way is None:
-        way = route.way_by_seed_count[count] = _timing(request, route, captured, known).way
+        way = route.way_by_seed_count[count] = _timing(request, route, captured, setup).way
     return way
 
 
-def _timing(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> Timing:
+def _timing(request: Request, route: Route, captured: BoundProgram, setup: CallSetup) -> Timing:
     """How long calls like this one take on kernels and on autograd; measured now if that has not been done."""
     return ways.timings.get_or_make(
-        known.timing, lambda: ways.measure(request, captured, known, _profile_of_program(request, route))
+        setup.timing_key, lambda: ways.measure(request, captured, setup, _profile_of_program(request, route))
     )
 
 
-def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, known: KnownCall) -> JacobianResult | None:
+def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, setup: CallSetup) -> JacobianResult | None:
     """The results by a single call of the kernel; None if the call needs anything more."""
-    whole, watch = known.whole, route.entry.watch
+    whole, watch = setup.whole, route.entry.watch
     if whole is None or request.out is not None or request.keep_outputs or torch.is_inference_mode_enabled():
         return None
     if watch.due():
@@ -366,7 +364,7 @@ def _by_whole_chain(request: Request, route: Route, captured: BoundProgram, know
         return None
     if clock() - begin < repeated.SHORT:
         repeated.note(request, route.engine, route.entry, captured.graph, whole)
-    seeds, shaped = known.seeds, whole.shaped(jacobians)
+    seeds, shaped = setup.seeds, whole.shaped(jacobians)
     return JacobianResult(seeds, seeds.indices, captured.program.output_shape, tuple(jacobians), shaped)
 
 
@@ -378,24 +376,24 @@ def add_to_sums(request: Request, route: Route, sums: Statistics) -> Tensor | No
     captured = _program_of(request, route)
     if captured is None or len(request.wrt) != 1 or not request.samples or route.engine == "reference":
         return None
-    known, watch = _known_call(request, route, captured), route.entry.watch
-    if known.whole is None or _way(request, route, captured, known) != "kernels":
+    setup, watch = _call_setup(request, route, captured), route.entry.watch
+    if setup.whole is None or _way(request, route, captured, setup) != "kernels":
         return None
-    packed = known.whole.packed(captured.tensors)
+    packed = setup.whole.packed(captured.tensors)
     if packed is None:
         return None
     with torch.inference_mode(False), torch.no_grad():
-        inputs, rows = [x.detach() for x in request.inputs], known.whole.rows(packed)
+        inputs, rows = [x.detach() for x in request.inputs], setup.whole.rows(packed)
         if watch.due():  # afterwards it would be too late
             few = [x[:SAMPLES] for x in inputs]
-            y = known.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
+            y = setup.whole.add_to(Statistics.none(len(few[0])), packed, rows, few)
             try:
                 watch.compare(request.fn, request.module, few, y)
             except OutputsChanged:
                 route.refuse(CHANGED)
                 return None
         begin = clock()
-        y = known.whole.add_to(sums, packed, rows, inputs)
+        y = setup.whole.add_to(sums, packed, rows, inputs)
         watch.add(clock() - begin)
     return y
 
@@ -407,8 +405,8 @@ def timing(request: Request, route: Route) -> Timing | None:
         return None
     if captured.verdict.unused.intersection(request.wrt):
         return None
-    known = _known_call(request, route, captured)
-    return _timing(request, route, captured, known) if known.seeds.count else None
+    setup = _call_setup(request, route, captured)
+    return _timing(request, route, captured, setup) if setup.seeds.count else None
 
 
 def _profile_of_program(request: Request, route: Route) -> ModelProfile:

@@ -40,15 +40,15 @@ MOST_MISSES = 8  # captures in a row that serve one call each, after which the m
 
 
 @dataclass(frozen=True, eq=False)
-class KnownCall:
+class CallSetup:
     """What the calls of a Program for the same seeds and inputs have in common.
 
-    It does not depend on the values of tensors.  ``timing``: the key under which the fastest way of such calls is
+    It does not depend on the values of tensors.  ``timing_key``: the key under which the fastest way of such calls is
     remembered.  ``whole``: the chain that computes such calls, if the whole network is one.
     """
 
     seeds: Seeds
-    timing: Hashable
+    timing_key: Hashable
     whole: WholeChain | None
 
 
@@ -60,7 +60,7 @@ class Verdict:
     reason: str = ""
     couples_batch: bool = False  # samples of one batch depend on each other
     unused: frozenset[int] = frozenset()  # the inputs that autograd does not reach from the output
-    calls: Memo[KnownCall] = field(default_factory=lambda: Memo(CALLS_PER_PROGRAM), compare=False)
+    calls: Memo[CallSetup] = field(default_factory=lambda: Memo(CALLS_PER_PROGRAM), compare=False)
 
     @cached_property
     def opaque(self) -> bool:

@@ -20,7 +20,7 @@ from ..util.memo import Memo
 from . import batching, eager
 from .eager import ModelProfile
 from .request import Request
-from .state import BoundProgram, KnownCall
+from .state import BoundProgram, CallSetup
 from .targets import Seeds
 
 #: Calls of 1, 2–7, 8–31, and 32 or more samples are measured apart: in small ones the cost per call weighs more.
@@ -36,7 +36,7 @@ ROUNDS = 7  # the most rounds
 PATIENCE = (0.9, 0.3, 0.03)  # seconds of measuring after which the first, the second, or a later round is the last
 HOPELESS = 2.0  # a way that takes this many times as long as the fastest is not measured again
 
-#: Measurements by everything that they depend on (`state.KnownCall.timing`).
+#: Measurements by everything that they depend on (`state.CallSetup.timing_key`).
 timings: Memo[Timing] = Memo(256)
 
 #: The way of all calls in this context, which a data set's store has recorded.
@@ -53,9 +53,9 @@ def pinned(way: Way | None) -> Iterator[None]:
         pinned_way.reset(token)
 
 
-def measure(request: Request, captured: BoundProgram, known: KnownCall, profile: ModelProfile) -> Timing:
+def measure(request: Request, captured: BoundProgram, setup: CallSetup, profile: ModelProfile) -> Timing:
     """Time kernels and autograd on the first samples of a request.  ``profile``: of the model on autograd."""
-    seeds, whole = known.seeds, known.whole
+    seeds, whole = setup.seeds, setup.whole
     few = _fewer(seeds)
     saved = profile.per_sample if captured.verdict.opaque else 0
 

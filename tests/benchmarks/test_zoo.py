@@ -41,12 +41,12 @@ def test_the_page_sums_up_by_kind() -> None:
     ]
     about = {"busy": True, "packages": {"a": "1.0"}, "commit": "c", "cpu": "x", "cores": 2, "threads": 1, "isa": "y"}
     about |= {"networks": 9, "chosen": "drawn at random"}
-    page = " ".join(table.page(about | {"torch": "2"}, results).split())
+    page = " ".join(table.page([(about | {"torch": "2"}, results)]).split())
     assert "other work" in page
     assert "Of 9 networks, 4 were tried, drawn at random." in page
     assert "b/four, 1 threads: took longer" in page
     assert "Commit: c." in page
-    older = table.page(about | {"torch": "2"}, [results[0] | {"commit": "b"}, *results[1:]])
+    older = table.page([(about | {"torch": "2"}, [results[0] | {"commit": "b"}, *results[1:]])])
     assert "Commits: c (3 results), b (1 results)." in older
     assert "| b/three | 0.50× (1.90–0.50) | 1e-15 | 100% | kernels | 0.5 | a hook |" in page
 
@@ -87,12 +87,20 @@ def test_quick(tmp_path: Path) -> None:
         "--page",
         str(tmp_path / "zoo.md"),
     ]
+    about = {"cpu": "another", "isa": "none", "busy": False, "packages": {}, "networks": 1, "cores": 1, "threads": 1}
+    about |= {"torch": "2", "commit": "c"}
+    elsewhere = {"machine": about, "results": [result("a/one", "convolutional", 4.0)]}
+    (tmp_path / "zoo.json").write_text(json.dumps([elsewhere]))
     for _ in range(2):  # the second time, everything is there
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
         assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "zoo.json").read_text())["results"]
+    other, here = json.loads((tmp_path / "zoo.json").read_text())
+    assert other == elsewhere
+    results = here["results"]
+    assert not [r for r in results if "failed" in r]
     assert [r["name"] for r in results] == ["torch/cnn1d", "torch/mlp"]
     assert all(r["error"] < 1e-12 and r["fused"] == 1.0 for r in results)
-    assert "torch/cnn1d" in (tmp_path / "zoo.md").read_text()
+    page = (tmp_path / "zoo.md").read_text()
+    assert "torch/cnn1d" in page and "## another, none" in page

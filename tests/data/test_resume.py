@@ -18,6 +18,7 @@ from gradkern.cli.main import main
 from gradkern.data import DiskFull, Mismatch, Results, merge, run
 from gradkern.data import methods as data_methods
 from gradkern.data.runs import probe
+from gradkern.data.runs.task import Task
 from tests.cases import CASES
 from tests.support import forks, kill_runs
 from tests.support.stores import assert_same
@@ -54,26 +55,26 @@ def test_killed_at_random_moments_ends_bit_equal(kills, at_work, samples, tmp_pa
 
 def test_continuing_computes_only_what_is_missing(tmp_path, monkeypatch):
     model, x = small()
-    seen: list[int] = []
-    original = data_methods.METHODS["saliency"]
+    computed: list[int] = []
+    compute = Task.compute
 
-    def counting(batch):
-        seen.append(len(batch.inputs[0]))
-        if len(seen) == 6:
+    def counting(task, chunk, upload):
+        computed.append(chunk)
+        if stop and len(computed) == 4:
             raise KeyboardInterrupt
-        return original(batch)
+        return compute(task, chunk, upload)
 
-    monkeypatch.setitem(data_methods.METHODS, "saliency", counting)
+    monkeypatch.setattr(Task, "compute", counting)
+    stop = True
     with pytest.raises(KeyboardInterrupt):
         run(model, x, tmp_path / "a.zarr", chunk=8)
-    done = Results.open(tmp_path / "a.zarr").done
-    assert 0 < done <= 3
-    seen[:] = [0] * 6
-    run(model, x, tmp_path / "a.zarr", chunk=8)
-    assert len(seen) - 6 - 2 == 5 - done  # two calls are the look at the first samples
-    seen[:] = [0] * 6
-    run(model, x, tmp_path / "a.zarr")
-    assert len(seen) == 8
+    finished = Results.open(tmp_path / "a.zarr").ledger.finished()
+    assert 0 < len(finished) <= 3
+    stop = False
+    for missing in (sorted(set(range(5)) - finished), []):
+        computed.clear()
+        run(model, x, tmp_path / "a.zarr", chunk=8)
+        assert computed == missing
 
 
 def test_full_disk_keeps_what_is_finished(tmp_path):

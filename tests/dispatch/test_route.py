@@ -1,10 +1,8 @@
-"""Decide once: one place asks for reasons, one checks a graph's guards, and a public call does either once."""
+"""A public call asks for the reasons for autograd once, and checks the guards of captured graphs once."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,26 +14,6 @@ from gradkern.dispatch import guards
 from gradkern.dispatch.request import Request, jacobian_choice
 from gradkern.dispatch.route import decide, one_call, output_shape, shared_route, solve, whole_batch_reason
 from tests.cases import net
-
-PACKAGE = Path(gradkern.__file__).parent
-ROUTE = "dispatch/route.py"
-
-
-def calls_of(name: str) -> Iterator[str]:
-    """The files of the package that call a function of this name, once per call."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                called = node.func
-                own = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
-                if own == name:
-                    yield path.relative_to(PACKAGE).as_posix()
-
-
-def test_one_call_site_of_the_reasons_and_one_of_the_guards() -> None:
-    assert list(calls_of("call_reason")) == [ROUTE]
-    assert list(calls_of("model_reason")) == [ROUTE]
-    assert list(calls_of("holding")) == [ROUTE]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from gradkern.dispatch.guards import holding, stand_ins
+from gradkern.dispatch.guards import find_graph, stand_ins
 from gradkern.frontend.capture import GraphCache
 from gradkern.ir.program import Program
 from gradkern.runtime import reference
@@ -95,7 +95,7 @@ def test_values_are_those_of_now(change) -> None:
     change(model)
     assert not torch.allclose(old, model(*inputs).detach())
     assert agrees("residual", model)
-    held = holding(capture, model, inputs)
+    held = find_graph(capture, model, inputs)
     assert held is not None
     assert held.graph is graph  # none of these asks for another capture
     assert all(name in held.tensors for name in ("fc.weight", "fc.bias"))
